@@ -1,0 +1,189 @@
+//! Who is calling: the trait, its errors, and the attestors.
+//!
+//! One attestor per listener; two ways to know a caller are never mixed on one socket. An attestor may wait (for a pod that the index
+//! does not know yet); it never guesses, and conflicting evidence is an error.
+
+use std::fmt;
+
+use futures::future::BoxFuture;
+use prometheus_client::{
+    encoding::{EncodeLabelSet, EncodeLabelValue},
+    metrics::{counter::Counter, family::Family, histogram::Histogram},
+    registry::Registry,
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::{identity::Workload, peer::Peer};
+
+pub mod unix;
+
+/// A proven caller.
+#[derive(Debug, Clone)]
+pub struct Attested {
+    /// Who it is.
+    pub workload: Workload,
+    /// Cancelled when the workload has ended: its streams end, and no key leaves any more.
+    pub gone: CancellationToken,
+}
+
+/// Why a caller is not served, as a metric label and for the log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
+#[allow(non_camel_case_types, reason = "the names are the label's values")]
+pub enum Reason {
+    /// No trouble.
+    none,
+    /// The peer's PID namespace is not visible: the agent needs `hostPID`.
+    pid_invisible,
+    /// The kernel gives no pidfd.
+    no_pidfd,
+    /// The process ended while it was being attested.
+    process_gone,
+    /// The process belongs to no pod.
+    not_in_pod,
+    /// Its cgroups contradict each other.
+    conflicting_cgroups,
+    /// No pod with this UID runs on this node.
+    unknown_pod,
+    /// The pod has ended.
+    pod_ended,
+    /// The pod has no service account.
+    no_service_account,
+    /// The pod's facts do not make a name.
+    no_identity,
+    /// `/proc` or the Kubernetes API could not be read.
+    unreadable,
+}
+
+impl Reason {
+    /// The label's value.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::none => "none",
+            Self::pid_invisible => "pid_invisible",
+            Self::no_pidfd => "no_pidfd",
+            Self::process_gone => "process_gone",
+            Self::not_in_pod => "not_in_pod",
+            Self::conflicting_cgroups => "conflicting_cgroups",
+            Self::unknown_pod => "unknown_pod",
+            Self::pod_ended => "pod_ended",
+            Self::no_service_account => "no_service_account",
+            Self::no_identity => "no_identity",
+            Self::unreadable => "unreadable",
+        }
+    }
+}
+
+/// Why a caller is not served. The text is for the log; the caller gets a flat sentence.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Error {
+    /// The cause as a label.
+    pub reason: Reason,
+    /// The evidence and the remedy, for the operator.
+    pub detail: String,
+    /// Whether asking again later can help (UNAVAILABLE) or never (PERMISSION_DENIED).
+    pub temporary: bool,
+}
+
+impl Error {
+    /// A caller that can never be served.
+    pub fn refused(reason: Reason, detail: impl Into<String>) -> Self {
+        Self { reason, detail: detail.into(), temporary: false }
+    }
+
+    /// A caller that cannot be judged now.
+    pub fn temporary(reason: Reason, detail: impl Into<String>) -> Self {
+        Self { reason, detail: detail.into(), temporary: true }
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.reason.as_str(), self.detail)
+    }
+}
+
+impl std::error::Error for Error {}
+
+/// Tells who a peer is.
+pub trait Attestor: fmt::Debug + Send + Sync + 'static {
+    /// The metric label of this way.
+    fn method(&self) -> Method;
+
+    /// Proves who `peer` is; waits while the answer can still come.
+    fn attest<'a>(&'a self, peer: &'a Peer) -> BoxFuture<'a, Result<Attested, Error>>;
+}
+
+/// A way of attestation, as a metric label.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
+#[allow(non_camel_case_types, reason = "the names are the label's values")]
+pub enum Method {
+    /// By user id.
+    unix,
+    /// By peer, cgroup and pod.
+    kubernetes,
+}
+
+/// Whether an attestation served, as a metric label.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
+#[allow(non_camel_case_types, reason = "the names are the label's values")]
+pub enum Verdict {
+    /// Proven.
+    ok,
+    /// Never.
+    refused,
+    /// Not now.
+    unavailable,
+}
+
+/// Labels of `attestations_total`.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct Labels {
+    method: Method,
+    result: Verdict,
+    reason: Reason,
+}
+
+/// Labels of `attestation_duration_seconds`.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct MethodLabel {
+    method: Method,
+}
+
+/// What attestation counts.
+#[derive(Debug, Clone)]
+pub struct Metrics {
+    attestations: Family<Labels, Counter>,
+    duration: Family<MethodLabel, Histogram>,
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        let buckets = || Histogram::new([0.000_05, 0.000_1, 0.000_25, 0.000_5, 0.001, 0.005, 0.025, 0.1, 0.5, 2.5, 10.0]);
+        Self { attestations: Family::default(), duration: Family::new_with_constructor(buckets) }
+    }
+}
+
+impl Metrics {
+    /// Registers the module's metrics.
+    pub fn register(registry: &mut Registry) -> Self {
+        let metrics = Self::default();
+        registry.register("attestations", "Callers judged", metrics.attestations.clone());
+        registry.register(
+            "attestation_duration_seconds",
+            "Time from a connection's first request to the verdict about its caller",
+            metrics.duration.clone(),
+        );
+        metrics
+    }
+
+    /// Counts one verdict.
+    pub fn observe(&self, method: Method, verdict: Result<(), &Error>, seconds: f64) {
+        let (result, reason) = match verdict {
+            Ok(()) => (Verdict::ok, Reason::none),
+            Err(error) if error.temporary => (Verdict::unavailable, error.reason),
+            Err(error) => (Verdict::refused, error.reason),
+        };
+        self.attestations.get_or_create(&Labels { method, result, reason }).inc();
+        self.duration.get_or_create(&MethodLabel { method }).observe(seconds);
+    }
+}

@@ -1,0 +1,179 @@
+//! The wall clock, and waiting for a moment of it.
+//!
+//! Owns the only reads of the real time. A waiter wakes at its moment, when the clock is stepped, or after a minute, whichever is
+//! first: suspended machines and NTP steps are noticed, and the waiter looks at the time again. Policy takes `now` as an argument.
+
+use std::{
+    fmt, io,
+    os::fd::OwnedFd,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use futures::future::BoxFuture;
+use nix::{
+    errno::Errno,
+    sys::{
+        time::TimeSpec,
+        timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags},
+    },
+};
+use tokio::{sync::watch, time::Instant};
+
+use crate::fd;
+
+/// No sleep lasts longer, so that a step that the kernel does not report is noticed all the same.
+pub const LONGEST_SLEEP: Duration = Duration::from_secs(60);
+
+/// The time of day and waiting for it.
+pub trait Clock: fmt::Debug + Send + Sync + 'static {
+    /// The wall clock's time.
+    fn now(&self) -> SystemTime;
+
+    /// Returns at `until`, when the clock is stepped, or after [`LONGEST_SLEEP`]. The caller reads [`Clock::now`] again.
+    fn sleep_until(&self, until: SystemTime) -> BoxFuture<'_, ()>;
+}
+
+/// Seconds since the epoch; what lies before it counts as 0.
+pub fn unix_seconds(time: SystemTime) -> u64 {
+    time.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
+}
+
+/// The time that lies `seconds` after the epoch, bounded to the year 9999.
+pub fn from_unix_seconds(seconds: i64) -> SystemTime {
+    const END_OF_9999: u64 = 253_402_300_799;
+    UNIX_EPOCH + Duration::from_secs(u64::try_from(seconds).unwrap_or(0).min(END_OF_9999))
+}
+
+/// RFC 3339 in UTC, to the second.
+pub fn rfc3339(time: SystemTime) -> String {
+    humantime::format_rfc3339_seconds(time).to_string()
+}
+
+/// The machine's clock, by a `timerfd` that the kernel cancels when the clock is set.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct SystemClock;
+
+impl Clock for SystemClock {
+    fn now(&self) -> SystemTime {
+        SystemTime::now()
+    }
+
+    fn sleep_until(&self, until: SystemTime) -> BoxFuture<'_, ()> {
+        Box::pin(async move {
+            let wait = until.duration_since(self.now()).unwrap_or_default();
+            if wait.is_zero() {
+                return;
+            }
+            let bound = tokio::time::sleep(wait.min(LONGEST_SLEEP));
+            tokio::select! {
+                () = bound => {}
+                result = stepped(until) => if let Err(error) = result {
+                    // Without a timer the bound above still wakes the waiter.
+                    tracing::warn!(%error, "cannot watch the clock for steps; looking once a minute instead");
+                    tokio::time::sleep(wait.min(LONGEST_SLEEP)).await;
+                },
+            }
+        })
+    }
+}
+
+/// Waits until the clock reaches `until` or is set.
+async fn stepped(until: SystemTime) -> io::Result<()> {
+    let timer = TimerFd::new(ClockId::CLOCK_REALTIME, TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC)?;
+    let since_epoch = until.duration_since(UNIX_EPOCH).unwrap_or_default();
+    let flags = TimerSetTimeFlags::TFD_TIMER_ABSTIME | TimerSetTimeFlags::TFD_TIMER_CANCEL_ON_SET;
+    timer.set(Expiration::OneShot(TimeSpec::from_duration(since_epoch)), flags)?;
+    let timer = fd::watched(OwnedFd::from(timer))?;
+    loop {
+        let mut ready = timer.readable().await?;
+        // ECANCELED: the clock was set. EAGAIN: a false alarm of the poller.
+        let mut count = [0; 8];
+        match nix::unistd::read(timer.get_ref(), &mut count) {
+            Ok(_) | Err(Errno::ECANCELED) => return Ok(()),
+            Err(Errno::EAGAIN) => ready.clear_ready(),
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// A clock for tests: a base, plus tokio's elapsed (pausable) time, plus an offset that a test may step.
+#[derive(Debug, Clone)]
+pub struct TestClock {
+    base: SystemTime,
+    start: Instant,
+    offset: Arc<Mutex<i64>>,
+    steps: watch::Sender<()>,
+}
+
+impl TestClock {
+    /// Starts at `base`; call it inside a runtime.
+    pub fn new(base: SystemTime) -> Self {
+        Self { base, start: Instant::now(), offset: Arc::default(), steps: watch::Sender::new(()) }
+    }
+
+    /// Sets the clock by `seconds` and wakes every sleeper, as the kernel does.
+    pub fn step(&self, seconds: i64) {
+        *self.offset.lock().unwrap_or_else(PoisonError::into_inner) += seconds;
+        self.steps.send_replace(());
+    }
+}
+
+impl Clock for TestClock {
+    fn now(&self) -> SystemTime {
+        let offset = *self.offset.lock().unwrap_or_else(PoisonError::into_inner);
+        let time = self.base + self.start.elapsed();
+        let by = Duration::from_secs(offset.unsigned_abs());
+        if offset < 0 { time - by } else { time + by }
+    }
+
+    fn sleep_until(&self, until: SystemTime) -> BoxFuture<'_, ()> {
+        let wait = until.duration_since(self.now()).unwrap_or_default().min(LONGEST_SLEEP);
+        let mut steps = self.steps.subscribe();
+        Box::pin(async move {
+            tokio::select! {
+                () = tokio::time::sleep(wait) => {}
+                _ = steps.changed() => {}
+            }
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn the_system_clock_wakes_at_its_moment() {
+        let clock = SystemClock;
+        let until = clock.now() + Duration::from_millis(50);
+        clock.sleep_until(until).await;
+        assert!(clock.now() >= until - Duration::from_millis(2));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_sleeper_wakes_when_the_clock_is_stepped_and_at_the_latest_after_a_minute() {
+        let clock = TestClock::new(UNIX_EPOCH + Duration::from_secs(1_000_000));
+        let far = clock.now() + Duration::from_secs(86_400);
+        let before = Instant::now();
+        clock.sleep_until(far).await;
+        assert_eq!(before.elapsed(), LONGEST_SLEEP);
+
+        let sleeper = tokio::spawn({
+            let clock = clock.clone();
+            async move { clock.sleep_until(far).await }
+        });
+        tokio::task::yield_now().await;
+        let before = Instant::now();
+        clock.step(-3600);
+        sleeper.await.unwrap();
+        assert_eq!(before.elapsed(), Duration::ZERO);
+    }
+
+    #[test]
+    fn seconds_convert_both_ways_and_nonsense_is_bounded() {
+        assert_eq!(unix_seconds(from_unix_seconds(1_700_000_000)), 1_700_000_000);
+        assert_eq!(from_unix_seconds(-5), UNIX_EPOCH);
+        assert_eq!(rfc3339(from_unix_seconds(i64::MAX)), "9999-12-31T23:59:59Z");
+    }
+}

@@ -1,0 +1,181 @@
+//! The configuration: one YAML file, the environment, and the command line, read once into these types.
+//!
+//! The only reader of the environment. Every error is reported at once, each naming the field, its value and the way out.
+
+use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+
+use crate::identity::{IssuerName, PodRef, Profile, TrustDomain};
+
+/// All that the agent is told.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Config {
+    /// `trustDomain`
+    pub trust_domain: TrustDomain,
+    /// `sockets.shared`
+    pub shared_socket: SharedSocket,
+    /// `attestation`
+    pub attestation: Attestation,
+    /// `identity`, `certificate` and `issuer` together: the profile of every workload that no other takes.
+    pub default_profile: Arc<Profile>,
+    /// `issuer`, by the names that profiles use.
+    pub issuers: BTreeMap<IssuerName, IssuerConfig>,
+    /// `trust.sources`
+    pub trust_sources: Vec<TrustSource>,
+    /// `names`
+    pub names: Names,
+    /// `keys.lockMemory`
+    pub lock_memory: LockMemory,
+    /// `limits`
+    pub limits: Limits,
+    /// `retention`: how long a certificate is kept after its last subscriber has gone.
+    pub retention: Duration,
+    /// `drain`: how long open streams may take to end at shutdown.
+    pub drain: Duration,
+    /// `admin.address`: loopback only.
+    pub admin: SocketAddr,
+    /// `metrics.address`
+    pub metrics: SocketAddr,
+    /// `workerThreads`
+    pub worker_threads: usize,
+    /// The environment of a pod: `NODE_NAME`, `POD_NAMESPACE`, `POD_NAME`, `POD_UID`.
+    pub node: NodeEnvironment,
+}
+
+/// What the downward API tells.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct NodeEnvironment {
+    /// `NODE_NAME`: whose pods are served.
+    pub node_name: Option<Arc<str>>,
+    /// The agent's own pod, which owns its requests.
+    pub pod: Option<PodRef>,
+}
+
+/// The socket that every pod of the node may call.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SharedSocket {
+    /// Where it is bound; at most 100 bytes, for the temporary name beside it.
+    pub path: PathBuf,
+    /// Its permission bits.
+    pub mode: u32,
+}
+
+/// How callers are known on the shared socket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Attestation {
+    /// Peer, cgroup, pod.
+    Kubernetes,
+    /// User id.
+    Unix,
+}
+
+/// One upstream.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum IssuerConfig {
+    /// cert-manager's CertificateRequests.
+    CertManager(CertManager),
+    /// An authority in memory; for development and tests only.
+    Embedded,
+}
+
+/// `issuer.certManager`
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CertManager {
+    /// `issuerRef`
+    pub issuer_ref: IssuerRef,
+    /// Where the requests are created.
+    pub namespace: RequestNamespace,
+    /// `trustStatusCA`: take `status.ca` of issued requests as a trust bundle source. Off unless said.
+    pub trust_status_ca: bool,
+}
+
+/// cert-manager's reference to an issuer.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct IssuerRef {
+    /// `name`
+    pub name: String,
+    /// `kind`
+    pub kind: String,
+    /// `group`
+    pub group: String,
+}
+
+/// Where CertificateRequests go.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum RequestNamespace {
+    /// One namespace, the agents' own by default.
+    Fixed(String),
+    /// `workload`: each into the namespace of its pod.
+    Workload,
+}
+
+/// Where a trust bundle comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum TrustSource {
+    /// A key of a ConfigMap, as trust-manager writes it.
+    ConfigMap {
+        /// Its namespace.
+        namespace: String,
+        /// Its name.
+        name: String,
+        /// The key within.
+        key: String,
+    },
+    /// A PEM file, watched.
+    File {
+        /// Its path.
+        path: PathBuf,
+    },
+}
+
+/// The well-known resource names.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Names {
+    /// The workload's own certificate: `default`.
+    pub certificate: String,
+    /// The bundle of the agent's trust domain: `ROOTCA`.
+    pub bundle: String,
+}
+
+impl Default for Names {
+    fn default() -> Self {
+        Self { certificate: "default".into(), bundle: "ROOTCA".into() }
+    }
+}
+
+/// When key memory is locked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LockMemory {
+    /// Where it is allowed without a limit and there is swap.
+    Auto,
+    /// Or do not start.
+    Always,
+    /// Not at all.
+    Never,
+}
+
+/// What one agent takes on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Limits {
+    /// Connections in all.
+    pub connections: usize,
+    /// Streams and unary calls at once on one connection.
+    pub streams_per_connection: u32,
+    /// Bytes in one request message.
+    pub message_bytes: usize,
+    /// Resource names on one stream.
+    pub names_per_stream: usize,
+    /// A connection without a call in progress is closed after this time.
+    pub idle: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            connections: 16_384,
+            streams_per_connection: 100,
+            message_bytes: 512 << 10,
+            names_per_stream: 64,
+            idle: Duration::from_secs(3600),
+        }
+    }
+}

@@ -1,0 +1,14 @@
+//! Waiting for an owned file descriptor: timers and pidfds.
+
+use std::{io, os::fd::OwnedFd};
+
+use tokio::io::{Interest, unix::AsyncFd};
+
+/// Registers `fd` with the runtime, for reading only.
+///
+/// tokio deprecates its safe constructor because a type's `as_raw_fd` may change its answer; an [`OwnedFd`]'s never does, and this
+/// crate forbids the `unsafe` of the successor.
+#[expect(deprecated, reason = "OwnedFd keeps its descriptor, and unsafe code is forbidden here")]
+pub fn watched(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    AsyncFd::with_interest(fd, Interest::READABLE)
+}

@@ -1,0 +1,202 @@
+//! The upstream: something that turns an [`Order`] into a signed chain.
+//!
+//! Owns the trait, the key and CSR of each order, and the checks before publish ([`verify`]). An issuer knows neither the store nor
+//! the streams. Dropping the future of [`Issuer::issue`] abandons the order: the issuer cleans up behind itself.
+
+use std::{fmt, sync::Arc, time::Duration};
+
+use futures::future::BoxFuture;
+use tokio::sync::watch;
+
+use crate::{
+    identity::{Identity, PodRef},
+    material::PrivateKey,
+};
+
+pub mod csr;
+pub mod embedded;
+pub mod verify;
+
+/// One certificate, please.
+#[derive(Debug, Clone)]
+pub struct Order {
+    /// For whom, and (by its profile) how.
+    pub identity: Arc<Identity>,
+    /// The pod in whose name an approver may judge the request. It changes when the pod goes.
+    pub evidence: Option<PodRef>,
+    /// Where the issuer tells how far it is.
+    pub progress: Progress,
+}
+
+/// How far an order is, as told by its issuer.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum Stage {
+    /// The key and the request are being made, or the request is on its way.
+    #[default]
+    Preparing,
+    /// The upstream has the request, under this name, and may take its time: the order can be parked.
+    Submitted(Arc<str>),
+}
+
+/// The issuer's end of an order's [`Stage`].
+#[derive(Debug, Clone)]
+pub struct Progress(watch::Sender<Stage>);
+
+impl Progress {
+    /// A handle and its watcher.
+    pub fn new() -> (Self, watch::Receiver<Stage>) {
+        let (sender, receiver) = watch::channel(Stage::default());
+        (Self(sender), receiver)
+    }
+
+    /// The upstream has the request, under `name`.
+    pub fn submitted(&self, name: &str) {
+        self.0.send_replace(Stage::Submitted(name.into()));
+    }
+
+    /// The request was lost; another will be made.
+    pub fn preparing(&self) {
+        self.0.send_replace(Stage::Preparing);
+    }
+}
+
+/// A signed chain and its key: claims of the upstream, not yet verified.
+pub struct Issued {
+    /// The key whose CSR was signed.
+    pub key: PrivateKey,
+    /// PEM, leaf first.
+    pub chain_pem: Vec<u8>,
+    /// How long the parts took, for the metrics: (phase, seconds).
+    pub phases: Vec<(Phase, Duration)>,
+}
+
+impl fmt::Debug for Issued {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Issued").field("key", &self.key).finish_non_exhaustive()
+    }
+}
+
+/// A part of an issue.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Phase {
+    /// Key, CSR and the request's creation.
+    Create,
+    /// From creation to approval.
+    Approve,
+    /// From approval to the signed chain.
+    Sign,
+}
+
+/// When to try again after an error.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Retry {
+    /// At once: the error was about evidence that has been replaced.
+    Now,
+    /// By the identity's own backoff.
+    Backoff,
+    /// Not before this time has passed.
+    After(Duration),
+    /// Only a change of configuration can help; until then at the longest backoff.
+    Configuration,
+}
+
+/// Why an order failed. The text is for the operator; it never holds key, token or CSR.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum Error {
+    /// The approver said no.
+    #[error("request {request} was denied: {reason}: {message}")]
+    Denied {
+        /// The request's name.
+        request: String,
+        /// The condition's reason.
+        reason: String,
+        /// The condition's message.
+        message: String,
+        /// When to ask again.
+        retry: Retry,
+    },
+    /// The issuer tried and failed.
+    #[error("request {request} failed: {reason}: {message}")]
+    Failed {
+        /// The request's name.
+        request: String,
+        /// The condition's reason.
+        reason: String,
+        /// The condition's message.
+        message: String,
+        /// When to ask again.
+        retry: Retry,
+    },
+    /// The upstream's interface refused or did not answer.
+    #[error("{action}: {message}")]
+    Api {
+        /// What was tried, such as `create CertificateRequest in namespace sds-agent`.
+        action: String,
+        /// What came back and what to do about it.
+        message: String,
+        /// When to ask again.
+        retry: Retry,
+    },
+    /// No answer in time.
+    #[error("{action}: no answer within {} s", after.as_secs())]
+    Timeout {
+        /// What was waited for.
+        action: String,
+        /// How long.
+        after: Duration,
+    },
+    /// The upstream's answer must not be served.
+    #[error("the issuer returned a certificate that must not be served: {0}")]
+    InvalidCertificate(#[from] verify::Error),
+    /// The key or its CSR could not be made.
+    #[error("cannot make a key and its CSR: {0}")]
+    Csr(#[from] csr::Error),
+    /// The configuration asks for an issuer that cannot serve.
+    #[error("{0}")]
+    Configuration(String),
+}
+
+/// An issue's result as a metric label.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Outcome {
+    /// Verified and published.
+    Ok,
+    /// Denied by the approver.
+    Denied,
+    /// Failed by the issuer.
+    Failed,
+    /// No answer in time.
+    Timeout,
+    /// The API refused or broke.
+    ApiError,
+    /// An answer that must not be served.
+    InvalidCertificate,
+}
+
+impl Error {
+    /// When to try again.
+    pub fn retry(&self) -> Retry {
+        match self {
+            Self::Denied { retry, .. } | Self::Failed { retry, .. } | Self::Api { retry, .. } => *retry,
+            Self::Timeout { .. } | Self::InvalidCertificate(_) | Self::Csr(_) => Retry::Backoff,
+            Self::Configuration(_) => Retry::Configuration,
+        }
+    }
+
+    /// The metric label.
+    pub fn outcome(&self) -> Outcome {
+        match self {
+            Self::Denied { .. } => Outcome::Denied,
+            Self::Failed { .. } | Self::Csr(_) => Outcome::Failed,
+            Self::Api { .. } | Self::Configuration(_) => Outcome::ApiError,
+            Self::Timeout { .. } => Outcome::Timeout,
+            Self::InvalidCertificate(_) => Outcome::InvalidCertificate,
+        }
+    }
+}
+
+/// A certificate authority, seen from the node.
+pub trait Issuer: fmt::Debug + Send + Sync + 'static {
+    /// Makes a key and a CSR and has it signed. Single-flight is the caller's duty; so are retries.
+    fn issue(&self, order: Order) -> BoxFuture<'static, Result<Issued, Error>>;
+}

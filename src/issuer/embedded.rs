@@ -1,0 +1,117 @@
+//! A certificate authority in memory, for development and tests: a root, an intermediate, and nothing that outlives the process.
+//!
+//! It reads the CSR that every issuer gets, and signs what the CSR asks for, so that the path is the same as with a real upstream.
+
+use std::{
+    fmt,
+    sync::Arc,
+    time::{Duration, Instant, SystemTime},
+};
+
+use futures::future::BoxFuture;
+use rcgen::{
+    BasicConstraints, Certificate, CertificateParams, CertificateSigningRequestParams, DnType, ExtendedKeyUsagePurpose, IsCa,
+    Issuer as Signer, KeyPair, KeyUsagePurpose,
+};
+use rustls::pki_types::CertificateSigningRequestDer;
+
+use crate::{
+    clock::Clock,
+    issuer::{Error, Issued, Issuer, Order, Phase, Retry, csr},
+    material::TrustBundle,
+};
+
+/// The root and the intermediate live this long.
+const AUTHORITY_LIFETIME: Duration = Duration::from_secs(10 * 365 * 86_400);
+/// A certificate's notBefore lies this far back, for peers whose clocks run behind.
+const BACKDATE: Duration = Duration::from_secs(10);
+
+/// An in-memory root and intermediate.
+pub struct Embedded {
+    inner: Arc<Authority>,
+    clock: Arc<dyn Clock>,
+}
+
+struct Authority {
+    root: Certificate,
+    intermediate: Certificate,
+    signer: Signer<'static, KeyPair>,
+}
+
+impl fmt::Debug for Embedded {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Embedded")
+    }
+}
+
+impl Embedded {
+    /// Makes a fresh authority, named after the trust domain.
+    pub fn new(trust_domain: &str, clock: Arc<dyn Clock>) -> Result<Self, Error> {
+        let authority = Authority::new(trust_domain, clock.now())
+            .map_err(|e| Error::Configuration(format!("cannot make the embedded authority: {e}")))?;
+        Ok(Self { inner: Arc::new(authority), clock })
+    }
+
+    /// The root, as the trust bundle.
+    pub fn bundle(&self) -> Result<TrustBundle, crate::material::Error> {
+        TrustBundle::from_certificates(vec![self.inner.root.der().clone()])
+    }
+}
+
+impl Authority {
+    fn new(trust_domain: &str, now: SystemTime) -> Result<Self, rcgen::Error> {
+        let root_key = KeyPair::generate()?;
+        let params = authority_params(&format!("{trust_domain} development root"), BasicConstraints::Constrained(1), now);
+        let root = params.self_signed(&root_key)?;
+        let root_signer = Signer::new(params, root_key);
+
+        let key = KeyPair::generate()?;
+        let params = authority_params(&format!("{trust_domain} development intermediate"), BasicConstraints::Constrained(0), now);
+        let intermediate = params.signed_by(&key, &root_signer)?;
+        Ok(Self { root, intermediate, signer: Signer::new(params, key) })
+    }
+
+    fn sign(&self, csr_der: Vec<u8>, lifetime: Duration, now: SystemTime) -> Result<Vec<u8>, rcgen::Error> {
+        let mut request = CertificateSigningRequestParams::from_der(&CertificateSigningRequestDer::from(csr_der))?;
+        let params = &mut request.params;
+        // A short life is not spent on backdating.
+        params.not_before = (now - BACKDATE.min(lifetime / 20)).into();
+        params.not_after = (now + lifetime).into();
+        params.is_ca = IsCa::ExplicitNoCa;
+        params.use_authority_key_identifier_extension = true;
+        params.key_usages = vec![KeyUsagePurpose::DigitalSignature, KeyUsagePurpose::KeyEncipherment];
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        let leaf = request.signed_by(&self.signer)?;
+        Ok([leaf.pem(), self.intermediate.pem()].concat().into_bytes())
+    }
+}
+
+fn authority_params(name: &str, constraints: BasicConstraints, now: SystemTime) -> CertificateParams {
+    let mut params = CertificateParams::default();
+    params.distinguished_name = rcgen::DistinguishedName::new();
+    params.distinguished_name.push(DnType::CommonName, name);
+    params.is_ca = IsCa::Ca(constraints);
+    params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+    params.not_before = (now - BACKDATE).into();
+    params.not_after = (now + AUTHORITY_LIFETIME).into();
+    params
+}
+
+impl Issuer for Embedded {
+    fn issue(&self, order: Order) -> BoxFuture<'static, Result<Issued, Error>> {
+        let (authority, clock) = (self.inner.clone(), self.clock.clone());
+        Box::pin(async move {
+            let start = Instant::now();
+            let made = csr::generate(&order.identity).await?;
+            let created = Instant::now();
+            let chain_pem = authority.sign(made.csr_der, order.identity.profile.lifetime, clock.now()).map_err(|e| Error::Failed {
+                request: "embedded".into(),
+                reason: "SigningFailed".into(),
+                message: e.to_string(),
+                retry: Retry::Backoff,
+            })?;
+            let phases = vec![(Phase::Create, created - start), (Phase::Sign, created.elapsed())];
+            Ok(Issued { key: made.key, chain_pem, phases })
+        })
+    }
+}

@@ -1,0 +1,27 @@
+//! sds-agent: one agent per node that serves Envoy's secret discovery service (SDS v3) from cert-manager.
+//!
+//! The modules stand in the order in which a request passes them:
+//!
+//! 1. `listener` binds the Unix socket, `session` accepts a connection, [`peer`] takes the caller's credentials and a handle on it;
+//! 2. [`attest`] proves which workload that is, [`identity`] names it and picks the profile of its certificate;
+//! 3. `sds` (names, pure stream state, encoding) subscribes to that identity in the `store` and answers with [`material`];
+//! 4. `rotation` owns when a certificate is made or replaced, and orders it from an [`issuer`];
+//! 5. [`trust`] owns the bundles, which `sds` serves and `rotation` checks against.
+//!
+//! `app` composes them; [`config`], [`clock`] and the operations modules stand around the path. Nobody imports its caller.
+
+pub mod peer;
+
+pub mod attest;
+pub mod identity;
+
+pub mod material;
+
+pub mod issuer;
+
+pub mod trust;
+
+pub mod clock;
+pub mod config;
+pub mod fd;
+pub mod proto;

@@ -1,0 +1,27 @@
+#!/bin/sh
+# Builds the control plane of the tests: build.sh OUTPUT
+#
+# cert-manager's CRDs come out of its Go module at build time, so that they
+# match the controllers and no copy of them lives in this repository.
+set -eu
+
+[ $# -eq 1 ] || { echo "usage: $0 OUTPUT" >&2; exit 2; }
+case $1 in /*) out=$1 ;; *) out=$PWD/$1 ;; esac
+cd "$(dirname "$0")"
+command -v go >/dev/null || { echo "$0: go (1.26 or newer) is not on PATH" >&2; exit 1; }
+
+module=github.com/cert-manager/cert-manager
+go mod download "$module"
+source=$(go list -m -f '{{.Dir}}' "$module")/deploy/crds
+
+# Touch a file only when it changed: an unchanged tree needs no new link.
+for file in crds/*.yaml; do
+    [ -e "$source/${file#crds/}" ] || rm -f "$file"
+done
+for file in "$source"/*.yaml; do
+    copy=crds/${file##*/}
+    cmp -s "$file" "$copy" || { rm -f "$copy"; cat "$file" >"$copy"; }
+done
+
+mkdir -p "$(dirname "$out")"
+CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '-s -w' -o "$out" .

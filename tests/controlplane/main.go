@@ -1,0 +1,147 @@
+// Command controlplane is a Kubernetes control plane for tests, in one process:
+// etcd, kube-apiserver, a few of kube-controller-manager's controllers and
+// cert-manager's webhook and CertificateRequest controllers. All of them are the
+// real code, taken from the public modules; only the wiring is here.
+//
+// It starts in seconds, listens on the loopback interface alone and ends when
+// its standard input does, so that a test that dies takes it along.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// startLimit bounds the whole start; a slow, busy machine needs far less.
+const startLimit = 3 * time.Minute
+
+// settings is the command line.
+type settings struct {
+	dir            string
+	port           int
+	approveSigners []string
+	controllers    []string
+	apiserverArgs  []string
+	audit          bool
+	stay           bool
+	verbosity      int
+}
+
+func main() {
+	// Libraries that print must not reach the one line that callers wait for.
+	stdout := os.Stdout
+	os.Stdout = os.Stderr
+
+	opts, err := parseFlags(os.Args[1:])
+	if errors.Is(err, flag.ErrHelp) {
+		return
+	}
+	if err == nil {
+		err = run(opts, stdout)
+	}
+	if err != nil {
+		fmt.Fprintf(os.Stderr, "controlplane: %v\n", err)
+		os.Exit(1)
+	}
+}
+
+func parseFlags(args []string) (settings, error) {
+	opts := settings{}
+	var signers, controllers string
+	fs := flag.NewFlagSet("controlplane", flag.ContinueOnError)
+	fs.SetOutput(io.Discard)
+	fs.StringVar(&opts.dir, "dir", "", "directory for data, keys and logs; one that was used before is resumed (required)")
+	fs.IntVar(&opts.port, "port", 0, "port of the API server on 127.0.0.1 (0: any free one)")
+	fs.StringVar(&signers, "approve-signers", strings.Join(defaultApproveSigners, ","),
+		"signer names that cert-manager's approver may approve, as in its chart; empty means every signer")
+	fs.StringVar(&controllers, "controllers", "*",
+		"cert-manager controllers to run: names, '*' for all, '-name' to take one out; known: "+strings.Join(certManagerControllers, " "))
+	fs.Func("apiserver-arg", "a further flag for kube-apiserver, such as --feature-gates=…; may be repeated", func(arg string) error {
+		opts.apiserverArgs = append(opts.apiserverArgs, arg)
+		return nil
+	})
+	fs.BoolVar(&opts.audit, "audit", false, "log every finished request with its user to DIR/audit.log, one JSON object a line")
+	fs.BoolVar(&opts.stay, "stay", false, "keep running when standard input ends")
+	fs.IntVar(&opts.verbosity, "v", 2, "verbosity of the logs in DIR")
+
+	if err := fs.Parse(args); err != nil {
+		if errors.Is(err, flag.ErrHelp) {
+			fmt.Fprintln(os.Stderr, "usage: controlplane --dir DIR [flags]")
+			fs.SetOutput(os.Stderr)
+			fs.PrintDefaults()
+		}
+		return opts, err
+	}
+	if fs.NArg() > 0 {
+		return opts, fmt.Errorf("unexpected argument %q; all settings are flags, see --help", fs.Arg(0))
+	}
+	if opts.dir == "" {
+		return opts, errors.New("--dir is required, see --help")
+	}
+	if opts.port < 0 || opts.port > 65535 {
+		return opts, fmt.Errorf("--port %d is not a port number", opts.port)
+	}
+	dir, err := filepath.Abs(opts.dir)
+	if err != nil {
+		return opts, fmt.Errorf("cannot resolve --dir %q: %w", opts.dir, err)
+	}
+	opts.dir = dir
+	opts.approveSigners = splitList(signers)
+	opts.controllers, err = selectControllers(splitList(controllers))
+	return opts, err
+}
+
+func splitList(text string) []string {
+	return strings.FieldsFunc(text, func(r rune) bool { return r == ',' || r == ' ' })
+}
+
+// run starts everything, says so, and returns when it is told to end (nil) or
+// when a part fails.
+func run(opts settings, stdout io.Writer) error {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
+	defer stop()
+	if !opts.stay {
+		go func() {
+			_, _ = io.Copy(io.Discard, os.Stdin)
+			stop()
+		}()
+	}
+
+	ctx, fail := context.WithCancelCause(ctx)
+	defer fail(nil)
+	plane := &plane{settings: opts, ctx: ctx, fail: fail}
+
+	started := make(chan error, 1)
+	go func() { started <- plane.start() }()
+	limit := time.NewTimer(startLimit)
+	defer limit.Stop()
+
+	select {
+	case err := <-started:
+		if err != nil && ctx.Err() == nil {
+			return err
+		}
+	case <-limit.C:
+		return fmt.Errorf("not ready after %v; the logs in %s say where it stopped", startLimit, opts.dir)
+	case <-ctx.Done():
+	}
+	if ctx.Err() == nil {
+		fmt.Fprintf(stdout, "ready %s\n", plane.adminKubeconfig())
+		<-ctx.Done()
+	}
+	// Nothing is shut down in order: the data on disk is whole at any moment and
+	// the sockets close with the process.
+	if cause := context.Cause(ctx); !errors.Is(cause, context.Canceled) {
+		return cause
+	}
+	return nil
+}
