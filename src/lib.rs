@@ -15,6 +15,8 @@ pub mod peer;
 pub mod attest;
 pub mod identity;
 
+pub mod sds;
+
 pub mod material;
 
 pub mod issuer;

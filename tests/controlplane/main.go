@@ -16,6 +16,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"runtime/debug"
 	"strings"
 	"syscall"
 	"time"
@@ -40,6 +41,12 @@ func main() {
 	// Libraries that print must not reach the one line that callers wait for.
 	stdout := os.Stdout
 	os.Stdout = os.Stderr
+
+	// The heap holds caches that hardly change: a smaller garbage quota saves a
+	// hundred megabytes for little work.
+	if os.Getenv("GOGC") == "" {
+		debug.SetGCPercent(50)
+	}
 
 	opts, err := parseFlags(os.Args[1:])
 	if errors.Is(err, flag.ErrHelp) {
