@@ -186,7 +186,10 @@ impl StreamState {
         }
         let Some(error) = error else { return Received::Ack(due.nonce) };
         for (name, version) in due.names {
-            if let Some(watch) = self.watches.iter_mut().find(|w| w.name == name) {
+            // A late word about an older response does not forgive the newer version that was rejected since.
+            if let Some(watch) =
+                self.watches.iter_mut().find(|w| w.name == name && (w.rejected.is_none() || w.sent.as_ref() == Some(&version)))
+            {
                 watch.rejected = Some(version);
             }
         }

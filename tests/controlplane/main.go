@@ -56,7 +56,7 @@ func main() {
 		err = run(opts, stdout)
 	}
 	if err != nil {
-		fmt.Fprintf(os.Stderr, "controlplane: %v\n", err)
+		fmt.Fprintf(os.Stderr, "controlplane: %s\n", strings.Join(strings.Fields(err.Error()), " "))
 		os.Exit(1)
 	}
 }
