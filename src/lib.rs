@@ -17,6 +17,8 @@ pub mod identity;
 
 pub mod sds;
 
+pub mod store;
+
 pub mod material;
 
 pub mod issuer;
@@ -26,4 +28,5 @@ pub mod trust;
 pub mod clock;
 pub mod config;
 pub mod fd;
+pub mod grpc;
 pub mod proto;

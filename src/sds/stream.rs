@@ -153,7 +153,8 @@ impl StreamState {
             return Err(Violation::TypeUrl(request.type_url));
         }
         let first = !std::mem::replace(&mut self.started, true);
-        let received = self.answer(&request.nonce, request.error);
+        // A nonce in a stream's first request is of another stream: it answers nothing, and its names count.
+        let received = if first { Received::Subscription } else { self.answer(&request.nonce, request.error) };
         if received == Received::Stale && self.face == Face::StateOfTheWorld {
             return Ok(received);
         }
@@ -228,7 +229,7 @@ impl StreamState {
         for name in self.expand(subscribe) {
             match self.watches.iter_mut().find(|w| w.name == name) {
                 // Delta: subscribing again asks for the resource again (a client that has lost it does so).
-                Some(watch) => watch.sent = None,
+                Some(watch) => (watch.sent, watch.brought) = (None, None),
                 None => {
                     let brought = versions.get(&*name).map(String::as_str).filter(|v| first && !v.is_empty());
                     self.watches.push(Watch::new(&name, brought));

@@ -328,7 +328,16 @@ func TestApprovalNeedsTheRight(t *testing.T) {
 		err := approve(cm)
 		return err != nil && strings.Contains(err.Error(), "does not have permissions to set approved/denied conditions")
 	})
-	time.Sleep(2 * time.Second)
+	eventually(t, "the webhook refuses cert-manager's own approver", 10*time.Second, func() bool {
+		log, _ := os.ReadFile(filepath.Join(dir, "audit.log"))
+		for _, line := range bytes.Split(log, []byte("\n")) {
+			if bytes.Contains(line, []byte(`"username":"system:serviceaccount:cert-manager:cert-manager"`)) &&
+				bytes.Contains(line, []byte(`/certificaterequests/guarded/status`)) && bytes.Contains(line, []byte(`does not have permissions`)) {
+				return true
+			}
+		}
+		return false
+	})
 	request, err := c.cm.CertmanagerV1().CertificateRequests(agentNamespace).Get(ctx, "guarded", metav1.GetOptions{})
 	if err != nil {
 		t.Fatal(err)
@@ -456,6 +465,13 @@ func TestTwoAtATime(t *testing.T) {
 	two.end(t)
 }
 
+func TestNoInputIsExplained(t *testing.T) {
+	out, err := exec.Command(program, "--dir", t.TempDir()).CombinedOutput()
+	if err == nil || !strings.Contains(string(out), "--stay") {
+		t.Errorf("%v: %s", err, out)
+	}
+}
+
 func TestBadStartsAreOneSentence(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "file")
 	if err := os.WriteFile(file, nil, 0o600); err != nil {
@@ -472,6 +488,7 @@ func TestBadStartsAreOneSentence(t *testing.T) {
 		"bad server flag":    {[]string{"--dir", t.TempDir(), "--apiserver-arg", "--nope"}, "kube-apiserver does not take its flags"},
 	} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 			defer cancel()
 			command := exec.CommandContext(ctx, program, c.args...)

@@ -219,6 +219,15 @@ fn a_version_counts_only_in_the_first_request() {
 }
 
 #[test]
+fn a_nonce_of_another_stream_does_not_hide_the_first_request() {
+    for (face, first) in [(SOTW, sotw(&["default"], "", "41")), (DELTA, delta(&["default"], &[], "41"))] {
+        let mut s = stream(face);
+        assert_eq!(s.request(first), Ok(Received::Subscription));
+        assert_eq!(due(&mut s, "v1"), Some((1, strings(&["default"]))));
+    }
+}
+
+#[test]
 fn another_type_and_too_many_names_end_the_stream() {
     let mut s = stream(SOTW);
     let request = Request { type_url: "type.googleapis.com/envoy.config.cluster.v3.Cluster".into(), ..sotw(&["default"], "", "") };
