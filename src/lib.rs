@@ -19,6 +19,8 @@ pub mod sds;
 
 pub mod store;
 
+pub mod rotation;
+
 pub mod material;
 
 pub mod issuer;

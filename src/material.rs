@@ -313,6 +313,15 @@ pub fn authority_digest(profile: &[u8; 32], anchor: Option<&CertificateDer<'_>>)
     hex(&hash.finish().as_ref()[..8])
 }
 
+/// Whether a certificate with this authority would still be issued and trusted: under the profile as it is, by a root that is in the
+/// bundle. Without a bundle only what was issued without one is.
+pub fn is_current_authority(authority: &str, profile: &[u8; 32], bundle: Option<&TrustBundle>) -> bool {
+    match bundle {
+        Some(bundle) => bundle.roots().iter().any(|root| authority_digest(profile, Some(root)) == authority),
+        None => authority_digest(profile, None) == authority,
+    }
+}
+
 /// Lower-case hexadecimal.
 pub fn hex(bytes: &[u8]) -> String {
     const DIGITS: &[u8; 16] = b"0123456789abcdef";
