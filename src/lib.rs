@@ -13,6 +13,7 @@
 pub mod peer;
 
 pub mod attest;
+pub mod caller;
 pub mod identity;
 
 pub mod sds;

@@ -278,9 +278,9 @@ impl StreamState {
         Some(Due { nonce: self.last_nonce, names })
     }
 
-    /// Whether everything that is watched and has an answer has been sent: a client that has stopped asking is done then.
-    pub fn is_settled(&self, version: impl Fn(&str) -> Option<String>) -> bool {
-        self.watches.iter().all(|w| version(&w.name).is_some_and(|v| !w.wants(&v)))
+    /// Whether everything that is watched and can be answered has been sent: a client that has stopped asking is done then.
+    pub fn is_settled(&self, answerable: impl Fn(&str) -> bool, version: impl Fn(&str) -> Option<String>) -> bool {
+        self.watches.iter().filter(|w| answerable(&w.name)).all(|w| version(&w.name).is_some_and(|v| !w.wants(&v)))
     }
 }
 
