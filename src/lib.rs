@@ -24,4 +24,5 @@ pub mod trust;
 pub mod clock;
 pub mod config;
 pub mod fd;
+pub mod process;
 pub mod proto;
