@@ -26,3 +26,5 @@ pub mod config;
 pub mod fd;
 pub mod process;
 pub mod proto;
+pub mod readiness;
+pub mod shutdown;
