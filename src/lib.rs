@@ -28,3 +28,4 @@ pub mod process;
 pub mod proto;
 pub mod readiness;
 pub mod shutdown;
+pub mod telemetry;
