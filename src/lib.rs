@@ -24,6 +24,7 @@ pub mod trust;
 pub mod clock;
 pub mod config;
 pub mod fd;
+pub mod metrics;
 pub mod process;
 pub mod proto;
 pub mod readiness;
