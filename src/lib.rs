@@ -21,6 +21,7 @@ pub mod issuer;
 
 pub mod trust;
 
+pub mod admin;
 pub mod clock;
 pub mod config;
 pub mod fd;
