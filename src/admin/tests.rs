@@ -1,3 +1,5 @@
+//! Over real sockets: a server that is slow to close is as wrong as one that answers badly.
+
 use std::net::{Ipv4Addr, SocketAddr};
 
 use serde_json::json;
