@@ -8,7 +8,8 @@
 //! 4. `rotation` owns when a certificate is made or replaced, and orders it from an [`issuer`];
 //! 5. [`trust`] owns the bundles, which `sds` serves and `rotation` checks against.
 //!
-//! `app` composes them; [`config`], [`clock`] and the operations modules stand around the path. Nobody imports its caller.
+//! `app` composes them; [`config`], [`clock`] and the operations modules stand around the path; [`cli`] is the command line. Nobody
+//! imports its caller.
 
 pub mod peer;
 
@@ -21,6 +22,7 @@ pub mod issuer;
 
 pub mod trust;
 
+pub mod cli;
 pub mod clock;
 pub mod config;
 pub mod fd;

@@ -1,1 +1,43 @@
-fn main() {}
+//! argv → subcommand, a runtime, an exit code. Everything else is in the library.
+
+use std::{future::Future, process::ExitCode};
+
+use sds_agent::{
+    cli::{self, Cli, Command, Exit, Style},
+    config::{self, Loaded},
+};
+use tokio::runtime::Builder;
+
+fn main() -> ExitCode {
+    let cli = match Cli::from_args(std::env::args_os()) {
+        Ok(cli) => cli,
+        Err(exit) => return exit.into(),
+    };
+    // It fails only where a provider is installed already, and then there is one.
+    let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+    let env = &config::process_environment;
+    match cli.command {
+        Command::Run(args) => start(args.load(env), Style::Run),
+        Command::Dev(args) => start(args.load(env), Style::Dev),
+        Command::CheckConfig(args) => cli::check_config::check(&args, env).into(),
+    }
+}
+
+fn start(loaded: Result<Loaded, Exit>, style: Style) -> ExitCode {
+    match loaded {
+        Ok(loaded) => {
+            let mut runtime = Builder::new_multi_thread();
+            runtime.worker_threads(loaded.config.worker_threads);
+            block_on(runtime, cli::run::run_agent(loaded, style))
+        }
+        Err(exit) => exit.into(),
+    }
+}
+
+fn block_on(mut runtime: Builder, work: impl Future<Output = anyhow::Result<ExitCode>>) -> ExitCode {
+    let done = runtime.enable_all().build().map_err(anyhow::Error::from).and_then(|runtime| runtime.block_on(work));
+    done.unwrap_or_else(|error| {
+        cli::output::complain(format_args!("{error:#}"));
+        Exit::Failed.into()
+    })
+}
