@@ -8,6 +8,7 @@ use clap::{Parser, Subcommand};
 
 pub mod check_config;
 pub mod dev;
+pub mod fetch;
 pub mod output;
 pub mod run;
 
@@ -29,6 +30,8 @@ pub enum Command {
     Run(run::Args),
     /// The agent with an authority of its own: needs no cluster and no configuration
     Dev(dev::Args),
+    /// Ask for secrets as a workload would, and show them without their keys
+    Fetch(fetch::Args),
     /// Tell every error of a configuration at once, and what it means
     CheckConfig(check_config::Args),
 }
@@ -36,6 +39,7 @@ pub enum Command {
 const EXAMPLES: &str = "\
 Try it, without a cluster:
   sds-agent dev                                an agent on a socket of your own
+  sds-agent fetch --watch                      in another terminal: see certificates rotate
 
 On a node:
   sds-agent check-config --config agent.yaml   what is wrong with it, all at once
@@ -110,7 +114,9 @@ mod tests {
             ("sds-agent frobnicate", Exit::Usage),
             ("sds-agent run", Exit::Usage),
             ("sds-agent dev --lifetime tomorrow", Exit::Usage),
+            ("sds-agent fetch -o xml", Exit::Usage),
             ("sds-agent --help", Exit::Ok),
+            ("sds-agent fetch --help", Exit::Ok),
             ("sds-agent --version", Exit::Ok),
         ] {
             assert_eq!(parse(args).err(), Some(exit), "{args}");
@@ -122,6 +128,7 @@ mod tests {
         for args in [
             "sds-agent run --config /etc/sds-agent/agent.yaml",
             "sds-agent dev --socket /tmp/a.sock --lifetime 30s --trust-domain example.org --admin 127.0.0.1:0",
+            "sds-agent fetch --socket /tmp/a.sock --name default --name ROOTCA --watch --api sds -o json --write-key key.pem --timeout 3s",
             "sds-agent check-config --config agent.yaml -o json",
         ] {
             assert!(parse(args).is_ok(), "{args}");

@@ -13,7 +13,7 @@ use super::{
 use crate::identity::PodRef;
 
 /// The value of an environment variable; an empty one counts as unset.
-pub type Env<'a> = &'a dyn Fn(&str) -> Option<String>;
+pub type Env<'a> = &'a (dyn Fn(&str) -> Option<String> + Sync);
 
 /// This process's environment.
 pub fn process(name: &str) -> Option<String> {
