@@ -8,7 +8,7 @@ use super::{
     error::Wrong,
     values::{DNS_NAME_RULE, is_dns_name, one_of},
 };
-use crate::identity::{PodRef, SpiffeId, TrustDomain, Workload, render};
+use crate::identity::{PodRef, SpiffeId, TrustDomain, Workload, placeholder, render};
 
 /// The workload that checks and examples render templates for.
 pub fn sample(attestation: Attestation) -> Workload {
@@ -80,16 +80,7 @@ fn filled(template: &str, attestation: Attestation, trust_domain: &TrustDomain) 
         return Err(Wrong::new("has a brace without its counterpart", remedy()));
     }
     let workload = sample(attestation);
-    let value = |field: &str| match (field, &workload) {
-        ("trustDomain", _) => Some(trust_domain.to_string()),
-        ("namespace", Workload::Pod { pod, .. }) => Some(pod.namespace.to_string()),
-        ("podName", Workload::Pod { pod, .. }) => Some(pod.name.to_string()),
-        ("podUid", Workload::Pod { pod, .. }) => Some(pod.uid.to_string()),
-        ("serviceAccount", Workload::Pod { service_account: Some(name), .. }) => Some(name.to_string()),
-        ("uid", Workload::Unix { uid }) => Some(uid.to_string()),
-        _ => None,
-    };
-    render(template, value).map_err(|error| match error {
+    render(template, |field| placeholder(field, trust_domain, &workload)).map_err(|error| match error {
         crate::identity::Error::Template { field, .. } => {
             let kind = match attestation {
                 Attestation::Kubernetes => "kubernetes",

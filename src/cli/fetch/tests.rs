@@ -1,3 +1,5 @@
+//! `fetch` from its flags to what it prints, against a scripted server.
+
 use std::{fs, time::UNIX_EPOCH};
 
 use prost::Message;
