@@ -26,7 +26,7 @@ fn main() -> ExitCode {
 
 fn start(loaded: Result<Loaded, Exit>, style: Style) -> ExitCode {
     match loaded {
-        Ok(loaded) => told(cli::run::start(loaded, style, &config::process_environment)),
+        Ok(loaded) => told(cli::run::start(&loaded, style, &config::process_environment)),
         Err(exit) => exit.into(),
     }
 }

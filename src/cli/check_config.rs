@@ -144,6 +144,7 @@ fn summary(config: &Config) -> Option<Summary> {
     let workload = config::sample_workload(config.attestation);
     // The templates have been tried on this very workload.
     let identity = resolver.resolve(&workload).ok()?;
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a share of a lifetime, rounded for people")]
     let renewal = |spread: f64| (profile.lifetime.as_secs_f64() * profile.renew_at * spread).round() as u64;
     let federated = config.federated.iter().map(|(domain, source)| format!("{domain} from {}", source_in_words(source)));
     Some(Summary {
@@ -211,6 +212,7 @@ mod tests {
     const LEAST: &str = "issuer: { certManager: { issuerRef: { name: mesh-ca, kind: ClusterIssuer } } }\n\
                          trust: { sources: [ { file: /etc/roots.pem } ] }\n";
 
+    #[expect(clippy::disallowed_methods, reason = "a test's own file")]
     fn args(text: &str) -> (tempfile::TempDir, Args) {
         let dir = tempfile::tempdir().unwrap();
         let config = dir.path().join("agent.yaml");

@@ -59,7 +59,7 @@ pub enum Style {
 }
 
 /// Hardens the process, sets up the log, and runs the agent until it is told to stop.
-pub fn start(loaded: Loaded, style: Style, env: Env<'_>) -> anyhow::Result<ExitCode> {
+pub fn start(loaded: &Loaded, style: Style, env: Env<'_>) -> anyhow::Result<ExitCode> {
     // Before the runtime's threads and before the first key.
     let hardened = process::harden(loaded.config.lock_memory)?;
     let filter = env(telemetry::VARIABLE).or((style == Style::Dev).then(|| DEV_FILTER.to_owned()));

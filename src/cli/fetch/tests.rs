@@ -197,7 +197,7 @@ async fn a_connection_that_ends_is_unavailable() {
     let listener = tokio::net::UnixListener::bind(&path).unwrap();
     tokio::spawn(async move {
         while let Ok(connection) = listener.accept().await {
-            drop(connection)
+            drop(connection);
         }
     });
     let failure = run(args(&path)).await.1.unwrap_err();

@@ -83,7 +83,7 @@ mod tests {
     #[test]
     fn the_backoff_grows_to_its_bound_and_starts_again() {
         let mut backoff = Backoff::default();
-        let waits: Vec<u64> = (0..8).map(|_| backoff.next(1.0).as_millis() as u64).collect();
+        let waits: Vec<u64> = (0..8).map(|_| u64::try_from(backoff.next(1.0).as_millis()).unwrap()).collect();
         assert_eq!(waits, [1000, 2000, 4000, 8000, 16_000, 30_000, 30_000, 30_000]);
         assert_eq!(backoff.next(0.0), SHORTEST);
         backoff.reset();

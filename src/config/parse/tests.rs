@@ -218,6 +218,7 @@ fn a_private_key_in_the_wrong_place_is_not_repeated() {
 }
 
 #[test]
+#[expect(clippy::disallowed_methods, reason = "a test's own file")]
 fn a_file_that_cannot_be_read_is_named() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("missing.yaml");
