@@ -234,14 +234,14 @@ pub struct Profile {
 }
 
 impl Profile {
-    /// A digest of all that decides what a certificate of this profile is. The schedule is not part of it.
+    /// A digest of all that decides what a certificate of this profile is. Neither the schedule nor the profile's place in the list
+    /// is part of it: changing those reissues nothing.
     pub fn fingerprint(&self) -> [u8; 32] {
         let mut hash = digest::Context::new(&digest::SHA256);
         let mut field = |bytes: &[u8]| {
             hash.update(&(bytes.len() as u64).to_be_bytes());
             hash.update(bytes);
         };
-        field(self.name.as_bytes());
         field(self.issuer.0.as_bytes());
         field(self.key.as_str().as_bytes());
         field(&self.lifetime.as_secs().to_be_bytes());
@@ -349,8 +349,13 @@ pub fn render(template: &str, value: impl Fn(&str) -> Option<String>) -> Result<
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
+
+    /// An identity for the tests of other modules.
+    pub(crate) fn identity(service_account: &str) -> Arc<Identity> {
+        Arc::new(resolver(profile(ISTIO)).resolve(&pod(Some(service_account), "u1")).unwrap())
+    }
 
     fn profile(template: &str) -> Profile {
         Profile {

@@ -49,14 +49,9 @@ impl Progress {
         (Self(sender), receiver)
     }
 
-    /// The upstream has the request, under `name`.
+    /// The upstream has the request, under `name`. Said once: an order whose request is lost fails and is ordered again.
     pub fn submitted(&self, name: &str) {
         self.0.send_replace(Stage::Submitted(name.into()));
-    }
-
-    /// The request was lost; another will be made.
-    pub fn preparing(&self) {
-        self.0.send_replace(Stage::Preparing);
     }
 }
 

@@ -13,7 +13,14 @@
 pub mod peer;
 
 pub mod attest;
+pub mod caller;
 pub mod identity;
+
+pub mod sds;
+
+pub mod store;
+
+pub mod rotation;
 
 pub mod material;
 
@@ -24,4 +31,5 @@ pub mod trust;
 pub mod clock;
 pub mod config;
 pub mod fd;
+pub mod grpc;
 pub mod proto;

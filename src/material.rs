@@ -260,6 +260,8 @@ pub struct Svid {
     pub key: PrivateKey,
     /// When its replacement is due.
     pub renew_at: SystemTime,
+    /// From when on peers with slow clocks take it too; who still holds a good one gets it then.
+    pub settled_at: SystemTime,
     /// See [`authority_digest`].
     pub authority: String,
     version: OnceLock<String>,
@@ -269,8 +271,15 @@ pub struct Svid {
 
 impl Svid {
     /// Joins verified material; `authority` comes from [`authority_digest`].
-    pub fn new(identity: Arc<Identity>, chain: CertificateChain, key: PrivateKey, renew_at: SystemTime, authority: String) -> Self {
-        Self { identity, chain, key, renew_at, authority, version: OnceLock::new(), encodings: Encodings::default() }
+    pub fn new(
+        identity: Arc<Identity>,
+        chain: CertificateChain,
+        key: PrivateKey,
+        renew_at: SystemTime,
+        settled_at: SystemTime,
+        authority: String,
+    ) -> Self {
+        Self { identity, chain, key, renew_at, settled_at, authority, version: OnceLock::new(), encodings: Encodings::default() }
     }
 
     /// The leaf's SPIFFE ID.
@@ -296,10 +305,21 @@ impl Svid {
 pub fn authority_digest(profile: &[u8; 32], anchor: Option<&CertificateDer<'_>>) -> String {
     let mut hash = digest::Context::new(&digest::SHA256);
     hash.update(profile);
-    if let Some(anchor) = anchor {
-        hash.update(anchor);
+    // A root that was renewed with its name and key is the same authority.
+    if let Some(Ok(anchor)) = anchor.map(|anchor| parse(anchor, 1)) {
+        hash.update(anchor.subject().as_raw());
+        hash.update(anchor.public_key().raw);
     }
     hex(&hash.finish().as_ref()[..8])
+}
+
+/// Whether a certificate with this authority would still be issued and trusted: under the profile as it is, by a root that is in the
+/// bundle. Without a bundle only what was issued without one is.
+pub fn is_current_authority(authority: &str, profile: &[u8; 32], bundle: Option<&TrustBundle>) -> bool {
+    match bundle {
+        Some(bundle) => bundle.roots().iter().any(|root| authority_digest(profile, Some(root)) == authority),
+        None => authority_digest(profile, None) == authority,
+    }
 }
 
 /// Lower-case hexadecimal.

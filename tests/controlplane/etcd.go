@@ -23,6 +23,8 @@ func (p *plane) startEtcd() (string, error) {
 	config.ListenClientUrls, config.AdvertiseClientUrls = anyPort, anyPort
 	config.InitialCluster = config.InitialClusterFromName(config.Name)
 	config.UnsafeNoFsync = true // a killed process loses nothing by this, only a killed machine
+	config.WatchProgressNotifyInterval = 5 * time.Second
+	config.WarningUnaryRequestDuration = embed.DefaultWarningUnaryRequestDuration
 	config.LogOutputs = []string{p.path("etcd.log")}
 	config.LogLevel = "warn"
 	if p.verbosity > 2 {

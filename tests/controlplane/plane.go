@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime/debug"
+	"syscall"
 
 	"k8s.io/klog/v2"
 )
@@ -19,14 +20,18 @@ type plane struct {
 	ctx  context.Context
 	fail context.CancelCauseFunc
 
-	keys   *keys  // the cluster's certificate authority and token key
-	server string // https://127.0.0.1:port
+	locked *os.File // open for as long as the directory is ours
+	keys   *keys    // the cluster's certificate authority and token key
+	server string   // https://127.0.0.1:port
 }
 
 // start returns when every part works, or with the first failure.
 func (p *plane) start() error {
 	if err := os.MkdirAll(p.dir, 0o700); err != nil {
 		return fmt.Errorf("cannot create --dir: %w", err)
+	}
+	if err := p.lock(); err != nil {
+		return err
 	}
 	if err := setUpLogs(p.dir, p.verbosity, p.fail); err != nil {
 		return err
@@ -73,6 +78,19 @@ func (p *plane) start() error {
 		return err
 	}
 	return p.writeKubeconfig(p.adminKubeconfig(), administrator)
+}
+
+// lock claims the directory for as long as this process lives.
+func (p *plane) lock() error {
+	file, err := os.OpenFile(p.path("lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return fmt.Errorf("cannot write to --dir: %w", err)
+	}
+	if err := syscall.Flock(int(file.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
+		return fmt.Errorf("another control plane is running in %s: %w", p.dir, err)
+	}
+	p.locked = file
+	return nil
 }
 
 // run keeps a part going in the background. A part that returns while the others

@@ -1,0 +1,117 @@
+//! The caller of one connection: attested when it first asks for something, once.
+//!
+//! The socket's side of the HTTP/2 handshake never waits for this: a client that only connects is answered at once.
+
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Instant,
+};
+
+use tokio::sync::{Notify, OnceCell, watch};
+use tonic::Status;
+use tracing::{debug, warn};
+
+use crate::{
+    attest::{self, Attested, Attestor, Reason},
+    identity::{Identity, Resolver},
+    peer::Peer,
+};
+
+/// A proven caller and what it may have.
+#[derive(Debug)]
+pub struct Caller {
+    /// Who it is; `attested.gone` ends its streams.
+    pub attested: Attested,
+    /// What it may have.
+    pub identity: Arc<Identity>,
+}
+
+/// Attests and names callers; one for each socket.
+#[derive(Debug, Clone)]
+pub struct Desk {
+    /// How callers of this socket are known.
+    pub attestor: Arc<dyn Attestor>,
+    /// How they are named.
+    pub resolver: watch::Receiver<Arc<Resolver>>,
+    /// What is counted.
+    pub metrics: attest::Metrics,
+}
+
+/// One connection's caller, not yet known or known.
+#[derive(Debug)]
+pub struct Connection {
+    peer: Peer,
+    desk: Desk,
+    caller: OnceCell<Arc<Caller>>,
+    known: Notify,
+    last_refusal: Mutex<Option<Reason>>,
+}
+
+/// What a caller that can never be served is told. The cause goes to the log.
+const REFUSED: &str = "no identity is available to this caller";
+/// What a caller that cannot be judged now is told.
+const LATER: &str = "the caller cannot be identified right now";
+
+impl Connection {
+    /// A fresh connection of `peer`.
+    pub fn new(peer: Peer, desk: Desk) -> Self {
+        Self { peer, desk, caller: OnceCell::new(), known: Notify::new(), last_refusal: Mutex::default() }
+    }
+
+    /// The peer.
+    pub fn peer(&self) -> &Peer {
+        &self.peer
+    }
+
+    /// Who is calling. The first call attests, and may wait as long as the attestor does; failures are not remembered.
+    pub async fn caller(&self) -> Result<Arc<Caller>, Status> {
+        let caller = self.caller.get_or_try_init(|| async {
+            let start = Instant::now();
+            let result = self.identify().await;
+            self.desk.metrics.observe(self.desk.attestor.method(), result.as_ref().map(|_| ()), start.elapsed().as_secs_f64());
+            match &result {
+                Ok(caller) => {
+                    debug!(peer = ?self.peer, workload = %caller.attested.workload, identity = %caller.identity, "caller attested")
+                }
+                Err(error) => self.log(error),
+            }
+            self.known.notify_waiters();
+            result
+                .map(Arc::new)
+                .map_err(|error| if error.temporary { Status::unavailable(LATER) } else { Status::permission_denied(REFUSED) })
+        });
+        let caller = caller.await.cloned();
+        self.known.notify_waiters();
+        caller
+    }
+
+    async fn identify(&self) -> Result<Caller, attest::Error> {
+        let attested = self.desk.attestor.attest(&self.peer).await?;
+        let resolver = self.desk.resolver.borrow().clone();
+        match resolver.resolve(&attested.workload) {
+            Ok(identity) => Ok(Caller { attested, identity: Arc::new(identity) }),
+            Err(error) => Err(attest::Error::refused(Reason::no_identity, error.to_string())),
+        }
+    }
+
+    /// One line for each cause and connection: a caller that tries again and again does not fill the log.
+    fn log(&self, error: &attest::Error) {
+        let last = self.last_refusal.lock().unwrap_or_else(PoisonError::into_inner).replace(error.reason);
+        if last == Some(error.reason) {
+            debug!(peer = ?self.peer, cause = %error, "caller not served, again");
+        } else {
+            warn!(peer = ?self.peer, cause = %error, "caller not served");
+        }
+    }
+
+    /// Returns when the workload of this connection has ended; never while the caller is unknown.
+    pub async fn gone(&self) {
+        loop {
+            let known = self.known.notified();
+            if let Some(caller) = self.caller.get() {
+                return caller.attested.gone.cancelled().await;
+            }
+            known.await;
+        }
+    }
+}

@@ -1,0 +1,404 @@
+//! gRPC framing for the calls that carry keys: requests are decoded without a retained buffer, responses are made of shared buffers.
+//!
+//! tonic's streaming types copy every message once more and keep a buffer as large as the largest request (an Envoy's first one has
+//! 61 KB) for as long as the stream lives. These types do neither. A streaming response is a body that owns the future which drives
+//! the stream: no task, no channel, and a client that does not read holds up nobody but itself. Follows the gRPC over HTTP/2 protocol;
+//! compressed messages are refused, as no compression is ever offered.
+
+use std::{
+    collections::VecDeque,
+    future::{Future, poll_fn},
+    pin::Pin,
+    sync::{Arc, Mutex, PoisonError},
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use bytes::{Buf, Bytes, BytesMut};
+use http::{HeaderMap, HeaderValue, Response, header::CONTENT_TYPE};
+use http_body::{Body as HttpBody, Frame};
+use prost::Message;
+use tonic::{Code, Status};
+
+/// A message's prefix: the compression flag and the length.
+pub const PREFIX: usize = 5;
+
+/// Writes the prefix of a message of `len` bytes.
+pub fn prefix(len: usize) -> [u8; PREFIX] {
+    // Messages are far below 4 GiB.
+    let [a, b, c, d] = u32::try_from(len).unwrap_or(u32::MAX).to_be_bytes();
+    [0, a, b, c, d]
+}
+
+/// Reads the messages of a request.
+#[derive(Debug)]
+pub struct Incoming<B> {
+    body: B,
+    chunks: Chunks,
+    limit: usize,
+}
+
+impl<B> Incoming<B>
+where
+    B: HttpBody<Data = Bytes> + Unpin,
+    B::Error: std::fmt::Display,
+{
+    /// Reads from `body`; a message longer than `limit` bytes is RESOURCE_EXHAUSTED.
+    pub fn new(body: B, limit: usize) -> Self {
+        Self { body, chunks: Chunks::default(), limit }
+    }
+
+    /// The next message; none when the client has said its last. Cancel-safe: what has arrived stays.
+    pub async fn next<M: Message + Default>(&mut self) -> Result<Option<M>, Status> {
+        loop {
+            if let Some(message) = self.decode()? {
+                return Ok(Some(message));
+            }
+            match poll_fn(|cx| Pin::new(&mut self.body).poll_frame(cx)).await {
+                Some(Ok(frame)) => {
+                    if let Ok(data) = frame.into_data() {
+                        self.chunks.push(data);
+                    }
+                }
+                Some(Err(error)) => return Err(Status::cancelled(format!("reading the request: {error}"))),
+                None if self.chunks.remaining() == 0 => return Ok(None),
+                None => return Err(Status::internal("the request ended within a message")),
+            }
+        }
+    }
+
+    /// The one message of a unary call.
+    pub async fn only<M: Message + Default>(&mut self) -> Result<M, Status> {
+        let message = self.next().await?.ok_or_else(|| Status::internal("the request has no message"))?;
+        match self.next::<M>().await? {
+            None => Ok(message),
+            Some(_) => Err(Status::internal("the request has more than one message")),
+        }
+    }
+
+    fn decode<M: Message + Default>(&mut self) -> Result<Option<M>, Status> {
+        let Some((flag, len)) = self.chunks.peek_prefix() else { return Ok(None) };
+        if flag != 0 {
+            return Err(Status::unimplemented("compressed messages are not accepted"));
+        }
+        if len > self.limit {
+            return Err(Status::resource_exhausted(format!(
+                "a message of {len} bytes is longer than the {} that are accepted",
+                self.limit
+            )));
+        }
+        if self.chunks.remaining() < PREFIX + len {
+            return Ok(None);
+        }
+        self.chunks.advance(PREFIX);
+        let rest = self.chunks.remaining() - len;
+        let message =
+            M::decode((&mut self.chunks).take(len)).map_err(|e| Status::invalid_argument(format!("the message cannot be decoded: {e}")))?;
+        // A message ends where its length says.
+        let unread = self.chunks.remaining() - rest;
+        self.chunks.advance(unread);
+        if rest == 0 {
+            self.chunks = Chunks::default();
+        }
+        Ok(Some(message))
+    }
+}
+
+/// Received bytes in the pieces in which they came.
+#[derive(Debug, Default)]
+struct Chunks {
+    pieces: VecDeque<Bytes>,
+    len: usize,
+}
+
+impl Chunks {
+    fn push(&mut self, piece: Bytes) {
+        if !piece.is_empty() {
+            self.len += piece.len();
+            self.pieces.push_back(piece);
+        }
+    }
+
+    fn peek_prefix(&self) -> Option<(u8, usize)> {
+        let mut head = [0; PREFIX];
+        let mut bytes = self.pieces.iter().flat_map(|piece| piece.iter().copied());
+        for byte in &mut head {
+            *byte = bytes.next()?;
+        }
+        let [flag, a, b, c, d] = head;
+        Some((flag, u32::from_be_bytes([a, b, c, d]) as usize))
+    }
+}
+
+impl Buf for Chunks {
+    fn remaining(&self) -> usize {
+        self.len
+    }
+
+    fn chunk(&self) -> &[u8] {
+        self.pieces.front().map_or(&[], |piece| piece)
+    }
+
+    fn advance(&mut self, mut count: usize) {
+        self.len -= count.min(self.len);
+        while let Some(front) = self.pieces.front_mut() {
+            if count < front.len() {
+                front.advance(count);
+                return;
+            }
+            count -= front.len();
+            self.pieces.pop_front();
+        }
+    }
+}
+
+/// The driver's end of a streaming response.
+#[derive(Debug, Clone)]
+pub struct Sender(Arc<Mutex<VecDeque<Bytes>>>);
+
+impl Sender {
+    /// Sends the pieces of one message (its prefix included) and returns when the transport has taken them.
+    pub async fn send(&mut self, pieces: impl IntoIterator<Item = Bytes>) {
+        self.queue(|queue| queue.extend(pieces));
+        // Nobody needs to be woken: the body that polls this future empties the queue before it polls again.
+        poll_fn(|_| if self.queue(|queue| queue.is_empty()) { Poll::Ready(()) } else { Poll::Pending }).await;
+    }
+
+    fn queue<T>(&self, work: impl FnOnce(&mut VecDeque<Bytes>) -> T) -> T {
+        work(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+type Driver = Pin<Box<dyn Future<Output = Status> + Send>>;
+
+/// A response's body: shared buffers, then the status as trailers.
+pub struct Body(Kind);
+
+enum Kind {
+    /// A stream, driven by its own future; the future's result is the status.
+    Driven { driver: Option<Driver>, queue: Sender, status: Option<Status> },
+    /// Ready pieces.
+    Fixed { pieces: VecDeque<Bytes>, status: Option<Status> },
+    /// A tonic service's.
+    Tonic(tonic::body::Body),
+}
+
+impl std::fmt::Debug for Body {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Body")
+    }
+}
+
+impl From<tonic::body::Body> for Body {
+    fn from(body: tonic::body::Body) -> Self {
+        Self(Kind::Tonic(body))
+    }
+}
+
+impl HttpBody for Body {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        match &mut self.0 {
+            Kind::Tonic(body) => Pin::new(body).poll_frame(cx),
+            Kind::Fixed { pieces, status } => Poll::Ready(match pieces.pop_front() {
+                Some(piece) => Some(Ok(Frame::data(piece))),
+                None => status.take().map(|status| Ok(Frame::trailers(trailers(&status)))),
+            }),
+            Kind::Driven { driver, queue, status } => loop {
+                if let Some(piece) = queue.queue(VecDeque::pop_front) {
+                    return Poll::Ready(Some(Ok(Frame::data(piece))));
+                }
+                if let Some(status) = status.take() {
+                    return Poll::Ready(Some(Ok(Frame::trailers(trailers(&status)))));
+                }
+                let Some(future) = driver else { return Poll::Ready(None) };
+                if let Poll::Ready(end) = future.as_mut().poll(cx) {
+                    *driver = None;
+                    *status = Some(end);
+                } else if queue.queue(|queue| queue.is_empty()) {
+                    return Poll::Pending;
+                }
+            },
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match &self.0 {
+            Kind::Tonic(body) => body.is_end_stream(),
+            Kind::Fixed { pieces, status } => pieces.is_empty() && status.is_none(),
+            Kind::Driven { .. } => false,
+        }
+    }
+}
+
+/// A streaming response, driven by the future that `drive` makes around its sender.
+pub fn streaming<F>(drive: impl FnOnce(Sender) -> F) -> Response<Body>
+where
+    F: Future<Output = Status> + Send + 'static,
+{
+    let queue = Sender(Arc::default());
+    let driver: Driver = Box::pin(drive(queue.clone()));
+    respond(Body(Kind::Driven { driver: Some(driver), queue, status: None }))
+}
+
+/// The answer of a unary call: the pieces of one message (its prefix included), or an error.
+pub fn unary(result: Result<VecDeque<Bytes>, Status>) -> Response<Body> {
+    match result {
+        Ok(pieces) => respond(Body(Kind::Fixed { pieces, status: Some(Status::ok("")) })),
+        Err(status) => {
+            // Trailers-only: the status is in the head.
+            let mut response = respond(Body(Kind::Fixed { pieces: VecDeque::new(), status: None }));
+            response.headers_mut().extend(trailers(&status));
+            response
+        }
+    }
+}
+
+fn respond(body: Body) -> Response<Body> {
+    let mut response = Response::new(body);
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+    response
+}
+
+fn trailers(status: &Status) -> HeaderMap {
+    let mut map = HeaderMap::with_capacity(2);
+    if status.add_header(&mut map).is_err() {
+        map.insert("grpc-status", HeaderValue::from(Code::Internal as i32));
+    }
+    map
+}
+
+/// The caller's deadline: `grpc-timeout`, at most eight digits and a unit. What cannot be read counts as absent.
+pub fn timeout(headers: &HeaderMap) -> Option<Duration> {
+    let text = headers.get("grpc-timeout")?.to_str().ok()?;
+    let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
+    if digits.is_empty() || digits.len() > 8 || !digits.bytes().all(|b| b.is_ascii_digit()) {
+        return None;
+    }
+    let count: u64 = digits.parse().ok()?;
+    match unit {
+        "H" => Some(Duration::from_secs(count * 3600)),
+        "M" => Some(Duration::from_secs(count * 60)),
+        "S" => Some(Duration::from_secs(count)),
+        "m" => Some(Duration::from_millis(count)),
+        "u" => Some(Duration::from_micros(count)),
+        "n" => Some(Duration::from_nanos(count)),
+        _ => None,
+    }
+}
+
+/// A protobuf message that is made of a small head and shared pieces: the prefix and the head's fields in one buffer.
+pub fn head(fields: &[u8], pieces: usize) -> Bytes {
+    let mut out = BytesMut::with_capacity(PREFIX + fields.len());
+    out.extend_from_slice(&prefix(fields.len() + pieces));
+    out.extend_from_slice(fields);
+    out.freeze()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::convert::Infallible;
+
+    use http_body_util::{BodyExt, StreamBody};
+
+    use super::*;
+    use crate::proto::envoy::service::discovery::v3::DiscoveryRequest;
+
+    fn frames(bytes: Vec<u8>, size: usize) -> impl HttpBody<Data = Bytes, Error = Infallible> + Unpin {
+        let pieces: Vec<_> = bytes.chunks(size).map(|c| Ok::<_, Infallible>(Frame::data(Bytes::copy_from_slice(c)))).collect();
+        StreamBody::new(futures::stream::iter(pieces))
+    }
+
+    fn message(name: &str) -> (DiscoveryRequest, Vec<u8>) {
+        let message = DiscoveryRequest { resource_names: vec![name.to_owned()], ..Default::default() };
+        let bytes = [&prefix(message.encoded_len())[..], &message.encode_to_vec()].concat();
+        (message, bytes)
+    }
+
+    #[tokio::test]
+    async fn messages_are_read_however_they_are_cut() {
+        let (a, first) = message("default");
+        let (b, second) = message(&"x".repeat(300));
+        for size in [1, 2, 3, 4, 5, 6, 7, 100, 10_000] {
+            let mut incoming = Incoming::new(frames([first.clone(), second.clone()].concat(), size), 1000);
+            assert_eq!(incoming.next::<DiscoveryRequest>().await.unwrap(), Some(a.clone()), "pieces of {size}");
+            assert_eq!(incoming.next::<DiscoveryRequest>().await.unwrap(), Some(b.clone()));
+            assert_eq!(incoming.next::<DiscoveryRequest>().await.unwrap(), None);
+        }
+    }
+
+    #[tokio::test]
+    async fn an_unknown_field_as_large_as_an_envoys_node_is_skipped() {
+        let mut bytes = vec![0x12, 0x80, 0xe0, 0x03];
+        bytes.extend(vec![7; 61_440]);
+        bytes.extend(message("default").1.split_off(PREFIX));
+        let bytes = [&prefix(bytes.len())[..], &bytes].concat();
+        let mut incoming = Incoming::new(frames(bytes, 16_384), 512 << 10);
+        assert_eq!(incoming.only::<DiscoveryRequest>().await.unwrap(), message("default").0);
+    }
+
+    #[tokio::test]
+    async fn what_is_no_message_has_a_status_of_its_own() {
+        let (_, good) = message("default");
+        let mut compressed = good.clone();
+        compressed[0] = 1;
+        let garbage = [&prefix(3)[..], &[0xff, 0xff, 0xff]].concat();
+        for (bytes, code) in [
+            (compressed, Code::Unimplemented),
+            (prefix(1001).to_vec(), Code::ResourceExhausted),
+            (good[..7].to_vec(), Code::Internal),
+            (garbage, Code::InvalidArgument),
+            (Vec::new(), Code::Internal),
+            ([good.clone(), good].concat(), Code::Internal),
+        ] {
+            let error = Incoming::new(frames(bytes, 64), 1000).only::<DiscoveryRequest>().await.unwrap_err();
+            assert_eq!(error.code(), code, "{error}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_driven_body_sends_what_its_driver_sends_and_then_the_status() {
+        let response = streaming(|mut sender| async move {
+            for _ in 0..3 {
+                sender.send([Bytes::from_static(b"ab"), Bytes::from_static(b"c")]).await;
+            }
+            Status::unavailable("closing")
+        });
+        let collected = response.into_body().collect().await.unwrap();
+        assert_eq!(collected.trailers().unwrap()["grpc-status"], "14");
+        assert_eq!(collected.to_bytes(), "abcabcabc");
+    }
+
+    #[tokio::test]
+    async fn a_driver_waits_until_the_transport_has_taken_its_message() {
+        let sent = Arc::new(Mutex::new(0));
+        let count = sent.clone();
+        let mut body = streaming(|mut sender| async move {
+            loop {
+                sender.send([Bytes::from_static(b"a"), Bytes::from_static(b"b")]).await;
+                *count.lock().unwrap() += 1;
+            }
+        })
+        .into_body();
+        for expected in [0, 0, 1, 1, 2] {
+            body.frame().await.unwrap().unwrap();
+            assert_eq!(*sent.lock().unwrap(), expected);
+        }
+    }
+
+    #[test]
+    fn deadlines_are_read_in_every_unit_and_nonsense_is_none() {
+        let read = |text: &str| timeout(&HeaderMap::from_iter([(http::HeaderName::from_static("grpc-timeout"), text.parse().unwrap())]));
+        assert_eq!(read("2H"), Some(Duration::from_secs(7200)));
+        assert_eq!(read("3M"), Some(Duration::from_secs(180)));
+        assert_eq!(read("4S"), Some(Duration::from_secs(4)));
+        assert_eq!(read("5m"), Some(Duration::from_millis(5)));
+        assert_eq!(read("6u"), Some(Duration::from_micros(6)));
+        assert_eq!(read("99999999n"), Some(Duration::from_nanos(99_999_999)));
+        for bad in ["", "S", "1", "123456789S", "-1S", "+1S", "1s", "1.5S"] {
+            assert_eq!(read(bad), None, "{bad}");
+        }
+    }
+}

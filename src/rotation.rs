@@ -1,0 +1,435 @@
+//! The single owner of renewals: it orders certificates, verifies them, and publishes them into the store.
+//!
+//! Decisions are the [`planner`]'s; this is its driver. One task; each order runs in a task of its own, because an upstream may take
+//! for ever, and is dropped when nobody wants it any more. A failed or bad renewal never touches what is published: it is counted,
+//! logged with its cause, and tried again.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use tokio::{
+    sync::{mpsc, watch},
+    task::{AbortHandle, JoinSet},
+    time::Instant,
+};
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, info, warn};
+
+use self::{
+    metrics::Metrics,
+    planner::{Action, Class, Id, Now, Planner},
+};
+use crate::{
+    clock::{self, Clock},
+    identity::{Identity, IssuerName, PodRef},
+    issuer::{Error, Issued, Issuer, Order, Progress, Retry, Stage, verify},
+    material::{self, Svid},
+    store::{Entry, Event, Store},
+    trust::BundleSet,
+};
+
+pub mod metrics;
+pub mod planner;
+pub mod schedule;
+
+/// A difference between the two clocks that is a step and no drift.
+const STEP: Duration = Duration::from_secs(2);
+
+/// What rotation works with.
+#[derive(Debug)]
+pub struct Parts {
+    /// Where certificates are published.
+    pub store: Arc<Store>,
+    /// What the store tells.
+    pub events: mpsc::UnboundedReceiver<Event>,
+    /// The upstreams, by the names that profiles use.
+    pub issuers: BTreeMap<IssuerName, Arc<dyn Issuer>>,
+    /// The bundles that chains are checked against.
+    pub trust: watch::Receiver<Arc<BundleSet>>,
+    /// Whether a bundle will come from elsewhere than the issuers: nothing is verified before it has.
+    pub await_bundle: bool,
+    /// The time.
+    pub clock: Arc<dyn Clock>,
+    /// How long an entry without subscribers is kept.
+    pub retention: Duration,
+    /// What is counted.
+    pub metrics: Metrics,
+}
+
+/// The task's state.
+struct Rotation {
+    parts: Parts,
+    planner: Planner,
+    entries: HashMap<Id, Arc<Entry>>,
+    orders: HashMap<Id, Running>,
+    tasks: JoinSet<Answer>,
+    /// Verified, not yet published.
+    ready: HashMap<Id, Arc<Svid>>,
+    /// Evidence that an approver found to be gone: a sibling stands in.
+    spent: HashMap<Id, PodRef>,
+    /// Answers whose chain leads to no root that is known so far: judged again when the bundle changes.
+    unproven: HashMap<Id, Issued>,
+    submitted: (mpsc::UnboundedSender<(Id, Arc<str>)>, mpsc::UnboundedReceiver<(Id, Arc<str>)>),
+    last_seen: Now,
+}
+
+struct Running {
+    task: AbortHandle,
+    started: Instant,
+    evidence: Option<PodRef>,
+}
+
+/// What an order came to.
+struct Answer {
+    id: Id,
+    result: Result<(Issued, verify::Verified), (Error, Option<Issued>)>,
+}
+
+/// Runs until `shutdown`; orders under way are abandoned then.
+pub async fn run(parts: Parts, shutdown: CancellationToken) {
+    let now = Now { wall: parts.clock.now(), mono: Instant::now() };
+    let planner = Planner::new(parts.retention, fastrand::u64(..));
+    let clock = parts.clock.clone();
+    let mut rotation = Rotation {
+        parts,
+        planner,
+        entries: HashMap::new(),
+        orders: HashMap::new(),
+        tasks: JoinSet::new(),
+        ready: HashMap::new(),
+        spent: HashMap::new(),
+        unproven: HashMap::new(),
+        submitted: mpsc::unbounded_channel(),
+        last_seen: now,
+    };
+    let mut wall_at = now.wall;
+    let mut wall_sleep = clock.sleep_until(wall_at);
+    loop {
+        let (wall, mono) = rotation.advance();
+        // A day ahead stands for "never"; the clock wakes us every minute anyway.
+        let wall = wall.unwrap_or(wall_at.max(rotation.last_seen.wall + Duration::from_secs(86_400)));
+        if wall != wall_at {
+            (wall_at, wall_sleep) = (wall, clock.sleep_until(wall));
+        }
+        let mono_sleep = async {
+            match mono {
+                Some(at) => tokio::time::sleep_until(at).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            () = shutdown.cancelled() => break,
+            event = rotation.parts.events.recv() => match event {
+                Some(event) => rotation.event(event),
+                None => break,
+            },
+            Some((id, name)) = rotation.submitted.1.recv() => rotation.submitted(id, name),
+            Some(joined) = rotation.tasks.join_next_with_id() => match joined {
+                Ok((_, answer)) => rotation.answered(answer),
+                Err(error) => rotation.lost(error),
+            },
+            Ok(()) = rotation.parts.trust.changed() => rotation.bundle_changed(),
+            () = &mut wall_sleep => wall_sleep = clock.sleep_until(wall_at),
+            () = mono_sleep => {}
+        }
+    }
+    rotation.tasks.shutdown().await;
+}
+
+impl Rotation {
+    fn now(&self) -> Now {
+        Now { wall: self.parts.clock.now(), mono: Instant::now() }
+    }
+
+    /// Does all that is to be done now; returns when to come back.
+    fn advance(&mut self) -> (Option<SystemTime>, Option<Instant>) {
+        self.notice_steps();
+        while let Some(action) = self.planner.poll(self.now()) {
+            match action {
+                Action::Start(id) => self.start(id),
+                Action::Publish(id) => self.publish(id),
+                Action::Abandon(id) => {
+                    if let Some(order) = self.orders.remove(&id) {
+                        order.task.abort();
+                        let error = Error::Timeout { action: "reaching the issuer".into(), after: order.started.elapsed() };
+                        self.failed(id, order.evidence, &error);
+                    }
+                }
+                Action::Forget(id) => self.forget(id),
+            }
+        }
+        let metrics = &self.parts.metrics;
+        metrics.in_flight(self.orders.len());
+        for class in [Class::Ending, Class::Waiting, Class::Routine] {
+            metrics.queued(class, self.planner.queued(class));
+        }
+        self.planner.next_wake()
+    }
+
+    /// Compares the clocks: the wall clock may have been stepped, or the machine suspended.
+    fn notice_steps(&mut self) {
+        let now = self.now();
+        let expected = self.last_seen.wall + now.mono.duration_since(self.last_seen.mono);
+        self.last_seen = now;
+        let (forward, by) = match now.wall.duration_since(expected) {
+            Ok(by) => (true, by),
+            Err(error) => (false, error.duration()),
+        };
+        if by < STEP {
+            return;
+        }
+        warn!(
+            seconds = by.as_secs(),
+            direction = if forward { "forward" } else { "backward" },
+            "the clock was stepped; every certificate is judged again"
+        );
+        self.parts.metrics.clock_jump(forward);
+        self.planner.clock_stepped(now);
+        for entry in self.entries.values() {
+            entry.reconsider();
+        }
+    }
+
+    fn event(&mut self, event: Event) {
+        let now = self.now();
+        match event {
+            Event::Wanted(entry) => {
+                self.planner.wanted(now, entry.id, &entry.identity.profile.issuer, entry.demand());
+                self.entries.entry(entry.id).or_insert(entry);
+            }
+            Event::Idle(entry) if !entry.is_leased() => self.planner.idle(now, entry.id),
+            // A new subscriber was faster; what it wants is on its way.
+            Event::Idle(entry) => drop(self.parts.store.forget(&entry, Duration::MAX)),
+        }
+    }
+
+    fn start(&mut self, id: Id) {
+        let Some(entry) = self.entries.get(&id) else { return };
+        let identity = entry.identity.clone();
+        let Some(issuer) = self.parts.issuers.get(&identity.profile.issuer).cloned() else {
+            let error = Error::Configuration(format!(
+                "profile {} names issuer {}, which is not configured",
+                identity.profile.name, identity.profile.issuer
+            ));
+            return self.failed(id, None, &error);
+        };
+        let evidence = entry.evidence(self.spent.get(&id));
+        let (progress, stage) = Progress::new();
+        let order = Order { identity: identity.clone(), evidence: evidence.clone(), progress };
+        debug!(%identity, issuer = %identity.profile.issuer, "certificate ordered");
+        let judge =
+            Judge { identity, trust: self.parts.trust.clone(), await_bundle: self.parts.await_bundle, clock: self.parts.clock.clone() };
+        let submitted = self.submitted.0.clone();
+        let task = self.tasks.spawn(async move {
+            let tell = async move {
+                let mut stage = stage;
+                let named = match stage.wait_for(|stage| matches!(stage, Stage::Submitted(_))).await.as_deref() {
+                    Ok(Stage::Submitted(name)) => Some(name.clone()),
+                    _ => None,
+                };
+                if let Some(name) = named {
+                    let _ = submitted.send((id, name));
+                }
+                std::future::pending().await
+            };
+            let work = async move {
+                let issued = issuer.issue(order).await.map_err(|error| (error, None))?;
+                judge.judge(issued).await
+            };
+            tokio::select! {
+                biased;
+                result = work => Answer { id, result },
+                answer = tell => answer,
+            }
+        });
+        self.unproven.remove(&id);
+        self.orders.insert(id, Running { task, started: Instant::now(), evidence });
+    }
+
+    fn submitted(&mut self, id: Id, name: Arc<str>) {
+        if self.orders.contains_key(&id) {
+            let now = self.now();
+            self.planner.submitted(now, id);
+            if let Some(entry) = self.entries.get(&id) {
+                entry.set_status(|status| status.request = Some(name));
+            }
+        }
+    }
+
+    fn answered(&mut self, answer: Answer) {
+        let id = answer.id;
+        // An abandoned order may still have answered.
+        let Some(order) = self.orders.remove(&id) else { return };
+        match answer.result {
+            Ok((issued, verified)) => self.issued(id, issued, verified, order.started.elapsed()),
+            Err((error, issued)) => {
+                if let (Error::InvalidCertificate(verify::Error::Path { .. }), Some(issued)) = (&error, issued) {
+                    self.unproven.insert(id, issued);
+                }
+                self.failed(id, order.evidence, &error);
+            }
+        }
+    }
+
+    fn lost(&mut self, error: tokio::task::JoinError) {
+        let Some(id) = self.orders.iter().find(|(_, order)| order.task.id() == error.id()).map(|(id, _)| *id) else { return };
+        let evidence = self.orders.remove(&id).and_then(|order| order.evidence);
+        let error = Error::Api {
+            action: "issuing a certificate".into(),
+            message: format!("the order's task ended: {error}"),
+            retry: Retry::Backoff,
+        };
+        self.failed(id, evidence, &error);
+    }
+
+    fn issued(&mut self, id: Id, issued: Issued, verified: verify::Verified, took: Duration) {
+        let Some(entry) = self.entries.get(&id).cloned() else { return };
+        let now = self.now();
+        let identity = entry.identity.clone();
+        let profile = &identity.profile;
+        let validity = verified.chain.validity;
+        let occasion = self.planner.occasion(now, id);
+        let renew_at = schedule::renew_at(&validity, now.wall, profile, occasion, self.planner.draw());
+        let authority = material::authority_digest(&profile.fingerprint(), verified.anchor.as_ref());
+        if validity.lifetime() < profile.lifetime / 2 {
+            warn!(%identity, asked = ?profile.lifetime, got = ?validity.lifetime(), "the issuer shortens certificates: more renewals than configured");
+        }
+        self.parts.metrics.issued(&profile.issuer, &issued.phases);
+        info!(
+            %identity,
+            issuer = %profile.issuer,
+            request = entry.status().request.as_deref(),
+            serial = %verified.chain.serial,
+            fingerprint = %verified.chain.fingerprint,
+            not_after = %clock::rfc3339(validity.not_after),
+            renew_at = %clock::rfc3339(renew_at),
+            milliseconds = u64::try_from(took.as_millis()).unwrap_or(u64::MAX),
+            "certificate issued"
+        );
+        let svid = Svid::new(identity.clone(), verified.chain, issued.key, renew_at, schedule::settled_at(&validity), authority);
+        self.ready.insert(id, Arc::new(svid));
+        self.unproven.remove(&id);
+        self.spent.remove(&id);
+        self.planner.issued(now, id, validity, renew_at);
+    }
+
+    fn failed(&mut self, id: Id, evidence: Option<PodRef>, error: &Error) {
+        let now = self.now();
+        let by_clock = matches!(error, Error::InvalidCertificate(verify::Error::Expired(_) | verify::Error::NotYetValid { .. }));
+        let retry = match error.retry() {
+            // A sibling's pod stands in; without one there is nothing else to show.
+            Retry::Now => match (evidence, self.entries.get(&id)) {
+                (Some(pod), Some(entry)) if entry.evidence(Some(&pod)).is_some_and(|other| other != pod) => {
+                    self.spent.insert(id, pod);
+                    Retry::Now
+                }
+                _ => Retry::Backoff,
+            },
+            retry => retry,
+        };
+        let wait = self.planner.failed(now, id, retry, by_clock);
+        let Some(entry) = self.entries.get(&id) else { return };
+        let issuer = &entry.identity.profile.issuer;
+        let renewal = entry.current();
+        self.parts.metrics.failed(issuer, error.outcome(), renewal.is_some());
+        let left = renewal.map(|svid| svid.chain.validity.remaining(now.wall).as_secs());
+        warn!(
+            identity = %entry.identity,
+            %issuer,
+            cause = %error,
+            retry_in_seconds = wait.as_secs(),
+            valid_for_seconds = left,
+            "no new certificate; {}",
+            if left.is_some_and(|left| left > 0) { "the one in use stays" } else { "its clients wait" }
+        );
+        let next = self.planner.next_attempt(now, id);
+        entry.set_status(|status| (status.last_error, status.next_attempt, status.request) = (Some(error.to_string()), next, None));
+    }
+
+    fn publish(&mut self, id: Id) {
+        let (Some(entry), Some(svid)) = (self.entries.get(&id), self.ready.remove(&id)) else { return };
+        let now = self.now();
+        let old = entry.current();
+        if let Some(old) = &old {
+            self.parts.metrics.renewed(now.wall.duration_since(old.renew_at).unwrap_or_default());
+        }
+        debug!(identity = %entry.identity, version = svid.version(), renewal = old.is_some(), "certificate published");
+        let renew_at = svid.renew_at;
+        entry.publish(svid);
+        entry.set_status(|status| (status.last_error, status.next_attempt, status.request) = (None, Some(renew_at), None));
+    }
+
+    fn forget(&mut self, id: Id) {
+        let Some(entry) = self.entries.get(&id) else { return self.planner.forgotten(id) };
+        if self.parts.store.forget(entry, self.parts.retention) {
+            debug!(identity = %entry.identity, "certificate forgotten: nobody has asked for it lately");
+            self.planner.forgotten(id);
+            self.entries.remove(&id);
+            self.ready.remove(&id);
+            self.unproven.remove(&id);
+            self.spent.remove(&id);
+            if let Some(order) = self.orders.remove(&id) {
+                order.task.abort();
+            }
+        } else if !entry.is_leased() {
+            let now = self.now();
+            self.planner.idle(now, id);
+        }
+    }
+
+    /// Certificates of an authority that is no longer trusted are renewed soon; answers that could not be proven are judged again.
+    fn bundle_changed(&mut self) {
+        let set = self.parts.trust.borrow_and_update().clone();
+        let bundle = set.own.as_ref().map(|bundle| &bundle.roots);
+        let now = self.now();
+        for (id, entry) in &self.entries {
+            let Some(svid) = entry.current() else { continue };
+            if !material::is_current_authority(&svid.authority, &entry.identity.profile.fingerprint(), bundle) {
+                warn!(identity = %entry.identity, "the certificate leads to no root of the new trust bundle; it is renewed early");
+                let within = (svid.chain.validity.remaining(now.wall) / 4).min(Duration::from_secs(60));
+                let spread = self.planner.draw();
+                self.planner.expedite(now, *id, now.wall + within.mul_f64(spread));
+            }
+        }
+        for (id, issued) in std::mem::take(&mut self.unproven) {
+            let Some(entry) = self.entries.get(&id) else { continue };
+            match verify::verify(&entry.identity, &issued.key, &issued.chain_pem, bundle, now.wall) {
+                Ok(verified) => {
+                    if let Some(order) = self.orders.remove(&id) {
+                        order.task.abort();
+                    }
+                    self.issued(id, issued, verified, Duration::ZERO);
+                }
+                Err(_) => drop(self.unproven.insert(id, issued)),
+            }
+        }
+    }
+}
+
+/// Judges an answer in the order's own task.
+struct Judge {
+    identity: Arc<Identity>,
+    trust: watch::Receiver<Arc<BundleSet>>,
+    await_bundle: bool,
+    clock: Arc<dyn Clock>,
+}
+
+impl Judge {
+    async fn judge(mut self, issued: Issued) -> Result<(Issued, verify::Verified), (Error, Option<Issued>)> {
+        if self.await_bundle && self.trust.wait_for(|set| set.own.is_some()).await.is_err() {
+            return Err((Error::Configuration("the trust bundle's owner has ended".into()), None));
+        }
+        let set = self.trust.borrow().clone();
+        let bundle = set.own.as_ref().map(|bundle| &bundle.roots);
+        match verify::verify(&self.identity, &issued.key, &issued.chain_pem, bundle, self.clock.now()) {
+            Ok(verified) => Ok((issued, verified)),
+            Err(error) => Err((error.into(), Some(issued))),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

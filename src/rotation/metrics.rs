@@ -1,0 +1,191 @@
+//! What rotation counts.
+
+use std::time::Duration;
+
+use prometheus_client::{
+    encoding::{EncodeLabelSet, EncodeLabelValue},
+    metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
+    registry::{Registry, Unit},
+};
+
+use super::planner::Class;
+use crate::{
+    identity::IssuerName,
+    issuer::{Outcome, Phase},
+};
+
+/// Labels of `issuances_total`.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct IssuanceLabels {
+    issuer: String,
+    result: IssuanceResult,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
+#[allow(non_camel_case_types, reason = "the names are the label's values")]
+enum IssuanceResult {
+    ok,
+    denied,
+    failed,
+    timeout,
+    api_error,
+    invalid_certificate,
+}
+
+impl From<Outcome> for IssuanceResult {
+    fn from(outcome: Outcome) -> Self {
+        match outcome {
+            Outcome::Ok => Self::ok,
+            Outcome::Denied => Self::denied,
+            Outcome::Failed => Self::failed,
+            Outcome::Timeout => Self::timeout,
+            Outcome::ApiError => Self::api_error,
+            Outcome::InvalidCertificate => Self::invalid_certificate,
+        }
+    }
+}
+
+/// Labels of `issuance_duration_seconds`.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct PhaseLabels {
+    issuer: String,
+    phase: PhaseName,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
+#[allow(non_camel_case_types, reason = "the names are the label's values")]
+enum PhaseName {
+    create,
+    approve,
+    sign,
+}
+
+/// Labels of `issuance_queue_length`.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct PriorityLabel {
+    priority: Priority,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
+#[allow(non_camel_case_types, reason = "the names are the label's values")]
+enum Priority {
+    ending,
+    waiting,
+    routine,
+}
+
+/// Labels of `renewals_total`.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct RenewalLabel {
+    result: RenewalResult,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
+#[allow(non_camel_case_types, reason = "the names are the label's values")]
+enum RenewalResult {
+    ok,
+    error,
+}
+
+/// Labels of `clock_jumps_total`.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct DirectionLabel {
+    direction: Direction,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
+#[allow(non_camel_case_types, reason = "the names are the label's values")]
+enum Direction {
+    forward,
+    backward,
+}
+
+/// Rotation's metrics.
+#[derive(Debug, Clone)]
+pub struct Metrics {
+    issuances: Family<IssuanceLabels, Counter>,
+    durations: Family<PhaseLabels, Histogram>,
+    in_flight: Gauge,
+    queued: Family<PriorityLabel, Gauge>,
+    renewals: Family<RenewalLabel, Counter>,
+    lag: Histogram,
+    jumps: Family<DirectionLabel, Counter>,
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self {
+            issuances: Family::default(),
+            durations: Family::new_with_constructor(|| {
+                Histogram::new([0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0])
+            }),
+            in_flight: Gauge::default(),
+            queued: Family::default(),
+            renewals: Family::default(),
+            lag: Histogram::new([0.1, 1.0, 10.0, 60.0, 300.0, 1800.0, 7200.0, 28_800.0]),
+            jumps: Family::default(),
+        }
+    }
+}
+
+impl Metrics {
+    /// Registers the module's metrics.
+    pub fn register(registry: &mut Registry) -> Self {
+        let m = Self::default();
+        registry.register("issuances", "Orders answered, by issuer and result", m.issuances.clone());
+        registry.register_with_unit("issuance_duration", "Time of the parts of an issue", Unit::Seconds, m.durations.clone());
+        registry.register("issuances_in_flight", "Orders under way, parked ones included", m.in_flight.clone());
+        registry.register("issuance_queue_length", "Orders that wait for a slot", m.queued.clone());
+        registry.register("renewals", "Attempts to replace a certificate that is in use", m.renewals.clone());
+        registry.register_with_unit(
+            "renewal_lag",
+            "How long after its planned moment a replacement was published",
+            Unit::Seconds,
+            m.lag.clone(),
+        );
+        registry.register("clock_jumps", "Steps of the wall clock, suspended time included", m.jumps.clone());
+        m
+    }
+
+    pub(super) fn issued(&self, issuer: &IssuerName, phases: &[(Phase, Duration)]) {
+        self.issuances.get_or_create(&IssuanceLabels { issuer: issuer.to_string(), result: IssuanceResult::ok }).inc();
+        for (phase, took) in phases {
+            let phase = match phase {
+                Phase::Create => PhaseName::create,
+                Phase::Approve => PhaseName::approve,
+                Phase::Sign => PhaseName::sign,
+            };
+            self.durations.get_or_create(&PhaseLabels { issuer: issuer.to_string(), phase }).observe(took.as_secs_f64());
+        }
+    }
+
+    pub(super) fn failed(&self, issuer: &IssuerName, outcome: Outcome, renewal: bool) {
+        self.issuances.get_or_create(&IssuanceLabels { issuer: issuer.to_string(), result: outcome.into() }).inc();
+        if renewal {
+            self.renewals.get_or_create(&RenewalLabel { result: RenewalResult::error }).inc();
+        }
+    }
+
+    pub(super) fn renewed(&self, lag: Duration) {
+        self.renewals.get_or_create(&RenewalLabel { result: RenewalResult::ok }).inc();
+        self.lag.observe(lag.as_secs_f64());
+    }
+
+    pub(super) fn in_flight(&self, count: usize) {
+        self.in_flight.set(i64::try_from(count).unwrap_or(i64::MAX));
+    }
+
+    pub(super) fn queued(&self, class: Class, count: usize) {
+        let priority = match class {
+            Class::Ending => Priority::ending,
+            Class::Waiting => Priority::waiting,
+            Class::Routine => Priority::routine,
+        };
+        self.queued.get_or_create(&PriorityLabel { priority }).set(i64::try_from(count).unwrap_or(i64::MAX));
+    }
+
+    pub(super) fn clock_jump(&self, forward: bool) {
+        let direction = if forward { Direction::forward } else { Direction::backward };
+        self.jumps.get_or_create(&DirectionLabel { direction }).inc();
+    }
+}

@@ -1,0 +1,527 @@
+//! What to do next, and when to look again: the decisions of rotation as a pure state machine.
+//!
+//! It owns a [`Job`] for each entry of the store, and no I/O: the driver feeds it what happened, with the time, and performs the
+//! [`Action`]s that it asks for. Renewals are moments of the wall clock; waits (backoff, parking, settling, retention) are monotonic, so
+//! that a stepped clock neither delays nor hurries them.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
+    time::{Duration, SystemTime},
+};
+
+use tokio::time::Instant;
+
+use super::schedule::{self, Occasion};
+use crate::{identity::IssuerName, issuer::Retry, material::Validity, store::Demand};
+
+/// Orders under way at one issuer.
+pub const SLOTS: usize = 8;
+/// Of these, kept for certificates that are about to end.
+pub const RESERVED: usize = 2;
+/// A certificate with less than this share of its life left is about to end.
+const ENDING: f64 = 0.2;
+/// An order that has not reached its upstream by then has failed.
+const PREPARING: Duration = Duration::from_secs(60);
+/// An order that its upstream leaves pending for longer gives up its slot, and nothing else.
+const PARK_AFTER: Duration = Duration::from_secs(10);
+/// Retries at once, with other evidence, in a row.
+const SWIFT_RETRIES: u32 = 3;
+/// A forgotten identity's order that is still pending, or its backoff, is kept for at most this long.
+const LINGER: Duration = Duration::from_secs(3600);
+/// The longest wait that an error may ask for.
+const LONGEST_WAIT: Duration = Duration::from_secs(3600);
+
+/// An entry's id.
+pub type Id = u64;
+
+/// Both clocks.
+#[derive(Debug, Clone, Copy)]
+pub struct Now {
+    /// The wall clock.
+    pub wall: SystemTime,
+    /// The monotonic clock.
+    pub mono: Instant,
+}
+
+/// What the driver has to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Action {
+    /// Order a certificate.
+    Start(Id),
+    /// Abandon an order that never reached its upstream, then report it as failed.
+    Abandon(Id),
+    /// Publish what was issued.
+    Publish(Id),
+    /// Ask the store to forget the entry, then report the answer.
+    Forget(Id),
+}
+
+/// How pressing an order is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Class {
+    /// A certificate in use has less than a fifth of its life left.
+    Ending,
+    /// Clients wait and have nothing.
+    Waiting,
+    /// A renewal in good time.
+    Routine,
+}
+
+/// A certificate in use.
+#[derive(Debug, Clone, Copy)]
+struct InUse {
+    validity: Validity,
+    renew_at: SystemTime,
+}
+
+impl InUse {
+    fn ending_at(&self) -> SystemTime {
+        self.validity.not_after - self.validity.lifetime().mul_f64(ENDING)
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Phase {
+    /// Nothing under way.
+    Resting,
+    /// Due, and waiting for a slot.
+    Queued(Class, Rank),
+    /// With the issuer.
+    Running { slot: Option<Class>, submitted: bool, deadline: Option<Instant> },
+    /// Issued, and waiting for slow clocks.
+    Settling(Instant),
+}
+
+/// The order within a class.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Rank {
+    /// First attempts before retries.
+    retry: bool,
+    /// What ends first; for those who have nothing, the epoch.
+    deadline: SystemTime,
+    /// First come, first served.
+    sequence: u64,
+}
+
+#[derive(Debug)]
+struct Job {
+    issuer: IssuerName,
+    /// What subscribers without material need.
+    demand: Option<Demand>,
+    leased: bool,
+    in_use: Option<InUse>,
+    issued: Option<InUse>,
+    phase: Phase,
+    issues: u32,
+    failures: u32,
+    swift_retries: u32,
+    not_before: Option<Instant>,
+    by_clock: bool,
+    forget_at: Option<Instant>,
+    idle_since: Option<Instant>,
+    timers: (Option<SystemTime>, Option<Instant>),
+}
+
+/// The state machine.
+#[derive(Debug)]
+pub struct Planner {
+    jobs: HashMap<Id, Job>,
+    wall: BTreeSet<(SystemTime, Id)>,
+    mono: BTreeSet<(Instant, Id)>,
+    queues: BTreeMap<IssuerName, Queue>,
+    actions: VecDeque<Action>,
+    retention: Duration,
+    sequence: u64,
+    random: fastrand::Rng,
+}
+
+#[derive(Debug, Default)]
+struct Queue {
+    /// Due orders, by class.
+    waiting: [BTreeSet<(Rank, Id)>; 3],
+    /// Slots in use, by class.
+    used: [usize; 3],
+}
+
+impl Planner {
+    /// An empty planner. `retention` is how long an entry without subscribers is kept.
+    pub fn new(retention: Duration, seed: u64) -> Self {
+        Self {
+            jobs: HashMap::new(),
+            wall: BTreeSet::new(),
+            mono: BTreeSet::new(),
+            queues: BTreeMap::new(),
+            actions: VecDeque::new(),
+            retention,
+            sequence: 0,
+            random: fastrand::Rng::with_seed(seed),
+        }
+    }
+
+    /// A number in 0..1.
+    pub fn draw(&mut self) -> f64 {
+        self.random.f64()
+    }
+
+    /// An entry has subscribers; `demand` is what those without material need.
+    pub fn wanted(&mut self, now: Now, id: Id, issuer: &IssuerName, demand: Option<Demand>) {
+        let job = self.jobs.entry(id).or_insert_with(|| Job {
+            issuer: issuer.clone(),
+            demand: None,
+            leased: true,
+            in_use: None,
+            issued: None,
+            phase: Phase::Resting,
+            issues: 0,
+            failures: 0,
+            swift_retries: 0,
+            not_before: None,
+            by_clock: false,
+            forget_at: None,
+            idle_since: None,
+            timers: (None, None),
+        });
+        (job.leased, job.demand, job.forget_at, job.idle_since) = (true, demand, None, None);
+        self.consider(now, id);
+    }
+
+    /// An entry's last subscriber has gone.
+    pub fn idle(&mut self, now: Now, id: Id) {
+        let retention = self.retention;
+        let Some(job) = self.jobs.get_mut(&id) else { return };
+        job.leased = false;
+        job.idle_since.get_or_insert(now.mono);
+        job.forget_at = Some(now.mono + retention);
+        self.consider(now, id);
+    }
+
+    /// The store has forgotten the entry.
+    pub fn forgotten(&mut self, id: Id) {
+        self.leave_phase(id);
+        self.set_timers(id, None, None);
+        self.jobs.remove(&id);
+    }
+
+    /// The upstream has the order.
+    pub fn submitted(&mut self, now: Now, id: Id) {
+        if let Some(Job { phase: Phase::Running { submitted, deadline, .. }, .. }) = self.jobs.get_mut(&id) {
+            (*submitted, *deadline) = (true, Some(now.mono + PARK_AFTER));
+            self.consider(now, id);
+        }
+    }
+
+    /// Which draw the certificate that has just been issued gets.
+    pub fn occasion(&self, now: Now, id: Id) -> Occasion {
+        let Some(job) = self.jobs.get(&id) else { return Occasion::Spread };
+        let late = job.in_use.is_none_or(|c| now.wall > c.renew_at + c.validity.lifetime().mul_f64(0.1));
+        if job.issues == 0 || job.failures > 0 || late { Occasion::Spread } else { Occasion::Regular }
+    }
+
+    /// An order was answered with a verified certificate.
+    pub fn issued(&mut self, now: Now, id: Id, validity: Validity, renew_at: SystemTime) {
+        self.leave_phase(id);
+        let Some(job) = self.jobs.get_mut(&id) else { return };
+        (job.failures, job.swift_retries, job.not_before, job.by_clock) = (0, 0, None, false);
+        job.issues = job.issues.saturating_add(1);
+        job.issued = Some(InUse { validity, renew_at });
+        let settle = schedule::settled_at(&validity).duration_since(now.wall).unwrap_or_default();
+        let old = job.in_use.map_or(Duration::ZERO, |c| c.validity.remaining(now.wall));
+        // Half of what is left stays as a margin: settling never lets the old one end.
+        let wait = if old / 2 > settle { settle } else { Duration::ZERO };
+        job.phase = Phase::Settling(now.mono + wait);
+        self.consider(now, id);
+    }
+
+    /// An order failed. `by_clock` says that a mended clock would mend it. Returns the wait before the next attempt.
+    pub fn failed(&mut self, now: Now, id: Id, retry: Retry, by_clock: bool) -> Duration {
+        self.leave_phase(id);
+        let draw = self.draw();
+        let Some(job) = self.jobs.get_mut(&id) else { return Duration::ZERO };
+        let swift = retry == Retry::Now && job.swift_retries < SWIFT_RETRIES;
+        if swift {
+            job.swift_retries += 1;
+        } else {
+            job.failures = job.failures.saturating_add(1);
+        }
+        let wait = match retry {
+            Retry::Now if swift => Duration::ZERO,
+            Retry::Now | Retry::Backoff => schedule::backoff(job.failures, draw),
+            // A little late rather than all at once.
+            Retry::After(wait) => wait.min(LONGEST_WAIT).mul_f64(1.0 + draw / 5.0),
+            Retry::Configuration => schedule::LONGEST_BACKOFF.mul_f64(1.0 - draw / 5.0),
+        };
+        let in_use = job.in_use.map(|c| c.validity.not_after).or(match job.demand {
+            Some(Demand::Held { not_after, .. }) => Some(not_after),
+            _ => None,
+        });
+        let wait = schedule::before_expiry(wait, in_use.map(|end| end.duration_since(now.wall).unwrap_or_default()));
+        job.not_before = Some(now.mono + wait);
+        job.by_clock = by_clock;
+        job.phase = Phase::Resting;
+        self.consider(now, id);
+        wait
+    }
+
+    /// A configuration change: every wait is over.
+    pub fn configuration_changed(&mut self, now: Now) {
+        self.end_waits(now, |_| true);
+    }
+
+    /// The wall clock was stepped: every moment of it is looked at again, and failures that a wrong clock explains are tried again.
+    pub fn clock_stepped(&mut self, now: Now) {
+        self.end_waits(now, |job| job.by_clock);
+    }
+
+    fn end_waits(&mut self, now: Now, which: impl Fn(&Job) -> bool) {
+        let ids: Vec<Id> = self.jobs.keys().copied().collect();
+        for id in ids {
+            let spread = self.draw();
+            if let Some(job) = self.jobs.get_mut(&id).filter(|job| job.not_before.is_some() && which(job)) {
+                job.not_before = Some(now.mono + Duration::from_secs(2).mul_f64(spread));
+            }
+            self.consider(now, id);
+        }
+    }
+
+    /// Brings a renewal forward to `at`: the certificate in use is no longer of a current authority.
+    pub fn expedite(&mut self, now: Now, id: Id, at: SystemTime) {
+        if let Some(certificate) = self.jobs.get_mut(&id).and_then(|job| job.in_use.as_mut()) {
+            certificate.renew_at = certificate.renew_at.min(at);
+            self.consider(now, id);
+        }
+    }
+
+    /// When the entry will be tried next, for people: a moment of the wall clock.
+    pub fn next_attempt(&self, now: Now, id: Id) -> Option<SystemTime> {
+        let job = self.jobs.get(&id)?;
+        let due = due(job, now)?;
+        let wait = job.not_before.map_or(now.wall, |t| now.wall + t.saturating_duration_since(now.mono));
+        Some(due.max(wait))
+    }
+
+    /// Orders that wait for a slot, by class.
+    pub fn queued(&self, class: Class) -> usize {
+        self.queues.values().map(|queue| queue.waiting[class as usize].len()).sum()
+    }
+
+    /// The next thing to do now.
+    pub fn poll(&mut self, now: Now) -> Option<Action> {
+        while let Some(&(_, id)) = self.wall.first().filter(|(at, _)| *at <= now.wall) {
+            self.wall.pop_first();
+            if let Some(job) = self.jobs.get_mut(&id) {
+                job.timers.0 = None;
+            }
+            self.consider(now, id);
+        }
+        while let Some(&(_, id)) = self.mono.first().filter(|(at, _)| *at <= now.mono) {
+            self.mono.pop_first();
+            if let Some(job) = self.jobs.get_mut(&id) {
+                job.timers.1 = None;
+            }
+            self.consider(now, id);
+        }
+        self.dispatch(now);
+        self.actions.pop_front()
+    }
+
+    /// The next moments, of either clock, at which [`poll`](Self::poll) has something to do.
+    pub fn next_wake(&self) -> (Option<SystemTime>, Option<Instant>) {
+        (self.wall.first().map(|(at, _)| *at), self.mono.first().map(|(at, _)| *at))
+    }
+
+    /// Moves a job on as far as the time allows, and sets its timers for the rest.
+    fn consider(&mut self, now: Now, id: Id) {
+        let Some(job) = self.jobs.get_mut(&id) else { return };
+        let (mut wall, mut mono) = (None, None);
+        match job.phase {
+            Phase::Running { slot, submitted, deadline } => match deadline {
+                Some(at) if at > now.mono => mono = Some(at),
+                Some(_) => {
+                    job.phase = Phase::Running { slot: None, submitted, deadline: None };
+                    if let (Some(class), Some(queue)) = (slot, self.queues.get_mut(&job.issuer)) {
+                        queue.used[class as usize] -= 1;
+                    }
+                    if !submitted {
+                        self.actions.push_back(Action::Abandon(id));
+                    }
+                }
+                None => {}
+            },
+            Phase::Settling(at) if at > now.mono => mono = Some(at),
+            Phase::Settling(_) => {
+                (job.in_use, job.phase, job.demand) = (job.issued.take(), Phase::Resting, None);
+                self.actions.push_back(Action::Publish(id));
+                return self.consider(now, id);
+            }
+            Phase::Resting | Phase::Queued(..) => {
+                let waits = job.not_before.is_some_and(|at| at > now.mono);
+                let mut ready = false;
+                match due(job, now) {
+                    Some(_) if waits => mono = job.not_before,
+                    Some(at) if at > now.wall => wall = Some(at),
+                    Some(_) => {
+                        ready = true;
+                        // Its class changes when its certificate nears its end, and again when that has come.
+                        wall = turning_point(job, now);
+                    }
+                    None => {}
+                }
+                let queue = self.queues.entry(job.issuer.clone()).or_default();
+                let class = class(job, now);
+                if let Phase::Queued(old, rank) = job.phase
+                    && (!ready || old != class)
+                {
+                    // Its class has changed; or it is no longer due: its subscribers have gone, or the clock was set back.
+                    queue.waiting[old as usize].remove(&(rank, id));
+                    job.phase = Phase::Resting;
+                }
+                if ready && job.phase == Phase::Resting {
+                    self.sequence += 1;
+                    let deadline = end(job).filter(|end| *end > now.wall).unwrap_or(SystemTime::UNIX_EPOCH);
+                    let rank = Rank { retry: job.failures > 0, deadline, sequence: self.sequence };
+                    job.phase = Phase::Queued(class, rank);
+                    queue.waiting[class as usize].insert((rank, id));
+                }
+            }
+        }
+        if let Some(at) = job.forget_at {
+            let busy = matches!(job.phase, Phase::Running { .. } | Phase::Settling(_))
+                || job.not_before.is_some_and(|t| t > now.mono && job.failures > 0);
+            let lingers = busy && job.idle_since.is_some_and(|since| now.mono < since + LINGER);
+            if at > now.mono {
+                mono = Some(mono.map_or(at, |m| m.min(at)));
+            } else if lingers {
+                // Neither a pending order nor a record of failures is lost because its clients are away for a while.
+                let again = now.mono + self.retention.max(Duration::from_secs(1));
+                job.forget_at = Some(again);
+                mono = Some(mono.map_or(again, |m| m.min(again)));
+            } else {
+                job.forget_at = None;
+                self.actions.push_back(Action::Forget(id));
+            }
+        }
+        self.set_timers(id, wall, mono);
+    }
+
+    fn set_timers(&mut self, id: Id, wall: Option<SystemTime>, mono: Option<Instant>) {
+        let Some(job) = self.jobs.get_mut(&id) else { return };
+        let (old_wall, old_mono) = std::mem::replace(&mut job.timers, (wall, mono));
+        if old_wall != wall {
+            old_wall.map(|at| self.wall.remove(&(at, id)));
+            wall.map(|at| self.wall.insert((at, id)));
+        }
+        if old_mono != mono {
+            old_mono.map(|at| self.mono.remove(&(at, id)));
+            mono.map(|at| self.mono.insert((at, id)));
+        }
+    }
+
+    /// Gives back the slot, or the place in the queue.
+    fn leave_phase(&mut self, id: Id) {
+        let Some(job) = self.jobs.get_mut(&id) else { return };
+        let queue = self.queues.entry(job.issuer.clone()).or_default();
+        match job.phase {
+            Phase::Running { slot: Some(class), .. } => queue.used[class as usize] -= 1,
+            Phase::Queued(class, rank) => drop(queue.waiting[class as usize].remove(&(rank, id))),
+            _ => {}
+        }
+        job.phase = Phase::Resting;
+    }
+
+    /// Fills free slots, each issuer's by itself.
+    fn dispatch(&mut self, now: Now) {
+        for queue in self.queues.values_mut() {
+            while let Some((class, rank, id)) = queue.next() {
+                queue.waiting[class as usize].remove(&(rank, id));
+                queue.used[class as usize] += 1;
+                if let Some(job) = self.jobs.get_mut(&id) {
+                    let deadline = now.mono + PREPARING;
+                    job.phase = Phase::Running { slot: Some(class), submitted: false, deadline: Some(deadline) };
+                    self.actions.push_back(Action::Start(id));
+                    let (wall, mono) = job.timers;
+                    let mono_new = job.forget_at.map_or(deadline, |at| at.min(deadline));
+                    job.timers = (None, Some(mono_new));
+                    wall.map(|at| self.wall.remove(&(at, id)));
+                    mono.map(|at| self.mono.remove(&(at, id)));
+                    self.mono.insert((mono_new, id));
+                }
+            }
+        }
+    }
+}
+
+impl Queue {
+    /// What may start now: waiting clients first, all but one of the general slots at the most while there are renewals too, and the
+    /// reserved slots for what is about to end.
+    fn next(&self) -> Option<(Class, Rank, Id)> {
+        let [ending, waiting, routine] = self.used;
+        if ending + waiting + routine >= SLOTS {
+            return None;
+        }
+        let first = |class: Class| self.waiting[class as usize].first().map(|(rank, id)| (class, *rank, *id));
+        let (next_ending, next_waiting, next_routine) = (first(Class::Ending), first(Class::Waiting), first(Class::Routine));
+        if ending < RESERVED && next_ending.is_some() {
+            return next_ending;
+        }
+        let general = SLOTS - RESERVED;
+        let free = waiting + routine < general;
+        let renewals_wait = next_ending.is_some() || next_routine.is_some();
+        let turn = waiting + 1 < general || !renewals_wait;
+        next_waiting.filter(|_| free && turn).or(next_ending).or(next_routine.filter(|_| free))
+    }
+}
+
+/// When the job's next order is due; none when nobody needs one.
+fn due(job: &Job, now: Now) -> Option<SystemTime> {
+    if !job.leased {
+        return None;
+    }
+    match (&job.in_use, job.demand) {
+        (Some(certificate), _) if certificate.validity.is_live(now.wall) => Some(certificate.renew_at),
+        (Some(_), _) | (None, Some(Demand::Now)) => Some(now.wall),
+        (None, Some(Demand::Held { renew_at, not_after })) => Some(renew_at.min(not_after)),
+        (None, None) => None,
+    }
+}
+
+/// The end of the certificate in use, ours or one that a client holds from before.
+fn end(job: &Job) -> Option<SystemTime> {
+    match (&job.in_use, job.demand) {
+        (Some(certificate), _) => Some(certificate.validity.not_after),
+        (None, Some(Demand::Held { not_after, .. })) => Some(not_after),
+        _ => None,
+    }
+}
+
+/// From when on the job is [`Class::Ending`].
+fn ending_at(job: &Job) -> Option<SystemTime> {
+    match (&job.in_use, job.demand) {
+        (Some(certificate), _) => Some(certificate.ending_at()),
+        // Its beginning is unknown: as much again is left after the renewal as half the life, for the usual share.
+        (None, Some(Demand::Held { renew_at, not_after })) => {
+            Some(not_after - not_after.duration_since(renew_at).unwrap_or_default().mul_f64(2.0 * ENDING))
+        }
+        _ => None,
+    }
+}
+
+fn class(job: &Job, now: Now) -> Class {
+    match (end(job), ending_at(job)) {
+        (Some(end), Some(ending)) if now.wall < end => {
+            if now.wall >= ending {
+                Class::Ending
+            } else {
+                Class::Routine
+            }
+        }
+        _ => Class::Waiting,
+    }
+}
+
+/// The next moment at which [`class`] gives another answer.
+fn turning_point(job: &Job, now: Now) -> Option<SystemTime> {
+    [ending_at(job), end(job)].into_iter().flatten().filter(|at| *at > now.wall).min()
+}
+
+#[cfg(test)]
+mod tests;

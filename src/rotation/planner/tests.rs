@@ -1,0 +1,438 @@
+use std::time::UNIX_EPOCH;
+
+use super::*;
+
+const DAY: u64 = 86_400;
+const RETENTION: Duration = Duration::from_secs(300);
+
+/// A planner on a clock that only the test moves.
+struct Bench {
+    planner: Planner,
+    now: Now,
+    issuer: IssuerName,
+}
+
+impl Bench {
+    fn new() -> Self {
+        let now = Now { wall: UNIX_EPOCH + Duration::from_secs(1_000 * DAY), mono: Instant::now() };
+        Self { planner: Planner::new(RETENTION, 1), now, issuer: IssuerName("mesh".into()) }
+    }
+
+    fn pass(&mut self, seconds: f64) {
+        let by = Duration::from_secs_f64(seconds);
+        (self.now.wall, self.now.mono) = (self.now.wall + by, self.now.mono + by);
+    }
+
+    fn actions(&mut self) -> Vec<Action> {
+        std::iter::from_fn(|| self.planner.poll(self.now)).collect()
+    }
+
+    fn starts(&mut self) -> Vec<Id> {
+        self.actions().into_iter().filter_map(|a| if let Action::Start(id) = a { Some(id) } else { None }).collect()
+    }
+
+    fn want(&mut self, id: Id) {
+        self.planner.wanted(self.now, id, &self.issuer.clone(), Some(Demand::Now));
+    }
+
+    fn hold(&mut self, id: Id, renew_in: u64, ends_in: u64) {
+        let at = |seconds| self.now.wall + Duration::from_secs(seconds);
+        let demand = Demand::Held { renew_at: at(renew_in), not_after: at(ends_in) };
+        self.planner.wanted(self.now, id, &self.issuer.clone(), Some(demand));
+    }
+
+    /// A certificate that begins now; renewed at half of its life.
+    fn issued(&mut self, id: Id, life: u64) {
+        let life = Duration::from_secs(life);
+        let validity = Validity { not_before: self.now.wall, not_after: self.now.wall + life };
+        self.planner.issued(self.now, id, validity, self.now.wall + life / 2);
+    }
+
+    fn serve(&mut self, id: Id, life: u64) {
+        self.want(id);
+        assert_eq!(self.actions(), [Action::Start(id)]);
+        self.issued(id, life);
+        assert_eq!(self.actions(), [Action::Publish(id)]);
+    }
+}
+
+#[test]
+fn a_waiting_client_is_served_once_and_the_renewal_follows_at_its_moment() {
+    let mut b = Bench::new();
+    b.serve(1, 1000);
+    b.want(1);
+    assert_eq!(b.actions(), [], "a further subscriber changes nothing");
+    b.pass(499.0);
+    assert_eq!(b.actions(), []);
+    b.pass(1.0);
+    assert_eq!(b.actions(), [Action::Start(1)]);
+}
+
+#[test]
+fn a_renewal_settles_before_it_replaces_a_good_certificate() {
+    let mut b = Bench::new();
+    b.serve(1, 1000);
+    b.pass(500.0);
+    assert_eq!(b.actions(), [Action::Start(1)]);
+    b.issued(1, 1000);
+    assert_eq!(b.actions(), []);
+    b.pass(49.0);
+    assert_eq!(b.actions(), []);
+    b.pass(1.0);
+    assert_eq!(b.actions(), [Action::Publish(1)]);
+}
+
+#[test]
+fn nothing_settles_while_the_old_certificate_ends() {
+    let mut b = Bench::new();
+    b.serve(1, 1000);
+    b.pass(950.0);
+    b.actions();
+    b.issued(1, 1000);
+    assert_eq!(b.actions(), [Action::Publish(1)], "50 s are left and settling takes 50");
+}
+
+#[test]
+fn a_failed_renewal_is_tried_again_before_the_certificate_ends_and_loses_nothing() {
+    let mut b = Bench::new();
+    b.serve(1, 100);
+    b.pass(50.0);
+    assert_eq!(b.starts(), [1]);
+    let wait = b.planner.failed(b.now, 1, Retry::After(Duration::from_secs(300)), false);
+    assert!(wait <= Duration::from_secs_f64(12.5), "a quarter of the 50 s that are left, not {wait:?}");
+    assert_eq!(b.starts(), []);
+    b.pass(wait.as_secs_f64());
+    assert_eq!(b.starts(), [1]);
+}
+
+#[test]
+fn a_reconnect_does_not_end_a_wait_and_a_configuration_change_does() {
+    let mut b = Bench::new();
+    b.want(1);
+    assert_eq!(b.starts(), [1]);
+    b.planner.failed(b.now, 1, Retry::After(Duration::from_secs(300)), false);
+    b.planner.idle(b.now, 1);
+    b.want(1);
+    b.pass(299.0);
+    assert_eq!(b.starts(), []);
+    b.planner.configuration_changed(b.now);
+    b.pass(2.0);
+    assert_eq!(b.starts(), [1]);
+}
+
+#[test]
+fn other_evidence_is_tried_at_once_but_not_for_ever() {
+    let mut b = Bench::new();
+    b.want(1);
+    for _ in 0..=SWIFT_RETRIES {
+        assert_eq!(b.starts(), [1]);
+        b.planner.failed(b.now, 1, Retry::Now, false);
+    }
+    assert_eq!(b.starts(), []);
+}
+
+#[test]
+fn six_slots_serve_everybody_and_two_only_what_is_about_to_end() {
+    let mut b = Bench::new();
+    for id in 1..20 {
+        b.want(id);
+    }
+    assert_eq!(b.starts().len(), 6);
+    for id in 200..210 {
+        b.hold(id, 0, 4);
+    }
+    assert_eq!(b.starts(), []);
+    b.pass(2.5);
+    let ending = b.starts();
+    assert_eq!(ending.len(), 2);
+    assert!(ending.iter().all(|id| (200..210).contains(id)), "only what is about to end gets the reserved slots: {ending:?}");
+}
+
+#[test]
+fn waiting_clients_come_first_but_leave_a_renewal_its_slot() {
+    let mut b = Bench::new();
+    b.hold(50, 1, 1000);
+    b.pass(2.0);
+    for id in 1..20 {
+        b.want(id);
+    }
+    let started = b.starts();
+    assert_eq!(started, [1, 2, 3, 4, 5, 50]);
+}
+
+#[test]
+fn renewals_go_by_what_ends_first() {
+    let mut b = Bench::new();
+    for id in 1..=10 {
+        b.hold(id, 10, 2000 - id);
+    }
+    b.pass(11.0);
+    assert_eq!(b.starts(), [10, 9, 8, 7, 6, 5]);
+}
+
+#[test]
+fn a_pending_order_gives_up_its_slot_and_stays_alive() {
+    let mut b = Bench::new();
+    for id in 1..=7 {
+        b.want(id);
+    }
+    assert_eq!(b.starts().len(), 6);
+    for id in 1..=6 {
+        b.planner.submitted(b.now, id);
+    }
+    b.pass(9.0);
+    assert_eq!(b.actions(), []);
+    b.pass(1.0);
+    assert_eq!(b.actions(), [Action::Start(7)]);
+    b.pass(3600.0);
+    b.issued(1, 1000);
+    assert!(b.actions().contains(&Action::Publish(1)), "however long it took");
+}
+
+#[test]
+fn an_order_that_never_reaches_its_upstream_is_abandoned() {
+    let mut b = Bench::new();
+    b.want(1);
+    b.actions();
+    b.pass(PREPARING.as_secs_f64());
+    assert_eq!(b.actions(), [Action::Abandon(1)]);
+    b.planner.failed(b.now, 1, Retry::Backoff, false);
+    b.pass(5.0);
+    assert_eq!(b.starts(), [1]);
+}
+
+#[test]
+fn one_issuers_trouble_takes_no_slot_of_another() {
+    let mut b = Bench::new();
+    for id in 1..=20 {
+        b.want(id);
+    }
+    assert_eq!(b.starts().len(), 6);
+    b.planner.wanted(b.now, 99, &IssuerName("other".into()), Some(Demand::Now));
+    assert_eq!(b.starts(), [99]);
+}
+
+#[test]
+fn a_held_certificate_waits_for_its_renewal_and_another_client_does_not_wait_with_it() {
+    let mut b = Bench::new();
+    b.hold(1, 500, 1000);
+    b.pass(100.0);
+    assert_eq!(b.actions(), []);
+    b.hold(2, 500, 1000);
+    b.want(2);
+    assert_eq!(b.starts(), [2]);
+    b.pass(400.0);
+    assert_eq!(b.starts(), [1]);
+}
+
+#[test]
+fn a_forward_jump_renews_and_a_backward_jump_waits_for_the_moment() {
+    let mut b = Bench::new();
+    b.serve(1, 1000);
+    b.now.wall += Duration::from_secs(5000);
+    b.planner.clock_stepped(b.now);
+    assert_eq!(b.starts(), [1]);
+
+    let mut b = Bench::new();
+    b.serve(1, 1000);
+    b.now.wall -= Duration::from_secs(5000);
+    b.planner.clock_stepped(b.now);
+    assert_eq!(b.actions(), []);
+    assert_eq!(b.planner.next_wake().0, Some(b.now.wall + Duration::from_secs(5500)));
+}
+
+#[test]
+fn a_mended_clock_ends_the_waits_that_a_wrong_one_caused() {
+    let mut b = Bench::new();
+    b.want(1);
+    b.want(2);
+    b.actions();
+    b.planner.failed(b.now, 1, Retry::After(Duration::from_secs(300)), true);
+    b.planner.failed(b.now, 2, Retry::After(Duration::from_secs(300)), false);
+    b.planner.clock_stepped(b.now);
+    b.pass(2.0);
+    assert_eq!(b.starts(), [1]);
+}
+
+#[test]
+fn an_idle_entry_is_not_renewed_and_is_forgotten_after_the_retention() {
+    let mut b = Bench::new();
+    b.serve(1, 100);
+    b.planner.idle(b.now, 1);
+    b.pass(299.0);
+    assert_eq!(b.actions(), []);
+    b.pass(1.0);
+    assert_eq!(b.actions(), [Action::Forget(1)]);
+    b.planner.forgotten(1);
+    assert_eq!(b.planner.next_wake(), (None, None));
+}
+
+#[test]
+fn a_subscriber_that_returns_gets_the_renewal_that_fell_due_meanwhile() {
+    let mut b = Bench::new();
+    b.serve(1, 400);
+    b.planner.idle(b.now, 1);
+    b.pass(250.0);
+    assert_eq!(b.actions(), []);
+    b.want(1);
+    assert_eq!(b.starts(), [1]);
+}
+
+#[test]
+fn a_pending_order_outlives_the_retention_of_a_crash_looping_client() {
+    let mut b = Bench::new();
+    b.want(1);
+    b.actions();
+    b.planner.submitted(b.now, 1);
+    b.planner.idle(b.now, 1);
+    b.pass(301.0);
+    assert_eq!(b.actions(), []);
+    for _ in 0..10 {
+        b.pass(300.0);
+        assert_eq!(b.actions(), []);
+    }
+    b.pass(301.0);
+    assert_eq!(b.actions(), [Action::Forget(1)], "and is given up after an hour");
+}
+
+#[test]
+fn the_first_certificate_and_the_one_after_trouble_are_spread() {
+    let mut b = Bench::new();
+    b.want(1);
+    b.actions();
+    assert_eq!(b.planner.occasion(b.now, 1), Occasion::Spread);
+    b.issued(1, 1000);
+    b.actions();
+    b.pass(500.0);
+    b.actions();
+    assert_eq!(b.planner.occasion(b.now, 1), Occasion::Regular);
+    b.planner.failed(b.now, 1, Retry::Backoff, false);
+    assert_eq!(b.planner.occasion(b.now, 1), Occasion::Spread);
+    b.issued(1, 1000);
+    b.pass(60.0);
+    b.actions();
+    b.pass(600.0);
+    assert_eq!(b.planner.occasion(b.now, 1), Occasion::Spread, "it came a tenth of a life too late");
+}
+
+#[test]
+fn nothing_is_left_to_spin_on() {
+    let mut b = Bench::new();
+    for id in 1..=30 {
+        b.want(id);
+    }
+    b.hold(31, 0, 1000);
+    b.actions();
+    let (wall, mono) = b.planner.next_wake();
+    assert!(
+        wall.is_none_or(|at| at > b.now.wall) && mono.is_none_or(|at| at > b.now.mono),
+        "a due job without a slot does not wake the driver"
+    );
+}
+
+mod properties {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[derive(Debug, Clone)]
+    enum Step {
+        Want(Id),
+        Hold(Id, u64, u64),
+        Idle(Id),
+        Pass(u32),
+        Jump(i32),
+        Submit(usize),
+        Issue(usize, u64),
+        Fail(usize, u8),
+        Expedite(Id),
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        prop_oneof![
+            (0..12u64).prop_map(Step::Want),
+            (0..12u64, 1..500u64, 1..500u64).prop_map(|(id, a, b)| Step::Hold(id, a, a + b)),
+            (0..12u64).prop_map(Step::Idle),
+            (0..400u32).prop_map(Step::Pass),
+            (-5000..5000i32).prop_map(Step::Jump),
+            (0..12usize).prop_map(Step::Submit),
+            (0..12usize, 10..2000u64).prop_map(|(i, life)| Step::Issue(i, life)),
+            (0..12usize, 0..4u8).prop_map(|(i, r)| Step::Fail(i, r)),
+            (0..12u64).prop_map(Step::Expedite),
+        ]
+    }
+
+    proptest! {
+        /// Whatever happens: an entry has one order at a time, slots are neither exceeded nor leaked, the driver is never woken for
+        /// nothing, and when everything is answered, everybody who is subscribed has a certificate.
+        #[test]
+        fn orders_are_single_bounded_and_in_the_end_served(steps in prop::collection::vec(step(), 1..150)) {
+            let mut b = Bench::new();
+            let mut running: Vec<Id> = Vec::new();
+            let mut subscribed: std::collections::BTreeSet<Id> = Default::default();
+            let run = |b: &mut Bench, running: &mut Vec<Id>| -> Result<(), TestCaseError> {
+                for _ in 0..1000 {
+                    let Some(action) = b.planner.poll(b.now) else { break };
+                    match action {
+                        Action::Start(id) => {
+                            prop_assert!(!running.contains(&id), "two orders for {id}");
+                            running.push(id);
+                        }
+                        Action::Abandon(id) => {
+                            running.retain(|r| *r != id);
+                            b.planner.failed(b.now, id, Retry::Backoff, false);
+                        }
+                        Action::Forget(id) => {
+                            running.retain(|r| *r != id);
+                            b.planner.forgotten(id);
+                        }
+                        Action::Publish(_) => {}
+                    }
+                }
+                prop_assert_eq!(b.planner.poll(b.now), None, "the planner spins");
+                let (wall, mono) = b.planner.next_wake();
+                prop_assert!(wall.is_none_or(|at| at > b.now.wall) && mono.is_none_or(|at| at > b.now.mono));
+                for queue in b.planner.queues.values() {
+                    prop_assert!(queue.used.iter().sum::<usize>() <= SLOTS);
+                    prop_assert!(queue.used[1] + queue.used[2] <= SLOTS - RESERVED);
+                }
+                Ok(())
+            };
+            for step in steps {
+                match step {
+                    Step::Want(id) => { b.want(id); subscribed.insert(id); }
+                    Step::Hold(id, a, z) => { if !subscribed.contains(&id) { b.hold(id, a, z); subscribed.insert(id); } }
+                    Step::Idle(id) => { b.planner.idle(b.now, id); subscribed.remove(&id); }
+                    Step::Pass(s) => b.pass(f64::from(s)),
+                    Step::Jump(s) => {
+                        let by = Duration::from_secs(u64::from(s.unsigned_abs()));
+                        b.now.wall = if s < 0 { b.now.wall - by } else { b.now.wall + by };
+                        b.planner.clock_stepped(b.now);
+                    }
+                    Step::Submit(i) => if let Some(id) = running.get(i) { b.planner.submitted(b.now, *id); },
+                    Step::Issue(i, life) => if i < running.len() { let id = running.remove(i); b.issued(id, life); },
+                    Step::Fail(i, r) => if i < running.len() {
+                        let id = running.remove(i);
+                        let retry = [Retry::Now, Retry::Backoff, Retry::After(Duration::from_secs(300)), Retry::Configuration][usize::from(r)];
+                        b.planner.failed(b.now, id, retry, r == 1);
+                    },
+                    Step::Expedite(id) => { let now = b.now; b.planner.expedite(now, id, now.wall); }
+                }
+                run(&mut b, &mut running)?;
+            }
+            // Now everything is answered well.
+            for _ in 0..200 {
+                for id in std::mem::take(&mut running) { b.issued(id, 100_000); }
+                b.pass(20.0);
+                run(&mut b, &mut running)?;
+            }
+            for id in std::mem::take(&mut running) { b.issued(id, 100_000); }
+            run(&mut b, &mut running)?;
+            for id in subscribed {
+                let job = &b.planner.jobs[&id];
+                let held = matches!(job.demand, Some(Demand::Held { renew_at, .. }) if renew_at > b.now.wall);
+                prop_assert!(held || job.in_use.is_some_and(|c| c.validity.is_live(b.now.wall)), "{id} has nothing: {job:?}");
+            }
+        }
+    }
+}

@@ -1,0 +1,123 @@
+//! When: pure arithmetic on (validity, now, a number drawn at random).
+
+use std::time::{Duration, SystemTime};
+
+use crate::{identity::Profile, material::Validity};
+
+/// The longest wait between two attempts.
+pub const LONGEST_BACKOFF: Duration = Duration::from_secs(300);
+/// No renewal is planned later than this share of the lifetime, whatever was configured and drawn.
+const LATEST: f64 = 0.9;
+/// The spread of a first renewal, as multiples of the configured share: 0.2 to 0.6 of the lifetime where that is 0.5.
+const SPREAD: (f64, f64) = (0.4, 1.2);
+
+/// Which draw a renewal gets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Occasion {
+    /// The identity's first certificate, or the first after trouble: drawn wide, because a fleet that starts or recovers together would
+    /// otherwise stay in lockstep.
+    Spread,
+    /// Any other: the configured share and jitter.
+    Regular,
+}
+
+/// When the replacement of a certificate of this `validity`, received at `now`, is due. `draw` lies in 0..1 and is drawn once per
+/// certificate.
+///
+/// Whatever the certificate says, the answer lies after `now` by at least a tenth of what is left: an issuer that backdates, or that
+/// caps lifetimes near its own end, does not make the agent order in a loop.
+pub fn renew_at(validity: &Validity, now: SystemTime, profile: &Profile, occasion: Occasion, draw: f64) -> SystemTime {
+    let (low, high) = match occasion {
+        Occasion::Spread => (profile.renew_at * SPREAD.0, profile.renew_at * SPREAD.1),
+        Occasion::Regular => (profile.renew_at * (1.0 - profile.jitter), profile.renew_at * (1.0 + profile.jitter)),
+    };
+    let share = (low + (high.min(LATEST) - low).max(0.0) * draw).clamp(0.0, LATEST);
+    let planned = validity.not_before + validity.lifetime().mul_f64(share);
+    let remaining = validity.remaining(now);
+    let earliest = now + remaining.mul_f64(0.1).max(Duration::from_secs(1)).min(remaining.mul_f64(0.8));
+    planned.max(earliest)
+}
+
+/// From when on a new certificate is taken by peers whose clocks run behind: issuers such as cert-manager do not backdate.
+pub fn settled_at(validity: &Validity) -> SystemTime {
+    validity.not_before + Duration::from_secs(60).min(validity.lifetime() / 20)
+}
+
+/// The wait after `failures` failures in a row (at least one): full jitter below 1 s, 2 s, 4 s … 5 min, and never below half a second.
+pub fn backoff(failures: u32, draw: f64) -> Duration {
+    let ceiling = Duration::from_secs(1 << failures.clamp(1, 9)).min(LONGEST_BACKOFF);
+    ceiling.mul_f64(draw).max(Duration::from_millis(500))
+}
+
+/// A wait, shortened where a certificate that is in use would end meanwhile: a quarter of what is left, and at least a second.
+pub fn before_expiry(wait: Duration, remaining: Option<Duration>) -> Duration {
+    match remaining {
+        Some(left) if !left.is_zero() => wait.min((left / 4).max(Duration::from_secs(1))),
+        _ => wait,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::UNIX_EPOCH;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::identity::tests::identity;
+
+    const START: SystemTime = UNIX_EPOCH;
+
+    fn validity(seconds: u64) -> Validity {
+        Validity { not_before: START, not_after: START + Duration::from_secs(seconds) }
+    }
+
+    fn share(at: SystemTime) -> f64 {
+        at.duration_since(START).unwrap().as_secs_f64() / 86_400.0
+    }
+
+    #[test]
+    fn a_first_renewal_is_spread_and_a_later_one_is_jittered() {
+        let id = identity("a");
+        let draw = |occasion, draw| share(renew_at(&validity(86_400), START, &id.profile, occasion, draw));
+        let close = |a: f64, b: f64| (a - b).abs() < 1e-6;
+        assert!(close(draw(Occasion::Spread, 0.0), 0.2) && close(draw(Occasion::Spread, 1.0), 0.6));
+        assert!(close(draw(Occasion::Regular, 0.0), 0.45) && close(draw(Occasion::Regular, 1.0), 0.55));
+    }
+
+    #[test]
+    fn settling_takes_a_minute_or_a_twentieth() {
+        assert_eq!(settled_at(&validity(86_400)), START + Duration::from_secs(60));
+        assert_eq!(settled_at(&validity(30)), START + Duration::from_millis(1500));
+    }
+
+    #[test]
+    fn backoff_grows_to_five_minutes_and_never_spins() {
+        assert_eq!(backoff(1, 1.0), Duration::from_secs(2));
+        assert_eq!(backoff(100, 1.0), LONGEST_BACKOFF);
+        assert_eq!(backoff(100, 0.0), Duration::from_millis(500));
+    }
+
+    #[test]
+    fn a_wait_never_outlasts_what_is_left_of_a_certificate() {
+        let wait = Duration::from_secs(300);
+        assert_eq!(before_expiry(wait, Some(Duration::from_secs(30))), Duration::from_millis(7500));
+        assert_eq!(before_expiry(wait, Some(Duration::from_secs(2))), Duration::from_secs(1));
+        assert_eq!(before_expiry(wait, None), wait);
+        assert_eq!(before_expiry(wait, Some(Duration::ZERO)), wait, "what has ended hurries nobody");
+    }
+
+    proptest! {
+        #[test]
+        fn a_renewal_lies_after_now_and_before_the_end(
+            life in 2u64..10_000_000, age in 0.0..0.99f64, share in 0.1..0.95f64, jitter in 0.0..0.5f64, draw in 0.0..1.0f64, first in any::<bool>(),
+        ) {
+            let profile = Profile { renew_at: share, jitter, ..(*identity("a").profile).clone() };
+            let occasion = if first { Occasion::Spread } else { Occasion::Regular };
+            let validity = validity(life);
+            let now = START + validity.lifetime().mul_f64(age);
+            let at = renew_at(&validity, now, &profile, occasion, draw);
+            prop_assert!(at > now && at < validity.not_after, "{at:?}");
+        }
+    }
+}

@@ -1,0 +1,318 @@
+//! Layer two: the real task on paused time, with a scripted issuer.
+
+use std::{
+    collections::VecDeque,
+    sync::{Mutex, atomic::AtomicUsize, atomic::Ordering},
+    time::UNIX_EPOCH,
+};
+
+use futures::future::BoxFuture;
+
+use super::*;
+use crate::{
+    clock::TestClock,
+    identity::tests::identity,
+    issuer::embedded::Embedded,
+    store::{Demand, Lease},
+    trust::{self, Trust},
+};
+
+/// What the scripted issuer does with the next order.
+enum Script {
+    Issue,
+    Fail(Retry),
+    Panic,
+    /// Answers with a certificate of another authority.
+    Foreign,
+    /// Tells that it was submitted, and never answers.
+    Pend,
+}
+
+#[derive(Debug)]
+struct Scripted {
+    embedded: Arc<Embedded>,
+    foreign: Arc<Embedded>,
+    script: Arc<Mutex<VecDeque<Script>>>,
+    orders: Arc<AtomicUsize>,
+    dropped: Arc<AtomicUsize>,
+    evidence: Arc<Mutex<Vec<Option<PodRef>>>>,
+}
+
+impl std::fmt::Debug for Script {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Script")
+    }
+}
+
+struct CountDrop(Arc<AtomicUsize>);
+
+impl Drop for CountDrop {
+    fn drop(&mut self) {
+        self.0.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+impl Issuer for Scripted {
+    fn issue(&self, order: Order) -> BoxFuture<'static, Result<Issued, Error>> {
+        self.orders.fetch_add(1, Ordering::SeqCst);
+        self.evidence.lock().unwrap().push(order.evidence.clone());
+        let next = self.script.lock().unwrap().pop_front().unwrap_or(Script::Issue);
+        let (embedded, foreign) = (self.embedded.clone(), self.foreign.clone());
+        let guard = CountDrop(self.dropped.clone());
+        Box::pin(async move {
+            match next {
+                Script::Issue => embedded.issue(order).await,
+                Script::Foreign => foreign.issue(order).await,
+                Script::Fail(retry) => Err(Error::Failed { request: "r".into(), reason: "Test".into(), message: "as told".into(), retry }),
+                Script::Panic => panic!("as told"),
+                Script::Pend => {
+                    let _guard = guard;
+                    order.progress.submitted("pending-1");
+                    std::future::pending().await
+                }
+            }
+        })
+    }
+}
+
+struct Bench {
+    store: Arc<Store>,
+    clock: TestClock,
+    orders: Arc<AtomicUsize>,
+    dropped: Arc<AtomicUsize>,
+    evidence: Arc<Mutex<Vec<Option<PodRef>>>>,
+    script: Arc<Mutex<VecDeque<Script>>>,
+    source: trust::Source,
+    foreign: Arc<Embedded>,
+    embedded: Arc<Embedded>,
+    shutdown: CancellationToken,
+    task: tokio::task::JoinHandle<()>,
+}
+
+impl Bench {
+    fn new(script: impl IntoIterator<Item = Script>) -> Self {
+        let bench = Self::without_bundle(script, false);
+        bench.source.take(bench.embedded.bundle().unwrap());
+        bench
+    }
+
+    fn without_bundle(script: impl IntoIterator<Item = Script>, await_bundle: bool) -> Self {
+        let clock = TestClock::new(UNIX_EPOCH + Duration::from_secs(1_700_000_000));
+        let embedded = Arc::new(Embedded::new("cluster.local", Arc::new(clock.clone())).unwrap());
+        let foreign = Arc::new(Embedded::new("cluster.local", Arc::new(clock.clone())).unwrap());
+        let (orders, dropped, evidence) = (Arc::default(), Arc::default(), Arc::default());
+        let script = Arc::new(Mutex::new(script.into_iter().collect::<VecDeque<_>>()));
+        let issuer = Scripted {
+            embedded: embedded.clone(),
+            foreign: foreign.clone(),
+            script: script.clone(),
+            orders: Arc::clone(&orders),
+            dropped: Arc::clone(&dropped),
+            evidence: Arc::clone(&evidence),
+        };
+        let trust = Trust::new(trust::Metrics::default());
+        let source = trust.source(None, "test");
+        let (store, events) = Store::new();
+        let parts = Parts {
+            store: store.clone(),
+            events,
+            issuers: BTreeMap::from([(IssuerName("mesh".into()), Arc::new(issuer) as Arc<dyn Issuer>)]),
+            trust: trust.subscribe(),
+            await_bundle,
+            clock: Arc::new(clock.clone()),
+            retention: Duration::from_secs(300),
+            metrics: Metrics::default(),
+        };
+        let shutdown = CancellationToken::new();
+        let task = tokio::spawn(run(parts, shutdown.clone()));
+        Self { store, clock, orders, dropped, evidence, script, source, foreign, embedded, shutdown, task }
+    }
+
+    fn want(&self, who: &str) -> Lease {
+        self.store.lease(&identity(who), Demand::Now, None)
+    }
+
+    fn orders(&self) -> usize {
+        self.orders.load(Ordering::SeqCst)
+    }
+}
+
+/// The material once it is there, or newer than `than`.
+async fn material(lease: &Lease, than: Option<&Arc<Svid>>) -> Arc<Svid> {
+    let mut watch = lease.watch();
+    let svid = tokio::time::timeout(
+        Duration::from_secs(7200),
+        watch.wait_for(|m| m.as_ref().is_some_and(|m| than.is_none_or(|t| !Arc::ptr_eq(m, t)))),
+    )
+    .await;
+    svid.expect("a certificate in time").unwrap().clone().unwrap()
+}
+
+/// Lets everything that can happen now happen.
+async fn settle() {
+    tokio::time::sleep(Duration::from_millis(1)).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn many_subscribers_make_one_order_and_share_the_certificate() {
+    let b = Bench::new([]);
+    let leases: Vec<_> = (0..50).map(|_| b.want("a")).collect();
+    let first = material(&leases[0], None).await;
+    for lease in &leases {
+        assert!(Arc::ptr_eq(&first, &material(lease, None).await));
+    }
+    assert_eq!(b.orders(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_certificate_is_replaced_before_it_ends_again_and_again() {
+    let b = Bench::new([]);
+    let lease = b.want("a");
+    let mut current = material(&lease, None).await;
+    for _ in 0..5 {
+        let next = material(&lease, Some(&current)).await;
+        assert!(b.clock.now() < current.chain.validity.not_after, "replaced after its end");
+        current = next;
+    }
+    assert_eq!(b.orders(), 6);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_failing_renewal_keeps_the_good_certificate_and_recovers() {
+    let b = Bench::new([
+        Script::Issue,
+        Script::Fail(Retry::Backoff),
+        Script::Panic,
+        Script::Foreign,
+        Script::Fail(Retry::After(Duration::from_secs(60))),
+    ]);
+    let lease = b.want("a");
+    let first = material(&lease, None).await;
+    let second = material(&lease, Some(&first)).await;
+    assert_eq!(b.orders(), 6);
+    assert!(b.clock.now() < first.chain.validity.not_after);
+    assert_eq!(second.spiffe_id().as_str(), "spiffe://cluster.local/ns/shop/sa/a");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_certificate_of_a_foreign_authority_is_never_published_until_its_root_is_trusted() {
+    let b = Bench::new([Script::Foreign, Script::Fail(Retry::After(Duration::from_secs(3000)))]);
+    let lease = b.want("a");
+    settle().await;
+    assert!(lease.current().is_none());
+    b.source.take(b.foreign.bundle().unwrap());
+    let svid = material(&lease, None).await;
+    assert_eq!(b.orders(), 1, "the answer that was there already is judged again");
+    assert!(svid.version().contains(&svid.authority));
+}
+
+#[tokio::test(start_paused = true)]
+async fn nothing_is_published_before_the_bundle_that_it_must_lead_to() {
+    let b = Bench::without_bundle([], true);
+    let lease = b.want("a");
+    settle().await;
+    assert_eq!((b.orders(), lease.current().is_some()), (1, false));
+    b.source.take(b.embedded.bundle().unwrap());
+    material(&lease, None).await;
+    assert_eq!(b.orders(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_root_that_leaves_the_bundle_takes_its_certificates_along_soon() {
+    let b = Bench::new([]);
+    let lease = b.want("a");
+    let first = material(&lease, None).await;
+    b.script.lock().unwrap().push_back(Script::Foreign);
+    let start = tokio::time::Instant::now();
+    b.source.take(b.foreign.bundle().unwrap());
+    let second = material(&lease, Some(&first)).await;
+    assert_ne!(first.authority, second.authority);
+    // At most a minute of spread and a minute of settling.
+    assert!(start.elapsed() <= Duration::from_secs(121), "{:?}", start.elapsed());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_held_certificate_is_renewed_at_its_moment_and_holds_nobody_else_up() {
+    let b = Bench::new([]);
+    let now = b.clock.now();
+    let held = Demand::Held { renew_at: now + Duration::from_secs(600), not_after: now + Duration::from_secs(1200) };
+    let lease = b.store.lease(&identity("a"), held, None);
+    tokio::time::sleep(Duration::from_secs(599)).await;
+    assert_eq!(b.orders(), 0);
+    material(&lease, None).await;
+    assert_eq!(b.orders(), 1);
+
+    let held = b.store.lease(&identity("b"), held, None);
+    let other = b.want("b");
+    material(&other, None).await;
+    assert!(held.current().is_some());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_forward_jump_withholds_and_destroys_nothing() {
+    let b = Bench::new([]);
+    let lease = b.want("a");
+    let svid = material(&lease, None).await;
+    b.script.lock().unwrap().extend((0..50).map(|_| Script::Fail(Retry::Backoff)));
+    let mut watch = lease.watch();
+    watch.mark_unchanged();
+    b.clock.step(86_400 * 30);
+    watch.changed().await.unwrap();
+    assert!(!svid.chain.validity.is_live(b.clock.now()));
+    assert!(Arc::ptr_eq(&lease.current().unwrap(), &svid), "it is still there");
+    b.clock.step(-86_400 * 30);
+    watch.changed().await.unwrap();
+    assert!(svid.chain.validity.is_live(b.clock.now()));
+    assert!(Arc::ptr_eq(&lease.current().unwrap(), &svid));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_sibling_stands_in_for_a_pod_that_has_gone() {
+    let b = Bench::new([Script::Fail(Retry::Now)]);
+    let pod = |name: &str| PodRef { namespace: "ns".into(), name: name.into(), uid: name.into() };
+    let a = b.store.lease(&identity("a"), Demand::Now, Some(pod("one")));
+    let _b = b.store.lease(&identity("a"), Demand::Now, Some(pod("two")));
+    let start = tokio::time::Instant::now();
+    material(&a, None).await;
+    assert_eq!(start.elapsed(), Duration::ZERO);
+    let shown = b.evidence.lock().unwrap().clone();
+    assert_eq!(shown.len(), 2);
+    assert_ne!(shown[0], shown[1]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_pending_order_is_dropped_when_its_identity_is_forgotten_and_not_before() {
+    let b = Bench::new([Script::Pend]);
+    let lease = b.want("a");
+    settle().await;
+    let status = b.store.snapshot()[0].status();
+    assert_eq!(status.request.as_deref(), Some("pending-1"));
+    drop(lease);
+    tokio::time::sleep(Duration::from_secs(3000)).await;
+    assert_eq!(b.dropped.load(Ordering::SeqCst), 0);
+    tokio::time::sleep(Duration::from_secs(1000)).await;
+    assert_eq!(b.dropped.load(Ordering::SeqCst), 1);
+    assert!(b.store.snapshot().is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_key_is_wiped_when_nobody_has_asked_for_it_for_the_retention() {
+    let b = Bench::new([]);
+    let lease = b.want("a");
+    let weak = Arc::downgrade(&material(&lease, None).await);
+    drop(lease);
+    tokio::time::sleep(Duration::from_secs(299)).await;
+    assert!(weak.upgrade().is_some());
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert!(weak.upgrade().is_none(), "no reference is left behind");
+}
+
+#[tokio::test(start_paused = true)]
+async fn shutdown_drops_the_orders_under_way() {
+    let b = Bench::new([Script::Pend]);
+    let _lease = b.want("a");
+    settle().await;
+    b.shutdown.cancel();
+    b.task.await.unwrap();
+    assert_eq!(b.dropped.load(Ordering::SeqCst), 1);
+}

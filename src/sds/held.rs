@@ -1,0 +1,124 @@
+//! What a reconnecting client says it holds: the version of a certificate from before a restart of the agent.
+//!
+//! It is a scheduling hint and authorises nothing. It counts only when it is plausible in every part and its authority is current;
+//! anything odd about it means "issue now".
+
+use std::time::{Duration, SystemTime};
+
+use crate::{
+    clock,
+    identity::Identity,
+    material::{self, TrustBundle},
+    store::Demand,
+};
+
+/// A lifetime that an issuer may give beyond twice what was asked for.
+const SLACK: Duration = Duration::from_secs(3600);
+
+/// The parts of a certificate's version (see `material::Svid::version`).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Held {
+    /// When the client's certificate was to be renewed.
+    pub renew_at: SystemTime,
+    /// When it ends.
+    pub not_after: SystemTime,
+    authority: String,
+}
+
+impl Held {
+    /// Reads `version`; none unless it is well-formed and plausible for `identity` at `now`.
+    pub fn read(version: &str, identity: &Identity, now: SystemTime) -> Option<Self> {
+        let mut parts = version.split('-');
+        let (not_after, renew_at) = (seconds(parts.next()?)?, seconds(parts.next()?)?);
+        let (authority, content) = (parts.next()?, parts.next()?);
+        let digest = |text: &str| text.len() == 16 && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
+        let latest = now + identity.profile.lifetime * 2 + SLACK;
+        let plausible = parts.next().is_none()
+            && digest(authority)
+            && digest(content)
+            && now < not_after
+            && renew_at < not_after
+            && not_after <= latest;
+        plausible.then(|| Self { renew_at, not_after, authority: authority.to_owned() })
+    }
+
+    /// Whether the certificate is of the profile as it is now and leads to a root of the bundle. Without a bundle (yet) nobody can tell,
+    /// and the client is believed until there is one.
+    pub fn is_current(&self, identity: &Identity, bundle: Option<&TrustBundle>) -> bool {
+        bundle.is_none() || material::is_current_authority(&self.authority, &identity.profile.fingerprint(), bundle)
+    }
+
+    /// What the client needs.
+    pub fn demand(&self) -> Demand {
+        Demand::Held { renew_at: self.renew_at, not_after: self.not_after }
+    }
+
+    /// The version's first three parts, for responses that leave the certificate with the client.
+    pub fn stem(&self) -> String {
+        format!("{}-{}-{}", clock::unix_seconds(self.not_after), clock::unix_seconds(self.renew_at), self.authority)
+    }
+}
+
+fn seconds(text: &str) -> Option<SystemTime> {
+    let digits = !text.is_empty() && text.len() <= 12 && text.bytes().all(|b| b.is_ascii_digit());
+    let seconds: i64 = digits.then(|| text.parse().ok())??;
+    Some(clock::from_unix_seconds(seconds))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::identity::tests::identity;
+
+    const NOW: i64 = 1_700_000_000;
+
+    #[test]
+    fn only_a_plausible_version_is_believed() {
+        let id = identity("a");
+        let now = clock::from_unix_seconds(NOW);
+        let read = |version: &str| Held::read(version, &id, now);
+        let tail = "0123456789abcdef-fedcba9876543210";
+
+        let good = read(&format!("{}-{}-{tail}", NOW + 3600, NOW + 1800)).unwrap();
+        assert_eq!(good.renew_at, clock::from_unix_seconds(NOW + 1800));
+        assert_eq!(good.stem(), format!("{}-{}-0123456789abcdef", NOW + 3600, NOW + 1800));
+        assert!(read(&format!("{}-{}-{tail}", NOW + 60, NOW - 60)).is_some(), "overdue, and still good");
+
+        for bad in [
+            String::new(),
+            "v1".into(),
+            tail.into(),
+            format!("{}-{}-{tail}", NOW - 1, NOW - 60),
+            format!("{}-{}-{tail}", NOW, NOW - 60),
+            format!("{}-{}-{tail}", NOW + 3600, NOW + 3600),
+            format!("{}-{}-{tail}", NOW + 3600, NOW + 7200),
+            format!("{}-{}-{tail}", NOW + 4 * 3600, NOW + 1800),
+            format!("{}-{}-{tail}", "99999999999999999999", NOW + 1800),
+            format!("+{}-{}-{tail}", NOW + 3600, NOW + 1800),
+            format!("{}-{}-{tail}-x", NOW + 3600, NOW + 1800),
+            format!("{}-{}-0123456789ABCDEF-fedcba9876543210", NOW + 3600, NOW + 1800),
+            format!("{}-{}-0123-fedcba9876543210", NOW + 3600, NOW + 1800),
+            format!("{}--{tail}", NOW + 3600),
+        ] {
+            assert_eq!(read(&bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn another_authority_is_not_current_once_there_is_a_bundle() {
+        let id = identity("a");
+        let now = clock::from_unix_seconds(NOW);
+        let bundle = |name: &str| {
+            let key = rcgen::KeyPair::generate().unwrap();
+            let mut params = rcgen::CertificateParams::new(Vec::new()).unwrap();
+            params.distinguished_name.push(rcgen::DnType::CommonName, name);
+            TrustBundle::from_certificates(vec![params.self_signed(&key).unwrap().der().clone()]).unwrap()
+        };
+        let (ours, theirs) = (bundle("ours"), bundle("theirs"));
+        let authority = material::authority_digest(&id.profile.fingerprint(), Some(&ours.roots()[0]));
+        let held = Held::read(&format!("{}-{}-{authority}-fedcba9876543210", NOW + 3600, NOW + 1800), &id, now).unwrap();
+        assert!(held.is_current(&id, Some(&ours)));
+        assert!(!held.is_current(&id, Some(&theirs)));
+        assert!(held.is_current(&id, None), "nobody can tell yet");
+    }
+}

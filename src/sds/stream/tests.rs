@@ -1,0 +1,328 @@
+use super::*;
+
+const SOTW: Face = Face::StateOfTheWorld;
+const DELTA: Face = Face::Delta;
+
+fn stream(face: Face) -> StreamState {
+    StreamState::new(face, ["default".into(), "ROOTCA".into()], 4)
+}
+
+fn strings(names: &[&str]) -> Vec<String> {
+    names.iter().map(|n| (*n).to_owned()).collect()
+}
+
+fn sotw(names: &[&str], version: &str, nonce: &str) -> Request {
+    Request { nonce: nonce.into(), names: Names::All { names: strings(names), version: version.into() }, ..Request::default() }
+}
+
+fn delta(subscribe: &[&str], unsubscribe: &[&str], nonce: &str) -> Request {
+    let names = Names::Changes { subscribe: strings(subscribe), unsubscribe: strings(unsubscribe), versions: BTreeMap::new() };
+    Request { nonce: nonce.into(), names, ..Request::default() }
+}
+
+fn nack(mut request: Request) -> Request {
+    request.error = Some("bad".into());
+    request
+}
+
+/// Every known name has version `v`.
+fn all(v: &str) -> impl Fn(&str) -> Option<String> {
+    move |name| ["default", "ROOTCA", "spiffe://td"].contains(&name).then(|| v.to_owned())
+}
+
+fn due(stream: &mut StreamState, v: &str) -> Option<(u64, Vec<String>)> {
+    stream.due(all(v)).map(|d| (d.nonce, d.names.iter().map(|(n, _)| n.to_string()).collect()))
+}
+
+#[test]
+fn a_name_is_answered_once_for_each_version() {
+    for (face, first) in [(SOTW, sotw(&["default"], "", "")), (DELTA, delta(&["default"], &[], ""))] {
+        let mut s = stream(face);
+        assert_eq!(s.request(first), Ok(Received::Subscription));
+        assert_eq!(due(&mut s, "v1"), Some((1, strings(&["default"]))));
+        assert_eq!(due(&mut s, "v1"), None, "nothing new");
+        assert_eq!(due(&mut s, "v2"), Some((2, strings(&["default"]))));
+    }
+}
+
+#[test]
+fn acks_and_nacks_are_told_by_the_error_and_never_by_the_version() {
+    let mut s = stream(SOTW);
+    s.request(sotw(&["default"], "", "")).unwrap();
+    due(&mut s, "v1");
+    assert_eq!(
+        s.request(nack(sotw(&["default"], "v1", "1"))),
+        Ok(Received::Nack(1, "bad".into())),
+        "an error is a NACK even with the new version"
+    );
+    assert_eq!(due(&mut s, "v1"), None, "a rejected version is not sent again");
+    due(&mut s, "v2").unwrap();
+    assert_eq!(s.request(sotw(&["default"], "", "2")), Ok(Received::Ack(2)), "no error is an ACK even without a version");
+    assert_eq!(due(&mut s, "v2"), None);
+}
+
+#[test]
+fn a_nack_that_adds_a_name_gets_the_name_and_not_the_rejected_version() {
+    let mut s = stream(SOTW);
+    s.request(sotw(&["default"], "", "")).unwrap();
+    due(&mut s, "v1");
+    s.request(nack(sotw(&["default", "ROOTCA"], "", "1"))).unwrap();
+    assert_eq!(due(&mut s, "v1"), Some((2, strings(&["ROOTCA"]))));
+    assert_eq!(due(&mut s, "v2"), Some((3, strings(&["default", "ROOTCA"]))));
+
+    let mut s = stream(DELTA);
+    s.request(delta(&["default"], &[], "")).unwrap();
+    due(&mut s, "v1");
+    s.request(nack(delta(&["ROOTCA"], &[], "1"))).unwrap();
+    assert_eq!(due(&mut s, "v1"), Some((2, strings(&["ROOTCA"]))));
+}
+
+#[test]
+fn sotw_ignores_a_stale_nonce_with_its_names() {
+    let mut s = stream(SOTW);
+    s.request(sotw(&["default"], "", "")).unwrap();
+    due(&mut s, "v1");
+    due(&mut s, "v2");
+    assert_eq!(s.request(sotw(&[], "v1", "1")), Ok(Received::Stale));
+    assert_eq!(s.request(nack(sotw(&["default"], "v1", "1"))), Ok(Received::Stale));
+    assert_eq!(s.request(sotw(&["default"], "v1", "77")), Ok(Received::Stale));
+    assert_eq!(s.request(sotw(&["default"], "v1", "not a number")), Ok(Received::Stale));
+    assert_eq!(s.watches().len(), 1, "the names of stale requests do not count");
+    assert_eq!(s.request(sotw(&["default"], "v2", "2")), Ok(Received::Ack(2)));
+}
+
+#[test]
+fn delta_acknowledges_each_response_and_its_names_always_count() {
+    let mut s = stream(DELTA);
+    s.request(delta(&["default"], &[], "")).unwrap();
+    due(&mut s, "v1");
+    due(&mut s, "v2");
+    assert_eq!(s.request(delta(&["ROOTCA"], &[], "1")), Ok(Received::Ack(1)));
+    assert_eq!(s.request(delta(&["spiffe://td"], &[], "99")), Ok(Received::Stale));
+    assert_eq!(due(&mut s, "v2"), Some((3, strings(&["ROOTCA", "spiffe://td"]))));
+    assert_eq!(s.request(delta(&[], &[], "2")), Ok(Received::Ack(2)));
+}
+
+#[test]
+fn an_added_name_is_answered_though_its_version_is_old() {
+    let mut s = stream(SOTW);
+    s.request(sotw(&["default"], "", "")).unwrap();
+    due(&mut s, "v1");
+    s.request(sotw(&["default"], "v1", "1")).unwrap();
+    s.request(sotw(&["default", "spiffe://td"], "v1", "1")).unwrap();
+    assert_eq!(due(&mut s, "v1"), Some((2, strings(&["default", "spiffe://td"]))));
+
+    let mut s = stream(DELTA);
+    s.request(delta(&["default"], &[], "")).unwrap();
+    due(&mut s, "v1");
+    s.request(delta(&["spiffe://td"], &[], "1")).unwrap();
+    assert_eq!(due(&mut s, "v1"), Some((2, strings(&["spiffe://td"]))));
+}
+
+#[test]
+fn a_dropped_name_is_not_answered_and_answered_again_when_it_returns() {
+    let mut s = stream(SOTW);
+    s.request(sotw(&["default", "ROOTCA"], "", "")).unwrap();
+    due(&mut s, "v1");
+    s.request(sotw(&["ROOTCA"], "v1", "1")).unwrap();
+    assert_eq!(due(&mut s, "v2"), Some((2, strings(&["ROOTCA"]))));
+    s.request(sotw(&["ROOTCA", "default"], "v2", "2")).unwrap();
+    assert_eq!(due(&mut s, "v2"), Some((3, strings(&["ROOTCA", "default"]))));
+
+    let mut s = stream(DELTA);
+    s.request(delta(&["default", "ROOTCA"], &[], "")).unwrap();
+    due(&mut s, "v1");
+    s.request(delta(&[], &["default"], "1")).unwrap();
+    assert_eq!(due(&mut s, "v2"), Some((2, strings(&["ROOTCA"]))));
+    s.request(delta(&["default"], &[], "2")).unwrap();
+    assert_eq!(due(&mut s, "v2"), Some((3, strings(&["default"]))));
+}
+
+#[test]
+fn delta_answers_a_repeated_subscription_and_sotw_does_not() {
+    let mut s = stream(DELTA);
+    s.request(delta(&["default"], &[], "")).unwrap();
+    due(&mut s, "v1");
+    s.request(delta(&["default"], &[], "1")).unwrap();
+    assert_eq!(due(&mut s, "v1"), Some((2, strings(&["default"]))));
+
+    let mut s = stream(SOTW);
+    s.request(sotw(&["default", "default"], "", "")).unwrap();
+    assert_eq!(due(&mut s, "v1"), Some((1, strings(&["default"]))), "a name said twice is answered once");
+    s.request(sotw(&["default"], "v1", "1")).unwrap();
+    assert_eq!(due(&mut s, "v1"), None);
+}
+
+#[test]
+fn a_first_empty_list_is_a_wildcard_and_a_later_one_is_nothing() {
+    for (face, first, later) in [
+        (SOTW, sotw(&[], "", ""), sotw(&[], "v1", "1")),
+        (DELTA, delta(&[], &[], ""), delta(&[], &["default", "ROOTCA"], "1")),
+        (SOTW, sotw(&["*"], "", ""), sotw(&[], "v1", "1")),
+        (DELTA, delta(&["*"], &[], ""), delta(&[], &["*"], "1")),
+    ] {
+        let mut s = stream(face);
+        s.request(first).unwrap();
+        assert_eq!(due(&mut s, "v1"), Some((1, strings(&["default", "ROOTCA"]))));
+        s.request(later).unwrap();
+        assert_eq!(due(&mut s, "v2"), None);
+        assert_eq!(s.watches(), []);
+    }
+}
+
+#[test]
+fn an_unknown_name_stays_silent_and_the_others_are_answered() {
+    for (face, first) in [(SOTW, sotw(&["file-root:system", "default"], "", "")), (DELTA, delta(&["file-root:system", "default"], &[], ""))]
+    {
+        let mut s = stream(face);
+        s.request(first).unwrap();
+        assert_eq!(due(&mut s, "v1"), Some((1, strings(&["default"]))));
+    }
+}
+
+#[test]
+fn a_name_without_an_answer_yet_follows_when_it_has_one() {
+    for (face, first, second) in [
+        (SOTW, sotw(&["default", "ROOTCA"], "", ""), vec!["default", "ROOTCA"]),
+        (DELTA, delta(&["default", "ROOTCA"], &[], ""), vec!["default"]),
+    ] {
+        let mut s = stream(face);
+        s.request(first).unwrap();
+        let bundle_only = |name: &str| (name == "ROOTCA").then(|| "v1".to_owned());
+        assert_eq!(s.due(bundle_only).unwrap().names.len(), 1);
+        assert_eq!(due(&mut s, "v1"), Some((2, strings(&second))));
+    }
+}
+
+#[test]
+fn what_a_reconnecting_client_brings_is_not_sent_again_and_anything_else_is() {
+    let mut s = stream(SOTW);
+    s.request(sotw(&["default"], "v1", "")).unwrap();
+    assert_eq!(s.watches()[0].brought.as_deref(), Some("v1"));
+    assert_eq!(due(&mut s, "v1"), None);
+    assert_eq!(due(&mut s, "v2"), Some((1, strings(&["default"]))));
+
+    let mut s = stream(DELTA);
+    let versions = BTreeMap::from([("default".to_owned(), "v1".to_owned())]);
+    let names = Names::Changes { subscribe: strings(&["default", "ROOTCA"]), unsubscribe: Vec::new(), versions };
+    s.request(Request { names, ..Request::default() }).unwrap();
+    assert_eq!(due(&mut s, "v1"), Some((1, strings(&["ROOTCA"]))));
+    assert_eq!(due(&mut s, "v2"), Some((2, strings(&["default", "ROOTCA"]))));
+}
+
+#[test]
+fn a_version_counts_only_in_the_first_request() {
+    let mut s = stream(SOTW);
+    s.request(sotw(&["default"], "", "")).unwrap();
+    s.request(sotw(&["default", "ROOTCA"], "v1", "")).unwrap();
+    assert_eq!(due(&mut s, "v1"), Some((1, strings(&["default", "ROOTCA"]))));
+}
+
+#[test]
+fn a_nonce_of_another_stream_does_not_hide_the_first_request() {
+    for (face, first) in [(SOTW, sotw(&["default"], "", "41")), (DELTA, delta(&["default"], &[], "41"))] {
+        let mut s = stream(face);
+        assert_eq!(s.request(first), Ok(Received::Subscription));
+        assert_eq!(due(&mut s, "v1"), Some((1, strings(&["default"]))));
+    }
+}
+
+#[test]
+fn another_type_and_too_many_names_end_the_stream() {
+    let mut s = stream(SOTW);
+    let request = Request { type_url: "type.googleapis.com/envoy.config.cluster.v3.Cluster".into(), ..sotw(&["default"], "", "") };
+    assert!(matches!(s.request(request), Err(Violation::TypeUrl(_))));
+    let request = Request { type_url: TYPE_URL.into(), ..sotw(&["default"], "", "") };
+    assert!(s.request(request).is_ok());
+    assert_eq!(stream(SOTW).request(sotw(&["a", "b", "c", "d", "e"], "", "")), Err(Violation::TooManyNames(4)));
+    assert_eq!(stream(DELTA).request(delta(&["a", "b", "c", "d", "e"], &[], "")), Err(Violation::TooManyNames(4)));
+}
+
+#[test]
+fn a_client_that_stopped_asking_is_done_when_all_is_sent() {
+    let mut s = stream(SOTW);
+    s.request(sotw(&["default"], "", "")).unwrap();
+    assert!(!s.is_settled(|_| true, all("v1")));
+    due(&mut s, "v1");
+    assert!(s.is_settled(|_| true, all("v1")));
+    assert!(!s.is_settled(|_| true, |_| None), "an answer is still to come");
+}
+
+mod properties {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[derive(Debug, Clone)]
+    enum Step {
+        Names(Vec<usize>),
+        Answer { offset: u64, error: bool },
+        Publish(u8),
+    }
+
+    fn steps() -> impl Strategy<Value = Vec<Step>> {
+        let step = prop_oneof![
+            prop::collection::vec(0..3usize, 0..4).prop_map(Step::Names),
+            (0..3u64, any::<bool>()).prop_map(|(offset, error)| Step::Answer { offset, error }),
+            (0..5u8).prop_map(Step::Publish),
+        ];
+        prop::collection::vec(step, 1..60)
+    }
+
+    const NAMES: [&str; 3] = ["default", "ROOTCA", "spiffe://td"];
+
+    proptest! {
+        /// Whatever a client says: nonces grow, nothing unwatched is sent, a rejected version never returns, and in the end everything
+        /// that is watched was sent, is what the client brought, or was rejected.
+        #[test]
+        fn a_stream_converges(face in prop_oneof![Just(SOTW), Just(DELTA)], steps in steps()) {
+            let mut s = stream(face);
+            let (mut nonce, mut version) = (0, 0u8);
+            let mut rejected: std::collections::BTreeSet<(Box<str>, Box<str>)> = Default::default();
+            let mut last: Vec<Due> = Vec::new();
+            s.request(if face == SOTW { sotw(&["default"], "", "") } else { delta(&["default"], &[], "") }).unwrap();
+            for step in steps {
+                match step {
+                    Step::Names(picks) => {
+                        let names: Vec<&str> = picks.iter().map(|i| NAMES[*i]).collect();
+                        let current = if nonce == 0 { String::new() } else { nonce.to_string() };
+                        let request = if face == SOTW { sotw(&names, "", &current) } else { delta(&names, &["ROOTCA"], "") };
+                        s.request(request).unwrap();
+                        if face == DELTA {
+                            // Unsubscribed, and perhaps subscribed anew by the same request.
+                            rejected.retain(|(name, _)| &**name != "ROOTCA");
+                        }
+                    }
+                    Step::Answer { offset, error } => {
+                        let n = u64::saturating_sub(nonce, offset);
+                        let watched: Vec<String> = s.watches().iter().map(|w| w.name.to_string()).collect();
+                        let watched: Vec<&str> = watched.iter().map(String::as_str).collect();
+                        let mut request = if face == SOTW { sotw(&watched, "", &n.to_string()) } else { delta(&[], &[], &n.to_string()) };
+                        if error { request = nack(request); }
+                        if let Received::Nack(n, _) = s.request(request).unwrap() {
+                            let due = last.iter().find(|d| d.nonce == n).unwrap();
+                            rejected.extend(due.names.iter().filter(|(name, _)| s.watches().iter().any(|w| w.name == *name)).cloned());
+                        }
+                    }
+                    Step::Publish(v) => version = version.max(v),
+                }
+                let watched: Vec<Box<str>> = s.watches().iter().map(|w| w.name.clone()).collect();
+                rejected.retain(|(name, _)| watched.contains(name));
+                if let Some(due) = s.due(all(&version.to_string())) {
+                    prop_assert!(due.nonce > nonce);
+                    nonce = due.nonce;
+                    for pair in &due.names {
+                        prop_assert!(watched.contains(&pair.0));
+                        prop_assert!(!rejected.contains(pair), "{pair:?} was rejected");
+                    }
+                    last.push(due);
+                }
+                prop_assert!(s.due(all(&version.to_string())).is_none(), "sent twice");
+                for watch in s.watches() {
+                    let v = version.to_string();
+                    prop_assert!(!watch.wants(&v));
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,375 @@
+//! The certificates of this node, by identity: who holds what, and who wants it.
+//!
+//! Owns one [`Entry`] for each [`Identity`] that has a subscriber or had one lately. A subscriber holds a [`Lease`]; `rotation` is told
+//! of what is wanted and publishes into the entry. The last lease's end starts the retention, and after that the entry is forgotten and
+//! its key wiped with its last reference. Locks are taken in the order map, then book, and never held across an await.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, SystemTime},
+};
+
+use tokio::{
+    sync::{mpsc, watch},
+    time::Instant,
+};
+
+use crate::{
+    identity::{Identity, PodRef},
+    material::Svid,
+};
+
+/// When a subscriber needs a certificate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Demand {
+    /// As soon as can be.
+    Now,
+    /// The subscriber still holds a good one and says until when: from before a restart of the agent.
+    Held {
+        /// When the one it holds was to be renewed.
+        renew_at: SystemTime,
+        /// When the one it holds ends.
+        not_after: SystemTime,
+    },
+}
+
+impl Demand {
+    /// Whether `other` asks for more.
+    fn is_exceeded_by(self, other: Self) -> bool {
+        match (self, other) {
+            (Self::Now, _) => false,
+            (Self::Held { .. }, Self::Now) => true,
+            (Self::Held { renew_at: mine, .. }, Self::Held { renew_at: theirs, .. }) => theirs < mine,
+        }
+    }
+}
+
+/// What the store tells `rotation`.
+#[derive(Debug)]
+pub enum Event {
+    /// The entry has a subscriber that it had not before, or one that needs more.
+    Wanted(Arc<Entry>),
+    /// The last lease has ended.
+    Idle(Arc<Entry>),
+}
+
+/// What is known of an entry beside its material.
+#[derive(Debug, Clone, Default)]
+pub struct Status {
+    /// The next planned attempt.
+    pub next_attempt: Option<SystemTime>,
+    /// The last error, until an issue succeeds.
+    pub last_error: Option<String>,
+    /// The upstream's name for the request under way.
+    pub request: Option<Arc<str>>,
+}
+
+/// One identity's place.
+#[derive(Debug)]
+pub struct Entry {
+    /// Distinguishes entries of one identity over time.
+    pub id: u64,
+    /// For whom.
+    pub identity: Arc<Identity>,
+    material: watch::Sender<Option<Arc<Svid>>>,
+    book: Mutex<Book>,
+    status: Mutex<Status>,
+}
+
+#[derive(Debug)]
+struct Book {
+    next: u64,
+    leases: HashMap<u64, Option<PodRef>>,
+    demand: Option<Demand>,
+    idle_since: Instant,
+    /// Whether rotation has been told that the entry is idle and has not decided yet.
+    idle_told: bool,
+}
+
+impl Entry {
+    fn book(&self) -> MutexGuard<'_, Book> {
+        self.book.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The material now.
+    pub fn current(&self) -> Option<Arc<Svid>> {
+        self.material.borrow().clone()
+    }
+
+    /// Publishes verified material; nothing else is asked for then.
+    pub fn publish(&self, svid: Arc<Svid>) {
+        self.book().demand = None;
+        self.material.send_replace(Some(svid));
+    }
+
+    /// Wakes the subscribers to judge again what they have: the clock was stepped.
+    pub fn reconsider(&self) {
+        self.material.send_modify(|_| {});
+    }
+
+    /// What the subscribers without material need; none when nobody asks.
+    pub fn demand(&self) -> Option<Demand> {
+        let book = self.book();
+        if book.leases.is_empty() { None } else { book.demand }
+    }
+
+    /// Whether anybody subscribes.
+    pub fn is_leased(&self) -> bool {
+        !self.book().leases.is_empty()
+    }
+
+    /// How many subscribe.
+    pub fn subscribers(&self) -> usize {
+        self.book().leases.len()
+    }
+
+    /// A pod of a living subscriber, other than `but` where there is another.
+    pub fn evidence(&self, but: Option<&PodRef>) -> Option<PodRef> {
+        let book = self.book();
+        let mut pods = book.leases.values().flatten();
+        pods.clone().find(|pod| Some(*pod) != but).or_else(|| pods.next()).cloned()
+    }
+
+    /// Changes the status.
+    pub fn set_status(&self, change: impl FnOnce(&mut Status)) {
+        change(&mut self.status.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// The status now.
+    pub fn status(&self) -> Status {
+        self.status.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+/// All entries.
+#[derive(Debug)]
+pub struct Store {
+    entries: Mutex<HashMap<Arc<Identity>, Arc<Entry>>>,
+    events: mpsc::UnboundedSender<Event>,
+    next_id: AtomicU64,
+}
+
+impl Store {
+    /// An empty store, and the events that `rotation` consumes.
+    pub fn new() -> (Arc<Self>, mpsc::UnboundedReceiver<Event>) {
+        let (events, receiver) = mpsc::unbounded_channel();
+        (Arc::new(Self { entries: Mutex::default(), events, next_id: AtomicU64::new(1) }), receiver)
+    }
+
+    fn entries(&self) -> MutexGuard<'_, HashMap<Arc<Identity>, Arc<Entry>>> {
+        self.entries.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Subscribes to `identity`. `pod` is the subscriber, as the evidence for a request.
+    pub fn lease(self: &Arc<Self>, identity: &Arc<Identity>, demand: Demand, pod: Option<PodRef>) -> Lease {
+        let mut entries = self.entries();
+        let entry = match entries.get(identity) {
+            Some(entry) => entry.clone(),
+            None => {
+                let entry = Arc::new(Entry {
+                    id: self.next_id.fetch_add(1, Ordering::Relaxed),
+                    identity: identity.clone(),
+                    material: watch::Sender::new(None),
+                    book: Mutex::new(Book { next: 0, leases: HashMap::new(), demand: None, idle_since: Instant::now(), idle_told: false }),
+                    status: Mutex::default(),
+                });
+                entries.insert(identity.clone(), entry.clone());
+                entry
+            }
+        };
+        // Registered under the map's lock: an entry that is being forgotten has no lease, or is not in the map.
+        let mut book = entry.book();
+        drop(entries);
+        book.next += 1;
+        let key = book.next;
+        let first = book.leases.is_empty();
+        book.leases.insert(key, pod);
+        let more = strengthen(&mut book, demand);
+        drop(book);
+        if first || more {
+            self.tell(Event::Wanted(entry.clone()));
+        }
+        Lease { entry, key, store: self.clone() }
+    }
+
+    /// Removes `entry` if nobody has subscribed to it for `retention`; true when it is gone.
+    pub fn forget(&self, entry: &Arc<Entry>, retention: Duration) -> bool {
+        let mut entries = self.entries();
+        let mut book = entry.book();
+        book.idle_told = false;
+        if !book.leases.is_empty() || book.idle_since.elapsed() < retention {
+            if book.leases.is_empty() {
+                book.idle_told = true;
+            }
+            return false;
+        }
+        drop(book);
+        if entries.get(&entry.identity).is_some_and(|current| current.id == entry.id) {
+            entries.remove(&entry.identity);
+        }
+        true
+    }
+
+    /// Every entry, for people and metrics.
+    pub fn snapshot(&self) -> Vec<Arc<Entry>> {
+        self.entries().values().cloned().collect()
+    }
+
+    fn tell(&self, event: Event) {
+        // Without a rotation (at the very end) nobody needs to know.
+        let _ = self.events.send(event);
+    }
+}
+
+fn strengthen(book: &mut Book, demand: Demand) -> bool {
+    let more = book.demand.is_none_or(|current| current.is_exceeded_by(demand));
+    if more {
+        book.demand = Some(demand);
+    }
+    more
+}
+
+/// One subscription. Dropping it ends it.
+#[derive(Debug)]
+pub struct Lease {
+    entry: Arc<Entry>,
+    key: u64,
+    store: Arc<Store>,
+}
+
+impl Lease {
+    /// The material, now and later.
+    pub fn watch(&self) -> watch::Receiver<Option<Arc<Svid>>> {
+        self.entry.material.subscribe()
+    }
+
+    /// The material now.
+    pub fn current(&self) -> Option<Arc<Svid>> {
+        self.entry.current()
+    }
+
+    /// The subscriber turned out to need more.
+    pub fn demand(&self, demand: Demand) {
+        if self.entry.current().is_none() && strengthen(&mut self.entry.book(), demand) {
+            self.store.tell(Event::Wanted(self.entry.clone()));
+        }
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        let mut book = self.entry.book();
+        book.leases.remove(&self.key);
+        if !book.leases.is_empty() {
+            return;
+        }
+        book.idle_since = Instant::now();
+        if !std::mem::replace(&mut book.idle_told, true) {
+            drop(book);
+            self.store.tell(Event::Idle(self.entry.clone()));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::UNIX_EPOCH;
+
+    use super::*;
+    use crate::identity::tests::identity;
+
+    fn told(events: &mut mpsc::UnboundedReceiver<Event>) -> Vec<&'static str> {
+        std::iter::from_fn(|| events.try_recv().ok())
+            .map(|event| match event {
+                Event::Wanted(_) => "wanted",
+                Event::Idle(_) => "idle",
+            })
+            .collect()
+    }
+
+    fn at(seconds: u64) -> Demand {
+        Demand::Held { renew_at: UNIX_EPOCH + Duration::from_secs(seconds), not_after: UNIX_EPOCH + Duration::from_secs(2 * seconds) }
+    }
+
+    #[tokio::test]
+    async fn equal_identities_share_an_entry_and_rotation_hears_of_it_once() {
+        let (store, mut events) = Store::new();
+        let a = store.lease(&identity("a"), Demand::Now, None);
+        let b = store.lease(&identity("a"), Demand::Now, None);
+        assert_eq!(a.entry.id, b.entry.id);
+        assert_eq!(told(&mut events), ["wanted"]);
+        let c = store.lease(&identity("c"), Demand::Now, None);
+        assert_ne!(a.entry.id, c.entry.id);
+        assert_eq!(store.snapshot().len(), 2);
+    }
+
+    #[tokio::test]
+    async fn only_a_stronger_demand_is_news() {
+        let (store, mut events) = Store::new();
+        let id = identity("a");
+        let first = store.lease(&id, at(100), None);
+        assert_eq!(told(&mut events), ["wanted"]);
+        let _later = store.lease(&id, at(200), None);
+        assert_eq!(told(&mut events), [""; 0], "a later moment holds nobody up and hurries nobody");
+        let _earlier = store.lease(&id, at(50), None);
+        assert_eq!(told(&mut events), ["wanted"]);
+        first.demand(Demand::Now);
+        assert_eq!(told(&mut events), ["wanted"]);
+        assert_eq!(first.entry.demand(), Some(Demand::Now));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_entry_is_forgotten_only_when_it_was_idle_for_the_retention() {
+        let (store, mut events) = Store::new();
+        let id = identity("a");
+        let retention = Duration::from_secs(300);
+        let lease = store.lease(&id, Demand::Now, None);
+        let entry = lease.entry.clone();
+        drop(lease);
+        assert_eq!(told(&mut events), ["wanted", "idle"]);
+        assert!(!store.forget(&entry, retention));
+
+        tokio::time::advance(Duration::from_secs(200)).await;
+        let again = store.lease(&id, Demand::Now, None);
+        assert_eq!(again.entry.id, entry.id, "within the retention the entry is the same");
+        drop(again);
+        assert_eq!(told(&mut events), ["wanted"], "rotation still has its timer");
+        tokio::time::advance(Duration::from_secs(200)).await;
+        assert!(!store.forget(&entry, retention), "idle for 200 s only");
+        tokio::time::advance(Duration::from_secs(100)).await;
+        assert!(store.forget(&entry, retention));
+        assert!(store.snapshot().is_empty());
+        assert_ne!(store.lease(&id, Demand::Now, None).entry.id, entry.id);
+    }
+
+    #[tokio::test]
+    async fn a_subscriber_that_came_back_is_never_forgotten_and_its_end_is_told_again() {
+        let (store, mut events) = Store::new();
+        let id = identity("a");
+        drop(store.lease(&id, Demand::Now, None));
+        let lease = store.lease(&id, Demand::Now, None);
+        assert!(!store.forget(&lease.entry, Duration::ZERO));
+        told(&mut events);
+        drop(lease);
+        assert_eq!(told(&mut events), ["idle"]);
+    }
+
+    #[tokio::test]
+    async fn the_evidence_is_a_living_subscribers_pod_and_a_sibling_stands_in() {
+        let (store, _events) = Store::new();
+        let id = identity("a");
+        let pod = |name: &str| PodRef { namespace: "ns".into(), name: name.into(), uid: name.into() };
+        let a = store.lease(&id, Demand::Now, Some(pod("a")));
+        let b = store.lease(&id, Demand::Now, Some(pod("b")));
+        assert_eq!(a.entry.evidence(Some(&pod("a"))), Some(pod("b")));
+        drop(b);
+        assert_eq!(a.entry.evidence(Some(&pod("a"))), Some(pod("a")), "there is no other");
+        let entry = a.entry.clone();
+        drop(a);
+        assert_eq!(entry.evidence(None), None);
+    }
+}
