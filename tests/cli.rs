@@ -16,19 +16,19 @@ admin: { address: 0.0.0.0:15090 }
 colour: blue
 "#;
 
-/// The field of each mistake.
-const FIELDS: [&str; 11] = [
-    "trustDomain",
-    "sockets.shared.path",
-    "sockets.shared.mode",
-    "attestation",
-    "certificate.lifetime",
-    "certificate.key",
-    "certificate.renewAt",
-    "issuer.certManager.issuerRef.kind",
-    "configMap.name",
-    "admin.address",
-    "colour",
+/// The field of each mistake, and what stands there.
+const MISTAKES: [(&str, &str); 11] = [
+    ("trustDomain", "\"UPPER.example\""),
+    ("sockets.shared.path", "\"relative.sock\""),
+    ("sockets.shared.mode", "\"0999\""),
+    ("attestation", "\"telepathy\""),
+    ("certificate.lifetime", "5"),
+    ("certificate.key", "\"ed25519\""),
+    ("certificate.renewAt", "1.5"),
+    ("issuer.certManager.issuerRef.kind", "is missing"),
+    ("trust.sources[0].configMap.name", "is missing"),
+    ("admin.address", "\"0.0.0.0:15090\""),
+    ("colour", "is not a field"),
 ];
 
 fn sds_agent(arguments: &[&str]) -> (Option<i32>, String) {
@@ -49,10 +49,13 @@ fn every_error_of_a_configuration_is_told_at_once() {
     for subcommand in ["check-config", "run"] {
         let (code, output) = sds_agent(&[subcommand, "--config", config]);
         assert_eq!(code, Some(64), "{subcommand}: {output}");
-        for field in FIELDS {
-            let told = output.lines().filter(|line| line.contains(field) && line.contains("; ")).count();
-            assert!(told >= 1, "{subcommand} does not tell of {field}, or not what to do about it:\n{output}");
+        for (field, value) in MISTAKES {
+            let told: Vec<_> = output.lines().filter_map(|line| line.strip_prefix(field)?.strip_prefix(": ")).collect();
+            assert_eq!(told.len(), 1, "{subcommand} about {field}:\n{output}");
+            assert!(told[0].starts_with(value) && told[0].contains("; "), "what stands there and the way out: {told:?}");
         }
+        let told = output.lines().filter(|line| line.contains("; ")).count();
+        assert_eq!(told, MISTAKES.len(), "{subcommand} tells of more than there is:\n{output}");
     }
 }
 
