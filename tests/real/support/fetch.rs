@@ -19,7 +19,7 @@ const CERTIFICATE: [&str; 7] = ["spiffe_id", "dns_names", "serial", "fingerprint
 /// Asks once; the updates by kind.
 pub async fn once(socket: &Path) -> BTreeMap<String, Value> {
     let socket = socket.to_str().expect("a plain path");
-    let arguments = ["fetch", "--socket", socket, "--name", "default", "--name", "ROOTCA", "-o", "json"];
+    let arguments = ["fetch", "--socket", socket, "-o", "json"];
     let output = child::succeed(agent::program(), &arguments, PATIENCE).await;
     assert!(!output.contains("PRIVATE KEY"), "fetch shows no key unless told where to write it");
     updates(&output.lines().map(str::to_owned).collect::<Vec<_>>())
