@@ -168,7 +168,6 @@ async fn certificates_of_30_seconds_rotate_under_load() {
             "{id}: only {made} requests were seen, so the certificates came from elsewhere"
         );
     }
-    eprintln!("{tally:?}");
 }
 
 #[tokio::test]

@@ -3,7 +3,13 @@
 //! Both sides demand the other's SPIFFE id. Every request between them is a TLS connection of its own with a full handshake: nothing is
 //! pooled and no session is resumed, so a request that passes proves the certificates of that moment.
 
-use std::{collections::BTreeMap, fs, net::SocketAddr, path::Path, time::Duration};
+use std::{
+    collections::BTreeMap,
+    fs,
+    net::SocketAddr,
+    path::Path,
+    time::{Duration, Instant},
+};
 
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -39,6 +45,7 @@ pub enum Side<'a> {
 
 /// A running Envoy.
 pub struct Envoy {
+    started: Instant,
     admin: SocketAddr,
     _process: Child,
     _files: TempDir,
@@ -68,6 +75,7 @@ impl Envoy {
         command.arg("--config-path").arg(&bootstrap);
         command.arg("--admin-address-path").arg(&address);
         command.args(["--use-dynamic-base-id", "--concurrency", "1", "--log-level", "info", "--disable-hot-restart"]);
+        let started = Instant::now();
         let process = Child::spawn(&format!("envoy {name}"), &mut command);
 
         let admin = eventually("Envoy's admin interface", START, async || {
@@ -75,12 +83,13 @@ impl Envoy {
             let admin = text.parse::<SocketAddr>().map_err(|e| format!("{text:?}: {e}"))?;
             http::get_ok(admin, "/server_info").await.map(|_| admin)
         });
-        Self { admin: admin.await, _process: process, _files: dir }
+        Self { started, admin: admin.await, _process: process, _files: dir }
     }
 
     /// Waits until it has all its secrets and accepts connections; gives its listener's address.
     pub async fn live(&self) -> SocketAddr {
         eventually("Envoy is live", SECRETS, async || http::get_ok(self.admin, "/ready").await).await;
+        eprintln!("figure: an Envoy with all its secrets {} ms after its start", self.started.elapsed().as_millis());
         eventually("Envoy listens", START, async || {
             let listeners = self.json("/listeners?format=json").await?;
             let address = &listeners["listener_statuses"][0]["local_address"]["socket_address"];
