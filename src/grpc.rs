@@ -172,7 +172,10 @@ impl Sender {
 type Driver = Pin<Box<dyn Future<Output = Status> + Send>>;
 
 /// A response's body: shared buffers, then the status as trailers.
-pub struct Body(Kind);
+pub struct Body {
+    kind: Kind,
+    _until_end: Option<Box<dyn Send>>,
+}
 
 enum Kind {
     /// A stream, driven by its own future; the future's result is the status.
@@ -189,9 +192,28 @@ impl std::fmt::Debug for Body {
     }
 }
 
+impl Body {
+    fn of(kind: Kind) -> Self {
+        Self { kind, _until_end: None }
+    }
+}
+
+/// Keeps something for as long as a response is on its way.
+pub trait UntilEnd {
+    /// Drops `guard` with the response's body.
+    fn until_end(self, guard: impl Send + 'static) -> Self;
+}
+
+impl UntilEnd for Response<Body> {
+    fn until_end(mut self, guard: impl Send + 'static) -> Self {
+        self.body_mut()._until_end = Some(Box::new(guard));
+        self
+    }
+}
+
 impl From<tonic::body::Body> for Body {
     fn from(body: tonic::body::Body) -> Self {
-        Self(Kind::Tonic(body))
+        Self::of(Kind::Tonic(body))
     }
 }
 
@@ -200,7 +222,7 @@ impl HttpBody for Body {
     type Error = Status;
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
-        match &mut self.0 {
+        match &mut self.kind {
             Kind::Tonic(body) => Pin::new(body).poll_frame(cx),
             Kind::Fixed { pieces, status } => Poll::Ready(match pieces.pop_front() {
                 Some(piece) => Some(Ok(Frame::data(piece))),
@@ -225,7 +247,7 @@ impl HttpBody for Body {
     }
 
     fn is_end_stream(&self) -> bool {
-        match &self.0 {
+        match &self.kind {
             Kind::Tonic(body) => body.is_end_stream(),
             Kind::Fixed { pieces, status } => pieces.is_empty() && status.is_none(),
             Kind::Driven { .. } => false,
@@ -240,16 +262,16 @@ where
 {
     let queue = Sender(Arc::default());
     let driver: Driver = Box::pin(drive(queue.clone()));
-    respond(Body(Kind::Driven { driver: Some(driver), queue, status: None }))
+    respond(Body::of(Kind::Driven { driver: Some(driver), queue, status: None }))
 }
 
 /// The answer of a unary call: the pieces of one message (its prefix included), or an error.
 pub fn unary(result: Result<VecDeque<Bytes>, Status>) -> Response<Body> {
     match result {
-        Ok(pieces) => respond(Body(Kind::Fixed { pieces, status: Some(Status::ok("")) })),
+        Ok(pieces) => respond(Body::of(Kind::Fixed { pieces, status: Some(Status::ok("")) })),
         Err(status) => {
             // Trailers-only: the status is in the head.
-            let mut response = respond(Body(Kind::Fixed { pieces: VecDeque::new(), status: None }));
+            let mut response = respond(Body::of(Kind::Fixed { pieces: VecDeque::new(), status: None }));
             response.headers_mut().extend(trailers(&status));
             response
         }

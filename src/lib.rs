@@ -2,13 +2,17 @@
 //!
 //! The modules stand in the order in which a request passes them:
 //!
-//! 1. `listener` binds the Unix socket, `session` accepts a connection, [`peer`] takes the caller's credentials and a handle on it;
-//! 2. [`attest`] proves which workload that is, [`identity`] names it and picks the profile of its certificate;
-//! 3. `sds` (names, pure stream state, encoding) subscribes to that identity in the `store` and answers with [`material`];
-//! 4. `rotation` owns when a certificate is made or replaced, and orders it from an [`issuer`];
-//! 5. [`trust`] owns the bundles, which `sds` serves and `rotation` checks against.
+//! 1. [`listener`] binds the Unix socket, [`session`] accepts a connection, [`peer`] takes the caller's credentials and a handle on it;
+//! 2. [`attest`] proves which workload that is, once for each connection ([`caller`]); [`identity`] names it and picks the profile of its
+//!    certificate;
+//! 3. [`sds`] (names, pure stream state, encoding) subscribes to that identity in the [`store`] and answers with [`material`];
+//! 4. [`rotation`] owns when a certificate is made or replaced, and orders it from an [`issuer`];
+//! 5. [`trust`] owns the bundles, which [`sds`] serves and [`rotation`] checks against.
 //!
-//! `app` composes them; [`config`], [`clock`] and the operations modules stand around the path. Nobody imports its caller.
+//! [`app`] composes them; [`config`], [`clock`] and the operations modules stand around the path. Nobody imports its caller.
+
+pub mod listener;
+pub mod session;
 
 pub mod peer;
 
@@ -28,8 +32,17 @@ pub mod issuer;
 
 pub mod trust;
 
+pub mod app;
+
 pub mod clock;
 pub mod config;
 pub mod fd;
 pub mod grpc;
 pub mod proto;
+
+pub mod admin;
+pub mod metrics;
+pub mod process;
+pub mod readiness;
+pub mod shutdown;
+pub mod telemetry;

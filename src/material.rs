@@ -389,7 +389,7 @@ mod tests {
     #[test]
     fn pem_round_trips_at_every_length_without_reallocating() {
         for len in [1, 2, 3, 47, 48, 49, 96, 97, 1000] {
-            let der: Vec<u8> = (0..len).map(|i| i as u8).collect();
+            let der: Vec<u8> = (0..=u8::MAX).cycle().take(len).collect();
             let mut out = Vec::with_capacity(pem_len("PRIVATE KEY", len));
             let room = out.capacity();
             push_pem("PRIVATE KEY", &der, &mut out);
@@ -408,7 +408,7 @@ mod tests {
     #[test]
     fn bundles_keep_order_drop_repetitions_and_refuse_nothing_and_garbage() {
         let (a, b) = (root("a"), root("b"));
-        let pem = [to_pem(&[a.clone(), b.clone()]), to_pem(&[a.clone()])].concat();
+        let pem = [to_pem(&[a.clone(), b.clone()]), to_pem(std::slice::from_ref(&a))].concat();
         let bundle = TrustBundle::from_pem(&pem).unwrap();
         assert_eq!(bundle.roots(), [a.clone(), b.clone()]);
         assert_eq!(TrustBundle::from_pem(&bundle.to_pem()).unwrap(), bundle);

@@ -52,11 +52,15 @@ static RSA: LazyLock<Arc<Semaphore>> = LazyLock::new(|| Arc::new(Semaphore::new(
 
 /// Makes a key of the profile's type and its CSR. RSA runs on the blocking pool, bounded to one at a time.
 pub async fn generate(identity: &Identity) -> Result<KeyAndCsr, Error> {
+    generate_within(identity, &RSA).await
+}
+
+async fn generate_within(identity: &Identity, rsa: &Arc<Semaphore>) -> Result<KeyAndCsr, Error> {
     let key_type = identity.profile.key;
     let key = match key_type {
         KeyType::EcdsaP256 | KeyType::EcdsaP384 => Key::generate(key_type)?,
         KeyType::Rsa2048 | KeyType::Rsa3072 => {
-            let permit = RSA.clone().acquire_owned().await.map_err(|_| Error::Cancelled)?;
+            let permit = rsa.clone().acquire_owned().await.map_err(|_| Error::Cancelled)?;
             // The permit goes with the work, not with the waiter: an abandoned order still counts until its core is free.
             let made = tokio::task::spawn_blocking(move || {
                 let key = Key::generate(key_type);

@@ -36,6 +36,7 @@ struct Authority {
     root: Certificate,
     intermediate: Certificate,
     signer: Signer<'static, KeyPair>,
+    expires: SystemTime,
 }
 
 impl fmt::Debug for Embedded {
@@ -68,7 +69,7 @@ impl Authority {
         let key = KeyPair::generate()?;
         let params = authority_params(&format!("{trust_domain} development intermediate"), BasicConstraints::Constrained(0), now);
         let intermediate = params.signed_by(&key, &root_signer)?;
-        Ok(Self { root, intermediate, signer: Signer::new(params, key) })
+        Ok(Self { root, intermediate, signer: Signer::new(params, key), expires: now + AUTHORITY_LIFETIME })
     }
 
     fn sign(&self, csr_der: Vec<u8>, lifetime: Duration, now: SystemTime) -> Result<Vec<u8>, rcgen::Error> {
@@ -76,10 +77,15 @@ impl Authority {
         let params = &mut request.params;
         // A short life is not spent on backdating.
         params.not_before = (now - BACKDATE.min(lifetime / 20)).into();
-        params.not_after = (now + lifetime).into();
+        // Nothing outlives its signer.
+        params.not_after = (now + lifetime.min(AUTHORITY_LIFETIME)).min(self.expires).into();
         params.is_ca = IsCa::ExplicitNoCa;
         params.use_authority_key_identifier_extension = true;
-        params.key_usages = vec![KeyUsagePurpose::DigitalSignature, KeyUsagePurpose::KeyEncipherment];
+        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        // RFC 8813 forbids it to elliptic curves.
+        if request.public_key.algorithm() == &rcgen::PKCS_RSA_SHA256 {
+            params.key_usages.push(KeyUsagePurpose::KeyEncipherment);
+        }
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
         let leaf = request.signed_by(&self.signer)?;
         Ok([leaf.pem(), self.intermediate.pem()].concat().into_bytes())
@@ -115,3 +121,6 @@ impl Issuer for Embedded {
         })
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,6 +1,12 @@
 //! The checks between an issuer's answer and its publication.
 //!
-//! A pure function of (order, answer, bundle, now). Exactly the bytes that were checked are served.
+//! A pure function of (order, answer, bundle, now). Exactly the bytes that were checked are served, in the order in which they came: leaf
+//! first, then whatever else the issuer sent. Certificates that are on no path to a root are harmless to peers and are left in: one of
+//! them may be the cross-signed root that peers with an older bundle need.
+//!
+//! What a peer would refuse is refused here. Usages follow the SPIFFE X.509-SVID specification as Envoy and go-spiffe enforce it: an
+//! absent extended key usage allows every use (RFC 5280), a present one must name both sides of TLS; a present key usage must allow
+//! signatures and must not allow those of an authority.
 
 use std::time::{Duration, SystemTime};
 
@@ -9,13 +15,14 @@ use aws_lc_rs::{
     rsa,
     signature::{ECDSA_P256_SHA256_ASN1_SIGNING, ECDSA_P384_SHA384_ASN1_SIGNING, EcdsaKeyPair, KeyPair as _},
 };
-use rustls::pki_types::{CertificateDer, UnixTime};
+use rustls::pki_types::{CertificateDer, TrustAnchor, UnixTime};
 use webpki::{EndEntityCert, KeyUsage, anchor_from_trusted_cert};
+use x509_parser::prelude::{FromDer, X509Certificate, X509Error};
 
 use crate::{
     clock,
     identity::{Identity, KeyType},
-    material::{self, CertificateChain, PrivateKey, TrustBundle},
+    material::{self, CertificateChain, PrivateKey, TrustBundle, Validity},
 };
 
 /// How far the signer's clock may be ahead of ours.
@@ -30,6 +37,12 @@ pub enum Error {
     /// The leaf is for another key.
     #[error("the leaf's public key is not the one that was asked for")]
     Key,
+    /// The leaf is there, but not in front.
+    #[error("certificate {index} of the chain, not the first, is for the key that was asked for; the leaf must come first")]
+    Order {
+        /// Its place, from 1.
+        index: usize,
+    },
     /// The URI SANs are not exactly the identity.
     #[error(
         "the leaf's URI SANs are {found:?}, not exactly [{expected:?}]; the issuer may rewrite or drop names (Vault: allowed_uri_sans, use_csr_sans)"
@@ -60,12 +73,18 @@ pub enum Error {
         /// Its notBefore.
         from: String,
     },
-    /// Wrong usages, a CA certificate, or a chain that leads to none of the roots.
+    /// Never valid.
+    #[error("the leaf's validity ends before it begins")]
+    Validity,
+    /// A certificate authority's certificate, or a usage that peers would refuse.
+    #[error("the leaf {0}")]
+    Usage(&'static str),
+    /// A chain that leads to none of the roots.
     #[error("{what}: {why}")]
     Path {
         /// What was checked.
         what: &'static str,
-        /// The verifier's words.
+        /// What the verifier found.
         why: String,
     },
 }
@@ -82,10 +101,8 @@ pub struct Verified {
 /// Checks the chain of `pem` for `identity` and `key` at `now`; with a bundle, that it leads to one of its roots.
 pub fn verify(identity: &Identity, key: &PrivateKey, pem: &[u8], bundle: Option<&TrustBundle>, now: SystemTime) -> Result<Verified, Error> {
     let chain = CertificateChain::from_pem(pem)?;
-    if public_key(identity.profile.key, key).as_deref() != Some(&chain.public_key) {
-        return Err(Error::Key);
-    }
-    if chain.uris.len() != 1 || chain.uris[0] != identity.spiffe_id.as_str() {
+    is_for(&chain, &public_key(identity.profile.key, key).ok_or(Error::Key)?)?;
+    if !matches!(&chain.uris[..], [uri] if uri == identity.spiffe_id.as_str()) {
         return Err(Error::SpiffeId { expected: identity.spiffe_id.to_string(), found: chain.uris });
     }
     if !same_names(&chain.dns_names, &identity.dns_names) {
@@ -94,44 +111,118 @@ pub fn verify(identity: &Identity, key: &PrivateKey, pem: &[u8], bundle: Option<
     if chain.other_names {
         return Err(Error::OtherNames);
     }
-    let validity = chain.validity;
+    in_time(chain.validity, now)?;
+    let (leaf, others) = chain.certificates().split_first().ok_or(Error::Chain(material::Error::Empty))?;
+    usages(leaf)?;
+    let anchor = path(leaf, others, bundle, now.max(chain.validity.not_before))?;
+    Ok(Verified { chain, anchor })
+}
+
+/// The leaf, and no other certificate, is for the key.
+fn is_for(chain: &CertificateChain, public_key: &[u8]) -> Result<(), Error> {
+    if chain.public_key == public_key {
+        return Ok(());
+    }
+    let is_it = |der: &CertificateDer<'_>| X509Certificate::from_der(der).is_ok_and(|(_, c)| c.public_key().raw == public_key);
+    match chain.certificates().iter().position(is_it) {
+        Some(place) => Err(Error::Order { index: place + 1 }),
+        None => Err(Error::Key),
+    }
+}
+
+fn in_time(validity: Validity, now: SystemTime) -> Result<(), Error> {
+    if validity.not_after <= validity.not_before {
+        return Err(Error::Validity);
+    }
     if !validity.is_live(now) {
         return Err(Error::Expired(clock::rfc3339(validity.not_after)));
     }
     if validity.not_before > now + ALLOWED_SKEW {
         return Err(Error::NotYetValid { from: clock::rfc3339(validity.not_before) });
     }
-    let anchor = path(&chain, bundle, now.max(validity.not_before))?;
-    Ok(Verified { chain, anchor })
+    Ok(())
 }
 
-/// Both usages, not a CA, and the path to a root. Without a bundle the chain's own last certificate stands in for the root.
-fn path(chain: &CertificateChain, bundle: Option<&TrustBundle>, at: SystemTime) -> Result<Option<CertificateDer<'static>>, Error> {
-    let certificates = chain.certificates();
-    let unreadable = |why: webpki::Error| Error::Path { what: "the leaf cannot be read", why: why.to_string() };
-    let leaf = EndEntityCert::try_from(&certificates[0]).map_err(unreadable)?;
-    let roots = match bundle {
-        Some(bundle) => bundle.roots(),
-        None if certificates.len() > 1 => &certificates[certificates.len() - 1..],
-        // A lone leaf and no bundle: nothing to build a path to.
-        None => return Ok(None),
-    };
-    let anchors: Vec<_> = roots.iter().filter_map(|root| anchor_from_trusted_cert(root).ok().map(|a| (a, root))).collect();
-    let trusted: Vec<_> = anchors.iter().map(|(anchor, _)| anchor.clone()).collect();
-    let at = UnixTime::since_unix_epoch(Duration::from_secs(clock::unix_seconds(at)));
-    let mut found = None;
-    for (usage, what) in [
-        (KeyUsage::server_auth(), "as a server's certificate it does not lead to the trust bundle"),
-        (KeyUsage::client_auth(), "as a client's certificate it does not lead to the trust bundle"),
-    ] {
-        let path = leaf
-            .verify_for_usage(webpki::ALL_VERIFICATION_ALGS, &trusted, &certificates[1..], at, usage, None, None)
-            .map_err(|why| Error::Path { what, why: why.to_string() })?;
-        found = anchors
-            .iter()
-            .find(|(a, _)| a.subject == path.anchor().subject && a.subject_public_key_info == path.anchor().subject_public_key_info);
+/// An end entity's certificate for both sides of TLS. The path's verifier looks at extended key usages only, and only if there is a path.
+fn usages(leaf: &CertificateDer<'_>) -> Result<(), Error> {
+    let broken = |why: X509Error| Error::Chain(material::Error::X509 { index: 1, why: why.to_string() });
+    let (_, leaf) = X509Certificate::from_der(leaf).map_err(|why| broken(why.into()))?;
+    if leaf.basic_constraints().map_err(broken)?.is_some_and(|constraints| constraints.value.ca) {
+        return Err(Error::Usage("is a certificate authority's"));
     }
-    Ok(bundle.and(found).map(|(_, root)| (*root).clone()))
+    if let Some(usage) = leaf.key_usage().map_err(broken)? {
+        if !usage.value.digital_signature() {
+            return Err(Error::Usage("has a key usage without digitalSignature"));
+        }
+        if usage.value.key_cert_sign() || usage.value.crl_sign() {
+            return Err(Error::Usage("has the key usage of an authority (keyCertSign or cRLSign)"));
+        }
+    }
+    if let Some(usage) = leaf.extended_key_usage().map_err(broken)? {
+        if !usage.value.server_auth {
+            return Err(Error::Usage("has an extended key usage without serverAuth"));
+        }
+        if !usage.value.client_auth {
+            return Err(Error::Usage("has an extended key usage without clientAuth"));
+        }
+    }
+    Ok(())
+}
+
+/// The path to a root that has not expired, for both usages. Without a bundle the chain's own last certificate stands in for the root.
+fn path(
+    leaf: &CertificateDer<'_>,
+    others: &[CertificateDer<'_>],
+    bundle: Option<&TrustBundle>,
+    at: SystemTime,
+) -> Result<Option<CertificateDer<'static>>, Error> {
+    let unreadable = |why: webpki::Error| Error::Path { what: "the leaf cannot be read", why: format!("{why:?}") };
+    let leaf = EndEntityCert::try_from(leaf).map_err(unreadable)?;
+    let (roots, what) = match (bundle, others) {
+        (Some(bundle), _) => (bundle.roots(), "the chain does not lead to the trust bundle"),
+        (None, [.., last]) => (std::slice::from_ref(last), "the chain does not lead to its own last certificate"),
+        // A lone leaf and no bundle: nothing to build a path to.
+        (None, []) => return Ok(None),
+    };
+    // The verifier does not look at a root's own validity; peers do.
+    let live: Vec<&CertificateDer<'_>> = roots.iter().filter(|root| is_live(root, at)).collect();
+    let anchors: Vec<TrustAnchor<'_>> = live.iter().filter_map(|root| anchor_from_trusted_cert(root).ok()).collect();
+    if anchors.is_empty() {
+        return Err(Error::Path { what, why: "every root has expired or cannot be read".to_owned() });
+    }
+    let time = UnixTime::since_unix_epoch(Duration::from_secs(clock::unix_seconds(at)));
+    let mut found = None;
+    for usage in [KeyUsage::server_auth(), KeyUsage::client_auth()] {
+        let path = leaf
+            .verify_for_usage(webpki::ALL_VERIFICATION_ALGS, &anchors, others, time, usage, None, None)
+            .map_err(|why| Error::Path { what, why: in_words(&why) })?;
+        let anchor = path.anchor();
+        found = live.iter().find(|root| {
+            anchor_from_trusted_cert(root)
+                .is_ok_and(|root| root.subject == anchor.subject && root.subject_public_key_info == anchor.subject_public_key_info)
+        });
+    }
+    Ok(bundle.and(found).map(|root| (*root).clone().into_owned()))
+}
+
+fn is_live(root: &CertificateDer<'_>, at: SystemTime) -> bool {
+    X509Certificate::from_der(root).is_ok_and(|(_, root)| clock::from_unix_seconds(root.validity().not_after.timestamp()) > at)
+}
+
+/// The findings that have a usual cause; the others by the verifier's name for them.
+fn in_words(error: &webpki::Error) -> String {
+    match error {
+        webpki::Error::UnknownIssuer => "no root has signed it, not through the intermediates that came with it either".to_owned(),
+        webpki::Error::InvalidSignatureForPublicKey => "a signer of the right name has another key: was the authority replaced?".to_owned(),
+        webpki::Error::CertExpired { not_after, .. } => {
+            let at = clock::from_unix_seconds(i64::try_from(not_after.as_secs()).unwrap_or(i64::MAX));
+            format!("an intermediate expired at {}", clock::rfc3339(at))
+        }
+        webpki::Error::CertNotValidYet { .. } => "an intermediate is not valid yet".to_owned(),
+        webpki::Error::EndEntityUsedAsCa => "an intermediate is not a certificate authority's".to_owned(),
+        webpki::Error::RequiredEkuNotFoundContext(_) => "an intermediate's extended key usage forbids TLS servers or clients".to_owned(),
+        other => format!("{other:?}"),
+    }
 }
 
 fn same_names(a: &[String], b: &[String]) -> bool {

@@ -54,22 +54,22 @@ impl Field<'_> {
 
 /// Field numbers, by message.
 mod tag {
-    pub const DISCOVERY_RESPONSE_VERSION: u32 = 1;
-    pub const RESPONSE_RESOURCES: u32 = 2;
-    pub const RESPONSE_TYPE_URL: u32 = 4;
-    pub const RESPONSE_NONCE: u32 = 5;
-    pub const RESOURCE_VERSION: u32 = 1;
-    pub const RESOURCE_ANY: u32 = 2;
-    pub const RESOURCE_NAME: u32 = 3;
-    pub const ANY_TYPE_URL: u32 = 1;
-    pub const ANY_VALUE: u32 = 2;
-    pub const SECRET_NAME: u32 = 1;
-    pub const SECRET_TLS_CERTIFICATE: u32 = 2;
-    pub const SECRET_VALIDATION_CONTEXT: u32 = 4;
-    pub const TLS_CERTIFICATE_CHAIN: u32 = 1;
-    pub const TLS_PRIVATE_KEY: u32 = 2;
-    pub const VALIDATION_TRUSTED_CA: u32 = 1;
-    pub const DATA_SOURCE_INLINE_BYTES: u32 = 2;
+    pub(super) const DISCOVERY_RESPONSE_VERSION: u32 = 1;
+    pub(super) const RESPONSE_RESOURCES: u32 = 2;
+    pub(super) const RESPONSE_TYPE_URL: u32 = 4;
+    pub(super) const RESPONSE_NONCE: u32 = 5;
+    pub(super) const RESOURCE_VERSION: u32 = 1;
+    pub(super) const RESOURCE_ANY: u32 = 2;
+    pub(super) const RESOURCE_NAME: u32 = 3;
+    pub(super) const ANY_TYPE_URL: u32 = 1;
+    pub(super) const ANY_VALUE: u32 = 2;
+    pub(super) const SECRET_NAME: u32 = 1;
+    pub(super) const SECRET_TLS_CERTIFICATE: u32 = 2;
+    pub(super) const SECRET_VALIDATION_CONTEXT: u32 = 4;
+    pub(super) const TLS_CERTIFICATE_CHAIN: u32 = 1;
+    pub(super) const TLS_PRIVATE_KEY: u32 = 2;
+    pub(super) const VALIDATION_TRUSTED_CA: u32 = 1;
+    pub(super) const DATA_SOURCE_INLINE_BYTES: u32 = 2;
 }
 
 /// The certificate and key of `svid` under `name`, as one entry of a response's `resources`.

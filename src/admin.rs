@@ -1,0 +1,223 @@
+//! Probes, metrics and what the agent holds, over HTTP/1.
+//!
+//! Two listeners serve the same few paths: the metrics address is for kubelet and Prometheus, which come from outside the pod; the admin
+//! address is for people on the node and has `/certs` too. Nothing here asks the upstream: liveness says that this process answers, and
+//! nothing more. No key ever passes here; what `/certs` shows is the caller's closure's duty.
+//!
+//! A connection carries one request and then closes, so that idle or slow clients cannot keep the probes out for long.
+
+use std::{convert::Infallible, fmt, fmt::Write as _, io, net::SocketAddr, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use http::{HeaderValue, Method, Request, Response, StatusCode, header};
+use http_body_util::Full;
+use hyper::{server::conn::http1, service::service_fn};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::timeout,
+};
+use tokio_util::sync::CancellationToken;
+use tracing::Instrument;
+
+use crate::{
+    metrics::{self, Exposition},
+    readiness::Readiness,
+    shutdown::{self, Shutdown},
+};
+
+const TEXT: &str = "text/plain; charset=utf-8";
+const JSON: &str = "application/json";
+/// How long the accept loop rests when the machine is out of descriptors.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
+/// How long a request in progress may take once the drain has begun.
+const DRAIN: Duration = Duration::from_secs(1);
+
+/// Why an address cannot be listened on.
+#[derive(Debug, thiserror::Error)]
+#[error("{field} {address}: cannot listen: {cause}")]
+pub struct Error {
+    /// The configuration's field.
+    pub field: &'static str,
+    /// Its value.
+    pub address: SocketAddr,
+    /// The kernel's answer.
+    pub cause: io::Error,
+}
+
+/// Listens on `address`, the value of the configuration's `field`. Port 0 takes a free one.
+pub async fn bind(field: &'static str, address: SocketAddr) -> Result<TcpListener, Error> {
+    TcpListener::bind(address).await.map_err(|cause| Error { field, address, cause })
+}
+
+/// One JSON object for each certificate that the agent holds, without its key.
+pub type Certificates = Arc<dyn Fn() -> Vec<serde_json::Value> + Send + Sync>;
+
+/// What a listener answers.
+#[derive(Clone)]
+pub struct Routes {
+    readiness: Readiness,
+    exposition: Arc<Exposition>,
+    certificates: Option<Certificates>,
+}
+
+impl fmt::Debug for Routes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Routes").field("certificates", &self.certificates.is_some()).finish_non_exhaustive()
+    }
+}
+
+type Answer = Response<Full<Bytes>>;
+
+impl Routes {
+    /// `/livez`, `/readyz` and `/metrics`: for the metrics address.
+    pub fn new(readiness: Readiness, exposition: Arc<Exposition>) -> Self {
+        Self { readiness, exposition, certificates: None }
+    }
+
+    /// And `/certs`: for the admin address.
+    pub fn with_certificates(self, certificates: Certificates) -> Self {
+        Self { certificates: Some(certificates), ..self }
+    }
+
+    /// The same, as seen from outside the pod.
+    pub fn without_certificates(self) -> Self {
+        Self { certificates: None, ..self }
+    }
+
+    fn answer<B>(&self, request: &Request<B>) -> Answer {
+        let uri = request.uri();
+        let page: fn(&Self, Option<&str>) -> Answer = match uri.path() {
+            "/livez" => |_, _| answer(StatusCode::OK, TEXT, "ok\n"),
+            "/readyz" => Self::readyz,
+            "/metrics" => Self::metrics,
+            "/certs" if self.certificates.is_some() => Self::certs,
+            _ => return answer(StatusCode::NOT_FOUND, TEXT, format!("not found; here are {}\n", self.paths())),
+        };
+        if !matches!(*request.method(), Method::GET | Method::HEAD) {
+            let mut refused = answer(StatusCode::METHOD_NOT_ALLOWED, TEXT, "use GET\n");
+            refused.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET, HEAD"));
+            return refused;
+        }
+        page(self, uri.query())
+    }
+
+    fn paths(&self) -> &'static str {
+        if self.certificates.is_some() { "/livez, /readyz, /metrics and /certs" } else { "/livez, /readyz and /metrics" }
+    }
+
+    fn readyz(&self, query: Option<&str>) -> Answer {
+        let (status, mut text) = if self.readiness.is_ready() {
+            (StatusCode::OK, "ready\n".to_owned())
+        } else {
+            (StatusCode::SERVICE_UNAVAILABLE, "not ready\n".to_owned())
+        };
+        let verbose = query.is_some_and(|query| query.split('&').any(|pair| pair.split('=').next() == Some("verbose")));
+        if verbose {
+            for name in self.readiness.awaited() {
+                // Writing to a string does not fail.
+                let _ = writeln!(text, "awaiting {name}");
+            }
+        }
+        answer(status, TEXT, text)
+    }
+
+    fn metrics(&self, _query: Option<&str>) -> Answer {
+        match self.exposition.encode() {
+            Ok(page) => answer(StatusCode::OK, metrics::CONTENT_TYPE, page),
+            Err(_) => answer(StatusCode::INTERNAL_SERVER_ERROR, TEXT, "the metrics cannot be encoded\n"),
+        }
+    }
+
+    fn certs(&self, _query: Option<&str>) -> Answer {
+        let rows = self.certificates.as_ref().map(|rows| rows()).unwrap_or_default();
+        answer(StatusCode::OK, JSON, serde_json::json!({ "certificates": rows }).to_string() + "\n")
+    }
+}
+
+fn answer(status: StatusCode, content_type: &'static str, body: impl Into<Bytes>) -> Answer {
+    let mut answer = Response::new(Full::new(body.into()));
+    *answer.status_mut() = status;
+    answer.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
+    answer
+}
+
+/// What a listener takes on.
+#[derive(Debug, Clone, Copy)]
+struct Limits {
+    /// Connections at once; more wait in the backlog.
+    connections: usize,
+    /// For the whole request head to arrive.
+    head: Duration,
+    /// For a connection from accept to close.
+    connection: Duration,
+}
+
+const LIMITS: Limits = Limits { connections: 64, head: Duration::from_secs(5), connection: Duration::from_secs(30) };
+
+/// Serves until the drain begins; a request in progress then has a second to end.
+pub async fn serve(listener: TcpListener, routes: Routes, shutdown: Shutdown) {
+    serve_within(LIMITS, listener, routes, shutdown).await;
+}
+
+async fn serve_within(limits: Limits, listener: TcpListener, routes: Routes, shutdown: Shutdown) {
+    let slots = Arc::new(Semaphore::new(limits.connections));
+    let accepting = async {
+        // The semaphore is never closed.
+        while let Ok(slot) = slots.clone().acquire_owned().await {
+            match listener.accept().await {
+                Ok((stream, _)) => {
+                    let held = (slot, shutdown.guard());
+                    tokio::spawn(connection(limits, stream, routes.clone(), shutdown.drain.clone(), held).in_current_span());
+                }
+                Err(error) if is_the_clients(&error) => {}
+                Err(error) => {
+                    tracing::warn!(%error, "cannot accept HTTP connections; trying again");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                }
+            }
+        }
+    };
+    shutdown.drain.run_until_cancelled(accepting).await;
+}
+
+/// Errors of one connection that `accept` reports, against those of the listener or the machine.
+fn is_the_clients(error: &io::Error) -> bool {
+    use io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset};
+    matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset)
+}
+
+async fn connection(
+    limits: Limits,
+    stream: TcpStream,
+    routes: Routes,
+    drain: CancellationToken,
+    _held: (OwnedSemaphorePermit, shutdown::Guard),
+) {
+    let service = service_fn(move |request: Request<hyper::body::Incoming>| {
+        let answer = routes.answer(&request);
+        async move { Ok::<_, Infallible>(answer) }
+    });
+    let served = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(limits.head)
+        .keep_alive(false)
+        .max_buf_size(16 << 10)
+        .serve_connection(TokioIo::new(stream), service);
+    let bounded = async {
+        let mut served = std::pin::pin!(timeout(limits.connection, served));
+        match drain.run_until_cancelled(served.as_mut()).await {
+            Some(ended) => ended,
+            None => timeout(DRAIN, served).await.and_then(|ended| ended),
+        }
+    };
+    match bounded.await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::debug!(%error, "HTTP connection failed"),
+        Err(_) => tracing::debug!("HTTP connection took too long"),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,248 @@
+//! The composition root: it knows every part, and nothing knows it.
+//!
+//! [`build`] makes the real dependencies from a configuration, [`build_with`] joins any; both return a [`Bound`], whose sockets are open.
+//! The workload socket is bound before anything upstream is asked: a client that comes early waits in an open stream, not before a
+//! closed door. [`Bound::run`] serves until the shutdown begins and has drained.
+
+use std::{collections::BTreeMap, net::SocketAddr, path::Path, sync::Arc, time::Duration};
+
+use futures::future::BoxFuture;
+use tokio::{net::TcpListener, sync::watch, task::JoinSet};
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use crate::{
+    admin,
+    attest::{self, Attestor},
+    caller::Desk,
+    clock::{Clock, SystemClock},
+    config::{Config, IssuerConfig},
+    identity::{IssuerName, Resolver},
+    issuer::{Issuer, embedded::Embedded},
+    listener,
+    metrics::Exposition,
+    readiness::{self, Readiness},
+    rotation, sds,
+    session::{self, Sessions, services::Services},
+    shutdown::{Drained, Shutdown},
+    store::Store,
+    trust::{self, Trust},
+};
+
+mod inventory;
+
+/// How long the parts that end last (rotation, deletions upstream) may take.
+const LAST_STEPS: Duration = Duration::from_secs(3);
+
+/// What differs between a node, a laptop and a test.
+pub struct Deps {
+    /// The time.
+    pub clock: Arc<dyn Clock>,
+    /// How callers of the shared socket are known.
+    pub attestor: Arc<dyn Attestor>,
+    /// The upstreams, by the names that profiles use.
+    pub issuers: BTreeMap<IssuerName, Arc<dyn Issuer>>,
+    /// The bundles; its sources are fed by `tasks`.
+    pub trust: Trust,
+    /// Whether a bundle comes from elsewhere than the issuers, so that nothing is verified before it has come.
+    pub await_bundle: bool,
+    /// What must run beside: watches, sweeps. They end by themselves when `last` is cancelled.
+    pub tasks: Vec<BoxFuture<'static, ()>>,
+    /// Cancelled when the streams have ended.
+    pub last: CancellationToken,
+}
+
+impl std::fmt::Debug for Deps {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Deps").field("attestor", &self.attestor).field("issuers", &self.issuers).finish_non_exhaustive()
+    }
+}
+
+/// The parts that every composition has, made before the dependencies.
+#[derive(Debug)]
+pub struct Base {
+    /// Where modules register their metrics.
+    pub exposition: Exposition,
+    /// Whether all is there.
+    pub readiness: Readiness,
+    /// The end.
+    pub shutdown: Shutdown,
+    start: readiness::Guard,
+}
+
+impl Base {
+    /// Fresh parts; `shutdown` is the process's.
+    pub fn new(shutdown: Shutdown) -> Self {
+        let mut exposition = Exposition::new();
+        let (readiness, start) = Readiness::new(readiness::Metrics::register(exposition.registry()));
+        Self { exposition, readiness, shutdown, start }
+    }
+}
+
+/// An agent whose sockets are open.
+#[derive(Debug)]
+pub struct Bound {
+    socket: listener::Bound,
+    admin: TcpListener,
+    metrics: TcpListener,
+    sessions: Sessions,
+    rotation: rotation::Parts,
+    routes: admin::Routes,
+    tasks: Tasks,
+    ending: CancellationToken,
+    last: CancellationToken,
+    shutdown: Shutdown,
+    start: readiness::Guard,
+}
+
+struct Tasks(Vec<BoxFuture<'static, ()>>);
+
+impl std::fmt::Debug for Tasks {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} tasks", self.0.len())
+    }
+}
+
+/// The agent as configured.
+pub async fn build(config: &Config, mut base: Base) -> anyhow::Result<Bound> {
+    let socket = listener::bind(&config.shared_socket.path, config.shared_socket.mode)?;
+    let deps = dependencies(config, &mut base).await?;
+    join(config, base, deps, socket).await
+}
+
+/// An agent of the given parts.
+pub async fn build_with(config: &Config, base: Base, deps: Deps) -> anyhow::Result<Bound> {
+    let socket = listener::bind(&config.shared_socket.path, config.shared_socket.mode)?;
+    join(config, base, deps, socket).await
+}
+
+async fn dependencies(config: &Config, base: &mut Base) -> anyhow::Result<Deps> {
+    let clock: Arc<dyn Clock> = Arc::new(SystemClock);
+    let trust = Trust::new(trust::Metrics::register(base.exposition.registry()));
+    let mut issuers: BTreeMap<IssuerName, Arc<dyn Issuer>> = BTreeMap::new();
+    for (name, issuer) in &config.issuers {
+        match issuer {
+            IssuerConfig::Embedded => {
+                let embedded = Embedded::new(config.trust_domain.as_str(), clock.clone())?;
+                trust.source(None, &format!("issuer {name}")).take(embedded.bundle()?);
+                issuers.insert(name.clone(), Arc::new(embedded));
+            }
+            IssuerConfig::CertManager(_) => anyhow::bail!("issuer {name}: not composed yet"),
+        }
+    }
+    Ok(Deps {
+        clock,
+        attestor: Arc::new(attest::unix::UnixAttestor),
+        issuers,
+        trust,
+        await_bundle: false,
+        tasks: Vec::new(),
+        last: CancellationToken::new(),
+    })
+}
+
+async fn join(config: &Config, base: Base, deps: Deps, socket: listener::Bound) -> anyhow::Result<Bound> {
+    let Base { mut exposition, readiness, shutdown, start } = base;
+    let admin = admin::bind("admin.address", config.admin).await?;
+    let metrics = admin::bind("metrics.address", config.metrics).await?;
+    let registry = exposition.registry();
+
+    let (store, events) = Store::new();
+    let rotation = rotation::Parts {
+        store: store.clone(),
+        events,
+        issuers: deps.issuers,
+        trust: deps.trust.subscribe(),
+        await_bundle: deps.await_bundle,
+        clock: deps.clock.clone(),
+        retention: config.retention,
+        metrics: rotation::metrics::Metrics::register(registry),
+    };
+    let resolver = Resolver { trust_domain: config.trust_domain.clone(), default_profile: config.default_profile.clone() };
+    let (_, resolver) = watch::channel(Arc::new(resolver));
+    let desk = Desk { attestor: deps.attestor, resolver, metrics: attest::Metrics::register(registry) };
+    let ending = CancellationToken::new();
+    let sds = sds::service::Service {
+        store: store.clone(),
+        trust: deps.trust.subscribe(),
+        directory: sds::names::Directory::new(config.names.clone(), &config.trust_domain),
+        clock: deps.clock.clone(),
+        limits: config.limits.clone(),
+        metrics: sds::metrics::Metrics::register(registry),
+        drain: ending.clone(),
+    };
+    let sessions = Sessions {
+        services: Services::new(Arc::new(sds)).await?,
+        desk,
+        limits: config.limits.clone(),
+        metrics: session::metrics::Metrics::register(registry),
+        shutdown: shutdown.clone(),
+        ending: ending.clone(),
+    };
+    let inventory = inventory::Inventory::new(store, deps.clock);
+    registry.register_collector(Box::new(inventory.clone()));
+    let certificates = Arc::new(move || inventory.rows());
+    let routes = admin::Routes::new(readiness, Arc::new(exposition)).with_certificates(certificates);
+    Ok(Bound { socket, admin, metrics, sessions, rotation, routes, tasks: Tasks(deps.tasks), ending, last: deps.last, shutdown, start })
+}
+
+impl Bound {
+    /// The workload socket's path.
+    pub fn socket(&self) -> &Path {
+        self.socket.name.path()
+    }
+
+    /// The admin listener's address.
+    pub fn admin(&self) -> std::io::Result<SocketAddr> {
+        self.admin.local_addr()
+    }
+
+    /// The metrics listener's address.
+    pub fn metrics(&self) -> std::io::Result<SocketAddr> {
+        self.metrics.local_addr()
+    }
+
+    /// Serves until the shutdown has begun and has drained.
+    pub async fn run(self) -> Drained {
+        let Self { socket, admin, metrics, sessions, rotation, routes, tasks, ending, last, shutdown, start } = self;
+        info!(socket = %socket.name.path().display(), "serving");
+        let mut beside = JoinSet::new();
+        for task in tasks.0 {
+            beside.spawn(task);
+        }
+        beside.spawn(rotation::run(rotation, last.clone()));
+        tokio::spawn(admin::serve(admin, routes.clone(), shutdown.clone()));
+        tokio::spawn(admin::serve(metrics, routes.without_certificates(), shutdown.clone()));
+        let services = sessions.services.clone();
+        let accepting = tokio::spawn(sessions.accept(socket.listener));
+        drop(start);
+
+        // A part that ends before the shutdown has failed.
+        tokio::select! {
+            () = shutdown.drain.cancelled() => {}
+            Some(ended) = beside.join_next() => {
+                if let Err(error) = ended {
+                    tracing::error!(%error, "a part of the agent has failed; shutting down so that it is started anew");
+                }
+                shutdown.begin();
+            }
+        }
+        // Nobody new comes in, the name is free, and only then the streams end: clients find the successor, not us.
+        socket.name.release();
+        let _ = accepting.await;
+        services.leaving().await;
+        ending.cancel();
+        let drained = shutdown.drained().await;
+        if let Drained::TimedOut { holders } = drained {
+            warn!(holders, "not everything ended within the drain's deadline; dropping the rest");
+            shutdown.abort.cancel();
+        }
+        last.cancel();
+        let finish = async { while beside.join_next().await.is_some() {} };
+        if tokio::time::timeout(LAST_STEPS, finish).await.is_err() {
+            warn!("the last steps did not end in time");
+        }
+        info!("stopped");
+        drained
+    }
+}

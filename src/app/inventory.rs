@@ -1,0 +1,134 @@
+//! What the agent holds, for people (`/certs`) and as gauges: read from the store when asked, never kept.
+
+use std::{sync::Arc, time::SystemTime};
+
+use prometheus_client::{
+    collector::Collector,
+    encoding::{DescriptorEncoder, EncodeMetric},
+    metrics::{gauge::ConstGauge, MetricType},
+};
+use serde_json::{Value, json};
+
+use crate::{
+    clock::{self, Clock},
+    store::{Demand, Entry, Store},
+};
+
+/// A reader of the store.
+#[derive(Debug, Clone)]
+pub(super) struct Inventory {
+    store: Arc<Store>,
+    clock: Arc<dyn Clock>,
+}
+
+/// What has become of an identity's certificate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    /// In use, and its renewal is to come.
+    Valid,
+    /// In use, and its renewal should have been.
+    Overdue,
+    /// Past its end: withheld.
+    Expired,
+    /// Being issued for the first time.
+    Pending,
+    /// A client holds a good one from before the agent's start.
+    HeldByClient,
+}
+
+const STATES: [(State, &str); 5] = [
+    (State::Valid, "valid"),
+    (State::Overdue, "overdue"),
+    (State::Expired, "expired"),
+    (State::Pending, "pending"),
+    (State::HeldByClient, "held_by_client"),
+];
+
+/// A renewal that is late by more than this share of the life is overdue.
+const OVERDUE: f64 = 0.05;
+
+impl Inventory {
+    pub(super) fn new(store: Arc<Store>, clock: Arc<dyn Clock>) -> Self {
+        Self { store, clock }
+    }
+
+    /// One object for each identity.
+    pub(super) fn rows(&self) -> Vec<Value> {
+        let now = self.clock.now();
+        let mut entries = self.store.snapshot();
+        entries.sort_by(|a, b| a.identity.spiffe_id.cmp(&b.identity.spiffe_id));
+        entries.iter().map(|entry| row(entry, now)).collect()
+    }
+}
+
+fn state(entry: &Entry, now: SystemTime) -> State {
+    match entry.current() {
+        Some(svid) => {
+            let validity = svid.chain.validity;
+            if !validity.is_live(now) {
+                State::Expired
+            } else if now > svid.renew_at + validity.lifetime().mul_f64(OVERDUE) {
+                State::Overdue
+            } else {
+                State::Valid
+            }
+        }
+        None => match entry.demand() {
+            Some(Demand::Held { not_after, .. }) if now < not_after => State::HeldByClient,
+            _ => State::Pending,
+        },
+    }
+}
+
+fn name(state: State) -> &'static str {
+    STATES.iter().find(|(s, _)| *s == state).map_or("", |(_, name)| name)
+}
+
+fn row(entry: &Entry, now: SystemTime) -> Value {
+    let status = entry.status();
+    let mut row = json!({
+        "spiffe_id": entry.identity.spiffe_id.as_str(),
+        "profile": &*entry.identity.profile.name,
+        "issuer": entry.identity.profile.issuer.to_string(),
+        "state": name(state(entry, now)),
+        "subscribers": entry.subscribers(),
+        "next_attempt": status.next_attempt.map(clock::rfc3339),
+        "last_error": status.last_error,
+        "request": status.request.as_deref(),
+    });
+    if let Some(svid) = entry.current() {
+        row["serial"] = json!(svid.chain.serial);
+        row["fingerprint_sha256"] = json!(svid.chain.fingerprint);
+        row["dns_names"] = json!(svid.chain.dns_names);
+        row["not_before"] = json!(clock::rfc3339(svid.chain.validity.not_before));
+        row["not_after"] = json!(clock::rfc3339(svid.chain.validity.not_after));
+        row["renew_at"] = json!(clock::rfc3339(svid.renew_at));
+    }
+    row
+}
+
+impl Collector for Inventory {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        let now = self.clock.now();
+        let entries = self.store.snapshot();
+        let mut counts = [0_i64; STATES.len()];
+        let mut earliest: Option<SystemTime> = None;
+        for entry in &entries {
+            counts[state(entry, now) as usize] += 1;
+            if let Some(svid) = entry.current() {
+                let end = svid.chain.validity.not_after;
+                earliest = Some(earliest.map_or(end, |e| e.min(end)));
+            }
+        }
+        let mut family = encoder.encode_descriptor("certificates", "Identities, by the state of their certificate", None, MetricType::Gauge)?;
+        for ((_, name), count) in STATES.iter().zip(counts) {
+            ConstGauge::new(count).encode(family.encode_family(&[("state", *name)])?)?;
+        }
+        if let Some(earliest) = earliest {
+            let gauge = ConstGauge::new(i64::try_from(clock::unix_seconds(earliest)).unwrap_or(i64::MAX));
+            let help = "When the first of the certificates in use ends";
+            gauge.encode(encoder.encode_descriptor("certificate_earliest_expiration_timestamp_seconds", help, None, MetricType::Gauge)?)?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,177 @@
+//! The socket's name in the file system: bound beside it, given its mode, and moved into place in one step.
+//!
+//! There is no moment without a socket under the public name, and no moment with the wrong mode. At the end only our own socket is
+//! removed (same device and inode); a successor's stays. The directory is never removed: workloads have it mounted.
+
+use std::{
+    io,
+    os::fd::OwnedFd,
+    path::{Path, PathBuf},
+};
+
+use rustix::{
+    fs::{AtFlags, CWD, Mode},
+    net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType},
+};
+use tokio::net::UnixListener;
+
+/// Connections that wait to be accepted: a node's worth of proxies that reconnect at once.
+const BACKLOG: i32 = 4096;
+
+/// Why the socket cannot be served.
+#[derive(Debug, thiserror::Error)]
+#[error("sockets.shared.path {path}: cannot {action}: {cause}{hint}")]
+pub struct Error {
+    path: PathBuf,
+    action: &'static str,
+    cause: io::Error,
+    hint: &'static str,
+}
+
+/// A bound socket under its public name.
+#[derive(Debug)]
+pub struct Bound {
+    /// For the accept loop.
+    pub listener: UnixListener,
+    /// Its name.
+    pub name: Name,
+}
+
+/// Our claim on the name.
+#[derive(Debug)]
+pub struct Name {
+    path: PathBuf,
+    device: u64,
+    inode: u64,
+}
+
+/// Binds `path` with permission bits `mode`, replacing what is there. A missing directory is made, accessible to everybody, as the
+/// socket's own mode decides who may connect.
+pub fn bind(path: &Path, mode: u32) -> Result<Bound, Error> {
+    let failed = |action, hint| move |cause: rustix::io::Errno| Error { path: path.to_owned(), action, cause: cause.into(), hint };
+    let directory = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    make_directory(directory).map_err(failed("make its directory", ""))?;
+
+    let name = path.file_name().map(|n| n.to_string_lossy()).unwrap_or_default();
+    let beside = directory.join(format!(".{name}.{}", std::process::id()));
+    // Left over from a process of the same id that was killed in this very moment.
+    let _ = rustix::fs::unlink(&beside);
+    let too_long = "; a socket's path has at most 108 bytes, choose a shorter one";
+    let address = SocketAddrUnix::new(&beside).map_err(failed("bind beside it", too_long))?;
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).map_err(failed("make a socket", ""))?;
+    rustix::net::bind(&socket, &address).map_err(failed("bind beside it", ""))?;
+    let placed = place(&socket, &beside, path, mode, failed);
+    if placed.is_err() {
+        let _ = rustix::fs::unlink(&beside);
+    }
+    let name = placed?;
+    let listener = UnixListener::from_std(std::os::unix::net::UnixListener::from(socket)).map_err(|cause| Error {
+        path: path.to_owned(),
+        action: "listen",
+        cause,
+        hint: "",
+    })?;
+    Ok(Bound { listener, name })
+}
+
+fn place<F>(
+    socket: &OwnedFd,
+    beside: &Path,
+    path: &Path,
+    mode: u32,
+    failed: impl Fn(&'static str, &'static str) -> F,
+) -> Result<Name, Error>
+where
+    F: FnOnce(rustix::io::Errno) -> Error,
+{
+    rustix::fs::chmodat(CWD, beside, Mode::from_raw_mode(mode), AtFlags::empty()).map_err(failed("set its mode", ""))?;
+    rustix::net::listen(socket, BACKLOG).map_err(failed("listen", ""))?;
+    let stat = rustix::fs::statat(CWD, beside, AtFlags::SYMLINK_NOFOLLOW).map_err(failed("look at it", ""))?;
+    rustix::fs::rename(beside, path).map_err(failed("move it into place", "; is there a directory of that name?"))?;
+    Ok(Name { path: path.to_owned(), device: stat.st_dev, inode: stat.st_ino })
+}
+
+fn make_directory(directory: &Path) -> rustix::io::Result<()> {
+    let mode = Mode::from_raw_mode(0o755);
+    match rustix::fs::mkdir(directory, mode) {
+        Ok(()) | Err(rustix::io::Errno::EXIST) => Ok(()),
+        Err(rustix::io::Errno::NOENT) => match directory.parent() {
+            Some(parent) => {
+                make_directory(parent)?;
+                match rustix::fs::mkdir(directory, mode) {
+                    Err(error) if error != rustix::io::Errno::EXIST => Err(error),
+                    _ => Ok(()),
+                }
+            }
+            None => Err(rustix::io::Errno::NOENT),
+        },
+        Err(error) => Err(error),
+    }
+}
+
+impl Name {
+    /// The public name.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Whether the name still leads to our socket.
+    pub fn is_ours(&self) -> bool {
+        rustix::fs::statat(CWD, &self.path, AtFlags::SYMLINK_NOFOLLOW)
+            .is_ok_and(|stat| stat.st_dev == self.device && stat.st_ino == self.inode)
+    }
+
+    /// Removes the name, if it is still ours.
+    pub fn release(&self) {
+        if self.is_ours() {
+            let _ = rustix::fs::unlink(&self.path);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::{
+        fs::{FileTypeExt, PermissionsExt},
+        net::UnixStream,
+    };
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_socket_gets_its_mode_and_its_missing_directories() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a/b/sds.sock");
+        let bound = bind(&path, 0o640).unwrap();
+        let meta = std::fs::metadata(&path).unwrap();
+        assert!(meta.file_type().is_socket());
+        assert_eq!(meta.permissions().mode() & 0o777, 0o640);
+        assert_eq!(std::fs::read_dir(path.parent().unwrap()).unwrap().count(), 1, "nothing is left beside it");
+        UnixStream::connect(&path).unwrap();
+        bound.name.release();
+        assert!(!path.exists() && path.parent().unwrap().exists());
+    }
+
+    #[tokio::test]
+    async fn a_successor_takes_the_name_and_the_predecessor_leaves_it_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("sds.sock");
+        let old = bind(&path, 0o666).unwrap();
+        let new = bind(&path, 0o666).unwrap();
+        assert!(!old.name.is_ours() && new.name.is_ours());
+        old.name.release();
+        UnixStream::connect(&path).unwrap();
+    }
+
+    #[tokio::test]
+    async fn errors_name_the_field_the_path_and_the_way_out() {
+        let dir = tempfile::tempdir().unwrap();
+        let error = bind(&dir.path().join("x".repeat(120)), 0o666).unwrap_err().to_string();
+        assert!(error.contains("sockets.shared.path") && error.contains("choose a shorter one"), "{error}");
+        std::fs::create_dir_all(dir.path().join("taken/inside")).unwrap();
+        let error = bind(&dir.path().join("taken"), 0o666).unwrap_err().to_string();
+        assert!(error.contains("move it into place"), "{error}");
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "nothing is left behind");
+    }
+}

@@ -1,0 +1,99 @@
+//! The metrics page: our own metrics under one prefix, and the standard ones about the process.
+//!
+//! Owns the registry and its encoding as OpenMetrics text. Each module registers its own metrics through [`Exposition::registry`], with
+//! names that lack the prefix and, for counters, the `_total` that the encoder adds.
+
+use std::fmt;
+
+use prometheus_client::{
+    encoding::{EncodeLabelSet, text},
+    metrics::{family::Family, gauge::Gauge},
+    registry::Registry,
+};
+
+mod process;
+
+/// What every metric of ours begins with.
+pub const PREFIX: &str = "sds_agent";
+/// The page's media type.
+pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// The version as built.
+pub const VERSION: &str = env!("CARGO_PKG_VERSION");
+/// The source revision, where the build was told (`SDS_AGENT_REVISION`).
+pub const REVISION: &str = match option_env!("SDS_AGENT_REVISION") {
+    Some(revision) => revision,
+    None => "unknown",
+};
+
+/// Every metric of the process.
+#[derive(Debug)]
+pub struct Exposition {
+    ours: Registry,
+    standard: Registry,
+}
+
+impl Default for Exposition {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Exposition {
+    /// The process's own metrics and `build_info`; the modules add theirs.
+    pub fn new() -> Self {
+        let mut ours = Registry::with_prefix(PREFIX);
+        let build = Family::<Build, Gauge>::default();
+        build.get_or_create(&Build { version: VERSION, revision: REVISION }).set(1);
+        ours.register("build_info", "1, labelled by what is running", build);
+
+        let mut standard = Registry::default();
+        standard.register_collector(Box::new(process::Collector::new()));
+        Self { ours, standard }
+    }
+
+    /// Where a module registers.
+    pub fn registry(&mut self) -> &mut Registry {
+        &mut self.ours
+    }
+
+    /// The page, read now.
+    pub fn encode(&self) -> Result<String, fmt::Error> {
+        let mut page = String::with_capacity(16 << 10);
+        text::encode_registry(&mut page, &self.ours)?;
+        text::encode_registry(&mut page, &self.standard)?;
+        text::encode_eof(&mut page)?;
+        Ok(page)
+    }
+}
+
+/// Labels of `build_info`.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Build {
+    version: &'static str,
+    revision: &'static str,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::attest;
+
+    #[test]
+    fn the_page_has_our_prefix_the_standard_names_and_an_end() {
+        let mut exposition = Exposition::new();
+        let attestations = attest::Metrics::register(exposition.registry());
+        attestations.observe(attest::Method::unix, Ok(()), 0.001);
+        let page = exposition.encode().unwrap();
+        for expected in [
+            &format!("sds_agent_build_info{{version=\"{VERSION}\",revision=\"{REVISION}\"}} 1\n"),
+            "sds_agent_attestations_total{method=\"unix\",result=\"ok\",reason=\"none\"} 1\n",
+            "# TYPE process_cpu_seconds counter\nprocess_cpu_seconds_total ",
+            "# TYPE process_resident_memory_bytes gauge\nprocess_resident_memory_bytes ",
+        ] {
+            assert!(page.contains(expected), "{expected:?} is missing in\n{page}");
+        }
+        assert!(page.ends_with("# EOF\n"));
+        assert_eq!(page.matches("# EOF").count(), 1);
+    }
+}

@@ -1,0 +1,179 @@
+//! Locking the whole address space, so that no key reaches swap: the decision, the facts it needs, and the system call.
+//!
+//! Everything is locked, not single buffers: keys pass through HTTP/2 buffers and stacks that nobody can list. "On fault" locks pages as
+//! they are touched, so that reserved but unused memory costs nothing.
+//!
+//! With a finite `RLIMIT_MEMLOCK` and without the capability `mlockall` succeeds, and then the first mapping beyond the limit fails: a
+//! thread that cannot start, an allocation that aborts the process. That is why a finite limit counts as "not allowed", however large.
+
+use std::{fmt, fs, io};
+
+use nix::{
+    errno::Errno,
+    sys::{
+        mman::{MlockAllFlags, mlockall},
+        resource::{RLIM_INFINITY, Resource, getrlimit},
+    },
+};
+use rustix::thread::CapabilitySet;
+
+use crate::config::LockMemory;
+
+/// Where the kernel lists swap.
+const SWAPS: &str = "/proc/swaps";
+
+/// Whether memory is locked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Locked {
+    /// All of it, now and later.
+    Yes,
+    /// Nothing.
+    No(Unlocked),
+}
+
+/// Why memory is not locked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Unlocked {
+    /// `keys.lockMemory: never`.
+    Never,
+    /// There is nothing that pages could be written to.
+    NoSwap,
+    /// Neither the capability nor an unlimited limit.
+    NotAllowed {
+        /// `RLIMIT_MEMLOCK`, in bytes.
+        limit: u64,
+    },
+    /// The kernel said no all the same.
+    Refused(Errno),
+}
+
+impl fmt::Display for Unlocked {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Never => f.write_str("keys.lockMemory is never"),
+            Self::NoSwap => f.write_str("this machine has no swap"),
+            Self::NotAllowed { limit } => write!(
+                f,
+                "memory cannot be locked without a limit (RLIMIT_MEMLOCK is {limit} bytes); \
+                 give the agent the IPC_LOCK capability or an unlimited RLIMIT_MEMLOCK"
+            ),
+            Self::Refused(cause) => write!(f, "the kernel refused to lock memory: {cause}"),
+        }
+    }
+}
+
+/// What the decision rests on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Facts {
+    /// `CAP_IPC_LOCK` is in the effective set; being root in a container says nothing about it.
+    pub capability: bool,
+    /// The soft `RLIMIT_MEMLOCK` in bytes; none when unlimited.
+    pub limit: Option<u64>,
+    /// Swap is on. What is turned on later goes unnoticed.
+    pub swap: bool,
+}
+
+impl Facts {
+    /// Looks at this thread and this machine. What cannot be read counts as: not allowed, and there is swap.
+    fn gather() -> Self {
+        let capability = rustix::thread::capabilities(None).is_ok_and(|sets| sets.effective.contains(CapabilitySet::IPC_LOCK));
+        let limit = match getrlimit(Resource::RLIMIT_MEMLOCK) {
+            Ok((RLIM_INFINITY, _)) => None,
+            Ok((soft, _)) => Some(soft),
+            Err(_) => Some(0),
+        };
+        let swap = match fs::read_to_string(SWAPS) {
+            Ok(table) => lists_swap(&table),
+            // A kernel that was built without swap.
+            Err(error) => error.kind() != io::ErrorKind::NotFound,
+        };
+        Self { capability, limit, swap }
+    }
+}
+
+/// Whether a `/proc/swaps` has an entry below its heading.
+fn lists_swap(table: &str) -> bool {
+    table.lines().skip(1).any(|line| !line.trim().is_empty())
+}
+
+/// What to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Decision {
+    /// Lock.
+    Lock,
+    /// Go on without.
+    Skip(Unlocked),
+    /// Do not start.
+    Fail(Unlocked),
+}
+
+/// What `policy` means where `facts` hold.
+pub fn decide(policy: LockMemory, facts: Facts) -> Decision {
+    let refusal = match facts {
+        Facts { capability: true, .. } | Facts { limit: None, .. } => None,
+        Facts { limit: Some(limit), .. } => Some(Unlocked::NotAllowed { limit }),
+    };
+    match (policy, refusal) {
+        (LockMemory::Never, _) => Decision::Skip(Unlocked::Never),
+        (LockMemory::Auto, _) if !facts.swap => Decision::Skip(Unlocked::NoSwap),
+        (LockMemory::Auto, Some(reason)) => Decision::Skip(reason),
+        (LockMemory::Always, Some(reason)) => Decision::Fail(reason),
+        (LockMemory::Auto | LockMemory::Always, None) => Decision::Lock,
+    }
+}
+
+/// Decides and acts; an error means that `policy` forbids going on.
+pub(super) fn lock(policy: LockMemory) -> Result<Locked, Unlocked> {
+    match decide(policy, Facts::gather()) {
+        Decision::Skip(reason) => Ok(Locked::No(reason)),
+        Decision::Fail(reason) => Err(reason),
+        Decision::Lock => {
+            let on_fault = MlockAllFlags::from_bits_retain(libc::MCL_ONFAULT);
+            match mlockall(MlockAllFlags::MCL_CURRENT | MlockAllFlags::MCL_FUTURE | on_fault) {
+                Ok(()) => Ok(Locked::Yes),
+                Err(cause) if policy == LockMemory::Always => Err(Unlocked::Refused(cause)),
+                Err(cause) => Ok(Locked::No(Unlocked::Refused(cause))),
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_locked_where_it_is_allowed_without_a_limit_and_needed() {
+        use LockMemory::{Always, Auto, Never};
+        let refused = Unlocked::NotAllowed { limit: 8 << 20 };
+        let (finite, unlimited) = (Some(8 << 20), None);
+        #[rustfmt::skip]
+        let table = [
+            // policy, capability, limit, swap → decision
+            (Never,  true,  unlimited, true,  Decision::Skip(Unlocked::Never)),
+            (Never,  false, finite,    false, Decision::Skip(Unlocked::Never)),
+            (Auto,   true,  finite,    true,  Decision::Lock),
+            (Auto,   false, unlimited, true,  Decision::Lock),
+            (Auto,   false, finite,    true,  Decision::Skip(refused)),
+            (Auto,   true,  unlimited, false, Decision::Skip(Unlocked::NoSwap)),
+            (Auto,   false, finite,    false, Decision::Skip(Unlocked::NoSwap)),
+            (Always, true,  finite,    true,  Decision::Lock),
+            (Always, true,  finite,    false, Decision::Lock),
+            (Always, false, unlimited, false, Decision::Lock),
+            (Always, false, finite,    true,  Decision::Fail(refused)),
+            (Always, false, finite,    false, Decision::Fail(refused)),
+        ];
+        for (policy, capability, limit, swap, expected) in table {
+            let facts = Facts { capability, limit, swap };
+            assert_eq!(decide(policy, facts), expected, "{policy:?} {facts:?}");
+        }
+    }
+
+    #[test]
+    fn swap_is_what_stands_below_the_heading() {
+        const HEADING: &str = "Filename\t\t\t\tType\t\tSize\t\tUsed\t\tPriority\n";
+        assert!(!lists_swap(""));
+        assert!(!lists_swap(HEADING));
+        assert!(lists_swap(&format!("{HEADING}/dev/zram0  partition\t1048572\t0\t100\n")));
+    }
+}

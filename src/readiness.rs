@@ -1,0 +1,148 @@
+//! Whether the agent has all that it needs to serve: once it has, it says so for ever.
+//!
+//! Readiness is what is left when every [`Guard`] has been dropped. It latches: trouble upstream must not take a thousand agents out of
+//! service at once. Whoever must be in sync before the agent is ready holds a guard named after what is awaited; the composition root
+//! keeps the first one until every part has taken its own.
+
+use std::{fmt, sync::Arc};
+
+use prometheus_client::{metrics::gauge::Gauge, registry::Registry};
+use tokio::sync::watch;
+
+/// The name of the guard that the composition root holds.
+const START: &str = "start";
+
+/// The agent's readiness. Clones are the same readiness.
+#[derive(Debug, Clone)]
+pub struct Readiness {
+    state: watch::Sender<State>,
+    metrics: Metrics,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    next: u64,
+    awaited: Vec<(u64, Arc<str>)>,
+    ready: bool,
+}
+
+/// Something is awaited, until this is dropped.
+#[must_use = "dropped at once, it awaits nothing"]
+pub struct Guard {
+    readiness: Readiness,
+    id: u64,
+}
+
+impl fmt::Debug for Guard {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Guard({})", self.id)
+    }
+}
+
+impl Readiness {
+    /// Not ready, and awaiting the returned guard.
+    pub fn new(metrics: Metrics) -> (Self, Guard) {
+        let readiness = Self { state: watch::Sender::new(State::default()), metrics };
+        let start = readiness.guard(START);
+        (readiness, start)
+    }
+
+    /// Awaits one more thing, called `name` in the answer to `/readyz?verbose`. After readiness has been reached it changes nothing.
+    pub fn guard(&self, name: &str) -> Guard {
+        let mut id = 0;
+        self.state.send_if_modified(|state| {
+            id = state.next;
+            state.next += 1;
+            if !state.ready {
+                state.awaited.push((id, name.into()));
+            }
+            false
+        });
+        Guard { readiness: self.clone(), id }
+    }
+
+    /// Whether readiness has been reached.
+    pub fn is_ready(&self) -> bool {
+        self.state.borrow().ready
+    }
+
+    /// What is still awaited, oldest first.
+    pub fn awaited(&self) -> Vec<Arc<str>> {
+        self.state.borrow().awaited.iter().map(|(_, name)| name.clone()).collect()
+    }
+
+    /// Returns once readiness has been reached.
+    pub async fn reached(&self) {
+        // The sender lives in `self`: there is always an answer.
+        let _ = self.state.subscribe().wait_for(|state| state.ready).await;
+    }
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        let reached = self.readiness.state.send_if_modified(|state| {
+            state.awaited.retain(|(id, _)| *id != self.id);
+            let reached = !state.ready && state.awaited.is_empty();
+            state.ready |= reached;
+            reached
+        });
+        if reached {
+            self.readiness.metrics.ready.set(1);
+            tracing::info!("ready");
+        }
+    }
+}
+
+/// What readiness tells.
+#[derive(Debug, Clone, Default)]
+pub struct Metrics {
+    ready: Gauge,
+}
+
+impl Metrics {
+    /// Registers the module's metrics.
+    pub fn register(registry: &mut Registry) -> Self {
+        let metrics = Self::default();
+        registry.register("ready", "1 once everything awaited at the start has come; never 0 again", metrics.ready.clone());
+        metrics
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn ready_is_what_is_left_when_every_guard_is_dropped_and_it_latches() {
+        let metrics = Metrics::default();
+        let (readiness, start) = Readiness::new(metrics.clone());
+        let (pods, bundle) = (readiness.guard("pod index"), readiness.guard("trust bundle"));
+        let waiter = tokio::spawn({
+            let readiness = readiness.clone();
+            async move { readiness.reached().await }
+        });
+        drop(start);
+        drop(pods);
+        assert_eq!(readiness.awaited(), ["trust bundle".into()]);
+        assert!(!readiness.is_ready());
+        assert_eq!(metrics.ready.get(), 0);
+
+        drop(bundle);
+        assert!(readiness.is_ready());
+        assert_eq!(metrics.ready.get(), 1);
+        waiter.await.unwrap();
+
+        let _late = readiness.guard("late");
+        assert!(readiness.is_ready() && readiness.awaited().is_empty());
+    }
+
+    #[test]
+    fn the_start_holds_readiness_back_between_two_parts() {
+        let (readiness, start) = Readiness::new(Metrics::default());
+        drop(readiness.guard("quick"));
+        assert!(!readiness.is_ready());
+        assert_eq!(readiness.awaited(), [START.into()]);
+        drop(start);
+        assert!(readiness.is_ready());
+    }
+}

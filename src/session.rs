@@ -1,0 +1,285 @@
+//! The accept loop, and one connection's life on HTTP/2.
+//!
+//! Owns the quotas, the limits of the protocol and every way in which a connection ends. The client's SETTINGS are answered at once,
+//! before anybody asks who it is. A connection ends when its client ends it, when nothing happens on it for long, when its workload has
+//! ended, at the drain's deadline, or when it never spoke at all.
+
+use std::{
+    convert::Infallible,
+    io,
+    pin::{Pin, pin},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use hyper::{server::conn::http2, service::service_fn};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::{UnixListener, UnixStream},
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::Instant,
+};
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, warn};
+
+use self::{
+    metrics::{Metrics, Rejection},
+    services::Services,
+};
+use crate::{
+    caller::{Connection, Desk},
+    config::Limits,
+    grpc::UntilEnd,
+    peer::Peer,
+    shutdown::Shutdown,
+};
+
+pub mod metrics;
+pub mod services;
+
+/// Both windows. Below the protocol's initial value the `h2` crate loses a WINDOW_UPDATE when the peer sent before it saw our SETTINGS,
+/// and the stream hangs; more buys nothing on a Unix socket.
+const WINDOW: u32 = 65_535;
+const FRAME: u32 = 16_384;
+const HEADER_LIST: u32 = 16_384;
+/// Bytes buffered for each stream of a client that reads slowly.
+const SEND_BUFFER: usize = 64 << 10;
+/// A connection that has said nothing by then never will.
+const SILENT: Duration = Duration::from_secs(10);
+/// What a connection whose workload has ended gets for its last words.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
+/// What the sessions of one socket share.
+#[derive(Debug, Clone)]
+pub struct Sessions {
+    /// What is served.
+    pub services: Services,
+    /// How callers are known.
+    pub desk: Desk,
+    /// What is taken on.
+    pub limits: Limits,
+    /// What is counted.
+    pub metrics: Metrics,
+    /// The end of accepting, and the drain that connections hold up.
+    pub shutdown: Shutdown,
+    /// The end of the streams: after the socket's name has been released.
+    pub ending: CancellationToken,
+}
+
+impl Sessions {
+    /// Accepts connections until the drain begins. Connections outlive this; each holds a guard of the drain.
+    pub async fn accept(self, listener: UnixListener) {
+        let places = Arc::new(Semaphore::new(self.limits.connections));
+        let mut pause = Pause::default();
+        loop {
+            let accepted = tokio::select! {
+                () = self.shutdown.drain.cancelled() => return,
+                accepted = listener.accept() => accepted,
+            };
+            match accepted {
+                Ok((stream, _)) => {
+                    pause = Pause::default();
+                    self.welcome(stream, &places);
+                }
+                Err(error) if is_the_clients(&error) => debug!(%error, "a connection ended before it was accepted"),
+                Err(error) => {
+                    let wait = pause.next();
+                    warn!(%error, wait_milliseconds = wait.as_millis(), "cannot accept connections; trying again (out of file descriptors?)");
+                    self.metrics.rejected(Rejection::accept_error);
+                    tokio::select! {
+                        () = self.shutdown.drain.cancelled() => return,
+                        () = tokio::time::sleep(wait) => {}
+                    }
+                }
+            }
+        }
+    }
+
+    fn welcome(&self, stream: UnixStream, places: &Arc<Semaphore>) {
+        let Ok(place) = places.clone().try_acquire_owned() else {
+            self.metrics.rejected(Rejection::connection_limit);
+            debug!("connection closed: there are as many as limits.connections allows");
+            return;
+        };
+        // The handle is taken now, while the process that connected is most surely there.
+        match Peer::of(&stream) {
+            Ok(peer) => {
+                let connection = Arc::new(Connection::new(peer, self.desk.clone()));
+                let session = Session { sessions: self.clone(), connection, calls: Arc::default(), spoke: Arc::default() };
+                tokio::spawn(session.run(stream, place));
+            }
+            Err(error) => {
+                self.metrics.rejected(Rejection::no_credentials);
+                warn!(%error, "connection closed: the kernel does not tell who it is");
+            }
+        }
+    }
+}
+
+/// Errors of the one connection, not of the socket.
+fn is_the_clients(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset | io::ErrorKind::Interrupted)
+}
+
+/// The rest between two attempts to accept: neither spinning nor giving up.
+#[derive(Default)]
+struct Pause(u32);
+
+impl Pause {
+    fn next(&mut self) -> Duration {
+        let wait = Duration::from_millis(50 << self.0.min(5)).min(Duration::from_secs(1));
+        self.0 += 1;
+        wait
+    }
+}
+
+struct Session {
+    sessions: Sessions,
+    connection: Arc<Connection>,
+    calls: Arc<Calls>,
+    spoke: Arc<AtomicBool>,
+}
+
+impl Session {
+    async fn run(self, stream: UnixStream, _place: OwnedSemaphorePermit) {
+        let _open = self.sessions.metrics.connected();
+        let _guard = self.sessions.shutdown.guard();
+        let io = Heard { stream, spoke: self.spoke.clone() };
+        let service = service_fn(|request| {
+            let (services, connection, call) = (self.sessions.services.clone(), self.connection.clone(), self.calls.begin());
+            async move { Ok::<_, Infallible>(services.call(&connection, request).await.until_end(call)) }
+        });
+        let served = http2::Builder::new(TokioExecutor::new())
+            .timer(TokioTimer::new())
+            .initial_stream_window_size(WINDOW)
+            .initial_connection_window_size(WINDOW)
+            .max_frame_size(FRAME)
+            .max_header_list_size(HEADER_LIST)
+            .max_concurrent_streams(self.sessions.limits.streams_per_connection)
+            .max_send_buf_size(SEND_BUFFER)
+            .serve_connection(TokioIo::new(io), service);
+        let mut served = pin!(served);
+        let shutdown = &self.sessions.shutdown;
+        let ended = tokio::select! {
+            ended = served.as_mut() => Some(ended),
+            () = self.connection.gone() => {
+                served.as_mut().graceful_shutdown();
+                tokio::time::timeout(LAST_WORDS, served).await.ok()
+            }
+            () = self.idle() => {
+                served.as_mut().graceful_shutdown();
+                tokio::time::timeout(LAST_WORDS, served).await.ok()
+            }
+            () = self.sessions.ending.cancelled() => {
+                // The streams end by themselves; whoever does not read is left at the drain's deadline.
+                served.as_mut().graceful_shutdown();
+                tokio::select! {
+                    ended = served => Some(ended),
+                    () = shutdown.abort.cancelled() => None,
+                }
+            }
+        };
+        match ended {
+            Some(Ok(())) => {}
+            Some(Err(error)) => debug!(peer = ?self.connection.peer(), %error, "connection ended with an error"),
+            None => debug!(peer = ?self.connection.peer(), "connection dropped"),
+        }
+    }
+
+    /// Returns when the connection never spoke, or has had no call for the idle time.
+    async fn idle(&self) {
+        tokio::time::sleep(SILENT).await;
+        if !self.spoke.load(Ordering::Relaxed) {
+            self.sessions.metrics.rejected(Rejection::silent);
+            return;
+        }
+        let limit = self.sessions.limits.idle;
+        loop {
+            match self.calls.idle_since() {
+                Some(since) if since.elapsed() >= limit => return,
+                Some(since) => tokio::time::sleep_until(since + limit).await,
+                None => tokio::time::sleep(limit).await,
+            }
+        }
+    }
+}
+
+/// The calls in progress of one connection.
+#[derive(Debug)]
+struct Calls(Mutex<(usize, Instant)>);
+
+impl Default for Calls {
+    fn default() -> Self {
+        Self(Mutex::new((0, Instant::now())))
+    }
+}
+
+impl Calls {
+    fn begin(self: &Arc<Self>) -> Call {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).0 += 1;
+        Call(self.clone())
+    }
+
+    fn idle_since(&self) -> Option<Instant> {
+        let (calls, since) = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        (calls == 0).then_some(since)
+    }
+}
+
+/// A call in progress, until its response has been sent or dropped.
+#[derive(Debug)]
+pub struct Call(Arc<Calls>);
+
+impl Drop for Call {
+    fn drop(&mut self) {
+        let mut calls = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
+        *calls = (calls.0 - 1, Instant::now());
+    }
+}
+
+/// A stream that remembers whether it was ever read from.
+struct Heard {
+    stream: UnixStream,
+    spoke: Arc<AtomicBool>,
+}
+
+impl AsyncRead for Heard {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let before = buf.filled().len();
+        let polled = Pin::new(&mut self.stream).poll_read(cx, buf);
+        if buf.filled().len() > before {
+            self.spoke.store(true, Ordering::Relaxed);
+        }
+        polled
+    }
+}
+
+impl AsyncWrite for Heard {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, buf)
+    }
+
+    fn poll_write_vectored(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bufs: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(cx, bufs)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,78 @@
+//! What the sockets count.
+
+use prometheus_client::{
+    encoding::{EncodeLabelSet, EncodeLabelValue},
+    metrics::{counter::Counter, family::Family, gauge::Gauge},
+    registry::Registry,
+};
+
+/// Why a connection was not taken, or was dropped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
+#[allow(non_camel_case_types, reason = "the names are the label's values")]
+pub enum Rejection {
+    /// `limits.connections`
+    connection_limit,
+    /// The kernel gave no credentials.
+    no_credentials,
+    /// `accept` failed: mostly for want of file descriptors.
+    accept_error,
+    /// It connected and said nothing.
+    silent,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ReasonLabel {
+    reason: Rejection,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ApiLabel {
+    api: Api,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
+#[allow(non_camel_case_types, reason = "the names are the label's values")]
+enum Api {
+    sds,
+}
+
+/// The sockets' metrics.
+#[derive(Debug, Clone, Default)]
+pub struct Metrics {
+    open: Gauge,
+    accepted: Counter,
+    rejected: Family<ReasonLabel, Counter>,
+}
+
+impl Metrics {
+    /// Registers the module's metrics.
+    pub fn register(registry: &mut Registry) -> Self {
+        let (open, accepted) = (Family::<ApiLabel, Gauge>::default(), Family::<ApiLabel, Counter>::default());
+        let rejected = Family::<ReasonLabel, Counter>::default();
+        registry.register("connections", "Open connections", open.clone());
+        registry.register("connections_total", "Connections accepted", accepted.clone());
+        registry.register("connections_rejected", "Connections that were not taken, or dropped", rejected.clone());
+        let label = ApiLabel { api: Api::sds };
+        Self { open: open.get_or_create(&label).clone(), accepted: accepted.get_or_create(&label).clone(), rejected }
+    }
+
+    pub(super) fn rejected(&self, reason: Rejection) {
+        self.rejected.get_or_create(&ReasonLabel { reason }).inc();
+    }
+
+    /// Counts a connection as open until the answer is dropped.
+    pub(super) fn connected(&self) -> Open {
+        self.accepted.inc();
+        self.open.inc();
+        Open(self.open.clone())
+    }
+}
+
+/// An open connection.
+pub(super) struct Open(Gauge);
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
+}

@@ -1,0 +1,87 @@
+//! What a socket serves, by the service's name in the request's path: SDS by framing of our own, health and reflection by tonic.
+
+use std::{convert::Infallible, fmt, sync::Arc};
+
+use http::{Request, Response};
+use hyper::body::Incoming;
+use tonic::{Status, server::NamedService};
+use tonic_health::{
+    ServingStatus,
+    pb::health_server::HealthServer,
+    server::{HealthReporter, HealthService},
+};
+use tower::{Service, ServiceExt, util::BoxCloneSyncService};
+
+use crate::{
+    caller::Connection,
+    grpc::{self, Body},
+    proto::DESCRIPTORS,
+    sds,
+};
+
+type Unary = BoxCloneSyncService<Request<Incoming>, Response<tonic::body::Body>, Infallible>;
+
+/// Every service of a socket.
+#[derive(Clone)]
+pub struct Services {
+    sds: Arc<sds::service::Service>,
+    others: Arc<[(&'static str, Unary)]>,
+    health: HealthReporter,
+}
+
+impl fmt::Debug for Services {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Services")
+    }
+}
+
+impl Services {
+    /// SDS with health and reflection (v1 and v1alpha) beside it. Fails only if the descriptors that were built in are broken.
+    pub async fn new(sds: Arc<sds::service::Service>) -> Result<Self, tonic_reflection::server::Error> {
+        let reflection = || {
+            tonic_reflection::server::Builder::configure()
+                .register_encoded_file_descriptor_set(DESCRIPTORS)
+                .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        };
+        let health = HealthReporter::new();
+        health.set_service_status(sds::service::SERVICE, ServingStatus::Serving).await;
+        let others = [
+            named(HealthServer::new(HealthService::from_health_reporter(health.clone()))),
+            named(reflection().build_v1()?),
+            named(reflection().build_v1alpha()?),
+        ];
+        Ok(Self { sds, others: others.into(), health })
+    }
+
+    /// Tells health checks that the agent is about to go.
+    pub async fn leaving(&self) {
+        for name in ["", sds::service::SERVICE] {
+            self.health.set_service_status(name, ServingStatus::NotServing).await;
+        }
+    }
+
+    /// Answers one call.
+    pub async fn call(&self, connection: &Arc<Connection>, request: Request<Incoming>) -> Response<Body> {
+        let path = request.uri().path();
+        let service = path.strip_prefix('/').and_then(|p| p.split_once('/')).map_or("", |(service, _)| service);
+        if let Some((_, other)) = self.others.iter().find(|(name, _)| *name == service) {
+            let Ok(response) = other.clone().oneshot(request).await;
+            return response.map(Body::from);
+        }
+        let unknown = Status::unimplemented("this socket serves SDS v3, health and reflection");
+        self.sds.call(connection, request).await.unwrap_or_else(|| grpc::unary(Err(unknown)))
+    }
+}
+
+fn named<S>(service: S) -> (&'static str, Unary)
+where
+    S: NamedService
+        + Service<Request<Incoming>, Response = Response<tonic::body::Body>, Error = Infallible>
+        + Clone
+        + Send
+        + Sync
+        + 'static,
+    S::Future: Send,
+{
+    (S::NAME, BoxCloneSyncService::new(service))
+}
