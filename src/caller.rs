@@ -109,7 +109,8 @@ impl Connection {
         loop {
             let known = self.known.notified();
             if let Some(caller) = self.caller.get() {
-                return caller.attested.gone.cancelled().await;
+                caller.attested.gone.cancelled().await;
+                return;
             }
             known.await;
         }

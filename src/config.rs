@@ -6,6 +6,22 @@ use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, sync::Arc, time
 
 use crate::identity::{IssuerName, PodRef, Profile, TrustDomain};
 
+mod dev;
+mod environment;
+mod error;
+mod issuance;
+mod parse;
+mod reader;
+mod template;
+mod values;
+
+pub use dev::{Dev, dev, dev_socket};
+pub use environment::{Env, process as process_environment};
+pub use error::{Errors, Problem, Warning};
+pub use issuance::renewals_per_second;
+pub use parse::Loaded;
+pub use template::sample as sample_workload;
+
 /// All that the agent is told.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Config {
@@ -21,6 +37,8 @@ pub struct Config {
     pub issuers: BTreeMap<IssuerName, IssuerConfig>,
     /// `trust.sources`
     pub trust_sources: Vec<TrustSource>,
+    /// `trust.federated`: other trust domains' bundles.
+    pub federated: BTreeMap<TrustDomain, TrustSource>,
     /// `names`
     pub names: Names,
     /// `keys.lockMemory`

@@ -174,7 +174,8 @@ type Driver = Pin<Box<dyn Future<Output = Status> + Send>>;
 /// A response's body: shared buffers, then the status as trailers.
 pub struct Body {
     kind: Kind,
-    _until_end: Option<Box<dyn Send>>,
+    /// Dropped with the body; never looked at.
+    until_end: Option<Box<dyn Send>>,
 }
 
 enum Kind {
@@ -194,7 +195,7 @@ impl std::fmt::Debug for Body {
 
 impl Body {
     fn of(kind: Kind) -> Self {
-        Self { kind, _until_end: None }
+        Self { kind, until_end: None }
     }
 }
 
@@ -206,7 +207,7 @@ pub trait UntilEnd {
 
 impl UntilEnd for Response<Body> {
     fn until_end(mut self, guard: impl Send + 'static) -> Self {
-        self.body_mut()._until_end = Some(Box::new(guard));
+        self.body_mut().until_end = Some(Box::new(guard));
         self
     }
 }
@@ -328,8 +329,8 @@ mod tests {
     use super::*;
     use crate::proto::envoy::service::discovery::v3::DiscoveryRequest;
 
-    fn frames(bytes: Vec<u8>, size: usize) -> impl HttpBody<Data = Bytes, Error = Infallible> + Unpin {
-        let pieces: Vec<_> = bytes.chunks(size).map(|c| Ok::<_, Infallible>(Frame::data(Bytes::copy_from_slice(c)))).collect();
+    fn frames(bytes: impl AsRef<[u8]>, size: usize) -> impl HttpBody<Data = Bytes, Error = Infallible> + Unpin {
+        let pieces: Vec<_> = bytes.as_ref().chunks(size).map(|c| Ok::<_, Infallible>(Frame::data(Bytes::copy_from_slice(c)))).collect();
         StreamBody::new(futures::stream::iter(pieces))
     }
 

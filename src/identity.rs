@@ -317,15 +317,20 @@ impl Resolver {
     }
 
     fn render(&self, template: &str, workload: &Workload) -> Result<String, Error> {
-        render(template, |field| match (field, workload) {
-            ("trustDomain", _) => Some(self.trust_domain.to_string()),
-            ("namespace", Workload::Pod { pod, .. }) => Some(pod.namespace.to_string()),
-            ("podName", Workload::Pod { pod, .. }) => Some(pod.name.to_string()),
-            ("podUid", Workload::Pod { pod, .. }) => Some(pod.uid.to_string()),
-            ("serviceAccount", Workload::Pod { service_account: Some(name), .. }) => Some(name.to_string()),
-            ("uid", Workload::Unix { uid }) => Some(uid.to_string()),
-            _ => None,
-        })
+        render(template, |field| placeholder(field, &self.trust_domain, workload))
+    }
+}
+
+/// What a template's `{field}` stands for; a kind of workload does not have every field.
+pub fn placeholder(field: &str, trust_domain: &TrustDomain, workload: &Workload) -> Option<String> {
+    match (field, workload) {
+        ("trustDomain", _) => Some(trust_domain.to_string()),
+        ("namespace", Workload::Pod { pod, .. }) => Some(pod.namespace.to_string()),
+        ("podName", Workload::Pod { pod, .. }) => Some(pod.name.to_string()),
+        ("podUid", Workload::Pod { pod, .. }) => Some(pod.uid.to_string()),
+        ("serviceAccount", Workload::Pod { service_account: Some(name), .. }) => Some(name.to_string()),
+        ("uid", Workload::Unix { uid }) => Some(uid.to_string()),
+        _ => None,
     }
 }
 

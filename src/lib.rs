@@ -9,7 +9,8 @@
 //! 4. [`rotation`] owns when a certificate is made or replaced, and orders it from an [`issuer`];
 //! 5. [`trust`] owns the bundles, which [`sds`] serves and [`rotation`] checks against.
 //!
-//! [`app`] composes them; [`config`], [`clock`] and the operations modules stand around the path. Nobody imports its caller.
+//! [`app`] composes them; [`config`], [`clock`] and the operations modules stand around the path; [`cli`] is the command line. Nobody
+//! imports its caller.
 
 pub mod listener;
 pub mod session;
@@ -34,6 +35,7 @@ pub mod trust;
 
 pub mod app;
 
+pub mod cli;
 pub mod clock;
 pub mod config;
 pub mod fd;

@@ -1,3 +1,43 @@
-//! The program: parses its arguments, starts the runtime, and turns the outcome into an exit code.
+//! argv → subcommand, a runtime, an exit code. Everything else is in the library.
 
-fn main() {}
+use std::{future::Future, process::ExitCode};
+
+use sds_agent::{
+    cli::{self, Cli, Command, Exit, Style},
+    config::{self, Loaded},
+};
+use tokio::runtime::Builder;
+
+fn main() -> ExitCode {
+    let cli = match Cli::from_args(std::env::args_os()) {
+        Ok(cli) => cli,
+        Err(exit) => return exit.into(),
+    };
+    // It fails only where a provider is installed already, and then there is one.
+    let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+    let env = &config::process_environment;
+    match cli.command {
+        Command::Run(args) => start(args.load(env), Style::Run),
+        Command::Dev(args) => start(args.load(env), Style::Dev),
+        Command::Fetch(args) => block_on(Builder::new_current_thread(), async { Ok(cli::fetch::fetch(args, env).await.into()) }),
+        Command::CheckConfig(args) => cli::check_config::check(&args, env).into(),
+    }
+}
+
+fn start(loaded: Result<Loaded, Exit>, style: Style) -> ExitCode {
+    match loaded {
+        Ok(loaded) => told(cli::run::start(&loaded, style, &config::process_environment)),
+        Err(exit) => exit.into(),
+    }
+}
+
+fn block_on(mut runtime: Builder, work: impl Future<Output = anyhow::Result<ExitCode>>) -> ExitCode {
+    told(runtime.enable_all().build().map_err(anyhow::Error::from).and_then(|runtime| runtime.block_on(work)))
+}
+
+fn told(done: anyhow::Result<ExitCode>) -> ExitCode {
+    done.unwrap_or_else(|error| {
+        cli::output::complain(format_args!("{error:#}"));
+        Exit::Failed.into()
+    })
+}

@@ -72,9 +72,12 @@ struct Rotation {
     spent: HashMap<Id, PodRef>,
     /// Answers whose chain leads to no root that is known so far: judged again when the bundle changes.
     unproven: HashMap<Id, Issued>,
-    submitted: (mpsc::UnboundedSender<(Id, Arc<str>)>, mpsc::UnboundedReceiver<(Id, Arc<str>)>),
+    submitted: (mpsc::UnboundedSender<Submitted>, mpsc::UnboundedReceiver<Submitted>),
     last_seen: Now,
 }
+
+/// An order that its upstream has, under its name there.
+type Submitted = (Id, Arc<str>);
 
 struct Running {
     task: AbortHandle,
@@ -129,7 +132,7 @@ pub async fn run(parts: Parts, shutdown: CancellationToken) {
             Some((id, name)) = rotation.submitted.1.recv() => rotation.submitted(id, name),
             Some(joined) = rotation.tasks.join_next_with_id() => match joined {
                 Ok((_, answer)) => rotation.answered(answer),
-                Err(error) => rotation.lost(error),
+                Err(error) => rotation.lost(&error),
             },
             Ok(()) = rotation.parts.trust.changed() => rotation.bundle_changed(),
             () = &mut wall_sleep => wall_sleep = clock.sleep_until(wall_at),
@@ -274,7 +277,7 @@ impl Rotation {
         }
     }
 
-    fn lost(&mut self, error: tokio::task::JoinError) {
+    fn lost(&mut self, error: &tokio::task::JoinError) {
         let Some(id) = self.orders.iter().find(|(_, order)| order.task.id() == error.id()).map(|(id, _)| *id) else { return };
         let evidence = self.orders.remove(&id).and_then(|order| order.evidence);
         let error = Error::Api {

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::SystemTime};
 use prometheus_client::{
     collector::Collector,
     encoding::{DescriptorEncoder, EncodeMetric},
-    metrics::{gauge::ConstGauge, MetricType},
+    metrics::{MetricType, gauge::ConstGauge},
 };
 use serde_json::{Value, json};
 
@@ -120,14 +120,20 @@ impl Collector for Inventory {
                 earliest = Some(earliest.map_or(end, |e| e.min(end)));
             }
         }
-        let mut family = encoder.encode_descriptor("certificates", "Identities, by the state of their certificate", None, MetricType::Gauge)?;
+        let mut family =
+            encoder.encode_descriptor("certificates", "Identities, by the state of their certificate", None, MetricType::Gauge)?;
         for ((_, name), count) in STATES.iter().zip(counts) {
             ConstGauge::new(count).encode(family.encode_family(&[("state", *name)])?)?;
         }
         if let Some(earliest) = earliest {
             let gauge = ConstGauge::new(i64::try_from(clock::unix_seconds(earliest)).unwrap_or(i64::MAX));
             let help = "When the first of the certificates in use ends";
-            gauge.encode(encoder.encode_descriptor("certificate_earliest_expiration_timestamp_seconds", help, None, MetricType::Gauge)?)?;
+            gauge.encode(encoder.encode_descriptor(
+                "certificate_earliest_expiration_timestamp_seconds",
+                help,
+                None,
+                MetricType::Gauge,
+            )?)?;
         }
         Ok(())
     }

@@ -458,7 +458,7 @@ async fn news(material: Option<&mut watch::Receiver<Option<Arc<Svid>>>>) {
         None => true,
     };
     if ended {
-        std::future::pending().await
+        std::future::pending::<()>().await;
     }
 }
 

@@ -50,7 +50,7 @@ impl Metrics {
         let (open, accepted) = (Family::<ApiLabel, Gauge>::default(), Family::<ApiLabel, Counter>::default());
         let rejected = Family::<ReasonLabel, Counter>::default();
         registry.register("connections", "Open connections", open.clone());
-        registry.register("connections_total", "Connections accepted", accepted.clone());
+        registry.register("connections_accepted", "Connections accepted", accepted.clone());
         registry.register("connections_rejected", "Connections that were not taken, or dropped", rejected.clone());
         let label = ApiLabel { api: Api::sds };
         Self { open: open.get_or_create(&label).clone(), accepted: accepted.get_or_create(&label).clone(), rejected }

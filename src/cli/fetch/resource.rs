@@ -1,0 +1,127 @@
+//! What a server sent under one name: a certificate or a bundle, checked and with its facts. Keys are never printed.
+
+use std::fmt;
+
+use bytes::Bytes;
+use prost::Message;
+use prost_types::Any;
+
+use crate::{
+    cli::output::printable,
+    material::{self, CertificateChain, TrustBundle},
+    proto::envoy::{
+        config::core::v3::{DataSource, data_source::Specifier},
+        extensions::transport_sockets::tls::v3::{Secret, secret::Type},
+    },
+};
+
+/// The only type of resource that SDS has.
+pub const TYPE_URL: &str = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret";
+
+/// One resource in one version.
+#[derive(Debug)]
+pub struct Resource {
+    /// The name it was asked for by.
+    pub name: String,
+    /// The server's version.
+    pub version: String,
+    /// What it is.
+    pub material: Material,
+}
+
+/// What a secret is.
+#[derive(Debug)]
+pub enum Material {
+    /// A certificate, with its key where the server sends one.
+    Certificate {
+        /// Leaf first.
+        chain: Box<CertificateChain>,
+        /// PEM.
+        key: Option<Key>,
+    },
+    /// Roots.
+    Bundle(TrustBundle),
+}
+
+/// A private key in PEM, as received.
+pub struct Key(Bytes);
+
+impl Key {
+    /// Takes over PEM.
+    pub fn new(pem: Bytes) -> Self {
+        Self(pem)
+    }
+
+    /// The PEM.
+    pub fn pem(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+impl fmt::Debug for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Key(redacted)")
+    }
+}
+
+/// Why a resource cannot be shown.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    /// Something else than a secret.
+    #[error("the server sent a resource of type {}, which is no secret", printable(.0))]
+    Type(String),
+    /// Not protobuf.
+    #[error("the server sent a secret that cannot be read: {0}")]
+    Encoding(String),
+    /// A kind that has neither chain nor roots, such as session ticket keys.
+    #[error("{}: a kind of secret that cannot be shown here", printable(.0))]
+    Kind(String),
+    /// A certificate or bundle that is not one.
+    #[error("{}: the {what} {cause}", printable(.name))]
+    Material {
+        /// The resource's name.
+        name: String,
+        /// `certificate chain` or `trust bundle`.
+        what: &'static str,
+        /// What is wrong with it.
+        cause: material::Error,
+    },
+}
+
+impl Error {
+    /// Whether an Envoy would refuse it too. What is only not shown here is none of the server's faults.
+    pub fn is_refusal(&self) -> bool {
+        !matches!(self, Self::Kind(_))
+    }
+}
+
+/// Reads one resource of a response of `version`.
+pub fn read(any: &Any, version: &str) -> Result<Resource, Error> {
+    if any.type_url != TYPE_URL {
+        return Err(Error::Type(any.type_url.clone()));
+    }
+    let secret = Secret::decode(any.value.as_slice()).map_err(|error| Error::Encoding(error.to_string()))?;
+    let name = secret.name;
+    let wrong = |what| {
+        let name = name.clone();
+        move |cause| Error::Material { name, what, cause }
+    };
+    let material = match secret.r#type {
+        Some(Type::TlsCertificate(certificate)) => {
+            let pem = inline(certificate.certificate_chain).ok_or_else(|| Error::Kind(name.clone()))?;
+            let chain = CertificateChain::from_pem(&pem).map_err(wrong("certificate chain"))?;
+            Material::Certificate { chain: Box::new(chain), key: inline(certificate.private_key).map(Key::new) }
+        }
+        Some(Type::ValidationContext(context)) => {
+            let pem = inline(context.trusted_ca).ok_or_else(|| Error::Kind(name.clone()))?;
+            Material::Bundle(TrustBundle::from_pem(&pem).map_err(wrong("trust bundle"))?)
+        }
+        None => return Err(Error::Kind(name)),
+    };
+    Ok(Resource { name, version: version.to_owned(), material })
+}
+
+fn inline(source: Option<DataSource>) -> Option<Bytes> {
+    let Specifier::InlineBytes(bytes) = source?.specifier?;
+    Some(bytes)
+}

@@ -1,0 +1,91 @@
+//! The client's side of a state-of-the-world subscription: what was accepted, what was seen. Pure.
+//!
+//! It outlives connections, so that a server that comes back is told the last version, as Envoy does.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use aws_lc_rs::digest::{Digest, SHA256, digest};
+
+use super::resource::{self, Resource, TYPE_URL};
+use crate::proto::{
+    envoy::service::discovery::v3::{DiscoveryRequest, DiscoveryResponse},
+    google::rpc::Status,
+};
+
+/// What has been asked for and answered.
+#[derive(Debug)]
+pub struct Subscription {
+    names: Vec<String>,
+    accepted: String,
+    answered: BTreeSet<String>,
+    seen: BTreeMap<String, Digest>,
+}
+
+/// What is in one response.
+#[derive(Debug)]
+pub struct Taken {
+    /// What is new.
+    pub updates: Vec<Resource>,
+    /// What cannot be shown.
+    pub problems: Vec<resource::Error>,
+    /// The ACK, or the NACK where Envoy would refuse the response too.
+    pub reply: DiscoveryRequest,
+}
+
+impl Subscription {
+    /// Asks for `names`.
+    pub fn new(names: Vec<String>) -> Self {
+        Self { names, accepted: String::new(), answered: BTreeSet::new(), seen: BTreeMap::new() }
+    }
+
+    /// The first request of a stream: the last version that was accepted, and no nonce.
+    pub fn first(&self) -> DiscoveryRequest {
+        self.request(String::new())
+    }
+
+    /// Whether anything has been answered.
+    pub fn answered(&self) -> bool {
+        !self.answered.is_empty()
+    }
+
+    /// The names without an answer yet.
+    pub fn missing(&self) -> Vec<&str> {
+        self.names.iter().map(String::as_str).filter(|name| !self.answered.contains(*name)).collect()
+    }
+
+    /// Takes a response. A resource that has not changed since it was last sent is no news.
+    pub fn take(&mut self, response: DiscoveryResponse) -> Taken {
+        let DiscoveryResponse { version_info, resources, nonce, .. } = response;
+        let (mut updates, mut problems) = (Vec::new(), Vec::new());
+        for any in &resources {
+            let content = digest(&SHA256, &any.value);
+            match resource::read(any, &version_info) {
+                Ok(resource) => {
+                    self.answered.insert(resource.name.clone());
+                    let before = self.seen.insert(resource.name.clone(), content);
+                    if before.is_none_or(|before| before.as_ref() != content.as_ref()) {
+                        updates.push(resource);
+                    }
+                }
+                Err(problem) => problems.push(problem),
+            }
+        }
+        let refusal = problems.iter().find(|problem| problem.is_refusal());
+        let error_detail = refusal.map(|problem| Status { code: tonic::Code::InvalidArgument.into(), message: problem.to_string() });
+        if error_detail.is_none() {
+            self.accepted = version_info;
+        }
+        let reply = DiscoveryRequest { error_detail, ..self.request(nonce) };
+        Taken { updates, problems, reply }
+    }
+
+    fn request(&self, response_nonce: String) -> DiscoveryRequest {
+        DiscoveryRequest {
+            version_info: self.accepted.clone(),
+            resource_names: self.names.clone(),
+            type_url: TYPE_URL.to_owned(),
+            response_nonce,
+            error_detail: None,
+        }
+    }
+}

@@ -1,0 +1,59 @@
+//! Printing: to readers that may go away, and of text that others chose.
+
+use std::{
+    fmt::{self, Write as _},
+    io::{self, Write as _},
+};
+
+use super::Exit;
+
+/// Prints to standard output at once, so that a reader behind a pipe sees it.
+pub fn say(text: &str) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    out.write_all(text.as_bytes())?;
+    out.flush()
+}
+
+/// One line to standard error, under the program's name.
+pub fn complain(message: fmt::Arguments<'_>) {
+    tell(format_args!("sds-agent: {message}"));
+}
+
+/// One line to standard error.
+pub fn tell(message: fmt::Arguments<'_>) {
+    // Nobody is left to be told that nobody reads this.
+    let _ = writeln!(io::stderr().lock(), "{message}");
+}
+
+/// How a process ends that cannot print: a reader that has seen enough, such as `head`, is no failure.
+pub fn unsaid(error: &io::Error) -> Exit {
+    if error.kind() == io::ErrorKind::BrokenPipe {
+        return Exit::Ok;
+    }
+    complain(format_args!("cannot write to standard output: {error}"));
+    Exit::Failed
+}
+
+/// `text` without what could command a terminal.
+pub fn printable(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        if c.is_control() {
+            // Writing to a string does not fail.
+            let _ = write!(out, "{}", c.escape_default());
+        } else {
+            out.push(c);
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_terminal_is_not_commanded() {
+        assert_eq!(printable("a\x1b[2Jb\nü"), "a\\u{1b}[2Jb\\nü");
+    }
+}

@@ -1,0 +1,284 @@
+//! From YAML text and the environment to a [`Config`], or to every error at once.
+//!
+//! Owns the file's fields, their defaults and the rules between them; `docs/configuration.md` describes each, and a test holds the two
+//! together. The sections about certificates and upstreams are in [`super::issuance`].
+
+use std::{collections::BTreeMap, fs::File, io::Read, net::SocketAddr, path::Path, time::Duration};
+
+use serde_json::Value;
+
+use super::{
+    Attestation, Config, Limits, LockMemory, Names, SharedSocket, TrustSource,
+    environment::{self, Env},
+    error::{Errors, Problem, Warning, Wrong},
+    issuance,
+    reader::{Report, Section},
+    values,
+};
+use crate::identity::TrustDomain;
+
+/// A configuration file larger than this is a mistake.
+const MAX_FILE_BYTES: u64 = 1 << 20;
+/// Envoy keeps a stream's secret while it reconnects, with a backoff of at most this.
+const ENVOY_RECONNECT: Duration = Duration::from_secs(30);
+const DAY: Duration = Duration::from_secs(86_400);
+
+/// A configuration that can be used, and what its operator should know about it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Loaded {
+    /// The configuration.
+    pub config: Config,
+    /// In the order of the file.
+    pub warnings: Vec<Warning>,
+}
+
+impl Config {
+    /// Reads the file at `path`, with what the environment adds.
+    pub fn load(path: &Path, env: Env<'_>) -> Result<Loaded, Errors> {
+        let unreadable = |what: String| {
+            let (path, remedy) = (path.display().to_string(), "name a readable YAML file with --config".to_owned());
+            Errors(vec![Problem { path, value: None, what, remedy }])
+        };
+        let mut bytes = Vec::new();
+        let read = File::open(path).and_then(|file| file.take(MAX_FILE_BYTES + 1).read_to_end(&mut bytes));
+        if let Err(error) = read {
+            return Err(unreadable(format!("cannot be read: {error}")));
+        }
+        if bytes.len() as u64 > MAX_FILE_BYTES {
+            return Err(unreadable(format!("is larger than {MAX_FILE_BYTES} bytes")));
+        }
+        let text = String::from_utf8(bytes).map_err(|_| unreadable("is not UTF-8 text".to_owned()))?;
+        Self::parse(&text, env)
+    }
+
+    /// Reads YAML text, with what the environment adds.
+    pub fn parse(text: &str, env: Env<'_>) -> Result<Loaded, Errors> {
+        let tree = tree(text)?;
+        let report = Report::default();
+        let config = report.root(&tree, |root| walk(root, &report, env));
+        let (problems, warnings) = report.finish();
+        match config {
+            Some(config) if problems.is_empty() => Ok(Loaded { config, warnings }),
+            _ => Err(Errors(problems)),
+        }
+    }
+}
+
+fn tree(text: &str) -> Result<Value, Errors> {
+    // `0666` is a mode and `yes` a name: neither is to become a number or a truth behind the operator's back.
+    let options = serde_saphyr::options! { leading_zero_numbers_as_strings: true, strict_booleans: true };
+    serde_saphyr::from_str_with_options(text, options).map_err(|error| {
+        let message = error.without_snippet().render_with_formatter(&serde_saphyr::UserMessageFormatter);
+        let (path, what) = match error.location() {
+            Some(at) => {
+                let suffix = format!(" at line {}, column {}", at.line(), at.column());
+                let what = message.strip_suffix(&suffix).unwrap_or(&message).to_owned();
+                (format!("line {}, column {}", at.line(), at.column()), what)
+            }
+            None => ("the file".to_owned(), message),
+        };
+        Errors(vec![Problem { path, value: None, what, remedy: "correct the YAML there".to_owned() }])
+    })
+}
+
+/// Walks the whole file. Every section is read before the first `?`, so that every error is found.
+pub(super) fn walk(root: &Section<'_>, report: &Report, env: Env<'_>) -> Option<Config> {
+    let trust_domain = root.read("trustDomain", "cluster.local".into(), |v| values::text(v).map(str::to_owned));
+    let trust_domain = trust_domain.and_then(|name| domain(root, &name));
+    let shared_socket = root.section("sockets", sockets);
+    let attestation = root.read(
+        "attestation",
+        Attestation::Kubernetes,
+        values::choice(&[("kubernetes", Attestation::Kubernetes), ("unix", Attestation::Unix)]),
+    );
+    let pod = environment::pod(report, attestation, env);
+    let context = issuance::Context { attestation, trust_domain: trust_domain.as_ref(), pod: pod.as_ref() };
+    let issuance = issuance::walk(root, &context);
+    let trust_sources = root.section("trust", |trust| (trust.sections("sources", source), federated(trust, trust_domain.as_ref())));
+    let names = root.section("names", names);
+    let lock_memory = root.section("keys", |keys| {
+        let names = [("auto", LockMemory::Auto), ("always", LockMemory::Always), ("never", LockMemory::Never)];
+        keys.read("lockMemory", LockMemory::Auto, values::choice(&names))
+    });
+    let limits = root.section("limits", limits);
+    let retention = root.read("retention", Duration::from_secs(300), values::duration(Duration::ZERO..=DAY));
+    let drain = root.read("drain", Duration::from_secs(10), values::duration(Duration::ZERO..=Duration::from_secs(600)));
+    let addresses = addresses(root);
+    let worker_threads = root.read("workerThreads", 2, values::integer(1..=512));
+
+    if retention.is_some_and(|time| time < ENVOY_RECONNECT) {
+        root.warn("retention", "an Envoy that reconnects takes up to 30s, and then needs a new certificate; use 1m or more");
+    }
+    let (trust_sources, federated) = (trust_sources.0?, trust_sources.1?);
+    let (default_profile, issuers) = issuance?;
+    if trust_sources.is_empty() && issuers.values().any(issuance::tells_no_roots) {
+        report.warn(
+            "trust.sources",
+            "is empty: the bundle (ROOTCA) stays unanswered and certificates are not checked against roots; \
+             name the ConfigMap or file that holds the roots",
+        );
+    }
+    let (admin, metrics) = addresses?;
+    Some(Config {
+        trust_domain: trust_domain?,
+        shared_socket: shared_socket?,
+        attestation: attestation?,
+        default_profile,
+        issuers,
+        trust_sources,
+        federated,
+        names: names?,
+        lock_memory: lock_memory?,
+        limits: limits?,
+        retention: retention?,
+        drain: drain?,
+        admin,
+        metrics,
+        worker_threads: usize::try_from(worker_threads?).ok()?,
+        node: pod?.node,
+    })
+}
+
+fn domain(section: &Section<'_>, name: &str) -> Option<TrustDomain> {
+    let told = TrustDomain::new(name);
+    if told.is_err() {
+        let remedy = match name.strip_prefix("spiffe://") {
+            Some(rest) => format!("leave spiffe:// out: {}", rest.trim_end_matches('/')),
+            None => "use 1 to 255 lower-case letters, digits, '.', '-' or '_'".to_owned(),
+        };
+        section.wrong("trustDomain", "is not a trust domain", remedy);
+    }
+    told.ok()
+}
+
+fn sockets(sockets: &Section<'_>) -> Option<SharedSocket> {
+    let shared = sockets.section("shared", |shared| {
+        let path = shared.read("path", "/run/sds-agent/sds.sock".into(), values::socket_path);
+        let mode = shared.read("mode", 0o666, values::mode);
+        if mode.is_some_and(|mode| mode & 0o600 != 0o600) {
+            shared.wrong("mode", "keeps the agent itself from its socket", "begin it with 6, such as \"0666\" or \"0660\"");
+        }
+        Some(SharedSocket { path: path?, mode: mode? })
+    });
+    sockets.section("perPod", |per_pod| {
+        per_pod.read("directory", "/run/sds-agent/pods".into(), values::absolute_path);
+        if per_pod.read("enabled", false, values::boolean) == Some(true) {
+            let what = "asks for a socket in every pod, which this version does not serve";
+            per_pod.wrong("enabled", what, "set it to false and let pods use sockets.shared");
+        }
+    });
+    shared
+}
+
+fn source(source: &Section<'_>) -> Option<TrustSource> {
+    let config_map = source.has("configMap").then(|| {
+        source.section("configMap", |map| {
+            let absent = |what: &'static str| move || Wrong::new("is missing", what);
+            let namespace = map.require("namespace", absent("name the namespace of the ConfigMap"), values::namespace);
+            let name = map.require("name", absent("name the ConfigMap that holds the roots"), values::object_name);
+            let key = map.read("key", "ca.crt".into(), values::config_map_key);
+            Some(TrustSource::ConfigMap { namespace: namespace?, name: name?, key: key? })
+        })
+    });
+    let file = source.has("file").then(|| {
+        let absent = || Wrong::new("is missing", "name a PEM file");
+        source.require("file", absent, values::absolute_path).map(|path| TrustSource::File { path })
+    });
+    match (config_map, file) {
+        (Some(source), None) | (None, Some(source)) => source,
+        (Some(_), Some(_)) => {
+            source.wrong_here("names both a configMap and a file", "make it two sources");
+            None
+        }
+        (None, None) => {
+            let example = "write { configMap: { namespace: cert-manager, name: mesh-roots } } or { file: /etc/sds-agent/roots.pem }";
+            source.wrong_here("names no source", example);
+            None
+        }
+    }
+}
+
+fn federated(trust: &Section<'_>, own: Option<&TrustDomain>) -> Option<BTreeMap<TrustDomain, TrustSource>> {
+    trust.section("federated", |federated| {
+        let entries = federated.entries(|name, entry| {
+            let domain = TrustDomain::new(name).ok();
+            match &domain {
+                None => entry.wrong_here("is not under the name of a trust domain", "use a name such as partner.example"),
+                Some(domain) if Some(domain) == own => {
+                    entry.wrong_here("is the agent's own trust domain", "put its roots under trust.sources");
+                }
+                Some(_) => {}
+            }
+            let source = source(entry);
+            Some((domain?, source?))
+        });
+        Some(entries?.into_iter().collect())
+    })
+}
+
+fn names(names: &Section<'_>) -> Option<Names> {
+    let default = Names::default();
+    let well_known = |v: &Value| {
+        let name = values::text(v)?;
+        match name {
+            "ALL" => Err(Wrong::new("is the name for every bundle at once", "choose another name")),
+            _ if name.starts_with("spiffe://") => Err(Wrong::new("is a SPIFFE ID, and those name themselves", "choose another name")),
+            _ if name.len() > 256 => Err(Wrong::new("is longer than 256 bytes", "choose a shorter name")),
+            _ => Ok(name.to_owned()),
+        }
+    };
+    let certificate = names.read("certificate", default.certificate, well_known);
+    let bundle = names.read("bundle", default.bundle, well_known);
+    if certificate.is_some() && certificate == bundle {
+        names.wrong("bundle", "is the name of the certificate too", "give names.certificate and names.bundle different names");
+    }
+    Some(Names { certificate: certificate?, bundle: bundle? })
+}
+
+fn limits(limits: &Section<'_>) -> Option<Limits> {
+    let default = Limits::default();
+    let size = |field, default: usize, range| {
+        limits.read(field, default, |v| values::integer(range)(v).map(|n| usize::try_from(n).unwrap_or(usize::MAX)))
+    };
+    let connections = size("connections", default.connections, 1..=1_000_000);
+    let message_bytes = size("messageBytes", default.message_bytes, (64 << 10)..=(16 << 20));
+    let names_per_stream = size("namesPerStream", default.names_per_stream, 1..=10_000);
+    let streams_per_connection = limits.read("streamsPerConnection", default.streams_per_connection, |v| {
+        values::integer(1..=10_000)(v).map(|n| u32::try_from(n).unwrap_or(u32::MAX))
+    });
+    let idle = limits.read("idle", default.idle, values::duration(Duration::from_secs(10)..=30 * DAY));
+    Some(Limits {
+        connections: connections?,
+        streams_per_connection: streams_per_connection?,
+        message_bytes: message_bytes?,
+        names_per_stream: names_per_stream?,
+        idle: idle?,
+    })
+}
+
+fn addresses(root: &Section<'_>) -> Option<(SocketAddr, SocketAddr)> {
+    let admin = root.section("admin", |admin| {
+        let address = admin.read("address", SocketAddr::from(([127, 0, 0, 1], 15090)), values::socket_address);
+        if address.is_some_and(|address| !address.ip().is_loopback()) {
+            let what = "is not a loopback address, and anybody who reaches it can reissue certificates";
+            admin.wrong("address", what, "use 127.0.0.1 or [::1]; probes and Prometheus use metrics.address");
+            return None;
+        }
+        address
+    });
+    let metrics = root.section("metrics", |metrics| {
+        let address = metrics.read("address", SocketAddr::from(([0, 0, 0, 0], 15091)), values::socket_address);
+        let clash = |admin: SocketAddr, metrics: SocketAddr| {
+            metrics.port() != 0 && metrics.port() == admin.port() && (metrics.ip() == admin.ip() || metrics.ip().is_unspecified())
+        };
+        if admin.zip(address).is_some_and(|(admin, metrics)| clash(admin, metrics)) {
+            metrics.wrong("address", "takes the port of admin.address", "give it a port of its own");
+            return None;
+        }
+        address
+    });
+    admin.zip(metrics)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,290 @@
+//! The rules of the file as a whole: defaults, order, warnings, the environment, and that nothing makes it panic.
+
+use std::collections::BTreeSet;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::{
+    config::{CertManager, IssuerConfig, IssuerRef, RequestNamespace},
+    identity::{IssuerName, KeyType, PodRef},
+};
+
+const REFERENCE: &str = include_str!("../../../docs/configuration.md");
+
+mod mistakes;
+
+/// The sample of the design, with what this version does not serve taken out.
+const SAMPLE: &str = r#"
+trustDomain: cluster.local
+sockets:
+  shared: { path: /run/sds-agent/sds.sock, mode: "0666" }
+  perPod: { enabled: false, directory: /run/sds-agent/pods }
+attestation: kubernetes
+identity:
+  spiffeId: spiffe://{trustDomain}/ns/{namespace}/sa/{serviceAccount}
+  dnsNames: []
+certificate: { lifetime: 24h, key: ecdsa-p256, renewAt: 0.5, jitter: 0.1 }
+issuer:
+  certManager:
+    issuerRef: { name: mesh-ca, kind: ClusterIssuer, group: cert-manager.io }
+    namespace: sds-agent
+profiles: []
+trust:
+  sources: [ { configMap: { namespace: cert-manager, name: mesh-roots, key: ca.crt } } ]
+  federated: { partner.example: { file: /etc/sds-agent/partner.pem } }
+admin: { address: 127.0.0.1:15090 }
+metrics: { address: 0.0.0.0:15091 }
+"#;
+
+/// What every configuration of a pod needs, and nothing else.
+const LEAST: &str = "issuer: { certManager: { issuerRef: { name: mesh-ca, kind: ClusterIssuer } } }\n\
+                     trust: { sources: [ { configMap: { namespace: cert-manager, name: mesh-roots } } ] }\n";
+
+fn in_a_pod(name: &str) -> Option<String> {
+    let value = match name {
+        "NODE_NAME" => "node-1",
+        "POD_NAMESPACE" => "sds-agent",
+        "POD_NAME" => "sds-agent-x7k2p",
+        "POD_UID" => "7f3f5d0e-5b1c-4f5e-9f60-0d3a52b1a001",
+        _ => return None,
+    };
+    Some(value.to_owned())
+}
+
+fn load(text: &str) -> Loaded {
+    Config::parse(text, &in_a_pod).unwrap()
+}
+
+fn errors(text: &str) -> Vec<String> {
+    Config::parse(text, &in_a_pod).unwrap_err().to_string().lines().map(str::to_owned).collect()
+}
+
+fn warnings(text: &str) -> Vec<String> {
+    load(text).warnings.iter().map(ToString::to_string).collect()
+}
+
+#[test]
+fn the_sample_of_the_design_is_understood_and_says_what_the_defaults_say() {
+    let Loaded { config, warnings } = load(SAMPLE);
+    assert_eq!(warnings, []);
+    assert_eq!(config.federated.len(), 1);
+    let least = load(LEAST);
+    assert_eq!(least.warnings, []);
+    assert_eq!(Config { federated: BTreeMap::new(), ..config.clone() }, least.config);
+
+    let issuer = IssuerConfig::CertManager(CertManager {
+        issuer_ref: IssuerRef { name: "mesh-ca".into(), kind: "ClusterIssuer".into(), group: "cert-manager.io".into() },
+        namespace: RequestNamespace::Fixed("sds-agent".into()),
+        trust_status_ca: false,
+    });
+    assert_eq!(config.issuers, BTreeMap::from([(IssuerName("default".into()), issuer)]));
+    assert_eq!(config.shared_socket, SharedSocket { path: "/run/sds-agent/sds.sock".into(), mode: 0o666 });
+    assert_eq!(config.default_profile.lifetime, Duration::from_secs(86_400));
+    assert_eq!((config.retention, config.drain), (Duration::from_secs(300), Duration::from_secs(10)));
+    assert_eq!(config.limits, Limits::default());
+    assert_eq!(config.node.node_name.as_deref(), Some("node-1"));
+    let pod = PodRef { namespace: "sds-agent".into(), name: "sds-agent-x7k2p".into(), uid: "7f3f5d0e-5b1c-4f5e-9f60-0d3a52b1a001".into() };
+    assert_eq!(config.node.pod, Some(pod));
+}
+
+#[test]
+fn every_field_is_read() {
+    let text = r#"
+trustDomain: mesh.example
+sockets: { shared: { path: /tmp/a.sock, mode: 0600 } }
+attestation: unix
+identity: { spiffeId: "spiffe://{trustDomain}/user/{uid}", dnsNames: ["u{uid}.users.{trustDomain}"] }
+certificate: { lifetime: 2h 30m, key: rsa-3072, renewAt: "0.6", jitter: 0 }
+issuer:
+  certManager:
+    issuerRef: { name: vault, kind: VaultThing, group: example.com }
+    namespace: requests
+    trustStatusCA: true
+trust: { sources: [ { file: /a.pem } ], federated: { b.example: { configMap: { namespace: n, name: m, key: roots.pem } } } }
+names: { certificate: own, bundle: roots }
+keys: { lockMemory: never }
+limits: { connections: 10, streamsPerConnection: "20", messageBytes: 70000, namesPerStream: 5, idle: 1m }
+retention: 1h
+drain: 1s
+admin: { address: "[::1]:1" }
+metrics: { address: 127.0.0.1:2 }
+workerThreads: 3
+authorityEpoch: 7
+"#;
+    let Loaded { config, warnings } = Config::parse(text, &|_| None).unwrap();
+    assert_eq!(warnings, []);
+    let profile = &config.default_profile;
+    assert_eq!((&*profile.spiffe_id, &*profile.dns_names[0]), ("spiffe://{trustDomain}/user/{uid}", "u{uid}.users.{trustDomain}"));
+    assert_eq!((profile.key, profile.renew_at, profile.jitter, profile.epoch), (KeyType::Rsa3072, 0.6, 0.0, 7));
+    assert_eq!(profile.lifetime, Duration::from_secs(9000));
+    assert_eq!(config.shared_socket.mode, 0o600);
+    assert_eq!(config.names, Names { certificate: "own".into(), bundle: "roots".into() });
+    assert_eq!((config.lock_memory, config.attestation, config.worker_threads), (LockMemory::Never, Attestation::Unix, 3));
+    assert_eq!(config.trust_sources, [TrustSource::File { path: "/a.pem".into() }]);
+    let federated = TrustSource::ConfigMap { namespace: "n".into(), name: "m".into(), key: "roots.pem".into() };
+    assert_eq!(config.federated, BTreeMap::from([(TrustDomain::new("b.example").unwrap(), federated)]));
+    assert_eq!((config.admin.to_string(), config.metrics.to_string()), ("[::1]:1".into(), "127.0.0.1:2".into()));
+    let limits =
+        Limits { connections: 10, streams_per_connection: 20, message_bytes: 70_000, names_per_stream: 5, idle: Duration::from_secs(60) };
+    assert_eq!(config.limits, limits);
+}
+
+#[test]
+fn every_error_is_reported_at_once_in_the_order_of_the_fields() {
+    let text = "trustDomain: A\ncertificate: { key: ed25519, lifetime: x }\nadmin: { address: 1.2.3.4:5 }\nbogus: 1\n";
+    let fields: Vec<String> = errors(text).iter().map(|line| line.split(": ").next().unwrap().to_owned()).collect();
+    assert_eq!(fields, ["trustDomain", "certificate.lifetime", "certificate.key", "issuer", "admin.address", "bogus"]);
+}
+
+#[test]
+fn yaml_that_is_broken_says_where() {
+    let table = [
+        ("a: [1,\nb: 2", "line 1, column 4: unclosed bracket '['; correct the YAML there"),
+        (
+            "retention: 1m\nretention: 2m\n",
+            "line 2, column 1: duplicate mapping key `retention` is not allowed here; correct the YAML there",
+        ),
+        ("a: {b: 1, b: 2}", "line 1, column 11: duplicate mapping key `b` is not allowed here; correct the YAML there"),
+        ("a: .nan", "line 1, column 4: value `.nan` is not a finite number; correct the YAML there"),
+        ("- 1", "the file: a list is not a mapping; write its fields as `name: value`"),
+    ];
+    for (text, expected) in table {
+        assert_eq!(errors(text)[0], expected, "{text}");
+    }
+    assert!(errors("a: 1\n---\nb: 2\n")[0].starts_with("line 3, column 1: "));
+    assert!(errors(&format!("a: {}", "[".repeat(5000)))[0].starts_with("line 1, column "));
+}
+
+#[test]
+fn kubernetes_attestation_needs_the_node_and_says_how_to_tell_it() {
+    let expected = "NODE_NAME: is not set, and `attestation: kubernetes` serves the pods of one node; add to the container \
+                    `env: [{ name: NODE_NAME, valueFrom: { fieldRef: { fieldPath: spec.nodeName } } }]`";
+    assert_eq!(Config::parse(LEAST, &|_| None).unwrap_err().to_string(), expected);
+    assert!(Config::parse(&format!("attestation: unix\n{LEAST}"), &|_| None).is_ok());
+    let bad = Config::parse(LEAST, &|name| (name == "NODE_NAME").then(|| "a b".to_owned())).unwrap_err();
+    assert!(bad.to_string().starts_with(r#"NODE_NAME: "a b" is not the name of a Kubernetes object; "#), "{bad}");
+}
+
+#[test]
+fn the_namespace_of_requests_is_the_agents_own_unless_told() {
+    let namespace = |env: Env<'_>| match Config::parse(LEAST, env).unwrap().config.issuers.into_values().next().unwrap() {
+        IssuerConfig::CertManager(cert_manager) => cert_manager.namespace,
+        IssuerConfig::Embedded => unreachable!(),
+    };
+    let told = |name: &str| (name == "NODE_NAME").then(|| "n".to_owned());
+    assert_eq!(namespace(&told), RequestNamespace::Fixed("sds-agent".into()));
+    let told = |name: &str| matches!(name, "NODE_NAME" | "POD_NAMESPACE").then(|| "mesh-system".to_owned());
+    assert_eq!(namespace(&told), RequestNamespace::Fixed("mesh-system".into()));
+}
+
+#[test]
+fn what_works_but_deserves_a_thought_is_a_warning() {
+    let with = |text: &str| warnings(&format!("{text}\n{LEAST}"));
+    let one = |text: &str| {
+        let mut all = with(text);
+        assert_eq!(all.len(), 1, "{all:?}");
+        all.remove(0)
+    };
+    assert!(one("certificate: { key: ecdsa-p384 }").starts_with("certificate.key: ecdsa-p384 works between Envoys only with"));
+    assert!(one("certificate: { lifetime: 2years }").starts_with("certificate.lifetime: is longer than a year"));
+    let hint = "certificate.lifetime: 30m means 1.1 requests per second for each 1,000 identities of the cluster; ";
+    assert!(one("certificate: { lifetime: 30m }").starts_with(hint));
+    assert!(one("retention: 10s").starts_with("retention: an Envoy that reconnects takes up to 30s"));
+    let alike = one("identity: { spiffeId: 'spiffe://{trustDomain}/ns/{namespace}' }");
+    assert!(alike.contains("gives different workloads the same identity"), "{alike}");
+
+    let embedded = warnings("issuer: { embedded: {} }");
+    assert!(embedded[0].starts_with("issuer.embedded: is an authority in this process's memory, for development and tests only"));
+    let rootless = warnings("issuer: { certManager: { issuerRef: { name: a, kind: Issuer }, namespace: workload } }");
+    assert!(rootless[0].starts_with("issuer.certManager.namespace: workload: every workload's namespace needs an Issuer \"a\""));
+    assert!(rootless[1].starts_with("trust.sources: is empty: the bundle (ROOTCA) stays unanswered"));
+    let told = |name: &str| (name == "NODE_NAME").then(|| "n".to_owned());
+    let unowned = Config::parse(LEAST, &told).unwrap().warnings;
+    assert!(unowned[0].to_string().starts_with("POD_NAME: is not set with POD_NAMESPACE and POD_UID"), "{unowned:?}");
+}
+
+#[test]
+fn the_length_of_the_socket_path_is_bounded() {
+    let at = |len: usize| format!("sockets: {{ shared: {{ path: /{} }} }}\n{LEAST}", "a".repeat(len - 1));
+    assert!(Config::parse(&at(100), &in_a_pod).is_ok());
+    assert!(errors(&at(101))[0].ends_with("is 101 bytes long, and the kernel's limit leaves 100; choose a shorter path"));
+}
+
+#[test]
+fn a_private_key_in_the_wrong_place_is_not_repeated() {
+    let text = "trustDomain: \"-----BEGIN PRIVATE KEY-----\\nabc\"\nissuer: { embedded: {} }";
+    assert_eq!(errors(text), ["trustDomain: (a private key, not shown) has control characters; write it on one line"]);
+}
+
+#[test]
+#[expect(clippy::disallowed_methods, reason = "a test's own file")]
+fn a_file_that_cannot_be_read_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("missing.yaml");
+    let error = Config::load(&path, &in_a_pod).unwrap_err().to_string();
+    assert!(error.starts_with(&format!("{}: cannot be read: No such file", path.display())), "{error}");
+    assert!(error.ends_with("; name a readable YAML file with --config"), "{error}");
+    std::fs::write(&path, b"\xff\xfe").unwrap();
+    assert!(Config::load(&path, &in_a_pod).unwrap_err().to_string().contains("is not UTF-8 text"));
+    std::fs::write(&path, LEAST).unwrap();
+    assert_eq!(Config::load(&path, &in_a_pod).unwrap(), load(LEAST));
+}
+
+/// Every field that the reader knows, from files that lead it everywhere.
+fn known() -> BTreeSet<String> {
+    let files = [
+        "{ trust: { sources: [ { configMap: {}, file: /a } ], federated: { a.b: { configMap: {}, file: /a } } } }",
+        "{ issuer: { certManager: {}, embedded: {} } }",
+    ];
+    let walked = files.into_iter().flat_map(|text| {
+        let report = Report::default();
+        let tree = tree(text).unwrap();
+        report.root(&tree, |root| walk(root, &report, &in_a_pod));
+        report.known()
+    });
+    walked.collect()
+}
+
+#[test]
+fn the_reference_describes_every_field() {
+    let known = known();
+    assert!(known.contains("issuer.certManager.issuerRef.kind") && known.contains("trust.federated.<name>.configMap.key"));
+    let missing: Vec<_> = known.iter().filter(|field| !REFERENCE.contains(&format!("`{field}`"))).collect();
+    assert!(missing.is_empty(), "docs/configuration.md does not describe {missing:?}");
+}
+
+proptest! {
+    #[test]
+    fn no_text_makes_it_panic(text in "(?s).{0,200}") {
+        let _ = Config::parse(&text, &in_a_pod);
+    }
+
+    #[test]
+    fn no_value_anywhere_makes_it_panic(
+        field in prop::sample::select(known().into_iter().collect::<Vec<_>>()),
+        value in prop_oneof![
+            "[-{}\\[\\],:#&*!|>'\"%@`a-z0-9. ]{0,12}",
+            any::<f64>().prop_map(|n| n.to_string()),
+            any::<i64>().prop_map(|n| n.to_string()),
+            Just("9999999999999999999999s".to_owned()),
+            Just("{}".to_owned()),
+            Just("[{}]".to_owned()),
+            Just("[[[]], null, {a: 1}]".to_owned()),
+        ],
+    ) {
+        let mut text = String::new();
+        for (depth, part) in field.split('.').enumerate() {
+            let part = part.replace("<name>", "other.example");
+            let indent = "  ".repeat(depth);
+            match part.strip_suffix("[]") {
+                Some(list) => text += &format!("{indent}{list}:\n{indent} -\n"),
+                None => text += &format!("{indent}{part}:\n"),
+            }
+        }
+        let text = format!("{} {value}\n", text.trim_end());
+        if let Err(errors) = Config::parse(&text, &in_a_pod) {
+            prop_assert!(!errors.0.is_empty());
+        }
+    }
+}

@@ -1,0 +1,315 @@
+//! A walk over a tree of values that gathers every error instead of stopping at the first.
+//!
+//! Owns the bookkeeping: where the walk is, which fields it has asked for, and which of those in the file nobody asked for. A caller asks
+//! for every field of a section, in the section's closure; what it did not ask for is reported as unknown. A `None` where a value was
+//! wanted means that the error has been noted.
+
+use std::{
+    cell::{Cell, RefCell},
+    collections::BTreeSet,
+};
+
+use serde_json::{Map, Value};
+
+use super::error::{Problem, Warning, Wrong, quoted, shown};
+
+/// What the walk has found so far.
+#[derive(Debug, Default)]
+pub struct Report {
+    problems: RefCell<Vec<Problem>>,
+    warnings: RefCell<Vec<Warning>>,
+    known: RefCell<BTreeSet<String>>,
+    strays: RefCell<Vec<Stray>>,
+}
+
+/// A field that nobody asked for; what it was meant to be is known at the end of the walk.
+#[derive(Debug)]
+struct Stray {
+    /// Its place among the problems.
+    problem: usize,
+    key: String,
+    /// What can stand where it stands.
+    asked: Vec<&'static str>,
+}
+
+impl Report {
+    /// Notes an error about `path`.
+    pub fn problem(&self, path: &str, value: Option<String>, wrong: Wrong) {
+        let Wrong { what, remedy } = wrong;
+        self.problems.borrow_mut().push(Problem { path: path.to_owned(), value, what, remedy });
+    }
+
+    /// Notes something that the operator should know.
+    pub fn warn(&self, path: &str, message: impl Into<String>) {
+        self.warnings.borrow_mut().push(Warning { path: path.to_owned(), message: message.into() });
+    }
+
+    /// Walks `tree` as the file's top level.
+    pub fn root<T>(&self, tree: &Value, walk: impl FnOnce(&Section<'_>) -> T) -> T {
+        Section::enter(self, String::new(), String::new(), Some(tree), walk)
+    }
+
+    /// The errors and warnings, in the order in which they were found.
+    pub fn finish(self) -> (Vec<Problem>, Vec<Warning>) {
+        let (mut problems, known) = (self.problems.into_inner(), self.known.into_inner());
+        for stray in self.strays.into_inner() {
+            if let Some(problem) = problems.get_mut(stray.problem) {
+                problem.remedy = stray.remedy(&known);
+            }
+        }
+        (problems, self.warnings.into_inner())
+    }
+
+    /// Every field that the walk has asked for, with `[]` for a place in a list and `<name>` for a key that the operator chooses.
+    #[cfg(test)]
+    pub fn known(&self) -> BTreeSet<String> {
+        self.known.borrow().clone()
+    }
+}
+
+/// One mapping of the file, or the absence of one: then every field has its default.
+#[derive(Debug)]
+pub struct Section<'a> {
+    report: &'a Report,
+    path: String,
+    /// The path with places and chosen keys taken out, for [`Report::known`].
+    generic: String,
+    map: Option<&'a Map<String, Value>>,
+    asked: RefCell<Vec<&'static str>>,
+    free_keys: Cell<bool>,
+}
+
+impl<'a> Section<'a> {
+    fn enter<T>(report: &'a Report, path: String, generic: String, value: Option<&'a Value>, walk: impl FnOnce(&Section<'a>) -> T) -> T {
+        let map = match value {
+            None | Some(Value::Null) => None,
+            Some(Value::Object(map)) => Some(map),
+            Some(other) => {
+                let place = if path.is_empty() { "the file" } else { &path };
+                report.problem(place, Some(shown(other)), Wrong::new("is not a mapping", "write its fields as `name: value`"));
+                None
+            }
+        };
+        let section = Section { report, path, generic, map, asked: RefCell::default(), free_keys: Cell::new(false) };
+        let result = walk(&section);
+        section.report_unknown();
+        result
+    }
+
+    /// Where `field` stands.
+    pub fn path(&self, field: &str) -> String {
+        join(&self.path, field)
+    }
+
+    /// Whether the file has `field`, even with nothing in it.
+    pub fn has(&self, field: &'static str) -> bool {
+        self.ask(field);
+        self.map.is_some_and(|map| map.contains_key(field))
+    }
+
+    fn value(&self, field: &'static str) -> Option<&'a Value> {
+        self.ask(field);
+        self.map?.get(field).filter(|value| !value.is_null())
+    }
+
+    fn ask(&self, field: &'static str) {
+        let mut asked = self.asked.borrow_mut();
+        if !asked.contains(&field) {
+            asked.push(field);
+            self.report.known.borrow_mut().insert(join(&self.generic, field));
+        }
+    }
+
+    /// `field` by `parse`, or `default` where it is absent.
+    pub fn read<T>(&self, field: &'static str, default: T, parse: impl FnOnce(&Value) -> Result<T, Wrong>) -> Option<T> {
+        match self.value(field) {
+            None => Some(default),
+            Some(value) => self.parsed(field, value, parse),
+        }
+    }
+
+    /// `field` by `parse`; its absence is an error, for which `absent` has the words.
+    pub fn require<T>(
+        &self,
+        field: &'static str,
+        absent: impl FnOnce() -> Wrong,
+        parse: impl FnOnce(&Value) -> Result<T, Wrong>,
+    ) -> Option<T> {
+        match self.value(field) {
+            None => {
+                self.report.problem(&self.path(field), None, absent());
+                None
+            }
+            Some(value) => self.parsed(field, value, parse),
+        }
+    }
+
+    fn parsed<T>(&self, field: &'static str, value: &Value, parse: impl FnOnce(&Value) -> Result<T, Wrong>) -> Option<T> {
+        parse(value).map_err(|wrong| self.report.problem(&self.path(field), Some(shown(value)), wrong)).ok()
+    }
+
+    /// Walks the mapping in `field`.
+    pub fn section<T>(&self, field: &'static str, walk: impl FnOnce(&Section<'a>) -> T) -> T {
+        let value = self.value(field);
+        Section::enter(self.report, self.path(field), join(&self.generic, field), value, walk)
+    }
+
+    /// Walks each mapping of the list in `field`; `None` where one of them is wrong.
+    pub fn sections<T>(&self, field: &'static str, walk: impl Fn(&Section<'a>) -> Option<T>) -> Option<Vec<T>> {
+        let items = self.items(field)?.iter().enumerate();
+        let generic = format!("{}[]", join(&self.generic, field));
+        let walked =
+            items.map(|(i, item)| Section::enter(self.report, format!("{}[{i}]", self.path(field)), generic.clone(), Some(item), &walk));
+        // Every item is walked, so that every error is found.
+        walked.collect::<Vec<_>>().into_iter().collect()
+    }
+
+    /// Parses each item of the list in `field`; `None` where one of them is wrong.
+    pub fn list<T>(&self, field: &'static str, parse: impl Fn(&Value) -> Result<T, Wrong>) -> Option<Vec<T>> {
+        let items = self.items(field)?.iter().enumerate();
+        let parsed = items.map(|(i, item)| {
+            let path = format!("{}[{i}]", self.path(field));
+            parse(item).map_err(|wrong| self.report.problem(&path, Some(shown(item)), wrong)).ok()
+        });
+        parsed.collect::<Vec<_>>().into_iter().collect()
+    }
+
+    fn items(&self, field: &'static str) -> Option<&'a [Value]> {
+        match self.value(field) {
+            None => Some(&[]),
+            Some(Value::Array(items)) => Some(items),
+            Some(other) => {
+                let wrong = Wrong::new("is not a list", "write `[a, b]`, or one `- ` line for each item");
+                self.report.problem(&self.path(field), Some(shown(other)), wrong);
+                None
+            }
+        }
+    }
+
+    /// Walks each mapping of this one, whose keys the operator chooses.
+    pub fn entries<T>(&self, walk: impl Fn(&'a str, &Section<'a>) -> Option<T>) -> Option<Vec<T>> {
+        self.free_keys.set(true);
+        let generic = join(&self.generic, "<name>");
+        let entries = self.map.into_iter().flatten();
+        let walked = entries
+            .map(|(key, value)| Section::enter(self.report, self.path(key), generic.clone(), Some(value), |section| walk(key, section)));
+        walked.collect::<Vec<_>>().into_iter().collect()
+    }
+
+    /// Notes an error about `field` that concerns more than its own value.
+    pub fn wrong(&self, field: &str, what: impl Into<String>, remedy: impl Into<String>) {
+        let value = self.map.and_then(|map| map.get(field)).filter(|value| !value.is_null()).map(shown);
+        self.report.problem(&self.path(field), value, Wrong::new(what, remedy));
+    }
+
+    /// Notes an error about this section as a whole.
+    pub fn wrong_here(&self, what: impl Into<String>, remedy: impl Into<String>) {
+        self.report.problem(&self.path, None, Wrong::new(what, remedy));
+    }
+
+    /// Notes something about `field` that the operator should know.
+    pub fn warn(&self, field: &str, message: impl Into<String>) {
+        self.report.warn(&self.path(field), message);
+    }
+
+    /// Notes something outside the file that the operator should know.
+    pub fn warn_outside(&self, path: &str, message: impl Into<String>) {
+        self.report.warn(path, message);
+    }
+
+    fn report_unknown(&self) {
+        let Some(map) = self.map.filter(|_| !self.free_keys.get()) else { return };
+        let asked = self.asked.borrow();
+        for key in map.keys().filter(|key| !asked.contains(&key.as_str())) {
+            let of = if self.path.is_empty() { "the configuration".to_owned() } else { self.path.clone() };
+            let problem = self.report.problems.borrow().len();
+            self.report.problem(&self.path(&plain(key)), None, Wrong::new(format!("is not a field of {of}"), ""));
+            self.report.strays.borrow_mut().push(Stray { problem, key: key.clone(), asked: asked.clone() });
+        }
+    }
+}
+
+impl Stray {
+    /// Another spelling of a field here, the same field in another section, a typing error, or all that can stand here.
+    fn remedy(&self, known: &BTreeSet<String>) -> String {
+        let key = folded(&self.key);
+        if let Some(same) = self.asked.iter().find(|name| folded(name) == key) {
+            return format!("did you mean {same}?");
+        }
+        if let Some(elsewhere) = known.iter().find(|path| path.rsplit('.').next().is_some_and(|name| folded(name) == key)) {
+            return format!("did you mean {elsewhere}?");
+        }
+        match nearest(&self.key, &self.asked) {
+            Some(near) => format!("did you mean {near}?"),
+            None if self.asked.is_empty() => "remove it: nothing can be set here".to_owned(),
+            None => format!("use one of {}", self.asked.join(", ")),
+        }
+    }
+}
+
+fn join(path: &str, field: &str) -> String {
+    if path.is_empty() { field.to_owned() } else { format!("{path}.{field}") }
+}
+
+/// A key as part of a path: in quotes where it is no plain word.
+fn plain(key: &str) -> String {
+    let fine = !key.is_empty() && key.len() <= 64 && key.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'));
+    if fine { key.to_owned() } else { quoted(key) }
+}
+
+/// The known field that `key` was probably meant to be.
+fn nearest<'k>(key: &str, known: &[&'k str]) -> Option<&'k str> {
+    let key = folded(key);
+    let scored = known.iter().map(|name| (distance(&key, &folded(name)), *name));
+    let (distance, name) = scored.min_by_key(|(distance, _)| *distance)?;
+    (distance <= key.len().max(name.len()) / 2).then_some(name)
+}
+
+/// Without what spellings of one name differ in; bounded, because the distance takes the square of it.
+fn folded(name: &str) -> Vec<char> {
+    name.chars().filter(|c| !matches!(c, '_' | '-')).flat_map(char::to_lowercase).take(64).collect()
+}
+
+/// Insertions, deletions and replacements from `a` to `b`.
+fn distance(a: &[char], b: &[char]) -> usize {
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, x) in a.iter().enumerate() {
+        let mut diagonal = i;
+        row[0] = i + 1;
+        for (j, y) in b.iter().enumerate() {
+            let replaced = diagonal + usize::from(x != y);
+            diagonal = row[j + 1];
+            row[j + 1] = replaced.min(diagonal + 1).min(row[j] + 1);
+        }
+    }
+    row[b.len()]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_nearest_field_is_found_across_spellings_and_nonsense_has_none() {
+        let known = ["trustDomain", "sockets", "certificate"];
+        assert_eq!(nearest("trust_domain", &known), Some("trustDomain"));
+        assert_eq!(nearest("trustdomian", &known), Some("trustDomain"));
+        assert_eq!(nearest("socket", &known), Some("sockets"));
+        assert_eq!(nearest("frobnicate-it", &known), None);
+        assert_eq!(nearest("", &known), None);
+    }
+
+    #[test]
+    fn what_is_asked_for_is_known_by_its_generic_path() {
+        let report = Report::default();
+        let tree = serde_json::json!({"list": [{"abc": 1}, {"abd": 2}], "free": {"x.y": {"c": 3}}});
+        report.root(&tree, |root| {
+            root.sections("list", |item| item.has("abc").then_some(()));
+            root.section("free", |free| free.entries(|_, entry| entry.has("c").then_some(())));
+        });
+        assert_eq!(report.known().into_iter().collect::<Vec<_>>(), ["free", "free.<name>.c", "list", "list[].abc"]);
+        let (problems, _) = report.finish();
+        assert_eq!(problems.len(), 1);
+        assert_eq!(problems[0].to_string(), "list[1].abd: is not a field of list[1]; did you mean abc?");
+    }
+}

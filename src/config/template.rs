@@ -1,0 +1,107 @@
+//! The operator's name templates, checked against the kind of attestation that will fill them.
+//!
+//! A template that passes here renders for every workload whose own names are valid, so that a mistake shows at start and not at the
+//! first caller.
+
+use super::{
+    Attestation,
+    error::Wrong,
+    values::{DNS_NAME_RULE, is_dns_name, one_of},
+};
+use crate::identity::{PodRef, SpiffeId, TrustDomain, Workload, placeholder, render};
+
+/// The workload that checks and examples render templates for.
+pub fn sample(attestation: Attestation) -> Workload {
+    match attestation {
+        Attestation::Kubernetes => Workload::Pod {
+            pod: PodRef {
+                namespace: "shop".into(),
+                name: "cart-5d89c7b6f4-x2v9k".into(),
+                uid: "0b9a4e52-6a2c-4f0c-9f3e-6f1d2f5d7c11".into(),
+            },
+            service_account: Some("cart".into()),
+        },
+        Attestation::Unix => Workload::Unix { uid: 1000 },
+    }
+}
+
+/// The SPIFFE ID's template where none is configured.
+pub fn default_spiffe_id(attestation: Attestation) -> &'static str {
+    match attestation {
+        Attestation::Kubernetes => "spiffe://{trustDomain}/ns/{namespace}/sa/{serviceAccount}",
+        Attestation::Unix => "spiffe://{trustDomain}/uid/{uid}",
+    }
+}
+
+fn placeholders(attestation: Attestation) -> &'static [&'static str] {
+    match attestation {
+        Attestation::Kubernetes => &["trustDomain", "namespace", "serviceAccount", "podName", "podUid"],
+        Attestation::Unix => &["trustDomain", "uid"],
+    }
+}
+
+/// Checks a SPIFFE ID's template.
+pub fn spiffe_id(template: &str, attestation: Attestation, trust_domain: &TrustDomain) -> Result<(), Wrong> {
+    let example = default_spiffe_id(attestation);
+    let id = filled(template, attestation, trust_domain)?;
+    let domain = trust_domain.id();
+    if !id.strip_prefix(&domain).is_some_and(|rest| rest.starts_with('/')) {
+        return Err(Wrong::new(format!("does not begin with {domain}/"), format!("write, for example, {example}")));
+    }
+    match SpiffeId::new(&id) {
+        Ok(_) => Ok(()),
+        Err(crate::identity::Error::SpiffeId { why, .. }) => {
+            Err(Wrong::new(format!("makes no valid SPIFFE ID: {why}"), format!("write, for example, {example}")))
+        }
+        Err(error) => Err(Wrong::new(format!("makes no valid SPIFFE ID: {error}"), format!("write, for example, {example}"))),
+    }
+}
+
+/// Checks a DNS name's template.
+pub fn dns_name(template: &str, attestation: Attestation, trust_domain: &TrustDomain) -> Result<(), Wrong> {
+    let name = filled(template, attestation, trust_domain)?;
+    if is_dns_name(&name) { Ok(()) } else { Err(Wrong::new("makes no valid DNS name", DNS_NAME_RULE)) }
+}
+
+/// Whether the template gives different workloads different names.
+pub fn distinguishes(template: &str, attestation: Attestation) -> bool {
+    let has = |field: &str| template.contains(&format!("{{{field}}}"));
+    match attestation {
+        Attestation::Kubernetes => has("podUid") || has("namespace") && (has("serviceAccount") || has("podName")),
+        Attestation::Unix => has("uid"),
+    }
+}
+
+fn filled(template: &str, attestation: Attestation, trust_domain: &TrustDomain) -> Result<String, Wrong> {
+    let names = placeholders(attestation);
+    let offered: Vec<String> = names.iter().map(|name| format!("{{{name}}}")).collect();
+    let remedy = || format!("use {}", one_of(&offered));
+    if !balanced(template) {
+        return Err(Wrong::new("has a brace without its counterpart", remedy()));
+    }
+    let workload = sample(attestation);
+    render(template, |field| placeholder(field, trust_domain, &workload)).map_err(|error| match error {
+        crate::identity::Error::Template { field, .. } => {
+            let kind = match attestation {
+                Attestation::Kubernetes => "kubernetes",
+                Attestation::Unix => "unix",
+            };
+            Wrong::new(format!("has the placeholder {{{field}}}, which `attestation: {kind}` does not know"), remedy())
+        }
+        other => Wrong::new(other.to_string(), remedy()),
+    })
+}
+
+/// Whether each `{` is closed before the next and no `}` stands alone.
+fn balanced(template: &str) -> bool {
+    let mut open = false;
+    for c in template.chars() {
+        match (c, open) {
+            ('{', true) | ('}', false) => return false,
+            ('{', false) => open = true,
+            ('}', true) => open = false,
+            _ => {}
+        }
+    }
+    !open
+}
