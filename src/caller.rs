@@ -71,16 +71,16 @@ impl Connection {
             self.desk.metrics.observe(self.desk.attestor.method(), result.as_ref().map(|_| ()), start.elapsed().as_secs_f64());
             match &result {
                 Ok(caller) => {
-                    debug!(peer = ?self.peer, workload = %caller.attested.workload, identity = %caller.identity, "caller attested")
+                    debug!(peer = ?self.peer, workload = %caller.attested.workload, identity = %caller.identity, "caller attested");
                 }
                 Err(error) => self.log(error),
             }
-            self.known.notify_waiters();
             result
                 .map(Arc::new)
                 .map_err(|error| if error.temporary { Status::unavailable(LATER) } else { Status::permission_denied(REFUSED) })
         });
         let caller = caller.await.cloned();
+        // After the cell has been set: who wakes finds it.
         self.known.notify_waiters();
         caller
     }
