@@ -104,7 +104,7 @@ async fn its_own_user_cannot_read_it() {
     assert!(refused.contains("Permission denied"), "{refused:?}");
 
     // The control: any other process of that user is open to it.
-    let (name, words) = nobody.words();
+    let (name, words) = Nobody::words();
     let mut command = Command::new(name);
     command.args(words).args(["sleep", "60"]);
     let open = Child::spawn("sleep", &mut command);
@@ -134,7 +134,7 @@ impl Nobody {
     }
 
     /// The program and arguments that make what follows run as this user, under a small limit for locked memory.
-    fn words(&self) -> (String, Vec<String>) {
+    fn words() -> (String, Vec<String>) {
         let limit = format!("--memlock={MEMLOCK}:{MEMLOCK}");
         let (prlimit, setpriv) = (tools::prlimit(), tools::setpriv());
         let user = [format!("--reuid={NOBODY}"), format!("--regid={NOBODY}"), "--clear-groups".to_owned()];
@@ -144,12 +144,12 @@ impl Nobody {
 
     fn launch(&self, policy: &str) -> NobodysLaunch {
         let launch = Launch::run(self.dir.path(), &format!("{EMBEDDED}keys: {{ lockMemory: {policy} }}\n")).program(&self.program);
-        let (program, words) = self.words();
+        let (program, words) = Self::words();
         NobodysLaunch { launch, words: [vec![program], words].concat() }
     }
 
     async fn cat_environ(&self, process: &Child) -> String {
-        let (program, words) = self.words();
+        let (program, words) = Self::words();
         let path = format!("/proc/{}/environ", process.pid());
         let words: Vec<_> = words.iter().map(String::as_str).chain(["cat", &path]).collect();
         let output = child::run(Path::new(&program), &words, PATIENCE).await;
