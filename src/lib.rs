@@ -17,6 +17,7 @@ pub mod identity;
 
 pub mod material;
 
+pub mod cert_manager;
 pub mod issuer;
 
 pub mod trust;
