@@ -25,4 +25,5 @@ pub mod trust;
 pub mod clock;
 pub mod config;
 pub mod fd;
+pub mod kubernetes;
 pub mod proto;
