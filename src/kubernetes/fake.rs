@@ -78,7 +78,7 @@ struct State {
 }
 
 /// The server.
-#[derive(Clone)]
+#[derive(Clone, Default)]
 pub struct FakeApi {
     state: Arc<Mutex<State>>,
     moved: watch::Sender<()>,
@@ -86,8 +86,7 @@ pub struct FakeApi {
 
 impl FakeApi {
     pub fn new() -> Self {
-        let state = State { version: 100, ..State::default() };
-        Self { state: Arc::new(Mutex::new(state)), moved: watch::Sender::new(()) }
+        Self::default()
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

@@ -40,8 +40,9 @@ pub enum Ended {
 pub enum Signal<K> {
     /// The objects and their changes.
     Event(Event<K>),
-    /// The watch does not run; it is tried again by itself.
-    Trouble(Failure),
+    /// The watch does not run; it is tried again by itself. After [`Ended::list_failed`], and where a right was missing, the next good
+    /// news is a whole list.
+    Trouble(Ended, Failure),
 }
 
 /// What to watch.
@@ -86,7 +87,10 @@ where
                 }
                 Signal::Event(event)
             }
-            Err(error) => Signal::Trouble(state.trouble(error)),
+            Err(error) => {
+                let (reason, failure) = state.trouble(error);
+                Signal::Trouble(reason, failure)
+            }
         };
         Some((signal, state))
     })
@@ -103,7 +107,7 @@ where
         }
     }
 
-    fn trouble(&mut self, error: watcher::Error) -> Failure {
+    fn trouble(&mut self, error: watcher::Error) -> (Ended, Failure) {
         let call = |verb| Call { verb, resource: &self.selection.name, name: None, namespace: self.selection.namespace.as_deref() };
         let (reason, failure) = match &error {
             watcher::Error::InitialListFailed(e) => (Ended::list_failed, Failure::of(e, &call("list"))),
@@ -126,6 +130,6 @@ where
             tracing::warn!(resource = %self.selection.name, error = %failure, "the watch does not work; trying again");
             self.told = Some(failure.clone());
         }
-        failure
+        (reason, failure)
     }
 }
