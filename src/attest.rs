@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{identity::Workload, peer::Peer};
 
+pub mod pods;
 pub mod unix;
 
 /// A proven caller.
