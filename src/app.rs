@@ -15,10 +15,10 @@ use crate::{
     admin,
     attest::{self, Attestor},
     caller::Desk,
-    clock::{Clock, SystemClock},
-    config::{Config, IssuerConfig},
+    clock::Clock,
+    config::Config,
     identity::{IssuerName, Resolver},
-    issuer::{Issuer, embedded::Embedded},
+    issuer::Issuer,
     listener,
     metrics::Exposition,
     readiness::{self, Readiness},
@@ -26,10 +26,11 @@ use crate::{
     session::{self, Sessions, services::Services},
     shutdown::{Drained, Shutdown},
     store::Store,
-    trust::{self, Trust},
+    trust::Trust,
 };
 
 mod inventory;
+mod parts;
 
 /// How long the parts that end last (rotation, deletions upstream) may take.
 const LAST_STEPS: Duration = Duration::from_secs(3);
@@ -106,7 +107,7 @@ impl std::fmt::Debug for Tasks {
 /// The agent as configured.
 pub async fn build(config: &Config, mut base: Base) -> anyhow::Result<Bound> {
     let socket = listener::bind(&config.shared_socket.path, config.shared_socket.mode)?;
-    let deps = dependencies(config, &mut base).await?;
+    let deps = parts::make(config, &mut base).await?;
     join(config, base, deps, socket).await
 }
 
@@ -114,31 +115,6 @@ pub async fn build(config: &Config, mut base: Base) -> anyhow::Result<Bound> {
 pub async fn build_with(config: &Config, base: Base, deps: Deps) -> anyhow::Result<Bound> {
     let socket = listener::bind(&config.shared_socket.path, config.shared_socket.mode)?;
     join(config, base, deps, socket).await
-}
-
-async fn dependencies(config: &Config, base: &mut Base) -> anyhow::Result<Deps> {
-    let clock: Arc<dyn Clock> = Arc::new(SystemClock);
-    let trust = Trust::new(trust::Metrics::register(base.exposition.registry()));
-    let mut issuers: BTreeMap<IssuerName, Arc<dyn Issuer>> = BTreeMap::new();
-    for (name, issuer) in &config.issuers {
-        match issuer {
-            IssuerConfig::Embedded => {
-                let embedded = Embedded::new(config.trust_domain.as_str(), clock.clone())?;
-                trust.source(None, &format!("issuer {name}")).take(embedded.bundle()?);
-                issuers.insert(name.clone(), Arc::new(embedded));
-            }
-            IssuerConfig::CertManager(_) => anyhow::bail!("issuer {name}: not composed yet"),
-        }
-    }
-    Ok(Deps {
-        clock,
-        attestor: Arc::new(attest::unix::UnixAttestor),
-        issuers,
-        trust,
-        await_bundle: false,
-        tasks: Vec::new(),
-        last: CancellationToken::new(),
-    })
 }
 
 async fn join(config: &Config, base: Base, deps: Deps, socket: listener::Bound) -> anyhow::Result<Bound> {
