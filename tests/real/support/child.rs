@@ -61,10 +61,15 @@ impl Child {
         kill(self.pid, signal).unwrap_or_else(|e| panic!("cannot send {signal} to {}: {e}", self.name));
     }
 
-    /// Waits for its end.
+    /// Waits for its end, and for the end of its output.
     pub async fn exit(&mut self, limit: Duration) -> ExitStatus {
-        let waited = timeout(limit, self.process.wait()).await;
-        waited.unwrap_or_else(|_| panic!("{} has not ended within {limit:?}", self.name)).expect("it can be waited for")
+        let waited = timeout(limit, async {
+            let status = self.process.wait().await;
+            self.stdout.ended().await;
+            self.stderr.ended().await;
+            status
+        });
+        waited.await.unwrap_or_else(|_| panic!("{} has not ended within {limit:?}", self.name)).expect("it can be waited for")
     }
 
     /// Whether it has ended by itself.
@@ -108,6 +113,12 @@ impl Lines {
             }
         });
         Self { lines, count }
+    }
+
+    /// Returns when there will be no more.
+    async fn ended(&self) {
+        let mut count = self.count.clone();
+        while count.changed().await.is_ok() {}
     }
 
     /// All of it.
