@@ -89,6 +89,7 @@ pub struct Bound {
     sessions: Sessions,
     rotation: rotation::Parts,
     routes: admin::Routes,
+    readiness: Readiness,
     tasks: Tasks,
     ending: CancellationToken,
     last: CancellationToken,
@@ -158,8 +159,21 @@ async fn join(config: &Config, base: Base, deps: Deps, socket: listener::Bound) 
     let inventory = inventory::Inventory::new(store, deps.clock);
     registry.register_collector(Box::new(inventory.clone()));
     let certificates = Arc::new(move || inventory.rows());
-    let routes = admin::Routes::new(readiness, Arc::new(exposition)).with_certificates(certificates);
-    Ok(Bound { socket, admin, metrics, sessions, rotation, routes, tasks: Tasks(deps.tasks), ending, last: deps.last, shutdown, start })
+    let routes = admin::Routes::new(readiness.clone(), Arc::new(exposition)).with_certificates(certificates);
+    Ok(Bound {
+        socket,
+        admin,
+        metrics,
+        sessions,
+        rotation,
+        routes,
+        readiness,
+        tasks: Tasks(deps.tasks),
+        ending,
+        last: deps.last,
+        shutdown,
+        start,
+    })
 }
 
 impl Bound {
@@ -180,7 +194,7 @@ impl Bound {
 
     /// Serves until the shutdown has begun and has drained.
     pub async fn run(self) -> Drained {
-        let Self { socket, admin, metrics, sessions, rotation, routes, tasks, ending, last, shutdown, start } = self;
+        let Self { socket, admin, metrics, sessions, rotation, routes, readiness, tasks, ending, last, shutdown, start } = self;
         info!(socket = %socket.name.path().display(), "serving");
         let mut beside = JoinSet::new();
         for task in tasks.0 {
@@ -192,6 +206,10 @@ impl Bound {
         let services = sessions.services.clone();
         let accepting = tokio::spawn(sessions.accept(socket.listener));
         drop(start);
+        tokio::spawn(async move {
+            readiness.reached().await;
+            info!("ready");
+        });
 
         // A part that ends before the shutdown has failed.
         tokio::select! {
