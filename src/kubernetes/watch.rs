@@ -131,7 +131,7 @@ where
             // The server answers again, only its history has gone: a list brings everything back at once.
             self.next_pause = SHORTEST_PAUSE;
         }
-        self.pause = Some(self.next_pause.mul_f64(0.5 + 0.5 * rand::random::<f64>()));
+        self.pause = Some(self.next_pause.mul_f64(0.5 + 0.5 * fastrand::f64()));
         self.next_pause = (self.next_pause * 2).min(LONGEST_PAUSE);
         if !expired && self.told.as_ref() != Some(&failure) {
             tracing::warn!(resource = %self.selection.name, error = %failure, "the watch does not work; trying again");
