@@ -1,0 +1,27 @@
+//! Every input that the fuzz targets have brought forth, once: what a fuzzer found stays found. `fuzz/README.md` tells how to find more.
+
+#![allow(clippy::expect_used, clippy::panic, clippy::print_stdout, reason = "tests fail loudly, and say on which input")]
+
+use std::{fs, path::Path};
+
+#[path = "../fuzz/check/cgroup.rs"]
+mod cgroup;
+
+/// Runs `check` on each file of `fuzz/corpus/<target>`.
+fn replay(target: &str, check: fn(&[u8])) {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus").join(target);
+    let files = fs::read_dir(&folder).unwrap_or_else(|e| panic!("{}: {e}", folder.display()));
+    let mut inputs = 0;
+    for file in files.map(|entry| entry.expect("a readable folder").path()) {
+        // A panic names the input.
+        println!("{}", file.display());
+        check(&fs::read(&file).expect("a readable file"));
+        inputs += 1;
+    }
+    assert!(inputs > 20, "{inputs} inputs are no corpus");
+}
+
+#[test]
+fn cgroup_files() {
+    replay("cgroup", cgroup::check);
+}
