@@ -13,7 +13,7 @@ use tracing::{info, warn};
 
 use crate::{
     admin,
-    attest::{self, Attestor},
+    attest::{self, Attestor, pods::Pods},
     caller::Desk,
     clock::Clock,
     config::Config,
@@ -29,6 +29,7 @@ use crate::{
     trust::Trust,
 };
 
+mod claims;
 mod inventory;
 mod parts;
 
@@ -41,6 +42,8 @@ pub struct Deps {
     pub clock: Arc<dyn Clock>,
     /// How callers of the shared socket are known.
     pub attestor: Arc<dyn Attestor>,
+    /// This node's pods, where callers are known by them: keys go with the last pod that may have them.
+    pub pods: Option<Pods>,
     /// The upstreams, by the names that profiles use.
     pub issuers: BTreeMap<IssuerName, Arc<dyn Issuer>>,
     /// The bundles; its sources are fed by `tasks`.
@@ -124,7 +127,10 @@ async fn join(config: &Config, base: Base, deps: Deps, socket: listener::Bound) 
     let metrics = admin::bind("metrics.address", config.metrics).await?;
     let registry = exposition.registry();
 
+    let resolver = Resolver { trust_domain: config.trust_domain.clone(), default_profile: config.default_profile.clone() };
+    let (_, resolver) = watch::channel(Arc::new(resolver));
     let (store, events) = Store::new();
+    let claims = deps.pods.map(|pods| Arc::new(claims::NodeClaims::new(pods, resolver.clone())) as Arc<dyn rotation::Claims>);
     let rotation = rotation::Parts {
         store: store.clone(),
         events,
@@ -133,10 +139,9 @@ async fn join(config: &Config, base: Base, deps: Deps, socket: listener::Bound) 
         await_bundle: deps.await_bundle,
         clock: deps.clock.clone(),
         retention: config.retention,
+        claims,
         metrics: rotation::metrics::Metrics::register(registry),
     };
-    let resolver = Resolver { trust_domain: config.trust_domain.clone(), default_profile: config.default_profile.clone() };
-    let (_, resolver) = watch::channel(Arc::new(resolver));
     let desk = Desk { attestor: deps.attestor, resolver, metrics: attest::Metrics::register(registry) };
     let ending = CancellationToken::new();
     let sds = sds::service::Service {

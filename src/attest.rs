@@ -51,6 +51,12 @@ pub enum Reason {
     pod_ended,
     /// The pod has no service account.
     no_service_account,
+    /// The policy does not let this user id fetch.
+    uid_not_allowed,
+    /// The policy does not let this container fetch.
+    container_not_allowed,
+    /// The policy asks for the container, and the kubelet has not told of this one.
+    unknown_container,
     /// The pod's facts do not make a name.
     no_identity,
     /// `/proc` or the Kubernetes API could not be read.
@@ -70,6 +76,9 @@ impl Reason {
             Self::unknown_pod => "unknown_pod",
             Self::pod_ended => "pod_ended",
             Self::no_service_account => "no_service_account",
+            Self::uid_not_allowed => "uid_not_allowed",
+            Self::container_not_allowed => "container_not_allowed",
+            Self::unknown_container => "unknown_container",
             Self::no_identity => "no_identity",
             Self::unreadable => "unreadable",
         }
@@ -114,6 +123,11 @@ pub trait Attestor: fmt::Debug + Send + Sync + 'static {
 
     /// Proves who `peer` is; waits while the answer can still come.
     fn attest<'a>(&'a self, peer: &'a Peer) -> BoxFuture<'a, Result<Attested, Error>>;
+
+    /// Whether what was proven of `peer` still holds. Asked whenever a key is about to leave: [`Attested::gone`] tells a moment later.
+    fn still_holds(&self, _peer: &Peer) -> bool {
+        true
+    }
 }
 
 /// A way of attestation, as a metric label.

@@ -94,6 +94,16 @@ impl Connection {
         }
     }
 
+    /// Whether the workload of `caller`, who has this connection, has ended. Asked before a key leaves: what `gone` awaits is only about
+    /// to be told when the process that connected has just ended and another holds the connection.
+    pub fn has_ended(&self, caller: &Caller) -> bool {
+        let gone = &caller.attested.gone;
+        if !gone.is_cancelled() && !self.desk.attestor.still_holds(&self.peer) {
+            gone.cancel();
+        }
+        gone.is_cancelled()
+    }
+
     /// One line for each cause and connection: a caller that tries again and again does not fill the log.
     fn log(&self, error: &attest::Error) {
         let last = self.last_refusal.lock().unwrap_or_else(PoisonError::into_inner).replace(error.reason);
@@ -114,5 +124,55 @@ impl Connection {
             }
             known.await;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        os::unix::net::UnixStream,
+        sync::atomic::{AtomicBool, Ordering},
+    };
+
+    use futures::future::BoxFuture;
+    use tokio_util::sync::CancellationToken;
+
+    use super::*;
+    use crate::{attest::Method, config};
+
+    /// Knows everybody, until told that it does not.
+    #[derive(Debug)]
+    struct Fickle(AtomicBool);
+
+    impl Attestor for Fickle {
+        fn method(&self) -> Method {
+            Method::unix
+        }
+
+        fn attest<'a>(&'a self, peer: &'a Peer) -> BoxFuture<'a, Result<Attested, attest::Error>> {
+            let workload = crate::identity::Workload::Unix { uid: peer.uid };
+            Box::pin(std::future::ready(Ok(Attested { workload, gone: CancellationToken::new() })))
+        }
+
+        fn still_holds(&self, _peer: &Peer) -> bool {
+            self.0.load(Ordering::SeqCst)
+        }
+    }
+
+    #[tokio::test]
+    async fn a_caller_has_ended_as_soon_as_its_proof_no_longer_holds_and_everybody_hears_of_it() {
+        let config = config::dev(config::Dev::default(), &|_| None).unwrap();
+        let resolver = Resolver { trust_domain: config.trust_domain, default_profile: config.default_profile };
+        let attestor = Arc::new(Fickle(AtomicBool::new(true)));
+        let desk = Desk { attestor: attestor.clone(), resolver: watch::channel(Arc::new(resolver)).1, metrics: attest::Metrics::default() };
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        let connection = Connection::new(Peer::of(&ours).unwrap(), desk);
+        let caller = connection.caller().await.unwrap();
+        assert!(!connection.has_ended(&caller));
+        attestor.0.store(false, Ordering::SeqCst);
+        assert!(connection.has_ended(&caller));
+        connection.gone().await;
+        attestor.0.store(true, Ordering::SeqCst);
+        assert!(connection.has_ended(&caller), "nobody comes back");
     }
 }

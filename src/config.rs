@@ -31,6 +31,8 @@ pub struct Config {
     pub shared_socket: SharedSocket,
     /// `attestation`
     pub attestation: Attestation,
+    /// `attestationPolicy`
+    pub attestation_policy: AttestationPolicy,
     /// `identity`, `certificate` and `issuer` together: the profile of every workload that no other takes.
     pub default_profile: Arc<Profile>,
     /// `issuer`, by the names that profiles use.
@@ -75,6 +77,8 @@ pub struct SharedSocket {
     pub path: PathBuf,
     /// Its permission bits.
     pub mode: u32,
+    /// `acceptPidReuse`: serve it even where the kernel gives no handle on a caller.
+    pub accept_pid_reuse: bool,
 }
 
 /// How callers are known on the shared socket.
@@ -84,6 +88,15 @@ pub enum Attestation {
     Kubernetes,
     /// User id.
     Unix,
+}
+
+/// Who of a pod may fetch on the shared socket: everybody, unless told otherwise. Both lists have to let a caller through.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct AttestationPolicy {
+    /// `containers`: by name; empty for all.
+    pub containers: Vec<Arc<str>>,
+    /// `uids`: user ids as the node sees them; empty for all.
+    pub uids: Vec<u32>,
 }
 
 /// One upstream.

@@ -2,10 +2,17 @@
 //!
 //! The order matters: take the handle first (here), read evidence about the pid second (`attest`), and ask [`Peer::is_alive`] last.
 //! Evidence that was read while the handle lives is about the process that connected, and about no later owner of its pid.
+//!
+//! Kernels before 6.5 give no handle. There the process that has the pid a moment later is recorded instead; whether it is the one that
+//! connected cannot be known, and whoever relies on it has to be told to ([`Peer::is_pinned`]).
 
 use std::{
     fmt, io,
-    os::fd::{AsFd, OwnedFd},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::net::UnixStream,
+    },
+    path::Path,
     sync::Arc,
 };
 
@@ -16,7 +23,20 @@ use nix::{
 };
 use tokio_util::sync::{CancellationToken, DropGuard};
 
+use self::record::Record;
 use crate::fd;
+
+pub mod record;
+
+/// Whether this kernel gives a handle on a peer (`SO_PEERPIDFD`, Linux 6.5).
+pub fn kernel_pins() -> io::Result<bool> {
+    let (socket, _other) = UnixStream::pair()?;
+    match getsockopt(&socket, sockopt::PeerPidfd) {
+        Ok(_) => Ok(true),
+        Err(Errno::ENOPROTOOPT) => Ok(false),
+        Err(error) => Err(error.into()),
+    }
+}
 
 /// Credentials at connect time, and the handle.
 pub struct Peer {
@@ -27,28 +47,52 @@ pub struct Peer {
     /// The effective group id.
     pub gid: u32,
     pidfd: Option<Arc<OwnedFd>>,
+    record: Option<Record>,
     dropped: CancellationToken,
     _drop: DropGuard,
 }
 
 impl Peer {
-    /// Reads `SO_PEERPIDFD` and `SO_PEERCRED` of a connected socket. Kernels before 6.5 give no handle.
+    /// Reads `SO_PEERPIDFD` and `SO_PEERCRED` of a connected socket. Where the kernel gives no handle, it records who has the pid now.
     pub fn of(socket: &impl AsFd) -> io::Result<Self> {
-        let pidfd = match getsockopt(socket, sockopt::PeerPidfd) {
-            Ok(fd) => Some(Arc::new(fd)),
-            // Too old a kernel; or the process is gone and reaped (ESRCH), or invisible (EINVAL): the credentials tell which.
-            Err(Errno::ENOPROTOOPT | Errno::ESRCH | Errno::EINVAL | Errno::ENODATA) => None,
-            Err(error) => return Err(error.into()),
-        };
+        match getsockopt(socket, sockopt::PeerPidfd) {
+            Ok(fd) => Self::with(socket, Some(fd)),
+            Err(Errno::ENOPROTOOPT) => Self::recorded(socket, Path::new("/proc")),
+            // The process is gone and reaped (ESRCH), or invisible (EINVAL): the credentials tell which.
+            Err(Errno::ESRCH | Errno::EINVAL | Errno::ENODATA) => Self::with(socket, None),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// What [`of`](Self::of) does on kernels before 6.5. `proc` is where procfs is mounted.
+    pub fn recorded(socket: &impl AsFd, proc: &Path) -> io::Result<Self> {
+        let mut peer = Self::with(socket, None)?;
+        peer.record = Record::take(proc, peer.pid, peer.uid, peer.gid).ok();
+        peer.pidfd = peer.record.as_ref().and_then(|record| record.pidfd(peer.pid)).map(Arc::new);
+        Ok(peer)
+    }
+
+    fn with(socket: &impl AsFd, pidfd: Option<OwnedFd>) -> io::Result<Self> {
         let credentials = getsockopt(socket, sockopt::PeerCredentials)?;
         let dropped = CancellationToken::new();
         let guard = dropped.clone().drop_guard();
-        Ok(Self { pid: credentials.pid(), uid: credentials.uid(), gid: credentials.gid(), pidfd, dropped, _drop: guard })
+        let (pid, uid, gid) = (credentials.pid(), credentials.uid(), credentials.gid());
+        Ok(Self { pid, uid, gid, pidfd: pidfd.map(Arc::new), record: None, dropped, _drop: guard })
     }
 
     /// Whether there is a handle at all.
     pub fn has_handle(&self) -> bool {
-        self.pidfd.is_some()
+        self.pidfd.is_some() || self.record.is_some()
+    }
+
+    /// Whether the handle is the kernel's, on the very process that connected.
+    pub fn is_pinned(&self) -> bool {
+        self.pidfd.is_some() && self.record.is_none()
+    }
+
+    /// The process's directory in `/proc`, where it was opened with the connection.
+    pub fn directory(&self) -> Option<&OwnedFd> {
+        self.record.as_ref().map(Record::directory)
     }
 
     /// A second descriptor of the same handle.
@@ -57,16 +101,23 @@ impl Peer {
     }
 
     /// Waits for the end of the process: true when it has come, false when this peer was dropped before. The first waiter needs no
-    /// descriptor of its own; without a handle nobody can wait.
+    /// descriptor of its own; on kernels without pidfds (before 5.3) only the drop is noticed.
     pub fn ended(&self) -> io::Result<impl Future<Output = bool> + Send + use<>> {
-        let pidfd = self.pidfd.clone().ok_or_else(|| io::Error::from(io::ErrorKind::Unsupported))?;
-        let pidfd = match fd::watched_shared(pidfd.clone()) {
-            // A descriptor is registered once.
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => fd::watched_shared(Arc::new(pidfd.try_clone()?))?,
-            other => other?,
+        let watched = match self.pidfd.clone() {
+            None if self.record.is_some() => None,
+            None => return Err(io::ErrorKind::Unsupported.into()),
+            Some(pidfd) => Some(match fd::watched_shared(pidfd.clone()) {
+                // A descriptor is registered once.
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => fd::watched_shared(Arc::new(pidfd.try_clone()?))?,
+                other => other?,
+            }),
         };
         let dropped = self.dropped.clone();
         Ok(async move {
+            let Some(pidfd) = watched else {
+                dropped.cancelled().await;
+                return false;
+            };
             tokio::select! {
                 () = dropped.cancelled() => false,
                 // A pidfd becomes readable when its process ends. Where the poller itself has ended, nothing is known.
@@ -77,10 +128,12 @@ impl Peer {
 
     /// Whether the process that connected still runs; false where there is no handle to ask.
     pub fn is_alive(&self) -> bool {
-        let Some(pidfd) = &self.pidfd else { return false };
-        let mut fds = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
-        // A pidfd becomes readable when its process ends.
-        matches!(poll(&mut fds, PollTimeout::ZERO), Ok(0))
+        let runs = |pidfd: &Arc<OwnedFd>| {
+            let mut fds = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
+            // A pidfd becomes readable when its process ends.
+            matches!(poll(&mut fds, PollTimeout::ZERO), Ok(0))
+        };
+        self.has_handle() && self.pidfd.as_ref().is_none_or(runs) && self.record.as_ref().is_none_or(Record::is_alive)
     }
 }
 
@@ -92,8 +145,6 @@ impl fmt::Debug for Peer {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::net::UnixStream;
-
     use super::*;
 
     #[test]
@@ -102,8 +153,19 @@ mod tests {
         let peer = Peer::of(&ours).unwrap();
         assert_eq!(peer.pid, i32::try_from(std::process::id()).unwrap());
         assert_eq!(peer.uid, nix::unistd::geteuid().as_raw());
-        assert!(peer.has_handle(), "these tests want Linux 6.5 or newer");
-        assert!(peer.is_alive());
+        assert!(peer.is_pinned() && kernel_pins().unwrap(), "these tests want Linux 6.5 or newer");
+        assert!(peer.is_alive() && peer.directory().is_none());
+    }
+
+    #[test]
+    fn without_the_kernels_handle_the_process_is_recorded_and_known_to_be() {
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        let peer = Peer::recorded(&ours, Path::new("/proc")).unwrap();
+        assert!(peer.has_handle() && !peer.is_pinned() && peer.is_alive() && peer.directory().is_some());
+        let nowhere = tempfile::tempdir().unwrap();
+        let gone = Peer::recorded(&ours, nowhere.path()).unwrap();
+        assert!(!gone.has_handle() && !gone.is_alive());
+        assert!(gone.ended().is_err());
     }
 
     #[tokio::test]

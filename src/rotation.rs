@@ -6,6 +6,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
+    fmt,
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -38,6 +39,15 @@ pub mod schedule;
 /// A difference between the two clocks that is a step and no drift.
 const STEP: Duration = Duration::from_secs(2);
 
+/// Who may still ask for an identity. Keys outlive their last subscriber for the retention, but not the last who may have them.
+pub trait Claims: fmt::Debug + Send + Sync {
+    /// Whether anybody here has `identity`.
+    fn is_claimed(&self, identity: &Identity) -> bool;
+
+    /// Changes when somebody has gone.
+    fn departures(&self) -> watch::Receiver<u64>;
+}
+
 /// What rotation works with.
 #[derive(Debug)]
 pub struct Parts {
@@ -55,6 +65,8 @@ pub struct Parts {
     pub clock: Arc<dyn Clock>,
     /// How long an entry without subscribers is kept.
     pub retention: Duration,
+    /// Who may ask; none where that is not known.
+    pub claims: Option<Arc<dyn Claims>>,
     /// What is counted.
     pub metrics: Metrics,
 }
@@ -96,6 +108,7 @@ pub async fn run(parts: Parts, shutdown: CancellationToken) {
     let now = Now { wall: parts.clock.now(), mono: Instant::now() };
     let planner = Planner::new(parts.retention, fastrand::u64(..));
     let clock = parts.clock.clone();
+    let mut departures = parts.claims.as_ref().map(|claims| claims.departures());
     let mut rotation = Rotation {
         parts,
         planner,
@@ -135,11 +148,23 @@ pub async fn run(parts: Parts, shutdown: CancellationToken) {
                 Err(error) => rotation.lost(&error),
             },
             Ok(()) = rotation.parts.trust.changed() => rotation.bundle_changed(),
+            () = departure(departures.as_mut()) => rotation.purge(),
             () = &mut wall_sleep => wall_sleep = clock.sleep_until(wall_at),
             () = mono_sleep => {}
         }
     }
     rotation.tasks.shutdown().await;
+}
+
+/// Returns when somebody has gone; never where that is not known.
+async fn departure(departures: Option<&mut watch::Receiver<u64>>) {
+    let told = match departures {
+        Some(departures) => departures.changed().await.is_ok(),
+        None => false,
+    };
+    if !told {
+        std::future::pending::<()>().await;
+    }
 }
 
 impl Rotation {
@@ -161,7 +186,7 @@ impl Rotation {
                         self.failed(id, order.evidence, &error);
                     }
                 }
-                Action::Forget(id) => self.forget(id),
+                Action::Forget(id) => self.forget(id, self.parts.retention),
             }
         }
         let metrics = &self.parts.metrics;
@@ -203,7 +228,10 @@ impl Rotation {
                 self.planner.wanted(now, entry.id, &entry.identity.profile.issuer, entry.demand());
                 self.entries.entry(entry.id).or_insert(entry);
             }
-            Event::Idle(entry) if !entry.is_leased() => self.planner.idle(now, entry.id),
+            Event::Idle(entry) if !entry.is_leased() => {
+                self.planner.idle(now, entry.id);
+                self.forget_orphan(entry.id);
+            }
             // A new subscriber was faster; what it wants is on its way.
             Event::Idle(entry) => drop(self.parts.store.forget(&entry, Duration::MAX)),
         }
@@ -365,10 +393,27 @@ impl Rotation {
         entry.set_status(|status| (status.last_error, status.next_attempt, status.request) = (None, Some(renew_at), None));
     }
 
-    fn forget(&mut self, id: Id) {
+    /// Forgets what nobody may have any more. Pods end first and their streams a moment later: those are told as idle then.
+    fn purge(&mut self) {
+        for id in self.entries.keys().copied().collect::<Vec<_>>() {
+            self.forget_orphan(id);
+        }
+    }
+
+    /// Forgets an entry whose key nobody uses and nobody here may have. A record of failures is no key: it stays for the retention.
+    fn forget_orphan(&mut self, id: Id) {
+        let (Some(claims), Some(entry)) = (&self.parts.claims, self.entries.get(&id)) else { return };
+        let has_key =
+            entry.current().is_some() || self.orders.contains_key(&id) || self.ready.contains_key(&id) || self.unproven.contains_key(&id);
+        if has_key && !entry.is_leased() && !claims.is_claimed(&entry.identity) {
+            self.forget(id, Duration::ZERO);
+        }
+    }
+
+    fn forget(&mut self, id: Id, retention: Duration) {
         let Some(entry) = self.entries.get(&id) else { return self.planner.forgotten(id) };
-        if self.parts.store.forget(entry, self.parts.retention) {
-            debug!(identity = %entry.identity, "certificate forgotten: nobody has asked for it lately");
+        if self.parts.store.forget(entry, retention) {
+            debug!(identity = %entry.identity, ?retention, "certificate forgotten: nobody asks for it");
             self.planner.forgotten(id);
             self.entries.remove(&id);
             self.ready.remove(&id);

@@ -8,7 +8,7 @@ use std::{
 
 use futures::future::{BoxFuture, join};
 use tokio_util::sync::CancellationToken;
-use tracing::error;
+use tracing::{error, warn};
 
 use super::{Base, Deps};
 use crate::{
@@ -22,7 +22,7 @@ use crate::{
         cert_manager::{CertManager, LivePods, Metrics as RequestMetrics, Requests},
         embedded::Embedded,
     },
-    kubernetes,
+    kubernetes, peer,
     readiness::Readiness,
     trust::{self, Trust, config_map::ConfigMapSource, file::FileSource},
 };
@@ -36,6 +36,7 @@ struct Cluster {
 
 /// Makes what `config` asks for. Nothing here waits for the upstream: what has to be in sync holds a readiness guard.
 pub(super) async fn make(config: &Config, base: &mut Base) -> anyhow::Result<Deps> {
+    check_kernel(config, peer::kernel_pins()?)?;
     let clock: Arc<dyn Clock> = Arc::new(SystemClock);
     let last = CancellationToken::new();
     let mut tasks: Vec<BoxFuture<'static, ()>> = Vec::new();
@@ -44,11 +45,32 @@ pub(super) async fn make(config: &Config, base: &mut Base) -> anyhow::Result<Dep
     let trust = Trust::new(trust::Metrics::register(base.exposition.registry()));
     let await_bundle = sources(config, base, &trust, cluster.as_ref(), &mut tasks, &last)?;
     let issuers = issuers(config, base, &trust, cluster.as_ref(), &clock, &mut tasks, &last)?;
-    let attestor: Arc<dyn Attestor> = match (config.attestation, cluster.and_then(|cluster| cluster.pods)) {
-        (Attestation::Kubernetes, Some(pods)) => Arc::new(KubernetesAttestor::new(pods, "/proc".into(), config.node.pod.as_ref())?),
+    let pods = cluster.and_then(|cluster| cluster.pods);
+    let attestor: Arc<dyn Attestor> = match (config.attestation, pods.clone()) {
+        (Attestation::Kubernetes, Some(pods)) => Arc::new(by_pod(config, pods)?),
         _ => Arc::new(attest::unix::UnixAttestor),
     };
-    Ok(Deps { clock, attestor, issuers, trust, await_bundle, tasks, last })
+    Ok(Deps { clock, attestor, pods, issuers, trust, await_bundle, tasks, last })
+}
+
+fn by_pod(config: &Config, pods: Pods) -> anyhow::Result<KubernetesAttestor> {
+    let attestor = KubernetesAttestor::new(pods, "/proc".into(), config.node.pod.as_ref())?;
+    Ok(attestor.with_policy(config.attestation_policy.clone()).accepting_pid_reuse(config.shared_socket.accept_pid_reuse))
+}
+
+/// Refuses to serve where a caller could be taken for another.
+fn check_kernel(config: &Config, kernel_pins: bool) -> anyhow::Result<()> {
+    if config.attestation != Attestation::Kubernetes || kernel_pins {
+        return Ok(());
+    }
+    if config.shared_socket.accept_pid_reuse {
+        warn!("this kernel gives no handle on a caller: whoever takes over the pid of one that has just ended is served as that one");
+        return Ok(());
+    }
+    anyhow::bail!(
+        "sockets.shared: this kernel gives no handle on a caller (SO_PEERPIDFD), so that whoever takes over the pid of one that has just \
+         ended would be served as that one; use Linux 6.5 or newer, or accept the risk with sockets.shared.acceptPidReuse: true"
+    )
 }
 
 fn needs_cluster(config: &Config) -> bool {
@@ -68,7 +90,10 @@ async fn cluster(
     let client = kubernetes::connect(&metrics).await?;
     let pods = match &config.node.node_name {
         Some(node) if config.attestation == Attestation::Kubernetes => {
-            let pods = Pods::new(client.clone(), node, metrics.clone());
+            let mut pods = Pods::new(client.clone(), node, metrics.clone());
+            if !config.attestation_policy.containers.is_empty() {
+                pods = pods.with_containers();
+            }
             let mut synced = pods.synced();
             let (running, last) = (pods.clone(), last.clone());
             let until_synced = guarded(&base.readiness, "the pod index", async move { drop(synced.wait_for(|synced| *synced).await) });
@@ -221,5 +246,23 @@ struct NodePods(Pods);
 impl LivePods for NodePods {
     fn live(&self) -> BoxFuture<'_, Option<HashSet<Arc<str>>>> {
         Box::pin(self.0.live())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Dev;
+
+    #[test]
+    fn an_old_kernel_is_served_only_where_the_risk_was_accepted_by_name() {
+        let mut config = config::dev(Dev::default(), &|_| None).unwrap();
+        check_kernel(&config, false).unwrap();
+        config.attestation = Attestation::Kubernetes;
+        check_kernel(&config, true).unwrap();
+        let error = check_kernel(&config, false).unwrap_err().to_string();
+        assert!(error.contains("Linux 6.5") && error.contains("acceptPidReuse: true"), "{error}");
+        config.shared_socket.accept_pid_reuse = true;
+        check_kernel(&config, false).unwrap();
     }
 }

@@ -5,19 +5,22 @@
 
 use std::{
     fmt,
+    fs::File,
     io::{self, Read},
-    path::{Path, PathBuf},
+    path::PathBuf,
 };
 
 use futures::future::BoxFuture;
+use rustix::fs::{Mode, OFlags, openat};
 
 use crate::{
     attest::{
         Attested, Attestor, Error, Method, Reason,
-        cgroup::{self, Own, PodUid},
-        pods::Pods,
+        cgroup::{self, Own, Place},
+        pods::{Known, Pods},
     },
-    identity::{PodRef, Workload},
+    config::AttestationPolicy,
+    identity::PodRef,
     peer::Peer,
 };
 
@@ -29,6 +32,8 @@ pub struct KubernetesAttestor {
     pods: Pods,
     proc: PathBuf,
     own: Own,
+    policy: AttestationPolicy,
+    accepts_pid_reuse: bool,
 }
 
 impl fmt::Debug for KubernetesAttestor {
@@ -41,9 +46,20 @@ impl KubernetesAttestor {
     /// Attests by `pods`. `proc` is where procfs is mounted, `/proc`; the agent's own cgroups are read there, once. `own_pod` is the
     /// agent's pod, where it runs in one.
     pub fn new(pods: Pods, proc: PathBuf, own_pod: Option<&PodRef>) -> io::Result<Self> {
-        let file = read_cgroup(&proc.join("self/cgroup"))?;
+        let file = read_cgroup(File::open(proc.join("self/cgroup")))?;
         let own = Own::of(&file, own_pod.map(|pod| &*pod.uid)).map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))?;
-        Ok(Self { pods, proc, own })
+        Ok(Self { pods, proc, own, policy: AttestationPolicy::default(), accepts_pid_reuse: false })
+    }
+
+    /// Serves only whom `policy` lets. Where it names containers, the pods have to be kept [with theirs](Pods::with_containers).
+    pub fn with_policy(self, policy: AttestationPolicy) -> Self {
+        Self { policy, ..self }
+    }
+
+    /// Serves callers of whom the kernel gives no handle, too: a process that took over the pid of one that had connected and ended is
+    /// taken for it.
+    pub fn accepting_pid_reuse(self, accepts_pid_reuse: bool) -> Self {
+        Self { accepts_pid_reuse, ..self }
     }
 
     async fn judge(&self, peer: &Peer) -> Result<Attested, Error> {
@@ -52,16 +68,21 @@ impl KubernetesAttestor {
             return Err(Error::refused(Reason::pid_invisible, detail));
         }
         if !peer.has_handle() {
-            let detail = "the kernel gives no pidfd for the caller: the shared socket needs Linux 6.5, or the process has ended already";
+            let detail = format!("process {} ended before its connection was accepted", peer.pid);
+            return Err(Error::refused(Reason::process_gone, detail));
+        }
+        if !peer.is_pinned() && !self.accepts_pid_reuse {
+            let detail = "the kernel gives no handle on the caller: the shared socket needs Linux 6.5";
             return Err(Error::refused(Reason::no_pidfd, detail));
         }
-        let uid = self.pod_uid(peer.pid).await?;
-        let known = self.pods.wait_for(uid.as_str()).await?;
+        let place = self.place(peer).await?;
+        let known = self.pods.wait_for(place.pod.as_str()).await?;
         let pod = &known.pod;
-        let Some(service_account) = pod.service_account.clone() else {
+        if pod.service_account.is_none() {
             let kind = if pod.mirror { "static pod" } else { "pod" };
             return Err(Error::refused(Reason::no_service_account, format!("{kind} {} has no service account", pod.pod)));
-        };
+        }
+        self.allow(peer, &place, &known).await?;
         let gone = known.gone.child_token();
         let ended = peer.ended().map_err(|e| Error::temporary(Reason::unreadable, format!("cannot watch the caller's process: {e}")))?;
         // Last: all that was read above is about the process that connected.
@@ -77,13 +98,40 @@ impl KubernetesAttestor {
                 }
             }
         });
-        Ok(Attested { workload: Workload::Pod { pod: pod.pod.clone(), service_account: Some(service_account) }, gone })
+        Ok(Attested { workload: pod.workload(), gone })
     }
 
-    async fn pod_uid(&self, pid: i32) -> Result<PodUid, Error> {
+    /// Asks the policy.
+    async fn allow(&self, peer: &Peer, place: &Place, known: &Known) -> Result<(), Error> {
+        let AttestationPolicy { containers, uids } = &self.policy;
+        let (pod, pid) = (&known.pod.pod, peer.pid);
+        if !uids.is_empty() && !uids.contains(&peer.uid) {
+            let detail = format!("process {pid} of pod {pod} runs as user {}, who is not among attestationPolicy.uids", peer.uid);
+            return Err(Error::refused(Reason::uid_not_allowed, detail));
+        }
+        if containers.is_empty() {
+            return Ok(());
+        }
+        let Some(id) = &place.container else {
+            let detail = format!("process {pid} is in no single container of pod {pod}, and attestationPolicy.containers names containers");
+            return Err(Error::refused(Reason::container_not_allowed, detail));
+        };
+        let name = self.pods.wait_for_container(&pod.uid, id).await?;
+        if containers.iter().any(|allowed| **allowed == *name) {
+            return Ok(());
+        }
+        let detail = format!("process {pid} is in container {name} of pod {pod}, which is not among attestationPolicy.containers");
+        Err(Error::refused(Reason::container_not_allowed, detail))
+    }
+
+    async fn place(&self, peer: &Peer) -> Result<Place, Error> {
+        let pid = peer.pid;
+        let opened = peer.directory().map(|directory| openat(directory, "cgroup", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()));
         let path = self.proc.join(pid.to_string()).join("cgroup");
         // The kernel takes a global lock for this file: not on a thread that serves others.
-        let read = tokio::task::spawn_blocking(move || read_cgroup(&path)).await;
+        let read =
+            tokio::task::spawn_blocking(move || read_cgroup(opened.map_or_else(|| File::open(path), |opened| Ok(File::from(opened?)))))
+                .await;
         let file = match read {
             Ok(Ok(file)) => file,
             Ok(Err(error)) if matches!(error.kind(), io::ErrorKind::NotFound) || error.raw_os_error() == Some(libc::ESRCH) => {
@@ -94,7 +142,7 @@ impl KubernetesAttestor {
             }
             Err(_) => return Err(Error::temporary(Reason::unreadable, "the agent is ending")),
         };
-        cgroup::pod_uid(&file, &self.own).map_err(|error| {
+        cgroup::place(&file, &self.own).map_err(|error| {
             let reason = match error {
                 cgroup::Error::NotInPod(_) => Reason::not_in_pod,
                 cgroup::Error::Conflicting { .. } => Reason::conflicting_cgroups,
@@ -113,127 +161,22 @@ impl Attestor for KubernetesAttestor {
     fn attest<'a>(&'a self, peer: &'a Peer) -> BoxFuture<'a, Result<Attested, Error>> {
         Box::pin(self.judge(peer))
     }
+
+    fn still_holds(&self, peer: &Peer) -> bool {
+        peer.is_alive()
+    }
 }
 
-fn read_cgroup(path: &Path) -> io::Result<String> {
-    let mut text = String::new();
-    std::fs::File::open(path)?.take(MAX_CGROUP_BYTES).read_to_string(&mut text)?;
-    Ok(text)
+/// All of a cgroup file. Names need not be text; what is none stands for no name that matters.
+fn read_cgroup(file: io::Result<File>) -> io::Result<String> {
+    let mut bytes = Vec::new();
+    file?.take(MAX_CGROUP_BYTES + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > MAX_CGROUP_BYTES {
+        // What a part of it says is not what it says.
+        return Err(io::Error::new(io::ErrorKind::InvalidData, format!("more than {MAX_CGROUP_BYTES} bytes")));
+    }
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
 #[cfg(test)]
-mod tests {
-    use std::{fs, os::unix::net::UnixStream, time::Duration};
-
-    use serde_json::{Value, json};
-    use tokio::time::timeout;
-    use tokio_util::sync::CancellationToken;
-
-    use super::*;
-    use crate::kubernetes::{self, fake::FakeApi};
-
-    const UID: &str = "2b1fb2f4-4b5a-4b9a-9a4e-0c5a1b2c3d4e";
-
-    /// A peer (this process), and what `/proc` says of it.
-    struct World {
-        api: FakeApi,
-        attestor: KubernetesAttestor,
-        peer: Peer,
-        proc: tempfile::TempDir,
-        shutdown: CancellationToken,
-        _socket: UnixStream,
-    }
-
-    impl World {
-        fn new(cgroup: &str, pods: &[Value]) -> Self {
-            let (api, metrics) = (FakeApi::new(), kubernetes::Metrics::default());
-            for pod in pods {
-                api.put("pods", pod.clone());
-            }
-            let index = Pods::new(api.client(&metrics), "n1", metrics);
-            let shutdown = CancellationToken::new();
-            tokio::spawn({
-                let (index, shutdown) = (index.clone(), shutdown.clone());
-                async move { index.run(shutdown).await }
-            });
-            let (socket, _other) = UnixStream::pair().unwrap();
-            let peer = Peer::of(&socket).unwrap();
-            let proc = tempfile::tempdir().unwrap();
-            for (name, content) in [("self", "0::/"), (peer.pid.to_string().as_str(), cgroup)] {
-                fs::create_dir(proc.path().join(name)).unwrap();
-                fs::write(proc.path().join(name).join("cgroup"), content).unwrap();
-            }
-            let attestor = KubernetesAttestor::new(index, proc.path().to_owned(), None).unwrap();
-            Self { api, attestor, peer, proc, shutdown, _socket: socket }
-        }
-
-        async fn attest(&self) -> Result<Attested, Error> {
-            timeout(Duration::from_secs(20), self.attestor.attest(&self.peer)).await.expect("no verdict")
-        }
-
-        async fn refusal(&self) -> (Reason, bool) {
-            let error = self.attest().await.unwrap_err();
-            (error.reason, error.temporary)
-        }
-    }
-
-    impl Drop for World {
-        fn drop(&mut self) {
-            self.shutdown.cancel();
-        }
-    }
-
-    fn cgroup(uid: &str) -> String {
-        format!("0::/kubepods/burstable/pod{uid}/f00")
-    }
-
-    fn pod(uid: &str, account: Option<&str>) -> Value {
-        json!({"metadata": {"name": "cart-1", "namespace": "shop", "uid": uid}, "spec": {"nodeName": "n1", "serviceAccountName": account}})
-    }
-
-    #[tokio::test]
-    async fn a_process_in_a_pods_cgroup_is_that_pod_until_the_pod_goes() {
-        let world = World::new(&cgroup(UID), &[pod(UID, Some("cart"))]);
-        let attested = world.attest().await.unwrap();
-        let Workload::Pod { pod, service_account } = &attested.workload else { panic!("{:?}", attested.workload) };
-        assert_eq!((pod.to_string().as_str(), service_account.as_deref()), ("shop/cart-1", Some("cart")));
-        let other = world.attest().await.unwrap();
-        other.gone.cancel();
-        assert!(!attested.gone.is_cancelled(), "a connection's token is its own");
-        world.api.remove("pods", "shop", "cart-1");
-        timeout(Duration::from_secs(20), attested.gone.cancelled()).await.unwrap();
-    }
-
-    #[tokio::test]
-    async fn a_pod_that_the_api_tells_later_is_awaited() {
-        let world = World::new(&cgroup(UID), &[]);
-        timeout(Duration::from_secs(20), world.attestor.pods.synced().wait_for(|s| *s)).await.unwrap().unwrap();
-        world.api.fail("list", "pods", kubernetes::fake::Fault::Hang, 1);
-        let (attested, ()) = tokio::join!(world.attest(), async {
-            world.api.until("the live read", |api| (api.count("list", "pods") == 2).then_some(())).await;
-            world.api.put("pods", pod(UID, Some("cart")));
-        });
-        assert_eq!(&*attested.unwrap().workload.pod().unwrap().name, "cart-1");
-    }
-
-    #[tokio::test]
-    async fn who_cannot_be_proven_is_refused_with_the_reason() {
-        let broken = World::new("0::/user.slice", &[]);
-        assert_eq!(broken.refusal().await, (Reason::not_in_pod, false));
-        let other = UID.replace('2', "3");
-        let conflicting = World::new(&format!("1:cpu:/kubepods/pod{UID}\n0::/kubepods/pod{other}"), &[]);
-        assert_eq!(conflicting.refusal().await, (Reason::conflicting_cgroups, false));
-        let accountless = World::new(&cgroup(UID), &[pod(UID, None)]);
-        assert_eq!(accountless.refusal().await, (Reason::no_service_account, false));
-        let unknown = World::new(&cgroup(UID), &[]);
-        assert_eq!(unknown.refusal().await, (Reason::unknown_pod, true));
-
-        let mut gone = World::new(&cgroup(UID), &[pod(UID, Some("cart"))]);
-        fs::remove_dir_all(gone.proc.path().join(gone.peer.pid.to_string())).unwrap();
-        assert_eq!(gone.refusal().await, (Reason::process_gone, false));
-        gone.peer.pid = 0;
-        let invisible = gone.attest().await.unwrap_err();
-        assert_eq!(invisible.reason, Reason::pid_invisible);
-        assert!(invisible.detail.contains("hostPID: true"));
-    }
-}
+mod tests;

@@ -19,6 +19,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     attest::{Error, Reason},
+    identity::Workload,
     kubernetes::{
         self, Call, Failure,
         layer::Resource,
@@ -35,6 +36,8 @@ pub use index::{Known, Pod};
 const LIVE_PACE: Duration = Duration::from_secs(1);
 /// After a live read that failed, where pods wait to be confirmed.
 const LIVE_AGAIN: Duration = Duration::from_secs(5);
+/// The kubelet tells of a container some time after it has started it.
+const CONTAINER_PATIENCE: Duration = Duration::from_secs(30);
 
 /// The node's pods. Clones share everything.
 #[derive(Clone)]
@@ -45,6 +48,8 @@ struct Shared {
     node: String,
     metrics: kubernetes::Metrics,
     index: Mutex<Index>,
+    changed: watch::Sender<()>,
+    departures: watch::Sender<u64>,
     synced: watch::Sender<bool>,
     /// How many live reads were asked for.
     asked: watch::Sender<u64>,
@@ -66,10 +71,18 @@ impl Pods {
             node: node.to_owned(),
             metrics,
             index: Mutex::default(),
+            changed: watch::Sender::new(()),
+            departures: watch::Sender::new(0),
             synced: watch::Sender::new(false),
             asked: watch::Sender::new(0),
             answered: watch::Sender::new((0, Ok(()))),
         }))
+    }
+
+    /// The same, with the containers of each pod. To be said before [`run`](Self::run).
+    pub fn with_containers(self) -> Self {
+        self.index().keeps_containers = true;
+        self
     }
 
     /// Watches until `shutdown`.
@@ -112,6 +125,37 @@ impl Pods {
             }
             (Err(_), Err(why)) => Err(Error::temporary(Reason::unreadable, format!("cannot look for the pod with UID {uid}: {why}"))),
         }
+    }
+
+    /// The name of the container with this id in the pod with this UID; waits a while for the kubelet to tell of it.
+    pub async fn wait_for_container(&self, uid: &str, id: &str) -> Result<Arc<str>, Error> {
+        let mut changed = self.0.changed.subscribe();
+        let told = async {
+            loop {
+                changed.borrow_and_update();
+                let known = serveable(self.arrived(uid)?)?;
+                if let Some(name) = known.pod.container(id) {
+                    return Ok(name);
+                }
+                if changed.changed().await.is_err() {
+                    return Err(Error::temporary(Reason::unknown_container, "the agent is ending"));
+                }
+            }
+        };
+        tokio::time::timeout(CONTAINER_PATIENCE, told).await.unwrap_or_else(|_| {
+            let detail = format!("the status of the pod with UID {uid} tells of no container {id}");
+            Err(Error::temporary(Reason::unknown_container, detail))
+        })
+    }
+
+    /// Whom the node's pods that have not ended run as, as far as is known.
+    pub fn workloads(&self) -> Vec<Workload> {
+        self.index().workloads()
+    }
+
+    /// How many pods have ended so far; changes when another has.
+    pub fn departures(&self) -> watch::Receiver<u64> {
+        self.0.departures.subscribe()
     }
 
     /// The UIDs of the node's pods that have not ended, confirmed by a live read that begins after this call; none where that failed.
@@ -177,7 +221,15 @@ impl Pods {
                 Signal::Event(watcher::Event::Delete(pod)) => self.index().deleted(&pod),
                 Signal::Trouble(..) => {}
             }
+            self.announce();
         }
+    }
+
+    /// Wakes those who wait for a change of what is known.
+    fn announce(&self) {
+        let now = self.index().departures;
+        self.0.departures.send_if_modified(|departures| std::mem::replace(departures, now) != now);
+        self.0.changed.send_replace(());
     }
 
     /// Answers those who asked, all at once, by a quorum list.
@@ -191,6 +243,7 @@ impl Pods {
             let answer = match self.0.api.list(&parameters).await {
                 Ok(list) => {
                     self.index().confirmed(&list.items, &doubts);
+                    self.announce();
                     Ok(())
                 }
                 Err(error) => Err(Failure::of(&error, &call).message.into()),

@@ -11,7 +11,7 @@ use std::{
 use serde_json::Value;
 
 use super::{
-    Attestation, Config, Env, IssuerConfig, Limits, LockMemory, Names, NodeEnvironment, SharedSocket,
+    Attestation, AttestationPolicy, Config, Env, IssuerConfig, Limits, LockMemory, Names, NodeEnvironment, SharedSocket,
     error::{Errors, Wrong},
     issuance::LIFETIMES,
     reader::Report,
@@ -88,8 +88,9 @@ fn config(path: &Path, trust_domain: TrustDomain, lifetime: Duration, admin: Soc
     };
     Config {
         trust_domain,
-        shared_socket: SharedSocket { path: path.to_owned(), mode: 0o666 },
+        shared_socket: SharedSocket { path: path.to_owned(), mode: 0o666, accept_pid_reuse: false },
         attestation: Attestation::Unix,
+        attestation_policy: AttestationPolicy::default(),
         default_profile: Arc::new(profile),
         issuers: BTreeMap::from([(issuer, IssuerConfig::Embedded)]),
         trust_sources: Vec::new(),

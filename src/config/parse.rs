@@ -8,7 +8,7 @@ use std::{collections::BTreeMap, fs::File, io::Read, net::SocketAddr, path::Path
 use serde_json::Value;
 
 use super::{
-    Attestation, Config, Limits, LockMemory, Names, SharedSocket, TrustSource,
+    Attestation, AttestationPolicy, Config, Limits, LockMemory, Names, SharedSocket, TrustSource,
     environment::{self, Env},
     error::{Errors, Problem, Warning, Wrong},
     issuance,
@@ -91,6 +91,10 @@ pub(super) fn walk(root: &Section<'_>, report: &Report, env: Env<'_>) -> Option<
         Attestation::Kubernetes,
         values::choice(&[("kubernetes", Attestation::Kubernetes), ("unix", Attestation::Unix)]),
     );
+    let attestation_policy = root.section("attestationPolicy", policy);
+    if attestation == Some(Attestation::Unix) && attestation_policy.as_ref().is_some_and(|told| *told != AttestationPolicy::default()) {
+        root.wrong("attestationPolicy", "is about pods, which `attestation: unix` does not know", "remove it");
+    }
     let pod = environment::pod(report, attestation, env);
     let context = issuance::Context { attestation, trust_domain: trust_domain.as_ref(), pod: pod.as_ref() };
     let issuance = issuance::walk(root, &context);
@@ -123,6 +127,7 @@ pub(super) fn walk(root: &Section<'_>, report: &Report, env: Env<'_>) -> Option<
         trust_domain: trust_domain?,
         shared_socket: shared_socket?,
         attestation: attestation?,
+        attestation_policy: attestation_policy?,
         default_profile,
         issuers,
         trust_sources,
@@ -158,7 +163,12 @@ fn sockets(sockets: &Section<'_>) -> Option<SharedSocket> {
         if mode.is_some_and(|mode| mode & 0o600 != 0o600) {
             shared.wrong("mode", "keeps the agent itself from its socket", "begin it with 6, such as \"0666\" or \"0660\"");
         }
-        Some(SharedSocket { path: path?, mode: mode? })
+        let accept_pid_reuse = shared.read("acceptPidReuse", false, values::boolean);
+        if accept_pid_reuse == Some(true) {
+            let risk = "before Linux 6.5, a process that takes over the pid of a caller that has just ended is served as that caller";
+            shared.warn("acceptPidReuse", risk);
+        }
+        Some(SharedSocket { path: path?, mode: mode?, accept_pid_reuse: accept_pid_reuse? })
     });
     sockets.section("perPod", |per_pod| {
         per_pod.read("directory", "/run/sds-agent/pods".into(), values::absolute_path);
@@ -168,6 +178,12 @@ fn sockets(sockets: &Section<'_>) -> Option<SharedSocket> {
         }
     });
     shared
+}
+
+fn policy(policy: &Section<'_>) -> Option<AttestationPolicy> {
+    let containers = policy.list("containers", |v| values::container(v).map(Into::into));
+    let uids = policy.list("uids", |v| values::integer(0..=u64::from(u32::MAX - 1))(v).map(|uid| u32::try_from(uid).unwrap_or(u32::MAX)));
+    Some(AttestationPolicy { containers: containers?, uids: uids? })
 }
 
 fn source(source: &Section<'_>) -> Option<TrustSource> {

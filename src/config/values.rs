@@ -143,6 +143,12 @@ pub fn namespace(value: &Value) -> Result<String, Wrong> {
     if is_dns_label(name) { Ok(name.to_owned()) } else { Err(Wrong::new("is not the name of a namespace", DNS_LABEL_RULE)) }
 }
 
+/// The name of a container: a DNS label.
+pub fn container(value: &Value) -> Result<String, Wrong> {
+    let name = text(value)?;
+    if is_dns_label(name) { Ok(name.to_owned()) } else { Err(Wrong::new("is not the name of a container", DNS_LABEL_RULE)) }
+}
+
 /// The name of a Kubernetes object: a DNS subdomain.
 pub fn object_name(value: &Value) -> Result<String, Wrong> {
     let name = text(value)?;

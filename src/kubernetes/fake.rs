@@ -39,6 +39,8 @@ pub enum Fault {
     CarryOutAndHang,
     /// The connection breaks at once.
     Refuse,
+    /// 200, with this JSON body, after this time.
+    Late(Duration, Value),
 }
 
 /// Whom a fault meets.
@@ -201,6 +203,10 @@ impl FakeApi {
             match fault {
                 Some(Fault::Status(code, body)) => return Ok(answer(code, body.to_string())),
                 Some(Fault::Text(code, text)) => return Ok(answer(code, text.to_owned())),
+                Some(Fault::Late(wait, body)) => {
+                    tokio::time::sleep(wait).await;
+                    return Ok(answer(200, body.to_string()));
+                }
                 Some(Fault::Hang) => std::future::pending().await,
                 Some(Fault::Refuse) => return Err(std::io::Error::from(std::io::ErrorKind::ConnectionRefused).into()),
                 Some(Fault::LoseAnswer | Fault::CarryOutAndHang) | None => {}

@@ -44,6 +44,30 @@ impl std::fmt::Debug for Script {
     }
 }
 
+/// Everybody may have an identity until told to have left.
+#[derive(Debug, Clone, Default)]
+struct Present {
+    left: Arc<Mutex<Vec<Arc<Identity>>>>,
+    departures: watch::Sender<u64>,
+}
+
+impl Present {
+    fn leaves(&self, who: &str) {
+        self.left.lock().unwrap().push(identity(who));
+        self.departures.send_modify(|departures| *departures += 1);
+    }
+}
+
+impl Claims for Present {
+    fn is_claimed(&self, identity: &Identity) -> bool {
+        !self.left.lock().unwrap().iter().any(|left| **left == *identity)
+    }
+
+    fn departures(&self) -> watch::Receiver<u64> {
+        self.departures.subscribe()
+    }
+}
+
 struct CountDrop(Arc<AtomicUsize>);
 
 impl Drop for CountDrop {
@@ -82,6 +106,7 @@ struct Bench {
     dropped: Arc<AtomicUsize>,
     evidence: Arc<Mutex<Vec<Option<PodRef>>>>,
     script: Arc<Mutex<VecDeque<Script>>>,
+    present: Present,
     source: trust::Source,
     foreign: Arc<Embedded>,
     embedded: Arc<Embedded>,
@@ -113,6 +138,7 @@ impl Bench {
         let trust = Trust::new(trust::Metrics::default());
         let source = trust.source(None, "test");
         let (store, events) = Store::new();
+        let present = Present::default();
         let parts = Parts {
             store: store.clone(),
             events,
@@ -121,11 +147,12 @@ impl Bench {
             await_bundle,
             clock: Arc::new(clock.clone()),
             retention: Duration::from_secs(300),
+            claims: Some(Arc::new(present.clone())),
             metrics: Metrics::default(),
         };
         let shutdown = CancellationToken::new();
         let task = tokio::spawn(run(parts, shutdown.clone()));
-        Self { store, clock, orders, dropped, evidence, script, source, foreign, embedded, shutdown, task }
+        Self { store, clock, orders, dropped, evidence, script, present, source, foreign, embedded, shutdown, task }
     }
 
     fn want(&self, who: &str) -> Lease {
@@ -315,4 +342,46 @@ async fn shutdown_drops_the_orders_under_way() {
     b.shutdown.cancel();
     b.task.await.unwrap();
     assert_eq!(b.dropped.load(Ordering::SeqCst), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_key_goes_with_the_last_who_may_have_it_whatever_the_retention() {
+    let b = Bench::new([]);
+    let (lease, sibling) = (b.want("a"), b.want("b"));
+    let (svid, kept) = (Arc::downgrade(&material(&lease, None).await), Arc::downgrade(&material(&sibling, None).await));
+    drop(sibling);
+    settle().await;
+
+    // The pod ends before its stream does.
+    b.present.leaves("a");
+    settle().await;
+    assert!(svid.upgrade().is_some(), "a stream still has it");
+    drop(lease);
+    settle().await;
+    assert!(svid.upgrade().is_none() && b.store.snapshot().len() == 1);
+
+    // Idle for a while, and then the pod ends.
+    assert!(kept.upgrade().is_some());
+    b.present.leaves("b");
+    settle().await;
+    assert!(kept.upgrade().is_none() && b.store.snapshot().is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_order_is_dropped_with_the_last_who_may_have_its_key_and_a_backoff_is_not() {
+    let b = Bench::new([Script::Pend, Script::Fail(Retry::After(Duration::from_secs(100)))]);
+    let lease = b.want("a");
+    settle().await;
+    drop(lease);
+    b.present.leaves("a");
+    settle().await;
+    assert_eq!((b.dropped.load(Ordering::SeqCst), b.store.snapshot().len()), (1, 0));
+
+    drop(b.want("b"));
+    settle().await;
+    b.present.leaves("b");
+    settle().await;
+    let _again = b.want("b");
+    tokio::time::sleep(Duration::from_secs(50)).await;
+    assert_eq!(b.orders(), 2, "whoever comes next waits as long as the issuer had asked for");
 }

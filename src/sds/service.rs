@@ -148,7 +148,7 @@ impl Service {
         };
         let state = StreamState::new(face, self.directory.wildcard(), self.limits.names_per_stream);
         let mut stream =
-            Stream { service: self, caller, face, state, lease: None, started, answered: false, sent: VecDeque::new(), sender };
+            Stream { service: self, connection, caller, face, state, lease: None, started, answered: false, sent: VecDeque::new(), sender };
         match stream.run(first, &mut incoming).await {
             Ok(()) => Status::ok(""),
             Err(status) => status,
@@ -188,7 +188,7 @@ impl Service {
                 let view = self.view(lease.as_ref(), &trust);
                 let missing = known.iter().any(|(_, target)| view.version(target).is_none());
                 if !missing || end <= Instant::now() {
-                    return self.fetched(&caller, &known, &view);
+                    return self.fetched(connection, &caller, &known, &view);
                 }
                 tokio::select! {
                     () = caller.attested.gone.cancelled() => return Err(ended()),
@@ -221,8 +221,14 @@ impl Service {
         out
     }
 
-    fn fetched(&self, caller: &Caller, known: &[(String, Target)], view: &View) -> Result<VecDeque<Bytes>, Status> {
-        if caller.attested.gone.is_cancelled() {
+    fn fetched(
+        &self,
+        connection: &Connection,
+        caller: &Caller,
+        known: &[(String, Target)],
+        view: &View,
+    ) -> Result<VecDeque<Bytes>, Status> {
+        if connection.has_ended(caller) {
             return Err(ended());
         }
         let mut resources = Vec::with_capacity(known.len());
@@ -253,6 +259,7 @@ impl Service {
 /// One stream, with all that its run changes.
 struct Stream<'a> {
     service: &'a Service,
+    connection: &'a Connection,
     caller: Arc<Caller>,
     face: Face,
     state: StreamState,
@@ -276,7 +283,7 @@ impl Stream<'_> {
         loop {
             let mut view = self.subscribe(&mut trust);
             let held_until = self.withhold_unsettled(&mut view);
-            if self.caller.attested.gone.is_cancelled() {
+            if self.connection.has_ended(&self.caller) {
                 return Err(ended());
             }
             self.answer(&view, trigger).await;

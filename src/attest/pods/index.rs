@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
-use crate::identity::PodRef;
+use crate::identity::{PodRef, Workload};
 
 /// UIDs of deleted pods that are remembered, so that an older list does not bring them back.
 const REMEMBERED: usize = 1024;
@@ -30,9 +30,22 @@ pub struct Spec {
 
 /// `status`
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
-#[serde(default)]
+#[serde(default, rename_all = "camelCase")]
 pub struct Status {
     phase: Option<String>,
+    container_statuses: Option<Vec<Container>>,
+    init_container_statuses: Option<Vec<Container>>,
+    ephemeral_container_statuses: Option<Vec<Container>>,
+}
+
+/// `status.containerStatuses[]`, and its like for init and ephemeral containers
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Container {
+    name: Option<String>,
+    /// `<runtime>://<id>`
+    #[serde(rename = "containerID")]
+    id: Option<String>,
 }
 
 /// The facts of a pod.
@@ -50,6 +63,20 @@ pub struct Pod {
     pub mirror: bool,
     /// Whether its phase is terminal. A pod that is being deleted has not ended: its proxy still drains.
     pub ended: bool,
+    /// (id, name) of its containers of every kind that the kubelet has told of; only where they are asked for.
+    pub containers: Vec<(Arc<str>, Arc<str>)>,
+}
+
+impl Pod {
+    /// Who its processes are.
+    pub fn workload(&self) -> Workload {
+        Workload::Pod { pod: self.pod.clone(), service_account: self.service_account.clone() }
+    }
+
+    /// The name of the container with this id.
+    pub fn container(&self, id: &str) -> Option<Arc<str>> {
+        self.containers.iter().find(|(known, _)| **known == *id).map(|(_, name)| name.clone())
+    }
 }
 
 /// A pod and the token of its end.
@@ -73,6 +100,10 @@ pub(super) struct Index {
     /// What the list that is being read holds.
     list: HashSet<Arc<str>>,
     deleted: VecDeque<Arc<str>>,
+    /// Whether the containers of pods are kept.
+    pub(super) keeps_containers: bool,
+    /// How many pods have ended so far.
+    pub(super) departures: u64,
 }
 
 impl Index {
@@ -93,6 +124,11 @@ impl Index {
     /// Those that have not ended.
     pub(super) fn live(&self) -> HashSet<Arc<str>> {
         self.pods.iter().filter(|(_, known)| !known.pod.ended).map(|(uid, _)| uid.clone()).collect()
+    }
+
+    /// Whom those that have not ended run as.
+    pub(super) fn workloads(&self) -> Vec<Workload> {
+        self.pods.values().filter(|known| !known.pod.ended).map(|known| known.pod.workload()).collect()
     }
 
     /// A signal for when the pod is there.
@@ -126,7 +162,7 @@ impl Index {
     }
 
     pub(super) fn applied(&mut self, slim: &Slim) {
-        let Some(pod) = facts(slim) else { return };
+        let Some(pod) = facts(slim, self.keeps_containers) else { return };
         let uid = pod.pod.uid.clone();
         // A UID never comes back: whoever tells of it tells an old story.
         if self.deleted.contains(&uid) {
@@ -134,8 +170,9 @@ impl Index {
         }
         self.doubtful.remove(&uid);
         let gone = self.pods.get(&uid).map_or_else(CancellationToken::new, |known| known.gone.clone());
-        if pod.ended {
+        if pod.ended && !gone.is_cancelled() {
             gone.cancel();
+            self.departures += 1;
         }
         let unchanged = self.pods.get(&uid).is_some_and(|known| *known.pod == pod);
         if !unchanged {
@@ -185,6 +222,7 @@ impl Index {
     fn remove(&mut self, uid: &str) {
         let Some((uid, known)) = self.pods.remove_entry(uid) else { return };
         known.gone.cancel();
+        self.departures += 1;
         self.doubtful.remove(&uid);
         self.mirrors.retain(|_, real| *real != uid);
         if self.deleted.len() == REMEMBERED {
@@ -194,7 +232,7 @@ impl Index {
     }
 }
 
-fn facts(pod: &Slim) -> Option<Pod> {
+fn facts(pod: &Slim, with_containers: bool) -> Option<Pod> {
     let metadata = &pod.metadata;
     let mirror = metadata.annotations.as_ref().is_some_and(|a| a.contains_key(MIRROR));
     let account = pod.spec.service_account_name.as_deref().filter(|name| !name.is_empty() && !mirror);
@@ -209,5 +247,15 @@ fn facts(pod: &Slim) -> Option<Pod> {
         host_network: pod.spec.host_network.unwrap_or(false),
         mirror,
         ended: matches!(pod.status.as_ref().and_then(|s| s.phase.as_deref()), Some("Succeeded" | "Failed")),
+        containers: pod.status.as_ref().filter(|_| with_containers).map_or(Vec::new(), containers),
     })
+}
+
+fn containers(status: &Status) -> Vec<(Arc<str>, Arc<str>)> {
+    let kinds = [&status.init_container_statuses, &status.container_statuses, &status.ephemeral_container_statuses];
+    let known = |container: &Container| {
+        let (_runtime, id) = container.id.as_deref()?.split_once("://")?;
+        Some((id.into(), container.name.as_deref()?.into()))
+    };
+    kinds.into_iter().flatten().flatten().filter_map(known).collect()
 }

@@ -18,6 +18,10 @@ impl World {
     fn new(api: FakeApi) -> Self {
         let metrics = kubernetes::Metrics::default();
         let pods = Pods::new(api.client(&metrics), "n1", metrics);
+        Self::running(api, pods)
+    }
+
+    fn running(api: FakeApi, pods: Pods) -> Self {
         let running = tokio::spawn({
             let pods = pods.clone();
             async move { pods.run(CancellationToken::new()).await }
@@ -47,7 +51,11 @@ fn pod(name: &str, uid: &str, node: &str) -> Value {
 }
 
 fn list(pods: &[Value]) -> Fault {
-    Fault::Status(200, json!({"kind": "PodList", "apiVersion": "v1", "metadata": {"resourceVersion": "1"}, "items": pods}))
+    Fault::Status(200, body(pods))
+}
+
+fn body(pods: &[Value]) -> Value {
+    json!({"kind": "PodList", "apiVersion": "v1", "metadata": {"resourceVersion": "1"}, "items": pods})
 }
 
 #[tokio::test(start_paused = true)]
@@ -192,4 +200,66 @@ async fn a_static_pod_has_no_service_account_under_either_of_its_uids() {
         assert_eq!((known.pod.mirror, &known.pod.service_account), (true, &None), "{uid}");
     }
     assert_eq!(&*soon(world.pods.wait_for("u-a")).await.unwrap().pod.pod.name, "a", "a real UID goes before an annotation");
+}
+
+#[tokio::test(start_paused = true)]
+async fn containers_are_kept_only_where_they_are_asked_for_and_one_that_is_never_told_of_is_not_awaited_for_ever() {
+    let mut a = pod("a", "u-a", "n1");
+    a["status"]["containerStatuses"] = json!([{"name": "main", "containerID": "cri-o://c1"}]);
+    let api = FakeApi::new();
+    api.put("pods", a);
+    let world = World::synced(api.clone()).await;
+    assert_eq!(soon(world.pods.wait_for("u-a")).await.unwrap().pod.containers, []);
+
+    let metrics = kubernetes::Metrics::default();
+    let pods = Pods::new(api.client(&metrics), "n1", metrics).with_containers();
+    let world = World::running(api, pods);
+    soon(world.pods.wait_for("u-a")).await.unwrap();
+    assert_eq!(&*soon(world.pods.wait_for_container("u-a", "c1")).await.unwrap(), "main");
+    let error = soon(world.pods.wait_for_container("u-a", "c2")).await.unwrap_err();
+    assert_eq!((error.reason, error.temporary), (Reason::unknown_container, true));
+
+    let pods = world.pods.clone();
+    let waiting = tokio::spawn(async move { pods.wait_for_container("u-a", "c2").await });
+    world.api.change("pods", "shop", "a", |o| o["status"]["phase"] = json!("Failed"));
+    assert_eq!(soon(waiting).await.unwrap().unwrap_err().reason, Reason::pod_ended);
+}
+
+#[tokio::test(start_paused = true)]
+async fn each_end_of_a_pod_is_a_departure_and_nothing_else_is() {
+    let api = FakeApi::new();
+    for name in ["a", "b"] {
+        api.put("pods", pod(name, &format!("u-{name}"), "n1"));
+    }
+    let world = World::synced(api).await;
+    let mut departures = world.pods.departures();
+    assert_eq!((*departures.borrow(), world.pods.workloads().len()), (0, 2));
+    world.api.change("pods", "shop", "a", |o| o["metadata"]["deletionTimestamp"] = json!("2026-01-01T00:00:00Z"));
+    assert!(timeout(MINUTE, departures.changed()).await.is_err(), "it still drains");
+    world.api.change("pods", "shop", "b", |o| o["status"]["phase"] = json!("Succeeded"));
+    soon(departures.wait_for(|count| *count == 1)).await.unwrap();
+    assert_eq!(world.pods.workloads().len(), 1);
+    world.api.remove("pods", "shop", "a");
+    soon(departures.wait_for(|count| *count >= 2)).await.unwrap();
+    assert_eq!(world.pods.workloads().len(), 0);
+}
+
+/// What a list lacks is in doubt, and only a read that began after that settles it: the pod of an answer that is under way may be younger.
+#[tokio::test(start_paused = true)]
+async fn a_live_read_that_is_older_than_the_doubt_ends_nobody() {
+    let api = FakeApi::new();
+    api.put("pods", pod("a", "u-a", "n1"));
+    let world = World::synced(api).await;
+    let a = soon(world.pods.wait_for("u-a")).await.unwrap();
+
+    // A read for somebody else is under way; its answer, which knows nobody, comes after the doubt has arisen.
+    world.api.fail("list", "pods", Fault::Late(Duration::from_secs(20), body(&[])), 1);
+    let other = world.waiting("u-other");
+    world.api.until("the live read", |api| (api.count("list", "pods") == 2).then_some(())).await;
+    world.api.fail("list", "pods", list(&[]), 1);
+    world.api.forget_history();
+    world.api.cut_watches(false);
+    assert_eq!(soon(other).await.unwrap().unwrap_err().reason, Reason::unknown_pod);
+    assert!(timeout(MINUTE, a.gone.cancelled()).await.is_err());
+    soon(world.pods.wait_for("u-a")).await.unwrap();
 }

@@ -79,7 +79,7 @@ fn the_sample_of_the_design_is_understood_and_says_what_the_defaults_say() {
         trust_status_ca: false,
     });
     assert_eq!(config.issuers, BTreeMap::from([(IssuerName("default".into()), issuer)]));
-    assert_eq!(config.shared_socket, SharedSocket { path: "/run/sds-agent/sds.sock".into(), mode: 0o666 });
+    assert_eq!(config.shared_socket, SharedSocket { path: "/run/sds-agent/sds.sock".into(), mode: 0o666, accept_pid_reuse: false });
     assert_eq!(config.default_profile.lifetime, Duration::from_secs(86_400));
     assert_eq!((config.retention, config.drain), (Duration::from_secs(300), Duration::from_secs(10)));
     assert_eq!(config.limits, Limits::default());
@@ -128,6 +128,17 @@ authorityEpoch: 7
     let limits =
         Limits { connections: 10, streams_per_connection: 20, message_bytes: 70_000, names_per_stream: 5, idle: Duration::from_secs(60) };
     assert_eq!(config.limits, limits);
+}
+
+#[test]
+fn who_of_a_pod_may_fetch_is_read_and_is_everybody_unless_told() {
+    assert_eq!(load(LEAST).config.attestation_policy, AttestationPolicy::default());
+    let config = load(&format!("attestationPolicy: {{ containers: [istio-proxy, envoy], uids: [1337, \"0\"] }}\n{LEAST}")).config;
+    let expected = AttestationPolicy { containers: vec!["istio-proxy".into(), "envoy".into()], uids: vec![1337, 0] };
+    assert_eq!(config.attestation_policy, expected);
+    let loaded = load(&format!("sockets: {{ shared: {{ acceptPidReuse: true }} }}\n{LEAST}"));
+    assert!(loaded.config.shared_socket.accept_pid_reuse);
+    assert!(loaded.warnings[0].to_string().starts_with("sockets.shared.acceptPidReuse: before Linux 6.5, "), "{:?}", loaded.warnings);
 }
 
 #[test]

@@ -35,7 +35,7 @@ fn each_mistake_has_its_sentence() {
         ("trust_domain: a", "trust_domain: is not a field of the configuration; did you mean trustDomain?"),
         ("lifetime: 1h", "lifetime: is not a field of the configuration; did you mean certificate.lifetime?"),
         ("certificate: { lifetme: 1h }", "certificate.lifetme: is not a field of certificate; did you mean lifetime?"),
-        ("sockets: { shared: { zzz: 1 } }", "sockets.shared.zzz: is not a field of sockets.shared; use one of path, mode"),
+        ("sockets: { shared: { zzz: 1 } }", "sockets.shared.zzz: is not a field of sockets.shared; use one of path, mode, acceptPidReuse"),
         (
             "trustDomain: Cluster.Local",
             r#"trustDomain: "Cluster.Local" is not a trust domain; use 1 to 255 lower-case letters, digits, '.', '-' or '_'"#,
@@ -65,6 +65,19 @@ fn each_mistake_has_its_sentence() {
             "sockets: { perPod: { enabled: true } }",
             "sockets.perPod.enabled: true asks for a socket in every pod, which this version does not serve; \
              set it to false and let pods use sockets.shared",
+        ),
+        (
+            "attestationPolicy: { containers: [Envoy] }",
+            r#"attestationPolicy.containers[0]: "Envoy" is not the name of a container; use 1 to 63 lower-case letters, digits and '-', with a letter or digit at both ends"#,
+        ),
+        (
+            "attestationPolicy: { uids: [-1] }",
+            "attestationPolicy.uids[0]: -1 is not a whole number that fits; use a whole number from 0 to 4294967294",
+        ),
+        ("attestationPolicy: { uids: 1337 }", "attestationPolicy.uids: 1337 is not a list; write `[a, b]`, or one `- ` line for each item"),
+        (
+            "attestation: unix\nattestationPolicy: { uids: [1] }",
+            "attestationPolicy: a mapping is about pods, which `attestation: unix` does not know; remove it",
         ),
         ("attestation: k8s", r#"attestation: "k8s" is not known here; use kubernetes or unix"#),
         (

@@ -1,0 +1,138 @@
+//! A process by number, for kernels that give no handle on a peer: taken a moment after the connection, not with it.
+//!
+//! The directory of `/proc/<pid>` is opened once and everything is read through it: whatever later becomes of the number, it leads to
+//! this process or nowhere. What nobody can tell is whether the number had been recycled before; the user and the group at least must be
+//! those of the credentials.
+
+use std::{
+    fs::File,
+    io::{self, Read},
+    os::fd::OwnedFd,
+    path::Path,
+};
+
+use rustix::{
+    fs::{CWD, Mode, OFlags, openat},
+    process::{Pid, PidfdFlags, pidfd_open},
+};
+
+/// Files of `/proc` that describe one process are shorter.
+const MAX_BYTES: u64 = 16 << 10;
+
+/// A process, and when it started.
+#[derive(Debug)]
+pub struct Record {
+    directory: OwnedFd,
+    started: u64,
+}
+
+impl Record {
+    /// Of the process that has the number now; `NotFound` where it is none, or another user's. `proc` is where procfs is mounted.
+    pub fn take(proc: &Path, pid: i32, uid: u32, gid: u32) -> io::Result<Self> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let directory = openat(CWD, proc.join(pid.to_string()), flags, Mode::empty())?;
+        let started = started(&read(&directory, "stat")?)?;
+        let status = read(&directory, "status")?;
+        // The second of the four is the effective one, which the credentials have.
+        let id = |field: &str| status.lines().find_map(|line| line.strip_prefix(field)?.split_whitespace().nth(1)?.parse::<u32>().ok());
+        if (id("Uid:"), id("Gid:")) == (Some(uid), Some(gid)) {
+            Ok(Self { directory, started })
+        } else {
+            Err(io::ErrorKind::NotFound.into())
+        }
+    }
+
+    /// Its directory in `/proc`.
+    pub fn directory(&self) -> &OwnedFd {
+        &self.directory
+    }
+
+    /// Whether it runs, and is the one that was recorded.
+    pub fn is_alive(&self) -> bool {
+        read(&self.directory, "stat").and_then(|stat| started(&stat)).is_ok_and(|started| started == self.started)
+    }
+
+    /// A handle that tells of its end, where the kernel knows such (Linux 5.3).
+    pub fn pidfd(&self, pid: i32) -> Option<OwnedFd> {
+        let handle = pidfd_open(Pid::from_raw(pid)?, PidfdFlags::empty()).ok()?;
+        // Had the number been recycled by now, the recorded process would have ended.
+        self.is_alive().then_some(handle)
+    }
+}
+
+fn read(directory: &OwnedFd, name: &str) -> io::Result<String> {
+    let file = File::from(openat(directory, name, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?);
+    let mut bytes = Vec::new();
+    file.take(MAX_BYTES).read_to_end(&mut bytes)?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
+}
+
+/// The start time in `/proc/<pid>/stat`, in clock ticks since the machine's; `NotFound` for a process that has ended and waits to be reaped.
+fn started(stat: &str) -> io::Result<u64> {
+    // The second field is the program's name, in brackets, and may hold anything.
+    let fields: Vec<&str> = stat.rsplit_once(')').map_or(Vec::new(), |(_, rest)| rest.split_whitespace().collect());
+    match (fields.first(), fields.get(19).and_then(|ticks| ticks.parse().ok())) {
+        (Some(&("Z" | "X" | "x")), _) => Err(io::ErrorKind::NotFound.into()),
+        (_, Some(ticks)) => Ok(ticks),
+        _ => Err(io::Error::new(io::ErrorKind::InvalidData, "a stat file without a start time")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, os::fd::AsFd, process::Command};
+
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+    use super::*;
+
+    fn ids() -> (u32, u32) {
+        (nix::unistd::geteuid().as_raw(), nix::unistd::getegid().as_raw())
+    }
+
+    #[test]
+    fn a_process_is_recorded_until_it_ends_even_before_it_is_reaped() {
+        let (uid, gid) = ids();
+        let mut child = Command::new("sleep").arg("60").spawn().unwrap();
+        let pid = i32::try_from(child.id()).unwrap();
+        let record = Record::take(Path::new("/proc"), pid, uid, gid).unwrap();
+        assert!(record.is_alive() && record.pidfd(pid).is_some());
+        let pidfd = record.pidfd(pid).unwrap();
+        child.kill().unwrap();
+        poll(&mut [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)], PollTimeout::NONE).unwrap();
+        assert!(!record.is_alive(), "it has ended, and nobody has asked for its status yet");
+        child.wait().unwrap();
+        assert!(!record.is_alive() && record.pidfd(pid).is_none());
+        assert!(Record::take(Path::new("/proc"), pid, uid, gid).is_err());
+    }
+
+    #[test]
+    fn another_users_process_is_not_the_one_that_connected() {
+        let (uid, gid) = ids();
+        let pid = i32::try_from(std::process::id()).unwrap();
+        assert!(Record::take(Path::new("/proc"), pid, uid, gid).unwrap().is_alive());
+        for (uid, gid) in [(uid + 1, gid), (uid, gid + 1)] {
+            assert_eq!(Record::take(Path::new("/proc"), pid, uid, gid).unwrap_err().kind(), io::ErrorKind::NotFound);
+        }
+    }
+
+    #[test]
+    fn a_later_start_is_another_process_whatever_its_name_says() {
+        let proc = tempfile::tempdir().unwrap();
+        let (directory, stat) =
+            (proc.path().join("7"), |state: &str, ticks: u64| format!("7 (a) S 1 (b) {state}{}{ticks} 0 0\n", " 1 ".repeat(18)));
+        fs::create_dir(&directory).unwrap();
+        fs::write(directory.join("status"), "Name:\tx\nUid:\t1\t2\t3\t4\nGid:\t5\t6\t7\t8\n").unwrap();
+        fs::write(directory.join("stat"), stat("S", 4711)).unwrap();
+        let record = Record::take(proc.path(), 7, 2, 6).unwrap();
+        assert!(record.is_alive());
+        for (state, ticks) in [("S", 4712), ("Z", 4711)] {
+            fs::write(directory.join("stat"), stat(state, ticks)).unwrap();
+            assert!(!record.is_alive(), "{state} {ticks}");
+        }
+        for broken in ["", "7 (x", "7 (x) S 1 2 3"] {
+            fs::write(directory.join("stat"), broken).unwrap();
+            assert!(!record.is_alive() && Record::take(proc.path(), 7, 2, 6).is_err(), "{broken}");
+        }
+    }
+}
