@@ -110,6 +110,7 @@ impl std::fmt::Debug for Tasks {
 
 /// The agent as configured.
 pub async fn build(config: &Config, mut base: Base) -> anyhow::Result<Bound> {
+    parts::check(config)?;
     let socket = listener::bind(&config.shared_socket.path, config.shared_socket.mode)?;
     let deps = parts::make(config, &mut base).await?;
     join(config, base, deps, socket).await

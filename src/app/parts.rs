@@ -36,7 +36,6 @@ struct Cluster {
 
 /// Makes what `config` asks for. Nothing here waits for the upstream: what has to be in sync holds a readiness guard.
 pub(super) async fn make(config: &Config, base: &mut Base) -> anyhow::Result<Deps> {
-    check_kernel(config, peer::kernel_pins()?)?;
     let clock: Arc<dyn Clock> = Arc::new(SystemClock);
     let last = CancellationToken::new();
     let mut tasks: Vec<BoxFuture<'static, ()>> = Vec::new();
@@ -58,7 +57,11 @@ fn by_pod(config: &Config, pods: Pods) -> anyhow::Result<KubernetesAttestor> {
     Ok(attestor.with_policy(config.attestation_policy.clone()).accepting_pid_reuse(config.shared_socket.accept_pid_reuse))
 }
 
-/// Refuses to serve where a caller could be taken for another.
+/// Refuses to serve where a caller could be taken for another; before anything is bound.
+pub(super) fn check(config: &Config) -> anyhow::Result<()> {
+    check_kernel(config, peer::kernel_pins()?)
+}
+
 fn check_kernel(config: &Config, kernel_pins: bool) -> anyhow::Result<()> {
     if config.attestation != Attestation::Kubernetes || kernel_pins {
         return Ok(());

@@ -14,6 +14,7 @@
 
 mod support;
 
+mod attest;
 mod dev;
 mod envoy_cert_manager;
 mod envoy_embedded;

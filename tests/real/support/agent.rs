@@ -138,6 +138,18 @@ impl Agent {
         values.filter_map(|line| line.rsplit_once(' ')?.1.parse::<f64>().ok()).sum()
     }
 
+    /// The same, of those with `label` among their labels.
+    pub async fn metric_of(&self, name: &str, label: &str) -> f64 {
+        let text = http::get_ok(self.admin, "/metrics").await.expect("the agent's metrics");
+        let values = text.lines().filter(|line| line.strip_prefix(name).is_some_and(|rest| rest.starts_with('{') && rest.contains(label)));
+        values.filter_map(|line| line.rsplit_once(' ')?.1.parse::<f64>().ok()).sum()
+    }
+
+    /// What it holds, as `/certs` tells.
+    pub async fn certificates(&self) -> String {
+        http::get_ok(self.admin, "/certs").await.expect("the agent's certificates")
+    }
+
     /// Asks it to end.
     pub fn terminate(&self) {
         self.child.signal(Signal::SIGTERM);

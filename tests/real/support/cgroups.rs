@@ -18,40 +18,88 @@ const PARENTS: [&str; 2] = ["kubepods", "kubepods/burstable"];
 /// How often a removal is tried while killed processes are still on their way out, 10 ms apart.
 const REMOVALS: usize = 200;
 
-/// A container's cgroup in each hierarchy. Removed when dropped; its processes must have been told to end by then.
+/// A cgroup in each hierarchy, such as a container's. Removed when dropped; its processes must have been told to end by then.
 pub struct PodCgroup {
-    folders: Vec<PathBuf>,
+    /// (mount point, cgroup)
+    folders: Vec<(PathBuf, PathBuf)>,
 }
 
 impl PodCgroup {
     /// Makes `kubepods/burstable/pod<uid>/<container id>` everywhere.
     pub fn new(pod_uid: &str) -> Self {
-        let container = format!("{:064x}", u128::from_str_radix(&pod_uid.replace('-', ""), 16).expect("a pod's UID is hexadecimal"));
-        let pod = format!("{}/pod{pod_uid}", PARENTS[1]);
-        let path = format!("{pod}/{container}");
+        Self::container(pod_uid, &container_id(pod_uid, 0))
+    }
+
+    /// The same for a certain container.
+    pub fn container(pod_uid: &str, id: &str) -> Self {
+        Self::at(&format!("{}/pod{pod_uid}/{id}", PARENTS[1]))
+    }
+
+    /// Makes `path` everywhere. Of what is made, the last four folders are removed again.
+    pub fn at(path: &str) -> Self {
         let hierarchies = hierarchies();
         assert!(!hierarchies.is_empty(), "no cgroup hierarchy is mounted");
-        let folders = hierarchies.iter().map(|root| {
-            for step in [PARENTS[0], PARENTS[1], &pod, &path] {
-                make(root, &root.join(step));
-            }
-            root.join(&path)
-        });
-        Self { folders: folders.collect() }
+        Self::made(hierarchies.into_iter().map(|root| (root.clone(), root)), path)
+    }
+
+    /// Makes `path` below this one everywhere, as a container with a writable cgroup may.
+    pub fn below(&self, path: &str) -> Self {
+        Self::made(self.folders.iter().cloned(), path)
+    }
+
+    fn made(places: impl Iterator<Item = (PathBuf, PathBuf)>, path: &str) -> Self {
+        let make_all = |(root, place): (PathBuf, PathBuf)| {
+            let folder = path.split('/').fold(place, |above, step| {
+                let folder = above.join(step);
+                make(&root, &folder);
+                folder
+            });
+            (root, folder)
+        };
+        Self { folders: places.map(make_all).collect() }
+    }
+
+    /// How many hierarchies there are.
+    pub fn hierarchies(&self) -> usize {
+        self.folders.len()
     }
 
     /// A command that runs `program` in this cgroup.
     pub fn command(&self, program: &Path) -> Command {
-        let moves = self.folders.iter().map(|folder| format!("echo $$ >'{}/cgroup.procs' && ", folder.display()));
+        Self::moved(self.folders.iter(), program)
+    }
+
+    /// A command that runs `program` in this cgroup, but for the last hierarchy, where it is in `other`.
+    pub fn command_mixed_with(&self, other: &Self, program: &Path) -> Command {
+        let last = self.folders.len() - 1;
+        Self::moved(self.folders[..last].iter().chain(&other.folders[last..]), program)
+    }
+
+    fn moved<'a>(folders: impl Iterator<Item = &'a (PathBuf, PathBuf)>, program: &Path) -> Command {
         let mut command = Command::new("sh");
-        command.arg("-c").arg(format!("{}exec \"$0\" \"$@\"", moves.collect::<String>())).arg(program);
+        command.arg("-c").arg(format!("{}exec \"$0\" \"$@\"", moves(folders))).arg(program);
         command
     }
+
+    /// Shell words that move the shell into this cgroup; more words may follow.
+    pub fn moves(&self) -> String {
+        moves(self.folders.iter())
+    }
+}
+
+fn moves<'a>(folders: impl Iterator<Item = &'a (PathBuf, PathBuf)>) -> String {
+    folders.map(|(_, folder)| format!("echo $$ >'{}/cgroup.procs' && ", folder.display())).collect()
+}
+
+/// An id as runtimes give it: the `index`th of a pod.
+pub fn container_id(pod_uid: &str, index: u8) -> String {
+    let uid = u128::from_str_radix(&pod_uid.replace('-', ""), 16).expect("a pod's UID is hexadecimal");
+    format!("{index:032x}{uid:032x}")
 }
 
 impl Drop for PodCgroup {
     fn drop(&mut self) {
-        for folder in &self.folders {
+        for (_, folder) in &self.folders {
             for _ in 0..REMOVALS {
                 match fs::remove_dir(folder) {
                     Err(e) if e.kind() == ErrorKind::ResourceBusy => thread::sleep(Duration::from_millis(10)),
@@ -113,5 +161,5 @@ async fn a_process_is_in_its_pods_cgroup_in_every_hierarchy() {
     }
     let folders = cgroup.folders.clone();
     drop(cgroup);
-    assert!(folders.iter().all(|folder| !folder.exists()), "they are left behind");
+    assert!(folders.iter().all(|(_, folder)| !folder.exists()), "they are left behind");
 }

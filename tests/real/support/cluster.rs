@@ -229,6 +229,11 @@ impl Cluster {
         self.send("DELETE", path, "application/json", &json!({})).await
     }
 
+    /// Deletes an object at once, whatever time it was to have.
+    pub async fn delete_now(&self, path: &str) -> Value {
+        self.send("DELETE", path, "application/json", &json!({"gracePeriodSeconds": 0})).await
+    }
+
     async fn send(&self, method: &str, path: &str, content: &str, body: &Value) -> Value {
         let body = if body.is_null() { Vec::new() } else { body.to_string().into_bytes() };
         let request = http::Request::builder().method(method).uri(path).header("content-type", content).body(body);

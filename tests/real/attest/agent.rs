@@ -1,0 +1,95 @@
+//! Where the agent itself stands: in a cgroup namespace of its own, on an old kernel; and how long it takes to know a caller.
+
+use std::{fs, sync::Arc, time::Instant};
+
+use sds_agent::{
+    attest::{Attestor, kubernetes::KubernetesAttestor, pods::Pods},
+    kubernetes::Metrics,
+    peer::Peer,
+};
+use tokio::net::UnixListener;
+
+use super::{
+    nothing_is_gained,
+    scene::{PATIENCE, Scene, caller},
+};
+use crate::support::{self, cgroups::PodCgroup, child::Child, tools};
+
+#[tokio::test]
+async fn an_agent_in_a_pod_with_a_cgroup_namespace_of_its_own() {
+    let _turn = support::turn().await;
+    let mut own = None;
+    let scene = Scene::launched("certificate: { lifetime: 1h }", |agent, launch| {
+        let cgroup = PodCgroup::new(&agent.pod.uid);
+        let words = format!("{}exec unshare --cgroup \"$0\" \"$@\"", cgroup.moves());
+        own = Some(cgroup);
+        launch.under(["sh".to_owned(), "-c".to_owned(), words])
+    })
+    .await;
+    let pid = scene.agent.process().pid();
+    let seen = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
+    assert!(seen.lines().all(|line| line.contains(&format!("/pod{}/", scene.agent_pod.pod.uid))), "{seen}");
+    let namespaces = [format!("/proc/{pid}/ns/cgroup"), "/proc/self/ns/cgroup".to_owned()].map(|path| fs::read_link(path).unwrap());
+    assert_ne!(namespaces[0], namespaces[1]);
+    nothing_is_gained(&scene).await;
+}
+
+#[tokio::test]
+async fn on_an_old_kernel_the_agent_starts_only_where_the_risk_was_accepted() {
+    let _turn = support::turn().await;
+    let mut scene = Scene::start("certificate: { lifetime: 1h }").await;
+    scene.agent.terminate();
+    scene.agent.exit(PATIENCE).await;
+
+    // The first thing that is asked of a socket is whether its peer can be held.
+    let log = scene.dir.path().join("trace");
+    let inject = ["-f", "-e", "trace=getsockopt", "-e", "inject=getsockopt:error=ENOPROTOOPT:when=1", "-o"];
+    let wrapper = [tools::strace().to_str().unwrap().to_owned()].into_iter().chain(inject.map(str::to_owned));
+    let old = scene.launch.clone().under(wrapper.chain([log.to_str().unwrap().to_owned()]));
+    let mut agent = old.spawn();
+    let status = agent.exit(PATIENCE).await;
+    let said = agent.process().output();
+    assert!(!status.success() && said.contains("Linux 6.5") && said.contains("sockets.shared.acceptPidReuse: true"), "{status} {said}");
+    assert!(!agent.socket().exists(), "nobody is kept waiting");
+
+    let config = scene.dir.path().join("config.yaml");
+    let accepting = fs::read_to_string(&config).unwrap().replace("mode: \"0666\"", "mode: \"0666\", acceptPidReuse: true");
+    fs::write(&config, accepting).unwrap();
+    let agent = old.start().await;
+    assert!(agent.process().output().contains("takes over the pid"), "{}", agent.process().output());
+}
+
+/// The figure of the note: all that stands between a connection and the name of its pod.
+#[tokio::test]
+async fn a_caller_is_known_within_milliseconds() {
+    const ROUNDS: usize = 5000;
+    let _turn = support::turn().await;
+    let scene = Scene::start("certificate: { lifetime: 1h }").await;
+    let metrics = Metrics::default();
+    let pods = Pods::new(scene.agent_pod.client().await, &scene.node, metrics);
+    let running = tokio::spawn({
+        let pods = pods.clone();
+        async move { pods.run(tokio_util::sync::CancellationToken::new()).await }
+    });
+    pods.synced().wait_for(|synced| *synced).await.unwrap();
+    let attestor = Arc::new(KubernetesAttestor::new(pods, "/proc".into(), None).unwrap());
+
+    let path = scene.dir.path().join("bench.sock");
+    let listener = UnixListener::bind(&path).unwrap();
+    let mut command = scene.a.cgroup.command(caller());
+    let _caller = Child::spawn("test-caller", command.arg("watch").arg(&path).arg("default"));
+    let (stream, _) = listener.accept().await.unwrap();
+    let mut times = Vec::with_capacity(ROUNDS);
+    for _ in 0..ROUNDS {
+        let start = Instant::now();
+        let peer = Peer::of(&stream).unwrap();
+        let attested = attestor.attest(&peer).await.unwrap();
+        times.push(start.elapsed());
+        assert_eq!(*attested.workload.pod().unwrap().uid, *scene.a.pod.uid);
+    }
+    running.abort();
+    times.sort_unstable();
+    let (p50, p99) = (times[ROUNDS / 2], times[ROUNDS * 99 / 100]);
+    eprintln!("figure: attestation, warm: p50 {} µs, p99 {} µs of {ROUNDS}", p50.as_micros(), p99.as_micros());
+    assert!(p50.as_millis() < 20, "{p50:?}");
+}
