@@ -39,6 +39,7 @@ pub mod trust;
 
 pub mod app;
 
+pub mod authority;
 pub mod cli;
 pub mod clock;
 pub mod config;
