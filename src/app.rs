@@ -83,7 +83,7 @@ impl Base {
 /// An agent whose sockets are open.
 #[derive(Debug)]
 pub struct Bound {
-    socket: listener::Bound,
+    socket: Option<listener::Bound>,
     admin: TcpListener,
     metrics: TcpListener,
     sessions: Sessions,
@@ -107,18 +107,23 @@ impl std::fmt::Debug for Tasks {
 
 /// The agent as configured.
 pub async fn build(config: &Config, mut base: Base) -> anyhow::Result<Bound> {
-    let socket = listener::bind(&config.shared_socket.path, config.shared_socket.mode)?;
+    let socket = shared(config)?;
     let deps = parts::make(config, &mut base).await?;
     join(config, base, deps, socket).await
 }
 
 /// An agent of the given parts.
 pub async fn build_with(config: &Config, base: Base, deps: Deps) -> anyhow::Result<Bound> {
-    let socket = listener::bind(&config.shared_socket.path, config.shared_socket.mode)?;
+    let socket = shared(config)?;
     join(config, base, deps, socket).await
 }
 
-async fn join(config: &Config, base: Base, deps: Deps, socket: listener::Bound) -> anyhow::Result<Bound> {
+fn shared(config: &Config) -> Result<Option<listener::Bound>, listener::Error> {
+    config.shared_socket.as_ref().map(|socket| listener::bind(&socket.path, socket.mode)).transpose()
+}
+
+async fn join(config: &Config, base: Base, deps: Deps, socket: Option<listener::Bound>) -> anyhow::Result<Bound> {
+    anyhow::ensure!(config.per_pod.is_none(), "sockets.perPod: not served yet");
     let Base { mut exposition, readiness, shutdown, start } = base;
     let admin = admin::bind("admin.address", config.admin).await?;
     let metrics = admin::bind("metrics.address", config.metrics).await?;
@@ -177,9 +182,9 @@ async fn join(config: &Config, base: Base, deps: Deps, socket: listener::Bound) 
 }
 
 impl Bound {
-    /// The workload socket's path.
-    pub fn socket(&self) -> &Path {
-        self.socket.name.path()
+    /// The shared socket's path, where there is one.
+    pub fn socket(&self) -> Option<&Path> {
+        self.socket.as_ref().map(|socket| socket.name.path())
     }
 
     /// The admin listener's address.
@@ -195,7 +200,7 @@ impl Bound {
     /// Serves until the shutdown has begun and has drained.
     pub async fn run(self) -> Drained {
         let Self { socket, admin, metrics, sessions, rotation, routes, readiness, tasks, ending, last, shutdown, start } = self;
-        info!(socket = %socket.name.path().display(), "serving");
+        info!(socket = socket.as_ref().map(|socket| tracing::field::display(socket.name.path().display())), "serving");
         let mut beside = JoinSet::new();
         for task in tasks.0 {
             beside.spawn(task);
@@ -204,7 +209,8 @@ impl Bound {
         tokio::spawn(admin::serve(admin, routes.clone(), shutdown.clone()));
         tokio::spawn(admin::serve(metrics, routes.without_certificates(), shutdown.clone()));
         let services = sessions.services.clone();
-        let accepting = tokio::spawn(sessions.accept(socket.listener));
+        let (name, listener) = socket.map(|socket| (socket.name, socket.listener)).unzip();
+        let accepting = listener.map(|listener| tokio::spawn(sessions.accept(listener)));
         drop(start);
         tokio::spawn(async move {
             readiness.reached().await;
@@ -222,8 +228,12 @@ impl Bound {
             }
         }
         // Nobody new comes in, the name is free, and only then the streams end: clients find the successor, not us.
-        socket.name.release();
-        let _ = accepting.await;
+        if let Some(name) = name {
+            name.release();
+        }
+        if let Some(accepting) = accepting {
+            let _ = accepting.await;
+        }
         services.leaving().await;
         ending.cancel();
         let drained = shutdown.drained().await;
