@@ -26,6 +26,8 @@ pub mod identity;
 
 pub mod sds;
 
+pub mod csi;
+
 pub mod store;
 
 pub mod rotation;
