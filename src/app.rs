@@ -13,10 +13,11 @@ use tracing::{info, warn};
 
 use crate::{
     admin,
-    attest::{self, Attestor},
+    attest::{self, Attestor, pods::Pods},
     caller::Desk,
     clock::Clock,
     config::Config,
+    csi,
     identity::{IssuerName, Resolver},
     issuer::Issuer,
     listener,
@@ -41,6 +42,8 @@ pub struct Deps {
     pub clock: Arc<dyn Clock>,
     /// How callers of the shared socket are known.
     pub attestor: Arc<dyn Attestor>,
+    /// This node's pods, where they are known: sockets of pods need them.
+    pub pods: Option<Pods>,
     /// The upstreams, by the names that profiles use.
     pub issuers: BTreeMap<IssuerName, Arc<dyn Issuer>>,
     /// The bundles; its sources are fed by `tasks`.
@@ -87,6 +90,7 @@ pub struct Bound {
     admin: TcpListener,
     metrics: TcpListener,
     sessions: Sessions,
+    csi: Option<csi::Driver>,
     rotation: rotation::Parts,
     routes: admin::Routes,
     readiness: Readiness,
@@ -123,7 +127,6 @@ fn shared(config: &Config) -> Result<Option<listener::Bound>, listener::Error> {
 }
 
 async fn join(config: &Config, base: Base, deps: Deps, socket: Option<listener::Bound>) -> anyhow::Result<Bound> {
-    anyhow::ensure!(config.per_pod.is_none(), "sockets.perPod: not served yet");
     let Base { mut exposition, readiness, shutdown, start } = base;
     let admin = admin::bind("admin.address", config.admin).await?;
     let metrics = admin::bind("metrics.address", config.metrics).await?;
@@ -142,6 +145,7 @@ async fn join(config: &Config, base: Base, deps: Deps, socket: Option<listener::
     };
     let resolver = Resolver { trust_domain: config.trust_domain.clone(), default_profile: config.default_profile.clone() };
     let (_, resolver) = watch::channel(Arc::new(resolver));
+    let warmer = csi::warm::Warmer { store: store.clone(), resolver: resolver.clone() };
     let desk = Desk { attestor: deps.attestor, resolver, metrics: attest::Metrics::register(registry) };
     let ending = CancellationToken::new();
     let sds = sds::service::Service {
@@ -161,6 +165,15 @@ async fn join(config: &Config, base: Base, deps: Deps, socket: Option<listener::
         shutdown: shutdown.clone(),
         ending: ending.clone(),
     };
+    let csi = match (&config.per_pod, deps.pods) {
+        (Some(per_pod), Some(pods)) => {
+            let (config, node, sessions) = (per_pod.clone(), config.node.clone(), sessions.clone());
+            let metrics = csi::metrics::Metrics::register(registry);
+            Some(csi::Driver::bind(csi::Parts { config, node, pods, sessions, warmer, metrics })?)
+        }
+        (Some(_), None) => anyhow::bail!("sockets.perPod needs the index of this node's pods"),
+        (None, _) => None,
+    };
     let inventory = inventory::Inventory::new(store, deps.clock);
     registry.register_collector(Box::new(inventory.clone()));
     let certificates = Arc::new(move || inventory.rows());
@@ -170,6 +183,7 @@ async fn join(config: &Config, base: Base, deps: Deps, socket: Option<listener::
         admin,
         metrics,
         sessions,
+        csi,
         rotation,
         routes,
         readiness,
@@ -199,13 +213,16 @@ impl Bound {
 
     /// Serves until the shutdown has begun and has drained.
     pub async fn run(self) -> Drained {
-        let Self { socket, admin, metrics, sessions, rotation, routes, readiness, tasks, ending, last, shutdown, start } = self;
+        let Self { socket, admin, metrics, sessions, csi, rotation, routes, readiness, tasks, ending, last, shutdown, start } = self;
         info!(socket = socket.as_ref().map(|socket| tracing::field::display(socket.name.path().display())), "serving");
         let mut beside = JoinSet::new();
         for task in tasks.0 {
             beside.spawn(task);
         }
         beside.spawn(rotation::run(rotation, last.clone()));
+        if let Some(driver) = csi {
+            beside.spawn(driver.run(last.clone()));
+        }
         tokio::spawn(admin::serve(admin, routes.clone(), shutdown.clone()));
         tokio::spawn(admin::serve(metrics, routes.without_certificates(), shutdown.clone()));
         let services = sessions.services.clone();

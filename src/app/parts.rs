@@ -44,11 +44,12 @@ pub(super) async fn make(config: &Config, base: &mut Base) -> anyhow::Result<Dep
     let trust = Trust::new(trust::Metrics::register(base.exposition.registry()));
     let await_bundle = sources(config, base, &trust, cluster.as_ref(), &mut tasks, &last)?;
     let issuers = issuers(config, base, &trust, cluster.as_ref(), &clock, &mut tasks, &last)?;
-    let attestor: Arc<dyn Attestor> = match (config.attestation, cluster.and_then(|cluster| cluster.pods)) {
+    let pods = cluster.and_then(|cluster| cluster.pods);
+    let attestor: Arc<dyn Attestor> = match (config.attestation, pods.clone()) {
         (Attestation::Kubernetes, Some(pods)) => Arc::new(KubernetesAttestor::new(pods, "/proc".into(), config.node.pod.as_ref())?),
         _ => Arc::new(attest::unix::UnixAttestor),
     };
-    Ok(Deps { clock, attestor, issuers, trust, await_bundle, tasks, last })
+    Ok(Deps { clock, attestor, pods, issuers, trust, await_bundle, tasks, last })
 }
 
 fn needs_cluster(config: &Config) -> bool {
