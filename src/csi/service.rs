@@ -82,7 +82,7 @@ async fn confirm(pods: &Pods, claim: &Claim) -> Result<(), Status> {
     let uid = &claim.pod.uid;
     match timeout(CONFIRMATION, pods.wait_for(uid)).await {
         Ok(Ok(known)) => {
-            claim.check(&known.pod).map_err(|error| Status::permission_denied(error.to_string()))?;
+            claim.check(&known.pod).map_err(|error| Status::permission_denied(error.detail))?;
             if known.pod.service_account.is_none() {
                 return Err(Status::failed_precondition(format!("pod {} has no service account and therefore no identity", known.pod.pod)));
             }

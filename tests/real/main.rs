@@ -14,6 +14,7 @@
 
 mod support;
 
+mod csi;
 mod dev;
 mod envoy_cert_manager;
 mod envoy_embedded;

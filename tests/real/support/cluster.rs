@@ -88,11 +88,16 @@ impl Cluster {
     /// A service account and a pod of it, both called `name`, running on `node`.
     pub async fn pod(&self, namespace: &str, name: &str, node: &str) -> Pod {
         self.create(&format!("/api/v1/namespaces/{namespace}/serviceaccounts"), &json!({"metadata": {"name": name}})).await;
+        self.pod_of(namespace, name, name, node).await
+    }
+
+    /// A pod of a service account that exists, running on `node`.
+    pub async fn pod_of(&self, namespace: &str, account: &str, name: &str, node: &str) -> Pod {
         let pods = format!("/api/v1/namespaces/{namespace}/pods");
         let pod = json!({
             "metadata": {"name": name},
             "spec": {
-                "serviceAccountName": name,
+                "serviceAccountName": account,
                 "nodeName": node,
                 "automountServiceAccountToken": false,
                 "terminationGracePeriodSeconds": 0,
@@ -106,7 +111,7 @@ impl Cluster {
             namespace: namespace.to_owned(),
             name: name.to_owned(),
             uid: pod["metadata"]["uid"].as_str().expect("the API server gives each pod a UID").to_owned(),
-            service_account: name.to_owned(),
+            service_account: account.to_owned(),
         }
     }
 
@@ -245,13 +250,22 @@ impl Cluster {
 impl AgentPod {
     /// `run` against this cluster as this pod; `settings` is more YAML, such as `certificate`.
     pub fn launch(&self, dir: &Path, settings: &str) -> Launch {
+        self.launched(settings, |settings| Launch::run(dir, settings))
+    }
+
+    /// The same with `sockets` as given.
+    pub fn launch_on(&self, dir: &Path, sockets: &str, settings: &str) -> Launch {
+        self.launched(settings, |settings| Launch::run_on(dir, sockets, settings))
+    }
+
+    fn launched(&self, settings: &str, run: impl FnOnce(&str) -> Launch) -> Launch {
         let (namespace, (roots_namespace, roots, key)) = (&self.pod.namespace, ROOTS);
         let settings = format!(
             "trustDomain: cluster.local\nattestation: kubernetes\n\
              issuer: {{ certManager: {{ issuerRef: {{ name: {ISSUER}, kind: ClusterIssuer }}, namespace: {namespace} }} }}\n\
              trust: {{ sources: [ {{ configMap: {{ namespace: {roots_namespace}, name: {roots}, key: {key} }} }} ] }}\n{settings}\n"
         );
-        Launch::run(dir, &settings)
+        run(&settings)
             .env("KUBECONFIG", self.kubeconfig.to_str().expect("a plain path"))
             .env("NODE_NAME", &self.node)
             .env("POD_NAMESPACE", namespace)
