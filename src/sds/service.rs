@@ -20,7 +20,7 @@ use tracing::{debug, warn};
 use super::{
     held::Held,
     metrics::{Kind, Metrics, Trigger},
-    names::{Directory, Target, WILDCARD},
+    names::{self, Directory, Target, WILDCARD},
     secret,
     stream::{Due, Names, Received, Request as StreamRequest, StreamState, TYPE_URL, Violation},
 };
@@ -176,6 +176,7 @@ impl Service {
             let mut trust = self.trust.clone();
             let known = self.known(&asked, &caller.identity, &trust.borrow_and_update());
             if known.is_empty() {
+                let asked: Vec<_> = asked.iter().map(|name| names::excerpt(name).escape_debug().to_string()).collect();
                 return Err(Status::not_found(format!("none of these names is known here: {}", asked.join(", "))));
             }
             let lease = known
