@@ -162,7 +162,23 @@ impl Service {
         B::Error: std::fmt::Display,
     {
         let wait = grpc::timeout(request.headers()).map_or(FETCH_WAIT, |t| t.saturating_sub(HEADROOM.min(t / 10)));
-        let message: DiscoveryRequest = Incoming::new(request.into_body(), self.limits.message_bytes).only().await?;
+        // From here on everything is the caller's time: the rest of its request, its attestation, the certificate.
+        let end = Instant::now() + wait;
+        tokio::select! {
+            biased;
+            result = self.answer_by(end, connection, request.into_body()) => result,
+            () = self.drain.cancelled() => Err(closing()),
+            // Later than what is answered at the end itself.
+            () = tokio::time::sleep_until(end + HEADROOM / 2) => Err(Status::unavailable("the caller is not yet known")),
+        }
+    }
+
+    async fn answer_by<B>(&self, end: Instant, connection: &Connection, body: B) -> Result<VecDeque<Bytes>, Status>
+    where
+        B: HttpBody<Data = Bytes> + Unpin,
+        B::Error: std::fmt::Display,
+    {
+        let message: DiscoveryRequest = Incoming::new(body, self.limits.message_bytes).only().await?;
         if !message.type_url.is_empty() && message.type_url != TYPE_URL {
             return Err(violation(&Violation::TypeUrl(message.type_url)));
         }
@@ -171,38 +187,30 @@ impl Service {
         if asked.len() > self.limits.names_per_stream {
             return Err(violation(&Violation::TooManyNames(self.limits.names_per_stream)));
         }
-        let answer = async {
-            let caller = connection.caller().await?;
-            let mut trust = self.trust.clone();
-            let known = self.known(&asked, &caller.identity, &trust.borrow_and_update());
-            if known.is_empty() {
-                let asked: Vec<_> = asked.iter().map(|name| names::excerpt(name).escape_debug().to_string()).collect();
-                return Err(Status::not_found(format!("none of these names is known here: {}", asked.join(", "))));
+        let caller = connection.caller().await?;
+        let mut trust = self.trust.clone();
+        let known = self.known(&asked, &caller.identity, &trust.borrow_and_update());
+        if known.is_empty() {
+            let asked: Vec<_> = asked.iter().map(|name| names::excerpt(name).escape_debug().to_string()).collect();
+            return Err(Status::not_found(format!("none of these names is known here: {}", asked.join(", "))));
+        }
+        let lease = known
+            .iter()
+            .any(|(_, t)| *t == Target::Certificate)
+            .then(|| self.store.lease(&caller.identity, Demand::Now, caller.attested.workload.pod().cloned()));
+        let mut material = lease.as_ref().map(Lease::watch);
+        loop {
+            let view = self.view(lease.as_ref(), &trust);
+            let missing = known.iter().any(|(_, target)| view.version(target).is_none());
+            if !missing || end <= Instant::now() {
+                return self.fetched(&caller, &known, &view);
             }
-            let lease = known
-                .iter()
-                .any(|(_, t)| *t == Target::Certificate)
-                .then(|| self.store.lease(&caller.identity, Demand::Now, caller.attested.workload.pod().cloned()));
-            let mut material = lease.as_ref().map(Lease::watch);
-            let end = Instant::now() + wait;
-            loop {
-                let view = self.view(lease.as_ref(), &trust);
-                let missing = known.iter().any(|(_, target)| view.version(target).is_none());
-                if !missing || end <= Instant::now() {
-                    return self.fetched(&caller, &known, &view);
-                }
-                tokio::select! {
-                    () = caller.attested.gone.cancelled() => return Err(ended()),
-                    () = news(material.as_mut()) => {}
-                    Ok(()) = trust.changed() => {}
-                    () = tokio::time::sleep_until(end) => {}
-                }
+            tokio::select! {
+                () = caller.attested.gone.cancelled() => return Err(ended()),
+                () = news(material.as_mut()) => {}
+                Ok(()) = trust.changed() => {}
+                () = tokio::time::sleep_until(end) => {}
             }
-        };
-        tokio::select! {
-            () = self.drain.cancelled() => Err(closing()),
-            () = tokio::time::sleep(wait + HEADROOM / 2) => Err(Status::unavailable("the caller is not yet known")),
-            result = answer => result,
         }
     }
 
