@@ -415,9 +415,9 @@ impl Stream<'_> {
         if !std::mem::replace(&mut self.answered, true) {
             self.service.metrics.first_secret(trigger == Trigger::subscribe, self.started.elapsed());
         }
-        let watches_certificate = self.lease.is_some();
-        let sent_stem = view.svid.as_ref().map(|svid| stem(svid.version()).to_owned());
-        let stem = sent_stem.or_else(|| held.map(|held| held.stem())).filter(|_| watches_certificate);
+        // Of the certificate that is in this response, or that the client keeps. One that it rejected is neither.
+        let sent = names.iter().find(|(name, _)| self.target(name) == Target::Certificate);
+        let stem = sent.map(|(_, version)| stem(version).to_owned()).or_else(|| held.map(|held| held.stem()));
         let version = secret::response_version(stem.as_deref(), names.iter().map(|(n, v)| (&**n, &**v)));
         let identity = &self.caller.identity;
         debug!(%identity, workload = %self.caller.attested.workload, nonce, ?kinds, version, "pushed to the client");

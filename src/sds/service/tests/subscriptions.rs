@@ -93,6 +93,24 @@ async fn a_rejection_that_adds_a_name_gets_the_name_and_not_the_rejected_version
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_rejected_certificate_leaves_no_hint_in_a_later_version() {
+    let b = Bench::new();
+    let mut client = Client::asking(&b, Face::StateOfTheWorld, &["ROOTCA", "default"]).await;
+    let mut first = client.reply().await;
+    while first.resources.len() < 2 {
+        client.ack(&first);
+        first = client.reply().await;
+    }
+    client.nack(&first);
+    client.quiet(MINUTE).await;
+    b.source.take(grown_bundle(&b));
+    let second = client.accepted().await;
+    assert_eq!(second.names(), ["ROOTCA"]);
+    let stem = stem(b.material().version()).to_owned();
+    assert!(!second.version.starts_with(&stem), "the client does not have the certificate that it would claim: {}", second.version);
+}
+
+#[tokio::test(start_paused = true)]
 async fn an_answer_to_a_superseded_response_is_ignored_and_the_names_of_a_delta_count() {
     for face in FACES {
         let b = Bench::new();
