@@ -288,7 +288,7 @@ impl Stream<'_> {
             if self.caller.attested.gone.is_cancelled() {
                 return Err(ended());
             }
-            self.answer(&view, trigger).await;
+            self.answer(&view, trigger).await?;
             if !asking && self.is_settled(&view) {
                 return Ok(());
             }
@@ -398,11 +398,13 @@ impl Stream<'_> {
         self.state.is_settled(|name| self.target(name) != Target::Unknown, |name| view.version(&self.target(name)))
     }
 
-    /// Sends what is due.
-    async fn answer(&mut self, view: &View, trigger: Trigger) {
+    /// Sends what is due. A workload that ends meanwhile does not get the rest of it.
+    async fn answer(&mut self, view: &View, trigger: Trigger) -> Result<(), Status> {
         let held = self.held(&view.bundles);
         let (directory, caller) = (&self.service.directory, &self.caller);
-        let Some(Due { nonce, names }) = self.state.due(|name| view.version(&directory.target(name, &caller.identity))) else { return };
+        let Some(Due { nonce, names }) = self.state.due(|name| view.version(&directory.target(name, &caller.identity))) else {
+            return Ok(());
+        };
         let mut resources = Vec::with_capacity(names.len());
         let mut kinds = Vec::with_capacity(names.len());
         for (name, _) in &names {
@@ -425,7 +427,14 @@ impl Stream<'_> {
             self.sent.pop_front();
         }
         self.sent.push_back((nonce, Instant::now(), kinds));
-        self.sender.send(secret::response(self.face, &version, &nonce.to_string(), resources)).await;
+        tokio::select! {
+            biased;
+            () = self.caller.attested.gone.cancelled() => {
+                self.sender.take_back();
+                Err(ended())
+            }
+            () = self.sender.send(secret::response(self.face, &version, &nonce.to_string(), resources)) => Ok(()),
+        }
     }
 }
 

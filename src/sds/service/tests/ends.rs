@@ -1,11 +1,13 @@
 //! How streams end, and what is left behind: nothing.
 
+use http_body_util::BodyExt;
+use tokio::sync::mpsc;
 use tonic::Code;
 
 use super::{
     super::*,
     bench::{Bench, RETENTION, Upstream, foreign_bundle, settle},
-    client::{Client, FACES},
+    client::{Client, Content, FACES, Reply, body, framed, status},
 };
 
 const MINUTE: Duration = Duration::from_secs(60);
@@ -44,6 +46,30 @@ async fn a_workload_that_ends_while_its_certificate_is_issued_never_gets_it() {
         b.upstream.send_replace(Upstream::Up);
         assert_eq!(client.end().await.0, Code::PermissionDenied);
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_the_transport_has_not_taken_when_a_workload_ends_stays_here() {
+    let b = Bench::new();
+    let mut before = Client::asking(&b, Face::Delta, &["default"]).await;
+    before.accepted().await;
+    let (said, mut body) = by_hand(&b, "default").await;
+    let head = body.frame().await.unwrap().unwrap().into_data().unwrap();
+    assert!(head.len() < 500, "the key is in the next piece");
+    b.gone.cancel();
+    let next = body.frame().await.unwrap().unwrap();
+    assert_eq!(status(next.trailers_ref().expect("the status, and no key")).0, Code::PermissionDenied);
+    assert!(body.frame().await.is_none());
+    drop(said);
+}
+
+/// A stream whose response is read by hand.
+async fn by_hand(b: &Bench, name: &str) -> (mpsc::UnboundedSender<Bytes>, Body) {
+    let (said, pieces) = mpsc::unbounded_channel();
+    let request = Request::post(format!("/{SERVICE}/StreamSecrets")).body(body(pieces)).unwrap();
+    let response = b.service.call(&b.connection(), request).await.unwrap();
+    said.send(framed(&DiscoveryRequest { resource_names: vec![name.into()], ..Default::default() })).unwrap();
+    (said, response.into_body())
 }
 
 #[tokio::test(start_paused = true)]
@@ -143,14 +169,8 @@ async fn a_key_is_dropped_with_the_last_stream_and_the_retention() {
 
 #[tokio::test(start_paused = true)]
 async fn a_client_that_does_not_read_misses_nothing_but_what_was_overtaken() {
-    // Its response is read piece by piece by hand: the driver sends no more than the transport takes.
-    use http_body_util::BodyExt;
     let b = Bench::new();
-    let (said, pieces) = tokio::sync::mpsc::unbounded_channel();
-    let request = Request::post(format!("/{SERVICE}/StreamSecrets")).body(super::client::body(pieces)).unwrap();
-    let mut body = b.service.call(&b.connection(), request).await.unwrap().into_body();
-    let ask = DiscoveryRequest { resource_names: vec!["ROOTCA".into()], ..Default::default() };
-    said.send(super::client::framed(&ask)).unwrap();
+    let (_said, mut body) = by_hand(&b, "ROOTCA").await;
     let head = body.frame().await.unwrap().unwrap().into_data().unwrap();
     let mut last = None;
     for _ in 0..20 {
@@ -164,7 +184,7 @@ async fn a_client_that_does_not_read_misses_nothing_but_what_was_overtaken() {
     for _ in 0..2 {
         message.extend(body.frame().await.unwrap().unwrap().into_data().unwrap());
     }
-    let reply = super::client::Reply::of_message(Face::StateOfTheWorld, &message[grpc::PREFIX..]);
-    assert_eq!(reply.resources[0].content, super::client::Content::Bundle(last.unwrap().to_pem()));
+    let reply = Reply::of_message(Face::StateOfTheWorld, &message[grpc::PREFIX..]);
+    assert_eq!(reply.resources[0].content, Content::Bundle(last.unwrap().to_pem()));
     assert!(tokio::time::timeout(MINUTE, body.frame()).await.is_err());
 }
