@@ -198,14 +198,15 @@ impl Rotation {
 
     fn event(&mut self, event: Event) {
         let now = self.now();
-        match event {
-            Event::Wanted(entry) => {
-                self.planner.wanted(now, entry.id, &entry.identity.profile.issuer, entry.demand());
-                self.entries.entry(entry.id).or_insert(entry);
-            }
-            Event::Idle(entry) if !entry.is_leased() => self.planner.idle(now, entry.id),
-            // A new subscriber was faster; what it wants is on its way.
-            Event::Idle(entry) => drop(self.parts.store.forget(&entry, Duration::MAX)),
+        let (Event::Wanted(entry) | Event::Idle(entry)) = &event;
+        let (id, is_leased) = (entry.id, entry.is_leased());
+        if let Event::Wanted(entry) = event {
+            self.planner.wanted(now, id, &entry.identity.profile.issuer, entry.demand());
+            self.entries.entry(id).or_insert(entry);
+        }
+        // Who wanted it may have left meanwhile, and a new subscriber may have come: the state counts, not the event.
+        if !is_leased {
+            self.planner.idle(now, id);
         }
     }
 

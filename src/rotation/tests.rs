@@ -308,6 +308,25 @@ async fn a_key_is_wiped_when_nobody_has_asked_for_it_for_the_retention() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_subscriber_that_came_back_and_left_again_leaves_neither_a_key_nor_a_renewal() {
+    let b = Bench::new([]);
+    let lease = b.want("a");
+    let weak = Arc::downgrade(&material(&lease, None).await);
+    drop(lease);
+    // The second visit comes when rotation knows of the first one's end, the third before it has heard of the second's.
+    tokio::time::sleep(Duration::from_secs(100)).await;
+    drop(b.want("a"));
+    drop(b.want("a"));
+    tokio::time::sleep(Duration::from_secs(299)).await;
+    assert!(weak.upgrade().is_some());
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert!(weak.upgrade().is_none(), "no reference is left behind");
+    tokio::time::sleep(Duration::from_secs(7200)).await;
+    assert_eq!(b.orders(), 1, "nobody has asked for a renewal");
+    assert!(b.store.snapshot().is_empty());
+}
+
+#[tokio::test(start_paused = true)]
 async fn shutdown_drops_the_orders_under_way() {
     let b = Bench::new([Script::Pend]);
     let _lease = b.want("a");
