@@ -65,6 +65,7 @@ struct State<K> {
     events: Pin<Box<dyn Stream<Item = watcher::Result<Event<K>>> + Send>>,
     backoff: DefaultBackoff,
     pause: Option<Duration>,
+    last: Option<Ended>,
     told: Option<Failure>,
 }
 
@@ -74,15 +75,21 @@ where
     K: KubeResource + Clone + DeserializeOwned + fmt::Debug + Send + 'static,
 {
     let events = Box::pin(watcher(api.clone(), selection.config.clone()));
-    let state = State { api, selection, metrics, events, backoff: DefaultBackoff::default(), pause: None, told: None };
+    let state = State { api, selection, metrics, events, backoff: DefaultBackoff::default(), pause: None, last: None, told: None };
     stream::unfold(state, |mut state| async move {
         if let Some(pause) = state.pause.take() {
             tokio::time::sleep(pause).await;
         }
         let signal = match state.events.next().await? {
             Ok(event) => {
-                // `Init` only says that a list is about to be asked for.
-                if !matches!(event, Event::Init) {
+                let mended = match event {
+                    // It only says that a list is about to be asked for.
+                    Event::Init => false,
+                    // A list shows nothing of a watch that could not be started: who may list and not watch would list without a pause.
+                    Event::InitApply(_) | Event::InitDone => state.last == Some(Ended::list_failed),
+                    Event::Apply(_) | Event::Delete(_) => true,
+                };
+                if mended {
                     state.recovered();
                 }
                 Signal::Event(event)
@@ -102,6 +109,7 @@ where
 {
     fn recovered(&mut self) {
         self.backoff.reset();
+        self.last = None;
         if self.told.take().is_some() {
             tracing::info!(resource = %self.selection.name, "the watch works again");
         }
@@ -125,6 +133,7 @@ where
             self.events = Box::pin(watcher(self.api.clone(), self.selection.config.clone()));
         }
         self.pause = self.backoff.next();
+        self.last = Some(reason);
         // A forgotten version is the ordinary end of a quiet watch, and is answered by a list.
         if !expired && self.told.as_ref() != Some(&failure) {
             tracing::warn!(resource = %self.selection.name, error = %failure, "the watch does not work; trying again");
