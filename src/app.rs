@@ -32,8 +32,8 @@ use crate::{
 mod inventory;
 mod parts;
 
-/// How long the parts that end last (rotation, deletions upstream) may take.
-const LAST_STEPS: Duration = Duration::from_secs(3);
+/// How long the parts that end last may take: rotation, and then the deletions upstream, which give up by themselves after five seconds.
+const LAST_STEPS: Duration = Duration::from_secs(6);
 
 /// What differs between a node, a laptop and a test.
 pub struct Deps {
