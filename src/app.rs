@@ -9,7 +9,7 @@ use std::{collections::BTreeMap, net::SocketAddr, path::Path, sync::Arc, time::D
 use futures::future::BoxFuture;
 use tokio::{net::TcpListener, sync::watch, task::JoinSet};
 use tokio_util::sync::CancellationToken;
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 use crate::{
     admin,
@@ -178,8 +178,8 @@ impl Bound {
         self.metrics.local_addr()
     }
 
-    /// Serves until the shutdown has begun and has drained.
-    pub async fn run(self) -> Drained {
+    /// Serves until the shutdown has begun and has drained; an error where a part of the agent was what began it.
+    pub async fn run(self) -> anyhow::Result<Drained> {
         let Self { socket, admin, metrics, sessions, rotation, routes, tasks, ending, last, shutdown, start } = self;
         info!(socket = %socket.name.path().display(), "serving");
         let mut beside = JoinSet::new();
@@ -194,14 +194,14 @@ impl Bound {
         drop(start);
 
         // A part that ends before the shutdown has failed.
-        tokio::select! {
-            () = shutdown.drain.cancelled() => {}
-            Some(ended) = beside.join_next() => {
-                if let Err(error) = ended {
-                    tracing::error!(%error, "a part of the agent has failed; shutting down so that it is started anew");
-                }
-                shutdown.begin();
-            }
+        let failed = tokio::select! {
+            biased;
+            () = shutdown.drain.cancelled() => None,
+            Some(ended) = beside.join_next() => Some(ended.err().map_or_else(|| "it ended".to_owned(), |error| error.to_string())),
+        };
+        if let Some(cause) = &failed {
+            error!(cause, "a part of the agent has failed; shutting down so that it is started anew");
+            shutdown.begin();
         }
         // Nobody new comes in, the name is free, and only then the streams end: clients find the successor, not us.
         socket.name.release();
@@ -219,6 +219,12 @@ impl Bound {
             warn!("the last steps did not end in time");
         }
         info!("stopped");
-        drained
+        match failed {
+            None => Ok(drained),
+            Some(cause) => Err(anyhow::anyhow!("a part of the agent has failed: {cause}")),
+        }
     }
 }
+
+#[cfg(test)]
+mod tests;
