@@ -45,10 +45,7 @@ pub(super) async fn make(config: &Config, base: &mut Base) -> anyhow::Result<Dep
     let trust = Trust::new(trust::Metrics::register(base.exposition.registry()));
     let await_bundle = sources(config, base, &trust, cluster.as_ref(), &mut tasks, &last)?;
     let issuers = issuers(config, base, &trust, cluster.as_ref(), &clock, &mut tasks, &last)?;
-    let attestor: Arc<dyn Attestor> = match (config.attestation, cluster.and_then(|cluster| cluster.pods)) {
-        (Attestation::Kubernetes, Some(pods)) => Arc::new(KubernetesAttestor::new(pods, "/proc".into(), config.node.pod.as_ref())?),
-        _ => Arc::new(attest::unix::UnixAttestor),
-    };
+    let attestor = attestor(config, cluster.and_then(|cluster| cluster.pods))?;
     Ok(Deps { clock, attestor, issuers, trust, await_bundle, tasks, last })
 }
 
@@ -79,6 +76,15 @@ async fn cluster(
         _ => None,
     };
     Ok(Cluster { client, metrics, pods })
+}
+
+/// What the configuration names, and nothing in its place: by user id, every pod's root would be one workload.
+fn attestor(config: &Config, pods: Option<Pods>) -> anyhow::Result<Arc<dyn Attestor>> {
+    Ok(match (config.attestation, pods) {
+        (Attestation::Kubernetes, Some(pods)) => Arc::new(KubernetesAttestor::new(pods, "/proc".into(), config.node.pod.as_ref())?),
+        (Attestation::Kubernetes, None) => anyhow::bail!("attestation: kubernetes serves the pods of one node: set NODE_NAME"),
+        (Attestation::Unix, _) => Arc::new(attest::unix::UnixAttestor),
+    })
 }
 
 /// Feeds the bundles; whether one comes from elsewhere than the issuers.
@@ -237,6 +243,11 @@ mod tests {
 
     fn config() -> Config {
         config::dev(Dev::default(), &|_| None).unwrap()
+    }
+
+    #[test]
+    fn kubernetes_attestation_without_a_node_is_no_attestation_by_user_id() {
+        assert!(attestor(&Config { attestation: Attestation::Kubernetes, ..config() }, None).is_err());
     }
 
     #[tokio::test(start_paused = true)]
