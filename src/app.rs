@@ -106,18 +106,12 @@ impl std::fmt::Debug for Tasks {
 
 /// The agent as configured.
 pub async fn build(config: &Config, mut base: Base) -> anyhow::Result<Bound> {
-    let socket = listener::bind(&config.shared_socket.path, config.shared_socket.mode)?;
     let deps = parts::make(config, &mut base).await?;
-    join(config, base, deps, socket).await
+    build_with(config, base, deps).await
 }
 
 /// An agent of the given parts.
 pub async fn build_with(config: &Config, base: Base, deps: Deps) -> anyhow::Result<Bound> {
-    let socket = listener::bind(&config.shared_socket.path, config.shared_socket.mode)?;
-    join(config, base, deps, socket).await
-}
-
-async fn join(config: &Config, base: Base, deps: Deps, socket: listener::Bound) -> anyhow::Result<Bound> {
     let Base { mut exposition, readiness, shutdown, start } = base;
     let admin = admin::bind("admin.address", config.admin).await?;
     let metrics = admin::bind("metrics.address", config.metrics).await?;
@@ -159,6 +153,8 @@ async fn join(config: &Config, base: Base, deps: Deps, socket: listener::Bound) 
     registry.register_collector(Box::new(inventory.clone()));
     let certificates = Arc::new(move || inventory.rows());
     let routes = admin::Routes::new(readiness, Arc::new(exposition)).with_certificates(certificates);
+    // Last of all that can fail, as it takes the name from a predecessor that may be serving well.
+    let socket = listener::bind(&config.shared_socket.path, config.shared_socket.mode)?;
     Ok(Bound { socket, admin, metrics, sessions, rotation, routes, tasks: Tasks(deps.tasks), ending, last: deps.last, shutdown, start })
 }
 

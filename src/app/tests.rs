@@ -35,3 +35,16 @@ async fn a_part_that_ends_or_panics_ends_the_agent_as_failed() {
         assert!(timeout(Duration::from_secs(20), bound.run()).await.unwrap().is_err());
     }
 }
+
+#[tokio::test]
+async fn an_agent_that_cannot_start_leaves_its_predecessors_socket_alone() {
+    let directory = tempfile::tempdir().unwrap();
+    let config = config(directory.path());
+    let path = &config.shared_socket.path;
+    let _predecessor = listener::bind(path, 0o666).unwrap();
+    let taken = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let config = Config { metrics: taken.local_addr().unwrap(), ..config.clone() };
+    let built = build_with(&config, Base::new(Shutdown::new(Duration::ZERO)), deps(Vec::new())).await;
+    assert!(built.unwrap_err().to_string().contains("metrics.address"));
+    tokio::net::UnixStream::connect(path).await.expect("the predecessor answers");
+}
