@@ -9,7 +9,7 @@ use std::{collections::BTreeMap, net::SocketAddr, path::Path, sync::Arc, time::D
 use futures::future::BoxFuture;
 use tokio::{net::TcpListener, sync::watch, task::JoinSet};
 use tokio_util::sync::CancellationToken;
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 use crate::{
     admin,
@@ -32,8 +32,8 @@ use crate::{
 mod inventory;
 mod parts;
 
-/// How long the parts that end last (rotation, deletions upstream) may take.
-const LAST_STEPS: Duration = Duration::from_secs(3);
+/// How long the parts that end last may take: rotation, and then the deletions upstream, which give up by themselves after five seconds.
+const LAST_STEPS: Duration = Duration::from_secs(6);
 
 /// What differs between a node, a laptop and a test.
 pub struct Deps {
@@ -107,18 +107,12 @@ impl std::fmt::Debug for Tasks {
 
 /// The agent as configured.
 pub async fn build(config: &Config, mut base: Base) -> anyhow::Result<Bound> {
-    let socket = listener::bind(&config.shared_socket.path, config.shared_socket.mode)?;
     let deps = parts::make(config, &mut base).await?;
-    join(config, base, deps, socket).await
+    build_with(config, base, deps).await
 }
 
 /// An agent of the given parts.
 pub async fn build_with(config: &Config, base: Base, deps: Deps) -> anyhow::Result<Bound> {
-    let socket = listener::bind(&config.shared_socket.path, config.shared_socket.mode)?;
-    join(config, base, deps, socket).await
-}
-
-async fn join(config: &Config, base: Base, deps: Deps, socket: listener::Bound) -> anyhow::Result<Bound> {
     let Base { mut exposition, readiness, shutdown, start } = base;
     let admin = admin::bind("admin.address", config.admin).await?;
     let metrics = admin::bind("metrics.address", config.metrics).await?;
@@ -160,6 +154,8 @@ async fn join(config: &Config, base: Base, deps: Deps, socket: listener::Bound) 
     registry.register_collector(Box::new(inventory.clone()));
     let certificates = Arc::new(move || inventory.rows());
     let routes = admin::Routes::new(readiness.clone(), Arc::new(exposition)).with_certificates(certificates);
+    // Last of all that can fail, as it takes the name from a predecessor that may be serving well.
+    let socket = listener::bind(&config.shared_socket.path, config.shared_socket.mode)?;
     Ok(Bound {
         socket,
         admin,
@@ -192,8 +188,8 @@ impl Bound {
         self.metrics.local_addr()
     }
 
-    /// Serves until the shutdown has begun and has drained.
-    pub async fn run(self) -> Drained {
+    /// Serves until the shutdown has begun and has drained; an error where a part of the agent was what began it.
+    pub async fn run(self) -> anyhow::Result<Drained> {
         let Self { socket, admin, metrics, sessions, rotation, routes, readiness, tasks, ending, last, shutdown, start } = self;
         info!(socket = %socket.name.path().display(), "serving");
         let mut beside = JoinSet::new();
@@ -212,14 +208,14 @@ impl Bound {
         });
 
         // A part that ends before the shutdown has failed.
-        tokio::select! {
-            () = shutdown.drain.cancelled() => {}
-            Some(ended) = beside.join_next() => {
-                if let Err(error) = ended {
-                    tracing::error!(%error, "a part of the agent has failed; shutting down so that it is started anew");
-                }
-                shutdown.begin();
-            }
+        let failed = tokio::select! {
+            biased;
+            () = shutdown.drain.cancelled() => None,
+            Some(ended) = beside.join_next() => Some(ended.err().map_or_else(|| "it ended".to_owned(), |error| error.to_string())),
+        };
+        if let Some(cause) = &failed {
+            error!(cause, "a part of the agent has failed; shutting down so that it is started anew");
+            shutdown.begin();
         }
         // Nobody new comes in, the name is free, and only then the streams end: clients find the successor, not us.
         socket.name.release();
@@ -237,6 +233,12 @@ impl Bound {
             warn!("the last steps did not end in time");
         }
         info!("stopped");
-        drained
+        match failed {
+            None => Ok(drained),
+            Some(cause) => Err(anyhow::anyhow!("a part of the agent has failed: {cause}")),
+        }
     }
 }
+
+#[cfg(test)]
+mod tests;

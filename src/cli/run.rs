@@ -84,7 +84,7 @@ async fn run(config: &Config, style: Style, hardened: &process::Hardened) -> any
     if style == Style::Dev {
         output::say(&dev::greeting(bound.socket(), bound.admin()?, config))?;
     }
-    Ok(match bound.run().await {
+    Ok(match bound.run().await? {
         Drained::Complete | Drained::TimedOut { .. } => ExitCode::SUCCESS,
         Drained::Aborted => Exit::Failed.into(),
     })

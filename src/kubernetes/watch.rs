@@ -22,6 +22,8 @@ use crate::kubernetes::{
 const SHORTEST_PAUSE: Duration = Duration::from_millis(500);
 /// Certificates may wait for the watch: it is back soon after the server is.
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+/// And while a right is missing.
+const LONGEST_PAUSE_WITHOUT_RIGHT: Duration = Duration::from_secs(30);
 
 /// Why a watch broke, as a metric label.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
@@ -68,6 +70,7 @@ struct State<K> {
     /// Before the next try.
     pause: Option<Duration>,
     next_pause: Duration,
+    last: Option<Ended>,
     told: Option<Failure>,
 }
 
@@ -77,15 +80,21 @@ where
     K: KubeResource + Clone + DeserializeOwned + fmt::Debug + Send + 'static,
 {
     let events = Box::pin(watcher(api.clone(), selection.config.clone()));
-    let state = State { api, selection, metrics, events, pause: None, next_pause: SHORTEST_PAUSE, told: None };
+    let state = State { api, selection, metrics, events, pause: None, next_pause: SHORTEST_PAUSE, last: None, told: None };
     stream::unfold(state, |mut state| async move {
         if let Some(pause) = state.pause.take() {
             tokio::time::sleep(pause).await;
         }
         let signal = match state.events.next().await? {
             Ok(event) => {
-                // `Init` only says that a list is about to be asked for.
-                if !matches!(event, Event::Init) {
+                let mended = match event {
+                    // It only says that a list is about to be asked for.
+                    Event::Init => false,
+                    // A list shows nothing of a watch that could not be started: who may list and not watch would list without a pause.
+                    Event::InitApply(_) | Event::InitDone => state.last == Some(Ended::list_failed),
+                    Event::Apply(_) | Event::Delete(_) => true,
+                };
+                if mended {
                     state.recovered();
                 }
                 Signal::Event(event)
@@ -105,6 +114,7 @@ where
 {
     fn recovered(&mut self) {
         self.next_pause = SHORTEST_PAUSE;
+        self.last = None;
         if self.told.take().is_some() {
             tracing::info!(resource = %self.selection.name, "the watch works again");
         }
@@ -132,7 +142,10 @@ where
             self.next_pause = SHORTEST_PAUSE;
         }
         self.pause = Some(self.next_pause.mul_f64(0.5 + 0.5 * fastrand::f64()));
-        self.next_pause = (self.next_pause * 2).min(LONGEST_PAUSE);
+        // A right that is missing comes back by a person's hand: no hurry.
+        let longest = if failure.cause == Cause::Rbac { LONGEST_PAUSE_WITHOUT_RIGHT } else { LONGEST_PAUSE };
+        self.next_pause = (self.next_pause * 2).min(longest);
+        self.last = Some(reason);
         if !expired && self.told.as_ref() != Some(&failure) {
             tracing::warn!(resource = %self.selection.name, error = %failure, "the watch does not work; trying again");
             self.told = Some(failure.clone());
