@@ -15,10 +15,10 @@ use crate::{
     admin,
     attest::{self, Attestor},
     caller::Desk,
-    clock::{Clock, SystemClock},
-    config::{Config, IssuerConfig},
+    clock::Clock,
+    config::Config,
     identity::{IssuerName, Resolver},
-    issuer::{Issuer, embedded::Embedded},
+    issuer::Issuer,
     listener,
     metrics::Exposition,
     readiness::{self, Readiness},
@@ -26,10 +26,11 @@ use crate::{
     session::{self, Sessions, services::Services},
     shutdown::{Drained, Shutdown},
     store::Store,
-    trust::{self, Trust},
+    trust::Trust,
 };
 
 mod inventory;
+mod parts;
 
 /// How long the parts that end last (rotation, deletions upstream) may take.
 const LAST_STEPS: Duration = Duration::from_secs(3);
@@ -88,6 +89,7 @@ pub struct Bound {
     sessions: Sessions,
     rotation: rotation::Parts,
     routes: admin::Routes,
+    readiness: Readiness,
     tasks: Tasks,
     ending: CancellationToken,
     last: CancellationToken,
@@ -106,7 +108,7 @@ impl std::fmt::Debug for Tasks {
 /// The agent as configured.
 pub async fn build(config: &Config, mut base: Base) -> anyhow::Result<Bound> {
     let socket = listener::bind(&config.shared_socket.path, config.shared_socket.mode)?;
-    let deps = dependencies(config, &mut base).await?;
+    let deps = parts::make(config, &mut base).await?;
     join(config, base, deps, socket).await
 }
 
@@ -114,31 +116,6 @@ pub async fn build(config: &Config, mut base: Base) -> anyhow::Result<Bound> {
 pub async fn build_with(config: &Config, base: Base, deps: Deps) -> anyhow::Result<Bound> {
     let socket = listener::bind(&config.shared_socket.path, config.shared_socket.mode)?;
     join(config, base, deps, socket).await
-}
-
-async fn dependencies(config: &Config, base: &mut Base) -> anyhow::Result<Deps> {
-    let clock: Arc<dyn Clock> = Arc::new(SystemClock);
-    let trust = Trust::new(trust::Metrics::register(base.exposition.registry()));
-    let mut issuers: BTreeMap<IssuerName, Arc<dyn Issuer>> = BTreeMap::new();
-    for (name, issuer) in &config.issuers {
-        match issuer {
-            IssuerConfig::Embedded => {
-                let embedded = Embedded::new(config.trust_domain.as_str(), clock.clone())?;
-                trust.source(None, &format!("issuer {name}")).take(embedded.bundle()?);
-                issuers.insert(name.clone(), Arc::new(embedded));
-            }
-            IssuerConfig::CertManager(_) => anyhow::bail!("issuer {name}: not composed yet"),
-        }
-    }
-    Ok(Deps {
-        clock,
-        attestor: Arc::new(attest::unix::UnixAttestor),
-        issuers,
-        trust,
-        await_bundle: false,
-        tasks: Vec::new(),
-        last: CancellationToken::new(),
-    })
 }
 
 async fn join(config: &Config, base: Base, deps: Deps, socket: listener::Bound) -> anyhow::Result<Bound> {
@@ -182,8 +159,21 @@ async fn join(config: &Config, base: Base, deps: Deps, socket: listener::Bound) 
     let inventory = inventory::Inventory::new(store, deps.clock);
     registry.register_collector(Box::new(inventory.clone()));
     let certificates = Arc::new(move || inventory.rows());
-    let routes = admin::Routes::new(readiness, Arc::new(exposition)).with_certificates(certificates);
-    Ok(Bound { socket, admin, metrics, sessions, rotation, routes, tasks: Tasks(deps.tasks), ending, last: deps.last, shutdown, start })
+    let routes = admin::Routes::new(readiness.clone(), Arc::new(exposition)).with_certificates(certificates);
+    Ok(Bound {
+        socket,
+        admin,
+        metrics,
+        sessions,
+        rotation,
+        routes,
+        readiness,
+        tasks: Tasks(deps.tasks),
+        ending,
+        last: deps.last,
+        shutdown,
+        start,
+    })
 }
 
 impl Bound {
@@ -204,7 +194,7 @@ impl Bound {
 
     /// Serves until the shutdown has begun and has drained.
     pub async fn run(self) -> Drained {
-        let Self { socket, admin, metrics, sessions, rotation, routes, tasks, ending, last, shutdown, start } = self;
+        let Self { socket, admin, metrics, sessions, rotation, routes, readiness, tasks, ending, last, shutdown, start } = self;
         info!(socket = %socket.name.path().display(), "serving");
         let mut beside = JoinSet::new();
         for task in tasks.0 {
@@ -216,6 +206,10 @@ impl Bound {
         let services = sessions.services.clone();
         let accepting = tokio::spawn(sessions.accept(socket.listener));
         drop(start);
+        tokio::spawn(async move {
+            readiness.reached().await;
+            info!("ready");
+        });
 
         // A part that ends before the shutdown has failed.
         tokio::select! {

@@ -15,6 +15,9 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{identity::Workload, peer::Peer};
 
+pub mod cgroup;
+pub mod kubernetes;
+pub mod pods;
 pub mod unix;
 
 /// A proven caller.

@@ -1,6 +1,6 @@
 //! Waiting for an owned file descriptor: timers and pidfds.
 
-use std::{io, os::fd::OwnedFd};
+use std::{io, os::fd::OwnedFd, sync::Arc};
 
 use tokio::io::{Interest, unix::AsyncFd};
 
@@ -10,5 +10,11 @@ use tokio::io::{Interest, unix::AsyncFd};
 /// crate forbids the `unsafe` of the successor.
 #[expect(deprecated, reason = "OwnedFd keeps its descriptor, and unsafe code is forbidden here")]
 pub fn watched(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    AsyncFd::with_interest(fd, Interest::READABLE)
+}
+
+/// The same for a descriptor that others hold too. While it is registered, another registration of it fails with `AlreadyExists`.
+#[expect(deprecated, reason = "as above; an Arc does not change what it holds")]
+pub fn watched_shared(fd: Arc<OwnedFd>) -> io::Result<AsyncFd<Arc<OwnedFd>>> {
     AsyncFd::with_interest(fd, Interest::READABLE)
 }

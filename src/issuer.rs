@@ -13,6 +13,7 @@ use crate::{
     material::PrivateKey,
 };
 
+pub mod cert_manager;
 pub mod csr;
 pub mod embedded;
 pub mod verify;

@@ -6,6 +6,7 @@
 use std::{
     fmt, io,
     os::fd::{AsFd, OwnedFd},
+    sync::Arc,
 };
 
 use nix::{
@@ -13,6 +14,9 @@ use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::socket::{getsockopt, sockopt},
 };
+use tokio_util::sync::{CancellationToken, DropGuard};
+
+use crate::fd;
 
 /// Credentials at connect time, and the handle.
 pub struct Peer {
@@ -22,20 +26,24 @@ pub struct Peer {
     pub uid: u32,
     /// The effective group id.
     pub gid: u32,
-    pidfd: Option<OwnedFd>,
+    pidfd: Option<Arc<OwnedFd>>,
+    dropped: CancellationToken,
+    _drop: DropGuard,
 }
 
 impl Peer {
     /// Reads `SO_PEERPIDFD` and `SO_PEERCRED` of a connected socket. Kernels before 6.5 give no handle.
     pub fn of(socket: &impl AsFd) -> io::Result<Self> {
         let pidfd = match getsockopt(socket, sockopt::PeerPidfd) {
-            Ok(fd) => Some(fd),
+            Ok(fd) => Some(Arc::new(fd)),
             // Too old a kernel; or the process is gone and reaped (ESRCH), or invisible (EINVAL): the credentials tell which.
             Err(Errno::ENOPROTOOPT | Errno::ESRCH | Errno::EINVAL | Errno::ENODATA) => None,
             Err(error) => return Err(error.into()),
         };
         let credentials = getsockopt(socket, sockopt::PeerCredentials)?;
-        Ok(Self { pid: credentials.pid(), uid: credentials.uid(), gid: credentials.gid(), pidfd })
+        let dropped = CancellationToken::new();
+        let guard = dropped.clone().drop_guard();
+        Ok(Self { pid: credentials.pid(), uid: credentials.uid(), gid: credentials.gid(), pidfd, dropped, _drop: guard })
     }
 
     /// Whether there is a handle at all.
@@ -43,9 +51,28 @@ impl Peer {
         self.pidfd.is_some()
     }
 
-    /// A second descriptor of the same handle, for waiting on it.
+    /// A second descriptor of the same handle.
     pub fn handle(&self) -> Option<io::Result<OwnedFd>> {
-        self.pidfd.as_ref().map(OwnedFd::try_clone)
+        self.pidfd.as_deref().map(OwnedFd::try_clone)
+    }
+
+    /// Waits for the end of the process: true when it has come, false when this peer was dropped before. The first waiter needs no
+    /// descriptor of its own; without a handle nobody can wait.
+    pub fn ended(&self) -> io::Result<impl Future<Output = bool> + Send + use<>> {
+        let pidfd = self.pidfd.clone().ok_or_else(|| io::Error::from(io::ErrorKind::Unsupported))?;
+        let pidfd = match fd::watched_shared(pidfd.clone()) {
+            // A descriptor is registered once.
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => fd::watched_shared(Arc::new(pidfd.try_clone()?))?,
+            other => other?,
+        };
+        let dropped = self.dropped.clone();
+        Ok(async move {
+            tokio::select! {
+                () = dropped.cancelled() => false,
+                // A pidfd becomes readable when its process ends. Where the poller itself has ended, nothing is known.
+                ready = pidfd.readable() => ready.is_ok(),
+            }
+        })
     }
 
     /// Whether the process that connected still runs; false where there is no handle to ask.
@@ -77,5 +104,31 @@ mod tests {
         assert_eq!(peer.uid, nix::unistd::geteuid().as_raw());
         assert!(peer.has_handle(), "these tests want Linux 6.5 or newer");
         assert!(peer.is_alive());
+    }
+
+    #[tokio::test]
+    async fn the_end_of_the_process_or_of_the_peer_is_noticed() {
+        use std::{process::Command, time::Duration};
+
+        use rustix::process::{Pid, PidfdFlags, pidfd_open};
+        use tokio::time::timeout;
+
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        let mut child = Command::new("sleep").arg("60").spawn().unwrap();
+        let of_child = || {
+            let pidfd = pidfd_open(Pid::from_child(&child), PidfdFlags::empty()).unwrap();
+            Peer { pidfd: Some(Arc::new(pidfd)), ..Peer::of(&ours).unwrap() }
+        };
+        let (first, second) = (of_child(), of_child());
+        let mut ended = Box::pin(first.ended().unwrap());
+        assert!(timeout(Duration::from_millis(20), &mut ended).await.is_err());
+        drop(first);
+        assert!(!timeout(Duration::from_secs(20), ended).await.unwrap());
+
+        let ended = second.ended().unwrap();
+        child.kill().unwrap();
+        assert!(timeout(Duration::from_secs(20), ended).await.unwrap());
+        assert!(!second.is_alive());
+        child.wait().unwrap();
     }
 }

@@ -88,7 +88,6 @@ impl Drop for Guard {
         });
         if reached {
             self.readiness.metrics.ready.set(1);
-            tracing::info!("ready");
         }
     }
 }

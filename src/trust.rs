@@ -21,6 +21,9 @@ use crate::{
     material::{self, Encodings, TrustBundle},
 };
 
+pub mod config_map;
+pub mod file;
+
 /// A bundle and its encoded forms.
 #[derive(Debug)]
 pub struct Bundle {

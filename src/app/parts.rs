@@ -1,0 +1,225 @@
+//! The real dependencies: what a configuration asks for, made and joined.
+
+use std::{
+    collections::{BTreeMap, HashSet},
+    future::Future,
+    sync::Arc,
+};
+
+use futures::future::{BoxFuture, join};
+use tokio_util::sync::CancellationToken;
+use tracing::error;
+
+use super::{Base, Deps};
+use crate::{
+    attest::{self, Attestor, kubernetes::KubernetesAttestor, pods::Pods},
+    cert_manager::naming::Agent,
+    clock::{Clock, SystemClock},
+    config::{self, Attestation, Config, IssuerConfig, RequestNamespace, TrustSource},
+    identity::{IssuerName, TrustDomain},
+    issuer::{
+        Issuer,
+        cert_manager::{CertManager, LivePods, Metrics as RequestMetrics, Requests},
+        embedded::Embedded,
+    },
+    kubernetes,
+    readiness::Readiness,
+    trust::{self, Trust, config_map::ConfigMapSource, file::FileSource},
+};
+
+/// What of the cluster several parts share.
+struct Cluster {
+    client: kube::Client,
+    metrics: kubernetes::Metrics,
+    pods: Option<Pods>,
+}
+
+/// Makes what `config` asks for. Nothing here waits for the upstream: what has to be in sync holds a readiness guard.
+pub(super) async fn make(config: &Config, base: &mut Base) -> anyhow::Result<Deps> {
+    let clock: Arc<dyn Clock> = Arc::new(SystemClock);
+    let last = CancellationToken::new();
+    let mut tasks: Vec<BoxFuture<'static, ()>> = Vec::new();
+    let cluster = if needs_cluster(config) { Some(cluster(config, base, &mut tasks, &last).await?) } else { None };
+
+    let trust = Trust::new(trust::Metrics::register(base.exposition.registry()));
+    let await_bundle = sources(config, base, &trust, cluster.as_ref(), &mut tasks, &last)?;
+    let issuers = issuers(config, base, &trust, cluster.as_ref(), &clock, &mut tasks, &last)?;
+    let attestor: Arc<dyn Attestor> = match (config.attestation, cluster.and_then(|cluster| cluster.pods)) {
+        (Attestation::Kubernetes, Some(pods)) => Arc::new(KubernetesAttestor::new(pods, "/proc".into(), config.node.pod.as_ref())?),
+        _ => Arc::new(attest::unix::UnixAttestor),
+    };
+    Ok(Deps { clock, attestor, issuers, trust, await_bundle, tasks, last })
+}
+
+fn needs_cluster(config: &Config) -> bool {
+    let config_map = |source: &TrustSource| matches!(source, TrustSource::ConfigMap { .. });
+    config.attestation == Attestation::Kubernetes
+        || config.issuers.values().any(|issuer| matches!(issuer, IssuerConfig::CertManager(_)))
+        || config.trust_sources.iter().chain(config.federated.values()).any(config_map)
+}
+
+async fn cluster(
+    config: &Config,
+    base: &mut Base,
+    tasks: &mut Vec<BoxFuture<'static, ()>>,
+    last: &CancellationToken,
+) -> anyhow::Result<Cluster> {
+    let metrics = kubernetes::Metrics::register(base.exposition.registry());
+    let client = kubernetes::connect(&metrics).await?;
+    let pods = match &config.node.node_name {
+        Some(node) if config.attestation == Attestation::Kubernetes => {
+            let pods = Pods::new(client.clone(), node, metrics.clone());
+            let mut synced = pods.synced();
+            let (running, last) = (pods.clone(), last.clone());
+            let until_synced = guarded(&base.readiness, "the pod index", async move { drop(synced.wait_for(|synced| *synced).await) });
+            tasks.push(Box::pin(async move {
+                join(running.run(last), until_synced).await;
+            }));
+            Some(pods)
+        }
+        _ => None,
+    };
+    Ok(Cluster { client, metrics, pods })
+}
+
+/// Feeds the bundles; whether one comes from elsewhere than the issuers.
+fn sources(
+    config: &Config,
+    base: &Base,
+    trust: &Trust,
+    cluster: Option<&Cluster>,
+    tasks: &mut Vec<BoxFuture<'static, ()>>,
+    last: &CancellationToken,
+) -> anyhow::Result<bool> {
+    let own = config.trust_sources.iter().map(|source| (None, source));
+    let federated = config.federated.iter().map(|(domain, source)| (Some(domain.clone()), source));
+    for (domain, source) in own.chain(federated) {
+        tasks.push(feed(domain, source, trust, cluster, last)?);
+    }
+    let awaited = !config.trust_sources.is_empty();
+    if awaited {
+        let mut bundles = trust.subscribe();
+        let come = async move { drop(bundles.wait_for(|set| set.own.is_some()).await) };
+        let (come, last) = (guarded(&base.readiness, "the trust bundle", come), last.clone());
+        tasks.push(Box::pin(async move {
+            join(come, last.cancelled()).await;
+        }));
+    }
+    Ok(awaited)
+}
+
+fn feed(
+    domain: Option<TrustDomain>,
+    source: &TrustSource,
+    trust: &Trust,
+    cluster: Option<&Cluster>,
+    last: &CancellationToken,
+) -> anyhow::Result<BoxFuture<'static, ()>> {
+    let last = last.clone();
+    match (source, cluster) {
+        (TrustSource::File { path }, _) => {
+            let source = trust.source(domain, &FileSource::source_name(path));
+            Ok(Box::pin(FileSource::new(path.clone(), source).run(last)))
+        }
+        (TrustSource::ConfigMap { namespace, name, key }, Some(cluster)) => {
+            let source = trust.source(domain, &ConfigMapSource::source_name(namespace, name, key));
+            let source = ConfigMapSource::new(cluster.client.clone(), namespace, name, key, source, cluster.metrics.clone());
+            Ok(Box::pin(source.run(last)))
+        }
+        (TrustSource::ConfigMap { .. }, None) => anyhow::bail!("a ConfigMap as a trust source needs a cluster"),
+    }
+}
+
+fn issuers(
+    config: &Config,
+    base: &mut Base,
+    trust: &Trust,
+    cluster: Option<&Cluster>,
+    clock: &Arc<dyn Clock>,
+    tasks: &mut Vec<BoxFuture<'static, ()>>,
+    last: &CancellationToken,
+) -> anyhow::Result<BTreeMap<IssuerName, Arc<dyn Issuer>>> {
+    let mut out: BTreeMap<IssuerName, Arc<dyn Issuer>> = BTreeMap::new();
+    // One watch, one sweep for each scope: "workload" or a namespace.
+    let mut scopes: Vec<(RequestNamespace, Requests)> = Vec::new();
+    let mut request_metrics = None;
+    for (name, issuer) in &config.issuers {
+        match (issuer, cluster) {
+            (IssuerConfig::Embedded, _) => {
+                let embedded = Embedded::new(config.trust_domain.as_str(), clock.clone())?;
+                trust.source(None, &format!("issuer {name}")).take(embedded.bundle()?);
+                out.insert(name.clone(), Arc::new(embedded));
+            }
+            (IssuerConfig::CertManager(cert_manager), Some(cluster)) => {
+                let metrics = request_metrics.get_or_insert_with(|| RequestMetrics::register(base.exposition.registry())).clone();
+                let requests = match scopes.iter().find(|(scope, _)| *scope == cert_manager.namespace) {
+                    Some((_, requests)) => requests.clone(),
+                    None => {
+                        let scope = cert_manager.namespace.clone();
+                        let made = requests(config, scope.clone(), cluster, clock, metrics);
+                        let (running, last) = (made.clone(), last.clone());
+                        let synced = made.clone();
+                        let until_synced = guarded(&base.readiness, "the watch of requests", async move { synced.synced().await });
+                        tasks.push(Box::pin(async move {
+                            join(running.run(last), until_synced).await;
+                        }));
+                        scopes.push((scope, made.clone()));
+                        made
+                    }
+                };
+                out.insert(name.clone(), Arc::new(ask_cert_manager(name, cert_manager, requests, trust, tasks, last)));
+            }
+            (IssuerConfig::CertManager(_), None) => anyhow::bail!("issuer {name}: cert-manager needs a cluster"),
+        }
+    }
+    Ok(out)
+}
+
+fn requests(config: &Config, scope: RequestNamespace, cluster: &Cluster, clock: &Arc<dyn Clock>, metrics: RequestMetrics) -> Requests {
+    let agent = Agent::new(&config.node, fastrand::u64(..));
+    let pods = cluster.pods.clone().map(|pods| Arc::new(NodePods(pods)) as Arc<dyn LivePods>);
+    Requests::new(cluster.client.clone(), scope, agent, pods, clock.clone(), cluster.metrics.clone(), metrics)
+}
+
+fn ask_cert_manager(
+    name: &IssuerName,
+    config: &config::CertManager,
+    requests: Requests,
+    trust: &Trust,
+    tasks: &mut Vec<BoxFuture<'static, ()>>,
+    last: &CancellationToken,
+) -> CertManager {
+    let status_ca = config.trust_status_ca.then(|| trust.source(None, &format!("status.ca of issuer {name}")));
+    let issuer = CertManager::new(requests, config.clone(), status_ca);
+    // The log tells early what the first order would run into.
+    let (check, name, last) = (issuer.preflight(), name.clone(), last.clone());
+    tasks.push(Box::pin(async move {
+        tokio::select! {
+            () = last.cancelled() => return,
+            checked = check => if let Err(cause) = checked {
+                error!(issuer = %name, %cause, "the issuer cannot serve as it is; orders will try again");
+            },
+        }
+        last.cancelled().await;
+    }));
+    issuer
+}
+
+/// `work`, with readiness held back until it is done.
+fn guarded(readiness: &Readiness, name: &str, work: impl Future<Output = ()> + Send + 'static) -> BoxFuture<'static, ()> {
+    let guard = readiness.guard(name);
+    Box::pin(async move {
+        work.await;
+        drop(guard);
+    })
+}
+
+/// The pod index, as the sweep of requests asks it.
+#[derive(Debug)]
+struct NodePods(Pods);
+
+impl LivePods for NodePods {
+    fn live(&self) -> BoxFuture<'_, Option<HashSet<Arc<str>>>> {
+        Box::pin(self.0.live())
+    }
+}

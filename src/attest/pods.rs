@@ -1,0 +1,218 @@
+//! This node's pods, by UID: one watch, a few facts of each, and a token that is cancelled when a pod has ended.
+//!
+//! The caller runs [`Pods::run`] for as long as the agent lives. A pod that is not known yet is awaited, not polled; a UID that the
+//! complete index does not know costs one live read, shared by all who ask and made at most once a second. Pods that a new list lacks
+//! are confirmed by a quorum read before anybody loses a stream.
+
+use std::{
+    collections::HashSet,
+    fmt,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use futures::StreamExt;
+use k8s_openapi::api::core::v1::Pod as ApiPod;
+use kube::{Api, Client, api::ListParams, core::ApiResource, runtime::watcher};
+use tokio::sync::{oneshot, watch};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    attest::{Error, Reason},
+    kubernetes::{
+        self, Call, Failure,
+        layer::Resource,
+        watch::{Selection, Signal},
+    },
+};
+
+mod index;
+
+use index::{Index, Slim};
+pub use index::{Known, Pod};
+
+/// Between live reads.
+const LIVE_PACE: Duration = Duration::from_secs(1);
+/// After a live read that failed, where pods wait to be confirmed.
+const LIVE_AGAIN: Duration = Duration::from_secs(5);
+
+/// The node's pods. Clones share everything.
+#[derive(Clone)]
+pub struct Pods(Arc<Shared>);
+
+struct Shared {
+    api: Api<Slim>,
+    node: String,
+    metrics: kubernetes::Metrics,
+    index: Mutex<Index>,
+    synced: watch::Sender<bool>,
+    /// How many live reads were asked for.
+    asked: watch::Sender<u64>,
+    /// Up to which of them the last live read counts, and how it ended.
+    answered: watch::Sender<(u64, Result<(), Arc<str>>)>,
+}
+
+impl fmt::Debug for Pods {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Pods").field("node", &self.0.node).finish_non_exhaustive()
+    }
+}
+
+impl Pods {
+    /// The pods of `node`; empty until [`run`](Self::run) runs.
+    pub fn new(client: Client, node: &str, metrics: kubernetes::Metrics) -> Self {
+        Self(Arc::new(Shared {
+            api: Api::all_with(client, &ApiResource::erase::<ApiPod>(&())),
+            node: node.to_owned(),
+            metrics,
+            index: Mutex::default(),
+            synced: watch::Sender::new(false),
+            asked: watch::Sender::new(0),
+            answered: watch::Sender::new((0, Ok(()))),
+        }))
+    }
+
+    /// Watches until `shutdown`.
+    pub async fn run(&self, shutdown: CancellationToken) {
+        tokio::select! {
+            () = shutdown.cancelled() => {}
+            () = self.watch() => {}
+            () = self.read_live() => {}
+        }
+    }
+
+    /// Becomes true when the index has been complete for the first time, and stays so.
+    pub fn synced(&self) -> watch::Receiver<bool> {
+        self.0.synced.subscribe()
+    }
+
+    /// The pod with this UID; waits for it while the index is not complete. A pod that has ended is refused.
+    pub async fn wait_for(&self, uid: &str) -> Result<Known, Error> {
+        let mut arrival = match self.look(uid) {
+            Ok(known) => return serveable(known),
+            Err(arrival) => arrival,
+        };
+        let mut synced = self.synced();
+        tokio::select! {
+            biased;
+            _ = &mut arrival => return self.arrived(uid),
+            _ = synced.wait_for(|synced| *synced) => {}
+        }
+        let read = tokio::select! {
+            biased;
+            _ = &mut arrival => return self.arrived(uid),
+            read = self.ask() => read,
+        };
+        drop(arrival);
+        match (self.look(uid), read) {
+            (Ok(known), _) => serveable(known),
+            (Err(_), Ok(())) => {
+                let detail = format!("the API server knows no pod with UID {uid} on node {}", self.0.node);
+                Err(Error::temporary(Reason::unknown_pod, detail))
+            }
+            (Err(_), Err(why)) => Err(Error::temporary(Reason::unreadable, format!("cannot look for the pod with UID {uid}: {why}"))),
+        }
+    }
+
+    /// The UIDs of the node's pods that have not ended, confirmed by a live read that begins after this call; none where that failed.
+    pub async fn live(&self) -> Option<HashSet<Arc<str>>> {
+        self.ask().await.ok()?;
+        Some(self.index().live())
+    }
+
+    fn index(&self) -> MutexGuard<'_, Index> {
+        self.0.index.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What is known, or a signal for when it is.
+    fn look(&self, uid: &str) -> Result<Known, oneshot::Receiver<()>> {
+        let mut index = self.index();
+        index.get(uid).ok_or_else(|| index.await_arrival(uid))
+    }
+
+    fn arrived(&self, uid: &str) -> Result<Known, Error> {
+        match self.index().get(uid) {
+            Some(known) => serveable(known),
+            // It came and went.
+            None => Err(Error::refused(Reason::pod_ended, format!("the pod with UID {uid} was deleted"))),
+        }
+    }
+
+    /// Waits for a live read that begins after this call.
+    async fn ask(&self) -> Result<(), Arc<str>> {
+        let mut mine = 0;
+        let mut answered = self.0.answered.subscribe();
+        self.0.asked.send_modify(|asked| {
+            *asked += 1;
+            mine = *asked;
+        });
+        match answered.wait_for(|(upto, _)| *upto >= mine).await {
+            Ok(answer) => answer.1.clone(),
+            Err(_) => Err("the agent is ending".into()),
+        }
+    }
+
+    async fn watch(&self) {
+        let fields = format!("spec.nodeName={}", self.0.node);
+        // From the API server's cache: thousands of agents that start at once must not make it read every pod there is. What such a list
+        // lacks is confirmed before it counts. A limit would make it a read of the store again.
+        let config = watcher::Config { page_size: None, ..watcher::Config::default().fields(&fields).any_semantic() };
+        let selection = Selection { resource: Resource::pods, name: "pods".to_owned(), namespace: None, config };
+        let mut signals = Box::pin(kubernetes::watch::watch(self.0.api.clone(), selection, self.0.metrics.clone()));
+        while let Some(signal) = signals.next().await {
+            match signal {
+                Signal::Event(watcher::Event::Init) => self.index().list_begins(),
+                Signal::Event(watcher::Event::InitApply(pod)) => self.index().listed(&pod),
+                Signal::Event(watcher::Event::InitDone) => {
+                    let missing = self.index().list_ends();
+                    if missing > 0 {
+                        tracing::info!(pods = missing, "a new list lacks pods; asking again before their streams end");
+                        self.0.asked.send_modify(|asked| *asked += 1);
+                    }
+                    if !self.0.synced.send_replace(true) {
+                        tracing::info!(pods = self.index().len(), node = self.0.node, "the index of this node's pods is complete");
+                    }
+                }
+                Signal::Event(watcher::Event::Apply(pod)) => self.index().applied(&pod),
+                Signal::Event(watcher::Event::Delete(pod)) => self.index().deleted(&pod),
+                Signal::Trouble(..) => {}
+            }
+        }
+    }
+
+    /// Answers those who asked, all at once, by a quorum list.
+    async fn read_live(&self) {
+        let mut asked = self.0.asked.subscribe();
+        let parameters = ListParams::default().fields(&format!("spec.nodeName={}", self.0.node));
+        let call = Call { verb: "list", resource: "pods", name: None, namespace: None };
+        while asked.wait_for(|asked| *asked > self.0.answered.borrow().0).await.is_ok() {
+            let upto = *asked.borrow_and_update();
+            let doubts = self.index().doubts();
+            let answer = match self.0.api.list(&parameters).await {
+                Ok(list) => {
+                    self.index().confirmed(&list.items, &doubts);
+                    Ok(())
+                }
+                Err(error) => Err(Failure::of(&error, &call).message.into()),
+            };
+            let failed = answer.is_err();
+            self.0.answered.send_modify(|answered| *answered = (upto, answer));
+            if failed && !doubts.is_empty() {
+                tokio::time::sleep(LIVE_AGAIN).await;
+                self.0.asked.send_modify(|asked| *asked += 1);
+            } else {
+                tokio::time::sleep(LIVE_PACE).await;
+            }
+        }
+    }
+}
+
+fn serveable(known: Known) -> Result<Known, Error> {
+    if known.pod.ended {
+        return Err(Error::refused(Reason::pod_ended, format!("pod {} has ended", known.pod.pod)));
+    }
+    Ok(known)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,213 @@
+//! The index itself: what is known of the pods, and what the watch's events make of it. No I/O, no clock.
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet, VecDeque},
+    sync::Arc,
+};
+
+use serde::{Deserialize, Serialize};
+use tokio::sync::oneshot;
+use tokio_util::sync::CancellationToken;
+
+use crate::identity::PodRef;
+
+/// UIDs of deleted pods that are remembered, so that an older list does not bring them back.
+const REMEMBERED: usize = 1024;
+/// The annotation of a static pod's mirror. Its value is the UID by which the kubelet knows the pod, and which its cgroups bear.
+const MIRROR: &str = "kubernetes.io/config.mirror";
+
+/// A pod as the API tells it, without what the agent does not need.
+pub(super) type Slim = kube::api::Object<Spec, Status>;
+
+/// `spec`
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub struct Spec {
+    node_name: Option<String>,
+    service_account_name: Option<String>,
+    host_network: Option<bool>,
+}
+
+/// `status`
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Status {
+    phase: Option<String>,
+}
+
+/// The facts of a pod.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Pod {
+    /// Which one.
+    pub pod: PodRef,
+    /// Whom it runs as. Static pods have no service account, whatever their mirror says.
+    pub service_account: Option<Arc<str>>,
+    /// Its labels, for the match rules of profiles.
+    pub labels: BTreeMap<String, String>,
+    /// Whether it shares the node's network.
+    pub host_network: bool,
+    /// Whether it is the mirror of a static pod.
+    pub mirror: bool,
+    /// Whether its phase is terminal. A pod that is being deleted has not ended: its proxy still drains.
+    pub ended: bool,
+}
+
+/// A pod and the token of its end.
+#[derive(Debug, Clone)]
+pub struct Known {
+    /// The facts.
+    pub pod: Arc<Pod>,
+    /// Cancelled when it has been deleted or its phase is terminal.
+    pub gone: CancellationToken,
+}
+
+/// Every pod of the node.
+#[derive(Debug, Default)]
+pub(super) struct Index {
+    pods: HashMap<Arc<str>, Known>,
+    /// The kubelet's UID of a static pod → its mirror's.
+    mirrors: HashMap<String, Arc<str>>,
+    arrivals: HashMap<String, Vec<oneshot::Sender<()>>>,
+    /// Missing from the last list, not confirmed yet.
+    doubtful: HashSet<Arc<str>>,
+    /// What the list that is being read holds.
+    list: HashSet<Arc<str>>,
+    deleted: VecDeque<Arc<str>>,
+}
+
+impl Index {
+    /// By the pod's UID, or by the one that a static pod has in its cgroups. A real UID goes first: annotations can be written.
+    pub(super) fn get(&self, uid: &str) -> Option<Known> {
+        self.pods.get(uid).or_else(|| self.mirrors.get(uid).and_then(|real| self.pods.get(real))).cloned()
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.pods.len()
+    }
+
+    /// The pods that wait to be confirmed.
+    pub(super) fn doubts(&self) -> HashSet<Arc<str>> {
+        self.doubtful.clone()
+    }
+
+    /// Those that have not ended.
+    pub(super) fn live(&self) -> HashSet<Arc<str>> {
+        self.pods.iter().filter(|(_, known)| !known.pod.ended).map(|(uid, _)| uid.clone()).collect()
+    }
+
+    /// A signal for when the pod is there.
+    pub(super) fn await_arrival(&mut self, uid: &str) -> oneshot::Receiver<()> {
+        // Those who gave up leave nothing behind.
+        self.arrivals.retain(|_, senders| {
+            senders.retain(|sender| !sender.is_closed());
+            !senders.is_empty()
+        });
+        let (sender, receiver) = oneshot::channel();
+        self.arrivals.entry(uid.to_owned()).or_default().push(sender);
+        receiver
+    }
+
+    pub(super) fn list_begins(&mut self) {
+        self.list.clear();
+    }
+
+    pub(super) fn listed(&mut self, pod: &Slim) {
+        if let Some(uid) = pod.metadata.uid.as_deref() {
+            self.list.insert(uid.into());
+        }
+        self.applied(pod);
+    }
+
+    /// Returns how many known pods the list lacks: they are in doubt until a live read confirms it.
+    pub(super) fn list_ends(&mut self) -> usize {
+        let list = std::mem::take(&mut self.list);
+        self.doubtful = self.pods.keys().filter(|uid| !list.contains(*uid)).cloned().collect();
+        self.doubtful.len()
+    }
+
+    pub(super) fn applied(&mut self, slim: &Slim) {
+        let Some(pod) = facts(slim) else { return };
+        let uid = pod.pod.uid.clone();
+        // A UID never comes back: whoever tells of it tells an old story.
+        if self.deleted.contains(&uid) {
+            return;
+        }
+        self.doubtful.remove(&uid);
+        let gone = self.pods.get(&uid).map_or_else(CancellationToken::new, |known| known.gone.clone());
+        if pod.ended {
+            gone.cancel();
+        }
+        let unchanged = self.pods.get(&uid).is_some_and(|known| *known.pod == pod);
+        if !unchanged {
+            self.pods.insert(uid.clone(), Known { pod: Arc::new(pod), gone });
+        }
+        self.note_mirror(slim, &uid);
+        self.announce(&uid);
+    }
+
+    pub(super) fn deleted(&mut self, pod: &Slim) {
+        if let Some(uid) = pod.metadata.uid.as_deref() {
+            self.remove(uid);
+        }
+    }
+
+    /// A live read that began when these `doubts` were open: it tells which of them have gone, and may know pods before the watch does.
+    /// Of a doubt that arose later it tells nothing: that pod may be younger than the read.
+    pub(super) fn confirmed(&mut self, pods: &[Slim], doubts: &HashSet<Arc<str>>) {
+        for pod in pods {
+            match pod.metadata.uid.as_deref() {
+                Some(uid) if self.pods.contains_key(uid) => drop(self.doubtful.remove(uid)),
+                _ => self.applied(pod),
+            }
+        }
+        for uid in doubts {
+            if self.doubtful.contains(uid) {
+                self.remove(uid);
+            }
+        }
+    }
+
+    /// Notes a static pod's other UID: the kubelet's, which its cgroups bear.
+    fn note_mirror(&mut self, pod: &Slim, uid: &Arc<str>) {
+        let annotation = |key: &str| pod.metadata.annotations.as_ref().and_then(|a| a.get(key));
+        if let Some(hash) = annotation(MIRROR) {
+            self.mirrors.insert(hash.clone(), uid.clone());
+            self.announce(hash);
+        }
+    }
+
+    fn announce(&mut self, uid: &str) {
+        for arrival in self.arrivals.remove(uid).unwrap_or_default() {
+            let _ = arrival.send(());
+        }
+    }
+
+    fn remove(&mut self, uid: &str) {
+        let Some((uid, known)) = self.pods.remove_entry(uid) else { return };
+        known.gone.cancel();
+        self.doubtful.remove(&uid);
+        self.mirrors.retain(|_, real| *real != uid);
+        if self.deleted.len() == REMEMBERED {
+            self.deleted.pop_front();
+        }
+        self.deleted.push_back(uid);
+    }
+}
+
+fn facts(pod: &Slim) -> Option<Pod> {
+    let metadata = &pod.metadata;
+    let mirror = metadata.annotations.as_ref().is_some_and(|a| a.contains_key(MIRROR));
+    let account = pod.spec.service_account_name.as_deref().filter(|name| !name.is_empty() && !mirror);
+    Some(Pod {
+        pod: PodRef {
+            namespace: metadata.namespace.as_deref()?.into(),
+            name: metadata.name.as_deref()?.into(),
+            uid: metadata.uid.as_deref()?.into(),
+        },
+        service_account: account.map(Arc::from),
+        labels: metadata.labels.clone().unwrap_or_default(),
+        host_network: pod.spec.host_network.unwrap_or(false),
+        mirror,
+        ended: matches!(pod.status.as_ref().and_then(|s| s.phase.as_deref()), Some("Succeeded" | "Failed")),
+    })
+}

@@ -1,0 +1,195 @@
+//! The index against a scripted API server, under a paused clock.
+
+use serde_json::{Value, json};
+use tokio::{task::JoinHandle, time::timeout};
+
+use super::*;
+use crate::kubernetes::fake::{FakeApi, Fault};
+
+const MINUTE: Duration = Duration::from_secs(60);
+
+struct World {
+    api: FakeApi,
+    pods: Pods,
+    _running: JoinHandle<()>,
+}
+
+impl World {
+    fn new(api: FakeApi) -> Self {
+        let metrics = kubernetes::Metrics::default();
+        let pods = Pods::new(api.client(&metrics), "n1", metrics);
+        let running = tokio::spawn({
+            let pods = pods.clone();
+            async move { pods.run(CancellationToken::new()).await }
+        });
+        Self { api, pods, _running: running }
+    }
+
+    async fn synced(api: FakeApi) -> Self {
+        let world = Self::new(api);
+        timeout(MINUTE, world.pods.synced().wait_for(|s| *s)).await.unwrap().unwrap();
+        world
+    }
+
+    fn waiting(&self, uid: &'static str) -> JoinHandle<Result<Known, Error>> {
+        let pods = self.pods.clone();
+        tokio::spawn(async move { pods.wait_for(uid).await })
+    }
+}
+
+async fn soon<T>(future: impl Future<Output = T>) -> T {
+    timeout(5 * MINUTE, future).await.expect("never happened")
+}
+
+fn pod(name: &str, uid: &str, node: &str) -> Value {
+    json!({"metadata": {"name": name, "namespace": "shop", "uid": uid, "labels": {"app": name}},
+        "spec": {"nodeName": node, "serviceAccountName": "cart", "containers": []}, "status": {"phase": "Running"}})
+}
+
+fn list(pods: &[Value]) -> Fault {
+    Fault::Status(200, json!({"kind": "PodList", "apiVersion": "v1", "metadata": {"resourceVersion": "1"}, "items": pods}))
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_pod_is_known_by_its_uid_with_its_facts() {
+    let api = FakeApi::new();
+    api.put("pods", pod("a", "u-a", "n1"));
+    let world = World::synced(api).await;
+    let known = soon(world.pods.wait_for("u-a")).await.unwrap();
+    assert_eq!((known.pod.pod.to_string().as_str(), known.pod.service_account.as_deref()), ("shop/a", Some("cart")));
+    assert_eq!(known.pod.labels["app"], "a");
+    assert_eq!((known.pod.host_network, known.pod.mirror, known.pod.ended), (false, false, false));
+    assert!(!known.gone.is_cancelled());
+    assert_eq!((world.api.count("list", "pods"), world.api.count("watch", "pods")), (1, 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_pod_that_is_not_there_yet_is_awaited_without_polling() {
+    let api = FakeApi::new();
+    api.fail("list", "pods", Fault::Refuse, 1000);
+    let world = World::new(api);
+    let mut waiting = world.waiting("u-a");
+    assert!(timeout(2 * MINUTE, &mut waiting).await.is_err(), "the index is not complete");
+    world.api.put("pods", pod("a", "u-a", "n1"));
+    world.api.heal();
+    soon(waiting).await.unwrap().unwrap();
+
+    // And by its event, once the index is complete: nobody has to ask.
+    world.api.fail("list", "pods", Fault::Hang, 1);
+    let waiting = world.waiting("u-b");
+    world.api.until("the live read", |api| (api.count("list", "pods") > 1).then_some(())).await;
+    world.api.put("pods", pod("b", "u-b", "n1"));
+    soon(waiting).await.unwrap().unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_unknown_uid_costs_one_live_read_for_all_who_ask() {
+    let api = FakeApi::new();
+    api.put("pods", pod("elsewhere", "u-else", "n2"));
+    let world = World::synced(api).await;
+    let all: Vec<_> = (0..100).map(|_| world.waiting("u-else")).collect();
+    for waiting in all {
+        let error = soon(waiting).await.unwrap().unwrap_err();
+        assert_eq!((error.reason, error.temporary), (Reason::unknown_pod, true));
+    }
+    assert!(world.api.count("list", "pods") <= 3, "{}", world.api.count("list", "pods"));
+
+    world.api.fail("list", "pods", Fault::Refuse, 1);
+    let error = soon(world.pods.wait_for("u-else")).await.unwrap_err();
+    assert_eq!((error.reason, error.temporary), (Reason::unreadable, true));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_live_read_may_know_a_pod_before_the_watch_does() {
+    let world = World::synced(FakeApi::new()).await;
+    world.api.until("the watch", |api| (api.count("watch", "pods") == 1).then_some(())).await;
+    world.api.fail("watch", "pods", Fault::Hang, 1);
+    world.api.cut_watches(false);
+    world.api.put("pods", pod("a", "u-a", "n1"));
+    timeout(Duration::from_secs(5), world.pods.wait_for("u-a")).await.unwrap().unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_token_is_cancelled_when_the_pod_is_deleted_or_terminal_but_not_while_it_drains() {
+    let api = FakeApi::new();
+    api.put("pods", pod("a", "u-a", "n1"));
+    api.put("pods", pod("b", "u-b", "n1"));
+    let world = World::synced(api).await;
+    let (a, b) = (soon(world.pods.wait_for("u-a")).await.unwrap(), soon(world.pods.wait_for("u-b")).await.unwrap());
+
+    world.api.change("pods", "shop", "a", |o| o["metadata"]["deletionTimestamp"] = json!("2026-01-01T00:00:00Z"));
+    assert!(timeout(MINUTE, a.gone.cancelled()).await.is_err());
+    world.api.remove("pods", "shop", "a");
+    soon(a.gone.cancelled()).await;
+    assert_eq!(soon(world.pods.wait_for("u-a")).await.unwrap_err().reason, Reason::unknown_pod);
+
+    world.api.change("pods", "shop", "b", |o| o["status"]["phase"] = json!("Succeeded"));
+    soon(b.gone.cancelled()).await;
+    let error = soon(world.pods.wait_for("u-b")).await.unwrap_err();
+    assert_eq!((error.reason, error.temporary), (Reason::pod_ended, false));
+    assert_eq!(soon(world.pods.live()).await.unwrap(), HashSet::new());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_list_that_lacks_pods_is_confirmed_before_a_stream_ends() {
+    let api = FakeApi::new();
+    for name in ["a", "b"] {
+        api.put("pods", pod(name, &format!("u-{name}"), "n1"));
+    }
+    let world = World::synced(api).await;
+    let (a, b) = (soon(world.pods.wait_for("u-a")).await.unwrap(), soon(world.pods.wait_for("u-b")).await.unwrap());
+
+    // A stale cache knows nobody, the store knows both.
+    world.api.fail("list", "pods", list(&[]), 1);
+    world.api.forget_history();
+    world.api.cut_watches(false);
+    world.api.until("relist and confirmation", |api| (api.count("list", "pods") >= 3).then_some(())).await;
+    assert!(timeout(MINUTE, a.gone.cancelled()).await.is_err());
+
+    // One has really gone, but the store cannot be asked for a while.
+    world.api.cut_watches(false);
+    world.api.remove("pods", "shop", "a");
+    world.api.forget_history();
+    world.api.fail("list", "pods", list(&[pod("b", "u-b", "n1")]), 1);
+    world.api.fail("list", "pods", Fault::Refuse, 3);
+    soon(a.gone.cancelled()).await;
+    assert!(!b.gone.is_cancelled());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_deleted_pod_does_not_come_back_with_an_old_list_and_its_name_may() {
+    let api = FakeApi::new();
+    api.put("pods", pod("a", "u-1", "n1"));
+    let world = World::synced(api).await;
+    let first = soon(world.pods.wait_for("u-1")).await.unwrap();
+    world.api.remove("pods", "shop", "a");
+    soon(first.gone.cancelled()).await;
+    world.api.put("pods", pod("a", "u-2", "n1"));
+    let second = soon(world.pods.wait_for("u-2")).await.unwrap();
+    assert!(!second.gone.is_cancelled());
+
+    world.api.fail("list", "pods", list(&[pod("a", "u-1", "n1")]), 1);
+    world.api.forget_history();
+    world.api.cut_watches(false);
+    world.api.until("relist and confirmation", |api| (api.count("list", "pods") >= 3).then_some(())).await;
+    assert_eq!(soon(world.pods.wait_for("u-1")).await.unwrap_err().reason, Reason::unknown_pod);
+    assert!(!second.gone.is_cancelled());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_static_pod_has_no_service_account_under_either_of_its_uids() {
+    let api = FakeApi::new();
+    let mut mirror = pod("static", "u-mirror", "n1");
+    mirror["metadata"]["annotations"] = json!({"kubernetes.io/config.mirror": "u-kubelet"});
+    api.put("pods", mirror);
+    let mut forged = pod("forged", "u-forged", "n1");
+    forged["metadata"]["annotations"] = json!({"kubernetes.io/config.mirror": "u-a"});
+    api.put("pods", forged);
+    api.put("pods", pod("a", "u-a", "n1"));
+    let world = World::synced(api).await;
+    for uid in ["u-mirror", "u-kubelet"] {
+        let known = soon(world.pods.wait_for(uid)).await.unwrap();
+        assert_eq!((known.pod.mirror, &known.pod.service_account), (true, &None), "{uid}");
+    }
+    assert_eq!(&*soon(world.pods.wait_for("u-a")).await.unwrap().pod.pod.name, "a", "a real UID goes before an annotation");
+}

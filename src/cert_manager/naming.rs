@@ -1,0 +1,136 @@
+//! Who asks, and what its requests are called.
+//!
+//! A request's name is a function of (agent process, identity, counter), so that an agent that never heard the answer to its create
+//! can ask for the same name again. The parts are digests: names stay short, whatever a pod or a node is called.
+
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use aws_lc_rs::digest;
+
+use crate::{
+    cert_manager::keys,
+    config::NodeEnvironment,
+    identity::{Identity, PodRef},
+    material::hex,
+};
+
+/// Before the instance in [`keys::AGENT`], where the agent runs outside of a pod.
+pub const PROCESS_PREFIX: &str = "process-";
+
+/// A label's value may be this long.
+const LABEL_BYTES: usize = 63;
+
+/// The agent as its requests name it.
+#[derive(Debug)]
+pub struct Agent {
+    /// The node.
+    pub node_name: Arc<str>,
+    /// Its pod, where it has one.
+    pub pod: Option<PodRef>,
+    /// This process: random, so that no two ever share a request's name.
+    pub instance: String,
+    counter: AtomicU64,
+}
+
+impl Agent {
+    /// The agent of `node`; an unnamed node counts as `unknown`. `boot` is random, drawn once per process.
+    pub fn new(node: &NodeEnvironment, boot: u64) -> Self {
+        let mut hash = digest::Context::new(&digest::SHA256);
+        if let Some(pod) = &node.pod {
+            hash.update(pod.uid.as_bytes());
+        }
+        hash.update(&boot.to_be_bytes());
+        let instance = hex(&hash.finish().as_ref()[..6]);
+        let node_name = node.node_name.clone().unwrap_or_else(|| "unknown".into());
+        Self { node_name, pod: node.pod.clone(), instance, counter: AtomicU64::new(0) }
+    }
+
+    /// The value of [`keys::AGENT`].
+    pub fn uid(&self) -> String {
+        match &self.pod {
+            Some(pod) => pod.uid.to_string(),
+            None => format!("{PROCESS_PREFIX}{}", self.instance),
+        }
+    }
+
+    /// A name that this process has not used.
+    pub fn request_name(&self, identity: &Identity) -> String {
+        let count = self.counter.fetch_add(1, Ordering::Relaxed);
+        format!("sds-{}-{}-{count}", self.instance, identity_digest(identity))
+    }
+
+    /// The labels of this agent's requests.
+    pub fn labels(&self) -> BTreeMap<String, String> {
+        [(keys::NODE, node_label(&self.node_name)), (keys::AGENT, self.uid()), (keys::INSTANCE, self.instance.clone())]
+            .map(|(key, value)| (key.to_owned(), value))
+            .into()
+    }
+
+    /// The annotations of a request for `identity` in the name of `evidence`.
+    pub fn annotations(&self, identity: &Identity, evidence: Option<&PodRef>) -> BTreeMap<String, String> {
+        let mut out = BTreeMap::new();
+        let mut put = |key: &str, value: &str| drop(out.insert(key.to_owned(), value.to_owned()));
+        put(keys::NODE_NAME, &self.node_name);
+        put(keys::PROFILE, &identity.profile.name);
+        put(keys::SPIFFE_ID, identity.spiffe_id.as_str());
+        if let Some(pod) = &self.pod {
+            put(keys::AGENT_POD, &pod.to_string());
+        }
+        if let Some(pod) = evidence {
+            put(keys::POD_NAMESPACE, &pod.namespace);
+            put(keys::POD_NAME, &pod.name);
+            put(keys::POD_UID, &pod.uid);
+        }
+        out
+    }
+}
+
+/// A node's name as a label's value. Node names have up to 253 characters, label values 63: a longer one becomes `sha256-` and the first
+/// 40 hexadecimal digits of its SHA-256, and [`keys::NODE_NAME`] tells the whole name.
+pub fn node_label(node_name: &str) -> String {
+    if node_name.len() <= LABEL_BYTES {
+        return node_name.to_owned();
+    }
+    let hash = digest::digest(&digest::SHA256, node_name.as_bytes());
+    format!("sha256-{}", hex(&hash.as_ref()[..20]))
+}
+
+/// A short digest of what is asked for, the same for every order of an identity.
+pub fn identity_digest(identity: &Identity) -> String {
+    let mut hash = digest::Context::new(&digest::SHA256);
+    for part in [identity.spiffe_id.as_str(), &identity.profile.name, identity.pod_uid.as_deref().unwrap_or_default()] {
+        hash.update(&(part.len() as u64).to_be_bytes());
+        hash.update(part.as_bytes());
+    }
+    hex(&hash.finish().as_ref()[..6])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_long_node_name_becomes_a_digest() {
+        assert_eq!(node_label("worker-1"), "worker-1");
+        assert_eq!(node_label(&"n".repeat(63)), "n".repeat(63));
+        let (long, other) = ("n".repeat(64), "m".repeat(253));
+        assert!(node_label(&long).len() <= LABEL_BYTES && node_label(&long).starts_with("sha256-"));
+        assert_ne!(node_label(&long), node_label(&other));
+    }
+
+    #[test]
+    fn a_restarted_agent_is_another_instance_of_the_same_pod() {
+        let pod = PodRef { namespace: "sds-agent".into(), name: "sds-agent-x".into(), uid: "u-1".into() };
+        let node = NodeEnvironment { node_name: Some("n1".into()), pod: Some(pod) };
+        let (first, second) = (Agent::new(&node, 1), Agent::new(&node, 2));
+        assert_eq!((first.uid(), second.uid()), ("u-1".into(), "u-1".into()));
+        assert_ne!(first.instance, second.instance);
+        assert!(Agent::new(&NodeEnvironment::default(), 1).uid().starts_with(PROCESS_PREFIX));
+    }
+}

@@ -1,0 +1,251 @@
+//! The issuer that asks cert-manager: one CertificateRequest per order, created, waited for by the node's one watch, and deleted.
+//!
+//! Owns an order from its key to the signed chain; [`Requests`] owns everything that orders share. The caller runs
+//! [`Requests::run`], keeps orders single-flight per identity, verifies what comes back, and retries as the error says. Dropping an
+//! order's future deletes its request. A pending request is never given up while its order lives.
+
+use std::{fmt, sync::Arc, time::Duration};
+
+use futures::future::BoxFuture;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
+use tokio::time::Instant;
+
+use crate::{
+    cert_manager::{
+        CertificateRequest, CertificateRequestSpec, Csr, DENIED_POD_GONE, Reference, Status, USAGES, decode_pem,
+        verdict::{Verdict, Why},
+    },
+    config,
+    identity::PodRef,
+    issuer::{Error, Issued, Issuer, Order, Phase, Retry, csr, verify},
+    kubernetes::{Call, Cause, Failure},
+    material::{self, CertificateChain},
+    trust,
+};
+
+mod board;
+mod create;
+mod deleter;
+mod preflight;
+mod requests;
+mod sweep;
+
+pub use preflight::check;
+pub use requests::{LivePods, Metrics, Requests};
+
+/// After a denial that does not say otherwise.
+const AFTER_DENIAL: Duration = Duration::from_secs(300);
+/// The plural with its group, for people.
+const RESOURCE: &str = "certificaterequests.cert-manager.io";
+
+/// One configured issuer on top of the node's [`Requests`].
+pub struct CertManager {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    requests: Requests,
+    config: config::CertManager,
+    status_ca: Option<trust::Source>,
+    preflight: preflight::Memo,
+}
+
+impl CertManager {
+    /// The issuer of `config`. `status_ca` takes `status.ca` of every issued request as a bundle, where the operator said so.
+    pub fn new(requests: Requests, config: config::CertManager, status_ca: Option<trust::Source>) -> Self {
+        let preflight = preflight::Memo::default();
+        Self { inner: Arc::new(Inner { requests, config, status_ca, preflight }) }
+    }
+
+    /// Looks whether the configured issuer can serve. Orders ask by themselves; call it at start so that the log tells early.
+    pub fn preflight(&self) -> BoxFuture<'static, Result<(), Error>> {
+        let inner = self.inner.clone();
+        Box::pin(async move { inner.checked().await })
+    }
+}
+
+impl fmt::Debug for CertManager {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("CertManager").field("config", &self.inner.config).finish_non_exhaustive()
+    }
+}
+
+impl Issuer for CertManager {
+    fn issue(&self, order: Order) -> BoxFuture<'static, Result<Issued, Error>> {
+        let inner = self.inner.clone();
+        Box::pin(async move {
+            let result = inner.order(&order).await;
+            if let Err(Error::Failed { .. } | Error::Denied { .. }) = &result {
+                inner.preflight.doubt();
+            }
+            result
+        })
+    }
+}
+
+/// Why one request did not lead to a certificate.
+enum Miss {
+    /// Somebody deleted or relabelled it.
+    Lost(Arc<str>),
+    /// Anything else.
+    Error(Error),
+}
+
+impl From<Error> for Miss {
+    fn from(error: Error) -> Self {
+        Self::Error(error)
+    }
+}
+
+impl Inner {
+    async fn order(&self, order: &Order) -> Result<Issued, Error> {
+        self.requests.ready().await?;
+        self.checked().await?;
+        // A lost request is ordered anew by the caller, in its turn: when somebody deletes them all, they do not come back all at once.
+        self.request(order).await.map_err(|miss| match miss {
+            Miss::Error(error) => error,
+            Miss::Lost(request) => Error::Failed {
+                request: request.to_string(),
+                reason: "Lost".into(),
+                message: "somebody deleted or relabelled the request".into(),
+                retry: Retry::Backoff,
+            },
+        })
+    }
+
+    async fn checked(&self) -> Result<(), Error> {
+        let namespace = match &self.config.namespace {
+            config::RequestNamespace::Fixed(namespace) => Some(namespace.clone()),
+            config::RequestNamespace::Workload => None,
+        };
+        self.preflight.check(self.requests.client(), &self.config.issuer_ref, namespace).await
+    }
+
+    /// One request, from the key to the end.
+    async fn request(&self, order: &Order) -> Result<Issued, Miss> {
+        let start = Instant::now();
+        let namespace = self.namespace(order)?;
+        let made = csr::generate(&order.identity).await.map_err(Error::Csr)?;
+        let object = self.object(order, &namespace, &made.csr_der);
+        let name: Arc<str> = object.metadata.name.as_deref().unwrap_or_default().into();
+        let mut ticket = self.requests.board().open(&namespace, &name);
+        create::create(self.requests.client(), &mut ticket, &object).await?;
+        let created = Instant::now();
+        order.progress.submitted(&name);
+        let pod = order.evidence.as_ref().map(tracing::field::display);
+        tracing::info!(identity = %order.identity, pod, request = %name, "certificate requested");
+
+        let mut approved = None;
+        loop {
+            let Some(sighting) = ticket.next().await else { return Err(Miss::Lost(name)) };
+            match Verdict::of(sighting.status.as_ref()) {
+                Verdict::Pending { approved: false, .. } => {}
+                Verdict::Pending { approved: true, .. } => drop(approved.get_or_insert_with(Instant::now)),
+                Verdict::Issued => {
+                    let chain_pem = self.take(order, sighting.status.as_ref())?;
+                    let approved = approved.unwrap_or_else(Instant::now);
+                    let serial = CertificateChain::from_pem(&chain_pem).map(|c| c.serial).unwrap_or_default();
+                    tracing::info!(identity = %order.identity, pod, request = %name, uid = %sighting.uid, serial, "certificate signed");
+                    let phases =
+                        vec![(Phase::Create, created - start), (Phase::Approve, approved - created), (Phase::Sign, approved.elapsed())];
+                    return Ok(Issued { key: made.key, chain_pem, phases });
+                }
+                refusal => {
+                    ticket.keep(&order.identity);
+                    return Err(refused(&name, refusal).into());
+                }
+            }
+        }
+    }
+
+    fn namespace(&self, order: &Order) -> Result<Arc<str>, Error> {
+        match (&self.config.namespace, &order.evidence) {
+            (config::RequestNamespace::Fixed(namespace), _) => Ok(namespace.as_str().into()),
+            (config::RequestNamespace::Workload, Some(pod)) => Ok(pod.namespace.clone()),
+            (config::RequestNamespace::Workload, None) => Err(Error::Configuration(format!(
+                "issuer.certManager.namespace is \"workload\", but {} is asked for without a pod: name a namespace",
+                order.identity
+            ))),
+        }
+    }
+
+    fn object(&self, order: &Order, namespace: &str, csr_der: &[u8]) -> CertificateRequest {
+        let agent = self.requests.agent();
+        let spec = CertificateRequestSpec {
+            issuer_ref: Reference::from(&self.config.issuer_ref),
+            request: Csr::from_der(csr_der),
+            duration: Some(format!("{}s", order.identity.profile.lifetime.as_secs())),
+            usages: USAGES.map(String::from).to_vec(),
+            ..CertificateRequestSpec::default()
+        };
+        let mut object = CertificateRequest::new(&agent.request_name(&order.identity), spec);
+        object.metadata.namespace = Some(namespace.to_owned());
+        object.metadata.labels = Some(agent.labels());
+        object.metadata.annotations = Some(agent.annotations(&order.identity, order.evidence.as_ref()));
+        // The key dies with the agent's pod, so may the request. Owners work within their namespace only.
+        object.metadata.owner_references = agent.pod.as_ref().filter(|pod| &*pod.namespace == namespace).map(|pod| vec![owner(pod)]);
+        object
+    }
+
+    /// The chain of an issued request; and the root that its issuer names, where that is wanted.
+    fn take(&self, order: &Order, status: Option<&Status>) -> Result<Vec<u8>, Error> {
+        let field = |field: fn(&Status) -> Option<&String>| status.and_then(field).map(String::as_str).unwrap_or_default();
+        if let Some(source) = &self.status_ca {
+            match decode_pem(field(|s| s.ca.as_ref())) {
+                Some(pem) if !pem.is_empty() => drop(source.offer(&pem)),
+                _ => tracing::debug!(identity = %order.identity, "the issuer names no root in status.ca"),
+            }
+        }
+        decode_pem(field(|s| s.certificate.as_ref())).ok_or_else(|| {
+            let broken = material::Error::Pem("status.certificate is not base64".to_owned());
+            Error::InvalidCertificate(verify::Error::Chain(broken))
+        })
+    }
+}
+
+fn owner(pod: &PodRef) -> OwnerReference {
+    OwnerReference {
+        api_version: "v1".to_owned(),
+        kind: "Pod".to_owned(),
+        name: pod.name.to_string(),
+        uid: pod.uid.to_string(),
+        // Blocking the owner's deletion would need rights on pods/finalizers.
+        block_owner_deletion: None,
+        controller: None,
+    }
+}
+
+/// The error for a request that will never be issued.
+fn refused(request: &str, verdict: Verdict) -> Error {
+    let request = request.to_owned();
+    match verdict {
+        Verdict::Denied(Why { reason, message }) => {
+            let retry = if reason == DENIED_POD_GONE { Retry::Now } else { Retry::After(AFTER_DENIAL) };
+            Error::Denied { request, reason, message, retry }
+        }
+        Verdict::Invalid(Why { reason, message }) => {
+            let message = format!("cert-manager does not accept the request: {message}");
+            Error::Failed { request, reason, message, retry: Retry::Configuration }
+        }
+        Verdict::Failed(Why { reason, message }) => Error::Failed { request, reason, message, retry: Retry::Backoff },
+        // Not refusals; the caller does not pass them.
+        Verdict::Pending { message, .. } => Error::Failed { request, reason: "Pending".into(), message, retry: Retry::Backoff },
+        Verdict::Issued => {
+            Error::Failed { request, reason: "Issued".into(), message: "issued without a certificate".into(), retry: Retry::Backoff }
+        }
+    }
+}
+
+/// A failed call as an issue's error.
+fn api_error(call: &Call<'_>, failure: Failure) -> Error {
+    let retry = match failure.cause {
+        Cause::TooManyRequests(Some(after)) => Retry::After(after),
+        Cause::Invalid => Retry::Configuration,
+        Cause::Timeout => return Error::Timeout { action: call.to_string(), after: crate::kubernetes::ANSWER_TIMEOUT },
+        _ => Retry::Backoff,
+    };
+    Error::Api { action: call.to_string(), message: failure.message, retry }
+}
+
+#[cfg(test)]
+mod tests;

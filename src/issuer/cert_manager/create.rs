@@ -1,0 +1,97 @@
+//! Making sure that a request exists exactly once, whatever becomes of the answers.
+//!
+//! The name is this process's alone, so asking again under the same name is safe: a 409 means that an earlier try arrived, and the
+//! watch may show it before any answer does.
+
+use std::time::Duration;
+
+use kube::{Api, Client, api::PostParams};
+use tokio::time::sleep;
+
+use crate::{
+    cert_manager::CertificateRequest,
+    issuer::{
+        Error, Retry,
+        cert_manager::{RESOURCE, api_error, board::Ticket},
+    },
+    kubernetes::{Call, Cause, Failure},
+};
+
+/// Tries with an uncertain end before the order fails.
+const TRIES: u32 = 4;
+/// Before the second try; it doubles.
+const FIRST_PAUSE: Duration = Duration::from_millis(500);
+/// How long an answer may stay out once the watch has shown the request.
+const GRACE: Duration = Duration::from_secs(2);
+
+/// Creates `object` under `ticket`.
+pub(super) async fn create(client: &Client, ticket: &mut Ticket, object: &CertificateRequest) -> Result<(), Error> {
+    let key = ticket.key().clone();
+    let api: Api<CertificateRequest> = Api::namespaced(client.clone(), &key.namespace);
+    let call = Call { verb: "create", resource: RESOURCE, name: None, namespace: Some(&key.namespace) };
+    let mut uncertain = false;
+    let mut tries = 1;
+    loop {
+        let parameters = PostParams::default();
+        let answer = tokio::select! {
+            biased;
+            answer = api.create(&parameters, object) => answer,
+            () = shown_for(ticket, GRACE) => {
+                ticket.created(None);
+                return Ok(());
+            }
+        };
+        let failure = match answer {
+            Ok(created) => {
+                ticket.created(created.metadata.uid);
+                return Ok(());
+            }
+            Err(error) => Failure::of(&error, &call),
+        };
+        if failure.cause == Cause::AlreadyExists {
+            return resolve(&api, ticket, object).await;
+        }
+        uncertain |= failure.cause.is_ambiguous();
+        if !failure.cause.is_ambiguous() || tries == TRIES {
+            if !uncertain {
+                ticket.leave();
+            }
+            return Err(api_error(&call, failure));
+        }
+        tracing::debug!(request = %key.name, error = %failure, tries, "no sure answer to a create; asking again under the same name");
+        tokio::select! {
+            () = sleep(jittered(FIRST_PAUSE * 2_u32.pow(tries - 1))) => {}
+            () = ticket.shown() => {}
+        }
+        tries += 1;
+    }
+}
+
+/// The name is taken: by an earlier try of ours, or by somebody who guessed it.
+async fn resolve(api: &Api<CertificateRequest>, ticket: &mut Ticket, object: &CertificateRequest) -> Result<(), Error> {
+    let key = ticket.key().clone();
+    let call = Call { verb: "get", resource: RESOURCE, name: Some(&key.name), namespace: Some(&key.namespace) };
+    match api.get(&key.name).await {
+        Ok(found) if found.spec.request == object.spec.request => {
+            tracing::info!(request = %key.name, "an earlier create had arrived; going on with it");
+            ticket.created(found.metadata.uid);
+            Ok(())
+        }
+        Ok(_) => {
+            ticket.leave();
+            let message = "a request of this name exists that the agent did not make".to_owned();
+            Err(Error::Api { action: call.to_string(), message, retry: Retry::Backoff })
+        }
+        Err(error) => Err(api_error(&call, Failure::of(&error, &call))),
+    }
+}
+
+async fn shown_for(ticket: &Ticket, grace: Duration) {
+    ticket.shown().await;
+    sleep(grace).await;
+}
+
+/// Between a half of `pause` and the whole of it.
+pub(super) fn jittered(pause: Duration) -> Duration {
+    pause.mul_f64(0.5 + 0.5 * fastrand::f64())
+}

@@ -1,0 +1,117 @@
+//! Deleting requests behind the orders' backs: retried, bounded, and ended after a best effort at shutdown.
+//!
+//! What could not be deleted is left to the sweep, and after the process to its successor's.
+
+use std::{sync::Arc, time::Duration};
+
+use futures::{StreamExt, future::BoxFuture, stream::FuturesUnordered};
+use kube::{
+    Api, Client,
+    api::{DeleteParams, Preconditions},
+};
+use prometheus_client::metrics::counter::Counter;
+use tokio::{sync::mpsc, time::timeout};
+
+use crate::{
+    cert_manager::CertificateRequest,
+    issuer::cert_manager::{
+        RESOURCE,
+        board::{Board, Deletion},
+        create::jittered,
+    },
+    kubernetes::{Call, Cause, Failure},
+};
+
+/// At once.
+const CONCURRENCY: usize = 4;
+/// Tries for one request; the rest is the sweep's.
+const TRIES: u32 = 8;
+/// Before the second try; it doubles up to [`LONGEST_PAUSE`].
+const FIRST_PAUSE: Duration = Duration::from_millis(500);
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+/// How long the end may take.
+pub(super) const LAST_EFFORT: Duration = Duration::from_secs(5);
+
+/// The worker.
+pub(super) struct Deleter {
+    client: Client,
+    board: Arc<Board>,
+    queue: mpsc::UnboundedReceiver<Deletion>,
+    running: FuturesUnordered<BoxFuture<'static, ()>>,
+    orphans: Counter,
+}
+
+impl Deleter {
+    pub(super) fn new(client: Client, board: Arc<Board>, queue: mpsc::UnboundedReceiver<Deletion>, orphans: Counter) -> Self {
+        Self { client, board, queue, running: FuturesUnordered::new(), orphans }
+    }
+
+    /// Works for ever. Cancelling it loses nothing: what was begun goes on with the next call.
+    pub(super) async fn work(&mut self) {
+        while self.step().await {}
+    }
+
+    /// Works until nothing is left and no order can add anything, or until time is up.
+    pub(super) async fn finish(&mut self) {
+        let rest = async {
+            while !(self.running.is_empty() && self.queue.is_empty() && !self.board.has_orders()) {
+                self.step().await;
+            }
+        };
+        if timeout(LAST_EFFORT, rest).await.is_err() {
+            let left = self.running.len() + self.queue.len();
+            tracing::warn!(left, "requests are left to the next agent's sweep");
+        }
+    }
+
+    async fn step(&mut self) -> bool {
+        tokio::select! {
+            Some(()) = self.running.next() => true,
+            next = self.queue.recv(), if self.running.len() < CONCURRENCY => match next {
+                Some(deletion) => {
+                    let work = delete(self.client.clone(), self.board.clone(), deletion, self.orphans.clone());
+                    self.running.push(Box::pin(work));
+                    true
+                }
+                None => false,
+            },
+        }
+    }
+}
+
+async fn delete(client: Client, board: Arc<Board>, deletion: Deletion, orphans: Counter) {
+    let Deletion { key, uid, orphan } = deletion;
+    let api: Api<CertificateRequest> = Api::namespaced(client, &key.namespace);
+    let preconditions = uid.map(|uid| Preconditions { uid: Some(uid), resource_version: None });
+    let parameters = DeleteParams { preconditions, ..DeleteParams::default() };
+    let call = Call { verb: "delete", resource: RESOURCE, name: Some(&key.name), namespace: Some(&key.namespace) };
+    let (mut pause, mut gone) = (FIRST_PAUSE, true);
+    for tries in 1..=TRIES {
+        let failure = match api.delete(&key.name, &parameters).await {
+            Ok(_) => {
+                if orphan {
+                    orphans.inc();
+                    tracing::info!(request = %key.name, namespace = %key.namespace, "deleted the request of an agent that has gone");
+                }
+                break;
+            }
+            Err(error) => Failure::of(&error, &call),
+        };
+        match failure.cause {
+            // Gone already; or another object has taken the name, which is not ours to delete.
+            Cause::NotFound | Cause::NoSuchKind | Cause::NoNamespace | Cause::Conflict => break,
+            _ if tries == TRIES => {
+                gone = false;
+                tracing::warn!(action = %call, error = %failure, "left to the next sweep");
+            }
+            _ if tries == 1 => tracing::info!(action = %call, error = %failure, "cannot delete a request; trying again"),
+            _ => {}
+        }
+        if tries < TRIES {
+            let asked = if let Cause::TooManyRequests(Some(after)) = failure.cause { after } else { Duration::ZERO };
+            tokio::time::sleep(jittered(pause).max(asked)).await;
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        }
+    }
+    board.done(&key, gone);
+}

@@ -1,0 +1,193 @@
+//! Whether the configured issuer exists and can serve, before anything is asked of it: a mistake in the configuration is told in its
+//! own words, and not by a request that stays pending for ever.
+
+use std::{
+    sync::{Mutex, PoisonError},
+    time::Duration,
+};
+
+use futures::{FutureExt, future::BoxFuture, future::Shared};
+use kube::{
+    Api, Client,
+    api::Object,
+    core::{ApiResource, GroupVersionKind},
+};
+use serde::{Deserialize, Serialize};
+use tokio::time::Instant;
+
+use crate::{
+    cert_manager::{GROUP, Status},
+    config::IssuerRef,
+    issuer::{Error, Retry, cert_manager::api_error},
+    kubernetes::{Call, Cause, Failure},
+};
+
+/// A verdict stands at least so long: orders that fail together ask together.
+const GOOD_FOR: Duration = Duration::from_secs(60);
+/// A refusal is asked about again after this time.
+const BAD_FOR: Duration = Duration::from_secs(5);
+
+/// The last check, shared by all orders.
+#[derive(Default)]
+pub(super) struct Memo(Mutex<State>);
+
+type Check = Shared<BoxFuture<'static, Result<(), Error>>>;
+
+#[derive(Default)]
+struct State {
+    check: Option<(Instant, Check)>,
+    doubted: bool,
+}
+
+impl Memo {
+    /// The verdict that stands, or a new one.
+    pub(super) async fn check(&self, client: &Client, issuer: &IssuerRef, namespace: Option<String>) -> Result<(), Error> {
+        let check = {
+            let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            let standing = state.check.as_ref().filter(|(since, check)| match check.peek() {
+                None => true,
+                Some(Err(_)) => since.elapsed() < BAD_FOR,
+                Some(Ok(())) => !state.doubted || since.elapsed() < GOOD_FOR,
+            });
+            match standing {
+                Some((_, check)) => check.clone(),
+                None => {
+                    let (client, issuer) = (client.clone(), issuer.clone());
+                    let new = async move { check(&client, &issuer, namespace.as_deref()).await }.boxed().shared();
+                    *state = State { check: Some((Instant::now(), new.clone())), doubted: false };
+                    new
+                }
+            }
+        };
+        check.await
+    }
+
+    /// An order failed: perhaps the issuer was changed.
+    pub(super) fn doubt(&self) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).doubted = true;
+    }
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct IssuerSpec {
+    #[serde(default)]
+    self_signed: Option<serde_json::Value>,
+}
+
+type AnyIssuer = Object<IssuerSpec, Status>;
+
+/// Checks `issuer`, for requests in `namespace`; without one, only what can be known without.
+pub async fn check(client: &Client, issuer: &IssuerRef, namespace: Option<&str>) -> Result<(), Error> {
+    if !issuer.group.is_empty() && issuer.group != GROUP {
+        tracing::debug!(group = issuer.group, kind = issuer.kind, name = issuer.name, "an external issuer is not checked");
+        return Ok(());
+    }
+    let kind = match issuer.kind.as_str() {
+        "ClusterIssuer" => Kind::ClusterIssuer,
+        "Issuer" | "" => Kind::Issuer,
+        other => {
+            return Err(Error::Configuration(format!(
+                "issuerRef.kind {other:?} does not exist in group {GROUP}: use Issuer or ClusterIssuer, or set issuerRef.group to the group \
+                 of an external issuer"
+            )));
+        }
+    };
+    if kind == Kind::Issuer && namespace.is_none() {
+        // Each workload's namespace has its own.
+        return Ok(());
+    }
+    let name = &issuer.name;
+    match kind.get(client, name, namespace).await {
+        Ok(found) => judge(kind, name, &found),
+        Err(failure) => match failure.cause {
+            Cause::Rbac | Cause::Policy => {
+                tracing::warn!(issuer = name, kind = kind.as_str(), error = %failure, "the issuer cannot be checked; going on without");
+                Ok(())
+            }
+            Cause::NotFound => Err(missing(client, kind, name, namespace).await),
+            _ => Err(api_error(&kind.call(name, namespace), failure)),
+        },
+    }
+}
+
+fn judge(kind: Kind, name: &str, found: &AnyIssuer) -> Result<(), Error> {
+    if found.spec.self_signed.is_some() {
+        return Err(Error::Configuration(format!(
+            "{} {name:?} is of type SelfSigned, which signs with a key from a Secret and cannot sign for keys that stay in the agent's \
+             memory: make a CA issuer from it and name that one in issuerRef",
+            kind.as_str()
+        )));
+    }
+    let ready = found.status.iter().flat_map(|s| &s.conditions).find(|c| c.kind == "Ready");
+    match ready {
+        Some(condition) if condition.status == "True" => {
+            tracing::info!(issuer = name, kind = kind.as_str(), "the issuer is there and ready");
+        }
+        other => {
+            let why = other.and_then(|c| c.message.as_deref()).unwrap_or("it has no Ready condition yet");
+            tracing::warn!(issuer = name, kind = kind.as_str(), why, "the issuer is not ready; requests will wait for it");
+        }
+    }
+    Ok(())
+}
+
+/// The issuer is not there: does one of the other kind bear its name?
+async fn missing(client: &Client, kind: Kind, name: &str, namespace: Option<&str>) -> Error {
+    let other = kind.other();
+    let place = |kind: Kind| match (kind, namespace) {
+        (Kind::Issuer, Some(namespace)) => format!(" in namespace {namespace}"),
+        _ => String::new(),
+    };
+    let found = (other == Kind::ClusterIssuer || namespace.is_some()) && other.get(client, name, namespace).await.is_ok();
+    if found {
+        return Error::Configuration(format!(
+            "{} {name:?} does not exist{}, but a resource of kind {} with this name does{}: set issuerRef.kind to {}",
+            kind.as_str(),
+            place(kind),
+            other.as_str(),
+            place(other),
+            other.as_str()
+        ));
+    }
+    let message = "it does not exist: create it, or correct issuerRef.name and issuerRef.kind".to_owned();
+    Error::Api { action: kind.call(name, namespace).to_string(), message, retry: Retry::Backoff }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Issuer,
+    ClusterIssuer,
+}
+
+impl Kind {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Issuer => "Issuer",
+            Self::ClusterIssuer => "ClusterIssuer",
+        }
+    }
+
+    fn other(self) -> Self {
+        match self {
+            Self::Issuer => Self::ClusterIssuer,
+            Self::ClusterIssuer => Self::Issuer,
+        }
+    }
+
+    fn call<'a>(self, name: &'a str, namespace: Option<&'a str>) -> Call<'a> {
+        match self {
+            Self::Issuer => Call { verb: "get", resource: "issuers.cert-manager.io", name: Some(name), namespace },
+            Self::ClusterIssuer => Call { verb: "get", resource: "clusterissuers.cert-manager.io", name: Some(name), namespace: None },
+        }
+    }
+
+    async fn get(self, client: &Client, name: &str, namespace: Option<&str>) -> Result<AnyIssuer, Failure> {
+        let resource = ApiResource::from_gvk(&GroupVersionKind::gvk(GROUP, "v1", self.as_str()));
+        let api: Api<AnyIssuer> = match (self, namespace) {
+            (Self::Issuer, Some(namespace)) => Api::namespaced_with(client.clone(), namespace, &resource),
+            _ => Api::all_with(client.clone(), &resource),
+        };
+        api.get(name).await.map_err(|error| Failure::of(&error, &self.call(name, namespace)))
+    }
+}

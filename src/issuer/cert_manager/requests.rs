@@ -1,0 +1,228 @@
+//! What all orders of the agent share: the watch, the deleter, the sweep.
+//!
+//! The caller runs [`Requests::run`] once, for as long as the agent lives, and after the orders have ended a little longer: it ends by
+//! itself when its shutdown token is cancelled and the last requests are deleted, or after five seconds.
+
+use std::{
+    collections::HashSet,
+    fmt,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use futures::{StreamExt, future::BoxFuture};
+use kube::{Api, Client, Resource as _, core::ApiResource, runtime::watcher};
+use prometheus_client::{metrics::counter::Counter, registry::Registry};
+use tokio::{sync::mpsc, time::timeout};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    cert_manager::{
+        CertificateRequest, keys,
+        naming::{Agent, node_label},
+    },
+    clock::{self, Clock},
+    config::RequestNamespace,
+    issuer::{
+        Error, Retry,
+        cert_manager::{
+            RESOURCE,
+            board::{Board, Deletion, Watched, Watching},
+            create::jittered,
+            deleter::Deleter,
+            sweep,
+        },
+    },
+    kubernetes::{
+        self, Call, Cause,
+        layer::Resource,
+        watch::{Selection, Signal},
+    },
+};
+
+/// Between sweeps.
+const SWEEP_EVERY: Duration = Duration::from_secs(600);
+/// Until the next sweep, where the pods could not be read.
+const SWEEP_AGAIN: Duration = Duration::from_secs(30);
+/// How long an order waits for the watch before it fails with the watch's trouble.
+const WATCH_PATIENCE: Duration = Duration::from_secs(10);
+
+/// Who of this node's pods lives. Asked by the sweep, rarely.
+pub trait LivePods: fmt::Debug + Send + Sync + 'static {
+    /// The UIDs of the node's pods that have not ended, read from the API server after this call; none where they cannot be read.
+    fn live(&self) -> BoxFuture<'_, Option<HashSet<Arc<str>>>>;
+}
+
+/// What the requests count.
+#[derive(Debug, Clone, Default)]
+pub struct Metrics {
+    orphans: Counter,
+}
+
+impl Metrics {
+    /// Registers the module's metrics.
+    pub fn register(registry: &mut Registry) -> Self {
+        let metrics = Self::default();
+        registry.register(
+            "orphaned_requests_deleted",
+            "CertificateRequests of agents that have gone, deleted by the sweep",
+            metrics.orphans.clone(),
+        );
+        metrics
+    }
+
+    /// How many there were, for tests.
+    #[cfg(test)]
+    pub(super) fn orphans(&self) -> u64 {
+        self.orphans.get()
+    }
+}
+
+/// The node's requests. Clones share everything.
+#[derive(Clone)]
+pub struct Requests(Arc<Shared>);
+
+struct Shared {
+    client: Client,
+    scope: RequestNamespace,
+    agent: Agent,
+    pods: Option<Arc<dyn LivePods>>,
+    clock: Arc<dyn Clock>,
+    board: Arc<Board>,
+    queue: Mutex<Option<mpsc::UnboundedReceiver<Deletion>>>,
+    kube_metrics: kubernetes::Metrics,
+    metrics: Metrics,
+}
+
+impl fmt::Debug for Requests {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Requests").field("scope", &self.0.scope).field("agent", &self.0.agent).finish_non_exhaustive()
+    }
+}
+
+impl Requests {
+    /// The requests of `agent` in `scope`. Issuers of one scope share one; without `pods` only the agent's own leftovers are swept.
+    pub fn new(
+        client: Client,
+        scope: RequestNamespace,
+        agent: Agent,
+        pods: Option<Arc<dyn LivePods>>,
+        clock: Arc<dyn Clock>,
+        kube_metrics: kubernetes::Metrics,
+        metrics: Metrics,
+    ) -> Self {
+        let (deletions, queue) = mpsc::unbounded_channel();
+        let board = Arc::new(Board::new(agent.instance.clone(), deletions));
+        let queue = Mutex::new(Some(queue));
+        Self(Arc::new(Shared { client, scope, agent, pods, clock, board, queue, kube_metrics, metrics }))
+    }
+
+    /// Watches, deletes and sweeps until `shutdown`, and then for as long as the last deletions take, at most five seconds.
+    pub async fn run(&self, shutdown: CancellationToken) {
+        let taken = self.0.queue.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some(queue) = taken else {
+            tracing::error!("the requests are run twice; the second run does nothing");
+            return;
+        };
+        let mut deleter = Deleter::new(self.0.client.clone(), self.board().clone(), queue, self.0.metrics.orphans.clone());
+        tokio::select! {
+            () = shutdown.cancelled() => {}
+            () = self.watch() => {}
+            () = self.sweep() => {}
+            () = self.board().expire_kept() => {}
+            () = deleter.work() => {}
+        }
+        deleter.finish().await;
+    }
+
+    /// Returns when the watch has listed everything for the first time.
+    pub async fn synced(&self) {
+        let mut watching = self.board().watching();
+        let _ = watching.wait_for(|w| *w == Watching::Running).await;
+    }
+
+    /// An order may create a request only where its answer would be seen.
+    pub(super) async fn ready(&self) -> Result<(), Error> {
+        let mut watching = self.board().watching();
+        if timeout(WATCH_PATIENCE, watching.wait_for(|w| *w == Watching::Running)).await.is_ok() {
+            return Ok(());
+        }
+        let call = Call { verb: "watch", resource: RESOURCE, name: None, namespace: self.namespace() };
+        Err(match &*watching.borrow() {
+            Watching::Trouble(why) => Error::Api { action: call.to_string(), message: why.to_string(), retry: Retry::Backoff },
+            _ => Error::Timeout { action: call.to_string(), after: WATCH_PATIENCE },
+        })
+    }
+
+    pub(super) fn client(&self) -> &Client {
+        &self.0.client
+    }
+
+    pub(super) fn agent(&self) -> &Agent {
+        &self.0.agent
+    }
+
+    pub(super) fn board(&self) -> &Arc<Board> {
+        &self.0.board
+    }
+
+    fn namespace(&self) -> Option<&str> {
+        match &self.0.scope {
+            RequestNamespace::Fixed(namespace) => Some(namespace),
+            RequestNamespace::Workload => None,
+        }
+    }
+
+    async fn watch(&self) {
+        let resource = ApiResource::erase::<CertificateRequest>(&());
+        debug_assert_eq!(CertificateRequest::plural(&()), crate::cert_manager::PLURAL);
+        let api: Api<Watched> = match self.namespace() {
+            Some(namespace) => Api::namespaced_with(self.0.client.clone(), namespace, &resource),
+            None => Api::all_with(self.0.client.clone(), &resource),
+        };
+        let selection = Selection {
+            resource: Resource::certificaterequests,
+            name: RESOURCE.to_owned(),
+            namespace: self.namespace().map(str::to_owned),
+            // A quorum list: what was created before it and is not in it has gone.
+            config: watcher::Config::default().labels(&format!("{}={}", keys::NODE, node_label(&self.0.agent.node_name))),
+        };
+        let mut signals = Box::pin(kubernetes::watch::watch(api, selection, self.0.kube_metrics.clone()));
+        let board = self.board();
+        while let Some(signal) = signals.next().await {
+            match signal {
+                Signal::Event(watcher::Event::Init) => board.list_begins(),
+                Signal::Event(watcher::Event::InitApply(object)) => board.listed(&object),
+                Signal::Event(watcher::Event::InitDone) => board.list_ends(),
+                Signal::Event(watcher::Event::Apply(object)) => board.applied(&object),
+                Signal::Event(watcher::Event::Delete(object)) => board.deleted(&object),
+                Signal::Trouble(ended, failure) => board.trouble(ended, &failure.message, failure.cause == Cause::Rbac),
+            }
+        }
+    }
+
+    async fn sweep(&self) {
+        self.synced().await;
+        loop {
+            let unclaimed = self.board().unclaimed();
+            let mut pause = SWEEP_EVERY;
+            if !unclaimed.is_empty() {
+                // After the requests were read: a pod exists before its first request does.
+                let live = match &self.0.pods {
+                    Some(pods) => pods.live().await,
+                    None => None,
+                };
+                if live.is_none() && self.0.pods.is_some() {
+                    pause = SWEEP_AGAIN;
+                }
+                let now = i64::try_from(clock::unix_seconds(self.0.clock.now())).unwrap_or(i64::MAX);
+                let orphans = sweep::orphans(&self.0.agent, unclaimed, live.as_ref(), now);
+                if !orphans.is_empty() {
+                    tracing::info!(requests = orphans.len(), "sweeping requests whose agents have gone");
+                    self.board().delete_orphans(orphans);
+                }
+            }
+            tokio::time::sleep(jittered(pause)).await;
+        }
+    }
+}

@@ -1,0 +1,67 @@
+//! The way to the Kubernetes API: one client with explicit time-outs, its metrics, watches that recover, and errors in words.
+//!
+//! The caller installs rustls' crypto provider first, and owes every `watch` a consumer that keeps polling. Nothing is retried here
+//! but watches: who asks decides when to ask again. The libraries below log whole responses when they cannot read them: keep the
+//! targets `kube_client` and `kube_runtime` out of the log.
+
+use std::time::Duration;
+
+use hyper_util::{
+    client::legacy::{Client as HttpClient, connect::HttpConnector},
+    rt::TokioExecutor,
+};
+use kube::{Client, Config, client::ConfigExt};
+use tower::{BoxError, ServiceBuilder};
+
+pub mod failure;
+#[cfg(test)]
+pub mod fake;
+pub mod layer;
+pub mod watch;
+
+pub use failure::{Call, Cause, Failure};
+pub use layer::Metrics;
+
+/// For the TCP connection.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// For a whole answer; for a watch, until its headers are there.
+pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
+/// A silent connection is probed after this time and at this interval, so that a watch across a dead path ends within a minute.
+const KEEPALIVE: Duration = Duration::from_secs(15);
+
+/// Why there is no client.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Neither a kubeconfig nor a pod's environment.
+    #[error("no way to the Kubernetes API: set KUBECONFIG, or run in a pod with a service account token: {0}")]
+    Infer(#[from] kube::config::InferConfigError),
+    /// The configuration cannot be used.
+    #[error("the Kubernetes API's configuration cannot be used: {0}")]
+    Build(#[from] kube::Error),
+}
+
+/// A client from `KUBECONFIG`, the user's kubeconfig, or the pod's service account, whichever is found first.
+pub async fn connect(metrics: &Metrics) -> Result<Client, Error> {
+    Ok(client(Config::infer().await?, metrics)?)
+}
+
+/// A client from a given configuration.
+pub fn client(config: Config, metrics: &Metrics) -> Result<Client, kube::Error> {
+    let mut tcp = HttpConnector::new();
+    tcp.enforce_http(false);
+    tcp.set_nodelay(true);
+    tcp.set_connect_timeout(Some(CONNECT_TIMEOUT));
+    tcp.set_keepalive(Some(KEEPALIVE));
+    tcp.set_keepalive_interval(Some(KEEPALIVE));
+    tcp.set_keepalive_retries(Some(2));
+    tcp.set_tcp_user_timeout(Some(ANSWER_TIMEOUT));
+    let http = HttpClient::builder(TokioExecutor::new()).build(config.rustls_https_connector_with_connector(tcp)?);
+    let service = ServiceBuilder::new()
+        .layer(layer::Layer::new(metrics.clone()))
+        .layer(config.base_uri_layer())
+        .option_layer(config.auth_layer()?)
+        .layer(config.extra_headers_layer()?)
+        .map_err(BoxError::from)
+        .service(http);
+    Ok(Client::new(service, config.default_namespace))
+}

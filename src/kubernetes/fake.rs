@@ -1,0 +1,377 @@
+//! An API server for tests, at the wire: a `tower` service over objects in memory, with lists, resumable watches and scripted faults.
+//!
+//! It opens no file descriptor, so it can be used under a paused clock.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, MutexGuard},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use futures::{StreamExt, future::BoxFuture};
+use http::{Method, Request, Response, StatusCode};
+use http_body::Frame;
+use http_body_util::{BodyExt, StreamBody, combinators::UnsyncBoxBody};
+use kube::{Client, client::Body};
+use serde_json::{Value, json};
+use tokio::sync::{mpsc, watch};
+use tokio_stream::wrappers::UnboundedReceiverStream;
+use tower::{BoxError, Layer as _};
+
+use crate::kubernetes::{Metrics, layer::Layer};
+
+type Answer = Response<UnsyncBoxBody<Bytes, BoxError>>;
+type Key = (String, String, String);
+
+/// What happens to a request instead of, or after, its effect.
+#[derive(Debug, Clone)]
+pub enum Fault {
+    /// This status, with this JSON body.
+    Status(u16, Value),
+    /// This status, with this text.
+    Text(u16, &'static str),
+    /// Nothing ever comes back, and nothing happens.
+    Hang,
+    /// It is carried out, and the connection breaks before the answer.
+    LoseAnswer,
+    /// It is carried out, and nothing ever comes back.
+    CarryOutAndHang,
+    /// The connection breaks at once.
+    Refuse,
+}
+
+/// Whom a fault meets.
+#[derive(Debug, Clone)]
+struct Planned {
+    verb: &'static str,
+    plural: &'static str,
+    fault: Fault,
+    times: usize,
+}
+
+struct Watcher {
+    plural: String,
+    selector: Selector,
+    events: mpsc::UnboundedSender<Result<Bytes, BoxError>>,
+}
+
+#[derive(Default, Clone)]
+struct Selector {
+    namespace: Option<String>,
+    labels: Vec<(String, String)>,
+    fields: Vec<(String, String)>,
+}
+
+/// One change: the version, the plural, and the object before and after.
+type Change = (u64, String, Option<Value>, Option<Value>);
+
+#[derive(Default)]
+struct State {
+    version: u64,
+    objects: BTreeMap<Key, Value>,
+    changes: Vec<Change>,
+    expired: u64,
+    watchers: Vec<Watcher>,
+    faults: Vec<Planned>,
+    seen: Vec<String>,
+}
+
+/// The server.
+#[derive(Clone, Default)]
+pub struct FakeApi {
+    state: Arc<Mutex<State>>,
+    moved: watch::Sender<()>,
+}
+
+impl FakeApi {
+    /// An empty cluster.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap()
+    }
+
+    /// A client of this server, through the real layer.
+    pub fn client(&self, metrics: &Metrics) -> Client {
+        let this = self.clone();
+        let service = tower::service_fn(move |request: Request<Body>| this.clone().serve(request));
+        Client::new(Layer::new(metrics.clone()).layer(service), "default")
+    }
+
+    /// Creates or replaces an object.
+    pub fn put(&self, plural: &str, object: Value) -> Value {
+        let object = self.lock().put(plural, object);
+        self.moved.send_replace(());
+        object
+    }
+
+    /// Changes an object in place.
+    pub fn change(&self, plural: &str, namespace: &str, name: &str, change: impl FnOnce(&mut Value)) {
+        let key = (plural.to_owned(), namespace.to_owned(), name.to_owned());
+        let mut object = self.lock().objects.get(&key).unwrap().clone();
+        change(&mut object);
+        self.put(plural, object);
+    }
+
+    /// Deletes an object.
+    pub fn remove(&self, plural: &str, namespace: &str, name: &str) {
+        assert!(self.lock().remove(&(plural.into(), namespace.into(), name.into())).is_some());
+        self.moved.send_replace(());
+    }
+
+    /// The objects of a kind.
+    pub fn objects(&self, plural: &str) -> Vec<Value> {
+        self.lock().objects.iter().filter(|(key, _)| key.0 == plural).map(|(_, object)| object.clone()).collect()
+    }
+
+    /// The next `times` requests of this kind fail so.
+    pub fn fail(&self, verb: &'static str, plural: &'static str, fault: Fault, times: usize) {
+        self.lock().faults.push(Planned { verb, plural, fault, times });
+    }
+
+    /// No planned fault stays.
+    pub fn heal(&self) {
+        self.lock().faults.clear();
+    }
+
+    /// Every watch ends here: cleanly, or in the middle of an event.
+    pub fn cut_watches(&self, mid_event: bool) {
+        for watcher in self.lock().watchers.drain(..) {
+            if mid_event {
+                let _ = watcher.events.send(Ok(Bytes::from_static(b"{\"type\":\"MODIFIED\",\"obj")));
+                let _ = watcher.events.send(Err("connection reset".into()));
+            }
+        }
+    }
+
+    /// What happened so far is forgotten: a watch that wants to continue from before it gets 410.
+    pub fn forget_history(&self) {
+        let mut state = self.lock();
+        state.version += 1;
+        state.expired = state.version;
+        state.changes.clear();
+    }
+
+    /// Requests so far, as `verb plural`.
+    pub fn count(&self, verb: &str, plural: &str) -> usize {
+        let wanted = format!("{verb} {plural}");
+        self.lock().seen.iter().filter(|s| **s == wanted).count()
+    }
+
+    /// Waits, within an hour of (paused) time, until `condition` holds.
+    pub async fn until<T>(&self, what: &str, mut condition: impl FnMut(&Self) -> Option<T>) -> T {
+        let mut moved = self.moved.subscribe();
+        let waiting = async {
+            loop {
+                moved.borrow_and_update();
+                if let Some(found) = condition(self) {
+                    return found;
+                }
+                moved.changed().await.unwrap();
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(3600), waiting).await.unwrap_or_else(|_| panic!("never happened: {what}"))
+    }
+
+    /// Waits until there are `n` objects of a kind, and returns them.
+    pub async fn until_count(&self, plural: &'static str, n: usize) -> Vec<Value> {
+        let what = format!("{n} {plural}");
+        self.until(&what, |api| Some(api.objects(plural)).filter(|objects| objects.len() == n)).await
+    }
+
+    fn serve(self, request: Request<Body>) -> BoxFuture<'static, Result<Answer, BoxError>> {
+        Box::pin(async move {
+            let (parts, body) = request.into_parts();
+            let body = body.collect_bytes().await?;
+            let query: BTreeMap<String, String> = parts.uri.query().map(parse_query).unwrap_or_default();
+            let (plural, namespace, name) = parse_path(parts.uri.path());
+            let verb = match (&parts.method, name.is_some()) {
+                (&Method::GET, true) => "get",
+                (&Method::GET, false) if query.contains_key("watch") => "watch",
+                (&Method::GET, false) => "list",
+                (&Method::POST, _) => "create",
+                (&Method::DELETE, _) => "delete",
+                _ => "other",
+            };
+            let fault = self.lock().meet(verb, &plural);
+            self.moved.send_replace(());
+            match fault {
+                Some(Fault::Status(code, body)) => return Ok(answer(code, body.to_string())),
+                Some(Fault::Text(code, text)) => return Ok(answer(code, text.to_owned())),
+                Some(Fault::Hang) => std::future::pending().await,
+                Some(Fault::Refuse) => return Err(std::io::Error::from(std::io::ErrorKind::ConnectionRefused).into()),
+                Some(Fault::LoseAnswer | Fault::CarryOutAndHang) | None => {}
+            }
+            let response = self.carry_out(verb, plural, namespace, name, &query, &body);
+            self.moved.send_replace(());
+            match fault {
+                Some(Fault::LoseAnswer) => Err(std::io::Error::from(std::io::ErrorKind::ConnectionReset).into()),
+                Some(Fault::CarryOutAndHang) => std::future::pending().await,
+                _ => Ok(response),
+            }
+        })
+    }
+
+    fn carry_out(
+        &self,
+        verb: &str,
+        plural: String,
+        namespace: Option<String>,
+        name: Option<String>,
+        query: &BTreeMap<String, String>,
+        body: &[u8],
+    ) -> Answer {
+        let mut state = self.lock();
+        let key = (plural.clone(), namespace.clone().unwrap_or_default(), name.unwrap_or_default());
+        let absent = || status(404, "NotFound", &plural);
+        match verb {
+            "get" => state.objects.get(&key).map_or_else(absent, |object| answer(200, object.to_string())),
+            "create" => {
+                let mut object: Value = serde_json::from_slice(body).unwrap();
+                object["metadata"]["namespace"] = json!(namespace);
+                let name = object["metadata"]["name"].as_str().unwrap().to_owned();
+                if state.objects.contains_key(&(plural.clone(), key.1, name)) {
+                    return status(409, "AlreadyExists", &plural);
+                }
+                answer(201, state.put(&plural, object).to_string())
+            }
+            "delete" => {
+                let wanted: Value = serde_json::from_slice(body).unwrap_or_default();
+                let found = state.objects.get(&key).map(|o| o["metadata"]["uid"].clone());
+                match (found, wanted.pointer("/preconditions/uid")) {
+                    (None, _) => absent(),
+                    (Some(uid), Some(wanted)) if uid != *wanted => status(409, "Conflict", &plural),
+                    _ => {
+                        state.remove(&key);
+                        answer(200, json!({"kind": "Status", "status": "Success"}).to_string())
+                    }
+                }
+            }
+            "list" => {
+                let selector = Selector::of(namespace, query);
+                let items: Vec<_> = state.objects.iter().filter(|(k, o)| k.0 == plural && selector.matches(o)).map(|(_, o)| o).collect();
+                let list =
+                    json!({"kind": "List", "apiVersion": "v1", "metadata": {"resourceVersion": state.version.to_string()}, "items": items});
+                answer(200, list.to_string())
+            }
+            "watch" => {
+                let from: u64 = query["resourceVersion"].parse().unwrap();
+                let (events, receiver) = mpsc::unbounded_channel();
+                let watcher = Watcher { plural, selector: Selector::of(namespace, query), events };
+                if from < state.expired {
+                    let gone =
+                        json!({"type": "ERROR", "object": {"kind": "Status", "code": 410, "reason": "Expired", "message": "too old"}});
+                    let _ = watcher.events.send(Ok(Bytes::from(format!("{gone}\n"))));
+                } else {
+                    state.changes.iter().filter(|c| c.0 > from).for_each(|change| watcher.tell(change));
+                    state.watchers.push(watcher);
+                }
+                let body = StreamBody::new(UnboundedReceiverStream::new(receiver).map(|r| r.map(Frame::data)));
+                Response::new(body.boxed_unsync())
+            }
+            _ => status(405, "MethodNotAllowed", &plural),
+        }
+    }
+}
+
+impl State {
+    fn meet(&mut self, verb: &str, plural: &str) -> Option<Fault> {
+        self.seen.push(format!("{verb} {plural}"));
+        let planned = self.faults.iter_mut().find(|p| p.verb == verb && p.plural == plural && p.times > 0)?;
+        planned.times -= 1;
+        Some(planned.fault.clone())
+    }
+
+    fn put(&mut self, plural: &str, mut object: Value) -> Value {
+        self.version += 1;
+        let text = |v: &Value| v.as_str().unwrap_or_default().to_owned();
+        let key = (plural.to_owned(), text(&object["metadata"]["namespace"]), text(&object["metadata"]["name"]));
+        let old = self.objects.get(&key).cloned();
+        object["metadata"]["resourceVersion"] = json!(self.version.to_string());
+        if object["metadata"]["uid"].is_null() {
+            object["metadata"]["uid"] = json!(format!("uid-{}", self.version));
+        }
+        self.objects.insert(key, object.clone());
+        self.tell((self.version, plural.to_owned(), old, Some(object.clone())));
+        object
+    }
+
+    fn remove(&mut self, key: &Key) -> Option<Value> {
+        let old = self.objects.remove(key)?;
+        self.version += 1;
+        self.tell((self.version, key.0.clone(), Some(old.clone()), None));
+        Some(old)
+    }
+
+    fn tell(&mut self, change: Change) {
+        self.watchers.iter().for_each(|w| w.tell(&change));
+        self.changes.push(change);
+    }
+}
+
+impl Watcher {
+    fn tell(&self, (version, plural, old, new): &Change) {
+        if *plural != self.plural {
+            return;
+        }
+        let matches = |object: &Option<Value>| object.as_ref().is_some_and(|o| self.selector.matches(o));
+        let (kind, object) = match (matches(old), matches(new)) {
+            (false, true) => ("ADDED", new),
+            (true, true) => ("MODIFIED", new),
+            (true, false) => ("DELETED", if new.is_some() { new } else { old }),
+            (false, false) => return,
+        };
+        let mut object = object.clone().unwrap();
+        object["metadata"]["resourceVersion"] = json!(version.to_string());
+        let _ = self.events.send(Ok(Bytes::from(format!("{}\n", json!({"type": kind, "object": object})))));
+    }
+}
+
+impl Selector {
+    fn of(namespace: Option<String>, query: &BTreeMap<String, String>) -> Self {
+        let pairs = |name: &str| {
+            let text = query.get(name).map(String::as_str).unwrap_or_default();
+            text.split(',').filter_map(|p| p.split_once('=')).map(|(k, v)| (k.to_owned(), v.to_owned())).collect()
+        };
+        Self { namespace, labels: pairs("labelSelector"), fields: pairs("fieldSelector") }
+    }
+
+    fn matches(&self, object: &Value) -> bool {
+        let metadata = &object["metadata"];
+        let field = |path: &str| path.split('.').fold(object, |value, key| &value[key]);
+        self.namespace.as_ref().is_none_or(|n| metadata["namespace"] == **n)
+            && self.labels.iter().all(|(k, v)| metadata["labels"][k] == **v)
+            && self.fields.iter().all(|(k, v)| *field(k) == **v)
+    }
+}
+
+fn answer(code: u16, body: String) -> Answer {
+    let body = http_body_util::Full::new(Bytes::from(body)).map_err(|never| match never {}).boxed_unsync();
+    let mut response = Response::new(body);
+    *response.status_mut() = StatusCode::from_u16(code).unwrap();
+    response
+}
+
+fn status(code: u16, reason: &str, plural: &str) -> Answer {
+    let status =
+        json!({"kind": "Status", "status": "Failure", "code": code, "reason": reason, "message": reason, "details": {"kind": plural}});
+    answer(code, status.to_string())
+}
+
+fn parse_path(path: &str) -> (String, Option<String>, Option<String>) {
+    let segments: Vec<&str> = path.split('/').filter(|s| !s.is_empty()).collect();
+    let rest = &segments[if segments[0] == "apis" { 3 } else { 2 }..];
+    let (namespace, rest) = match rest {
+        ["namespaces", namespace, rest @ ..] if !rest.is_empty() => (Some((*namespace).to_owned()), rest),
+        _ => (None, rest),
+    };
+    (rest[0].to_owned(), namespace, rest.get(1).map(|s| (*s).to_owned()))
+}
+
+fn parse_query(query: &str) -> BTreeMap<String, String> {
+    let decode = |text: &str| text.replace("%2F", "/").replace("%3D", "=").replace("%2C", ",").replace('+', " ");
+    query.split('&').filter_map(|p| p.split_once('=')).map(|(k, v)| (decode(k), decode(v))).collect()
+}

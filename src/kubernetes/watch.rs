@@ -1,0 +1,224 @@
+//! A watch that recovers: the changes of a selection of objects, for ever, with words for what goes wrong.
+//!
+//! One list, then one long request; after trouble it resumes where it was, and lists again where the server has forgotten. Nothing
+//! polls. Trouble is counted, and logged when it changes.
+
+use std::{fmt, pin::Pin, time::Duration};
+
+use futures::{Stream, StreamExt, stream};
+use kube::{
+    Api, Resource as KubeResource,
+    runtime::watcher::{self, Event, watcher},
+};
+use prometheus_client::encoding::EncodeLabelValue;
+use serde::de::DeserializeOwned;
+
+use crate::kubernetes::{
+    failure::{Call, Cause, Failure},
+    layer::{Metrics, Resource},
+};
+
+/// After the first trouble; it doubles, and up to a half of it is taken off at random.
+const SHORTEST_PAUSE: Duration = Duration::from_millis(500);
+/// Certificates may wait for the watch: it is back soon after the server is.
+const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+
+/// Why a watch broke, as a metric label.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
+#[allow(non_camel_case_types, reason = "the names are the label's values")]
+pub enum Ended {
+    /// The list failed.
+    list_failed,
+    /// The watch could not be started.
+    start_failed,
+    /// It broke while it ran.
+    broken,
+    /// The server has forgotten the version to continue from: everything is listed again.
+    expired,
+}
+
+/// What a watch tells.
+#[derive(Debug)]
+pub enum Signal<K> {
+    /// The objects and their changes.
+    Event(Event<K>),
+    /// The watch does not run; it is tried again by itself. After [`Ended::list_failed`], and where a right was missing, the next good
+    /// news is a whole list.
+    Trouble(Ended, Failure),
+}
+
+/// What to watch.
+#[derive(Debug, Clone)]
+pub struct Selection {
+    /// For the metrics.
+    pub resource: Resource,
+    /// For people: the plural, with its group.
+    pub name: String,
+    /// For people: the namespace, where the watch is bound to one.
+    pub namespace: Option<String>,
+    /// Selectors and the way to list.
+    pub config: watcher::Config,
+}
+
+struct State<K> {
+    api: Api<K>,
+    selection: Selection,
+    metrics: Metrics,
+    events: Pin<Box<dyn Stream<Item = watcher::Result<Event<K>>> + Send>>,
+    /// Before the next try.
+    pause: Option<Duration>,
+    next_pause: Duration,
+    told: Option<Failure>,
+}
+
+/// Watches `selection` of `api`, for as long as the stream is polled.
+pub fn watch<K>(api: Api<K>, selection: Selection, metrics: Metrics) -> impl Stream<Item = Signal<K>> + Send
+where
+    K: KubeResource + Clone + DeserializeOwned + fmt::Debug + Send + 'static,
+{
+    let events = Box::pin(watcher(api.clone(), selection.config.clone()));
+    let state = State { api, selection, metrics, events, pause: None, next_pause: SHORTEST_PAUSE, told: None };
+    stream::unfold(state, |mut state| async move {
+        if let Some(pause) = state.pause.take() {
+            tokio::time::sleep(pause).await;
+        }
+        let signal = match state.events.next().await? {
+            Ok(event) => {
+                // `Init` only says that a list is about to be asked for.
+                if !matches!(event, Event::Init) {
+                    state.recovered();
+                }
+                Signal::Event(event)
+            }
+            Err(error) => {
+                let (reason, failure) = state.trouble(&error);
+                Signal::Trouble(reason, failure)
+            }
+        };
+        Some((signal, state))
+    })
+}
+
+impl<K> State<K>
+where
+    K: KubeResource + Clone + DeserializeOwned + fmt::Debug + Send + 'static,
+{
+    fn recovered(&mut self) {
+        self.next_pause = SHORTEST_PAUSE;
+        if self.told.take().is_some() {
+            tracing::info!(resource = %self.selection.name, "the watch works again");
+        }
+    }
+
+    fn trouble(&mut self, error: &watcher::Error) -> (Ended, Failure) {
+        let call = |verb| Call { verb, resource: &self.selection.name, name: None, namespace: self.selection.namespace.as_deref() };
+        let (reason, failure) = match error {
+            watcher::Error::InitialListFailed(e) => (Ended::list_failed, Failure::of(e, &call("list"))),
+            watcher::Error::WatchStartFailed(e) => (Ended::start_failed, Failure::of(e, &call("watch"))),
+            watcher::Error::WatchFailed(e) => (Ended::broken, Failure::of(e, &call("watch"))),
+            watcher::Error::WatchError(status) => (Ended::broken, Failure::of_status(status, &call("watch"))),
+            watcher::Error::NoResourceVersion => {
+                (Ended::broken, Failure { cause: Cause::Other, message: "the server gave no resource version".to_owned() })
+            }
+        };
+        let expired = failure.cause == Cause::Expired;
+        self.metrics.watch_ended(self.selection.resource, if expired { Ended::expired } else { reason });
+        if reason == Ended::start_failed && matches!(failure.cause, Cause::Expired | Cause::Rbac) {
+            // The library would ask for the same version for ever; and only a new list can show that a right has come back.
+            self.events = Box::pin(watcher(self.api.clone(), self.selection.config.clone()));
+        }
+        if expired {
+            // The server answers again, only its history has gone: a list brings everything back at once.
+            self.next_pause = SHORTEST_PAUSE;
+        }
+        self.pause = Some(self.next_pause.mul_f64(0.5 + 0.5 * fastrand::f64()));
+        self.next_pause = (self.next_pause * 2).min(LONGEST_PAUSE);
+        if !expired && self.told.as_ref() != Some(&failure) {
+            tracing::warn!(resource = %self.selection.name, error = %failure, "the watch does not work; trying again");
+            self.told = Some(failure.clone());
+        }
+        (reason, failure)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use k8s_openapi::api::core::v1::ConfigMap;
+    use serde_json::json;
+    use tokio::time::{Instant, timeout};
+
+    use super::*;
+    use crate::kubernetes::fake::{FakeApi, Fault};
+
+    fn signals(api: &FakeApi, metrics: &Metrics) -> Pin<Box<dyn Stream<Item = Signal<ConfigMap>> + Send>> {
+        let selection = Selection {
+            resource: Resource::configmaps,
+            name: "configmaps".into(),
+            namespace: Some("a".into()),
+            config: watcher::Config::default(),
+        };
+        Box::pin(watch(Api::namespaced(api.client(metrics), "a"), selection, metrics.clone()))
+    }
+
+    fn put(api: &FakeApi, name: &str) {
+        api.put("configmaps", json!({"metadata": {"name": name, "namespace": "a"}}));
+    }
+
+    /// Reads on until an object of this name is told.
+    async fn told(signals: &mut (impl Stream<Item = Signal<ConfigMap>> + Unpin), name: &str) {
+        let reading = async {
+            while let Some(signal) = signals.next().await {
+                if let Signal::Event(Event::Apply(object) | Event::InitApply(object)) = signal
+                    && object.metadata.name.as_deref() == Some(name)
+                {
+                    return;
+                }
+            }
+        };
+        timeout(Duration::from_secs(600), reading).await.expect("never told");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_server_that_ends_every_watch_at_once_is_asked_once_a_second() {
+        let (api, metrics) = (FakeApi::new(), Metrics::default());
+        api.fail("watch", "configmaps", Fault::Text(200, ""), 60);
+        let (start, mut signals) = (Instant::now(), signals(&api, &metrics));
+        put(&api, "x");
+        told(&mut signals, "x").await;
+        put(&api, "y");
+        told(&mut signals, "y").await;
+        assert_eq!(start.elapsed().as_secs(), 60);
+        assert_eq!((api.count("list", "configmaps"), api.count("watch", "configmaps")), (1, 61));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_version_that_is_refused_before_the_watch_starts_is_answered_by_a_list() {
+        let (api, metrics) = (FakeApi::new(), Metrics::default());
+        let gone = json!({"kind": "Status", "code": 410, "reason": "Expired", "message": "too old"});
+        api.fail("watch", "configmaps", Fault::Status(410, gone), 3);
+        let mut signals = signals(&api, &metrics);
+        put(&api, "x");
+        told(&mut signals, "x").await;
+        put(&api, "y");
+        told(&mut signals, "y").await;
+        let restarts = metrics.restarts(Resource::configmaps, Ended::expired);
+        assert!(restarts >= 1 && api.count("list", "configmaps") as u64 == 1 + restarts, "{restarts}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_right_that_comes_back_is_noticed_by_a_list() {
+        let (api, metrics) = (FakeApi::new(), Metrics::default());
+        let forbidden = json!({"kind": "Status", "code": 403, "reason": "Forbidden", "message": "User \"x\" cannot watch resource"});
+        api.fail("watch", "configmaps", Fault::Status(403, forbidden), 2);
+        let mut signals = signals(&api, &metrics);
+        let mut lists = 0;
+        while lists < 3 {
+            match timeout(Duration::from_secs(60), signals.next()).await.unwrap().unwrap() {
+                Signal::Event(Event::InitDone) => lists += 1,
+                Signal::Trouble(_, failure) => assert_eq!(failure.cause, Cause::Rbac),
+                Signal::Event(_) => {}
+            }
+        }
+        assert_eq!(metrics.restarts(Resource::configmaps, Ended::start_failed), 2);
+    }
+}

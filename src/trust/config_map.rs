@@ -1,0 +1,175 @@
+//! A key of a ConfigMap as a source of a trust bundle, as trust-manager writes it: one watch on the one object.
+//!
+//! The caller runs [`ConfigMapSource::run`]. A ConfigMap or key that is missing is told once, and the last good bundle stays.
+
+use std::{fmt, sync::Arc};
+
+use aws_lc_rs::digest;
+use futures::StreamExt;
+use k8s_openapi::api::core::v1::ConfigMap;
+use kube::{Api, Client, runtime::watcher};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    kubernetes::{
+        self,
+        layer::Resource,
+        watch::{Selection, Signal},
+    },
+    trust::Source,
+};
+
+/// A watched key.
+pub struct ConfigMapSource {
+    client: Client,
+    namespace: Arc<str>,
+    name: Arc<str>,
+    key: Arc<str>,
+    source: Source,
+    metrics: kubernetes::Metrics,
+}
+
+impl fmt::Debug for ConfigMapSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ConfigMapSource").field("source", &self.source.name()).finish_non_exhaustive()
+    }
+}
+
+/// What was found last: the same again is neither offered nor told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Found {
+    Nothing,
+    NoKey,
+    Content([u8; 32]),
+}
+
+impl ConfigMapSource {
+    /// The name for [`Trust::source`](crate::trust::Trust::source).
+    pub fn source_name(namespace: &str, name: &str, key: &str) -> String {
+        format!("configMap {namespace}/{name}[{key}]")
+    }
+
+    /// `key` of the ConfigMap `namespace`/`name`, offered to `source`.
+    pub fn new(client: Client, namespace: &str, name: &str, key: &str, source: Source, metrics: kubernetes::Metrics) -> Self {
+        Self { client, namespace: namespace.into(), name: name.into(), key: key.into(), source, metrics }
+    }
+
+    /// Watches until `shutdown`.
+    pub async fn run(self, shutdown: CancellationToken) {
+        tokio::select! {
+            () = shutdown.cancelled() => {}
+            () = self.watch() => {}
+        }
+    }
+
+    async fn watch(&self) {
+        let api: Api<ConfigMap> = Api::namespaced(self.client.clone(), &self.namespace);
+        let selection = Selection {
+            resource: Resource::configmaps,
+            name: format!("configmaps {}", self.name),
+            namespace: Some(self.namespace.to_string()),
+            config: watcher::Config::default().fields(&format!("metadata.name={}", self.name)),
+        };
+        let mut signals = Box::pin(kubernetes::watch::watch(api, selection, self.metrics.clone()));
+        let (mut last, mut listed) = (None, false);
+        while let Some(signal) = signals.next().await {
+            let found = match signal {
+                Signal::Event(watcher::Event::Init) => {
+                    listed = false;
+                    continue;
+                }
+                Signal::Event(watcher::Event::InitApply(object)) => {
+                    listed = true;
+                    self.read(&object, last)
+                }
+                Signal::Event(watcher::Event::Apply(object)) => self.read(&object, last),
+                Signal::Event(watcher::Event::Delete(_)) => self.missing(last),
+                Signal::Event(watcher::Event::InitDone) if !listed => self.missing(last),
+                Signal::Event(watcher::Event::InitDone) | Signal::Trouble(..) => continue,
+            };
+            last = Some(found);
+        }
+    }
+
+    fn read(&self, object: &ConfigMap, last: Option<Found>) -> Found {
+        let Some(pem) = object.data.as_ref().and_then(|data| data.get(&*self.key)) else {
+            if last != Some(Found::NoKey) {
+                let keys: Vec<&str> = object.data.iter().flat_map(|data| data.keys().map(String::as_str)).take(10).collect();
+                tracing::warn!(source = self.source.name(), ?keys, "the ConfigMap has no such key; the last good bundle stays");
+            }
+            return Found::NoKey;
+        };
+        let mut hash = [0; 32];
+        hash.copy_from_slice(digest::digest(&digest::SHA256, pem.as_bytes()).as_ref());
+        let found = Found::Content(hash);
+        if last != Some(found) {
+            // A refusal is counted and logged there.
+            let _ = self.source.offer(pem.as_bytes());
+        }
+        found
+    }
+
+    fn missing(&self, last: Option<Found>) -> Found {
+        if last != Some(Found::Nothing) {
+            tracing::warn!(source = self.source.name(), "the ConfigMap does not exist; the last good bundle stays");
+        }
+        Found::Nothing
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use serde_json::json;
+    use tokio::time::timeout;
+
+    use super::*;
+    use crate::{
+        kubernetes::fake::{FakeApi, Fault},
+        trust::{Metrics, Trust},
+    };
+
+    fn pem() -> String {
+        let key = rcgen::KeyPair::generate().unwrap();
+        rcgen::CertificateParams::new(Vec::new()).unwrap().self_signed(&key).unwrap().pem()
+    }
+
+    fn config_map(key: &str, value: &str) -> serde_json::Value {
+        json!({"metadata": {"name": "mesh-roots", "namespace": "cert-manager"}, "data": {key: value}})
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_key_is_followed_and_what_is_missing_or_broken_changes_nothing() {
+        let (api, metrics) = (FakeApi::new(), kubernetes::Metrics::default());
+        let trust = Trust::new(Metrics::default());
+        let name = ConfigMapSource::source_name("cert-manager", "mesh-roots", "ca.crt");
+        let source = trust.source(None, &name);
+        let source = ConfigMapSource::new(api.client(&metrics), "cert-manager", "mesh-roots", "ca.crt", source, metrics);
+        tokio::spawn(source.run(CancellationToken::new()));
+        let mut bundles = trust.subscribe();
+        let own = |set: &Arc<crate::trust::BundleSet>| set.own.as_ref().map(|b| b.roots.version().to_owned());
+        let changed =
+            async |bundles: &mut tokio::sync::watch::Receiver<_>| timeout(Duration::from_secs(60), bundles.changed()).await.is_ok();
+        api.until("the watch", |api| (api.count("watch", "configmaps") == 1).then_some(())).await;
+        api.put("configmaps", json!({"metadata": {"name": "other", "namespace": "cert-manager"}, "data": {"ca.crt": pem()}}));
+        assert!(!changed(&mut bundles).await, "another ConfigMap, and none of this name");
+
+        api.put("configmaps", config_map("ca.crt", &pem()));
+        assert!(changed(&mut bundles).await);
+        let first = own(&bundles.borrow_and_update()).unwrap();
+        for bad in [config_map("ca.pem", &pem()), config_map("ca.crt", ""), config_map("ca.crt", "garbage")] {
+            api.put("configmaps", bad);
+            assert!(!changed(&mut bundles).await);
+        }
+        api.remove("configmaps", "cert-manager", "mesh-roots");
+        assert!(!changed(&mut bundles).await);
+        assert_eq!(own(&bundles.borrow()), Some(first.clone()));
+
+        api.fail("watch", "configmaps", Fault::Refuse, 3);
+        api.cut_watches(true);
+        api.put("configmaps", config_map("ca.crt", &pem()));
+        assert!(changed(&mut bundles).await);
+        assert_ne!(own(&bundles.borrow()), Some(first));
+    }
+}

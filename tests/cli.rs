@@ -1,0 +1,88 @@
+//! The command line as a script sees it: exit codes, and every error of a configuration at once. Needs no other program.
+
+#![allow(clippy::disallowed_methods, clippy::expect_used, reason = "tests write files for the agent to read, and fail loudly")]
+
+use std::{fs, process::Command};
+
+/// One mistake in each place; the good lines between them are not complained about.
+const BAD: &str = r#"
+trustDomain: UPPER.example
+sockets: { shared: { path: relative.sock, mode: "0999" } }
+attestation: telepathy
+certificate: { lifetime: 5, key: ed25519, renewAt: 1.5 }
+issuer: { certManager: { issuerRef: { name: mesh-ca } } }
+trust: { sources: [ { configMap: { namespace: cert-manager } } ] }
+admin: { address: 0.0.0.0:15090 }
+colour: blue
+"#;
+
+/// The field of each mistake, and what stands there.
+const MISTAKES: [(&str, &str); 11] = [
+    ("trustDomain", "\"UPPER.example\""),
+    ("sockets.shared.path", "\"relative.sock\""),
+    ("sockets.shared.mode", "\"0999\""),
+    ("attestation", "\"telepathy\""),
+    ("certificate.lifetime", "5"),
+    ("certificate.key", "\"ed25519\""),
+    ("certificate.renewAt", "1.5"),
+    ("issuer.certManager.issuerRef.kind", "is missing"),
+    ("trust.sources[0].configMap.name", "is missing"),
+    ("admin.address", "\"0.0.0.0:15090\""),
+    ("colour", "is not a field"),
+];
+
+fn sds_agent(arguments: &[&str]) -> (Option<i32>, String) {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_sds-agent"));
+    for variable in ["NODE_NAME", "POD_NAMESPACE", "POD_NAME", "POD_UID", "KUBECONFIG"] {
+        command.env_remove(variable);
+    }
+    let output = command.args(arguments).output().expect("the agent can be started");
+    (output.status.code(), [output.stdout, output.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).concat())
+}
+
+#[test]
+fn every_error_of_a_configuration_is_told_at_once() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let config = dir.path().join("bad.yaml");
+    fs::write(&config, BAD).expect("the configuration is written");
+    let config = config.to_str().expect("a plain path");
+    for subcommand in ["check-config", "run"] {
+        let (code, output) = sds_agent(&[subcommand, "--config", config]);
+        assert_eq!(code, Some(64), "{subcommand}: {output}");
+        for (field, value) in MISTAKES {
+            let told: Vec<_> = output.lines().filter_map(|line| line.strip_prefix(field)?.strip_prefix(": ")).collect();
+            assert_eq!(told.len(), 1, "{subcommand} about {field}:\n{output}");
+            assert!(told[0].starts_with(value) && told[0].contains("; "), "what stands there and the way out: {told:?}");
+        }
+        let told = output.lines().filter(|line| line.contains("; ")).count();
+        assert_eq!(told, MISTAKES.len(), "{subcommand} tells of more than there is:\n{output}");
+    }
+}
+
+#[test]
+fn a_good_configuration_is_0() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let config = dir.path().join("good.yaml");
+    fs::write(&config, "attestation: unix\nissuer: { embedded: {} }\n").expect("the configuration is written");
+    let (code, output) = sds_agent(&["check-config", "--config", config.to_str().expect("a plain path")]);
+    assert_eq!(code, Some(0), "{output}");
+}
+
+#[test]
+fn what_cannot_be_read_or_understood_is_64() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let broken = dir.path().join("broken.yaml");
+    fs::write(&broken, "issuer: [ {").expect("the configuration is written");
+    let broken = broken.to_str().expect("a plain path");
+    for arguments in [
+        &["check-config", "--config", "/nonexistent/agent.yaml"][..],
+        &["check-config", "--config", broken],
+        &["run", "--config", broken],
+        &["run"],
+        &["no-such-command"],
+    ] {
+        let (code, output) = sds_agent(arguments);
+        assert_eq!(code, Some(64), "{arguments:?}: {output}");
+        assert!(!output.trim().is_empty(), "{arguments:?} says nothing");
+    }
+}

@@ -1,0 +1,210 @@
+//! The main job: two real Envoys, each in its pod's cgroup, with certificates from a real cert-manager, replaced before they expire.
+
+use std::{fs, time::Duration};
+
+use tempfile::TempDir;
+use x509_parser::{extensions::GeneralName, pem::Pem};
+
+use crate::support::{
+    self,
+    agent::{Agent, Launch},
+    cgroups::PodCgroup,
+    child,
+    cluster::{AgentPod, Cluster, Pod},
+    envoy::{Envoy, Sds},
+    eventually,
+    pair::{End, Pair},
+    tools,
+};
+
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A node with an agent and two pods on it.
+struct Node {
+    cluster: Cluster,
+    agent_pod: AgentPod,
+    launch: Launch,
+    agent: Agent,
+    server: (Pod, PodCgroup),
+    client: (Pod, PodCgroup),
+    dir: TempDir,
+}
+
+impl Node {
+    /// `certificate` is what stands in the agent's configuration under that name.
+    async fn start(certificate: &str) -> Self {
+        let cluster = Cluster::connect().await;
+        let dir = tempfile::tempdir().unwrap();
+        let node = cluster.node().await;
+        let namespace = cluster.namespace().await;
+        let agent_pod = cluster.agent(dir.path(), &node).await;
+        let launch = agent_pod.launch(dir.path(), &format!("certificate: {certificate}"));
+        let agent = launch.start().await;
+        let [server, client] = [cluster.pod(&namespace, "server", &node).await, cluster.pod(&namespace, "client", &node).await];
+        let (server_cgroup, client_cgroup) = (PodCgroup::new(&server.uid), PodCgroup::new(&client.uid));
+        Self { cluster, agent_pod, launch, agent, server: (server, server_cgroup), client: (client, client_cgroup), dir }
+    }
+
+    fn ids(&self) -> (String, String) {
+        (self.server.0.spiffe_id(), self.client.0.spiffe_id())
+    }
+
+    async fn pair(&self) -> Pair {
+        let (server, client) = self.ids();
+        self.pair_expecting((&server, &client)).await
+    }
+
+    /// One end with either kind of stream.
+    async fn pair_expecting(&self, expected: (&str, &str)) -> Pair {
+        let (server, client) = self.ids();
+        let server = End { id: &server, sds: Sds::StateOfTheWorld, cgroup: Some(&self.server.1) };
+        let client = End { id: &client, sds: Sds::Delta, cgroup: Some(&self.client.1) };
+        Pair::expecting(self.agent.socket(), server, client, expected).await
+    }
+
+    /// Every request has been consumed and deleted.
+    async fn assert_no_requests_left(&self) {
+        let namespace = &self.agent_pod.pod.namespace;
+        eventually("no CertificateRequest is left", PATIENCE, async || {
+            let left = self.cluster.requests(namespace).await;
+            if left.is_empty() { Ok(()) } else { Err(format!("{left:?}")) }
+        })
+        .await;
+    }
+}
+
+#[tokio::test]
+async fn mtls_with_p256() {
+    mtls("ecdsa-p256", "1.2.840.10045.2.1", 256).await;
+}
+
+#[tokio::test]
+async fn mtls_with_rsa_2048() {
+    mtls("rsa-2048", "1.2.840.113549.1.1.1", 2048).await;
+}
+
+async fn mtls(key: &str, algorithm: &str, bits: usize) {
+    let _turn = support::turn().await;
+    let node = Node::start(&format!("{{ lifetime: 1h, key: {key} }}")).await;
+    let pair = node.pair().await;
+    pair.request().await.unwrap();
+
+    // What the server shows to anybody who connects: its own name, the key that was asked for, and a chain to the private CA alone.
+    let authority = node.dir.path().join("authority.pem");
+    fs::write(&authority, node.cluster.authority().await).unwrap();
+    let shown = s_client(&pair, authority.to_str().unwrap()).await;
+    assert!(shown.contains("Verify return code: 0 (ok)"), "{shown}");
+    let chain: Vec<_> = Pem::iter_from_buffer(shown.as_bytes()).map(Result::unwrap).filter(|pem| pem.label == "CERTIFICATE").collect();
+    let leaf = chain.first().expect("openssl shows the chain").parse_x509().unwrap();
+    let names = leaf.subject_alternative_name().unwrap().expect("a SAN").value.general_names.as_slice();
+    let id = node.server.0.spiffe_id();
+    assert!(matches!(names, [GeneralName::URI(uri)] if *uri == id), "{names:?}");
+    assert_eq!(leaf.public_key().algorithm.algorithm.to_id_string(), algorithm);
+    assert_eq!(leaf.public_key().parsed().unwrap().key_size(), bits);
+    let root = fs::read(&authority).unwrap();
+    let (_, root) = x509_parser::pem::parse_x509_pem(&root).unwrap();
+    assert_eq!(leaf.issuer().as_raw(), root.parse_x509().unwrap().subject().as_raw());
+
+    // The check can fail: another authority is not taken.
+    let other = node.dir.path().join("other.pem");
+    let key = rcgen::KeyPair::generate().unwrap();
+    let mut params = rcgen::CertificateParams::default();
+    params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    fs::write(&other, params.self_signed(&key).unwrap().pem()).unwrap();
+    let shown = s_client(&pair, other.to_str().unwrap()).await;
+    assert!(!shown.contains("Verify return code: 0 (ok)"), "{shown}");
+
+    node.assert_no_requests_left().await;
+}
+
+async fn s_client(pair: &Pair, authority: &str) -> String {
+    let address = pair.tls.to_string();
+    let arguments = ["s_client", "-connect", &address, "-showcerts", "-no-CApath", "-no-CAstore", "-CAfile", authority];
+    let output = child::run(&tools::openssl(), &arguments, PATIENCE).await;
+    // Its exit code tells of the server's refusal: it came without a certificate of its own.
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+#[tokio::test]
+async fn a_wrong_id_is_refused_by_either_side() {
+    let _turn = support::turn().await;
+    let node = Node::start("{ lifetime: 1h }").await;
+    let (server, client) = node.ids();
+    let stranger = "spiffe://cluster.local/ns/elsewhere/sa/stranger";
+    let refusals = async |envoy: &Envoy| envoy.stats().await.sum(".ssl.fail_verify_san");
+
+    let pair = node.pair_expecting((stranger, &client)).await;
+    pair.request().await.expect_err("the client expects another server");
+    assert_eq!((refusals(&pair.client).await, refusals(&pair.server).await), (1, 0));
+    drop(pair);
+
+    let pair = node.pair_expecting((&server, stranger)).await;
+    pair.request().await.expect_err("the server expects another client");
+    assert_eq!((refusals(&pair.client).await, refusals(&pair.server).await), (0, 1));
+}
+
+#[tokio::test]
+async fn certificates_of_30_seconds_rotate_under_load() {
+    const ROTATIONS: u64 = 4;
+    let _turn = support::turn().await;
+    let node = Node::start("{ lifetime: 30s }").await;
+    let recorder = node.cluster.record_requests(&node.agent_pod.pod.namespace).await;
+    let pair = node.pair().await;
+    let before = pair.taken().await;
+
+    let load = pair.load();
+    pair.rotated(before, ROTATIONS, Duration::from_secs(180)).await;
+    let tally = load.stop().await;
+
+    pair.assert_clean(&tally, 1000).await;
+    for envoy in [&pair.server, &pair.client] {
+        assert!(envoy.stats().await.sum("ssl_context_update_by_sds") >= ROTATIONS);
+    }
+    node.assert_no_requests_left().await;
+    let (server, client) = node.ids();
+    for id in [server, client] {
+        let made = recorder.seen().iter().filter(|request| request.uris == [id.as_str()]).count();
+        assert!(
+            made > usize::try_from(ROTATIONS).unwrap(),
+            "{id}: only {made} requests were seen, so the certificates came from elsewhere"
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_restart_costs_no_handshake_and_no_early_request() {
+    let _turn = support::turn().await;
+    let mut node = Node::start("{ lifetime: 90s }").await;
+    let pair = node.pair().await;
+    let (server, client) = node.ids();
+    let planned = [
+        (server, renewal(&pair.server.version("default").await.unwrap())),
+        (client, renewal(&pair.client.version("default").await.unwrap())),
+    ];
+    node.assert_no_requests_left().await;
+    let recorder = node.cluster.record_requests(&node.agent_pod.pod.namespace).await;
+    let before = pair.taken().await;
+
+    let load = pair.load();
+    node.agent.kill().await;
+    node.agent = node.launch.start().await;
+    let now = std::time::UNIX_EPOCH.elapsed().unwrap().as_secs();
+    for (id, at) in &planned {
+        assert!(now < *at, "{id} was due at {at} and it is {now}: the machine is too slow for this test to mean anything");
+    }
+    pair.rotated(before, 1, Duration::from_secs(120)).await;
+    let tally = load.stop().await;
+
+    pair.assert_clean(&tally, 200).await;
+    let requests = recorder.seen();
+    for (id, at) in &planned {
+        let first = requests.iter().find(|request| request.uris == [id.as_str()]).unwrap_or_else(|| panic!("no request for {id}"));
+        let created = u64::try_from(first.created).unwrap();
+        assert!(created >= *at, "{id}: {} came at {created}, {} s before its renewal time", first.name, at - created);
+    }
+}
+
+/// The renewal time in a certificate's version, `<notAfter>-<renewAt>-…`, in unix seconds.
+fn renewal(version: &str) -> u64 {
+    version.split('-').nth(1).and_then(|part| part.parse().ok()).unwrap_or_else(|| panic!("{version:?} tells no renewal time"))
+}

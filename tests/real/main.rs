@@ -1,0 +1,21 @@
+//! The agent with real programs: two Envoys, grpcurl, openssl, strace, and a control plane with the real cert-manager.
+//!
+//! Nothing here is skipped: where a program is missing, the tests that need it fail and say how to get it. `make test` gets them all.
+//! Everything stays on loopback and Unix sockets. Time is real and lifetimes are short.
+
+#![allow(
+    clippy::disallowed_methods,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::print_stderr,
+    clippy::unwrap_used,
+    reason = "tests write files for other programs, wait for those, and fail loudly"
+)]
+
+mod support;
+
+mod dev;
+mod envoy_cert_manager;
+mod envoy_embedded;
+mod grpcurl;
+mod no_disk;

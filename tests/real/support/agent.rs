@@ -1,0 +1,164 @@
+//! The agent as a child process, in any of its ways to run, on a socket and ports of its own.
+
+use std::{
+    fs,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    process::ExitStatus,
+    time::Duration,
+};
+
+use nix::sys::signal::Signal;
+use tokio::process::Command;
+
+use super::{child::Child, eventually, free_port, http};
+
+/// From start to ready, on a busy machine.
+const START: Duration = Duration::from_secs(60);
+
+/// The program under test.
+pub fn program() -> &'static Path {
+    Path::new(env!("CARGO_BIN_EXE_sds-agent"))
+}
+
+/// How to start an agent; starting twice is a restart on the same socket.
+#[derive(Debug, Clone)]
+pub struct Launch {
+    wrapper: Vec<String>,
+    program: PathBuf,
+    arguments: Vec<String>,
+    environment: Vec<(String, String)>,
+    socket: PathBuf,
+    admin: SocketAddr,
+}
+
+impl Launch {
+    /// `sds-agent dev` with its socket in `dir`.
+    pub fn dev(dir: &Path) -> Self {
+        let (socket, admin) = (dir.join("sds.sock"), loopback());
+        let arguments = ["dev", "--socket", text(&socket), "--admin", &admin.to_string()].map(str::to_owned).to_vec();
+        Self { wrapper: Vec::new(), program: program().to_owned(), arguments, environment: Vec::new(), socket, admin }
+    }
+
+    /// `sds-agent run` with its configuration and socket in `dir`. `settings` is YAML without sockets and addresses, which are added.
+    pub fn run(dir: &Path, settings: &str) -> Self {
+        let (socket, admin, metrics) = (dir.join("sds.sock"), loopback(), loopback());
+        let config = dir.join("config.yaml");
+        let yaml = format!(
+            "sockets: {{ shared: {{ path: {}, mode: \"0666\" }} }}\nadmin: {{ address: {admin} }}\nmetrics: {{ address: {metrics} }}\n{settings}",
+            socket.display()
+        );
+        fs::write(&config, yaml).expect("the configuration is written");
+        let arguments = ["run", "--config", text(&config)].map(str::to_owned).to_vec();
+        Self { wrapper: Vec::new(), program: program().to_owned(), arguments, environment: Vec::new(), socket, admin }
+    }
+
+    /// `--lifetime`, for `dev`.
+    pub fn lifetime(mut self, lifetime: &str) -> Self {
+        self.arguments.extend(["--lifetime".to_owned(), lifetime.to_owned()]);
+        self
+    }
+
+    /// An environment variable.
+    pub fn env(mut self, name: &str, value: &str) -> Self {
+        self.environment.push((name.to_owned(), value.to_owned()));
+        self
+    }
+
+    /// Starts it through another program, such as `strace`.
+    pub fn under<S: Into<String>>(mut self, wrapper: impl IntoIterator<Item = S>) -> Self {
+        self.wrapper.extend(wrapper.into_iter().map(Into::into));
+        self
+    }
+
+    /// A copy of the program elsewhere.
+    pub fn program(mut self, program: &Path) -> Self {
+        program.clone_into(&mut self.program);
+        self
+    }
+
+    /// Where it will serve.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// Starts it and waits for nothing.
+    pub fn spawn(&self) -> Agent {
+        let mut words = self.wrapper.iter().map(String::as_str).chain([text(&self.program)]);
+        let mut command = Command::new(words.next().expect("the program at least"));
+        command.args(words).args(&self.arguments);
+        // What the caller of the tests has set is not the agent's business.
+        command.env_remove("KUBECONFIG").env_remove("SDS_AGENT_LOG");
+        command.envs(self.environment.iter().map(|(name, value)| (name, value)));
+        Agent { child: Child::spawn("sds-agent", &mut command), socket: self.socket.clone(), admin: self.admin }
+    }
+
+    /// Starts it and waits until it says that it is ready.
+    pub async fn start(&self) -> Agent {
+        let mut agent = self.spawn();
+        agent.ready().await;
+        agent
+    }
+}
+
+/// A running agent. Killed when dropped.
+pub struct Agent {
+    child: Child,
+    socket: PathBuf,
+    admin: SocketAddr,
+}
+
+impl Agent {
+    /// Waits for `/readyz`; an agent that ends instead fails the test at once.
+    pub async fn ready(&mut self) {
+        let (admin, child) = (self.admin, &mut self.child);
+        eventually("the agent is ready", START, async || {
+            if let Some(status) = child.ended() {
+                panic!("the agent ended before it was ready: {status}");
+            }
+            http::get_ok(admin, "/readyz").await
+        })
+        .await;
+    }
+
+    /// Its socket.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// Its process.
+    pub fn process(&self) -> &Child {
+        &self.child
+    }
+
+    /// The value of a metric, summed over its labels; zero where it has not been counted yet.
+    pub async fn metric(&self, name: &str) -> f64 {
+        let text = http::get_ok(self.admin, "/metrics").await.expect("the agent's metrics");
+        let values = text.lines().filter(|line| line.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' '])));
+        values.filter_map(|line| line.rsplit_once(' ')?.1.parse::<f64>().ok()).sum()
+    }
+
+    /// Asks it to end.
+    pub fn terminate(&self) {
+        self.child.signal(Signal::SIGTERM);
+    }
+
+    /// Ends it without a chance to clean up.
+    pub async fn kill(mut self) {
+        self.child.signal(Signal::SIGKILL);
+        self.child.exit(Duration::from_secs(10)).await;
+    }
+
+    /// Waits for its end.
+    pub async fn exit(&mut self, limit: Duration) -> ExitStatus {
+        self.child.exit(limit).await
+    }
+}
+
+fn loopback() -> SocketAddr {
+    SocketAddr::from(([127, 0, 0, 1], free_port()))
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().expect("temporary folders have plain names")
+}

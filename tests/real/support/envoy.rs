@@ -1,0 +1,279 @@
+//! A real Envoy whose certificate and trust come from the agent: a server that answers, or a client that forwards to one.
+//!
+//! Both sides demand the other's SPIFFE id. Every request between them is a TLS connection of its own with a full handshake: nothing is
+//! pooled and no session is resumed, so a request that passes proves the certificates of that moment.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    net::SocketAddr,
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use tokio::process::Command;
+
+use super::{cgroups::PodCgroup, child::Child, eventually, http, tools};
+
+/// Envoy's own start, without any secret.
+const START: Duration = Duration::from_secs(60);
+/// Until both secrets are there: the slowest issuer under load.
+const SECRETS: Duration = Duration::from_secs(90);
+
+/// What the server answers.
+pub const ANSWER: &str = "hello from the other side";
+
+/// How it asks for secrets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sds {
+    /// `StreamSecrets`
+    StateOfTheWorld,
+    /// `DeltaSecrets`
+    Delta,
+}
+
+/// Which end of the connection it is; each requires its peer's SPIFFE id.
+#[derive(Debug, Clone, Copy)]
+pub enum Side<'a> {
+    /// TLS listener that answers by itself.
+    Server { client: &'a str },
+    /// Plain listener that forwards over TLS.
+    Client { server: &'a str, at: SocketAddr },
+}
+
+/// A running Envoy.
+pub struct Envoy {
+    started: Instant,
+    admin: SocketAddr,
+    _process: Child,
+    _files: TempDir,
+}
+
+/// A secret that it holds.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Secret {
+    pub name: String,
+    pub version: String,
+}
+
+impl Envoy {
+    /// Starts one, in a pod's cgroup if given, and waits for its admin interface only.
+    pub async fn start(side: Side<'_>, socket: &Path, sds: Sds, cgroup: Option<&PodCgroup>) -> Self {
+        let name = match side {
+            Side::Server { .. } => "server",
+            Side::Client { .. } => "client",
+        };
+        let dir = tempfile::Builder::new().prefix("envoy-").tempdir().expect("a temporary folder");
+        let bootstrap = dir.path().join("bootstrap.json");
+        fs::write(&bootstrap, bootstrap_for(name, side, socket, sds).to_string()).expect("the bootstrap is written");
+        let address = dir.path().join("admin");
+
+        let program = tools::envoy();
+        let mut command = cgroup.map_or_else(|| Command::new(&program), |cgroup| cgroup.command(&program));
+        command.arg("--config-path").arg(&bootstrap);
+        command.arg("--admin-address-path").arg(&address);
+        command.args(["--use-dynamic-base-id", "--concurrency", "1", "--log-level", "info", "--disable-hot-restart"]);
+        let started = Instant::now();
+        let process = Child::spawn(&format!("envoy {name}"), &mut command);
+
+        let admin = eventually("Envoy's admin interface", START, async || {
+            let text = fs::read_to_string(&address).map_err(|e| e.to_string())?;
+            let admin = text.parse::<SocketAddr>().map_err(|e| format!("{text:?}: {e}"))?;
+            http::get_ok(admin, "/server_info").await.map(|_| admin)
+        });
+        Self { started, admin: admin.await, _process: process, _files: dir }
+    }
+
+    /// Waits until it has all its secrets and accepts connections; gives its listener's address.
+    pub async fn live(&self) -> SocketAddr {
+        eventually("Envoy is live", SECRETS, async || http::get_ok(self.admin, "/ready").await).await;
+        eprintln!("figure: an Envoy with all its secrets {} ms after its start", self.started.elapsed().as_millis());
+        eventually("Envoy listens", START, async || {
+            let listeners = self.json("/listeners?format=json").await?;
+            let address = &listeners["listener_statuses"][0]["local_address"]["socket_address"];
+            let port = address["port_value"].as_u64().and_then(|port| u16::try_from(port).ok());
+            port.map(|port| SocketAddr::from(([127, 0, 0, 1], port))).ok_or_else(|| listeners.to_string())
+        })
+        .await
+    }
+
+    /// What it says of itself: `PRE_INITIALIZING`, `INITIALIZING`, `LIVE`.
+    pub async fn state(&self) -> Result<String, String> {
+        let info = self.json("/server_info").await?;
+        info["state"].as_str().map(str::to_owned).ok_or_else(|| info.to_string())
+    }
+
+    /// Its counters and gauges.
+    pub async fn stats(&self) -> Stats {
+        let stats = self.json("/stats?format=json").await.expect("Envoy's admin interface answers");
+        let values = stats["stats"].as_array().expect("a list of stats").iter();
+        Stats(values.filter_map(|stat| Some((stat["name"].as_str()?.to_owned(), stat["value"].as_u64()?))).collect())
+    }
+
+    /// The secrets that it uses now, with the versions that they came with.
+    pub async fn secrets(&self) -> Result<Vec<Secret>, String> {
+        let dump = self.json("/config_dump?resource=dynamic_active_secrets").await?;
+        let secrets = dump["configs"].as_array().map(Vec::as_slice).unwrap_or_default().iter();
+        let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+        Ok(secrets.map(|secret| Secret { name: text(&secret["name"]), version: text(&secret["version_info"]) }).collect())
+    }
+
+    /// The version of the one with this name.
+    pub async fn version(&self, name: &str) -> Result<String, String> {
+        let secrets = self.secrets().await?;
+        let found = secrets.iter().find(|secret| secret.name == name && !secret.version.is_empty());
+        found.map(|secret| secret.version.clone()).ok_or_else(|| format!("no secret {name} in {secrets:?}"))
+    }
+
+    async fn json(&self, path: &str) -> Result<Value, String> {
+        let text = http::get_ok(self.admin, path).await?;
+        serde_json::from_str(&text).map_err(|e| format!("{path}: {e}: {text}"))
+    }
+}
+
+/// Envoy's statistics by name.
+#[derive(Debug, Clone)]
+pub struct Stats(BTreeMap<String, u64>);
+
+impl Stats {
+    /// The sum over all names that end so; a name that does not exist is a mistake in the test.
+    pub fn sum(&self, suffix: &str) -> u64 {
+        let mut found = self.0.iter().filter(|(name, _)| name.ends_with(suffix)).map(|(_, value)| value).peekable();
+        assert!(found.peek().is_some(), "Envoy has no statistic that ends with {suffix}; among its names: {:?}", self.like("ssl"));
+        found.sum()
+    }
+
+    /// Those with `part` in their names.
+    pub fn like(&self, part: &str) -> Vec<(&str, u64)> {
+        self.0.iter().filter(|(name, _)| name.contains(part)).map(|(name, value)| (name.as_str(), *value)).collect()
+    }
+}
+
+fn bootstrap_for(name: &str, side: Side<'_>, socket: &Path, sds: Sds) -> Value {
+    let mut clusters = vec![sds_cluster(socket)];
+    let filter_chain = match side {
+        Side::Server { client } => json!({
+            "transport_socket": tls("DownstreamTlsContext", json!({
+                "require_client_certificate": true,
+                "disable_stateless_session_resumption": true,
+                "disable_stateful_session_resumption": true,
+                "common_tls_context": common_tls(client, sds),
+            })),
+            "filters": [http_filter(json!({"direct_response": {"status": 200, "body": {"inline_string": ANSWER}}}))],
+        }),
+        Side::Client { server, at } => {
+            clusters.push(upstream(server, at, sds));
+            json!({"filters": [http_filter(json!({"route": {"cluster": "other-side", "timeout": "8s"}}))]})
+        }
+    };
+    json!({
+        "node": {"id": name, "cluster": name},
+        "admin": {"address": address(SocketAddr::from(([127, 0, 0, 1], 0)))},
+        "static_resources": {
+            "listeners": [{
+                "name": name,
+                "address": address(SocketAddr::from(([127, 0, 0, 1], 0))),
+                "filter_chains": [filter_chain],
+            }],
+            "clusters": clusters,
+        },
+    })
+}
+
+/// As istio-proxy has it: a pipe, HTTP/2, one second to connect.
+fn sds_cluster(socket: &Path) -> Value {
+    json!({
+        "name": "sds-grpc",
+        "type": "STATIC",
+        "connect_timeout": "1s",
+        "typed_extension_protocol_options": http_options(json!({"explicit_http_config": {"http2_protocol_options": {}}})),
+        "load_assignment": {
+            "cluster_name": "sds-grpc",
+            "endpoints": [{"lb_endpoints": [{"endpoint": {"address": {"pipe": {"path": socket}}}}]}],
+        },
+    })
+}
+
+fn upstream(server: &str, at: SocketAddr, sds: Sds) -> Value {
+    json!({
+        "name": "other-side",
+        "type": "STATIC",
+        "connect_timeout": "5s",
+        "typed_extension_protocol_options": http_options(json!({
+            "common_http_protocol_options": {"max_requests_per_connection": 1},
+            "explicit_http_config": {"http_protocol_options": {}},
+        })),
+        "transport_socket": tls("UpstreamTlsContext", json!({
+            "max_session_keys": 0,
+            "common_tls_context": common_tls(server, sds),
+        })),
+        "load_assignment": {
+            "cluster_name": "other-side",
+            "endpoints": [{"lb_endpoints": [{"endpoint": {"address": address(at)}}]}],
+        },
+    })
+}
+
+fn common_tls(peer: &str, sds: Sds) -> Value {
+    json!({
+        "tls_certificate_sds_secret_configs": [secret("default", sds)],
+        "combined_validation_context": {
+            "default_validation_context": {
+                "match_typed_subject_alt_names": [{"san_type": "URI", "matcher": {"exact": peer}}],
+            },
+            "validation_context_sds_secret_config": secret("ROOTCA", sds),
+        },
+    })
+}
+
+fn secret(name: &str, sds: Sds) -> Value {
+    let api_type = match sds {
+        Sds::StateOfTheWorld => "GRPC",
+        Sds::Delta => "DELTA_GRPC",
+    };
+    json!({
+        "name": name,
+        "sds_config": {
+            "api_config_source": {
+                "api_type": api_type,
+                "transport_api_version": "V3",
+                "set_node_on_first_message_only": true,
+                "grpc_services": [{"envoy_grpc": {"cluster_name": "sds-grpc"}}],
+            },
+            "resource_api_version": "V3",
+            "initial_fetch_timeout": "0s",
+        },
+    })
+}
+
+fn http_filter(mut route: Value) -> Value {
+    route["match"] = json!({"prefix": "/"});
+    json!({
+        "name": "envoy.filters.network.http_connection_manager",
+        "typed_config": {
+            "@type": "type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
+            "stat_prefix": "http",
+            "route_config": {"virtual_hosts": [{"name": "all", "domains": ["*"], "routes": [route]}]},
+            "http_filters": [{
+                "name": "envoy.filters.http.router",
+                "typed_config": {"@type": "type.googleapis.com/envoy.extensions.filters.http.router.v3.Router"},
+            }],
+        },
+    })
+}
+
+fn tls(context: &str, mut config: Value) -> Value {
+    config["@type"] = format!("type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.{context}").into();
+    json!({"name": "envoy.transport_sockets.tls", "typed_config": config})
+}
+
+fn http_options(mut options: Value) -> Value {
+    options["@type"] = "type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions".into();
+    json!({"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": options})
+}
+
+fn address(at: SocketAddr) -> Value {
+    json!({"socket_address": {"address": at.ip().to_string(), "port_value": at.port()}})
+}

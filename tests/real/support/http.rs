@@ -1,0 +1,42 @@
+//! HTTP/1.1 over TCP, one connection a request: enough for probes, an admin interface and load.
+
+use std::net::SocketAddr;
+
+use http_body_util::{BodyExt, Empty};
+use hyper::{Request, StatusCode, body::Bytes};
+use hyper_util::rt::TokioIo;
+use tokio::net::TcpStream;
+
+/// An answer, whatever its status.
+pub struct Response {
+    pub status: StatusCode,
+    pub body: String,
+}
+
+/// Asks once. The error is a sentence.
+pub async fn get(from: SocketAddr, path: &str) -> Result<Response, String> {
+    let stream = TcpStream::connect(from).await.map_err(|e| format!("connect to {from}: {e}"))?;
+    let (mut sender, connection) =
+        hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|e| format!("HTTP with {from}: {e}"))?;
+    let connection = tokio::spawn(connection);
+    let request = Request::get(path).header("host", "localhost").body(Empty::<Bytes>::new()).map_err(|e| e.to_string())?;
+    let answer = async {
+        let response = sender.send_request(request).await?;
+        let status = response.status();
+        let body = response.into_body().collect().await?.to_bytes();
+        Ok::<_, hyper::Error>(Response { status, body: String::from_utf8_lossy(&body).into_owned() })
+    };
+    let answer = answer.await.map_err(|e| format!("GET {from}{path}: {e}"));
+    connection.abort();
+    answer
+}
+
+/// Asks once and takes nothing but 200.
+pub async fn get_ok(from: SocketAddr, path: &str) -> Result<String, String> {
+    let response = get(from, path).await?;
+    if response.status == StatusCode::OK {
+        Ok(response.body)
+    } else {
+        Err(format!("GET {from}{path}: {} {}", response.status, response.body.trim()))
+    }
+}

@@ -1,0 +1,100 @@
+//! Two Envoys that talk to each other over mTLS, and what has to hold after a load has passed through them.
+
+use std::{net::SocketAddr, path::Path, time::Duration};
+
+use super::{
+    cgroups::PodCgroup,
+    envoy::{ANSWER, Envoy, Sds, Side},
+    eventually, http,
+    load::{Load, Tally},
+};
+
+/// Who an end is, how it asks for secrets, and in which pod it runs.
+#[derive(Clone, Copy)]
+pub struct End<'a> {
+    pub id: &'a str,
+    pub sds: Sds,
+    pub cgroup: Option<&'a PodCgroup>,
+}
+
+/// A client Envoy in front of a server Envoy, both live.
+pub struct Pair {
+    pub server: Envoy,
+    pub client: Envoy,
+    /// The server's TLS port.
+    pub tls: SocketAddr,
+    /// The client's plain port: a request here passes both.
+    pub entrance: SocketAddr,
+}
+
+impl Pair {
+    /// Starts both on the agent's socket.
+    pub async fn start(socket: &Path, server: End<'_>, client: End<'_>) -> Self {
+        Self::expecting(socket, server, client, (server.id, client.id)).await
+    }
+
+    /// The same, where the client expects `expected.0` of the server and the server `expected.1` of the client.
+    pub async fn expecting(socket: &Path, server: End<'_>, client: End<'_>, expected: (&str, &str)) -> Self {
+        let first = Envoy::start(Side::Server { client: expected.1 }, socket, server.sds, server.cgroup).await;
+        let tls = first.live().await;
+        let second = Envoy::start(Side::Client { server: expected.0, at: tls }, socket, client.sds, client.cgroup).await;
+        let entrance = second.live().await;
+        Self { server: first, client: second, tls, entrance }
+    }
+
+    /// One request through both.
+    pub async fn request(&self) -> Result<(), String> {
+        let body = http::get_ok(self.entrance, "/").await?;
+        if body == ANSWER { Ok(()) } else { Err(format!("unexpected answer {body:?}")) }
+    }
+
+    /// Requests until stopped.
+    pub fn load(&self) -> Load {
+        Load::start(self.entrance, ANSWER)
+    }
+
+    /// How often each end has taken a new certificate, as server and client.
+    pub async fn taken(&self) -> [u64; 2] {
+        let taken = async |envoy: &Envoy| envoy.stats().await.sum("sds.default.update_success");
+        [taken(&self.server).await, taken(&self.client).await]
+    }
+
+    /// Waits until both ends have taken `count` more certificates than at `since`.
+    pub async fn rotated(&self, since: [u64; 2], count: u64, limit: Duration) {
+        eventually(&format!("{count} rotations at both ends"), limit, async || {
+            let now = self.taken().await;
+            let enough = now.iter().zip(since).all(|(now, since)| *now >= since + count);
+            if enough { Ok(()) } else { Err(format!("from {since:?} to {now:?}")) }
+        })
+        .await;
+    }
+
+    /// Nothing failed anywhere, and every request was a full handshake of its own.
+    pub async fn assert_clean(&self, tally: &Tally, at_least: u64) {
+        let [server, client] = self.taken().await;
+        eprintln!("figure: {} requests, {} failed, {server} and {client} certificates taken", tally.requests, tally.failed);
+        assert!(tally.requests >= at_least, "too little load to prove anything: {tally:?}");
+        assert_eq!(tally.failed, 0, "{tally:?}");
+        for (side, envoy) in [("server", &self.server), ("client", &self.client)] {
+            let stats = envoy.stats().await;
+            let handshakes = stats.sum(".ssl.handshake");
+            assert!(handshakes >= tally.requests, "{side}: {handshakes} handshakes for {tally:?}");
+            let bad = [
+                ".ssl.session_reused",
+                ".ssl.connection_error",
+                ".ssl.fail_verify_error",
+                ".ssl.fail_verify_san",
+                ".ssl.fail_verify_no_cert",
+                "sds.default.update_rejected",
+                "sds.ROOTCA.update_rejected",
+                "sds.default.key_rotation_failed",
+            ];
+            for name in bad {
+                assert_eq!(stats.sum(name), 0, "{side}: {name}: {:?}", stats.like("ssl"));
+            }
+        }
+        let client = self.client.stats().await;
+        assert_eq!(client.sum("cluster.other-side.upstream_cx_connect_fail"), 0);
+        assert_eq!(client.sum("cluster.other-side.upstream_cx_total"), client.sum("cluster.other-side.upstream_rq_total"));
+    }
+}

