@@ -152,6 +152,7 @@ async fn join(config: &Config, base: Base, deps: Deps, socket: listener::Bound) 
         services: Services::new(Arc::new(sds)).await?,
         desk,
         limits: config.limits.clone(),
+        patience: session::Patience::default(),
         metrics: session::metrics::Metrics::register(registry),
         shutdown: shutdown.clone(),
         ending: ending.clone(),
