@@ -91,6 +91,20 @@ async fn health_is_told_until_the_agent_leaves() {
     assert_eq!(soon("health", watch.next()).await.unwrap().unwrap().status(), ServingStatus::NotServing);
 }
 
+#[tokio::test]
+async fn a_watch_of_the_health_holds_up_no_drain() {
+    let agent = Agent::start().await;
+    let mut health = HealthClient::new(channel(&agent).await);
+    let mut watch = soon("a watch", health.watch(HealthCheckRequest::default())).await.unwrap().into_inner();
+    soon("health", watch.next()).await.unwrap().unwrap();
+    agent.sessions.shutdown.begin();
+    agent.sessions.services.leaving().await;
+    agent.sessions.ending.cancel();
+    assert_eq!(soon("health", watch.next()).await.unwrap().unwrap().status(), ServingStatus::NotServing);
+    assert_eq!(soon("the end", watch.next()).await.unwrap().unwrap_err().code(), Code::Unavailable);
+    assert_eq!(soon("the drain", agent.sessions.shutdown.drained()).await, crate::shutdown::Drained::Complete);
+}
+
 macro_rules! reflects {
     ($test:ident, $version:ident) => {
         #[tokio::test]
