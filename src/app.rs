@@ -146,6 +146,7 @@ pub async fn build_with(config: &Config, base: Base, deps: Deps) -> anyhow::Resu
         services: Services::new(Arc::new(sds)).await?,
         desk,
         limits: config.limits.clone(),
+        patience: session::Patience::default(),
         metrics: session::metrics::Metrics::register(registry),
         shutdown: shutdown.clone(),
         ending: ending.clone(),

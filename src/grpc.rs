@@ -18,6 +18,7 @@ use bytes::{Buf, Bytes, BytesMut};
 use http::{HeaderMap, HeaderValue, Response, header::CONTENT_TYPE};
 use http_body::{Body as HttpBody, Frame};
 use prost::Message;
+use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tonic::{Code, Status};
 
 /// A message's prefix: the compression flag and the length.
@@ -188,8 +189,8 @@ enum Kind {
     Driven { driver: Option<Driver>, queue: Sender, status: Option<Status> },
     /// Ready pieces.
     Fixed { pieces: VecDeque<Bytes>, status: Option<Status> },
-    /// A tonic service's.
-    Tonic(tonic::body::Body),
+    /// A tonic service's, until `end`.
+    Tonic { body: tonic::body::Body, end: Pin<Box<WaitForCancellationFutureOwned>> },
 }
 
 impl std::fmt::Debug for Body {
@@ -217,10 +218,16 @@ impl UntilEnd for Response<Body> {
     }
 }
 
-impl From<tonic::body::Body> for Body {
-    fn from(body: tonic::body::Body) -> Self {
-        Self::of(Kind::Tonic(body))
+impl Body {
+    /// A tonic service's body. It does not outlast `end`: a watch of the health would go on for as long as its client likes.
+    pub fn tonic(body: tonic::body::Body, end: CancellationToken) -> Self {
+        Self::of(Kind::Tonic { body, end: Box::pin(end.cancelled_owned()) })
     }
+}
+
+/// What who is still there is told when the agent goes.
+pub fn closing() -> Status {
+    Status::unavailable("the agent is shutting down")
 }
 
 impl HttpBody for Body {
@@ -229,7 +236,14 @@ impl HttpBody for Body {
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
         match &mut self.kind {
-            Kind::Tonic(body) => Pin::new(body).poll_frame(cx),
+            Kind::Tonic { body, end } => {
+                let frame = Pin::new(body).poll_frame(cx);
+                if frame.is_pending() && end.as_mut().poll(cx).is_ready() {
+                    self.kind = Kind::Fixed { pieces: VecDeque::new(), status: None };
+                    return Poll::Ready(Some(Ok(Frame::trailers(trailers(&closing())))));
+                }
+                frame
+            }
             Kind::Fixed { pieces, status } => Poll::Ready(match pieces.pop_front() {
                 Some(piece) => Some(Ok(Frame::data(piece))),
                 None => status.take().map(|status| Ok(Frame::trailers(trailers(&status)))),
@@ -254,7 +268,7 @@ impl HttpBody for Body {
 
     fn is_end_stream(&self) -> bool {
         match &self.kind {
-            Kind::Tonic(body) => body.is_end_stream(),
+            Kind::Tonic { body, .. } => body.is_end_stream(),
             Kind::Fixed { pieces, status } => pieces.is_empty() && status.is_none(),
             Kind::Driven { .. } => false,
         }

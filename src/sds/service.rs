@@ -129,7 +129,7 @@ impl Service {
         B::Error: std::fmt::Display,
     {
         let first = tokio::select! {
-            () = self.drain.cancelled() => return closing(),
+            () = self.drain.cancelled() => return grpc::closing(),
             first = read(&mut incoming, face) => first,
         };
         let first = match first {
@@ -139,7 +139,7 @@ impl Service {
         };
         let started = Instant::now();
         let caller = tokio::select! {
-            () = self.drain.cancelled() => return closing(),
+            () = self.drain.cancelled() => return grpc::closing(),
             caller = connection.caller() => caller,
         };
         let caller = match caller {
@@ -167,7 +167,7 @@ impl Service {
         tokio::select! {
             biased;
             result = self.answer_by(end, connection, request.into_body()) => result,
-            () = self.drain.cancelled() => Err(closing()),
+            () = self.drain.cancelled() => Err(grpc::closing()),
             // Later than what is answered at the end itself.
             () = tokio::time::sleep_until(end + HEADROOM / 2) => Err(Status::unavailable("the caller is not yet known")),
         }
@@ -295,7 +295,7 @@ impl Stream<'_> {
             let caller = self.caller.clone();
             tokio::select! {
                 () = caller.attested.gone.cancelled() => return Err(ended()),
-                () = self.service.drain.cancelled() => return Err(closing()),
+                () = self.service.drain.cancelled() => return Err(grpc::closing()),
                 request = read(incoming, self.face), if asking => {
                     trigger = Trigger::subscribe;
                     match request? {
@@ -492,10 +492,6 @@ fn violation(error: &Violation) -> Status {
         Violation::TypeUrl(_) => Status::invalid_argument(error.to_string()),
         Violation::TooManyNames(_) => Status::resource_exhausted(error.to_string()),
     }
-}
-
-fn closing() -> Status {
-    Status::unavailable("the agent is shutting down")
 }
 
 fn ended() -> Status {
