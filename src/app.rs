@@ -89,6 +89,7 @@ pub struct Bound {
     sessions: Sessions,
     rotation: rotation::Parts,
     routes: admin::Routes,
+    readiness: Readiness,
     tasks: Tasks,
     ending: CancellationToken,
     last: CancellationToken,
@@ -152,10 +153,23 @@ pub async fn build_with(config: &Config, base: Base, deps: Deps) -> anyhow::Resu
     let inventory = inventory::Inventory::new(store, deps.clock);
     registry.register_collector(Box::new(inventory.clone()));
     let certificates = Arc::new(move || inventory.rows());
-    let routes = admin::Routes::new(readiness, Arc::new(exposition)).with_certificates(certificates);
+    let routes = admin::Routes::new(readiness.clone(), Arc::new(exposition)).with_certificates(certificates);
     // Last of all that can fail, as it takes the name from a predecessor that may be serving well.
     let socket = listener::bind(&config.shared_socket.path, config.shared_socket.mode)?;
-    Ok(Bound { socket, admin, metrics, sessions, rotation, routes, tasks: Tasks(deps.tasks), ending, last: deps.last, shutdown, start })
+    Ok(Bound {
+        socket,
+        admin,
+        metrics,
+        sessions,
+        rotation,
+        routes,
+        readiness,
+        tasks: Tasks(deps.tasks),
+        ending,
+        last: deps.last,
+        shutdown,
+        start,
+    })
 }
 
 impl Bound {
@@ -176,7 +190,7 @@ impl Bound {
 
     /// Serves until the shutdown has begun and has drained; an error where a part of the agent was what began it.
     pub async fn run(self) -> anyhow::Result<Drained> {
-        let Self { socket, admin, metrics, sessions, rotation, routes, tasks, ending, last, shutdown, start } = self;
+        let Self { socket, admin, metrics, sessions, rotation, routes, readiness, tasks, ending, last, shutdown, start } = self;
         info!(socket = %socket.name.path().display(), "serving");
         let mut beside = JoinSet::new();
         for task in tasks.0 {
@@ -188,6 +202,10 @@ impl Bound {
         let services = sessions.services.clone();
         let accepting = tokio::spawn(sessions.accept(socket.listener));
         drop(start);
+        tokio::spawn(async move {
+            readiness.reached().await;
+            info!("ready");
+        });
 
         // A part that ends before the shutdown has failed.
         let failed = tokio::select! {

@@ -164,6 +164,11 @@ impl Sender {
         poll_fn(|_| if self.queue(|queue| queue.is_empty()) { Poll::Ready(()) } else { Poll::Pending }).await;
     }
 
+    /// Takes back what the transport has not taken of the last message. The stream cannot go on after it.
+    pub fn take_back(&mut self) {
+        self.queue(VecDeque::clear);
+    }
+
     fn queue<T>(&self, work: impl FnOnce(&mut VecDeque<Bytes>) -> T) -> T {
         work(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
     }
@@ -229,21 +234,21 @@ impl HttpBody for Body {
                 Some(piece) => Some(Ok(Frame::data(piece))),
                 None => status.take().map(|status| Ok(Frame::trailers(trailers(&status)))),
             }),
-            Kind::Driven { driver, queue, status } => loop {
+            Kind::Driven { driver, queue, status } => {
+                // Before each piece: the driver may take back what the transport has not taken.
+                if let Some(Poll::Ready(end)) = driver.as_mut().map(|future| future.as_mut().poll(cx)) {
+                    *driver = None;
+                    *status = Some(end);
+                }
                 if let Some(piece) = queue.queue(VecDeque::pop_front) {
                     return Poll::Ready(Some(Ok(Frame::data(piece))));
                 }
-                if let Some(status) = status.take() {
-                    return Poll::Ready(Some(Ok(Frame::trailers(trailers(&status)))));
+                match status.take() {
+                    Some(status) => Poll::Ready(Some(Ok(Frame::trailers(trailers(&status))))),
+                    None if driver.is_some() => Poll::Pending,
+                    None => Poll::Ready(None),
                 }
-                let Some(future) = driver else { return Poll::Ready(None) };
-                if let Poll::Ready(end) = future.as_mut().poll(cx) {
-                    *driver = None;
-                    *status = Some(end);
-                } else if queue.queue(|queue| queue.is_empty()) {
-                    return Poll::Pending;
-                }
-            },
+            }
         }
     }
 

@@ -262,6 +262,8 @@ impl Drop for Lease {
         if !book.leases.is_empty() {
             return;
         }
+        // What the last one needed is nobody's need any more.
+        book.demand = None;
         book.idle_since = Instant::now();
         drop(book);
         self.store.tell(Event::Idle(self.entry.clone()));
@@ -337,6 +339,16 @@ mod tests {
         assert!(store.forget(&entry, retention));
         assert!(store.snapshot().is_empty());
         assert_ne!(store.lease(&id, Demand::Now, None).entry.id, entry.id);
+    }
+
+    #[tokio::test]
+    async fn what_was_needed_ends_with_the_last_subscriber() {
+        let (store, mut events) = Store::new();
+        let id = identity("a");
+        drop(store.lease(&id, Demand::Now, None));
+        let lease = store.lease(&id, at(100), None);
+        assert_eq!(lease.entry.demand(), Some(at(100)));
+        assert_eq!(told(&mut events), ["wanted", "idle", "wanted"]);
     }
 
     #[tokio::test]

@@ -130,9 +130,11 @@ fn parse(directives: &str) -> Result<EnvFilter, Error> {
         .map_err(|e| Error::Filter { filter: directives.to_owned(), why: e.to_string() })
 }
 
+/// What other crates print at `trace` crosses the wire; and kube's print whole answers, with CSRs in them, when they cannot be read. What
+/// matters of the latter is told by our own watches.
 fn no_wire_dump(metadata: &Metadata<'_>) -> bool {
-    let ours = metadata.target().strip_prefix(OURS).is_some_and(|rest| rest.is_empty() || rest.starts_with("::"));
-    ours || *metadata.level() <= LevelFilter::DEBUG
+    let of = |name: &str| metadata.target().strip_prefix(name).is_some_and(|rest| rest.is_empty() || rest.starts_with("::"));
+    of(OURS) || (*metadata.level() <= LevelFilter::DEBUG && !of("kube_client") && !of("kube_runtime"))
 }
 
 #[cfg(test)]
@@ -204,11 +206,12 @@ mod tests {
     }
 
     #[test]
-    fn other_crates_never_log_at_trace() {
+    fn other_crates_never_log_what_crosses_the_wire() {
         let lines = Lines::default();
         let (_guard, _filter) = capture("trace", Format::Text, lines.clone()).unwrap();
         tracing::trace!(target: "h2::codec", "a frame");
         tracing::trace!(target: "sds_agent_impostor", "a frame");
+        tracing::error!(target: "kube_client::client", "a whole answer");
         assert_eq!(lines.take(), "");
         tracing::debug!(target: "h2::codec", "about a frame");
         tracing::trace!("ours");

@@ -218,7 +218,7 @@ fn guarded(
         tokio::select! {
             () = come => drop(guard),
             // Nobody becomes ready by ending.
-            () = &mut running => return std::mem::forget(guard),
+            () = &mut running => return guard.abandon(),
         }
         running.await;
     })

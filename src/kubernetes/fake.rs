@@ -85,6 +85,7 @@ pub struct FakeApi {
 }
 
 impl FakeApi {
+    /// An empty cluster.
     pub fn new() -> Self {
         Self::default()
     }
@@ -224,7 +225,7 @@ impl FakeApi {
         body: &[u8],
     ) -> Answer {
         let mut state = self.lock();
-        let key = (plural.clone(), namespace.clone().unwrap_or_default(), name.clone().unwrap_or_default());
+        let key = (plural.clone(), namespace.clone().unwrap_or_default(), name.unwrap_or_default());
         let absent = || status(404, "NotFound", &plural);
         match verb {
             "get" => state.objects.get(&key).map_or_else(absent, |object| answer(200, object.to_string())),

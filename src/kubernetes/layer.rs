@@ -184,10 +184,10 @@ impl Metrics {
         self.duration.get_or_create(&labels).observe(since.elapsed().as_secs_f64());
     }
 
-    /// How many requests of this kind there were, for tests.
+    /// How many watches broke, for tests.
     #[cfg(test)]
-    pub fn requests(&self, verb: Verb, resource: Resource, code: u16) -> u64 {
-        self.requests.get_or_create(&Labels { verb, resource, code: Code::Status(code) }).get()
+    pub fn restarts(&self, resource: Resource, reason: Ended) -> u64 {
+        self.restarts.get_or_create(&WatchLabels { resource, reason }).get()
     }
 }
 

@@ -8,10 +8,7 @@ use std::{fmt, pin::Pin, time::Duration};
 use futures::{Stream, StreamExt, stream};
 use kube::{
     Api, Resource as KubeResource,
-    runtime::{
-        utils::Backoff,
-        watcher::{self, DefaultBackoff, Event, watcher},
-    },
+    runtime::watcher::{self, Event, watcher},
 };
 use prometheus_client::encoding::EncodeLabelValue;
 use serde::de::DeserializeOwned;
@@ -20,6 +17,13 @@ use crate::kubernetes::{
     failure::{Call, Cause, Failure},
     layer::{Metrics, Resource},
 };
+
+/// After the first trouble; it doubles, and up to a half of it is taken off at random.
+const SHORTEST_PAUSE: Duration = Duration::from_millis(500);
+/// Certificates may wait for the watch: it is back soon after the server is.
+const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+/// And while a right is missing.
+const LONGEST_PAUSE_WITHOUT_RIGHT: Duration = Duration::from_secs(30);
 
 /// Why a watch broke, as a metric label.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
@@ -63,8 +67,9 @@ struct State<K> {
     selection: Selection,
     metrics: Metrics,
     events: Pin<Box<dyn Stream<Item = watcher::Result<Event<K>>> + Send>>,
-    backoff: DefaultBackoff,
+    /// Before the next try.
     pause: Option<Duration>,
+    next_pause: Duration,
     last: Option<Ended>,
     told: Option<Failure>,
 }
@@ -75,7 +80,7 @@ where
     K: KubeResource + Clone + DeserializeOwned + fmt::Debug + Send + 'static,
 {
     let events = Box::pin(watcher(api.clone(), selection.config.clone()));
-    let state = State { api, selection, metrics, events, backoff: DefaultBackoff::default(), pause: None, last: None, told: None };
+    let state = State { api, selection, metrics, events, pause: None, next_pause: SHORTEST_PAUSE, last: None, told: None };
     stream::unfold(state, |mut state| async move {
         if let Some(pause) = state.pause.take() {
             tokio::time::sleep(pause).await;
@@ -108,7 +113,7 @@ where
     K: KubeResource + Clone + DeserializeOwned + fmt::Debug + Send + 'static,
 {
     fn recovered(&mut self) {
-        self.backoff.reset();
+        self.next_pause = SHORTEST_PAUSE;
         self.last = None;
         if self.told.take().is_some() {
             tracing::info!(resource = %self.selection.name, "the watch works again");
@@ -132,13 +137,101 @@ where
             // The library would ask for the same version for ever; and only a new list can show that a right has come back.
             self.events = Box::pin(watcher(self.api.clone(), self.selection.config.clone()));
         }
-        self.pause = self.backoff.next();
+        if expired {
+            // The server answers again, only its history has gone: a list brings everything back at once.
+            self.next_pause = SHORTEST_PAUSE;
+        }
+        self.pause = Some(self.next_pause.mul_f64(0.5 + 0.5 * fastrand::f64()));
+        // A right that is missing comes back by a person's hand: no hurry.
+        let longest = if failure.cause == Cause::Rbac { LONGEST_PAUSE_WITHOUT_RIGHT } else { LONGEST_PAUSE };
+        self.next_pause = (self.next_pause * 2).min(longest);
         self.last = Some(reason);
-        // A forgotten version is the ordinary end of a quiet watch, and is answered by a list.
         if !expired && self.told.as_ref() != Some(&failure) {
             tracing::warn!(resource = %self.selection.name, error = %failure, "the watch does not work; trying again");
             self.told = Some(failure.clone());
         }
         (reason, failure)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use k8s_openapi::api::core::v1::ConfigMap;
+    use serde_json::json;
+    use tokio::time::{Instant, timeout};
+
+    use super::*;
+    use crate::kubernetes::fake::{FakeApi, Fault};
+
+    fn signals(api: &FakeApi, metrics: &Metrics) -> Pin<Box<dyn Stream<Item = Signal<ConfigMap>> + Send>> {
+        let selection = Selection {
+            resource: Resource::configmaps,
+            name: "configmaps".into(),
+            namespace: Some("a".into()),
+            config: watcher::Config::default(),
+        };
+        Box::pin(watch(Api::namespaced(api.client(metrics), "a"), selection, metrics.clone()))
+    }
+
+    fn put(api: &FakeApi, name: &str) {
+        api.put("configmaps", json!({"metadata": {"name": name, "namespace": "a"}}));
+    }
+
+    /// Reads on until an object of this name is told.
+    async fn told(signals: &mut (impl Stream<Item = Signal<ConfigMap>> + Unpin), name: &str) {
+        let reading = async {
+            while let Some(signal) = signals.next().await {
+                if let Signal::Event(Event::Apply(object) | Event::InitApply(object)) = signal
+                    && object.metadata.name.as_deref() == Some(name)
+                {
+                    return;
+                }
+            }
+        };
+        timeout(Duration::from_secs(600), reading).await.expect("never told");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_server_that_ends_every_watch_at_once_is_asked_once_a_second() {
+        let (api, metrics) = (FakeApi::new(), Metrics::default());
+        api.fail("watch", "configmaps", Fault::Text(200, ""), 60);
+        let (start, mut signals) = (Instant::now(), signals(&api, &metrics));
+        put(&api, "x");
+        told(&mut signals, "x").await;
+        put(&api, "y");
+        told(&mut signals, "y").await;
+        assert_eq!(start.elapsed().as_secs(), 60);
+        assert_eq!((api.count("list", "configmaps"), api.count("watch", "configmaps")), (1, 61));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_version_that_is_refused_before_the_watch_starts_is_answered_by_a_list() {
+        let (api, metrics) = (FakeApi::new(), Metrics::default());
+        let gone = json!({"kind": "Status", "code": 410, "reason": "Expired", "message": "too old"});
+        api.fail("watch", "configmaps", Fault::Status(410, gone), 3);
+        let mut signals = signals(&api, &metrics);
+        put(&api, "x");
+        told(&mut signals, "x").await;
+        put(&api, "y");
+        told(&mut signals, "y").await;
+        let restarts = metrics.restarts(Resource::configmaps, Ended::expired);
+        assert!(restarts >= 1 && api.count("list", "configmaps") as u64 == 1 + restarts, "{restarts}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_right_that_comes_back_is_noticed_by_a_list() {
+        let (api, metrics) = (FakeApi::new(), Metrics::default());
+        let forbidden = json!({"kind": "Status", "code": 403, "reason": "Forbidden", "message": "User \"x\" cannot watch resource"});
+        api.fail("watch", "configmaps", Fault::Status(403, forbidden), 2);
+        let mut signals = signals(&api, &metrics);
+        let mut lists = 0;
+        while lists < 3 {
+            match timeout(Duration::from_secs(60), signals.next()).await.unwrap().unwrap() {
+                Signal::Event(Event::InitDone) => lists += 1,
+                Signal::Trouble(_, failure) => assert_eq!(failure.cause, Cause::Rbac),
+                Signal::Event(_) => {}
+            }
+        }
+        assert_eq!(metrics.restarts(Resource::configmaps, Ended::start_failed), 2);
     }
 }

@@ -49,16 +49,17 @@ impl Node {
         (self.server.0.spiffe_id(), self.client.0.spiffe_id())
     }
 
-    async fn pair(&self, sds: Sds) -> Pair {
+    async fn pair(&self) -> Pair {
         let (server, client) = self.ids();
-        self.pair_expecting(sds, (&server, &client)).await
+        self.pair_expecting((&server, &client)).await
     }
 
-    async fn pair_expecting(&self, sds: Sds, expected: (&str, &str)) -> Pair {
+    /// One end with either kind of stream.
+    async fn pair_expecting(&self, expected: (&str, &str)) -> Pair {
         let (server, client) = self.ids();
-        let server = End { id: &server, cgroup: Some(&self.server.1) };
-        let client = End { id: &client, cgroup: Some(&self.client.1) };
-        Pair::expecting(self.agent.socket(), sds, server, client, expected).await
+        let server = End { id: &server, sds: Sds::StateOfTheWorld, cgroup: Some(&self.server.1) };
+        let client = End { id: &client, sds: Sds::Delta, cgroup: Some(&self.client.1) };
+        Pair::expecting(self.agent.socket(), server, client, expected).await
     }
 
     /// Every request has been consumed and deleted.
@@ -74,18 +75,18 @@ impl Node {
 
 #[tokio::test]
 async fn mtls_with_p256() {
-    mtls("ecdsa-p256", "1.2.840.10045.2.1", 256, Sds::StateOfTheWorld).await;
+    mtls("ecdsa-p256", "1.2.840.10045.2.1", 256).await;
 }
 
 #[tokio::test]
 async fn mtls_with_rsa_2048() {
-    mtls("rsa-2048", "1.2.840.113549.1.1.1", 2048, Sds::Delta).await;
+    mtls("rsa-2048", "1.2.840.113549.1.1.1", 2048).await;
 }
 
-async fn mtls(key: &str, algorithm: &str, bits: usize, sds: Sds) {
+async fn mtls(key: &str, algorithm: &str, bits: usize) {
     let _turn = support::turn().await;
     let node = Node::start(&format!("{{ lifetime: 1h, key: {key} }}")).await;
-    let pair = node.pair(sds).await;
+    let pair = node.pair().await;
     pair.request().await.unwrap();
 
     // What the server shows to anybody who connects: its own name, the key that was asked for, and a chain to the private CA alone.
@@ -132,12 +133,12 @@ async fn a_wrong_id_is_refused_by_either_side() {
     let stranger = "spiffe://cluster.local/ns/elsewhere/sa/stranger";
     let refusals = async |envoy: &Envoy| envoy.stats().await.sum(".ssl.fail_verify_san");
 
-    let pair = node.pair_expecting(Sds::StateOfTheWorld, (stranger, &client)).await;
+    let pair = node.pair_expecting((stranger, &client)).await;
     pair.request().await.expect_err("the client expects another server");
     assert_eq!((refusals(&pair.client).await, refusals(&pair.server).await), (1, 0));
     drop(pair);
 
-    let pair = node.pair_expecting(Sds::StateOfTheWorld, (&server, stranger)).await;
+    let pair = node.pair_expecting((&server, stranger)).await;
     pair.request().await.expect_err("the server expects another client");
     assert_eq!((refusals(&pair.client).await, refusals(&pair.server).await), (0, 1));
 }
@@ -148,7 +149,7 @@ async fn certificates_of_30_seconds_rotate_under_load() {
     let _turn = support::turn().await;
     let node = Node::start("{ lifetime: 30s }").await;
     let recorder = node.cluster.record_requests(&node.agent_pod.pod.namespace).await;
-    let pair = node.pair(Sds::StateOfTheWorld).await;
+    let pair = node.pair().await;
     let before = pair.taken().await;
 
     let load = pair.load();
@@ -174,7 +175,7 @@ async fn certificates_of_30_seconds_rotate_under_load() {
 async fn a_restart_costs_no_handshake_and_no_early_request() {
     let _turn = support::turn().await;
     let mut node = Node::start("{ lifetime: 90s }").await;
-    let pair = node.pair(Sds::StateOfTheWorld).await;
+    let pair = node.pair().await;
     let (server, client) = node.ids();
     let planned = [
         (server, renewal(&pair.server.version("default").await.unwrap())),

@@ -32,8 +32,8 @@ async fn rotates_under_load(sds: Sds) {
     let dir = tempfile::tempdir().unwrap();
     let agent = Launch::dev(dir.path()).lifetime("10s").start().await;
     let id = own_id();
-    let end = End { id: &id, cgroup: None };
-    let pair = Pair::start(agent.socket(), sds, end, end).await;
+    let end = End { id: &id, sds, cgroup: None };
+    let pair = Pair::start(agent.socket(), end, end).await;
     pair.request().await.unwrap();
 
     let before = pair.taken().await;

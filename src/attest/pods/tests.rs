@@ -66,7 +66,7 @@ async fn a_pod_is_known_by_its_uid_with_its_facts() {
 #[tokio::test(start_paused = true)]
 async fn a_pod_that_is_not_there_yet_is_awaited_without_polling() {
     let api = FakeApi::new();
-    api.fail("list", "pods", Fault::Refuse, 20);
+    api.fail("list", "pods", Fault::Refuse, 1000);
     let world = World::new(api);
     let mut waiting = world.waiting("u-a");
     assert!(timeout(2 * MINUTE, &mut waiting).await.is_err(), "the index is not complete");

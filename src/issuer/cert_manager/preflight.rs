@@ -148,8 +148,8 @@ fn judge(kind: Kind, name: &str, found: &AnyIssuer) -> Result<(), Error> {
             tracing::info!(issuer = name, kind = kind.as_str(), "the issuer is there and ready");
         }
         other => {
-            let message = other.and_then(|c| c.message.as_deref()).unwrap_or("it has no Ready condition yet");
-            tracing::warn!(issuer = name, kind = kind.as_str(), message, "the issuer is not ready; requests will wait for it");
+            let why = other.and_then(|c| c.message.as_deref()).unwrap_or("it has no Ready condition yet");
+            tracing::warn!(issuer = name, kind = kind.as_str(), why, "the issuer is not ready; requests will wait for it");
         }
     }
     Ok(())

@@ -9,10 +9,11 @@ use super::{
     load::{Load, Tally},
 };
 
-/// Who an end is, and in which pod it runs.
+/// Who an end is, how it asks for secrets, and in which pod it runs.
 #[derive(Clone, Copy)]
 pub struct End<'a> {
     pub id: &'a str,
+    pub sds: Sds,
     pub cgroup: Option<&'a PodCgroup>,
 }
 
@@ -28,15 +29,15 @@ pub struct Pair {
 
 impl Pair {
     /// Starts both on the agent's socket.
-    pub async fn start(socket: &Path, sds: Sds, server: End<'_>, client: End<'_>) -> Self {
-        Self::expecting(socket, sds, server, client, (server.id, client.id)).await
+    pub async fn start(socket: &Path, server: End<'_>, client: End<'_>) -> Self {
+        Self::expecting(socket, server, client, (server.id, client.id)).await
     }
 
     /// The same, where the client expects `expected.0` of the server and the server `expected.1` of the client.
-    pub async fn expecting(socket: &Path, sds: Sds, server: End<'_>, client: End<'_>, expected: (&str, &str)) -> Self {
-        let first = Envoy::start(Side::Server { client: expected.1 }, socket, sds, server.cgroup).await;
+    pub async fn expecting(socket: &Path, server: End<'_>, client: End<'_>, expected: (&str, &str)) -> Self {
+        let first = Envoy::start(Side::Server { client: expected.1 }, socket, server.sds, server.cgroup).await;
         let tls = first.live().await;
-        let second = Envoy::start(Side::Client { server: expected.0, at: tls }, socket, sds, client.cgroup).await;
+        let second = Envoy::start(Side::Client { server: expected.0, at: tls }, socket, client.sds, client.cgroup).await;
         let entrance = second.live().await;
         Self { server: first, client: second, tls, entrance }
     }
