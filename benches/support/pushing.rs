@@ -55,6 +55,7 @@ impl Pushing {
             metrics: session::metrics::Metrics::default(),
             shutdown: Shutdown::new(config.drain),
             ending,
+            patience: session::Patience::default(),
         };
         let socket = listener::bind(socket, config.shared_socket.mode).unwrap();
         tokio::spawn(async move {

@@ -8,6 +8,7 @@ use tokio::{
 };
 
 pub mod agent;
+pub mod agent_pod;
 pub mod cgroups;
 pub mod child;
 pub mod cluster;
@@ -15,7 +16,12 @@ pub mod envoy;
 pub mod fetch;
 pub mod http;
 pub mod load;
+pub mod memory;
 pub mod pair;
+pub mod plane;
+pub mod recorder;
+pub mod scene;
+pub mod signer;
 pub mod tools;
 pub mod trace;
 
