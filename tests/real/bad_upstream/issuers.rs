@@ -16,12 +16,12 @@ const CERT_MANAGER: &str = "/apis/cert-manager.io/v1";
 /// Only another configuration helps: the wait is of minutes, in seconds.
 const LONG: u64 = 200;
 
-/// A workload that waits for a certificate of an issuer that cannot serve.
+/// A workload that waits for a certificate of an issuer that cannot serve. Its process ends before its cgroup does.
 struct Waiting {
-    scene: Scene,
-    agent: Agent,
-    workload: Workload,
     stream: Stream,
+    workload: Workload,
+    agent: Agent,
+    scene: Scene,
 }
 
 impl Waiting {
@@ -40,7 +40,7 @@ impl Waiting {
         let at_start: Vec<_> = agent.log().into_iter().filter(|line| line["level"] == "ERROR").collect();
         assert!(at_start.len() == 1 && at_start[0]["cause"] == *cause, "{issuer}: not told once at the start: {at_start:?}");
 
-        let waiting = Self { scene, agent, workload, stream };
+        let waiting = Self { stream, workload, agent, scene };
         waiting.assert_held().await;
         waiting
     }
