@@ -105,6 +105,11 @@ where
     }
 }
 
+/// A piece that is smaller is joined to the one before it …
+const CRUMB: usize = 512;
+/// … until that is this large.
+const JOINED: usize = 16 << 10;
+
 /// Received bytes in the pieces in which they came.
 #[derive(Debug, Default)]
 struct Chunks {
@@ -114,9 +119,18 @@ struct Chunks {
 
 impl Chunks {
     fn push(&mut self, piece: Bytes) {
-        if !piece.is_empty() {
-            self.len += piece.len();
-            self.pieces.push_back(piece);
+        if piece.is_empty() {
+            return;
+        }
+        self.len += piece.len();
+        match self.pieces.back_mut() {
+            // A message that comes in crumbs costs what it has bytes, and not a buffer's handle for each.
+            Some(last) if piece.len() < CRUMB && last.len() < JOINED => {
+                let mut joined = std::mem::take(last).try_into_mut().unwrap_or_else(|shared| BytesMut::from(&shared[..]));
+                joined.extend_from_slice(&piece);
+                *last = joined.freeze();
+            }
+            _ => self.pieces.push_back(piece),
         }
     }
 
@@ -369,6 +383,21 @@ mod tests {
             assert_eq!(incoming.next::<DiscoveryRequest>().await.unwrap(), Some(b.clone()));
             assert_eq!(incoming.next::<DiscoveryRequest>().await.unwrap(), None);
         }
+    }
+
+    #[test]
+    fn a_message_in_crumbs_is_kept_in_few_pieces() {
+        let bytes: Vec<u8> = (0..=250).cycle().take(300_000).collect();
+        let mut chunks = Chunks::default();
+        let (shared, begun) = (Bytes::from(bytes.clone()), std::time::Instant::now());
+        for at in 0..shared.len() {
+            chunks.push(shared.slice(at..=at));
+        }
+        assert!(chunks.pieces.len() <= bytes.len() / JOINED + 1, "{} pieces", chunks.pieces.len());
+        assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+        let mut read = vec![0; bytes.len()];
+        chunks.copy_to_slice(&mut read);
+        assert_eq!(read, bytes);
     }
 
     #[tokio::test]
