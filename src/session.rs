@@ -191,10 +191,16 @@ impl Session {
                 tokio::time::timeout(self.sessions.patience.last_words, served).await.ok()
             }
             () = self.sessions.ending.cancelled() => {
-                // The streams end by themselves; whoever does not read is left at the drain's deadline.
+                // The streams end by themselves; whoever does not read is left at the drain's deadline. Without a call there is nothing
+                // to wait for: a client may be silent, or not answer the goodbye.
                 served.as_mut().graceful_shutdown();
+                let last_words = self.sessions.patience.last_words;
                 tokio::select! {
                     ended = served => Some(ended),
+                    () = async {
+                        tokio::time::sleep(last_words).await;
+                        self.without_calls(last_words).await;
+                    } => None,
                     () = shutdown.abort.cancelled() => None,
                 }
             }
@@ -213,12 +219,16 @@ impl Session {
             self.sessions.metrics.rejected(Rejection::silent);
             return;
         }
-        let limit = self.sessions.limits.idle;
+        self.without_calls(self.sessions.limits.idle).await;
+    }
+
+    /// Returns when there has been no call for `time`.
+    async fn without_calls(&self, time: Duration) {
         loop {
             match self.calls.idle_since() {
-                Some(since) if since.elapsed() >= limit => return,
-                Some(since) => tokio::time::sleep_until(since + limit).await,
-                None => tokio::time::sleep(limit).await,
+                Some(since) if since.elapsed() >= time => return,
+                Some(since) => tokio::time::sleep_until(since + time).await,
+                None => tokio::time::sleep(time).await,
             }
         }
     }

@@ -215,15 +215,10 @@ impl Service {
     }
 
     fn known(&self, names: &[String], identity: &Identity, bundles: &BundleSet) -> Vec<(String, Target)> {
-        let known = |target: &Target| match target {
-            Target::Unknown => false,
-            Target::FederatedBundle(domain) => bundles.federated.contains_key(domain),
-            Target::Certificate | Target::OwnBundle => true,
-        };
         let mut out: Vec<(String, Target)> = Vec::with_capacity(names.len());
         for name in names {
             let target = self.directory.target(name, identity);
-            if known(&target) && !out.iter().any(|(n, _)| n == name) {
+            if is_known(&target, bundles) && !out.iter().any(|(n, _)| n == name) {
                 out.push((name.clone(), target));
             }
         }
@@ -394,8 +389,8 @@ impl Stream<'_> {
     }
 
     fn is_settled(&self, view: &View) -> bool {
-        // For an unknown name nothing will ever come.
-        self.state.is_settled(|name| self.target(name) != Target::Unknown, |name| view.version(&self.target(name)))
+        // For a name that is not known nothing will come.
+        self.state.is_settled(|name| is_known(&self.target(name), &view.bundles), |name| view.version(&self.target(name)))
     }
 
     /// Sends what is due. A workload that ends meanwhile does not get the rest of it.
@@ -435,6 +430,15 @@ impl Stream<'_> {
             }
             () = self.sender.send(secret::response(self.face, &version, &nonce.to_string(), resources)) => Ok(()),
         }
+    }
+}
+
+/// Whether `target` will have an answer, now or soon: a certificate can be issued, and the own bundle comes.
+fn is_known(target: &Target, bundles: &BundleSet) -> bool {
+    match target {
+        Target::Unknown => false,
+        Target::FederatedBundle(domain) => bundles.federated.contains_key(domain),
+        Target::Certificate | Target::OwnBundle => true,
     }
 }
 

@@ -13,7 +13,7 @@ use super::{
 };
 
 /// The protocol's first words of a client, with empty SETTINGS.
-const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
+pub(super) const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
 const SETTINGS: u8 = 4;
 
 /// The type of the first frame that the server sends; none when it closes instead.
@@ -60,16 +60,19 @@ async fn who_says_nothing_is_dropped_and_who_has_spoken_is_not() {
 async fn an_idle_connection_is_closed_and_one_with_an_open_stream_is_not() {
     let agent = Agent::with(|sessions| {
         sessions.patience.silent = Duration::from_millis(50);
+        sessions.patience.last_words = Duration::from_millis(50);
         sessions.limits.idle = Duration::from_millis(200);
     })
     .await;
     let mut busy = Link::connect(&agent.path).await;
     let mut stream = busy.asking(&["ROOTCA"]).await;
     stream.reply().await;
-    // Younger, and its call is over.
-    let mut idle = Link::connect(&agent.path).await;
-    idle.call("nothing.Here/AtAll").await.end().await;
-    idle.ended().await;
+    // Younger, and their calls are over.
+    for _ in 0..2 {
+        let mut idle = Link::connect(&agent.path).await;
+        idle.call("nothing.Here/AtAll").await.end().await;
+        idle.ended().await;
+    }
     assert!(busy.is_open());
     agent.change_bundle();
     stream.reply().await;

@@ -1,9 +1,11 @@
 //! How connections end: with their workload, and with the agent.
 
+use tokio::io::AsyncWriteExt;
 use tonic::Code;
 
 use super::{
     super::*,
+    arrivals::PREFACE,
     bench::{Agent, DRAIN, soon, until},
     link::{Link, names},
 };
@@ -83,6 +85,21 @@ async fn who_does_not_read_is_dropped_at_the_drains_end_and_leaves_nothing() {
     agent.sessions.shutdown.abort.cancel();
     deaf.ended().await;
     until("the end of the subscription", || agent.leases() == 0 && agent.streams() == 0).await;
+}
+
+#[tokio::test]
+async fn who_has_no_call_holds_up_no_drain_whatever_it_does_not_say() {
+    let agent = Agent::with(|sessions| sessions.patience.last_words = Duration::from_millis(20)).await;
+    let silent = UnixStream::connect(&agent.path).await.unwrap();
+    let mut rude = UnixStream::connect(&agent.path).await.unwrap();
+    rude.write_all(PREFACE).await.unwrap();
+    // Accepted in order: when this one is served, the others have been.
+    let mut link = Link::connect(&agent.path).await;
+    link.asking(&["ROOTCA"]).await.reply().await;
+    agent.sessions.shutdown.begin();
+    agent.sessions.ending.cancel();
+    assert_eq!(soon("the drain", agent.sessions.shutdown.drained()).await, Drained::Complete);
+    drop((silent, rude));
 }
 
 #[tokio::test]

@@ -106,7 +106,7 @@ async fn a_client_that_has_said_its_last_is_answered_once_and_then_done() {
         let mut nothing = Client::open(&b, face).await;
         nothing.close();
         assert_eq!(nothing.end().await.0, Code::Ok);
-        let mut unknown = Client::asking(&b, face, &["file-root:system"]).await;
+        let mut unknown = Client::asking(&b, face, &["file-root:system", "spiffe://nobody.example"]).await;
         unknown.close();
         assert_eq!(unknown.end().await.0, Code::Ok, "for a name that is not ours nothing will come");
         settle().await;
