@@ -9,7 +9,7 @@ use std::{collections::BTreeMap, net::SocketAddr, path::Path, sync::Arc, time::D
 use futures::future::BoxFuture;
 use tokio::{net::TcpListener, sync::watch, task::JoinSet};
 use tokio_util::sync::CancellationToken;
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 use crate::{
     admin,
@@ -33,8 +33,8 @@ use crate::{
 mod inventory;
 mod parts;
 
-/// How long the parts that end last (rotation, deletions upstream) may take.
-const LAST_STEPS: Duration = Duration::from_secs(3);
+/// How long the parts that end last may take: rotation, and then the deletions upstream, which give up by themselves after five seconds.
+const LAST_STEPS: Duration = Duration::from_secs(6);
 
 /// What differs between a node, a laptop and a test.
 pub struct Deps {
@@ -111,22 +111,12 @@ impl std::fmt::Debug for Tasks {
 
 /// The agent as configured.
 pub async fn build(config: &Config, mut base: Base) -> anyhow::Result<Bound> {
-    let socket = shared(config)?;
     let deps = parts::make(config, &mut base).await?;
-    join(config, base, deps, socket).await
+    build_with(config, base, deps).await
 }
 
 /// An agent of the given parts.
 pub async fn build_with(config: &Config, base: Base, deps: Deps) -> anyhow::Result<Bound> {
-    let socket = shared(config)?;
-    join(config, base, deps, socket).await
-}
-
-fn shared(config: &Config) -> Result<Option<listener::Bound>, listener::Error> {
-    config.shared_socket.as_ref().map(|socket| listener::bind(&socket.path, socket.mode)).transpose()
-}
-
-async fn join(config: &Config, base: Base, deps: Deps, socket: Option<listener::Bound>) -> anyhow::Result<Bound> {
     let Base { mut exposition, readiness, shutdown, start } = base;
     let admin = admin::bind("admin.address", config.admin).await?;
     let metrics = admin::bind("metrics.address", config.metrics).await?;
@@ -161,23 +151,26 @@ async fn join(config: &Config, base: Base, deps: Deps, socket: Option<listener::
         services: Services::new(Arc::new(sds)).await?,
         desk,
         limits: config.limits.clone(),
+        patience: session::Patience::default(),
         metrics: session::metrics::Metrics::register(registry),
         shutdown: shutdown.clone(),
         ending: ending.clone(),
     };
-    let csi = match (&config.per_pod, deps.pods) {
-        (Some(per_pod), Some(pods)) => {
-            let (config, node, sessions) = (per_pod.clone(), config.node.clone(), sessions.clone());
-            let metrics = csi::metrics::Metrics::register(registry);
-            Some(csi::Driver::bind(csi::Parts { config, node, pods, sessions, warmer, metrics })?)
-        }
-        (Some(_), None) => anyhow::bail!("sockets.perPod needs the index of this node's pods"),
-        (None, _) => None,
-    };
+    let csi_metrics = config.per_pod.as_ref().map(|_| csi::metrics::Metrics::register(registry));
     let inventory = inventory::Inventory::new(store, deps.clock);
     registry.register_collector(Box::new(inventory.clone()));
     let certificates = Arc::new(move || inventory.rows());
     let routes = admin::Routes::new(readiness.clone(), Arc::new(exposition)).with_certificates(certificates);
+    // Last of all that can fail, as they take names from a predecessor that may be serving well.
+    let csi = match (&config.per_pod, deps.pods, csi_metrics) {
+        (Some(per_pod), Some(pods), Some(metrics)) => {
+            let (config, node, sessions) = (per_pod.clone(), config.node.clone(), sessions.clone());
+            Some(csi::Driver::bind(csi::Parts { config, node, pods, sessions, warmer, metrics })?)
+        }
+        (Some(_), ..) => anyhow::bail!("sockets.perPod serves the pods of one node: set NODE_NAME"),
+        (None, ..) => None,
+    };
+    let socket = config.shared_socket.as_ref().map(|socket| listener::bind(&socket.path, socket.mode)).transpose()?;
     Ok(Bound {
         socket,
         admin,
@@ -211,8 +204,8 @@ impl Bound {
         self.metrics.local_addr()
     }
 
-    /// Serves until the shutdown has begun and has drained.
-    pub async fn run(self) -> Drained {
+    /// Serves until the shutdown has begun and has drained; an error where a part of the agent was what began it.
+    pub async fn run(self) -> anyhow::Result<Drained> {
         let Self { socket, admin, metrics, sessions, csi, rotation, routes, readiness, tasks, ending, last, shutdown, start } = self;
         info!(socket = socket.as_ref().map(|socket| tracing::field::display(socket.name.path().display())), "serving");
         let mut beside = JoinSet::new();
@@ -235,14 +228,14 @@ impl Bound {
         });
 
         // A part that ends before the shutdown has failed.
-        tokio::select! {
-            () = shutdown.drain.cancelled() => {}
-            Some(ended) = beside.join_next() => {
-                if let Err(error) = ended {
-                    tracing::error!(%error, "a part of the agent has failed; shutting down so that it is started anew");
-                }
-                shutdown.begin();
-            }
+        let failed = tokio::select! {
+            biased;
+            () = shutdown.drain.cancelled() => None,
+            Some(ended) = beside.join_next() => Some(ended.err().map_or_else(|| "it ended".to_owned(), |error| error.to_string())),
+        };
+        if let Some(cause) = &failed {
+            error!(cause, "a part of the agent has failed; shutting down so that it is started anew");
+            shutdown.begin();
         }
         // Nobody new comes in, the name is free, and only then the streams end: clients find the successor, not us.
         if let Some(name) = name {
@@ -264,6 +257,12 @@ impl Bound {
             warn!("the last steps did not end in time");
         }
         info!("stopped");
-        drained
+        match failed {
+            None => Ok(drained),
+            Some(cause) => Err(anyhow::anyhow!("a part of the agent has failed: {cause}")),
+        }
     }
 }
+
+#[cfg(test)]
+mod tests;

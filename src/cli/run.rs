@@ -84,7 +84,7 @@ async fn run(config: &Config, style: Style, hardened: &process::Hardened) -> any
     if let (Style::Dev, Some(socket)) = (style, bound.socket()) {
         output::say(&dev::greeting(socket, bound.admin()?, config))?;
     }
-    Ok(match bound.run().await {
+    Ok(match bound.run().await? {
         Drained::Complete | Drained::TimedOut { .. } => ExitCode::SUCCESS,
         Drained::Aborted => Exit::Failed.into(),
     })

@@ -16,8 +16,9 @@ use tonic::Code;
 use crate::support::{
     self,
     agent::{self, Agent, Launch},
+    agent_pod::AgentPod,
     child,
-    cluster::{AgentPod, Cluster, Pod},
+    cluster::{Cluster, Pod},
     envoy::{Envoy, Sds, Side},
     eventually,
     host::{Host, IN_POD},

@@ -14,6 +14,8 @@
 
 mod support;
 
+mod bad_caller;
+mod bad_upstream;
 mod csi;
 mod dev;
 mod envoy_cert_manager;

@@ -8,6 +8,7 @@ use tokio::{
 };
 
 pub mod agent;
+pub mod agent_pod;
 pub mod cgroups;
 pub mod child;
 pub mod cluster;
@@ -17,7 +18,12 @@ pub mod host;
 pub mod http;
 pub mod kubelet;
 pub mod load;
+pub mod memory;
 pub mod pair;
+pub mod plane;
+pub mod recorder;
+pub mod scene;
+pub mod signer;
 pub mod tools;
 pub mod trace;
 
