@@ -17,6 +17,8 @@ use rustix::{
     mount::{MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags},
 };
 
+use tracing::warn;
+
 use super::{
     directory::{Leaf, VIEW},
     volume::Place,
@@ -115,6 +117,19 @@ impl Mounts {
             let _ = rustix::mount::unmount(&view, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW);
         }
         guarded
+    }
+
+    /// Warns where what is mounted here would not be seen on the host.
+    pub fn check_propagation(&self) {
+        let pods = self.kubelet.join("pods");
+        let Ok(table) = std::fs::read_to_string("/proc/self/mountinfo") else { return };
+        if is_shared(&table, &pods) == Some(false) {
+            warn!(
+                path = %pods.display(),
+                "what the agent mounts here is seen in its own mount namespace alone; in a container give the volume mountPropagation: \
+                 Bidirectional, or pods find an empty directory"
+            );
+        }
     }
 
     /// Takes the view away. Mounts on targets stay.
@@ -227,6 +242,21 @@ fn is_view(view: &Path, id: (u64, u64)) -> Result<bool, Error> {
     Ok(is_mounted(fd.as_fd(), view)? && identity(fd.as_fd(), view)? == id && is_guarded(fd.as_fd(), view)?)
 }
 
+/// Whether mounts below `path` reach others, by the table of mounts: the last of the longest mount points above it decides.
+fn is_shared(table: &str, path: &Path) -> Option<bool> {
+    let mut deepest = (0, None);
+    for line in table.lines() {
+        // id, parent, device, root, mount point, options, tags … - type, source, options
+        let mut fields = line.split(' ').skip(4);
+        let Some(point) = fields.next() else { continue };
+        let depth = Path::new(point).components().count();
+        if path.starts_with(point) && depth >= deepest.0 {
+            deepest = (depth, Some(fields.skip(1).take_while(|field| *field != "-").any(|tag| tag.starts_with("shared:"))));
+        }
+    }
+    deepest.1
+}
+
 fn guarded() -> MountFlags {
     MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC
 }
@@ -277,4 +307,24 @@ fn unmount_all(path: &Path) -> Result<(), Error> {
         unmounted.map_err(refused("unmount", path))?;
     }
     Err(Error::Occupied { path: path.to_owned(), why: "has too many mounts stacked on it" })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_deepest_mount_above_a_path_tells_whether_mounts_below_it_are_shared() {
+        let table = "21 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw\n\
+                     30 21 0:40 / /var rw,relatime - tmpfs none rw\n\
+                     31 30 8:1 /k /var/lib/kubelet/pods rw,relatime shared:7 master:2 - ext4 /dev/sda1 rw\n\
+                     32 30 8:1 /k /var/lib/slave rw,relatime master:2 - ext4 /dev/shared:1 rw\n\
+                     nonsense\n";
+        let is_shared = |path: &str| is_shared(table, Path::new(path));
+        assert_eq!(is_shared("/var/lib/kubelet/pods"), Some(true));
+        assert_eq!(is_shared("/var/lib/kubelet"), Some(false));
+        assert_eq!(is_shared("/var/lib/slave/pods"), Some(false));
+        assert_eq!(is_shared("/etc"), Some(true));
+        assert_eq!(super::is_shared("", Path::new("/etc")), None);
+    }
 }

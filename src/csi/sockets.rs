@@ -135,6 +135,7 @@ impl Sockets {
         let root = Root::open(&config.directory)?;
         let mounts = Mounts::new(&config.directory, &config.kubelet_directory);
         mounts.prepare()?;
+        mounts.check_propagation();
         let (book, turn) = (Mutex::default(), Arc::new(Semaphore::new(1)));
         let sockets = Self(Arc::new(Shared { root, mounts, book, turn, pods, sessions, warmer, metrics }));
         sockets.rebuild()?;
