@@ -5,6 +5,7 @@
 
 use std::{
     collections::BTreeMap,
+    fmt,
     sync::{Arc, Mutex, PoisonError},
 };
 
@@ -159,6 +160,12 @@ impl Source {
         }
     }
 
+    /// There is nothing to offer, and `why` says so: counted and logged like a refused offer, and changes nothing either.
+    pub fn missing(&self, why: impl fmt::Display) {
+        self.trust.0.metrics.refused.get_or_create(&self.label()).inc();
+        tracing::warn!(source = %self.name, error = %why, "no trust bundle there; the last good one stays in use");
+    }
+
     /// Takes a bundle that has been read already.
     pub fn take(&self, bundle: TrustBundle) {
         let inner = &self.trust.0;
@@ -202,7 +209,7 @@ impl Metrics {
         );
         registry.register(
             "bundles_refused",
-            "Offers of a source that could not be used: empty, oversized or unparsable",
+            "Times that a source had no bundle that could be used: missing, empty, oversized or unparsable",
             metrics.refused.clone(),
         );
         metrics
@@ -232,8 +239,10 @@ mod tests {
             let refused = source.offer(bad).unwrap_err();
             assert!(refused.to_string().starts_with("trust bundle from file a "), "{refused}");
         }
+        source.missing("the file is gone");
         assert!(!watcher.has_changed().unwrap());
         assert!(Arc::ptr_eq(&good, watcher.borrow().own.as_ref().unwrap()));
+        assert_eq!(trust.0.metrics.refused.get_or_create(&source.label()).get(), 4);
     }
 
     #[test]

@@ -3,10 +3,11 @@
 use std::{
     collections::{BTreeMap, HashSet},
     future::Future,
+    pin::pin,
     sync::Arc,
 };
 
-use futures::future::{BoxFuture, join};
+use futures::future::BoxFuture;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, warn};
 
@@ -36,6 +37,7 @@ struct Cluster {
 
 /// Makes what `config` asks for. Nothing here waits for the upstream: what has to be in sync holds a readiness guard.
 pub(super) async fn make(config: &Config, base: &mut Base) -> anyhow::Result<Deps> {
+    check_kernel(config, peer::kernel_pins()?)?;
     let clock: Arc<dyn Clock> = Arc::new(SystemClock);
     let last = CancellationToken::new();
     let mut tasks: Vec<BoxFuture<'static, ()>> = Vec::new();
@@ -45,35 +47,8 @@ pub(super) async fn make(config: &Config, base: &mut Base) -> anyhow::Result<Dep
     let await_bundle = sources(config, base, &trust, cluster.as_ref(), &mut tasks, &last)?;
     let issuers = issuers(config, base, &trust, cluster.as_ref(), &clock, &mut tasks, &last)?;
     let pods = cluster.and_then(|cluster| cluster.pods);
-    let attestor: Arc<dyn Attestor> = match (config.attestation, pods.clone()) {
-        (Attestation::Kubernetes, Some(pods)) => Arc::new(by_pod(config, pods)?),
-        _ => Arc::new(attest::unix::UnixAttestor),
-    };
+    let attestor = attestor(config, pods.clone())?;
     Ok(Deps { clock, attestor, pods, issuers, trust, await_bundle, tasks, last })
-}
-
-fn by_pod(config: &Config, pods: Pods) -> anyhow::Result<KubernetesAttestor> {
-    let attestor = KubernetesAttestor::new(pods, "/proc".into(), config.node.pod.as_ref())?;
-    Ok(attestor.with_policy(config.attestation_policy.clone()).accepting_pid_reuse(config.shared_socket.accept_pid_reuse))
-}
-
-/// Refuses to serve where a caller could be taken for another; before anything is bound.
-pub(super) fn check(config: &Config) -> anyhow::Result<()> {
-    check_kernel(config, peer::kernel_pins()?)
-}
-
-fn check_kernel(config: &Config, kernel_pins: bool) -> anyhow::Result<()> {
-    if config.attestation != Attestation::Kubernetes || kernel_pins {
-        return Ok(());
-    }
-    if config.shared_socket.accept_pid_reuse {
-        warn!("this kernel gives no handle on a caller: whoever takes over the pid of one that has just ended is served as that one");
-        return Ok(());
-    }
-    anyhow::bail!(
-        "sockets.shared: this kernel gives no handle on a caller (SO_PEERPIDFD), so that whoever takes over the pid of one that has just \
-         ended would be served as that one; use Linux 6.5 or newer, or accept the risk with sockets.shared.acceptPidReuse: true"
-    )
 }
 
 fn needs_cluster(config: &Config) -> bool {
@@ -99,15 +74,43 @@ async fn cluster(
             }
             let mut synced = pods.synced();
             let (running, last) = (pods.clone(), last.clone());
-            let until_synced = guarded(&base.readiness, "the pod index", async move { drop(synced.wait_for(|synced| *synced).await) });
-            tasks.push(Box::pin(async move {
-                join(running.run(last), until_synced).await;
-            }));
+            let come = async move { drop(synced.wait_for(|synced| *synced).await) };
+            tasks.push(guarded(&base.readiness, "the pod index", come, async move { running.run(last).await }));
             Some(pods)
         }
         _ => None,
     };
     Ok(Cluster { client, metrics, pods })
+}
+
+/// What the configuration names, and nothing in its place: by user id, every pod's root would be one workload.
+fn attestor(config: &Config, pods: Option<Pods>) -> anyhow::Result<Arc<dyn Attestor>> {
+    Ok(match (config.attestation, pods) {
+        (Attestation::Kubernetes, Some(pods)) => {
+            let attestor = KubernetesAttestor::new(pods, "/proc".into(), config.node.pod.as_ref())?;
+            let accepts_pid_reuse = config.shared_socket.as_ref().is_some_and(|socket| socket.accept_pid_reuse);
+            Arc::new(attestor.with_policy(config.attestation_policy.clone()).accepting_pid_reuse(accepts_pid_reuse))
+        }
+        (Attestation::Kubernetes, None) => anyhow::bail!("attestation: kubernetes serves the pods of one node: set NODE_NAME"),
+        (Attestation::Unix, _) => Arc::new(attest::unix::UnixAttestor),
+    })
+}
+
+/// Refuses to serve where a caller could be taken for another.
+fn check_kernel(config: &Config, kernel_pins: bool) -> anyhow::Result<()> {
+    match &config.shared_socket {
+        Some(socket) if config.attestation == Attestation::Kubernetes && !kernel_pins => {
+            anyhow::ensure!(
+                socket.accept_pid_reuse,
+                "sockets.shared: this kernel gives no handle on a caller (SO_PEERPIDFD), so that whoever takes over the pid of one that \
+                 has just ended would be served as that one; use Linux 6.5 or newer, sockets.perPod without sockets.shared, or accept \
+                 the risk with sockets.shared.acceptPidReuse: true"
+            );
+            warn!("this kernel gives no handle on a caller: whoever takes over the pid of one that has just ended is served as that one");
+            Ok(())
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Feeds the bundles; whether one comes from elsewhere than the issuers.
@@ -128,10 +131,7 @@ fn sources(
     if awaited {
         let mut bundles = trust.subscribe();
         let come = async move { drop(bundles.wait_for(|set| set.own.is_some()).await) };
-        let (come, last) = (guarded(&base.readiness, "the trust bundle", come), last.clone());
-        tasks.push(Box::pin(async move {
-            join(come, last.cancelled()).await;
-        }));
+        tasks.push(guarded(&base.readiness, "the trust bundle", come, last.clone().cancelled_owned()));
     }
     Ok(awaited)
 }
@@ -187,10 +187,8 @@ fn issuers(
                         let made = requests(config, scope.clone(), cluster, clock, metrics);
                         let (running, last) = (made.clone(), last.clone());
                         let synced = made.clone();
-                        let until_synced = guarded(&base.readiness, "the watch of requests", async move { synced.synced().await });
-                        tasks.push(Box::pin(async move {
-                            join(running.run(last), until_synced).await;
-                        }));
+                        let come = async move { synced.synced().await };
+                        tasks.push(guarded(&base.readiness, "the watch of requests", come, async move { running.run(last).await }));
                         scopes.push((scope, made.clone()));
                         made
                     }
@@ -233,12 +231,22 @@ fn ask_cert_manager(
     issuer
 }
 
-/// `work`, with readiness held back until it is done.
-fn guarded(readiness: &Readiness, name: &str, work: impl Future<Output = ()> + Send + 'static) -> BoxFuture<'static, ()> {
+/// `running`, with readiness held back until `come`. It ends with `running`, whether that has come or not.
+fn guarded(
+    readiness: &Readiness,
+    name: &str,
+    come: impl Future<Output = ()> + Send + 'static,
+    running: impl Future<Output = ()> + Send + 'static,
+) -> BoxFuture<'static, ()> {
     let guard = readiness.guard(name);
     Box::pin(async move {
-        work.await;
-        drop(guard);
+        let mut running = pin!(running);
+        tokio::select! {
+            () = come => drop(guard),
+            // Nobody becomes ready by ending.
+            () = &mut running => return guard.abandon(),
+        }
+        running.await;
     })
 }
 
@@ -254,18 +262,44 @@ impl LivePods for NodePods {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
-    use crate::config::Dev;
+    use crate::{config::Dev, shutdown::Shutdown};
+
+    fn config() -> Config {
+        config::dev(Dev::default(), &|_| None).unwrap()
+    }
+
+    #[test]
+    fn kubernetes_attestation_without_a_node_is_no_attestation_by_user_id() {
+        assert!(attestor(&Config { attestation: Attestation::Kubernetes, ..config() }, None).is_err());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_bundle_that_never_came_does_not_hold_up_the_end() {
+        let path = "/nonexistent/roots.pem".into();
+        let config = Config { trust_sources: vec![TrustSource::File { path }], ..config() };
+        let base = Base::new(Shutdown::new(Duration::ZERO));
+        let (trust, last, mut tasks) = (Trust::new(trust::Metrics::default()), CancellationToken::new(), Vec::new());
+        assert!(sources(&config, &base, &trust, None, &mut tasks, &last).unwrap());
+        last.cancel();
+        let ended = tokio::time::timeout(Duration::from_secs(1), futures::future::join_all(tasks)).await;
+        assert!(ended.is_ok());
+        assert_eq!(base.readiness.awaited(), ["start".into(), "the trust bundle".into()], "nor does the end make anybody ready");
+    }
 
     #[test]
     fn an_old_kernel_is_served_only_where_the_risk_was_accepted_by_name() {
-        let mut config = config::dev(Dev::default(), &|_| None).unwrap();
+        let mut config = config();
         check_kernel(&config, false).unwrap();
         config.attestation = Attestation::Kubernetes;
         check_kernel(&config, true).unwrap();
         let error = check_kernel(&config, false).unwrap_err().to_string();
         assert!(error.contains("Linux 6.5") && error.contains("acceptPidReuse: true"), "{error}");
-        config.shared_socket.accept_pid_reuse = true;
+        config.shared_socket.as_mut().unwrap().accept_pid_reuse = true;
+        check_kernel(&config, false).unwrap();
+        config.shared_socket = None;
         check_kernel(&config, false).unwrap();
     }
 }

@@ -8,12 +8,12 @@ use std::{collections::BTreeMap, fs::File, io::Read, net::SocketAddr, path::Path
 use serde_json::Value;
 
 use super::{
-    Attestation, AttestationPolicy, Config, Limits, LockMemory, Names, SharedSocket, TrustSource,
+    Attestation, AttestationPolicy, Config, Limits, LockMemory, Names, TrustSource,
     environment::{self, Env},
     error::{Errors, Problem, Warning, Wrong},
     issuance,
     reader::{Report, Section},
-    values,
+    sockets, values,
 };
 use crate::identity::TrustDomain;
 
@@ -85,15 +85,22 @@ fn tree(text: &str) -> Result<Value, Errors> {
 pub(super) fn walk(root: &Section<'_>, report: &Report, env: Env<'_>) -> Option<Config> {
     let trust_domain = root.read("trustDomain", "cluster.local".into(), |v| values::text(v).map(str::to_owned));
     let trust_domain = trust_domain.and_then(|name| domain(root, &name));
-    let shared_socket = root.section("sockets", sockets);
     let attestation = root.read(
         "attestation",
         Attestation::Kubernetes,
         values::choice(&[("kubernetes", Attestation::Kubernetes), ("unix", Attestation::Unix)]),
     );
     let attestation_policy = root.section("attestationPolicy", policy);
-    if attestation == Some(Attestation::Unix) && attestation_policy.as_ref().is_some_and(|told| *told != AttestationPolicy::default()) {
-        root.wrong("attestationPolicy", "is about pods, which `attestation: unix` does not know", "remove it");
+    let sockets = root.section("sockets", |section| sockets::walk(section, attestation));
+    if attestation_policy.as_ref().is_some_and(|told| *told != AttestationPolicy::default()) {
+        if attestation == Some(Attestation::Unix) {
+            root.wrong("attestationPolicy", "is about pods, which `attestation: unix` does not know", "remove it");
+        } else if matches!(sockets, Some((None, _))) {
+            root.warn(
+                "attestationPolicy",
+                "is about callers of sockets.shared, which is not enabled: whoever has a pod's own socket may fetch",
+            );
+        }
     }
     let pod = environment::pod(report, attestation, env);
     let context = issuance::Context { attestation, trust_domain: trust_domain.as_ref(), pod: pod.as_ref() };
@@ -123,9 +130,11 @@ pub(super) fn walk(root: &Section<'_>, report: &Report, env: Env<'_>) -> Option<
         );
     }
     let (admin, metrics) = addresses?;
+    let (shared_socket, per_pod) = sockets?;
     Some(Config {
         trust_domain: trust_domain?,
-        shared_socket: shared_socket?,
+        shared_socket,
+        per_pod,
         attestation: attestation?,
         attestation_policy: attestation_policy?,
         default_profile,
@@ -154,30 +163,6 @@ fn domain(section: &Section<'_>, name: &str) -> Option<TrustDomain> {
         section.wrong("trustDomain", "is not a trust domain", remedy);
     }
     told.ok()
-}
-
-fn sockets(sockets: &Section<'_>) -> Option<SharedSocket> {
-    let shared = sockets.section("shared", |shared| {
-        let path = shared.read("path", "/run/sds-agent/sds.sock".into(), values::socket_path);
-        let mode = shared.read("mode", 0o666, values::mode);
-        if mode.is_some_and(|mode| mode & 0o600 != 0o600) {
-            shared.wrong("mode", "keeps the agent itself from its socket", "begin it with 6, such as \"0666\" or \"0660\"");
-        }
-        let accept_pid_reuse = shared.read("acceptPidReuse", false, values::boolean);
-        if accept_pid_reuse == Some(true) {
-            let risk = "before Linux 6.5, a process that takes over the pid of a caller that has just ended is served as that caller";
-            shared.warn("acceptPidReuse", risk);
-        }
-        Some(SharedSocket { path: path?, mode: mode?, accept_pid_reuse: accept_pid_reuse? })
-    });
-    sockets.section("perPod", |per_pod| {
-        per_pod.read("directory", "/run/sds-agent/pods".into(), values::absolute_path);
-        if per_pod.read("enabled", false, values::boolean) == Some(true) {
-            let what = "asks for a socket in every pod, which this version does not serve";
-            per_pod.wrong("enabled", what, "set it to false and let pods use sockets.shared");
-        }
-    });
-    shared
 }
 
 fn policy(policy: &Section<'_>) -> Option<AttestationPolicy> {

@@ -152,7 +152,7 @@ impl Inner {
                 }
                 refusal => {
                     ticket.keep(&order.identity);
-                    return Err(refused(&name, refusal).into());
+                    return Err(refused(&namespace, &name, refusal).into());
                 }
             }
         }
@@ -215,19 +215,22 @@ fn owner(pod: &PodRef) -> OwnerReference {
     }
 }
 
-/// The error for a request that will never be issued.
-fn refused(request: &str, verdict: Verdict) -> Error {
+/// The error for a request that will never be issued. It stays for a while, so that its reader can be sent there.
+fn refused(namespace: &str, request: &str, verdict: Verdict) -> Error {
+    let more = format!("(more by: kubectl describe certificaterequest -n {namespace} {request})");
     let request = request.to_owned();
     match verdict {
         Verdict::Denied(Why { reason, message }) => {
             let retry = if reason == DENIED_POD_GONE { Retry::Now } else { Retry::After(AFTER_DENIAL) };
-            Error::Denied { request, reason, message, retry }
+            Error::Denied { request, reason, message: format!("{message} {more}"), retry }
         }
         Verdict::Invalid(Why { reason, message }) => {
-            let message = format!("cert-manager does not accept the request: {message}");
+            let message = format!("cert-manager does not accept the request: {message} {more}");
             Error::Failed { request, reason, message, retry: Retry::Configuration }
         }
-        Verdict::Failed(Why { reason, message }) => Error::Failed { request, reason, message, retry: Retry::Backoff },
+        Verdict::Failed(Why { reason, message }) => {
+            Error::Failed { request, reason, message: format!("{message} {more}"), retry: Retry::Backoff }
+        }
         // Not refusals; the caller does not pass them.
         Verdict::Pending { message, .. } => Error::Failed { request, reason: "Pending".into(), message, retry: Retry::Backoff },
         Verdict::Issued => {

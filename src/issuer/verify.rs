@@ -32,10 +32,10 @@ pub const ALLOWED_SKEW: Duration = Duration::from_secs(60);
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
     /// Not PEM, not X.509, empty, or too large.
-    #[error("the chain {0}")]
+    #[error("the chain {0}; the issuer must return certificates in PEM, the leaf first")]
     Chain(#[from] material::Error),
     /// The leaf is for another key.
-    #[error("the leaf's public key is not the one that was asked for")]
+    #[error("the leaf's public key is not the one that was asked for; the issuer must sign the key of the request")]
     Key,
     /// The leaf is there, but not in front.
     #[error("certificate {index} of the chain, not the first, is for the key that was asked for; the leaf must come first")]
@@ -65,7 +65,7 @@ pub enum Error {
     #[error("the leaf has subject alternative names of other kinds than URI and DNS")]
     OtherNames,
     /// Past its end.
-    #[error("the leaf expired at {0}")]
+    #[error("the leaf expired at {0}: is the issuer's clock or this node's wrong?")]
     Expired(String),
     /// Before its beginning.
     #[error("the leaf is valid only from {from}, more than {} s from now: is this node's clock behind?", ALLOWED_SKEW.as_secs())]

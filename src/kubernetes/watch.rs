@@ -12,8 +12,10 @@ use kube::{
 };
 use prometheus_client::encoding::EncodeLabelValue;
 use serde::de::DeserializeOwned;
+use tokio::time::timeout;
 
 use crate::kubernetes::{
+    ANSWER_TIMEOUT,
     failure::{Call, Cause, Failure},
     layer::{Metrics, Resource},
 };
@@ -22,6 +24,11 @@ use crate::kubernetes::{
 const SHORTEST_PAUSE: Duration = Duration::from_millis(500);
 /// Certificates may wait for the watch: it is back soon after the server is.
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+/// And while a right is missing.
+const LONGEST_PAUSE_WITHOUT_RIGHT: Duration = Duration::from_secs(30);
+/// A watch that could not be started is believed to run when it has told something, or no more trouble for so long: longer than the
+/// answer to its start may take.
+const PROOF: Duration = ANSWER_TIMEOUT.saturating_add(Duration::from_secs(5));
 
 /// Why a watch broke, as a metric label.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
@@ -69,6 +76,8 @@ struct State<K> {
     pause: Option<Duration>,
     next_pause: Duration,
     told: Option<Failure>,
+    /// It is the watch that did not start: a list that works is no proof.
+    unproven: bool,
 }
 
 /// Watches `selection` of `api`, for as long as the stream is polled.
@@ -77,16 +86,18 @@ where
     K: KubeResource + Clone + DeserializeOwned + fmt::Debug + Send + 'static,
 {
     let events = Box::pin(watcher(api.clone(), selection.config.clone()));
-    let state = State { api, selection, metrics, events, pause: None, next_pause: SHORTEST_PAUSE, told: None };
+    let state = State { api, selection, metrics, events, pause: None, next_pause: SHORTEST_PAUSE, told: None, unproven: false };
     stream::unfold(state, |mut state| async move {
         if let Some(pause) = state.pause.take() {
             tokio::time::sleep(pause).await;
         }
-        let signal = match state.events.next().await? {
+        let signal = match state.next().await? {
             Ok(event) => {
-                // `Init` only says that a list is about to be asked for.
-                if !matches!(event, Event::Init) {
-                    state.recovered();
+                match event {
+                    // It only says that a list is about to be asked for.
+                    Event::Init => {}
+                    Event::InitApply(_) | Event::InitDone if state.unproven => {}
+                    _ => state.recovered(),
                 }
                 Signal::Event(event)
             }
@@ -103,8 +114,19 @@ impl<K> State<K>
 where
     K: KubeResource + Clone + DeserializeOwned + fmt::Debug + Send + 'static,
 {
+    async fn next(&mut self) -> Option<watcher::Result<Event<K>>> {
+        if self.unproven {
+            match timeout(PROOF, self.events.next()).await {
+                Ok(next) => return next,
+                Err(_) => self.recovered(),
+            }
+        }
+        self.events.next().await
+    }
+
     fn recovered(&mut self) {
         self.next_pause = SHORTEST_PAUSE;
+        self.unproven = false;
         if self.told.take().is_some() {
             tracing::info!(resource = %self.selection.name, "the watch works again");
         }
@@ -127,12 +149,15 @@ where
             // The library would ask for the same version for ever; and only a new list can show that a right has come back.
             self.events = Box::pin(watcher(self.api.clone(), self.selection.config.clone()));
         }
+        self.unproven = reason == Ended::start_failed && !expired;
         if expired {
             // The server answers again, only its history has gone: a list brings everything back at once.
             self.next_pause = SHORTEST_PAUSE;
         }
         self.pause = Some(self.next_pause.mul_f64(0.5 + 0.5 * fastrand::f64()));
-        self.next_pause = (self.next_pause * 2).min(LONGEST_PAUSE);
+        // A right that is missing comes back by a person's hand: no hurry.
+        let longest = if failure.cause == Cause::Rbac { LONGEST_PAUSE_WITHOUT_RIGHT } else { LONGEST_PAUSE };
+        self.next_pause = (self.next_pause * 2).min(longest);
         if !expired && self.told.as_ref() != Some(&failure) {
             tracing::warn!(resource = %self.selection.name, error = %failure, "the watch does not work; trying again");
             self.told = Some(failure.clone());
@@ -145,7 +170,7 @@ where
 mod tests {
     use k8s_openapi::api::core::v1::ConfigMap;
     use serde_json::json;
-    use tokio::time::{Instant, timeout};
+    use tokio::time::Instant;
 
     use super::*;
     use crate::kubernetes::fake::{FakeApi, Fault};
@@ -220,5 +245,30 @@ mod tests {
             }
         }
         assert_eq!(metrics.restarts(Resource::configmaps, Ended::start_failed), 2);
+    }
+
+    /// A list shows all there is, and yet the watch is forbidden: nobody may be asked for whole lists all the time.
+    #[tokio::test(start_paused = true)]
+    async fn a_watch_that_is_forbidden_is_tried_ever_less_though_lists_work() {
+        let (api, metrics) = (FakeApi::new(), Metrics::default());
+        let forbidden = json!({"kind": "Status", "code": 403, "reason": "Forbidden", "message": "User \"x\" cannot watch resource"});
+        api.fail("watch", "configmaps", Fault::Status(403, forbidden), 20);
+        let (start, mut signals) = (Instant::now(), signals(&api, &metrics));
+        let mut tries = 0;
+        while tries < 20 {
+            if let Signal::Trouble(..) = timeout(Duration::from_secs(60), signals.next()).await.unwrap().unwrap() {
+                tries += 1;
+            }
+        }
+        assert!(start.elapsed() > 14 * LONGEST_PAUSE / 2, "20 lists in {:?}", start.elapsed());
+
+        // Then it is allowed, and says nothing for long. Its next trouble is another story.
+        assert!(timeout(PROOF * 2, async { while signals.next().await.is_some() {} }).await.is_err());
+        let resumed = Instant::now();
+        api.fail("watch", "configmaps", Fault::Refuse, 1);
+        api.cut_watches(true);
+        put(&api, "y");
+        told(&mut signals, "y").await;
+        assert!(resumed.elapsed() < Duration::from_secs(4), "after {:?}", resumed.elapsed());
     }
 }

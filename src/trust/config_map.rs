@@ -1,6 +1,7 @@
 //! A key of a ConfigMap as a source of a trust bundle, as trust-manager writes it: one watch on the one object.
 //!
-//! The caller runs [`ConfigMapSource::run`]. A ConfigMap or key that is missing is told once, and the last good bundle stays.
+//! The caller runs [`ConfigMapSource::run`]. A ConfigMap or key that is missing is counted and told once, and the last good
+//! bundle stays.
 
 use std::{fmt, sync::Arc};
 
@@ -95,7 +96,8 @@ impl ConfigMapSource {
         let Some(pem) = object.data.as_ref().and_then(|data| data.get(&*self.key)) else {
             if last != Some(Found::NoKey) {
                 let keys: Vec<&str> = object.data.iter().flat_map(|data| data.keys().map(String::as_str)).take(10).collect();
-                tracing::warn!(source = self.source.name(), ?keys, "the ConfigMap has no such key; the last good bundle stays");
+                self.source
+                    .missing(format_args!("the ConfigMap has no such key, only {keys:?}: correct the key, or write the roots there"));
             }
             return Found::NoKey;
         };
@@ -111,7 +113,7 @@ impl ConfigMapSource {
 
     fn missing(&self, last: Option<Found>) -> Found {
         if last != Some(Found::Nothing) {
-            tracing::warn!(source = self.source.name(), "the ConfigMap does not exist; the last good bundle stays");
+            self.source.missing("the ConfigMap does not exist: create it, or correct trust.sources");
         }
         Found::Nothing
     }

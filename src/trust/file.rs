@@ -102,7 +102,7 @@ impl FileSource {
         match now {
             // A refusal is counted and logged there.
             Ok(pem) => drop(self.source.offer(&pem)),
-            Err(error) => tracing::warn!(source = self.source.name(), %error, "cannot read the file; the last good bundle stays"),
+            Err(error) => self.source.missing(format_args!("cannot read the file: {error}")),
         }
         *last = Some(comparable);
     }

@@ -15,6 +15,9 @@
 mod support;
 
 mod attest;
+mod bad_caller;
+mod bad_upstream;
+mod csi;
 mod dev;
 mod envoy_cert_manager;
 mod envoy_embedded;

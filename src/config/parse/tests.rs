@@ -6,7 +6,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::{
-    config::{CertManager, IssuerConfig, IssuerRef, RequestNamespace},
+    config::{CertManager, IssuerConfig, IssuerRef, PerPod, RequestNamespace, SharedSocket},
     identity::{IssuerName, KeyType, PodRef},
 };
 
@@ -79,7 +79,8 @@ fn the_sample_of_the_design_is_understood_and_says_what_the_defaults_say() {
         trust_status_ca: false,
     });
     assert_eq!(config.issuers, BTreeMap::from([(IssuerName("default".into()), issuer)]));
-    assert_eq!(config.shared_socket, SharedSocket { path: "/run/sds-agent/sds.sock".into(), mode: 0o666, accept_pid_reuse: false });
+    let shared = SharedSocket { path: "/run/sds-agent/sds.sock".into(), mode: 0o666, accept_pid_reuse: false };
+    assert_eq!((config.shared_socket, config.per_pod), (Some(shared), None));
     assert_eq!(config.default_profile.lifetime, Duration::from_secs(86_400));
     assert_eq!((config.retention, config.drain), (Duration::from_secs(300), Duration::from_secs(10)));
     assert_eq!(config.limits, Limits::default());
@@ -118,7 +119,7 @@ authorityEpoch: 7
     assert_eq!((&*profile.spiffe_id, &*profile.dns_names[0]), ("spiffe://{trustDomain}/user/{uid}", "u{uid}.users.{trustDomain}"));
     assert_eq!((profile.key, profile.renew_at, profile.jitter, profile.epoch), (KeyType::Rsa3072, 0.6, 0.0, 7));
     assert_eq!(profile.lifetime, Duration::from_secs(9000));
-    assert_eq!(config.shared_socket.mode, 0o600);
+    assert_eq!(config.shared_socket.unwrap().mode, 0o600);
     assert_eq!(config.names, Names { certificate: "own".into(), bundle: "roots".into() });
     assert_eq!((config.lock_memory, config.attestation, config.worker_threads), (LockMemory::Never, Attestation::Unix, 3));
     assert_eq!(config.trust_sources, [TrustSource::File { path: "/a.pem".into() }]);
@@ -137,8 +138,34 @@ fn who_of_a_pod_may_fetch_is_read_and_is_everybody_unless_told() {
     let expected = AttestationPolicy { containers: vec!["istio-proxy".into(), "envoy".into()], uids: vec![1337, 0] };
     assert_eq!(config.attestation_policy, expected);
     let loaded = load(&format!("sockets: {{ shared: {{ acceptPidReuse: true }} }}\n{LEAST}"));
-    assert!(loaded.config.shared_socket.accept_pid_reuse);
+    assert!(loaded.config.shared_socket.unwrap().accept_pid_reuse);
     assert!(loaded.warnings[0].to_string().starts_with("sockets.shared.acceptPidReuse: before Linux 6.5, "), "{:?}", loaded.warnings);
+    let unread = load(&format!(
+        "attestationPolicy: {{ uids: [1] }}\nsockets: {{ shared: {{ enabled: false }}, perPod: {{ enabled: true }} }}\n{LEAST}"
+    ));
+    assert!(unread.warnings[0].to_string().starts_with("attestationPolicy: is about callers of sockets.shared"), "{:?}", unread.warnings);
+}
+
+#[test]
+fn sockets_of_pods_stand_beside_the_shared_one_or_instead_of_it() {
+    let defaults = PerPod {
+        directory: "/run/sds-agent-pods".into(),
+        driver_name: "csi.sds-agent.io".into(),
+        kubelet_directory: "/var/lib/kubelet".into(),
+        wait_for_certificate: Duration::ZERO,
+    };
+    let config = load(&format!("sockets: {{ perPod: {{ enabled: true }} }}\n{LEAST}")).config;
+    assert!(config.shared_socket.is_some());
+    assert_eq!(config.per_pod, Some(defaults));
+
+    let text = "sockets:\n  shared: { enabled: false }\n  perPod: { enabled: true, directory: /run/sds-agent/pods, driverName: sds.example, \
+                kubeletDirectory: /k, waitForCertificate: 5s }\n";
+    let config = load(&format!("{text}{LEAST}")).config;
+    assert_eq!(config.shared_socket, None);
+    let per_pod = config.per_pod.unwrap();
+    assert_eq!(per_pod.driver_socket(), Path::new("/k/plugins/sds.example/csi.sock"));
+    assert_eq!(per_pod.registration_socket(), Path::new("/k/plugins_registry/sds.example-reg.sock"));
+    assert_eq!((per_pod.directory.as_path(), per_pod.wait_for_certificate), (Path::new("/run/sds-agent/pods"), Duration::from_secs(5)));
 }
 
 #[test]

@@ -34,7 +34,7 @@ async fn a_recycled_pid_is_never_taken_for_its_owner() {
         let answer = scene.ask_by(inside(&scene, &member.cgroup), "FetchSecrets", LONG, &["default"]).await;
         assert!(answer.has_key && answer.ids == [member.pod.spiffe_id()], "{answer:?}");
     }
-    let ok = scene.agent.metric_of("sds_agent_attestations_total", "result=\"ok\"").await;
+    let ok = scene.agent.metric_of("sds_agent_attestations_total", &["result=\"ok\""]).await;
 
     let path = scene.dir.path().join("naive.sock");
     let mut command = inside(&scene, &scene.a.cgroup);
@@ -55,7 +55,7 @@ async fn a_recycled_pid_is_never_taken_for_its_owner() {
         let refused = scene.refused("process_gone").await - before;
         assert!(refused >= outcome.recycled as f64, "{refused} were refused as gone of {outcome:?}");
     }
-    let now = scene.agent.metric_of("sds_agent_attestations_total", "result=\"ok\"").await;
+    let now = scene.agent.metric_of("sds_agent_attestations_total", &["result=\"ok\""]).await;
     assert_eq!(ok, now, "nobody was taken for anybody");
 }
 

@@ -82,7 +82,7 @@ impl Scene {
 
     /// How many callers were not served for this reason.
     pub async fn refused(&self, reason: &str) -> f64 {
-        self.agent.metric_of("sds_agent_attestations_total", &format!("reason=\"{reason}\"")).await
+        self.agent.metric_of("sds_agent_attestations_total", &[&format!("reason=\"{reason}\"")]).await
     }
 }
 

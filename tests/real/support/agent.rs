@@ -9,6 +9,7 @@ use std::{
 };
 
 use nix::sys::signal::Signal;
+use serde_json::Value;
 use tokio::process::Command;
 
 use super::{child::Child, eventually, free_port, http};
@@ -42,12 +43,15 @@ impl Launch {
 
     /// `sds-agent run` with its configuration and socket in `dir`. `settings` is YAML without sockets and addresses, which are added.
     pub fn run(dir: &Path, settings: &str) -> Self {
+        let shared = format!("{{ shared: {{ path: {}, mode: \"0666\" }} }}", dir.join("sds.sock").display());
+        Self::run_on(dir, &shared, settings)
+    }
+
+    /// The same with `sockets` as given.
+    pub fn run_on(dir: &Path, sockets: &str, settings: &str) -> Self {
         let (socket, admin, metrics) = (dir.join("sds.sock"), loopback(), loopback());
         let config = dir.join("config.yaml");
-        let yaml = format!(
-            "sockets: {{ shared: {{ path: {}, mode: \"0666\" }} }}\nadmin: {{ address: {admin} }}\nmetrics: {{ address: {metrics} }}\n{settings}",
-            socket.display()
-        );
+        let yaml = format!("sockets: {sockets}\nadmin: {{ address: {admin} }}\nmetrics: {{ address: {metrics} }}\n{settings}");
         fs::write(&config, yaml).expect("the configuration is written");
         let arguments = ["run", "--config", text(&config)].map(str::to_owned).to_vec();
         Self { wrapper: Vec::new(), program: program().to_owned(), arguments, environment: Vec::new(), socket, admin }
@@ -133,21 +137,37 @@ impl Agent {
 
     /// The value of a metric, summed over its labels; zero where it has not been counted yet.
     pub async fn metric(&self, name: &str) -> f64 {
+        self.metric_of(name, &[]).await
+    }
+
+    /// The same, where all of `labels` are there: `result="ok"`.
+    pub async fn metric_of(&self, name: &str, labels: &[&str]) -> f64 {
         let text = http::get_ok(self.admin, "/metrics").await.expect("the agent's metrics");
         let values = text.lines().filter(|line| line.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' '])));
+        let values = values.filter(|line| labels.iter().all(|label| line.contains(label)));
         values.filter_map(|line| line.rsplit_once(' ')?.1.parse::<f64>().ok()).sum()
     }
 
-    /// The same, of those with `label` among their labels.
-    pub async fn metric_of(&self, name: &str, label: &str) -> f64 {
-        let text = http::get_ok(self.admin, "/metrics").await.expect("the agent's metrics");
-        let values = text.lines().filter(|line| line.strip_prefix(name).is_some_and(|rest| rest.starts_with('{') && rest.contains(label)));
-        values.filter_map(|line| line.rsplit_once(' ')?.1.parse::<f64>().ok()).sum()
+    /// Its readiness and what it awaits.
+    pub async fn readiness(&self) -> Result<String, String> {
+        http::get_ok(self.admin, "/readyz?verbose").await
     }
 
-    /// What it holds, as `/certs` tells.
-    pub async fn certificates(&self) -> String {
-        http::get_ok(self.admin, "/certs").await.expect("the agent's certificates")
+    /// What it holds for a SPIFFE id, as `/certs` tells.
+    pub async fn certificate(&self, id: &str) -> Option<Value> {
+        let text = http::get_ok(self.admin, "/certs").await.expect("the agent's certificates");
+        let answer: Value = serde_json::from_str(&text).expect("JSON");
+        answer["certificates"].as_array().expect("a list").iter().find(|row| row["spiffe_id"] == id).cloned()
+    }
+
+    /// The lines of its log so far, each an object.
+    pub fn log(&self) -> Vec<Value> {
+        lines(&self.child.stderr().text().lines().map(str::to_owned).collect::<Vec<_>>())
+    }
+
+    /// Waits for a line in its log.
+    pub async fn logs(&self, what: &str, limit: Duration, is_it: impl Fn(&Value) -> bool) -> Value {
+        self.child.stderr().until(what, limit, |text| lines(text).into_iter().find(&is_it)).await
     }
 
     /// Asks it to end.
@@ -165,6 +185,10 @@ impl Agent {
     pub async fn exit(&mut self, limit: Duration) -> ExitStatus {
         self.child.exit(limit).await
     }
+}
+
+fn lines(text: &[String]) -> Vec<Value> {
+    text.iter().filter_map(|line| serde_json::from_str(line).ok()).collect()
 }
 
 fn loopback() -> SocketAddr {

@@ -51,6 +51,11 @@ impl Child {
         self.stdout.clone()
     }
 
+    /// What it wrote to its standard error.
+    pub fn stderr(&self) -> Lines {
+        self.stderr.clone()
+    }
+
     /// Both outputs, for a search.
     pub fn output(&self) -> String {
         [self.stdout.text(), self.stderr.text()].concat()
@@ -150,10 +155,16 @@ impl Lines {
 /// Runs a program to its end and gives its output.
 pub async fn run(program: &Path, arguments: &[&str], limit: Duration) -> Output {
     let mut command = Command::new(program);
-    command.args(arguments).stdin(Stdio::null()).kill_on_drop(true);
+    command.args(arguments);
+    finish(command, limit).await
+}
+
+/// Runs a command to its end and gives its output.
+pub async fn finish(mut command: Command, limit: Duration) -> Output {
+    command.stdin(Stdio::null()).kill_on_drop(true);
     let output = timeout(limit, command.output()).await;
-    let output = output.unwrap_or_else(|_| panic!("{} {arguments:?} has not ended within {limit:?}", program.display()));
-    output.unwrap_or_else(|e| panic!("cannot run {}: {e}", program.display()))
+    let output = output.unwrap_or_else(|_| panic!("{:?} has not ended within {limit:?}", command.as_std()));
+    output.unwrap_or_else(|e| panic!("cannot run {:?}: {e}", command.as_std()))
 }
 
 /// The same, where anything but success is a failure; gives its standard output.

@@ -8,6 +8,7 @@ use std::{
     fs,
     net::SocketAddr,
     path::Path,
+    sync::OnceLock,
     time::{Duration, Instant},
 };
 
@@ -45,7 +46,9 @@ pub enum Side<'a> {
 
 /// A running Envoy.
 pub struct Envoy {
+    name: &'static str,
     started: Instant,
+    took: OnceLock<Duration>,
     admin: SocketAddr,
     _process: Child,
     _files: TempDir,
@@ -61,6 +64,20 @@ pub struct Secret {
 impl Envoy {
     /// Starts one, in a pod's cgroup if given, and waits for its admin interface only.
     pub async fn start(side: Side<'_>, socket: &Path, sds: Sds, cgroup: Option<&PodCgroup>) -> Self {
+        let program = tools::envoy();
+        let command = cgroup.map_or_else(|| Command::new(&program), |cgroup| cgroup.command(&program));
+        Self::start_by(command, side, socket, sds).await
+    }
+
+    /// The same behind other words, such as those that make it a pod.
+    pub async fn start_under(words: &[String], side: Side<'_>, socket: &Path, sds: Sds) -> Self {
+        let (first, words) = words.split_first().expect("at least one word");
+        let mut command = Command::new(first);
+        command.args(words).arg(tools::envoy());
+        Self::start_by(command, side, socket, sds).await
+    }
+
+    async fn start_by(mut command: Command, side: Side<'_>, socket: &Path, sds: Sds) -> Self {
         let name = match side {
             Side::Server { .. } => "server",
             Side::Client { .. } => "client",
@@ -70,8 +87,6 @@ impl Envoy {
         fs::write(&bootstrap, bootstrap_for(name, side, socket, sds).to_string()).expect("the bootstrap is written");
         let address = dir.path().join("admin");
 
-        let program = tools::envoy();
-        let mut command = cgroup.map_or_else(|| Command::new(&program), |cgroup| cgroup.command(&program));
         command.arg("--config-path").arg(&bootstrap);
         command.arg("--admin-address-path").arg(&address);
         command.args(["--use-dynamic-base-id", "--concurrency", "1", "--log-level", "info", "--disable-hot-restart"]);
@@ -83,13 +98,14 @@ impl Envoy {
             let admin = text.parse::<SocketAddr>().map_err(|e| format!("{text:?}: {e}"))?;
             http::get_ok(admin, "/server_info").await.map(|_| admin)
         });
-        Self { started, admin: admin.await, _process: process, _files: dir }
+        Self { name, started, took: OnceLock::new(), admin: admin.await, _process: process, _files: dir }
     }
 
     /// Waits until it has all its secrets and accepts connections; gives its listener's address.
     pub async fn live(&self) -> SocketAddr {
         eventually("Envoy is live", SECRETS, async || http::get_ok(self.admin, "/ready").await).await;
-        eprintln!("figure: an Envoy with all its secrets {} ms after its start", self.started.elapsed().as_millis());
+        let took = self.took.get_or_init(|| self.started.elapsed());
+        eprintln!("figure: {} Envoy with all its secrets {} ms after its start", self.name, took.as_millis());
         eventually("Envoy listens", START, async || {
             let listeners = self.json("/listeners?format=json").await?;
             let address = &listeners["listener_statuses"][0]["local_address"]["socket_address"];
@@ -97,6 +113,11 @@ impl Envoy {
             port.map(|port| SocketAddr::from(([127, 0, 0, 1], port))).ok_or_else(|| listeners.to_string())
         })
         .await
+    }
+
+    /// How long after its start it was [live](Self::live), as far as was looked.
+    pub fn took(&self) -> Duration {
+        *self.took.get().expect("it was waited for")
     }
 
     /// What it says of itself: `PRE_INITIALIZING`, `INITIALIZING`, `LIVE`.

@@ -7,6 +7,7 @@ use tokio::process::Command;
 
 use super::{
     agent,
+    cgroups::PodCgroup,
     child::{self, Child, Lines},
 };
 
@@ -18,23 +19,56 @@ const CERTIFICATE: [&str; 7] = ["spiffe_id", "dns_names", "serial", "fingerprint
 
 /// Asks once; the updates by kind.
 pub async fn once(socket: &Path) -> BTreeMap<String, Value> {
-    let socket = socket.to_str().expect("a plain path");
-    let arguments = ["fetch", "--socket", socket, "-o", "json"];
-    let output = child::succeed(agent::program(), &arguments, PATIENCE).await;
-    assert!(!output.contains("PRIVATE KEY"), "fetch shows no key unless told where to write it");
-    updates(&output.lines().map(str::to_owned).collect::<Vec<_>>())
-        .into_iter()
-        .map(|update| (update["kind"].as_str().expect("a kind").to_owned(), update))
-        .collect()
+    ask(None, socket, &BOTH, "10s").await.unwrap_or_else(|refusal| panic!("{}: {}", refusal.code, refusal.words))
+}
+
+/// The certificate and the trust bundle.
+pub const BOTH: [&str; 2] = ["default", "ROOTCA"];
+
+/// No answer.
+#[derive(Debug)]
+pub struct Refusal {
+    /// The exit code.
+    pub code: i32,
+    /// What it wrote to its standard error.
+    pub words: String,
+}
+
+/// Asks once for secrets, as a process of a pod if given; the updates by kind.
+pub async fn ask(pod: Option<&PodCgroup>, socket: &Path, names: &[&str], patience: &str) -> Result<BTreeMap<String, Value>, Refusal> {
+    let mut command = command(pod, socket);
+    command.args(["--timeout", patience]);
+    command.args(names.iter().flat_map(|name| ["--name", name]));
+    let output = child::finish(command, PATIENCE).await;
+    let stdout = String::from_utf8_lossy(&output.stdout);
+    assert!(!stdout.contains("PRIVATE KEY"), "fetch shows no key unless told where to write it");
+    if !output.status.success() {
+        let words = String::from_utf8_lossy(&output.stderr).into_owned();
+        return Err(Refusal { code: output.status.code().unwrap_or(-1), words });
+    }
+    let updates = updates(&stdout.lines().map(str::to_owned).collect::<Vec<_>>()).into_iter();
+    Ok(updates.map(|update| (update["kind"].as_str().expect("a kind").to_owned(), update)).collect())
 }
 
 /// Watches the certificate until dropped.
 pub fn watch(socket: &Path) -> (Child, Lines) {
-    let mut command = Command::new(agent::program());
-    command.arg("fetch").arg("--socket").arg(socket).args(["--name", "default", "--watch", "-o", "json"]);
-    let child = Child::spawn("sds-agent fetch", &mut command);
+    let child = watch_as(None, socket, "default");
     let lines = child.stdout();
     (child, lines)
+}
+
+/// Watches a secret until dropped, as a process of a pod if given.
+pub fn watch_as(pod: Option<&PodCgroup>, socket: &Path, name: &str) -> Child {
+    let mut command = command(pod, socket);
+    command.args(["--name", name, "--watch"]);
+    Child::spawn("sds-agent fetch", &mut command)
+}
+
+fn command(pod: Option<&PodCgroup>, socket: &Path) -> Command {
+    let program = agent::program();
+    let mut command = pod.map_or_else(|| Command::new(program), |pod| pod.command(program));
+    command.arg("fetch").arg("--socket").arg(socket).args(["-o", "json"]);
+    command
 }
 
 /// One object a line, each with what its kind promises.

@@ -8,14 +8,22 @@ use tokio::{
 };
 
 pub mod agent;
+pub mod agent_pod;
 pub mod cgroups;
 pub mod child;
 pub mod cluster;
 pub mod envoy;
 pub mod fetch;
+pub mod host;
 pub mod http;
+pub mod kubelet;
 pub mod load;
+pub mod memory;
 pub mod pair;
+pub mod plane;
+pub mod recorder;
+pub mod scene;
+pub mod signer;
 pub mod tools;
 pub mod trace;
 

@@ -72,7 +72,11 @@ impl Pair {
     /// Nothing failed anywhere, and every request was a full handshake of its own.
     pub async fn assert_clean(&self, tally: &Tally, at_least: u64) {
         let [server, client] = self.taken().await;
-        eprintln!("figure: {} requests, {} failed, {server} and {client} certificates taken", tally.requests, tally.failed);
+        let handshakes = self.server.stats().await.sum(".ssl.handshake");
+        eprintln!(
+            "figure: {} requests, {} failed; {handshakes} handshakes; {server} and {client} certificates taken",
+            tally.requests, tally.failed
+        );
         assert!(tally.requests >= at_least, "too little load to prove anything: {tally:?}");
         assert_eq!(tally.failed, 0, "{tally:?}");
         for (side, envoy) in [("server", &self.server), ("client", &self.client)] {

@@ -1,0 +1,79 @@
+//! Trust that is forbidden, missing, empty or garbage: before there was any, and after.
+
+use serde_json::json;
+
+use super::HASTY;
+use crate::support::{
+    agent::Agent,
+    agent_pod::Right,
+    cluster::Cluster,
+    eventually,
+    scene::{PATIENCE, Scene},
+};
+
+#[tokio::test]
+async fn a_bundle_that_goes_bad_changes_nothing() {
+    let cluster = Cluster::connect().await;
+    let mut scene = Scene::new(&cluster).await;
+    scene.agent_pod = scene.agent_pod.with_own_roots().await;
+    scene.agent_pod.allow(Right::Trust, &[]).await;
+    let agent = scene.agent_pod.launch(scene.dir.path(), HASTY).spawn();
+    let workload = scene.workload("app").await;
+
+    let is_it = |line: &serde_json::Value| line["resource"] == "configmaps roots" && line["level"] == "WARN";
+    let line = agent.logs("the ConfigMap that is forbidden", PATIENCE, is_it).await;
+    assert!(line["error"].as_str().is_some_and(|error| error.contains("lacks the verb list on configmaps roots")), "{line}");
+    // A certificate that nobody could check is not served.
+    let (certificate, roots) = (workload.watch(agent.socket()), workload.watch_roots(agent.socket()));
+    scene.agent_pod.allow(Right::Trust, &["get", "list", "watch"]).await;
+    refused(&agent, 1, "the ConfigMap does not exist").await;
+    let state = agent.readiness().await.expect_err("it cannot be ready");
+    assert!(state.contains("awaiting the trust bundle"), "{state}");
+    assert!(certificate.updates().is_empty() && roots.updates().is_empty());
+
+    let namespace = scene.agent_pod.pod.namespace.clone();
+    let maps = format!("/api/v1/namespaces/{namespace}/configmaps");
+    let authority = cluster.authority().await;
+    let good = json!({"metadata": {"name": "roots"}, "data": {"ca.crt": authority}});
+    cluster.create(&maps, &good).await;
+    let first = roots.update(1, PATIENCE).await;
+    assert_eq!(certificate.update(1, PATIENCE).await["spiffe_id"], workload.id());
+    eventually("the agent is ready", PATIENCE, async || agent.readiness().await).await;
+
+    let path = format!("{maps}/roots");
+    cluster.patch(&path, &json!({"data": {"ca.crt": ""}})).await;
+    refused(&agent, 2, "holds no certificate").await;
+    cluster.patch(&path, &json!({"data": {"ca.crt": "garbage"}})).await;
+    refused(&agent, 3, "holds no certificate").await;
+    cluster.patch(&path, &json!({"data": {"ca.crt": "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"}})).await;
+    refused(&agent, 4, "is not valid X.509").await;
+    cluster.patch(&path, &json!({"data": {"ca.crt": null, "ca.pem": authority}})).await;
+    refused(&agent, 5, "the ConfigMap has no such key").await;
+    cluster.delete(&path).await;
+    refused(&agent, 6, "the ConfigMap does not exist").await;
+    // Certificates go on being checked against it, and replaced.
+    certificate.update(2, PATIENCE).await;
+    assert_eq!(workload.fetch_roots(&agent).await["trusted_ca_pem"], first["trusted_ca_pem"]);
+    assert_eq!(roots.updates().len(), 1, "something was pushed");
+
+    let key = rcgen::KeyPair::generate().expect("a key");
+    let another = rcgen::CertificateParams::new(Vec::new()).expect("parameters").self_signed(&key).expect("a root").pem();
+    cluster.create(&maps, &json!({"metadata": {"name": "roots"}, "data": {"ca.crt": format!("{authority}{another}")}})).await;
+    assert_ne!(roots.update(2, PATIENCE).await["trusted_ca_pem"], first["trusted_ca_pem"]);
+    [certificate, roots].iter().for_each(crate::support::scene::Stream::assert_undisturbed);
+}
+
+/// The source had nothing usable for the `count`th time; each is counted and told once, with these words.
+async fn refused(agent: &Agent, count: usize, words: &str) {
+    let name = "sds_agent_bundles_refused_total";
+    #[expect(clippy::cast_precision_loss, reason = "a few")]
+    eventually(&format!("refused for the {count}th time: {words}"), PATIENCE, async || {
+        let counted = agent.metric(name).await;
+        if counted > count as f64 - 0.5 { Ok(()) } else { Err(format!("counted {counted} times")) }
+    })
+    .await;
+    let told: Vec<_> = agent.log().into_iter().filter(|line| line["source"].as_str().is_some() && line["level"] == "WARN").collect();
+    assert_eq!(told.len(), count, "{told:?}");
+    let last = told.last().expect("a warning");
+    assert!(last.to_string().contains(words) && last.to_string().contains("the last good"), "{last}");
+}

@@ -1,0 +1,55 @@
+//! A look into another process's memory: whether some bytes are anywhere in what it can write to. Needs root.
+
+use std::{
+    fs::{self, File},
+    os::unix::fs::FileExt,
+};
+
+use nix::unistd::Pid;
+
+/// The part of a mapping that is read at a time.
+const CHUNK: usize = 1 << 20;
+
+/// Whether all of `needle` stands somewhere in the writable memory of `process`.
+pub fn holds(process: Pid, needle: &[u8]) -> bool {
+    let maps = fs::read_to_string(format!("/proc/{process}/maps")).expect("the process runs");
+    let memory = File::open(format!("/proc/{process}/mem")).expect("these tests need root");
+    let writable = maps.lines().filter(|line| line.split(' ').nth(1).is_some_and(|permissions| permissions.starts_with("rw")));
+    let mut read = 0_u64;
+    let found = writable.filter_map(range).any(|(start, end)| {
+        let mut at = start;
+        while at < end {
+            // Each part reaches into the next by as much as the needle may lie across.
+            let length = usize::try_from(end - at).unwrap_or(usize::MAX).min(CHUNK + needle.len());
+            let mut part = vec![0; length];
+            // Mappings may go while they are read.
+            if memory.read_exact_at(&mut part, at).is_ok() {
+                read += length as u64;
+                if contains(&part, needle) {
+                    return true;
+                }
+            }
+            at += CHUNK as u64;
+        }
+        false
+    });
+    assert!(found || read > 1 << 20, "the memory of {process} cannot be read");
+    found
+}
+
+fn range(line: &str) -> Option<(u64, u64)> {
+    let (start, end) = line.split(' ').next()?.split_once('-')?;
+    Some((u64::from_str_radix(start, 16).ok()?, u64::from_str_radix(end, 16).ok()?))
+}
+
+fn contains(part: &[u8], needle: &[u8]) -> bool {
+    let Some((first, rest)) = needle.split_first() else { return true };
+    let mut left = part;
+    while let Some(at) = left.iter().position(|byte| byte == first) {
+        left = &left[at + 1..];
+        if left.starts_with(rest) {
+            return true;
+        }
+    }
+    false
+}

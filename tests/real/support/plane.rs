@@ -1,0 +1,117 @@
+//! The control plane as a process: one for the whole test binary, and one of a test's own where the test changes or stops it.
+
+use std::{
+    fs,
+    io::{BufRead, BufReader},
+    path::{Path, PathBuf},
+    process::{Child, ChildStdin, Command, Stdio},
+    sync::{
+        OnceLock,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
+
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+
+use super::{free_port, tools};
+
+/// The folders' names: this, the test process's id, and a number.
+const PREFIX: &str = "controlplane-";
+
+/// How to start one: the same port and files each time, so that clients and tokens outlive it.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    folder: PathBuf,
+    port: u16,
+    flags: Vec<String>,
+}
+
+/// A running control plane. Killed when dropped; it also ends with its standard input, and so with this process, however that ends.
+pub struct Plane {
+    plan: Plan,
+    kubeconfig: PathBuf,
+    process: Child,
+    _alive: ChildStdin,
+}
+
+impl Plan {
+    /// One with files and a port of its own. `flags` are the program's, see `tests/controlplane/README.md`.
+    pub fn new(flags: &[&str]) -> Self {
+        let flags = flags.iter().copied().map(str::to_owned).collect();
+        Self { folder: files(), port: free_port(), flags }
+    }
+
+    /// Starts it; returns when it is ready.
+    pub async fn start(self) -> Plane {
+        tokio::task::spawn_blocking(|| Plane::start(self)).await.expect("the control plane starts")
+    }
+}
+
+impl Plane {
+    /// The one that tests share, which they leave as it is. The first call starts it.
+    pub fn shared() -> &'static Self {
+        static SHARED: OnceLock<Plane> = OnceLock::new();
+        SHARED.get_or_init(|| Self::start(Plan::new(&[])))
+    }
+
+    fn start(plan: Plan) -> Self {
+        let mut process = Command::new(tools::controlplane())
+            .arg("--dir")
+            .arg(&plan.folder)
+            .args(["--port", &plan.port.to_string()])
+            .args(&plan.flags)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("the control plane can be started");
+        let alive = process.stdin.take().expect("a pipe");
+        let mut line = String::new();
+        BufReader::new(process.stdout.take().expect("a pipe")).read_line(&mut line).expect("the control plane speaks");
+        let kubeconfig = line.trim_end().strip_prefix("ready ").map(PathBuf::from);
+        let kubeconfig = kubeconfig.unwrap_or_else(|| panic!("the control plane did not start (it said {line:?}); its words are above"));
+        Self { plan, kubeconfig, process, _alive: alive }
+    }
+
+    /// An administrator's access.
+    pub fn kubeconfig(&self) -> &Path {
+        &self.kubeconfig
+    }
+
+    /// It keeps its connections and answers nothing, until it is killed.
+    pub fn freeze(&self) {
+        let pid = Pid::from_raw(i32::try_from(self.process.id()).expect("process ids are small"));
+        kill(pid, Signal::SIGSTOP).expect("it runs");
+    }
+
+    /// Ends it without a word to anybody; the plan starts the same cluster again.
+    pub fn kill(self) -> Plan {
+        self.plan.clone()
+    }
+}
+
+impl Drop for Plane {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+/// A folder below `target/tmp`, named after this process. Its logs stay for a look after a failure; the next run takes them away.
+fn files() -> PathBuf {
+    static NEXT: AtomicUsize = AtomicUsize::new(0);
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    let number = NEXT.fetch_add(1, Ordering::Relaxed);
+    if number == 0 {
+        for entry in fs::read_dir(folder).expect("cargo has made target/tmp").flatten() {
+            let name = entry.file_name();
+            let owner = name.to_str().and_then(|name| name.strip_prefix(PREFIX)?.split('-').next()?.parse::<u32>().ok());
+            if owner.is_some_and(|pid| !Path::new("/proc").join(pid.to_string()).exists()) {
+                fs::remove_dir_all(entry.path()).expect("an earlier run's files can be removed");
+            }
+        }
+    }
+    folder.join(format!("{PREFIX}{}-{number}", std::process::id()))
+}

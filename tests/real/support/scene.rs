@@ -1,0 +1,128 @@
+//! A node with an agent's pod and workloads on it, asked by `fetch` as the workloads would.
+
+use std::{path::Path, time::Duration};
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+use super::{
+    agent::Agent,
+    agent_pod::AgentPod,
+    cgroups::PodCgroup,
+    child::Child,
+    cluster::{Cluster, Pod},
+    fetch::{self, Refusal},
+};
+
+/// For everything that is only a matter of processes on a busy machine.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A node, an agent's pod with the least rights, and a namespace for workloads.
+pub struct Scene {
+    pub cluster: Cluster,
+    pub node: String,
+    pub namespace: String,
+    pub agent_pod: AgentPod,
+    pub dir: TempDir,
+}
+
+impl Scene {
+    pub async fn new(cluster: &Cluster) -> Self {
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        let node = cluster.node().await;
+        let agent_pod = cluster.agent(dir.path(), &node).await;
+        Self { cluster: cluster.clone(), namespace: cluster.namespace().await, node, agent_pod, dir }
+    }
+
+    /// A running pod of a service account of this name.
+    pub async fn workload(&self, name: &str) -> Workload {
+        Workload::of(self.cluster.pod(&self.namespace, name, &self.node).await)
+    }
+
+    /// The names of the agent's requests.
+    pub async fn requests(&self) -> Vec<String> {
+        self.cluster.requests(&self.agent_pod.pod.namespace).await
+    }
+}
+
+/// A pod whose processes are ours to start.
+pub struct Workload {
+    pub pod: Pod,
+    pub cgroup: PodCgroup,
+}
+
+impl Workload {
+    pub fn of(pod: Pod) -> Self {
+        Self { cgroup: PodCgroup::new(&pod.uid), pod }
+    }
+
+    pub fn id(&self) -> String {
+        self.pod.spiffe_id()
+    }
+
+    /// The certificate that a process of the pod gets now.
+    pub async fn fetch(&self, agent: &Agent) -> Value {
+        self.fetch_kind(agent, "certificate").await
+    }
+
+    /// The trust bundle that it gets now.
+    pub async fn fetch_roots(&self, agent: &Agent) -> Value {
+        self.fetch_kind(agent, "bundle").await
+    }
+
+    /// That it gets no certificate within `patience`, and how it is told.
+    pub async fn refusal(&self, agent: &Agent, patience: &str) -> Refusal {
+        let answer = fetch::ask(Some(&self.cgroup), agent.socket(), &["default"], patience).await;
+        answer.expect_err("it has got a certificate")
+    }
+
+    async fn fetch_kind(&self, agent: &Agent, kind: &str) -> Value {
+        let answer = fetch::ask(Some(&self.cgroup), agent.socket(), &fetch::BOTH, "10s").await;
+        let found = answer.unwrap_or_else(|refusal| panic!("{}: {refusal:?}", self.id())).remove(kind);
+        found.unwrap_or_else(|| panic!("{}: no {kind}", self.id()))
+    }
+
+    /// Opens a stream for its certificate.
+    pub fn watch(&self, socket: &Path) -> Stream {
+        Stream { child: fetch::watch_as(Some(&self.cgroup), socket, "default") }
+    }
+
+    /// Opens a stream for the trust bundle.
+    pub fn watch_roots(&self, socket: &Path) -> Stream {
+        Stream { child: fetch::watch_as(Some(&self.cgroup), socket, "ROOTCA") }
+    }
+}
+
+/// A client's open stream.
+pub struct Stream {
+    child: Child,
+}
+
+impl Stream {
+    /// What it has been sent so far.
+    pub fn updates(&self) -> Vec<Value> {
+        fetch::updates(&self.child.stdout().text().lines().map(str::to_owned).collect::<Vec<_>>())
+    }
+
+    /// Waits for so many updates in all; gives the last of them.
+    pub async fn update(&self, count: usize, limit: Duration) -> Value {
+        let lines = self.child.stdout();
+        lines.until(&format!("update {count} of a stream"), limit, |lines| fetch::updates(lines).into_iter().nth(count - 1)).await
+    }
+
+    /// The same connection as ever, without a word from the server but its updates.
+    pub fn assert_undisturbed(&self) {
+        assert_eq!(self.child.stderr().text(), "", "the client was disturbed");
+    }
+
+    /// What the client complained about so far.
+    pub fn complaints(&self) -> String {
+        self.child.stderr().text()
+    }
+
+    /// Waits for the client's end; gives its exit code and its words.
+    pub async fn end(&mut self, limit: Duration) -> (Option<i32>, String) {
+        let status = self.child.exit(limit).await;
+        (status.code(), self.complaints())
+    }
+}
