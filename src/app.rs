@@ -9,14 +9,15 @@ use std::{collections::BTreeMap, net::SocketAddr, path::Path, sync::Arc, time::D
 use futures::future::BoxFuture;
 use tokio::{net::TcpListener, sync::watch, task::JoinSet};
 use tokio_util::sync::CancellationToken;
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 use crate::{
     admin,
-    attest::{self, Attestor},
+    attest::{self, Attestor, pods::Pods},
     caller::Desk,
     clock::Clock,
     config::Config,
+    csi,
     identity::{IssuerName, Resolver},
     issuer::Issuer,
     listener,
@@ -32,8 +33,8 @@ use crate::{
 mod inventory;
 mod parts;
 
-/// How long the parts that end last (rotation, deletions upstream) may take.
-const LAST_STEPS: Duration = Duration::from_secs(3);
+/// How long the parts that end last may take: rotation, and then the deletions upstream, which give up by themselves after five seconds.
+const LAST_STEPS: Duration = Duration::from_secs(6);
 
 /// What differs between a node, a laptop and a test.
 pub struct Deps {
@@ -41,6 +42,8 @@ pub struct Deps {
     pub clock: Arc<dyn Clock>,
     /// How callers of the shared socket are known.
     pub attestor: Arc<dyn Attestor>,
+    /// This node's pods, where they are known: sockets of pods need them.
+    pub pods: Option<Pods>,
     /// The upstreams, by the names that profiles use.
     pub issuers: BTreeMap<IssuerName, Arc<dyn Issuer>>,
     /// The bundles; its sources are fed by `tasks`.
@@ -83,10 +86,11 @@ impl Base {
 /// An agent whose sockets are open.
 #[derive(Debug)]
 pub struct Bound {
-    socket: listener::Bound,
+    socket: Option<listener::Bound>,
     admin: TcpListener,
     metrics: TcpListener,
     sessions: Sessions,
+    csi: Option<csi::Driver>,
     rotation: rotation::Parts,
     routes: admin::Routes,
     readiness: Readiness,
@@ -107,18 +111,12 @@ impl std::fmt::Debug for Tasks {
 
 /// The agent as configured.
 pub async fn build(config: &Config, mut base: Base) -> anyhow::Result<Bound> {
-    let socket = listener::bind(&config.shared_socket.path, config.shared_socket.mode)?;
     let deps = parts::make(config, &mut base).await?;
-    join(config, base, deps, socket).await
+    build_with(config, base, deps).await
 }
 
 /// An agent of the given parts.
 pub async fn build_with(config: &Config, base: Base, deps: Deps) -> anyhow::Result<Bound> {
-    let socket = listener::bind(&config.shared_socket.path, config.shared_socket.mode)?;
-    join(config, base, deps, socket).await
-}
-
-async fn join(config: &Config, base: Base, deps: Deps, socket: listener::Bound) -> anyhow::Result<Bound> {
     let Base { mut exposition, readiness, shutdown, start } = base;
     let admin = admin::bind("admin.address", config.admin).await?;
     let metrics = admin::bind("metrics.address", config.metrics).await?;
@@ -137,6 +135,7 @@ async fn join(config: &Config, base: Base, deps: Deps, socket: listener::Bound) 
     };
     let resolver = Resolver { trust_domain: config.trust_domain.clone(), default_profile: config.default_profile.clone() };
     let (_, resolver) = watch::channel(Arc::new(resolver));
+    let warmer = csi::warm::Warmer { store: store.clone(), resolver: resolver.clone() };
     let desk = Desk { attestor: deps.attestor, resolver, metrics: attest::Metrics::register(registry) };
     let ending = CancellationToken::new();
     let sds = sds::service::Service {
@@ -152,19 +151,32 @@ async fn join(config: &Config, base: Base, deps: Deps, socket: listener::Bound) 
         services: Services::new(Arc::new(sds)).await?,
         desk,
         limits: config.limits.clone(),
+        patience: session::Patience::default(),
         metrics: session::metrics::Metrics::register(registry),
         shutdown: shutdown.clone(),
         ending: ending.clone(),
     };
+    let csi_metrics = config.per_pod.as_ref().map(|_| csi::metrics::Metrics::register(registry));
     let inventory = inventory::Inventory::new(store, deps.clock);
     registry.register_collector(Box::new(inventory.clone()));
     let certificates = Arc::new(move || inventory.rows());
     let routes = admin::Routes::new(readiness.clone(), Arc::new(exposition)).with_certificates(certificates);
+    // Last of all that can fail, as they take names from a predecessor that may be serving well.
+    let csi = match (&config.per_pod, deps.pods, csi_metrics) {
+        (Some(per_pod), Some(pods), Some(metrics)) => {
+            let (config, node, sessions) = (per_pod.clone(), config.node.clone(), sessions.clone());
+            Some(csi::Driver::bind(csi::Parts { config, node, pods, sessions, warmer, metrics })?)
+        }
+        (Some(_), ..) => anyhow::bail!("sockets.perPod serves the pods of one node: set NODE_NAME"),
+        (None, ..) => None,
+    };
+    let socket = config.shared_socket.as_ref().map(|socket| listener::bind(&socket.path, socket.mode)).transpose()?;
     Ok(Bound {
         socket,
         admin,
         metrics,
         sessions,
+        csi,
         rotation,
         routes,
         readiness,
@@ -177,9 +189,9 @@ async fn join(config: &Config, base: Base, deps: Deps, socket: listener::Bound) 
 }
 
 impl Bound {
-    /// The workload socket's path.
-    pub fn socket(&self) -> &Path {
-        self.socket.name.path()
+    /// The shared socket's path, where there is one.
+    pub fn socket(&self) -> Option<&Path> {
+        self.socket.as_ref().map(|socket| socket.name.path())
     }
 
     /// The admin listener's address.
@@ -192,19 +204,23 @@ impl Bound {
         self.metrics.local_addr()
     }
 
-    /// Serves until the shutdown has begun and has drained.
-    pub async fn run(self) -> Drained {
-        let Self { socket, admin, metrics, sessions, rotation, routes, readiness, tasks, ending, last, shutdown, start } = self;
-        info!(socket = %socket.name.path().display(), "serving");
+    /// Serves until the shutdown has begun and has drained; an error where a part of the agent was what began it.
+    pub async fn run(self) -> anyhow::Result<Drained> {
+        let Self { socket, admin, metrics, sessions, csi, rotation, routes, readiness, tasks, ending, last, shutdown, start } = self;
+        info!(socket = socket.as_ref().map(|socket| tracing::field::display(socket.name.path().display())), "serving");
         let mut beside = JoinSet::new();
         for task in tasks.0 {
             beside.spawn(task);
         }
         beside.spawn(rotation::run(rotation, last.clone()));
+        if let Some(driver) = csi {
+            beside.spawn(driver.run(last.clone()));
+        }
         tokio::spawn(admin::serve(admin, routes.clone(), shutdown.clone()));
         tokio::spawn(admin::serve(metrics, routes.without_certificates(), shutdown.clone()));
         let services = sessions.services.clone();
-        let accepting = tokio::spawn(sessions.accept(socket.listener));
+        let (name, listener) = socket.map(|socket| (socket.name, socket.listener)).unzip();
+        let accepting = listener.map(|listener| tokio::spawn(sessions.accept(listener)));
         drop(start);
         tokio::spawn(async move {
             readiness.reached().await;
@@ -212,18 +228,22 @@ impl Bound {
         });
 
         // A part that ends before the shutdown has failed.
-        tokio::select! {
-            () = shutdown.drain.cancelled() => {}
-            Some(ended) = beside.join_next() => {
-                if let Err(error) = ended {
-                    tracing::error!(%error, "a part of the agent has failed; shutting down so that it is started anew");
-                }
-                shutdown.begin();
-            }
+        let failed = tokio::select! {
+            biased;
+            () = shutdown.drain.cancelled() => None,
+            Some(ended) = beside.join_next() => Some(ended.err().map_or_else(|| "it ended".to_owned(), |error| error.to_string())),
+        };
+        if let Some(cause) = &failed {
+            error!(cause, "a part of the agent has failed; shutting down so that it is started anew");
+            shutdown.begin();
         }
         // Nobody new comes in, the name is free, and only then the streams end: clients find the successor, not us.
-        socket.name.release();
-        let _ = accepting.await;
+        if let Some(name) = name {
+            name.release();
+        }
+        if let Some(accepting) = accepting {
+            let _ = accepting.await;
+        }
         services.leaving().await;
         ending.cancel();
         let drained = shutdown.drained().await;
@@ -237,6 +257,12 @@ impl Bound {
             warn!("the last steps did not end in time");
         }
         info!("stopped");
-        drained
+        match failed {
+            None => Ok(drained),
+            Some(cause) => Err(anyhow::anyhow!("a part of the agent has failed: {cause}")),
+        }
     }
 }
+
+#[cfg(test)]
+mod tests;

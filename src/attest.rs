@@ -17,6 +17,7 @@ use crate::{identity::Workload, peer::Peer};
 
 pub mod cgroup;
 pub mod kubernetes;
+pub mod mount;
 pub mod pods;
 pub mod unix;
 
@@ -49,6 +50,8 @@ pub enum Reason {
     unknown_pod,
     /// The pod has ended.
     pod_ended,
+    /// The pod is not whom its volume was published for.
+    other_pod,
     /// The pod has no service account.
     no_service_account,
     /// The pod's facts do not make a name.
@@ -69,6 +72,7 @@ impl Reason {
             Self::conflicting_cgroups => "conflicting_cgroups",
             Self::unknown_pod => "unknown_pod",
             Self::pod_ended => "pod_ended",
+            Self::other_pod => "other_pod",
             Self::no_service_account => "no_service_account",
             Self::no_identity => "no_identity",
             Self::unreadable => "unreadable",
@@ -124,6 +128,8 @@ pub enum Method {
     unix,
     /// By peer, cgroup and pod.
     kubernetes,
+    /// By the mount that leads to the socket.
+    mount,
 }
 
 /// Whether an attestation served, as a metric label.

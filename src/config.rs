@@ -12,6 +12,7 @@ mod error;
 mod issuance;
 mod parse;
 mod reader;
+mod sockets;
 mod template;
 mod values;
 
@@ -27,8 +28,10 @@ pub use template::sample as sample_workload;
 pub struct Config {
     /// `trustDomain`
     pub trust_domain: TrustDomain,
-    /// `sockets.shared`
-    pub shared_socket: SharedSocket,
+    /// `sockets.shared`, where it is enabled.
+    pub shared_socket: Option<SharedSocket>,
+    /// `sockets.perPod`, where it is enabled.
+    pub per_pod: Option<PerPod>,
     /// `attestation`
     pub attestation: Attestation,
     /// `identity`, `certificate` and `issuer` together: the profile of every workload that no other takes.
@@ -75,6 +78,31 @@ pub struct SharedSocket {
     pub path: PathBuf,
     /// Its permission bits.
     pub mode: u32,
+}
+
+/// One socket for each pod, handed out as a CSI driver.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PerPod {
+    /// `directory`: where they are, each in a directory of its own.
+    pub directory: PathBuf,
+    /// `driverName`: what pods' volumes name.
+    pub driver_name: String,
+    /// `kubeletDirectory`: the kubelet's own, at the same path here as there.
+    pub kubelet_directory: PathBuf,
+    /// `waitForCertificate`: how long a pod's start may wait for its certificate.
+    pub wait_for_certificate: Duration,
+}
+
+impl PerPod {
+    /// Where the kubelet calls the driver.
+    pub fn driver_socket(&self) -> PathBuf {
+        self.kubelet_directory.join("plugins").join(&self.driver_name).join("csi.sock")
+    }
+
+    /// Where the kubelet learns of the driver.
+    pub fn registration_socket(&self) -> PathBuf {
+        self.kubelet_directory.join("plugins_registry").join(format!("{}-reg.sock", self.driver_name))
+    }
 }
 
 /// How callers are known on the shared socket.

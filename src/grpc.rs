@@ -18,6 +18,7 @@ use bytes::{Buf, Bytes, BytesMut};
 use http::{HeaderMap, HeaderValue, Response, header::CONTENT_TYPE};
 use http_body::{Body as HttpBody, Frame};
 use prost::Message;
+use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tonic::{Code, Status};
 
 /// A message's prefix: the compression flag and the length.
@@ -104,6 +105,11 @@ where
     }
 }
 
+/// A piece that is smaller is joined to the one before it …
+const CRUMB: usize = 512;
+/// … until that is this large.
+const JOINED: usize = 16 << 10;
+
 /// Received bytes in the pieces in which they came.
 #[derive(Debug, Default)]
 struct Chunks {
@@ -113,9 +119,18 @@ struct Chunks {
 
 impl Chunks {
     fn push(&mut self, piece: Bytes) {
-        if !piece.is_empty() {
-            self.len += piece.len();
-            self.pieces.push_back(piece);
+        if piece.is_empty() {
+            return;
+        }
+        self.len += piece.len();
+        match self.pieces.back_mut() {
+            // A message that comes in crumbs costs what it has bytes, and not a buffer's handle for each.
+            Some(last) if piece.len() < CRUMB && last.len() < JOINED => {
+                let mut joined = std::mem::take(last).try_into_mut().unwrap_or_else(|shared| BytesMut::from(&shared[..]));
+                joined.extend_from_slice(&piece);
+                *last = joined.freeze();
+            }
+            _ => self.pieces.push_back(piece),
         }
     }
 
@@ -164,6 +179,11 @@ impl Sender {
         poll_fn(|_| if self.queue(|queue| queue.is_empty()) { Poll::Ready(()) } else { Poll::Pending }).await;
     }
 
+    /// Takes back what the transport has not taken of the last message. The stream cannot go on after it.
+    pub fn take_back(&mut self) {
+        self.queue(VecDeque::clear);
+    }
+
     fn queue<T>(&self, work: impl FnOnce(&mut VecDeque<Bytes>) -> T) -> T {
         work(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
     }
@@ -183,8 +203,8 @@ enum Kind {
     Driven { driver: Option<Driver>, queue: Sender, status: Option<Status> },
     /// Ready pieces.
     Fixed { pieces: VecDeque<Bytes>, status: Option<Status> },
-    /// A tonic service's.
-    Tonic(tonic::body::Body),
+    /// A tonic service's, until `end`.
+    Tonic { body: tonic::body::Body, end: Pin<Box<WaitForCancellationFutureOwned>> },
 }
 
 impl std::fmt::Debug for Body {
@@ -212,10 +232,16 @@ impl UntilEnd for Response<Body> {
     }
 }
 
-impl From<tonic::body::Body> for Body {
-    fn from(body: tonic::body::Body) -> Self {
-        Self::of(Kind::Tonic(body))
+impl Body {
+    /// A tonic service's body. It does not outlast `end`: a watch of the health would go on for as long as its client likes.
+    pub fn tonic(body: tonic::body::Body, end: CancellationToken) -> Self {
+        Self::of(Kind::Tonic { body, end: Box::pin(end.cancelled_owned()) })
     }
+}
+
+/// What who is still there is told when the agent goes.
+pub fn closing() -> Status {
+    Status::unavailable("the agent is shutting down")
 }
 
 impl HttpBody for Body {
@@ -224,32 +250,39 @@ impl HttpBody for Body {
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
         match &mut self.kind {
-            Kind::Tonic(body) => Pin::new(body).poll_frame(cx),
+            Kind::Tonic { body, end } => {
+                let frame = Pin::new(body).poll_frame(cx);
+                if frame.is_pending() && end.as_mut().poll(cx).is_ready() {
+                    self.kind = Kind::Fixed { pieces: VecDeque::new(), status: None };
+                    return Poll::Ready(Some(Ok(Frame::trailers(trailers(&closing())))));
+                }
+                frame
+            }
             Kind::Fixed { pieces, status } => Poll::Ready(match pieces.pop_front() {
                 Some(piece) => Some(Ok(Frame::data(piece))),
                 None => status.take().map(|status| Ok(Frame::trailers(trailers(&status)))),
             }),
-            Kind::Driven { driver, queue, status } => loop {
+            Kind::Driven { driver, queue, status } => {
+                // Before each piece: the driver may take back what the transport has not taken.
+                if let Some(Poll::Ready(end)) = driver.as_mut().map(|future| future.as_mut().poll(cx)) {
+                    *driver = None;
+                    *status = Some(end);
+                }
                 if let Some(piece) = queue.queue(VecDeque::pop_front) {
                     return Poll::Ready(Some(Ok(Frame::data(piece))));
                 }
-                if let Some(status) = status.take() {
-                    return Poll::Ready(Some(Ok(Frame::trailers(trailers(&status)))));
+                match status.take() {
+                    Some(status) => Poll::Ready(Some(Ok(Frame::trailers(trailers(&status))))),
+                    None if driver.is_some() => Poll::Pending,
+                    None => Poll::Ready(None),
                 }
-                let Some(future) = driver else { return Poll::Ready(None) };
-                if let Poll::Ready(end) = future.as_mut().poll(cx) {
-                    *driver = None;
-                    *status = Some(end);
-                } else if queue.queue(|queue| queue.is_empty()) {
-                    return Poll::Pending;
-                }
-            },
+            }
         }
     }
 
     fn is_end_stream(&self) -> bool {
         match &self.kind {
-            Kind::Tonic(body) => body.is_end_stream(),
+            Kind::Tonic { body, .. } => body.is_end_stream(),
             Kind::Fixed { pieces, status } => pieces.is_empty() && status.is_none(),
             Kind::Driven { .. } => false,
         }
@@ -321,107 +354,4 @@ pub fn head(fields: &[u8], pieces: usize) -> Bytes {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::convert::Infallible;
-
-    use http_body_util::{BodyExt, StreamBody};
-
-    use super::*;
-    use crate::proto::envoy::service::discovery::v3::DiscoveryRequest;
-
-    fn frames(bytes: impl AsRef<[u8]>, size: usize) -> impl HttpBody<Data = Bytes, Error = Infallible> + Unpin {
-        let pieces: Vec<_> = bytes.as_ref().chunks(size).map(|c| Ok::<_, Infallible>(Frame::data(Bytes::copy_from_slice(c)))).collect();
-        StreamBody::new(futures::stream::iter(pieces))
-    }
-
-    fn message(name: &str) -> (DiscoveryRequest, Vec<u8>) {
-        let message = DiscoveryRequest { resource_names: vec![name.to_owned()], ..Default::default() };
-        let bytes = [&prefix(message.encoded_len())[..], &message.encode_to_vec()].concat();
-        (message, bytes)
-    }
-
-    #[tokio::test]
-    async fn messages_are_read_however_they_are_cut() {
-        let (a, first) = message("default");
-        let (b, second) = message(&"x".repeat(300));
-        for size in [1, 2, 3, 4, 5, 6, 7, 100, 10_000] {
-            let mut incoming = Incoming::new(frames([first.clone(), second.clone()].concat(), size), 1000);
-            assert_eq!(incoming.next::<DiscoveryRequest>().await.unwrap(), Some(a.clone()), "pieces of {size}");
-            assert_eq!(incoming.next::<DiscoveryRequest>().await.unwrap(), Some(b.clone()));
-            assert_eq!(incoming.next::<DiscoveryRequest>().await.unwrap(), None);
-        }
-    }
-
-    #[tokio::test]
-    async fn an_unknown_field_as_large_as_an_envoys_node_is_skipped() {
-        let mut bytes = vec![0x12, 0x80, 0xe0, 0x03];
-        bytes.extend(vec![7; 61_440]);
-        bytes.extend(message("default").1.split_off(PREFIX));
-        let bytes = [&prefix(bytes.len())[..], &bytes].concat();
-        let mut incoming = Incoming::new(frames(bytes, 16_384), 512 << 10);
-        assert_eq!(incoming.only::<DiscoveryRequest>().await.unwrap(), message("default").0);
-    }
-
-    #[tokio::test]
-    async fn what_is_no_message_has_a_status_of_its_own() {
-        let (_, good) = message("default");
-        let mut compressed = good.clone();
-        compressed[0] = 1;
-        let garbage = [&prefix(3)[..], &[0xff, 0xff, 0xff]].concat();
-        for (bytes, code) in [
-            (compressed, Code::Unimplemented),
-            (prefix(1001).to_vec(), Code::ResourceExhausted),
-            (good[..7].to_vec(), Code::Internal),
-            (garbage, Code::InvalidArgument),
-            (Vec::new(), Code::Internal),
-            ([good.clone(), good].concat(), Code::Internal),
-        ] {
-            let error = Incoming::new(frames(bytes, 64), 1000).only::<DiscoveryRequest>().await.unwrap_err();
-            assert_eq!(error.code(), code, "{error}");
-        }
-    }
-
-    #[tokio::test]
-    async fn a_driven_body_sends_what_its_driver_sends_and_then_the_status() {
-        let response = streaming(|mut sender| async move {
-            for _ in 0..3 {
-                sender.send([Bytes::from_static(b"ab"), Bytes::from_static(b"c")]).await;
-            }
-            Status::unavailable("closing")
-        });
-        let collected = response.into_body().collect().await.unwrap();
-        assert_eq!(collected.trailers().unwrap()["grpc-status"], "14");
-        assert_eq!(collected.to_bytes(), "abcabcabc");
-    }
-
-    #[tokio::test]
-    async fn a_driver_waits_until_the_transport_has_taken_its_message() {
-        let sent = Arc::new(Mutex::new(0));
-        let count = sent.clone();
-        let mut body = streaming(|mut sender| async move {
-            loop {
-                sender.send([Bytes::from_static(b"a"), Bytes::from_static(b"b")]).await;
-                *count.lock().unwrap() += 1;
-            }
-        })
-        .into_body();
-        for expected in [0, 0, 1, 1, 2] {
-            body.frame().await.unwrap().unwrap();
-            assert_eq!(*sent.lock().unwrap(), expected);
-        }
-    }
-
-    #[test]
-    fn deadlines_are_read_in_every_unit_and_nonsense_is_none() {
-        let read = |text: &str| timeout(&HeaderMap::from_iter([(http::HeaderName::from_static("grpc-timeout"), text.parse().unwrap())]));
-        assert_eq!(read("2H"), Some(Duration::from_secs(7200)));
-        assert_eq!(read("3M"), Some(Duration::from_secs(180)));
-        assert_eq!(read("4S"), Some(Duration::from_secs(4)));
-        assert_eq!(read("5m"), Some(Duration::from_millis(5)));
-        assert_eq!(read("6u"), Some(Duration::from_micros(6)));
-        assert_eq!(read("99999999n"), Some(Duration::from_nanos(99_999_999)));
-        for bad in ["", "S", "1", "123456789S", "-1S", "+1S", "1s", "1.5S"] {
-            assert_eq!(read(bad), None, "{bad}");
-        }
-    }
-}
+mod tests;

@@ -9,6 +9,8 @@
 //! 4. [`rotation`] owns when a certificate is made or replaced, and orders it from an [`issuer`];
 //! 5. [`trust`] owns the bundles, which [`sds`] serves and [`rotation`] checks against.
 //!
+//! [`csi`] stands beside the first: it makes a socket for each pod, and the mount is the proof.
+//!
 //! [`app`] composes them; [`config`], [`clock`] and the operations modules stand around the path; [`cli`] is the command line. Nobody
 //! imports its caller.
 
@@ -26,6 +28,8 @@ pub mod identity;
 
 pub mod sds;
 
+pub mod csi;
+
 pub mod store;
 
 pub mod rotation;
@@ -39,6 +43,7 @@ pub mod trust;
 
 pub mod app;
 
+pub mod authority;
 pub mod cli;
 pub mod clock;
 pub mod config;

@@ -5,12 +5,12 @@
 
 use std::{
     io,
-    os::fd::OwnedFd,
+    os::fd::{AsRawFd, OwnedFd},
     path::{Path, PathBuf},
 };
 
 use rustix::{
-    fs::{AtFlags, CWD, Mode},
+    fs::{AtFlags, CWD, Mode, OFlags},
     net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType},
 };
 use tokio::net::UnixListener;
@@ -20,8 +20,9 @@ const BACKLOG: i32 = 4096;
 
 /// Why the socket cannot be served.
 #[derive(Debug, thiserror::Error)]
-#[error("sockets.shared.path {path}: cannot {action}: {cause}{hint}")]
+#[error("{field} {path}: cannot {action}: {cause}{hint}")]
 pub struct Error {
+    field: &'static str,
     path: PathBuf,
     action: &'static str,
     cause: io::Error,
@@ -48,7 +49,12 @@ pub struct Name {
 /// Binds `path` with permission bits `mode`, replacing what is there. A missing directory is made, accessible to everybody, as the
 /// socket's own mode decides who may connect.
 pub fn bind(path: &Path, mode: u32) -> Result<Bound, Error> {
-    let failed = |action, hint| move |cause: rustix::io::Errno| Error { path: path.to_owned(), action, cause: cause.into(), hint };
+    bind_for("sockets.shared.path", path, mode)
+}
+
+/// The same for a path that comes from `field` of the configuration.
+pub fn bind_for(field: &'static str, path: &Path, mode: u32) -> Result<Bound, Error> {
+    let failed = |action, hint| move |cause: rustix::io::Errno| Error { field, path: path.to_owned(), action, cause: cause.into(), hint };
     let directory = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     make_directory(directory).map_err(failed("make its directory", ""))?;
 
@@ -57,7 +63,11 @@ pub fn bind(path: &Path, mode: u32) -> Result<Bound, Error> {
     // Left over from a process of the same id that was killed in this very moment.
     let _ = rustix::fs::unlink(&beside);
     let too_long = "; a socket's path has at most 108 bytes, choose a shorter one";
-    let address = SocketAddrUnix::new(&beside).map_err(failed("bind beside it", too_long))?;
+    // A path that is too long for an address is reached by its directory's descriptor; the file's name alone has to fit.
+    let way = rustix::fs::open(directory, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+        .map_err(failed("open its directory", ""))?;
+    let shorter = || format!("/proc/self/fd/{}/{}", way.as_raw_fd(), beside.file_name().unwrap_or_default().to_string_lossy());
+    let address = SocketAddrUnix::new(&beside).or_else(|_| SocketAddrUnix::new(shorter())).map_err(failed("bind beside it", too_long))?;
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).map_err(failed("make a socket", ""))?;
     rustix::net::bind(&socket, &address).map_err(failed("bind beside it", ""))?;
@@ -67,6 +77,7 @@ pub fn bind(path: &Path, mode: u32) -> Result<Bound, Error> {
     }
     let name = placed?;
     let listener = UnixListener::from_std(std::os::unix::net::UnixListener::from(socket)).map_err(|cause| Error {
+        field,
         path: path.to_owned(),
         action: "listen",
         cause,
@@ -162,6 +173,18 @@ mod tests {
         assert!(!old.name.is_ours() && new.name.is_ours());
         old.name.release();
         UnixStream::connect(&path).unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_directory_of_any_depth_holds_a_socket() {
+        let dir = tempfile::tempdir().unwrap();
+        let deep = dir.path().join("d".repeat(60)).join("e".repeat(60));
+        let path = deep.join("sds.sock");
+        let bound = bind(&path, 0o666).unwrap();
+        assert!(bound.name.is_ours() && bound.name.path() == path);
+        assert_eq!(std::fs::read_dir(&deep).unwrap().count(), 1, "nothing is left beside it");
+        bound.name.release();
+        assert!(!path.exists());
     }
 
     #[tokio::test]

@@ -46,6 +46,14 @@ impl Peer {
         Ok(Self { pid: credentials.pid(), uid: credentials.uid(), gid: credentials.gid(), pidfd, dropped, _drop: guard })
     }
 
+    /// A peer for tests that have no socket: no process, no handle.
+    #[cfg(test)]
+    pub(crate) fn without_process(uid: u32) -> Self {
+        let dropped = CancellationToken::new();
+        let guard = dropped.clone().drop_guard();
+        Self { pid: 0, uid, gid: uid, pidfd: None, dropped, _drop: guard }
+    }
+
     /// Whether there is a handle at all.
     pub fn has_handle(&self) -> bool {
         self.pidfd.is_some()

@@ -33,6 +33,13 @@ pub mod envoy {
     }
 }
 
+/// `csi.*`: what the kubelet asks of a driver.
+pub mod csi {
+    pub mod v1 {
+        include!(concat!(env!("OUT_DIR"), "/csi.v1.rs"));
+    }
+}
+
 /// `google.*`
 pub mod google {
     pub mod rpc {
@@ -40,5 +47,10 @@ pub mod google {
     }
 }
 
-/// The whole descriptor set, encoded, for gRPC reflection.
+/// `pluginregistration`: how the kubelet learns of a driver.
+pub mod pluginregistration {
+    include!(concat!(env!("OUT_DIR"), "/pluginregistration.rs"));
+}
+
+/// The descriptor set of what workloads are served, encoded, for gRPC reflection.
 pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));

@@ -30,12 +30,13 @@ struct State {
 #[must_use = "dropped at once, it awaits nothing"]
 pub struct Guard {
     readiness: Readiness,
-    id: u64,
+    /// None once it is abandoned.
+    id: Option<u64>,
 }
 
 impl fmt::Debug for Guard {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Guard({})", self.id)
+        write!(f, "Guard({:?})", self.id)
     }
 }
 
@@ -58,7 +59,7 @@ impl Readiness {
             }
             false
         });
-        Guard { readiness: self.clone(), id }
+        Guard { readiness: self.clone(), id: Some(id) }
     }
 
     /// Whether readiness has been reached.
@@ -78,10 +79,18 @@ impl Readiness {
     }
 }
 
+impl Guard {
+    /// What is awaited will never come: the agent does not become ready by this guard's end.
+    pub fn abandon(mut self) {
+        self.id = None;
+    }
+}
+
 impl Drop for Guard {
     fn drop(&mut self) {
+        let Some(mine) = self.id else { return };
         let reached = self.readiness.state.send_if_modified(|state| {
-            state.awaited.retain(|(id, _)| *id != self.id);
+            state.awaited.retain(|(id, _)| *id != mine);
             let reached = !state.ready && state.awaited.is_empty();
             state.ready |= reached;
             reached
@@ -133,6 +142,14 @@ mod tests {
 
         let _late = readiness.guard("late");
         assert!(readiness.is_ready() && readiness.awaited().is_empty());
+    }
+
+    #[test]
+    fn an_abandoned_guard_makes_nobody_ready() {
+        let (readiness, start) = Readiness::new(Metrics::default());
+        readiness.guard("the pod index").abandon();
+        drop(start);
+        assert!(!readiness.is_ready());
     }
 
     #[test]

@@ -10,6 +10,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use rustls::pki_types::CertificateDer;
 use tokio::{
     sync::{mpsc, watch},
     task::{AbortHandle, JoinSet},
@@ -198,14 +199,15 @@ impl Rotation {
 
     fn event(&mut self, event: Event) {
         let now = self.now();
-        match event {
-            Event::Wanted(entry) => {
-                self.planner.wanted(now, entry.id, &entry.identity.profile.issuer, entry.demand());
-                self.entries.entry(entry.id).or_insert(entry);
-            }
-            Event::Idle(entry) if !entry.is_leased() => self.planner.idle(now, entry.id),
-            // A new subscriber was faster; what it wants is on its way.
-            Event::Idle(entry) => drop(self.parts.store.forget(&entry, Duration::MAX)),
+        let (Event::Wanted(entry) | Event::Idle(entry)) = &event;
+        let (id, is_leased) = (entry.id, entry.is_leased());
+        if let Event::Wanted(entry) = event {
+            self.planner.wanted(now, id, &entry.identity.profile.issuer, entry.demand());
+            self.entries.entry(id).or_insert(entry);
+        }
+        // Who wanted it may have left meanwhile, and a new subscriber may have come: the state counts, not the event.
+        if !is_leased {
+            self.planner.idle(now, id);
         }
     }
 
@@ -267,7 +269,13 @@ impl Rotation {
         // An abandoned order may still have answered.
         let Some(order) = self.orders.remove(&id) else { return };
         match answer.result {
-            Ok((issued, verified)) => self.issued(id, issued, verified, order.started.elapsed()),
+            Ok((issued, verified)) if self.is_current(id, verified.anchor.as_ref()) => {
+                self.issued(id, issued, verified, order.started.elapsed());
+            }
+            Ok((issued, _)) => {
+                self.unproven.insert(id, issued);
+                self.failed(id, order.evidence, &bundle_moved_on());
+            }
             Err((error, issued)) => {
                 if let (Error::InvalidCertificate(verify::Error::Path { .. }), Some(issued)) = (&error, issued) {
                     self.unproven.insert(id, issued);
@@ -383,11 +391,30 @@ impl Rotation {
         }
     }
 
-    /// Certificates of an authority that is no longer trusted are renewed soon; answers that could not be proven are judged again.
+    /// Whether what leads to `anchor` leads to a root of the bundle as it is now: it may have changed since the order's task looked.
+    fn is_current(&self, id: Id, anchor: Option<&CertificateDer<'_>>) -> bool {
+        let set = self.parts.trust.borrow();
+        let bundle = set.own.as_ref().map(|bundle| &bundle.roots);
+        self.entries.get(&id).is_none_or(|entry| {
+            let profile = entry.identity.profile.fingerprint();
+            material::is_current_authority(&material::authority_digest(&profile, anchor), &profile, bundle)
+        })
+    }
+
+    /// Certificates of an authority that is no longer trusted are renewed soon, and not published where they still settle; answers that
+    /// could not be proven are judged again.
     fn bundle_changed(&mut self) {
         let set = self.parts.trust.borrow_and_update().clone();
         let bundle = set.own.as_ref().map(|bundle| &bundle.roots);
         let now = self.now();
+        let settling = |(id, svid): (&Id, &Arc<Svid>)| {
+            let current = material::is_current_authority(&svid.authority, &svid.identity.profile.fingerprint(), bundle);
+            (!current).then_some(*id)
+        };
+        for id in self.ready.iter().filter_map(settling).collect::<Vec<_>>() {
+            self.ready.remove(&id);
+            self.failed(id, None, &bundle_moved_on());
+        }
         for (id, entry) in &self.entries {
             let Some(svid) = entry.current() else { continue };
             if !material::is_current_authority(&svid.authority, &entry.identity.profile.fingerprint(), bundle) {
@@ -410,6 +437,12 @@ impl Rotation {
             }
         }
     }
+}
+
+/// An answer that was proven, by a bundle that is no more.
+fn bundle_moved_on() -> Error {
+    let why = "the bundle has changed since it was verified".to_owned();
+    Error::InvalidCertificate(verify::Error::Path { what: "the chain does not lead to the trust bundle", why })
 }
 
 /// Judges an answer in the order's own task.

@@ -36,7 +36,7 @@ use crate::{
     config::Limits,
     grpc::UntilEnd,
     peer::Peer,
-    shutdown::Shutdown,
+    shutdown::{Guard, Shutdown},
 };
 
 pub mod metrics;
@@ -49,10 +49,21 @@ const FRAME: u32 = 16_384;
 const HEADER_LIST: u32 = 16_384;
 /// Bytes buffered for each stream of a client that reads slowly.
 const SEND_BUFFER: usize = 64 << 10;
-/// A connection that has said nothing by then never will.
-const SILENT: Duration = Duration::from_secs(10);
-/// What a connection whose workload has ended gets for its last words.
-const LAST_WORDS: Duration = Duration::from_secs(1);
+
+/// How long connections are borne with.
+#[derive(Debug, Clone)]
+pub struct Patience {
+    /// A connection that has said nothing by then never will.
+    pub silent: Duration,
+    /// What a connection gets for its last words: its workload has ended, or it was idle.
+    pub last_words: Duration,
+}
+
+impl Default for Patience {
+    fn default() -> Self {
+        Self { silent: Duration::from_secs(10), last_words: Duration::from_secs(1) }
+    }
+}
 
 /// What the sessions of one socket share.
 #[derive(Debug, Clone)]
@@ -63,6 +74,8 @@ pub struct Sessions {
     pub desk: Desk,
     /// What is taken on.
     pub limits: Limits,
+    /// What is borne with.
+    pub patience: Patience,
     /// What is counted.
     pub metrics: Metrics,
     /// The end of accepting, and the drain that connections hold up.
@@ -110,7 +123,9 @@ impl Sessions {
         match Peer::of(&stream) {
             Ok(peer) => {
                 let connection = Arc::new(Connection::new(peer, self.desk.clone()));
-                let session = Session { sessions: self.clone(), connection, calls: Arc::default(), spoke: Arc::default() };
+                // Held from here: a drain that begins before the task has run waits for it all the same.
+                let guard = self.shutdown.guard();
+                let session = Session { sessions: self.clone(), connection, calls: Arc::default(), spoke: Arc::default(), _guard: guard };
                 tokio::spawn(session.run(stream, place));
             }
             Err(error) => {
@@ -143,12 +158,12 @@ struct Session {
     connection: Arc<Connection>,
     calls: Arc<Calls>,
     spoke: Arc<AtomicBool>,
+    _guard: Guard,
 }
 
 impl Session {
     async fn run(self, stream: UnixStream, _place: OwnedSemaphorePermit) {
         let _open = self.sessions.metrics.connected();
-        let _guard = self.sessions.shutdown.guard();
         let io = Heard { stream, spoke: self.spoke.clone() };
         let service = service_fn(|request| {
             let (services, connection, call) = (self.sessions.services.clone(), self.connection.clone(), self.calls.begin());
@@ -169,17 +184,23 @@ impl Session {
             ended = served.as_mut() => Some(ended),
             () = self.connection.gone() => {
                 served.as_mut().graceful_shutdown();
-                tokio::time::timeout(LAST_WORDS, served).await.ok()
+                tokio::time::timeout(self.sessions.patience.last_words, served).await.ok()
             }
             () = self.idle() => {
                 served.as_mut().graceful_shutdown();
-                tokio::time::timeout(LAST_WORDS, served).await.ok()
+                tokio::time::timeout(self.sessions.patience.last_words, served).await.ok()
             }
             () = self.sessions.ending.cancelled() => {
-                // The streams end by themselves; whoever does not read is left at the drain's deadline.
+                // The streams end by themselves; whoever does not read is left at the drain's deadline. Without a call there is nothing
+                // to wait for: a client may be silent, or not answer the goodbye.
                 served.as_mut().graceful_shutdown();
+                let last_words = self.sessions.patience.last_words;
                 tokio::select! {
                     ended = served => Some(ended),
+                    () = async {
+                        tokio::time::sleep(last_words).await;
+                        self.without_calls(last_words).await;
+                    } => None,
                     () = shutdown.abort.cancelled() => None,
                 }
             }
@@ -193,17 +214,21 @@ impl Session {
 
     /// Returns when the connection never spoke, or has had no call for the idle time.
     async fn idle(&self) {
-        tokio::time::sleep(SILENT).await;
+        tokio::time::sleep(self.sessions.patience.silent).await;
         if !self.spoke.load(Ordering::Relaxed) {
             self.sessions.metrics.rejected(Rejection::silent);
             return;
         }
-        let limit = self.sessions.limits.idle;
+        self.without_calls(self.sessions.limits.idle).await;
+    }
+
+    /// Returns when there has been no call for `time`.
+    async fn without_calls(&self, time: Duration) {
         loop {
             match self.calls.idle_since() {
-                Some(since) if since.elapsed() >= limit => return,
-                Some(since) => tokio::time::sleep_until(since + limit).await,
-                None => tokio::time::sleep(limit).await,
+                Some(since) if since.elapsed() >= time => return,
+                Some(since) => tokio::time::sleep_until(since + time).await,
+                None => tokio::time::sleep(time).await,
             }
         }
     }

@@ -61,6 +61,11 @@ impl Shutdown {
         Self { drain: CancellationToken::new(), abort: CancellationToken::new(), holders: TaskTracker::new(), deadline }
     }
 
+    /// The same shutdown for a part that may end before the whole: what is cancelled of it ends that part alone.
+    pub fn part(&self) -> Self {
+        Self { drain: self.drain.child_token(), abort: self.abort.child_token(), ..self.clone() }
+    }
+
     /// Begins the drain; again is no change.
     pub fn begin(&self) {
         self.drain.cancel();
@@ -155,6 +160,18 @@ mod tests {
         let begun = Instant::now();
         assert_eq!(shutdown.drained().await, Drained::TimedOut { holders: 1 });
         assert_eq!(begun.elapsed(), DEADLINE);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_part_ends_alone_or_with_the_whole_and_holds_it_up() {
+        let shutdown = Shutdown::new(DEADLINE);
+        let (one, other) = (shutdown.part(), shutdown.part());
+        one.drain.cancel();
+        assert!(!shutdown.drain.is_cancelled() && !other.drain.is_cancelled());
+        let _held = other.guard();
+        shutdown.begin();
+        assert!(other.drain.is_cancelled());
+        assert_eq!(shutdown.drained().await, Drained::TimedOut { holders: 1 });
     }
 
     #[tokio::test(start_paused = true)]

@@ -48,7 +48,8 @@ impl Demand {
     }
 }
 
-/// What the store tells `rotation`.
+/// What the store tells `rotation`, after each change. An event may be overtaken by the next change: look at the entry, which is told
+/// of once more then.
 #[derive(Debug)]
 pub enum Event {
     /// The entry has a subscriber that it had not before, or one that needs more.
@@ -86,8 +87,6 @@ struct Book {
     leases: HashMap<u64, Option<PodRef>>,
     demand: Option<Demand>,
     idle_since: Instant,
-    /// Whether rotation has been told that the entry is idle and has not decided yet.
-    idle_told: bool,
 }
 
 impl Entry {
@@ -174,7 +173,7 @@ impl Store {
                     id: self.next_id.fetch_add(1, Ordering::Relaxed),
                     identity: identity.clone(),
                     material: watch::Sender::new(None),
-                    book: Mutex::new(Book { next: 0, leases: HashMap::new(), demand: None, idle_since: Instant::now(), idle_told: false }),
+                    book: Mutex::new(Book { next: 0, leases: HashMap::new(), demand: None, idle_since: Instant::now() }),
                     status: Mutex::default(),
                 });
                 entries.insert(identity.clone(), entry.clone());
@@ -199,12 +198,8 @@ impl Store {
     /// Removes `entry` if nobody has subscribed to it for `retention`; true when it is gone.
     pub fn forget(&self, entry: &Arc<Entry>, retention: Duration) -> bool {
         let mut entries = self.entries();
-        let mut book = entry.book();
-        book.idle_told = false;
+        let book = entry.book();
         if !book.leases.is_empty() || book.idle_since.elapsed() < retention {
-            if book.leases.is_empty() {
-                book.idle_told = true;
-            }
             return false;
         }
         drop(book);
@@ -267,11 +262,11 @@ impl Drop for Lease {
         if !book.leases.is_empty() {
             return;
         }
+        // What the last one needed is nobody's need any more.
+        book.demand = None;
         book.idle_since = Instant::now();
-        if !std::mem::replace(&mut book.idle_told, true) {
-            drop(book);
-            self.store.tell(Event::Idle(self.entry.clone()));
-        }
+        drop(book);
+        self.store.tell(Event::Idle(self.entry.clone()));
     }
 }
 
@@ -337,13 +332,23 @@ mod tests {
         let again = store.lease(&id, Demand::Now, None);
         assert_eq!(again.entry.id, entry.id, "within the retention the entry is the same");
         drop(again);
-        assert_eq!(told(&mut events), ["wanted"], "rotation still has its timer");
+        assert_eq!(told(&mut events), ["wanted", "idle"], "every end is told: what was wanted again has lost its timer");
         tokio::time::advance(Duration::from_secs(200)).await;
         assert!(!store.forget(&entry, retention), "idle for 200 s only");
         tokio::time::advance(Duration::from_secs(100)).await;
         assert!(store.forget(&entry, retention));
         assert!(store.snapshot().is_empty());
         assert_ne!(store.lease(&id, Demand::Now, None).entry.id, entry.id);
+    }
+
+    #[tokio::test]
+    async fn what_was_needed_ends_with_the_last_subscriber() {
+        let (store, mut events) = Store::new();
+        let id = identity("a");
+        drop(store.lease(&id, Demand::Now, None));
+        let lease = store.lease(&id, at(100), None);
+        assert_eq!(lease.entry.demand(), Some(at(100)));
+        assert_eq!(told(&mut events), ["wanted", "idle", "wanted"]);
     }
 
     #[tokio::test]

@@ -34,14 +34,17 @@ enum State {
     Pending,
     /// A client holds a good one from before the agent's start.
     HeldByClient,
+    /// Nobody subscribes: it is kept for a while in case somebody comes back, and not renewed.
+    Idle,
 }
 
-const STATES: [(State, &str); 5] = [
+const STATES: [(State, &str); 6] = [
     (State::Valid, "valid"),
     (State::Overdue, "overdue"),
     (State::Expired, "expired"),
     (State::Pending, "pending"),
     (State::HeldByClient, "held_by_client"),
+    (State::Idle, "idle"),
 ];
 
 /// A renewal that is late by more than this share of the life is overdue.
@@ -62,6 +65,9 @@ impl Inventory {
 }
 
 fn state(entry: &Entry, now: SystemTime) -> State {
+    if !entry.is_leased() {
+        return State::Idle;
+    }
     match entry.current() {
         Some(svid) => {
             let validity = svid.chain.validity;
@@ -114,8 +120,9 @@ impl Collector for Inventory {
         let mut counts = [0_i64; STATES.len()];
         let mut earliest: Option<SystemTime> = None;
         for entry in &entries {
-            counts[state(entry, now) as usize] += 1;
-            if let Some(svid) = entry.current() {
+            let state = state(entry, now);
+            counts[state as usize] += 1;
+            if let Some(svid) = entry.current().filter(|_| state != State::Idle) {
                 let end = svid.chain.validity.not_after;
                 earliest = Some(earliest.map_or(end, |e| e.min(end)));
             }
@@ -136,5 +143,53 @@ impl Collector for Inventory {
             )?)?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, UNIX_EPOCH};
+
+    use prometheus_client::{encoding::text, registry::Registry};
+
+    use super::*;
+    use crate::{
+        clock::TestClock,
+        identity::tests::identity,
+        issuer::{Issuer as _, Order, Progress, embedded::Embedded},
+        material::{CertificateChain, Svid},
+    };
+
+    #[tokio::test(start_paused = true)]
+    async fn what_nobody_subscribes_to_is_idle_and_alarms_nobody() {
+        let clock = TestClock::new(UNIX_EPOCH + Duration::from_secs(1_700_000_000));
+        let (store, _events) = Store::new();
+        let mut registry = Registry::default();
+        registry.register_collector(Box::new(Inventory::new(store.clone(), Arc::new(clock.clone()))));
+        let count = |state: &str| {
+            let mut page = String::new();
+            text::encode(&mut page, &registry).unwrap();
+            (page.contains(&format!("certificates{{state=\"{state}\"}} 1")), page.contains("\ncertificate_earliest_expiration"))
+        };
+
+        let id = identity("a");
+        let lease = store.lease(&id, Demand::Now, None);
+        assert_eq!(count("pending"), (true, false));
+        let (progress, _stage) = Progress::new();
+        let order = Order { identity: id.clone(), evidence: None, progress };
+        let issued = Embedded::new("cluster.local", Arc::new(clock.clone())).unwrap().issue(order).await.unwrap();
+        let chain = CertificateChain::from_pem(&issued.chain_pem).unwrap();
+        let renew_at = clock.now() + Duration::from_secs(1800);
+        let svid = Svid::new(id.clone(), chain, issued.key, renew_at, clock.now(), String::new());
+        store.snapshot()[0].publish(Arc::new(svid));
+        assert_eq!(count("valid"), (true, true));
+        tokio::time::advance(Duration::from_secs(2000)).await;
+        assert_eq!(count("overdue"), (true, true));
+        drop(lease);
+        assert_eq!(count("idle"), (true, false), "nobody renews it, because nobody needs it");
+        tokio::time::advance(Duration::from_secs(2000)).await;
+        assert_eq!(count("idle"), (true, false));
+        let _lease = store.lease(&id, Demand::Now, None);
+        assert_eq!(count("expired"), (true, true));
     }
 }

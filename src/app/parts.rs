@@ -3,10 +3,11 @@
 use std::{
     collections::{BTreeMap, HashSet},
     future::Future,
+    pin::pin,
     sync::Arc,
 };
 
-use futures::future::{BoxFuture, join};
+use futures::future::BoxFuture;
 use tokio_util::sync::CancellationToken;
 use tracing::error;
 
@@ -44,11 +45,9 @@ pub(super) async fn make(config: &Config, base: &mut Base) -> anyhow::Result<Dep
     let trust = Trust::new(trust::Metrics::register(base.exposition.registry()));
     let await_bundle = sources(config, base, &trust, cluster.as_ref(), &mut tasks, &last)?;
     let issuers = issuers(config, base, &trust, cluster.as_ref(), &clock, &mut tasks, &last)?;
-    let attestor: Arc<dyn Attestor> = match (config.attestation, cluster.and_then(|cluster| cluster.pods)) {
-        (Attestation::Kubernetes, Some(pods)) => Arc::new(KubernetesAttestor::new(pods, "/proc".into(), config.node.pod.as_ref())?),
-        _ => Arc::new(attest::unix::UnixAttestor),
-    };
-    Ok(Deps { clock, attestor, issuers, trust, await_bundle, tasks, last })
+    let pods = cluster.and_then(|cluster| cluster.pods);
+    let attestor = attestor(config, pods.clone())?;
+    Ok(Deps { clock, attestor, pods, issuers, trust, await_bundle, tasks, last })
 }
 
 fn needs_cluster(config: &Config) -> bool {
@@ -71,15 +70,22 @@ async fn cluster(
             let pods = Pods::new(client.clone(), node, metrics.clone());
             let mut synced = pods.synced();
             let (running, last) = (pods.clone(), last.clone());
-            let until_synced = guarded(&base.readiness, "the pod index", async move { drop(synced.wait_for(|synced| *synced).await) });
-            tasks.push(Box::pin(async move {
-                join(running.run(last), until_synced).await;
-            }));
+            let come = async move { drop(synced.wait_for(|synced| *synced).await) };
+            tasks.push(guarded(&base.readiness, "the pod index", come, async move { running.run(last).await }));
             Some(pods)
         }
         _ => None,
     };
     Ok(Cluster { client, metrics, pods })
+}
+
+/// What the configuration names, and nothing in its place: by user id, every pod's root would be one workload.
+fn attestor(config: &Config, pods: Option<Pods>) -> anyhow::Result<Arc<dyn Attestor>> {
+    Ok(match (config.attestation, pods) {
+        (Attestation::Kubernetes, Some(pods)) => Arc::new(KubernetesAttestor::new(pods, "/proc".into(), config.node.pod.as_ref())?),
+        (Attestation::Kubernetes, None) => anyhow::bail!("attestation: kubernetes serves the pods of one node: set NODE_NAME"),
+        (Attestation::Unix, _) => Arc::new(attest::unix::UnixAttestor),
+    })
 }
 
 /// Feeds the bundles; whether one comes from elsewhere than the issuers.
@@ -100,10 +106,7 @@ fn sources(
     if awaited {
         let mut bundles = trust.subscribe();
         let come = async move { drop(bundles.wait_for(|set| set.own.is_some()).await) };
-        let (come, last) = (guarded(&base.readiness, "the trust bundle", come), last.clone());
-        tasks.push(Box::pin(async move {
-            join(come, last.cancelled()).await;
-        }));
+        tasks.push(guarded(&base.readiness, "the trust bundle", come, last.clone().cancelled_owned()));
     }
     Ok(awaited)
 }
@@ -159,10 +162,8 @@ fn issuers(
                         let made = requests(config, scope.clone(), cluster, clock, metrics);
                         let (running, last) = (made.clone(), last.clone());
                         let synced = made.clone();
-                        let until_synced = guarded(&base.readiness, "the watch of requests", async move { synced.synced().await });
-                        tasks.push(Box::pin(async move {
-                            join(running.run(last), until_synced).await;
-                        }));
+                        let come = async move { synced.synced().await };
+                        tasks.push(guarded(&base.readiness, "the watch of requests", come, async move { running.run(last).await }));
                         scopes.push((scope, made.clone()));
                         made
                     }
@@ -205,12 +206,22 @@ fn ask_cert_manager(
     issuer
 }
 
-/// `work`, with readiness held back until it is done.
-fn guarded(readiness: &Readiness, name: &str, work: impl Future<Output = ()> + Send + 'static) -> BoxFuture<'static, ()> {
+/// `running`, with readiness held back until `come`. It ends with `running`, whether that has come or not.
+fn guarded(
+    readiness: &Readiness,
+    name: &str,
+    come: impl Future<Output = ()> + Send + 'static,
+    running: impl Future<Output = ()> + Send + 'static,
+) -> BoxFuture<'static, ()> {
     let guard = readiness.guard(name);
     Box::pin(async move {
-        work.await;
-        drop(guard);
+        let mut running = pin!(running);
+        tokio::select! {
+            () = come => drop(guard),
+            // Nobody becomes ready by ending.
+            () = &mut running => return guard.abandon(),
+        }
+        running.await;
     })
 }
 
@@ -221,5 +232,35 @@ struct NodePods(Pods);
 impl LivePods for NodePods {
     fn live(&self) -> BoxFuture<'_, Option<HashSet<Arc<str>>>> {
         Box::pin(self.0.live())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::{config::Dev, shutdown::Shutdown};
+
+    fn config() -> Config {
+        config::dev(Dev::default(), &|_| None).unwrap()
+    }
+
+    #[test]
+    fn kubernetes_attestation_without_a_node_is_no_attestation_by_user_id() {
+        assert!(attestor(&Config { attestation: Attestation::Kubernetes, ..config() }, None).is_err());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_bundle_that_never_came_does_not_hold_up_the_end() {
+        let path = "/nonexistent/roots.pem".into();
+        let config = Config { trust_sources: vec![TrustSource::File { path }], ..config() };
+        let base = Base::new(Shutdown::new(Duration::ZERO));
+        let (trust, last, mut tasks) = (Trust::new(trust::Metrics::default()), CancellationToken::new(), Vec::new());
+        assert!(sources(&config, &base, &trust, None, &mut tasks, &last).unwrap());
+        last.cancel();
+        let ended = tokio::time::timeout(Duration::from_secs(1), futures::future::join_all(tasks)).await;
+        assert!(ended.is_ok());
+        assert_eq!(base.readiness.awaited(), ["start".into(), "the trust bundle".into()], "nor does the end make anybody ready");
     }
 }

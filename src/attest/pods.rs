@@ -90,6 +90,8 @@ impl Pods {
     pub async fn wait_for(&self, uid: &str) -> Result<Known, Error> {
         let mut arrival = match self.look(uid) {
             Ok(known) => return serveable(known),
+            // Its containers outlive it. No read would find it, and they may ask for ever.
+            Err(_) if self.index().has_gone(uid) => return Err(deleted(uid)),
             Err(arrival) => arrival,
         };
         let mut synced = self.synced();
@@ -134,7 +136,7 @@ impl Pods {
         match self.index().get(uid) {
             Some(known) => serveable(known),
             // It came and went.
-            None => Err(Error::refused(Reason::pod_ended, format!("the pod with UID {uid} was deleted"))),
+            None => Err(deleted(uid)),
         }
     }
 
@@ -205,6 +207,10 @@ impl Pods {
             }
         }
     }
+}
+
+fn deleted(uid: &str) -> Error {
+    Error::refused(Reason::pod_ended, format!("the pod with UID {uid} was deleted"))
 }
 
 fn serveable(known: Known) -> Result<Known, Error> {

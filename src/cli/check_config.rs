@@ -43,8 +43,10 @@ Examples:
 /// What a configuration means.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Summary {
-    /// Where it is served.
-    socket: PathBuf,
+    /// Where all pods of the node are served.
+    socket: Option<PathBuf>,
+    /// The driver that hands out a socket to each pod.
+    csi_driver: Option<String>,
     /// The kind of workload that the example is of.
     example_workload: String,
     /// Its identity.
@@ -148,7 +150,8 @@ fn summary(config: &Config) -> Option<Summary> {
     let renewal = |spread: f64| (profile.lifetime.as_secs_f64() * profile.renew_at * spread).round() as u64;
     let federated = config.federated.iter().map(|(domain, source)| format!("{domain} from {}", source_in_words(source)));
     Some(Summary {
-        socket: config.shared_socket.path.clone(),
+        socket: config.shared_socket.as_ref().map(|socket| socket.path.clone()),
+        csi_driver: config.per_pod.as_ref().map(|per_pod| per_pod.driver_name.clone()),
         example_workload: workload.to_string(),
         example_spiffe_id: identity.spiffe_id.to_string(),
         example_dns_names: identity.dns_names.to_vec(),
@@ -186,10 +189,10 @@ fn source_in_words(source: &TrustSource) -> String {
 fn words(summary: &Summary) -> String {
     let span = |seconds: u64| humantime::format_duration(Duration::from_secs(seconds)).to_string();
     let [first, last] = summary.renewal_seconds;
-    let mut lines = vec![
-        ("socket", summary.socket.display().to_string()),
-        ("identity", format!("{} for {}", summary.example_spiffe_id, summary.example_workload)),
-    ];
+    let mut lines = Vec::new();
+    lines.extend(summary.socket.iter().map(|path| ("socket", path.display().to_string())));
+    lines.extend(summary.csi_driver.iter().map(|driver| ("per pod", format!("a socket by CSI driver {driver}"))));
+    lines.push(("identity", format!("{} for {}", summary.example_spiffe_id, summary.example_workload)));
     if !summary.example_dns_names.is_empty() {
         lines.push(("DNS names", summary.example_dns_names.join(", ")));
     }

@@ -81,10 +81,10 @@ async fn run(config: &Config, style: Style, hardened: &process::Hardened) -> any
     let mut base = Base::new(shutdown);
     process::Metrics::register(base.exposition.registry()).observe(hardened);
     let bound = app::build(config, base).await?;
-    if style == Style::Dev {
-        output::say(&dev::greeting(bound.socket(), bound.admin()?, config))?;
+    if let (Style::Dev, Some(socket)) = (style, bound.socket()) {
+        output::say(&dev::greeting(socket, bound.admin()?, config))?;
     }
-    Ok(match bound.run().await {
+    Ok(match bound.run().await? {
         Drained::Complete | Drained::TimedOut { .. } => ExitCode::SUCCESS,
         Drained::Aborted => Exit::Failed.into(),
     })

@@ -88,7 +88,8 @@ fn config(path: &Path, trust_domain: TrustDomain, lifetime: Duration, admin: Soc
     };
     Config {
         trust_domain,
-        shared_socket: SharedSocket { path: path.to_owned(), mode: 0o666 },
+        shared_socket: Some(SharedSocket { path: path.to_owned(), mode: 0o666 }),
+        per_pod: None,
         attestation: Attestation::Unix,
         default_profile: Arc::new(profile),
         issuers: BTreeMap::from([(issuer, IssuerConfig::Embedded)]),
@@ -117,10 +118,11 @@ mod tests {
     #[test]
     fn without_flags_it_serves_in_the_runtime_directory_or_in_tmp() {
         let config = dev(Dev::default(), &env).unwrap();
-        assert_eq!(config.shared_socket.path, Path::new("/run/user/7/sds-agent/sds.sock"));
+        let path = |config: Config| config.shared_socket.unwrap().path;
+        assert_eq!(path(config.clone()), Path::new("/run/user/7/sds-agent/sds.sock"));
         assert_eq!(config.trust_domain.as_str(), "example.org");
         assert_eq!(config.admin.to_string(), "127.0.0.1:15090");
-        assert_eq!(dev(Dev::default(), &|_| None).unwrap().shared_socket.path, Path::new("/tmp/sds-agent/sds.sock"));
+        assert_eq!(path(dev(Dev::default(), &|_| None).unwrap()), Path::new("/tmp/sds-agent/sds.sock"));
     }
 
     #[test]
@@ -144,6 +146,6 @@ mod tests {
     #[test]
     fn a_relative_socket_is_made_absolute() {
         let config = dev(Dev { socket: Some("sds.sock".into()), ..Dev::default() }, &env).unwrap();
-        assert!(config.shared_socket.path.is_absolute());
+        assert!(config.shared_socket.unwrap().path.is_absolute());
     }
 }

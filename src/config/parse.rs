@@ -8,12 +8,12 @@ use std::{collections::BTreeMap, fs::File, io::Read, net::SocketAddr, path::Path
 use serde_json::Value;
 
 use super::{
-    Attestation, Config, Limits, LockMemory, Names, SharedSocket, TrustSource,
+    Attestation, Config, Limits, LockMemory, Names, TrustSource,
     environment::{self, Env},
     error::{Errors, Problem, Warning, Wrong},
     issuance,
     reader::{Report, Section},
-    values,
+    sockets, values,
 };
 use crate::identity::TrustDomain;
 
@@ -85,12 +85,12 @@ fn tree(text: &str) -> Result<Value, Errors> {
 pub(super) fn walk(root: &Section<'_>, report: &Report, env: Env<'_>) -> Option<Config> {
     let trust_domain = root.read("trustDomain", "cluster.local".into(), |v| values::text(v).map(str::to_owned));
     let trust_domain = trust_domain.and_then(|name| domain(root, &name));
-    let shared_socket = root.section("sockets", sockets);
     let attestation = root.read(
         "attestation",
         Attestation::Kubernetes,
         values::choice(&[("kubernetes", Attestation::Kubernetes), ("unix", Attestation::Unix)]),
     );
+    let sockets = root.section("sockets", |section| sockets::walk(section, attestation));
     let pod = environment::pod(report, attestation, env);
     let context = issuance::Context { attestation, trust_domain: trust_domain.as_ref(), pod: pod.as_ref() };
     let issuance = issuance::walk(root, &context);
@@ -119,9 +119,11 @@ pub(super) fn walk(root: &Section<'_>, report: &Report, env: Env<'_>) -> Option<
         );
     }
     let (admin, metrics) = addresses?;
+    let (shared_socket, per_pod) = sockets?;
     Some(Config {
         trust_domain: trust_domain?,
-        shared_socket: shared_socket?,
+        shared_socket,
+        per_pod,
         attestation: attestation?,
         default_profile,
         issuers,
@@ -149,25 +151,6 @@ fn domain(section: &Section<'_>, name: &str) -> Option<TrustDomain> {
         section.wrong("trustDomain", "is not a trust domain", remedy);
     }
     told.ok()
-}
-
-fn sockets(sockets: &Section<'_>) -> Option<SharedSocket> {
-    let shared = sockets.section("shared", |shared| {
-        let path = shared.read("path", "/run/sds-agent/sds.sock".into(), values::socket_path);
-        let mode = shared.read("mode", 0o666, values::mode);
-        if mode.is_some_and(|mode| mode & 0o600 != 0o600) {
-            shared.wrong("mode", "keeps the agent itself from its socket", "begin it with 6, such as \"0666\" or \"0660\"");
-        }
-        Some(SharedSocket { path: path?, mode: mode? })
-    });
-    sockets.section("perPod", |per_pod| {
-        per_pod.read("directory", "/run/sds-agent/pods".into(), values::absolute_path);
-        if per_pod.read("enabled", false, values::boolean) == Some(true) {
-            let what = "asks for a socket in every pod, which this version does not serve";
-            per_pod.wrong("enabled", what, "set it to false and let pods use sockets.shared");
-        }
-    });
-    shared
 }
 
 fn source(source: &Section<'_>) -> Option<TrustSource> {

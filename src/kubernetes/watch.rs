@@ -24,6 +24,8 @@ use crate::kubernetes::{
 const SHORTEST_PAUSE: Duration = Duration::from_millis(500);
 /// Certificates may wait for the watch: it is back soon after the server is.
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+/// And while a right is missing.
+const LONGEST_PAUSE_WITHOUT_RIGHT: Duration = Duration::from_secs(30);
 /// A watch that could not be started is believed to run when it has told something, or no more trouble for so long: longer than the
 /// answer to its start may take.
 const PROOF: Duration = ANSWER_TIMEOUT.saturating_add(Duration::from_secs(5));
@@ -153,7 +155,9 @@ where
             self.next_pause = SHORTEST_PAUSE;
         }
         self.pause = Some(self.next_pause.mul_f64(0.5 + 0.5 * fastrand::f64()));
-        self.next_pause = (self.next_pause * 2).min(LONGEST_PAUSE);
+        // A right that is missing comes back by a person's hand: no hurry.
+        let longest = if failure.cause == Cause::Rbac { LONGEST_PAUSE_WITHOUT_RIGHT } else { LONGEST_PAUSE };
+        self.next_pause = (self.next_pause * 2).min(longest);
         if !expired && self.told.as_ref() != Some(&failure) {
             tracing::warn!(resource = %self.selection.name, error = %failure, "the watch does not work; trying again");
             self.told = Some(failure.clone());

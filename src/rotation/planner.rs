@@ -347,7 +347,8 @@ impl Planner {
                 }
                 None => {}
             },
-            Phase::Settling(at) if at > now.mono => mono = Some(at),
+            // Where the clock was stepped meanwhile, there may be no good certificate left to wait with.
+            Phase::Settling(at) if at > now.mono && job.in_use.is_some_and(|c| c.validity.is_live(now.wall)) => mono = Some(at),
             Phase::Settling(_) => {
                 (job.in_use, job.phase, job.demand) = (job.issued.take(), Phase::Resting, None);
                 self.actions.push_back(Action::Publish(id));

@@ -3,6 +3,7 @@
 use std::{
     collections::VecDeque,
     sync::{Mutex, atomic::AtomicUsize, atomic::Ordering},
+    task::Poll,
     time::UNIX_EPOCH,
 };
 
@@ -305,6 +306,71 @@ async fn a_key_is_wiped_when_nobody_has_asked_for_it_for_the_retention() {
     assert!(weak.upgrade().is_some());
     tokio::time::sleep(Duration::from_secs(2)).await;
     assert!(weak.upgrade().is_none(), "no reference is left behind");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_subscriber_that_came_back_and_left_again_leaves_neither_a_key_nor_a_renewal() {
+    let b = Bench::new([]);
+    let lease = b.want("a");
+    let weak = Arc::downgrade(&material(&lease, None).await);
+    drop(lease);
+    // The second visit comes when rotation knows of the first one's end, the third before it has heard of the second's.
+    tokio::time::sleep(Duration::from_secs(100)).await;
+    drop(b.want("a"));
+    drop(b.want("a"));
+    tokio::time::sleep(Duration::from_secs(299)).await;
+    assert!(weak.upgrade().is_some());
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert!(weak.upgrade().is_none(), "no reference is left behind");
+    tokio::time::sleep(Duration::from_secs(7200)).await;
+    assert_eq!(b.orders(), 1, "nobody has asked for a renewal");
+    assert!(b.store.snapshot().is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_bundle_that_changes_while_a_certificate_settles_is_the_one_that_counts() {
+    let b = Bench::new([]);
+    let lease = b.want("a");
+    let first = material(&lease, None).await;
+    tokio::time::sleep(first.renew_at.duration_since(b.clock.now()).unwrap()).await;
+    settle().await;
+    assert_eq!(b.orders(), 2);
+    assert!(Arc::ptr_eq(&lease.current().unwrap(), &first), "the renewal is verified, and settles");
+    b.script.lock().unwrap().extend((0..100).map(|_| Script::Foreign));
+    b.source.take(b.foreign.bundle().unwrap());
+    let second = material(&lease, Some(&first)).await;
+    assert_ne!(first.authority, second.authority, "what was verified under the old bundle is not published under the new one");
+}
+
+/// Lets the tasks run that are ready, each once.
+async fn turn() {
+    let mut turned = false;
+    std::future::poll_fn(|context| {
+        context.waker().wake_by_ref();
+        if std::mem::replace(&mut turned, true) { Poll::Ready(()) } else { Poll::Pending }
+    })
+    .await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn whenever_the_bundle_changes_what_is_served_leads_to_it_soon() {
+    // The change meets the order at another point each time: before it, in its task, between its task and its publication, after it.
+    for moment in (0..8).cycle().take(80) {
+        let b = Bench::new([Script::Issue]);
+        b.script.lock().unwrap().extend((0..100).map(|_| Script::Foreign));
+        let body = async move {
+            let lease = b.want("a");
+            for _ in 0..moment {
+                turn().await;
+            }
+            b.source.take(b.foreign.bundle().unwrap());
+            tokio::time::sleep(Duration::from_secs(180)).await;
+            let (svid, roots) = (lease.current().unwrap(), b.foreign.bundle().unwrap());
+            assert!(material::is_current_authority(&svid.authority, &svid.identity.profile.fingerprint(), Some(&roots)), "{moment} turns");
+        };
+        // In a task, which takes its turns among the others.
+        tokio::spawn(body).await.unwrap();
+    }
 }
 
 #[tokio::test(start_paused = true)]

@@ -20,7 +20,7 @@ use tracing::{debug, warn};
 use super::{
     held::Held,
     metrics::{Kind, Metrics, Trigger},
-    names::{Directory, Target, WILDCARD},
+    names::{self, Directory, Target, WILDCARD},
     secret,
     stream::{Due, Names, Received, Request as StreamRequest, StreamState, TYPE_URL, Violation},
 };
@@ -129,7 +129,7 @@ impl Service {
         B::Error: std::fmt::Display,
     {
         let first = tokio::select! {
-            () = self.drain.cancelled() => return closing(),
+            () = self.drain.cancelled() => return grpc::closing(),
             first = read(&mut incoming, face) => first,
         };
         let first = match first {
@@ -139,7 +139,7 @@ impl Service {
         };
         let started = Instant::now();
         let caller = tokio::select! {
-            () = self.drain.cancelled() => return closing(),
+            () = self.drain.cancelled() => return grpc::closing(),
             caller = connection.caller() => caller,
         };
         let caller = match caller {
@@ -162,7 +162,23 @@ impl Service {
         B::Error: std::fmt::Display,
     {
         let wait = grpc::timeout(request.headers()).map_or(FETCH_WAIT, |t| t.saturating_sub(HEADROOM.min(t / 10)));
-        let message: DiscoveryRequest = Incoming::new(request.into_body(), self.limits.message_bytes).only().await?;
+        // From here on everything is the caller's time: the rest of its request, its attestation, the certificate.
+        let end = Instant::now() + wait;
+        tokio::select! {
+            biased;
+            result = self.answer_by(end, connection, request.into_body()) => result,
+            () = self.drain.cancelled() => Err(grpc::closing()),
+            // Later than what is answered at the end itself.
+            () = tokio::time::sleep_until(end + HEADROOM / 2) => Err(Status::unavailable("the caller is not yet known")),
+        }
+    }
+
+    async fn answer_by<B>(&self, end: Instant, connection: &Connection, body: B) -> Result<VecDeque<Bytes>, Status>
+    where
+        B: HttpBody<Data = Bytes> + Unpin,
+        B::Error: std::fmt::Display,
+    {
+        let message: DiscoveryRequest = Incoming::new(body, self.limits.message_bytes).only().await?;
         if !message.type_url.is_empty() && message.type_url != TYPE_URL {
             return Err(violation(&Violation::TypeUrl(message.type_url)));
         }
@@ -171,50 +187,38 @@ impl Service {
         if asked.len() > self.limits.names_per_stream {
             return Err(violation(&Violation::TooManyNames(self.limits.names_per_stream)));
         }
-        let answer = async {
-            let caller = connection.caller().await?;
-            let mut trust = self.trust.clone();
-            let known = self.known(&asked, &caller.identity, &trust.borrow_and_update());
-            if known.is_empty() {
-                return Err(Status::not_found(format!("none of these names is known here: {}", asked.join(", "))));
+        let caller = connection.caller().await?;
+        let mut trust = self.trust.clone();
+        let known = self.known(&asked, &caller.identity, &trust.borrow_and_update());
+        if known.is_empty() {
+            let asked: Vec<_> = asked.iter().map(|name| names::excerpt(name).escape_debug().to_string()).collect();
+            return Err(Status::not_found(format!("none of these names is known here: {}", asked.join(", "))));
+        }
+        let lease = known
+            .iter()
+            .any(|(_, t)| *t == Target::Certificate)
+            .then(|| self.store.lease(&caller.identity, Demand::Now, caller.attested.workload.pod().cloned()));
+        let mut material = lease.as_ref().map(Lease::watch);
+        loop {
+            let view = self.view(lease.as_ref(), &trust);
+            let missing = known.iter().any(|(_, target)| view.version(target).is_none());
+            if !missing || end <= Instant::now() {
+                return self.fetched(&caller, &known, &view);
             }
-            let lease = known
-                .iter()
-                .any(|(_, t)| *t == Target::Certificate)
-                .then(|| self.store.lease(&caller.identity, Demand::Now, caller.attested.workload.pod().cloned()));
-            let mut material = lease.as_ref().map(Lease::watch);
-            let end = Instant::now() + wait;
-            loop {
-                let view = self.view(lease.as_ref(), &trust);
-                let missing = known.iter().any(|(_, target)| view.version(target).is_none());
-                if !missing || end <= Instant::now() {
-                    return self.fetched(&caller, &known, &view);
-                }
-                tokio::select! {
-                    () = caller.attested.gone.cancelled() => return Err(ended()),
-                    () = news(material.as_mut()) => {}
-                    Ok(()) = trust.changed() => {}
-                    () = tokio::time::sleep_until(end) => {}
-                }
+            tokio::select! {
+                () = caller.attested.gone.cancelled() => return Err(ended()),
+                () = news(material.as_mut()) => {}
+                Ok(()) = trust.changed() => {}
+                () = tokio::time::sleep_until(end) => {}
             }
-        };
-        tokio::select! {
-            () = self.drain.cancelled() => Err(closing()),
-            () = tokio::time::sleep(wait + HEADROOM / 2) => Err(Status::unavailable("the caller is not yet known")),
-            result = answer => result,
         }
     }
 
     fn known(&self, names: &[String], identity: &Identity, bundles: &BundleSet) -> Vec<(String, Target)> {
-        let known = |target: &Target| match target {
-            Target::Unknown => false,
-            Target::FederatedBundle(domain) => bundles.federated.contains_key(domain),
-            Target::Certificate | Target::OwnBundle => true,
-        };
         let mut out: Vec<(String, Target)> = Vec::with_capacity(names.len());
         for name in names {
             let target = self.directory.target(name, identity);
-            if known(&target) && !out.iter().any(|(n, _)| n == name) {
+            if is_known(&target, bundles) && !out.iter().any(|(n, _)| n == name) {
                 out.push((name.clone(), target));
             }
         }
@@ -279,14 +283,14 @@ impl Stream<'_> {
             if self.caller.attested.gone.is_cancelled() {
                 return Err(ended());
             }
-            self.answer(&view, trigger).await;
+            self.answer(&view, trigger).await?;
             if !asking && self.is_settled(&view) {
                 return Ok(());
             }
             let caller = self.caller.clone();
             tokio::select! {
                 () = caller.attested.gone.cancelled() => return Err(ended()),
-                () = self.service.drain.cancelled() => return Err(closing()),
+                () = self.service.drain.cancelled() => return Err(grpc::closing()),
                 request = read(incoming, self.face), if asking => {
                     trigger = Trigger::subscribe;
                     match request? {
@@ -385,15 +389,17 @@ impl Stream<'_> {
     }
 
     fn is_settled(&self, view: &View) -> bool {
-        // For an unknown name nothing will ever come.
-        self.state.is_settled(|name| self.target(name) != Target::Unknown, |name| view.version(&self.target(name)))
+        // For a name that is not known nothing will come.
+        self.state.is_settled(|name| is_known(&self.target(name), &view.bundles), |name| view.version(&self.target(name)))
     }
 
-    /// Sends what is due.
-    async fn answer(&mut self, view: &View, trigger: Trigger) {
+    /// Sends what is due. A workload that ends meanwhile does not get the rest of it.
+    async fn answer(&mut self, view: &View, trigger: Trigger) -> Result<(), Status> {
         let held = self.held(&view.bundles);
         let (directory, caller) = (&self.service.directory, &self.caller);
-        let Some(Due { nonce, names }) = self.state.due(|name| view.version(&directory.target(name, &caller.identity))) else { return };
+        let Some(Due { nonce, names }) = self.state.due(|name| view.version(&directory.target(name, &caller.identity))) else {
+            return Ok(());
+        };
         let mut resources = Vec::with_capacity(names.len());
         let mut kinds = Vec::with_capacity(names.len());
         for (name, _) in &names {
@@ -406,9 +412,9 @@ impl Stream<'_> {
         if !std::mem::replace(&mut self.answered, true) {
             self.service.metrics.first_secret(trigger == Trigger::subscribe, self.started.elapsed());
         }
-        let watches_certificate = self.lease.is_some();
-        let sent_stem = view.svid.as_ref().map(|svid| stem(svid.version()).to_owned());
-        let stem = sent_stem.or_else(|| held.map(|held| held.stem())).filter(|_| watches_certificate);
+        // Of the certificate that is in this response, or that the client keeps. One that it rejected is neither.
+        let sent = names.iter().find(|(name, _)| self.target(name) == Target::Certificate);
+        let stem = sent.map(|(_, version)| stem(version).to_owned()).or_else(|| held.map(|held| held.stem()));
         let version = secret::response_version(stem.as_deref(), names.iter().map(|(n, v)| (&**n, &**v)));
         let identity = &self.caller.identity;
         debug!(%identity, workload = %self.caller.attested.workload, nonce, ?kinds, version, "pushed to the client");
@@ -416,7 +422,23 @@ impl Stream<'_> {
             self.sent.pop_front();
         }
         self.sent.push_back((nonce, Instant::now(), kinds));
-        self.sender.send(secret::response(self.face, &version, &nonce.to_string(), resources)).await;
+        tokio::select! {
+            biased;
+            () = self.caller.attested.gone.cancelled() => {
+                self.sender.take_back();
+                Err(ended())
+            }
+            () = self.sender.send(secret::response(self.face, &version, &nonce.to_string(), resources)) => Ok(()),
+        }
+    }
+}
+
+/// Whether `target` will have an answer, now or soon: a certificate can be issued, and the own bundle comes.
+fn is_known(target: &Target, bundles: &BundleSet) -> bool {
+    match target {
+        Target::Unknown => false,
+        Target::FederatedBundle(domain) => bundles.federated.contains_key(domain),
+        Target::Certificate | Target::OwnBundle => true,
     }
 }
 
@@ -474,10 +496,6 @@ fn violation(error: &Violation) -> Status {
         Violation::TypeUrl(_) => Status::invalid_argument(error.to_string()),
         Violation::TooManyNames(_) => Status::resource_exhausted(error.to_string()),
     }
-}
-
-fn closing() -> Status {
-    Status::unavailable("the agent is shutting down")
 }
 
 fn ended() -> Status {

@@ -15,7 +15,10 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use crate::{material::Face, sds::names::WILDCARD};
+use crate::{
+    material::Face,
+    sds::names::{self, WILDCARD},
+};
 
 /// The only type of resource that is served.
 pub const TYPE_URL: &str = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret";
@@ -67,7 +70,7 @@ impl Default for Names {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Violation {
     /// Another resource type.
-    #[error("type_url {0:?} is not served here; this socket serves {TYPE_URL}")]
+    #[error("type_url {:?} is not served here; this socket serves {TYPE_URL}", names::excerpt(.0))]
     TypeUrl(String),
     /// More names than the limit.
     #[error("more than {0} resource names on one stream")]
@@ -200,15 +203,16 @@ impl StreamState {
     fn replace(&mut self, first: bool, names: &[String], version: &str) -> Result<(), Violation> {
         let brought = Some(version).filter(|v| first && !v.is_empty());
         let names = if first && names.is_empty() { vec![WILDCARD.to_owned()] } else { names.to_vec() };
-        let mut next: Vec<Watch> = Vec::with_capacity(names.len());
+        let mut next: Vec<Watch> = Vec::new();
         for name in self.expand(&names) {
             if next.iter().any(|w| w.name == name) {
                 continue;
             }
+            // Before the next one: every name is compared with those before it, and a message has room for a hundred thousand.
+            if next.len() >= self.limit {
+                return Err(Violation::TooManyNames(self.limit));
+            }
             next.push(self.watches.iter().find(|w| w.name == name).cloned().unwrap_or_else(|| Watch::new(&name, brought)));
-        }
-        if next.len() > self.limit {
-            return Err(Violation::TooManyNames(self.limit));
         }
         self.watches = next;
         Ok(())
@@ -227,16 +231,18 @@ impl StreamState {
         let wildcard = [WILDCARD.to_owned()];
         let subscribe = if first && subscribe.is_empty() { &wildcard } else { subscribe };
         for name in self.expand(subscribe) {
+            let full = self.watches.len() >= self.limit;
             match self.watches.iter_mut().find(|w| w.name == name) {
                 // Delta: subscribing again asks for the resource again (a client that has lost it does so).
                 Some(watch) => (watch.sent, watch.brought) = (None, None),
+                None if full => return Err(Violation::TooManyNames(self.limit)),
                 None => {
                     let brought = versions.get(&*name).map(String::as_str).filter(|v| first && !v.is_empty());
                     self.watches.push(Watch::new(&name, brought));
                 }
             }
         }
-        if self.watches.len() > self.limit { Err(Violation::TooManyNames(self.limit)) } else { Ok(()) }
+        Ok(())
     }
 
     fn expand(&self, names: &[String]) -> Vec<Box<str>> {

@@ -60,6 +60,11 @@ impl Metrics {
         self.rejected.get_or_create(&ReasonLabel { reason }).inc();
     }
 
+    #[cfg(test)]
+    pub(super) fn rejections(&self, reason: Rejection) -> u64 {
+        self.rejected.get_or_create(&ReasonLabel { reason }).get()
+    }
+
     /// Counts a connection as open until the answer is dropped.
     pub(super) fn connected(&self) -> Open {
         self.accepted.inc();

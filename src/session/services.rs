@@ -66,7 +66,7 @@ impl Services {
         let service = path.strip_prefix('/').and_then(|p| p.split_once('/')).map_or("", |(service, _)| service);
         if let Some((_, other)) = self.others.iter().find(|(name, _)| *name == service) {
             let Ok(response) = other.clone().oneshot(request).await;
-            return response.map(Body::from);
+            return response.map(|body| Body::tonic(body, self.sds.drain.clone()));
         }
         let unknown = Status::unimplemented("this socket serves SDS v3, health and reflection");
         self.sds.call(connection, request).await.unwrap_or_else(|| grpc::unary(Err(unknown)))

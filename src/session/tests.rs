@@ -1,1 +1,7 @@
+//! Layer three: real sockets and real time. Nothing is waited for but events, and those not for ever.
 
+mod arrivals;
+mod bench;
+mod calls;
+mod ends;
+mod link;

@@ -99,7 +99,8 @@ async fn a_pod_that_is_deleted_loses_its_stream_and_its_key() {
     assert_eq!(code, Some(77), "{words}");
     assert_eq!(words, "sds-agent: the server has no identity for this process: the workload has ended\n");
     let refusal = workload.refusal(&agent, "3s").await;
-    assert_eq!(refusal.code, 69, "{refusal:?}");
+    // A UID that has gone never comes back.
+    assert_eq!(refusal.code, 77, "{refusal:?}");
 
     eventually("the certificate is forgotten", PATIENCE, async || match agent.certificate(&workload.id()).await {
         None => Ok(()),

@@ -16,6 +16,7 @@ mod support;
 
 mod bad_caller;
 mod bad_upstream;
+mod csi;
 mod dev;
 mod envoy_cert_manager;
 mod envoy_embedded;

@@ -85,6 +85,11 @@ impl Index {
         self.pods.len()
     }
 
+    /// Whether a pod with this UID was here and was deleted.
+    pub(super) fn has_gone(&self, uid: &str) -> bool {
+        self.deleted.iter().any(|gone| &**gone == uid)
+    }
+
     /// The pods that wait to be confirmed.
     pub(super) fn doubts(&self) -> HashSet<Arc<str>> {
         self.doubtful.clone()

@@ -121,7 +121,14 @@ async fn the_token_is_cancelled_when_the_pod_is_deleted_or_terminal_but_not_whil
     assert!(timeout(MINUTE, a.gone.cancelled()).await.is_err());
     world.api.remove("pods", "shop", "a");
     soon(a.gone.cancelled()).await;
-    assert_eq!(soon(world.pods.wait_for("u-a")).await.unwrap_err().reason, Reason::unknown_pod);
+    let lists = world.api.count("list", "pods");
+    let error = soon(world.pods.wait_for("u-a")).await.unwrap_err();
+    assert_eq!((error.reason, error.temporary), (Reason::pod_ended, false));
+    assert_eq!(
+        world.api.count("list", "pods"),
+        lists,
+        "containers that outlive their pod do not make the agent read all pods again and again"
+    );
 
     world.api.change("pods", "shop", "b", |o| o["status"]["phase"] = json!("Succeeded"));
     soon(b.gone.cancelled()).await;
@@ -172,7 +179,7 @@ async fn a_deleted_pod_does_not_come_back_with_an_old_list_and_its_name_may() {
     world.api.forget_history();
     world.api.cut_watches(false);
     world.api.until("relist and confirmation", |api| (api.count("list", "pods") >= 3).then_some(())).await;
-    assert_eq!(soon(world.pods.wait_for("u-1")).await.unwrap_err().reason, Reason::unknown_pod);
+    assert_eq!(soon(world.pods.wait_for("u-1")).await.unwrap_err().reason, Reason::pod_ended);
     assert!(!second.gone.is_cancelled());
 }
 

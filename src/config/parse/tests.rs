@@ -6,7 +6,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::{
-    config::{CertManager, IssuerConfig, IssuerRef, RequestNamespace},
+    config::{CertManager, IssuerConfig, IssuerRef, PerPod, RequestNamespace, SharedSocket},
     identity::{IssuerName, KeyType, PodRef},
 };
 
@@ -79,7 +79,8 @@ fn the_sample_of_the_design_is_understood_and_says_what_the_defaults_say() {
         trust_status_ca: false,
     });
     assert_eq!(config.issuers, BTreeMap::from([(IssuerName("default".into()), issuer)]));
-    assert_eq!(config.shared_socket, SharedSocket { path: "/run/sds-agent/sds.sock".into(), mode: 0o666 });
+    let shared = SharedSocket { path: "/run/sds-agent/sds.sock".into(), mode: 0o666 };
+    assert_eq!((config.shared_socket, config.per_pod), (Some(shared), None));
     assert_eq!(config.default_profile.lifetime, Duration::from_secs(86_400));
     assert_eq!((config.retention, config.drain), (Duration::from_secs(300), Duration::from_secs(10)));
     assert_eq!(config.limits, Limits::default());
@@ -118,7 +119,7 @@ authorityEpoch: 7
     assert_eq!((&*profile.spiffe_id, &*profile.dns_names[0]), ("spiffe://{trustDomain}/user/{uid}", "u{uid}.users.{trustDomain}"));
     assert_eq!((profile.key, profile.renew_at, profile.jitter, profile.epoch), (KeyType::Rsa3072, 0.6, 0.0, 7));
     assert_eq!(profile.lifetime, Duration::from_secs(9000));
-    assert_eq!(config.shared_socket.mode, 0o600);
+    assert_eq!(config.shared_socket.unwrap().mode, 0o600);
     assert_eq!(config.names, Names { certificate: "own".into(), bundle: "roots".into() });
     assert_eq!((config.lock_memory, config.attestation, config.worker_threads), (LockMemory::Never, Attestation::Unix, 3));
     assert_eq!(config.trust_sources, [TrustSource::File { path: "/a.pem".into() }]);
@@ -128,6 +129,28 @@ authorityEpoch: 7
     let limits =
         Limits { connections: 10, streams_per_connection: 20, message_bytes: 70_000, names_per_stream: 5, idle: Duration::from_secs(60) };
     assert_eq!(config.limits, limits);
+}
+
+#[test]
+fn sockets_of_pods_stand_beside_the_shared_one_or_instead_of_it() {
+    let defaults = PerPod {
+        directory: "/run/sds-agent-pods".into(),
+        driver_name: "csi.sds-agent.io".into(),
+        kubelet_directory: "/var/lib/kubelet".into(),
+        wait_for_certificate: Duration::ZERO,
+    };
+    let config = load(&format!("sockets: {{ perPod: {{ enabled: true }} }}\n{LEAST}")).config;
+    assert!(config.shared_socket.is_some());
+    assert_eq!(config.per_pod, Some(defaults));
+
+    let text = "sockets:\n  shared: { enabled: false }\n  perPod: { enabled: true, directory: /run/sds-agent/pods, driverName: sds.example, \
+                kubeletDirectory: /k, waitForCertificate: 5s }\n";
+    let config = load(&format!("{text}{LEAST}")).config;
+    assert_eq!(config.shared_socket, None);
+    let per_pod = config.per_pod.unwrap();
+    assert_eq!(per_pod.driver_socket(), Path::new("/k/plugins/sds.example/csi.sock"));
+    assert_eq!(per_pod.registration_socket(), Path::new("/k/plugins_registry/sds.example-reg.sock"));
+    assert_eq!((per_pod.directory.as_path(), per_pod.wait_for_certificate), (Path::new("/run/sds-agent/pods"), Duration::from_secs(5)));
 }
 
 #[test]

@@ -24,19 +24,32 @@ use crate::{
 
 /// A verdict stands at least so long: orders that fail together ask together.
 const GOOD_FOR: Duration = Duration::from_secs(60);
-/// A refusal is asked about again after this time.
+/// A refusal is asked about again after this time. Where the API server said so, it doubles up to [`GOOD_FOR`]: an issuer that was deleted
+/// makes every node of a cluster ask.
 const BAD_FOR: Duration = Duration::from_secs(5);
 
 /// The last check, shared by all orders.
 #[derive(Default)]
 pub(super) struct Memo(Mutex<State>);
 
-type Check = Shared<BoxFuture<'static, Result<(), Error>>>;
+/// A refusal, and whether it is the API server's own answer and not the lack of one.
+type Answer = Result<(), (Error, bool)>;
+type Check = Shared<BoxFuture<'static, Answer>>;
 
 #[derive(Default)]
 struct State {
     check: Option<(Instant, Check)>,
     doubted: bool,
+    /// How often in a row the API server has refused.
+    refusals: u32,
+}
+
+impl State {
+    /// How long a refusal stands.
+    fn bad_for(&self, answered: bool) -> Duration {
+        let doublings = if answered { self.refusals.min(4) } else { 0 };
+        (BAD_FOR * (1 << doublings)).min(GOOD_FOR)
+    }
 }
 
 impl Memo {
@@ -46,20 +59,22 @@ impl Memo {
             let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
             let standing = state.check.as_ref().filter(|(since, check)| match check.peek() {
                 None => true,
-                Some(Err(_)) => since.elapsed() < BAD_FOR,
+                Some(Err((_, answered))) => since.elapsed() < state.bad_for(*answered),
                 Some(Ok(())) => !state.doubted || since.elapsed() < GOOD_FOR,
             });
             match standing {
                 Some((_, check)) => check.clone(),
                 None => {
                     let (client, issuer) = (client.clone(), issuer.clone());
-                    let new = async move { check(&client, &issuer, namespace.as_deref()).await }.boxed().shared();
-                    *state = State { check: Some((Instant::now(), new.clone())), doubted: false };
+                    let new = async move { look(&client, &issuer, namespace.as_deref()).await }.boxed().shared();
+                    let refused = state.check.as_ref().is_some_and(|(_, last)| matches!(last.peek(), Some(Err((_, true)))));
+                    let refusals = if refused { state.refusals.saturating_add(1) } else { 0 };
+                    *state = State { check: Some((Instant::now(), new.clone())), doubted: false, refusals };
                     new
                 }
             }
         };
-        check.await
+        check.await.map_err(|(error, _)| error)
     }
 
     /// An order failed: perhaps the issuer was changed.
@@ -79,6 +94,10 @@ type AnyIssuer = Object<IssuerSpec, Status>;
 
 /// Checks `issuer`, for requests in `namespace`; without one, only what can be known without.
 pub async fn check(client: &Client, issuer: &IssuerRef, namespace: Option<&str>) -> Result<(), Error> {
+    look(client, issuer, namespace).await.map_err(|(error, _)| error)
+}
+
+async fn look(client: &Client, issuer: &IssuerRef, namespace: Option<&str>) -> Answer {
     if !issuer.group.is_empty() && issuer.group != GROUP {
         tracing::debug!(group = issuer.group, kind = issuer.kind, name = issuer.name, "an external issuer is not checked");
         return Ok(());
@@ -87,10 +106,11 @@ pub async fn check(client: &Client, issuer: &IssuerRef, namespace: Option<&str>)
         "ClusterIssuer" => Kind::ClusterIssuer,
         "Issuer" | "" => Kind::Issuer,
         other => {
-            return Err(Error::Configuration(format!(
+            let error = Error::Configuration(format!(
                 "issuerRef.kind {other:?} does not exist in group {GROUP}: use Issuer or ClusterIssuer, or set issuerRef.group to the group \
                  of an external issuer"
-            )));
+            ));
+            return Err((error, true));
         }
     };
     if kind == Kind::Issuer && namespace.is_none() {
@@ -99,14 +119,17 @@ pub async fn check(client: &Client, issuer: &IssuerRef, namespace: Option<&str>)
     }
     let name = &issuer.name;
     match kind.get(client, name, namespace).await {
-        Ok(found) => judge(kind, name, &found),
+        Ok(found) => judge(kind, name, &found).map_err(|error| (error, true)),
         Err(failure) => match failure.cause {
             Cause::Rbac | Cause::Policy => {
                 tracing::warn!(issuer = name, kind = kind.as_str(), error = %failure, "the issuer cannot be checked; going on without");
                 Ok(())
             }
-            Cause::NotFound => Err(missing(client, kind, name, namespace).await),
-            _ => Err(api_error(&kind.call(name, namespace), failure)),
+            Cause::NotFound => Err((missing(client, kind, name, namespace).await, true)),
+            _ => {
+                let answered = !failure.cause.is_ambiguous();
+                Err((api_error(&kind.call(name, namespace), failure), answered))
+            }
         },
     }
 }

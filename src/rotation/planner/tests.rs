@@ -242,6 +242,19 @@ fn a_forward_jump_renews_and_a_backward_jump_waits_for_the_moment() {
 }
 
 #[test]
+fn nothing_settles_once_a_jump_has_ended_the_old_certificate() {
+    let mut b = Bench::new();
+    b.serve(1, 1000);
+    b.pass(500.0);
+    assert_eq!(b.starts(), [1]);
+    b.issued(1, 1000);
+    assert_eq!(b.actions(), [], "it settles");
+    b.now.wall += Duration::from_secs(600);
+    b.planner.clock_stepped(b.now);
+    assert_eq!(b.actions().first(), Some(&Action::Publish(1)));
+}
+
+#[test]
 fn a_mended_clock_ends_the_waits_that_a_wrong_one_caused() {
     let mut b = Bench::new();
     b.want(1);

@@ -239,6 +239,25 @@ fn another_type_and_too_many_names_end_the_stream() {
 }
 
 #[test]
+fn a_message_full_of_names_costs_no_more_than_the_limit() {
+    let names: Vec<String> = (0..50_000).map(|n| n.to_string()).collect();
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    let begun = std::time::Instant::now();
+    assert_eq!(stream(SOTW).request(sotw(&names, "", "")), Err(Violation::TooManyNames(4)));
+    assert_eq!(stream(DELTA).request(delta(&names, &names, "")), Err(Violation::TooManyNames(4)));
+    let repeated = vec!["default"; 50_000];
+    assert!(stream(SOTW).request(sotw(&repeated, "", "")).is_ok());
+    assert!(begun.elapsed().as_secs() < 2, "{:?}", begun.elapsed());
+}
+
+#[test]
+fn what_a_refusal_repeats_is_short() {
+    let request = Request { type_url: format!("\n{}", "x".repeat(100_000)), ..sotw(&[], "", "") };
+    let message = stream(SOTW).request(request).unwrap_err().to_string();
+    assert!(message.len() < 300 && !message.contains('\n'), "{message}");
+}
+
+#[test]
 fn a_client_that_stopped_asking_is_done_when_all_is_sent() {
     let mut s = stream(SOTW);
     s.request(sotw(&["default"], "", "")).unwrap();

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::{HASTY, failure};
+use super::{HASTY, is_failure};
 use crate::support::{
     agent::Agent,
     cluster::{Cluster, ISSUER},
@@ -83,8 +83,14 @@ async fn without_its_resources_nothing_is_issued_and_nothing_is_lost() {
     }
     let waiting = newcomer.watch(agent.socket());
     for workload in [&served, &newcomer] {
-        let cause = failure(&agent, &workload.id(), PATIENCE).await;
-        assert!(cause.contains("cert-manager's CRDs are not installed in this cluster: install cert-manager"), "{cause}");
+        // While the definition is on its way out, its issuer is what is missing first.
+        let id = workload.id();
+        let says = |line: &Value| {
+            line["cause"]
+                .as_str()
+                .is_some_and(|c| c.contains("cert-manager's CRDs are not installed in this cluster: install cert-manager"))
+        };
+        agent.logs("the missing definitions are told", RETURN, |line| is_failure(line, &id) && says(line)).await;
     }
     assert_eq!(served.fetch(&agent).await["serial"], first["serial"]);
     assert_eq!(stream.updates().len(), 1);

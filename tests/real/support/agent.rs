@@ -43,12 +43,15 @@ impl Launch {
 
     /// `sds-agent run` with its configuration and socket in `dir`. `settings` is YAML without sockets and addresses, which are added.
     pub fn run(dir: &Path, settings: &str) -> Self {
+        let shared = format!("{{ shared: {{ path: {}, mode: \"0666\" }} }}", dir.join("sds.sock").display());
+        Self::run_on(dir, &shared, settings)
+    }
+
+    /// The same with `sockets` as given.
+    pub fn run_on(dir: &Path, sockets: &str, settings: &str) -> Self {
         let (socket, admin, metrics) = (dir.join("sds.sock"), loopback(), loopback());
         let config = dir.join("config.yaml");
-        let yaml = format!(
-            "sockets: {{ shared: {{ path: {}, mode: \"0666\" }} }}\nadmin: {{ address: {admin} }}\nmetrics: {{ address: {metrics} }}\n{settings}",
-            socket.display()
-        );
+        let yaml = format!("sockets: {sockets}\nadmin: {{ address: {admin} }}\nmetrics: {{ address: {metrics} }}\n{settings}");
         fs::write(&config, yaml).expect("the configuration is written");
         let arguments = ["run", "--config", text(&config)].map(str::to_owned).to_vec();
         Self { wrapper: Vec::new(), program: program().to_owned(), arguments, environment: Vec::new(), socket, admin }

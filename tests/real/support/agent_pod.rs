@@ -114,6 +114,15 @@ impl AgentPod {
 
     /// `run` against this cluster as this pod; `settings` is more YAML, such as `certificate`.
     pub fn launch(&self, dir: &Path, settings: &str) -> Launch {
+        self.launched(settings, |settings| Launch::run(dir, settings))
+    }
+
+    /// The same with `sockets` as given.
+    pub fn launch_on(&self, dir: &Path, sockets: &str, settings: &str) -> Launch {
+        self.launched(settings, |settings| Launch::run_on(dir, sockets, settings))
+    }
+
+    fn launched(&self, settings: &str, run: impl FnOnce(&str) -> Launch) -> Launch {
         let (namespace, issuer) = (&self.pod.namespace, &self.issuer);
         let Roots { namespace: roots_namespace, name: roots, key } = &self.roots;
         let settings = format!(
@@ -121,7 +130,7 @@ impl AgentPod {
              issuer: {{ certManager: {{ issuerRef: {issuer}, namespace: {namespace} }} }}\n\
              trust: {{ sources: [ {{ configMap: {{ namespace: {roots_namespace}, name: {roots}, key: {key} }} }} ] }}\n{settings}\n"
         );
-        Launch::run(dir, &settings)
+        run(&settings)
             .env("KUBECONFIG", self.kubeconfig.to_str().expect("a plain path"))
             .env("NODE_NAME", &self.node)
             .env("POD_NAMESPACE", namespace)

@@ -100,6 +100,11 @@ impl Cluster {
         self.run_pod(namespace, &json!({"metadata": {"name": name}, "spec": spec(name, Some(node))})).await
     }
 
+    /// A pod of a service account that exists, running on `node`.
+    pub async fn pod_of(&self, namespace: &str, account: &str, name: &str, node: &str) -> Pod {
+        self.run_pod(namespace, &json!({"metadata": {"name": name}, "spec": spec(account, Some(node))})).await
+    }
+
     /// The same, of no node: as long as it is not [bound](Self::bind), no node's agent knows of it.
     pub async fn unbound_pod(&self, namespace: &str, name: &str) -> Pod {
         self.create(&format!("/api/v1/namespaces/{namespace}/serviceaccounts"), &json!({"metadata": {"name": name}})).await;

@@ -64,6 +64,20 @@ pub struct Secret {
 impl Envoy {
     /// Starts one, in a pod's cgroup if given, and waits for its admin interface only.
     pub async fn start(side: Side<'_>, socket: &Path, sds: Sds, cgroup: Option<&PodCgroup>) -> Self {
+        let program = tools::envoy();
+        let command = cgroup.map_or_else(|| Command::new(&program), |cgroup| cgroup.command(&program));
+        Self::start_by(command, side, socket, sds).await
+    }
+
+    /// The same behind other words, such as those that make it a pod.
+    pub async fn start_under(words: &[String], side: Side<'_>, socket: &Path, sds: Sds) -> Self {
+        let (first, words) = words.split_first().expect("at least one word");
+        let mut command = Command::new(first);
+        command.args(words).arg(tools::envoy());
+        Self::start_by(command, side, socket, sds).await
+    }
+
+    async fn start_by(mut command: Command, side: Side<'_>, socket: &Path, sds: Sds) -> Self {
         let name = match side {
             Side::Server { .. } => "server",
             Side::Client { .. } => "client",
@@ -73,8 +87,6 @@ impl Envoy {
         fs::write(&bootstrap, bootstrap_for(name, side, socket, sds).to_string()).expect("the bootstrap is written");
         let address = dir.path().join("admin");
 
-        let program = tools::envoy();
-        let mut command = cgroup.map_or_else(|| Command::new(&program), |cgroup| cgroup.command(&program));
         command.arg("--config-path").arg(&bootstrap);
         command.arg("--admin-address-path").arg(&address);
         command.args(["--use-dynamic-base-id", "--concurrency", "1", "--log-level", "info", "--disable-hot-restart"]);

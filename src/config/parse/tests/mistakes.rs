@@ -35,7 +35,7 @@ fn each_mistake_has_its_sentence() {
         ("trust_domain: a", "trust_domain: is not a field of the configuration; did you mean trustDomain?"),
         ("lifetime: 1h", "lifetime: is not a field of the configuration; did you mean certificate.lifetime?"),
         ("certificate: { lifetme: 1h }", "certificate.lifetme: is not a field of certificate; did you mean lifetime?"),
-        ("sockets: { shared: { zzz: 1 } }", "sockets.shared.zzz: is not a field of sockets.shared; use one of path, mode"),
+        ("sockets: { shared: { zzz: 1 } }", "sockets.shared.zzz: is not a field of sockets.shared; use one of enabled, path, mode"),
         (
             "trustDomain: Cluster.Local",
             r#"trustDomain: "Cluster.Local" is not a trust domain; use 1 to 255 lower-case letters, digits, '.', '-' or '_'"#,
@@ -62,9 +62,30 @@ fn each_mistake_has_its_sentence() {
             r#"sockets.shared.mode: "0066" keeps the agent itself from its socket; begin it with 6, such as "0666" or "0660""#,
         ),
         (
-            "sockets: { perPod: { enabled: true } }",
-            "sockets.perPod.enabled: true asks for a socket in every pod, which this version does not serve; \
-             set it to false and let pods use sockets.shared",
+            "sockets: { shared: { enabled: false } }",
+            "sockets: has neither shared nor perPod enabled, so that nobody is served; enable at least one of them",
+        ),
+        (
+            "sockets: { perPod: { enabled: true, directory: /run/sds-agent/pods } }",
+            r#"sockets.perPod.directory: "/run/sds-agent/pods" lies in the directory of sockets.shared.path, which pods mount: they would find each other's sockets in it; use a directory of its own, such as /run/sds-agent-pods"#,
+        ),
+        (
+            "attestation: unix\nsockets: { perPod: { enabled: true } }",
+            "sockets.perPod.enabled: true needs pods, which `attestation: unix` does not know; set attestation to kubernetes, or this to false",
+        ),
+        (
+            "sockets: { perPod: { directory: /run/../etc } }",
+            r#"sockets.perPod.directory: "/run/../etc" is not written plainly; leave out '.', '..' and doubled or final slashes"#,
+        ),
+        ("sockets: { perPod: { directory: / } }", r#"sockets.perPod.directory: "/" is the whole file system; choose a directory"#),
+        (
+            "sockets: { perPod: { driverName: Sds } }",
+            r#"sockets.perPod.driverName: "Sds" is not the name of a Kubernetes object; use lower-case letters, digits, '-' and '.', with a letter or digit at both ends of each part"#,
+        ),
+        ("sockets: { perPod: { waitForCertificate: 2m } }", r#"sockets.perPod.waitForCertificate: "2m" is too long; use at most 1m"#),
+        (
+            "sockets: { perPod: { enabled: true, kubeletDirectory: /a/very/long/way/to/the/kubelet/that/nobody/takes/anywhere } }",
+            r#"sockets.perPod.kubeletDirectory: "/a/very/long/way/to/the/kubelet/that/nobody/takes/anywhere" leads to sockets whose paths have more than the 100 bytes that the kernel's limit leaves; shorten it, or sockets.perPod.driverName"#,
         ),
         ("attestation: k8s", r#"attestation: "k8s" is not known here; use kubernetes or unix"#),
         (

@@ -128,3 +128,21 @@ async fn an_order_without_a_working_watch_fails_with_its_reason_and_recovers() {
     world.issue(&world.request().await);
     end(task).await.unwrap();
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_missing_right_to_watch_is_asked_about_less_and_less_often() {
+    let api = FakeApi::new();
+    let forbidden = json!({"kind": "Status", "code": 403, "reason": "Forbidden",
+        "message": "certificaterequests.cert-manager.io is forbidden: User \"x\" cannot watch resource \"certificaterequests\""});
+    api.fail("watch", CR, Fault::Status(403, forbidden), usize::MAX);
+    let world = World::with(RequestNamespace::Fixed("sds-agent".into()), issuer_ref(), api);
+    tokio::time::sleep(60 * MINUTE).await;
+    let lists = world.api.count("list", CR);
+    assert!(lists <= 60 * 60 / 15 + 10, "{lists} lists in an hour");
+
+    world.api.heal();
+    timeout(2 * MINUTE, world.issuer.inner.requests.synced()).await.unwrap();
+    let (task, _) = world.order("cart");
+    world.issue(&world.request().await);
+    end(task).await.unwrap();
+}

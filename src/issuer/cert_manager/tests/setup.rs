@@ -124,3 +124,21 @@ async fn the_issuers_own_root_becomes_a_bundle_only_where_the_operator_said_so()
         assert_eq!(trust.subscribe().borrow().own.is_some(), wanted);
     }
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_missing_issuer_is_asked_about_less_often_and_found_within_a_minute() {
+    let issuer_ref = IssuerRef { name: "later".into(), ..issuer_ref() };
+    let world = World::with(RequestNamespace::Fixed("sds-agent".into()), issuer_ref, FakeApi::new());
+    for _ in 0..600 {
+        end(world.order("cart").0).await.unwrap_err();
+        tokio::time::sleep(Duration::from_secs(6)).await;
+    }
+    let asked = world.api.count("get", "clusterissuers");
+    assert!(asked <= 70, "{asked} times in an hour");
+
+    world.api.put("clusterissuers", ready_issuer("ClusterIssuer", "later", json!({"ca": {"secretName": "s"}})));
+    tokio::time::sleep(MINUTE).await;
+    let (task, _) = world.order("cart");
+    world.issue(&world.request().await);
+    end(task).await.unwrap();
+}

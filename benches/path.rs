@@ -1,0 +1,103 @@
+//! The request path and its parts, beside the floor: `cargo bench --bench path`.
+//!
+//! Calls go through the real service on a Unix socket, in the process of their client. Compare what stands in one run only.
+#![allow(clippy::expect_used, clippy::unwrap_used, missing_docs, reason = "a bench may fail loudly; criterion's macros make functions")]
+
+use std::{hint::black_box, os::unix::net::UnixStream, path::Path, sync::Arc, time::SystemTime};
+
+use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
+use sds_agent::{
+    attest::{self, unix::UnixAttestor},
+    caller::{Connection, Desk},
+    identity::Resolver,
+    issuer::{csr, verify},
+    material::{CertificateChain, Face, PrivateKey, Svid},
+    peer::Peer,
+    sds::secret,
+};
+use tokio::{runtime::Runtime, sync::watch};
+use zeroize::Zeroizing;
+
+use self::support::{
+    agent::{self, Timed},
+    client::{self, Ask, FETCH},
+    floor::{self, ECHO},
+};
+
+mod support;
+
+fn runtime() -> Runtime {
+    tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap()
+}
+
+/// Calls through the sockets.
+fn calls(c: &mut Criterion) {
+    let (runtime, directory) = (runtime(), tempfile::tempdir().unwrap());
+    let [agent, floor] = ["agent", "floor"].map(|name| Arc::<Path>::from(directory.path().join(name)));
+    let (agent_client, floor_client) = runtime.block_on(async {
+        agent::start(&agent, Arc::new(UnixAttestor), Timed::new()).await;
+        let mut agent_client = client::connect(&agent).await;
+        let like = client::unary(&mut agent_client, FETCH, Ask::small("default")).await;
+        floor::start(&floor, &like);
+        (agent_client, client::connect(&floor).await)
+    });
+
+    let mut group = c.benchmark_group("fetch, cached");
+    for (name, client, path) in [("agent", &agent_client, FETCH), ("floor", &floor_client, ECHO)] {
+        group.bench_function(name, |b| {
+            b.to_async(&runtime).iter(|| {
+                let mut client = client.clone();
+                async move { client::unary(&mut client, path, Ask::small("default")).await }
+            });
+        });
+    }
+    group.finish();
+
+    let mut group = c.benchmark_group("connect to first answer, 61 KB asked");
+    group.bench_function("agent", |b| b.to_async(&runtime).iter(|| client::first_secret(agent.clone(), "default")));
+    group.bench_function("floor", |b| b.to_async(&runtime).iter(|| floor::first_answer(floor.clone())));
+    group.finish();
+}
+
+/// What the path is made of.
+fn parts(c: &mut Criterion) {
+    let runtime = runtime();
+    let config = agent::config(Path::new("/nowhere/sds.sock"));
+    let (issuer, identity) = (Timed::new(), agent::identity(&config, 0));
+    let roots = issuer.bundle();
+
+    let resolver = Resolver { trust_domain: config.trust_domain.clone(), default_profile: config.default_profile.clone() };
+    let (_sender, resolver) = watch::channel(Arc::new(resolver));
+    let desk = Desk { attestor: Arc::new(UnixAttestor), resolver, metrics: attest::Metrics::default() };
+    let (_theirs, socket) = UnixStream::pair().unwrap();
+    c.bench_function("attest and name", |b| {
+        b.to_async(&runtime).iter(|| async { Connection::new(Peer::of(&socket).unwrap(), desk.clone()).caller().await.unwrap() });
+    });
+
+    c.bench_function("key and CSR, P-256", |b| b.to_async(&runtime).iter(|| csr::generate(&identity)));
+
+    let issued = runtime.block_on(agent::issue(&identity, &issuer));
+    c.bench_function("verify", |b| {
+        b.iter(|| verify::verify(&identity, &issued.key, &issued.chain_pem, Some(&roots), black_box(SystemTime::now())).unwrap());
+    });
+
+    let chain = CertificateChain::from_pem(&issued.chain_pem).unwrap();
+    let fresh = || {
+        let key = PrivateKey::from_pkcs8_der(Zeroizing::new(issued.key.pkcs8_der().to_vec()));
+        let validity = chain.validity;
+        Svid::new(identity.clone(), chain.clone(), key, validity.not_after, validity.not_before, "0123456789abcdef".into())
+    };
+    c.bench_function("encode, first time", |b| {
+        b.iter_batched_ref(fresh, |svid| secret::certificate(svid, Face::StateOfTheWorld, "default"), BatchSize::SmallInput);
+    });
+    let svid = fresh();
+    c.bench_function("encode, again", |b| {
+        b.iter(|| {
+            let resource = secret::certificate(&svid, Face::StateOfTheWorld, "default");
+            secret::response(Face::StateOfTheWorld, svid.version(), "", [resource])
+        });
+    });
+}
+
+criterion_group!(benches, calls, parts);
+criterion_main!(benches);

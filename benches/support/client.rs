@@ -1,0 +1,133 @@
+//! One HTTP/2 connection on a Unix socket as a tonic client, the same for the agent and the floor, and the messages it exchanges.
+
+use std::{
+    path::Path,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use futures::future::BoxFuture;
+use http::{Request, Response, Uri, uri::PathAndQuery};
+use hyper::{
+    body::Incoming,
+    client::conn::http2::{self, SendRequest},
+};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use sds_agent::sds::stream::TYPE_URL;
+use tokio::{net::UnixStream, sync::mpsc};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Streaming, body::Body, client::Grpc};
+use tonic_prost::ProstCodec;
+use tower::Service;
+
+/// `FetchSecrets` of the agent.
+pub const FETCH: &str = "/envoy.service.secret.v3.SecretDiscoveryService/FetchSecrets";
+/// `StreamSecrets` of the agent.
+pub const STREAM: &str = "/envoy.service.secret.v3.SecretDiscoveryService/StreamSecrets";
+
+/// Bytes of `node` in a real Envoy's first request.
+const NODE: usize = 61_000;
+
+/// A `DiscoveryRequest` with its node, which the agent skips.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Ask {
+    #[prost(string, tag = "1")]
+    pub version: String,
+    #[prost(bytes = "bytes", tag = "2")]
+    pub node: Bytes,
+    #[prost(string, repeated, tag = "3")]
+    pub names: Vec<String>,
+    #[prost(string, tag = "4")]
+    pub type_url: String,
+    #[prost(string, tag = "5")]
+    pub nonce: String,
+}
+
+impl Ask {
+    /// 84 bytes on the wire with its prefix.
+    pub fn small(name: &str) -> Self {
+        Self { names: vec![name.to_owned()], type_url: TYPE_URL.to_owned(), ..Self::default() }
+    }
+
+    /// As large as the first request of a real Envoy.
+    pub fn envoy(name: &str) -> Self {
+        Self { node: Bytes::from_static(&[b'n'; NODE]), ..Self::small(name) }
+    }
+
+    /// Accepts `reply`.
+    pub fn ack(name: &str, reply: Reply) -> Self {
+        Self { version: reply.version, nonce: reply.nonce, ..Self::small(name) }
+    }
+}
+
+/// A `DiscoveryResponse` with one resource, left encoded.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Reply {
+    #[prost(string, tag = "1")]
+    pub version: String,
+    #[prost(bytes = "bytes", tag = "2")]
+    pub resource: Bytes,
+    #[prost(string, tag = "5")]
+    pub nonce: String,
+}
+
+/// A client on one connection. Clones share it.
+pub type Client = Grpc<Connection>;
+
+/// The sending half of an HTTP/2 connection.
+#[derive(Debug, Clone)]
+pub struct Connection(SendRequest<Body>);
+
+impl Service<Request<Body>> for Connection {
+    type Response = Response<Incoming>;
+    type Error = hyper::Error;
+    type Future = BoxFuture<'static, Result<Self::Response, Self::Error>>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        self.0.poll_ready(cx)
+    }
+
+    fn call(&mut self, request: Request<Body>) -> Self::Future {
+        Box::pin(self.0.send_request(request))
+    }
+}
+
+/// Connects, and waits for a server that is not there yet.
+pub async fn connect(path: &Path) -> Client {
+    let stream = loop {
+        match UnixStream::connect(path).await {
+            Ok(stream) => break stream,
+            Err(_) => tokio::time::sleep(Duration::from_millis(5)).await,
+        }
+    };
+    let (sender, connection) = http2::handshake(TokioExecutor::new(), TokioIo::new(stream)).await.unwrap();
+    tokio::spawn(connection);
+    Grpc::with_origin(Connection(sender), Uri::from_static("http://localhost"))
+}
+
+/// One unary call.
+pub async fn unary(client: &mut Client, path: &'static str, ask: Ask) -> Reply {
+    client.ready().await.unwrap();
+    let codec = ProstCodec::<Ask, Reply>::default();
+    client.unary(tonic::Request::new(ask), PathAndQuery::from_static(path), codec).await.unwrap().into_inner()
+}
+
+/// Opens a stream; the sender is its client's half.
+pub async fn stream(client: &mut Client, first: Ask) -> (mpsc::Sender<Ask>, Streaming<Reply>) {
+    let (sender, receiver) = mpsc::channel(4);
+    sender.send(first).await.unwrap();
+    client.ready().await.unwrap();
+    let codec = ProstCodec::<Ask, Reply>::default();
+    let request = tonic::Request::new(ReceiverStream::new(receiver));
+    (sender, client.streaming(request, PathAndQuery::from_static(STREAM), codec).await.unwrap().into_inner())
+}
+
+/// What a workload waits for: connect, open a stream as an Envoy does, and take the first secret.
+pub async fn first_secret(path: Arc<Path>, name: &str) {
+    let mut client = connect(&path).await;
+    let (_sender, mut replies) = stream(&mut client, Ask::envoy(name)).await;
+    let reply = replies.message().await.unwrap().unwrap();
+    assert!(!reply.resource.is_empty());
+}

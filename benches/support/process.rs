@@ -1,0 +1,103 @@
+//! A server in a process of its own, so that memory and processor time are the server's alone.
+
+use std::{
+    ffi::OsStr,
+    path::{Path, PathBuf},
+    process::Stdio,
+    time::Duration,
+};
+
+use nix::{
+    sys::resource::{Resource, getrlimit, setrlimit},
+    unistd::{SysconfVar, sysconf},
+};
+use tokio::{
+    io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines},
+    process::{Child, ChildStdin, ChildStdout, Command},
+};
+
+/// A running server. Dropping it kills it.
+pub struct Server {
+    child: Child,
+    input: ChildStdin,
+    output: Lines<BufReader<ChildStdout>>,
+    socket: PathBuf,
+    _directory: tempfile::TempDir,
+}
+
+impl Server {
+    /// Starts `program` with the arguments that `arguments` makes of a socket's path, and waits until it serves there.
+    pub async fn start<A: AsRef<OsStr>>(program: impl AsRef<OsStr>, arguments: impl FnOnce(&Path) -> Vec<A>) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let socket = directory.path().join("sds.sock");
+        let mut child = Command::new(program)
+            .args(arguments(&socket))
+            .env("SDS_AGENT_LOG", "error")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()
+            .unwrap();
+        let output = BufReader::new(child.stdout.take().unwrap()).lines();
+        let input = child.stdin.take().unwrap();
+        while tokio::net::UnixStream::connect(&socket).await.is_err() {
+            assert!(child.try_wait().unwrap().is_none(), "the server has ended");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        Self { child, input, output, socket, _directory: directory }
+    }
+
+    /// Where it serves.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// Sends a line.
+    pub async fn tell(&mut self, line: &str) {
+        self.input.write_all(format!("{line}\n").as_bytes()).await.unwrap();
+    }
+
+    /// Waits for a line.
+    pub async fn hear(&mut self) -> String {
+        self.output.next_line().await.unwrap().unwrap()
+    }
+
+    /// Resident memory in KiB, when it has come to rest.
+    pub async fn resident(&self) -> f64 {
+        let mut last = self.resident_now();
+        loop {
+            tokio::time::sleep(Duration::from_millis(300)).await;
+            let now = self.resident_now();
+            if (now - last).abs() < 64.0 {
+                return now;
+            }
+            last = now;
+        }
+    }
+
+    fn resident_now(&self) -> f64 {
+        let status = std::fs::read_to_string(self.proc("status")).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+        line.trim().trim_end_matches(" kB").parse().unwrap()
+    }
+
+    /// Processor time that it has used, to a hundredth of a second or so.
+    pub fn processor(&self) -> Duration {
+        let stat = std::fs::read_to_string(self.proc("stat")).unwrap();
+        // Counted behind the name, which may hold anything.
+        let fields: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
+        let ticks: u64 = fields[11..13].iter().map(|field| field.parse::<u64>().unwrap()).sum();
+        let rate = sysconf(SysconfVar::CLK_TCK).unwrap().unwrap();
+        Duration::from_secs_f64(ticks as f64 / rate as f64)
+    }
+
+    fn proc(&self, file: &str) -> String {
+        format!("/proc/{}/{file}", self.child.id().unwrap())
+    }
+}
+
+/// Allows this process as many files as it may have.
+pub fn raise_open_files() {
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard).unwrap();
+}

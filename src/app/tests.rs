@@ -1,0 +1,51 @@
+//! Layer three: a whole agent, on real sockets.
+
+use std::time::Duration;
+
+use tokio::time::timeout;
+
+use super::*;
+use crate::{attest::unix::UnixAttestor, clock::SystemClock, config, trust};
+
+/// The configuration of `dev`, with its socket in `directory` and ports that the kernel chooses.
+fn config(directory: &Path) -> Config {
+    let flags = config::Dev { socket: Some(directory.join("sds.sock")), admin: Some(([127, 0, 0, 1], 0).into()), ..config::Dev::default() };
+    config::dev(flags, &|_| None).unwrap()
+}
+
+fn deps(tasks: Vec<BoxFuture<'static, ()>>) -> Deps {
+    Deps {
+        clock: Arc::new(SystemClock),
+        attestor: Arc::new(UnixAttestor),
+        pods: None,
+        issuers: BTreeMap::new(),
+        trust: Trust::new(trust::Metrics::default()),
+        await_bundle: false,
+        tasks,
+        last: CancellationToken::new(),
+    }
+}
+
+#[tokio::test]
+async fn a_part_that_ends_or_panics_ends_the_agent_as_failed() {
+    let parts: [BoxFuture<'static, ()>; 2] = [Box::pin(std::future::ready(())), Box::pin(async { panic!("as told") })];
+    for part in parts {
+        let directory = tempfile::tempdir().unwrap();
+        let shutdown = Shutdown::new(Duration::from_secs(20));
+        let bound = build_with(&config(directory.path()), Base::new(shutdown), deps(vec![part])).await.unwrap();
+        assert!(timeout(Duration::from_secs(20), bound.run()).await.unwrap().is_err());
+    }
+}
+
+#[tokio::test]
+async fn an_agent_that_cannot_start_leaves_its_predecessors_socket_alone() {
+    let directory = tempfile::tempdir().unwrap();
+    let config = config(directory.path());
+    let path = &config.shared_socket.as_ref().unwrap().path;
+    let _predecessor = listener::bind(path, 0o666).unwrap();
+    let taken = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let config = Config { metrics: taken.local_addr().unwrap(), ..config.clone() };
+    let built = build_with(&config, Base::new(Shutdown::new(Duration::ZERO)), deps(Vec::new())).await;
+    assert!(built.unwrap_err().to_string().contains("metrics.address"));
+    tokio::net::UnixStream::connect(path).await.expect("the predecessor answers");
+}

@@ -1,0 +1,360 @@
+//! HTTP/2 from clients that put the path of their socket into `:authority`.
+//!
+//! The kubelet registers plugins so (`%2Fvar%2Flib%2Fkubelet%2F…`), and older ones call drivers so; so do several gRPC libraries. That is
+//! no authority as URIs have it, and the HTTP/2 library resets such a stream before any of our code runs. On a Unix socket the name means
+//! nothing: [`Unnamed`] sits below the library and replaces it in every block of headers, whatever it was. Everything else passes as it
+//! came, and so does a block that cannot be read here: the library judges it.
+//!
+//! The compression's state stays in step: an entry keeps its kind and its name, so both ends count the same entries, and the new value is
+//! the shortest there is, so an entry lives in the library's table for at least as long as in the client's.
+
+use std::{
+    io,
+    pin::Pin,
+    task::{Context, Poll, ready},
+};
+
+use bytes::{Buf, BytesMut};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+/// What a client says first.
+const PREFACE: usize = 24;
+const FRAME_HEADER: usize = 9;
+/// The kind of frame that begins a block of headers.
+const HEADERS: u8 = 1;
+const END_HEADERS: u8 = 0x4;
+const PADDED: u8 = 0x8;
+const PRIORITY: u8 = 0x20;
+/// No frame is longer unless the server says that it may be.
+const LONGEST: usize = 16_384;
+/// The static table's entry of that name.
+const AUTHORITY: usize = 1;
+/// Valid, and as short as can be.
+const NAME: u8 = b'-';
+/// Read at once.
+const CHUNK: usize = 4096;
+
+/// A stream whose HTTP/2 client calls by no name that could be wrong.
+#[derive(Debug)]
+pub struct Unnamed<S> {
+    stream: S,
+    filter: Filter,
+    ready: BytesMut,
+}
+
+impl<S> Unnamed<S> {
+    /// Wraps the server's end of a fresh connection.
+    pub fn new(stream: S) -> Self {
+        Self { stream, filter: Filter::default(), ready: BytesMut::new() }
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Unnamed<S> {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let this = &mut *self;
+        while this.ready.is_empty() {
+            let mut chunk = [0; CHUNK];
+            let mut read = ReadBuf::new(&mut chunk);
+            ready!(Pin::new(&mut this.stream).poll_read(cx, &mut read))?;
+            if read.filled().is_empty() {
+                // The end; what was held back of an unfinished frame is of no use to anybody.
+                return Poll::Ready(Ok(()));
+            }
+            this.filter.pass(read.filled(), &mut this.ready);
+        }
+        let some = this.ready.len().min(buf.remaining());
+        buf.put_slice(&this.ready[..some]);
+        this.ready.advance(some);
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Unnamed<S> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, buf)
+    }
+
+    fn poll_write_vectored(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bufs: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(cx, bufs)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+/// The client's bytes, in whatever pieces they come.
+#[derive(Debug)]
+struct Filter {
+    /// Bytes that pass as they are.
+    through: usize,
+    /// The beginning of a frame that is not whole yet.
+    held: BytesMut,
+}
+
+impl Default for Filter {
+    fn default() -> Self {
+        Self { through: PREFACE, held: BytesMut::new() }
+    }
+}
+
+impl Filter {
+    fn pass(&mut self, mut bytes: &[u8], out: &mut BytesMut) {
+        while !bytes.is_empty() {
+            if self.through > 0 {
+                let some = self.through.min(bytes.len());
+                out.extend_from_slice(&bytes[..some]);
+                self.through -= some;
+                bytes.advance(some);
+                continue;
+            }
+            let wanted = match *self.held {
+                [a, b, c, HEADERS, ..] if self.held.len() >= FRAME_HEADER => FRAME_HEADER + length([a, b, c]),
+                _ => FRAME_HEADER,
+            };
+            let some = (wanted - self.held.len()).min(bytes.len());
+            self.held.extend_from_slice(&bytes[..some]);
+            bytes.advance(some);
+            self.release(out);
+        }
+    }
+
+    /// Passes the held frame on once it is known what it is.
+    fn release(&mut self, out: &mut BytesMut) {
+        let [a, b, c, kind, flags, s0, s1, s2, s3, payload @ ..] = &*self.held else { return };
+        let len = length([*a, *b, *c]);
+        if *kind != HEADERS || len > LONGEST {
+            self.through = len;
+            out.extend_from_slice(&self.held);
+            self.held.clear();
+            return;
+        }
+        if payload.len() < len {
+            return;
+        }
+        match unnamed(payload, *flags) {
+            Some(payload) => {
+                let [_, a, b, c] = u32::try_from(payload.len()).unwrap_or_default().to_be_bytes();
+                out.extend_from_slice(&[a, b, c, *kind, *flags, *s0, *s1, *s2, *s3]);
+                out.extend_from_slice(&payload);
+            }
+            None => out.extend_from_slice(&self.held),
+        }
+        self.held.clear();
+    }
+}
+
+fn length([a, b, c]: [u8; 3]) -> usize {
+    usize::from(a) << 16 | usize::from(b) << 8 | usize::from(c)
+}
+
+/// A HEADERS frame's payload with the authority replaced; none where it cannot be read, or is not whole.
+fn unnamed(payload: &[u8], flags: u8) -> Option<Vec<u8>> {
+    if flags & END_HEADERS == 0 {
+        return None;
+    }
+    let padding = if flags & PADDED != 0 { usize::from(*payload.first()?) } else { 0 };
+    let before = usize::from(flags & PADDED != 0) + if flags & PRIORITY != 0 { 5 } else { 0 };
+    let end = payload.len().checked_sub(padding)?;
+    let mut out = payload.get(..before)?.to_vec();
+    rewrite(payload.get(before..end)?, &mut out)?;
+    out.extend_from_slice(payload.get(end..)?);
+    (out.len() <= LONGEST).then_some(out)
+}
+
+/// RFC 7541, section 6: one representation after the other.
+fn rewrite(block: &[u8], out: &mut Vec<u8>) -> Option<()> {
+    let mut rest = block;
+    while let Some(first) = rest.first() {
+        let from = rest;
+        let (bits, is_literal) = match first.leading_zeros() {
+            0 => (7, false),
+            1 => (6, true),
+            2 => (5, false),
+            _ => (4, true),
+        };
+        let name = integer(&mut rest, bits)?;
+        if is_literal {
+            if name == 0 {
+                string(&mut rest)?;
+            }
+            let value_at = from.len() - rest.len();
+            let is_empty = string(&mut rest)?;
+            if name == AUTHORITY && !is_empty {
+                out.extend_from_slice(&from[..value_at]);
+                // Its length, not compressed, and itself.
+                out.extend_from_slice(&[1, NAME]);
+                continue;
+            }
+        }
+        out.extend_from_slice(&from[..from.len() - rest.len()]);
+    }
+    Some(())
+}
+
+/// Section 5.1: a number that begins in the last `bits` of the first byte.
+fn integer(rest: &mut &[u8], bits: u32) -> Option<usize> {
+    let mask = (1_usize << bits) - 1;
+    let mut value = usize::from(next(rest)?) & mask;
+    if value < mask {
+        return Some(value);
+    }
+    // Three more bytes are far more than a frame holds.
+    for shift in [0, 7, 14] {
+        let byte = next(rest)?;
+        value += usize::from(byte & 0x7f) << shift;
+        if byte & 0x80 == 0 {
+            return Some(value);
+        }
+    }
+    None
+}
+
+/// Section 5.2: a length and so many bytes; whether there are none.
+fn string(rest: &mut &[u8]) -> Option<bool> {
+    let len = integer(rest, 7)?;
+    *rest = rest.get(len..)?;
+    Some(len == 0)
+}
+
+fn next(rest: &mut &[u8]) -> Option<u8> {
+    let (first, others) = rest.split_first()?;
+    *rest = others;
+    Some(*first)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use proptest::prelude::*;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    use super::*;
+
+    const PRI: &[u8; PREFACE] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+
+    fn frame(kind: u8, flags: u8, payload: &[u8]) -> Vec<u8> {
+        let [_, a, b, c] = u32::try_from(payload.len()).unwrap().to_be_bytes();
+        [&[a, b, c, kind, flags, 0, 0, 0, 1], payload].concat()
+    }
+
+    fn passed(bytes: &[u8], piece: usize) -> Vec<u8> {
+        let (mut filter, mut out) = (Filter::default(), BytesMut::new());
+        for bytes in bytes.chunks(piece) {
+            filter.pass(bytes, &mut out);
+        }
+        out.to_vec()
+    }
+
+    /// `:method POST`, `:scheme http`, a path, and an authority as literals of every kind.
+    fn block(authority: &[u8], kind: u8) -> Vec<u8> {
+        let text = |text: &[u8]| [&[u8::try_from(text.len()).unwrap()], text].concat();
+        [&[0x83, 0x86, 0x44][..], &text(b"/a.B/C"), &[kind | 1], &text(authority), &[0x40], &text(b"te"), &text(b"trailers")].concat()
+    }
+
+    #[test]
+    fn the_authority_is_replaced_and_nothing_else_is_touched() {
+        for kind in [0x40, 0x00, 0x10] {
+            let path = b"%2Fvar%2Flib%2Fkubelet%2Fplugins_registry%2Fcsi.sds-agent.io-reg.sock";
+            let settings = frame(4, 0, &[]);
+            let data = frame(0, 1, b"\0\0\0\0\0");
+            let came = [PRI, &*settings, &frame(HEADERS, END_HEADERS, &block(path, kind)), &data].concat();
+            let meant = [PRI, &*settings, &frame(HEADERS, END_HEADERS, &block(&[NAME], kind)), &data].concat();
+            for piece in [1, 2, 7, came.len()] {
+                assert_eq!(passed(&came, piece), meant);
+            }
+        }
+    }
+
+    #[test]
+    fn padding_and_priority_stay_where_they_are() {
+        let flags = END_HEADERS | PADDED | PRIORITY;
+        let around = |block: &[u8]| [&[3, 0x80, 0, 0, 0, 9][..], block, &[0, 0, 0]].concat();
+        let came = [&PRI[..], &frame(HEADERS, flags, &around(&block(b"/a/b", 0x40)))].concat();
+        let meant = [&PRI[..], &frame(HEADERS, flags, &around(&block(&[NAME], 0x40)))].concat();
+        assert_eq!(passed(&came, came.len()), meant);
+    }
+
+    #[test]
+    fn what_cannot_be_read_passes_as_it_came() {
+        let whole = block(b"/a/b", 0x40);
+        for (flags, payload) in [
+            (0, &*whole),
+            (END_HEADERS, &whole[..whole.len() - 1]),
+            (END_HEADERS, &[0x41, 0x7f, 0xff, 0xff, 0xff, 0xff, 0x01]),
+            (END_HEADERS | PADDED, &[200, 0x83]),
+            (END_HEADERS | PADDED, &[]),
+            (END_HEADERS | PRIORITY, &[0, 0]),
+        ] {
+            let came = [&PRI[..], &frame(HEADERS, flags, payload)].concat();
+            assert_eq!(passed(&came, 3), came, "{flags} {payload:?}");
+        }
+    }
+
+    /// Should this fail one day, the library takes such names by itself, and all of this can go.
+    #[tokio::test]
+    async fn without_it_the_library_resets_the_stream() {
+        let (mut client, server) = tokio::io::duplex(1 << 16);
+        let mut connection = h2::server::handshake(server);
+        let mut settings = frame(4, 0, &[]);
+        settings[8] = 0;
+        let path = b"%2Fvar%2Flib";
+        client.write_all(&[&PRI[..], &settings, &frame(HEADERS, END_HEADERS | 1, &block(path, 0x40))].concat()).await.unwrap();
+        client.shutdown().await.unwrap();
+        let mut connection = (&mut connection).await.unwrap();
+        let accepted = tokio::time::timeout(Duration::from_secs(20), connection.accept()).await.unwrap();
+        assert!(accepted.is_none_or(|request| request.is_err()));
+    }
+
+    /// The library itself, with the filter.
+    #[tokio::test]
+    async fn the_library_takes_it_twice_on_one_connection() {
+        let (mut client, server) = tokio::io::duplex(1 << 16);
+        let serving = tokio::spawn(async move {
+            let mut seen = Vec::new();
+            let mut connection = h2::server::handshake(Unnamed::new(server)).await.unwrap();
+            while let Some(request) = connection.accept().await {
+                let (request, mut respond) = request.unwrap();
+                seen.push(request.uri().to_string());
+                respond.send_response(http::Response::new(()), true).unwrap();
+            }
+            seen
+        });
+        let mut second = frame(HEADERS, END_HEADERS | 1, &[0x83, 0x86, 0xbf, 0xbe]);
+        second[8] = 3;
+        // The second refers to what the first has put into the table: the path, then the authority.
+        let first = [&[0x83, 0x86, 0x44, 0x06][..], b"/a.B/C", &[0x41, 0x04], b"/a/b"].concat();
+        let mut settings = frame(4, 0, &[]);
+        settings[8] = 0;
+        let all = [&PRI[..], &settings, &frame(HEADERS, END_HEADERS | 1, &first), &second].concat();
+        client.write_all(&all).await.unwrap();
+        let mut answer = [0; 9];
+        tokio::time::timeout(Duration::from_secs(20), client.read_exact(&mut answer)).await.unwrap().unwrap();
+        client.shutdown().await.unwrap();
+        let seen = tokio::time::timeout(Duration::from_secs(20), serving).await.unwrap().unwrap();
+        assert_eq!(seen, ["http://-/a.B/C", "http://-/a.B/C"]);
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_pass_in_any_pieces_alike(bytes in prop::collection::vec(any::<u8>(), 0..400), piece in 1_usize..50) {
+            let bytes = [&PRI[..], &bytes].concat();
+            prop_assert_eq!(passed(&bytes, piece), passed(&bytes, bytes.len()));
+        }
+
+        #[test]
+        fn any_block_is_read_without_a_panic(block in prop::collection::vec(any::<u8>(), 0..60), flags in any::<u8>()) {
+            let came = [&PRI[..], &frame(HEADERS, flags, &block)].concat();
+            prop_assert_eq!(passed(&came, 5), passed(&came, came.len()));
+        }
+    }
+}

@@ -1,0 +1,93 @@
+//! The section `sockets`: one for all pods, one for each, or both.
+//!
+//! Owns the rules between them: something is served; sockets of pods need pods; and nobody who is given the shared socket's directory
+//! finds other pods' sockets in it.
+
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use serde_json::Value;
+
+use super::{
+    Attestation, PerPod, SharedSocket,
+    error::Wrong,
+    reader::Section,
+    values::{self, LONGEST_SOCKET_PATH},
+};
+
+/// The kubelet gives a call two minutes.
+const LONGEST_WAIT: Duration = Duration::from_secs(60);
+
+/// What is served, of either kind.
+pub type Sockets = (Option<SharedSocket>, Option<PerPod>);
+
+/// Walks the section.
+pub fn walk(sockets: &Section<'_>, attestation: Option<Attestation>) -> Option<Sockets> {
+    let shared = sockets.section("shared", |shared| {
+        let enabled = shared.read("enabled", true, values::boolean);
+        let path = shared.read("path", "/run/sds-agent/sds.sock".into(), values::socket_path);
+        let mode = shared.read("mode", 0o666, values::mode);
+        if mode.is_some_and(|mode| mode & 0o600 != 0o600) {
+            shared.wrong("mode", "keeps the agent itself from its socket", "begin it with 6, such as \"0666\" or \"0660\"");
+        }
+        let socket = SharedSocket { path: path?, mode: mode? };
+        Some(enabled?.then_some(socket))
+    });
+    let per_pod = sockets.section("perPod", |section| per_pod(section, attestation, shared.as_ref().and_then(Option::as_ref)));
+    let (shared, per_pod) = (shared?, per_pod?);
+    if shared.is_none() && per_pod.is_none() {
+        sockets.wrong_here("has neither shared nor perPod enabled, so that nobody is served", "enable at least one of them");
+        return None;
+    }
+    Some((shared, per_pod))
+}
+
+fn per_pod(section: &Section<'_>, attestation: Option<Attestation>, shared: Option<&SharedSocket>) -> Option<Option<PerPod>> {
+    let enabled = section.read("enabled", false, values::boolean);
+    let directory = section.read("directory", "/run/sds-agent-pods".into(), plain_path);
+    let driver_name = section.read("driverName", "csi.sds-agent.io".to_owned(), driver_name);
+    let kubelet_directory = section.read("kubeletDirectory", "/var/lib/kubelet".into(), plain_path);
+    let wait = section.read("waitForCertificate", Duration::ZERO, values::duration(Duration::ZERO..=LONGEST_WAIT));
+    if enabled != Some(true) {
+        return enabled.map(|_| None);
+    }
+    if attestation == Some(Attestation::Unix) {
+        let what = "needs pods, which `attestation: unix` does not know";
+        section.wrong("enabled", what, "set attestation to kubernetes, or this to false");
+    }
+    let inside = |directory: &Path| shared.and_then(|shared| shared.path.parent()).is_some_and(|other| directory.starts_with(other));
+    if directory.as_deref().is_some_and(inside) {
+        let what = "lies in the directory of sockets.shared.path, which pods mount: they would find each other's sockets in it";
+        section.wrong("directory", what, "use a directory of its own, such as /run/sds-agent-pods");
+    }
+    let per_pod =
+        PerPod { directory: directory?, driver_name: driver_name?, kubelet_directory: kubelet_directory?, wait_for_certificate: wait? };
+    let longest = [per_pod.driver_socket(), per_pod.registration_socket()].map(|path| path.as_os_str().len()).into_iter().max();
+    if longest.is_some_and(|len| len > LONGEST_SOCKET_PATH) {
+        let what = format!("leads to sockets whose paths have more than the {LONGEST_SOCKET_PATH} bytes that the kernel's limit leaves");
+        section.wrong("kubeletDirectory", what, "shorten it, or sockets.perPod.driverName");
+        return None;
+    }
+    Some(Some(per_pod))
+}
+
+/// An absolute path without a step back or sideways.
+fn plain_path(value: &Value) -> Result<PathBuf, Wrong> {
+    let path = values::absolute_path(value)?;
+    let plain: PathBuf = path.components().collect();
+    // Components leave out `.` and doubled slashes; what differs then has them.
+    let is_plain = plain.as_os_str() == path.as_os_str() && !path.components().any(|c| c.as_os_str() == "..");
+    match path.parent() {
+        None => Err(Wrong::new("is the whole file system", "choose a directory")),
+        Some(_) if is_plain => Ok(path),
+        Some(_) => Err(Wrong::new("is not written plainly", "leave out '.', '..' and doubled or final slashes")),
+    }
+}
+
+/// A name that the Container Storage Interface takes.
+fn driver_name(value: &Value) -> Result<String, Wrong> {
+    let name = values::object_name(value)?;
+    if name.len() > 63 { Err(Wrong::new("is longer than 63 bytes", "choose a shorter name")) } else { Ok(name) }
+}

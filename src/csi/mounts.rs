@@ -1,0 +1,330 @@
+//! A volume's directory, mounted where the kubelet wants it: read-only, and without set-user-id programs, devices or programs at all.
+//!
+//! The flags have to be there when the mount appears. In a container with `Bidirectional` propagation the host gets a copy of each new
+//! mount, from which the pod's is made; flags that are set on ours afterwards never reach that copy, and the pod could write. So the
+//! whole directory is mounted once, read-only, on a place in itself, the view, and what is attached to a target is cut out of the view
+//! with its flags. Targets are reached without following a symbolic link below the kubelet's directory.
+
+use std::{
+    io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::{Path, PathBuf},
+};
+
+use rustix::{
+    fs::{AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags, StatVfsMountFlags, StatxAttributes, StatxFlags},
+    io::Errno,
+    mount::{MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags},
+};
+
+use tracing::warn;
+
+use super::{
+    directory::{Leaf, VIEW},
+    volume::Place,
+};
+
+/// The kubelet makes directories so.
+const TARGET_MODE: u32 = 0o750;
+/// Nobody stacks more on one target; a bound so that nothing goes on for ever.
+const STACKED: usize = 32;
+
+/// Why a volume cannot be mounted or unmounted.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The kubelet's directory for the volume is not there.
+    #[error("{0} is not there; is sockets.perPod.kubeletDirectory mounted at its own path in the agent's container?")]
+    NoParent(PathBuf),
+    /// A link, a file, or another mount.
+    #[error("{path} {why}")]
+    Occupied {
+        /// The target.
+        path: PathBuf,
+        /// What is in the way.
+        why: &'static str,
+    },
+    /// The kernel refuses.
+    #[error("cannot {action} {path}: {cause}{}", hint(cause))]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// With what.
+        path: PathBuf,
+        /// The answer.
+        cause: io::Error,
+    },
+}
+
+fn hint(cause: &io::Error) -> &'static str {
+    if cause.raw_os_error() == Some(libc::EPERM) { "; the agent's container has to be privileged to mount" } else { "" }
+}
+
+fn refused(action: &'static str, path: &Path) -> impl FnOnce(Errno) -> Error {
+    let path = path.to_owned();
+    move |cause| Error::Io { action, path, cause: cause.into() }
+}
+
+/// What is at a target.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Target {
+    /// Nothing.
+    Absent,
+    /// A directory, with nothing mounted on it.
+    Plain,
+    /// The volume's own directory, mounted as it has to be.
+    Ours,
+    /// Something is mounted.
+    Other,
+}
+
+/// The mounts of this driver.
+#[derive(Debug)]
+pub struct Mounts {
+    /// The directory of all sockets.
+    directory: PathBuf,
+    kubelet: PathBuf,
+}
+
+impl Mounts {
+    /// Mounts what is below `directory` on targets below `kubelet`.
+    pub fn new(directory: &Path, kubelet: &Path) -> Self {
+        Self { directory: directory.to_owned(), kubelet: kubelet.to_owned() }
+    }
+
+    fn view(&self) -> PathBuf {
+        self.directory.join(VIEW)
+    }
+
+    /// Sees that the view is there.
+    pub fn prepare(&self) -> Result<(), Error> {
+        let view = self.view();
+        match rustix::fs::mkdir(&view, Mode::from_raw_mode(0o700)) {
+            Ok(()) | Err(Errno::EXIST) => {}
+            Err(error) => return Err(refused("make", &view)(error)),
+        }
+        let source = open(CWD, &self.directory).map_err(refused("open", &self.directory))?;
+        let id = identity(source.as_fd(), &self.directory)?;
+        if is_view(&view, id)? {
+            return Ok(());
+        }
+        // Something else, or one that can be written: from a process that was killed between the two steps.
+        unmount_all(&view)?;
+        rustix::mount::mount_bind(&self.directory, &view).map_err(refused("mount the view", &view))?;
+        let guarded = rustix::mount::mount_change(&view, MountPropagationFlags::PRIVATE)
+            .and_then(|()| rustix::mount::mount_remount(&view, MountFlags::BIND | guarded(), c""))
+            .map_err(refused("make read-only", &view));
+        if guarded.is_err() {
+            let _ = rustix::mount::unmount(&view, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW);
+        }
+        guarded
+    }
+
+    /// Warns where what is mounted here would not be seen on the host.
+    pub fn check_propagation(&self) {
+        let pods = self.kubelet.join("pods");
+        let Ok(table) = std::fs::read_to_string("/proc/self/mountinfo") else { return };
+        if is_shared(&table, &pods) == Some(false) {
+            warn!(
+                path = %pods.display(),
+                "what the agent mounts here is seen in its own mount namespace alone; in a container give the volume mountPropagation: \
+                 Bidirectional, or pods find an empty directory"
+            );
+        }
+    }
+
+    /// Takes the view away. Mounts on targets stay.
+    pub fn finish(&self) {
+        let view = self.view();
+        let _ = rustix::mount::unmount(&view, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW);
+        let _ = rustix::fs::rmdir(&view);
+    }
+
+    /// Whether `leaf` is mounted on its target.
+    pub fn is_attached(&self, place: &Place, leaf: (u64, u64)) -> Result<bool, Error> {
+        Ok(match self.parent(place)? {
+            Some(parent) => self.look(place, parent.as_fd(), Some(leaf))? == Target::Ours,
+            None => false,
+        })
+    }
+
+    /// Mounts `leaf` on its target; one that is mounted there stays. Nothing is left behind on an error.
+    pub fn attach(&self, place: &Place, leaf: &Leaf) -> Result<(), Error> {
+        let path = self.path(place);
+        let parent = self.parent(place)?.ok_or_else(|| Error::NoParent(path.parent().unwrap_or(&path).to_owned()))?;
+        let name = place.target().1;
+        let is_new = match self.look(place, parent.as_fd(), Some(leaf.id))? {
+            Target::Ours => return Ok(()),
+            Target::Other => return Err(Error::Occupied { path, why: "has something else mounted on it" }),
+            Target::Plain => false,
+            Target::Absent => {
+                rustix::fs::mkdirat(&parent, name, Mode::from_raw_mode(TARGET_MODE)).map_err(refused("make", &path))?;
+                true
+            }
+        };
+        let attached = self.cut(place, leaf).and_then(|tree| {
+            rustix::mount::move_mount(&tree, c"", &parent, name, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
+                .map_err(refused("mount on", &path))
+        });
+        if attached.is_err() && is_new {
+            let _ = rustix::fs::unlinkat(&parent, name, AtFlags::REMOVEDIR);
+        }
+        attached
+    }
+
+    /// A mount of `leaf`, on nothing yet.
+    fn cut(&self, place: &Place, leaf: &Leaf) -> Result<OwnedFd, Error> {
+        self.prepare()?;
+        let source = self.view().join(&*place.uid).join(leaf.path.file_name().unwrap_or_default());
+        let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+        let tree = rustix::mount::open_tree(CWD, &source, flags).map_err(refused("cut out of the view", &source))?;
+        if identity(tree.as_fd(), &source)? != leaf.id || !is_guarded(tree.as_fd(), &source)? {
+            return Err(Error::Occupied { path: source, why: "is not the read-only view of the volume's directory" });
+        }
+        Ok(tree)
+    }
+
+    /// Unmounts whatever is on the target and removes it; one that is not there is removed already.
+    pub fn detach(&self, place: &Place) -> Result<(), Error> {
+        let path = self.path(place);
+        let Some(parent) = self.parent(place)? else { return Ok(()) };
+        if self.look(place, parent.as_fd(), None)? != Target::Absent {
+            unmount_all(&path)?;
+        }
+        match rustix::fs::unlinkat(&parent, place.target().1, AtFlags::REMOVEDIR) {
+            // What somebody put there below the mount is theirs.
+            Ok(()) | Err(Errno::NOENT | Errno::NOTEMPTY | Errno::EXIST) => Ok(()),
+            Err(error) => Err(refused("remove", &path)(error)),
+        }
+    }
+
+    fn path(&self, place: &Place) -> PathBuf {
+        let (directory, name) = place.target();
+        self.kubelet.join(directory).join(name)
+    }
+
+    /// The directory that holds the target. The kubelet's own may be reached by a link, as the operator named it.
+    fn parent(&self, place: &Place) -> Result<Option<OwnedFd>, Error> {
+        let (directory, _) = place.target();
+        let path = self.kubelet.join(&directory);
+        let kubelet = match open(CWD, &self.kubelet) {
+            Err(Errno::NOENT) => return Ok(None),
+            opened => opened.map_err(refused("open", &self.kubelet))?,
+        };
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
+        match rustix::fs::openat2(&kubelet, &directory, flags, Mode::empty(), resolve) {
+            Ok(parent) => Ok(Some(parent)),
+            Err(Errno::NOENT) => Ok(None),
+            Err(Errno::LOOP | Errno::NOTDIR | Errno::XDEV) => {
+                Err(Error::Occupied { path, why: "has a symbolic link or a file on the way" })
+            }
+            Err(error) => Err(refused("open", &path)(error)),
+        }
+    }
+
+    fn look(&self, place: &Place, parent: BorrowedFd<'_>, leaf: Option<(u64, u64)>) -> Result<Target, Error> {
+        let path = self.path(place);
+        let fd = match open(parent, Path::new(place.target().1)) {
+            Err(Errno::NOENT) => return Ok(Target::Absent),
+            Err(Errno::NOTDIR | Errno::LOOP) => return Err(Error::Occupied { path, why: "is a symbolic link or no directory" }),
+            opened => opened.map_err(refused("open", &path))?,
+        };
+        if !is_mounted(fd.as_fd(), &path)? {
+            return Ok(Target::Plain);
+        }
+        let is_ours = leaf.is_some() && leaf == Some(identity(fd.as_fd(), &path)?) && is_guarded(fd.as_fd(), &path)?;
+        Ok(if is_ours { Target::Ours } else { Target::Other })
+    }
+}
+
+fn is_view(view: &Path, id: (u64, u64)) -> Result<bool, Error> {
+    let fd = open(CWD, view).map_err(refused("open", view))?;
+    Ok(is_mounted(fd.as_fd(), view)? && identity(fd.as_fd(), view)? == id && is_guarded(fd.as_fd(), view)?)
+}
+
+/// Whether mounts below `path` reach others, by the table of mounts: the last of the longest mount points above it decides.
+fn is_shared(table: &str, path: &Path) -> Option<bool> {
+    let mut deepest = (0, None);
+    for line in table.lines() {
+        // id, parent, device, root, mount point, options, tags … - type, source, options
+        let mut fields = line.split(' ').skip(4);
+        let Some(point) = fields.next() else { continue };
+        let depth = Path::new(point).components().count();
+        if path.starts_with(point) && depth >= deepest.0 {
+            deepest = (depth, Some(fields.skip(1).take_while(|field| *field != "-").any(|tag| tag.starts_with("shared:"))));
+        }
+    }
+    deepest.1
+}
+
+fn guarded() -> MountFlags {
+    MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC
+}
+
+fn open(parent: impl AsFd, path: &Path) -> rustix::io::Result<OwnedFd> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    rustix::fs::openat(parent, path, flags, Mode::empty())
+}
+
+/// Whether `fd` is the root of a mount.
+fn is_mounted(fd: BorrowedFd<'_>, path: &Path) -> Result<bool, Error> {
+    let stat = rustix::fs::statx(fd, c"", AtFlags::EMPTY_PATH, StatxFlags::TYPE).map_err(refused("look at", path))?;
+    if !stat.stx_attributes_mask.contains(StatxAttributes::MOUNT_ROOT) {
+        // Linux tells since 5.8.
+        return Err(refused("tell mounts at", path)(Errno::NOSYS));
+    }
+    Ok(stat.stx_attributes.contains(StatxAttributes::MOUNT_ROOT))
+}
+
+fn identity(fd: BorrowedFd<'_>, path: &Path) -> Result<(u64, u64), Error> {
+    let stat = rustix::fs::fstat(fd).map_err(refused("look at", path))?;
+    if FileType::from_raw_mode(stat.st_mode) != FileType::Directory {
+        return Err(refused("use", path)(Errno::NOTDIR));
+    }
+    Ok((stat.st_dev, stat.st_ino))
+}
+
+/// Whether nothing can be written, and nothing that is found be dangerous.
+fn is_guarded(fd: BorrowedFd<'_>, path: &Path) -> Result<bool, Error> {
+    let flags = rustix::fs::fstatvfs(fd).map_err(refused("look at", path))?.f_flag;
+    use StatVfsMountFlags as Flags;
+    Ok(flags.contains(Flags::RDONLY | Flags::NOSUID | Flags::NODEV | Flags::NOEXEC))
+}
+
+/// Unmounts everything that is stacked on `path`. What is still in use goes when its last user goes.
+fn unmount_all(path: &Path) -> Result<(), Error> {
+    for _ in 0..STACKED {
+        {
+            let fd = open(CWD, path).map_err(refused("open", path))?;
+            if !is_mounted(fd.as_fd(), path)? {
+                return Ok(());
+            }
+        }
+        let unmounted = match rustix::mount::unmount(path, UnmountFlags::NOFOLLOW) {
+            Err(Errno::BUSY) => rustix::mount::unmount(path, UnmountFlags::NOFOLLOW | UnmountFlags::DETACH),
+            unmounted => unmounted,
+        };
+        unmounted.map_err(refused("unmount", path))?;
+    }
+    Err(Error::Occupied { path: path.to_owned(), why: "has too many mounts stacked on it" })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_deepest_mount_above_a_path_tells_whether_mounts_below_it_are_shared() {
+        let table = "21 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw\n\
+                     30 21 0:40 / /var rw,relatime - tmpfs none rw\n\
+                     31 30 8:1 /k /var/lib/kubelet/pods rw,relatime shared:7 master:2 - ext4 /dev/sda1 rw\n\
+                     32 30 8:1 /k /var/lib/slave rw,relatime master:2 - ext4 /dev/shared:1 rw\n\
+                     nonsense\n";
+        let is_shared = |path: &str| is_shared(table, Path::new(path));
+        assert_eq!(is_shared("/var/lib/kubelet/pods"), Some(true));
+        assert_eq!(is_shared("/var/lib/kubelet"), Some(false));
+        assert_eq!(is_shared("/var/lib/slave/pods"), Some(false));
+        assert_eq!(is_shared("/etc"), Some(true));
+        assert_eq!(super::is_shared("", Path::new("/etc")), None);
+    }
+}

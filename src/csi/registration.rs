@@ -1,0 +1,56 @@
+//! How the kubelet learns of the driver: it finds the socket in its directory of plugins, asks who that is, and says what came of it.
+
+use std::sync::Arc;
+
+use tokio::sync::Notify;
+use tonic::{Request, Response, Status};
+use tracing::{error, info};
+
+use crate::{
+    config::PerPod,
+    proto::pluginregistration::{
+        InfoRequest, PluginInfo, RegistrationStatus, RegistrationStatusResponse, registration_server::Registration,
+    },
+};
+
+/// The kind of plugin.
+const TYPE: &str = "CSIPlugin";
+/// Of the Container Storage Interface.
+const INTERFACE: &str = "1.0.0";
+
+/// The service.
+#[derive(Debug, Clone)]
+pub struct Registrar {
+    /// `sockets.perPod`
+    pub config: Arc<PerPod>,
+    /// Wakes whoever can offer the socket anew: a kubelet that has refused does not ask again by itself.
+    pub refused: Arc<Notify>,
+}
+
+#[tonic::async_trait]
+impl Registration for Registrar {
+    async fn get_info(&self, _: Request<InfoRequest>) -> Result<Response<PluginInfo>, Status> {
+        Ok(Response::new(PluginInfo {
+            r#type: TYPE.to_owned(),
+            name: self.config.driver_name.clone(),
+            endpoint: self.config.driver_socket().to_string_lossy().into_owned(),
+            supported_versions: vec![INTERFACE.to_owned()],
+        }))
+    }
+
+    async fn notify_registration_status(
+        &self,
+        request: Request<RegistrationStatus>,
+    ) -> Result<Response<RegistrationStatusResponse>, Status> {
+        let RegistrationStatus { plugin_registered, error } = request.into_inner();
+        let driver = &self.config.driver_name;
+        if plugin_registered {
+            info!(%driver, "the kubelet has registered the CSI driver");
+        } else {
+            let cause: String = error.chars().filter(|c| !c.is_control()).take(500).collect();
+            error!(%driver, %cause, "the kubelet does not register the CSI driver; it will be offered again");
+            self.refused.notify_one();
+        }
+        Ok(Response::new(RegistrationStatusResponse {}))
+    }
+}

@@ -1,0 +1,163 @@
+//! A socket for the kubelet: a few gRPC services, for root alone.
+//!
+//! It stays where it is for as long as the agent runs: a name that somebody has taken away is bound again, as an old agent on its way out
+//! may do. At the end only our own inode is removed.
+
+use std::{convert::Infallible, io, path::PathBuf, sync::Arc, time::Duration};
+
+use http::{Request, Response};
+use hyper::{body::Incoming, server::conn::http2, service::service_fn};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use tokio::{
+    net::UnixStream,
+    sync::{Notify, OwnedSemaphorePermit, Semaphore},
+    time::{Instant, sleep_until},
+};
+use tokio_util::sync::CancellationToken;
+use tonic::{Status, server::NamedService};
+use tower::{Service, ServiceExt, util::BoxCloneSyncService};
+use tracing::{debug, error, info, warn};
+
+use crate::{authority::Unnamed, listener};
+
+/// For root alone: the kubelet is root.
+const MODE: u32 = 0o600;
+/// The kubelet opens one for each call.
+const CONNECTIONS: usize = 512;
+/// Between two looks at the name.
+const LOOK: Duration = Duration::from_secs(30);
+/// Before the name is offered again to a kubelet that has refused.
+const AGAIN: Duration = Duration::from_secs(10);
+/// Between two attempts to accept.
+const PAUSE: Duration = Duration::from_millis(200);
+
+type Unary = BoxCloneSyncService<Request<Incoming>, Response<tonic::body::Body>, Infallible>;
+
+/// The services of a socket, by their names.
+#[derive(Clone, Default)]
+pub struct Services(Vec<(&'static str, Unary)>);
+
+impl std::fmt::Debug for Services {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_list().entries(self.0.iter().map(|(name, _)| name)).finish()
+    }
+}
+
+impl Services {
+    /// And this one.
+    pub fn with<S>(mut self, service: S) -> Self
+    where
+        S: NamedService
+            + Service<Request<Incoming>, Response = Response<tonic::body::Body>, Error = Infallible>
+            + Clone
+            + Send
+            + Sync
+            + 'static,
+        S::Future: Send,
+    {
+        self.0.push((S::NAME, BoxCloneSyncService::new(service)));
+        self
+    }
+
+    async fn call(&self, request: Request<Incoming>) -> Response<tonic::body::Body> {
+        let name = request.uri().path().strip_prefix('/').and_then(|path| path.split_once('/')).map_or("", |(service, _)| service);
+        match self.0.iter().find(|(known, _)| *known == name) {
+            Some((_, service)) => {
+                let Ok(response) = service.clone().oneshot(request).await;
+                response
+            }
+            None => Status::unimplemented("this socket serves the kubelet").into_http(),
+        }
+    }
+}
+
+/// A bound socket and what it serves.
+#[derive(Debug)]
+pub struct Server {
+    field: &'static str,
+    path: PathBuf,
+    bound: listener::Bound,
+    services: Arc<Services>,
+    again: Arc<Notify>,
+    places: Arc<Semaphore>,
+}
+
+impl Server {
+    /// Binds `path`, which comes from `field` of the configuration. `again` has it bound anew after a while.
+    pub fn bind(field: &'static str, path: PathBuf, services: Services, again: Arc<Notify>) -> Result<Self, listener::Error> {
+        let bound = listener::bind_for(field, &path, MODE)?;
+        Ok(Self { field, path, bound, services: Arc::new(services), again, places: Arc::new(Semaphore::new(CONNECTIONS)) })
+    }
+
+    /// Serves until `last`.
+    pub async fn run(mut self, last: CancellationToken) {
+        info!(socket = %self.path.display(), "serving the kubelet");
+        let (mut look, mut offer_at) = (Instant::now() + LOOK, None);
+        loop {
+            let again = self.again.clone();
+            tokio::select! {
+                () = last.cancelled() => break,
+                accepted = self.bound.listener.accept() => match accepted {
+                    Ok((stream, _)) => self.welcome(stream, &last),
+                    Err(error) => {
+                        warn!(%error, socket = %self.path.display(), "cannot accept connections; trying again");
+                        tokio::time::sleep(PAUSE).await;
+                    }
+                },
+                () = again.notified() => offer_at = Some(Instant::now() + AGAIN),
+                () = sleep_until(offer_at.unwrap_or(look)) => {
+                    if offer_at.take().is_some() || self.is_missing() {
+                        self.rebind();
+                    }
+                    look = Instant::now() + LOOK;
+                }
+            }
+        }
+        self.bound.name.release();
+    }
+
+    /// Whether nobody has the name. Who else has it may be our successor.
+    fn is_missing(&self) -> bool {
+        std::fs::symlink_metadata(&self.path).is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
+    }
+
+    fn rebind(&mut self) {
+        match listener::bind_for(self.field, &self.path, MODE) {
+            Ok(bound) => {
+                info!(socket = %self.path.display(), "bound again");
+                self.bound = bound;
+            }
+            Err(cause) => error!(%cause, "cannot be bound again"),
+        }
+    }
+
+    fn welcome(&self, stream: UnixStream, last: &CancellationToken) {
+        let Ok(place) = self.places.clone().try_acquire_owned() else {
+            warn!(socket = %self.path.display(), "connection closed: there are {CONNECTIONS} already");
+            return;
+        };
+        tokio::spawn(connection(stream, self.services.clone(), last.clone(), place));
+    }
+}
+
+async fn connection(stream: UnixStream, services: Arc<Services>, last: CancellationToken, _place: OwnedSemaphorePermit) {
+    let service = service_fn(move |request| {
+        let services = services.clone();
+        async move { Ok::<_, Infallible>(services.call(request).await) }
+    });
+    let served = http2::Builder::new(TokioExecutor::new())
+        .timer(TokioTimer::new())
+        .max_header_list_size(16_384)
+        .serve_connection(TokioIo::new(Unnamed::new(stream)), service);
+    let mut served = std::pin::pin!(served);
+    let ended = tokio::select! {
+        ended = served.as_mut() => ended,
+        () = last.cancelled() => {
+            served.as_mut().graceful_shutdown();
+            served.await
+        }
+    };
+    if let Err(error) = ended {
+        debug!(%error, "a connection of the kubelet ended with an error");
+    }
+}

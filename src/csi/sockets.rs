@@ -1,0 +1,334 @@
+//! The sockets of pods: published, unpublished, and rebuilt after a restart.
+//!
+//! Owns what is served on behalf of each volume. Changes go one at a time, on a thread that may block: each is a handful of system calls,
+//! and none of them, nor the lock of the book, waits for anything upstream. What is changed for a caller that has gone away is changed
+//! to the end.
+
+use std::{
+    collections::HashMap,
+    path::Path,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+use tonic::Status;
+use tracing::{debug, error, info, warn};
+
+use super::{
+    directory::{self, Found, Root},
+    metrics::Metrics,
+    mounts::{self, Mounts},
+    volume::{Place, Volume},
+    warm::Warmer,
+};
+use crate::{
+    attest::{
+        mount::{Claim, MountAttestor},
+        pods::Pods,
+    },
+    caller::Desk,
+    config::PerPod,
+    listener,
+    session::Sessions,
+    shutdown::Shutdown,
+};
+
+const FIELD: &str = "sockets.perPod.directory";
+/// The pod's users are whoever its images say.
+const SOCKET_MODE: u32 = 0o666;
+/// One pod's proxies and their reconnects, many times over.
+const CONNECTIONS: usize = 256;
+
+/// Why a volume is not published or unpublished.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Its directory.
+    #[error(transparent)]
+    Directory(#[from] directory::Error),
+    /// Its mount.
+    #[error(transparent)]
+    Mount(#[from] mounts::Error),
+    /// Its socket.
+    #[error(transparent)]
+    Socket(#[from] listener::Error),
+    /// It is another's.
+    #[error("the volume is published already, for another pod name, namespace or service account")]
+    OtherClaim,
+    /// The runtime is gone.
+    #[error("the agent is ending")]
+    Ending,
+}
+
+impl From<Error> for Status {
+    fn from(error: Error) -> Self {
+        let text = error.to_string();
+        match error {
+            Error::Directory(directory::Error::OtherSocket(_)) | Error::OtherClaim => Self::already_exists(text),
+            Error::Directory(directory::Error::Unsafe { .. })
+            | Error::Mount(mounts::Error::NoParent(_) | mounts::Error::Occupied { .. }) => Self::failed_precondition(text),
+            Error::Directory(directory::Error::Io { .. }) | Error::Mount(mounts::Error::Io { .. }) | Error::Socket(_) => {
+                Self::internal(text)
+            }
+            Error::Ending => Self::unavailable(text),
+        }
+    }
+}
+
+/// All of them. Clones are the same.
+#[derive(Debug, Clone)]
+pub struct Sockets(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    root: Root,
+    mounts: Mounts,
+    book: Mutex<HashMap<Place, Live>>,
+    turn: Arc<Semaphore>,
+    pods: Pods,
+    sessions: Sessions,
+    warmer: Warmer,
+    metrics: Metrics,
+}
+
+/// A socket that is served. Dropping it ends it; its name goes by `release`.
+#[derive(Debug)]
+struct Live {
+    name: listener::Name,
+    leaf: (u64, u64),
+    attestor: Arc<MountAttestor>,
+    shutdown: Shutdown,
+    ending: CancellationToken,
+    /// Whether this process has published it.
+    is_published: bool,
+}
+
+impl Live {
+    /// Whether it is served as `volume` asks, and by this process.
+    fn is(&self, volume: &Volume) -> bool {
+        self.attestor.claim().as_ref() == Some(&volume.claim)
+            && self.name.path().file_name().is_some_and(|name| name == &*volume.socket)
+            && self.name.is_ours()
+    }
+}
+
+impl Drop for Live {
+    fn drop(&mut self) {
+        self.shutdown.drain.cancel();
+        self.attestor.gone().cancel();
+        self.ending.cancel();
+        // Its pod's containers have ended: nobody is left for last words.
+        self.shutdown.abort.cancel();
+    }
+}
+
+/// A volume that is published, and its certificate on the way.
+#[derive(Debug, Clone)]
+pub struct Published {
+    /// Cancelled once the certificate is there.
+    pub issued: CancellationToken,
+}
+
+impl Sockets {
+    /// Opens the directory and serves again what is published in it. `sessions` is what every socket serves, apart from the attestor.
+    pub fn open(config: &PerPod, pods: Pods, sessions: Sessions, warmer: Warmer, metrics: Metrics) -> Result<Self, Error> {
+        let root = Root::open(&config.directory)?;
+        let mounts = Mounts::new(&config.directory, &config.kubelet_directory);
+        mounts.prepare()?;
+        mounts.check_propagation();
+        let (book, turn) = (Mutex::default(), Arc::new(Semaphore::new(1)));
+        let sockets = Self(Arc::new(Shared { root, mounts, book, turn, pods, sessions, warmer, metrics }));
+        sockets.rebuild()?;
+        Ok(sockets)
+    }
+
+    /// Binds again inside the directories that are there: their inodes are what pods have mounted.
+    fn rebuild(&self) -> Result<(), Error> {
+        let (found, strays) = self.0.root.scan()?;
+        for stray in strays {
+            warn!(cause = %stray, "not a socket's directory");
+        }
+        let mut served = 0;
+        for Found { place, socket, path } in found {
+            let bound = directory::clear_unfinished(&path).map_err(Error::from).and_then(|()| {
+                let leaf = self.0.root.make(&place, &socket)?;
+                self.0.serve(&place, &leaf.path.join(&*socket), leaf.id, None, false)
+            });
+            match bound {
+                Ok(_) => served += 1,
+                Err(cause) => error!(pod_uid = %place.uid, volume = %place.volume, %cause, "the socket of a pod cannot be served again"),
+            }
+        }
+        if served > 0 {
+            info!(sockets = served, directory = %self.0.root.path().display(), "sockets of pods are served again");
+        }
+        Ok(())
+    }
+
+    /// The pod index.
+    pub fn pods(&self) -> &Pods {
+        &self.0.pods
+    }
+
+    /// Whether exactly this is published and mounted already.
+    pub async fn is_published(&self, volume: &Volume) -> Result<bool, Error> {
+        let volume = volume.clone();
+        self.on_a_thread(move |shared| {
+            let leaf = match shared.book().get(&volume.place) {
+                Some(live) if live.is(&volume) => live.leaf,
+                _ => return Ok(false),
+            };
+            Ok(shared.mounts.is_attached(&volume.place, leaf)?)
+        })
+        .await
+    }
+
+    /// Publishes; what is published stays as it is.
+    pub async fn publish(&self, volume: Volume) -> Result<Published, Error> {
+        self.in_turn(move |shared| shared.publish(&volume)).await
+    }
+
+    /// Unpublishes; what is not published is no error.
+    pub async fn unpublish(&self, place: Place) -> Result<(), Error> {
+        self.in_turn(move |shared| shared.unpublish(&place)).await
+    }
+
+    /// The volumes that an earlier process has published, and that nobody has published again or unpublished since.
+    pub fn inherited(&self) -> Vec<Place> {
+        self.0.book().iter().filter(|(_, live)| !live.is_published).map(|(place, _)| place.clone()).collect()
+    }
+
+    /// Takes the names away at the very end. Directories and mounts stay: pods have them mounted.
+    pub async fn release(&self) {
+        let released = self.in_turn(|shared| {
+            for (_, live) in shared.book().drain() {
+                live.name.release();
+            }
+            shared.mounts.finish();
+            Ok(())
+        });
+        let _ = released.await;
+    }
+
+    async fn in_turn<T: Send + 'static>(&self, change: impl FnOnce(&Shared) -> Result<T, Error> + Send + 'static) -> Result<T, Error> {
+        let turn = self.0.turn.clone().acquire_owned().await.map_err(|_| Error::Ending)?;
+        self.on_a_thread(move |shared| {
+            let _turn = turn;
+            change(shared)
+        })
+        .await
+    }
+
+    async fn on_a_thread<T: Send + 'static>(&self, work: impl FnOnce(&Shared) -> Result<T, Error> + Send + 'static) -> Result<T, Error> {
+        let shared = self.0.clone();
+        tokio::task::spawn_blocking(move || work(&shared)).await.map_err(|_| Error::Ending)?
+    }
+}
+
+impl Shared {
+    fn book(&self) -> MutexGuard<'_, HashMap<Place, Live>> {
+        self.book.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn publish(&self, volume: &Volume) -> Result<Published, Error> {
+        let place = &volume.place;
+        let known = self.book().get(place).map(|live| live.attestor.claim());
+        if known.flatten().is_some_and(|claim| claim != volume.claim) {
+            return Err(Error::OtherClaim);
+        }
+        let leaf = self.root.make(place, &volume.socket)?;
+        let made = self.publish_in(volume, &leaf);
+        if made.is_err() && leaf.is_new {
+            self.forget(place);
+            if let Err(cause) = self.root.remove(place) {
+                warn!(%cause, "a directory that was made for nothing stays");
+            }
+        }
+        made
+    }
+
+    fn publish_in(&self, volume: &Volume, leaf: &directory::Leaf) -> Result<Published, Error> {
+        let place = &volume.place;
+        let (attestor, is_known) = {
+            let mut book = self.book();
+            // One whose name or directory somebody has taken away is bound anew.
+            let live = book.get_mut(place).filter(|live| live.name.is_ours() && live.leaf == leaf.id);
+            match live {
+                Some(live) => {
+                    live.attestor.set_claim(volume.claim.clone());
+                    live.is_published = true;
+                    (live.attestor.clone(), true)
+                }
+                None => {
+                    drop(book);
+                    (self.serve(place, &leaf.path.join(&*volume.socket), leaf.id, Some(volume.claim.clone()), true)?, false)
+                }
+            }
+        };
+        if let Err(error) = self.mounts.attach(place, leaf) {
+            if !is_known {
+                self.forget(place);
+            }
+            return Err(error.into());
+        }
+        let issued = CancellationToken::new();
+        if is_known {
+            // Somebody holds the certificate already, or comes for it: a restart warms nobody up.
+            issued.cancel();
+        } else {
+            self.warmer.warm(attestor, issued.clone());
+            info!(pod = %volume.claim.pod, pod_uid = %place.uid, volume = %place.volume, socket = %volume.socket, "socket published");
+        }
+        Ok(Published { issued })
+    }
+
+    /// Binds, and answers on it from now on.
+    fn serve(
+        &self,
+        place: &Place,
+        path: &Path,
+        leaf: (u64, u64),
+        claim: Option<Claim>,
+        is_published: bool,
+    ) -> Result<Arc<MountAttestor>, Error> {
+        let bound = listener::bind_for(FIELD, path, SOCKET_MODE)?;
+        let template = &self.sessions;
+        let (shutdown, ending) = (template.shutdown.part(), template.ending.child_token());
+        let attestor = Arc::new(MountAttestor::new(self.pods.clone(), place.uid.clone(), claim, CancellationToken::new()));
+        let mut sessions = Sessions {
+            desk: Desk { attestor: attestor.clone(), ..template.desk.clone() },
+            shutdown: shutdown.clone(),
+            ending: ending.clone(),
+            ..template.clone()
+        };
+        sessions.limits.connections = sessions.limits.connections.min(CONNECTIONS);
+        tokio::spawn(sessions.accept(bound.listener));
+        let live = Live { name: bound.name, leaf, attestor: attestor.clone(), shutdown, ending, is_published };
+        let mut book = self.book();
+        book.insert(place.clone(), live);
+        self.metrics.sockets(book.len());
+        Ok(attestor)
+    }
+
+    fn unpublish(&self, place: &Place) -> Result<(), Error> {
+        // First of all nobody is served any more; then what was made goes in the opposite order.
+        let was_served = self.forget(place);
+        self.mounts.detach(place)?;
+        match self.root.remove(place) {
+            Ok(()) if was_served => info!(pod_uid = %place.uid, volume = %place.volume, "socket unpublished"),
+            Ok(()) => debug!(pod_uid = %place.uid, volume = %place.volume, "unpublished; it was not served"),
+            // Nothing of it is mounted or served: a pod must not hang for what is not ours.
+            Err(cause @ directory::Error::Unsafe { .. }) => warn!(pod_uid = %place.uid, volume = %place.volume, %cause, "unpublished, but"),
+            Err(cause) => return Err(cause.into()),
+        }
+        Ok(())
+    }
+
+    fn forget(&self, place: &Place) -> bool {
+        let mut book = self.book();
+        let live = book.remove(place);
+        self.metrics.sockets(book.len());
+        drop(book);
+        live.inspect(|live| live.name.release()).is_some()
+    }
+}

@@ -1,0 +1,220 @@
+//! What the kubelet asks to publish, checked: pure, and before anything is made.
+//!
+//! The volume context can be forged: where the CSIDriver object is missing, or has no `podInfoOnMount`, a pod's own attributes pass for
+//! the kubelet's. So it is only believed as far as the target path says the same, which the kubelet alone chooses, and the pod index has
+//! the last word before a key leaves. Nothing here shows a value of the context: there may be tokens in it.
+
+use std::{
+    fmt,
+    path::{Component, Path, PathBuf},
+    sync::Arc,
+};
+
+use tonic::Status;
+
+use crate::{
+    attest::mount::Claim,
+    config::PerPod,
+    identity::PodRef,
+    proto::csi::v1::{NodePublishVolumeRequest, VolumeCapability, volume_capability::AccessType},
+};
+
+/// Attributes that belong to Kubernetes.
+const KUBERNETES: &str = "csi.storage.k8s.io/";
+const POD_NAME: &str = "csi.storage.k8s.io/pod.name";
+const POD_NAMESPACE: &str = "csi.storage.k8s.io/pod.namespace";
+const POD_UID: &str = "csi.storage.k8s.io/pod.uid";
+const SERVICE_ACCOUNT: &str = "csi.storage.k8s.io/serviceAccount.name";
+const EPHEMERAL: &str = "csi.storage.k8s.io/ephemeral";
+/// The attribute that names the socket's file.
+pub const SOCKET_NAME: &str = "sds-agent.io/socket-name";
+/// The attribute that will choose a profile.
+pub const PROFILE: &str = "sds-agent.io/profile";
+/// The socket's file where the volume names none.
+pub const DEFAULT_SOCKET: &str = "socket";
+/// So that a directory's name can hold it beside the volume's.
+const LONGEST_SOCKET: usize = 40;
+/// What the kernel takes.
+const LONGEST_PATH: usize = 4095;
+/// A volume's name is a DNS label.
+const LONGEST_VOLUME: usize = 63;
+/// Where the kubelet has the volumes of CSI drivers.
+const PLUGIN: &str = "kubernetes.io~csi";
+
+/// One volume of one pod: where the kubelet wants it, and whose it is.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Place {
+    /// The pod's UID, as the kubelet's path has it.
+    pub uid: Arc<str>,
+    /// The volume's name in the pod.
+    pub volume: Arc<str>,
+}
+
+impl Place {
+    /// Below the kubelet's directory: the directory that holds the target, and the target's name.
+    pub fn target(&self) -> (PathBuf, &'static str) {
+        (["pods", &self.uid, "volumes", PLUGIN, &self.volume].iter().collect(), "mount")
+    }
+
+    /// Reads a target path, which has exactly the kubelet's form.
+    pub fn of_target(path: &str, kubelet: &Path) -> Result<Self, Status> {
+        let wrong = |what: &str| {
+            let form = kubelet.join("pods/<uid>/volumes").join(PLUGIN).join("<volume>/mount");
+            Err(Status::invalid_argument(format!("target_path {what}; it has to be {}", form.display())))
+        };
+        if path.is_empty() {
+            return Err(Status::invalid_argument("target_path is missing"));
+        }
+        if path.len() > LONGEST_PATH {
+            return wrong(&format!("has {} bytes and the kernel takes {LONGEST_PATH}", path.len()));
+        }
+        // Compared as text, too: components would forgive `.` and doubled slashes.
+        let Some(rest) = Path::new(path).strip_prefix(kubelet).ok().filter(|rest| kubelet.join(rest).as_os_str() == path) else {
+            return wrong(&format!("does not lie plainly below sockets.perPod.kubeletDirectory ({})", kubelet.display()));
+        };
+        let parts: Option<Vec<&str>> = rest
+            .components()
+            .map(|part| match part {
+                Component::Normal(name) => name.to_str(),
+                _ => None,
+            })
+            .collect();
+        match parts.as_deref() {
+            Some(["pods", uid, "volumes", PLUGIN, volume, "mount"]) if is_pod_uid(uid) && is_volume(volume) => {
+                Ok(Self { uid: (*uid).into(), volume: (*volume).into() })
+            }
+            _ => wrong("is not a pod's volume"),
+        }
+    }
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "volume {} of pod {}", self.volume, self.uid)
+    }
+}
+
+/// A request to publish that may be carried out.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Volume {
+    /// Where.
+    pub place: Place,
+    /// For whom, as the kubelet says; the pod index has to say the same.
+    pub claim: Claim,
+    /// The socket's file name.
+    pub socket: Arc<str>,
+}
+
+impl Volume {
+    /// Checks a request from end to end.
+    pub fn check(request: &NodePublishVolumeRequest, config: &PerPod) -> Result<Self, Status> {
+        if request.volume_id.is_empty() {
+            return Err(Status::invalid_argument("volume_id is missing"));
+        }
+        let place = Place::of_target(&request.target_path, &config.kubelet_directory)?;
+        capability(request.volume_capability.as_ref())?;
+        if !request.readonly {
+            return Err(Status::invalid_argument("the volume is not read-only; set readOnly: true on it in the pod"));
+        }
+        if request.secrets.keys().any(|name| !name.starts_with(KUBERNETES)) {
+            return Err(Status::invalid_argument("this driver takes no secrets; remove nodePublishSecretRef from the volume"));
+        }
+        attributes(request.volume_context.keys())?;
+        let told = |name: &str| request.volume_context.get(name).map(String::as_str).filter(|value| !value.is_empty());
+        let claim = claim(&place, config, told)?;
+        let socket = socket(told(SOCKET_NAME).unwrap_or(DEFAULT_SOCKET))?;
+        Ok(Self { place, claim, socket })
+    }
+}
+
+fn capability(capability: Option<&VolumeCapability>) -> Result<(), Status> {
+    let Some(access) = capability.and_then(|capability| capability.access_type.as_ref()) else {
+        return Err(Status::invalid_argument("volume_capability has no access type; this driver mounts directories"));
+    };
+    match access {
+        AccessType::Block(_) => Err(Status::invalid_argument("volume_capability asks for a block device; this driver mounts directories")),
+        AccessType::Mount(mount) if !mount.fs_type.is_empty() => {
+            Err(Status::invalid_argument("volume_capability asks for a file system; remove fsType from the volume"))
+        }
+        AccessType::Mount(mount) if !mount.mount_flags.is_empty() => {
+            Err(Status::invalid_argument("volume_capability asks for mount options, and this driver takes none"))
+        }
+        AccessType::Mount(_) => Ok(()),
+    }
+}
+
+/// Names that nobody knows are mistakes. Kubernetes' own are not the pod's to mistake, and newer kubelets have more of them.
+fn attributes<'a>(names: impl Iterator<Item = &'a String>) -> Result<(), Status> {
+    for name in names {
+        match name.as_str() {
+            SOCKET_NAME => {}
+            PROFILE => {
+                let why = "no profile of this agent lets a pod choose it; remove the attribute";
+                return Err(Status::invalid_argument(format!("volume attribute {PROFILE}: {why}")));
+            }
+            name if name.starts_with(KUBERNETES) => {}
+            name => {
+                let name: String = name.chars().filter(|c| !c.is_control()).take(100).collect();
+                let known = format!("this driver knows {SOCKET_NAME}");
+                return Err(Status::invalid_argument(format!("volume attribute {name:?} is not known; {known}")));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn claim<'a>(place: &Place, config: &PerPod, told: impl Fn(&str) -> Option<&'a str>) -> Result<Claim, Status> {
+    let driver = &config.driver_name;
+    let need = |name: &str| {
+        let remedy = format!("the CSIDriver {driver} needs podInfoOnMount: true");
+        told(name).ok_or_else(|| Status::invalid_argument(format!("the volume context has no {name}; {remedy}")))
+    };
+    let (name, namespace, uid, account) = (need(POD_NAME)?, need(POD_NAMESPACE)?, need(POD_UID)?, need(SERVICE_ACCOUNT)?);
+    if need(EPHEMERAL)? != "true" {
+        let remedy = format!("write it inline (csi: {{ driver: {driver} }}), and give the CSIDriver volumeLifecycleModes: [Ephemeral]");
+        return Err(Status::invalid_argument(format!("{EPHEMERAL} is not true: the volume is no part of its pod; {remedy}")));
+    }
+    if uid != &*place.uid {
+        return Err(Status::permission_denied(format!("{POD_UID} is not the pod of target_path, {}", place.uid)));
+    }
+    if !is_dns(namespace, LONGEST_VOLUME, false) || !is_dns(name, 253, true) || !is_dns(account, 253, true) {
+        return Err(Status::invalid_argument("the pod's namespace, name or service account is not a name that Kubernetes gives"));
+    }
+    let pod = PodRef { namespace: namespace.into(), name: name.into(), uid: place.uid.clone() };
+    Ok(Claim { pod, service_account: account.into() })
+}
+
+fn socket(name: &str) -> Result<Arc<str>, Status> {
+    if is_socket(name) {
+        return Ok(name.into());
+    }
+    let form = format!("use 1 to {LONGEST_SOCKET} letters, digits, '-', '_' and '.', and no '.' in front");
+    Err(Status::invalid_argument(format!("volume attribute {SOCKET_NAME} is not the plain name of a file; {form}")))
+}
+
+/// Whether a socket may be called so: a plain name, and not one of those under which sockets are bound before they are in place.
+pub fn is_socket(name: &str) -> bool {
+    let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.');
+    (1..=LONGEST_SOCKET).contains(&name.len()) && name.bytes().all(plain) && !name.starts_with('.')
+}
+
+/// Whether a pod's volume may be called so.
+pub fn is_volume(name: &str) -> bool {
+    is_dns(name, LONGEST_VOLUME, false)
+}
+
+/// A UUID, or the 32 digits by which the kubelet knows a static pod.
+pub fn is_pod_uid(uid: &str) -> bool {
+    let hex = |part: &str| part.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b));
+    let lengths: Vec<usize> = uid.split('-').map(str::len).collect();
+    matches!(lengths[..], [8, 4, 4, 4, 12] | [32]) && uid.split('-').all(hex)
+}
+
+fn is_dns(name: &str, longest: usize, dots: bool) -> bool {
+    let inner = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-' || (dots && b == b'.');
+    let edge = |b: Option<u8>| b.is_some_and(|b| b.is_ascii_lowercase() || b.is_ascii_digit());
+    name.len() <= longest && name.bytes().all(inner) && edge(name.bytes().next()) && edge(name.bytes().last())
+}
+
+#[cfg(test)]
+mod tests;

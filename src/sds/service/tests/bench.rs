@@ -1,0 +1,219 @@
+//! The agent around the service: an issuer that can be down, an attestor that answers when told, and a clock that can be stepped.
+
+use std::{
+    collections::BTreeMap,
+    sync::atomic::{AtomicUsize, Ordering},
+    time::UNIX_EPOCH,
+};
+
+use futures::future::BoxFuture;
+
+use super::super::*;
+use crate::{
+    attest::{self, Attested, Attestor, Method, Reason},
+    caller::Desk,
+    clock::TestClock,
+    config,
+    identity::{IssuerName, PodRef, Resolver, TrustDomain, Workload, tests::identity},
+    issuer::{self, Issued, Issuer, Order, Retry, embedded::Embedded},
+    material::TrustBundle,
+    peer::Peer,
+    rotation,
+    trust::{self, Trust},
+};
+
+/// What the upstream does with orders.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Upstream {
+    /// Signs at once.
+    Up,
+    /// Fails at once.
+    Down,
+    /// Takes orders and answers when it is up again.
+    Slow,
+}
+
+#[derive(Debug)]
+struct Scripted {
+    embedded: Arc<Embedded>,
+    upstream: watch::Receiver<Upstream>,
+    orders: Arc<AtomicUsize>,
+}
+
+impl Issuer for Scripted {
+    fn issue(&self, order: Order) -> BoxFuture<'static, Result<Issued, issuer::Error>> {
+        self.orders.fetch_add(1, Ordering::SeqCst);
+        let (embedded, mut upstream) = (self.embedded.clone(), self.upstream.clone());
+        Box::pin(async move {
+            order.progress.submitted("test");
+            if *upstream.borrow() == Upstream::Down {
+                let (action, message) = ("ordering".into(), "down".into());
+                return Err(issuer::Error::Api { action, message, retry: Retry::Backoff });
+            }
+            upstream.wait_for(|u| *u == Upstream::Up).await.unwrap();
+            embedded.issue(order).await
+        })
+    }
+}
+
+/// What the attestor says of everybody; nothing until it is told.
+pub(super) type Verdict = Option<Result<Attested, attest::Error>>;
+
+#[derive(Debug)]
+struct Told(watch::Receiver<Verdict>);
+
+impl Attestor for Told {
+    fn method(&self) -> Method {
+        Method::kubernetes
+    }
+
+    fn attest<'a>(&'a self, _peer: &'a Peer) -> BoxFuture<'a, Result<Attested, attest::Error>> {
+        let mut verdict = self.0.clone();
+        Box::pin(async move { verdict.wait_for(Option::is_some).await.unwrap().clone().unwrap() })
+    }
+}
+
+/// One agent.
+pub(super) struct Bench {
+    pub service: Arc<Service>,
+    pub clock: TestClock,
+    pub source: trust::Source,
+    pub federated: trust::Source,
+    pub upstream: watch::Sender<Upstream>,
+    pub verdict: watch::Sender<Verdict>,
+    pub gone: CancellationToken,
+    pub embedded: Arc<Embedded>,
+    orders: Arc<AtomicUsize>,
+    desk: Desk,
+    resolver: watch::Sender<Arc<Resolver>>,
+}
+
+/// How long a subscription without subscribers is kept.
+pub(super) const RETENTION: Duration = Duration::from_secs(300);
+
+impl Bench {
+    /// Everything is there: the bundle, an upstream that signs, an attestor that knows everybody.
+    pub(super) fn new() -> Self {
+        let bench = Self::without_bundle();
+        bench.source.take(bench.embedded.bundle().unwrap());
+        bench
+    }
+
+    /// The bundle is still to come.
+    pub(super) fn without_bundle() -> Self {
+        let clock = TestClock::new(UNIX_EPOCH + Duration::from_secs(1_700_000_000));
+        let embedded = Arc::new(Embedded::new("cluster.local", Arc::new(clock.clone())).unwrap());
+        Self::of(clock, embedded)
+    }
+
+    /// An agent that was started anew: it knows nothing, and the upstream is the same. It has no bundle yet.
+    pub(super) fn restarted(&self) -> Self {
+        Self::of(self.clock.clone(), self.embedded.clone())
+    }
+
+    fn of(clock: TestClock, embedded: Arc<Embedded>) -> Self {
+        let orders: Arc<AtomicUsize> = Arc::default();
+        let (upstream, upstream_now) = watch::channel(Upstream::Up);
+        let issuer = Scripted { embedded: embedded.clone(), upstream: upstream_now, orders: orders.clone() };
+        let trust = Trust::new(trust::Metrics::default());
+        let partner = TrustDomain::new("partner.example").unwrap();
+        let (source, federated) = (trust.source(None, "own"), trust.source(Some(partner), "partner"));
+        let (store, events) = Store::new();
+        let parts = rotation::Parts {
+            store: store.clone(),
+            events,
+            issuers: BTreeMap::from([(IssuerName("mesh".into()), Arc::new(issuer) as Arc<dyn Issuer>)]),
+            trust: trust.subscribe(),
+            await_bundle: false,
+            clock: Arc::new(clock.clone()),
+            retention: RETENTION,
+            metrics: rotation::metrics::Metrics::default(),
+        };
+        tokio::spawn(rotation::run(parts, CancellationToken::new()));
+
+        let domain = TrustDomain::new("cluster.local").unwrap();
+        let service = Service {
+            store,
+            trust: trust.subscribe(),
+            directory: Directory::new(config::Names::default(), &domain),
+            clock: Arc::new(clock.clone()),
+            limits: Limits { message_bytes: 4096, names_per_stream: 4, ..Limits::default() },
+            metrics: Metrics::default(),
+            drain: CancellationToken::new(),
+        };
+        let gone = CancellationToken::new();
+        let (verdict, verdict_now) = watch::channel(Some(Ok(attested("a", &gone))));
+        let resolver = Resolver { trust_domain: domain, default_profile: identity("a").profile.clone() };
+        let (resolver, resolver_now) = watch::channel(Arc::new(resolver));
+        let desk = Desk { attestor: Arc::new(Told(verdict_now)), resolver: resolver_now, metrics: attest::Metrics::default() };
+        Self { service: Arc::new(service), clock, source, federated, upstream, verdict, gone, embedded, orders, desk, resolver }
+    }
+
+    /// A connection of its own.
+    pub(super) fn connection(&self) -> Arc<Connection> {
+        Arc::new(Connection::new(Peer::without_process(1000), self.desk.clone()))
+    }
+
+    /// From now on callers get another profile: what was issued before is foreign.
+    pub(super) fn raise_epoch(&self) {
+        self.resolver.send_modify(|resolver| {
+            let mut next = (**resolver).clone();
+            let mut profile = (*next.default_profile).clone();
+            profile.epoch += 1;
+            next.default_profile = Arc::new(profile);
+            *resolver = Arc::new(next);
+        });
+    }
+
+    /// Nobody is known any more, until a verdict is sent.
+    pub(super) fn know_nobody(&self) {
+        self.verdict.send_replace(None);
+    }
+
+    pub(super) fn know_everybody(&self) {
+        self.verdict.send_replace(Some(Ok(attested("a", &self.gone))));
+    }
+
+    pub(super) fn refuse(&self, temporary: bool) {
+        let error = attest::Error { reason: Reason::unknown_pod, detail: "the evidence, for the log".into(), temporary };
+        self.verdict.send_replace(Some(Err(error)));
+    }
+
+    /// Orders that the upstream has had.
+    pub(super) fn orders(&self) -> usize {
+        self.orders.load(Ordering::SeqCst)
+    }
+
+    /// Subscriptions to any certificate.
+    pub(super) fn leases(&self) -> usize {
+        self.service.store.snapshot().iter().map(|entry| entry.subscribers()).sum()
+    }
+
+    /// The published material of the only identity.
+    pub(super) fn material(&self) -> Arc<Svid> {
+        let entries = self.service.store.snapshot();
+        assert_eq!(entries.len(), 1);
+        entries[0].current().expect("a published certificate")
+    }
+}
+
+fn attested(service_account: &str, gone: &CancellationToken) -> Attested {
+    let pod = PodRef { namespace: "shop".into(), name: "cart-1".into(), uid: "u1".into() };
+    Attested { workload: Workload::Pod { pod, service_account: Some(service_account.into()) }, gone: gone.clone() }
+}
+
+/// Lets everything happen that can happen now.
+pub(super) async fn settle() {
+    tokio::time::sleep(Duration::from_millis(1)).await;
+}
+
+/// The bundle of `bench` and another root: what was issued stays good.
+pub(super) fn grown_bundle(bench: &Bench) -> TrustBundle {
+    let (own, other) = (bench.embedded.bundle().unwrap(), foreign_bundle(bench));
+    TrustBundle::from_certificates([own.roots(), other.roots()].concat()).unwrap()
+}
+
+/// Another authority's roots.
+pub(super) fn foreign_bundle(bench: &Bench) -> TrustBundle {
+    Embedded::new("cluster.local", Arc::new(bench.clock.clone())).unwrap().bundle().unwrap()
+}

@@ -1,0 +1,190 @@
+//! How streams end, and what is left behind: nothing.
+
+use http_body_util::BodyExt;
+use tokio::sync::mpsc;
+use tonic::Code;
+
+use super::{
+    super::*,
+    bench::{Bench, RETENTION, Upstream, foreign_bundle, settle},
+    client::{Client, Content, FACES, Reply, body, framed, status},
+};
+
+const MINUTE: Duration = Duration::from_secs(60);
+
+#[tokio::test(start_paused = true)]
+async fn a_workloads_end_ends_its_streams_and_no_key_leaves_after_it() {
+    for face in FACES {
+        let b = Bench::new();
+        let (connection, mut open) = (b.connection(), Vec::new());
+        for _ in 0..3 {
+            let mut client = Client::on(&b, &connection, face).await;
+            client.ask(&["default"]);
+            client.accepted().await;
+            open.push(client);
+        }
+        b.gone.cancel();
+        for mut client in open {
+            assert_eq!(client.end().await, (Code::PermissionDenied, "the workload has ended".into()));
+        }
+        let mut late = Client::on(&b, &connection, face).await;
+        late.ask(&["default"]);
+        assert_eq!(late.end().await.0, Code::PermissionDenied, "although the certificate is there");
+        settle().await;
+        assert_eq!(b.leases(), 0);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_workload_that_ends_while_its_certificate_is_issued_never_gets_it() {
+    for face in FACES {
+        let b = Bench::new();
+        b.upstream.send_replace(Upstream::Slow);
+        let mut client = Client::asking(&b, face, &["default"]).await;
+        client.quiet(MINUTE).await;
+        b.gone.cancel();
+        b.upstream.send_replace(Upstream::Up);
+        assert_eq!(client.end().await.0, Code::PermissionDenied);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_the_transport_has_not_taken_when_a_workload_ends_stays_here() {
+    let b = Bench::new();
+    let mut before = Client::asking(&b, Face::Delta, &["default"]).await;
+    before.accepted().await;
+    let (said, mut body) = by_hand(&b, "default").await;
+    let head = body.frame().await.unwrap().unwrap().into_data().unwrap();
+    assert!(head.len() < 500, "the key is in the next piece");
+    b.gone.cancel();
+    let next = body.frame().await.unwrap().unwrap();
+    assert_eq!(status(next.trailers_ref().expect("the status, and no key")).0, Code::PermissionDenied);
+    assert!(body.frame().await.is_none());
+    drop(said);
+}
+
+/// A stream whose response is read by hand.
+async fn by_hand(b: &Bench, name: &str) -> (mpsc::UnboundedSender<Bytes>, Body) {
+    let (said, pieces) = mpsc::unbounded_channel();
+    let request = Request::post(format!("/{SERVICE}/StreamSecrets")).body(body(pieces)).unwrap();
+    let response = b.service.call(&b.connection(), request).await.unwrap();
+    said.send(framed(&DiscoveryRequest { resource_names: vec![name.into()], ..Default::default() })).unwrap();
+    (said, response.into_body())
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_drain_ends_every_stream_whatever_it_waits_for() {
+    for face in FACES {
+        let b = Bench::new();
+        let mut served = Client::asking(&b, face, &["default"]).await;
+        served.accepted().await;
+        let silent = Client::open(&b, face).await;
+        b.know_nobody();
+        let unknown = Client::asking(&b, face, &["default"]).await;
+        settle().await;
+        b.service.drain.cancel();
+        for mut client in [served, silent, unknown] {
+            assert_eq!(client.end().await, (Code::Unavailable, "the agent is shutting down".into()));
+        }
+        settle().await;
+        assert_eq!((b.leases(), b.service.metrics.streams.get()), (0, 0));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_client_that_has_said_its_last_is_answered_once_and_then_done() {
+    for face in FACES {
+        let b = Bench::new();
+        b.upstream.send_replace(Upstream::Slow);
+        let mut client = Client::asking(&b, face, &["default", "file-root:system"]).await;
+        client.close();
+        client.quiet(MINUTE).await;
+        b.upstream.send_replace(Upstream::Up);
+        assert_eq!(client.reply().await.names(), ["default"]);
+        assert_eq!(client.end().await.0, Code::Ok);
+
+        let mut nothing = Client::open(&b, face).await;
+        nothing.close();
+        assert_eq!(nothing.end().await.0, Code::Ok);
+        let mut unknown = Client::asking(&b, face, &["file-root:system", "spiffe://nobody.example"]).await;
+        unknown.close();
+        assert_eq!(unknown.end().await.0, Code::Ok, "for a name that is not ours nothing will come");
+        settle().await;
+        assert_eq!(b.leases(), 0);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_refused_caller_is_told_flatly_and_one_who_cannot_be_judged_now_may_come_again() {
+    for face in FACES {
+        let b = Bench::new();
+        b.refuse(false);
+        let mut client = Client::asking(&b, face, &["default"]).await;
+        assert_eq!(client.end().await, (Code::PermissionDenied, "no identity is available to this caller".into()));
+        b.refuse(true);
+        let connection = b.connection();
+        let mut client = Client::on(&b, &connection, face).await;
+        client.ask(&["default"]);
+        assert_eq!(client.end().await, (Code::Unavailable, "the caller cannot be identified right now".into()));
+        b.know_everybody();
+        let mut client = Client::on(&b, &connection, face).await;
+        client.ask(&["default"]);
+        client.accepted().await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stream_that_ends_leaves_its_subscription_and_nothing_is_renewed_for_nobody() {
+    for face in FACES {
+        let b = Bench::new();
+        // Twice within the retention: the second end counts as well as the first.
+        for _ in 0..2 {
+            let mut client = Client::asking(&b, face, &["default"]).await;
+            client.accepted().await;
+            assert_eq!(b.leases(), 1);
+            client.reset().await;
+            assert_eq!((b.leases(), b.service.metrics.streams.get()), (0, 0));
+            tokio::time::sleep(RETENTION / 2).await;
+        }
+        tokio::time::sleep(RETENTION).await;
+        assert_eq!(b.service.store.snapshot().len(), 0, "forgotten after the retention");
+        let orders = b.orders();
+        tokio::time::sleep(120 * MINUTE).await;
+        assert_eq!(b.orders(), orders);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_key_is_dropped_with_the_last_stream_and_the_retention() {
+    let b = Bench::new();
+    let mut client = Client::asking(&b, Face::StateOfTheWorld, &["default"]).await;
+    client.accepted().await;
+    let weak = Arc::downgrade(&b.material());
+    client.reset().await;
+    tokio::time::sleep(RETENTION - Duration::from_secs(5)).await;
+    assert!(weak.upgrade().is_some());
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    assert!(weak.upgrade().is_none());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_client_that_does_not_read_misses_nothing_but_what_was_overtaken() {
+    let b = Bench::new();
+    let (_said, mut body) = by_hand(&b, "ROOTCA").await;
+    let head = body.frame().await.unwrap().unwrap().into_data().unwrap();
+    let mut last = None;
+    for _ in 0..20 {
+        last = Some(foreign_bundle(&b));
+        b.source.take(last.clone().unwrap());
+    }
+    let rest = body.frame().await.unwrap().unwrap().into_data().unwrap();
+    assert_eq!(head.len() + rest.len() - grpc::PREFIX, usize::try_from(u32::from_be_bytes(head[1..5].try_into().unwrap())).unwrap());
+    // One more response, with the newest of twenty bundles.
+    let mut message = Vec::new();
+    for _ in 0..2 {
+        message.extend(body.frame().await.unwrap().unwrap().into_data().unwrap());
+    }
+    let reply = Reply::of_message(Face::StateOfTheWorld, &message[grpc::PREFIX..]);
+    assert_eq!(reply.resources[0].content, Content::Bundle(last.unwrap().to_pem()));
+    assert!(tokio::time::timeout(MINUTE, body.frame()).await.is_err());
+}

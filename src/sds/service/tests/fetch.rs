@@ -1,0 +1,255 @@
+//! `FetchSecrets`: one answer, in the caller's time.
+
+use http_body_util::BodyExt;
+use tokio::sync::mpsc;
+use tonic::Code;
+
+use super::{
+    super::*,
+    bench::{Bench, RETENTION, Upstream, settle},
+    client::{Client, Reply, body, framed, status},
+};
+
+/// On paused time it costs nothing.
+const PATIENCE: Duration = Duration::from_secs(24 * 3600);
+
+type Answer = Result<Reply, (Code, String)>;
+
+/// A call, as a client makes it. `deadline` is its `grpc-timeout`.
+struct Call<'a> {
+    bench: &'a Bench,
+    request: DiscoveryRequest,
+    deadline: Option<&'a str>,
+}
+
+fn call<'a>(bench: &'a Bench, names: &[&str]) -> Call<'a> {
+    let names = names.iter().map(|n| (*n).to_owned()).collect();
+    Call { bench, request: DiscoveryRequest { resource_names: names, ..Default::default() }, deadline: None }
+}
+
+impl<'a> Call<'a> {
+    fn within(mut self, deadline: &'a str) -> Self {
+        self.deadline = Some(deadline);
+        self
+    }
+
+    /// The answer, and how long it took.
+    async fn answer(self) -> (Answer, Duration) {
+        let (say, pieces) = mpsc::unbounded_channel();
+        say.send(framed(&self.request)).unwrap();
+        drop(say);
+        let begun = Instant::now();
+        (fetch(self.bench, pieces, self.deadline).await, begun.elapsed())
+    }
+}
+
+async fn fetch(bench: &Bench, pieces: mpsc::UnboundedReceiver<Bytes>, deadline: Option<&str>) -> Answer {
+    let mut request = Request::post(format!("/{SERVICE}/FetchSecrets"));
+    if let Some(deadline) = deadline {
+        request = request.header("grpc-timeout", deadline);
+    }
+    let connection = bench.connection();
+    let called = bench.service.call(&connection, request.body(body(pieces)).unwrap());
+    let response = tokio::time::timeout(PATIENCE, called).await.expect("an answer in time").unwrap();
+    if response.headers().contains_key("grpc-status") {
+        return Err(status(response.headers()));
+    }
+    let collected = response.into_body().collect().await.unwrap();
+    assert_eq!(status(collected.trailers().unwrap()).0, Code::Ok);
+    Ok(Reply::of_message(Face::StateOfTheWorld, &collected.to_bytes()[grpc::PREFIX..]))
+}
+
+async fn warm(bench: &Bench) {
+    Client::asking(bench, Face::Delta, &["default"]).await.accepted().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_there_is_answered_at_once() {
+    let b = Bench::new();
+    warm(&b).await;
+    let (answer, took) = call(&b, &["default", "ROOTCA", "file-root:system", "default"]).answer().await;
+    let reply = answer.unwrap();
+    assert_eq!(reply.names(), ["default", "ROOTCA"]);
+    assert!(reply.carries("default", &b.material()));
+    assert!(reply.version.starts_with(stem(b.material().version())) && reply.nonce.is_empty());
+    assert_eq!(took, Duration::ZERO);
+    let (answer, _) = call(&b, &["default"]).within("99999999H").answer().await;
+    assert_eq!(answer.unwrap().only_version(), b.material().version());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_cold_certificate_is_waited_for_until_the_callers_deadline() {
+    let b = Bench::new();
+    b.upstream.send_replace(Upstream::Slow);
+    let (answer, took) = call(&b, &["default"]).within("3S").answer().await;
+    assert_eq!(answer, Err((Code::Unavailable, "not yet available; the certificate is being issued".into())));
+    assert!(took < Duration::from_secs(3) && took > Duration::from_millis(2900), "a little before the deadline: {took:?}");
+
+    let (answer, took) = tokio::join!(call(&b, &["default"]).within("60S").answer(), async {
+        tokio::time::sleep(Duration::from_secs(40)).await;
+        b.upstream.send_replace(Upstream::Up);
+    })
+    .0;
+    assert!(answer.unwrap().carries("default", &b.material()));
+    assert!(took >= Duration::from_secs(40) && took < Duration::from_secs(41), "{took:?}");
+    settle().await;
+    assert_eq!((b.leases(), b.orders()), (0, 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn without_a_deadline_a_caller_waits_ten_seconds() {
+    let b = Bench::new();
+    b.upstream.send_replace(Upstream::Slow);
+    let (answer, took) = call(&b, &["default"]).answer().await;
+    assert_eq!(answer.unwrap_err().0, Code::Unavailable);
+    assert_eq!(took.as_secs(), 10);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_known_of_several_names_is_the_answer_at_the_deadline() {
+    let b = Bench::new();
+    b.upstream.send_replace(Upstream::Slow);
+    let (answer, took) = call(&b, &["default", "ROOTCA"]).within("3S").answer().await;
+    let reply = answer.unwrap();
+    assert_eq!(reply.names(), ["ROOTCA"]);
+    assert!(reply.version.starts_with("b-"));
+    assert!(took < Duration::from_secs(3) && took > Duration::from_millis(2900), "{took:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_time_that_attestation_takes_is_the_callers_time() {
+    let b = Bench::new();
+    b.upstream.send_replace(Upstream::Slow);
+    b.know_nobody();
+    let (answer, took) = tokio::join!(call(&b, &["default", "ROOTCA"]).within("10S").answer(), async {
+        tokio::time::sleep(Duration::from_secs(6)).await;
+        b.know_everybody();
+    })
+    .0;
+    assert_eq!(answer.map(|reply| reply.names().join(",")), Ok("ROOTCA".into()));
+    assert!(took < Duration::from_secs(10), "{took:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_caller_who_stays_unknown_is_told_so_in_time() {
+    let b = Bench::new();
+    b.know_nobody();
+    let (answer, took) = call(&b, &["default"]).within("2S").answer().await;
+    assert_eq!(answer, Err((Code::Unavailable, "the caller is not yet known".into())));
+    assert!(took < Duration::from_secs(2), "{took:?}");
+    let (answer, took) = call(&b, &["default"]).answer().await;
+    assert_eq!((answer.unwrap_err().0, took.as_secs()), (Code::Unavailable, 10));
+}
+
+#[tokio::test(start_paused = true)]
+async fn names_that_nobody_has_are_not_found_and_named() {
+    let b = Bench::new();
+    for names in [&["file-root:system", "spiffe://nobody.example"][..], &["spiffe://cluster.local/ns/shop/sa/other"]] {
+        let (answer, took) = call(&b, names).answer().await;
+        let (code, message) = answer.unwrap_err();
+        assert_eq!(code, Code::NotFound);
+        assert!(names.iter().all(|name| message.contains(name)), "{message}");
+        assert_eq!(took, Duration::ZERO);
+    }
+    let long = "x".repeat(1000);
+    let (code, message) = call(&b, &[&long, &long, &long]).answer().await.0.unwrap_err();
+    assert!(code == Code::NotFound && message.len() < 1000, "{} bytes", message.len());
+    assert_eq!(b.orders(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_wildcard_is_the_certificate_and_the_bundle() {
+    let b = Bench::new();
+    for names in [&[][..], &["*"]] {
+        assert_eq!(call(&b, names).answer().await.0.unwrap().names(), ["default", "ROOTCA"]);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_fetches_has_nothing_whatever_version_it_names() {
+    let b = Bench::new();
+    let first = call(&b, &["default"]).answer().await.0.unwrap();
+    let mut again = call(&b, &["default"]);
+    again.request.version_info.clone_from(&first.version);
+    assert_eq!(again.answer().await.0.unwrap().version, first.version, "the same version is sent again");
+
+    let restarted = b.restarted();
+    restarted.source.take(restarted.embedded.bundle().unwrap());
+    let mut cold = call(&restarted, &["default"]);
+    cold.request.version_info.clone_from(&first.version);
+    let (answer, took) = cold.answer().await;
+    assert!(answer.unwrap().carries("default", &restarted.material()));
+    assert!(took < Duration::from_secs(1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_expired_certificate_is_not_fetched() {
+    let b = Bench::new();
+    warm(&b).await;
+    b.upstream.send_replace(Upstream::Down);
+    b.clock.step(86_400);
+    let (answer, took) = call(&b, &["default"]).within("3S").answer().await;
+    assert_eq!(answer.unwrap_err().0, Code::Unavailable);
+    assert!(took > Duration::from_secs(2));
+}
+
+#[tokio::test(start_paused = true)]
+async fn refusals_ends_and_drains_end_a_fetch() {
+    let b = Bench::new();
+    b.refuse(false);
+    let refused = call(&b, &["default"]).answer().await.0;
+    assert_eq!(refused, Err((Code::PermissionDenied, "no identity is available to this caller".into())));
+    b.refuse(true);
+    assert_eq!(call(&b, &["default"]).answer().await.0.unwrap_err().0, Code::Unavailable);
+    b.know_everybody();
+    let other = DiscoveryRequest { type_url: "type.googleapis.com/other".into(), ..Default::default() };
+    let wrong = Call { bench: &b, request: other, deadline: None };
+    assert_eq!(wrong.answer().await.0.unwrap_err().0, Code::InvalidArgument);
+    assert_eq!(call(&b, &["a", "b", "c", "d", "e"]).answer().await.0.unwrap_err().0, Code::ResourceExhausted);
+
+    b.upstream.send_replace(Upstream::Slow);
+    let (ended, ()) = tokio::join!(call(&b, &["default"]).answer(), async {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        b.gone.cancel();
+    });
+    assert_eq!(ended.0.unwrap_err().0, Code::PermissionDenied);
+
+    let b = Bench::new();
+    b.upstream.send_replace(Upstream::Slow);
+    let (drained, ()) = tokio::join!(call(&b, &["default"]).answer(), async {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        b.service.drain.cancel();
+    });
+    assert_eq!(drained.0, Err((Code::Unavailable, "the agent is shutting down".into())));
+    assert_eq!(drained.1, Duration::from_secs(1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_request_that_does_not_end_holds_up_neither_its_deadline_nor_the_drain() {
+    let b = Bench::new();
+    let (say, pieces) = mpsc::unbounded_channel();
+    let begun = Instant::now();
+    let answer = fetch(&b, pieces, Some("2S")).await;
+    assert_eq!(answer.unwrap_err().0, Code::Unavailable);
+    assert!(begun.elapsed() < Duration::from_secs(2));
+    drop(say);
+
+    let (_say, pieces) = mpsc::unbounded_channel();
+    let (answer, ()) = tokio::join!(fetch(&b, pieces, None), async {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        b.service.drain.cancel();
+    });
+    assert_eq!(answer, Err((Code::Unavailable, "the agent is shutting down".into())));
+}
+
+#[tokio::test(start_paused = true)]
+async fn fetching_again_and_again_leaves_nothing_behind() {
+    let b = Bench::new();
+    for _ in 0..3 {
+        call(&b, &["default"]).answer().await.0.unwrap();
+        tokio::time::sleep(RETENTION / 2).await;
+    }
+    assert_eq!((b.leases(), b.orders()), (0, 1));
+    tokio::time::sleep(RETENTION).await;
+    assert_eq!(b.service.store.snapshot().len(), 0);
+}

@@ -1,0 +1,176 @@
+//! Clients that come back with the version that they hold: nothing is issued before its time, and nothing odd is believed.
+
+use super::{
+    super::*,
+    bench::{Bench, foreign_bundle, settle},
+    client::{Client, FACES},
+};
+use crate::clock;
+
+const MINUTE: Duration = Duration::from_secs(60);
+
+/// An agent that was restarted, with its bundle, and the certificate that a client has from before.
+async fn restarted() -> (Bench, Arc<Svid>) {
+    let (b, svid) = restarted_without_bundle().await;
+    b.source.take(b.embedded.bundle().unwrap());
+    (b, svid)
+}
+
+async fn restarted_without_bundle() -> (Bench, Arc<Svid>) {
+    let before = Bench::new();
+    let mut client = Client::asking(&before, Face::Delta, &["default"]).await;
+    client.accepted().await;
+    let svid = before.material();
+    (before.restarted(), svid)
+}
+
+fn renew_at(svid: &Svid) -> SystemTime {
+    // The version carries whole seconds.
+    clock::from_unix_seconds(i64::try_from(clock::unix_seconds(svid.renew_at)).unwrap())
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_holds_a_good_certificate_gets_the_next_one_when_that_was_due_and_not_before() {
+    for face in FACES {
+        let (b, svid) = restarted().await;
+        let mut client = Client::returning(&b, face, &["default"], svid.version()).await;
+        let due = renew_at(&svid).duration_since(b.clock.now()).unwrap();
+        client.quiet(due - Duration::from_secs(1)).await;
+        assert_eq!(b.orders(), 0);
+        let reply = client.accepted().await;
+        assert!(reply.carries("default", &b.material()));
+        assert!(b.clock.now() >= renew_at(&svid) && b.clock.now() < svid.chain.validity.not_after);
+        assert_eq!(b.orders(), 1);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_bundle_does_not_wait_with_the_certificate_and_its_version_keeps_the_hint() {
+    let (b, svid) = restarted().await;
+    let stem = stem(svid.version()).to_owned();
+    let combined = format!("{stem}-0000000000000000");
+    let mut client = Client::returning(&b, Face::StateOfTheWorld, &["default", "ROOTCA"], &combined).await;
+    let reply = client.accepted().await;
+    assert_eq!(reply.names(), ["ROOTCA"]);
+    assert!(reply.version.starts_with(&format!("{stem}-")), "{}", reply.version);
+    client.quiet(MINUTE).await;
+    assert_eq!(b.orders(), 0);
+
+    // With that version it may come back once more.
+    let again = b.restarted();
+    again.source.take(again.embedded.bundle().unwrap());
+    let mut client = Client::returning(&again, Face::StateOfTheWorld, &["default", "ROOTCA"], &reply.version).await;
+    assert_eq!(client.accepted().await.version, reply.version);
+    client.quiet(MINUTE).await;
+    assert_eq!(again.orders(), 0);
+
+    let (b, svid) = restarted().await;
+    let mut client = Client::returning(&b, Face::Delta, &["default", "ROOTCA"], svid.version()).await;
+    assert_eq!(client.accepted().await.names(), ["ROOTCA"]);
+    client.quiet(MINUTE).await;
+    assert_eq!(b.orders(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_hint_that_is_odd_foreign_or_over_is_no_hint() {
+    let (_, svid) = restarted().await;
+    let now = clock::unix_seconds(svid.renew_at) - 1000;
+    let authority = &svid.authority;
+    let tail = "fedcba9876543210";
+    for version in [
+        "v1".to_owned(),
+        svid.version().to_uppercase(),
+        format!("{}-{}-0123456789abcdef-{tail}", now + 3600, now + 1800),
+        format!("{}-{}-{authority}-{tail}", now + 30 * 86_400, now + 1800),
+        format!("{}-{}-{authority}-{tail}", 1_600_000_000, 1_500_000_000),
+    ] {
+        for face in FACES {
+            let (b, _) = restarted().await;
+            let mut client = Client::returning(&b, face, &["default"], &version).await;
+            let begun = Instant::now();
+            client.accepted().await;
+            assert!(begun.elapsed() < Duration::from_secs(1), "{version}");
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_raised_epoch_makes_every_hint_foreign() {
+    let (b, svid) = restarted().await;
+    b.raise_epoch();
+    let mut client = Client::returning(&b, Face::Delta, &["default"], svid.version()).await;
+    let begun = Instant::now();
+    client.accepted().await;
+    assert!(begun.elapsed() < Duration::from_secs(1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_holds_one_gets_what_another_clients_demand_brought_once_it_has_settled() {
+    for face in FACES {
+        let (b, svid) = restarted().await;
+        let mut held = Client::returning(&b, face, &["default"], svid.version()).await;
+        held.quiet(MINUTE).await;
+        let mut other = Client::asking(&b, face, &["default"]).await;
+        let begun = Instant::now();
+        assert!(other.accepted().await.carries("default", &b.material()));
+        assert!(begun.elapsed() < Duration::from_secs(1), "who has nothing is held up by nobody");
+
+        let settled_at = b.material().settled_at;
+        assert!(settled_at > b.clock.now());
+        let reply = held.accepted().await;
+        assert!(b.clock.now() >= settled_at);
+        assert!(reply.carries("default", &b.material()));
+        assert_eq!(b.orders(), 1);
+        held.quiet(MINUTE).await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_bundle_that_comes_later_and_shows_the_hint_to_be_foreign_ends_the_waiting() {
+    for face in FACES {
+        let (b, svid) = restarted_without_bundle().await;
+        let mut client = Client::returning(&b, face, &["default"], svid.version()).await;
+        client.quiet(MINUTE).await;
+        assert_eq!(b.orders(), 0, "nobody can tell yet, and the client is believed");
+        b.source.take(foreign_bundle(&b));
+        settle().await;
+        assert!(b.orders() >= 1);
+        // What our authority signs is good once its root is trusted again.
+        b.source.take(b.embedded.bundle().unwrap());
+        assert!(client.accepted().await.carries("default", &b.material()));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_hint_that_is_overtaken_by_the_clock_is_a_demand() {
+    let (b, svid) = restarted().await;
+    let mut client = Client::returning(&b, Face::Delta, &["default"], svid.version()).await;
+    client.quiet(MINUTE).await;
+    b.clock.step(7200);
+    let begun = Instant::now();
+    client.accepted().await;
+    assert!(begun.elapsed() < Duration::from_secs(1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_version_under_two_names_tells_nothing_about_either() {
+    let (b, svid) = restarted().await;
+    let names = ["default", "spiffe://cluster.local/ns/shop/sa/a"];
+    let mut client = Client::returning(&b, Face::StateOfTheWorld, &names, svid.version()).await;
+    let begun = Instant::now();
+    assert_eq!(client.accepted().await.names(), names);
+    assert!(begun.elapsed() < Duration::from_secs(1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_comes_back_to_the_same_agent_with_the_same_version_is_sent_nothing() {
+    for face in FACES {
+        let b = Bench::new();
+        let mut client = Client::asking(&b, face, &["default"]).await;
+        let version = client.accepted().await.only_version().to_owned();
+        client.reset().await;
+        let mut client = Client::returning(&b, face, &["default"], &version).await;
+        client.quiet(5 * MINUTE).await;
+        assert_ne!(client.accepted().await.only_version(), version);
+    }
+}

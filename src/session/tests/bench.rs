@@ -1,0 +1,147 @@
+//! A socket that is served, with a real store and rotation behind it, and an attestor that answers when it is let.
+
+use std::{collections::BTreeMap, path::PathBuf};
+
+use futures::future::BoxFuture;
+use tokio::{sync::watch, task::JoinHandle};
+
+use super::super::*;
+use crate::{
+    attest::{self, Attested, Attestor, Method},
+    clock::{Clock, SystemClock},
+    config,
+    identity::{IssuerName, PodRef, Resolver, TrustDomain, Workload, tests::identity},
+    issuer::{Issuer, embedded::Embedded},
+    listener, rotation, sds,
+    store::Store,
+    trust::{self, Trust},
+};
+
+/// Longer than anything takes on a busy machine.
+pub(super) const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Awaits an event, and not for ever.
+pub(super) async fn soon<T>(what: &str, event: impl Future<Output = T>) -> T {
+    tokio::time::timeout(PATIENCE, event).await.unwrap_or_else(|_| panic!("{what} did not come"))
+}
+
+/// Returns when `condition` holds; for what tells nobody when it changes.
+pub(super) async fn until(what: &str, condition: impl Fn() -> bool) {
+    soon(what, async {
+        while !condition() {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+}
+
+/// Lets callers in when it is open, each with a token of its own.
+#[derive(Debug)]
+struct Doorman {
+    open: watch::Receiver<bool>,
+    let_in: Arc<Mutex<Vec<CancellationToken>>>,
+}
+
+impl Attestor for Doorman {
+    fn method(&self) -> Method {
+        Method::unix
+    }
+
+    fn attest<'a>(&'a self, _peer: &'a Peer) -> BoxFuture<'a, Result<Attested, attest::Error>> {
+        Box::pin(async move {
+            self.open.clone().wait_for(|open| *open).await.unwrap();
+            let gone = CancellationToken::new();
+            self.let_in.lock().unwrap().push(gone.clone());
+            let pod = PodRef { namespace: "shop".into(), name: "cart-1".into(), uid: "u1".into() };
+            Ok(Attested { workload: Workload::Pod { pod, service_account: Some("a".into()) }, gone })
+        })
+    }
+}
+
+pub(super) struct Agent {
+    pub path: PathBuf,
+    pub sessions: Sessions,
+    pub sds: Arc<sds::service::Service>,
+    pub door: watch::Sender<bool>,
+    /// One token for each connection that was attested, in that order.
+    pub let_in: Arc<Mutex<Vec<CancellationToken>>>,
+    pub source: trust::Source,
+    pub accepting: JoinHandle<()>,
+    _directory: tempfile::TempDir,
+}
+
+/// How long a drain may take.
+pub(super) const DRAIN: Duration = Duration::from_millis(300);
+
+impl Agent {
+    pub(super) async fn start() -> Self {
+        Self::with(|_| {}).await
+    }
+
+    pub(super) async fn with(change: impl FnOnce(&mut Sessions)) -> Self {
+        let clock: Arc<dyn Clock> = Arc::new(SystemClock);
+        let embedded = Embedded::new("cluster.local", clock.clone()).unwrap();
+        let trust = Trust::new(trust::Metrics::default());
+        let source = trust.source(None, "own");
+        source.take(embedded.bundle().unwrap());
+        let (store, events) = Store::new();
+        let parts = rotation::Parts {
+            store: store.clone(),
+            events,
+            issuers: BTreeMap::from([(IssuerName("mesh".into()), Arc::new(embedded) as Arc<dyn Issuer>)]),
+            trust: trust.subscribe(),
+            await_bundle: false,
+            clock: clock.clone(),
+            retention: Duration::from_secs(300),
+            metrics: rotation::metrics::Metrics::default(),
+        };
+        tokio::spawn(rotation::run(parts, CancellationToken::new()));
+
+        let domain = TrustDomain::new("cluster.local").unwrap();
+        let limits = Limits::default();
+        let ending = CancellationToken::new();
+        let sds = Arc::new(sds::service::Service {
+            store,
+            trust: trust.subscribe(),
+            directory: sds::names::Directory::new(config::Names::default(), &domain),
+            clock,
+            limits: limits.clone(),
+            metrics: sds::metrics::Metrics::default(),
+            drain: ending.clone(),
+        });
+        let resolver = Resolver { trust_domain: domain, default_profile: identity("a").profile.clone() };
+        let (door, open) = watch::channel(true);
+        let let_in: Arc<Mutex<Vec<CancellationToken>>> = Arc::default();
+        let attestor = Arc::new(Doorman { open, let_in: let_in.clone() });
+        let mut sessions = Sessions {
+            services: Services::new(sds.clone()).await.unwrap(),
+            desk: Desk { attestor, resolver: watch::channel(Arc::new(resolver)).1, metrics: attest::Metrics::default() },
+            limits,
+            patience: Patience::default(),
+            metrics: Metrics::default(),
+            shutdown: Shutdown::new(DRAIN),
+            ending,
+        };
+        change(&mut sessions);
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("sds.sock");
+        let bound = listener::bind(&path, 0o666).unwrap();
+        let accepting = tokio::spawn(sessions.clone().accept(bound.listener));
+        Self { path, sessions, sds, door, let_in, source, accepting, _directory: directory }
+    }
+
+    /// Subscriptions to any certificate.
+    pub(super) fn leases(&self) -> usize {
+        self.sds.store.snapshot().iter().map(|entry| entry.subscribers()).sum()
+    }
+
+    pub(super) fn streams(&self) -> i64 {
+        self.sds.metrics.streams.get()
+    }
+
+    /// Other roots than before: something to push.
+    pub(super) fn change_bundle(&self) {
+        let other = Embedded::new("cluster.local", Arc::new(SystemClock)).unwrap();
+        self.source.take(other.bundle().unwrap());
+    }
+}

@@ -1,0 +1,109 @@
+//! A node's mounts: the host's mount namespace, an agent's container in it whose mounts reach the host, and pods that see one volume.
+//!
+//! The host's namespace is held by a process of its own, as mounts have to outlive the agent. All of it goes with that process.
+
+use std::{
+    fs,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+};
+
+use tokio::process::Command;
+
+use super::{
+    child::{self, Child},
+    tools,
+};
+
+/// Where a pod has its volume.
+pub const IN_POD: &str = "/mnt";
+
+/// A host. Unmounted when dropped.
+pub struct Host {
+    holder: Child,
+    dir: PathBuf,
+}
+
+/// A mount that the host has.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Mount {
+    pub target: PathBuf,
+    pub options: String,
+}
+
+impl Host {
+    /// A host with its files in `dir`. What is mounted below `kubelet` there reaches everybody who asks for it, as a kubelet's mounts do.
+    pub async fn new(dir: &Path) -> Self {
+        let kubelet = dir.join("kubelet");
+        fs::create_dir_all(kubelet.join("pods")).expect("the kubelet's directory");
+        let script = "mount --bind \"$0\" \"$0\" && mount --make-rshared \"$0\" && echo ready && exec sleep infinity";
+        let mut command = Command::new(unshare());
+        command.args(["--mount", "--propagation", "private", "sh", "-c", script]).arg(&kubelet);
+        let holder = Child::spawn("the host", &mut command);
+        let ready = |lines: &[String]| lines.iter().any(|line| line == "ready").then_some(());
+        holder.stdout().until("the host's mounts", std::time::Duration::from_secs(20), ready).await;
+        Self { holder, dir: dir.to_owned() }
+    }
+
+    /// The kubelet's directory.
+    pub fn kubelet(&self) -> PathBuf {
+        self.dir.join("kubelet")
+    }
+
+    fn enter(&self) -> Vec<String> {
+        let nsenter = tools::system("nsenter", "util-linux").display().to_string();
+        vec![nsenter, format!("--mount=/proc/{}/ns/mnt", self.holder.pid())]
+    }
+
+    /// The words before a program that runs on the host itself.
+    pub fn words(&self) -> Vec<String> {
+        self.enter()
+    }
+
+    /// The words before a program in a container whose mounts below the kubelet's directory reach the host (`Bidirectional`).
+    pub fn container(&self) -> Vec<String> {
+        let mut words = self.enter();
+        words.extend([&unshare(), "--mount", "--propagation", "unchanged"].map(str::to_owned));
+        words
+    }
+
+    /// The words before a program in a pod that has `volume` at [`IN_POD`], and nothing of the host's directories.
+    pub fn pod(&self, volume: &Path) -> Vec<String> {
+        // As a runtime does: the volume is taken from the host, bound where the pod wants it, and the host is left behind.
+        let script = format!("mount --bind \"$0\" {IN_POD} && mount -t tmpfs none '{}' && exec \"$@\"", self.dir.display());
+        let mut words = self.enter();
+        words.extend([&unshare(), "--mount", "--propagation", "slave", "sh", "-c", &script].map(str::to_owned));
+        words.push(volume.display().to_string());
+        words
+    }
+
+    /// Runs a program of the system in such a pod, to its end.
+    pub async fn in_pod(&self, volume: &Path, program: &str) -> std::process::Output {
+        let words = self.pod(volume);
+        let mut words: Vec<&str> = words.iter().map(String::as_str).collect();
+        words.extend(["sh", "-c", program]);
+        child::run(Path::new(words[0]), &words[1..], std::time::Duration::from_secs(30)).await
+    }
+
+    /// What the host has mounted on targets below the pods' directory.
+    pub fn mounts(&self) -> Vec<Mount> {
+        let table = fs::read_to_string(format!("/proc/{}/mountinfo", self.holder.pid())).expect("the host lives");
+        let pods = self.kubelet().join("pods");
+        let mounts = table.lines().filter_map(|line| {
+            let mut fields = line.split(' ').skip(4);
+            let (target, options) = (PathBuf::from(fields.next()?), fields.next()?.to_owned());
+            target.starts_with(&pods).then_some(Mount { target, options })
+        });
+        mounts.collect()
+    }
+
+    /// Device and inode of what the host sees at `path`.
+    pub fn inode(&self, path: &Path) -> Option<(u64, u64)> {
+        let seen = format!("/proc/{}/root{}", self.holder.pid(), path.display());
+        fs::metadata(seen).ok().map(|meta| (meta.dev(), meta.ino()))
+    }
+}
+
+fn unshare() -> String {
+    tools::system("unshare", "util-linux").display().to_string()
+}

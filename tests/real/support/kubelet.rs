@@ -1,0 +1,205 @@
+//! A kubelet as a CSI driver meets it: it finds the registration socket, asks, says what came of it, and then calls the driver with its
+//! own paths and the volume contexts that it makes of a pod.
+//!
+//! Registration is spoken by grpc-go, with the authority that the kubelet sends: the path of the socket, percent-encoded.
+
+use std::{
+    collections::HashMap,
+    fmt::Write as _,
+    fs,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use futures::future::BoxFuture;
+use http::{Request, Response, Uri};
+use hyper::{body::Incoming, client::conn::http2};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use sds_agent::proto::csi::v1::{
+    GetPluginInfoRequest, NodeGetCapabilitiesRequest, NodeGetInfoRequest, NodePublishVolumeRequest, NodeUnpublishVolumeRequest,
+    VolumeCapability,
+    identity_client::IdentityClient,
+    node_client::NodeClient,
+    volume_capability::{AccessType, MountVolume},
+};
+use serde_json::{Value, json};
+use tokio::{net::UnixStream, time::timeout};
+use tonic::{Status, body::Body};
+
+use super::{child, cluster::Pod, eventually, tools};
+
+pub const DRIVER: &str = "csi.sds-agent.io";
+/// The kubelet's own patience.
+const CALL: Duration = Duration::from_secs(120);
+const START: Duration = Duration::from_secs(30);
+
+/// A kubelet.
+#[derive(Clone)]
+pub struct Kubelet {
+    directory: PathBuf,
+}
+
+impl Kubelet {
+    /// With its files in `directory`.
+    pub fn new(directory: &Path) -> Self {
+        Self { directory: directory.to_owned() }
+    }
+
+    pub fn registration_socket(&self) -> PathBuf {
+        self.directory.join("plugins_registry").join(format!("{DRIVER}-reg.sock"))
+    }
+
+    pub fn driver_socket(&self) -> PathBuf {
+        self.directory.join("plugins").join(DRIVER).join("csi.sock")
+    }
+
+    /// Finds the driver and registers it.
+    pub async fn register(&self) {
+        let socket = self.registration_socket();
+        eventually("the registration socket", START, async || socket.exists().then_some(()).ok_or_else(|| "it is not there".into())).await;
+        let info = self.ask("GetInfo", &json!({})).await;
+        assert_eq!(info["type"], "CSIPlugin", "{info}");
+        assert_eq!(info["name"], DRIVER);
+        assert_eq!(info["supportedVersions"], json!(["1.0.0"]));
+        let endpoint = self.driver_socket();
+        assert_eq!(info["endpoint"].as_str(), endpoint.to_str());
+
+        let mut identity = self.identity().await;
+        let told = identity.get_plugin_info(GetPluginInfoRequest {}).await.expect("the driver says who it is").into_inner();
+        assert_eq!(told.name, DRIVER);
+        let mut node = self.node().await;
+        node.node_get_capabilities(NodeGetCapabilitiesRequest {}).await.expect("and what it can do");
+        let told = node.node_get_info(NodeGetInfoRequest {}).await.expect("and where it is").into_inner();
+        assert!(!told.node_id.is_empty());
+        self.ask("NotifyRegistrationStatus", &json!({"pluginRegistered": true})).await;
+    }
+
+    /// One call of the registration, as grpc-go makes it for a kubelet.
+    pub async fn ask(&self, method: &str, message: &Value) -> Value {
+        let socket = self.registration_socket();
+        let (protos, message) = (Path::new(env!("CARGO_MANIFEST_DIR")).join("proto"), message.to_string());
+        let (authority, address) = (percent_encoded(&socket), format!("unix://{}", socket.display()));
+        let method = format!("pluginregistration.Registration/{method}");
+        let protos = protos.to_str().expect("a plain path");
+        let mut arguments = vec!["-plaintext", "-authority", &authority, "-import-path", protos];
+        arguments.extend(["-proto", "pluginregistration/v1/registration.proto", "-d", &message, &address, &method]);
+        let answer = child::succeed(&tools::grpcurl(), &arguments, START).await;
+        serde_json::from_str(&answer).unwrap_or_else(|e| panic!("{method}: {e}: {answer}"))
+    }
+
+    /// Where it wants a pod's volume.
+    pub fn target(&self, uid: &str, volume: &str) -> PathBuf {
+        self.directory.join("pods").join(uid).join("volumes/kubernetes.io~csi").join(volume).join("mount")
+    }
+
+    /// What it asks for a pod's volume with these attributes.
+    pub fn request(&self, pod: &Pod, volume: &str, attributes: &[(&str, &str)]) -> NodePublishVolumeRequest {
+        let own = [
+            ("csi.storage.k8s.io/pod.name", pod.name.as_str()),
+            ("csi.storage.k8s.io/pod.namespace", &pod.namespace),
+            ("csi.storage.k8s.io/pod.uid", &pod.uid),
+            ("csi.storage.k8s.io/serviceAccount.name", &pod.service_account),
+            ("csi.storage.k8s.io/ephemeral", "true"),
+        ];
+        // Its own win, where the driver's object asks for them.
+        let context: HashMap<_, _> = attributes.iter().chain(&own).map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+        NodePublishVolumeRequest {
+            volume_id: format!("csi-{}-{volume}", pod.uid),
+            target_path: self.target(&pod.uid, volume).display().to_string(),
+            volume_capability: Some(VolumeCapability { access_type: Some(AccessType::Mount(MountVolume::default())) }),
+            readonly: true,
+            secrets: HashMap::new(),
+            volume_context: context,
+        }
+    }
+
+    /// Publishes a volume and gives its target.
+    pub async fn publish(&self, pod: &Pod, volume: &str) -> PathBuf {
+        let request = self.request(pod, volume, &[]);
+        self.publish_as(request).await.unwrap_or_else(|status| panic!("publish: {status:?}"))
+    }
+
+    /// Publishes whatever is asked. As the kubelet does it makes the directory above the target, and clears up after a refusal.
+    pub async fn publish_as(&self, request: NodePublishVolumeRequest) -> Result<PathBuf, Status> {
+        let target = PathBuf::from(&request.target_path);
+        let is_its_own = target.starts_with(self.directory.join("pods")) && !request.target_path.contains("/../");
+        let was_there = target.symlink_metadata().is_ok();
+        if let Some(parent) = target.parent().filter(|_| is_its_own) {
+            // A path that no file system takes is the driver's to refuse.
+            let _ = fs::create_dir_all(parent);
+        }
+        let mut node = self.node().await;
+        let answer = timeout(CALL, node.node_publish_volume(request)).await.expect("the driver answers in time");
+        // What is mounted it leaves alone; here it cannot see that, and removing it would unmount it.
+        if answer.is_err() && is_its_own && !was_there {
+            for empty in target.ancestors().take_while(|path| !path.ends_with("pods")) {
+                let _ = fs::remove_dir(empty);
+            }
+        }
+        answer.map(|_| target)
+    }
+
+    /// Asks to unpublish a volume.
+    pub async fn unpublish_quietly(&self, uid: &str, volume: &str) -> Result<(), Status> {
+        let target_path = self.target(uid, volume).display().to_string();
+        let request = NodeUnpublishVolumeRequest { volume_id: format!("csi-{uid}-{volume}"), target_path };
+        let mut node = self.node().await;
+        timeout(CALL, node.node_unpublish_volume(request)).await.expect("the driver answers in time").map(drop)
+    }
+
+    /// Unpublishes a volume and removes what it has made for it.
+    pub async fn unpublish(&self, uid: &str, volume: &str) {
+        self.unpublish_quietly(uid, volume).await.unwrap_or_else(|status| panic!("unpublish: {status:?}"));
+        let target = self.target(uid, volume);
+        assert!(!target.exists(), "the driver leaves the target behind");
+        for own in target.ancestors().skip(1).take(4) {
+            let _ = fs::remove_dir(own);
+        }
+    }
+
+    async fn identity(&self) -> IdentityClient<Connection> {
+        IdentityClient::with_origin(self.dial().await, Uri::from_static("http://localhost"))
+    }
+
+    async fn node(&self) -> NodeClient<Connection> {
+        NodeClient::with_origin(self.dial().await, Uri::from_static("http://localhost"))
+    }
+
+    /// A connection for each call, as the kubelet does.
+    async fn dial(&self) -> Connection {
+        let stream = UnixStream::connect(self.driver_socket()).await.expect("the driver's socket");
+        let (sender, connection) = http2::handshake(TokioExecutor::new(), TokioIo::new(stream)).await.expect("HTTP/2");
+        tokio::spawn(connection);
+        Connection(sender)
+    }
+}
+
+/// As grpc-go does with a name that is no authority.
+fn percent_encoded(path: &Path) -> String {
+    let mut out = String::new();
+    for byte in path.to_str().expect("a plain path").bytes() {
+        match byte {
+            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'_' | b'.' | b'~' => out.push(char::from(byte)),
+            other => write!(out, "%{other:02X}").expect("writing to a string"),
+        }
+    }
+    out
+}
+
+/// The sending half of a connection.
+#[derive(Clone)]
+struct Connection(http2::SendRequest<Body>);
+
+impl tower::Service<Request<Body>> for Connection {
+    type Response = Response<Incoming>;
+    type Error = hyper::Error;
+    type Future = BoxFuture<'static, Result<Self::Response, Self::Error>>;
+
+    fn poll_ready(&mut self, cx: &mut std::task::Context<'_>) -> std::task::Poll<Result<(), Self::Error>> {
+        self.0.poll_ready(cx)
+    }
+
+    fn call(&mut self, request: Request<Body>) -> Self::Future {
+        Box::pin(self.0.send_request(request))
+    }
+}
