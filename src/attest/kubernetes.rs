@@ -7,6 +7,7 @@ use std::{
     fmt,
     io::{self, Read},
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use futures::future::BoxFuture;
@@ -15,6 +16,7 @@ use crate::{
     attest::{
         Attested, Attestor, Error, Method, Reason,
         cgroup::{self, Own, PodUid},
+        origin::{ByPod, Origins},
         pods::Pods,
     },
     identity::{PodRef, Workload},
@@ -110,12 +112,17 @@ impl Attestor for KubernetesAttestor {
         Method::kubernetes
     }
 
+    /// Every proxy of a mesh runs as the same user: by pod.
+    fn origins(&self) -> Origins {
+        Origins::ByPod(ByPod::new(self.proc.clone(), Arc::new(self.own.clone())))
+    }
+
     fn attest<'a>(&'a self, peer: &'a Peer) -> BoxFuture<'a, Result<Attested, Error>> {
         Box::pin(self.judge(peer))
     }
 }
 
-fn read_cgroup(path: &Path) -> io::Result<String> {
+pub(super) fn read_cgroup(path: &Path) -> io::Result<String> {
     let mut text = String::new();
     std::fs::File::open(path)?.take(MAX_CGROUP_BYTES).read_to_string(&mut text)?;
     Ok(text)
