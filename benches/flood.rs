@@ -102,6 +102,7 @@ async fn serve(proc: PathBuf, socket: &Path) {
 }
 
 /// The flooding pod: `go`, then `tell` how far it is as often as asked, then `stop`.
+#[expect(clippy::unused_async, reason = "it starts tasks, and so runs in a runtime")]
 async fn flood(socket: Arc<Path>) {
     let mut flood: Option<Flood> = None;
     // This is the main thread: it may wait, the runtime's worker floods.
