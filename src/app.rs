@@ -154,6 +154,8 @@ pub async fn build_with(config: &Config, base: Base, deps: Deps) -> anyhow::Resu
         services: Services::new(Arc::new(sds)).await?,
         desk,
         limits: config.limits.clone(),
+        quotas: session::quotas::Quotas::new(&config.limits),
+        refusals: Arc::default(),
         patience: session::Patience::default(),
         metrics: session::metrics::Metrics::register(registry),
         shutdown: shutdown.clone(),

@@ -18,6 +18,7 @@ use crate::{identity::Workload, peer::Peer};
 pub mod cgroup;
 pub mod kubernetes;
 pub mod mount;
+pub mod origin;
 pub mod pods;
 pub mod unix;
 
@@ -124,6 +125,11 @@ impl std::error::Error for Error {}
 pub trait Attestor: fmt::Debug + Send + Sync + 'static {
     /// The metric label of this way.
     fn method(&self) -> Method;
+
+    /// How connections are grouped before anybody is proven: by user id, unless an attestor knows better.
+    fn origins(&self) -> origin::Origins {
+        origin::Origins::ByUser
+    }
 
     /// Proves who `peer` is; waits while the answer can still come.
     fn attest<'a>(&'a self, peer: &'a Peer) -> BoxFuture<'a, Result<Attested, Error>>;

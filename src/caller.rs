@@ -2,19 +2,17 @@
 //!
 //! The socket's side of the HTTP/2 handshake never waits for this: a client that only connects is answered at once.
 
-use std::{
-    sync::{Arc, Mutex, PoisonError},
-    time::Instant,
-};
+use std::{sync::Arc, time::Instant};
 
 use tokio::sync::{Notify, OnceCell, watch};
 use tonic::Status;
 use tracing::{debug, warn};
 
 use crate::{
-    attest::{self, Attested, Attestor, Reason},
+    attest::{self, Attested, Attestor, Reason, origin::Origin},
     identity::{Identity, Resolver},
     peer::Peer,
+    telemetry::hush::Hush,
 };
 
 /// A proven caller and what it may have.
@@ -44,8 +42,12 @@ pub struct Connection {
     desk: Desk,
     caller: OnceCell<Arc<Caller>>,
     known: Notify,
-    last_refusal: Mutex<Option<Reason>>,
+    origin: Origin,
+    refusals: Arc<Refusals>,
 }
+
+/// What the log has been told about callers that are refused, by where they come from and why.
+pub type Refusals = Hush<(Origin, &'static str)>;
 
 /// What a caller that can never be served is told. The cause goes to the log.
 const REFUSED: &str = "no identity is available to this caller";
@@ -55,7 +57,13 @@ const LATER: &str = "the caller cannot be identified right now";
 impl Connection {
     /// A fresh connection of `peer`.
     pub fn new(peer: Peer, desk: Desk) -> Self {
-        Self { peer, desk, caller: OnceCell::new(), known: Notify::new(), last_refusal: Mutex::default() }
+        let origin = Origin::User(peer.uid);
+        Self { peer, desk, caller: OnceCell::new(), known: Notify::new(), origin, refusals: Arc::default() }
+    }
+
+    /// The same, one of several that come from `origin` and are told of in one place.
+    pub fn coming_from(self, origin: Origin, refusals: Arc<Refusals>) -> Self {
+        Self { origin, refusals, ..self }
     }
 
     /// The peer.
@@ -104,13 +112,12 @@ impl Connection {
         gone.is_cancelled()
     }
 
-    /// One line for each cause and connection: a caller that tries again and again does not fill the log.
+    /// One line for each cause, origin and minute: a caller that tries again and again does not fill the log.
     fn log(&self, error: &attest::Error) {
-        let last = self.last_refusal.lock().unwrap_or_else(PoisonError::into_inner).replace(error.reason);
-        if last == Some(error.reason) {
-            debug!(peer = ?self.peer, cause = %error, "caller not served, again");
-        } else {
-            warn!(peer = ?self.peer, cause = %error, "caller not served");
+        match self.refusals.tells((self.origin.clone(), error.reason.as_str()), tokio::time::Instant::now()) {
+            Some(0) => warn!(peer = ?self.peer, cause = %error, "caller not served"),
+            Some(left_out) => warn!(peer = ?self.peer, origin = %self.origin, left_out, cause = %error, "caller not served"),
+            None => debug!(peer = ?self.peer, cause = %error, "caller not served, again"),
         }
     }
 

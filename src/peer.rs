@@ -103,6 +103,11 @@ impl Peer {
         self.record.as_ref().map(Record::directory)
     }
 
+    /// The number of the handle. From Linux 6.9 on, no two processes ever have the same one; before, all have.
+    pub fn handle_number(&self) -> Option<u64> {
+        rustix::fs::fstat(self.pidfd.as_deref()?).ok().map(|stat| stat.st_ino)
+    }
+
     /// A second descriptor of the same handle.
     pub fn handle(&self) -> Option<io::Result<OwnedFd>> {
         self.pidfd.as_deref().map(OwnedFd::try_clone)
@@ -163,6 +168,7 @@ mod tests {
         assert_eq!(peer.uid, nix::unistd::geteuid().as_raw());
         assert!(peer.is_pinned() && kernel_pins().unwrap(), "these tests want Linux 6.5 or newer");
         assert!(peer.is_alive() && peer.directory().is_none());
+        assert_eq!(peer.handle_number(), Peer::of(&ours).unwrap().handle_number());
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! The accept loop, and one connection's life on HTTP/2.
 //!
-//! Owns the quotas, the limits of the protocol and every way in which a connection ends. The client's SETTINGS are answered at once,
-//! before anybody asks who it is. A connection ends when its client ends it, when nothing happens on it for long, when its workload has
+//! Owns the limits of the protocol and every way in which a connection ends. The client's SETTINGS are answered at once,
+//! before anybody asks who it is; whether there is a place is asked before that, of the [`quotas`]. A connection ends when its client ends it, when nothing happens on it for long, when its workload has
 //! ended, at the drain's deadline, or when it never spoke at all.
 
 use std::{
@@ -9,7 +9,7 @@ use std::{
     io,
     pin::{Pin, pin},
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc,
         atomic::{AtomicBool, Ordering},
     },
     task::{Context, Poll},
@@ -21,25 +21,32 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{UnixListener, UnixStream},
-    sync::{OwnedSemaphorePermit, Semaphore},
     time::Instant,
 };
 use tokio_util::sync::CancellationToken;
+use tonic::Status;
 use tracing::{debug, warn};
 
 use self::{
+    calls::{Call, Calls},
+    door::Door,
     metrics::{Metrics, Rejection},
+    quotas::Quotas,
     services::Services,
 };
 use crate::{
-    caller::{Connection, Desk},
+    attest::origin::Origin,
+    caller::{Connection, Desk, Refusals},
     config::Limits,
-    grpc::UntilEnd,
+    grpc::{self, UntilEnd},
     peer::Peer,
     shutdown::{Guard, Shutdown},
 };
 
+mod calls;
+mod door;
 pub mod metrics;
+pub mod quotas;
 pub mod services;
 
 /// Both windows. Below the protocol's initial value the `h2` crate loses a WINDOW_UPDATE when the peer sent before it saw our SETTINGS,
@@ -49,6 +56,8 @@ const FRAME: u32 = 16_384;
 const HEADER_LIST: u32 = 16_384;
 /// Bytes buffered for each stream of a client that reads slowly.
 const SEND_BUFFER: usize = 64 << 10;
+/// Connections that are taken or turned away before others have their turn.
+const ACCEPTED_AT_ONCE: usize = 16;
 
 /// How long connections are borne with.
 #[derive(Debug, Clone)]
@@ -74,6 +83,10 @@ pub struct Sessions {
     pub desk: Desk,
     /// What is taken on.
     pub limits: Limits,
+    /// Who may take how much of it; the same for all sockets.
+    pub quotas: Quotas,
+    /// What the log has been told about callers that are refused.
+    pub refusals: Arc<Refusals>,
     /// What is borne with.
     pub patience: Patience,
     /// What is counted.
@@ -87,9 +100,16 @@ pub struct Sessions {
 impl Sessions {
     /// Accepts connections until the drain begins. Connections outlive this; each holds a guard of the drain.
     pub async fn accept(self, listener: UnixListener) {
-        let places = Arc::new(Semaphore::new(self.limits.connections));
+        let door = Door::new(self.desk.attestor.origins());
         let mut pause = Pause::default();
+        let mut accepted_at_once = 0;
         loop {
+            // A queue that never empties is no reason to let those wait who are inside.
+            accepted_at_once += 1;
+            if accepted_at_once > ACCEPTED_AT_ONCE {
+                accepted_at_once = 0;
+                tokio::task::yield_now().await;
+            }
             let accepted = tokio::select! {
                 () = self.shutdown.drain.cancelled() => return,
                 accepted = listener.accept() => accepted,
@@ -97,7 +117,7 @@ impl Sessions {
             match accepted {
                 Ok((stream, _)) => {
                     pause = Pause::default();
-                    self.welcome(stream, &places);
+                    self.welcome(stream, &door).await;
                 }
                 Err(error) if is_the_clients(&error) => debug!(%error, "a connection ended before it was accepted"),
                 Err(error) => {
@@ -113,25 +133,60 @@ impl Sessions {
         }
     }
 
-    fn welcome(&self, stream: UnixStream, places: &Arc<Semaphore>) {
-        let Ok(place) = places.clone().try_acquire_owned() else {
+    /// Takes a connection on or turns it away; waits only where it is not known whose it is and many others are being asked about.
+    async fn welcome(&self, stream: UnixStream, door: &Door) {
+        if self.quotas.are_used_up() {
             self.metrics.rejected(Rejection::connection_limit);
             debug!("connection closed: there are as many as limits.connections allows");
             return;
-        };
+        }
         // The handle is taken now, while the process that connected is most surely there.
-        match Peer::of(&stream) {
-            Ok(peer) => {
-                let connection = Arc::new(Connection::new(peer, self.desk.clone()));
-                // Held from here: a drain that begins before the task has run waits for it all the same.
-                let guard = self.shutdown.guard();
-                let session = Session { sessions: self.clone(), connection, calls: Arc::default(), spoke: Arc::default(), _guard: guard };
-                tokio::spawn(session.run(stream, place));
-            }
+        let peer = match Peer::of(&stream) {
+            Ok(peer) => peer,
             Err(error) => {
                 self.metrics.rejected(Rejection::no_credentials);
                 warn!(%error, "connection closed: the kernel does not tell who it is");
+                return;
             }
+        };
+        // Held from here: a drain that begins before the task has run waits for it all the same.
+        let guard = self.shutdown.guard();
+        if let Some(origin) = door.recognise(&peer) {
+            if let Some(session) = self.admit(peer, &origin, guard) {
+                tokio::spawn(session.run(stream));
+            }
+            return;
+        }
+        let turn = door.turn().await;
+        let (sessions, door) = (self.clone(), door.clone());
+        tokio::spawn(async move {
+            let Some(origin) = door.look(&peer, turn).await else { return };
+            if let Some(session) = sessions.admit(peer, &origin, guard) {
+                session.run(stream).await;
+            }
+        });
+    }
+
+    /// A place for the connection of `peer`, if there is one.
+    fn admit(&self, peer: Peer, origin: &Origin, guard: Guard) -> Option<Session> {
+        let place = match self.quotas.admit(origin, Instant::now()) {
+            Ok(place) => place,
+            Err(over) => {
+                let (reason, limit) = over.of_connections();
+                self.metrics.rejected(reason);
+                self.tell(origin, limit, "connection closed");
+                return None;
+            }
+        };
+        let connection = Arc::new(Connection::new(peer, self.desk.clone()).coming_from(origin.clone(), self.refusals.clone()));
+        let calls = Arc::new(Calls::new(place));
+        Some(Session { sessions: self.clone(), connection, calls, spoke: Arc::default(), _guard: guard })
+    }
+
+    /// One line for each caller, limit and minute.
+    fn tell(&self, origin: &Origin, limit: &'static str, what: &str) {
+        if let Some(left_out) = self.refusals.tells((origin.clone(), limit), Instant::now()) {
+            warn!(%origin, limit, left_out, "{what}: over quota; raise the limit if the caller needs more");
         }
     }
 }
@@ -162,12 +217,17 @@ struct Session {
 }
 
 impl Session {
-    async fn run(self, stream: UnixStream, _place: OwnedSemaphorePermit) {
+    async fn run(self, stream: UnixStream) {
         let _open = self.sessions.metrics.connected();
         let io = Heard { stream, spoke: self.spoke.clone() };
         let service = service_fn(|request| {
-            let (services, connection, call) = (self.sessions.services.clone(), self.connection.clone(), self.calls.begin());
-            async move { Ok::<_, Infallible>(services.call(&connection, request).await.until_end(call)) }
+            let (services, connection, call) = (self.sessions.services.clone(), self.connection.clone(), self.begin());
+            async move {
+                Ok::<_, Infallible>(match call {
+                    Ok(call) => services.call(&connection, request).await.until_end(call),
+                    Err(refusal) => grpc::unary(Err(refusal)),
+                })
+            }
         });
         let served = http2::Builder::new(TokioExecutor::new())
             .timer(TokioTimer::new())
@@ -185,6 +245,10 @@ impl Session {
             () = self.connection.gone() => {
                 served.as_mut().graceful_shutdown();
                 tokio::time::timeout(self.sessions.patience.last_words, served).await.ok()
+            }
+            () = self.calls.are_too_many() => {
+                self.sessions.metrics.rejected(Rejection::refused_streams);
+                None
             }
             () = self.idle() => {
                 served.as_mut().graceful_shutdown();
@@ -212,6 +276,16 @@ impl Session {
         }
     }
 
+    /// Begins a call, or says why there is no place for it.
+    fn begin(&self) -> Result<Call, Status> {
+        self.calls.begin().map_err(|over| {
+            let (reason, limit) = over.of_streams();
+            self.sessions.metrics.refused(reason);
+            self.sessions.tell(self.calls.origin(), limit, "stream refused");
+            Status::resource_exhausted("there are as many streams as this workload may have")
+        })
+    }
+
     /// Returns when the connection never spoke, or has had no call for the idle time.
     async fn idle(&self) {
         tokio::time::sleep(self.sessions.patience.silent).await;
@@ -231,39 +305,6 @@ impl Session {
                 None => tokio::time::sleep(time).await,
             }
         }
-    }
-}
-
-/// The calls in progress of one connection.
-#[derive(Debug)]
-struct Calls(Mutex<(usize, Instant)>);
-
-impl Default for Calls {
-    fn default() -> Self {
-        Self(Mutex::new((0, Instant::now())))
-    }
-}
-
-impl Calls {
-    fn begin(self: &Arc<Self>) -> Call {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).0 += 1;
-        Call(self.clone())
-    }
-
-    fn idle_since(&self) -> Option<Instant> {
-        let (calls, since) = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        (calls == 0).then_some(since)
-    }
-}
-
-/// A call in progress, until its response has been sent or dropped.
-#[derive(Debug)]
-pub struct Call(Arc<Calls>);
-
-impl Drop for Call {
-    fn drop(&mut self) {
-        let mut calls = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
-        *calls = (calls.0 - 1, Instant::now());
     }
 }
 

@@ -24,6 +24,8 @@ use tracing_subscriber::{
     util::SubscriberInitExt,
 };
 
+pub mod hush;
+
 /// The environment variable of the filter.
 pub const VARIABLE: &str = "SDS_AGENT_LOG";
 /// The filter where there is none.

@@ -86,7 +86,11 @@ pub fn config(socket: &Path) -> Config {
 
 /// Starts an agent at `socket`.
 pub async fn start(socket: &Path, attestor: Arc<dyn Attestor>, issuer: Timed) {
-    let config = config(socket);
+    start_as(&config(socket), attestor, issuer).await;
+}
+
+/// Starts an agent with a configuration.
+pub async fn start_as(config: &Config, attestor: Arc<dyn Attestor>, issuer: Timed) {
     let trust = Trust::new(trust::Metrics::default());
     trust.source(None, "embedded").take(issuer.bundle());
     let issuers: BTreeMap<_, Arc<dyn Issuer>> = config.issuers.keys().map(|name| (name.clone(), Arc::new(issuer.clone()) as _)).collect();
@@ -100,7 +104,7 @@ pub async fn start(socket: &Path, attestor: Arc<dyn Attestor>, issuer: Timed) {
         tasks: Vec::new(),
         last: CancellationToken::new(),
     };
-    let bound = app::build_with(&config, Base::new(Shutdown::new(config.drain)), deps).await.unwrap();
+    let bound = app::build_with(config, Base::new(Shutdown::new(config.drain)), deps).await.unwrap();
     tokio::spawn(bound.run());
 }
 

@@ -13,6 +13,7 @@
 pub mod agent;
 pub mod client;
 pub mod fleet;
+pub mod flood;
 pub mod floor;
 pub mod process;
 pub mod pushing;

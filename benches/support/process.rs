@@ -8,7 +8,7 @@ use std::{
 };
 
 use nix::{
-    sys::resource::{Resource, getrlimit, setrlimit},
+    sys::resource::{Resource, UsageWho, getrlimit, getrusage, setrlimit},
     unistd::{SysconfVar, sysconf},
 };
 use tokio::{
@@ -94,6 +94,15 @@ impl Server {
     fn proc(&self, file: &str) -> String {
         format!("/proc/{}/{file}", self.child.id().unwrap())
     }
+}
+
+/// Processor time that this process has used.
+pub fn used() -> Duration {
+    let usage = getrusage(UsageWho::RUSAGE_SELF).unwrap();
+    [usage.user_time(), usage.system_time()]
+        .map(|time| Duration::from_micros((time.tv_sec() * 1_000_000 + time.tv_usec()) as u64))
+        .iter()
+        .sum()
 }
 
 /// Allows this process as many files as it may have.

@@ -52,6 +52,8 @@ impl Pushing {
             services: Services::new(Arc::new(service)).await.unwrap(),
             desk,
             limits: config.limits.clone(),
+            quotas: session::quotas::Quotas::new(&config.limits),
+            refusals: Arc::default(),
             metrics: session::metrics::Metrics::default(),
             shutdown: Shutdown::new(config.drain),
             ending,

@@ -8,6 +8,7 @@ use std::{
     fs::File,
     io::{self, Read},
     path::PathBuf,
+    sync::Arc,
 };
 
 use futures::future::BoxFuture;
@@ -17,6 +18,7 @@ use crate::{
     attest::{
         Attested, Attestor, Error, Method, Reason,
         cgroup::{self, Own, Place},
+        origin::{ByPod, Origins},
         pods::{Known, Pods},
     },
     config::AttestationPolicy,
@@ -158,6 +160,11 @@ impl Attestor for KubernetesAttestor {
         Method::kubernetes
     }
 
+    /// Every proxy of a mesh runs as the same user: by pod.
+    fn origins(&self) -> Origins {
+        Origins::ByPod(ByPod::new(self.proc.clone(), Arc::new(self.own.clone())))
+    }
+
     fn attest<'a>(&'a self, peer: &'a Peer) -> BoxFuture<'a, Result<Attested, Error>> {
         Box::pin(self.judge(peer))
     }
@@ -168,7 +175,7 @@ impl Attestor for KubernetesAttestor {
 }
 
 /// All of a cgroup file. Names need not be text; what is none stands for no name that matters.
-fn read_cgroup(file: io::Result<File>) -> io::Result<String> {
+pub(super) fn read_cgroup(file: io::Result<File>) -> io::Result<String> {
     let mut bytes = Vec::new();
     file?.take(MAX_CGROUP_BYTES + 1).read_to_end(&mut bytes)?;
     if bytes.len() as u64 > MAX_CGROUP_BYTES {

@@ -98,7 +98,8 @@ fn config(path: &Path, trust_domain: TrustDomain, lifetime: Duration, admin: Soc
         federated: BTreeMap::new(),
         names: Names::default(),
         lock_memory: LockMemory::Auto,
-        limits: Limits::default(),
+        // One person's: there is nobody to be protected from.
+        limits: Limits::default().undivided(),
         retention: Duration::from_secs(300),
         drain: Duration::from_secs(10),
         admin,

@@ -242,15 +242,26 @@ fn limits(limits: &Section<'_>) -> Option<Limits> {
         limits.read(field, default, |v| values::integer(range)(v).map(|n| usize::try_from(n).unwrap_or(usize::MAX)))
     };
     let connections = size("connections", default.connections, 1..=1_000_000);
+    let connections_per_pod = size("connectionsPerPod", default.connections_per_pod, 1..=1_000_000);
+    let streams = size("streams", default.streams, 1..=10_000_000);
+    let streams_per_pod = size("streamsPerPod", default.streams_per_pod, 1..=10_000_000);
     let message_bytes = size("messageBytes", default.message_bytes, (64 << 10)..=(16 << 20));
     let names_per_stream = size("namesPerStream", default.names_per_stream, 1..=10_000);
-    let streams_per_connection = limits.read("streamsPerConnection", default.streams_per_connection, |v| {
-        values::integer(1..=10_000)(v).map(|n| u32::try_from(n).unwrap_or(u32::MAX))
-    });
+    let count = |field, default: u32, range| {
+        limits.read(field, default, |v| values::integer(range)(v).map(|n| u32::try_from(n).unwrap_or(u32::MAX)))
+    };
+    let streams_per_connection = count("streamsPerConnection", default.streams_per_connection, 1..=10_000);
+    let rate = count("newConnectionsPerSecondPerPod", default.new_connections_per_second_per_pod, 1..=1_000_000);
+    let burst = count("newConnectionsBurstPerPod", default.new_connections_burst_per_pod, 1..=1_000_000);
     let idle = limits.read("idle", default.idle, values::duration(Duration::from_secs(10)..=30 * DAY));
     Some(Limits {
         connections: connections?,
+        connections_per_pod: connections_per_pod?,
+        streams: streams?,
+        streams_per_pod: streams_per_pod?,
         streams_per_connection: streams_per_connection?,
+        new_connections_per_second_per_pod: rate?,
+        new_connections_burst_per_pod: burst?,
         message_bytes: message_bytes?,
         names_per_stream: names_per_stream?,
         idle: idle?,

@@ -12,12 +12,33 @@ use prometheus_client::{
 pub enum Rejection {
     /// `limits.connections`
     connection_limit,
+    /// `limits.connectionsPerPod`
+    pod_connection_limit,
+    /// `limits.newConnectionsPerSecondPerPod`
+    pod_connection_rate,
+    /// It went on opening streams that were refused.
+    refused_streams,
     /// The kernel gave no credentials.
     no_credentials,
     /// `accept` failed: mostly for want of file descriptors.
     accept_error,
     /// It connected and said nothing.
     silent,
+}
+
+/// Why a stream was refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
+#[allow(non_camel_case_types, reason = "the names are the label's values")]
+pub enum Refusal {
+    /// `limits.streams`
+    stream_limit,
+    /// `limits.streamsPerPod`
+    pod_stream_limit,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct RefusalLabel {
+    reason: Refusal,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -42,22 +63,33 @@ pub struct Metrics {
     open: Gauge,
     accepted: Counter,
     rejected: Family<ReasonLabel, Counter>,
+    refused: Family<RefusalLabel, Counter>,
 }
 
 impl Metrics {
     /// Registers the module's metrics.
     pub fn register(registry: &mut Registry) -> Self {
         let (open, accepted) = (Family::<ApiLabel, Gauge>::default(), Family::<ApiLabel, Counter>::default());
-        let rejected = Family::<ReasonLabel, Counter>::default();
+        let (rejected, refused) = (Family::<ReasonLabel, Counter>::default(), Family::<RefusalLabel, Counter>::default());
         registry.register("connections", "Open connections", open.clone());
         registry.register("connections_accepted", "Connections accepted", accepted.clone());
         registry.register("connections_rejected", "Connections that were not taken, or dropped", rejected.clone());
+        registry.register("streams_rejected", "Streams and other calls that were refused for want of a place", refused.clone());
         let label = ApiLabel { api: Api::sds };
-        Self { open: open.get_or_create(&label).clone(), accepted: accepted.get_or_create(&label).clone(), rejected }
+        Self { open: open.get_or_create(&label).clone(), accepted: accepted.get_or_create(&label).clone(), rejected, refused }
     }
 
     pub(super) fn rejected(&self, reason: Rejection) {
         self.rejected.get_or_create(&ReasonLabel { reason }).inc();
+    }
+
+    pub(super) fn refused(&self, reason: Refusal) {
+        self.refused.get_or_create(&RefusalLabel { reason }).inc();
+    }
+
+    #[cfg(test)]
+    pub(super) fn refusals(&self, reason: Refusal) -> u64 {
+        self.refused.get_or_create(&RefusalLabel { reason }).get()
     }
 
     #[cfg(test)]

@@ -4,4 +4,5 @@ mod arrivals;
 mod bench;
 mod calls;
 mod ends;
+mod floods;
 mod link;

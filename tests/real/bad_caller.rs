@@ -22,12 +22,18 @@ async fn scene() -> (Scene, Agent) {
     (scene, agent)
 }
 
+/// Why its only caller was not served: one line in the log.
+async fn cause(agent: &Agent) -> String {
+    let is_it = |line: &serde_json::Value| line["message"] == "caller not served";
+    let line = agent.logs("the caller that is not served", PATIENCE, is_it).await;
+    assert_eq!(agent.log().iter().filter(|line| is_it(line)).count(), 1, "it is told more than once");
+    line["cause"].as_str().expect("a cause").to_owned()
+}
+
 /// The cause is the operator's: one line in the log, and a count.
 async fn assert_refused(agent: &Agent, refusal: &fetch::Refusal, reason: &str, words: &[&str]) {
     assert_eq!((refusal.code, refusal.words.as_str()), (77, FLAT));
-    let told: Vec<_> = agent.log().into_iter().filter(|line| line["message"] == "caller not served").collect();
-    let [line] = &told[..] else { panic!("not one line: {told:?}") };
-    let cause = line["cause"].as_str().expect("a cause");
+    let cause = cause(agent).await;
     assert!(cause.starts_with(&format!("{reason}: ")) && words.iter().all(|word| cause.contains(word)), "{cause}");
     let labels = ["result=\"refused\"".to_owned(), format!("reason=\"{reason}\"")];
     let counted = agent.metric_of("sds_agent_attestations_total", &labels.each_ref().map(String::as_str)).await;
@@ -65,9 +71,8 @@ async fn a_pod_that_is_known_later_than_it_calls_is_served_then() {
     assert_eq!(refusal.code, 69, "{refusal:?}");
     assert_eq!(refusal.words, "sds-agent: the server cannot answer now: the caller cannot be identified right now\n");
     assert!((lists().await - before - 1.0).abs() < 0.5, "not one look at the pods");
-    let told: Vec<_> = agent.log().into_iter().filter(|line| line["message"] == "caller not served").collect();
-    let [line] = &told[..] else { panic!("not one line: {told:?}") };
-    assert!(line["cause"].as_str().is_some_and(|cause| cause.starts_with("unknown_pod: the API server knows no pod with UID ")), "{line}");
+    let cause = cause(&agent).await;
+    assert!(cause.starts_with("unknown_pod: the API server knows no pod with UID "), "{cause}");
     assert!(agent.metric_of("sds_agent_attestations_total", &["result=\"unavailable\"", "reason=\"unknown_pod\""]).await > 0.5);
 
     scene.cluster.bind(&late.pod, &scene.node).await;

@@ -105,7 +105,9 @@ issuer:
 trust: { sources: [ { file: /a.pem } ], federated: { b.example: { configMap: { namespace: n, name: m, key: roots.pem } } } }
 names: { certificate: own, bundle: roots }
 keys: { lockMemory: never }
-limits: { connections: 10, streamsPerConnection: "20", messageBytes: 70000, namesPerStream: 5, idle: 1m }
+limits:
+  { connections: 10, connectionsPerPod: 3, streams: 30, streamsPerPod: 4, streamsPerConnection: "20", messageBytes: 70000, namesPerStream: 5,
+    newConnectionsPerSecondPerPod: 6, newConnectionsBurstPerPod: 7, idle: 1m }
 retention: 1h
 drain: 1s
 admin: { address: "[::1]:1" }
@@ -126,8 +128,18 @@ authorityEpoch: 7
     let federated = TrustSource::ConfigMap { namespace: "n".into(), name: "m".into(), key: "roots.pem".into() };
     assert_eq!(config.federated, BTreeMap::from([(TrustDomain::new("b.example").unwrap(), federated)]));
     assert_eq!((config.admin.to_string(), config.metrics.to_string()), ("[::1]:1".into(), "127.0.0.1:2".into()));
-    let limits =
-        Limits { connections: 10, streams_per_connection: 20, message_bytes: 70_000, names_per_stream: 5, idle: Duration::from_secs(60) };
+    let limits = Limits {
+        connections: 10,
+        connections_per_pod: 3,
+        streams: 30,
+        streams_per_pod: 4,
+        streams_per_connection: 20,
+        new_connections_per_second_per_pod: 6,
+        new_connections_burst_per_pod: 7,
+        message_bytes: 70_000,
+        names_per_stream: 5,
+        idle: Duration::from_secs(60),
+    };
     assert_eq!(config.limits, limits);
 }
 

@@ -1,6 +1,6 @@
 //! A socket that is served, with a real store and rotation behind it, and an attestor that answers when it is let.
 
-use std::{collections::BTreeMap, path::PathBuf};
+use std::{collections::BTreeMap, path::PathBuf, sync::Mutex};
 
 use futures::future::BoxFuture;
 use tokio::{sync::watch, task::JoinHandle};
@@ -117,6 +117,8 @@ impl Agent {
         let mut sessions = Sessions {
             services: Services::new(sds.clone()).await.unwrap(),
             desk: Desk { attestor, resolver: watch::channel(Arc::new(resolver)).1, metrics: attest::Metrics::default() },
+            quotas: quotas::Quotas::new(&limits),
+            refusals: Arc::default(),
             limits,
             patience: Patience::default(),
             metrics: Metrics::default(),
@@ -124,6 +126,7 @@ impl Agent {
             ending,
         };
         change(&mut sessions);
+        sessions.quotas = quotas::Quotas::new(&sessions.limits);
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("sds.sock");
         let bound = listener::bind(&path, 0o666).unwrap();

@@ -82,7 +82,9 @@ async fn an_issuer_that_may_not_be_looked_at_is_used_all_the_same() {
     let agent = scene.agent_pod.launch(scene.dir.path(), HASTY).start().await;
     let workload = scene.workload("app").await;
     assert_eq!(workload.fetch(&agent).await["spiffe_id"], workload.id());
-    let warnings: Vec<_> = agent.log().into_iter().filter(|line| line["issuer"] == "mesh-ca" && line["level"] == "WARN").collect();
+    let is_it = |line: &serde_json::Value| line["issuer"] == "mesh-ca" && line["level"] == "WARN";
+    agent.logs("the issuer that may not be looked at", PATIENCE, is_it).await;
+    let warnings: Vec<_> = agent.log().into_iter().filter(is_it).collect();
     let [warning] = &warnings[..] else { panic!("not one warning: {warnings:?}") };
     assert_eq!(warning["message"], "the issuer cannot be checked; going on without");
     let lack = "lacks the verb get on clusterissuers.cert-manager.io in the whole cluster";
