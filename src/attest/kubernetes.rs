@@ -122,7 +122,8 @@ impl Attestor for KubernetesAttestor {
     }
 }
 
-pub(super) fn read_cgroup(path: &Path) -> io::Result<String> {
+/// The cgroup file of a process.
+pub(crate) fn read_cgroup(path: &Path) -> io::Result<String> {
     let mut text = String::new();
     std::fs::File::open(path)?.take(MAX_CGROUP_BYTES).read_to_string(&mut text)?;
     Ok(text)
