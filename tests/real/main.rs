@@ -22,5 +22,6 @@ mod dev;
 mod doctor;
 mod envoy_cert_manager;
 mod envoy_embedded;
+mod flood;
 mod grpcurl;
 mod no_disk;
