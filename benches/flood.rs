@@ -64,7 +64,11 @@ fn main() {
     let runtime = |threads| tokio::runtime::Builder::new_multi_thread().worker_threads(threads).enable_all().build().unwrap();
     match &arguments[..] {
         [mode, proc, socket] if mode == "serve" => runtime(2).block_on(serve(proc.into(), Path::new(socket))),
-        [mode, socket] if mode == "flood" => runtime(1).block_on(flood(Path::new(socket).into())),
+        [mode, socket] if mode == "flood" => {
+            let runtime = runtime(1);
+            let _inside = runtime.enter();
+            flood(&Path::new(socket).into());
+        }
         _ => {
             let has = |flag: &str| arguments.iter().any(|argument| argument == flag);
             let scale = if has("--bench") && !has("--quick") { FULL } else { QUICK };
@@ -102,13 +106,12 @@ async fn serve(proc: PathBuf, socket: &Path) {
 }
 
 /// The flooding pod: `go`, then `tell` how far it is as often as asked, then `stop`.
-#[expect(clippy::unused_async, reason = "it starts tasks, and so runs in a runtime")]
-async fn flood(socket: Arc<Path>) {
+fn flood(socket: &Arc<Path>) {
     let mut flood: Option<Flood> = None;
     // This is the main thread: it may wait, the runtime's worker floods.
     for line in std::io::stdin().lines() {
         match (line.unwrap().as_str(), &flood) {
-            ("go", _) => flood = Some(Flood::start(&socket)),
+            ("go", _) => flood = Some(Flood::start(socket)),
             ("tell", Some(flood)) => println!("{} {}", flood.counts.attempts(), flood.counts.told()),
             ("stop", _) => flood = None,
             (other, _) => panic!("no such command: {other}"),

@@ -34,6 +34,8 @@ mod claims;
 mod inventory;
 mod parts;
 
+pub(crate) use parts::attestor;
+
 /// How long the parts that end last may take: rotation, and then the deletions upstream, which give up by themselves after five seconds.
 const LAST_STEPS: Duration = Duration::from_secs(6);
 

@@ -8,6 +8,7 @@ use clap::{Parser, Subcommand};
 
 pub mod check_config;
 pub mod dev;
+pub mod doctor;
 pub mod fetch;
 pub mod output;
 pub mod run;
@@ -34,6 +35,8 @@ pub enum Command {
     Fetch(fetch::Args),
     /// Tell every error of a configuration at once, and what it means
     CheckConfig(check_config::Args),
+    /// Why a process or a pod gets its identity, or none: the evidence, and the remedy
+    Doctor(doctor::Args),
 }
 
 const EXAMPLES: &str = "\
@@ -44,6 +47,7 @@ Try it, without a cluster:
 On a node:
   sds-agent check-config --config agent.yaml   what is wrong with it, all at once
   sds-agent run --config agent.yaml
+  sds-agent doctor --config agent.yaml --pid 4711   why a process is served, or is not
 
 Exit codes: 0 fine, 1 failed, 64 usage or configuration, 69 upstream unavailable, 77 not permitted.";
 
@@ -115,6 +119,9 @@ mod tests {
             ("sds-agent run", Exit::Usage),
             ("sds-agent dev --lifetime tomorrow", Exit::Usage),
             ("sds-agent fetch -o xml", Exit::Usage),
+            ("sds-agent doctor --pid 0", Exit::Usage),
+            ("sds-agent doctor --pod shop/cart", Exit::Usage),
+            ("sds-agent doctor --config a --pod cart", Exit::Usage),
             ("sds-agent --help", Exit::Ok),
             ("sds-agent fetch --help", Exit::Ok),
             ("sds-agent --version", Exit::Ok),
@@ -130,6 +137,9 @@ mod tests {
             "sds-agent dev --socket /tmp/a.sock --lifetime 30s --trust-domain example.org --admin 127.0.0.1:0",
             "sds-agent fetch --socket /tmp/a.sock --name default --name ROOTCA --watch --api sds -o json --write-key key.pem --timeout 3s",
             "sds-agent check-config --config agent.yaml -o json",
+            "sds-agent doctor --config agent.yaml -o json",
+            "sds-agent doctor --pid 1",
+            "sds-agent doctor --config agent.yaml --pod shop/cart-0",
         ] {
             assert!(parse(args).is_ok(), "{args}");
         }

@@ -20,6 +20,7 @@ fn main() -> ExitCode {
         Command::Run(args) => start(args.load(env), Style::Run),
         Command::Dev(args) => start(args.load(env), Style::Dev),
         Command::Fetch(args) => block_on(Builder::new_current_thread(), async { Ok(cli::fetch::fetch(args, env).await.into()) }),
+        Command::Doctor(args) => block_on(Builder::new_current_thread(), async { Ok(cli::doctor::run(args, env).await.into()) }),
         Command::CheckConfig(args) => cli::check_config::check(&args, env).into(),
     }
 }

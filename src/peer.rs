@@ -21,6 +21,7 @@ use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::socket::{getsockopt, sockopt},
 };
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use self::record::Record;
@@ -78,6 +79,19 @@ impl Peer {
         let guard = dropped.clone().drop_guard();
         let (pid, uid, gid) = (credentials.pid(), credentials.uid(), credentials.gid());
         Ok(Self { pid, uid, gid, pidfd: pidfd.map(Arc::new), record: None, dropped, _drop: guard })
+    }
+
+    /// A process that has not connected, for a look at how it would be judged.
+    pub fn of_process(pid: i32) -> io::Result<Self> {
+        let no_such = || io::Error::from(Errno::ESRCH);
+        let handle = pidfd_open(Pid::from_raw(pid).ok_or_else(no_such)?, PidfdFlags::empty())?;
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+        // real, effective, saved, of the file system
+        let effective = |key: &str| status.lines().find_map(|line| line.strip_prefix(key)?.split_whitespace().nth(1)?.parse().ok());
+        let (uid, gid) = (effective("Uid:").ok_or_else(no_such)?, effective("Gid:").ok_or_else(no_such)?);
+        let dropped = CancellationToken::new();
+        let guard = dropped.clone().drop_guard();
+        Ok(Self { pid, uid, gid, pidfd: Some(Arc::new(handle)), record: None, dropped, _drop: guard })
     }
 
     /// A peer for tests that have no socket: no process, no handle.
@@ -186,7 +200,6 @@ mod tests {
     async fn the_end_of_the_process_or_of_the_peer_is_noticed() {
         use std::{process::Command, time::Duration};
 
-        use rustix::process::{Pid, PidfdFlags, pidfd_open};
         use tokio::time::timeout;
 
         let (ours, _theirs) = UnixStream::pair().unwrap();

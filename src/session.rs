@@ -66,11 +66,13 @@ pub struct Patience {
     pub silent: Duration,
     /// What a connection gets for its last words: its workload has ended, or it was idle.
     pub last_words: Duration,
+    /// How long a refused stream waits for its answer.
+    pub refusal: Duration,
 }
 
 impl Default for Patience {
     fn default() -> Self {
-        Self { silent: Duration::from_secs(10), last_words: Duration::from_secs(1) }
+        Self { silent: Duration::from_secs(10), last_words: Duration::from_secs(1), refusal: Duration::from_millis(100) }
     }
 }
 
@@ -220,12 +222,17 @@ impl Session {
     async fn run(self, stream: UnixStream) {
         let _open = self.sessions.metrics.connected();
         let io = Heard { stream, spoke: self.spoke.clone() };
+        let pause = self.sessions.patience.refusal;
         let service = service_fn(|request| {
             let (services, connection, call) = (self.sessions.services.clone(), self.connection.clone(), self.begin());
             async move {
                 Ok::<_, Infallible>(match call {
                     Ok(call) => services.call(&connection, request).await.until_end(call),
-                    Err(refusal) => grpc::unary(Err(refusal)),
+                    Err(refusal) => {
+                        // Who asks again as soon as it is told is told late.
+                        tokio::time::sleep(pause).await;
+                        grpc::unary(Err(refusal))
+                    }
                 })
             }
         });

@@ -84,7 +84,7 @@ async fn cluster(
 }
 
 /// What the configuration names, and nothing in its place: by user id, every pod's root would be one workload.
-fn attestor(config: &Config, pods: Option<Pods>) -> anyhow::Result<Arc<dyn Attestor>> {
+pub(crate) fn attestor(config: &Config, pods: Option<Pods>) -> anyhow::Result<Arc<dyn Attestor>> {
     Ok(match (config.attestation, pods) {
         (Attestation::Kubernetes, Some(pods)) => {
             let attestor = KubernetesAttestor::new(pods, "/proc".into(), config.node.pod.as_ref())?;

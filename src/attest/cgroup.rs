@@ -88,6 +88,16 @@ impl Own {
     }
 }
 
+impl fmt::Display for Own {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut prefixes: Vec<&str> = self.0.iter().map(|(_, prefix)| prefix.as_str()).filter(|prefix| !prefix.is_empty()).collect();
+        prefixes.sort_unstable();
+        prefixes.dedup();
+        f.write_str(if prefixes.is_empty() { "nothing" } else { "" })?;
+        f.write_str(&prefixes.join(", "))
+    }
+}
+
 /// The pod that the process of `cgroup_file` runs in.
 pub fn pod_uid(cgroup_file: &str, own: &Own) -> Result<PodUid, Error> {
     place(cgroup_file, own).map(|place| place.pod)

@@ -175,7 +175,7 @@ impl Attestor for KubernetesAttestor {
 }
 
 /// All of a cgroup file. Names need not be text; what is none stands for no name that matters.
-pub(super) fn read_cgroup(file: io::Result<File>) -> io::Result<String> {
+pub(crate) fn read_cgroup(file: io::Result<File>) -> io::Result<String> {
     let mut bytes = Vec::new();
     file?.take(MAX_CGROUP_BYTES + 1).read_to_end(&mut bytes)?;
     if bytes.len() as u64 > MAX_CGROUP_BYTES {

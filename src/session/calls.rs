@@ -11,8 +11,8 @@ use tokio_util::sync::CancellationToken;
 use super::quotas::{CallPlace, Over, Place};
 use crate::attest::origin::Origin;
 
-/// Calls that are refused on one connection before it is closed: who goes on is made to come back, and that has a rate.
-pub(super) const MOST_REFUSED: usize = 256;
+/// Calls that are refused in a row on one connection before it is closed: who goes on is made to come back, and that has a rate.
+pub(super) const MOST_REFUSED: usize = 32;
 
 /// The calls of one connection, and its place.
 #[derive(Debug)]
@@ -42,6 +42,7 @@ impl Calls {
                 self.too_many.cancel();
             }
         })?;
+        self.refused.store(0, Ordering::Relaxed);
         self.in_progress().0 += 1;
         Ok(Call { calls: self.clone(), _place: place })
     }

@@ -6,8 +6,10 @@
 #![allow(
     clippy::disallowed_methods,
     clippy::expect_used,
+    clippy::cast_precision_loss,
     clippy::panic,
     clippy::print_stderr,
+    clippy::print_stdout,
     clippy::unwrap_used,
     reason = "tests write files for other programs, wait for those, and fail loudly"
 )]
@@ -19,7 +21,9 @@ mod bad_caller;
 mod bad_upstream;
 mod csi;
 mod dev;
+mod doctor;
 mod envoy_cert_manager;
 mod envoy_embedded;
+mod flood;
 mod grpcurl;
 mod no_disk;

@@ -123,7 +123,11 @@ async fn streams_are_counted_over_all_connections_and_one_too_many_is_told_so() 
 
 #[tokio::test]
 async fn who_goes_on_with_refused_streams_loses_the_connection_and_only_that() {
-    let agent = Agent::with(|sessions| sessions.limits.streams_per_pod = 1).await;
+    let agent = Agent::with(|sessions| {
+        sessions.limits.streams_per_pod = 1;
+        sessions.patience.refusal = Duration::from_millis(5);
+    })
+    .await;
     let greedy = socket_of(&agent, "greedy");
     let mut good = Link::connect(&greedy).await;
     let mut stream = good.asking(&["ROOTCA"]).await;

@@ -81,6 +81,15 @@ impl Launch {
         self
     }
 
+    /// `doctor` with the same configuration and environment, about whom `arguments` say.
+    pub fn doctor(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(&self.program);
+        let config = self.arguments.iter().skip_while(|argument| *argument != "--config").take(2);
+        command.arg("doctor").args(config).args(["-o", "json"]).args(arguments).env_remove("KUBECONFIG");
+        command.envs(self.environment.iter().map(|(name, value)| (name, value)));
+        command
+    }
+
     /// Where it will serve.
     pub fn socket(&self) -> &Path {
         &self.socket

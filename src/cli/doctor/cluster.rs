@@ -1,0 +1,200 @@
+//! What the cluster tells: whether the agent may know its pods, the pod, and the verdict of the attestor itself.
+
+use std::{sync::Arc, time::Duration};
+
+use k8s_openapi::api::{
+    authorization::v1::{ResourceAttributes, SelfSubjectAccessReview, SelfSubjectAccessReviewSpec},
+    core::v1::Pod as ApiPod,
+};
+use kube::{
+    Api, Client,
+    api::{ListParams, PostParams},
+};
+use tokio::time::timeout;
+use tokio_util::sync::{CancellationToken, DropGuard};
+
+use super::{Target, report::Step};
+use crate::{
+    app,
+    attest::{Attestor, Error, Reason, pods::Pods},
+    cli::Exit,
+    config::{Attestation, Config},
+    identity::{Resolver, Workload},
+    kubernetes::{self, Call, Cause, Failure},
+    peer::Peer,
+};
+
+/// For the index of pods, and for a verdict.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// The cluster as the agent sees it.
+pub(super) struct Cluster {
+    client: Client,
+    pods: Pods,
+    node: String,
+    /// The index is watched for as long as this lives.
+    _running: DropGuard,
+}
+
+impl Cluster {
+    /// Connects, and begins to watch the node's pods.
+    pub(super) async fn connect(config: &Config) -> Result<Self, Step> {
+        let remedy = "run it in the agent's pod, or set KUBECONFIG and NODE_NAME as the agent has them";
+        let metrics = kubernetes::Metrics::default();
+        let client = kubernetes::connect(&metrics).await;
+        let client = client.map_err(|error| Step::failed("cluster", Exit::Unavailable, error.to_string(), remedy))?;
+        let Some(node) = config.node.node_name.as_deref() else {
+            return Err(Step::failed("cluster", Exit::Usage, "NODE_NAME is not set", remedy));
+        };
+        let pods = Pods::new(client.clone(), node, metrics);
+        let (running, shutdown) = (pods.clone(), CancellationToken::new());
+        let ended = shutdown.clone();
+        tokio::spawn(async move { running.run(ended).await });
+        Ok(Self { client, pods, node: node.to_owned(), _running: shutdown.drop_guard() })
+    }
+
+    /// Whether this account may list and watch pods, which is all that attestation needs.
+    pub(super) async fn rights(&self) -> Step {
+        let name = "rights";
+        for verb in ["list", "watch"] {
+            match self.may(verb).await {
+                Ok(true) => {}
+                Ok(false) => {
+                    let remedy = format!("bind the agent's service account to a ClusterRole with the verb {verb} on pods");
+                    return Step::failed(
+                        name,
+                        Exit::NotPermitted,
+                        format!("this account may not {verb} pods in the whole cluster"),
+                        remedy,
+                    );
+                }
+                Err(step) => return step,
+            }
+        }
+        Step::ok(name, "this account may list and watch pods")
+    }
+
+    async fn may(&self, verb: &'static str) -> Result<bool, Step> {
+        let attributes = ResourceAttributes { verb: Some(verb.into()), resource: Some("pods".into()), ..Default::default() };
+        let spec = SelfSubjectAccessReviewSpec { resource_attributes: Some(attributes), ..Default::default() };
+        let review = SelfSubjectAccessReview { spec, ..Default::default() };
+        let call = Call { verb: "create", resource: "selfsubjectaccessreviews.authorization.k8s.io", name: None, namespace: None };
+        let answer = Api::all(self.client.clone()).create(&PostParams::default(), &review).await;
+        let answer: SelfSubjectAccessReview = answer.map_err(|error| failed("rights", &Failure::of(&error, &call)))?;
+        Ok(answer.status.is_some_and(|status| status.allowed))
+    }
+
+    /// Looks a pod up by its name; gives its UID where it is this node's.
+    pub(super) async fn named(&self, namespace: &str, pod: &str) -> (Step, Option<String>) {
+        let name = "pod";
+        let call = Call { verb: "list", resource: "pods", name: None, namespace: Some(namespace) };
+        let parameters = ListParams::default().fields(&format!("metadata.name={pod}"));
+        let list = Api::<ApiPod>::namespaced(self.client.clone(), namespace).list(&parameters).await;
+        let found = match list {
+            Ok(list) => list.items.into_iter().next(),
+            Err(error) => return (failed(name, &Failure::of(&error, &call)), None),
+        };
+        let Some(found) = found else {
+            let remedy = format!("look for it: kubectl get pods -n {namespace}");
+            return (Step::failed(name, Exit::Failed, format!("there is no pod {namespace}/{pod}"), remedy), None);
+        };
+        let uid = found.metadata.uid.unwrap_or_default();
+        let node = found.spec.and_then(|spec| spec.node_name).unwrap_or_else(|| "no node yet".to_owned());
+        let phase = found.status.and_then(|status| status.phase).unwrap_or_else(|| "Unknown".to_owned());
+        let detail = format!("{namespace}/{pod}: UID {uid}, {phase}, on {node}");
+        if node != self.node {
+            let remedy = "ask the agent of that node; an agent serves the pods of its own node only";
+            return (Step::failed(name, Exit::Failed, format!("{detail}; this is {}", self.node), remedy), None);
+        }
+        (Step::ok(name, detail), Some(uid))
+    }
+
+    /// What the index of this node's pods knows of a UID: the pod, its phase, its service account.
+    pub(super) async fn known(&self, uid: &str) -> Vec<Step> {
+        let Ok(known) = timeout(PATIENCE, self.pods.wait_for(uid)).await else {
+            let remedy = "see the step before; the index needs the verbs list and watch on pods";
+            return vec![Step::failed("index", Exit::Unavailable, "the index of this node's pods did not become complete", remedy)];
+        };
+        match known {
+            Err(error) => vec![refused("index", &error)],
+            Ok(known) => {
+                let pod = known.pod;
+                let account = match &pod.service_account {
+                    Some(account) => Step::ok("service account", format!("{}/{account}", pod.pod.namespace)),
+                    None if pod.mirror => Step::failed(
+                        "service account",
+                        Exit::NotPermitted,
+                        "it is a static pod: nobody vouches for a service account",
+                        "run it as a DaemonSet if it needs an identity",
+                    ),
+                    None => Step::failed("service account", Exit::NotPermitted, "it has none", "set spec.serviceAccountName"),
+                };
+                vec![Step::ok("index", format!("pod {} of this node; it has not ended", pod.pod)), account]
+            }
+        }
+    }
+
+    pub(super) fn attestor(&self, config: &Config) -> Result<Arc<dyn Attestor>, Step> {
+        attestor(config, Some(self.pods.clone()))
+    }
+}
+
+/// The agent's own.
+pub(super) fn attestor(config: &Config, pods: Option<Pods>) -> Result<Arc<dyn Attestor>, Step> {
+    let made = app::attestor(config, pods);
+    made.map_err(|error| Step::failed("verdict", Exit::Failed, format!("{error:#}"), "correct the configuration"))
+}
+
+/// What the agent would say to this process, and the identity that it would give.
+pub(super) async fn verdict(config: &Config, attestor: &dyn Attestor, peer: &Peer) -> Step {
+    match timeout(PATIENCE, attestor.attest(peer)).await {
+        Ok(Ok(attested)) => identity(config, &attested.workload),
+        Ok(Err(error)) => refused("verdict", &error),
+        Err(_) => Step::failed("verdict", Exit::Unavailable, "no verdict in time", "see the steps before"),
+    }
+}
+
+fn identity(config: &Config, workload: &Workload) -> Step {
+    let resolver = Resolver { trust_domain: config.trust_domain.clone(), default_profile: config.default_profile.clone() };
+    match resolver.resolve(workload) {
+        Ok(identity) => Step::ok("verdict", format!("{workload} is {}", identity.spiffe_id)),
+        Err(error) => {
+            Step::failed("verdict", Exit::NotPermitted, format!("{workload}: {error}"), "correct identity.spiffeId or identity.dnsNames")
+        }
+    }
+}
+
+/// A pod without a process here: what its processes would be told.
+pub(super) fn without_process(config: &Config, target: &Target) -> Step {
+    let detail = match (config.attestation, target) {
+        (Attestation::Kubernetes, Target::Pod { .. }) => "no process of the pod is visible here, so nothing was attested",
+        _ => "nothing was attested",
+    };
+    Step::unknown("verdict", detail, Some("the agent needs hostPID: true, and the pod a running container"))
+}
+
+fn refused(name: &'static str, error: &Error) -> Step {
+    let remedy = match error.reason {
+        Reason::pid_invisible => "run the agent with hostPID: true",
+        Reason::no_pidfd => "the shared socket needs Linux 6.5 or newer",
+        Reason::process_gone => "ask about a process that still runs",
+        Reason::not_in_pod => "only processes of pods are served on the shared socket",
+        Reason::conflicting_cgroups => "something moved the process by hand: restart its pod",
+        Reason::unknown_pod => "is the pod one of this node (NODE_NAME), and of this cluster (KUBECONFIG)?",
+        Reason::pod_ended => "a pod that has ended gets nothing; its successor has another UID",
+        Reason::no_service_account => "give the pod a service account; a static pod cannot have one",
+        Reason::no_identity => "correct identity.spiffeId or identity.dnsNames in the configuration",
+        _ => "see the steps before",
+    };
+    let exit = if error.temporary { Exit::Unavailable } else { Exit::NotPermitted };
+    Step::failed(name, exit, error.to_string(), remedy)
+}
+
+fn failed(name: &'static str, failure: &Failure) -> Step {
+    let (exit, remedy) = match failure.cause {
+        Cause::Rbac | Cause::Policy => (Exit::NotPermitted, "grant the agent's service account what the message names"),
+        Cause::Unauthorized => (Exit::NotPermitted, "mount a token of the agent's service account"),
+        _ => (Exit::Unavailable, "is the API server up, and may this node reach it?"),
+    };
+    Step::failed(name, exit, failure.to_string(), remedy)
+}

@@ -1,0 +1,172 @@
+//! What the node tells of a process: its handle and its cgroups, by the functions that attest it.
+
+use std::{fs, path::Path};
+
+use super::report::Step;
+use crate::{
+    attest::{
+        cgroup::{self, Own, PodUid},
+        kubernetes::read_cgroup,
+    },
+    cli::Exit,
+    config::SharedSocket,
+    peer::Peer,
+};
+
+/// The shared socket: what stands at its path, and who answers there.
+pub(super) fn socket(shared: &SharedSocket) -> Step {
+    use std::os::unix::fs::{FileTypeExt, MetadataExt};
+    let (path, name) = (shared.path.display(), "socket");
+    let running = "is the agent running on this node, and is its directory mounted here?";
+    let meta = match fs::symlink_metadata(&shared.path) {
+        Ok(meta) => meta,
+        Err(error) => return Step::failed(name, Exit::Unavailable, format!("{path}: {error}"), running),
+    };
+    if !meta.file_type().is_socket() {
+        return Step::failed(name, Exit::Failed, format!("{path} is no socket"), "remove it and restart the agent");
+    }
+    let mode = meta.mode() & 0o7777;
+    let found = format!("{path}: mode {mode:04o}, inode {}", meta.ino());
+    if mode != shared.mode {
+        let remedy = format!("restart the agent; sockets.shared.mode says {:04o}", shared.mode);
+        return Step::failed(name, Exit::Failed, found, remedy);
+    }
+    match std::os::unix::net::UnixStream::connect(&shared.path).and_then(|stream| Peer::of(&stream)) {
+        Ok(server) => {
+            let who = comm(Path::new("/proc"), server.pid);
+            Step::ok(name, format!("{found}; process {} ({who}) listens on it", server.pid))
+        }
+        Err(error) => Step::failed(name, Exit::Unavailable, format!("{found}; nobody answers: {error}"), running),
+    }
+}
+
+/// Process and handle; the peer that attestation is asked about.
+pub(super) fn process(pid: i32) -> (Vec<Step>, Option<Peer>) {
+    let proc = Path::new("/proc");
+    if !proc.join(pid.to_string()).exists() {
+        let remedy = "use the pid that it has on the node (hostPID), not the one inside of its container";
+        return (vec![Step::failed("process", Exit::Failed, format!("there is no process {pid}"), remedy)], None);
+    }
+    match Peer::of_process(pid) {
+        Ok(peer) => {
+            let runs = Step::ok("process", format!("{pid} ({}), uid {}, gid {}", comm(proc, pid), peer.uid, peer.gid));
+            let step = Step::ok("handle", "the kernel gives a pidfd, and the process lives");
+            (vec![runs, step], Some(peer))
+        }
+        Err(error) => {
+            let remedy = "the shared socket needs Linux 6.5 or newer, and a process that still runs";
+            (vec![Step::failed("handle", Exit::Failed, format!("no pidfd for process {pid}: {error}"), remedy)], None)
+        }
+    }
+}
+
+/// The agent's own place, as this process has it: run it where the agent runs.
+pub(super) fn own(pod_uid: Option<&str>) -> (Step, Option<Own>) {
+    let read = read_cgroup(fs::File::open("/proc/self/cgroup")).map_err(|error| error.to_string());
+    match read.and_then(|file| Own::of(&file, pod_uid).map_err(|error| error.to_string())) {
+        Ok(own) => (Step::ok("own prefix", format!("taken off every path: {own}")), Some(own)),
+        Err(error) => (Step::failed("own prefix", Exit::Failed, error, "mount /proc"), None),
+    }
+}
+
+/// The lines of the process's cgroup file, each with what it says, and what they say together.
+pub(super) fn cgroups(pid: i32, own: &Own) -> (Step, Option<PodUid>) {
+    match read_cgroup(fs::File::open(Path::new("/proc").join(pid.to_string()).join("cgroup"))) {
+        Ok(file) => judge(&file, own),
+        Err(error) => {
+            let step = Step::failed("cgroups", Exit::Failed, format!("/proc/{pid}/cgroup: {error}"), "the process may have ended");
+            (step, None)
+        }
+    }
+}
+
+fn judge(file: &str, own: &Own) -> (Step, Option<PodUid>) {
+    let mut detail: Vec<String> = file.lines().map(|line| format!("{line}  [{}]", verdict(line, own))).collect();
+    match cgroup::pod_uid(file, own) {
+        Ok(uid) => {
+            detail.insert(0, format!("pod {uid}"));
+            (Step::ok("cgroups", detail.join("\n")), Some(uid))
+        }
+        Err(error) => {
+            let remedy = match error {
+                cgroup::Error::NotInPod(_) => {
+                    "only processes of pods are served on the shared socket; is it a container of this node's kubelet?"
+                }
+                cgroup::Error::Conflicting { .. } => "something moved the process by hand: restart its pod",
+                cgroup::Error::Malformed(_) => "this is no cgroup file of a kernel: is /proc mounted?",
+            };
+            detail.insert(0, error.to_string());
+            (Step::failed("cgroups", Exit::NotPermitted, detail.join("\n"), remedy), None)
+        }
+    }
+}
+
+/// What one line says, by the judgement of a file that has only this line.
+fn verdict(line: &str, own: &Own) -> String {
+    match cgroup::pod_uid(line, own) {
+        Ok(uid) => {
+            let names_it = |segment: &&str| cgroup::pod_uid(&format!("0::/{segment}"), &Own::default()).as_ref() == Ok(&uid);
+            format!("decided by {}", line.split('/').find(names_it).unwrap_or("it"))
+        }
+        Err(cgroup::Error::NotInPod(_)) => "no pod".to_owned(),
+        Err(error) => error.to_string(),
+    }
+}
+
+/// The processes of a pod, by the same judgement.
+pub(super) fn of_pod(uid: &str, own: &Own) -> Vec<i32> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+    pids.filter(|pid| {
+        let file = read_cgroup(fs::File::open(Path::new("/proc").join(pid.to_string()).join("cgroup")));
+        file.is_ok_and(|file| cgroup::pod_uid(&file, own).is_ok_and(|found| found.as_str() == uid))
+    })
+    .collect()
+}
+
+fn comm(proc: &Path, pid: i32) -> String {
+    fs::read_to_string(proc.join(pid.to_string()).join("comm")).map_or_else(|_| "?".to_owned(), |name| name.trim_end().to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::doctor::report::Outcome;
+
+    const A: &str = "2b1fb2f4-4b5a-4b9a-9a4e-0c5a1b2c3d4e";
+
+    #[test]
+    fn each_line_tells_what_decided_and_why_none_did() {
+        let (step, uid) = judge(&format!("2:memory:/kubepods/burstable/pod{A}/f00/kubepods/podx\n0::/\n"), &Own::default());
+        assert_eq!(uid.unwrap().as_str(), A);
+        let expected = format!("pod {A}\n2:memory:/kubepods/burstable/pod{A}/f00/kubepods/podx  [decided by pod{A}]\n0::/  [no pod]");
+        assert_eq!((step.result, step.detail), (Outcome::Ok, expected));
+
+        let (step, uid) = judge("0::/user.slice/x", &Own::default());
+        assert_eq!((step.result, uid), (Outcome::Failed, None));
+        assert!(step.detail.starts_with("its cgroups lead through no pod") && step.remedy.is_some(), "{step:?}");
+    }
+
+    #[test]
+    fn this_process_has_a_handle_and_nobody_has_none() {
+        let (steps, peer) = process(i32::try_from(std::process::id()).unwrap());
+        assert!(steps.iter().all(|step| step.result == Outcome::Ok) && peer.unwrap().is_alive(), "{steps:?}");
+        let (steps, peer) = process(i32::MAX);
+        assert_eq!((steps.len(), steps[0].name, steps[0].result), (1, "process", Outcome::Failed));
+        assert!(peer.is_none());
+    }
+
+    #[test]
+    fn a_socket_that_is_none_or_that_nobody_serves_is_told() {
+        let dir = tempfile::tempdir().unwrap();
+        let shared = |name: &str, mode| SharedSocket { path: dir.path().join(name), mode, accept_pid_reuse: false };
+        fs::write(dir.path().join("file"), "").unwrap();
+        let _listener = std::os::unix::net::UnixListener::bind(dir.path().join("served")).unwrap();
+        let mode = std::os::unix::fs::MetadataExt::mode(&fs::metadata(dir.path().join("served")).unwrap()) & 0o7777;
+        assert_eq!(socket(&shared("served", mode)).result, Outcome::Ok);
+        for (name, words) in [("none", "No such file"), ("file", "is no socket"), ("served", "mode")] {
+            let step = socket(&shared(name, 0o1));
+            assert!(step.result == Outcome::Failed && step.detail.contains(words), "{step:?}");
+        }
+    }
+}
