@@ -8,6 +8,7 @@
 use std::{
     collections::VecDeque,
     future::{Future, poll_fn},
+    io::IoSlice,
     pin::Pin,
     sync::{Arc, Mutex, PoisonError},
     task::{Context, Poll},
@@ -35,7 +36,7 @@ pub fn prefix(len: usize) -> [u8; PREFIX] {
 #[derive(Debug)]
 pub struct Incoming<B> {
     body: B,
-    chunks: Chunks,
+    pieces: Pieces,
     limit: usize,
 }
 
@@ -46,7 +47,7 @@ where
 {
     /// Reads from `body`; a message longer than `limit` bytes is RESOURCE_EXHAUSTED.
     pub fn new(body: B, limit: usize) -> Self {
-        Self { body, chunks: Chunks::default(), limit }
+        Self { body, pieces: Pieces::default(), limit }
     }
 
     /// The next message; none when the client has said its last. Cancel-safe: what has arrived stays.
@@ -58,11 +59,11 @@ where
             match poll_fn(|cx| Pin::new(&mut self.body).poll_frame(cx)).await {
                 Some(Ok(frame)) => {
                     if let Ok(data) = frame.into_data() {
-                        self.chunks.push(data);
+                        self.pieces.push(data);
                     }
                 }
                 Some(Err(error)) => return Err(Status::cancelled(format!("reading the request: {error}"))),
-                None if self.chunks.remaining() == 0 => return Ok(None),
+                None if self.pieces.remaining() == 0 => return Ok(None),
                 None => return Err(Status::internal("the request ended within a message")),
             }
         }
@@ -78,7 +79,7 @@ where
     }
 
     fn decode<M: Message + Default>(&mut self) -> Result<Option<M>, Status> {
-        let Some((flag, len)) = self.chunks.peek_prefix() else { return Ok(None) };
+        let Some((flag, len)) = self.pieces.peek_prefix() else { return Ok(None) };
         if flag != 0 {
             return Err(Status::unimplemented("compressed messages are not accepted"));
         }
@@ -88,18 +89,18 @@ where
                 self.limit
             )));
         }
-        if self.chunks.remaining() < PREFIX + len {
+        if self.pieces.remaining() < PREFIX + len {
             return Ok(None);
         }
-        self.chunks.advance(PREFIX);
-        let rest = self.chunks.remaining() - len;
+        self.pieces.advance(PREFIX);
+        let rest = self.pieces.remaining() - len;
         let message =
-            M::decode((&mut self.chunks).take(len)).map_err(|e| Status::invalid_argument(format!("the message cannot be decoded: {e}")))?;
+            M::decode((&mut self.pieces).take(len)).map_err(|e| Status::invalid_argument(format!("the message cannot be decoded: {e}")))?;
         // A message ends where its length says.
-        let unread = self.chunks.remaining() - rest;
-        self.chunks.advance(unread);
+        let unread = self.pieces.remaining() - rest;
+        self.pieces.advance(unread);
         if rest == 0 {
-            self.chunks = Chunks::default();
+            self.pieces = Pieces::default();
         }
         Ok(Some(message))
     }
@@ -110,14 +111,14 @@ const CRUMB: usize = 512;
 /// … until that is this large.
 const JOINED: usize = 16 << 10;
 
-/// Received bytes in the pieces in which they came.
+/// Bytes in several pieces, read as one buffer: received ones as they came, or a message's that is to be sent.
 #[derive(Debug, Default)]
-struct Chunks {
+pub struct Pieces {
     pieces: VecDeque<Bytes>,
     len: usize,
 }
 
-impl Chunks {
+impl Pieces {
     fn push(&mut self, piece: Bytes) {
         if piece.is_empty() {
             return;
@@ -145,13 +146,30 @@ impl Chunks {
     }
 }
 
-impl Buf for Chunks {
+impl From<VecDeque<Bytes>> for Pieces {
+    fn from(pieces: VecDeque<Bytes>) -> Self {
+        let len = pieces.iter().map(Bytes::len).sum();
+        Self { pieces, len }
+    }
+}
+
+impl From<Bytes> for Pieces {
+    fn from(piece: Bytes) -> Self {
+        VecDeque::from([piece]).into()
+    }
+}
+
+impl Buf for Pieces {
     fn remaining(&self) -> usize {
         self.len
     }
 
     fn chunk(&self) -> &[u8] {
         self.pieces.front().map_or(&[], |piece| piece)
+    }
+
+    fn chunks_vectored<'a>(&'a self, slices: &mut [IoSlice<'a>]) -> usize {
+        slices.iter_mut().zip(&self.pieces).map(|(slice, piece)| *slice = IoSlice::new(piece)).count()
     }
 
     fn advance(&mut self, mut count: usize) {
@@ -201,8 +219,8 @@ pub struct Body {
 enum Kind {
     /// A stream, driven by its own future; the future's result is the status.
     Driven { driver: Option<Driver>, queue: Sender, status: Option<Status> },
-    /// Ready pieces.
-    Fixed { pieces: VecDeque<Bytes>, status: Option<Status> },
+    /// One message that is there already, or none. It is one frame of the transport, whatever the number of its pieces.
+    Fixed { message: Option<Pieces>, status: Option<Status> },
     /// A tonic service's, until `end`.
     Tonic { body: tonic::body::Body, end: Pin<Box<WaitForCancellationFutureOwned>> },
 }
@@ -245,21 +263,21 @@ pub fn closing() -> Status {
 }
 
 impl HttpBody for Body {
-    type Data = Bytes;
+    type Data = Pieces;
     type Error = Status;
 
-    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Pieces>, Status>>> {
         match &mut self.kind {
             Kind::Tonic { body, end } => {
-                let frame = Pin::new(body).poll_frame(cx);
+                let frame = Pin::new(body).poll_frame(cx).map_ok(|frame| frame.map_data(Pieces::from));
                 if frame.is_pending() && end.as_mut().poll(cx).is_ready() {
-                    self.kind = Kind::Fixed { pieces: VecDeque::new(), status: None };
+                    self.kind = Kind::Fixed { message: None, status: None };
                     return Poll::Ready(Some(Ok(Frame::trailers(trailers(&closing())))));
                 }
                 frame
             }
-            Kind::Fixed { pieces, status } => Poll::Ready(match pieces.pop_front() {
-                Some(piece) => Some(Ok(Frame::data(piece))),
+            Kind::Fixed { message, status } => Poll::Ready(match message.take() {
+                Some(message) => Some(Ok(Frame::data(message))),
                 None => status.take().map(|status| Ok(Frame::trailers(trailers(&status)))),
             }),
             Kind::Driven { driver, queue, status } => {
@@ -269,7 +287,7 @@ impl HttpBody for Body {
                     *status = Some(end);
                 }
                 if let Some(piece) = queue.queue(VecDeque::pop_front) {
-                    return Poll::Ready(Some(Ok(Frame::data(piece))));
+                    return Poll::Ready(Some(Ok(Frame::data(piece.into()))));
                 }
                 match status.take() {
                     Some(status) => Poll::Ready(Some(Ok(Frame::trailers(trailers(&status))))),
@@ -283,7 +301,7 @@ impl HttpBody for Body {
     fn is_end_stream(&self) -> bool {
         match &self.kind {
             Kind::Tonic { body, .. } => body.is_end_stream(),
-            Kind::Fixed { pieces, status } => pieces.is_empty() && status.is_none(),
+            Kind::Fixed { message, status } => message.is_none() && status.is_none(),
             Kind::Driven { .. } => false,
         }
     }
@@ -302,10 +320,10 @@ where
 /// The answer of a unary call: the pieces of one message (its prefix included), or an error.
 pub fn unary(result: Result<VecDeque<Bytes>, Status>) -> Response<Body> {
     match result {
-        Ok(pieces) => respond(Body::of(Kind::Fixed { pieces, status: Some(Status::ok("")) })),
+        Ok(pieces) => respond(Body::of(Kind::Fixed { message: Some(pieces.into()), status: Some(Status::ok("")) })),
         Err(status) => {
             // Trailers-only: the status is in the head.
-            let mut response = respond(Body::of(Kind::Fixed { pieces: VecDeque::new(), status: None }));
+            let mut response = respond(Body::of(Kind::Fixed { message: None, status: None }));
             response.headers_mut().extend(trailers(&status));
             response
         }

@@ -198,7 +198,7 @@ impl TrustBundle {
             roots.push(certificate);
         }
         let earliest_expiry = earliest_expiry.ok_or(Error::Empty)?;
-        Ok(Self { roots, version: hex(&hash.finish().as_ref()[..8]), earliest_expiry })
+        Ok(Self { roots, version: format!("b-{}", hex(&hash.finish().as_ref()[..8])), earliest_expiry })
     }
 
     /// DER, in order.
@@ -206,7 +206,7 @@ impl TrustBundle {
         &self.roots
     }
 
-    /// A digest of the content: equal bundles have equal versions, on every node and after every restart.
+    /// `b-` and a digest of the content: equal bundles have equal versions, on every node and after every restart.
     pub fn version(&self) -> &str {
         &self.version
     }

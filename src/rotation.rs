@@ -463,8 +463,9 @@ impl Rotation {
             if !material::is_current_authority(&svid.authority, &entry.identity.profile.fingerprint(), bundle) {
                 warn!(identity = %entry.identity, "the certificate leads to no root of the new trust bundle; it is renewed early");
                 let within = (svid.chain.validity.remaining(now.wall) / 4).min(Duration::from_secs(60));
-                let spread = self.planner.draw();
-                self.planner.expedite(now, *id, now.wall + within.mul_f64(spread));
+                let at = now.wall + within.mul_f64(self.planner.draw());
+                self.planner.expedite(now, *id, at);
+                entry.set_status(|status| status.next_attempt = status.next_attempt.map(|planned| planned.min(at)));
             }
         }
         for (id, issued) in std::mem::take(&mut self.unproven) {

@@ -102,7 +102,8 @@ pub struct Sessions {
 impl Sessions {
     /// Accepts connections until the drain begins. Connections outlive this; each holds a guard of the drain.
     pub async fn accept(self, listener: UnixListener) {
-        let door = Door::new(self.desk.attestor.origins());
+        let sessions = Arc::new(self);
+        let door = Door::new(sessions.desk.attestor.origins());
         let mut pause = Pause::default();
         let mut accepted_at_once = 0;
         loop {
@@ -113,21 +114,21 @@ impl Sessions {
                 tokio::task::yield_now().await;
             }
             let accepted = tokio::select! {
-                () = self.shutdown.drain.cancelled() => return,
+                () = sessions.shutdown.drain.cancelled() => return,
                 accepted = listener.accept() => accepted,
             };
             match accepted {
                 Ok((stream, _)) => {
                     pause = Pause::default();
-                    self.welcome(stream, &door).await;
+                    sessions.welcome(stream, &door).await;
                 }
                 Err(error) if is_the_clients(&error) => debug!(%error, "a connection ended before it was accepted"),
                 Err(error) => {
                     let wait = pause.next();
                     warn!(%error, wait_milliseconds = wait.as_millis(), "cannot accept connections; trying again (out of file descriptors?)");
-                    self.metrics.rejected(Rejection::accept_error);
+                    sessions.metrics.rejected(Rejection::accept_error);
                     tokio::select! {
-                        () = self.shutdown.drain.cancelled() => return,
+                        () = sessions.shutdown.drain.cancelled() => return,
                         () = tokio::time::sleep(wait) => {}
                     }
                 }
@@ -136,7 +137,7 @@ impl Sessions {
     }
 
     /// Takes a connection on or turns it away; waits only where it is not known whose it is and many others are being asked about.
-    async fn welcome(&self, stream: UnixStream, door: &Door) {
+    async fn welcome(self: &Arc<Self>, stream: UnixStream, door: &Door) {
         if self.quotas.are_used_up() {
             self.metrics.rejected(Rejection::connection_limit);
             debug!("connection closed: there are as many as limits.connections allows");
@@ -170,7 +171,7 @@ impl Sessions {
     }
 
     /// A place for the connection of `peer`, if there is one.
-    fn admit(&self, peer: Peer, origin: &Origin, guard: Guard) -> Option<Session> {
+    fn admit(self: &Arc<Self>, peer: Peer, origin: &Origin, guard: Guard) -> Option<Session> {
         let place = match self.quotas.admit(origin, Instant::now()) {
             Ok(place) => place,
             Err(over) => {
@@ -211,7 +212,7 @@ impl Pause {
 }
 
 struct Session {
-    sessions: Sessions,
+    sessions: Arc<Sessions>,
     connection: Arc<Connection>,
     calls: Arc<Calls>,
     spoke: Arc<AtomicBool>,
@@ -224,10 +225,10 @@ impl Session {
         let io = Heard { stream, spoke: self.spoke.clone() };
         let pause = self.sessions.patience.refusal;
         let service = service_fn(|request| {
-            let (services, connection, call) = (self.sessions.services.clone(), self.connection.clone(), self.begin());
+            let call = self.begin().map(|call| (call, self.sessions.services.call(&self.connection, request)));
             async move {
                 Ok::<_, Infallible>(match call {
-                    Ok(call) => services.call(&connection, request).await.until_end(call),
+                    Ok((call, answer)) => answer.await.until_end(call),
                     Err(refusal) => {
                         // Who asks again as soon as it is told is told late.
                         tokio::time::sleep(pause).await;
@@ -244,6 +245,7 @@ impl Session {
             .max_header_list_size(HEADER_LIST)
             .max_concurrent_streams(self.sessions.limits.streams_per_connection)
             .max_send_buf_size(SEND_BUFFER)
+            .auto_date_header(false)
             .serve_connection(TokioIo::new(io), service);
         let mut served = pin!(served);
         let shutdown = &self.sessions.shutdown;

@@ -133,6 +133,10 @@ impl Entry {
         pods.clone().find(|pod| Some(*pod) != but).or_else(|| pods.next()).cloned()
     }
 
+    fn is_at_rest(&self, now: SystemTime) -> bool {
+        self.status.lock().unwrap_or_else(PoisonError::into_inner).next_attempt.is_some_and(|at| now < at)
+    }
+
     /// Changes the status.
     pub fn set_status(&self, change: impl FnOnce(&mut Status)) {
         change(&mut self.status.lock().unwrap_or_else(PoisonError::into_inner));
@@ -193,6 +197,16 @@ impl Store {
             self.tell(Event::Wanted(entry.clone()));
         }
         Lease { entry, key, store: self.clone() }
+    }
+
+    /// The material of `identity` if all is well with it at `now`: it may be served, and nothing was to be done about it by then. For who
+    /// takes it and goes: rotation need not hear of that, but the retention begins anew.
+    pub fn at_rest(&self, identity: &Identity, now: SystemTime) -> Option<Arc<Svid>> {
+        let entries = self.entries();
+        let entry = entries.get(identity)?;
+        let svid = entry.current().filter(|svid| svid.chain.validity.is_live(now) && entry.is_at_rest(now))?;
+        entry.book().idle_since = Instant::now();
+        Some(svid)
     }
 
     /// Removes `entry` if nobody has subscribed to it for `retention`; true when it is gone.

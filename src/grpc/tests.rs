@@ -33,15 +33,15 @@ async fn messages_are_read_however_they_are_cut() {
 #[test]
 fn a_message_in_crumbs_is_kept_in_few_pieces() {
     let bytes: Vec<u8> = (0..=250).cycle().take(300_000).collect();
-    let mut chunks = Chunks::default();
+    let mut pieces = Pieces::default();
     let (shared, begun) = (Bytes::from(bytes.clone()), std::time::Instant::now());
     for at in 0..shared.len() {
-        chunks.push(shared.slice(at..=at));
+        pieces.push(shared.slice(at..=at));
     }
-    assert!(chunks.pieces.len() <= bytes.len() / JOINED + 1, "{} pieces", chunks.pieces.len());
+    assert!(pieces.pieces.len() <= bytes.len() / JOINED + 1, "{} pieces", pieces.pieces.len());
     assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
     let mut read = vec![0; bytes.len()];
-    chunks.copy_to_slice(&mut read);
+    pieces.copy_to_slice(&mut read);
     assert_eq!(read, bytes);
 }
 
@@ -116,4 +116,15 @@ fn deadlines_are_read_in_every_unit_and_nonsense_is_none() {
     for bad in ["", "S", "1", "123456789S", "-1S", "+1S", "1s", "1.5S"] {
         assert_eq!(read(bad), None, "{bad}");
     }
+}
+
+#[tokio::test]
+async fn a_unary_answer_is_one_frame_of_its_pieces_and_then_the_status() {
+    let mut body = unary(Ok(["a", "bc"].map(Bytes::from).into())).into_body();
+    let message = body.frame().await.unwrap().unwrap().into_data().unwrap();
+    let mut slices = [IoSlice::new(&[]); 4];
+    assert_eq!(message.chunks_vectored(&mut slices), 2, "nothing is copied, and one call to the kernel takes all");
+    assert_eq!((message.remaining(), &*slices[0], &*slices[1]), (3, &b"a"[..], &b"bc"[..]));
+    assert_eq!(body.frame().await.unwrap().unwrap().trailers_ref().unwrap()["grpc-status"], "0");
+    assert!(body.is_end_stream());
 }

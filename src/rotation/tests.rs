@@ -260,6 +260,28 @@ async fn a_root_that_leaves_the_bundle_takes_its_certificates_along_soon() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn what_is_at_rest_can_be_taken_in_passing_and_what_is_due_cannot() {
+    let b = Bench::new([]);
+    let passing = |at| b.store.at_rest(&identity("a"), at);
+    assert!(passing(b.clock.now()).is_none(), "nobody has asked for it yet");
+    let svid = material(&b.want("a"), None).await;
+    settle().await;
+    let now = b.clock.now();
+    assert!(Arc::ptr_eq(&svid, &passing(now).unwrap()));
+    assert!(passing(svid.renew_at).is_none());
+    // Nobody subscribes any more, but somebody came by.
+    tokio::time::sleep(Duration::from_secs(200)).await;
+    assert!(passing(now).is_some());
+    tokio::time::sleep(Duration::from_secs(200)).await;
+    assert!(passing(now).is_some(), "the retention has begun anew");
+    // Its authority is gone: the next who comes has it replaced.
+    b.source.take(b.foreign.bundle().unwrap());
+    settle().await;
+    assert!(passing(b.clock.now() + Duration::from_secs(60)).is_none());
+    assert_eq!(b.orders(), 1);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_held_certificate_is_renewed_at_its_moment_and_holds_nobody_else_up() {
     let b = Bench::new([]);
     let now = b.clock.now();

@@ -92,13 +92,8 @@ pub fn bundle(bundle: &Bundle, face: Face, name: &str) -> Bytes {
     bundle.encodings.once(face, name, || {
         let roots = bundle.roots.to_pem();
         let trusted = Field::Message(tag::VALIDATION_TRUSTED_CA, vec![Field::Bytes(tag::DATA_SOURCE_INLINE_BYTES, &roots)]);
-        resource(face, name, &bundle_version(bundle), Field::Message(tag::SECRET_VALIDATION_CONTEXT, vec![trusted]))
+        resource(face, name, bundle.roots.version(), Field::Message(tag::SECRET_VALIDATION_CONTEXT, vec![trusted]))
     })
-}
-
-/// A bundle's version.
-pub fn bundle_version(bundle: &Bundle) -> String {
-    format!("b-{}", bundle.roots.version())
 }
 
 fn resource(face: Face, name: &str, version: &str, secret: Field<'_>) -> Zeroizing<Vec<u8>> {
@@ -138,20 +133,17 @@ pub fn response(face: Face, version: &str, nonce: &str, resources: impl IntoIter
 
 /// The version of a SotW response: that of its only resource; of several, a certificate's first three parts (`stem`: the one it
 /// carries, or the one that the client keeps) and a digest of all.
-pub fn response_version<'a>(stem: Option<&str>, resources: impl IntoIterator<Item = (&'a str, &'a str)>) -> String {
-    let mut hash = digest::Context::new(&digest::SHA256);
-    let (mut count, mut only) = (0, "");
-    for (name, version) in resources {
-        (count, only) = (count + 1, version);
-        for part in [name, version] {
-            hash.update(&(part.len() as u64).to_be_bytes());
-            hash.update(part.as_bytes());
-        }
-    }
+pub fn response_version(stem: Option<&str>, resources: &[(&str, &str)]) -> String {
     // A response that leaves the certificate with the client must not make it forget its version.
-    let carries_stem = stem.is_none_or(|stem| only.starts_with(stem));
-    if count == 1 && carries_stem {
-        return only.to_owned();
+    if let [(_, only)] = resources
+        && stem.is_none_or(|stem| only.starts_with(stem))
+    {
+        return (*only).to_owned();
+    }
+    let mut hash = digest::Context::new(&digest::SHA256);
+    for part in resources.iter().flat_map(|(name, version)| [name, version]) {
+        hash.update(&(part.len() as u64).to_be_bytes());
+        hash.update(part.as_bytes());
     }
     let content = hex(&hash.finish().as_ref()[..8]);
     stem.map_or_else(|| format!("b-{content}"), |stem| format!("{stem}-{content}"))
@@ -218,7 +210,7 @@ mod tests {
                     let versions: Vec<_> = response.resources.iter().map(|r| (r.name.clone(), r.version.clone())).collect();
                     assert_eq!(
                         versions,
-                        [("default".to_owned(), svid.version().to_owned()), ("ROOTCA".to_owned(), bundle_version(&roots))]
+                        [("default".to_owned(), svid.version().to_owned()), ("ROOTCA".to_owned(), roots.roots.version().to_owned())]
                     );
                     response.resources.iter().map(|r| secret(r.resource.as_ref().unwrap())).collect()
                 }
@@ -248,12 +240,12 @@ mod tests {
     fn a_response_has_its_only_resources_version_or_a_digest_of_all() {
         let cert = "200-100-0123456789abcdef-fedcba9876543210";
         let stem = "200-100-0123456789abcdef";
-        assert_eq!(response_version(Some(stem), [("default", cert)]), cert);
-        assert_eq!(response_version(None, [("ROOTCA", "b-1")]), "b-1");
-        let both = response_version(Some(stem), [("default", cert), ("ROOTCA", "b-1")]);
+        assert_eq!(response_version(Some(stem), &[("default", cert)]), cert);
+        assert_eq!(response_version(None, &[("ROOTCA", "b-1")]), "b-1");
+        let both = response_version(Some(stem), &[("default", cert), ("ROOTCA", "b-1")]);
         assert!(both.starts_with(stem) && both != cert);
-        assert_ne!(both, response_version(Some(stem), [("default", cert), ("ROOTCA", "b-2")]));
-        let kept = response_version(Some(stem), [("ROOTCA", "b-1")]);
+        assert_ne!(both, response_version(Some(stem), &[("default", cert), ("ROOTCA", "b-2")]));
+        let kept = response_version(Some(stem), &[("ROOTCA", "b-1")]);
         assert!(kept.starts_with(stem), "the client keeps its certificate and its hint: {kept}");
     }
 }

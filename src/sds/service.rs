@@ -77,11 +77,15 @@ impl View {
         }
     }
 
-    fn version(&self, target: &Target) -> Option<String> {
+    fn version(&self, target: &Target) -> Option<&str> {
         match target {
-            Target::Certificate => self.svid.as_ref().map(|svid| svid.version().to_owned()),
-            target => self.bundle(target).map(|bundle| secret::bundle_version(bundle)),
+            Target::Certificate => self.svid.as_ref().map(|svid| svid.version()),
+            target => self.bundle(target).map(|bundle| bundle.roots.version()),
         }
+    }
+
+    fn has_all(&self, known: &[(String, Target)]) -> bool {
+        known.iter().all(|(_, target)| self.version(target).is_some())
     }
 
     fn resource(&self, target: &Target, face: Face, name: &str) -> Option<(Kind, Bytes)> {
@@ -113,24 +117,24 @@ impl Service {
         B: HttpBody<Data = Bytes> + Send + Unpin + 'static,
         B::Error: std::fmt::Display,
     {
-        let incoming = Incoming::new(request.into_body(), self.limits.message_bytes);
+        let mut incoming = Incoming::new(request.into_body(), self.limits.message_bytes);
         let (service, connection) = (self.clone(), connection.clone());
         grpc::streaming(move |sender| async move {
             service.metrics.streams.inc();
             let _open = scopeguard(&service.metrics);
-            service.drive(&connection, incoming, face, sender).await
+            service.drive(&connection, &mut incoming, face, sender).await
         })
     }
 
     /// A stream's life. The first request is read before the caller is attested: a large one must not block the connection's window.
-    async fn drive<B>(&self, connection: &Connection, mut incoming: Incoming<B>, face: Face, sender: Sender) -> Status
+    async fn drive<B>(&self, connection: &Connection, incoming: &mut Incoming<B>, face: Face, sender: Sender) -> Status
     where
         B: HttpBody<Data = Bytes> + Unpin,
         B::Error: std::fmt::Display,
     {
         let first = tokio::select! {
             () = self.drain.cancelled() => return grpc::closing(),
-            first = read(&mut incoming, face) => first,
+            first = read(incoming, face) => first,
         };
         let first = match first {
             Ok(Some(first)) => first,
@@ -149,7 +153,10 @@ impl Service {
         let state = StreamState::new(face, self.directory.wildcard(), self.limits.names_per_stream);
         let mut stream =
             Stream { service: self, connection, caller, face, state, lease: None, started, answered: false, sent: VecDeque::new(), sender };
-        match stream.run(first, &mut incoming).await {
+        if let Err(status) = stream.request(first) {
+            return status;
+        }
+        match stream.run(incoming).await {
             Ok(()) => Status::ok(""),
             Err(status) => status,
         }
@@ -188,21 +195,26 @@ impl Service {
             return Err(violation(&Violation::TooManyNames(self.limits.names_per_stream)));
         }
         let caller = connection.caller().await?;
-        let mut trust = self.trust.clone();
-        let known = self.known(&asked, &caller.identity, &trust.borrow_and_update());
+        let bundles = self.trust.borrow().clone();
+        let known = self.known(&asked, &caller.identity, &bundles);
         if known.is_empty() {
             let asked: Vec<_> = asked.iter().map(|name| names::excerpt(name).escape_debug().to_string()).collect();
             return Err(Status::not_found(format!("none of these names is known here: {}", asked.join(", "))));
         }
-        let lease = known
-            .iter()
-            .any(|(_, t)| *t == Target::Certificate)
-            .then(|| self.store.lease(&caller.identity, Demand::Now, caller.attested.workload.pod().cloned()));
+        let wants_certificate = known.iter().any(|(_, target)| *target == Target::Certificate);
+        // What is there, and is not due, needs no subscription.
+        let svid = if wants_certificate { self.store.at_rest(&caller.identity, self.clock.now()) } else { None };
+        let view = View { svid, bundles };
+        if view.has_all(&known) {
+            return self.fetched(connection, &caller, &known, &view);
+        }
+        let lease = wants_certificate.then(|| self.store.lease(&caller.identity, Demand::Now, caller.attested.workload.pod().cloned()));
         let mut material = lease.as_ref().map(Lease::watch);
+        let mut trust = self.trust.clone();
         loop {
+            trust.mark_unchanged();
             let view = self.view(lease.as_ref(), &trust);
-            let missing = known.iter().any(|(_, target)| view.version(target).is_none());
-            if !missing || end <= Instant::now() {
+            if view.has_all(&known) || end <= Instant::now() {
                 return self.fetched(connection, &caller, &known, &view);
             }
             tokio::select! {
@@ -248,7 +260,7 @@ impl Service {
             return Err(Status::unavailable("not yet available; the certificate is being issued"));
         }
         let stem = view.svid.as_ref().map(|svid| stem(svid.version())).filter(|_| known.iter().any(|(_, t)| *t == Target::Certificate));
-        let version = secret::response_version(stem, versions.iter().map(|(n, v)| (*n, v.as_str())));
+        let version = secret::response_version(stem, &versions);
         Ok(secret::response(Face::StateOfTheWorld, &version, "", resources))
     }
 
@@ -275,7 +287,7 @@ struct Stream<'a> {
 }
 
 impl Stream<'_> {
-    async fn run<B>(&mut self, first: StreamRequest, incoming: &mut Incoming<B>) -> Result<(), Status>
+    async fn run<B>(&mut self, incoming: &mut Incoming<B>) -> Result<(), Status>
     where
         B: HttpBody<Data = Bytes> + Unpin,
         B::Error: std::fmt::Display,
@@ -283,7 +295,6 @@ impl Stream<'_> {
         let mut trust = self.service.trust.clone();
         let mut asking = true;
         let mut trigger = Trigger::subscribe;
-        self.request(first)?;
         loop {
             let mut view = self.subscribe(&mut trust);
             let held_until = self.withhold_unsettled(&mut view);
@@ -397,14 +408,16 @@ impl Stream<'_> {
 
     fn is_settled(&self, view: &View) -> bool {
         // For a name that is not known nothing will come.
-        self.state.is_settled(|name| is_known(&self.target(name), &view.bundles), |name| view.version(&self.target(name)))
+        self.state
+            .is_settled(|name| is_known(&self.target(name), &view.bundles), |name| view.version(&self.target(name)).map(str::to_owned))
     }
 
     /// Sends what is due. A workload that ends meanwhile does not get the rest of it.
     async fn answer(&mut self, view: &View, trigger: Trigger) -> Result<(), Status> {
         let held = self.held(&view.bundles);
         let (directory, caller) = (&self.service.directory, &self.caller);
-        let Some(Due { nonce, names }) = self.state.due(|name| view.version(&directory.target(name, &caller.identity))) else {
+        let Some(Due { nonce, names }) = self.state.due(|name| view.version(&directory.target(name, &caller.identity)).map(str::to_owned))
+        else {
             return Ok(());
         };
         let mut resources = Vec::with_capacity(names.len());
@@ -422,7 +435,8 @@ impl Stream<'_> {
         // Of the certificate that is in this response, or that the client keeps. One that it rejected is neither.
         let sent = names.iter().find(|(name, _)| self.target(name) == Target::Certificate);
         let stem = sent.map(|(_, version)| stem(version).to_owned()).or_else(|| held.map(|held| held.stem()));
-        let version = secret::response_version(stem.as_deref(), names.iter().map(|(n, v)| (&**n, &**v)));
+        let versions: Vec<_> = names.iter().map(|(name, version)| (&**name, &**version)).collect();
+        let version = secret::response_version(stem.as_deref(), &versions);
         let identity = &self.caller.identity;
         debug!(%identity, workload = %self.caller.attested.workload, nonce, ?kinds, version, "pushed to the client");
         if self.sent.len() == 16 {

@@ -2,6 +2,7 @@
 
 use std::{convert::Infallible, fmt, sync::Arc};
 
+use futures::future::BoxFuture;
 use http::{Request, Response};
 use hyper::body::Incoming;
 use tonic::{Status, server::NamedService};
@@ -60,16 +61,23 @@ impl Services {
         }
     }
 
-    /// Answers one call.
-    pub async fn call(&self, connection: &Arc<Connection>, request: Request<Incoming>) -> Response<Body> {
+    /// Answers one call. Boxed: a connection keeps as much room for each open stream as the largest of all calls' futures needs.
+    pub fn call(&self, connection: &Arc<Connection>, request: Request<Incoming>) -> BoxFuture<'static, Response<Body>> {
         let path = request.uri().path();
         let service = path.strip_prefix('/').and_then(|p| p.split_once('/')).map_or("", |(service, _)| service);
+        let sds = self.sds.clone();
         if let Some((_, other)) = self.others.iter().find(|(name, _)| *name == service) {
-            let Ok(response) = other.clone().oneshot(request).await;
-            return response.map(|body| Body::tonic(body, self.sds.drain.clone()));
+            let other = other.clone();
+            return Box::pin(async move {
+                let Ok(response) = other.oneshot(request).await;
+                response.map(|body| Body::tonic(body, sds.drain.clone()))
+            });
         }
-        let unknown = Status::unimplemented("this socket serves SDS v3, health and reflection");
-        self.sds.call(connection, request).await.unwrap_or_else(|| grpc::unary(Err(unknown)))
+        let connection = connection.clone();
+        Box::pin(async move {
+            let unknown = || Status::unimplemented("this socket serves SDS v3, health and reflection");
+            sds.call(&connection, request).await.unwrap_or_else(|| grpc::unary(Err(unknown())))
+        })
     }
 }
 

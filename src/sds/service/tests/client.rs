@@ -2,6 +2,7 @@
 
 use std::convert::Infallible;
 
+use bytes::Buf;
 use http_body::Frame;
 use http_body_util::{BodyExt, StreamBody};
 use prost::Message;
@@ -282,13 +283,18 @@ impl Client {
     }
 }
 
+/// The bytes of a frame.
+pub fn bytes(mut data: grpc::Pieces) -> Bytes {
+    data.copy_to_bytes(data.remaining())
+}
+
 /// Reads a response as a transport does: piece by piece, at once.
 async fn carry(face: Face, mut response: Body, tell: mpsc::UnboundedSender<Seen>) {
     let mut pending = Vec::new();
     while let Some(frame) = response.frame().await {
         let frame = match frame.unwrap().into_data() {
             Ok(data) => {
-                pending.extend_from_slice(&data);
+                pending.extend_from_slice(&bytes(data));
                 while pending.len() >= grpc::PREFIX {
                     let len = u32::from_be_bytes(pending[1..5].try_into().unwrap()) as usize;
                     if pending.len() < grpc::PREFIX + len {

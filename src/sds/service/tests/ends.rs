@@ -7,7 +7,7 @@ use tonic::Code;
 use super::{
     super::*,
     bench::{Bench, RETENTION, Upstream, foreign_bundle, settle},
-    client::{Client, Content, FACES, Reply, body, framed, status},
+    client::{Client, Content, FACES, Reply, body, bytes, framed, status},
 };
 
 const MINUTE: Duration = Duration::from_secs(60);
@@ -68,7 +68,7 @@ async fn what_the_transport_has_not_taken_when_a_workload_ends_stays_here() {
     let mut before = Client::asking(&b, Face::Delta, &["default"]).await;
     before.accepted().await;
     let (said, mut body) = by_hand(&b, "default").await;
-    let head = body.frame().await.unwrap().unwrap().into_data().unwrap();
+    let head = bytes(body.frame().await.unwrap().unwrap().into_data().unwrap());
     assert!(head.len() < 500, "the key is in the next piece");
     b.gone.cancel();
     let next = body.frame().await.unwrap().unwrap();
@@ -185,18 +185,18 @@ async fn a_key_is_dropped_with_the_last_stream_and_the_retention() {
 async fn a_client_that_does_not_read_misses_nothing_but_what_was_overtaken() {
     let b = Bench::new();
     let (_said, mut body) = by_hand(&b, "ROOTCA").await;
-    let head = body.frame().await.unwrap().unwrap().into_data().unwrap();
+    let head = bytes(body.frame().await.unwrap().unwrap().into_data().unwrap());
     let mut last = None;
     for _ in 0..20 {
         last = Some(foreign_bundle(&b));
         b.source.take(last.clone().unwrap());
     }
-    let rest = body.frame().await.unwrap().unwrap().into_data().unwrap();
+    let rest = bytes(body.frame().await.unwrap().unwrap().into_data().unwrap());
     assert_eq!(head.len() + rest.len() - grpc::PREFIX, usize::try_from(u32::from_be_bytes(head[1..5].try_into().unwrap())).unwrap());
     // One more response, with the newest of twenty bundles.
     let mut message = Vec::new();
     for _ in 0..2 {
-        message.extend(body.frame().await.unwrap().unwrap().into_data().unwrap());
+        message.extend(bytes(body.frame().await.unwrap().unwrap().into_data().unwrap()));
     }
     let reply = Reply::of_message(Face::StateOfTheWorld, &message[grpc::PREFIX..]);
     assert_eq!(reply.resources[0].content, Content::Bundle(last.unwrap().to_pem()));
