@@ -65,8 +65,11 @@ impl Door {
     pub(super) async fn look(&self, peer: &Peer, _turn: OwnedSemaphorePermit) -> Option<Origin> {
         let (origins, pid, uid) = (self.origins.clone(), peer.pid, peer.uid);
         let origin = tokio::task::spawn_blocking(move || origins.read(pid, uid)).await.ok()?;
-        // Only of one that lives: then what was read is about it, and about no later owner of its pid.
-        if let Some(process) = process(peer).filter(|_| peer.is_alive()) {
+        // Only of one that lives: then what was read is about it, and about no later owner of its pid, who is not to pay for it.
+        if !peer.is_alive() {
+            return Some(Origin::User(uid));
+        }
+        if let Some(process) = process(peer) {
             let mut seen = self.seen();
             if seen.len() >= REMEMBERED {
                 seen.clear();
@@ -113,6 +116,19 @@ mod tests {
         assert_eq!(door.clone().recognise(&Peer::of(&ours).unwrap()), pod, "of another connection of the same process");
         advance(BELIEVED).await;
         assert_eq!(door.recognise(&peer), None);
+        assert_eq!(door.look(&peer, door.turn().await).await, Some(Origin::User(peer.uid)));
+    }
+
+    #[tokio::test]
+    async fn who_has_a_recycled_pid_does_not_pay_for_its_former_owner() {
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        let proc = tempfile::tempdir().unwrap();
+        // Of a process that has ended; its number is another's by now.
+        let peer = Peer::recorded(&ours, proc.path()).unwrap();
+        let file = proc.path().join(peer.pid.to_string()).join("cgroup");
+        fs::create_dir(file.parent().unwrap()).unwrap();
+        fs::write(&file, format!("0::/kubepods/pod{UID}/a")).unwrap();
+        let door = Door::new(Origins::ByPod(ByPod::new(proc.path().to_owned(), Arc::default())));
         assert_eq!(door.look(&peer, door.turn().await).await, Some(Origin::User(peer.uid)));
     }
 

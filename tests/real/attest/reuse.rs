@@ -24,7 +24,9 @@ struct Outcome {
 #[tokio::test]
 async fn a_recycled_pid_is_never_taken_for_its_owner() {
     let _turn = support::turn().await;
-    let scene = Scene::launched("certificate: { lifetime: 1h }", |_, launch| {
+    // A quota would turn most of the attack away before anybody is asked who it is.
+    let unlimited = "certificate: { lifetime: 1h }\nlimits: { newConnectionsPerSecondPerPod: 1000000, newConnectionsBurstPerPod: 1000000 }";
+    let scene = Scene::launched(unlimited, |_, launch| {
         // Its first process reaps what others leave behind.
         launch.under(["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", "\"$0\" \"$@\" & wait"])
     })
