@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     attest::{
         Attested, Attestor, Error, Method, Reason,
+        origin::{Origin, Origins},
         pods::{Known, Pod, Pods},
     },
     identity::{PodRef, Workload},
@@ -125,6 +126,11 @@ impl Attestor for MountAttestor {
         Method::mount
     }
 
+    /// Whoever comes through the mount is the pod, whatever user it runs as: every proxy of a mesh is the same user.
+    fn origins(&self) -> Origins {
+        Origins::Fixed(Origin::Pod(self.uid.clone()))
+    }
+
     fn attest<'a>(&'a self, _peer: &'a Peer) -> BoxFuture<'a, Result<Attested, Error>> {
         Box::pin(async {
             let workload = self.workload().await?;
@@ -202,6 +208,7 @@ mod tests {
         let Workload::Pod { pod, service_account } = &attested.workload else { panic!("{:?}", attested.workload) };
         assert_eq!((pod.to_string().as_str(), service_account.as_deref()), ("shop/cart-1", Some("cart")));
         assert!(attestor.called().is_cancelled());
+        assert!(matches!(attestor.origins(), Origins::Fixed(Origin::Pod(uid)) if &*uid == UID), "its quotas are the pod's, not its user's");
         world.api.remove("pods", "shop", "cart-1");
         timeout(SOON, attested.gone.cancelled()).await.unwrap();
         assert_eq!(world.attest(&attestor).await.unwrap_err().reason, Reason::pod_ended);
