@@ -27,6 +27,8 @@ const SOCKET: &str = "SDS_AGENT_TEST_FLOOD";
 const BATCH: usize = 50;
 /// Medians that count, quiet and in the flood.
 const BATCHES: usize = 20;
+/// Until one is as good as it must be.
+const ROUNDS: usize = 8;
 /// The flood must have tried so often.
 const ATTEMPTS: u64 = 10_000;
 
@@ -57,8 +59,8 @@ async fn the_neighbour_of_a_flooding_pod_notices_nothing() {
         worker.stdout().until("medians", 4 * PATIENCE, |lines| Some(told(lines, "median ")).filter(|m| m.len() >= count)).await
     };
     let mut best = (0.0, f64::INFINITY);
-    // What else disturbs the machine only makes it worse: the best of three rounds is the flood's own doing.
-    for _ in 0..3 {
+    // What else disturbs the machine only makes it worse: the best of some rounds is the flood's own doing.
+    for _ in 0..ROUNDS {
         let since = batches(0).await.len() + 1;
         let before = median(batches(since + BATCHES).await.split_off(since));
         let flood = child("child_that_floods", &flooding.cgroup, agent.socket());
