@@ -2,12 +2,22 @@
 //!
 //! [`build`] makes the real dependencies from a configuration, [`build_with`] joins any; both return a [`Bound`], whose sockets are open.
 //! The workload socket is bound before anything upstream is asked: a client that comes early waits in an open stream, not before a
-//! closed door. [`Bound::run`] serves until the shutdown begins and has drained.
+//! closed door. Only from a healthy predecessor it is taken later, once all is in sync ([`handover`](crate::handover)). [`Bound::run`] serves until the shutdown begins and has drained.
 
-use std::{collections::BTreeMap, net::SocketAddr, path::Path, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use futures::future::BoxFuture;
-use tokio::{net::TcpListener, sync::watch, task::JoinSet};
+use tokio::{
+    net::{TcpListener, UnixListener},
+    sync::watch,
+    task::JoinSet,
+};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
@@ -16,8 +26,9 @@ use crate::{
     attest::{self, Attestor, pods::Pods},
     caller::Desk,
     clock::Clock,
-    config::Config,
+    config::{Config, SharedSocket},
     csi,
+    handover::Claim,
     identity::{IssuerName, Resolver},
     issuer::Issuer,
     listener,
@@ -89,7 +100,7 @@ impl Base {
 /// An agent whose sockets are open.
 #[derive(Debug)]
 pub struct Bound {
-    socket: Option<listener::Bound>,
+    socket: Option<Door>,
     admin: TcpListener,
     metrics: TcpListener,
     sessions: Sessions,
@@ -102,6 +113,14 @@ pub struct Bound {
     last: CancellationToken,
     shutdown: Shutdown,
     start: readiness::Guard,
+}
+
+/// The shared socket: it listens, and has its name or will take it.
+#[derive(Debug)]
+struct Door {
+    path: PathBuf,
+    listener: UnixListener,
+    claim: Claim,
 }
 
 struct Tasks(Vec<BoxFuture<'static, ()>>);
@@ -177,7 +196,13 @@ pub async fn build_with(config: &Config, base: Base, deps: Deps) -> anyhow::Resu
         (Some(_), ..) => anyhow::bail!("sockets.perPod serves the pods of one node: set NODE_NAME"),
         (None, ..) => None,
     };
-    let socket = config.shared_socket.as_ref().map(|socket| listener::bind(&socket.path, socket.mode)).transpose()?;
+    let socket = match &config.shared_socket {
+        Some(SharedSocket { path, mode, .. }) => {
+            let (listener, prepared) = listener::prepare("sockets.shared.path", path, *mode)?;
+            Some(Door { path: path.clone(), listener, claim: Claim::make(prepared, &readiness).await? })
+        }
+        None => None,
+    };
     Ok(Bound {
         socket,
         admin,
@@ -198,7 +223,7 @@ pub async fn build_with(config: &Config, base: Base, deps: Deps) -> anyhow::Resu
 impl Bound {
     /// The shared socket's path, where there is one.
     pub fn socket(&self) -> Option<&Path> {
-        self.socket.as_ref().map(|socket| socket.name.path())
+        self.socket.as_ref().map(|door| &*door.path)
     }
 
     /// The admin listener's address.
@@ -214,7 +239,7 @@ impl Bound {
     /// Serves until the shutdown has begun and has drained; an error where a part of the agent was what began it.
     pub async fn run(self) -> anyhow::Result<Drained> {
         let Self { socket, admin, metrics, sessions, csi, rotation, routes, readiness, tasks, ending, last, shutdown, start } = self;
-        info!(socket = socket.as_ref().map(|socket| tracing::field::display(socket.name.path().display())), "serving");
+        info!(socket = socket.as_ref().map(|door| tracing::field::display(door.path.display())), "serving");
         let mut beside = JoinSet::new();
         for task in tasks.0 {
             beside.spawn(task);
@@ -226,8 +251,9 @@ impl Bound {
         tokio::spawn(admin::serve(admin, routes.clone(), shutdown.clone()));
         tokio::spawn(admin::serve(metrics, routes.without_certificates(), shutdown.clone()));
         let services = sessions.services.clone();
-        let (name, listener) = socket.map(|socket| (socket.name, socket.listener)).unzip();
+        let (claim, listener) = socket.map(|door| (door.claim, door.listener)).unzip();
         let accepting = listener.map(|listener| tokio::spawn(sessions.accept(listener)));
+        let holding = claim.map(|claim| tokio::spawn(claim.hold(shutdown.drain.clone())));
         drop(start);
         tokio::spawn(async move {
             readiness.reached().await;
@@ -245,7 +271,9 @@ impl Bound {
             shutdown.begin();
         }
         // Nobody new comes in, the name is free, and only then the streams end: clients find the successor, not us.
-        if let Some(name) = name {
+        if let Some(holding) = holding
+            && let Ok(Some(name)) = holding.await
+        {
             name.release();
         }
         if let Some(accepting) = accepting {

@@ -22,6 +22,8 @@ use prost::Message;
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tonic::{Code, Status};
 
+pub mod client;
+
 /// A message's prefix: the compression flag and the length.
 pub const PREFIX: usize = 5;
 

@@ -49,6 +49,7 @@ pub mod clock;
 pub mod config;
 pub mod fd;
 pub mod grpc;
+pub mod handover;
 pub mod kubernetes;
 pub mod proto;
 

@@ -1,16 +1,17 @@
 //! The socket's name in the file system: bound beside it, given its mode, and moved into place in one step.
 //!
-//! There is no moment without a socket under the public name, and no moment with the wrong mode. At the end only our own socket is
-//! removed (same device and inode); a successor's stays. The directory is never removed: workloads have it mounted.
+//! There is no moment without a socket under the public name, and no moment with the wrong mode. Binding ([`prepare`]) and taking the name
+//! ([`Prepared::take`]) are two steps, so that a predecessor can go on in between. At the end only our own socket is removed (same device
+//! and inode); a successor's stays. The directory is never removed: workloads have it mounted.
 
 use std::{
     io,
-    os::fd::{AsRawFd, OwnedFd},
+    os::fd::AsRawFd,
     path::{Path, PathBuf},
 };
 
 use rustix::{
-    fs::{AtFlags, CWD, Mode, OFlags},
+    fs::{AtFlags, CWD, Mode, OFlags, RenameFlags},
     net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType},
 };
 use tokio::net::UnixListener;
@@ -38,12 +39,21 @@ pub struct Bound {
     pub name: Name,
 }
 
-/// Our claim on the name.
+/// The public name, which led to our socket when it was taken.
 #[derive(Debug)]
 pub struct Name {
     path: PathBuf,
     device: u64,
     inode: u64,
+}
+
+/// A socket that listens beside its public name.
+#[derive(Debug)]
+pub struct Prepared {
+    field: &'static str,
+    beside: PathBuf,
+    name: Name,
+    taken: bool,
 }
 
 /// Binds `path` with permission bits `mode`, replacing what is there. A missing directory is made, accessible to everybody, as the
@@ -54,6 +64,12 @@ pub fn bind(path: &Path, mode: u32) -> Result<Bound, Error> {
 
 /// The same for a path that comes from `field` of the configuration.
 pub fn bind_for(field: &'static str, path: &Path, mode: u32) -> Result<Bound, Error> {
+    let (listener, prepared) = prepare(field, path, mode)?;
+    Ok(Bound { listener, name: prepared.take()? })
+}
+
+/// Binds and listens beside `path`, which comes from `field` of the configuration, and leaves the name itself alone.
+pub fn prepare(field: &'static str, path: &Path, mode: u32) -> Result<(UnixListener, Prepared), Error> {
     let failed = |action, hint| move |cause: rustix::io::Errno| Error { field, path: path.to_owned(), action, cause: cause.into(), hint };
     let directory = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     make_directory(directory).map_err(failed("make its directory", ""))?;
@@ -71,11 +87,13 @@ pub fn bind_for(field: &'static str, path: &Path, mode: u32) -> Result<Bound, Er
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).map_err(failed("make a socket", ""))?;
     rustix::net::bind(&socket, &address).map_err(failed("bind beside it", ""))?;
-    let placed = place(&socket, &beside, path, mode, failed);
-    if placed.is_err() {
-        let _ = rustix::fs::unlink(&beside);
-    }
-    let name = placed?;
+    // From here on what is dropped is removed.
+    let name = Name { path: path.to_owned(), device: 0, inode: 0 };
+    let mut prepared = Prepared { field, beside, name, taken: false };
+    rustix::fs::chmodat(CWD, &prepared.beside, Mode::from_raw_mode(mode), AtFlags::empty()).map_err(failed("set its mode", ""))?;
+    rustix::net::listen(&socket, BACKLOG).map_err(failed("listen", ""))?;
+    let stat = rustix::fs::statat(CWD, &prepared.beside, AtFlags::SYMLINK_NOFOLLOW).map_err(failed("look at it", ""))?;
+    (prepared.name.device, prepared.name.inode) = (stat.st_dev, stat.st_ino);
     let listener = UnixListener::from_std(std::os::unix::net::UnixListener::from(socket)).map_err(|cause| Error {
         field,
         path: path.to_owned(),
@@ -83,24 +101,36 @@ pub fn bind_for(field: &'static str, path: &Path, mode: u32) -> Result<Bound, Er
         cause,
         hint: "",
     })?;
-    Ok(Bound { listener, name })
+    Ok((listener, prepared))
 }
 
-fn place<F>(
-    socket: &OwnedFd,
-    beside: &Path,
-    path: &Path,
-    mode: u32,
-    failed: impl Fn(&'static str, &'static str) -> F,
-) -> Result<Name, Error>
-where
-    F: FnOnce(rustix::io::Errno) -> Error,
-{
-    rustix::fs::chmodat(CWD, beside, Mode::from_raw_mode(mode), AtFlags::empty()).map_err(failed("set its mode", ""))?;
-    rustix::net::listen(socket, BACKLOG).map_err(failed("listen", ""))?;
-    let stat = rustix::fs::statat(CWD, beside, AtFlags::SYMLINK_NOFOLLOW).map_err(failed("look at it", ""))?;
-    rustix::fs::rename(beside, path).map_err(failed("move it into place", "; is there a directory of that name?"))?;
-    Ok(Name { path: path.to_owned(), device: stat.st_dev, inode: stat.st_ino })
+impl Prepared {
+    /// The public name that it is for.
+    pub fn path(&self) -> &Path {
+        &self.name.path
+    }
+
+    /// Moves the socket into place, over whatever is there.
+    pub fn take(mut self) -> Result<Name, Error> {
+        rustix::fs::rename(&self.beside, &self.name.path).map_err(|cause| Error {
+            field: self.field,
+            path: self.name.path.clone(),
+            action: "move it into place",
+            cause: cause.into(),
+            hint: "; is there a directory of that name?",
+        })?;
+        self.taken = true;
+        let Name { path, device, inode } = &mut self.name;
+        Ok(Name { path: std::mem::take(path), device: *device, inode: *inode })
+    }
+}
+
+impl Drop for Prepared {
+    fn drop(&mut self) {
+        if !self.taken {
+            let _ = rustix::fs::unlink(&self.beside);
+        }
+    }
 }
 
 fn make_directory(directory: &Path) -> rustix::io::Result<()> {
@@ -129,15 +159,29 @@ impl Name {
 
     /// Whether the name still leads to our socket.
     pub fn is_ours(&self) -> bool {
-        rustix::fs::statat(CWD, &self.path, AtFlags::SYMLINK_NOFOLLOW)
-            .is_ok_and(|stat| stat.st_dev == self.device && stat.st_ino == self.inode)
+        self.leads_from(&self.path)
     }
 
-    /// Removes the name, if it is still ours.
+    fn leads_from(&self, path: &Path) -> bool {
+        rustix::fs::statat(CWD, path, AtFlags::SYMLINK_NOFOLLOW).is_ok_and(|stat| stat.st_dev == self.device && stat.st_ino == self.inode)
+    }
+
+    /// Removes the name, if it is still ours. A successor may take it in this very moment, so that it is moved aside first and looked at
+    /// once more there: a successor's goes back.
     pub fn release(&self) {
-        if self.is_ours() {
-            let _ = rustix::fs::unlink(&self.path);
+        if !self.is_ours() {
+            return;
         }
+        let name = self.path.file_name().map(|n| n.to_string_lossy()).unwrap_or_default();
+        let aside = self.path.with_file_name(format!(".{name}.{}.gone", std::process::id()));
+        if rustix::fs::rename(&self.path, &aside).is_err() {
+            return;
+        }
+        if !self.leads_from(&aside) {
+            let _ = rustix::fs::renameat_with(CWD, &aside, CWD, &self.path, RenameFlags::NOREPLACE);
+        }
+        // Ours, or one that yet another has replaced meanwhile.
+        let _ = rustix::fs::unlink(&aside);
     }
 }
 

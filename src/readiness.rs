@@ -72,6 +72,13 @@ impl Readiness {
         self.state.borrow().awaited.iter().map(|(_, name)| name.clone()).collect()
     }
 
+    /// Returns once nothing but `guard` is awaited.
+    pub async fn awaits_only(&self, guard: &Guard) {
+        let only = |state: &State| state.awaited.iter().all(|(id, _)| Some(*id) == guard.id);
+        // The sender lives in `self`: there is always an answer.
+        let _ = self.state.subscribe().wait_for(only).await;
+    }
+
     /// Returns once readiness has been reached.
     pub async fn reached(&self) {
         // The sender lives in `self`: there is always an answer.
@@ -89,11 +96,11 @@ impl Guard {
 impl Drop for Guard {
     fn drop(&mut self) {
         let Some(mine) = self.id else { return };
-        let reached = self.readiness.state.send_if_modified(|state| {
+        let mut reached = false;
+        self.readiness.state.send_modify(|state| {
             state.awaited.retain(|(id, _)| *id != mine);
-            let reached = !state.ready && state.awaited.is_empty();
+            reached = !state.ready && state.awaited.is_empty();
             state.ready |= reached;
-            reached
         });
         if reached {
             self.readiness.metrics.ready.set(1);

@@ -84,6 +84,16 @@ impl AgentPod {
         agent
     }
 
+    /// Another pod of the same DaemonSet on the same node, as a surge makes one. Its kubeconfig goes into `dir`.
+    pub async fn successor(&self, dir: &Path) -> Self {
+        let Pod { namespace, service_account, .. } = &self.pod;
+        let pod = self.cluster.pod_of(namespace, service_account, "sds-agent-next", &self.node).await;
+        let (issuer, roots, cluster, node) = (self.issuer.clone(), self.roots.clone(), self.cluster.clone(), self.node.clone());
+        let agent = Self { pod, issuer, roots, cluster, node, kubeconfig: dir.join("kubeconfig") };
+        agent.log_in().await;
+        agent
+    }
+
     /// Takes its roots from a ConfigMap in its own namespace, which is not there yet.
     pub async fn with_own_roots(mut self) -> Self {
         self.cluster.delete(&self.role(Right::Trust, "roles")).await;

@@ -1,0 +1,140 @@
+//! A rolling restart as a surge makes one: the successor starts beside the agent that serves, and takes its socket only once it can serve.
+
+use std::{fs, os::unix::fs::MetadataExt, path::Path, time::Duration};
+
+use tempfile::TempDir;
+
+use crate::support::{
+    self,
+    agent::{Agent, Launch},
+    cgroups::PodCgroup,
+    cluster::{AgentPod, Cluster, Pod},
+    envoy::Sds,
+    eventually,
+    pair::{End, Pair},
+};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+/// Long enough that nothing is due during the test.
+const SETTINGS: &str = "certificate: { lifetime: 1h }";
+
+struct Node {
+    cluster: Cluster,
+    agent_pod: AgentPod,
+    agent: Agent,
+    server: (Pod, PodCgroup),
+    client: (Pod, PodCgroup),
+    _dir: TempDir,
+}
+
+impl Node {
+    async fn start() -> Self {
+        let (cluster, dir) = (Cluster::connect().await, tempfile::tempdir().unwrap());
+        let (node, namespace) = (cluster.node().await, cluster.namespace().await);
+        let agent_pod = cluster.agent(dir.path(), &node).await;
+        let agent = agent_pod.launch(dir.path(), SETTINGS).start().await;
+        let [server, client] = [cluster.pod(&namespace, "server", &node).await, cluster.pod(&namespace, "client", &node).await];
+        let (server_cgroup, client_cgroup) = (PodCgroup::new(&server.uid), PodCgroup::new(&client.uid));
+        Self { cluster, agent_pod, agent, server: (server, server_cgroup), client: (client, client_cgroup), _dir: dir }
+    }
+
+    /// An agent of another pod on the same socket.
+    async fn successor(&self, dir: &Path) -> Launch {
+        let pod = self.agent_pod.successor(dir).await;
+        let sockets = format!("{{ shared: {{ path: {}, mode: \"0666\" }} }}", self.agent.socket().display());
+        pod.launch_on(dir, &sockets, SETTINGS)
+    }
+
+    async fn pair(&self) -> Pair {
+        let (server, client) = (self.server.0.spiffe_id(), self.client.0.spiffe_id());
+        let server = End { id: &server, sds: Sds::StateOfTheWorld, cgroup: Some(&self.server.1) };
+        let client = End { id: &client, sds: Sds::Delta, cgroup: Some(&self.client.1) };
+        Pair::start(self.agent.socket(), server, client).await
+    }
+}
+
+fn inode(socket: &Path) -> u64 {
+    fs::metadata(socket).expect("the socket is there").ino()
+}
+
+#[tokio::test]
+async fn a_rolling_restart_loses_nothing_and_orders_nothing() {
+    let _turn = support::turn().await;
+    let mut node = Node::start().await;
+    let pair = node.pair().await;
+    pair.request().await.unwrap();
+    let namespace = node.agent_pod.pod.namespace.clone();
+    eventually("the first requests are consumed", PATIENCE, async || {
+        let left = node.cluster.requests(&namespace).await;
+        if left.is_empty() { Ok(()) } else { Err(format!("{left:?}")) }
+    })
+    .await;
+    let recorder = node.cluster.record_requests(&namespace).await;
+    let (socket, dir) = (node.agent.socket().to_owned(), tempfile::tempdir().unwrap());
+    let before = inode(&socket);
+
+    let load = pair.load();
+    let successor = node.successor(dir.path()).await.start().await;
+    assert_ne!(inode(&socket), before, "who is ready has the socket");
+    successor.logs("it waited", PATIENCE, |line| line["message"].as_str().is_some_and(|m| m.contains("a predecessor serves"))).await;
+    node.agent.terminate();
+    assert!(node.agent.exit(PATIENCE).await.success());
+    eventually("both Envoys have come over, with two streams each", PATIENCE, async || {
+        let streams = successor.metric("sds_agent_streams").await;
+        if streams >= 4.0 { Ok(()) } else { Err(format!("{streams} streams")) }
+    })
+    .await;
+    // And a pod that starts now is served by the successor.
+    assert_ne!(inode(&socket), before);
+    let tally = load.stop().await;
+
+    pair.assert_clean(&tally, 100).await;
+    let seen = recorder.seen();
+    assert!(seen.is_empty(), "nothing was due, and yet there were requests: {seen:?}");
+    let held = successor.metric_of("sds_agent_certificates", &["state=\"held_by_client\""]).await;
+    assert!(held >= 2.0, "{held} certificates are held by clients");
+}
+
+#[tokio::test]
+async fn a_broken_successor_never_takes_the_socket() {
+    let node = Node::start().await;
+    let (socket, dir) = (node.agent.socket().to_owned(), tempfile::tempdir().unwrap());
+    let before = inode(&socket);
+    let port = support::free_port();
+    let nowhere = serde_json::json!({
+        "apiVersion": "v1", "kind": "Config", "current-context": "agent",
+        "clusters": [{"name": "test", "cluster": {"server": format!("http://127.0.0.1:{port}")}}],
+        "users": [{"name": "agent", "user": {"token": "none"}}],
+        "contexts": [{"name": "agent", "context": {"cluster": "test", "user": "agent"}}],
+    });
+    let access = dir.path().join("nowhere");
+    fs::write(&access, nowhere.to_string()).unwrap();
+    let launch = node.successor(dir.path()).await.env("KUBECONFIG", access.to_str().unwrap());
+    let mut broken = launch.spawn();
+    broken.logs("it has tried", PATIENCE, |line| line["message"].as_str().is_some_and(|m| m.contains("the watch does not work"))).await;
+
+    let readiness = broken.readiness().await.expect_err("it is not ready");
+    assert!(readiness.contains("a healthy predecessor"), "{readiness}");
+    assert_eq!(inode(&socket), before);
+    let answer = support::fetch::ask(Some(&node.server.1), &socket, &support::fetch::BOTH, "10s").await;
+    assert!(answer.is_ok(), "the old one serves: {answer:?}");
+    broken.terminate();
+    assert!(broken.exit(PATIENCE).await.success());
+    assert_eq!(inode(&socket), before, "its end leaves the socket alone");
+    assert_eq!(
+        fs::read_dir(socket.parent().unwrap())
+            .unwrap()
+            .filter(|e| e.as_ref().unwrap().file_name().to_string_lossy().starts_with('.'))
+            .count(),
+        0
+    );
+
+    // Where the old one goes meanwhile, somebody has to be there.
+    let mut broken = launch.spawn();
+    broken.logs("it waits", PATIENCE, |line| line["message"].as_str().is_some_and(|m| m.contains("a predecessor serves"))).await;
+    node.agent.kill().await;
+    broken.logs("it steps in", PATIENCE, |line| line["message"].as_str().is_some_and(|m| m.contains("the socket is ours"))).await;
+    assert_ne!(inode(&socket), before);
+    broken.terminate();
+    broken.exit(PATIENCE).await;
+}
