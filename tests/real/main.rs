@@ -27,3 +27,4 @@ mod envoy_embedded;
 mod flood;
 mod grpcurl;
 mod no_disk;
+mod profiles;

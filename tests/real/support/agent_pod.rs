@@ -59,6 +59,8 @@ pub struct AgentPod {
     /// What stands in its configuration as `issuerRef`.
     pub issuer: String,
     pub roots: Roots,
+    /// Files with more roots.
+    pub more_roots: Vec<PathBuf>,
     cluster: Cluster,
     node: String,
     kubeconfig: PathBuf,
@@ -72,6 +74,7 @@ impl AgentPod {
         let agent = Self {
             issuer: format!("{{ name: {ISSUER}, kind: ClusterIssuer }}"),
             roots: Roots { namespace, name, key },
+            more_roots: Vec::new(),
             cluster: cluster.clone(),
             node: node.to_owned(),
             kubeconfig: dir.join("kubeconfig"),
@@ -125,10 +128,11 @@ impl AgentPod {
     fn launched(&self, settings: &str, run: impl FnOnce(&str) -> Launch) -> Launch {
         let (namespace, issuer) = (&self.pod.namespace, &self.issuer);
         let Roots { namespace: roots_namespace, name: roots, key } = &self.roots;
+        let files: String = self.more_roots.iter().map(|path| format!(", {{ file: {} }}", path.display())).collect();
         let settings = format!(
             "trustDomain: cluster.local\nattestation: kubernetes\n\
              issuer: {{ certManager: {{ issuerRef: {issuer}, namespace: {namespace} }} }}\n\
-             trust: {{ sources: [ {{ configMap: {{ namespace: {roots_namespace}, name: {roots}, key: {key} }} }} ] }}\n{settings}\n"
+             trust: {{ sources: [ {{ configMap: {{ namespace: {roots_namespace}, name: {roots}, key: {key} }} }}{files} ] }}\n{settings}\n"
         );
         run(&settings)
             .env("KUBECONFIG", self.kubeconfig.to_str().expect("a plain path"))
