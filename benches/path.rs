@@ -9,7 +9,6 @@ use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
 use sds_agent::{
     attest::{self, unix::UnixAttestor},
     caller::{Connection, Desk},
-    identity::Resolver,
     issuer::{csr, verify},
     material::{CertificateChain, Face, PrivateKey, Svid},
     peer::Peer,
@@ -66,7 +65,7 @@ fn parts(c: &mut Criterion) {
     let (issuer, identity) = (Timed::new(), agent::identity(&config, 0));
     let roots = issuer.bundle();
 
-    let resolver = Resolver { trust_domain: config.trust_domain.clone(), default_profile: config.default_profile.clone() };
+    let resolver = config.resolver();
     let (_sender, resolver) = watch::channel(Arc::new(resolver));
     let desk = Desk { attestor: Arc::new(UnixAttestor), resolver, metrics: attest::Metrics::default() };
     let (_theirs, socket) = UnixStream::pair().unwrap();

@@ -29,7 +29,7 @@ use crate::{
     config::{Config, SharedSocket},
     csi,
     handover::Claim,
-    identity::{IssuerName, Resolver},
+    identity::IssuerName,
     issuer::Issuer,
     listener,
     metrics::Exposition,
@@ -44,6 +44,7 @@ use crate::{
 mod claims;
 mod inventory;
 mod parts;
+mod upstream;
 
 pub(crate) use parts::attestor;
 
@@ -144,8 +145,7 @@ pub async fn build_with(config: &Config, base: Base, deps: Deps) -> anyhow::Resu
     let metrics = admin::bind("metrics.address", config.metrics).await?;
     let registry = exposition.registry();
 
-    let resolver = Resolver { trust_domain: config.trust_domain.clone(), default_profile: config.default_profile.clone() };
-    let (_, resolver) = watch::channel(Arc::new(resolver));
+    let (_, resolver) = watch::channel(Arc::new(config.resolver()));
     let (store, events) = Store::new();
     let claims = deps.pods.clone().map(|pods| Arc::new(claims::NodeClaims::new(pods, resolver.clone())) as Arc<dyn rotation::Claims>);
     let rotation = rotation::Parts {

@@ -169,7 +169,7 @@ mod tests {
     #[tokio::test]
     async fn a_caller_has_ended_as_soon_as_its_proof_no_longer_holds_and_everybody_hears_of_it() {
         let config = config::dev(config::Dev::default(), &|_| None).unwrap();
-        let resolver = Resolver { trust_domain: config.trust_domain, default_profile: config.default_profile };
+        let resolver = config.resolver();
         let attestor = Arc::new(Fickle(AtomicBool::new(true)));
         let desk = Desk { attestor: attestor.clone(), resolver: watch::channel(Arc::new(resolver)).1, metrics: attest::Metrics::default() };
         let (ours, _theirs) = UnixStream::pair().unwrap();

@@ -4,7 +4,7 @@
 
 use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
-use crate::identity::{IssuerName, PodRef, Profile, TrustDomain};
+use crate::identity::{IssuerName, PodRef, Profile, Resolver, Rule, TrustDomain};
 
 mod dev;
 mod environment;
@@ -38,7 +38,9 @@ pub struct Config {
     pub attestation_policy: AttestationPolicy,
     /// `identity`, `certificate` and `issuer` together: the profile of every workload that no other takes.
     pub default_profile: Arc<Profile>,
-    /// `issuer`, by the names that profiles use.
+    /// `profiles`: the first that matches goes before the default.
+    pub profiles: Vec<Rule>,
+    /// `issuer` and those of profiles, each once, by the names that profiles use.
     pub issuers: BTreeMap<IssuerName, IssuerConfig>,
     /// `trust.sources`
     pub trust_sources: Vec<TrustSource>,
@@ -62,6 +64,14 @@ pub struct Config {
     pub worker_threads: usize,
     /// The environment of a pod: `NODE_NAME`, `POD_NAMESPACE`, `POD_NAME`, `POD_UID`.
     pub node: NodeEnvironment,
+}
+
+impl Config {
+    /// The rules from workloads to identities.
+    pub fn resolver(&self) -> Resolver {
+        let (trust_domain, default_profile) = (self.trust_domain.clone(), self.default_profile.clone());
+        Resolver { trust_domain, rules: self.profiles.as_slice().into(), default_profile }
+    }
 }
 
 /// What the downward API tells.

@@ -90,10 +90,11 @@ impl Driver {
     /// Serves again what is published already, then opens the driver's socket, then the one by which the kubelet learns of it.
     pub fn bind(parts: Parts) -> Result<Self, Error> {
         let Parts { config, node, pods, sessions, warmer, metrics } = parts;
+        let resolver = warmer.resolver.clone();
         let sockets = Sockets::open(&config, pods, sessions, warmer, metrics.clone())?;
         let config = Arc::new(config);
         let name = node.node_name.unwrap_or_default();
-        let driver = service::Driver { config: config.clone(), node: name, sockets: sockets.clone(), metrics };
+        let driver = service::Driver { config: config.clone(), node: name, sockets: sockets.clone(), resolver, metrics };
         let services = Services::default().with(IdentityServer::new(driver.clone())).with(NodeServer::new(driver));
         let calls = Server::bind(FIELD, config.driver_socket(), services, Arc::default())?;
         let refused = Arc::new(Notify::new());

@@ -17,7 +17,7 @@ use sds_agent::{
     attest::{Attested, Attestor, Error, Method},
     clock::SystemClock,
     config::{self, Config, Dev},
-    identity::{Identity, Resolver, Workload},
+    identity::{Identity, Workload},
     issuer::{self, Issued, Issuer, Order, Phase, Progress, embedded::Embedded, verify},
     material::{Svid, TrustBundle},
     peer::Peer,
@@ -110,7 +110,7 @@ pub async fn start_as(config: &Config, attestor: Arc<dyn Attestor>, issuer: Time
 
 /// The identity of a user.
 pub fn identity(config: &Config, uid: u32) -> Arc<Identity> {
-    let resolver = Resolver { trust_domain: config.trust_domain.clone(), default_profile: config.default_profile.clone() };
+    let resolver = config.resolver();
     Arc::new(resolver.resolve(&Workload::Unix { uid }).unwrap())
 }
 

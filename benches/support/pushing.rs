@@ -6,7 +6,6 @@ use sds_agent::{
     attest::{self, unix::UnixAttestor},
     caller::Desk,
     clock::SystemClock,
-    identity::Resolver,
     listener,
     sds::{self, names::Directory, service::Service},
     session::{self, Sessions, services::Services},
@@ -45,7 +44,7 @@ impl Pushing {
             metrics: sds::metrics::Metrics::default(),
             drain: ending.clone(),
         };
-        let resolver = Resolver { trust_domain: config.trust_domain.clone(), default_profile: config.default_profile.clone() };
+        let resolver = config.resolver();
         let desk =
             Desk { attestor: Arc::new(UnixAttestor), resolver: watch::channel(Arc::new(resolver)).1, metrics: attest::Metrics::default() };
         let sessions = Sessions {

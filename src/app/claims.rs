@@ -34,3 +34,43 @@ impl Claims for NodeClaims {
         self.pods.departures()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use serde_json::json;
+    use tokio_util::sync::CancellationToken;
+
+    use super::*;
+    use crate::{
+        config::Config,
+        kubernetes::{self, fake::FakeApi},
+    };
+
+    /// Its key must not go while the pod lives, though nobody has it on the shared socket.
+    #[tokio::test(start_paused = true)]
+    async fn what_a_pod_picks_is_claimed_by_it_and_what_it_may_not_pick_is_not() {
+        let text = "issuer: { certManager: { issuerRef: { name: mesh-ca, kind: ClusterIssuer } } }\n\
+                    profiles:\n\
+                    - { name: gold, match: { namespaces: [shop] }, selectable: true, certificate: { lifetime: 2h } }\n\
+                    - { name: lead, match: { namespaces: [other] }, selectable: true, certificate: { lifetime: 3h } }\n";
+        let env = |name: &str| (name == "NODE_NAME").then(|| "n1".to_owned());
+        let resolver = Config::parse(text, &env).unwrap().config.resolver();
+        let volume = |name: &str| json!({"name": name, "csi": {"driver": "d", "volumeAttributes": {"sds-agent.io/profile": name}}});
+        let (api, metrics) = (FakeApi::new(), kubernetes::Metrics::default());
+        let spec = json!({"nodeName": "n1", "serviceAccountName": "cart", "volumes": [volume("gold"), volume("lead")]});
+        api.put("pods", json!({"metadata": {"name": "p", "namespace": "shop", "uid": "u"}, "spec": spec}));
+        let pods = Pods::new(api.client(&metrics), "n1", metrics).with_picks_by("d");
+        let running = pods.clone();
+        tokio::spawn(async move { running.run(CancellationToken::new()).await });
+        let known = tokio::time::timeout(Duration::from_secs(60), pods.wait_for("u")).await.unwrap().unwrap();
+
+        let workload = known.pod.workload();
+        let (_sender, receiver) = watch::channel(Arc::new(resolver.clone()));
+        let claims = NodeClaims::new(pods, receiver);
+        let is_claimed = |profile| claims.is_claimed(&resolver.identity(profile, &workload).unwrap());
+        assert!(is_claimed(&resolver.default_profile) && is_claimed(&resolver.rules[0].profile));
+        assert!(!is_claimed(&resolver.rules[1].profile));
+    }
+}

@@ -1,38 +1,27 @@
 //! The real dependencies: what a configuration asks for, made and joined.
 
-use std::{
-    collections::{BTreeMap, HashSet},
-    future::Future,
-    pin::pin,
-    sync::Arc,
-};
+use std::{future::Future, pin::pin, sync::Arc};
 
 use futures::future::BoxFuture;
 use tokio_util::sync::CancellationToken;
-use tracing::{error, warn};
+use tracing::warn;
 
-use super::{Base, Deps};
+use super::{Base, Deps, upstream};
 use crate::{
     attest::{self, Attestor, kubernetes::KubernetesAttestor, pods::Pods},
-    cert_manager::naming::Agent,
     clock::{Clock, SystemClock},
-    config::{self, Attestation, Config, IssuerConfig, RequestNamespace, TrustSource},
-    identity::{IssuerName, TrustDomain},
-    issuer::{
-        Issuer,
-        cert_manager::{CertManager, LivePods, Metrics as RequestMetrics, Requests},
-        embedded::Embedded,
-    },
+    config::{Attestation, Config, IssuerConfig, TrustSource},
+    identity::TrustDomain,
     kubernetes, peer,
     readiness::Readiness,
     trust::{self, Trust, config_map::ConfigMapSource, file::FileSource},
 };
 
 /// What of the cluster several parts share.
-struct Cluster {
-    client: kube::Client,
-    metrics: kubernetes::Metrics,
-    pods: Option<Pods>,
+pub(super) struct Cluster {
+    pub(super) client: kube::Client,
+    pub(super) metrics: kubernetes::Metrics,
+    pub(super) pods: Option<Pods>,
 }
 
 /// Makes what `config` asks for. Nothing here waits for the upstream: what has to be in sync holds a readiness guard.
@@ -45,7 +34,7 @@ pub(super) async fn make(config: &Config, base: &mut Base) -> anyhow::Result<Dep
 
     let trust = Trust::new(trust::Metrics::register(base.exposition.registry()));
     let await_bundle = sources(config, base, &trust, cluster.as_ref(), &mut tasks, &last)?;
-    let issuers = issuers(config, base, &trust, cluster.as_ref(), &clock, &mut tasks, &last)?;
+    let issuers = upstream::issuers(config, base, &trust, cluster.as_ref(), &clock, &mut tasks, &last)?;
     let pods = cluster.and_then(|cluster| cluster.pods);
     let attestor = attestor(config, pods.clone())?;
     Ok(Deps { clock, attestor, pods, issuers, trust, await_bundle, tasks, last })
@@ -71,6 +60,9 @@ async fn cluster(
             let mut pods = Pods::new(client.clone(), node, metrics.clone());
             if !config.attestation_policy.containers.is_empty() {
                 pods = pods.with_containers();
+            }
+            if let Some(per_pod) = &config.per_pod {
+                pods = pods.with_picks_by(&per_pod.driver_name);
             }
             let mut synced = pods.synced();
             let (running, last) = (pods.clone(), last.clone());
@@ -158,81 +150,8 @@ fn feed(
     }
 }
 
-fn issuers(
-    config: &Config,
-    base: &mut Base,
-    trust: &Trust,
-    cluster: Option<&Cluster>,
-    clock: &Arc<dyn Clock>,
-    tasks: &mut Vec<BoxFuture<'static, ()>>,
-    last: &CancellationToken,
-) -> anyhow::Result<BTreeMap<IssuerName, Arc<dyn Issuer>>> {
-    let mut out: BTreeMap<IssuerName, Arc<dyn Issuer>> = BTreeMap::new();
-    // One watch, one sweep for each scope: "workload" or a namespace.
-    let mut scopes: Vec<(RequestNamespace, Requests)> = Vec::new();
-    let mut request_metrics = None;
-    for (name, issuer) in &config.issuers {
-        match (issuer, cluster) {
-            (IssuerConfig::Embedded, _) => {
-                let embedded = Embedded::new(config.trust_domain.as_str(), clock.clone())?;
-                trust.source(None, &format!("issuer {name}")).take(embedded.bundle()?);
-                out.insert(name.clone(), Arc::new(embedded));
-            }
-            (IssuerConfig::CertManager(cert_manager), Some(cluster)) => {
-                let metrics = request_metrics.get_or_insert_with(|| RequestMetrics::register(base.exposition.registry())).clone();
-                let requests = match scopes.iter().find(|(scope, _)| *scope == cert_manager.namespace) {
-                    Some((_, requests)) => requests.clone(),
-                    None => {
-                        let scope = cert_manager.namespace.clone();
-                        let made = requests(config, scope.clone(), cluster, clock, metrics);
-                        let (running, last) = (made.clone(), last.clone());
-                        let synced = made.clone();
-                        let come = async move { synced.synced().await };
-                        tasks.push(guarded(&base.readiness, "the watch of requests", come, async move { running.run(last).await }));
-                        scopes.push((scope, made.clone()));
-                        made
-                    }
-                };
-                out.insert(name.clone(), Arc::new(ask_cert_manager(name, cert_manager, requests, trust, tasks, last)));
-            }
-            (IssuerConfig::CertManager(_), None) => anyhow::bail!("issuer {name}: cert-manager needs a cluster"),
-        }
-    }
-    Ok(out)
-}
-
-fn requests(config: &Config, scope: RequestNamespace, cluster: &Cluster, clock: &Arc<dyn Clock>, metrics: RequestMetrics) -> Requests {
-    let agent = Agent::new(&config.node, fastrand::u64(..));
-    let pods = cluster.pods.clone().map(|pods| Arc::new(NodePods(pods)) as Arc<dyn LivePods>);
-    Requests::new(cluster.client.clone(), scope, agent, pods, clock.clone(), cluster.metrics.clone(), metrics)
-}
-
-fn ask_cert_manager(
-    name: &IssuerName,
-    config: &config::CertManager,
-    requests: Requests,
-    trust: &Trust,
-    tasks: &mut Vec<BoxFuture<'static, ()>>,
-    last: &CancellationToken,
-) -> CertManager {
-    let status_ca = config.trust_status_ca.then(|| trust.source(None, &format!("status.ca of issuer {name}")));
-    let issuer = CertManager::new(requests, config.clone(), status_ca);
-    // The log tells early what the first order would run into.
-    let (check, name, last) = (issuer.preflight(), name.clone(), last.clone());
-    tasks.push(Box::pin(async move {
-        tokio::select! {
-            () = last.cancelled() => return,
-            checked = check => if let Err(cause) = checked {
-                error!(issuer = %name, %cause, "the issuer cannot serve as it is; orders will try again");
-            },
-        }
-        last.cancelled().await;
-    }));
-    issuer
-}
-
 /// `running`, with readiness held back until `come`. It ends with `running`, whether that has come or not.
-fn guarded(
+pub(super) fn guarded(
     readiness: &Readiness,
     name: &str,
     come: impl Future<Output = ()> + Send + 'static,
@@ -250,22 +169,15 @@ fn guarded(
     })
 }
 
-/// The pod index, as the sweep of requests asks it.
-#[derive(Debug)]
-struct NodePods(Pods);
-
-impl LivePods for NodePods {
-    fn live(&self) -> BoxFuture<'_, Option<HashSet<Arc<str>>>> {
-        Box::pin(self.0.live())
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::{config::Dev, shutdown::Shutdown};
+    use crate::{
+        config::{self, Dev},
+        shutdown::Shutdown,
+    };
 
     fn config() -> Config {
         config::dev(Dev::default(), &|_| None).unwrap()

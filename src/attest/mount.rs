@@ -29,11 +29,13 @@ pub struct Claim {
     pub pod: PodRef,
     /// Its service account.
     pub service_account: Arc<str>,
+    /// The profile that the volume picks.
+    pub picked: Option<Arc<str>>,
 }
 
 impl Claim {
-    /// Whether the index says the same.
-    pub fn check(&self, known: &Pod) -> Result<(), Error> {
+    /// Whether the index says the same of the pod and of its `volume`.
+    pub fn check(&self, known: &Pod, volume: &str) -> Result<(), Error> {
         let says = |what: &str, index: &str, kubelet: &str| {
             let detail = format!("pod UID {}: its {what} is {index}, and its volume was published for {kubelet}", self.pod.uid);
             Err(Error::refused(Reason::other_pod, detail))
@@ -43,6 +45,9 @@ impl Claim {
         }
         if known.pod.name != self.pod.name {
             return says("name", &known.pod.name, &self.pod.name);
+        }
+        if known.picks.get(volume) != self.picked.as_ref() {
+            return says("pick of a profile", "in its spec", "another");
         }
         match &known.service_account {
             Some(account) if *account != self.service_account => says("service account", account, &self.service_account),
@@ -56,6 +61,7 @@ impl Claim {
 pub struct MountAttestor {
     pods: Pods,
     uid: Arc<str>,
+    volume: Arc<str>,
     claim: Mutex<Option<Claim>>,
     gone: CancellationToken,
     follows_pod: AtomicBool,
@@ -63,9 +69,10 @@ pub struct MountAttestor {
 }
 
 impl MountAttestor {
-    /// For the socket of the pod with this UID. `claim` is none for one that was published before a restart; `gone` ends with the socket.
-    pub fn new(pods: Pods, uid: Arc<str>, claim: Option<Claim>, gone: CancellationToken) -> Self {
-        Self { pods, uid, claim: Mutex::new(claim), gone, follows_pod: AtomicBool::new(false), called: CancellationToken::new() }
+    /// For the socket in `volume` of the pod with this UID. `claim` is none for one that was published before a restart; `gone` ends with
+    /// the socket.
+    pub fn new(pods: Pods, uid: Arc<str>, volume: Arc<str>, claim: Option<Claim>, gone: CancellationToken) -> Self {
+        Self { pods, uid, volume, claim: Mutex::new(claim), gone, follows_pod: AtomicBool::new(false), called: CancellationToken::new() }
     }
 
     /// What was said at publish.
@@ -99,12 +106,12 @@ impl MountAttestor {
         self.follow(&known);
         let pod = &known.pod;
         if let Some(claim) = self.claim() {
-            claim.check(pod)?;
+            claim.check(pod, &self.volume)?;
         }
-        let Some(service_account) = pod.service_account.clone() else {
+        if pod.service_account.is_none() {
             return Err(Error::refused(Reason::no_service_account, format!("pod {} has no service account", pod.pod)));
-        };
-        Ok(Workload::Pod { pod: pod.pod.clone(), service_account: Some(service_account) })
+        }
+        Ok(pod.workload_at(&self.volume))
     }
 
     /// From now on the pod's end is the end of this, too. A UID never comes back, so once is enough.
@@ -148,7 +155,10 @@ mod tests {
     use tokio::time::timeout;
 
     use super::*;
-    use crate::kubernetes::{self, fake::FakeApi};
+    use crate::{
+        identity::picks::PROFILE,
+        kubernetes::{self, fake::FakeApi},
+    };
 
     const UID: &str = "2b1fb2f4-4b5a-4b9a-9a4e-0c5a1b2c3d4e";
     const SOON: Duration = Duration::from_secs(60);
@@ -163,7 +173,7 @@ mod tests {
     impl World {
         fn new() -> Self {
             let (api, metrics) = (FakeApi::new(), kubernetes::Metrics::default());
-            let pods = Pods::new(api.client(&metrics), "n1", metrics);
+            let pods = Pods::new(api.client(&metrics), "n1", metrics).with_picks_by("csi.sds-agent.io");
             let shutdown = CancellationToken::new();
             tokio::spawn({
                 let (pods, shutdown) = (pods.clone(), shutdown.clone());
@@ -180,7 +190,7 @@ mod tests {
         }
 
         fn attestor(&self, claim: Option<Claim>) -> Arc<MountAttestor> {
-            Arc::new(MountAttestor::new(self.pods.clone(), UID.into(), claim, CancellationToken::new()))
+            Arc::new(MountAttestor::new(self.pods.clone(), UID.into(), "sds".into(), claim, CancellationToken::new()))
         }
 
         async fn attest(&self, attestor: &MountAttestor) -> Result<Attested, Error> {
@@ -196,7 +206,33 @@ mod tests {
 
     fn claim(namespace: &str, name: &str, account: &str) -> Claim {
         let pod = PodRef { namespace: namespace.into(), name: name.into(), uid: UID.into() };
-        Claim { pod, service_account: account.into() }
+        Claim { pod, service_account: account.into(), picked: None }
+    }
+
+    #[tokio::test]
+    async fn a_profile_is_picked_by_the_pods_own_volume_and_by_nothing_else() {
+        let world = World::new();
+        let volume = |name: &str, profile: &str| json!({"name": name, "csi": {"driver": "csi.sds-agent.io", "volumeAttributes": {PROFILE: profile}}});
+        let mut pod = json!({"metadata": {"name": "cart-1", "namespace": "shop", "uid": UID}});
+        pod["spec"] = json!({"nodeName": "n1", "serviceAccountName": "cart", "volumes": [volume("sds", "gold"), volume("other", "lead")]});
+        world.api.put("pods", pod);
+        let picked = |attested: Attested| match attested.workload {
+            Workload::Pod { picked, .. } => picked,
+            Workload::Unix { .. } => None,
+        };
+        // After a restart nobody claims anything, and the pick is the same.
+        for claimed in [None, Some(Claim { picked: Some("gold".into()), ..claim("shop", "cart-1", "cart") })] {
+            assert_eq!(picked(world.attest(&world.attestor(claimed)).await.unwrap()).as_deref(), Some("gold"));
+        }
+        for forged in [None, Some("lead".into())] {
+            let attestor = world.attestor(Some(Claim { picked: forged, ..claim("shop", "cart-1", "cart") }));
+            let error = world.attest(&attestor).await.unwrap_err();
+            assert!(
+                error.reason == Reason::other_pod
+                    && error.detail.contains("its pick of a profile is in its spec, and its volume was published for another"),
+                "{error}"
+            );
+        }
     }
 
     #[tokio::test]
@@ -205,7 +241,7 @@ mod tests {
         world.put(Some("cart"));
         let attestor = world.attestor(Some(claim("shop", "cart-1", "cart")));
         let attested = world.attest(&attestor).await.unwrap();
-        let Workload::Pod { pod, service_account } = &attested.workload else { panic!("{:?}", attested.workload) };
+        let Workload::Pod { pod, service_account, .. } = &attested.workload else { panic!("{:?}", attested.workload) };
         assert_eq!((pod.to_string().as_str(), service_account.as_deref()), ("shop/cart-1", Some("cart")));
         assert!(attestor.called().is_cancelled());
         assert!(matches!(attestor.origins(), Origins::Fixed(Origin::Pod(uid)) if &*uid == UID), "its quotas are the pod's, not its user's");
@@ -253,7 +289,7 @@ mod tests {
         let metrics = kubernetes::Metrics::default();
         // An index that nobody runs is never complete.
         let idle = Pods::new(world.api.client(&metrics), "n1", metrics);
-        let attestor = Arc::new(MountAttestor::new(idle, UID.into(), None, CancellationToken::new()));
+        let attestor = Arc::new(MountAttestor::new(idle, UID.into(), "sds".into(), None, CancellationToken::new()));
         let waiting = tokio::spawn({
             let attestor = attestor.clone();
             async move { attestor.workload().await }

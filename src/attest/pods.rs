@@ -29,8 +29,8 @@ use crate::{
 
 mod index;
 
-use index::{Index, Slim};
-pub use index::{Known, Pod};
+use index::Index;
+pub use index::{Known, Pod, Slim};
 
 /// Between live reads.
 const LIVE_PACE: Duration = Duration::from_secs(1);
@@ -82,6 +82,12 @@ impl Pods {
     /// The same, with the containers of each pod. To be said before [`run`](Self::run).
     pub fn with_containers(self) -> Self {
         self.index().keeps_containers = true;
+        self
+    }
+
+    /// The same, with the profiles that pods pick by volumes of this CSI driver. To be said before [`run`](Self::run).
+    pub fn with_picks_by(self, driver: &str) -> Self {
+        self.index().driver = Some(driver.to_owned());
         self
     }
 
@@ -150,7 +156,7 @@ impl Pods {
         })
     }
 
-    /// Whom the node's pods that have not ended run as, as far as is known.
+    /// Whom the node's pods that have not ended run as, on whatever socket, as far as is known.
     pub fn workloads(&self) -> Vec<Workload> {
         self.index().workloads()
     }

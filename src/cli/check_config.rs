@@ -1,6 +1,6 @@
 //! `sds-agent check-config`: every error of a configuration at once, and what it means where there is none.
 
-use std::{path::PathBuf, time::Duration};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use clap::ValueEnum;
 use serde::Serialize;
@@ -8,7 +8,7 @@ use serde::Serialize;
 use super::{Exit, output};
 use crate::{
     config::{self, Attestation, Config, Env, IssuerConfig, Loaded, Problem, RequestNamespace, TrustSource, Warning},
-    identity::Resolver,
+    identity::{Match, Pattern, Profile, Resolver, Workload},
 };
 
 /// The flags of `check-config`.
@@ -47,6 +47,20 @@ pub struct Summary {
     socket: Option<PathBuf>,
     /// The driver that hands out a socket to each pod.
     csi_driver: Option<String>,
+    /// What they get whom no profile takes.
+    #[serde(flatten)]
+    default: Certificates,
+    /// The issuers, in words.
+    issuers: Vec<String>,
+    /// The trust sources, in words.
+    trust: Vec<String>,
+    /// The profiles, in their order.
+    profiles: Vec<ProfileSummary>,
+}
+
+/// The certificates of a profile.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+struct Certificates {
     /// The kind of workload that the example is of.
     example_workload: String,
     /// Its identity.
@@ -59,12 +73,23 @@ pub struct Summary {
     lifetime_seconds: u64,
     /// The window in which they are replaced.
     renewal_seconds: [u64; 2],
-    /// The issuers, in words.
-    issuers: Vec<String>,
-    /// The trust sources, in words.
-    trust: Vec<String>,
+    /// Whether each pod has one of its own.
+    per_pod: bool,
+    /// Who signs, in words.
+    signed_by: String,
     /// Requests per second for each 1,000 identities.
     requests_per_second_per_1000: f64,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize)]
+struct ProfileSummary {
+    name: String,
+    /// For whom, in words.
+    holds_for: String,
+    /// Whether only pods that pick it get it.
+    selectable: bool,
+    #[serde(flatten)]
+    certificates: Certificates,
 }
 
 #[derive(Serialize)]
@@ -141,27 +166,53 @@ fn load(args: &Args, env: Env<'_>) -> Result<Loaded, config::Errors> {
 }
 
 fn summary(config: &Config) -> Option<Summary> {
-    let profile = &config.default_profile;
-    let resolver = Resolver { trust_domain: config.trust_domain.clone(), default_profile: profile.clone() };
-    let workload = config::sample_workload(config.attestation);
-    // The templates have been tried on this very workload.
-    let identity = resolver.resolve(&workload).ok()?;
-    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a share of a lifetime, rounded for people")]
-    let renewal = |spread: f64| (profile.lifetime.as_secs_f64() * profile.renew_at * spread).round() as u64;
+    let (resolver, sample) = (config.resolver(), config::sample_workload(config.attestation));
     let federated = config.federated.iter().map(|(domain, source)| format!("{domain} from {}", source_in_words(source)));
+    let profiles = config.profiles.iter().map(|rule| {
+        let (profile, workload) = (&rule.profile, example(&rule.matches, &sample));
+        let certificates = certificates(config, &resolver, profile, &workload)?;
+        let holds_for = rule.matches.to_string();
+        Some(ProfileSummary { name: profile.name.to_string(), holds_for, selectable: rule.selectable, certificates })
+    });
     Some(Summary {
         socket: config.shared_socket.as_ref().map(|socket| socket.path.clone()),
         csi_driver: config.per_pod.as_ref().map(|per_pod| per_pod.driver_name.clone()),
+        default: certificates(config, &resolver, &config.default_profile, &sample)?,
+        issuers: config.issuers.values().map(issuer_in_words).collect(),
+        trust: config.trust_sources.iter().map(source_in_words).chain(federated).collect(),
+        profiles: profiles.collect::<Option<_>>()?,
+    })
+}
+
+/// What `profile` gives to `workload`. The templates have been tried on such a one.
+fn certificates(config: &Config, resolver: &Resolver, profile: &Arc<Profile>, workload: &Workload) -> Option<Certificates> {
+    let identity = resolver.identity(profile, workload).ok()?;
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a share of a lifetime, rounded for people")]
+    let renewal = |spread: f64| (profile.lifetime.as_secs_f64() * profile.renew_at * spread).round() as u64;
+    Some(Certificates {
         example_workload: workload.to_string(),
         example_spiffe_id: identity.spiffe_id.to_string(),
         example_dns_names: identity.dns_names.to_vec(),
         key: profile.key.as_str(),
         lifetime_seconds: profile.lifetime.as_secs(),
         renewal_seconds: [renewal(1.0 - profile.jitter), renewal(1.0 + profile.jitter)],
-        issuers: config.issuers.values().map(issuer_in_words).collect(),
-        trust: config.trust_sources.iter().map(source_in_words).chain(federated).collect(),
+        per_pod: profile.per_pod,
+        signed_by: config.issuers.get(&profile.issuer).map(issuer_in_words).unwrap_or_default(),
         requests_per_second_per_1000: config::renewals_per_second(profile.lifetime, profile.renew_at, 1000),
     })
+}
+
+/// The sample, as `matches` would have it.
+fn example(matches: &Match, sample: &Workload) -> Workload {
+    let mut workload = sample.clone();
+    if let Workload::Pod { pod, service_account, labels, .. } = &mut workload {
+        let like = |patterns: &[Pattern], filler: &str| patterns.first().map(|pattern| pattern.example(filler).into());
+        pod.namespace = like(&matches.namespaces, &pod.namespace).unwrap_or_else(|| pod.namespace.clone());
+        let account = service_account.as_deref().unwrap_or_default();
+        *service_account = like(&matches.service_accounts, account).or_else(|| service_account.clone());
+        *labels = Arc::new(matches.pod_labels.clone());
+    }
+    workload
 }
 
 fn issuer_in_words(issuer: &IssuerConfig) -> String {
@@ -187,25 +238,43 @@ fn source_in_words(source: &TrustSource) -> String {
 }
 
 fn words(summary: &Summary) -> String {
-    let span = |seconds: u64| humantime::format_duration(Duration::from_secs(seconds)).to_string();
-    let [first, last] = summary.renewal_seconds;
     let mut lines = Vec::new();
     lines.extend(summary.socket.iter().map(|path| ("socket", path.display().to_string())));
     lines.extend(summary.csi_driver.iter().map(|driver| ("per pod", format!("a socket by CSI driver {driver}"))));
-    lines.push(("identity", format!("{} for {}", summary.example_spiffe_id, summary.example_workload)));
-    if !summary.example_dns_names.is_empty() {
-        lines.push(("DNS names", summary.example_dns_names.join(", ")));
+    lines.extend(of_certificates(&summary.default));
+    lines.extend(summary.trust.iter().map(|source| ("trust", source.clone())));
+    lines.push(("load", load_in_words(&summary.default)));
+    let mut text: String = lines.iter().map(|(label, text)| format!("  {label:<12} {text}\n")).collect();
+    for profile in &summary.profiles {
+        let picked = if profile.selectable { ", where the pod picks it" } else { "" };
+        text += &format!("  profile {}, for {}{picked}\n", profile.name, profile.holds_for);
+        let mut lines = of_certificates(&profile.certificates);
+        lines.push(("load", load_in_words(&profile.certificates)));
+        text.extend(lines.iter().map(|(label, text)| format!("    {label:<12} {text}\n")));
     }
-    lines.push(("certificate", format!("{} for {}", summary.key, span(summary.lifetime_seconds))));
+    text
+}
+
+fn of_certificates(certificates: &Certificates) -> Vec<(&'static str, String)> {
+    let span = |seconds: u64| humantime::format_duration(Duration::from_secs(seconds)).to_string();
+    let [first, last] = certificates.renewal_seconds;
+    let mut lines = vec![("identity", format!("{} for {}", certificates.example_spiffe_id, certificates.example_workload))];
+    if !certificates.example_dns_names.is_empty() {
+        lines.push(("DNS names", certificates.example_dns_names.join(", ")));
+    }
+    let each = if certificates.per_pod { ", one for each pod" } else { "" };
+    lines.push(("certificate", format!("{} for {}{each}", certificates.key, span(certificates.lifetime_seconds))));
     lines.push((
         "renewal",
         if first == last { format!("after {}", span(first)) } else { format!("after {} to {}", span(first), span(last)) },
     ));
-    lines.extend(summary.issuers.iter().map(|issuer| ("signed by", issuer.clone())));
-    lines.extend(summary.trust.iter().map(|source| ("trust", source.clone())));
-    let rate = summary.requests_per_second_per_1000;
-    lines.push(("load", format!("{rate:.2} requests per second for each 1,000 identities of the cluster")));
-    lines.iter().map(|(label, text)| format!("  {label:<12} {text}\n")).collect()
+    lines.push(("signed by", certificates.signed_by.clone()));
+    lines
+}
+
+fn load_in_words(certificates: &Certificates) -> String {
+    let rate = certificates.requests_per_second_per_1000;
+    format!("{rate:.2} requests per second for each 1,000 identities of the cluster")
 }
 
 #[cfg(test)]
@@ -236,6 +305,35 @@ mod tests {
                           trust        file /etc/roots.pem\n  \
                           load         0.02 requests per second for each 1,000 identities of the cluster\n";
         assert_eq!(words(&summary(&config).unwrap()), expected);
+    }
+
+    #[test]
+    fn each_profile_is_told_with_an_example_that_it_holds_for() {
+        let profiles = "profiles:\n\
+                        - { name: payments, match: { namespaces: [pay*], podLabels: { tier: gold } }, issuerRef: { name: pay-ca, kind: Issuer },\n\
+                        \x20   namespace: requests, certificate: { lifetime: 1h, key: rsa-2048, perPod: true } }\n\
+                        - { name: short, match: { serviceAccounts: [till] }, selectable: true, certificate: { lifetime: 30m, jitter: 0 } }\n";
+        let (_dir, args) = args(&format!("{profiles}{LEAST}"));
+        let config = load(&args, &|_| None).unwrap().config;
+        let summary = summary(&config).unwrap();
+        let text = words(&summary);
+        let expected = "  profile payments, for namespace pay*, label tier=gold\n    \
+                          identity     spiffe://cluster.local/ns/payshop/sa/cart for pod payshop/cart-5d89c7b6f4-x2v9k\n    \
+                          certificate  rsa-2048 for 1h, one for each pod\n    \
+                          renewal      after 27m to 33m\n    \
+                          signed by    Issuer pay-ca of cert-manager.io, by requests in namespace requests, where the Issuer has to be\n    \
+                          load         0.56 requests per second for each 1,000 identities of the cluster\n  \
+                        profile short, for service account till, where the pod picks it\n    \
+                          identity     spiffe://cluster.local/ns/shop/sa/till for pod shop/cart-5d89c7b6f4-x2v9k\n    \
+                          certificate  ecdsa-p256 for 30m\n    \
+                          renewal      after 15m\n    \
+                          signed by    ClusterIssuer mesh-ca of cert-manager.io, by requests in namespace sds-agent\n    \
+                          load         1.11 requests per second for each 1,000 identities of the cluster\n";
+        assert!(text.ends_with(expected), "{text}");
+        let json = serde_json::to_value(&summary).unwrap();
+        assert_eq!(json["profiles"][0]["name"], "payments");
+        assert_eq!(json["profiles"][1]["example_spiffe_id"], "spiffe://cluster.local/ns/shop/sa/till");
+        assert_eq!((&json["key"], json["issuers"].as_array().unwrap().len()), (&serde_json::json!("ecdsa-p256"), 2));
     }
 
     #[test]

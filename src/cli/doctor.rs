@@ -81,7 +81,7 @@ Examples:
 
 The steps, in the order in which the agent takes them:
   socket, process, handle, own prefix, cgroups             what the node tells
-  rights, pod, index, service account                      what the cluster tells
+  rights, pod, index, service account, profile             what the cluster tells; the last where there are profiles
   verdict                                                  what the agent would answer, and with which identity
 
 It reads only. Exit codes: 0 no step failed, 1 a step failed, 64 usage or configuration, 69 something is not reachable,
@@ -177,7 +177,7 @@ async fn examine(config: Option<&Config>, target: Target) -> Vec<Step> {
         uid = found;
     }
     if let Some(uid) = &uid {
-        steps.extend(cluster.known(uid).await);
+        steps.extend(cluster.known(config, uid).await);
     }
     match (&peer, &uid, &target) {
         (Some(peer), _, _) => steps.push(judge(config, cluster.attestor(config), peer).await),

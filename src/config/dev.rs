@@ -77,6 +77,7 @@ fn config(path: &Path, trust_domain: TrustDomain, lifetime: Duration, admin: Soc
     let profile = Profile {
         name: "default".into(),
         issuer: issuer.clone(),
+        authority: "embedded".into(),
         key: KeyType::EcdsaP256,
         lifetime,
         renew_at: 0.5,
@@ -93,6 +94,7 @@ fn config(path: &Path, trust_domain: TrustDomain, lifetime: Duration, admin: Soc
         attestation: Attestation::Unix,
         attestation_policy: AttestationPolicy::default(),
         default_profile: Arc::new(profile),
+        profiles: Vec::new(),
         issuers: BTreeMap::from([(issuer, IssuerConfig::Embedded)]),
         trust_sources: Vec::new(),
         federated: BTreeMap::new(),

@@ -8,14 +8,14 @@ use std::{collections::BTreeMap, fs::File, io::Read, net::SocketAddr, path::Path
 use serde_json::Value;
 
 use super::{
-    Attestation, AttestationPolicy, Config, Limits, LockMemory, Names, TrustSource,
+    Attestation, AttestationPolicy, Config, IssuerConfig, Limits, LockMemory, Names, TrustSource,
     environment::{self, Env},
     error::{Errors, Problem, Warning, Wrong},
     issuance,
     reader::{Report, Section},
     sockets, values,
 };
-use crate::identity::TrustDomain;
+use crate::identity::{IssuerName, TrustDomain};
 
 /// A configuration file larger than this is a mistake.
 const MAX_FILE_BYTES: u64 = 1 << 20;
@@ -121,13 +121,9 @@ pub(super) fn walk(root: &Section<'_>, report: &Report, env: Env<'_>) -> Option<
         root.warn("retention", "an Envoy that reconnects takes up to 30s, and then needs a new certificate; use 1m or more");
     }
     let (trust_sources, federated) = (trust_sources.0?, trust_sources.1?);
-    let (default_profile, issuers) = issuance?;
-    if trust_sources.is_empty() && issuers.values().any(issuance::tells_no_roots) {
-        report.warn(
-            "trust.sources",
-            "is empty: the bundle (ROOTCA) stays unanswered and certificates are not checked against roots; \
-             name the ConfigMap or file that holds the roots",
-        );
+    let issuance::Issuance { default_profile, rules, issuers } = issuance?;
+    if trust_sources.is_empty() {
+        warn_of_roots(report, &issuers);
     }
     let (admin, metrics) = addresses?;
     let (shared_socket, per_pod) = sockets?;
@@ -138,6 +134,7 @@ pub(super) fn walk(root: &Section<'_>, report: &Report, env: Env<'_>) -> Option<
         attestation: attestation?,
         attestation_policy: attestation_policy?,
         default_profile,
+        profiles: rules,
         issuers,
         trust_sources,
         federated,
@@ -151,6 +148,27 @@ pub(super) fn walk(root: &Section<'_>, report: &Report, env: Env<'_>) -> Option<
         worker_threads: usize::try_from(worker_threads?).ok()?,
         node: pod?.node,
     })
+}
+
+/// Where there are no sources, the issuers are all that could bring roots.
+fn warn_of_roots(report: &Report, issuers: &BTreeMap<IssuerName, IssuerConfig>) {
+    let rootless: Vec<&str> = issuers.iter().filter(|(_, issuer)| issuance::tells_no_roots(issuer)).map(|(name, _)| &*name.0).collect();
+    match rootless.len() {
+        0 => {}
+        all if all == issuers.len() => report.warn(
+            "trust.sources",
+            "is empty: the bundle (ROOTCA) stays unanswered and certificates are not checked against roots; \
+             name the ConfigMap or file that holds the roots",
+        ),
+        _ => {
+            let names = rootless.join(", ");
+            let message = format!(
+                "is empty, and of these issuers nobody brings the roots: {names}; their certificates do not lead to a root of the bundle \
+                 and are not served; name the ConfigMap or file that holds the roots of all"
+            );
+            report.warn("trust.sources", message);
+        }
+    }
 }
 
 fn domain(section: &Section<'_>, name: &str) -> Option<TrustDomain> {

@@ -6,7 +6,7 @@
 
 use std::{
     cell::{Cell, RefCell},
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
 };
 
 use serde_json::{Map, Value};
@@ -107,6 +107,11 @@ impl<'a> Section<'a> {
         self.map.is_some_and(|map| map.contains_key(field))
     }
 
+    /// Whether the file says something in `field`.
+    pub fn is_set(&self, field: &'static str) -> bool {
+        self.value(field).is_some()
+    }
+
     fn value(&self, field: &'static str) -> Option<&'a Value> {
         self.ask(field);
         self.map?.get(field).filter(|value| !value.is_null())
@@ -186,6 +191,24 @@ impl<'a> Section<'a> {
         }
     }
 
+    /// Parses each value of the mapping in `field`, whose keys the operator chooses; `None` where one of them is wrong.
+    pub fn map<T>(&self, field: &'static str, parse: impl Fn(&str, &Value) -> Result<T, Wrong>) -> Option<BTreeMap<String, T>> {
+        let map = match self.value(field) {
+            None => return Some(BTreeMap::new()),
+            Some(Value::Object(map)) => map,
+            Some(other) => {
+                let wrong = Wrong::new("is not a mapping", "write its fields as `name: value`");
+                self.report.problem(&self.path(field), Some(shown(other)), wrong);
+                return None;
+            }
+        };
+        let parsed = map.iter().map(|(key, value)| {
+            let wrong = |wrong| self.report.problem(&join(&self.path(field), &plain(key)), Some(shown(value)), wrong);
+            parse(key, value).map(|parsed| (key.clone(), parsed)).map_err(wrong).ok()
+        });
+        parsed.collect::<Vec<_>>().into_iter().collect()
+    }
+
     /// Walks each mapping of this one, whose keys the operator chooses.
     pub fn entries<T>(&self, walk: impl Fn(&'a str, &Section<'a>) -> Option<T>) -> Option<Vec<T>> {
         self.free_keys.set(true);
@@ -233,7 +256,8 @@ impl Stray {
     /// Another spelling of a field here, the same field in another section, a typing error, or all that can stand here.
     fn remedy(&self, known: &BTreeSet<String>) -> String {
         let key = folded(&self.key);
-        if let Some(same) = self.asked.iter().find(|name| folded(name) == key) {
+        // One letter too many or too few, as in a plural, is another spelling.
+        if let Some(same) = self.asked.iter().find(|name| distance(&key, &folded(name)) <= 1) {
             return format!("did you mean {same}?");
         }
         if let Some(elsewhere) = known.iter().find(|path| path.rsplit('.').next().is_some_and(|name| folded(name) == key)) {

@@ -3,6 +3,8 @@
 //! A template that passes here renders for every workload whose own names are valid, so that a mistake shows at start and not at the
 //! first caller.
 
+use std::sync::Arc;
+
 use super::{
     Attestation,
     error::Wrong,
@@ -20,6 +22,8 @@ pub fn sample(attestation: Attestation) -> Workload {
                 uid: "0b9a4e52-6a2c-4f0c-9f3e-6f1d2f5d7c11".into(),
             },
             service_account: Some("cart".into()),
+            labels: Arc::default(),
+            picked: None,
         },
         Attestation::Unix => Workload::Unix { uid: 1000 },
     }

@@ -163,9 +163,33 @@ pub fn config_map_key(value: &Value) -> Result<String, Wrong> {
     if fine { Ok(key.to_owned()) } else { Err(wrong()) }
 }
 
-const DNS_LABEL_RULE: &str = "use 1 to 63 lower-case letters, digits and '-', with a letter or digit at both ends";
+/// What a DNS label is made of.
+pub const DNS_LABEL_RULE: &str = "use 1 to 63 lower-case letters, digits and '-', with a letter or digit at both ends";
 /// What [`is_dns_name`] wants.
 pub const DNS_NAME_RULE: &str = "use lower-case letters, digits, '-' and '.', with a letter or digit at both ends of each part";
+
+/// A label of a pod and its value, which may be empty.
+pub fn pod_label(key: &str, value: &Value) -> Result<String, Wrong> {
+    let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.');
+    let edges = |text: &str| {
+        let (first, last) = (text.bytes().next(), text.bytes().last());
+        [first, last].iter().all(|b| b.is_none_or(|b| b.is_ascii_alphanumeric()))
+    };
+    let fine = |text: &str| text.len() <= 63 && text.bytes().all(plain) && edges(text);
+    let (prefix, name) = key.split_once('/').map_or((None, key), |(prefix, name)| (Some(prefix), name));
+    if name.is_empty() || !fine(name) || !prefix.is_none_or(is_dns_name) {
+        return Err(Wrong::new("is under a key that no label can have", "write it as the pods do, such as app or example.com/tier"));
+    }
+    match value {
+        Value::String(text) if fine(text) => Ok(text.clone()),
+        Value::String(_) => {
+            let rule = "use at most 63 letters, digits, '-', '_' and '.', with a letter or digit at both ends; there are no patterns here";
+            Err(Wrong::new("is not the value of a label", rule))
+        }
+        Value::Number(_) | Value::Bool(_) => Err(Wrong::new("is not text", "put it in quotes")),
+        _ => Err(Wrong::new("is not text", "write one value")),
+    }
+}
 
 fn is_dns_label(name: &str) -> bool {
     let edge = |b: Option<u8>| b.is_some_and(|b| b != b'-');

@@ -5,7 +5,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use tokio::time::timeout;
+use tokio::{sync::watch, time::timeout};
 use tonic::{Code, Request, Response, Status};
 use tracing::warn;
 
@@ -15,8 +15,9 @@ use super::{
     volume::{Place, Volume},
 };
 use crate::{
-    attest::{Reason, mount::Claim, pods::Pods},
+    attest::{Reason, pods::Pods},
     config::PerPod,
+    identity::Resolver,
     metrics::VERSION,
     proto::csi::v1::{
         GetPluginCapabilitiesRequest, GetPluginCapabilitiesResponse, GetPluginInfoRequest, GetPluginInfoResponse,
@@ -39,6 +40,8 @@ pub struct Driver {
     pub node: Arc<str>,
     /// The sockets.
     pub sockets: Sockets,
+    /// How callers are named.
+    pub resolver: watch::Receiver<Arc<Resolver>>,
     /// What is counted.
     pub metrics: Metrics,
 }
@@ -49,7 +52,8 @@ impl Driver {
         if self.sockets.is_published(&volume).await? {
             return Ok(());
         }
-        confirm(self.sockets.pods(), &volume.claim).await?;
+        let resolver = self.resolver.borrow().clone();
+        confirm(self.sockets.pods(), &resolver, &volume).await?;
         let published = self.sockets.publish(volume).await?;
         // The pod starts without it, too.
         let _ = timeout(self.config.wait_for_certificate, published.issued.cancelled()).await;
@@ -75,18 +79,17 @@ impl Driver {
 }
 
 /// Asks the index about the pod, where it is complete.
-async fn confirm(pods: &Pods, claim: &Claim) -> Result<(), Status> {
+async fn confirm(pods: &Pods, resolver: &Resolver, volume: &Volume) -> Result<(), Status> {
     if !*pods.synced().borrow() {
         return Ok(());
     }
-    let uid = &claim.pod.uid;
-    match timeout(CONFIRMATION, pods.wait_for(uid)).await {
+    let (claim, name) = (&volume.claim, &volume.place.volume);
+    match timeout(CONFIRMATION, pods.wait_for(&claim.pod.uid)).await {
         Ok(Ok(known)) => {
-            claim.check(&known.pod).map_err(|error| Status::permission_denied(error.detail))?;
-            if known.pod.service_account.is_none() {
-                return Err(Status::failed_precondition(format!("pod {} has no service account and therefore no identity", known.pod.pod)));
-            }
-            Ok(())
+            claim.check(&known.pod, name).map_err(|error| Status::permission_denied(error.detail))?;
+            // No service account, or a profile that it may not pick.
+            let decided = resolver.decide(&known.pod.workload_at(name));
+            decided.map(drop).map_err(|error| Status::failed_precondition(error.to_string()))
         }
         Ok(Err(error)) if error.reason == Reason::unknown_pod => Err(Status::not_found(error.detail)),
         Ok(Err(error)) if !error.temporary => Err(Status::failed_precondition(error.detail)),

@@ -294,7 +294,8 @@ impl Shared {
         let bound = listener::bind_for(FIELD, path, SOCKET_MODE)?;
         let template = &self.sessions;
         let (shutdown, ending) = (template.shutdown.part(), template.ending.child_token());
-        let attestor = Arc::new(MountAttestor::new(self.pods.clone(), place.uid.clone(), claim, CancellationToken::new()));
+        let attestor =
+            Arc::new(MountAttestor::new(self.pods.clone(), place.uid.clone(), place.volume.clone(), claim, CancellationToken::new()));
         let mut sessions = Sessions {
             desk: Desk { attestor: attestor.clone(), ..template.desk.clone() },
             shutdown: shutdown.clone(),

@@ -15,7 +15,10 @@ use tonic::Status;
 use crate::{
     attest::mount::Claim,
     config::PerPod,
-    identity::PodRef,
+    identity::{
+        PodRef,
+        picks::{PROFILE, picked},
+    },
     proto::csi::v1::{NodePublishVolumeRequest, VolumeCapability, volume_capability::AccessType},
 };
 
@@ -28,8 +31,6 @@ const SERVICE_ACCOUNT: &str = "csi.storage.k8s.io/serviceAccount.name";
 const EPHEMERAL: &str = "csi.storage.k8s.io/ephemeral";
 /// The attribute that names the socket's file.
 pub const SOCKET_NAME: &str = "sds-agent.io/socket-name";
-/// The attribute that will choose a profile.
-pub const PROFILE: &str = "sds-agent.io/profile";
 /// The socket's file where the volume names none.
 pub const DEFAULT_SOCKET: &str = "socket";
 /// So that a directory's name can hold it beside the volume's.
@@ -147,15 +148,11 @@ fn capability(capability: Option<&VolumeCapability>) -> Result<(), Status> {
 fn attributes<'a>(names: impl Iterator<Item = &'a String>) -> Result<(), Status> {
     for name in names {
         match name.as_str() {
-            SOCKET_NAME => {}
-            PROFILE => {
-                let why = "no profile of this agent lets a pod choose it; remove the attribute";
-                return Err(Status::invalid_argument(format!("volume attribute {PROFILE}: {why}")));
-            }
+            SOCKET_NAME | PROFILE => {}
             name if name.starts_with(KUBERNETES) => {}
             name => {
                 let name: String = name.chars().filter(|c| !c.is_control()).take(100).collect();
-                let known = format!("this driver knows {SOCKET_NAME}");
+                let known = format!("this driver knows {SOCKET_NAME} and {PROFILE}");
                 return Err(Status::invalid_argument(format!("volume attribute {name:?} is not known; {known}")));
             }
         }
@@ -181,7 +178,7 @@ fn claim<'a>(place: &Place, config: &PerPod, told: impl Fn(&str) -> Option<&'a s
         return Err(Status::invalid_argument("the pod's namespace, name or service account is not a name that Kubernetes gives"));
     }
     let pod = PodRef { namespace: namespace.into(), name: name.into(), uid: place.uid.clone() };
-    Ok(Claim { pod, service_account: account.into() })
+    Ok(Claim { pod, service_account: account.into(), picked: told(PROFILE).and_then(picked) })
 }
 
 fn socket(name: &str) -> Result<Arc<str>, Status> {

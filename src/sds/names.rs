@@ -77,6 +77,7 @@ mod tests {
         let profile = Profile {
             name: "default".into(),
             issuer: IssuerName("mesh".into()),
+            authority: "mesh-ca".into(),
             key: KeyType::EcdsaP256,
             lifetime: Duration::from_secs(3600),
             renew_at: 0.5,

@@ -18,6 +18,7 @@ use crate::support::{
 
 mod crowd;
 mod identity;
+mod profiles;
 mod refusals;
 mod restarts;
 

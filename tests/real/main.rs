@@ -27,4 +27,5 @@ mod envoy_embedded;
 mod flood;
 mod grpcurl;
 mod no_disk;
+mod profiles;
 mod upgrade;

@@ -76,7 +76,7 @@ fn pod(uid: &str, account: Option<&str>) -> Value {
 async fn a_process_in_a_pods_cgroup_is_that_pod_until_the_pod_goes() {
     let world = World::new(&cgroup(UID), &[pod(UID, Some("cart"))]);
     let attested = world.attest().await.unwrap();
-    let Workload::Pod { pod, service_account } = &attested.workload else { panic!("{:?}", attested.workload) };
+    let Workload::Pod { pod, service_account, .. } = &attested.workload else { panic!("{:?}", attested.workload) };
     assert_eq!((pod.to_string().as_str(), service_account.as_deref()), ("shop/cart-1", Some("cart")));
     let other = world.attest().await.unwrap();
     other.gone.cancel();

@@ -9,7 +9,10 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
-use crate::identity::{PodRef, Workload};
+use crate::identity::{
+    PodRef, Workload,
+    picks::{Volume, picks},
+};
 
 /// UIDs of deleted pods that are remembered, so that an older list does not bring them back.
 const REMEMBERED: usize = 1024;
@@ -17,7 +20,7 @@ const REMEMBERED: usize = 1024;
 const MIRROR: &str = "kubernetes.io/config.mirror";
 
 /// A pod as the API tells it, without what the agent does not need.
-pub(super) type Slim = kube::api::Object<Spec, Status>;
+pub type Slim = kube::api::Object<Spec, Status>;
 
 /// `spec`
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
@@ -26,6 +29,7 @@ pub struct Spec {
     node_name: Option<String>,
     service_account_name: Option<String>,
     host_network: Option<bool>,
+    volumes: Option<Vec<Volume>>,
 }
 
 /// `status`
@@ -56,7 +60,9 @@ pub struct Pod {
     /// Whom it runs as. Static pods have no service account, whatever their mirror says.
     pub service_account: Option<Arc<str>>,
     /// Its labels, for the match rules of profiles.
-    pub labels: BTreeMap<String, String>,
+    pub labels: Arc<BTreeMap<String, String>>,
+    /// The profiles that it picks, by the names of the volumes by which it does; only where the driver is known.
+    pub picks: BTreeMap<Arc<str>, Arc<str>>,
     /// Whether it shares the node's network.
     pub host_network: bool,
     /// Whether it is the mirror of a static pod.
@@ -68,9 +74,30 @@ pub struct Pod {
 }
 
 impl Pod {
-    /// Who its processes are.
+    /// The facts that `object` tells, without its containers; none where it is no whole object. `driver` is the CSI driver whose volumes
+    /// pick profiles.
+    pub fn of(object: &Slim, driver: Option<&str>) -> Option<Self> {
+        facts(object, driver, false)
+    }
+
+    /// Who its processes are on the shared socket.
     pub fn workload(&self) -> Workload {
-        Workload::Pod { pod: self.pod.clone(), service_account: self.service_account.clone() }
+        self.picking(None)
+    }
+
+    /// Who its processes are on the socket in its volume of this name.
+    pub fn workload_at(&self, volume: &str) -> Workload {
+        self.picking(self.picks.get(volume).cloned())
+    }
+
+    /// Who its processes can be, on whatever socket.
+    pub fn workloads(&self) -> impl Iterator<Item = Workload> + '_ {
+        [None].into_iter().chain(self.picks.values().cloned().map(Some)).map(|picked| self.picking(picked))
+    }
+
+    fn picking(&self, picked: Option<Arc<str>>) -> Workload {
+        let (service_account, labels) = (self.service_account.clone(), self.labels.clone());
+        Workload::Pod { pod: self.pod.clone(), service_account, labels, picked }
     }
 
     /// The name of the container with this id.
@@ -102,6 +129,8 @@ pub(super) struct Index {
     deleted: VecDeque<Arc<str>>,
     /// Whether the containers of pods are kept.
     pub(super) keeps_containers: bool,
+    /// The CSI driver whose volumes pick profiles.
+    pub(super) driver: Option<String>,
     /// How many pods have ended so far.
     pub(super) departures: u64,
 }
@@ -131,9 +160,9 @@ impl Index {
         self.pods.iter().filter(|(_, known)| !known.pod.ended).map(|(uid, _)| uid.clone()).collect()
     }
 
-    /// Whom those that have not ended run as.
+    /// Whom those that have not ended run as, on whatever socket.
     pub(super) fn workloads(&self) -> Vec<Workload> {
-        self.pods.values().filter(|known| !known.pod.ended).map(|known| known.pod.workload()).collect()
+        self.pods.values().filter(|known| !known.pod.ended).flat_map(|known| known.pod.workloads()).collect()
     }
 
     /// A signal for when the pod is there.
@@ -167,7 +196,7 @@ impl Index {
     }
 
     pub(super) fn applied(&mut self, slim: &Slim) {
-        let Some(pod) = facts(slim, self.keeps_containers) else { return };
+        let Some(pod) = facts(slim, self.driver.as_deref(), self.keeps_containers) else { return };
         let uid = pod.pod.uid.clone();
         // A UID never comes back: whoever tells of it tells an old story.
         if self.deleted.contains(&uid) {
@@ -237,7 +266,7 @@ impl Index {
     }
 }
 
-fn facts(pod: &Slim, with_containers: bool) -> Option<Pod> {
+fn facts(pod: &Slim, driver: Option<&str>, with_containers: bool) -> Option<Pod> {
     let metadata = &pod.metadata;
     let mirror = metadata.annotations.as_ref().is_some_and(|a| a.contains_key(MIRROR));
     let account = pod.spec.service_account_name.as_deref().filter(|name| !name.is_empty() && !mirror);
@@ -248,7 +277,8 @@ fn facts(pod: &Slim, with_containers: bool) -> Option<Pod> {
             uid: metadata.uid.as_deref()?.into(),
         },
         service_account: account.map(Arc::from),
-        labels: metadata.labels.clone().unwrap_or_default(),
+        labels: Arc::new(metadata.labels.clone().unwrap_or_default()),
+        picks: driver.map_or_else(BTreeMap::new, |driver| picks(pod.spec.volumes.as_deref().unwrap_or_default(), driver)),
         host_network: pod.spec.host_network.unwrap_or(false),
         mirror,
         ended: matches!(pod.status.as_ref().and_then(|s| s.phase.as_deref()), Some("Succeeded" | "Failed")),

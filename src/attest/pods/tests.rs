@@ -72,6 +72,36 @@ async fn a_pod_is_known_by_its_uid_with_its_facts() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_pod_is_somebody_on_each_of_its_sockets_and_a_live_read_says_the_same() {
+    let (api, metrics) = (FakeApi::new(), kubernetes::Metrics::default());
+    let volume =
+        |name: &str, driver: &str, attributes: Value| json!({"name": name, "csi": {"driver": driver, "volumeAttributes": attributes}});
+    let mut object = pod("a", "u-a", "n1");
+    object["spec"]["volumes"] = json!([
+        volume("sds", "csi.sds-agent.io", json!({"sds-agent.io/profile": "gold"})),
+        volume("plain", "csi.sds-agent.io", json!({})),
+        volume("foreign", "csi.example", json!({"sds-agent.io/profile": "lead"})),
+    ]);
+    let object = api.put("pods", object);
+    let pods = Pods::new(api.client(&metrics), "n1", metrics).with_picks_by("csi.sds-agent.io");
+    let world = World::running(api, pods);
+    let known = soon(world.pods.wait_for("u-a")).await.unwrap();
+    let picked = |workload: &Workload| match workload {
+        Workload::Pod { picked, labels, .. } if labels["app"] == "a" => picked.clone(),
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(picked(&known.pod.workload()), None);
+    for (volume, wanted) in [("sds", Some("gold")), ("plain", None), ("foreign", None), ("none", None)] {
+        assert_eq!(picked(&known.pod.workload_at(volume)).as_deref(), wanted, "{volume}");
+    }
+    assert_eq!(world.pods.workloads().iter().map(picked).collect::<Vec<_>>(), [None, Some("gold".into())]);
+
+    let slim: Slim = serde_json::from_value(object).unwrap();
+    assert_eq!(Pod::of(&slim, Some("csi.sds-agent.io")).as_ref(), Some(&*known.pod));
+    assert!(Pod::of(&slim, None).unwrap().picks.is_empty(), "without sockets of pods nobody picks");
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_pod_that_is_not_there_yet_is_awaited_without_polling() {
     let api = FakeApi::new();
     api.fail("list", "pods", Fault::Refuse, 1000);

@@ -16,7 +16,10 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use super::{Target, report::Step};
 use crate::{
     app,
-    attest::{Attestor, Error, Reason, pods::Pods},
+    attest::{
+        Attestor, Error, Reason,
+        pods::{Pod, Pods},
+    },
     cli::Exit,
     config::{Attestation, Config},
     identity::{Resolver, Workload},
@@ -46,7 +49,10 @@ impl Cluster {
         let Some(node) = config.node.node_name.as_deref() else {
             return Err(Step::failed("cluster", Exit::Usage, "NODE_NAME is not set", remedy));
         };
-        let pods = Pods::new(client.clone(), node, metrics);
+        let mut pods = Pods::new(client.clone(), node, metrics);
+        if let Some(per_pod) = &config.per_pod {
+            pods = pods.with_picks_by(&per_pod.driver_name);
+        }
         let (running, shutdown) = (pods.clone(), CancellationToken::new());
         let ended = shutdown.clone();
         tokio::spawn(async move { running.run(ended).await });
@@ -109,8 +115,8 @@ impl Cluster {
         (Step::ok(name, detail), Some(uid))
     }
 
-    /// What the index of this node's pods knows of a UID: the pod, its phase, its service account.
-    pub(super) async fn known(&self, uid: &str) -> Vec<Step> {
+    /// What the index of this node's pods knows of a UID: the pod, its phase, its service account, and the profile that follows.
+    pub(super) async fn known(&self, config: &Config, uid: &str) -> Vec<Step> {
         let Ok(known) = timeout(PATIENCE, self.pods.wait_for(uid)).await else {
             let remedy = "see the step before; the index needs the verbs list and watch on pods";
             return vec![Step::failed("index", Exit::Unavailable, "the index of this node's pods did not become complete", remedy)];
@@ -129,7 +135,11 @@ impl Cluster {
                     ),
                     None => Step::failed("service account", Exit::NotPermitted, "it has none", "set spec.serviceAccountName"),
                 };
-                vec![Step::ok("index", format!("pod {} of this node; it has not ended", pod.pod)), account]
+                let mut steps = vec![Step::ok("index", format!("pod {} of this node; it has not ended", pod.pod)), account];
+                if pod.service_account.is_some() && !config.profiles.is_empty() {
+                    steps.push(profile(&config.resolver(), &pod));
+                }
+                steps
             }
         }
     }
@@ -155,11 +165,28 @@ pub(super) async fn verdict(config: &Config, attestor: &dyn Attestor, peer: &Pee
 }
 
 fn identity(config: &Config, workload: &Workload) -> Step {
-    let resolver = Resolver { trust_domain: config.trust_domain.clone(), default_profile: config.default_profile.clone() };
-    match resolver.resolve(workload) {
+    match config.resolver().resolve(workload) {
         Ok(identity) => Step::ok("verdict", format!("{workload} is {}", identity.spiffe_id)),
         Err(error) => {
             Step::failed("verdict", Exit::NotPermitted, format!("{workload}: {error}"), "correct identity.spiffeId or identity.dnsNames")
+        }
+    }
+}
+
+/// Which profile the pod gets and by which rule: on the shared socket, and on each socket of its own where it picks one.
+fn profile(resolver: &Resolver, pod: &Pod) -> Step {
+    let mut detail = resolver.explain(&pod.workload());
+    let mut wrong = None;
+    for volume in pod.picks.keys() {
+        let workload = pod.workload_at(volume);
+        detail.extend(resolver.explain(&workload).into_iter().map(|line| format!("in volume {volume}: {line}")));
+        wrong = wrong.or(resolver.decide(&workload).err());
+    }
+    match wrong {
+        None => Step::ok("profile", detail.join("\n")),
+        Some(_) => {
+            let remedy = "correct the attribute sds-agent.io/profile of the volume, or selectable and match of the profile";
+            Step::failed("profile", Exit::NotPermitted, detail.join("\n"), remedy)
         }
     }
 }
@@ -183,7 +210,7 @@ fn refused(name: &'static str, error: &Error) -> Step {
         Reason::unknown_pod => "is the pod one of this node (NODE_NAME), and of this cluster (KUBECONFIG)?",
         Reason::pod_ended => "a pod that has ended gets nothing; its successor has another UID",
         Reason::no_service_account => "give the pod a service account; a static pod cannot have one",
-        Reason::no_identity => "correct identity.spiffeId or identity.dnsNames in the configuration",
+        Reason::no_identity => "correct identity.spiffeId or identity.dnsNames in the configuration, or the profile that the pod picks",
         _ => "see the steps before",
     };
     let exit = if error.temporary { Exit::Unavailable } else { Exit::NotPermitted };

@@ -13,8 +13,9 @@ use crate::{
 const REFERENCE: &str = include_str!("../../../docs/configuration.md");
 
 mod mistakes;
+mod profiles;
 
-/// The sample of the design, with what this version does not serve taken out.
+/// The sample of the design; a profile has a name.
 const SAMPLE: &str = r#"
 trustDomain: cluster.local
 sockets:
@@ -29,7 +30,11 @@ issuer:
   certManager:
     issuerRef: { name: mesh-ca, kind: ClusterIssuer, group: cert-manager.io }
     namespace: sds-agent
-profiles: []
+profiles:
+  - name: payments
+    match: { namespaces: [payments], serviceAccounts: ["*"] }
+    issuerRef: { name: payments-ca, kind: ClusterIssuer }
+    certificate: { lifetime: 1h }
 trust:
   sources: [ { configMap: { namespace: cert-manager, name: mesh-roots, key: ca.crt } } ]
   federated: { partner.example: { file: /etc/sds-agent/partner.pem } }
@@ -71,14 +76,17 @@ fn the_sample_of_the_design_is_understood_and_says_what_the_defaults_say() {
     assert_eq!(config.federated.len(), 1);
     let least = load(LEAST);
     assert_eq!(least.warnings, []);
-    assert_eq!(Config { federated: BTreeMap::new(), ..config.clone() }, least.config);
-
-    let issuer = IssuerConfig::CertManager(CertManager {
-        issuer_ref: IssuerRef { name: "mesh-ca".into(), kind: "ClusterIssuer".into(), group: "cert-manager.io".into() },
-        namespace: RequestNamespace::Fixed("sds-agent".into()),
-        trust_status_ca: false,
-    });
-    assert_eq!(config.issuers, BTreeMap::from([(IssuerName("default".into()), issuer)]));
+    let issuer = |name: &str| {
+        IssuerConfig::CertManager(CertManager {
+            issuer_ref: IssuerRef { name: name.into(), kind: "ClusterIssuer".into(), group: "cert-manager.io".into() },
+            namespace: RequestNamespace::Fixed("sds-agent".into()),
+            trust_status_ca: false,
+        })
+    };
+    let default = (IssuerName("default".into()), issuer("mesh-ca"));
+    assert_eq!(config.issuers, BTreeMap::from([default.clone(), (IssuerName("payments".into()), issuer("payments-ca"))]));
+    let one = Config { federated: BTreeMap::new(), profiles: Vec::new(), issuers: BTreeMap::from([default]), ..config.clone() };
+    assert_eq!(one, least.config);
     let shared = SharedSocket { path: "/run/sds-agent/sds.sock".into(), mode: 0o666, accept_pid_reuse: false };
     assert_eq!((config.shared_socket, config.per_pod), (Some(shared), None));
     assert_eq!(config.default_profile.lifetime, Duration::from_secs(86_400));
@@ -286,6 +294,7 @@ fn known() -> BTreeSet<String> {
     let files = [
         "{ trust: { sources: [ { configMap: {}, file: /a } ], federated: { a.b: { configMap: {}, file: /a } } } }",
         "{ issuer: { certManager: {}, embedded: {} } }",
+        "{ profiles: [ { match: {}, identity: {}, issuerRef: { name: a }, certificate: {} } ] }",
     ];
     let walked = files.into_iter().flat_map(|text| {
         let report = Report::default();
@@ -299,6 +308,7 @@ fn known() -> BTreeSet<String> {
 #[test]
 fn the_reference_describes_every_field() {
     let known = known();
+    assert!(known.contains("profiles[].match.podLabels") && known.contains("profiles[].issuerRef.kind"));
     assert!(known.contains("issuer.certManager.issuerRef.kind") && known.contains("trust.federated.<name>.configMap.key"));
     let missing: Vec<_> = known.iter().filter(|field| !REFERENCE.contains(&format!("`{field}`"))).collect();
     assert!(missing.is_empty(), "docs/configuration.md does not describe {missing:?}");

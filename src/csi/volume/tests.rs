@@ -66,7 +66,9 @@ fn what_the_kubelet_asks_is_taken() {
 
     let mut named = request();
     named.volume_context.insert(SOCKET_NAME.into(), "sds.sock".into());
-    assert_eq!(&*Volume::check(&named, &config()).unwrap().socket, "sds.sock");
+    named.volume_context.insert(PROFILE.into(), "gold".into());
+    let named = Volume::check(&named, &config()).unwrap();
+    assert_eq!((&*named.socket, named.claim.picked.as_deref(), volume.claim.picked), ("sds.sock", Some("gold"), None));
 }
 
 #[test]
@@ -93,14 +95,9 @@ fn a_forged_or_foreign_volume_context_is_refused_by_name() {
         (
             |r| set(r, "colour", "s3cr3t"),
             Code::InvalidArgument,
-            "volume attribute \"colour\" is not known; this driver knows sds-agent.io/socket-name",
+            "volume attribute \"colour\" is not known; this driver knows sds-agent.io/socket-name and sds-agent.io/profile",
         ),
         (|r| set(r, "sds-agent.io/socket", "s3cr3t"), Code::InvalidArgument, "volume attribute \"sds-agent.io/socket\" is not known"),
-        (
-            |r| set(r, PROFILE, "gold"),
-            Code::InvalidArgument,
-            "volume attribute sds-agent.io/profile: no profile of this agent lets a pod choose it",
-        ),
         (|r| set(r, SOCKET_NAME, "../socket"), Code::InvalidArgument, "sds-agent.io/socket-name is not the plain name of a file"),
         (|r| set(r, SOCKET_NAME, ".hidden"), Code::InvalidArgument, "sds-agent.io/socket-name is not the plain name of a file"),
         (|r| set(r, SOCKET_NAME, "a b"), Code::InvalidArgument, "sds-agent.io/socket-name is not the plain name of a file"),

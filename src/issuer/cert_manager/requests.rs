@@ -85,7 +85,7 @@ pub struct Requests(Arc<Shared>);
 struct Shared {
     client: Client,
     scope: RequestNamespace,
-    agent: Agent,
+    agent: Arc<Agent>,
     pods: Option<Arc<dyn LivePods>>,
     clock: Arc<dyn Clock>,
     board: Arc<Board>,
@@ -101,11 +101,12 @@ impl fmt::Debug for Requests {
 }
 
 impl Requests {
-    /// The requests of `agent` in `scope`. Issuers of one scope share one; without `pods` only the agent's own leftovers are swept.
+    /// The requests of `agent` in `scope`. Issuers of one scope share one, and the scopes of an agent must not meet: each takes for an
+    /// orphan what is the agent's and what its own orders do not know. Without `pods` only the agent's own leftovers are swept.
     pub fn new(
         client: Client,
         scope: RequestNamespace,
-        agent: Agent,
+        agent: Arc<Agent>,
         pods: Option<Arc<dyn LivePods>>,
         clock: Arc<dyn Clock>,
         kube_metrics: kubernetes::Metrics,

@@ -65,7 +65,7 @@ impl World {
         let requests = Requests::new(
             api.client(&kube_metrics),
             namespace.clone(),
-            Agent::new(&node(), 7),
+            Arc::new(Agent::new(&node(), 7)),
             Some(Arc::new(pods)),
             Arc::new(TestClock::new(SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000))),
             kube_metrics,
@@ -129,6 +129,7 @@ fn identity(account: &str) -> Identity {
     let profile = Profile {
         name: "default".into(),
         issuer: IssuerName("default".into()),
+        authority: "mesh-ca".into(),
         key: KeyType::EcdsaP256,
         lifetime: Duration::from_secs(3600),
         renew_at: 0.5,

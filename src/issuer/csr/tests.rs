@@ -18,6 +18,7 @@ fn identity(key: KeyType, dns_names: &[&str]) -> Identity {
     let profile = Profile {
         name: "default".into(),
         issuer: IssuerName("mesh".into()),
+        authority: "mesh-ca".into(),
         key,
         lifetime: Duration::from_secs(3600),
         renew_at: 0.5,

@@ -19,6 +19,7 @@ fn identity(key: KeyType, lifetime: Duration) -> Arc<Identity> {
     let profile = Profile {
         name: "default".into(),
         issuer: IssuerName("embedded".into()),
+        authority: "mesh-ca".into(),
         key,
         lifetime,
         renew_at: 0.5,

@@ -71,6 +71,7 @@ fn identity(key: KeyType) -> Identity {
     let profile = Profile {
         name: "default".into(),
         issuer: IssuerName("mesh".into()),
+        authority: "mesh-ca".into(),
         key,
         lifetime: HOUR,
         renew_at: 0.5,

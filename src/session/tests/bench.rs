@@ -53,7 +53,7 @@ impl Attestor for Doorman {
             let gone = CancellationToken::new();
             self.let_in.lock().unwrap().push(gone.clone());
             let pod = PodRef { namespace: "shop".into(), name: "cart-1".into(), uid: "u1".into() };
-            Ok(Attested { workload: Workload::Pod { pod, service_account: Some("a".into()) }, gone })
+            Ok(Attested { workload: Workload::Pod { pod, service_account: Some("a".into()), labels: Arc::default(), picked: None }, gone })
         })
     }
 }
@@ -110,7 +110,7 @@ impl Agent {
             metrics: sds::metrics::Metrics::default(),
             drain: ending.clone(),
         });
-        let resolver = Resolver { trust_domain: domain, default_profile: identity("a").profile.clone() };
+        let resolver = Resolver::single(domain, identity("a").profile.clone());
         let (door, open) = watch::channel(true);
         let let_in: Arc<Mutex<Vec<CancellationToken>>> = Arc::default();
         let attestor = Arc::new(Doorman { open, let_in: let_in.clone() });

@@ -33,7 +33,7 @@ async fn what_is_forged_or_in_the_way_is_refused_and_leaves_nothing() {
         (context("csi.storage.k8s.io/serviceAccount.name", &victim.service_account), Code::PermissionDenied),
         (context("csi.storage.k8s.io/ephemeral", "false"), Code::InvalidArgument),
         (context("colour", "s3cr3t"), Code::InvalidArgument),
-        (context("sds-agent.io/profile", "s3cr3t"), Code::InvalidArgument),
+        (context("sds-agent.io/profile", "s3cr3t"), Code::PermissionDenied),
         (context("sds-agent.io/socket-name", "../socket"), Code::InvalidArgument),
         (context("sds-agent.io/socket-name", &"x".repeat(41)), Code::InvalidArgument),
         (node.kubelet.request(&elsewhere, "sds", &[]), Code::NotFound),

@@ -59,6 +59,8 @@ pub struct AgentPod {
     /// What stands in its configuration as `issuerRef`.
     pub issuer: String,
     pub roots: Roots,
+    /// Files with more roots.
+    pub more_roots: Vec<PathBuf>,
     cluster: Cluster,
     node: String,
     kubeconfig: PathBuf,
@@ -72,6 +74,7 @@ impl AgentPod {
         let agent = Self {
             issuer: format!("{{ name: {ISSUER}, kind: ClusterIssuer }}"),
             roots: Roots { namespace, name, key },
+            more_roots: Vec::new(),
             cluster: cluster.clone(),
             node: node.to_owned(),
             kubeconfig: dir.join("kubeconfig"),
@@ -88,8 +91,9 @@ impl AgentPod {
     pub async fn successor(&self, dir: &Path) -> Self {
         let Pod { namespace, service_account, .. } = &self.pod;
         let pod = self.cluster.pod_of(namespace, service_account, "sds-agent-next", &self.node).await;
-        let (issuer, roots, cluster, node) = (self.issuer.clone(), self.roots.clone(), self.cluster.clone(), self.node.clone());
-        let agent = Self { pod, issuer, roots, cluster, node, kubeconfig: dir.join("kubeconfig") };
+        let (issuer, cluster, node) = (self.issuer.clone(), self.cluster.clone(), self.node.clone());
+        let (roots, more_roots) = (self.roots.clone(), self.more_roots.clone());
+        let agent = Self { pod, issuer, roots, more_roots, cluster, node, kubeconfig: dir.join("kubeconfig") };
         agent.log_in().await;
         agent
     }
@@ -135,10 +139,11 @@ impl AgentPod {
     fn launched(&self, settings: &str, run: impl FnOnce(&str) -> Launch) -> Launch {
         let (namespace, issuer) = (&self.pod.namespace, &self.issuer);
         let Roots { namespace: roots_namespace, name: roots, key } = &self.roots;
+        let files: String = self.more_roots.iter().map(|path| format!(", {{ file: {} }}", path.display())).collect();
         let settings = format!(
             "trustDomain: cluster.local\nattestation: kubernetes\n\
              issuer: {{ certManager: {{ issuerRef: {issuer}, namespace: {namespace} }} }}\n\
-             trust: {{ sources: [ {{ configMap: {{ namespace: {roots_namespace}, name: {roots}, key: {key} }} }} ] }}\n{settings}\n"
+             trust: {{ sources: [ {{ configMap: {{ namespace: {roots_namespace}, name: {roots}, key: {key} }} }}{files} ] }}\n{settings}\n"
         );
         run(&settings)
             .env("KUBECONFIG", self.kubeconfig.to_str().expect("a plain path"))

@@ -129,10 +129,6 @@ fn each_mistake_has_its_sentence() {
             r#"identity.dnsNames[1]: "*.{namespace}.svc" makes no valid DNS name; use lower-case letters, digits, '-' and '.', with a letter or digit at both ends of each part"#,
         ),
         ("identity: { dnsNames: a.b }", r#"identity.dnsNames: "a.b" is not a list; write `[a, b]`, or one `- ` line for each item"#),
-        (
-            "profiles: [ { match: {} } ]",
-            "profiles: a list is more than this version does: it has one profile; remove it, and run an agent for each issuer",
-        ),
         ("trust: { sources: [ {} ] }", SOURCELESS),
         (
             "trust: { sources: [ { file: /a, configMap: { namespace: a, name: b } } ] }",

@@ -152,7 +152,7 @@ impl Bench {
         };
         let gone = CancellationToken::new();
         let (verdict, verdict_now) = watch::channel(Some(Ok(attested("a", &gone))));
-        let resolver = Resolver { trust_domain: domain, default_profile: identity("a").profile.clone() };
+        let resolver = Resolver::single(domain, identity("a").profile.clone());
         let (resolver, resolver_now) = watch::channel(Arc::new(resolver));
         let holds = Arc::new(AtomicBool::new(true));
         let attestor = Arc::new(Told { verdict: verdict_now, holds: holds.clone() });
@@ -215,7 +215,10 @@ impl Bench {
 
 fn attested(service_account: &str, gone: &CancellationToken) -> Attested {
     let pod = PodRef { namespace: "shop".into(), name: "cart-1".into(), uid: "u1".into() };
-    Attested { workload: Workload::Pod { pod, service_account: Some(service_account.into()) }, gone: gone.clone() }
+    Attested {
+        workload: Workload::Pod { pod, service_account: Some(service_account.into()), labels: Arc::default(), picked: None },
+        gone: gone.clone(),
+    }
 }
 
 /// Lets everything happen that can happen now.

@@ -1,0 +1,141 @@
+//! Several issuers in one process, against a scripted API server under a paused clock.
+
+use std::time::{Duration, SystemTime};
+
+use base64::{Engine, engine::general_purpose::STANDARD};
+use serde_json::{Value, json};
+use tokio::{task::JoinHandle, time::timeout};
+
+use super::*;
+use crate::{
+    cert_manager::keys,
+    clock::TestClock,
+    identity::{PodRef, Workload},
+    issuer::{Error, Issued, Order, Progress},
+    kubernetes::{self, fake::FakeApi},
+    shutdown::Shutdown,
+    trust,
+};
+
+const CR: &str = "certificaterequests";
+const HOUR: Duration = Duration::from_secs(3600);
+
+/// Profiles `a` and `b` with requests in these namespaces, beside the default in `sds-agent`.
+fn config(a: &str, b: &str) -> Config {
+    let text = format!(
+        "issuer: {{ certManager: {{ issuerRef: {{ name: mesh-ca, kind: ClusterIssuer }} }} }}\n\
+         trust: {{ sources: [ {{ file: /etc/roots.pem }} ] }}\n\
+         profiles:\n\
+         - {{ name: a, match: {{ namespaces: [a] }}, namespace: {a} }}\n\
+         - {{ name: b, match: {{ namespaces: [b] }}, namespace: {b} }}\n"
+    );
+    let env = |name: &str| match name {
+        "NODE_NAME" => Some("n1".to_owned()),
+        "POD_NAMESPACE" => Some("sds-agent".to_owned()),
+        "POD_NAME" => Some("sds-agent-x".to_owned()),
+        "POD_UID" => Some("agent-1".to_owned()),
+        _ => None,
+    };
+    Config::parse(&text, &env).unwrap().config
+}
+
+fn fixed(names: &[&str]) -> Vec<RequestNamespace> {
+    names.iter().map(|name| RequestNamespace::Fixed((*name).to_owned())).collect()
+}
+
+#[test]
+fn the_scopes_of_watches_never_meet() {
+    for (a, b, expected) in [
+        ("sds-agent", "sds-agent", fixed(&["sds-agent"])),
+        ("one", "two", fixed(&["one", "two", "sds-agent"])),
+        ("one", "one", fixed(&["one", "sds-agent"])),
+        ("one", "workload", vec![RequestNamespace::Workload]),
+        ("workload", "workload", vec![RequestNamespace::Workload]),
+    ] {
+        let config = config(a, b);
+        let scopes = scopes(&config);
+        assert_eq!(scopes, expected, "{a} {b}");
+        for issuer in config.issuers.values() {
+            let IssuerConfig::CertManager(issuer) = issuer else { panic!("{issuer:?}") };
+            assert_eq!(scopes.iter().filter(|scope| holds(scope, &issuer.namespace)).count(), 1, "{a} {b}");
+        }
+    }
+}
+
+struct World {
+    api: FakeApi,
+    config: Config,
+    issuers: BTreeMap<IssuerName, Arc<dyn Issuer>>,
+    last: CancellationToken,
+    running: Vec<JoinHandle<()>>,
+}
+
+impl World {
+    fn start(config: Config) -> Self {
+        let (api, metrics) = (FakeApi::new(), kubernetes::Metrics::default());
+        let status = json!({"conditions": [{"type": "Ready", "status": "True"}]});
+        let issuer = json!({"metadata": {"name": "mesh-ca", "namespace": ""}, "spec": {"ca": {}}, "status": status});
+        api.put("clusterissuers", issuer);
+        let cluster = Cluster { client: api.client(&metrics), metrics, pods: None };
+        let clock: Arc<dyn Clock> = Arc::new(TestClock::new(SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000)));
+        let mut base = Base::new(Shutdown::new(Duration::ZERO));
+        let (trust, last, mut tasks) = (Trust::new(trust::Metrics::default()), CancellationToken::new(), Vec::new());
+        let issuers = issuers(&config, &mut base, &trust, Some(&cluster), &clock, &mut tasks, &last).unwrap();
+        let running = tasks.into_iter().map(tokio::spawn).collect();
+        Self { api, config, issuers, last, running }
+    }
+
+    /// Orders a certificate for a pod in `namespace`, as its profile says.
+    fn order(&self, namespace: &str) -> JoinHandle<Result<Issued, Error>> {
+        let pod = PodRef { namespace: namespace.into(), name: "p".into(), uid: "u".into() };
+        let account = Some("s".into());
+        let workload = Workload::Pod { pod: pod.clone(), service_account: account, labels: Arc::default(), picked: None };
+        let identity = Arc::new(self.config.resolver().resolve(&workload).unwrap());
+        let issuer = &self.issuers[&identity.profile.issuer];
+        let (progress, _) = Progress::new();
+        tokio::spawn(issuer.issue(Order { identity, evidence: Some(pod), progress }))
+    }
+
+    fn sign(&self, request: &Value) {
+        let text = |field: &str| request["metadata"][field].as_str().unwrap();
+        self.api.change(CR, text("namespace"), text("name"), |object| {
+            let conditions = json!([{"type": "Approved", "status": "True"}, {"type": "Ready", "status": "True", "reason": "Issued"}]);
+            object["status"] = json!({"conditions": conditions, "certificate": STANDARD.encode("the chain")});
+        });
+    }
+}
+
+/// Two namespaces of their own; one that follows the workloads, which sees those of the others, too.
+#[tokio::test(start_paused = true)]
+async fn no_issuer_deletes_the_live_requests_of_another() {
+    for (a, b, expected) in [("one", "two", ["one", "sds-agent", "two"]), ("one", "workload", ["b", "one", "sds-agent"])] {
+        let world = World::start(config(a, b));
+        let orders: Vec<_> = ["a", "b", "elsewhere"].into_iter().map(|namespace| world.order(namespace)).collect();
+        let requests = world.api.until_count(CR, 3).await;
+        let places: Vec<_> = requests.iter().map(|request| request["metadata"]["namespace"].as_str().unwrap()).collect();
+        assert_eq!(places, expected);
+        let one_of = |key: &str| requests.iter().all(|r| r["metadata"]["labels"][key] == requests[0]["metadata"]["labels"][key]);
+        assert!(one_of(keys::INSTANCE) && one_of(keys::AGENT), "one agent: {requests:?}");
+
+        // Sweeps and fresh lists go over them for hours.
+        for _ in 0..4 {
+            tokio::time::sleep(HOUR).await;
+            world.api.cut_watches(false);
+            world.api.forget_history();
+        }
+        assert_eq!(world.api.count("delete", CR), 0, "{a} {b}");
+        assert!(orders.iter().all(|order| !order.is_finished()));
+
+        requests.iter().for_each(|request| world.sign(request));
+        for order in orders {
+            timeout(HOUR, order).await.unwrap().unwrap().unwrap();
+        }
+        world.api.until_count(CR, 0).await;
+        assert_eq!(world.api.count("delete", CR), 3, "{a} {b}");
+
+        world.last.cancel();
+        for task in world.running {
+            timeout(HOUR, task).await.unwrap().unwrap();
+        }
+    }
+}

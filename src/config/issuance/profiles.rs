@@ -1,0 +1,143 @@
+//! `profiles`: who gets which certificates of whom.
+
+use std::cell::RefCell;
+
+use serde_json::Value;
+
+use super::{
+    Context, DEFAULT,
+    certificate::{self, Certificate, Identity},
+    issuer, warn_of_load,
+};
+use crate::{
+    config::{Attestation, IssuerConfig, error::Wrong, reader::Section, values},
+    identity::{Match, Pattern, picks},
+};
+
+/// What the sections at the top say.
+pub struct Base<'a> {
+    /// `identity`
+    pub identity: Identity,
+    /// `certificate`
+    pub certificate: Certificate,
+    /// `issuer`; none where it is wrong.
+    pub issuer: Option<&'a IssuerConfig>,
+}
+
+/// A profile whose issuer has no name yet.
+#[derive(Debug)]
+pub struct Draft {
+    /// `name`
+    pub name: String,
+    /// `match`
+    pub matches: Match,
+    /// `selectable`
+    pub selectable: bool,
+    /// `identity`
+    pub identity: Identity,
+    /// `certificate`
+    pub certificate: Certificate,
+    /// `issuerRef`, `namespace` and `trustStatusCA`
+    pub issuer: IssuerConfig,
+    /// `authorityEpoch`
+    pub epoch: u64,
+}
+
+impl Draft {
+    /// The profile of whom no other takes.
+    pub fn default_of(identity: Identity, certificate: Certificate, issuer: IssuerConfig) -> Self {
+        Self { name: DEFAULT.to_owned(), matches: Match::default(), selectable: false, identity, certificate, issuer, epoch: 0 }
+    }
+}
+
+/// The ones before: name, match where it is good, selectable.
+type Seen = (Option<String>, Option<Match>, bool);
+
+/// Reads the list.
+pub fn walk(root: &Section<'_>, context: &Context<'_>, base: &Base<'_>) -> Option<Vec<Draft>> {
+    let seen = RefCell::new(Vec::new());
+    let drafts = root.sections("profiles", |section| profile(section, context, base, &seen));
+    if context.attestation == Some(Attestation::Unix) && drafts.as_ref().is_none_or(|drafts| !drafts.is_empty()) {
+        root.wrong("profiles", "needs pods, which `attestation: unix` does not know", "remove it");
+        return None;
+    }
+    drafts
+}
+
+fn profile(section: &Section<'_>, context: &Context<'_>, base: &Base<'_>, seen: &RefCell<Vec<Seen>>) -> Option<Draft> {
+    let absent = || Wrong::new("is missing: metrics, requests and volumes call the profile by it", "give it a name such as payments");
+    let name = section.require("name", absent, name);
+    let has_match = section.has("match");
+    let matches = section.section("match", matches);
+    if !has_match {
+        let example = "write, for example, `match: { namespaces: [payments] }`, or `match: {}` for every pod";
+        section.wrong("match", "is missing: it says whose profile this is", example);
+    }
+    let selectable = section.read("selectable", false, values::boolean);
+    let identity = section.section("identity", |section| certificate::identity(section, context, Some(&base.identity)));
+    let certificate = section.section("certificate", |section| certificate::certificate(section, context, base.certificate));
+    let issuer = issuer::of_profile(section, context, base.issuer);
+    let epoch = section.read("authorityEpoch", 0, values::integer(0..=u64::MAX));
+
+    compare(section, name.as_deref(), matches.as_ref().filter(|_| selectable == Some(false)), &seen.borrow());
+    seen.borrow_mut().push((name.clone(), matches.clone(), selectable.unwrap_or(false)));
+
+    let (certificate, issuer) = (certificate?, issuer?);
+    let is_own = certificate.lifetime != base.certificate.lifetime || certificate.renew_at.to_bits() != base.certificate.renew_at.to_bits();
+    if is_own {
+        warn_of_load(section, &certificate, &issuer);
+    }
+    let (name, matches, selectable) = (name?, matches.filter(|_| has_match)?, selectable?);
+    Some(Draft { name, matches, selectable, identity: identity?, certificate, issuer, epoch: epoch? })
+}
+
+/// Two of one name, and one that is never reached, are mistakes.
+fn compare(section: &Section<'_>, name: Option<&str>, matches: Option<&Match>, seen: &[Seen]) {
+    if let Some(place) = name.and_then(|name| seen.iter().position(|(known, ..)| known.as_deref() == Some(name))) {
+        section.wrong("name", format!("is the name of profiles[{place}] too"), "give each profile a name of its own");
+    }
+    let takes_all = |matches: &Match| {
+        seen.iter().position(|(_, known, selectable)| !selectable && known.as_ref().is_some_and(|known| known.covers(matches)))
+    };
+    if let Some(place) = matches.and_then(takes_all) {
+        let what = format!("is never reached: profiles[{place}] comes first, and takes every pod that this one could");
+        section.wrong_here(what, format!("put it before profiles[{place}], or narrow the match of that one"));
+    }
+}
+
+fn name(value: &Value) -> Result<String, Wrong> {
+    match values::text(value)? {
+        DEFAULT => Err(Wrong::new("is the name of whom no profile takes", "choose another name")),
+        name if picks::is_name(name) => Ok(name.to_owned()),
+        _ => Err(Wrong::new("is not the name of a profile", values::DNS_LABEL_RULE)),
+    }
+}
+
+fn matches(section: &Section<'_>) -> Option<Match> {
+    let patterns = |field: &'static str, kind: &'static str, is_part: fn(u8) -> bool| {
+        let patterns = section.list(field, |value| pattern(value, kind, is_part));
+        if section.is_set(field) && patterns.as_ref().is_some_and(Vec::is_empty) {
+            section.wrong(field, "is empty, and so would hold for nobody", "name some, or leave it out for all");
+            return None;
+        }
+        patterns
+    };
+    let namespaces = patterns("namespaces", "namespaces", |b| b != b'.' && in_names(b));
+    let service_accounts = patterns("serviceAccounts", "service accounts", in_names);
+    let pod_labels = section.map("podLabels", values::pod_label);
+    Some(Match { namespaces: namespaces?, service_accounts: service_accounts?, pod_labels: pod_labels? })
+}
+
+fn in_names(b: u8) -> bool {
+    b.is_ascii_lowercase() || b.is_ascii_digit() || matches!(b, b'-' | b'.')
+}
+
+fn pattern(value: &Value, kind: &str, is_part: fn(u8) -> bool) -> Result<Pattern, Wrong> {
+    let text = values::text(value)?;
+    let remedy = "write a name, or a part of one with '*' at its beginning or at its end";
+    let pattern = Pattern::parse(text).ok_or_else(|| Wrong::new("has a '*' elsewhere than at one end of it", remedy))?;
+    if pattern.part().len() > 253 || !pattern.part().bytes().all(is_part) {
+        return Err(Wrong::new(format!("can match no {kind}"), "use lower-case letters, digits and '-', as such names have"));
+    }
+    Ok(pattern)
+}

@@ -1,0 +1,107 @@
+//! What pods pick by themselves: the one reading of a pod's volumes, for the agent and for the approver.
+//!
+//! A pod's own socket comes by an inline CSI volume, and an attribute of that volume may name a profile. The volumes are part of the
+//! pod's spec, which nobody changes after it was made: whoever reads the pod comes to the same picks.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use k8s_openapi::api::core::v1::Volume as ApiVolume;
+use serde::{Deserialize, Serialize};
+
+/// The attribute that picks a profile.
+pub const PROFILE: &str = "sds-agent.io/profile";
+/// A profile is called by a DNS label.
+const LONGEST_NAME: usize = 63;
+
+/// `spec.volumes[]` of a pod, without what nobody needs here.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Volume {
+    /// `name`
+    pub name: String,
+    /// `csi`
+    pub csi: Option<Csi>,
+}
+
+/// `spec.volumes[].csi`
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub struct Csi {
+    /// `driver`
+    pub driver: String,
+    /// `volumeAttributes`
+    pub volume_attributes: Option<BTreeMap<String, String>>,
+}
+
+impl From<&ApiVolume> for Volume {
+    fn from(volume: &ApiVolume) -> Self {
+        let csi = volume.csi.as_ref();
+        let csi = csi.map(|csi| Csi { driver: csi.driver.clone(), volume_attributes: csi.volume_attributes.clone() });
+        Self { name: volume.name.clone(), csi }
+    }
+}
+
+/// The profiles that a pod picks, by the names of the volumes by which it does; `driver` is the agent's CSI driver.
+pub fn picks(volumes: &[Volume], driver: &str) -> BTreeMap<Arc<str>, Arc<str>> {
+    let pick = |volume: &Volume| {
+        let csi = volume.csi.as_ref().filter(|csi| csi.driver == driver)?;
+        let picked = picked(csi.volume_attributes.as_ref()?.get(PROFILE)?)?;
+        Some((volume.name.as_str().into(), picked))
+    };
+    volumes.iter().filter_map(pick).collect()
+}
+
+/// What the attribute's value picks; nothing where it is empty. What can be no profile's name picks `""`, which no profile is called.
+pub fn picked(value: &str) -> Option<Arc<str>> {
+    match value {
+        "" => None,
+        name if is_name(name) => Some(name.into()),
+        _ => Some("".into()),
+    }
+}
+
+/// Whether a profile can be called so: a DNS label.
+pub fn is_name(name: &str) -> bool {
+    let edge = |b: Option<&u8>| b.is_some_and(|b| *b != b'-');
+    let bytes = name.as_bytes();
+    bytes.len() <= LONGEST_NAME
+        && bytes.iter().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || *b == b'-')
+        && edge(bytes.first())
+        && edge(bytes.last())
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn only_inline_volumes_of_the_driver_pick() {
+        let volumes = json!([
+            {"name": "sds", "csi": {"driver": "csi.sds-agent.io", "readOnly": true, "volumeAttributes": {PROFILE: "gold"}}},
+            {"name": "odd", "csi": {"driver": "csi.sds-agent.io", "volumeAttributes": {PROFILE: "Gold!".repeat(100)}}},
+            {"name": "empty", "csi": {"driver": "csi.sds-agent.io", "volumeAttributes": {PROFILE: ""}}},
+            {"name": "none", "csi": {"driver": "csi.sds-agent.io"}},
+            {"name": "other", "csi": {"driver": "csi.example", "volumeAttributes": {PROFILE: "gold"}}},
+            {"name": "files", "emptyDir": {}},
+        ]);
+        let expected = BTreeMap::from([("sds".into(), "gold".into()), ("odd".into(), "".into())]);
+        let slim: Vec<Volume> = serde_json::from_value(volumes.clone()).unwrap();
+        assert_eq!(picks(&slim, "csi.sds-agent.io"), expected);
+        // And the same from the whole type.
+        let whole: Vec<ApiVolume> = serde_json::from_value(volumes).unwrap();
+        let read: Vec<Volume> = whole.iter().map(Volume::from).collect();
+        assert_eq!(read, slim);
+    }
+
+    #[test]
+    fn a_name_is_a_dns_label() {
+        for good in ["a", "gold-1", &"a".repeat(63)] {
+            assert!(is_name(good), "{good}");
+        }
+        for bad in ["", "-a", "a-", "A", "a.b", "a b", &"a".repeat(64)] {
+            assert!(!is_name(bad), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,275 @@
+//! The rule from workloads to identities. Pure: agent and approver come to the same from the same facts.
+
+use std::{fmt, sync::Arc};
+
+use super::{Error, Identity, Profile, Rule, SpiffeId, TrustDomain, Workload};
+
+/// The rules from workloads to identities, as configured. A value: another configuration is another one.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Resolver {
+    /// The agent's own trust domain.
+    pub trust_domain: TrustDomain,
+    /// In the order of the configuration; their profiles' names are unique.
+    pub rules: Arc<[Rule]>,
+    /// The profile of everything that no rule takes.
+    pub default_profile: Arc<Profile>,
+}
+
+/// A profile for a workload, and why it is this one.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Decision<'a> {
+    /// The profile.
+    pub profile: &'a Arc<Profile>,
+    /// What decided.
+    pub reason: Reason<'a>,
+}
+
+/// Why a workload has its profile.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Reason<'a> {
+    /// The pod picks it, it is selectable, and its match holds.
+    Picked(usize, &'a Rule),
+    /// It is the first that is not selectable and whose match holds.
+    Matched(usize, &'a Rule),
+    /// No match holds.
+    Default,
+}
+
+impl fmt::Display for Reason<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Picked(place, rule) => write!(f, "the pod picks profiles[{place}], and its match holds ({})", rule.matches),
+            Self::Matched(place, rule) => write!(f, "profiles[{place}] is the first whose match holds ({})", rule.matches),
+            Self::Default => f.write_str("no match holds"),
+        }
+    }
+}
+
+impl Resolver {
+    /// One profile for everybody.
+    pub fn single(trust_domain: TrustDomain, profile: Arc<Profile>) -> Self {
+        Self { trust_domain, rules: Arc::new([]), default_profile: profile }
+    }
+
+    /// The identity of `workload`.
+    pub fn resolve(&self, workload: &Workload) -> Result<Identity, Error> {
+        self.identity(self.decide(workload)?.profile, workload)
+    }
+
+    /// The profile of `workload`: the one that it picks, else the first whose match holds, else the default. A pick that does not hold is
+    /// an error, and never another profile in its place.
+    pub fn decide(&self, workload: &Workload) -> Result<Decision<'_>, Error> {
+        let rules = || self.rules.iter().enumerate();
+        match workload {
+            Workload::Pod { pod, service_account: None, .. } => Err(Error::NoServiceAccount { pod: pod.to_string() }),
+            Workload::Pod { pod, picked: Some(name), .. } => {
+                let wrong = |why: String| Err(Error::Pick { pod: pod.to_string(), profile: name.to_string(), why });
+                let Some((place, rule)) = rules().find(|(_, rule)| rule.profile.name == *name) else {
+                    return wrong("no profile of this name is configured".to_owned());
+                };
+                if !rule.selectable {
+                    return wrong(format!("profiles[{place}] is not selectable"));
+                }
+                match rule.matches.check(workload) {
+                    Ok(()) => Ok(Decision { profile: &rule.profile, reason: Reason::Picked(place, rule) }),
+                    Err(why) => wrong(format!("the match of profiles[{place}] does not hold: {why}")),
+                }
+            }
+            _ => Ok(match rules().find(|(_, rule)| !rule.selectable && rule.matches.check(workload).is_ok()) {
+                Some((place, rule)) => Decision { profile: &rule.profile, reason: Reason::Matched(place, rule) },
+                None => Decision { profile: &self.default_profile, reason: Reason::Default },
+            }),
+        }
+    }
+
+    /// The identity that `profile` gives to `workload`, whether or not the workload is to have it.
+    pub fn identity(&self, profile: &Arc<Profile>, workload: &Workload) -> Result<Identity, Error> {
+        let render = |template: &str| render(template, |field| placeholder(field, &self.trust_domain, workload));
+        let spiffe_id = SpiffeId::new(&render(&profile.spiffe_id)?)?;
+        let dns_names = profile.dns_names.iter().map(|template| render(template)).collect::<Result<_, _>>()?;
+        let pod_uid = workload.pod().filter(|_| profile.per_pod).map(|pod| pod.uid.clone());
+        Ok(Identity { spiffe_id, dns_names, profile: profile.clone(), pod_uid })
+    }
+
+    /// What each rule says of `workload`, up to the one that decides; for people.
+    pub fn explain(&self, workload: &Workload) -> Vec<String> {
+        let decided = self.decide(workload);
+        let end = match &decided {
+            Ok(Decision { reason: Reason::Picked(place, _) | Reason::Matched(place, _), .. }) => *place,
+            _ => self.rules.len(),
+        };
+        let picked = matches!(workload, Workload::Pod { picked: Some(_), .. });
+        let passed = self.rules.iter().enumerate().take(end).filter(|_| !picked).map(|(place, rule)| {
+            let why = match rule.matches.check(workload) {
+                _ if rule.selectable => "only for pods that pick it".to_owned(),
+                Err(why) => why.to_string(),
+                // Not before the one that decides.
+                Ok(()) => "its match holds".to_owned(),
+            };
+            format!("not {} of profiles[{place}]: {why}", rule.profile.name)
+        });
+        let last = match &decided {
+            Ok(decision) => format!("{}: {}", decision.profile.name, decision.reason),
+            Err(error) => error.to_string(),
+        };
+        [last].into_iter().chain(passed).collect()
+    }
+}
+
+/// What a template's `{field}` stands for; a kind of workload does not have every field.
+pub fn placeholder(field: &str, trust_domain: &TrustDomain, workload: &Workload) -> Option<String> {
+    match (field, workload) {
+        ("trustDomain", _) => Some(trust_domain.to_string()),
+        ("namespace", Workload::Pod { pod, .. }) => Some(pod.namespace.to_string()),
+        ("podName", Workload::Pod { pod, .. }) => Some(pod.name.to_string()),
+        ("podUid", Workload::Pod { pod, .. }) => Some(pod.uid.to_string()),
+        ("serviceAccount", Workload::Pod { service_account: Some(name), .. }) => Some(name.to_string()),
+        ("uid", Workload::Unix { uid }) => Some(uid.to_string()),
+        _ => None,
+    }
+}
+
+/// Replaces each `{field}` of `template` by what `value` says; a field without a value is an error that names it.
+pub fn render(template: &str, value: impl Fn(&str) -> Option<String>) -> Result<String, Error> {
+    let mut out = String::with_capacity(template.len() + 32);
+    let mut rest = template;
+    while let Some(open) = rest.find('{') {
+        out.push_str(&rest[..open]);
+        let after = &rest[open + 1..];
+        let end = after.find('}').unwrap_or(after.len());
+        let field = &after[..end];
+        match value(field) {
+            Some(text) => out.push_str(&text),
+            None => return Err(Error::Template { template: template.to_owned(), field: field.to_owned() }),
+        }
+        rest = after.get(end + 1..).unwrap_or_default();
+    }
+    out.push_str(rest);
+    Ok(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+    use crate::identity::{
+        Match, Pattern, PodRef,
+        tests::{ISTIO, pod, profile},
+    };
+
+    fn resolver(profile: Profile) -> Resolver {
+        Resolver::single(TrustDomain::new("cluster.local").unwrap(), Arc::new(profile))
+    }
+
+    fn rule(name: &str, matches: Match, selectable: bool) -> Rule {
+        Rule { matches, profile: Arc::new(Profile { name: name.into(), ..profile(ISTIO) }), selectable }
+    }
+
+    fn namespaces(names: &[&str]) -> Match {
+        Match { namespaces: names.iter().map(|name| Pattern::parse(name).unwrap()).collect(), ..Match::default() }
+    }
+
+    fn label(key: &str, value: &str) -> Match {
+        Match { pod_labels: BTreeMap::from([(key.to_owned(), value.to_owned())]), ..Match::default() }
+    }
+
+    fn workload(namespace: &str, labels: &[(&str, &str)], picked: Option<&str>) -> Workload {
+        Workload::Pod {
+            pod: PodRef { namespace: namespace.into(), name: "cart-1".into(), uid: "u1".into() },
+            service_account: Some("cart".into()),
+            labels: Arc::new(labels.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect()),
+            picked: picked.map(Into::into),
+        }
+    }
+
+    fn several() -> Resolver {
+        let rules = [
+            rule("gold", label("tier", "gold"), false),
+            rule("payments", namespaces(&["pay*"]), false),
+            rule("short", namespaces(&["shop"]), true),
+            rule("rest-of-shop", namespaces(&["shop"]), false),
+        ];
+        Resolver { rules: rules.into(), ..resolver(profile(ISTIO)) }
+    }
+
+    fn name(resolver: &Resolver, workload: &Workload) -> String {
+        resolver.resolve(workload).unwrap().profile.name.to_string()
+    }
+
+    #[test]
+    fn a_pod_gets_the_identity_of_its_service_account() {
+        let identity = resolver(profile(ISTIO)).resolve(&pod(Some("cart"), "u1")).unwrap();
+        assert_eq!(identity.spiffe_id.as_str(), "spiffe://cluster.local/ns/shop/sa/cart");
+        assert_eq!(&*identity.dns_names, ["cart.shop.svc".to_owned()]);
+    }
+
+    #[test]
+    fn siblings_share_an_identity_unless_the_profile_says_per_pod() {
+        let shared = resolver(profile(ISTIO));
+        assert_eq!(shared.resolve(&pod(Some("cart"), "u1")).unwrap(), shared.resolve(&pod(Some("cart"), "u2")).unwrap());
+        let own = resolver(Profile { per_pod: true, ..profile(ISTIO) });
+        assert_ne!(own.resolve(&pod(Some("cart"), "u1")).unwrap(), own.resolve(&pod(Some("cart"), "u2")).unwrap());
+    }
+
+    #[test]
+    fn a_static_pod_has_no_identity_whatever_matches_it() {
+        for resolver in [resolver(profile(ISTIO)), several()] {
+            let error = resolver.resolve(&pod(None, "u1")).unwrap_err();
+            assert_eq!(error.to_string(), "pod shop/cart-1 has no service account and therefore no identity");
+        }
+    }
+
+    #[test]
+    fn a_template_that_does_not_fit_names_the_field() {
+        let error = resolver(profile(ISTIO)).resolve(&Workload::Unix { uid: 7 }).unwrap_err();
+        assert!(error.to_string().contains("{namespace}"), "{error}");
+    }
+
+    #[test]
+    fn the_first_match_decides_and_selectable_profiles_are_passed_over() {
+        let resolver = several();
+        for (namespace, labels, expected) in [
+            ("payments", &[("tier", "gold")][..], "gold"),
+            ("payments", &[("tier", "silver")], "payments"),
+            ("shop", &[], "rest-of-shop"),
+            ("elsewhere", &[], "default"),
+        ] {
+            assert_eq!(name(&resolver, &workload(namespace, labels, None)), expected);
+        }
+    }
+
+    #[test]
+    fn a_pick_is_taken_where_the_profile_lets_it_and_its_match_holds_and_is_an_error_elsewhere() {
+        let resolver = several();
+        // Before every other match: whoever picks has picked.
+        assert_eq!(name(&resolver, &workload("shop", &[("tier", "gold")], Some("short"))), "short");
+        for (namespace, picked, why) in [
+            ("shop", "gold", "\"gold\" by its volume: profiles[0] is not selectable"),
+            ("shop", "default", "\"default\" by its volume: no profile of this name is configured"),
+            ("shop", "", "\"\" by its volume: no profile of this name is configured"),
+            ("payments", "short", "the match of profiles[2] does not hold: namespace payments is not among its namespaces"),
+        ] {
+            let error = resolver.resolve(&workload(namespace, &[], Some(picked))).unwrap_err().to_string();
+            assert!(error.contains(why), "{error}");
+        }
+    }
+
+    #[test]
+    fn the_explanation_names_the_rule_that_decides_and_why_the_ones_before_did_not() {
+        let resolver = several();
+        assert_eq!(
+            resolver.explain(&workload("shop", &[], None)),
+            [
+                "rest-of-shop: profiles[3] is the first whose match holds (namespace shop)",
+                "not gold of profiles[0]: the pod has no label tier=gold",
+                "not payments of profiles[1]: namespace shop is not among its namespaces",
+                "not short of profiles[2]: only for pods that pick it",
+            ]
+        );
+        let picked = resolver.explain(&workload("shop", &[], Some("short")));
+        assert_eq!(picked, ["short: the pod picks profiles[2], and its match holds (namespace shop)"]);
+        assert_eq!(resolver.explain(&workload("elsewhere", &[], None)).len(), 5);
+        assert_eq!(resolver.explain(&workload("elsewhere", &[], None))[0], "default: no match holds");
+    }
+}
