@@ -356,16 +356,21 @@ impl Rotation {
     fn failed(&mut self, id: Id, evidence: Option<PodRef>, error: &Error) {
         let now = self.now();
         let by_clock = matches!(error, Error::InvalidCertificate(verify::Error::Expired(_) | verify::Error::NotYetValid { .. }));
-        let retry = match error.retry() {
+        let has_sibling =
+            |pod: &PodRef| self.entries.get(&id).and_then(|entry| entry.evidence(Some(pod))).is_some_and(|other| other != *pod);
+        let retry = match (error.retry(), evidence.filter(has_sibling)) {
             // A sibling's pod stands in; without one there is nothing else to show.
-            Retry::Now => match (evidence, self.entries.get(&id)) {
-                (Some(pod), Some(entry)) if entry.evidence(Some(&pod)).is_some_and(|other| other != pod) => {
-                    self.spent.insert(id, pod);
-                    Retry::Now
-                }
-                _ => Retry::Backoff,
-            },
-            retry => retry,
+            (Retry::Now, None) => Retry::Backoff,
+            (Retry::Now, Some(pod)) => {
+                self.spent.insert(id, pod);
+                Retry::Now
+            }
+            // The denial may be about this pod alone, such as one whose labels have changed: the next try is in another's name.
+            (retry, Some(pod)) if matches!(error, Error::Denied { .. }) => {
+                self.spent.insert(id, pod);
+                retry
+            }
+            (retry, _) => retry,
         };
         let wait = self.planner.failed(now, id, retry, by_clock);
         let Some(entry) = self.entries.get(&id) else { return };

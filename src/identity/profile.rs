@@ -49,7 +49,8 @@ pub struct Profile {
     pub name: Arc<str>,
     /// Which issuer signs.
     pub issuer: IssuerName,
-    /// Who that issuer is, such as `ClusterIssuer mesh-ca of cert-manager.io`: names of issuers may move, this may not.
+    /// Who that issuer is and where it is asked, such as `ClusterIssuer mesh-ca of cert-manager.io in namespace sds-agent`: an issuer's name
+    /// may move to another, this may not.
     pub authority: Arc<str>,
     /// The key to make.
     pub key: KeyType,

@@ -22,6 +22,8 @@ use crate::{
 enum Script {
     Issue,
     Fail(Retry),
+    /// Denied, with the wait that follows.
+    Deny(Duration),
     Panic,
     /// Answers with a certificate of another authority.
     Foreign,
@@ -89,6 +91,10 @@ impl Issuer for Scripted {
                 Script::Issue => embedded.issue(order).await,
                 Script::Foreign => foreign.issue(order).await,
                 Script::Fail(retry) => Err(Error::Failed { request: "r".into(), reason: "Test".into(), message: "as told".into(), retry }),
+                Script::Deny(wait) => {
+                    let (request, reason, message) = ("r".into(), "ProfileMismatch".into(), "as told".into());
+                    Err(Error::Denied { request, reason, message, retry: Retry::After(wait) })
+                }
                 Script::Panic => panic!("as told"),
                 Script::Pend => {
                     let _guard = guard;
@@ -325,6 +331,22 @@ async fn a_sibling_stands_in_for_a_pod_that_has_gone() {
     let start = tokio::time::Instant::now();
     material(&a, None).await;
     assert_eq!(start.elapsed(), Duration::ZERO);
+    let shown = b.evidence.lock().unwrap().clone();
+    assert_eq!(shown.len(), 2);
+    assert_ne!(shown[0], shown[1]);
+}
+
+/// A pod whose labels have changed may be denied what its siblings may have.
+#[tokio::test(start_paused = true)]
+async fn after_a_denial_the_next_try_is_in_a_siblings_name_and_in_its_time() {
+    let wait = Duration::from_secs(300);
+    let b = Bench::new([Script::Deny(wait)]);
+    let pod = |name: &str| PodRef { namespace: "ns".into(), name: name.into(), uid: name.into() };
+    let a = b.store.lease(&identity("a"), Demand::Now, Some(pod("one")));
+    let _b = b.store.lease(&identity("a"), Demand::Now, Some(pod("two")));
+    let start = tokio::time::Instant::now();
+    material(&a, None).await;
+    assert!(start.elapsed() >= wait, "{:?}", start.elapsed());
     let shown = b.evidence.lock().unwrap().clone();
     assert_eq!(shown.len(), 2);
     assert_ne!(shown[0], shown[1]);

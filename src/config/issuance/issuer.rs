@@ -122,14 +122,15 @@ pub fn issuer_ref(section: &Section<'_>) -> Option<IssuerRef> {
     Some(IssuerRef { name: name?, kind: kind?, group: group? })
 }
 
-/// Who signs, in words that stay the same for as long as it is the same.
+/// Who signs and where it is asked, in words that stay the same for as long as it is the same. The place is part of it for more than
+/// Issuers, which are others in each namespace: pods of two profiles with two places must not share a request, of which an approver would
+/// say to one of them that it is in the wrong one.
 pub fn authority(issuer: &IssuerConfig) -> String {
     match issuer {
         IssuerConfig::Embedded => "embedded".to_owned(),
         IssuerConfig::CertManager(CertManager { issuer_ref: IssuerRef { name, kind, group }, namespace, .. }) => {
             let reference = format!("{kind} {name} of {group}");
             match namespace {
-                _ if kind == "ClusterIssuer" && group == CERT_MANAGER => reference,
                 RequestNamespace::Fixed(namespace) => format!("{reference} in namespace {namespace}"),
                 RequestNamespace::Workload => format!("{reference} in the namespace of the workload"),
             }

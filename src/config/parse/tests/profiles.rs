@@ -73,8 +73,9 @@ fn each_issuer_is_there_once_under_the_name_of_the_first_profile_that_has_it() {
     let names: Vec<_> = config.profiles.iter().map(|rule| rule.profile.issuer.to_string()).collect();
     assert_eq!(names, ["a", "default", "a", "d"]);
     assert_eq!(config.issuers.keys().map(|IssuerName(name)| &**name).collect::<Vec<_>>(), ["a", "d", "default"]);
-    // Where a ClusterIssuer is asked is no part of what it issues.
-    assert_eq!(profile(&config, 0).authority, profile(&config, 3).authority);
+    // Two places share no certificate: the approver expects a request in its pod's own.
+    assert_ne!(profile(&config, 0).fingerprint(), profile(&config, 3).fingerprint());
+    assert_eq!(&*profile(&config, 3).authority, "ClusterIssuer pay-ca of cert-manager.io in namespace elsewhere");
     assert_eq!(issuer(&config, profile(&config, 3)).namespace, RequestNamespace::Fixed("elsewhere".into()));
 }
 
