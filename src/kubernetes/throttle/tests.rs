@@ -41,7 +41,7 @@ async fn a_burst_goes_at_once_and_the_rest_at_the_rate() {
     for _ in 0..40 {
         throttle.admit(CREATE).await.unwrap();
     }
-    assert_eq!(later.elapsed(), Duration::ZERO, "an hour of silence saves up one burst");
+    assert_eq!(later.elapsed(), Duration::ZERO, "a minute of silence saves up one burst");
     let waits = throttle.admit(CREATE).await.unwrap();
     assert_eq!(waits, Waits { rate_limit: Duration::from_millis(50), retry_after: Duration::ZERO });
 }
@@ -80,7 +80,8 @@ async fn who_gives_up_takes_no_token_along_and_holds_up_nobody() {
     // All but the last, the one that watches the clock among them.
     all[..9].iter().for_each(JoinHandle::abort);
     let last = all.into_iter().last().unwrap();
-    assert_eq!(last.await.unwrap() - start, Duration::from_secs(1));
+    let last = timeout(Duration::from_secs(60), last).await.expect("nobody watches the clock");
+    assert_eq!(last.unwrap() - start, Duration::from_secs(1));
     assert!(throttle.lock().first().is_none());
 }
 

@@ -144,6 +144,16 @@ async fn a_watch_obeys_a_retry_after_and_tells_when_it_works_again() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_watch_that_is_asked_to_wait_for_long_does_not_try_meanwhile() {
+    let busy = http(429, &["retry-after: 120"], "Too many requests, please try again later.");
+    let world = World::with(|wire| wire.fail("watch", CR, Fault::Bytes(busy), 1));
+    world.until("the second start", |api| (api.count("watch", CR) == 1).then_some(())).await;
+    let watches = world.seen("watch");
+    assert!(watches[1].at - watches[0].at >= 120 * SECOND && watches[1].at - watches[0].at <= 250 * SECOND);
+    assert!((1..=3).contains(&world.restarts(Ended::start_failed)), "{}", world.restarts(Ended::start_failed));
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_watch_that_broke_and_has_nothing_to_tell_is_told_to_work_again() {
     let world = World::new();
     world.watching().await;
