@@ -52,6 +52,8 @@ pub struct Config {
     pub lock_memory: LockMemory,
     /// `limits`
     pub limits: Limits,
+    /// `kubernetes`: how fast the API server is asked.
+    pub kubernetes: RequestRate,
     /// `retention`: how long a certificate is kept after its last subscriber has gone.
     pub retention: Duration,
     /// `drain`: how long open streams may take to end at shutdown.
@@ -245,6 +247,21 @@ pub struct Limits {
     pub names_per_stream: usize,
     /// A connection without a call in progress is closed after this time.
     pub idle: Duration,
+}
+
+/// How fast one process asks the Kubernetes API, whatever for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RequestRate {
+    /// `requestsPerSecond`, in the long run.
+    pub per_second: u32,
+    /// `burst`: how many at once.
+    pub burst: u32,
+}
+
+impl Default for RequestRate {
+    fn default() -> Self {
+        Self { per_second: 20, burst: 40 }
+    }
 }
 
 impl Limits {

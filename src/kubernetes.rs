@@ -1,13 +1,16 @@
 //! The way to the Kubernetes API: one client with explicit time-outs, its metrics, watches that recover, and errors in words.
 //!
 //! The caller installs rustls' crypto provider first, and owes every `watch` a consumer that keeps polling. Nothing is retried here
-//! but watches: who asks decides when to ask again. The libraries below log whole responses when they cannot read them: keep the
+//! but watches: who asks decides when to ask again. All requests of a process share one client, and so its pace. The libraries below log whole responses when they cannot read them: keep the
 //! targets `kube_client` and `kube_runtime` out of the log.
 
 use std::time::Duration;
 
 use hyper_util::{
-    client::legacy::{Client as HttpClient, connect::HttpConnector},
+    client::legacy::{
+        Client as HttpClient,
+        connect::{Connect, HttpConnector},
+    },
     rt::TokioExecutor,
 };
 use kube::{Client, Config, client::ConfigExt};
@@ -17,10 +20,17 @@ pub mod failure;
 #[cfg(test)]
 pub mod fake;
 pub mod layer;
+pub mod metrics;
+mod retry_after;
+mod throttle;
 pub mod watch;
+#[cfg(test)]
+pub mod wire;
 
 pub use failure::{Call, Cause, Failure};
-pub use layer::Metrics;
+pub use metrics::Metrics;
+
+use crate::config::RequestRate;
 
 /// For the TCP connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -40,13 +50,9 @@ pub enum Error {
     Build(#[from] kube::Error),
 }
 
-/// A client from `KUBECONFIG`, the user's kubeconfig, or the pod's service account, whichever is found first.
-pub async fn connect(metrics: &Metrics) -> Result<Client, Error> {
-    Ok(client(Config::infer().await?, metrics)?)
-}
-
-/// A client from a given configuration.
-pub fn client(config: Config, metrics: &Metrics) -> Result<Client, kube::Error> {
+/// A client from `KUBECONFIG`, the user's kubeconfig, or the pod's service account, whichever is found first. What one process sends
+/// at most at `rate` goes through one client and its clones.
+pub async fn connect(metrics: &Metrics, rate: RequestRate) -> Result<Client, Error> {
     let mut tcp = HttpConnector::new();
     tcp.enforce_http(false);
     tcp.set_nodelay(true);
@@ -55,9 +61,19 @@ pub fn client(config: Config, metrics: &Metrics) -> Result<Client, kube::Error> 
     tcp.set_keepalive_interval(Some(KEEPALIVE));
     tcp.set_keepalive_retries(Some(2));
     tcp.set_tcp_user_timeout(Some(ANSWER_TIMEOUT));
-    let http = HttpClient::builder(TokioExecutor::new()).build(config.rustls_https_connector_with_connector(tcp)?);
+    let config = Config::infer().await?;
+    let https = config.rustls_https_connector_with_connector(tcp)?;
+    Ok(client(config, https, metrics, rate)?)
+}
+
+/// A client from a given configuration, over connections of `connector`. `kube`'s own builder would add retries of its own.
+fn client<C>(config: Config, connector: C, metrics: &Metrics, rate: RequestRate) -> Result<Client, kube::Error>
+where
+    C: Connect + Clone + Send + Sync + 'static,
+{
+    let http = HttpClient::builder(TokioExecutor::new()).build(connector);
     let service = ServiceBuilder::new()
-        .layer(layer::Layer::new(metrics.clone()))
+        .layer(layer::Layer::new(metrics.clone(), rate))
         .layer(config.base_uri_layer())
         .option_layer(config.auth_layer()?)
         .layer(config.extra_headers_layer()?)

@@ -5,7 +5,7 @@
 //! logged with its cause, and tried again.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     fmt,
     sync::Arc,
     time::{Duration, SystemTime},
@@ -86,6 +86,8 @@ struct Rotation {
     /// Answers whose chain leads to no root that is known so far: judged again when the bundle changes.
     unproven: HashMap<Id, Issued>,
     submitted: (mpsc::UnboundedSender<Submitted>, mpsc::UnboundedReceiver<Submitted>),
+    /// Issuers that answer nobody.
+    silent: BTreeSet<IssuerName>,
     last_seen: Now,
 }
 
@@ -120,6 +122,7 @@ pub async fn run(parts: Parts, shutdown: CancellationToken) {
         spent: HashMap::new(),
         unproven: HashMap::new(),
         submitted: mpsc::unbounded_channel(),
+        silent: BTreeSet::new(),
         last_seen: now,
     };
     let mut wall_at = now.wall;
@@ -191,11 +194,25 @@ impl Rotation {
             }
         }
         let metrics = &self.parts.metrics;
-        metrics.in_flight(self.orders.len());
+        metrics.in_flight(self.orders.len(), self.planner.parked());
         for class in [Class::Ending, Class::Waiting, Class::Routine] {
             metrics.queued(class, self.planner.queued(class));
         }
+        self.tell_silence();
         self.planner.next_wake()
+    }
+
+    /// Tells which issuers answer nobody, once for each.
+    fn tell_silence(&mut self) {
+        let now = self.now();
+        let silent: BTreeSet<IssuerName> = self.planner.silent(now).cloned().collect();
+        for issuer in silent.difference(&self.silent) {
+            warn!(%issuer, "the issuer answers nobody; what it has stays there, and it gets one more request a minute");
+        }
+        for issuer in self.silent.difference(&silent) {
+            info!(%issuer, "the issuer gets requests as usual again");
+        }
+        self.silent = silent;
     }
 
     /// Compares the clocks: the wall clock may have been stepped, or the machine suspended.

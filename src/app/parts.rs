@@ -54,7 +54,7 @@ async fn cluster(
     last: &CancellationToken,
 ) -> anyhow::Result<Cluster> {
     let metrics = kubernetes::Metrics::register(base.exposition.registry());
-    let client = kubernetes::connect(&metrics).await?;
+    let client = kubernetes::connect(&metrics, config.kubernetes).await?;
     let pods = match &config.node.node_name {
         Some(node) if config.attestation == Attestation::Kubernetes => {
             let mut pods = Pods::new(client.clone(), node, metrics.clone());

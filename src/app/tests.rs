@@ -7,6 +7,8 @@ use tokio::time::timeout;
 use super::*;
 use crate::{attest::unix::UnixAttestor, clock::SystemClock, config, trust};
 
+mod neighbour;
+
 /// The configuration of `dev`, with its socket in `directory` and ports that the kernel chooses.
 fn config(directory: &Path) -> Config {
     let flags = config::Dev { socket: Some(directory.join("sds.sock")), admin: Some(([127, 0, 0, 1], 0).into()), ..config::Dev::default() };

@@ -1,8 +1,9 @@
 //! This node's pods, by UID: one watch, a few facts of each, and a token that is cancelled when a pod has ended.
 //!
 //! The caller runs [`Pods::run`] for as long as the agent lives. A pod that is not known yet is awaited, not polled; a UID that the
-//! complete index does not know costs one live read, shared by all who ask and made at most once a second. Pods that a new list lacks
-//! are confirmed by a quorum read before anybody loses a stream.
+//! complete index does not know costs one live read, shared by all who ask and made at most once a second, and then none for half a minute:
+//! containers outlive their pods and ask for ever. Pods that a new list lacks are confirmed by a quorum read before anybody loses a
+//! stream.
 
 use std::{
     collections::HashSet,
@@ -14,7 +15,10 @@ use std::{
 use futures::StreamExt;
 use k8s_openapi::api::core::v1::Pod as ApiPod;
 use kube::{Api, Client, api::ListParams, core::ApiResource, runtime::watcher};
-use tokio::sync::{oneshot, watch};
+use tokio::{
+    sync::{oneshot, watch},
+    time::{Instant, timeout},
+};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -22,7 +26,7 @@ use crate::{
     identity::Workload,
     kubernetes::{
         self, Call, Failure,
-        layer::Resource,
+        metrics::Resource,
         watch::{Selection, Signal},
     },
 };
@@ -34,6 +38,9 @@ pub use index::{Known, Pod, Slim};
 
 /// Between live reads.
 const LIVE_PACE: Duration = Duration::from_secs(1);
+/// A pod is in the API before its containers run on the node: what a live read did not find is not there, or it is a static pod whose
+/// mirror comes late, and of that the watch tells.
+const UNKNOWN_FOR: Duration = Duration::from_secs(30);
 /// After a live read that failed, where pods wait to be confirmed.
 const LIVE_AGAIN: Duration = Duration::from_secs(5);
 /// The kubelet tells of a container some time after it has started it.
@@ -113,6 +120,14 @@ impl Pods {
             Err(_) if self.index().has_gone(uid) => return Err(deleted(uid)),
             Err(arrival) => arrival,
         };
+        let was_unknown = self.index().is_unknown(uid, Instant::now());
+        if was_unknown {
+            // No read; but the watch has as long as one would have taken.
+            return match timeout(LIVE_PACE, &mut arrival).await {
+                Ok(_) => self.arrived(uid),
+                Err(_) => Err(self.unknown(uid)),
+            };
+        }
         let mut synced = self.synced();
         tokio::select! {
             biased;
@@ -128,11 +143,16 @@ impl Pods {
         match (self.look(uid), read) {
             (Ok(known), _) => serveable(known),
             (Err(_), Ok(())) => {
-                let detail = format!("the API server knows no pod with UID {uid} on node {}", self.0.node);
-                Err(Error::temporary(Reason::unknown_pod, detail))
+                self.index().note_unknown(uid, Instant::now() + UNKNOWN_FOR);
+                Err(self.unknown(uid))
             }
             (Err(_), Err(why)) => Err(Error::temporary(Reason::unreadable, format!("cannot look for the pod with UID {uid}: {why}"))),
         }
+    }
+
+    fn unknown(&self, uid: &str) -> Error {
+        let detail = format!("the API server knows no pod with UID {uid} on node {}", self.0.node);
+        Error::temporary(Reason::unknown_pod, detail)
     }
 
     /// The name of the container with this id in the pod with this UID; waits a while for the kubelet to tell of it.
@@ -150,7 +170,7 @@ impl Pods {
                 }
             }
         };
-        tokio::time::timeout(CONTAINER_PATIENCE, told).await.unwrap_or_else(|_| {
+        timeout(CONTAINER_PATIENCE, told).await.unwrap_or_else(|_| {
             let detail = format!("the status of the pod with UID {uid} tells of no container {id}");
             Err(Error::temporary(Reason::unknown_container, detail))
         })

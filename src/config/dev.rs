@@ -11,7 +11,7 @@ use std::{
 use serde_json::Value;
 
 use super::{
-    Attestation, AttestationPolicy, Config, Env, IssuerConfig, Limits, LockMemory, Names, NodeEnvironment, SharedSocket,
+    Attestation, AttestationPolicy, Config, Env, IssuerConfig, Limits, LockMemory, Names, NodeEnvironment, RequestRate, SharedSocket,
     error::{Errors, Wrong},
     issuance::LIFETIMES,
     reader::Report,
@@ -102,6 +102,7 @@ fn config(path: &Path, trust_domain: TrustDomain, lifetime: Duration, admin: Soc
         lock_memory: LockMemory::Auto,
         // One person's: there is nobody to be protected from.
         limits: Limits::default().undivided(),
+        kubernetes: RequestRate::default(),
         retention: Duration::from_secs(300),
         drain: Duration::from_secs(10),
         admin,

@@ -8,7 +8,7 @@ use std::{collections::BTreeMap, fs::File, io::Read, net::SocketAddr, path::Path
 use serde_json::Value;
 
 use super::{
-    Attestation, AttestationPolicy, Config, IssuerConfig, Limits, LockMemory, Names, TrustSource,
+    Attestation, AttestationPolicy, Config, IssuerConfig, Limits, LockMemory, Names, RequestRate, TrustSource,
     environment::{self, Env},
     error::{Errors, Problem, Warning, Wrong},
     issuance,
@@ -112,6 +112,7 @@ pub(super) fn walk(root: &Section<'_>, report: &Report, env: Env<'_>) -> Option<
         keys.read("lockMemory", LockMemory::Auto, values::choice(&names))
     });
     let limits = root.section("limits", limits);
+    let kubernetes = root.section("kubernetes", request_rate);
     let retention = root.read("retention", Duration::from_secs(300), values::duration(Duration::ZERO..=DAY));
     let drain = root.read("drain", Duration::from_secs(10), values::duration(Duration::ZERO..=Duration::from_secs(600)));
     let addresses = addresses(root);
@@ -141,6 +142,7 @@ pub(super) fn walk(root: &Section<'_>, report: &Report, env: Env<'_>) -> Option<
         names: names?,
         lock_memory: lock_memory?,
         limits: limits?,
+        kubernetes: kubernetes?,
         retention: retention?,
         drain: drain?,
         admin,
@@ -284,6 +286,16 @@ fn limits(limits: &Section<'_>) -> Option<Limits> {
         names_per_stream: names_per_stream?,
         idle: idle?,
     })
+}
+
+fn request_rate(kubernetes: &Section<'_>) -> Option<RequestRate> {
+    let default = RequestRate::default();
+    let count = |field, default: u32| {
+        kubernetes.read(field, default, |v| values::integer(1..=10_000)(v).map(|n| u32::try_from(n).unwrap_or(u32::MAX)))
+    };
+    let per_second = count("requestsPerSecond", default.per_second);
+    let burst = count("burst", default.burst);
+    Some(RequestRate { per_second: per_second?, burst: burst? })
 }
 
 fn addresses(root: &Section<'_>) -> Option<(SocketAddr, SocketAddr)> {

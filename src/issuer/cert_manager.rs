@@ -182,8 +182,12 @@ impl Inner {
         object.metadata.namespace = Some(namespace.to_owned());
         object.metadata.labels = Some(agent.labels());
         object.metadata.annotations = Some(agent.annotations(&order.identity, order.evidence.as_ref()));
-        // The key dies with the agent's pod, so may the request. Owners work within their namespace only.
-        object.metadata.owner_references = agent.pod.as_ref().filter(|pod| &*pod.namespace == namespace).map(|pod| vec![owner(pod)]);
+        // The key dies with the agent's pod, so may the request. Owners work within their namespace only: elsewhere it is the pod in whose
+        // name it is asked. Nobody sweeps the requests of a node that has been removed; its pods are collected, and these with them. The
+        // price is that a request whose pod goes is lost even where a sibling could have used it: the sibling then asks anew.
+        let owners = [agent.pod.as_ref(), order.evidence.as_ref()];
+        let within = owners.into_iter().flatten().find(|pod| &*pod.namespace == namespace);
+        object.metadata.owner_references = within.map(|pod| vec![owner(pod)]);
         object
     }
 

@@ -57,6 +57,12 @@ impl Embedded {
     pub fn bundle(&self) -> Result<TrustBundle, crate::material::Error> {
         TrustBundle::from_certificates(vec![self.inner.root.der().clone()])
     }
+
+    /// Signs a CSR as an upstream of other tests.
+    #[cfg(test)]
+    pub fn sign(&self, csr_der: Vec<u8>, lifetime: Duration) -> Vec<u8> {
+        self.inner.sign(csr_der, lifetime, self.clock.now()).unwrap()
+    }
 }
 
 impl Authority {

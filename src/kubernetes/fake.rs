@@ -19,7 +19,10 @@ use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tower::{BoxError, Layer as _};
 
-use crate::kubernetes::{Metrics, layer::Layer};
+use crate::{
+    config::RequestRate,
+    kubernetes::{Metrics, layer::Layer},
+};
 
 type Answer = Response<UnsyncBoxBody<Bytes, BoxError>>;
 type Key = (String, String, String);
@@ -77,6 +80,7 @@ struct State {
     watchers: Vec<Watcher>,
     faults: Vec<Planned>,
     seen: Vec<String>,
+    created: Vec<String>,
 }
 
 /// The server.
@@ -100,7 +104,7 @@ impl FakeApi {
     pub fn client(&self, metrics: &Metrics) -> Client {
         let this = self.clone();
         let service = tower::service_fn(move |request: Request<Body>| this.clone().serve(request));
-        Client::new(Layer::new(metrics.clone()).layer(service), "default")
+        Client::new(Layer::new(metrics.clone(), RequestRate::default()).layer(service), "default")
     }
 
     /// Creates or replaces an object.
@@ -163,6 +167,11 @@ impl FakeApi {
         self.lock().seen.iter().filter(|s| **s == wanted).count()
     }
 
+    /// Changes whenever anything does.
+    pub fn moved(&self) -> watch::Receiver<()> {
+        self.moved.subscribe()
+    }
+
     /// Waits, within an hour of (paused) time, until `condition` holds.
     pub async fn until<T>(&self, what: &str, mut condition: impl FnMut(&Self) -> Option<T>) -> T {
         let mut moved = self.moved.subscribe();
@@ -184,20 +193,43 @@ impl FakeApi {
         self.until(&what, |api| Some(api.objects(plural)).filter(|objects| objects.len() == n)).await
     }
 
-    fn serve(self, request: Request<Body>) -> BoxFuture<'static, Result<Answer, BoxError>> {
+    /// Every watch of a kind is told how far it is.
+    pub fn bookmark(&self, plural: &str) {
+        let state = self.lock();
+        let metadata = json!({"resourceVersion": state.version.to_string()});
+        let event = json!({"type": "BOOKMARK", "object": {"kind": "x", "apiVersion": "x/v1", "metadata": metadata}});
+        for watcher in state.watchers.iter().filter(|watcher| watcher.plural == plural) {
+            let _ = watcher.events.send(Ok(Bytes::from(format!("{event}\n"))));
+        }
+    }
+
+    /// How many objects of a kind clients have created.
+    pub fn created(&self, plural: &str) -> usize {
+        self.lock().created.iter().filter(|created| *created == plural).count()
+    }
+
+    /// Verb and plural of a request.
+    pub(super) fn kind(request: &Request<Body>) -> (&'static str, String) {
+        let (plural, _, name) = parse_path(request.uri().path());
+        let watches = request.uri().query().is_some_and(|query| parse_query(query).contains_key("watch"));
+        let verb = match (request.method(), name.is_some()) {
+            (&Method::GET, true) => "get",
+            (&Method::GET, false) if watches => "watch",
+            (&Method::GET, false) => "list",
+            (&Method::POST, _) => "create",
+            (&Method::DELETE, _) => "delete",
+            _ => "other",
+        };
+        (verb, plural)
+    }
+
+    pub(super) fn serve(self, request: Request<Body>) -> BoxFuture<'static, Result<Answer, BoxError>> {
         Box::pin(async move {
+            let (verb, _) = Self::kind(&request);
             let (parts, body) = request.into_parts();
             let body = body.collect_bytes().await?;
             let query: BTreeMap<String, String> = parts.uri.query().map(parse_query).unwrap_or_default();
             let (plural, namespace, name) = parse_path(parts.uri.path());
-            let verb = match (&parts.method, name.is_some()) {
-                (&Method::GET, true) => "get",
-                (&Method::GET, false) if query.contains_key("watch") => "watch",
-                (&Method::GET, false) => "list",
-                (&Method::POST, _) => "create",
-                (&Method::DELETE, _) => "delete",
-                _ => "other",
-            };
             let fault = self.lock().meet(verb, &plural);
             self.moved.send_replace(());
             match fault {
@@ -242,6 +274,7 @@ impl FakeApi {
                 if state.objects.contains_key(&(plural.clone(), key.1, name)) {
                     return status(409, "AlreadyExists", &plural);
                 }
+                state.created.push(plural.clone());
                 answer(201, state.put(&plural, object).to_string())
             }
             "delete" => {

@@ -1,11 +1,11 @@
-//! What every request to the API passes: time-outs, metrics, and a pace for watches.
+//! What every request to the API passes: the process's pace, time-outs, metrics, and a pace for each watch.
 //!
-//! An answer is read whole before it is passed on, within [`ANSWER_TIMEOUT`]; a watch is passed on with its headers. A server that ends
-//! each watch at once is asked again once a second, not as fast as it can end them.
+//! An answer is read whole before it is passed on, within [`ANSWER_TIMEOUT`]; a watch that runs is passed on with its headers. A server
+//! that ends each watch at once is asked again once a second, not as fast as it can end them. Nothing is sent twice here, and `kube`'s own
+//! retries are not in this client: an answer of 429 or 5xx goes to who asked, and what it asks for holds back all others of its kind.
 
 use std::{
     collections::HashMap,
-    fmt,
     sync::{Arc, Mutex, PoisonError},
     task::{Context, Poll},
     time::Duration,
@@ -13,18 +13,21 @@ use std::{
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
-use http::{Request, Response};
+use http::{Request, Response, StatusCode, header};
 use http_body_util::{BodyExt, Full, combinators::UnsyncBoxBody};
 use kube::client::Body;
-use prometheus_client::{
-    encoding::{EncodeLabelSet, EncodeLabelValue, LabelValueEncoder},
-    metrics::{counter::Counter, family::Family, histogram::Histogram},
-    registry::Registry,
-};
 use tokio::time::{Instant, sleep_until, timeout};
 use tower::{BoxError, Service};
 
-use crate::kubernetes::{ANSWER_TIMEOUT, watch::Ended};
+use crate::{
+    config::RequestRate,
+    kubernetes::{
+        ANSWER_TIMEOUT,
+        metrics::{Code, Metrics, Resource, Verb, Wait},
+        retry_after,
+        throttle::{Held, Kind, Throttle, Waits},
+    },
+};
 
 /// Between two starts of the same watch.
 const WATCH_PACE: Duration = Duration::from_secs(1);
@@ -34,174 +37,22 @@ const WATCH_PACE: Duration = Duration::from_secs(1);
 #[error("no answer within {} s", ANSWER_TIMEOUT.as_secs())]
 pub struct TimedOut;
 
-/// What is asked, as a metric label.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
-#[allow(non_camel_case_types, reason = "the names are the label's values")]
-pub enum Verb {
-    /// One object.
-    get,
-    /// Many.
-    list,
-    /// Their changes.
-    watch,
-    /// A new one.
-    create,
-    /// One less.
-    delete,
-    /// Something else.
-    other,
-}
-
-/// Of what, as a metric label.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
-#[allow(non_camel_case_types, reason = "the names are the label's values")]
-pub enum Resource {
-    /// CertificateRequests.
-    certificaterequests,
-    /// Issuers.
-    issuers,
-    /// ClusterIssuers.
-    clusterissuers,
-    /// Pods.
-    pods,
-    /// ConfigMaps.
-    configmaps,
-    /// Events.
-    events,
-    /// Something else.
-    other,
-}
-
-impl Resource {
-    /// The label's value, which is the resource's plural.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::certificaterequests => "certificaterequests",
-            Self::issuers => "issuers",
-            Self::clusterissuers => "clusterissuers",
-            Self::pods => "pods",
-            Self::configmaps => "configmaps",
-            Self::events => "events",
-            Self::other => "other",
-        }
-    }
-
-    /// The resource that a path of the API is about.
-    fn of(path: &str) -> Self {
-        let mut segments = path.split('/').filter(|s| !s.is_empty());
-        // `api/<version>` or `apis/<group>/<version>`.
-        let skip = if segments.next() == Some("apis") { 2 } else { 1 };
-        let rest: Vec<&str> = segments.skip(skip).take(3).collect();
-        let plural = match rest[..] {
-            ["namespaces", _, plural] | [plural, ..] => plural,
-            [] => "",
-        };
-        const KNOWN: [Resource; 6] = [
-            Resource::certificaterequests,
-            Resource::issuers,
-            Resource::clusterissuers,
-            Resource::pods,
-            Resource::configmaps,
-            Resource::events,
-        ];
-        KNOWN.into_iter().find(|r| r.as_str() == plural).unwrap_or(Self::other)
-    }
-}
-
-/// What came back, as a metric label: the HTTP status, `timeout`, or `error` where there was no answer at all.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Code {
-    /// An HTTP status.
-    Status(u16),
-    /// Nothing in time.
-    Timeout,
-    /// The connection failed.
-    Error,
-}
-
-impl EncodeLabelValue for Code {
-    fn encode(&self, encoder: &mut LabelValueEncoder<'_>) -> Result<(), fmt::Error> {
-        match self {
-            Self::Status(code) => EncodeLabelValue::encode(code, encoder),
-            Self::Timeout => "timeout".encode(encoder),
-            Self::Error => "error".encode(encoder),
-        }
-    }
-}
-
-/// Labels of `kube_requests_total` and `kube_request_duration_seconds`.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-pub struct Labels {
-    verb: Verb,
-    resource: Resource,
-    code: Code,
-}
-
-/// Labels of `watch_restarts_total`.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-pub struct WatchLabels {
-    resource: Resource,
-    reason: Ended,
-}
-
-/// What the client counts.
-#[derive(Debug, Clone)]
-pub struct Metrics {
-    requests: Family<Labels, Counter>,
-    duration: Family<Labels, Histogram>,
-    restarts: Family<WatchLabels, Counter>,
-}
-
-impl Default for Metrics {
-    fn default() -> Self {
-        let buckets = || Histogram::new([0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0]);
-        Self { requests: Family::default(), duration: Family::new_with_constructor(buckets), restarts: Family::default() }
-    }
-}
-
-impl Metrics {
-    /// Registers the module's metrics.
-    pub fn register(registry: &mut Registry) -> Self {
-        let metrics = Self::default();
-        registry.register("kube_requests", "Requests to the Kubernetes API", metrics.requests.clone());
-        registry.register(
-            "kube_request_duration_seconds",
-            "Time to the whole answer; for a watch, to its headers",
-            metrics.duration.clone(),
-        );
-        registry.register("watch_restarts", "Watches that broke and were started again", metrics.restarts.clone());
-        metrics
-    }
-
-    /// Counts a watch that broke.
-    pub fn watch_ended(&self, resource: Resource, reason: Ended) {
-        self.restarts.get_or_create(&WatchLabels { resource, reason }).inc();
-    }
-
-    fn observe(&self, verb: Verb, resource: Resource, code: Code, since: Instant) {
-        let labels = Labels { verb, resource, code };
-        self.requests.get_or_create(&labels).inc();
-        self.duration.get_or_create(&labels).observe(since.elapsed().as_secs_f64());
-    }
-
-    /// How many watches broke, for tests.
-    #[cfg(test)]
-    pub fn restarts(&self, resource: Resource, reason: Ended) -> u64 {
-        self.restarts.get_or_create(&WatchLabels { resource, reason }).get()
-    }
-}
-
 /// Makes [`Observed`] services.
 #[derive(Debug, Clone)]
-pub struct Layer {
+pub struct Layer(Shared);
+
+/// What all requests of the client share.
+#[derive(Debug, Clone)]
+struct Shared {
     metrics: Metrics,
     pace: Arc<Pace>,
+    throttle: Arc<Throttle>,
 }
 
 impl Layer {
-    /// Counts into `metrics`.
-    pub fn new(metrics: Metrics) -> Self {
-        Self { metrics, pace: Arc::default() }
+    /// Counts into `metrics`, and sends at most at `rate`.
+    pub fn new(metrics: Metrics, rate: RequestRate) -> Self {
+        Self(Shared { metrics, pace: Arc::default(), throttle: Arc::new(Throttle::new(rate)) })
     }
 }
 
@@ -209,7 +60,7 @@ impl<S> tower::Layer<S> for Layer {
     type Service = Observed<S>;
 
     fn layer(&self, inner: S) -> Observed<S> {
-        Observed { inner, metrics: self.metrics.clone(), pace: self.pace.clone() }
+        Observed { inner, shared: self.0.clone() }
     }
 }
 
@@ -217,8 +68,7 @@ impl<S> tower::Layer<S> for Layer {
 #[derive(Debug, Clone)]
 pub struct Observed<S> {
     inner: S,
-    metrics: Metrics,
-    pace: Arc<Pace>,
+    shared: Shared,
 }
 
 impl<S, B> Service<Request<Body>> for Observed<S>
@@ -238,26 +88,31 @@ where
     }
 
     fn call(&mut self, request: Request<Body>) -> Self::Future {
-        let resource = Resource::of(request.uri().path());
-        let verb = verb(&request);
-        let turn = (verb == Verb::watch).then(|| self.pace.turn(request.uri()));
+        let kind = (verb(&request), Resource::of(request.uri().path()));
+        let shared = self.shared.clone();
+        let turn = (kind.0 == Verb::watch).then(|| shared.pace.turn(request.uri()));
         let answer = self.inner.call(request);
-        let metrics = self.metrics.clone();
         Box::pin(async move {
             if let Some(turn) = turn {
                 sleep_until(turn).await;
             }
+            if let Err(left) = shared.admitted(kind).await {
+                return Ok(in_its_stead(left));
+            }
             let start = Instant::now();
             let whole = async {
-                let (parts, body) = answer.await.map_err(Into::into)?.into_parts();
-                let body = match verb {
-                    Verb::watch => body.map_err(Into::into).boxed_unsync(),
-                    _ => {
-                        let bytes = body.collect().await.map_err(Into::into)?.to_bytes();
-                        Full::new(bytes).map_err(|never| match never {}).boxed_unsync()
-                    }
-                };
-                Ok(Response::from_parts(parts, body))
+                let (mut parts, body) = answer.await.map_err(Into::into)?.into_parts();
+                // What refuses a watch is short, and may not come as slowly as a watch does.
+                if kind.0 == Verb::watch && parts.status.is_success() {
+                    return Ok(Response::from_parts(parts, body.map_err(Into::into).boxed_unsync()));
+                }
+                let mut bytes = body.collect().await.map_err(Into::into)?.to_bytes();
+                if let Some(after) = retry_after::asked(parts.status, &parts.headers, &bytes) {
+                    shared.asked_to_wait(kind, after, parts.status);
+                    bytes = retry_after::body(parts.status, after, &bytes).into();
+                    parts.headers.remove(header::CONTENT_LENGTH);
+                }
+                Ok(Response::from_parts(parts, full(bytes)))
             };
             let result = timeout(ANSWER_TIMEOUT, whole).await;
             let code = match &result {
@@ -265,10 +120,51 @@ where
                 Ok(Err(_)) => Code::Error,
                 Err(_) => Code::Timeout,
             };
-            metrics.observe(verb, resource, code, start);
+            shared.observe(kind, code, start);
             result.unwrap_or_else(|_| Err(TimedOut.into()))
         })
     }
+}
+
+impl Shared {
+    /// Waits until a request may be sent; the time that is left where that is too long to wait here.
+    async fn admitted(&self, kind: Kind) -> Result<(), Duration> {
+        let (result, waits) = match self.throttle.admit(kind).await {
+            Ok(waits) => (Ok(()), waits),
+            Err(Held { left, waits }) => (Err(left), waits),
+        };
+        let Waits { rate_limit, retry_after } = waits;
+        self.metrics.waited(Wait::rate_limit, rate_limit);
+        self.metrics.waited(Wait::retry_after, retry_after);
+        result
+    }
+
+    fn asked_to_wait(&self, kind: Kind, after: Duration, status: StatusCode) {
+        if self.throttle.hold(kind, after) {
+            let (verb, resource) = (kind.0, kind.1.as_str());
+            tracing::warn!(?verb, resource, status = status.as_u16(), seconds = after.as_secs(), "the API server asks to wait; waiting");
+        }
+    }
+
+    fn observe(&self, kind: Kind, code: Code, since: Instant) {
+        self.metrics.observe(kind.0, kind.1, code, since);
+        if matches!(code, Code::Status(..429)) && self.throttle.answered(kind) {
+            tracing::info!(verb = ?kind.0, resource = kind.1.as_str(), "the API server takes these requests again");
+        }
+    }
+}
+
+/// The answer that the server has asked not to be asked for.
+fn in_its_stead(left: Duration) -> Response<UnsyncBoxBody<Bytes, BoxError>> {
+    let status = StatusCode::TOO_MANY_REQUESTS;
+    let body = retry_after::body(status, left, b"the API server has asked to wait, and the agent does");
+    let mut response = Response::new(full(body.into()));
+    *response.status_mut() = status;
+    response
+}
+
+fn full(bytes: Bytes) -> UnsyncBoxBody<Bytes, BoxError> {
+    Full::new(bytes).map_err(|never| match never {}).boxed_unsync()
 }
 
 /// `kube` says in an extension which of its methods made the request.
@@ -297,26 +193,5 @@ impl Pace {
         let turn = starts.get(&key).map_or(now, |last| now.max(*last + WATCH_PACE));
         starts.insert(key, turn);
         turn
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_resource_is_read_from_the_path() {
-        for (path, resource) in [
-            ("/api/v1/pods", Resource::pods),
-            ("/api/v1/namespaces/a/configmaps", Resource::configmaps),
-            ("/apis/cert-manager.io/v1/namespaces/pods/certificaterequests/x", Resource::certificaterequests),
-            ("/apis/cert-manager.io/v1/clusterissuers/x", Resource::clusterissuers),
-            ("/apis/cert-manager.io/v1/certificaterequests", Resource::certificaterequests),
-            ("/apis/cert-manager.io", Resource::other),
-            ("/version", Resource::other),
-            ("", Resource::other),
-        ] {
-            assert_eq!(Resource::of(path), resource, "{path}");
-        }
     }
 }

@@ -17,7 +17,8 @@ use tokio::time::timeout;
 use crate::kubernetes::{
     ANSWER_TIMEOUT,
     failure::{Call, Cause, Failure},
-    layer::{Metrics, Resource},
+    metrics::{Metrics, Resource},
+    throttle::LONGEST_STAY,
 };
 
 /// After the first trouble; it doubles, and up to a half of it is taken off at random.
@@ -26,9 +27,9 @@ const SHORTEST_PAUSE: Duration = Duration::from_millis(500);
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 /// And while a right is missing.
 const LONGEST_PAUSE_WITHOUT_RIGHT: Duration = Duration::from_secs(30);
-/// A watch that could not be started is believed to run when it has told something, or no more trouble for so long: longer than the
-/// answer to its start may take.
-const PROOF: Duration = ANSWER_TIMEOUT.saturating_add(Duration::from_secs(5));
+/// A watch that broke or could not be started is believed to run when it has told something, or no more trouble for so long: longer than
+/// its start may be held back and the answer to it may take.
+const PROOF: Duration = ANSWER_TIMEOUT.saturating_add(LONGEST_STAY).saturating_add(Duration::from_secs(5));
 
 /// Why a watch broke, as a metric label.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
@@ -76,7 +77,7 @@ struct State<K> {
     pause: Option<Duration>,
     next_pause: Duration,
     told: Option<Failure>,
-    /// It is the watch that did not start: a list that works is no proof.
+    /// It is the watch that broke or did not start: a list that works is no proof.
     unproven: bool,
 }
 
@@ -145,16 +146,21 @@ where
         };
         let expired = failure.cause == Cause::Expired;
         self.metrics.watch_ended(self.selection.resource, if expired { Ended::expired } else { reason });
-        if reason == Ended::start_failed && matches!(failure.cause, Cause::Expired | Cause::Rbac) {
-            // The library would ask for the same version for ever; and only a new list can show that a right has come back.
+        let stuck = reason == Ended::start_failed && matches!(failure.cause, Cause::Expired | Cause::Rbac);
+        let skipped = matches!(error, watcher::Error::WatchFailed(kube::Error::SerdeError(_)));
+        let refused = matches!(error, watcher::Error::WatchError(_)) && !expired;
+        if stuck || skipped || refused {
+            // The library would ask for the same version for ever, and only a new list can show that a right has come back; it would go on
+            // behind an event that it could not read; and it would stay on a stream on which the server has said that it is over.
             self.events = Box::pin(watcher(self.api.clone(), self.selection.config.clone()));
         }
-        self.unproven = reason == Ended::start_failed && !expired;
+        self.unproven = reason != Ended::list_failed && !expired;
         if expired {
             // The server answers again, only its history has gone: a list brings everything back at once.
             self.next_pause = SHORTEST_PAUSE;
         }
-        self.pause = Some(self.next_pause.mul_f64(0.5 + 0.5 * fastrand::f64()));
+        let asked = if let Cause::TooManyRequests(Some(after)) = failure.cause { after } else { Duration::ZERO };
+        self.pause = Some(self.next_pause.mul_f64(0.5 + 0.5 * fastrand::f64()).max(asked));
         // A right that is missing comes back by a person's hand: no hurry.
         let longest = if failure.cause == Cause::Rbac { LONGEST_PAUSE_WITHOUT_RIGHT } else { LONGEST_PAUSE };
         self.next_pause = (self.next_pause * 2).min(longest);

@@ -106,6 +106,7 @@ pub struct Metrics {
     issuances: Family<IssuanceLabels, Counter>,
     durations: Family<PhaseLabels, Histogram>,
     in_flight: Gauge,
+    parked: Gauge,
     queued: Family<PriorityLabel, Gauge>,
     renewals: Family<RenewalLabel, Counter>,
     lag: Histogram,
@@ -120,6 +121,7 @@ impl Default for Metrics {
                 Histogram::new([0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0])
             }),
             in_flight: Gauge::default(),
+            parked: Gauge::default(),
             queued: Family::default(),
             renewals: Family::default(),
             lag: Histogram::new([0.1, 1.0, 10.0, 60.0, 300.0, 1800.0, 7200.0, 28_800.0]),
@@ -135,6 +137,7 @@ impl Metrics {
         registry.register("issuances", "Orders answered, by issuer and result", m.issuances.clone());
         registry.register_with_unit("issuance_duration", "Time of the parts of an issue", Unit::Seconds, m.durations.clone());
         registry.register("issuances_in_flight", "Orders under way, parked ones included", m.in_flight.clone());
+        registry.register("issuances_parked", "Orders that their issuer has left pending, and that hold nobody up", m.parked.clone());
         registry.register("issuance_queue_length", "Orders that wait for a slot", m.queued.clone());
         registry.register("renewals", "Attempts to replace a certificate that is in use", m.renewals.clone());
         registry.register_with_unit(
@@ -171,8 +174,10 @@ impl Metrics {
         self.lag.observe(lag.as_secs_f64());
     }
 
-    pub(super) fn in_flight(&self, count: usize) {
-        self.in_flight.set(i64::try_from(count).unwrap_or(i64::MAX));
+    pub(super) fn in_flight(&self, count: usize, parked: usize) {
+        let gauge = |count| i64::try_from(count).unwrap_or(i64::MAX);
+        self.in_flight.set(gauge(count));
+        self.parked.set(gauge(parked));
     }
 
     pub(super) fn queued(&self, class: Class, count: usize) {

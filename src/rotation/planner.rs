@@ -24,6 +24,14 @@ const ENDING: f64 = 0.2;
 const PREPARING: Duration = Duration::from_secs(60);
 /// An order that its upstream leaves pending for longer gives up its slot, and nothing else.
 const PARK_AFTER: Duration = Duration::from_secs(10);
+/// An order may stay with its upstream for ever, and its key is kept: so there is a bound to what is left with one that is dead. With so
+/// many parked and [`SILENCE`] since it answered anybody, it gets one more in each [`PROBE`] and no more: a thousand requests that nobody
+/// works off help no identity, and all of them would be worked off by an issuer that comes back. One order still goes through now and
+/// then, because what is parked may be stuck for a reason of its own, such as requests of one namespace that no approver takes, and the
+/// next one would be answered. Any answer ends it at once, a refusal too.
+const MOST_PARKED: usize = 32;
+const SILENCE: Duration = Duration::from_secs(60);
+const PROBE: Duration = Duration::from_secs(60);
 /// Retries at once, with other evidence, in a row.
 const SWIFT_RETRIES: u32 = 3;
 /// A forgotten identity's order that is still pending, or its backoff, is kept for at most this long.
@@ -141,6 +149,12 @@ struct Queue {
     waiting: [BTreeSet<(Rank, Id)>; 3],
     /// Slots in use, by class.
     used: [usize; 3],
+    /// Orders without a slot that the upstream has.
+    parked: usize,
+    /// When the upstream last answered, or got the first of the parked.
+    heard: Option<Instant>,
+    /// When an order was last started.
+    started: Option<Instant>,
 }
 
 impl Planner {
@@ -204,7 +218,7 @@ impl Planner {
 
     /// The upstream has the order.
     pub fn submitted(&mut self, now: Now, id: Id) {
-        if let Some(Job { phase: Phase::Running { submitted, deadline, .. }, .. }) = self.jobs.get_mut(&id) {
+        if let Some(Job { phase: Phase::Running { submitted: submitted @ false, deadline, .. }, .. }) = self.jobs.get_mut(&id) {
             (*submitted, *deadline) = (true, Some(now.mono + PARK_AFTER));
             self.consider(now, id);
         }
@@ -219,6 +233,7 @@ impl Planner {
 
     /// An order was answered with a verified certificate.
     pub fn issued(&mut self, now: Now, id: Id, validity: Validity, renew_at: SystemTime) {
+        self.heard(now, id);
         self.leave_phase(id);
         let Some(job) = self.jobs.get_mut(&id) else { return };
         (job.failures, job.swift_retries, job.not_before, job.by_clock) = (0, 0, None, false);
@@ -234,6 +249,7 @@ impl Planner {
 
     /// An order failed. `by_clock` says that a mended clock would mend it. Returns the wait before the next attempt.
     pub fn failed(&mut self, now: Now, id: Id, retry: Retry, by_clock: bool) -> Duration {
+        self.heard(now, id);
         self.leave_phase(id);
         let draw = self.draw();
         let Some(job) = self.jobs.get_mut(&id) else { return Duration::ZERO };
@@ -304,6 +320,16 @@ impl Planner {
         self.queues.values().map(|queue| queue.waiting[class as usize].len()).sum()
     }
 
+    /// Orders without a slot that their upstreams have not answered.
+    pub fn parked(&self) -> usize {
+        self.queues.values().map(|queue| queue.parked).sum()
+    }
+
+    /// Issuers that hold many orders and have long answered none.
+    pub fn silent(&self, now: Now) -> impl Iterator<Item = &IssuerName> {
+        self.queues.iter().filter(move |(_, queue)| queue.is_silent(now.mono)).map(|(issuer, _)| issuer)
+    }
+
     /// The next thing to do now.
     pub fn poll(&mut self, now: Now) -> Option<Action> {
         while let Some(&(_, id)) = self.wall.first().filter(|(at, _)| *at <= now.wall) {
@@ -326,7 +352,11 @@ impl Planner {
 
     /// The next moments, of either clock, at which [`poll`](Self::poll) has something to do.
     pub fn next_wake(&self) -> (Option<SystemTime>, Option<Instant>) {
-        (self.wall.first().map(|(at, _)| *at), self.mono.first().map(|(at, _)| *at))
+        // What could start and has not waits for a silent issuer.
+        let held = self.queues.values().filter(|queue| queue.parked >= MOST_PARKED && queue.next().is_some());
+        let probe = held.filter_map(|queue| Some(queue.started? + PROBE)).min();
+        let mono = self.mono.first().map(|(at, _)| *at);
+        (self.wall.first().map(|(at, _)| *at), [mono, probe].into_iter().flatten().min())
     }
 
     /// Moves a job on as far as the time allows, and sets its timers for the rest.
@@ -338,10 +368,13 @@ impl Planner {
                 Some(at) if at > now.mono => mono = Some(at),
                 Some(_) => {
                     job.phase = Phase::Running { slot: None, submitted, deadline: None };
-                    if let (Some(class), Some(queue)) = (slot, self.queues.get_mut(&job.issuer)) {
+                    let queue = self.queues.entry(job.issuer.clone()).or_default();
+                    if let Some(class) = slot {
                         queue.used[class as usize] -= 1;
                     }
-                    if !submitted {
+                    if submitted {
+                        queue.park(now.mono);
+                    } else {
                         self.actions.push_back(Action::Abandon(id));
                     }
                 }
@@ -417,12 +450,22 @@ impl Planner {
         }
     }
 
+    /// What the upstream had has been answered.
+    fn heard(&mut self, now: Now, id: Id) {
+        if let Some(Job { phase: Phase::Running { submitted: true, .. }, issuer, .. }) = self.jobs.get(&id)
+            && let Some(queue) = self.queues.get_mut(issuer)
+        {
+            queue.heard = Some(now.mono);
+        }
+    }
+
     /// Gives back the slot, or the place in the queue.
     fn leave_phase(&mut self, id: Id) {
         let Some(job) = self.jobs.get_mut(&id) else { return };
         let queue = self.queues.entry(job.issuer.clone()).or_default();
         match job.phase {
             Phase::Running { slot: Some(class), .. } => queue.used[class as usize] -= 1,
+            Phase::Running { slot: None, submitted: true, deadline: None } => queue.parked -= 1,
             Phase::Queued(class, rank) => drop(queue.waiting[class as usize].remove(&(rank, id))),
             _ => {}
         }
@@ -432,7 +475,8 @@ impl Planner {
     /// Fills free slots, each issuer's by itself.
     fn dispatch(&mut self, now: Now) {
         for queue in self.queues.values_mut() {
-            while let Some((class, rank, id)) = queue.next() {
+            while let Some((class, rank, id)) = queue.next().filter(|_| queue.is_open(now.mono)) {
+                queue.started = Some(now.mono);
                 queue.waiting[class as usize].remove(&(rank, id));
                 queue.used[class as usize] += 1;
                 if let Some(job) = self.jobs.get_mut(&id) {
@@ -452,6 +496,21 @@ impl Planner {
 }
 
 impl Queue {
+    fn park(&mut self, now: Instant) {
+        if self.parked == 0 {
+            self.heard = Some(now);
+        }
+        self.parked += 1;
+    }
+
+    fn is_silent(&self, now: Instant) -> bool {
+        self.parked >= MOST_PARKED && self.heard.is_some_and(|heard| now >= heard + SILENCE)
+    }
+
+    fn is_open(&self, now: Instant) -> bool {
+        !self.is_silent(now) || self.started.is_none_or(|last| now >= last + PROBE)
+    }
+
     /// What may start now: waiting clients first, all but one of the general slots at the most while there are renewals too, and the
     /// reserved slots for what is about to end.
     fn next(&self) -> Option<(Class, Rank, Id)> {

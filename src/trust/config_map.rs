@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     kubernetes::{
         self,
-        layer::Resource,
+        metrics::Resource,
         watch::{Selection, Signal},
     },
     trust::Source,

@@ -6,7 +6,7 @@ use std::{
 };
 
 use serde::{Deserialize, Serialize};
-use tokio::sync::oneshot;
+use tokio::{sync::oneshot, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 use crate::identity::{
@@ -16,6 +16,8 @@ use crate::identity::{
 
 /// UIDs of deleted pods that are remembered, so that an older list does not bring them back.
 const REMEMBERED: usize = 1024;
+/// UIDs that the API server does not know, and which are believed to be unknown for a while.
+const MOST_UNKNOWN: usize = 256;
 /// The annotation of a static pod's mirror. Its value is the UID by which the kubelet knows the pod, and which its cgroups bear.
 const MIRROR: &str = "kubernetes.io/config.mirror";
 
@@ -127,6 +129,8 @@ pub(super) struct Index {
     /// What the list that is being read holds.
     list: HashSet<Arc<str>>,
     deleted: VecDeque<Arc<str>>,
+    /// UIDs that a live read did not find, and until when that is believed.
+    unknown: VecDeque<(Instant, String)>,
     /// Whether the containers of pods are kept.
     pub(super) keeps_containers: bool,
     /// The CSI driver whose volumes pick profiles.
@@ -148,6 +152,25 @@ impl Index {
     /// Whether a pod with this UID was here and was deleted.
     pub(super) fn has_gone(&self, uid: &str) -> bool {
         self.deleted.iter().any(|gone| &**gone == uid)
+    }
+
+    /// Whether a live read has lately found that there is no pod with this UID.
+    pub(super) fn is_unknown(&mut self, uid: &str, now: Instant) -> bool {
+        while self.unknown.front().is_some_and(|(until, _)| *until <= now) {
+            self.unknown.pop_front();
+        }
+        self.unknown.iter().any(|(_, unknown)| unknown == uid)
+    }
+
+    /// A live read has found no pod with this UID.
+    pub(super) fn note_unknown(&mut self, uid: &str, until: Instant) {
+        if self.unknown.iter().any(|(_, unknown)| unknown == uid) {
+            return;
+        }
+        if self.unknown.len() == MOST_UNKNOWN {
+            self.unknown.pop_front();
+        }
+        self.unknown.push_back((until, uid.to_owned()));
     }
 
     /// The pods that wait to be confirmed.

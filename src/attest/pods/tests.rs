@@ -1,7 +1,7 @@
 //! The index against a scripted API server, under a paused clock.
 
 use serde_json::{Value, json};
-use tokio::{task::JoinHandle, time::timeout};
+use tokio::task::JoinHandle;
 
 use super::*;
 use crate::kubernetes::fake::{FakeApi, Fault};
@@ -133,8 +133,31 @@ async fn an_unknown_uid_costs_one_live_read_for_all_who_ask() {
     assert!(world.api.count("list", "pods") <= 3, "{}", world.api.count("list", "pods"));
 
     world.api.fail("list", "pods", Fault::Refuse, 1);
-    let error = soon(world.pods.wait_for("u-else")).await.unwrap_err();
+    let error = soon(world.pods.wait_for("u-other")).await.unwrap_err();
     assert_eq!((error.reason, error.temporary), (Reason::unreadable, true));
+}
+
+/// Containers that outlived their pod, and the agent started after it had gone.
+#[tokio::test(start_paused = true)]
+async fn a_tight_loop_of_an_unknown_uid_costs_two_live_reads_a_minute_and_delays_no_new_pod() {
+    let world = World::synced(FakeApi::new()).await;
+    let (lists, start) = (world.api.count("list", "pods"), tokio::time::Instant::now());
+    let mut asked = 0;
+    while start.elapsed() < 10 * MINUTE {
+        let error = soon(world.pods.wait_for("u-old")).await.unwrap_err();
+        assert_eq!((error.reason, error.temporary), (Reason::unknown_pod, true));
+        asked += 1;
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let lists = world.api.count("list", "pods") - lists;
+    assert!(asked > 500 && lists <= 21, "{lists} lists for {asked} questions");
+
+    // Another unknown one has a read of its own at once, and the very same UID is served as soon as the watch tells of it.
+    let start = tokio::time::Instant::now();
+    soon(world.pods.wait_for("u-new")).await.unwrap_err();
+    assert!(start.elapsed() <= LIVE_PACE, "{:?}", start.elapsed());
+    world.api.put("pods", pod("old", "u-old", "n1"));
+    timeout(Duration::from_millis(1), world.pods.wait_for("u-old")).await.unwrap().unwrap();
 }
 
 #[tokio::test(start_paused = true)]

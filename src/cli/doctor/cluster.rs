@@ -44,7 +44,7 @@ impl Cluster {
     pub(super) async fn connect(config: &Config) -> Result<Self, Step> {
         let remedy = "run it in the agent's pod, or set KUBECONFIG and NODE_NAME as the agent has them";
         let metrics = kubernetes::Metrics::default();
-        let client = kubernetes::connect(&metrics).await;
+        let client = kubernetes::connect(&metrics, config.kubernetes).await;
         let client = client.map_err(|error| Step::failed("cluster", Exit::Unavailable, error.to_string(), remedy))?;
         let Some(node) = config.node.node_name.as_deref() else {
             return Err(Step::failed("cluster", Exit::Usage, "NODE_NAME is not set", remedy));

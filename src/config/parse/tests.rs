@@ -92,6 +92,7 @@ fn the_sample_of_the_design_is_understood_and_says_what_the_defaults_say() {
     assert_eq!(config.default_profile.lifetime, Duration::from_secs(86_400));
     assert_eq!((config.retention, config.drain), (Duration::from_secs(300), Duration::from_secs(10)));
     assert_eq!(config.limits, Limits::default());
+    assert_eq!(config.kubernetes, RequestRate { per_second: 20, burst: 40 });
     assert_eq!(config.node.node_name.as_deref(), Some("node-1"));
     let pod = PodRef { namespace: "sds-agent".into(), name: "sds-agent-x7k2p".into(), uid: "7f3f5d0e-5b1c-4f5e-9f60-0d3a52b1a001".into() };
     assert_eq!(config.node.pod, Some(pod));
@@ -116,6 +117,7 @@ keys: { lockMemory: never }
 limits:
   { connections: 10, connectionsPerPod: 3, streams: 30, streamsPerPod: 4, streamsPerConnection: "20", messageBytes: 70000, namesPerStream: 5,
     newConnectionsPerSecondPerPod: 6, newConnectionsBurstPerPod: 7, idle: 1m }
+kubernetes: { requestsPerSecond: 5, burst: "9" }
 retention: 1h
 drain: 1s
 admin: { address: "[::1]:1" }
@@ -149,6 +151,7 @@ authorityEpoch: 7
         idle: Duration::from_secs(60),
     };
     assert_eq!(config.limits, limits);
+    assert_eq!(config.kubernetes, RequestRate { per_second: 5, burst: 9 });
 }
 
 #[test]

@@ -35,7 +35,7 @@ use crate::{
     },
     kubernetes::{
         self, Call, Cause,
-        layer::Resource,
+        metrics::Resource,
         watch::{Selection, Signal},
     },
 };

@@ -2,6 +2,8 @@ use std::time::UNIX_EPOCH;
 
 use super::*;
 
+mod silence;
+
 const DAY: u64 = 86_400;
 const RETENTION: Duration = Duration::from_secs(300);
 

@@ -85,12 +85,13 @@ async fn the_issuer_is_looked_at_once_and_again_after_failures_but_not_per_order
 }
 
 #[tokio::test(start_paused = true)]
-async fn requests_can_go_to_the_workloads_namespaces_without_an_owner() {
+async fn requests_can_go_to_the_workloads_namespaces_owned_by_the_pod_they_name() {
     let world = World::with(RequestNamespace::Workload, issuer_ref(), FakeApi::new());
     let (task, _) = world.order("cart");
     let request = world.request().await;
     assert_eq!(text(&request, "namespace"), "shop");
-    assert!(request["metadata"]["ownerReferences"].is_null());
+    let owner = json!([{"apiVersion": "v1", "kind": "Pod", "name": "cart-1", "uid": "pod-1"}]);
+    assert_eq!(request["metadata"]["ownerReferences"], owner);
     world.issue(&request);
     end(task).await.unwrap();
     world.api.until_count(CR, 0).await;

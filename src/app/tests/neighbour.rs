@@ -1,0 +1,253 @@
+//! A kind neighbour: rotation, requests and the real client against an API server whose bytes are scripted, under a paused clock.
+//!
+//! Whatever goes wrong on the wire, an identity gets one certificate for one request that is carried out, nothing is left behind, others
+//! go on, and it is counted and told.
+
+use std::{
+    collections::HashSet,
+    io::{self, Write},
+    sync::Mutex,
+    time::UNIX_EPOCH,
+};
+
+use base64::{Engine, engine::general_purpose::STANDARD};
+use serde_json::{Value, json};
+use tokio::{task::JoinHandle, time::Instant};
+use tracing::subscriber::DefaultGuard;
+use tracing_subscriber::fmt::MakeWriter;
+
+use super::*;
+use crate::{
+    cert_manager::naming::Agent,
+    clock::TestClock,
+    config::{CertManager as Reference, IssuerRef, NodeEnvironment, RequestNamespace, RequestRate},
+    identity::{Identity, IssuerName, PodRef, Profile, tests::identity},
+    issuer::{
+        cert_manager::{CertManager, Metrics as RequestMetrics, Requests},
+        embedded::Embedded,
+    },
+    kubernetes::{
+        self,
+        fake::FakeApi,
+        metrics::{Code, Resource, Verb},
+        wire::{Fault, Seen, Wire, http},
+    },
+    store::{Demand, Lease},
+    telemetry::{self, Format},
+};
+
+mod creates;
+mod issuers;
+mod watches;
+
+const CR: &str = "certificaterequests";
+const SECOND: Duration = Duration::from_secs(1);
+const HOUR: Duration = Duration::from_secs(3600);
+
+/// An agent's lower half, the server that it talks to, and cert-manager there.
+struct World {
+    wire: Wire,
+    store: Arc<Store>,
+    kube_metrics: kubernetes::Metrics,
+    exposition: Exposition,
+    /// Issuers that answer nobody, by their names in the cluster.
+    dead: Arc<Mutex<HashSet<String>>>,
+    /// What cert-manager does with the next requests instead of signing them.
+    refusals: Arc<Mutex<Vec<Value>>>,
+    log: Log,
+    _log: DefaultGuard,
+    tasks: Vec<JoinHandle<()>>,
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        self.tasks.iter().for_each(JoinHandle::abort);
+    }
+}
+
+impl World {
+    fn new() -> Self {
+        Self::with(|_| {})
+    }
+
+    /// With faults that are there before the agent starts.
+    fn with(plan: impl FnOnce(&Wire)) -> Self {
+        let log = Log::default();
+        let (guard, _) = telemetry::capture("info", Format::Json, log.clone()).unwrap();
+        let wire = Wire::new(FakeApi::new());
+        for name in ["mesh-ca", "other-ca"] {
+            let status = json!({"conditions": [{"type": "Ready", "status": "True"}]});
+            let issuer = json!({"apiVersion": "cert-manager.io/v1", "kind": "ClusterIssuer", "metadata": {"name": name, "namespace": ""},
+                "spec": {"ca": {"secretName": "s"}}, "status": status});
+            wire.api.put("clusterissuers", issuer);
+        }
+        plan(&wire);
+        let clock = TestClock::new(UNIX_EPOCH + Duration::from_secs(1_800_000_000));
+        let authority = Arc::new(Embedded::new("cluster.local", Arc::new(clock.clone())).unwrap());
+        let trust = Trust::new(trust::Metrics::default());
+        trust.source(None, "test").take(authority.bundle().unwrap());
+
+        let mut exposition = Exposition::new();
+        let kube_metrics = kubernetes::Metrics::register(exposition.registry());
+        let pod = PodRef { namespace: "sds-agent".into(), name: "sds-agent-x".into(), uid: "agent-1".into() };
+        let agent = Agent::new(&NodeEnvironment { node_name: Some("n1".into()), pod: Some(pod) }, 7);
+        let namespace = RequestNamespace::Fixed("sds-agent".into());
+        let requests = Requests::new(
+            wire.client(&kube_metrics, RequestRate::default()),
+            namespace.clone(),
+            Arc::new(agent),
+            None,
+            Arc::new(clock.clone()),
+            kube_metrics.clone(),
+            RequestMetrics::register(exposition.registry()),
+        );
+        let issuers = ["mesh", "other"].map(|name| {
+            let issuer_ref = IssuerRef { name: format!("{name}-ca"), kind: "ClusterIssuer".into(), group: "cert-manager.io".into() };
+            let config = Reference { issuer_ref, namespace: namespace.clone(), trust_status_ca: false };
+            (IssuerName(name.into()), Arc::new(CertManager::new(requests.clone(), config, None)) as Arc<dyn Issuer>)
+        });
+        let (store, events) = Store::new();
+        let parts = rotation::Parts {
+            store: store.clone(),
+            events,
+            issuers: issuers.into_iter().collect(),
+            trust: trust.subscribe(),
+            await_bundle: true,
+            clock: Arc::new(clock),
+            retention: Duration::from_secs(300),
+            claims: None,
+            metrics: rotation::metrics::Metrics::register(exposition.registry()),
+        };
+        let (dead, refusals) = (Arc::default(), Arc::default());
+        let cert_manager = cert_manager(wire.api.clone(), authority, Arc::clone(&dead), Arc::clone(&refusals));
+        let tasks = vec![
+            tokio::spawn(async move { requests.run(CancellationToken::new()).await }),
+            tokio::spawn(async move {
+                rotation::run(parts, CancellationToken::new()).await;
+                drop(trust);
+            }),
+            tokio::spawn(cert_manager),
+        ];
+        Self { wire, store, kube_metrics, exposition, dead, refusals, log, _log: guard, tasks }
+    }
+
+    /// Returns when the agent watches its requests.
+    async fn watching(&self) {
+        self.until("the watch", |api| (api.count("watch", CR) > 0).then_some(())).await;
+        tokio::time::sleep(SECOND).await;
+    }
+
+    async fn until<T>(&self, what: &str, condition: impl FnMut(&FakeApi) -> Option<T>) -> T {
+        self.wire.api.until(what, condition).await
+    }
+
+    fn want(&self, who: &str) -> Lease {
+        self.store.lease(&identity(who), Demand::Now, None)
+    }
+
+    /// The same, of the other issuer.
+    fn want_other(&self, who: &str) -> Lease {
+        self.store.lease(&of_other(who), Demand::Now, None)
+    }
+
+    fn seen(&self, verb: &str) -> Vec<Seen> {
+        self.wire.seen(verb, CR)
+    }
+
+    fn requests(&self, verb: Verb, code: Code) -> u64 {
+        self.kube_metrics.requests(verb, Resource::certificaterequests, code)
+    }
+
+    /// The value of a metric, labels included, as the exposition writes it.
+    fn metric(&self, line: &str) -> f64 {
+        let text = self.exposition.encode().unwrap();
+        let found = text.lines().find_map(|l| l.strip_prefix(line)?.trim().parse().ok());
+        found.unwrap_or_else(|| panic!("{line} is not in {text}"))
+    }
+
+    /// Each of `leases` has a certificate, `carried_out` requests were made in all, none is left, and every fault has happened.
+    async fn assert_served(&self, leases: &[Lease], carried_out: usize) {
+        for lease in leases {
+            let mut watch = lease.watch();
+            let svid = tokio::time::timeout(HOUR, watch.wait_for(Option::is_some)).await;
+            svid.expect("a certificate in time").unwrap();
+        }
+        self.wire.api.until_count(CR, 0).await;
+        assert!(self.wire.is_done(), "a fault has not happened");
+        assert_eq!(self.wire.api.created(CR), carried_out, "requests that were carried out");
+        assert!((self.metric("sds_agent_issuances_total{issuer=\"mesh\",result=\"ok\"}") - leases.len() as f64).abs() < 0.5);
+    }
+}
+
+fn of_other(who: &str) -> Arc<Identity> {
+    let mine = identity(who);
+    let profile = Profile { issuer: IssuerName("other".into()), ..(*mine.profile).clone() };
+    Arc::new(Identity { profile: Arc::new(profile), ..(*mine).clone() })
+}
+
+/// The request's issuer signs it, or what is planned happens, or nothing does.
+async fn cert_manager(api: FakeApi, authority: Arc<Embedded>, dead: Arc<Mutex<HashSet<String>>>, refusals: Arc<Mutex<Vec<Value>>>) {
+    loop {
+        let new = |api: &FakeApi| {
+            let open = |object: &Value| {
+                let issuer = object["spec"]["issuerRef"]["name"].as_str().unwrap();
+                object["status"].is_null() && !dead.lock().unwrap().contains(issuer)
+            };
+            api.objects(CR).into_iter().find(open)
+        };
+        let mut moved = api.moved();
+        let request = loop {
+            moved.borrow_and_update();
+            if let Some(request) = new(&api) {
+                break request;
+            }
+            moved.changed().await.unwrap();
+        };
+        let [namespace, name] = ["namespace", "name"].map(|field| request["metadata"][field].as_str().unwrap());
+        let refusal = refusals.lock().unwrap().pop();
+        if let Some(condition) = refusal {
+            api.change(CR, namespace, name, |object| object["status"]["conditions"] = json!([condition]));
+            continue;
+        }
+        let pem = STANDARD.decode(request["spec"]["request"].as_str().unwrap()).unwrap();
+        let (_, csr) = x509_parser::pem::parse_x509_pem(&pem).unwrap();
+        let chain = authority.sign(csr.contents, HOUR);
+        let approved = json!({"type": "Approved", "status": "True", "reason": "test"});
+        api.change(CR, namespace, name, |object| object["status"]["conditions"] = json!([approved]));
+        api.change(CR, namespace, name, |object| {
+            let issued = json!({"type": "Ready", "status": "True", "reason": "Issued"});
+            object["status"] = json!({"conditions": [approved, issued], "certificate": STANDARD.encode(chain)});
+        });
+    }
+}
+
+/// The agent's log.
+#[derive(Debug, Clone, Default)]
+struct Log(Arc<Mutex<Vec<u8>>>);
+
+impl Log {
+    /// Lines with this message.
+    fn lines(&self, message: &str) -> Vec<Value> {
+        let text = String::from_utf8(self.0.lock().unwrap().clone()).unwrap();
+        let lines = text.lines().map(|line| serde_json::from_str(line).unwrap());
+        lines.filter(|line: &Value| line["message"].as_str().is_some_and(|m| m.contains(message))).collect()
+    }
+}
+
+impl Write for Log {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.lock().unwrap().write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl MakeWriter<'_> for Log {
+    type Writer = Self;
+
+    fn make_writer(&self) -> Self {
+        self.clone()
+    }
+}

@@ -1,0 +1,106 @@
+//! What becomes of requests that exist.
+
+use super::*;
+
+impl World {
+    /// Waits until a request is there and its create has been answered.
+    async fn stuck(&self, number: usize) -> Vec<Value> {
+        let requests = self.wire.api.until_count(CR, number).await;
+        tokio::time::sleep(SECOND).await;
+        requests
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_request_that_somebody_deletes_or_relabels_is_made_again_and_leaves_nothing() {
+    for relabelled in [false, true] {
+        let world = World::new();
+        world.watching().await;
+        world.dead.lock().unwrap().insert("mesh-ca".into());
+        let lease = world.want("a");
+        let name = world.stuck(1).await[0]["metadata"]["name"].as_str().unwrap().to_owned();
+        if relabelled {
+            world.wire.api.change(CR, "sds-agent", &name, |object| object["metadata"]["labels"] = json!({}));
+        } else {
+            world.wire.api.remove(CR, "sds-agent", &name);
+        }
+        world.until("another one", |api| (api.created(CR) == 2).then_some(())).await;
+        world.dead.lock().unwrap().clear();
+        world.wire.api.put("configmaps", json!({"metadata": {"name": "x", "namespace": "x"}}));
+        world.assert_served(&[lease], 2).await;
+        let told = world.log.lines("no new certificate");
+        assert_eq!(told.len(), 1);
+        assert!(told[0]["cause"].as_str().unwrap().ends_with("somebody deleted or relabelled the request"), "{}", told[0]);
+    }
+}
+
+/// Vault's trouble with its own network ends a request for ever: a new one is made after a while. A request that is not acceptable is not
+/// made again soon: nothing but a change of configuration would help.
+#[tokio::test(start_paused = true)]
+async fn a_failed_request_is_made_anew_soon_and_an_invalid_one_is_not() {
+    let condition = |kind: &str, status: &str, reason: &str| json!({"type": kind, "status": status, "reason": reason, "message": "words"});
+    for (refusal, soonest, latest) in [
+        (condition("Ready", "False", "Failed"), Duration::from_millis(500), 3 * SECOND),
+        (condition("InvalidRequest", "True", "BadUsages"), 240 * SECOND, 301 * SECOND),
+    ] {
+        let world = World::new();
+        world.watching().await;
+        world.refusals.lock().unwrap().push(refusal);
+        let lease = world.want("a");
+        world.until("another one", |api| (api.created(CR) == 2).then_some(())).await;
+        let creates = world.seen("create");
+        let between = creates[1].at - creates[0].at;
+        assert!(between >= soonest && between <= latest, "{between:?}");
+        assert_eq!(world.log.lines("no new certificate").len(), 1);
+        world.assert_served(&[lease], 2).await;
+        assert!((world.metric("sds_agent_issuances_total{issuer=\"mesh\",result=\"failed\"}") - 1.0).abs() < 0.5);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn eight_requests_stuck_at_a_dead_issuer_do_not_hold_up_another_issuers() {
+    let world = World::new();
+    world.watching().await;
+    world.dead.lock().unwrap().insert("other-ca".into());
+    let mut stuck: Vec<Lease> = (0..20).map(|n| world.want_other(&format!("w{n}"))).collect();
+    // Six slots, for those that wait for a first certificate; nothing is parked yet.
+    world.stuck(6).await;
+    let start = Instant::now();
+    let lease = world.want("a");
+    let mut watch = lease.watch();
+    tokio::time::timeout(SECOND, watch.wait_for(Option::is_some)).await.expect("at once").unwrap();
+    assert!(start.elapsed() < SECOND / 2, "{:?}", start.elapsed());
+
+    // And its own: they are parked, and the next ones go on.
+    world.until("all", |api| (api.created(CR) == 21).then_some(())).await;
+    world.dead.lock().unwrap().clear();
+    world.wire.api.put("configmaps", json!({"metadata": {"name": "x", "namespace": "x"}}));
+    for lease in &mut stuck {
+        tokio::time::timeout(HOUR, lease.watch().wait_for(Option::is_some)).await.expect("in time").unwrap();
+    }
+    world.wire.api.until_count(CR, 0).await;
+    assert_eq!((world.wire.api.created(CR), world.seen("delete").len()), (21, 21), "no pending request was given up");
+}
+
+#[tokio::test(start_paused = true)]
+async fn two_hundred_identities_leave_few_requests_with_a_dead_issuer_and_are_all_served_when_it_is_back() {
+    let world = World::new();
+    world.watching().await;
+    world.dead.lock().unwrap().insert("mesh-ca".into());
+    let leases: Vec<Lease> = (0..200).map(|n| world.want(&format!("w{n}"))).collect();
+    tokio::time::sleep(Duration::from_secs(600)).await;
+    let left = world.wire.api.objects(CR).len();
+    assert!((40..=75).contains(&left), "{left} requests in ten minutes");
+    assert_eq!(world.log.lines("the issuer answers nobody").len(), 1);
+    assert!(world.metric("sds_agent_issuances_parked") >= 32.0);
+    let start = Instant::now();
+    tokio::time::timeout(SECOND, world.want_other("x").watch().wait_for(Option::is_some)).await.expect("at once").unwrap();
+
+    world.dead.lock().unwrap().clear();
+    world.wire.api.put("configmaps", json!({"metadata": {"name": "x", "namespace": "x"}}));
+    world.until("everybody's", |api| (api.created(CR) == 201).then_some(())).await;
+    world.assert_served(&leases, 201).await;
+    assert!(start.elapsed() < Duration::from_secs(120), "{:?}", start.elapsed());
+    assert_eq!(world.log.lines("gets requests as usual again").len(), 1);
+    assert_eq!(world.log.lines("no new certificate").len(), 0, "nobody has failed");
+}

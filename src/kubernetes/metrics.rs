@@ -1,0 +1,232 @@
+//! What the client counts, and the labels by which it does: closed sets, so that no path and no name becomes a label.
+
+use std::{fmt, time::Duration};
+
+use prometheus_client::{
+    encoding::{EncodeLabelSet, EncodeLabelValue, LabelValueEncoder},
+    metrics::{counter::Counter, family::Family, histogram::Histogram},
+    registry::Registry,
+};
+use tokio::time::Instant;
+
+use crate::kubernetes::watch::Ended;
+
+/// What is asked, as a metric label.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
+#[allow(non_camel_case_types, reason = "the names are the label's values")]
+pub enum Verb {
+    /// One object.
+    get,
+    /// Many.
+    list,
+    /// Their changes.
+    watch,
+    /// A new one.
+    create,
+    /// One less.
+    delete,
+    /// Something else.
+    other,
+}
+
+/// Of what, as a metric label.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
+#[allow(non_camel_case_types, reason = "the names are the label's values")]
+pub enum Resource {
+    /// CertificateRequests.
+    certificaterequests,
+    /// Issuers.
+    issuers,
+    /// ClusterIssuers.
+    clusterissuers,
+    /// Pods.
+    pods,
+    /// ConfigMaps.
+    configmaps,
+    /// Events.
+    events,
+    /// Something else.
+    other,
+}
+
+impl Resource {
+    /// The label's value, which is the resource's plural.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::certificaterequests => "certificaterequests",
+            Self::issuers => "issuers",
+            Self::clusterissuers => "clusterissuers",
+            Self::pods => "pods",
+            Self::configmaps => "configmaps",
+            Self::events => "events",
+            Self::other => "other",
+        }
+    }
+
+    /// The resource that a path of the API is about.
+    pub(super) fn of(path: &str) -> Self {
+        let mut segments = path.split('/').filter(|s| !s.is_empty());
+        // `api/<version>` or `apis/<group>/<version>`.
+        let skip = if segments.next() == Some("apis") { 2 } else { 1 };
+        let rest: Vec<&str> = segments.skip(skip).take(3).collect();
+        let plural = match rest[..] {
+            ["namespaces", _, plural] | [plural, ..] => plural,
+            [] => "",
+        };
+        const KNOWN: [Resource; 6] = [
+            Resource::certificaterequests,
+            Resource::issuers,
+            Resource::clusterissuers,
+            Resource::pods,
+            Resource::configmaps,
+            Resource::events,
+        ];
+        KNOWN.into_iter().find(|r| r.as_str() == plural).unwrap_or(Self::other)
+    }
+}
+
+/// What came back, as a metric label: the HTTP status, `timeout`, or `error` where there was no answer at all.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Code {
+    /// An HTTP status.
+    Status(u16),
+    /// Nothing in time.
+    Timeout,
+    /// The connection failed.
+    Error,
+}
+
+impl EncodeLabelValue for Code {
+    fn encode(&self, encoder: &mut LabelValueEncoder<'_>) -> Result<(), fmt::Error> {
+        match self {
+            Self::Status(code) => EncodeLabelValue::encode(code, encoder),
+            Self::Timeout => "timeout".encode(encoder),
+            Self::Error => "error".encode(encoder),
+        }
+    }
+}
+
+/// Labels of `kube_requests_total` and `kube_request_duration_seconds`.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct Labels {
+    verb: Verb,
+    resource: Resource,
+    code: Code,
+}
+
+/// Labels of `watch_restarts_total`.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct WatchLabels {
+    resource: Resource,
+    reason: Ended,
+}
+
+/// What a request waited for before it was sent, as a metric label.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
+#[allow(non_camel_case_types, reason = "the names are the label's values")]
+pub enum Wait {
+    /// The client's own limit.
+    rate_limit,
+    /// The server asked for time.
+    retry_after,
+}
+
+/// Labels of `kube_request_wait_seconds`.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct WaitLabels {
+    cause: Wait,
+}
+
+/// What the client counts.
+#[derive(Debug, Clone)]
+pub struct Metrics {
+    requests: Family<Labels, Counter>,
+    duration: Family<Labels, Histogram>,
+    waits: Family<WaitLabels, Histogram>,
+    restarts: Family<WatchLabels, Counter>,
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        let buckets = || Histogram::new([0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0]);
+        let waits = || Histogram::new([0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0]);
+        Self {
+            requests: Family::default(),
+            duration: Family::new_with_constructor(buckets),
+            waits: Family::new_with_constructor(waits),
+            restarts: Family::default(),
+        }
+    }
+}
+
+impl Metrics {
+    /// Registers the module's metrics.
+    pub fn register(registry: &mut Registry) -> Self {
+        let metrics = Self::default();
+        registry.register("kube_requests", "Requests to the Kubernetes API", metrics.requests.clone());
+        registry.register(
+            "kube_request_duration_seconds",
+            "Time to the whole answer; for a watch, to its headers",
+            metrics.duration.clone(),
+        );
+        registry.register(
+            "kube_request_wait_seconds",
+            "Time that requests to the Kubernetes API waited before they were sent; those that did not wait are not in it",
+            metrics.waits.clone(),
+        );
+        registry.register("watch_restarts", "Watches that broke and were started again", metrics.restarts.clone());
+        metrics
+    }
+
+    /// Counts a watch that broke.
+    pub fn watch_ended(&self, resource: Resource, reason: Ended) {
+        self.restarts.get_or_create(&WatchLabels { resource, reason }).inc();
+    }
+
+    /// A request was held back.
+    pub(super) fn waited(&self, cause: Wait, time: Duration) {
+        if !time.is_zero() {
+            self.waits.get_or_create(&WaitLabels { cause }).observe(time.as_secs_f64());
+        }
+    }
+
+    /// An answer is there, or will not come.
+    pub(super) fn observe(&self, verb: Verb, resource: Resource, code: Code, since: Instant) {
+        let labels = Labels { verb, resource, code };
+        self.requests.get_or_create(&labels).inc();
+        self.duration.get_or_create(&labels).observe(since.elapsed().as_secs_f64());
+    }
+
+    /// How many watches broke, for tests.
+    #[cfg(test)]
+    pub fn restarts(&self, resource: Resource, reason: Ended) -> u64 {
+        self.restarts.get_or_create(&WatchLabels { resource, reason }).get()
+    }
+
+    /// How many requests had this end, for tests.
+    #[cfg(test)]
+    pub fn requests(&self, verb: Verb, resource: Resource, code: Code) -> u64 {
+        self.requests.get_or_create(&Labels { verb, resource, code }).get()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_resource_is_read_from_the_path() {
+        for (path, resource) in [
+            ("/api/v1/pods", Resource::pods),
+            ("/api/v1/namespaces/a/configmaps", Resource::configmaps),
+            ("/apis/cert-manager.io/v1/namespaces/pods/certificaterequests/x", Resource::certificaterequests),
+            ("/apis/cert-manager.io/v1/clusterissuers/x", Resource::clusterissuers),
+            ("/apis/cert-manager.io/v1/certificaterequests", Resource::certificaterequests),
+            ("/apis/cert-manager.io", Resource::other),
+            ("/version", Resource::other),
+            ("", Resource::other),
+        ] {
+            assert_eq!(Resource::of(path), resource, "{path}");
+        }
+    }
+}

@@ -1,0 +1,281 @@
+//! The pace of this process towards the API server: so many requests a second, and none of a kind that the server has asked to wait with.
+//!
+//! Owns a token bucket, the order in which requests that wait for a token are let through, and the holds. A request waits where it is,
+//! without a task and without a lock held meanwhile; whoever gives up while waiting takes no token along.
+//!
+//! The order: first come, first served within a class, and shares between the classes, so that a thousand leftovers to delete delay a
+//! new certificate by a fifth and not by a minute, and a flood of new certificates does not keep the watch from coming back that shows
+//! them.
+
+use std::{
+    collections::{HashMap, HashSet, VecDeque},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use tokio::{
+    sync::Notify,
+    time::{Instant, sleep_until},
+};
+
+use crate::{
+    config::RequestRate,
+    kubernetes::metrics::{Resource, Verb},
+};
+
+/// A request that would be held back for longer than this in all is answered in the server's stead, so that who asks can do something
+/// else meanwhile: an order gives back its slot.
+pub(super) const LONGEST_STAY: Duration = Duration::from_secs(30);
+/// Nobody is held back for longer, whatever a server or a proxy asks for: the agent would be blind.
+const LONGEST_HOLD: Duration = Duration::from_secs(300);
+
+/// What a hold is about. The server does not tell how far its own trouble reaches: a webhook or a cache that is being filled concerns one
+/// kind; its fair queues concern every kind, and each finds that out for the price of one request.
+pub(super) type Kind = (Verb, Resource);
+
+/// What a request waited for before it was let through.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) struct Waits {
+    pub(super) rate_limit: Duration,
+    pub(super) retry_after: Duration,
+}
+
+/// The server has asked for more time than a request waits here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Held {
+    /// How long it goes on.
+    pub(super) left: Duration,
+    pub(super) waits: Waits,
+}
+
+/// Who goes first. The higher the stride, the smaller the share.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Class {
+    /// Somebody waits for a certificate.
+    Create,
+    /// Reads and watches, without which no answer is seen.
+    Read,
+    /// Nobody waits for it.
+    Rest,
+}
+
+const STRIDES: [u64; 3] = [3, 6, 12];
+
+impl Class {
+    fn of(verb: Verb) -> Self {
+        match verb {
+            Verb::create => Self::Create,
+            Verb::get | Verb::list | Verb::watch => Self::Read,
+            Verb::delete | Verb::other => Self::Rest,
+        }
+    }
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Throttle {
+    /// Between two tokens.
+    interval: Duration,
+    /// How far ahead of time the bucket lets requests through.
+    tolerance: Duration,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    /// When the bucket is full if nobody takes from it.
+    full_at: Instant,
+    queues: [Queue; 3],
+    /// The pass of the last request that had to wait.
+    served: u64,
+    tickets: u64,
+    holds: HashMap<Kind, Instant>,
+    /// Kinds whose hold was told and that have not been answered otherwise since.
+    told: HashSet<Kind>,
+}
+
+#[derive(Debug, Default)]
+struct Queue {
+    waiting: VecDeque<(u64, Arc<Notify>)>,
+    /// The queue with the lowest is next; each turn adds the class's stride.
+    pass: u64,
+}
+
+impl Throttle {
+    pub(super) fn new(rate: RequestRate) -> Self {
+        let interval = Duration::from_secs(1) / rate.per_second.max(1);
+        let state = State {
+            full_at: Instant::now(),
+            queues: Default::default(),
+            served: 0,
+            tickets: 0,
+            holds: HashMap::new(),
+            told: HashSet::new(),
+        };
+        Self { interval, tolerance: interval * rate.burst.saturating_sub(1), state: Mutex::new(state) }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Returns when a request of this kind may be sent.
+    pub(super) async fn admit(&self, kind: Kind) -> Result<Waits, Held> {
+        let mut waits = Waits::default();
+        let patience = Instant::now() + LONGEST_STAY;
+        loop {
+            let begun = Instant::now();
+            while let Some(until) = self.held_until(kind) {
+                if until > patience {
+                    waits.retry_after += begun.elapsed();
+                    return Err(Held { left: until.saturating_duration_since(Instant::now()), waits });
+                }
+                sleep_until(until).await;
+            }
+            waits.retry_after += begun.elapsed();
+            let begun = Instant::now();
+            self.token(Class::of(kind.0)).await;
+            waits.rate_limit += begun.elapsed();
+            if self.held_until(kind).is_none() {
+                return Ok(waits);
+            }
+            // The server has asked for time while this one stood in the queue.
+            self.give_back();
+        }
+    }
+
+    /// The server has asked to wait for `after`. Returns whether that is news.
+    pub(super) fn hold(&self, kind: Kind, after: Duration) -> bool {
+        // A little longer than asked: the server told the same to all nodes.
+        let until = Instant::now() + after.min(LONGEST_HOLD).mul_f64(1.0 + fastrand::f64() / 2.0);
+        let mut state = self.lock();
+        let hold = state.holds.entry(kind).or_insert(until);
+        *hold = until.max(*hold);
+        state.told.insert(kind)
+    }
+
+    /// The server has answered a request of this kind. Returns whether that is news, after a hold.
+    pub(super) fn answered(&self, kind: Kind) -> bool {
+        self.lock().told.remove(&kind)
+    }
+
+    fn held_until(&self, kind: Kind) -> Option<Instant> {
+        let mut state = self.lock();
+        let until = state.holds.get(&kind).copied()?;
+        if until > Instant::now() {
+            return Some(until);
+        }
+        state.holds.remove(&kind);
+        None
+    }
+
+    async fn token(&self, class: Class) {
+        let Some(place) = self.enter(class) else { return };
+        // Only the first of all looks at the clock; it wakes the next one when it goes, whichever way.
+        loop {
+            match self.turn(&place) {
+                Turn::Come => return,
+                Turn::At(at) => tokio::select! {
+                    () = sleep_until(at) => {}
+                    () = place.wake.notified() => {}
+                },
+                Turn::Behind => place.wake.notified().await,
+            }
+        }
+    }
+
+    /// A token at once, where nobody waits and there is one; or a place in the queue.
+    fn enter(&self, class: Class) -> Option<Place<'_>> {
+        let mut state = self.lock();
+        if state.first().is_none() && self.take(&mut state).is_ok() {
+            return None;
+        }
+        state.tickets += 1;
+        let (ticket, served, wake) = (state.tickets, state.served, Arc::new(Notify::new()));
+        let queue = &mut state.queues[class as usize];
+        if queue.waiting.is_empty() {
+            // Who was not here has saved up nothing.
+            queue.pass = queue.pass.max(served);
+        }
+        queue.waiting.push_back((ticket, wake.clone()));
+        Some(Place { throttle: self, class, ticket, wake })
+    }
+
+    fn turn(&self, place: &Place<'_>) -> Turn {
+        let mut state = self.lock();
+        if state.first().map(|(_, ticket, _)| ticket) != Some(place.ticket) {
+            return Turn::Behind;
+        }
+        if let Err(at) = self.take(&mut state) {
+            return Turn::At(at);
+        }
+        let queue = &mut state.queues[place.class as usize];
+        let pass = queue.pass;
+        queue.waiting.pop_front();
+        queue.pass += STRIDES[place.class as usize];
+        state.served = pass;
+        state.wake_first();
+        Turn::Come
+    }
+
+    /// A token, or when there will be one.
+    fn take(&self, state: &mut State) -> Result<(), Instant> {
+        let now = Instant::now();
+        if state.full_at > now + self.tolerance {
+            return Err(state.full_at.checked_sub(self.tolerance).unwrap_or(now + self.interval));
+        }
+        state.full_at = state.full_at.max(now) + self.interval;
+        Ok(())
+    }
+
+    fn give_back(&self) {
+        let mut state = self.lock();
+        state.full_at = state.full_at.checked_sub(self.interval).unwrap_or(state.full_at);
+        state.wake_first();
+    }
+}
+
+impl State {
+    /// Class and ticket of who is next.
+    fn first(&self) -> Option<(usize, u64, &Arc<Notify>)> {
+        let waiting = self.queues.iter().enumerate().filter_map(|(class, queue)| {
+            let (ticket, wake) = queue.waiting.front()?;
+            Some((queue.pass, class, *ticket, wake))
+        });
+        waiting.min_by_key(|(pass, class, ..)| (*pass, *class)).map(|(_, class, ticket, wake)| (class, ticket, wake))
+    }
+
+    fn wake_first(&self) {
+        if let Some((_, _, wake)) = self.first() {
+            wake.notify_one();
+        }
+    }
+}
+
+enum Turn {
+    Come,
+    At(Instant),
+    Behind,
+}
+
+/// A place in the queue. Dropping it gives it up.
+struct Place<'a> {
+    throttle: &'a Throttle,
+    class: Class,
+    ticket: u64,
+    wake: Arc<Notify>,
+}
+
+impl Drop for Place<'_> {
+    fn drop(&mut self) {
+        let mut state = self.throttle.lock();
+        let waiting = &mut state.queues[self.class as usize].waiting;
+        if let Ok(at) = waiting.binary_search_by_key(&self.ticket, |(ticket, _)| *ticket) {
+            waiting.remove(at);
+            state.wake_first();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,290 @@
+//! The API server of [`super::fake`] behind HTTP/1.1 on in-memory pipes: what happens to the bytes is scripted.
+//!
+//! The client is the real one, with its connections, its chunks and its time-outs; only the socket is a pipe, so that it works under a
+//! paused clock. The server reads and writes bytes itself, because a library would not break them.
+
+use std::{
+    io,
+    pin::Pin,
+    sync::{Arc, Mutex},
+    task::{Context, Poll},
+};
+
+use bytes::Bytes;
+use futures::future::BoxFuture;
+use http::{Request, Uri};
+use http_body_util::BodyExt;
+use hyper::rt::{Read, ReadBufCursor, Write};
+use hyper_util::{
+    client::legacy::connect::{Connected, Connection},
+    rt::TokioIo,
+};
+use kube::{Client, Config, client::Body};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt, DuplexStream},
+    time::Instant,
+};
+
+use crate::{
+    config::RequestRate,
+    kubernetes::{Metrics, fake::FakeApi},
+};
+
+/// What happens to one answer.
+#[derive(Debug, Clone)]
+pub enum Fault {
+    /// These bytes come instead, and nothing is carried out.
+    Bytes(String),
+    /// Nothing is carried out, and nothing ever comes.
+    Hang,
+    /// It is carried out, and the connection closes without a byte.
+    Swallow,
+    /// It is carried out; a part of the answer comes, and the connection closes.
+    Half,
+    /// It is carried out; the head of the answer comes, and then nothing ever.
+    HeadAndHang,
+    /// Of a watch: so many events come, then a half of the next one, and the connection closes in the middle of the chunk.
+    CutEvent(usize),
+    /// Of a watch: so many events come, and the two after them change places.
+    Swap(usize),
+    /// Of a watch: every event comes twice.
+    Twice,
+}
+
+/// A request as it came over the wire.
+#[derive(Debug, Clone)]
+pub struct Seen {
+    /// When.
+    pub at: Instant,
+    /// `create`, `list`, …
+    pub verb: &'static str,
+    /// Of what.
+    pub plural: String,
+    /// Path and query.
+    pub target: String,
+}
+
+#[derive(Debug, Clone)]
+struct Planned {
+    verb: &'static str,
+    plural: &'static str,
+    fault: Fault,
+    times: usize,
+}
+
+/// The server. Clones share everything.
+#[derive(Clone)]
+pub struct Wire {
+    /// What is behind it.
+    pub api: FakeApi,
+    script: Arc<Mutex<Vec<Planned>>>,
+    seen: Arc<Mutex<Vec<Seen>>>,
+}
+
+impl Wire {
+    /// In front of `api`.
+    pub fn new(api: FakeApi) -> Self {
+        Self { api, script: Arc::default(), seen: Arc::default() }
+    }
+
+    /// A client, all of it real but the socket.
+    pub fn client(&self, metrics: &Metrics, rate: RequestRate) -> Client {
+        let config = Config::new(Uri::from_static("http://api.test"));
+        super::client(config, Pipes(self.clone()), metrics, rate).unwrap()
+    }
+
+    /// The next `times` requests of this kind meet this.
+    pub fn fail(&self, verb: &'static str, plural: &'static str, fault: Fault, times: usize) {
+        self.script.lock().unwrap().push(Planned { verb, plural, fault, times });
+    }
+
+    /// Whether every planned fault has happened.
+    pub fn is_done(&self) -> bool {
+        self.script.lock().unwrap().iter().all(|planned| planned.times == 0)
+    }
+
+    /// The requests of a kind so far.
+    pub fn seen(&self, verb: &str, plural: &str) -> Vec<Seen> {
+        self.seen.lock().unwrap().iter().filter(|seen| seen.verb == verb && seen.plural == plural).cloned().collect()
+    }
+
+    fn meet(&self, seen: Seen) -> Option<Fault> {
+        let mut script = self.script.lock().unwrap();
+        let planned = script.iter_mut().find(|p| p.verb == seen.verb && p.plural == seen.plural && p.times > 0);
+        self.seen.lock().unwrap().push(seen);
+        planned.map(|planned| {
+            planned.times -= 1;
+            planned.fault.clone()
+        })
+    }
+
+    /// One connection, request by request. Returning closes it.
+    async fn serve(self, mut stream: DuplexStream) -> io::Result<()> {
+        let mut buffer = Vec::new();
+        while let Some(request) = read(&mut stream, &mut buffer).await? {
+            let (verb, plural) = FakeApi::kind(&request);
+            let target = request.uri().to_string();
+            let fault = self.meet(Seen { at: Instant::now(), verb, plural, target });
+            match &fault {
+                Some(Fault::Bytes(bytes)) => {
+                    stream.write_all(bytes.as_bytes()).await?;
+                    continue;
+                }
+                Some(Fault::Hang) => std::future::pending().await,
+                _ => {}
+            }
+            let Ok(answer) = self.api.clone().serve(request).await else { return Ok(()) };
+            let (parts, mut body) = answer.into_parts();
+            let head = format!("HTTP/1.1 {} x\r\ncontent-type: application/json\r\n", parts.status.as_u16());
+            if verb == "watch" && parts.status.is_success() {
+                stream.write_all(format!("{head}transfer-encoding: chunked\r\n\r\n").as_bytes()).await?;
+                if matches!(fault, Some(Fault::HeadAndHang)) {
+                    std::future::pending::<()>().await;
+                }
+                if !events(&mut stream, &mut body, fault).await? {
+                    return Ok(());
+                }
+                continue;
+            }
+            let Ok(body) = body.collect().await else { return Ok(()) };
+            let body = body.to_bytes();
+            let head = format!("{head}content-length: {}\r\n\r\n", body.len());
+            match fault {
+                Some(Fault::Swallow) => return Ok(()),
+                Some(Fault::Half) => {
+                    stream.write_all(head.as_bytes()).await?;
+                    return stream.write_all(&body[..body.len() / 2]).await;
+                }
+                Some(Fault::HeadAndHang) => {
+                    stream.write_all(head.as_bytes()).await?;
+                    std::future::pending::<()>().await;
+                }
+                _ => {
+                    stream.write_all(head.as_bytes()).await?;
+                    stream.write_all(&body).await?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+type Events = http_body_util::combinators::UnsyncBoxBody<Bytes, tower::BoxError>;
+
+/// A watch's events, one chunk each. Whether the connection stays.
+async fn events(stream: &mut DuplexStream, body: &mut Events, fault: Option<Fault>) -> io::Result<bool> {
+    let mut told = 0;
+    let mut withheld: Option<Bytes> = None;
+    while let Some(frame) = body.frame().await {
+        let Ok(event) = frame.map(|frame| frame.into_data().unwrap_or_default()) else { return Ok(false) };
+        match fault {
+            Some(Fault::CutEvent(after)) if told == after => {
+                let begun = format!("{:x}\r\n", event.len());
+                stream.write_all(begun.as_bytes()).await?;
+                stream.write_all(&event[..event.len() / 2]).await?;
+                return Ok(false);
+            }
+            Some(Fault::Swap(after)) if told == after && withheld.is_none() => {
+                withheld = Some(event);
+                continue;
+            }
+            Some(Fault::Twice) => chunk(stream, &event).await?,
+            _ => {}
+        }
+        chunk(stream, &event).await?;
+        told += 1;
+        if let Some(earlier) = withheld.take() {
+            chunk(stream, &earlier).await?;
+            told += 1;
+        }
+    }
+    stream.write_all(b"0\r\n\r\n").await?;
+    Ok(true)
+}
+
+async fn chunk(stream: &mut DuplexStream, bytes: &[u8]) -> io::Result<()> {
+    stream.write_all(format!("{:x}\r\n", bytes.len()).as_bytes()).await?;
+    stream.write_all(bytes).await?;
+    stream.write_all(b"\r\n").await
+}
+
+/// The next request; none where the client has closed the connection.
+async fn read(stream: &mut DuplexStream, buffer: &mut Vec<u8>) -> io::Result<Option<Request<Body>>> {
+    loop {
+        if let Some(end) = buffer.windows(4).position(|window| window == b"\r\n\r\n") {
+            let head = String::from_utf8(buffer[..end].to_vec()).unwrap();
+            let mut lines = head.lines();
+            let (method, target) = lines.next().unwrap().trim_end_matches(" HTTP/1.1").split_once(' ').unwrap();
+            let length = lines.filter_map(|line| line.split_once(": ")).find(|(name, _)| name.eq_ignore_ascii_case("content-length"));
+            let length = length.map_or(0, |(_, value)| value.parse().unwrap());
+            if buffer.len() >= end + 4 + length {
+                let body = buffer[end + 4..end + 4 + length].to_vec();
+                buffer.drain(..end + 4 + length);
+                return Ok(Some(Request::builder().method(method).uri(target).body(Body::from(body)).unwrap()));
+            }
+        }
+        let mut more = [0; 4096];
+        match stream.read(&mut more).await? {
+            0 => return Ok(None),
+            n => buffer.extend_from_slice(&more[..n]),
+        }
+    }
+}
+
+/// Makes connections to the server.
+#[derive(Clone)]
+struct Pipes(Wire);
+
+impl tower::Service<Uri> for Pipes {
+    type Response = Pipe;
+    type Error = io::Error;
+    type Future = BoxFuture<'static, io::Result<Pipe>>;
+
+    fn poll_ready(&mut self, _cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, _uri: Uri) -> Self::Future {
+        let wire = self.0.clone();
+        Box::pin(async move {
+            let (client, server) = tokio::io::duplex(64 << 10);
+            tokio::spawn(wire.serve(server));
+            Ok(Pipe(TokioIo::new(client)))
+        })
+    }
+}
+
+/// The client's end of a connection.
+struct Pipe(TokioIo<DuplexStream>);
+
+impl Connection for Pipe {
+    fn connected(&self) -> Connected {
+        Connected::new()
+    }
+}
+
+impl Read for Pipe {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: ReadBufCursor<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_read(cx, buffer)
+    }
+}
+
+impl Write for Pipe {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.0).poll_write(cx, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_shutdown(cx)
+    }
+}
+
+/// An answer as bytes.
+pub fn http(status: u16, headers: &[&str], body: &str) -> String {
+    let headers: String = headers.iter().map(|header| format!("{header}\r\n")).collect();
+    format!("HTTP/1.1 {status} x\r\n{headers}content-length: {}\r\n\r\n{body}", body.len())
+}

@@ -1,0 +1,95 @@
+//! Issuers that answer nobody.
+
+use super::*;
+
+/// Lets an upstream that answers nobody take every order for this time; returns how many it got.
+fn unanswered(b: &mut Bench, seconds: u64) -> usize {
+    let mut started = 0;
+    for _ in 0..seconds {
+        for id in b.starts() {
+            started += 1;
+            b.planner.submitted(b.now, id);
+        }
+        b.pass(1.0);
+    }
+    started
+}
+
+#[test]
+fn a_dead_issuer_gets_few_requests_and_then_one_a_minute_and_all_when_it_is_back() {
+    let mut b = Bench::new();
+    for id in 0..1000 {
+        b.want(id);
+    }
+    let first = unanswered(&mut b, 120);
+    assert!((MOST_PARKED..=2 * MOST_PARKED).contains(&first), "{first} in two minutes");
+    assert_eq!(unanswered(&mut b, 3600), 60, "one a minute");
+    assert_eq!(b.planner.silent(b.now).collect::<Vec<_>>(), [&b.issuer]);
+    assert_eq!(b.planner.parked() + b.planner.queued(Class::Waiting), 1000, "nobody is forgotten");
+    assert_eq!(unanswered(&mut b, 11), 1);
+    let (_, wake) = b.planner.next_wake();
+    assert!(wake.is_some_and(|at| at > b.now.mono && at <= b.now.mono + PROBE), "and nobody looks before");
+
+    // Another issuer of the same agent is as quick as ever.
+    let other = IssuerName("other".into());
+    for id in 5000..5006 {
+        b.planner.wanted(b.now, id, &other, Some(Demand::Now));
+    }
+    assert_eq!(b.starts(), (5000..5006).collect::<Vec<_>>());
+
+    // One answer, and a refusal will do.
+    b.planner.failed(b.now, 0, Retry::Backoff, false);
+    assert_eq!(b.planner.silent(b.now).count(), 0);
+    assert_eq!(b.starts().len(), SLOTS - RESERVED);
+    for id in 1..1000 {
+        b.issued(id, 3600);
+    }
+    assert_eq!(b.planner.parked(), 0);
+}
+
+#[test]
+fn an_issuer_that_answers_some_is_not_held_to_account_for_those_that_are_stuck() {
+    let mut b = Bench::new();
+    for id in 0..200 {
+        b.want(id);
+    }
+    for _ in 0..600 {
+        for id in b.starts() {
+            b.planner.submitted(b.now, id);
+            // Three of four are stuck for reasons of their own.
+            if id % 4 == 0 {
+                b.issued(id, 86_400);
+            }
+        }
+        b.pass(1.0);
+    }
+    assert_eq!((b.planner.parked(), b.planner.queued(Class::Waiting)), (150, 0));
+}
+
+#[test]
+fn what_is_parked_is_counted_once_whatever_becomes_of_it() {
+    let mut b = Bench::new();
+    for id in 0..4 {
+        b.want(id);
+    }
+    for id in b.starts() {
+        b.planner.submitted(b.now, id);
+    }
+    b.pass(10.0);
+    b.actions();
+    assert_eq!(b.planner.parked(), 4);
+    b.planner.submitted(b.now, 0);
+    b.issued(0, 1000);
+    b.planner.failed(b.now, 1, Retry::Backoff, false);
+    b.planner.forgotten(2);
+    assert_eq!(b.planner.parked(), 1);
+
+    // An order that never reached its upstream is not parked there, even if the news came late.
+    b.want(9);
+    assert_eq!(b.starts(), [9]);
+    b.pass(60.0);
+    assert!(b.actions().contains(&Action::Abandon(9)));
+    b.planner.submitted(b.now, 9);
+    b.planner.failed(b.now, 9, Retry::Backoff, false);
+    assert_eq!(b.planner.parked(), 1);
+}
