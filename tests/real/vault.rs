@@ -56,7 +56,7 @@ fn chain(certificate: &Value) -> Vec<Pem> {
     Pem::iter_from_buffer(pem.as_bytes()).map(Result::unwrap).collect()
 }
 
-/// The line about a failed order of `id`, and its cause.
+/// The line about an order of `id` that failed or waits, and its cause.
 async fn no_certificate(agent: &Agent, id: &str) -> (Value, String) {
     let line = agent.logs("the refusal", PATIENCE, |line| text(line, "cause").is_some() && text(line, "identity") == Some(id)).await;
     let cause = text(&line, "cause").expect("a cause").to_owned();
@@ -153,6 +153,36 @@ async fn a_role_that_refuses_spiffe_names_is_told_what_it_lacks() {
     let workload = world.scene.workload("fourth").await;
     assert_eq!(workload.fetch(&agent).await["spiffe_id"], workload.id());
     assert_eq!(chain(&workload.fetch(&agent).await).len(), 2);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_login_or_a_policy_that_does_not_fit_is_told_and_tried_again() {
+    let mut world = World::new().await;
+    let server = world.vault.server();
+    let launch = world.launch("mesh", &server, "{ lifetime: 1h }").await;
+    let (agent, vault) = (launch.start().await, &world.vault);
+    let name = format!("vault-mesh-{}", world.scene.namespace);
+    let policy = |role: &str| json!({"policy": format!("path \"pki/sign/{role}\" {{ capabilities = [\"create\", \"update\"] }}")});
+
+    // Logged in, but not allowed to sign by this role: failed for good, and asked again before long.
+    vault.write(&format!("sys/policies/acl/{name}"), policy("other")).await;
+    let workload = world.scene.workload("first").await;
+    let stream = workload.watch(agent.socket());
+    let (line, cause) = no_certificate(&agent, &workload.id()).await;
+    assert!(cause.contains("could not have Vault sign: \"permission denied\": the policy of the auth role must allow"), "{cause}");
+    assert!(number(&line, "retry_in_seconds") < 60, "{line}");
+    vault.write(&format!("sys/policies/acl/{name}"), policy("mesh")).await;
+    stream.update(1, SIGNED).await;
+
+    // Not even logged in: the request waits, and the log says for what.
+    vault.write(&format!("auth/kubernetes/role/{name}"), json!({"bound_service_account_names": "somebody"})).await;
+    let workload = world.scene.workload("second").await;
+    let stream = workload.watch(agent.socket());
+    let (line, cause) = no_certificate(&agent, &workload.id()).await;
+    assert_eq!(text(&line, "message"), Some("the request waits for its issuer"));
+    assert!(cause.contains("could not log in to Vault") && cause.contains("bound_service_account_names"), "{cause}");
+    vault.write(&format!("auth/kubernetes/role/{name}"), json!({"bound_service_account_names": name})).await;
+    stream.update(1, SIGNED).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
