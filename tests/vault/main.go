@@ -6,7 +6,10 @@
 // What a role allows, what it refuses and in which words is therefore Vault's
 // own; so is the way in which a service account's token is reviewed. Not here:
 // seals, namespaces, leases, audit, replication, identity. Vault's core is left
-// out because it brings three times the packages, every cloud's SDK among them.
+// out because it brings nearly three times the packages (1,395 for 521).
+//
+// The PKI engine is under HashiCorp's Business Source License, the rest under
+// MPL-2.0. They are fetched and built for the tests, and shipped with nothing.
 //
 // It listens on the loopback interface and ends when its standard input does.
 package main
