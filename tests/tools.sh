@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Gets the programs that the tests need, at pinned versions, into target/tools:
 #
-#   tests/tools.sh [envoy] [grpcurl] [controlplane] [system] [cargo-deny]
+#   tests/tools.sh [envoy] [grpcurl] [controlplane] [vault] [system] [cargo-deny]
 #
 # Without arguments: all that `make test` needs, which is all but cargo-deny. What is there already is left alone, so a second call
 # takes no time. Set SDS_AGENT_TOOLS to keep them elsewhere.
@@ -65,6 +65,16 @@ controlplane() {
     stamp "$program" "$sources"
 }
 
+vault() {
+    local program=$tools/vault sources
+    sources=$(cd "$root/tests/vault" && find . -type f -print0 | LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum)
+    ! present "$program" "$sources" || return 0
+    need go "install Go 1.26 or newer"
+    echo "tests/tools.sh: building Vault's engines (the first time takes minutes)"
+    (cd "$root/tests/vault" && CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '-s -w' -o "$program" .)
+    stamp "$program" "$sources"
+}
+
 system() {
     need strace "apt-get install strace"
     need openssl "apt-get install openssl"
@@ -83,10 +93,10 @@ cargo-deny() {
     stamp "$program" "$cargo_deny_version"
 }
 
-[ $# -gt 0 ] || set -- system envoy grpcurl controlplane
+[ $# -gt 0 ] || set -- system envoy grpcurl controlplane vault
 for tool; do
     case $tool in
-    envoy | grpcurl | controlplane | system | cargo-deny) "$tool" ;;
-    *) fail "unknown tool $tool; known: envoy grpcurl controlplane system cargo-deny" ;;
+    envoy | grpcurl | controlplane | vault | system | cargo-deny) "$tool" ;;
+    *) fail "unknown tool $tool; known: envoy grpcurl controlplane vault system cargo-deny" ;;
     esac
 done

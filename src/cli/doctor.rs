@@ -1,4 +1,5 @@
-//! `sds-agent doctor`: why a process or a pod gets its identity, or none, step by step and with a remedy for each step that fails.
+//! `sds-agent doctor`: why a process or a pod gets its identity and its certificate, or none, step by step and with a remedy for each step
+//! that fails.
 //!
 //! Every verdict is the agent's own: the same attestor, the same index, the same parser. Nothing is written anywhere. A check is a
 //! function that returns [`report::Step`]s; they stand here in the order of the request path.
@@ -19,6 +20,7 @@ use crate::{
 };
 
 mod cluster;
+mod issuer;
 mod process;
 pub mod report;
 
@@ -74,7 +76,7 @@ Run it where the agent runs, with its environment, so that it sees what the agen
   kubectl exec -n sds-agent ds/sds-agent -- sds-agent doctor --config /etc/sds-agent/agent.yaml --pod shop/cart-0
 
 Examples:
-  sds-agent doctor --config agent.yaml                     the socket, and the right to know the node's pods
+  sds-agent doctor --config agent.yaml                     the socket, the right to know the node's pods, and the issuer
   sds-agent doctor --config agent.yaml --pid 4711          which pod a process is in, and the identity it gets
   sds-agent doctor --config agent.yaml --pod shop/cart-0 -o json | jq '.steps[] | select(.result == \"failed\")'
   sds-agent doctor --pid 4711                              without a cluster: handle and cgroups only
@@ -83,6 +85,7 @@ The steps, in the order in which the agent takes them:
   socket, process, handle, own prefix, cgroups             what the node tells
   rights, pod, index, service account, profile             what the cluster tells; the last where there are profiles
   verdict                                                  what the agent would answer, and with which identity
+  issuer, requests                                         who signs, and what it refused lately or keeps waiting
 
 It reads only. Exit codes: 0 no step failed, 1 a step failed, 64 usage or configuration, 69 something is not reachable,
 77 the caller, or the agent's account, may not; where several steps failed, the first one decides.";
@@ -113,7 +116,11 @@ pub async fn run(args: Args, env: Env<'_>) -> Exit {
             return Exit::Usage;
         }
     };
-    let report = Report::new(examine(config.as_ref(), target).await);
+    let mut steps = examine(config.as_ref(), target).await;
+    if let Some(config) = &config {
+        steps.extend(issuer::look(config).await);
+    }
+    let report = Report::new(steps);
     let text = if args.output == Format::Json { report.json() } else { report.text() };
     match output::say(&text) {
         Err(error) if report.healthy => output::unsaid(&error),

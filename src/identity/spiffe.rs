@@ -67,6 +67,12 @@ impl SpiffeId {
         Ok(Self(id.into()))
     }
 
+    /// The trust domain's name.
+    pub fn trust_domain(&self) -> &str {
+        // Checked when it was made.
+        self.0.strip_prefix("spiffe://").and_then(|rest| rest.split('/').next()).unwrap_or_default()
+    }
+
     /// The whole ID.
     pub fn as_str(&self) -> &str {
         &self.0

@@ -29,6 +29,7 @@ mod deleter;
 mod preflight;
 mod requests;
 mod sweep;
+pub mod vault;
 
 pub use preflight::check;
 pub use requests::{LivePods, Metrics, Requests};
@@ -135,12 +136,21 @@ impl Inner {
         let pod = order.evidence.as_ref().map(tracing::field::display);
         tracing::info!(identity = %order.identity, pod, request = %name, "certificate requested");
 
-        let mut approved = None;
+        let (mut approved, mut told) = (None, None);
         loop {
             let Some(sighting) = ticket.next().await else { return Err(Miss::Lost(name)) };
             match Verdict::of(sighting.status.as_ref()) {
                 Verdict::Pending { approved: false, .. } => {}
-                Verdict::Pending { approved: true, .. } => drop(approved.get_or_insert_with(Instant::now)),
+                Verdict::Pending { approved: true, message } => {
+                    approved.get_or_insert_with(Instant::now);
+                    // The signer goes on trying by itself and tells the same trouble at each attempt, often with other numbers in it.
+                    if let Some(finding) = vault::explain(&message, order.identity.spiffe_id.trust_domain())
+                        && told.as_ref() != Some(&finding.remedy)
+                    {
+                        tracing::warn!(identity = %order.identity, request = %name, cause = %finding, "the request waits for its issuer");
+                        told = Some(finding.remedy);
+                    }
+                }
                 Verdict::Issued => {
                     let chain_pem = self.take(order, sighting.status.as_ref())?;
                     let approved = approved.unwrap_or_else(Instant::now);
@@ -152,7 +162,7 @@ impl Inner {
                 }
                 refusal => {
                     ticket.keep(&order.identity);
-                    return Err(refused(&namespace, &name, refusal).into());
+                    return Err(refused(order, &namespace, &name, refusal).into());
                 }
             }
         }
@@ -220,7 +230,7 @@ fn owner(pod: &PodRef) -> OwnerReference {
 }
 
 /// The error for a request that will never be issued. It stays for a while, so that its reader can be sent there.
-fn refused(namespace: &str, request: &str, verdict: Verdict) -> Error {
+fn refused(order: &Order, namespace: &str, request: &str, verdict: Verdict) -> Error {
     let more = format!("(more by: kubectl describe certificaterequest -n {namespace} {request})");
     let request = request.to_owned();
     match verdict {
@@ -233,7 +243,11 @@ fn refused(namespace: &str, request: &str, verdict: Verdict) -> Error {
             Error::Failed { request, reason, message, retry: Retry::Configuration }
         }
         Verdict::Failed(Why { reason, message }) => {
-            Error::Failed { request, reason, message: format!("{message} {more}"), retry: Retry::Backoff }
+            // Whatever cannot be told apart may have been the network: a failed request is never tried again, but a new one may do.
+            let finding = vault::explain(&message, order.identity.spiffe_id.trust_domain());
+            let retry = finding.as_ref().map_or(Retry::Backoff, |finding| finding.retry);
+            let message = finding.map_or(message, |finding| finding.to_string());
+            Error::Failed { request, reason, message: format!("{message} {more}"), retry }
         }
         // Not refusals; the caller does not pass them.
         Verdict::Pending { message, .. } => Error::Failed { request, reason: "Pending".into(), message, retry: Retry::Backoff },

@@ -13,8 +13,8 @@ use crate::support::{
     scene::{PATIENCE, Scene, Workload},
 };
 
-/// Its exit code and its steps.
-async fn doctor(launch: &Launch, arguments: &[&str]) -> (Option<i32>, Vec<Value>) {
+/// Runs `doctor` as `launch` would run the agent. Its exit code and its steps.
+pub async fn doctor(launch: &Launch, arguments: &[&str]) -> (Option<i32>, Vec<Value>) {
     let output = child::finish(launch.doctor(arguments), PATIENCE).await;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     let report: Value = serde_json::from_str(&text).unwrap_or_else(|e| panic!("{e}: {text}{}", String::from_utf8_lossy(&output.stderr)));
@@ -30,12 +30,17 @@ fn results(steps: &[Value]) -> Vec<(&str, &str)> {
     steps.iter().filter_map(|step| Some((step["name"].as_str()?, step["result"].as_str()?))).collect()
 }
 
+fn failed(steps: &[Value]) -> Vec<&str> {
+    results(steps).into_iter().filter(|(_, result)| *result == "failed").map(|(name, _)| name).collect()
+}
+
 fn sleeper(workload: &Workload) -> Child {
     let mut command: Command = workload.cgroup.command(Path::new("sleep"));
     Child::spawn("sleep", command.arg("600"))
 }
 
-fn detail<'a>(steps: &'a [Value], name: &str) -> &'a str {
+/// The evidence of a step.
+pub fn detail<'a>(steps: &'a [Value], name: &str) -> &'a str {
     steps.iter().find(|step| step["name"] == name).and_then(|step| step["detail"].as_str()).unwrap_or_else(|| panic!("no {name}"))
 }
 
@@ -55,7 +60,8 @@ async fn the_doctor_tells_the_agents_verdict_and_its_evidence() {
         (_, steps) => Err(format!("{steps:?}")),
     })
     .await;
-    let order = ["socket", "process", "handle", "own prefix", "cgroups", "rights", "index", "service account", "verdict"];
+    let order =
+        ["socket", "process", "handle", "own prefix", "cgroups", "rights", "index", "service account", "verdict", "issuer", "requests"];
     assert_eq!(results(&good), order.map(|name| (name, "ok")));
     assert!(detail(&good, "cgroups").contains(&format!("[decided by pod{}]", workload.pod.uid)), "{good:?}");
     assert!(detail(&good, "socket").contains(&format!("process {} (sds-agent)", agent.process().pid())), "{good:?}");
@@ -69,14 +75,14 @@ async fn the_doctor_tells_the_agents_verdict_and_its_evidence() {
     // No process, no pod, no pod of this node, no pod at all.
     let outside = std::process::id().to_string();
     let (code, steps) = doctor(&launch, &["--pid", &outside]).await;
-    assert_eq!((code, results(&steps).last()), (Some(77), Some(&("verdict", "failed"))));
+    assert_eq!((code, failed(&steps)), (Some(77), vec!["cgroups", "verdict"]));
     assert!(detail(&steps, "verdict").starts_with("not_in_pod: "), "{steps:?}");
     let (code, steps) = doctor(&launch, &["--pid", &i32::MAX.to_string()]).await;
-    assert_eq!((code, results(&steps)[1]), (Some(1), ("process", "failed")));
+    assert_eq!((code, failed(&steps)), (Some(1), vec!["process"]));
     let elsewhere = scene.cluster.pod(&scene.namespace, "elsewhere", &scene.cluster.node().await).await;
     for pod in [format!("{}/{}", elsewhere.namespace, elsewhere.name), format!("{}/nobody", scene.namespace)] {
         let (code, steps) = doctor(&launch, &["--pod", &pod]).await;
-        assert_eq!((code, results(&steps).last()), (Some(1), Some(&("pod", "failed"))), "{pod}");
+        assert_eq!((code, failed(&steps)), (Some(1), vec!["pod"]), "{pod}");
     }
 
     // A right that was taken is told before all that follows from it.
@@ -91,5 +97,5 @@ async fn a_socket_without_an_agent_is_told() {
     let scene = Scene::new(&Cluster::connect().await).await;
     let launch = scene.agent_pod.launch(scene.dir.path(), "certificate: { lifetime: 1h }");
     let (code, steps) = doctor(&launch, &[]).await;
-    assert_eq!((code, results(&steps)), (Some(69), vec![("socket", "failed"), ("rights", "ok")]));
+    assert_eq!((code, results(&steps)), (Some(69), vec![("socket", "failed"), ("rights", "ok"), ("issuer", "ok"), ("requests", "ok")]));
 }

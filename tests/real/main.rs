@@ -1,4 +1,4 @@
-//! The agent with real programs: two Envoys, grpcurl, openssl, strace, and a control plane with the real cert-manager.
+//! The agent with real programs: two Envoys, grpcurl, openssl, strace, a control plane with the real cert-manager, and Vault's own engines.
 //!
 //! Nothing here is skipped: where a program is missing, the tests that need it fail and say how to get it. `make test` gets them all.
 //! Everything stays on loopback and Unix sockets. Time is real and lifetimes are short.
@@ -29,3 +29,4 @@ mod grpcurl;
 mod no_disk;
 mod profiles;
 mod upgrade;
+mod vault;

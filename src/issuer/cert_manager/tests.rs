@@ -22,6 +22,7 @@ use crate::{
 
 mod faults;
 mod setup;
+mod vault_words;
 
 const CR: &str = "certificaterequests";
 const MINUTE: Duration = Duration::from_secs(60);
@@ -93,8 +94,12 @@ impl World {
     }
 
     fn condition(&self, request: &Value, kind: &str, status: &str, reason: &str) {
+        self.says(request, kind, status, reason, "words");
+    }
+
+    fn says(&self, request: &Value, kind: &str, status: &str, reason: &str, message: &str) {
         self.api.change(CR, text(request, "namespace"), text(request, "name"), |object| {
-            let condition = json!({"type": kind, "status": status, "reason": reason, "message": "words"});
+            let condition = json!({"type": kind, "status": status, "reason": reason, "message": message});
             match object.pointer_mut("/status/conditions") {
                 Some(Value::Array(conditions)) => conditions.push(condition),
                 _ => object["status"]["conditions"] = json!([condition]),

@@ -65,6 +65,11 @@ impl Cluster {
         Self::at(&env::var_os("KUBECONFIG").map_or_else(|| Plane::shared().kubeconfig().to_owned(), PathBuf::from)).await
     }
 
+    /// The control plane that tests share, whatever `KUBECONFIG` says: it can reach what listens on loopback.
+    pub async fn shared() -> Self {
+        Self::at(Plane::shared().kubeconfig()).await
+    }
+
     /// A control plane of the caller's own, to be changed and stopped, whatever `KUBECONFIG` says. `flags` are its program's.
     pub async fn own(flags: &[&str]) -> (Self, Plane) {
         let plane = Plan::new(flags).start().await;

@@ -26,6 +26,7 @@ pub mod scene;
 pub mod signer;
 pub mod tools;
 pub mod trace;
+pub mod vault;
 
 /// Between two looks at a program that cannot be awaited.
 const LOOK_AGAIN: Duration = Duration::from_millis(50);

@@ -20,6 +20,11 @@ pub fn controlplane() -> PathBuf {
     fetched("CONTROLPLANE", "controlplane")
 }
 
+/// Vault's PKI engine and Kubernetes auth method.
+pub fn vault() -> PathBuf {
+    fetched("VAULT", "vault")
+}
+
 /// The system call tracer.
 pub fn strace() -> PathBuf {
     system("strace", "strace")
