@@ -26,4 +26,5 @@ mod envoy_cert_manager;
 mod envoy_embedded;
 mod flood;
 mod grpcurl;
+mod kubelet;
 mod no_disk;

@@ -82,6 +82,20 @@ impl Cluster {
         serde_json::to_value(cluster).expect("it was read from text")
     }
 
+    /// An administrator's access in the name of `user`, as a kubeconfig: the API server judges that user's rights alone.
+    pub fn access_as(&self, user: &str, groups: &[&str]) -> Value {
+        let login = self.kubeconfig.auth_infos.first().and_then(|named| named.auth_info.as_ref()).expect("a user");
+        let mut login = serde_json::to_value(login).expect("it was read from text");
+        login["as"] = json!(user);
+        login["as-groups"] = json!(groups);
+        json!({
+            "apiVersion": "v1", "kind": "Config", "current-context": "test",
+            "clusters": [{"name": "test", "cluster": self.address()}],
+            "users": [{"name": "test", "user": login}],
+            "contexts": [{"name": "test", "context": {"cluster": "test", "user": "test"}}],
+        })
+    }
+
     /// A node without a kubelet.
     pub async fn node(&self) -> String {
         let node = self.create("/api/v1/nodes", &json!({"metadata": {"generateName": "test-", "labels": labels()}})).await;
@@ -191,6 +205,11 @@ impl Cluster {
     /// Reads an object.
     pub async fn get(&self, path: &str) -> Value {
         self.send("GET", path, "application/json", &Value::Null).await
+    }
+
+    /// The same, where it may not be there.
+    pub async fn try_get(&self, path: &str) -> kube::Result<Value> {
+        self.try_send("GET", path, "application/json", &Value::Null).await
     }
 
     /// Deletes an object.

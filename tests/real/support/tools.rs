@@ -20,6 +20,12 @@ pub fn controlplane() -> PathBuf {
     fetched("CONTROLPLANE", "controlplane")
 }
 
+/// The folder with kubelet, containerd and runc.
+pub fn node() -> PathBuf {
+    let kubelet = fetched("KUBELET", "node/kubelet");
+    kubelet.parent().expect("a program lies in a folder").to_owned()
+}
+
 /// The system call tracer.
 pub fn strace() -> PathBuf {
     system("strace", "strace")
