@@ -3,9 +3,10 @@
 #
 #   unshare --mount --propagation private --pid --fork --kill-child node.sh DIR TOOLS NAME CGROUP
 #
-# DIR has images/*.tar and kubelet.kubeconfig, and gets the logs; TOOLS has the programs. Whatever is started here ends with this
-# process, and its files with the namespace: the usual places are file systems in memory here.
+# DIR has images/*.tar and kubelet.kubeconfig, and gets the logs; TOOLS has the programs. This process ends with its standard input,
+# whatever was started here with it, and the files with the namespace: the usual places are file systems in memory here.
 set -eu
+trap 'exit 1' INT TERM
 dir=$1 tools=$2 name=$3 cgroup=$4
 here=$(dirname "$0")
 
@@ -55,4 +56,4 @@ done
 { cat "$here/kubelet.yaml"; echo "cgroupRoot: $cgroup"; } >"$dir/kubelet.yaml"
 kubelet --config "$dir/kubelet.yaml" --kubeconfig "$dir/kubelet.kubeconfig" --hostname-override "$name" >"$dir/kubelet.log" 2>&1 &
 echo ready
-wait
+cat >/dev/null

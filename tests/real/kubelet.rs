@@ -183,7 +183,40 @@ async fn a_real_kubelet_gives_pods_their_sockets_and_takes_them_away() {
     })
     .await;
     scene.assert_served(&other).await;
-    let calls = agent.metric_of("sds_agent_csi_calls_total", &[]).await;
-    assert!(calls > 0.0, "the kubelet has called");
-    drop(agent);
+    let unpublished = agent.metric_of("sds_agent_csi_calls_total", &["call=\"unpublish\"", "code=\"Ok\""]).await;
+    assert!(unpublished > 0.0, "the kubelet has asked for it");
+}
+
+/// Whoever may change the CSIDriver object takes the kubelet's word away, and a pod's own attributes take its place.
+#[tokio::test]
+async fn a_pod_that_speaks_for_the_kubelet_does_not_start() {
+    let _turn = support::turn().await;
+    let scene = Scene::new().await;
+    let agent = scene.launch.start().await;
+    let victim = scene.node.pod(&scene.namespace, "victim", &workload()).await;
+    let driver = format!("/apis/storage.k8s.io/v1/csidrivers/{DRIVER}");
+    scene.cluster.patch(&driver, &json!({"spec": {"podInfoOnMount": false}})).await;
+
+    let mut forged = workload();
+    forged["volumes"][0]["csi"]["volumeAttributes"] = json!({
+        "csi.storage.k8s.io/pod.name": victim.name, "csi.storage.k8s.io/pod.namespace": victim.namespace,
+        "csi.storage.k8s.io/pod.uid": victim.uid, "csi.storage.k8s.io/serviceAccount.name": victim.service_account,
+        "csi.storage.k8s.io/ephemeral": "true",
+    });
+    let forger = scene.node.bound_pod(&scene.namespace, "forger", &forged).await;
+    let events = format!("/api/v1/namespaces/{}/events?fieldSelector=involvedObject.uid%3D{}", scene.namespace, forger.uid);
+    eventually("the pod's events say why it does not start", PATIENCE, async || {
+        let events = scene.cluster.get(&events).await["items"].to_string();
+        if events.contains("FailedMount") && events.contains("is not the pod of target_path") { Ok(()) } else { Err(events) }
+    })
+    .await;
+    assert!(agent.metric_of("sds_agent_csi_calls_total", &["call=\"publish\"", "code=\"PermissionDenied\""]).await > 0.0);
+    let left = scene.left_of(&forger);
+    assert_eq!(left, [format!("{PODS}/{}", forger.uid)], "nothing but what the kubelet makes for every pod");
+
+    // Told by the kubelet whose it is, the same pod is itself.
+    scene.cluster.patch(&driver, &json!({"spec": {"podInfoOnMount": true}})).await;
+    scene.node.until_running(&forger).await;
+    scene.assert_served(&forger).await;
+    scene.assert_served(&victim).await;
 }

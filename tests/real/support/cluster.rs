@@ -1,7 +1,8 @@
 //! A Kubernetes API with the real cert-manager: one control plane for the whole test binary, or the cluster that `KUBECONFIG` names;
 //! or one of a test's own.
 //!
-//! There is no kubelet: pods are objects that say where they run, and their processes are started by the tests. Every test has
+//! There is no kubelet, but for tests with a `node::Node`: pods are objects that say where they run, and their processes are started by
+//! the tests. Every test has
 //! namespaces of its own, labelled `sds-agent-test`, which a borrowed cluster can be cleared of by that label.
 
 use std::{

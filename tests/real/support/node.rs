@@ -129,7 +129,7 @@ impl Node {
         command.args(["--mount", "--propagation", "private", "--pid", "--fork", "--kill-child"]);
         command.arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/node/node.sh"));
         command.arg(&dir).arg(tools::node()).arg(&name).arg(format!("/{root}"));
-        let processes = Child::spawn("the node", &mut command);
+        let processes = Child::spawn_tied("the node", &mut command);
         let node = Self { processes, cgroups, cluster: cluster.clone(), dir, name };
         let ready = |lines: &[String]| lines.iter().any(|line| line == "ready").then_some(());
         node.processes.stdout().until("containerd with its images", START, ready).await;
@@ -179,7 +179,8 @@ impl Node {
         mounts.into_iter().filter(|mount| mount.target.starts_with(place)).collect()
     }
 
-    /// Binds a new pod to the node and waits until it runs. `spec` needs no more than containers and volumes.
+    /// Binds a new pod to the node and waits until it runs. `spec` needs no more than containers and volumes;
+    /// a service account that it does not name is made, with the pod's name.
     pub async fn pod(&self, namespace: &str, name: &str, spec: &Value) -> Pod {
         let pod = self.bound_pod(namespace, name, spec).await;
         self.until_running(&pod).await;
@@ -199,9 +200,11 @@ impl Node {
 
     /// The same, and waits for nothing.
     pub async fn bound_pod(&self, namespace: &str, name: &str, spec: &Value) -> Pod {
-        let account = json!({"metadata": {"name": name}});
-        self.cluster.create(&format!("/api/v1/namespaces/{namespace}/serviceaccounts"), &account).await;
         let mut spec = spec.clone();
+        if spec["serviceAccountName"].is_null() {
+            let account = json!({"metadata": {"name": name}});
+            self.cluster.create(&format!("/api/v1/namespaces/{namespace}/serviceaccounts"), &account).await;
+        }
         let own = json!({
             "serviceAccountName": name, "nodeName": self.name, "automountServiceAccountToken": false, "enableServiceLinks": false,
             "hostNetwork": true, "terminationGracePeriodSeconds": 1, "tolerations": [{"operator": "Exists"}],
@@ -215,7 +218,7 @@ impl Node {
             namespace: namespace.to_owned(),
             name: name_of(&pod),
             uid: pod["metadata"]["uid"].as_str().expect("the API server gives each pod a UID").to_owned(),
-            service_account: name.to_owned(),
+            service_account: pod["spec"]["serviceAccountName"].as_str().expect("it has one").to_owned(),
         }
     }
 
