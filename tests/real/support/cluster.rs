@@ -2,8 +2,7 @@
 //! or one of a test's own.
 //!
 //! There is no kubelet, but for tests with a `node::Node`: pods are objects that say where they run, and their processes are started by
-//! the tests. Every test has
-//! namespaces of its own, labelled `sds-agent-test`, which a borrowed cluster can be cleared of by that label.
+//! the tests. Every test has namespaces of its own, labelled `sds-agent-test`, which a borrowed cluster can be cleared of by that label.
 
 use std::{
     env,
