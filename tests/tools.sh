@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Gets the programs that the tests need, at pinned versions, into target/tools:
 #
-#   tests/tools.sh [envoy] [grpcurl] [controlplane] [vault] [system] [cargo-deny]
+#   tests/tools.sh [envoy] [grpcurl] [controlplane] [vault] [node] [system] [cargo-deny]
 #
 # Without arguments: all that `make test` needs, which is all but cargo-deny. What is there already is left alone, so a second call
 # takes no time. Set SDS_AGENT_TOOLS to keep them elsewhere.
@@ -75,11 +75,42 @@ vault() {
     stamp "$program" "$sources"
 }
 
+# kubelet, containerd, runc and what the pods' images are made of.
+node() {
+    local folder=$tools/node sources
+    sources=$(cd "$root/tests/node" && sha256sum build.sh go.mod go.sum pause/main.go | sha256sum)
+    ! present "$folder/kubelet" "$sources" || return 0
+    need go "install Go 1.26 or newer"
+    need cc "apt-get install gcc"
+    need pkg-config "apt-get install pkg-config"
+    echo "tests/tools.sh: building the node (the first time takes minutes)"
+    pkg-config --exists libseccomp || libseccomp
+    PKG_CONFIG_PATH=${PKG_CONFIG_PATH-}:$tools/libseccomp "$root/tests/node/build.sh" "$folder"
+    stamp "$folder/kubelet" "$sources"
+}
+
+# The headers and the static library, from the distribution's package and for runc alone: nothing is installed.
+libseccomp() {
+    local unpacked=$tools/libseccomp remedy="install libseccomp's headers (libseccomp-dev)"
+    need apt-get "$remedy"
+    need dpkg "$remedy"
+    rm -rf "$unpacked"
+    mkdir -p "$unpacked"
+    download() (cd "$unpacked" && apt-get download -qq -o APT::Sandbox::User=root libseccomp-dev)
+    download 2>/dev/null || { apt-get update -qq && download; } || fail "libseccomp's headers are out of reach: $remedy"
+    dpkg -x "$unpacked"/libseccomp-dev_*.deb "$unpacked"
+    # The static one, so that runc needs no library of the machine; and the package believes that it is installed.
+    rm -f "$unpacked"/usr/lib/*/libseccomp.so
+    sed "s|^prefix=.*|prefix=$unpacked/usr|" "$unpacked"/usr/lib/*/pkgconfig/libseccomp.pc >"$unpacked/libseccomp.pc"
+}
+
 system() {
     need strace "apt-get install strace"
     need openssl "apt-get install openssl"
     need setpriv "apt-get install util-linux"
     need prlimit "apt-get install util-linux"
+    need tar "apt-get install tar"
+    need ldd "apt-get install libc-bin"
 }
 
 cargo-deny() {
@@ -93,10 +124,10 @@ cargo-deny() {
     stamp "$program" "$cargo_deny_version"
 }
 
-[ $# -gt 0 ] || set -- system envoy grpcurl controlplane vault
+[ $# -gt 0 ] || set -- system envoy grpcurl controlplane vault node
 for tool; do
     case $tool in
-    envoy | grpcurl | controlplane | vault | system | cargo-deny) "$tool" ;;
-    *) fail "unknown tool $tool; known: envoy grpcurl controlplane vault system cargo-deny" ;;
+    envoy | grpcurl | controlplane | vault | node | system | cargo-deny) "$tool" ;;
+    *) fail "unknown tool $tool; known: envoy grpcurl controlplane vault node system cargo-deny" ;;
     esac
 done

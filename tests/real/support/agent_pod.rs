@@ -70,6 +70,11 @@ impl AgentPod {
     /// In a fresh namespace, with the least rights, and a token bound to that pod. The kubeconfig goes into `dir`.
     pub async fn new(cluster: &Cluster, dir: &Path, node: &str) -> Self {
         let pod = cluster.pod(&cluster.namespace().await, "sds-agent", node).await;
+        Self::of(cluster, dir, node, pod).await
+    }
+
+    /// The same for a pod that is there, in a namespace of its own.
+    pub async fn of(cluster: &Cluster, dir: &Path, node: &str, pod: Pod) -> Self {
         let [namespace, name, key] = [ROOTS.0, ROOTS.1, ROOTS.2].map(str::to_owned);
         let agent = Self {
             issuer: format!("{{ name: {ISSUER}, kind: ClusterIssuer }}"),

@@ -25,6 +25,12 @@ pub fn vault() -> PathBuf {
     fetched("VAULT", "vault")
 }
 
+/// The folder with kubelet, containerd and runc.
+pub fn node() -> PathBuf {
+    let kubelet = fetched("KUBELET", "node/kubelet");
+    kubelet.parent().expect("a program lies in a folder").to_owned()
+}
+
 /// The system call tracer.
 pub fn strace() -> PathBuf {
     system("strace", "strace")
