@@ -63,6 +63,8 @@ pub struct Summary {
     issuers: Vec<String>,
     /// The trust sources, in words.
     trust: Vec<String>,
+    /// Whose requests the approver approves.
+    approver_agents: Vec<String>,
     /// Requests per second for each 1,000 identities.
     requests_per_second_per_1000: f64,
 }
@@ -160,6 +162,7 @@ fn summary(config: &Config) -> Option<Summary> {
         renewal_seconds: [renewal(1.0 - profile.jitter), renewal(1.0 + profile.jitter)],
         issuers: config.issuers.values().map(issuer_in_words).collect(),
         trust: config.trust_sources.iter().map(source_in_words).chain(federated).collect(),
+        approver_agents: config.approver.agents.clone(),
         requests_per_second_per_1000: config::renewals_per_second(profile.lifetime, profile.renew_at, 1000),
     })
 }
@@ -203,6 +206,7 @@ fn words(summary: &Summary) -> String {
     ));
     lines.extend(summary.issuers.iter().map(|issuer| ("signed by", issuer.clone())));
     lines.extend(summary.trust.iter().map(|source| ("trust", source.clone())));
+    lines.push(("approver", format!("approves requests of {}", summary.approver_agents.join(", "))));
     let rate = summary.requests_per_second_per_1000;
     lines.push(("load", format!("{rate:.2} requests per second for each 1,000 identities of the cluster")));
     lines.iter().map(|(label, text)| format!("  {label:<12} {text}\n")).collect()
@@ -234,6 +238,7 @@ mod tests {
                           renewal      after 10h 48m to 13h 12m\n  \
                           signed by    ClusterIssuer mesh-ca of cert-manager.io, by requests in namespace sds-agent\n  \
                           trust        file /etc/roots.pem\n  \
+                          approver     approves requests of system:serviceaccount:sds-agent:sds-agent\n  \
                           load         0.02 requests per second for each 1,000 identities of the cluster\n";
         assert_eq!(words(&summary(&config).unwrap()), expected);
     }

@@ -196,6 +196,7 @@ impl FakeApi {
                 (&Method::GET, false) => "list",
                 (&Method::POST, _) => "create",
                 (&Method::DELETE, _) => "delete",
+                (&Method::PATCH, _) => "patch",
                 _ => "other",
             };
             let fault = self.lock().meet(verb, &plural);
@@ -238,6 +239,9 @@ impl FakeApi {
             "create" => {
                 let mut object: Value = serde_json::from_slice(body).unwrap();
                 object["metadata"]["namespace"] = json!(namespace);
+                if let (None, Some(prefix)) = (object["metadata"]["name"].as_str(), object["metadata"]["generateName"].as_str()) {
+                    object["metadata"]["name"] = json!(format!("{prefix}{}", state.version));
+                }
                 let name = object["metadata"]["name"].as_str().unwrap().to_owned();
                 if state.objects.contains_key(&(plural.clone(), key.1, name)) {
                     return status(409, "AlreadyExists", &plural);
@@ -255,6 +259,16 @@ impl FakeApi {
                         answer(200, json!({"kind": "Status", "status": "Success"}).to_string())
                     }
                 }
+            }
+            "patch" => {
+                let wanted: Value = serde_json::from_slice(body).unwrap();
+                let Some(mut object) = state.objects.get(&key).cloned() else { return absent() };
+                let differs = |field: &str| !wanted["metadata"][field].is_null() && wanted["metadata"][field] != object["metadata"][field];
+                if differs("resourceVersion") || differs("uid") {
+                    return status(409, "Conflict", &plural);
+                }
+                merge(&mut object, wanted);
+                answer(200, state.put(&plural, object).to_string())
             }
             "list" => {
                 let selector = Selector::of(namespace, query);
@@ -351,6 +365,24 @@ impl Selector {
         self.namespace.as_ref().is_none_or(|n| metadata["namespace"] == **n)
             && self.labels.iter().all(|(k, v)| metadata["labels"][k] == **v)
             && self.fields.iter().all(|(k, v)| *field(k) == **v)
+    }
+}
+
+/// RFC 7396.
+fn merge(into: &mut Value, patch: Value) {
+    match patch {
+        Value::Object(fields) => {
+            if !into.is_object() {
+                *into = json!({});
+            }
+            for (key, value) in fields {
+                match value {
+                    Value::Null => drop(into.as_object_mut().unwrap().remove(&key)),
+                    value => merge(&mut into[key.as_str()], value),
+                }
+            }
+        }
+        value => *into = value,
     }
 }
 

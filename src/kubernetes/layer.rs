@@ -46,6 +46,8 @@ pub enum Verb {
     watch,
     /// A new one.
     create,
+    /// A part of it changed.
+    patch,
     /// One less.
     delete,
     /// Something else.
@@ -278,6 +280,7 @@ fn verb(request: &Request<Body>) -> Verb {
         Some("list" | "list_metadata") => Verb::list,
         Some("watch" | "watch_metadata") => Verb::watch,
         Some("create") => Verb::create,
+        Some("patch" | "patch_status") => Verb::patch,
         Some("delete") => Verb::delete,
         _ => Verb::other,
     }
