@@ -257,7 +257,10 @@ fn deny<T>(code: &'static str, sentence: String) -> Result<T, Denial> {
 }
 
 fn invalid_csr(why: impl fmt::Display) -> Denial {
-    Denial { code: denied::INVALID_CSR, sentence: format!("the CSR {}: is it an agent that asks?", cut(&why.to_string())) }
+    Denial {
+        code: denied::INVALID_CSR,
+        sentence: format!("the CSR {}. No agent asks like this: see who uses its token", cut(&why.to_string())),
+    }
 }
 
 /// What another wrote, in quotes, tame and bounded.

@@ -220,7 +220,10 @@ fn the_requests_own_fields_are_an_agents() {
     more.push("cert sign".into());
     assert_eq!(denied_at_once(|request| request.spec.usages = more.clone()).code, denied::INVALID_REQUEST);
     let invalid = denied_at_once(|request| request.spec.request = serde_json::from_str("\"no base64\"").unwrap());
-    assert_eq!(invalid, Denial { code: denied::INVALID_CSR, sentence: "the CSR is not in base64: is it an agent that asks?".into() });
+    assert_eq!(
+        invalid,
+        Denial { code: denied::INVALID_CSR, sentence: "the CSR is not in base64. No agent asks like this: see who uses its token".into() }
+    );
     assert_eq!(denied_at_once(|request| request.spec.request = Csr::from_der(&[0x30, 0])).code, denied::INVALID_CSR);
     for key in [keys::POD_NAMESPACE, keys::POD_NAME, keys::POD_UID] {
         assert_eq!(denied_at_once(|request| drop(request.metadata.annotations.as_mut().unwrap().remove(key))).code, denied::NO_EVIDENCE);
