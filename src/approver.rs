@@ -4,7 +4,11 @@
 //! name anew from the pod, and asks where that pod runs ([`judge`]). All replicas are active: a decision is written with the version of
 //! the request that was judged, so that the first one counts. The caller runs [`Approver::run`] and [`Pods::run`] side by side.
 
-use std::{fmt, sync::Arc};
+use std::{
+    collections::VecDeque,
+    fmt,
+    sync::{Arc, Mutex, PoisonError},
+};
 
 use futures::StreamExt;
 use kube::{Api, Client, runtime::watcher};
@@ -37,6 +41,8 @@ use queue::{Key, Queue, key};
 
 /// Requests that are worked on at once.
 const WORKERS: usize = 16;
+/// Requests approved by others that are remembered, so that each is told once.
+const REMEMBERED: usize = 1024;
 /// Requests in one page of a list: they carry their CSRs and certificates.
 const PAGE: u32 = 250;
 
@@ -65,6 +71,8 @@ pub struct Approver {
     desk: Arc<Desk>,
     kube_metrics: kubernetes::Metrics,
     metrics: Metrics,
+    /// The UIDs of requests that others have approved, as far as the log has told of them.
+    told: Mutex<VecDeque<String>>,
     synced: watch::Sender<bool>,
 }
 
@@ -79,7 +87,7 @@ impl Approver {
     pub fn new(parts: Parts) -> Self {
         let Parts { client, rules, pods, clock, instance, kube_metrics, metrics } = parts;
         let desk = Arc::new(Desk::new(client.clone(), rules.clone(), pods, clock, instance, metrics.clone()));
-        Self { client, rules, desk, kube_metrics, metrics, synced: watch::Sender::new(false) }
+        Self { client, rules, desk, kube_metrics, metrics, told: Mutex::default(), synced: watch::Sender::new(false) }
     }
 
     /// Becomes true when every request there is has been seen once, and stays so.
@@ -143,9 +151,35 @@ impl Approver {
                     tracing::info!(undecided = queue.len(), "every request has been seen once");
                 }
             }
-            watcher::Event::Apply(request) => self.seen(queue, request),
+            watcher::Event::Apply(request) => {
+                self.look_for_others(&request);
+                self.seen(queue, request);
+            }
             watcher::Event::Delete(request) => queue.gone(&key(&request)),
         }
+    }
+
+    /// Whoever else approves makes all of this worth nothing: the operator has to know. Approvals of before the start are not told.
+    fn look_for_others(&self, request: &CertificateRequest) {
+        let Some(by) = judge::approved_by_another(request, &self.rules.borrow()).map(str::to_owned) else { return };
+        let Some(uid) = request.metadata.uid.clone() else { return };
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        if told.contains(&uid) {
+            return;
+        }
+        if told.len() == REMEMBERED {
+            told.pop_front();
+        }
+        told.push_back(uid);
+        self.metrics.foreign.inc();
+        let (namespace, name) = key(request);
+        tracing::error!(
+            namespace,
+            request = name,
+            by,
+            "somebody else has approved a request of the agents' issuer: take the issuer out of cert-manager's own approver \
+             (approveSignerNames of its chart)"
+        );
     }
 
     fn seen(&self, queue: &mut Queue, request: CertificateRequest) {

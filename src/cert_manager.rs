@@ -78,7 +78,7 @@ pub mod denied {
     /// The CSR asks for more than names, or is none.
     pub const INVALID_CSR: &str = "InvalidCsr";
     /// The request's own fields are not those of an agent: usages, `isCA`.
-    pub const INVALID_REQUEST: &str = "InvalidRequest";
+    pub const INVALID_SPEC: &str = "InvalidSpec";
 }
 
 /// `spec`; immutable once created. `username`, `uid`, `groups` and `extra` are the webhook's: whatever a creator writes is replaced.

@@ -8,6 +8,7 @@ use std::{fmt, time::Duration};
 
 use crate::{
     approver::{
+        desk::APPROVER,
         pods::Pod,
         rules::{Expectation, Rules},
     },
@@ -55,6 +56,13 @@ pub fn is_ours(request: &CertificateRequest, rules: &Rules) -> bool {
     let decided = |kind: &str| request.status.iter().flat_map(|s| &s.conditions).any(|c| c.kind == kind && c.status == "True");
     let over = decided("Approved") || decided("Denied") || decided("InvalidRequest") || request.metadata.deletion_timestamp.is_some();
     !over && rules.guard(&issuer(request), namespace(request))
+}
+
+/// Who else has approved a request that was the approver's to decide: the reason of the condition.
+pub fn approved_by_another<'a>(request: &'a CertificateRequest, rules: &Rules) -> Option<&'a str> {
+    let approval = request.status.as_ref()?.conditions.iter().find(|c| c.kind == "Approved" && c.status == "True")?;
+    let reason = approval.reason.as_deref().unwrap_or_default();
+    (reason != APPROVER && rules.guard(&issuer(request), namespace(request))).then_some(reason)
 }
 
 /// The pod that a request names as its evidence; none where the annotations do not say.
@@ -112,11 +120,11 @@ fn request_alone<'a>(request: &'a CertificateRequest, rules: &Rules) -> Result<A
     let node = claim(request, claims::NODE_NAME)?;
     claim(request, claims::NODE_UID)?;
     if spec.is_ca {
-        return deny(denied::INVALID_REQUEST, "isCA is set, and nobody gets a CA's certificate here".to_owned());
+        return deny(denied::INVALID_SPEC, "isCA is set, and nobody gets a CA's certificate here".to_owned());
     }
     if spec.usages != USAGES {
         let found = quoted(&spec.usages.join(", "));
-        return deny(denied::INVALID_REQUEST, format!("the usages are {found}, and have to be {:?} in this order", USAGES.join(", ")));
+        return deny(denied::INVALID_SPEC, format!("the usages are {found}, and have to be {:?} in this order", USAGES.join(", ")));
     }
     let pem = spec.request.pem().ok_or_else(|| invalid_csr("is not in base64"))?;
     let csr = csr::read(&pem).map_err(invalid_csr)?;

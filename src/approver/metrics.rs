@@ -49,6 +49,7 @@ pub struct Metrics {
     errors: Family<Error, Counter>,
     pub(super) pending: Gauge,
     pub(super) live_reads: Counter,
+    pub(super) foreign: Counter,
 }
 
 impl Default for Metrics {
@@ -59,6 +60,7 @@ impl Default for Metrics {
             errors: Family::default(),
             pending: Gauge::default(),
             live_reads: Counter::default(),
+            foreign: Counter::default(),
         }
     }
 }
@@ -83,6 +85,11 @@ impl Metrics {
             "approver_pod_reads",
             "Pods that were read live, because the watch did not tell enough",
             metrics.live_reads.clone(),
+        );
+        registry.register(
+            "approver_foreign_approvals",
+            "Requests of the agents' issuers that somebody else has approved; anything but 0 is a hole",
+            metrics.foreign.clone(),
         );
         metrics
     }

@@ -218,6 +218,20 @@ async fn no_more_than_so_many_are_worked_on_at_once_and_one_that_hangs_holds_up_
 }
 
 #[tokio::test(start_paused = true)]
+async fn who_else_approves_is_counted_once_for_each_request() {
+    let api = FakeApi::new();
+    let replica = Replica::start(&api, false);
+    api.until("it watches", |api| (api.count("watch", CR) == 1).then_some(())).await;
+    let mut approved = object("a");
+    approved["status"] = json!({"conditions": [{"type": "Approved", "status": "True", "reason": "cert-manager.io"}]});
+    for _ in 0..3 {
+        api.put(CR, approved.clone());
+    }
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    assert_eq!((replica.metrics.foreign.get(), api.count("patch", CR)), (1, 0));
+}
+
+#[tokio::test(start_paused = true)]
 async fn requests_of_others_are_neither_read_nor_written() {
     let api = FakeApi::new();
     let replica = Replica::start(&api, false);

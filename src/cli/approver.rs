@@ -110,7 +110,9 @@ mod tests {
     }
 
     #[test]
-    fn an_authority_in_memory_needs_no_approver() {
+    fn what_makes_no_requests_for_pods_needs_no_approver() {
         assert_eq!(load("issuer: { embedded: {} }\n").unwrap_err(), Exit::Usage);
+        let unix = "attestation: unix\nissuer: { certManager: { issuerRef: { name: mesh-ca, kind: ClusterIssuer } } }\n";
+        assert_eq!(load(unix).unwrap_err(), Exit::Usage);
     }
 }

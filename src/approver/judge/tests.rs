@@ -161,6 +161,24 @@ fn what_is_not_ours_or_decided_is_left_alone() {
 }
 
 #[test]
+fn an_approval_by_another_is_noticed() {
+    let approved = |reason: Option<&str>| {
+        let mut request = request();
+        let condition =
+            Condition { kind: "Approved".into(), status: "True".into(), reason: reason.map(Into::into), ..Condition::default() };
+        request.status = Some(Status { conditions: vec![condition], ..Status::default() });
+        request
+    };
+    assert_eq!(approved_by_another(&request(), &rules()), None);
+    assert_eq!(approved_by_another(&approved(Some(APPROVER)), &rules()), None);
+    assert_eq!(approved_by_another(&approved(Some("cert-manager.io")), &rules()), Some("cert-manager.io"));
+    assert_eq!(approved_by_another(&approved(None), &rules()), Some(""));
+    let mut other = approved(Some("cert-manager.io"));
+    other.spec.issuer_ref.name = "other".into();
+    assert_eq!(approved_by_another(&other, &rules()), None);
+}
+
+#[test]
 fn an_issuer_of_a_namespace_is_another_one_elsewhere() {
     let mut rules = rules();
     rules.issuers[0].issuer.kind = "Issuer".into();
@@ -210,15 +228,15 @@ fn the_claims_of_a_node_stand_there_exactly_once() {
 
 #[test]
 fn the_requests_own_fields_are_an_agents() {
-    assert_eq!(denied_at_once(|request| request.spec.is_ca = true).code, denied::INVALID_REQUEST);
+    assert_eq!(denied_at_once(|request| request.spec.is_ca = true).code, denied::INVALID_SPEC);
     for usages in [vec![], vec!["cert sign"], vec!["digital signature", "key encipherment", "client auth", "server auth"]] {
         let denial = denied_at_once(|request| request.spec.usages = usages.iter().map(|&u| u.to_owned()).collect());
-        assert_eq!(denial.code, denied::INVALID_REQUEST);
+        assert_eq!(denial.code, denied::INVALID_SPEC);
         assert!(denial.sentence.starts_with(&format!("the usages are {:?}, and have to be", usages.join(", "))), "{denial:?}");
     }
     let mut more = USAGES.map(String::from).to_vec();
     more.push("cert sign".into());
-    assert_eq!(denied_at_once(|request| request.spec.usages = more.clone()).code, denied::INVALID_REQUEST);
+    assert_eq!(denied_at_once(|request| request.spec.usages = more.clone()).code, denied::INVALID_SPEC);
     let invalid = denied_at_once(|request| request.spec.request = serde_json::from_str("\"no base64\"").unwrap());
     assert_eq!(
         invalid,

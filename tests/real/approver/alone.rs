@@ -58,8 +58,8 @@ async fn a_stolen_token_gets_the_names_of_its_nodes_pods_and_nothing_else() {
         ("a longer life", good().spec("duration", json!("8760h")), "ProfileMismatch"),
         ("no duration", good().spec("duration", json!(null)), "ProfileMismatch"),
         ("another kind of key", good().key(&rcgen::PKCS_ECDSA_P384_SHA384), "ProfileMismatch"),
-        ("other usages", good().spec("usages", json!(["cert sign", "crl sign"])), "InvalidRequest"),
-        ("a CA's certificate", good().spec("isCA", json!(true)), "InvalidRequest"),
+        ("other usages", good().spec("usages", json!(["cert sign", "crl sign"])), "InvalidSpec"),
+        ("a CA's certificate", good().spec("isCA", json!(true)), "InvalidSpec"),
     ];
     let mut asked = Vec::new();
     for (what, ask, reason) in cases {

@@ -6,7 +6,10 @@ use super::{
     ask::{Ask, issued},
     world::{NAMESPACE, PATIENCE, World},
 };
-use crate::support::{cluster::Pod, eventually};
+use crate::support::{
+    cluster::{Pod, labels},
+    eventually,
+};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_policy_alone_stops_what_it_is_there_for() {
@@ -48,6 +51,20 @@ async fn the_policy_alone_stops_what_it_is_there_for() {
     let unbound = world.log_in(Pod { uid: format!("{}-unbound", agent.pod.uid), ..agent.pod.clone() }, &a, false).await;
     let refusal = good().refused(&unbound).await;
     assert!(refusal.contains("the agent's token names no node"), "{refusal}");
+
+    // A label cannot hold every node's name, and its digest cannot be computed here: the annotation is what counts.
+    let long = format!("{}.{}", "n".repeat(60), "m".repeat(40));
+    cluster.create("/api/v1/nodes", &json!({"metadata": {"name": long, "labels": labels()}})).await;
+    let far = world.actor("agent-far", "sds-agent", &long).await;
+    let far_pod = cluster.pod(&shop, "far", &long).await;
+    let ask = |label: &str| Ask::of(&far, &far_pod).label(label);
+    let digest = "sha256-0123456789abcdef0123456789abcdef01234567";
+    for refused in
+        [ask(&a), ask("n"), ask(digest).annotation("sds-agent.io/node-name", &a), ask(digest).annotation("sds-agent.io/node-name", digest)]
+    {
+        assert!(refused.refused(&far).await.contains("the request is labelled with node"));
+    }
+    ask(digest).create(&far).await.unwrap();
 
     // Everybody else is kept from the mesh's issuer, and from no other.
     for namespace in [NAMESPACE, &shop] {

@@ -43,7 +43,7 @@ impl World {
     pub async fn start(flags: &[&str]) -> Self {
         let (cluster, plane) = Cluster::own(flags).await;
         let world = Self { cluster, plane, dir: tempfile::tempdir().unwrap() };
-        for file in ["base/rbac.yaml", "base/config.yaml", "approver/rbac.yaml"] {
+        for file in ["base/rbac.yaml", "base/config.yaml", "approver/rbac.yaml", "approver/deployment.yaml"] {
             world.install(file).await;
         }
         world
