@@ -26,6 +26,7 @@ use crate::{
 };
 
 pub mod desk;
+pub mod events;
 pub mod judge;
 pub mod metrics;
 pub mod pods;

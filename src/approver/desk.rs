@@ -5,25 +5,26 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use k8s_openapi::api::core::v1::Event;
 use kube::{
     Api, Client,
-    api::{Patch, PatchParams, PostParams},
+    api::{Patch, PatchParams},
 };
 use serde_json::json;
 use tokio::{sync::watch, time::Instant};
 
 use crate::{
     approver::{
+        events::Events,
         judge::{Decision, Denial, Sight, evidence, judge},
         metrics::{Decided, Metrics, Step},
         pods::Pods,
         queue::Case,
         rules::Rules,
     },
-    cert_manager::{CertificateRequest, Condition, GROUP, PLURAL, denied},
+    cert_manager::{CertificateRequest, Condition, PLURAL, claims, denied},
     clock::{self, Clock},
     kubernetes::{Call, Cause, Failure},
+    telemetry::hush::Hush,
 };
 
 /// The reason of the condition `Approved`, and who reports Events.
@@ -32,8 +33,6 @@ pub const APPROVER: &str = "approver.sds-agent.io";
 const RESOURCE: &str = "certificaterequests.cert-manager.io";
 /// How often a request that others keep changing is judged in one go.
 const ROUNDS: usize = 4;
-/// The API server refuses longer messages of Events.
-const EVENT_MESSAGE: usize = 1000;
 
 /// How a worker's attempt ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,16 +49,17 @@ pub struct Desk {
     rules: watch::Receiver<Arc<Rules>>,
     pods: Pods,
     clock: Arc<dyn Clock>,
-    /// The name of the approver's pod, for Events.
-    instance: String,
+    events: Events,
     metrics: Metrics,
+    /// Denials that the log has been told of, by reason, requester and node.
+    denials: Hush<(&'static str, String, String)>,
     /// The trouble that the log has been told of.
     told: Mutex<Option<String>>,
 }
 
 impl std::fmt::Debug for Desk {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Desk").field("instance", &self.instance).finish_non_exhaustive()
+        f.debug_struct("Desk").field("pods", &self.pods).finish_non_exhaustive()
     }
 }
 
@@ -73,7 +73,8 @@ impl Desk {
         instance: String,
         metrics: Metrics,
     ) -> Self {
-        Self { client, rules, pods, clock, instance, metrics, told: Mutex::default() }
+        let events = Events::new(client.clone(), instance, metrics.clone());
+        Self { client, rules, pods, clock, events, metrics, denials: Hush::default(), told: Mutex::default() }
     }
 
     /// Decides about one request, and writes it.
@@ -172,42 +173,24 @@ impl Desk {
             }
             Decision::Deny(denial) => {
                 self.metrics.decided(Decided::denied, denial.code, seconds);
-                tracing::warn!(namespace, request = name, reason = denial.code, why = denial.sentence, "denied");
-                self.tell(request, denial).await;
+                self.log(request, denial);
+                self.events.tell(request, denial, &clock::rfc3339(self.clock.now())).await;
             }
             Decision::Ignore | Decision::Look(_) => {}
         }
     }
 
-    /// An Event on the request, once. It is for people: one that cannot be written is counted, not written again.
-    async fn tell(&self, request: &CertificateRequest, denial: &Denial) {
-        let (namespace, name) = place(request);
-        let now = clock::rfc3339(self.clock.now());
-        let pod = evidence(request)
-            .map(|pod| json!({"apiVersion": "v1", "kind": "Pod", "namespace": &*pod.namespace, "name": &*pod.name, "uid": &*pod.uid}));
-        let event = json!({
-            "metadata": {"generateName": "sds-agent-", "namespace": namespace},
-            "involvedObject": {
-                "apiVersion": format!("{GROUP}/v1"), "kind": "CertificateRequest", "namespace": namespace, "name": name,
-                "uid": request.metadata.uid, "resourceVersion": request.metadata.resource_version,
-            },
-            "related": pod,
-            "type": if denial.code == denied::POD_GONE { "Normal" } else { "Warning" },
-            "reason": denial.code,
-            "message": denial.sentence.chars().take(EVENT_MESSAGE).collect::<String>(),
-            "action": "Deny",
-            "source": {"component": APPROVER},
-            "reportingComponent": APPROVER,
-            "reportingInstance": self.instance,
-            "firstTimestamp": now, "lastTimestamp": now, "count": 1,
-        });
-        let Ok(event) = serde_json::from_value::<Event>(event) else { return };
-        let api: Api<Event> = Api::namespaced(self.client.clone(), namespace);
-        if let Err(error) = api.create(&PostParams::default(), &event).await {
-            self.metrics.failed(Step::event);
-            let call = Call { verb: "create", resource: "events", name: None, namespace: Some(namespace) };
-            let failure = Failure::of(&error, &call);
-            tracing::debug!(call = %call, error = %failure, "no Event tells of the denial");
+    /// One line a minute for each reason, requester and node.
+    fn log(&self, request: &CertificateRequest, denial: &Denial) {
+        let ((namespace, request_name), spec) = (place(request), &request.spec);
+        let node = spec.extra.get(claims::NODE_NAME).and_then(|names| names.first()).cloned().unwrap_or_default();
+        let cause = (denial.code, spec.username.clone().unwrap_or_default(), node);
+        let Some(left_out) = self.denials.tells(cause, Instant::now()) else { return };
+        let (reason, why) = (denial.code, &denial.sentence);
+        if reason == denied::POD_GONE {
+            tracing::info!(namespace, request = request_name, reason, why, left_out, "denied");
+        } else {
+            tracing::warn!(namespace, request = request_name, reason, why, left_out, "denied");
         }
     }
 
@@ -229,7 +212,8 @@ impl Desk {
     }
 }
 
-fn place(request: &CertificateRequest) -> (&str, &str) {
+/// Namespace and name.
+pub(super) fn place(request: &CertificateRequest) -> (&str, &str) {
     let metadata = &request.metadata;
     (metadata.namespace.as_deref().unwrap_or_default(), metadata.name.as_deref().unwrap_or_default())
 }

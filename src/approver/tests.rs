@@ -231,6 +231,27 @@ async fn who_else_approves_is_counted_once_for_each_request() {
     assert_eq!((replica.metrics.foreign.get(), api.count("patch", CR)), (1, 0));
 }
 
+/// Somebody asks in a loop: all of it is denied, and the Events of a minute are bounded.
+#[tokio::test(start_paused = true)]
+async fn a_flood_is_denied_and_does_not_become_one_of_events() {
+    let api = FakeApi::new();
+    let replica = Replica::start(&api, false);
+    for n in 0..400 {
+        let mut foreign = object(&format!("r{n}"));
+        foreign["spec"]["username"] = json!("mallory");
+        api.put(CR, foreign);
+    }
+    let denied = |api: &FakeApi| api.objects(CR).iter().filter(|o| o["status"]["conditions"][0]["type"] == "Denied").count();
+    api.until("all are denied", |api| (denied(api) == 400).then_some(())).await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!((api.count("create", "events"), replica.metrics.count(Decided::denied, "NotTheAgent")), (300, 400));
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    let mut foreign = object("later");
+    foreign["spec"]["username"] = json!("mallory");
+    api.put(CR, foreign);
+    api.until("one more", |api| (api.count("create", "events") == 301).then_some(())).await;
+}
+
 #[tokio::test(start_paused = true)]
 async fn requests_of_others_are_neither_read_nor_written() {
     let api = FakeApi::new();

@@ -5,7 +5,7 @@ use serde_json::json;
 
 use super::{
     ask::{Ask, condition, denied, dns, issued, uri},
-    world::{GUARDED, NAMESPACE, World},
+    world::{GUARDED, NAMESPACE, PATIENCE, World},
 };
 use crate::support::{cluster::Pod, eventually};
 
@@ -77,7 +77,6 @@ async fn a_stolen_token_gets_the_names_of_its_nodes_pods_and_nothing_else() {
     for (what, path, reason) in &asked {
         let (found, sentence) = denied(cluster, path).await;
         assert_eq!(found, *reason, "{what}: {sentence}");
-        println!("figure: {what}: {found}: {sentence}");
     }
     let approved = issued(cluster, &good().create(&agent).await.unwrap()).await;
     let why = condition(&approved, "Approved").unwrap();
@@ -88,7 +87,7 @@ async fn a_stolen_token_gets_the_names_of_its_nodes_pods_and_nothing_else() {
     // Each denial is told beside its request, and counted.
     let (_, denied_path, _) = &asked[0];
     let name = denied_path.rsplit('/').next().unwrap();
-    eventually("an Event", super::world::PATIENCE, async || {
+    eventually("an Event", PATIENCE, async || {
         let events = cluster.get(&format!("/api/v1/namespaces/{NAMESPACE}/events")).await;
         let events = events["items"].as_array().unwrap();
         let found = events.iter().find(|event| event["involvedObject"]["name"] == name && event["reason"] == "WrongNode");
@@ -128,4 +127,34 @@ async fn other_issuers_are_left_alone_and_two_replicas_agree() {
     assert!((decided - 20.0).abs() < 0.5, "{decided}");
     let untouched = world.cluster.get(&foreign).await;
     assert!(condition(&untouched, "Approved").is_none() && condition(&untouched, "Denied").is_none(), "{untouched}");
+}
+
+/// The operator has forgotten to take the issuer out of cert-manager's own approver: that is counted, and the log says what to do.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_second_approver_is_noticed() {
+    let world = World::start(&[]).await;
+    let approver = world.approver("approver-0", "24h").await;
+    // Ours may not write: the other one is always first.
+    let role = "/apis/rbac.authorization.k8s.io/v1/clusterroles/sds-agent-approver";
+    let mut rules = world.cluster.get(role).await["rules"].clone();
+    rules.as_array_mut().unwrap().retain(|rule| rule["resources"] != json!(["signers"]));
+    world.cluster.patch(role, &json!({"rules": rules})).await;
+    let [a, b] = [world.cluster.node().await, world.cluster.node().await];
+    let agent = world.actor("agent-a", "sds-agent", &a).await;
+    let elsewhere = world.cluster.pod(&world.cluster.namespace().await, "app", &b).await;
+    eventually("a foreign approval", PATIENCE, async || {
+        let path = Ask::of(&agent, &elsewhere).create(&agent).await.unwrap();
+        let request = eventually("a decision", PATIENCE, async || {
+            let request = world.cluster.get(&path).await;
+            let decided = condition(&request, "Approved").or(condition(&request, "Denied")).is_some();
+            if decided { Ok(request) } else { Err(request["status"].to_string()) }
+        })
+        .await;
+        let Some(approval) = condition(&request, "Approved") else { return Err("the authorizer has not learnt of it yet".to_owned()) };
+        assert_eq!(approval["reason"], "cert-manager.io", "what must not be signed was approved by us");
+        let counted = approver.metric("sds_agent_approver_foreign_approvals_total").await;
+        if counted > 0.5 { Ok(()) } else { Err(format!("{counted}")) }
+    })
+    .await;
+    approver.logs("the other approver", PATIENCE, |line| line["by"] == "cert-manager.io").await;
 }

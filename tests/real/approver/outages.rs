@@ -37,13 +37,12 @@ async fn a_right_that_is_revoked_is_reported_and_waited_for() {
             if open { Ok(paths) } else { Err("the denial was written".to_owned()) }
         })
         .await;
-        let line = approver
+        approver
             .logs(right, PATIENCE, |line| {
                 line["message"] == "cannot decide about a request; trying again"
                     && [&line["error"], &line["message"]].iter().any(|text| text.as_str().is_some_and(|text| text.contains(words)))
             })
             .await;
-        println!("figure: without {right}: {line}");
         assert!(approver.metric("sds_agent_approver_errors_total").await > errors + 0.5);
         if with_reads {
             assert!(world.cluster.get(&waiting[0]).await["status"]["conditions"].is_null());

@@ -46,7 +46,6 @@ async fn the_policy_alone_stops_what_it_is_there_for() {
     ] {
         let refusal = ask.refused(&agent).await;
         assert!(refusal.contains(words), "{what}: {refusal}");
-        println!("figure: {what}: {refusal}");
     }
     let unbound = world.log_in(Pod { uid: format!("{}-unbound", agent.pod.uid), ..agent.pod.clone() }, &a, false).await;
     let refusal = good().refused(&unbound).await;

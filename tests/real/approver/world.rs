@@ -111,9 +111,23 @@ impl World {
 
     /// An approver with the account and rights of `daemonset/`, ready.
     pub async fn approver(&self, name: &str, lifetime: &str) -> Agent {
-        let actor = self.actor(name, "sds-agent-approver", &self.cluster.node().await).await;
+        let actor = self.replica(name).await;
         let launch = Launch::approver(&actor.dir, &self.configuration(lifetime).await);
         actor.environment(launch).start().await
+    }
+
+    /// A pod as the Deployment makes it.
+    async fn replica(&self, name: &str) -> Actor {
+        let (node, pods) = (self.cluster.node().await, format!("/api/v1/namespaces/{NAMESPACE}/pods"));
+        let deployment = objects("approver/deployment.yaml").into_iter().find(|object| object["kind"] == "Deployment").unwrap();
+        let mut pod = deployment["spec"]["template"].clone();
+        pod["metadata"]["name"] = json!(name);
+        pod["spec"]["nodeName"] = json!(node);
+        let pod = self.cluster.create(&pods, &pod).await;
+        let text = |value: &Value| value.as_str().unwrap().to_owned();
+        let (uid, account) = (text(&pod["metadata"]["uid"]), text(&pod["spec"]["serviceAccountName"]));
+        let pod = Pod { namespace: NAMESPACE.to_owned(), name: name.to_owned(), uid, service_account: account };
+        self.log_in(pod, &node, true).await
     }
 
     /// How to run an agent as this actor.
