@@ -41,11 +41,13 @@ use crate::{
     trust::Trust,
 };
 
+mod approver;
 mod claims;
 mod inventory;
 mod parts;
 mod upstream;
 
+pub use approver::{BoundApprover, build_approver};
 pub(crate) use parts::attestor;
 
 /// How long the parts that end last may take: rotation, and then the deletions upstream, which give up by themselves after five seconds.

@@ -11,7 +11,8 @@ use std::{
 use serde_json::Value;
 
 use super::{
-    Attestation, AttestationPolicy, Config, Env, IssuerConfig, Limits, LockMemory, Names, NodeEnvironment, RequestRate, SharedSocket,
+    Approver, Attestation, AttestationPolicy, Config, Env, IssuerConfig, Limits, LockMemory, Names, NodeEnvironment, RequestRate,
+    SharedSocket,
     error::{Errors, Wrong},
     issuance::LIFETIMES,
     reader::Report,
@@ -108,6 +109,7 @@ fn config(path: &Path, trust_domain: TrustDomain, lifetime: Duration, admin: Soc
         admin,
         metrics: SocketAddr::from(([127, 0, 0, 1], 0)),
         worker_threads: 2,
+        approver: Approver::of_namespace("sds-agent"),
         node: NodeEnvironment::default(),
     }
 }

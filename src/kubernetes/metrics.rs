@@ -23,6 +23,8 @@ pub enum Verb {
     watch,
     /// A new one.
     create,
+    /// A part of it changed.
+    patch,
     /// One less.
     delete,
     /// Something else.

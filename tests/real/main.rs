@@ -16,6 +16,7 @@
 
 mod support;
 
+mod approver;
 mod attest;
 mod bad_caller;
 mod bad_upstream;

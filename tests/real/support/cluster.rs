@@ -76,7 +76,8 @@ impl Cluster {
         (Self::at(plane.kubeconfig()).await, plane)
     }
 
-    async fn at(path: &Path) -> Self {
+    /// The cluster as whoever has this kubeconfig sees it.
+    pub async fn at(path: &Path) -> Self {
         let kubeconfig = Kubeconfig::read_from(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
         Self { client: client(kubeconfig.clone()).await, kubeconfig }
     }
@@ -200,6 +201,21 @@ impl Cluster {
     /// The same, where it may not work yet.
     pub async fn try_create(&self, path: &str, object: &Value) -> kube::Result<Value> {
         self.try_send("POST", path, "application/json", object).await
+    }
+
+    /// Creates an object, or makes it what is given; its path is that of its kind.
+    pub async fn apply(&self, path: &str, object: &Value) -> Value {
+        self.send("PATCH", &format!("{path}?fieldManager=test&force=true"), "application/apply-patch+yaml", object).await
+    }
+
+    /// Deletes an object, where that may be refused.
+    pub async fn try_delete(&self, path: &str) -> kube::Result<Value> {
+        self.try_send("DELETE", path, "application/json", &json!({})).await
+    }
+
+    /// Reads an object, where it may not be there.
+    pub async fn try_get(&self, path: &str) -> kube::Result<Value> {
+        self.try_send("GET", path, "application/json", &Value::Null).await
     }
 
     /// Merges into an object.
