@@ -213,11 +213,6 @@ impl Cluster {
         self.try_send("DELETE", path, "application/json", &json!({})).await
     }
 
-    /// Reads an object, where it may not be there.
-    pub async fn try_get(&self, path: &str) -> kube::Result<Value> {
-        self.try_send("GET", path, "application/json", &Value::Null).await
-    }
-
     /// Merges into an object.
     pub async fn patch(&self, path: &str, change: &Value) -> Value {
         self.send("PATCH", path, "application/merge-patch+json", change).await
