@@ -27,6 +27,7 @@ mod envoy_cert_manager;
 mod envoy_embedded;
 mod flood;
 mod grpcurl;
+mod guides;
 mod kubelet;
 mod no_disk;
 mod profiles;
