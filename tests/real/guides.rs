@@ -23,8 +23,9 @@ fn block(first: &str) -> String {
 async fn command(line: &str, dir: &Path, socket: &Path) -> String {
     assert!(GUIDE.contains(line), "the guide no longer has {line:?}");
     let line = line.replace("target/release/sds-agent", agent::program().to_str().unwrap());
-    let output = Command::new("bash").args(["-c", &line]).current_dir(dir).env("SPIFFE_ENDPOINT_SOCKET", format!("unix://{}", socket.display()));
-    let output = { output }.stdin(Stdio::null()).output().await.unwrap();
+    let mut shell = Command::new("bash");
+    shell.args(["-c", &line]).current_dir(dir).env("SPIFFE_ENDPOINT_SOCKET", format!("unix://{}", socket.display()));
+    let output = shell.stdin(Stdio::null()).output().await.unwrap();
     assert!(output.status.success(), "{line}: {}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
@@ -52,12 +53,12 @@ async fn the_plain_envoy_of_the_guide_serves_and_rotates() {
     ] {
         command(line, dir.path(), agent.socket()).await;
     }
-    let arguments = "-cert cert.pem -key key.pem -CAfile roots.pem -quiet";
+    let arguments = "-cert cert.pem -cert_chain cert.pem -key key.pem -CAfile roots.pem -quiet";
     assert!(GUIDE.contains(arguments), "the guide asks in another way");
     let mut client = Command::new(tools::openssl());
     client.args(["s_client", "-connect", &format!("127.0.0.1:{tls}"), "-verify_return_error"]).args(arguments.split(' '));
     let mut client = client.current_dir(dir.path()).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-    client.stdin.take().unwrap().write_all(b"GET / HTTP/1.0\r\n\r\n").await.unwrap();
+    client.stdin.take().unwrap().write_all(b"GET / HTTP/1.1\r\nHost: server\r\nConnection: close\r\n\r\n").await.unwrap();
     let output = tokio::time::timeout(PATIENCE, client.wait_with_output()).await.unwrap().unwrap();
     let answer = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(answer.contains("200 OK") && answer.contains("hello"), "{answer}{}", String::from_utf8_lossy(&output.stderr));
