@@ -5,9 +5,9 @@ use tokio::sync::mpsc;
 use tonic::Code;
 
 use super::{
-    super::*,
     bench::{Bench, RETENTION, Upstream, settle},
     client::{Client, Reply, body, framed, status},
+    *,
 };
 
 /// On paused time it costs nothing.
