@@ -28,4 +28,5 @@ mod flood;
 mod grpcurl;
 mod no_disk;
 mod profiles;
+mod reload;
 mod upgrade;
