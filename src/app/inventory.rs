@@ -8,9 +8,11 @@ use prometheus_client::{
     metrics::{MetricType, gauge::ConstGauge},
 };
 use serde_json::{Value, json};
+use tokio::sync::watch;
 
 use crate::{
     clock::{self, Clock},
+    rotation::plan::Plan,
     store::{Demand, Entry, Store},
 };
 
@@ -18,6 +20,7 @@ use crate::{
 #[derive(Debug, Clone)]
 pub(super) struct Inventory {
     store: Arc<Store>,
+    plan: watch::Receiver<Arc<Plan>>,
     clock: Arc<dyn Clock>,
 }
 
@@ -32,7 +35,7 @@ enum State {
     Expired,
     /// Being issued for the first time.
     Pending,
-    /// A client holds a good one from before the agent's start.
+    /// A client holds a good one from before the agent's start, or of an identity that it had before the configuration changed.
     HeldByClient,
     /// Nobody subscribes: it is kept for a while in case somebody comes back, and not renewed.
     Idle,
@@ -51,8 +54,8 @@ const STATES: [(State, &str); 6] = [
 const OVERDUE: f64 = 0.05;
 
 impl Inventory {
-    pub(super) fn new(store: Arc<Store>, clock: Arc<dyn Clock>) -> Self {
-        Self { store, clock }
+    pub(super) fn new(store: Arc<Store>, plan: watch::Receiver<Arc<Plan>>, clock: Arc<dyn Clock>) -> Self {
+        Self { store, plan, clock }
     }
 
     /// One object for each identity.
@@ -60,7 +63,8 @@ impl Inventory {
         let now = self.clock.now();
         let mut entries = self.store.snapshot();
         entries.sort_by(|a, b| a.identity.spiffe_id.cmp(&b.identity.spiffe_id));
-        entries.iter().map(|entry| row(entry, now)).collect()
+        let plan = self.plan.borrow().clone();
+        entries.iter().map(|entry| row(entry, &plan, now)).collect()
     }
 }
 
@@ -90,12 +94,14 @@ fn name(state: State) -> &'static str {
     STATES.iter().find(|(s, _)| *s == state).map_or("", |(_, name)| name)
 }
 
-fn row(entry: &Entry, now: SystemTime) -> Value {
+fn row(entry: &Entry, plan: &Plan, now: SystemTime) -> Value {
     let status = entry.status();
+    // As it is called now; of what is issued no more, as it was.
+    let identity = plan.current(&entry.identity).unwrap_or_else(|| entry.identity.clone());
     let mut row = json!({
         "spiffe_id": entry.identity.spiffe_id.as_str(),
-        "profile": &*entry.identity.profile.name,
-        "issuer": entry.identity.profile.issuer.to_string(),
+        "profile": &*identity.profile.name,
+        "issuer": identity.profile.issuer.to_string(),
         "state": name(state(entry, now)),
         "subscribers": entry.subscribers(),
         "next_attempt": status.next_attempt.map(clock::rfc3339),
@@ -165,7 +171,9 @@ mod tests {
         let clock = TestClock::new(UNIX_EPOCH + Duration::from_secs(1_700_000_000));
         let (store, _events) = Store::new();
         let mut registry = Registry::default();
-        registry.register_collector(Box::new(Inventory::new(store.clone(), Arc::new(clock.clone()))));
+        let plan = Plan::new(std::collections::BTreeMap::new(), [identity("a").profile.clone()], Duration::ZERO);
+        let plan = watch::channel(Arc::new(plan)).1;
+        registry.register_collector(Box::new(Inventory::new(store.clone(), plan, Arc::new(clock.clone()))));
         let count = |state: &str| {
             let mut page = String::new();
             text::encode(&mut page, &registry).unwrap();

@@ -31,5 +31,6 @@ mod guides;
 mod kubelet;
 mod no_disk;
 mod profiles;
+mod reload;
 mod upgrade;
 mod vault;

@@ -9,6 +9,7 @@ use tokio::{
 
 pub mod agent;
 pub mod agent_pod;
+pub mod authority;
 pub mod cgroups;
 pub mod child;
 pub mod cluster;
