@@ -165,7 +165,7 @@ async fn issuers_come_and_go_and_one_that_stays_is_the_same() {
     assert_eq!(w.reload.in_force, Config { retention: Duration::from_secs(60), ..before });
     // The other way round there is a watch that sees all.
     let mut w = world(&profile("workload"));
-    assert_eq!(w.read(&profile("elsewhere")), (true, false, false), "the same authority, asked elsewhere");
+    assert_eq!(w.read(&profile("elsewhere")), (true, true, true), "asked elsewhere is asked of another");
     assert_eq!((w.scopes(), w.restart_required()), (1, 0));
 }
 
