@@ -46,6 +46,8 @@ mod inventory;
 mod parts;
 mod upstream;
 
+#[cfg(test)]
+pub(crate) use inventory::sample as sample_inventory;
 pub(crate) use parts::attestor;
 
 /// How long the parts that end last may take: rotation, and then the deletions upstream, which give up by themselves after five seconds.
@@ -183,7 +185,7 @@ pub async fn build_with(config: &Config, base: Base, deps: Deps) -> anyhow::Resu
         ending: ending.clone(),
     };
     let csi_metrics = config.per_pod.as_ref().map(|_| csi::metrics::Metrics::register(registry));
-    let inventory = inventory::Inventory::new(store, deps.clock);
+    let inventory = inventory::Inventory::new(store, deps.clock).per_workload(config.metrics_per_workload);
     registry.register_collector(Box::new(inventory.clone()));
     let certificates = Arc::new(move || inventory.rows());
     let routes = admin::Routes::new(readiness.clone(), Arc::new(exposition)).with_certificates(certificates);

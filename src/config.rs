@@ -62,6 +62,8 @@ pub struct Config {
     pub admin: SocketAddr,
     /// `metrics.address`
     pub metrics: SocketAddr,
+    /// `metrics.perWorkload`: whether each service account has series of its own.
+    pub metrics_per_workload: bool,
     /// `workerThreads`
     pub worker_threads: usize,
     /// The environment of a pod: `NODE_NAME`, `POD_NAMESPACE`, `POD_NAME`, `POD_UID`.

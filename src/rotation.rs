@@ -111,6 +111,7 @@ pub async fn run(parts: Parts, shutdown: CancellationToken) {
     let now = Now { wall: parts.clock.now(), mono: Instant::now() };
     let planner = Planner::new(parts.retention, fastrand::u64(..));
     let clock = parts.clock.clone();
+    parts.issuers.keys().for_each(|issuer| parts.metrics.add_issuer(issuer));
     let mut departures = parts.claims.as_ref().map(|claims| claims.departures());
     let mut rotation = Rotation {
         parts,

@@ -126,7 +126,7 @@ pub(super) fn walk(root: &Section<'_>, report: &Report, env: Env<'_>) -> Option<
     if trust_sources.is_empty() {
         warn_of_roots(report, &issuers);
     }
-    let (admin, metrics) = addresses?;
+    let (admin, (metrics, metrics_per_workload)) = addresses?;
     let (shared_socket, per_pod) = sockets?;
     Some(Config {
         trust_domain: trust_domain?,
@@ -147,6 +147,7 @@ pub(super) fn walk(root: &Section<'_>, report: &Report, env: Env<'_>) -> Option<
         drain: drain?,
         admin,
         metrics,
+        metrics_per_workload,
         worker_threads: usize::try_from(worker_threads?).ok()?,
         node: pod?.node,
     })
@@ -298,7 +299,8 @@ fn request_rate(kubernetes: &Section<'_>) -> Option<RequestRate> {
     Some(RequestRate { per_second: per_second?, burst: burst? })
 }
 
-fn addresses(root: &Section<'_>) -> Option<(SocketAddr, SocketAddr)> {
+/// `admin`, and `metrics` with what belongs to it.
+fn addresses(root: &Section<'_>) -> Option<(SocketAddr, (SocketAddr, bool))> {
     let admin = root.section("admin", |admin| {
         let address = admin.read("address", SocketAddr::from(([127, 0, 0, 1], 15090)), values::socket_address);
         if address.is_some_and(|address| !address.ip().is_loopback()) {
@@ -310,6 +312,7 @@ fn addresses(root: &Section<'_>) -> Option<(SocketAddr, SocketAddr)> {
     });
     let metrics = root.section("metrics", |metrics| {
         let address = metrics.read("address", SocketAddr::from(([0, 0, 0, 0], 15091)), values::socket_address);
+        let per_workload = metrics.read("perWorkload", false, values::boolean);
         let clash = |admin: SocketAddr, metrics: SocketAddr| {
             metrics.port() != 0 && metrics.port() == admin.port() && (metrics.ip() == admin.ip() || metrics.ip().is_unspecified())
         };
@@ -317,7 +320,7 @@ fn addresses(root: &Section<'_>) -> Option<(SocketAddr, SocketAddr)> {
             metrics.wrong("address", "takes the port of admin.address", "give it a port of its own");
             return None;
         }
-        address
+        address.zip(per_workload)
     });
     admin.zip(metrics)
 }

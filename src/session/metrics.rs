@@ -79,6 +79,21 @@ impl Metrics {
         Self { open: open.get_or_create(&label).clone(), accepted: accepted.get_or_create(&label).clone(), rejected, refused }
     }
 
+    /// Registers and counts one of everything, for the reference.
+    #[cfg(test)]
+    pub(crate) fn sample(registry: &mut Registry) {
+        use crate::metrics::every;
+        let metrics = Self::register(registry);
+        for reason in every!(Rejection: connection_limit, pod_connection_limit, pod_connection_rate, refused_streams, no_credentials,
+            accept_error, silent)
+        {
+            metrics.rejected(reason);
+        }
+        for reason in every!(Refusal: stream_limit, pod_stream_limit) {
+            metrics.refused(reason);
+        }
+    }
+
     pub(super) fn rejected(&self, reason: Rejection) {
         self.rejected.get_or_create(&ReasonLabel { reason }).inc();
     }
