@@ -209,6 +209,7 @@ impl Metrics {
     #[cfg(test)]
     pub(crate) fn sample(registry: &mut Registry) {
         use crate::metrics::every;
+
         let metrics = Self::register(registry);
         for method in every!(Method: unix, kubernetes, mount) {
             metrics.observe(method, Ok(()), 0.001);

@@ -15,8 +15,7 @@ mod process;
 #[cfg(test)]
 mod reference;
 
-/// Every variant of a label's type, for the reference: one that is forgotten does not compile.
-#[cfg(test)]
+/// Every variant of a label's type: one that is forgotten does not compile.
 macro_rules! every {
     ($label:ident: $($variant:ident),+ $(,)?) => {{
         #[allow(dead_code, reason = "it is there to be exhaustive")]
@@ -26,7 +25,6 @@ macro_rules! every {
         [$($label::$variant),+]
     }};
 }
-#[cfg(test)]
 pub(crate) use every;
 
 /// The value of a label that anything can stand for, in the reference.

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Gets the programs that the tests need, at pinned versions, into target/tools:
 #
-#   tests/tools.sh [envoy] [grpcurl] [controlplane] [vault] [system] [cargo-deny]
+#   tests/tools.sh [envoy] [grpcurl] [controlplane] [vault] [prometheus] [system] [cargo-deny]
 #
 # Without arguments: all that `make test` needs, which is all but cargo-deny. What is there already is left alone, so a second call
 # takes no time. Set SDS_AGENT_TOOLS to keep them elsewhere.
@@ -75,6 +75,23 @@ vault() {
     stamp "$program" "$sources"
 }
 
+# Prometheus and promtool as Debian or Ubuntu builds them: there is no newer version to be had than the distribution's, so it is printed.
+prometheus() {
+    local folder=$tools/prometheus remedy="get prometheus and promtool from https://prometheus.io/download, and set PROMETHEUS and PROMTOOL"
+    ! { present "$folder/usr/bin/prometheus" distribution && [ -x "$folder/usr/bin/promtool" ]; } || return 0
+    need apt-get "on another system than Debian or Ubuntu, $remedy"
+    need dpkg-deb "apt-get install dpkg"
+    rm -rf "$folder"
+    mkdir -p "$folder"
+    # Its other user cannot write here, which it would complain about.
+    (cd "$folder" && apt-get download -qq -o "APT::Sandbox::User=$(id -un)" prometheus) ||
+        fail "apt-get cannot download prometheus: run apt-get update as root, or $remedy"
+    dpkg-deb -x "$folder"/prometheus_*.deb "$folder"
+    rm "$folder"/prometheus_*.deb
+    echo "tests/tools.sh: unpacked $("$folder/usr/bin/promtool" --version 2>&1 | head -n 1)"
+    stamp "$folder/usr/bin/prometheus" distribution
+}
+
 system() {
     need strace "apt-get install strace"
     need openssl "apt-get install openssl"
@@ -93,10 +110,10 @@ cargo-deny() {
     stamp "$program" "$cargo_deny_version"
 }
 
-[ $# -gt 0 ] || set -- system envoy grpcurl controlplane vault
+[ $# -gt 0 ] || set -- system envoy grpcurl controlplane vault prometheus
 for tool; do
     case $tool in
-    envoy | grpcurl | controlplane | vault | system | cargo-deny) "$tool" ;;
-    *) fail "unknown tool $tool; known: envoy grpcurl controlplane vault system cargo-deny" ;;
+    envoy | grpcurl | controlplane | vault | prometheus | system | cargo-deny) "$tool" ;;
+    *) fail "unknown tool $tool; known: envoy grpcurl controlplane vault prometheus system cargo-deny" ;;
     esac
 done

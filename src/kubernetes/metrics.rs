@@ -9,7 +9,7 @@ use prometheus_client::{
 };
 use tokio::time::Instant;
 
-use crate::kubernetes::watch::Ended;
+use crate::{kubernetes::watch::Ended, metrics::every};
 
 /// What is asked, as a metric label.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
@@ -194,13 +194,16 @@ impl Metrics {
         );
         registry.register("watch_restarts", "Watches that broke and were started again", metrics.restarts.clone());
         registry.register("watches_broken", "Watches that do not work now and are tried again", metrics.broken.clone());
+        // From zero on, or the first one would be no increase.
+        for cause in every!(Wait: rate_limit, retry_after) {
+            drop(metrics.waits.get_or_create(&WaitLabels { cause }));
+        }
         metrics
     }
 
     /// Registers and counts one of everything, for the reference.
     #[cfg(test)]
     pub(crate) fn sample(registry: &mut Registry) {
-        use crate::metrics::every;
         let metrics = Self::register(registry);
         let codes = [Code::Status(200), Code::Timeout, Code::Error];
         for verb in every!(Verb: get, list, watch, create, delete, other) {
@@ -209,14 +212,16 @@ impl Metrics {
         for resource in every!(Resource: certificaterequests, issuers, clusterissuers, pods, configmaps, events, other) {
             metrics.observe(Verb::get, resource, Code::Error, Instant::now());
             metrics.watch_ended(resource, Ended::broken);
-            metrics.watch_broken(resource);
+            metrics.watch_begun(resource);
         }
         for reason in every!(Ended: list_failed, start_failed, broken, expired) {
             metrics.watch_ended(Resource::pods, reason);
         }
-        for cause in every!(Wait: rate_limit, retry_after) {
-            metrics.waited(cause, Duration::from_secs(1));
-        }
+    }
+
+    /// There is a watch of this: how many of them are broken is told from now on.
+    pub(super) fn watch_begun(&self, resource: Resource) {
+        drop(self.broken.get_or_create(&ResourceLabel { resource }));
     }
 
     /// Counts a watch as not working until the answer is dropped.

@@ -88,6 +88,7 @@ pub fn watch<K>(api: Api<K>, selection: Selection, metrics: Metrics) -> impl Str
 where
     K: KubeResource + Clone + DeserializeOwned + fmt::Debug + Send + 'static,
 {
+    metrics.watch_begun(selection.resource);
     let events = Box::pin(watcher(api.clone(), selection.config.clone()));
     let state =
         State { api, selection, metrics, events, pause: None, next_pause: SHORTEST_PAUSE, told: None, broken: None, unproven: false };

@@ -12,6 +12,7 @@ use super::planner::Class;
 use crate::{
     identity::IssuerName,
     issuer::{Outcome, Phase},
+    metrics::every,
 };
 
 /// Labels of `issuances_total`.
@@ -32,14 +33,7 @@ enum IssuanceResult {
     invalid_certificate,
 }
 
-const RESULTS: [IssuanceResult; 6] = [
-    IssuanceResult::ok,
-    IssuanceResult::denied,
-    IssuanceResult::failed,
-    IssuanceResult::timeout,
-    IssuanceResult::api_error,
-    IssuanceResult::invalid_certificate,
-];
+const RESULTS: [IssuanceResult; 6] = every!(IssuanceResult: ok, denied, failed, timeout, api_error, invalid_certificate);
 
 impl From<Outcome> for IssuanceResult {
     fn from(outcome: Outcome) -> Self {
@@ -69,7 +63,7 @@ enum PhaseName {
     sign,
 }
 
-const PHASES: [PhaseName; 3] = [PhaseName::create, PhaseName::approve, PhaseName::sign];
+const PHASES: [PhaseName; 3] = every!(PhaseName: create, approve, sign);
 
 /// Labels of `issuance_queue_length`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -158,6 +152,13 @@ impl Metrics {
             m.lag.clone(),
         );
         registry.register("clock_jumps", "Steps of the wall clock, suspended time included", m.jumps.clone());
+        // From zero on, or the first one would be no increase.
+        for result in every!(RenewalResult: ok, error) {
+            drop(m.renewals.get_or_create(&RenewalLabel { result }));
+        }
+        for direction in every!(Direction: forward, backward) {
+            drop(m.jumps.get_or_create(&DirectionLabel { direction }));
+        }
         m
     }
 
@@ -181,16 +182,13 @@ impl Metrics {
     /// Registers and counts one of everything, for the reference.
     #[cfg(test)]
     pub(crate) fn sample(registry: &mut Registry) {
-        use crate::metrics::{ANY, every};
         let metrics = Self::register(registry);
-        let issuer = IssuerName(ANY.into());
+        let issuer = IssuerName(crate::metrics::ANY.into());
         metrics.issued(&issuer, &every!(Phase: Create, Approve, Sign).map(|phase| (phase, Duration::from_secs(1))));
         for outcome in every!(Outcome: Ok, Denied, Failed, Timeout, ApiError, InvalidCertificate) {
             metrics.failed(&issuer, outcome, true);
         }
-        metrics.renewed(Duration::from_secs(1));
         every!(Class: Ending, Waiting, Routine).into_iter().for_each(|class| metrics.queued(class, 1));
-        [true, false].into_iter().for_each(|forward| metrics.clock_jump(forward));
     }
 
     pub(super) fn issued(&self, issuer: &IssuerName, phases: &[(Phase, Duration)]) {

@@ -26,6 +26,7 @@ mod envoy_cert_manager;
 mod envoy_embedded;
 mod flood;
 mod grpcurl;
+mod monitoring;
 mod no_disk;
 mod profiles;
 mod upgrade;

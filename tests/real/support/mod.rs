@@ -21,6 +21,7 @@ pub mod load;
 pub mod memory;
 pub mod pair;
 pub mod plane;
+pub mod prometheus;
 pub mod recorder;
 pub mod scene;
 pub mod signer;

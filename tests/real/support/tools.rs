@@ -25,6 +25,16 @@ pub fn vault() -> PathBuf {
     fetched("VAULT", "vault")
 }
 
+/// The metrics server.
+pub fn prometheus() -> PathBuf {
+    fetched("PROMETHEUS", "prometheus/usr/bin/prometheus")
+}
+
+/// Its tool for rules and metrics.
+pub fn promtool() -> PathBuf {
+    fetched("PROMTOOL", "prometheus/usr/bin/promtool")
+}
+
 /// The system call tracer.
 pub fn strace() -> PathBuf {
     system("strace", "strace")
