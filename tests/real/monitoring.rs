@@ -20,7 +20,7 @@ use crate::support::{
     eventually, http,
     pair::{End, Pair},
     prometheus::{self, Prometheus, Target},
-    scene::{PATIENCE, Scene},
+    scene::{PATIENCE, Scene, Workload},
     tools,
 };
 
@@ -143,6 +143,20 @@ async fn every_panel_shows_data_of_real_agents() {
         lint(&page).await;
         described(&page);
     }
+
+    // A workload's series go with its pod, here and in Prometheus, and the other's stay.
+    let of = |workload: &Workload| {
+        let account = &workload.pod.service_account;
+        format!("sds_agent_certificate_expiration_timestamp_seconds{{service_account=\"{account}\"}}")
+    };
+    assert_eq!(prometheus.query(&of(&client)).await.unwrap().len(), 1);
+    cluster.delete(&client.pod.path()).await;
+    eventually("its series have gone", PATIENCE, async || {
+        let left = prometheus.query(&of(&client)).await?;
+        if left.is_empty() { Ok(()) } else { Err(format!("{left:?}")) }
+    })
+    .await;
+    assert_eq!(prometheus.query(&of(&server)).await.unwrap().len(), 1);
 }
 
 /// Takes a certificate as a pod's process and says that it cannot use it.
