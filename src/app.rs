@@ -41,11 +41,13 @@ use crate::{
     trust::Trust,
 };
 
+mod approver;
 mod claims;
 mod inventory;
 mod parts;
 mod upstream;
 
+pub use approver::{BoundApprover, build_approver};
 #[cfg(test)]
 pub(crate) use inventory::sample as sample_inventory;
 pub(crate) use parts::attestor;

@@ -11,6 +11,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::config::IssuerRef;
 
+pub mod csr;
 pub mod naming;
 pub mod verdict;
 
@@ -58,8 +59,27 @@ pub mod claims {
 /// The usages of every certificate that the agent asks for: both sides of mTLS. cert-manager keeps the order.
 pub const USAGES: [&str; 4] = ["digital signature", "key encipherment", "server auth", "client auth"];
 
-/// The reason of a denial whose evidence pod has gone: the agent asks again at once, in a sibling's name.
-pub const DENIED_POD_GONE: &str = "PodGone";
+/// Reasons of denials: one word for programs, in the condition `Denied`. The agent decides by them when to ask again.
+pub mod denied {
+    /// The evidence pod has gone: the agent asks again at once, in a sibling's name.
+    pub const POD_GONE: &str = "PodGone";
+    /// The pod may have a certificate, but not this one: agent and approver read different configurations, for a while or by mistake.
+    pub const PROFILE_MISMATCH: &str = "ProfileMismatch";
+    /// The SPIFFE ID is not the pod's: an attack, or different configurations again.
+    pub const WRONG_IDENTITY: &str = "WrongIdentity";
+    /// Somebody else asks of an issuer that is the agents' alone.
+    pub const NOT_THE_AGENT: &str = "NotTheAgent";
+    /// The requester's token names no node, or another one than the pod's.
+    pub const WRONG_NODE: &str = "WrongNode";
+    /// The request names no pod.
+    pub const NO_EVIDENCE: &str = "NoEvidence";
+    /// The pod has no service account, as static pods have none.
+    pub const NO_SERVICE_ACCOUNT: &str = "NoServiceAccount";
+    /// The CSR asks for more than names, or is none.
+    pub const INVALID_CSR: &str = "InvalidCsr";
+    /// The request's own fields are not those of an agent: usages, `isCA`.
+    pub const INVALID_SPEC: &str = "InvalidSpec";
+}
 
 /// `spec`; immutable once created. `username`, `uid`, `groups` and `extra` are the webhook's: whatever a creator writes is replaced.
 #[derive(CustomResource, Debug, Clone, Default, PartialEq, Serialize, Deserialize)]

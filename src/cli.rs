@@ -6,6 +6,7 @@ use std::{ffi::OsString, process::ExitCode};
 
 use clap::{Parser, Subcommand};
 
+pub mod approver;
 pub mod check_config;
 pub mod dev;
 pub mod doctor;
@@ -33,6 +34,8 @@ pub enum Command {
     Dev(dev::Args),
     /// Ask for secrets as a workload would, and show them without their keys
     Fetch(fetch::Args),
+    /// Decide which of the agents' requests are signed, by the node that each comes from
+    Approver(approver::Args),
     /// Tell every error of a configuration at once, and what it means
     CheckConfig(check_config::Args),
     /// Why a process or a pod gets its identity, or none: the evidence, and the remedy
@@ -117,6 +120,7 @@ mod tests {
             ("sds-agent", Exit::Usage),
             ("sds-agent frobnicate", Exit::Usage),
             ("sds-agent run", Exit::Usage),
+            ("sds-agent approver", Exit::Usage),
             ("sds-agent dev --lifetime tomorrow", Exit::Usage),
             ("sds-agent fetch -o xml", Exit::Usage),
             ("sds-agent doctor --pid 0", Exit::Usage),
@@ -138,6 +142,7 @@ mod tests {
             "sds-agent fetch --socket /tmp/a.sock --name default --name ROOTCA --watch --api sds -o json --write-key key.pem --timeout 3s",
             "sds-agent check-config --config agent.yaml -o json",
             "sds-agent doctor --config agent.yaml -o json",
+            "sds-agent approver --config /etc/sds-agent/config.yaml",
             "sds-agent doctor --pid 1",
             "sds-agent doctor --config agent.yaml --pod shop/cart-0",
         ] {

@@ -6,6 +6,7 @@ use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, sync::Arc, time
 
 use crate::identity::{IssuerName, PodRef, Profile, Resolver, Rule, TrustDomain};
 
+mod approver;
 mod dev;
 mod environment;
 mod error;
@@ -16,6 +17,7 @@ mod sockets;
 mod template;
 mod values;
 
+pub use approver::Approver;
 pub use dev::{Dev, dev, dev_socket};
 pub use environment::{Env, process as process_environment};
 pub use error::{Errors, Problem, Warning};
@@ -66,6 +68,8 @@ pub struct Config {
     pub metrics_per_workload: bool,
     /// `workerThreads`
     pub worker_threads: usize,
+    /// `approver`; agents have no use for it.
+    pub approver: Approver,
     /// The environment of a pod: `NODE_NAME`, `POD_NAMESPACE`, `POD_NAME`, `POD_UID`.
     pub node: NodeEnvironment,
 }

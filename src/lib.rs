@@ -9,7 +9,8 @@
 //! 4. [`rotation`] owns when a certificate is made or replaced, and orders it from an [`issuer`];
 //! 5. [`trust`] owns the bundles, which [`sds`] serves and [`rotation`] checks against.
 //!
-//! [`csi`] stands beside the first: it makes a socket for each pod, and the mount is the proof.
+//! [`csi`] stands beside the first: it makes a socket for each pod, and the mount is the proof. [`approver`] is another program's path: it
+//! decides which of the agents' requests are signed.
 //!
 //! [`app`] composes them; [`config`], [`clock`] and the operations modules stand around the path; [`cli`] is the command line. Nobody
 //! imports its caller.
@@ -36,6 +37,7 @@ pub mod rotation;
 
 pub mod material;
 
+pub mod approver;
 pub mod cert_manager;
 pub mod issuer;
 

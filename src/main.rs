@@ -19,6 +19,10 @@ fn main() -> ExitCode {
     match cli.command {
         Command::Run(args) => start(args.load(env), Style::Run),
         Command::Dev(args) => start(args.load(env), Style::Dev),
+        Command::Approver(args) => match args.load(env) {
+            Ok(ready) => told(cli::approver::start(ready, env)),
+            Err(exit) => exit.into(),
+        },
         Command::Fetch(args) => block_on(Builder::new_current_thread(), async { Ok(cli::fetch::fetch(args, env).await.into()) }),
         Command::Doctor(args) => block_on(Builder::new_current_thread(), async { Ok(cli::doctor::run(args, env).await.into()) }),
         Command::CheckConfig(args) => cli::check_config::check(&args, env).into(),

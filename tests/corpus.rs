@@ -6,6 +6,8 @@ use std::{fs, path::Path};
 
 #[path = "../fuzz/check/cgroup.rs"]
 mod cgroup;
+#[path = "../fuzz/check/csr.rs"]
+mod csr;
 
 /// Runs `check` on each file of `fuzz/corpus/<target>`.
 fn replay(target: &str, check: fn(&[u8])) {
@@ -24,4 +26,9 @@ fn replay(target: &str, check: fn(&[u8])) {
 #[test]
 fn cgroup_files() {
     replay("cgroup", cgroup::check);
+}
+
+#[test]
+fn certificate_requests() {
+    replay("csr", csr::check);
 }

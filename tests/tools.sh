@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Gets the programs that the tests need, at pinned versions, into target/tools:
 #
-#   tests/tools.sh [envoy] [grpcurl] [controlplane] [vault] [prometheus] [system] [cargo-deny]
+#   tests/tools.sh [envoy] [grpcurl] [controlplane] [vault] [node] [prometheus] [system] [cargo-deny]
 #
 # Without arguments: all that `make test` needs, which is all but cargo-deny. What is there already is left alone, so a second call
 # takes no time. Set SDS_AGENT_TOOLS to keep them elsewhere.
@@ -75,21 +75,48 @@ vault() {
     stamp "$program" "$sources"
 }
 
-# Prometheus and promtool as Debian or Ubuntu builds them: there is no newer version to be had than the distribution's, so it is printed.
+# kubelet, containerd, runc and what the pods' images are made of.
+node() {
+    local folder=$tools/node sources
+    sources=$(cd "$root/tests/node" && sha256sum build.sh go.mod go.sum pause/main.go | sha256sum)
+    ! present "$folder/kubelet" "$sources" || return 0
+    need go "install Go 1.26 or newer"
+    need cc "apt-get install gcc"
+    need pkg-config "apt-get install pkg-config"
+    echo "tests/tools.sh: building the node (the first time takes minutes)"
+    pkg-config --exists libseccomp || libseccomp
+    PKG_CONFIG_PATH=${PKG_CONFIG_PATH-}:$tools/libseccomp "$root/tests/node/build.sh" "$folder"
+    stamp "$folder/kubelet" "$sources"
+}
+
+# The headers and the static library, from the distribution's package and for runc alone: nothing is installed.
+libseccomp() {
+    local unpacked=$tools/libseccomp
+    unpack libseccomp-dev "$unpacked" "install libseccomp's headers (libseccomp-dev)"
+    # The static one, so that runc needs no library of the machine; and the package believes that it is installed.
+    rm -f "$unpacked"/usr/lib/*/libseccomp.so
+    sed "s|^prefix=.*|prefix=$unpacked/usr|" "$unpacked"/usr/lib/*/pkgconfig/libseccomp.pc >"$unpacked/libseccomp.pc"
+}
+
+# Prometheus and promtool, at the version that the distribution has.
 prometheus() {
-    local folder=$tools/prometheus remedy="get prometheus and promtool from https://prometheus.io/download, and set PROMETHEUS and PROMTOOL"
-    ! { present "$folder/usr/bin/prometheus" distribution && [ -x "$folder/usr/bin/promtool" ]; } || return 0
-    need apt-get "on another system than Debian or Ubuntu, $remedy"
-    need dpkg-deb "apt-get install dpkg"
-    rm -rf "$folder"
-    mkdir -p "$folder"
-    # Its other user cannot write here, which it would complain about.
-    (cd "$folder" && apt-get download -qq -o "APT::Sandbox::User=$(id -un)" prometheus) ||
-        fail "apt-get cannot download prometheus: run apt-get update as root, or $remedy"
-    dpkg-deb -x "$folder"/prometheus_*.deb "$folder"
-    rm "$folder"/prometheus_*.deb
+    local folder=$tools/prometheus program=$tools/prometheus/usr/bin/prometheus
+    ! present "$program" distribution || return 0
+    unpack prometheus "$folder" "get prometheus and promtool from https://prometheus.io/download, and set PROMETHEUS and PROMTOOL"
     echo "tests/tools.sh: unpacked $("$folder/usr/bin/promtool" --version 2>&1 | head -n 1)"
-    stamp "$folder/usr/bin/prometheus" distribution
+    stamp "$program" distribution
+}
+
+# A package of Debian or Ubuntu, unpacked and not installed: unpack PACKAGE FOLDER REMEDY
+unpack() {
+    need apt-get "on another system than Debian or Ubuntu, $3"
+    need dpkg "$3"
+    rm -rf "$2"
+    mkdir -p "$2"
+    download() (cd "$2" && apt-get download -qq -o APT::Sandbox::User=root "$1")
+    download "$@" 2>/dev/null || { apt-get update -qq && download "$@"; } || fail "the package $1 is out of reach: $3"
+    dpkg -x "$2/$1"_*.deb "$2"
+    rm "$2/$1"_*.deb
 }
 
 system() {
@@ -97,6 +124,8 @@ system() {
     need openssl "apt-get install openssl"
     need setpriv "apt-get install util-linux"
     need prlimit "apt-get install util-linux"
+    need tar "apt-get install tar"
+    need ldd "apt-get install libc-bin"
 }
 
 cargo-deny() {
@@ -110,10 +139,10 @@ cargo-deny() {
     stamp "$program" "$cargo_deny_version"
 }
 
-[ $# -gt 0 ] || set -- system envoy grpcurl controlplane vault prometheus
+[ $# -gt 0 ] || set -- system envoy grpcurl controlplane vault node prometheus
 for tool; do
     case $tool in
-    envoy | grpcurl | controlplane | vault | prometheus | system | cargo-deny) "$tool" ;;
-    *) fail "unknown tool $tool; known: envoy grpcurl controlplane vault prometheus system cargo-deny" ;;
+    envoy | grpcurl | controlplane | vault | node | prometheus | system | cargo-deny) "$tool" ;;
+    *) fail "unknown tool $tool; known: envoy grpcurl controlplane vault node prometheus system cargo-deny" ;;
     esac
 done

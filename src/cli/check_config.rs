@@ -54,6 +54,8 @@ pub struct Summary {
     issuers: Vec<String>,
     /// The trust sources, in words.
     trust: Vec<String>,
+    /// Whose requests the approver approves.
+    approver_agents: Vec<String>,
     /// The profiles, in their order.
     profiles: Vec<ProfileSummary>,
 }
@@ -180,6 +182,7 @@ fn summary(config: &Config) -> Option<Summary> {
         default: certificates(config, &resolver, &config.default_profile, &sample)?,
         issuers: config.issuers.values().map(issuer_in_words).collect(),
         trust: config.trust_sources.iter().map(source_in_words).chain(federated).collect(),
+        approver_agents: config.approver.agents.clone(),
         profiles: profiles.collect::<Option<_>>()?,
     })
 }
@@ -243,6 +246,7 @@ fn words(summary: &Summary) -> String {
     lines.extend(summary.csi_driver.iter().map(|driver| ("per pod", format!("a socket by CSI driver {driver}"))));
     lines.extend(of_certificates(&summary.default));
     lines.extend(summary.trust.iter().map(|source| ("trust", source.clone())));
+    lines.push(("approver", format!("approves requests of {}", summary.approver_agents.join(", "))));
     lines.push(("load", load_in_words(&summary.default)));
     let mut text: String = lines.iter().map(|(label, text)| format!("  {label:<12} {text}\n")).collect();
     for profile in &summary.profiles {
@@ -303,6 +307,7 @@ mod tests {
                           renewal      after 10h 48m to 13h 12m\n  \
                           signed by    ClusterIssuer mesh-ca of cert-manager.io, by requests in namespace sds-agent\n  \
                           trust        file /etc/roots.pem\n  \
+                          approver     approves requests of system:serviceaccount:sds-agent:sds-agent\n  \
                           load         0.02 requests per second for each 1,000 identities of the cluster\n";
         assert_eq!(words(&summary(&config).unwrap()), expected);
     }

@@ -11,7 +11,8 @@ use std::{
 use serde_json::Value;
 
 use super::{
-    Attestation, AttestationPolicy, Config, Env, IssuerConfig, Limits, LockMemory, Names, NodeEnvironment, RequestRate, SharedSocket,
+    Approver, Attestation, AttestationPolicy, Config, Env, IssuerConfig, Limits, LockMemory, Names, NodeEnvironment, RequestRate,
+    SharedSocket,
     error::{Errors, Wrong},
     issuance::LIFETIMES,
     reader::Report,
@@ -109,6 +110,7 @@ fn config(path: &Path, trust_domain: TrustDomain, lifetime: Duration, admin: Soc
         metrics: SocketAddr::from(([127, 0, 0, 1], 0)),
         metrics_per_workload: false,
         worker_threads: 2,
+        approver: Approver::of_namespace("sds-agent"),
         node: NodeEnvironment::default(),
     }
 }

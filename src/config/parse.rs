@@ -8,7 +8,7 @@ use std::{collections::BTreeMap, fs::File, io::Read, net::SocketAddr, path::Path
 use serde_json::Value;
 
 use super::{
-    Attestation, AttestationPolicy, Config, IssuerConfig, Limits, LockMemory, Names, RequestRate, TrustSource,
+    Attestation, AttestationPolicy, Config, IssuerConfig, Limits, LockMemory, Names, RequestRate, TrustSource, approver,
     environment::{self, Env},
     error::{Errors, Problem, Warning, Wrong},
     issuance,
@@ -116,6 +116,7 @@ pub(super) fn walk(root: &Section<'_>, report: &Report, env: Env<'_>) -> Option<
     let retention = root.read("retention", Duration::from_secs(300), values::duration(Duration::ZERO..=DAY));
     let drain = root.read("drain", Duration::from_secs(10), values::duration(Duration::ZERO..=Duration::from_secs(600)));
     let addresses = addresses(root);
+    let approver = root.section("approver", |section| approver::walk(section, pod.as_ref()));
     let worker_threads = root.read("workerThreads", 2, values::integer(1..=512));
 
     if retention.is_some_and(|time| time < ENVOY_RECONNECT) {
@@ -149,6 +150,7 @@ pub(super) fn walk(root: &Section<'_>, report: &Report, env: Env<'_>) -> Option<
         metrics,
         metrics_per_workload,
         worker_threads: usize::try_from(worker_threads?).ok()?,
+        approver: approver?,
         node: pod?.node,
     })
 }

@@ -12,7 +12,7 @@ use tokio::time::Instant;
 
 use crate::{
     cert_manager::{
-        CertificateRequest, CertificateRequestSpec, Csr, DENIED_POD_GONE, Reference, Status, USAGES, decode_pem,
+        CertificateRequest, CertificateRequestSpec, Csr, Reference, Status, USAGES, decode_pem, denied,
         verdict::{Verdict, Why},
     },
     config,
@@ -235,7 +235,7 @@ fn refused(order: &Order, namespace: &str, request: &str, verdict: Verdict) -> E
     let request = request.to_owned();
     match verdict {
         Verdict::Denied(Why { reason, message }) => {
-            let retry = if reason == DENIED_POD_GONE { Retry::Now } else { Retry::After(AFTER_DENIAL) };
+            let retry = after_denial(&reason);
             Error::Denied { request, reason, message: format!("{message} {more}"), retry }
         }
         Verdict::Invalid(Why { reason, message }) => {
@@ -254,6 +254,15 @@ fn refused(order: &Order, namespace: &str, request: &str, verdict: Verdict) -> E
         Verdict::Issued => {
             Error::Failed { request, reason: "Issued".into(), message: "issued without a certificate".into(), retry: Retry::Backoff }
         }
+    }
+}
+
+/// When to ask again after a denial. One that another configuration explains ends with a rollout: no reason to wait for long.
+fn after_denial(reason: &str) -> Retry {
+    match reason {
+        denied::POD_GONE => Retry::Now,
+        denied::PROFILE_MISMATCH | denied::WRONG_IDENTITY => Retry::Backoff,
+        _ => Retry::After(AFTER_DENIAL),
     }
 }
 

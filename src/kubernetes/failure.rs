@@ -9,7 +9,7 @@ use crate::kubernetes::layer::TimedOut;
 /// What was asked of the API.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Call<'a> {
-    /// `create`, `get`, `list`, `watch`, `delete`.
+    /// `create`, `get`, `list`, `watch`, `patch`, `delete`.
     pub verb: &'static str,
     /// The plural, with the group: `certificaterequests.cert-manager.io`.
     pub resource: &'a str,
@@ -104,7 +104,7 @@ impl Failure {
             Cause::Unauthorized => "the API server does not accept the agent's token: is it mounted, and is its audience right?".to_owned(),
             Cause::Rbac => {
                 let place = call.namespace.map_or_else(|| "in the whole cluster".to_owned(), |n| format!("in namespace {n}"));
-                format!("forbidden by RBAC: the agent's service account lacks the verb {} on {} {place}", call.verb, call.resource)
+                format!("forbidden by RBAC: this program's service account lacks the verb {} on {} {place}", call.verb, call.resource)
             }
             Cause::Policy => format!("refused by an admission policy: {said}"),
             Cause::Quota => format!("refused by a quota: {said}"),
@@ -215,7 +215,7 @@ mod tests {
         assert_eq!(rbac.cause, Cause::Rbac);
         assert_eq!(
             rbac.message,
-            "forbidden by RBAC: the agent's service account lacks the verb create on certificaterequests.cert-manager.io in namespace sds-agent"
+            "forbidden by RBAC: this program's service account lacks the verb create on certificaterequests.cert-manager.io in namespace sds-agent"
         );
         assert_eq!(forbidden("exceeded quota: crs, requested: 1, used: 5, limited: 5").cause, Cause::Quota);
         let policy = forbidden("ValidatingAdmissionPolicy 'sds-agent' with binding 'b' denied request: the node label is not yours");

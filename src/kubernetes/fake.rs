@@ -102,9 +102,14 @@ impl FakeApi {
 
     /// A client of this server, through the real layer.
     pub fn client(&self, metrics: &Metrics) -> Client {
+        self.client_at(metrics, RequestRate::default())
+    }
+
+    /// The same, with a limit of its own.
+    pub fn client_at(&self, metrics: &Metrics, rate: RequestRate) -> Client {
         let this = self.clone();
         let service = tower::service_fn(move |request: Request<Body>| this.clone().serve(request));
-        Client::new(Layer::new(metrics.clone(), RequestRate::default()).layer(service), "default")
+        Client::new(Layer::new(metrics.clone(), rate).layer(service), "default")
     }
 
     /// Creates or replaces an object.
@@ -218,6 +223,7 @@ impl FakeApi {
             (&Method::GET, false) => "list",
             (&Method::POST, _) => "create",
             (&Method::DELETE, _) => "delete",
+            (&Method::PATCH, _) => "patch",
             _ => "other",
         };
         (verb, plural)
@@ -270,6 +276,9 @@ impl FakeApi {
             "create" => {
                 let mut object: Value = serde_json::from_slice(body).unwrap();
                 object["metadata"]["namespace"] = json!(namespace);
+                if let (None, Some(prefix)) = (object["metadata"]["name"].as_str(), object["metadata"]["generateName"].as_str()) {
+                    object["metadata"]["name"] = json!(format!("{prefix}{}", state.version));
+                }
                 let name = object["metadata"]["name"].as_str().unwrap().to_owned();
                 if state.objects.contains_key(&(plural.clone(), key.1, name)) {
                     return status(409, "AlreadyExists", &plural);
@@ -288,6 +297,16 @@ impl FakeApi {
                         answer(200, json!({"kind": "Status", "status": "Success"}).to_string())
                     }
                 }
+            }
+            "patch" => {
+                let wanted: Value = serde_json::from_slice(body).unwrap();
+                let Some(mut object) = state.objects.get(&key).cloned() else { return absent() };
+                let differs = |field: &str| !wanted["metadata"][field].is_null() && wanted["metadata"][field] != object["metadata"][field];
+                if differs("resourceVersion") || differs("uid") {
+                    return status(409, "Conflict", &plural);
+                }
+                merge(&mut object, wanted);
+                answer(200, state.put(&plural, object).to_string())
             }
             "list" => {
                 let selector = Selector::of(namespace, query);
@@ -384,6 +403,24 @@ impl Selector {
         self.namespace.as_ref().is_none_or(|n| metadata["namespace"] == **n)
             && self.labels.iter().all(|(k, v)| metadata["labels"][k] == **v)
             && self.fields.iter().all(|(k, v)| *field(k) == **v)
+    }
+}
+
+/// RFC 7396.
+fn merge(into: &mut Value, patch: Value) {
+    match patch {
+        Value::Object(fields) => {
+            if !into.is_object() {
+                *into = json!({});
+            }
+            for (key, value) in fields {
+                match value {
+                    Value::Null => drop(into.as_object_mut().unwrap().remove(&key)),
+                    value => merge(&mut into[key.as_str()], value),
+                }
+            }
+        }
+        value => *into = value,
     }
 }
 

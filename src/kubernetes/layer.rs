@@ -174,6 +174,7 @@ fn verb(request: &Request<Body>) -> Verb {
         Some("list" | "list_metadata") => Verb::list,
         Some("watch" | "watch_metadata") => Verb::watch,
         Some("create") => Verb::create,
+        Some("patch" | "patch_status") => Verb::patch,
         Some("delete") => Verb::delete,
         _ => Verb::other,
     }

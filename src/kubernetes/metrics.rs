@@ -23,6 +23,8 @@ pub enum Verb {
     watch,
     /// A new one.
     create,
+    /// A part of it changed.
+    patch,
     /// One less.
     delete,
     /// Something else.
@@ -206,7 +208,7 @@ impl Metrics {
     pub(crate) fn sample(registry: &mut Registry) {
         let metrics = Self::register(registry);
         let codes = [Code::Status(200), Code::Timeout, Code::Error];
-        for verb in every!(Verb: get, list, watch, create, delete, other) {
+        for verb in every!(Verb: get, list, watch, create, patch, delete, other) {
             codes.into_iter().for_each(|code| metrics.observe(verb, Resource::pods, code, Instant::now()));
         }
         for resource in every!(Resource: certificaterequests, issuers, clusterissuers, pods, configmaps, events, other) {

@@ -64,7 +64,7 @@ const STRIDES: [u64; 3] = [3, 6, 12];
 impl Class {
     fn of(verb: Verb) -> Self {
         match verb {
-            Verb::create => Self::Create,
+            Verb::create | Verb::patch => Self::Create,
             Verb::get | Verb::list | Verb::watch => Self::Read,
             Verb::delete | Verb::other => Self::Rest,
         }

@@ -11,7 +11,7 @@ use std::{
 };
 
 use super::*;
-use crate::{app, attest, csi, issuer, kubernetes, process, readiness, rotation, sds, session, trust};
+use crate::{app, approver, attest, csi, issuer, kubernetes, process, readiness, rotation, sds, session, trust};
 
 mod monitoring;
 
@@ -38,19 +38,21 @@ const MODULES: &[Module] = &[
     module("kubernetes/metrics.rs", "The Kubernetes API", kubernetes::Metrics::sample),
     module("issuer/cert_manager/requests.rs", "CertificateRequests", issuer::cert_manager::Metrics::sample),
     module("csi/metrics.rs", "Sockets of pods (`sockets.perPod`)", csi::metrics::Metrics::sample),
+    module("approver/metrics.rs", "The approver (`sds-agent approver`)", approver::Metrics::sample),
     module("readiness.rs", "The agent", readiness::Metrics::sample),
     module("process.rs", "Its memory", process::Metrics::sample),
     Module { file: None, title: "Its build and its process", sample: |_| {} },
 ];
 
 /// Labels whose values are no closed set, and what they say.
-const OPEN: [(&str, &str); 7] = [
+const OPEN: [(&str, &str); 8] = [
     ("issuer", "the name of the profile that brought it, or `default`"),
     ("namespace", "of the workload"),
     ("revision", "of the source"),
     ("service_account", "of the workload"),
     ("source", "as configured: `configMap <namespace>/<name>[<key>]`, `file <path>`, `issuer <name>`"),
     ("version", "of the release"),
+    ("reason of approver_decisions", "`none`, or the denial's, as it stands in the request's condition"),
     ("code of kube_request", "the HTTP status, `timeout`, or `error` where there was no answer"),
 ];
 
@@ -114,7 +116,8 @@ fn shown_name(metric: &Described) -> String {
 
 fn shown_label(metric: &Described, name: &str, values: &[String]) -> String {
     let open = |key: &str| OPEN.iter().find(|(label, _)| *label == key).map(|(_, words)| *words);
-    let special = ["kube_request"].into_iter().find(|part| metric.name.contains(part)).map(|part| format!("{name} of {part}"));
+    let special =
+        ["kube_request", "approver_decisions"].into_iter().find(|part| metric.name.contains(part)).map(|part| format!("{name} of {part}"));
     match special.and_then(|key| open(&key)).or_else(|| open(name)) {
         Some(words) => format!("`{name}`: {words}"),
         None => {
@@ -171,7 +174,7 @@ fn every_metric_has_the_form_of_its_type_and_a_meaning() {
         assert!(kind != "histogram" || name.ends_with("_seconds"), "{name}: a histogram of something without its unit");
         assert!(["counter", "gauge", "histogram"].contains(&kind.as_str()), "{name}: {kind}");
         let open: BTreeSet<_> = labels.iter().filter(|(_, values)| values.iter().any(|value| value == ANY)).collect();
-        assert!(open.iter().all(|(label, _)| OPEN.iter().any(|(known, _)| known == label)), "{name}: {labels:?}");
+        assert!(open.iter().all(|(label, _)| OPEN.iter().any(|(known, _)| known.split(' ').next() == Some(label))), "{name}: {labels:?}");
     }
     // The rest would pass over an empty page.
     let names = names();

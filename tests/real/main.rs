@@ -16,6 +16,7 @@
 
 mod support;
 
+mod approver;
 mod attest;
 mod bad_caller;
 mod bad_upstream;
@@ -26,6 +27,7 @@ mod envoy_cert_manager;
 mod envoy_embedded;
 mod flood;
 mod grpcurl;
+mod kubelet;
 mod monitoring;
 mod no_disk;
 mod profiles;

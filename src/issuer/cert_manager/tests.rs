@@ -199,6 +199,9 @@ async fn refusals_say_why_and_when_to_ask_again() {
     for (kind, status, reason, retry, text) in [
         ("Denied", "True", "NotYourPod", Retry::After(5 * MINUTE), "was denied: NotYourPod: words"),
         ("Denied", "True", "PodGone", Retry::Now, "was denied: PodGone: words"),
+        ("Denied", "True", "ProfileMismatch", Retry::Backoff, "was denied: ProfileMismatch: words"),
+        ("Denied", "True", "WrongIdentity", Retry::Backoff, "was denied: WrongIdentity: words"),
+        ("Denied", "True", "WrongNode", Retry::After(5 * MINUTE), "was denied: WrongNode: words"),
         ("Ready", "False", "Failed", Retry::Backoff, "failed: Failed: words"),
         ("InvalidRequest", "True", "BadUsages", Retry::Configuration, "cert-manager does not accept the request: words"),
     ] {

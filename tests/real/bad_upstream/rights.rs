@@ -21,7 +21,7 @@ async fn a_right_that_is_taken_and_given_back_costs_nobody_a_certificate() {
     let waiting = newcomer.watch(agent.socket());
     let namespace = &scene.agent_pod.pod.namespace;
     let lack = format!(
-        "create certificaterequests.cert-manager.io in namespace {namespace}: forbidden by RBAC: the agent's service account lacks the verb \
+        "create certificaterequests.cert-manager.io in namespace {namespace}: forbidden by RBAC: this program's service account lacks the verb \
          create on certificaterequests.cert-manager.io in namespace {namespace}"
     );
     for workload in [&served, &newcomer] {
@@ -46,7 +46,7 @@ async fn a_watch_that_is_forbidden_is_told_once_and_asked_for_ever_less() {
     let scene = Scene::new(&cluster).await;
     scene.agent_pod.allow(Right::Requests, &["create", "get", "list", "delete"]).await;
     let agent = scene.agent_pod.launch(scene.dir.path(), HASTY).start().await;
-    let lack = "forbidden by RBAC: the agent's service account lacks the verb watch on certificaterequests.cert-manager.io in namespace";
+    let lack = "forbidden by RBAC: this program's service account lacks the verb watch on certificaterequests.cert-manager.io in namespace";
     let about = |line: &serde_json::Value, message: &str| {
         line["resource"] == "certificaterequests.cert-manager.io" && line["message"].as_str().is_some_and(|text| text.contains(message))
     };

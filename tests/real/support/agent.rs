@@ -58,6 +58,13 @@ impl Launch {
         Self { wrapper: Vec::new(), program: program().to_owned(), arguments, environment: Vec::new(), socket, admin }
     }
 
+    /// `sds-agent approver` with its configuration in `dir`. `settings` is YAML without addresses, which are added.
+    pub fn approver(dir: &Path, settings: &str) -> Self {
+        let mut launch = Self::run_on(dir, "{}", settings);
+        "approver".clone_into(&mut launch.arguments[0]);
+        launch
+    }
+
     /// `--lifetime`, for `dev`.
     pub fn lifetime(mut self, lifetime: &str) -> Self {
         self.arguments.extend(["--lifetime".to_owned(), lifetime.to_owned()]);

@@ -66,10 +66,34 @@ pub struct AgentPod {
     kubeconfig: PathBuf,
 }
 
+/// Writes a kubeconfig with a token of a pod's account, bound to the pod or not.
+pub async fn log_in(cluster: &Cluster, pod: &Pod, bound: bool, path: &Path) {
+    let account = format!("/api/v1/namespaces/{}/serviceaccounts/{}", pod.namespace, pod.service_account);
+    let bound_to = bound.then(|| json!({"kind": "Pod", "apiVersion": "v1", "name": pod.name, "uid": pod.uid}));
+    let request = json!({
+        "apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest",
+        "spec": {"audiences": [], "expirationSeconds": 7200, "boundObjectRef": bound_to},
+    });
+    let answer = cluster.create(&format!("{account}/token"), &request).await;
+    let token = answer["status"]["token"].as_str().expect("a token");
+    let access = json!({
+        "apiVersion": "v1", "kind": "Config", "current-context": "agent",
+        "clusters": [{"name": "test", "cluster": cluster.address()}],
+        "users": [{"name": "agent", "user": {"token": token}}],
+        "contexts": [{"name": "agent", "context": {"cluster": "test", "user": "agent"}}],
+    });
+    fs::write(path, access.to_string()).expect("the kubeconfig is written");
+}
+
 impl AgentPod {
     /// In a fresh namespace, with the least rights, and a token bound to that pod. The kubeconfig goes into `dir`.
     pub async fn new(cluster: &Cluster, dir: &Path, node: &str) -> Self {
         let pod = cluster.pod(&cluster.namespace().await, "sds-agent", node).await;
+        Self::of(cluster, dir, node, pod).await
+    }
+
+    /// The same for a pod that is there, in a namespace of its own.
+    pub async fn of(cluster: &Cluster, dir: &Path, node: &str, pod: Pod) -> Self {
         let [namespace, name, key] = [ROOTS.0, ROOTS.1, ROOTS.2].map(str::to_owned);
         let agent = Self {
             issuer: format!("{{ name: {ISSUER}, kind: ClusterIssuer }}"),
@@ -108,22 +132,7 @@ impl AgentPod {
     }
 
     async fn log_in(&self) {
-        let pod = &self.pod;
-        let account = format!("/api/v1/namespaces/{}/serviceaccounts/{}", pod.namespace, pod.service_account);
-        let bound_to = json!({"kind": "Pod", "apiVersion": "v1", "name": pod.name, "uid": pod.uid});
-        let request = json!({
-            "apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest",
-            "spec": {"audiences": [], "expirationSeconds": 7200, "boundObjectRef": bound_to},
-        });
-        let answer = self.cluster.create(&format!("{account}/token"), &request).await;
-        let token = answer["status"]["token"].as_str().expect("a token");
-        let access = json!({
-            "apiVersion": "v1", "kind": "Config", "current-context": "agent",
-            "clusters": [{"name": "test", "cluster": self.cluster.address()}],
-            "users": [{"name": "agent", "user": {"token": token}}],
-            "contexts": [{"name": "agent", "context": {"cluster": "test", "user": "agent"}}],
-        });
-        fs::write(&self.kubeconfig, access.to_string()).expect("the kubeconfig is written");
+        log_in(&self.cluster, &self.pod, true, &self.kubeconfig).await;
     }
 
     /// `run` against this cluster as this pod; `settings` is more YAML, such as `certificate`.

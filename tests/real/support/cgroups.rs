@@ -87,6 +87,67 @@ impl PodCgroup {
     }
 }
 
+/// A cgroup in each hierarchy for programs that make more below it. All of it is removed when this is dropped.
+pub struct Tree {
+    root: PodCgroup,
+    own: PodCgroup,
+}
+
+impl Tree {
+    /// Makes `root` everywhere, and `own` in it for the programs themselves.
+    pub fn new(root: &str, own: &str) -> Self {
+        let root = PodCgroup::at(root);
+        let own = root.below(own);
+        Self { root, own }
+    }
+
+    /// A command that runs `program` in `own`.
+    pub fn command(&self, program: &Path) -> Command {
+        self.own.command(program)
+    }
+
+    /// Shell words that move the shell into a cgroup that somebody has made anywhere below, such as a runtime for a container.
+    pub fn moves(&self, name: &str) -> String {
+        let found: Vec<_> = self.root.folders.iter().filter_map(|(root, top)| Some((root.clone(), find_below(top, name)?))).collect();
+        assert!(!found.is_empty(), "there is no cgroup {name}");
+        moves(found.iter())
+    }
+}
+
+fn find_below(folder: &Path, name: &str) -> Option<PathBuf> {
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    let mut folders = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+    folders.find_map(|entry| if entry.file_name() == name { Some(entry.path()) } else { find_below(&entry.path(), name) })
+}
+
+impl Drop for Tree {
+    fn drop(&mut self) {
+        for (_, folder) in &self.root.folders {
+            remove_below(folder);
+        }
+    }
+}
+
+/// Removes what is below a cgroup, the innermost first.
+fn remove_below(folder: &Path) {
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            remove_below(&entry.path());
+            remove(&entry.path());
+        }
+    }
+}
+
+/// Removes a cgroup whose processes are on their way out.
+fn remove(folder: &Path) {
+    for _ in 0..REMOVALS {
+        match fs::remove_dir(folder) {
+            Err(e) if e.kind() == ErrorKind::ResourceBusy => thread::sleep(Duration::from_millis(10)),
+            _ => break,
+        }
+    }
+}
+
 fn moves<'a>(folders: impl Iterator<Item = &'a (PathBuf, PathBuf)>) -> String {
     folders.map(|(_, folder)| format!("echo $$ >'{}/cgroup.procs' && ", folder.display())).collect()
 }
@@ -100,12 +161,7 @@ pub fn container_id(pod_uid: &str, index: u8) -> String {
 impl Drop for PodCgroup {
     fn drop(&mut self) {
         for (_, folder) in &self.folders {
-            for _ in 0..REMOVALS {
-                match fs::remove_dir(folder) {
-                    Err(e) if e.kind() == ErrorKind::ResourceBusy => thread::sleep(Duration::from_millis(10)),
-                    _ => break,
-                }
-            }
+            remove(folder);
             // Parents that another pod still uses refuse and stay.
             for parent in folder.ancestors().skip(1).take(1 + PARENTS.len()) {
                 let _ = fs::remove_dir(parent);

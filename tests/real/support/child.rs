@@ -33,7 +33,16 @@ pub struct Child {
 impl Child {
     /// Starts it, with nothing to read.
     pub fn spawn(name: &str, command: &mut Command) -> Self {
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
+        Self::spawn_with(name, command, Stdio::null())
+    }
+
+    /// Starts one that ends with its standard input, and so with this process, however that ends.
+    pub fn spawn_tied(name: &str, command: &mut Command) -> Self {
+        Self::spawn_with(name, command, Stdio::piped())
+    }
+
+    fn spawn_with(name: &str, command: &mut Command, stdin: Stdio) -> Self {
+        command.stdin(stdin).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
         let mut process = command.spawn().unwrap_or_else(|e| panic!("cannot start {name} ({command:?}): {e}"));
         let pid = process.id().and_then(|pid| i32::try_from(pid).ok()).expect("a process that was not waited for has an id");
         let stdout = Lines::follow(process.stdout.take().expect("a pipe"));

@@ -1,8 +1,8 @@
 //! A Kubernetes API with the real cert-manager: one control plane for the whole test binary, or the cluster that `KUBECONFIG` names;
 //! or one of a test's own.
 //!
-//! There is no kubelet: pods are objects that say where they run, and their processes are started by the tests. Every test has
-//! namespaces of its own, labelled `sds-agent-test`, which a borrowed cluster can be cleared of by that label.
+//! There is no kubelet, but for tests with a `node::Node`: pods are objects that say where they run, and their processes are started by
+//! the tests. Every test has namespaces of its own, labelled `sds-agent-test`, which a borrowed cluster can be cleared of by that label.
 
 use std::{
     env,
@@ -76,7 +76,8 @@ impl Cluster {
         (Self::at(plane.kubeconfig()).await, plane)
     }
 
-    async fn at(path: &Path) -> Self {
+    /// The cluster as whoever has this kubeconfig sees it.
+    pub async fn at(path: &Path) -> Self {
         let kubeconfig = Kubeconfig::read_from(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
         Self { client: client(kubeconfig.clone()).await, kubeconfig }
     }
@@ -85,6 +86,20 @@ impl Cluster {
     pub fn address(&self) -> Value {
         let cluster = self.kubeconfig.clusters.first().and_then(|named| named.cluster.as_ref()).expect("a cluster");
         serde_json::to_value(cluster).expect("it was read from text")
+    }
+
+    /// An administrator's access in the name of `user`, as a kubeconfig: the API server judges that user's rights alone.
+    pub fn access_as(&self, user: &str, groups: &[&str]) -> Value {
+        let login = self.kubeconfig.auth_infos.first().and_then(|named| named.auth_info.as_ref()).expect("a user");
+        let mut login = serde_json::to_value(login).expect("it was read from text");
+        login["as"] = json!(user);
+        login["as-groups"] = json!(groups);
+        json!({
+            "apiVersion": "v1", "kind": "Config", "current-context": "test",
+            "clusters": [{"name": "test", "cluster": self.address()}],
+            "users": [{"name": "test", "user": login}],
+            "contexts": [{"name": "test", "context": {"cluster": "test", "user": "test"}}],
+        })
     }
 
     /// A node without a kubelet.
@@ -188,6 +203,16 @@ impl Cluster {
         self.try_send("POST", path, "application/json", object).await
     }
 
+    /// Creates an object, or makes it what is given; its path is that of its kind.
+    pub async fn apply(&self, path: &str, object: &Value) -> Value {
+        self.send("PATCH", &format!("{path}?fieldManager=test&force=true"), "application/apply-patch+yaml", object).await
+    }
+
+    /// Deletes an object, where that may be refused.
+    pub async fn try_delete(&self, path: &str) -> kube::Result<Value> {
+        self.try_send("DELETE", path, "application/json", &json!({})).await
+    }
+
     /// Merges into an object.
     pub async fn patch(&self, path: &str, change: &Value) -> Value {
         self.send("PATCH", path, "application/merge-patch+json", change).await
@@ -196,6 +221,11 @@ impl Cluster {
     /// Reads an object.
     pub async fn get(&self, path: &str) -> Value {
         self.send("GET", path, "application/json", &Value::Null).await
+    }
+
+    /// The same, where it may not be there.
+    pub async fn try_get(&self, path: &str) -> kube::Result<Value> {
+        self.try_send("GET", path, "application/json", &Value::Null).await
     }
 
     /// Deletes an object.

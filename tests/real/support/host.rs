@@ -8,6 +8,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use nix::unistd::Pid;
 use tokio::process::Command;
 
 use super::{
@@ -87,14 +88,8 @@ impl Host {
 
     /// What the host has mounted on targets below the pods' directory.
     pub fn mounts(&self) -> Vec<Mount> {
-        let table = fs::read_to_string(format!("/proc/{}/mountinfo", self.holder.pid())).expect("the host lives");
         let pods = self.kubelet().join("pods");
-        let mounts = table.lines().filter_map(|line| {
-            let mut fields = line.split(' ').skip(4);
-            let (target, options) = (PathBuf::from(fields.next()?), fields.next()?.to_owned());
-            target.starts_with(&pods).then_some(Mount { target, options })
-        });
-        mounts.collect()
+        mounts(self.holder.pid()).into_iter().filter(|mount| mount.target.starts_with(&pods)).collect()
     }
 
     /// Device and inode of what the host sees at `path`.
@@ -102,6 +97,16 @@ impl Host {
         let seen = format!("/proc/{}/root{}", self.holder.pid(), path.display());
         fs::metadata(seen).ok().map(|meta| (meta.dev(), meta.ino()))
     }
+}
+
+/// Everything that a process has mounted.
+pub fn mounts(process: Pid) -> Vec<Mount> {
+    let table = fs::read_to_string(format!("/proc/{process}/mountinfo")).expect("the process lives");
+    let mounts = table.lines().filter_map(|line| {
+        let mut fields = line.split(' ').skip(4);
+        Some(Mount { target: PathBuf::from(fields.next()?), options: fields.next()?.to_owned() })
+    });
+    mounts.collect()
 }
 
 fn unshare() -> String {

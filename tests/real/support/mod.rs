@@ -19,6 +19,7 @@ pub mod http;
 pub mod kubelet;
 pub mod load;
 pub mod memory;
+pub mod node;
 pub mod pair;
 pub mod plane;
 pub mod prometheus;

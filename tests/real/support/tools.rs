@@ -35,6 +35,12 @@ pub fn promtool() -> PathBuf {
     fetched("PROMTOOL", "prometheus/usr/bin/promtool")
 }
 
+/// The folder with kubelet, containerd and runc.
+pub fn node() -> PathBuf {
+    let kubelet = fetched("KUBELET", "node/kubelet");
+    kubelet.parent().expect("a program lies in a folder").to_owned()
+}
+
 /// The system call tracer.
 pub fn strace() -> PathBuf {
     system("strace", "strace")

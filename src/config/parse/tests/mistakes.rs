@@ -31,6 +31,14 @@ fn each_mistake_has_its_sentence() {
             "certificate.perPod: true needs pods, which `attestation: unix` does not know; set it to false",
         ),
         ("certificate: { perPod: yes }", r#"certificate.perPod: "yes" is neither true nor false; write true or false"#),
+        (
+            "approver: { agents: [] }",
+            "approver.agents: a list names nobody, so that every request would be denied; name the agents' account, or leave the field out",
+        ),
+        (
+            "approver: { agents: [sds-agent] }",
+            r#"approver.agents[0]: "sds-agent" is not the user name of a service account; write system:serviceaccount:<namespace>:<name>: only the tokens of service accounts name a node"#,
+        ),
         ("trustDomian: a", "trustDomian: is not a field of the configuration; did you mean trustDomain?"),
         ("trust_domain: a", "trust_domain: is not a field of the configuration; did you mean trustDomain?"),
         ("lifetime: 1h", "lifetime: is not a field of the configuration; did you mean certificate.lifetime?"),

@@ -1,0 +1,10 @@
+//! CSRs, as anybody may put them into a CertificateRequest.
+
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+
+#[path = "../check/csr.rs"]
+mod check;
+
+fuzz_target!(|data: &[u8]| check::check(data));

@@ -1,0 +1,106 @@
+//! The approver as configured, with what every composition has: probes, metrics, an end.
+
+use std::{net::SocketAddr, sync::Arc};
+
+use futures::FutureExt;
+use tokio::{net::TcpListener, sync::watch, task::JoinSet};
+use tracing::{error, info};
+
+use super::Base;
+use crate::{
+    admin,
+    approver::{self, Approver, Pods, Rules},
+    clock::SystemClock,
+    config::Config,
+    kubernetes,
+    readiness::{self, Readiness},
+    shutdown::{Drained, Shutdown},
+};
+
+/// An approver whose addresses are bound.
+#[derive(Debug)]
+pub struct BoundApprover {
+    approver: Approver,
+    pods: Pods,
+    admin: TcpListener,
+    metrics: TcpListener,
+    routes: admin::Routes,
+    readiness: Readiness,
+    shutdown: Shutdown,
+    start: readiness::Guard,
+    /// Whoever changes the rules later holds it.
+    _rules: watch::Sender<Arc<Rules>>,
+}
+
+/// Binds the addresses and finds the way to the API; nothing waits for the API itself.
+pub async fn build_approver(config: &Config, rules: Rules, base: Base) -> anyhow::Result<BoundApprover> {
+    let Base { mut exposition, readiness, shutdown, start } = base;
+    let admin = admin::bind("admin.address", config.admin).await?;
+    let metrics = admin::bind("metrics.address", config.metrics).await?;
+    let kube_metrics = kubernetes::Metrics::register(exposition.registry());
+    let client = kubernetes::connect(&kube_metrics, approver::RATE).await?;
+    let driver = config.per_pod.as_ref().map(|per_pod| per_pod.driver_name.clone());
+    let pods = Pods::new(client.clone(), driver, kube_metrics.clone());
+    let (sender, rules) = watch::channel(Arc::new(rules));
+    let approver = Approver::new(approver::Parts {
+        client,
+        rules,
+        pods: pods.clone(),
+        clock: Arc::new(SystemClock),
+        instance: config.node.pod.as_ref().map_or_else(|| "sds-agent-approver".to_owned(), |pod| pod.name.to_string()),
+        kube_metrics,
+        metrics: approver::Metrics::register(exposition.registry()),
+    });
+    let routes = admin::Routes::new(readiness.clone(), Arc::new(exposition));
+    Ok(BoundApprover { approver, pods, admin, metrics, routes, readiness, shutdown, start, _rules: sender })
+}
+
+impl BoundApprover {
+    /// The address of probes and metrics.
+    pub fn metrics(&self) -> std::io::Result<SocketAddr> {
+        self.metrics.local_addr()
+    }
+
+    /// Decides until the shutdown has begun; an error where a part was what began it. A decision that is being written is not waited for:
+    /// another replica, or the next start, finds the request as it is.
+    pub async fn run(self) -> anyhow::Result<Drained> {
+        let Self { approver, pods, admin, metrics, routes, readiness, shutdown, start, _rules } = self;
+        for (name, mut synced) in [("the watch of pods", pods.synced()), ("the watch of requests", approver.synced())] {
+            let guard = readiness.guard(name);
+            tokio::spawn(async move {
+                match synced.wait_for(|synced| *synced).await {
+                    Ok(_) => drop(guard),
+                    Err(_) => guard.abandon(),
+                }
+            });
+        }
+        tokio::spawn(admin::serve(admin, routes.clone(), shutdown.clone()));
+        tokio::spawn(admin::serve(metrics, routes, shutdown.clone()));
+        info!("approving");
+        drop(start);
+        tokio::spawn(async move {
+            readiness.reached().await;
+            info!("ready");
+        });
+
+        let mut parts = JoinSet::new();
+        parts.spawn(async move { pods.run().await }.map(|()| "the watch of pods"));
+        parts.spawn(approver.run().map(|()| "the approver"));
+        let failed = tokio::select! {
+            biased;
+            () = shutdown.drain.cancelled() => None,
+            Some(ended) = parts.join_next() => Some(ended.map_or_else(|error| error.to_string(), |part| format!("{part} has ended"))),
+        };
+        if let Some(cause) = &failed {
+            error!(cause, "a part has failed; shutting down so that it is started anew");
+            shutdown.begin();
+        }
+        parts.shutdown().await;
+        let drained = shutdown.drained().await;
+        info!("stopped");
+        match failed {
+            None => Ok(drained),
+            Some(cause) => Err(anyhow::anyhow!("a part has failed: {cause}")),
+        }
+    }
+}

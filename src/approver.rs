@@ -1,0 +1,199 @@
+//! The node-aware approver: it decides about the CertificateRequests of the agents' issuers, and nobody else does.
+//!
+//! An agent may ask cert-manager for any name; what keeps a stolen node from other nodes' identities is that the approver derives every
+//! name anew from the pod, and asks where that pod runs ([`judge`]). All replicas are active: a decision is written with the version of
+//! the request that was judged, so that the first one counts. The caller runs [`Approver::run`] and [`Pods::run`] side by side.
+
+use std::{
+    collections::VecDeque,
+    fmt,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use futures::StreamExt;
+use kube::{Api, Client, runtime::watcher};
+use tokio::{sync::watch, task::JoinSet, time::Instant};
+use tokio_util::time::DelayQueue;
+
+use crate::{
+    cert_manager::CertificateRequest,
+    clock::Clock,
+    config::RequestRate,
+    kubernetes::{
+        self,
+        metrics::Resource,
+        watch::{Selection, Signal},
+    },
+};
+
+pub mod desk;
+pub mod events;
+pub mod judge;
+pub mod metrics;
+pub mod pods;
+pub mod queue;
+pub mod rules;
+
+pub use metrics::Metrics;
+pub use pods::Pods;
+pub use rules::Rules;
+
+use desk::{Desk, Outcome};
+use queue::{Key, Queue, key};
+
+/// Requests to the API: one approver works for a thousand agents, and what an agent may do is no measure for it.
+pub const RATE: RequestRate = RequestRate { per_second: 200, burst: 400 };
+/// Requests that are worked on at once.
+const WORKERS: usize = 16;
+/// Requests approved by others that are remembered, so that each is told once.
+const REMEMBERED: usize = 1024;
+/// Requests in one page of a list: they carry their CSRs and certificates.
+const PAGE: u32 = 250;
+
+/// What an approver is made of.
+pub struct Parts {
+    /// The way to the API.
+    pub client: Client,
+    /// The rules, the newest of which count. Requests that were none of theirs are not looked at again when they change.
+    pub rules: watch::Receiver<Arc<Rules>>,
+    /// The cluster's pods.
+    pub pods: Pods,
+    /// The time.
+    pub clock: Arc<dyn Clock>,
+    /// The name of this replica, for Events.
+    pub instance: String,
+    /// What the client counts.
+    pub kube_metrics: kubernetes::Metrics,
+    /// What the approver counts.
+    pub metrics: Metrics,
+}
+
+/// One replica.
+pub struct Approver {
+    client: Client,
+    rules: watch::Receiver<Arc<Rules>>,
+    desk: Arc<Desk>,
+    kube_metrics: kubernetes::Metrics,
+    metrics: Metrics,
+    /// The UIDs of requests that others have approved, as far as the log has told of them.
+    told: Mutex<VecDeque<String>>,
+    synced: watch::Sender<bool>,
+}
+
+impl fmt::Debug for Approver {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Approver").field("desk", &self.desk).finish_non_exhaustive()
+    }
+}
+
+impl Approver {
+    /// An approver that does nothing before it [runs](Self::run).
+    pub fn new(parts: Parts) -> Self {
+        let Parts { client, rules, pods, clock, instance, kube_metrics, metrics } = parts;
+        let desk = Arc::new(Desk::new(client.clone(), rules.clone(), pods, clock, instance, metrics.clone()));
+        Self { client, rules, desk, kube_metrics, metrics, told: Mutex::default(), synced: watch::Sender::new(false) }
+    }
+
+    /// Becomes true when every request there is has been seen once, and stays so.
+    pub fn synced(&self) -> watch::Receiver<bool> {
+        self.synced.subscribe()
+    }
+
+    /// Decides for ever.
+    pub async fn run(self) {
+        // Everywhere: an issuer of the whole cluster can be asked from any namespace, by anybody who may create requests.
+        let api: Api<CertificateRequest> = Api::all(self.client.clone());
+        let selection = Selection {
+            resource: Resource::certificaterequests,
+            name: "certificaterequests.cert-manager.io".to_owned(),
+            namespace: None,
+            config: watcher::Config::default().page_size(PAGE),
+        };
+        let mut signals = Box::pin(kubernetes::watch::watch(api, selection, self.kube_metrics.clone()));
+        let (mut queue, mut workers, mut resting) = (Queue::default(), JoinSet::<(Key, Outcome)>::new(), DelayQueue::<Key>::new());
+        loop {
+            while workers.len() < WORKERS
+                && let Some((key, case)) = queue.pop()
+            {
+                let desk = self.desk.clone();
+                workers.spawn(async move { (key, desk.settle(case).await) });
+            }
+            self.metrics.pending.set(i64::try_from(queue.len()).unwrap_or(i64::MAX));
+            tokio::select! {
+                signal = signals.next() => match signal {
+                    Some(Signal::Event(event)) => self.note(&mut queue, event),
+                    Some(Signal::Trouble(..)) => {}
+                    None => return,
+                },
+                Some(done) = workers.join_next(), if !workers.is_empty() => match done {
+                    Ok((key, Outcome::Settled)) => queue.settled(&key),
+                    Ok((key, Outcome::Failed)) => {
+                        if let Some(pause) = queue.failed(&key) {
+                            resting.insert(key, pause.mul_f64(0.5 + 0.5 * fastrand::f64()));
+                        }
+                    }
+                    Err(error) => {
+                        tracing::error!(%error, "a worker of the approver has failed");
+                        return;
+                    }
+                },
+                Some(rested) = resting.next(), if !resting.is_empty() => queue.rested(rested.get_ref()),
+            }
+        }
+    }
+
+    fn note(&self, queue: &mut Queue, event: watcher::Event<CertificateRequest>) {
+        match event {
+            watcher::Event::Init => queue.list_begins(),
+            watcher::Event::InitApply(request) => {
+                queue.listed(key(&request));
+                self.seen(queue, request);
+            }
+            watcher::Event::InitDone => {
+                queue.list_ends();
+                if !self.synced.send_replace(true) {
+                    tracing::info!(undecided = queue.len(), "every request has been seen once");
+                }
+            }
+            watcher::Event::Apply(request) => {
+                self.look_for_others(&request);
+                self.seen(queue, request);
+            }
+            watcher::Event::Delete(request) => queue.gone(&key(&request)),
+        }
+    }
+
+    /// Whoever else approves makes all of this worth nothing: the operator has to know. Approvals of before the start are not told.
+    fn look_for_others(&self, request: &CertificateRequest) {
+        let Some(by) = judge::approved_by_another(request, &self.rules.borrow()).map(str::to_owned) else { return };
+        let Some(uid) = request.metadata.uid.clone() else { return };
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        if told.contains(&uid) {
+            return;
+        }
+        if told.len() == REMEMBERED {
+            told.pop_front();
+        }
+        told.push_back(uid);
+        self.metrics.foreign.inc();
+        let (namespace, name) = key(request);
+        tracing::error!(
+            namespace,
+            request = name,
+            by,
+            "somebody else has approved a request of the agents' issuer: take the issuer out of cert-manager's own approver \
+             (approveSignerNames of its chart)"
+        );
+    }
+
+    fn seen(&self, queue: &mut Queue, request: CertificateRequest) {
+        if judge::is_ours(&request, &self.rules.borrow()) {
+            queue.seen(request, Instant::now());
+        } else {
+            queue.gone(&key(&request));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,357 @@
+//! Every item of the list of checks, each as one change to a request that is approved without it.
+
+use std::{collections::BTreeSet, sync::Arc};
+
+use super::*;
+use crate::{
+    approver::rules::Guarded,
+    cert_manager::{CertificateRequestSpec, Condition, Csr, Reference, Status},
+    config::{CertManager, RequestNamespace},
+    identity::{IssuerName, KeyType, Profile, Resolver, TrustDomain},
+};
+
+const AGENT: &str = "system:serviceaccount:sds-agent:sds-agent";
+
+pub(crate) fn issuer_ref() -> IssuerRef {
+    IssuerRef { name: "mesh-ca".into(), kind: "ClusterIssuer".into(), group: "cert-manager.io".into() }
+}
+
+pub(crate) fn rules() -> Rules {
+    let profile = Profile {
+        name: "default".into(),
+        issuer: IssuerName("default".into()),
+        authority: "ClusterIssuer/mesh-ca".into(),
+        key: KeyType::EcdsaP256,
+        lifetime: Duration::from_secs(3600),
+        renew_at: 0.5,
+        jitter: 0.1,
+        spiffe_id: "spiffe://{trustDomain}/ns/{namespace}/sa/{serviceAccount}".into(),
+        dns_names: vec!["{serviceAccount}.{namespace}.svc".into(), "{serviceAccount}.{namespace}".into()],
+        per_pod: false,
+        epoch: 0,
+    };
+    let namespace = RequestNamespace::Fixed("sds-agent".into());
+    let CertManager { issuer_ref: issuer, namespace, .. } = CertManager { issuer_ref: issuer_ref(), namespace, trust_status_ca: false };
+    Rules {
+        agents: [AGENT.to_owned()].into(),
+        issuers: vec![Guarded { name: IssuerName("default".into()), issuer, namespace }],
+        resolver: Resolver::single(TrustDomain::new("cluster.local").unwrap(), Arc::new(profile)),
+    }
+}
+
+pub(crate) fn pod() -> Pod {
+    Pod {
+        pod: PodRef { namespace: "shop".into(), name: "cart-1".into(), uid: "u-1".into() },
+        node_name: Some("n1".into()),
+        service_account: Some("cart".into()),
+        labels: Arc::default(),
+        picks: BTreeSet::new(),
+        ended: false,
+    }
+}
+
+fn csr(spiffe_id: &str, dns_names: &[&str], algorithm: &'static rcgen::SignatureAlgorithm) -> Csr {
+    let key = rcgen::KeyPair::generate_for(algorithm).unwrap();
+    let mut params = rcgen::CertificateParams::default();
+    params.distinguished_name = rcgen::DistinguishedName::new();
+    params.subject_alt_names = vec![rcgen::SanType::URI(spiffe_id.try_into().unwrap())];
+    params.subject_alt_names.extend(dns_names.iter().map(|name| rcgen::SanType::DnsName((*name).try_into().unwrap())));
+    Csr::from_der(params.serialize_request(&key).unwrap().der())
+}
+
+/// What the agent on `n1` asks for [`pod`].
+pub(crate) fn request() -> CertificateRequest {
+    let extra = [(claims::NODE_NAME, "n1"), (claims::NODE_UID, "node-uid"), (claims::POD_NAME, "sds-agent-x"), (claims::POD_UID, "a-1")];
+    let spec = CertificateRequestSpec {
+        issuer_ref: Reference::from(&issuer_ref()),
+        request: csr("spiffe://cluster.local/ns/shop/sa/cart", &["cart.shop.svc", "cart.shop"], &rcgen::PKCS_ECDSA_P256_SHA256),
+        duration: Some("1h0m0s".into()),
+        is_ca: false,
+        usages: USAGES.map(String::from).to_vec(),
+        username: Some(AGENT.into()),
+        extra: extra.map(|(key, value)| (key.to_owned(), vec![value.to_owned()])).into(),
+        ..CertificateRequestSpec::default()
+    };
+    let mut request = CertificateRequest::new("sds-1", spec);
+    request.metadata.namespace = Some("sds-agent".into());
+    request.metadata.uid = Some("cr-1".into());
+    let pod = [(keys::POD_NAMESPACE, "shop"), (keys::POD_NAME, "cart-1"), (keys::POD_UID, "u-1")];
+    request.metadata.annotations = Some(pod.map(|(key, value)| (key.to_owned(), value.to_owned())).into());
+    request
+}
+
+fn decide(request: &CertificateRequest, pod: Option<&Pod>) -> Decision {
+    judge(request, Sight::Live(pod), &rules())
+}
+
+/// The denial of a request with one change, which needs no pod to be seen.
+fn denied_at_once(change: impl Fn(&mut CertificateRequest)) -> Denial {
+    let mut request = request();
+    change(&mut request);
+    let decisions = [Sight::Watched(None), Sight::Watched(Some(&pod())), Sight::Live(None)].map(|sight| judge(&request, sight, &rules()));
+    match &decisions {
+        [Decision::Deny(denial), b, c] if decisions[0] == *b && decisions[0] == *c => denial.clone(),
+        _ => panic!("{decisions:?}"),
+    }
+}
+
+/// The denial of a request with one change, which rests on the pod: it is not made before a live read.
+fn denied(change: impl Fn(&mut CertificateRequest), pod: Option<&Pod>) -> Denial {
+    let mut request = request();
+    change(&mut request);
+    let uid = request.metadata.annotations.as_ref().unwrap()[keys::POD_UID].clone();
+    let Decision::Look(asked) = judge(&request, Sight::Watched(pod), &rules()) else { panic!("denied without a live read") };
+    assert_eq!(&*asked.uid, uid);
+    match decide(&request, pod) {
+        Decision::Deny(denial) => denial,
+        decision => panic!("{decision:?}"),
+    }
+}
+
+fn annotate(key: &'static str, value: &'static str) -> impl Fn(&mut CertificateRequest) {
+    move |request| drop(request.metadata.annotations.as_mut().unwrap().insert(key.into(), value.into()))
+}
+
+fn asks(spiffe_id: &'static str, dns_names: &'static [&'static str]) -> impl Fn(&mut CertificateRequest) {
+    move |request| request.spec.request = csr(spiffe_id, dns_names, &rcgen::PKCS_ECDSA_P256_SHA256)
+}
+
+#[test]
+fn what_an_agent_asks_for_a_pod_of_its_node_is_approved_by_the_watch_or_a_live_read() {
+    let approved = Decision::Approve("pod \"shop/cart-1\" on node \"n1\" may have spiffe://cluster.local/ns/shop/sa/cart".into());
+    for sight in [Sight::Watched(Some(&pod())), Sight::Live(Some(&pod()))] {
+        assert_eq!(judge(&request(), sight, &rules()), approved);
+    }
+    assert_eq!(judge(&request(), Sight::Watched(None), &rules()), Decision::Look(pod().pod));
+    let mut seconds = request();
+    seconds.spec.duration = Some("3600s".into());
+    assert_eq!(decide(&seconds, Some(&pod())), approved);
+}
+
+#[test]
+fn what_is_not_ours_or_decided_is_left_alone() {
+    let with = |change: &dyn Fn(&mut CertificateRequest)| {
+        let mut request = request();
+        change(&mut request);
+        decide(&request, Some(&pod()))
+    };
+    let condition = |kind: &'static str, status: &'static str| {
+        move |request: &mut CertificateRequest| {
+            let condition = Condition { kind: kind.into(), status: status.into(), ..Condition::default() };
+            request.status = Some(Status { conditions: vec![condition], ..Status::default() });
+        }
+    };
+    for change in [
+        &(|r: &mut CertificateRequest| r.spec.issuer_ref.name = "other".into()) as &dyn Fn(&mut CertificateRequest),
+        &|r| r.spec.issuer_ref.kind = "Issuer".into(),
+        &|r| r.spec.issuer_ref.kind = String::new(),
+        &|r| r.spec.issuer_ref.group = "example.com".into(),
+        &condition("Approved", "True"),
+        &condition("Denied", "True"),
+        &condition("InvalidRequest", "True"),
+        &|r| r.metadata.deletion_timestamp = Some(serde_json::from_str("\"2026-01-01T00:00:00Z\"").unwrap()),
+    ] {
+        assert_eq!(with(change), Decision::Ignore);
+    }
+    for change in [
+        &(|r: &mut CertificateRequest| r.spec.issuer_ref.group = String::new()) as &dyn Fn(&mut CertificateRequest),
+        &condition("Ready", "False"),
+        &condition("Approved", "False"),
+    ] {
+        assert!(matches!(with(change), Decision::Approve(_)));
+    }
+}
+
+#[test]
+fn an_approval_by_another_is_noticed() {
+    let approved = |reason: Option<&str>| {
+        let mut request = request();
+        let condition =
+            Condition { kind: "Approved".into(), status: "True".into(), reason: reason.map(Into::into), ..Condition::default() };
+        request.status = Some(Status { conditions: vec![condition], ..Status::default() });
+        request
+    };
+    assert_eq!(approved_by_another(&request(), &rules()), None);
+    assert_eq!(approved_by_another(&approved(Some(APPROVER)), &rules()), None);
+    assert_eq!(approved_by_another(&approved(Some("cert-manager.io")), &rules()), Some("cert-manager.io"));
+    assert_eq!(approved_by_another(&approved(None), &rules()), Some(""));
+    let mut other = approved(Some("cert-manager.io"));
+    other.spec.issuer_ref.name = "other".into();
+    assert_eq!(approved_by_another(&other, &rules()), None);
+}
+
+#[test]
+fn an_issuer_of_a_namespace_is_another_one_elsewhere() {
+    let mut rules = rules();
+    rules.issuers[0].issuer.kind = "Issuer".into();
+    let mut request = request();
+    request.spec.issuer_ref.kind = String::new();
+    assert!(matches!(judge(&request, Sight::Live(Some(&pod())), &rules), Decision::Approve(_)));
+    request.metadata.namespace = Some("elsewhere".into());
+    assert_eq!(judge(&request, Sight::Live(Some(&pod())), &rules), Decision::Ignore);
+    rules.issuers[0].namespace = RequestNamespace::Workload;
+    let Decision::Deny(denial) = judge(&request, Sight::Live(Some(&pod())), &rules) else { panic!() };
+    assert!(
+        denial.sentence.starts_with("the namespace is \"elsewhere\", and by the approver's profile default \"shop\": give"),
+        "{denial:?}"
+    );
+}
+
+#[test]
+fn nobody_else_may_ask() {
+    for name in
+        [None, Some(""), Some("alice"), Some("system:serviceaccount:sds-agent:default"), Some("system:serviceaccount:shop:sds-agent")]
+    {
+        let denial = denied_at_once(|request| request.spec.username = name.map(Into::into));
+        assert_eq!(denial.code, denied::NOT_THE_AGENT);
+        assert!(denial.sentence.contains(&format!("{:?} asks, and only sds-agent", name.unwrap_or_default())), "{denial:?}");
+    }
+}
+
+#[test]
+fn the_claims_of_a_node_stand_there_exactly_once() {
+    for name in [claims::NODE_NAME, claims::NODE_UID] {
+        for (values, times) in [(None, 0), (Some(vec![]), 0), (Some(vec!["n1", "n1"]), 2), (Some(vec!["n1", "n2"]), 2), (Some(vec![""]), 1)]
+        {
+            let denial = denied_at_once(|request| {
+                request.spec.extra.remove(name);
+                if let Some(values) = &values {
+                    request.spec.extra.insert(name.into(), values.iter().map(|&v| v.to_owned()).collect());
+                }
+            });
+            assert_eq!(denial.code, denied::WRONG_NODE);
+            assert!(
+                denial.sentence.starts_with(&format!("the requester's token has the claim {name} {times} times, not once")),
+                "{denial:?}"
+            );
+        }
+    }
+}
+
+#[test]
+fn the_requests_own_fields_are_an_agents() {
+    assert_eq!(denied_at_once(|request| request.spec.is_ca = true).code, denied::INVALID_SPEC);
+    for usages in [vec![], vec!["cert sign"], vec!["digital signature", "key encipherment", "client auth", "server auth"]] {
+        let denial = denied_at_once(|request| request.spec.usages = usages.iter().map(|&u| u.to_owned()).collect());
+        assert_eq!(denial.code, denied::INVALID_SPEC);
+        assert!(denial.sentence.starts_with(&format!("the usages are {:?}, and have to be", usages.join(", "))), "{denial:?}");
+    }
+    let mut more = USAGES.map(String::from).to_vec();
+    more.push("cert sign".into());
+    assert_eq!(denied_at_once(|request| request.spec.usages = more.clone()).code, denied::INVALID_SPEC);
+    let invalid = denied_at_once(|request| request.spec.request = serde_json::from_str("\"no base64\"").unwrap());
+    assert_eq!(
+        invalid,
+        Denial { code: denied::INVALID_CSR, sentence: "the CSR is not in base64. No agent asks like this: see who uses its token".into() }
+    );
+    assert_eq!(denied_at_once(|request| request.spec.request = Csr::from_der(&[0x30, 0])).code, denied::INVALID_CSR);
+    for key in [keys::POD_NAMESPACE, keys::POD_NAME, keys::POD_UID] {
+        assert_eq!(denied_at_once(|request| drop(request.metadata.annotations.as_mut().unwrap().remove(key))).code, denied::NO_EVIDENCE);
+        assert_eq!(denied_at_once(annotate(key, "")).code, denied::NO_EVIDENCE);
+    }
+    assert_eq!(denied_at_once(|request| request.metadata.annotations = None).code, denied::NO_EVIDENCE);
+}
+
+#[test]
+fn a_pod_that_is_not_there_any_more_is_gone_whichever_way() {
+    let same = |_: &mut CertificateRequest| {};
+    assert_eq!(
+        denied(same, None),
+        Denial {
+            code: denied::POD_GONE,
+            sentence: "there is no pod \"shop/cart-1\" with UID \"u-1\": it has been deleted or made anew".into()
+        }
+    );
+    let anew = Pod { pod: PodRef { uid: "u-2".into(), ..pod().pod }, ..pod() };
+    assert_eq!(denied(same, Some(&anew)).code, denied::POD_GONE);
+    // The UID of one pod under the name of another.
+    for (key, value) in [(keys::POD_NAME, "victim"), (keys::POD_NAMESPACE, "victims")] {
+        assert_eq!(denied(annotate(key, value), Some(&pod())).code, denied::POD_GONE);
+    }
+    let ended = denied(same, Some(&Pod { ended: true, ..pod() }));
+    assert_eq!(ended, Denial { code: denied::POD_GONE, sentence: "pod \"shop/cart-1\" has ended".into() });
+}
+
+#[test]
+fn a_pod_of_another_node_or_without_an_account_is_nobodys() {
+    let same = |_: &mut CertificateRequest| {};
+    let elsewhere = denied(same, Some(&Pod { node_name: Some("n2".into()), ..pod() }));
+    assert_eq!(elsewhere.code, denied::WRONG_NODE);
+    assert!(elsewhere.sentence.starts_with("pod \"shop/cart-1\" is on node n2, and the requester on node \"n1\""), "{elsewhere:?}");
+    assert_eq!(denied(same, Some(&Pod { node_name: None, ..pod() })).code, denied::WRONG_NODE);
+    assert_eq!(denied(same, Some(&Pod { service_account: None, ..pod() })).code, denied::NO_SERVICE_ACCOUNT);
+}
+
+#[test]
+fn names_are_exactly_the_pods() {
+    const ID: &str = "spiffe://cluster.local/ns/shop/sa/cart";
+    for id in
+        ["spiffe://cluster.local/ns/shop/sa/root", "spiffe://cluster.local/ns/shop/sa/cart/", "spiffe://CLUSTER.local/ns/shop/sa/cart"]
+    {
+        let denial = denied(|r| r.spec.request = csr(id, &["cart.shop.svc", "cart.shop"], &rcgen::PKCS_ECDSA_P256_SHA256), Some(&pod()));
+        assert_eq!(denial, Denial { code: denied::WRONG_IDENTITY, sentence: format!("the SPIFFE ID is {id:?}, and the pod's is {ID:?}") });
+    }
+    for names in [&[][..], &["cart.shop.svc"], &["cart.shop.svc", "cart.shop", "api.bank.svc"], &["cart.shop.svc", "*.shop"]] {
+        let denial = denied(asks(ID, names), Some(&pod()));
+        assert_eq!(denial.code, denied::PROFILE_MISMATCH);
+        let expected =
+            format!("the DNS names are {:?}, and by the approver's profile default \"cart.shop.svc, cart.shop\": give", names.join(", "));
+        assert!(denial.sentence.starts_with(&expected), "{denial:?}");
+    }
+    let mut turned = request();
+    asks(ID, &["cart.shop", "cart.shop.svc"])(&mut turned);
+    assert!(matches!(decide(&turned, Some(&pod())), Decision::Approve(_)), "their order is of no importance");
+}
+
+#[test]
+fn another_configuration_is_told_by_field_and_by_both_values() {
+    let denial = denied(|request| request.metadata.namespace = Some("shop".into()), Some(&pod()));
+    assert!(
+        denial.sentence.starts_with("the namespace is \"shop\", and by the approver's profile default \"sds-agent\": give"),
+        "{denial:?}"
+    );
+    for duration in [None, Some("24h"), Some("3601s"), Some("1h0m0.5s"), Some("-1h"), Some("99999999999999999999h"), Some("")] {
+        let denial = denied(|request| request.spec.duration = duration.map(Into::into), Some(&pod()));
+        assert_eq!(denial.code, denied::PROFILE_MISMATCH);
+        let expected = format!("the duration is {:?}, and by the approver's profile default \"3600s\": give", duration.unwrap_or_default());
+        assert!(denial.sentence.starts_with(&expected), "{denial:?}");
+    }
+    let p384 = |request: &mut CertificateRequest| {
+        let names = &["cart.shop.svc", "cart.shop"];
+        request.spec.request = csr("spiffe://cluster.local/ns/shop/sa/cart", names, &rcgen::PKCS_ECDSA_P384_SHA384);
+    };
+    let denial = denied(p384, Some(&pod()));
+    assert!(
+        denial.sentence.starts_with("the key is \"ecdsa-p384\", and by the approver's profile default \"ecdsa-p256\": give"),
+        "{denial:?}"
+    );
+
+    // An issuer of ours, but not this profile's.
+    let mut rules = rules();
+    let mut payments = rules.issuers[0].clone();
+    payments.name = IssuerName("payments".into());
+    payments.issuer.name = "payments-ca".into();
+    rules.issuers.push(payments);
+    let mut request = request();
+    request.spec.issuer_ref.name = "payments-ca".into();
+    let Decision::Deny(denial) = judge(&request, Sight::Live(Some(&pod())), &rules) else { panic!() };
+    let expected = "the issuer is \"ClusterIssuer.cert-manager.io/payments-ca\", and by the approver's profile default \
+                    \"ClusterIssuer.cert-manager.io/mesh-ca\": give agents and approver the same configuration";
+    assert_eq!(denial, Denial { code: denied::PROFILE_MISMATCH, sentence: expected.into() });
+}
+
+#[test]
+fn what_others_wrote_is_shown_tame_and_bounded() {
+    let denial = denied_at_once(|request| request.spec.username = Some(format!("x\n\u{1b}[31m{}", "ü".repeat(100_000))));
+    assert!(denial.sentence.len() < 2000 && !denial.sentence.contains(['\n', '\u{1b}']), "{denial:?}");
+}
+
+#[test]
+fn durations_are_read_as_go_writes_them() {
+    for (text, seconds) in [("3600s", Some(3600)), ("1h0m0s", Some(3600)), ("24h", Some(86_400)), ("1m30s", Some(90)), ("0s", Some(0))] {
+        assert_eq!(go_duration(text), seconds.map(Duration::from_secs), "{text}");
+    }
+    for text in ["", "h", "1", "1d", "1h ", " 1h", "1.5h", "1ms", "+1h", "1hh", "18446744073709551615h", "١h"] {
+        assert_eq!(go_duration(text), None, "{text}");
+    }
+}

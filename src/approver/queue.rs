@@ -1,0 +1,221 @@
+//! What waits for a decision: bookkeeping without I/O or clock.
+//!
+//! Each request is worked on by one worker at a time. What changed meanwhile is looked at again; what failed rests first.
+
+use std::{
+    collections::{HashMap, HashSet, VecDeque},
+    sync::Arc,
+    time::Duration,
+};
+
+use tokio::time::Instant;
+
+use crate::cert_manager::CertificateRequest;
+
+/// After the first trouble with a request; it doubles.
+const SHORTEST_PAUSE: Duration = Duration::from_millis(500);
+/// A right that is missing comes back by a person's hand; a server that is away, sooner than that.
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+
+/// Namespace and name.
+pub type Key = (String, String);
+
+/// One request to decide about.
+#[derive(Debug, Clone)]
+pub struct Case {
+    /// As it was last seen.
+    pub request: Arc<CertificateRequest>,
+    /// When it was first seen.
+    pub since: Instant,
+}
+
+#[derive(Debug)]
+struct Entry {
+    case: Case,
+    state: State,
+    /// In a row.
+    failures: u32,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    Ready,
+    Working { changed: bool },
+    Resting,
+}
+
+/// See the module.
+#[derive(Debug, Default)]
+pub struct Queue {
+    entries: HashMap<Key, Entry>,
+    ready: VecDeque<Key>,
+    list: HashSet<Key>,
+}
+
+/// The key of a request.
+pub fn key(request: &CertificateRequest) -> Key {
+    let metadata = &request.metadata;
+    (metadata.namespace.clone().unwrap_or_default(), metadata.name.clone().unwrap_or_default())
+}
+
+impl Queue {
+    /// How many wait, are being worked on, or rest.
+    pub fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// Whether there is nothing to do.
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    /// A request that has to be decided, as it is now.
+    pub fn seen(&mut self, request: CertificateRequest, now: Instant) {
+        let key = key(&request);
+        let request = Arc::new(request);
+        match self.entries.get_mut(&key) {
+            Some(entry) => {
+                entry.case.request = request;
+                if let State::Working { changed } = &mut entry.state {
+                    *changed = true;
+                }
+            }
+            None => {
+                self.entries.insert(key.clone(), Entry { case: Case { request, since: now }, state: State::Ready, failures: 0 });
+                self.ready.push_back(key);
+            }
+        }
+    }
+
+    /// A request that needs no decision any more, or is not there any more.
+    pub fn gone(&mut self, key: &Key) {
+        self.entries.remove(key);
+    }
+
+    /// A whole list is about to be told.
+    pub fn list_begins(&mut self) {
+        self.list.clear();
+    }
+
+    /// One of the list.
+    pub fn listed(&mut self, key: Key) {
+        self.list.insert(key);
+    }
+
+    /// What the list lacked is gone.
+    pub fn list_ends(&mut self) {
+        let list = std::mem::take(&mut self.list);
+        self.entries.retain(|key, _| list.contains(key));
+    }
+
+    /// The next to work on, oldest first.
+    pub fn pop(&mut self) -> Option<(Key, Case)> {
+        while let Some(key) = self.ready.pop_front() {
+            // Others were gone before it was their turn, or came back meanwhile and stand in the line again.
+            if let Some(entry) = self.entries.get_mut(&key).filter(|entry| entry.state == State::Ready) {
+                entry.state = State::Working { changed: false };
+                return Some((key, entry.case.clone()));
+            }
+        }
+        None
+    }
+
+    /// Its worker has settled it.
+    pub fn settled(&mut self, key: &Key) {
+        let Some(entry) = self.entries.get_mut(key) else { return };
+        match entry.state {
+            State::Working { changed: true } => {
+                (entry.state, entry.failures) = (State::Ready, 0);
+                self.ready.push_back(key.clone());
+            }
+            // A request that was forgotten and made anew meanwhile is another's.
+            State::Ready | State::Resting => {}
+            State::Working { changed: false } => drop(self.entries.remove(key)),
+        }
+    }
+
+    /// Its worker could not settle it: how long it is to rest, before half of it is taken off at random.
+    pub fn failed(&mut self, key: &Key) -> Option<Duration> {
+        let entry = self.entries.get_mut(key).filter(|entry| matches!(entry.state, State::Working { .. }))?;
+        let pause = (SHORTEST_PAUSE * 2_u32.pow(entry.failures.min(10))).min(LONGEST_PAUSE);
+        entry.failures += 1;
+        entry.state = State::Resting;
+        Some(pause)
+    }
+
+    /// It has rested.
+    pub fn rested(&mut self, key: &Key) {
+        if let Some(entry) = self.entries.get_mut(key).filter(|entry| entry.state == State::Resting) {
+            entry.state = State::Ready;
+            self.ready.push_back(key.clone());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request(name: &str, version: &str) -> CertificateRequest {
+        let mut request = CertificateRequest::new(name, crate::cert_manager::CertificateRequestSpec::default());
+        request.metadata.namespace = Some("n".into());
+        request.metadata.resource_version = Some(version.into());
+        request
+    }
+
+    fn next(queue: &mut Queue) -> Option<(String, String)> {
+        queue.pop().map(|(key, case)| (key.1, case.request.metadata.resource_version.clone().unwrap()))
+    }
+
+    #[test]
+    fn one_worker_at_a_time_and_what_changed_meanwhile_is_looked_at_again() {
+        let (mut queue, now) = (Queue::default(), Instant::now());
+        queue.seen(request("a", "1"), now);
+        queue.seen(request("b", "1"), now);
+        queue.seen(request("a", "2"), now);
+        assert_eq!(next(&mut queue), Some(("a".into(), "2".into())));
+        queue.seen(request("a", "3"), now);
+        assert_eq!(next(&mut queue), Some(("b".into(), "1".into())));
+        assert_eq!(next(&mut queue), None);
+        let (a, b) = (("n".to_owned(), "a".to_owned()), ("n".to_owned(), "b".to_owned()));
+        queue.settled(&a);
+        queue.settled(&b);
+        assert_eq!(next(&mut queue), Some(("a".into(), "3".into())));
+        queue.settled(&a);
+        assert!(queue.is_empty() && queue.ready.is_empty());
+    }
+
+    #[test]
+    fn failures_rest_ever_longer_and_what_is_gone_does_not_come_back() {
+        let (mut queue, now) = (Queue::default(), Instant::now());
+        let a = ("n".to_owned(), "a".to_owned());
+        queue.seen(request("a", "1"), now);
+        let mut pauses = Vec::new();
+        for _ in 0..9 {
+            queue.pop().unwrap();
+            pauses.push(queue.failed(&a).unwrap().as_millis());
+            queue.seen(request("a", "2"), now);
+            assert_eq!(next(&mut queue), None, "it rests, whatever is told of it");
+            queue.rested(&a);
+        }
+        assert_eq!(pauses, [500, 1000, 2000, 4000, 8000, 16_000, 30_000, 30_000, 30_000]);
+        queue.gone(&a);
+        assert_eq!(next(&mut queue), None);
+        assert_eq!(queue.failed(&a), None);
+        queue.rested(&a);
+        assert!(queue.is_empty());
+    }
+
+    #[test]
+    fn a_list_takes_away_what_it_lacks() {
+        let (mut queue, now) = (Queue::default(), Instant::now());
+        queue.seen(request("a", "1"), now);
+        queue.seen(request("b", "1"), now);
+        queue.list_begins();
+        queue.listed(("n".into(), "b".into()));
+        queue.seen(request("b", "1"), now);
+        queue.list_ends();
+        assert_eq!((next(&mut queue), next(&mut queue)), (Some(("b".into(), "1".into())), None));
+        assert_eq!(queue.len(), 1);
+    }
+}

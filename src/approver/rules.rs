@@ -1,0 +1,172 @@
+//! What the approver decides by: the part of the configuration that it shares with the agents, and who those are.
+
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
+
+use crate::{
+    approver::pods::Pod,
+    config::{Attestation, Config, IssuerConfig, IssuerRef, RequestNamespace},
+    identity::{Error, Identity, IssuerName, KeyType, Profile, Resolver},
+};
+
+/// The group of an issuer that names none.
+const GROUP: &str = crate::cert_manager::GROUP;
+
+/// Why a configuration gives an approver nothing to do.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Unfit {
+    /// An issuer that does not go through cert-manager.
+    #[error("issuer {0}: an approver decides about requests of cert-manager, and this issuer makes none; use issuer.certManager")]
+    NoRequests(IssuerName),
+    /// Identities that are no pods'.
+    #[error("attestation: an approver derives what a pod may have, and `attestation: unix` knows no pods; use kubernetes")]
+    NoPods,
+}
+
+/// One issuer whose requests are judged.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Guarded {
+    /// The name that profiles use.
+    pub name: IssuerName,
+    /// As requests name it.
+    pub issuer: IssuerRef,
+    /// Where the agents' requests are.
+    pub namespace: RequestNamespace,
+}
+
+impl Guarded {
+    /// Whether a request in `namespace` that names `issuer` is this issuer's. An Issuer is another one in each namespace.
+    fn takes(&self, issuer: &IssuerRef, namespace: &str) -> bool {
+        let here = match &self.namespace {
+            RequestNamespace::Fixed(own) if self.issuer.kind == "Issuer" && self.issuer.group == GROUP => own == namespace,
+            _ => true,
+        };
+        here && self.issuer == *issuer
+    }
+}
+
+/// The configuration of an approver.
+#[derive(Debug, Clone)]
+pub struct Rules {
+    /// The user names of agents.
+    pub agents: BTreeSet<String>,
+    /// The issuers. Requests of others are not looked at.
+    pub issuers: Vec<Guarded>,
+    /// From pods to identities and profiles, as the agents do it.
+    pub resolver: Resolver,
+}
+
+/// What a pod may ask for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Expectation {
+    /// The profile by which.
+    pub profile: Arc<str>,
+    /// The URI name.
+    pub spiffe_id: String,
+    /// The DNS names.
+    pub dns_names: Vec<String>,
+    /// The kind of key.
+    pub key: KeyType,
+    /// The lifetime.
+    pub lifetime: Duration,
+    /// From whom.
+    pub issuer: IssuerRef,
+    /// By a request in which namespace.
+    pub namespace: String,
+}
+
+impl Rules {
+    /// The rules of a configuration.
+    pub fn of(config: &Config) -> Result<Self, Unfit> {
+        if config.attestation == Attestation::Unix {
+            return Err(Unfit::NoPods);
+        }
+        let guarded = |(name, issuer): (&IssuerName, &IssuerConfig)| match issuer {
+            IssuerConfig::CertManager(asked) => {
+                Ok(Guarded { name: name.clone(), issuer: asked.issuer_ref.clone(), namespace: asked.namespace.clone() })
+            }
+            IssuerConfig::Embedded => Err(Unfit::NoRequests(name.clone())),
+        };
+        Ok(Self {
+            agents: config.approver.agents.iter().cloned().collect(),
+            issuers: config.issuers.iter().map(guarded).collect::<Result<_, _>>()?,
+            resolver: config.resolver(),
+        })
+    }
+
+    /// Whether requests of `issuer` in `namespace` are the approver's to judge.
+    pub fn guard(&self, issuer: &IssuerRef, namespace: &str) -> bool {
+        self.issuers.iter().any(|guarded| guarded.takes(issuer, namespace))
+    }
+
+    /// All that `pod` may ask for, on whatever socket: the one place where the approver derives what the agents derive. An error where
+    /// there is nothing; the pod has a service account.
+    pub fn expected(&self, pod: &Pod) -> Result<Vec<Expectation>, Error> {
+        let (mut expected, mut refused) = (Vec::new(), None);
+        for workload in pod.workloads() {
+            match self.resolver.resolve(&workload) {
+                Ok(Identity { spiffe_id, dns_names, profile, .. }) => {
+                    expected.extend(self.expectation(pod, &spiffe_id.to_string(), &dns_names, &profile));
+                }
+                Err(error) => drop(refused.get_or_insert(error)),
+            }
+        }
+        match refused {
+            Some(error) if expected.is_empty() => Err(error),
+            _ => Ok(expected),
+        }
+    }
+
+    fn expectation(&self, pod: &Pod, spiffe_id: &str, dns_names: &[String], profile: &Profile) -> Option<Expectation> {
+        let guarded = self.issuers.iter().find(|guarded| guarded.name == profile.issuer)?;
+        let namespace = match &guarded.namespace {
+            RequestNamespace::Fixed(namespace) => namespace.clone(),
+            RequestNamespace::Workload => pod.pod.namespace.to_string(),
+        };
+        Some(Expectation {
+            profile: profile.name.clone(),
+            spiffe_id: spiffe_id.to_owned(),
+            dns_names: dns_names.to_vec(),
+            key: profile.key,
+            lifetime: profile.lifetime,
+            issuer: guarded.issuer.clone(),
+            namespace,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::Value;
+
+    use super::*;
+    use crate::cert_manager::USAGES;
+
+    /// The documents of a manifest.
+    fn objects(text: &str) -> Vec<Value> {
+        text.split("\n---\n").map(|document| serde_saphyr::from_str(document).unwrap()).collect()
+    }
+
+    /// One fact stands in four places of `daemonset/`, because neither RBAC nor a policy reads the agents' configuration.
+    #[test]
+    fn what_is_installed_says_the_same_in_all_places() {
+        let map = objects(include_str!("../../daemonset/base/config.yaml")).remove(0);
+        let told = |key: &str| map["data"][key].as_str().unwrap();
+        let env = |name: &str| matches!(name, "NODE_NAME" | "POD_NAMESPACE" | "POD_NAME" | "POD_UID").then(|| "x".to_owned());
+        let loaded = Config::parse(told("config.yaml"), &env).unwrap();
+        assert_eq!(loaded.warnings, []);
+        let rules = Rules::of(&loaded.config).unwrap();
+        assert_eq!(told("agentUsernames").lines().map(str::to_owned).collect::<BTreeSet<_>>(), rules.agents);
+        let [guarded] = &rules.issuers[..] else { panic!("{:?}", rules.issuers) };
+        assert_eq!(told("issuers").lines().collect::<Vec<_>>(), [format!("{}/{}", guarded.issuer.kind, guarded.issuer.name)]);
+        assert!(humantime::parse_duration(told("maxDuration")).unwrap() >= rules.resolver.default_profile.lifetime);
+
+        let roles = objects(include_str!("../../daemonset/approver/rbac.yaml"));
+        let signers =
+            roles.iter().flat_map(|role| role["rules"].as_array().into_iter().flatten()).find(|rule| rule["resources"][0] == "signers");
+        let signer = format!("{}s.{}/{}", guarded.issuer.kind.to_lowercase(), guarded.issuer.group, guarded.issuer.name);
+        assert_eq!(signers.unwrap()["resourceNames"], serde_json::json!([signer]));
+
+        let usages = format!("[{}]", USAGES.map(|usage| format!("'{usage}'")).join(", "));
+        assert!(include_str!("../../daemonset/approver/policy.yaml").contains(&usages), "{usages}");
+    }
+}

@@ -1,0 +1,118 @@
+//! `sds-agent approver`: decides about the agents' CertificateRequests, as a Deployment of its own.
+
+use std::{path::PathBuf, process::ExitCode};
+
+use tokio::runtime::Builder;
+use tracing::warn;
+
+use super::{Exit, output};
+use crate::{
+    app::{self, Base},
+    approver::Rules,
+    config::{Config, Env, Loaded},
+    shutdown::{Drained, Shutdown},
+    telemetry,
+};
+
+/// The flags of `approver`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub struct Args {
+    /// The agents' own configuration, a YAML file (docs/configuration.md describes it)
+    #[arg(long, value_name = "FILE")]
+    pub config: PathBuf,
+}
+
+const EXAMPLES: &str = "\
+Example:
+  sds-agent approver --config /etc/sds-agent/config.yaml
+
+It reads the file that the agents read: identities, issuers and lifetimes have to be theirs. What concerns agents alone is
+checked and not used. In a pod it needs POD_NAMESPACE and POD_NAME from the downward API; any number of replicas may run.
+The issuers have to be taken out of cert-manager's own approver (approveSignerNames of its chart): docs/security.md tells why.";
+
+/// The configuration and what of it the approver decides by.
+#[derive(Debug)]
+pub struct Ready {
+    config: Config,
+    rules: Rules,
+    warnings: Vec<String>,
+}
+
+impl Args {
+    /// Reads the configuration; errors have been told when this returns an exit code.
+    pub fn load(&self, env: Env<'_>) -> Result<Ready, Exit> {
+        let shown = self.config.display();
+        let Loaded { config, warnings } = Config::load(&self.config, &anywhere(env)).map_err(|errors| {
+            output::complain(format_args!("{shown} cannot be used:\n{errors}"));
+            Exit::Usage
+        })?;
+        let rules = Rules::of(&config).map_err(|error| {
+            output::complain(format_args!("{shown} cannot be used:\n{error}"));
+            Exit::Usage
+        })?;
+        // The others are about agents, and they tell them.
+        let warnings = warnings.iter().filter(|warning| warning.path.starts_with("approver")).map(ToString::to_string).collect();
+        Ok(Ready { config, rules, warnings })
+    }
+}
+
+/// An approver belongs to no node, and owns no requests: what agents miss without it is not missed here.
+fn anywhere<'a>(env: Env<'a>) -> impl Fn(&str) -> Option<String> + Sync + 'a {
+    move |name| match name {
+        "NODE_NAME" => Some("none".to_owned()),
+        "POD_NAME" | "POD_UID" => env(name).or_else(|| Some("sds-agent-approver".to_owned())),
+        _ => env(name),
+    }
+}
+
+/// Sets up the log, and runs the approver until it is told to stop.
+pub fn start(ready: Ready, env: Env<'_>) -> anyhow::Result<ExitCode> {
+    telemetry::init(env(telemetry::VARIABLE).as_deref())?;
+    for warning in &ready.warnings {
+        warn!("{warning}");
+    }
+    let runtime = Builder::new_multi_thread().worker_threads(ready.config.worker_threads).enable_all().build()?;
+    let code = runtime.block_on(run(ready));
+    runtime.shutdown_background();
+    code
+}
+
+async fn run(ready: Ready) -> anyhow::Result<ExitCode> {
+    let Ready { config, rules, .. } = ready;
+    let shutdown = Shutdown::new(config.drain);
+    shutdown.follow_signals()?;
+    let bound = app::build_approver(&config, rules, Base::new(shutdown)).await?;
+    Ok(match bound.run().await? {
+        Drained::Complete | Drained::TimedOut { .. } => ExitCode::SUCCESS,
+        Drained::Aborted => Exit::Failed.into(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[expect(clippy::disallowed_methods, reason = "a test's own file")]
+    fn load(text: &str) -> Result<Ready, Exit> {
+        let dir = tempfile::tempdir().unwrap();
+        let config = dir.path().join("config.yaml");
+        std::fs::write(&config, text).unwrap();
+        let env = |name: &str| (name == "POD_NAMESPACE").then(|| "mesh".to_owned());
+        Args { config }.load(&env)
+    }
+
+    #[test]
+    fn the_agents_file_is_enough_and_its_warnings_are_theirs() {
+        let ready = load("issuer: { certManager: { issuerRef: { name: mesh-ca, kind: ClusterIssuer } } }\nretention: 1s\n").unwrap();
+        assert_eq!(ready.warnings, [""; 0]);
+        assert_eq!(ready.rules.agents.iter().collect::<Vec<_>>(), ["system:serviceaccount:mesh:sds-agent"]);
+    }
+
+    #[test]
+    fn what_makes_no_requests_for_pods_needs_no_approver() {
+        assert_eq!(load("issuer: { embedded: {} }\n").unwrap_err(), Exit::Usage);
+        let unix = "attestation: unix\nissuer: { certManager: { issuerRef: { name: mesh-ca, kind: ClusterIssuer } } }\n";
+        assert_eq!(load(unix).unwrap_err(), Exit::Usage);
+    }
+}

@@ -1,0 +1,58 @@
+//! The section `approver`: what `sds-agent approver` needs beside what it shares with the agents.
+
+use serde_json::Value;
+
+use super::{
+    environment::PodEnvironment,
+    error::Wrong,
+    reader::Section,
+    values::{self, is_dns_name},
+};
+
+/// What the user name of a service account begins with.
+const SERVICE_ACCOUNT: &str = "system:serviceaccount:";
+
+/// `approver`
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Approver {
+    /// `agents`: the user names of the agents' service accounts. Nobody else's requests are approved.
+    pub agents: Vec<String>,
+}
+
+impl Approver {
+    /// The agents of one namespace under their usual name.
+    pub fn of_namespace(namespace: &str) -> Self {
+        Self { agents: vec![format!("{SERVICE_ACCOUNT}{namespace}:sds-agent")] }
+    }
+}
+
+/// Walks the section.
+pub(super) fn walk(section: &Section<'_>, pod: Option<&PodEnvironment>) -> Option<Approver> {
+    let namespace = pod.and_then(|pod| pod.namespace.as_deref()).unwrap_or("sds-agent");
+    let told = section.has("agents");
+    let agents = section.list("agents", agent)?;
+    match (told, agents.is_empty()) {
+        (false, _) => Some(Approver::of_namespace(namespace)),
+        (true, false) => Some(Approver { agents }),
+        (true, true) => {
+            section.wrong(
+                "agents",
+                "names nobody, so that every request would be denied",
+                "name the agents' account, or leave the field out",
+            );
+            None
+        }
+    }
+}
+
+fn agent(value: &Value) -> Result<String, Wrong> {
+    let name = values::text(value)?;
+    let account = name.strip_prefix(SERVICE_ACCOUNT).and_then(|rest| rest.split_once(':'));
+    match account {
+        Some((namespace, account)) if is_dns_name(namespace) && is_dns_name(account) => Ok(name.to_owned()),
+        _ => {
+            let remedy = format!("write {SERVICE_ACCOUNT}<namespace>:<name>: only the tokens of service accounts name a node");
+            Err(Wrong::new("is not the user name of a service account", remedy))
+        }
+    }
+}

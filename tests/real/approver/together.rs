@@ -1,0 +1,109 @@
+//! Agents, approver and policy together: what is there for everybody else still works.
+
+use super::world::{GUARDED, NAMESPACE, PATIENCE, World};
+use crate::support::{cluster::Pod, eventually, scene::Workload};
+
+const AGENT: &str = "system:serviceaccount:sds-agent:sds-agent";
+
+/// The whole way, with the rights of `daemonset/` alone; and that a certificate costs the agent two writes.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn pods_of_two_nodes_get_their_certificates_by_two_writes_each() {
+    const PODS: usize = 6;
+    let world = World::start(&[GUARDED, &["--audit"]].concat()).await;
+    world.install_policy().await;
+    let approver = world.approver("approver-0", "1h").await;
+    let shop = world.cluster.namespace().await;
+    // What came before is not the agents'.
+    let writes = |world: &World| -> Vec<String> {
+        let lines = world.audit().into_iter().filter(|line| line["user"]["username"] == AGENT);
+        let lines = lines.filter(|line| line["objectRef"]["resource"] == "certificaterequests");
+        let verbs = lines.map(|line| line["verb"].as_str().unwrap().to_owned());
+        verbs.filter(|verb| !matches!(verb.as_str(), "get" | "list" | "watch")).collect()
+    };
+    let before = writes(&world).len();
+
+    let mut agents = Vec::new();
+    for n in 0..2 {
+        let node = world.cluster.node().await;
+        let actor = world.actor(&format!("agent-{n}"), "sds-agent", &node).await;
+        let agent = world.agent(&actor, "1h").await.start().await;
+        for m in 0..PODS / 2 {
+            let workload = Workload::of(world.cluster.pod(&shop, &format!("app-{n}-{m}"), &node).await);
+            let got = workload.fetch(&agent).await;
+            assert_eq!(got["spiffe_id"], workload.id());
+        }
+        agents.push(agent);
+    }
+    eventually("the requests are consumed", PATIENCE, async || {
+        let left = world.requests(NAMESPACE).await;
+        if left.is_empty() { Ok(()) } else { Err(format!("{left:?}")) }
+    })
+    .await;
+    let mut made = writes(&world).split_off(before);
+    made.sort_unstable();
+    println!("figure: {PODS} certificates: {} writes by the agents, of {} in the audit log", made.len(), before + made.len());
+    let expected: Vec<_> = ["create"; PODS].into_iter().chain(["delete"; PODS]).collect();
+    assert_eq!(made, expected);
+    let approved = approver.metric_of("sds_agent_approver_decisions_total", &["decision=\"approved\""]).await;
+    assert!((approved - 6.0).abs() < 0.5, "{approved}");
+    let (sum, count) = (
+        approver.metric("sds_agent_approver_decision_duration_seconds_sum").await,
+        approver.metric("sds_agent_approver_decision_duration_seconds_count").await,
+    );
+    println!("figure: from a request's first sight to the written approval: {:.1} ms on average of {count}", sum / count * 1000.0);
+}
+
+/// The agent and the approver read different configurations for a while, as in a rollout: it is told which, and goes on by itself.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_rollout_that_changes_the_configuration_is_waited_out() {
+    let world = World::start(GUARDED).await;
+    let node = world.cluster.node().await;
+    let actor = world.actor("agent", "sds-agent", &node).await;
+    let agent = world.agent(&actor, "1h").await.start().await;
+    let old = world.approver("approver-old", "2h").await;
+    let workload = Workload::of(world.cluster.pod(&world.cluster.namespace().await, "app", &node).await);
+    let stream = workload.watch(agent.socket());
+    let cause = |line: &serde_json::Value| {
+        line["identity"] == workload.id() && line["cause"].as_str().is_some_and(|c| c.contains("ProfileMismatch"))
+    };
+    let line = agent.logs("the mismatch", PATIENCE, cause).await;
+    let expected =
+        "the duration is \"3600s\", and by the approver's profile default \"7200s\": give agents and approver the same configuration";
+    assert!(line["cause"].as_str().unwrap().contains(expected), "{line}");
+    drop(old);
+    let _new = world.approver("approver-new", "1h").await;
+    assert_eq!(stream.update(1, PATIENCE).await["spiffe_id"], workload.id());
+}
+
+/// The pod that stands for a shared identity goes before the approval: a sibling stands in at once.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_sibling_stands_in_for_a_pod_that_went_before_the_approval() {
+    let world = World::start(GUARDED).await;
+    let node = world.cluster.node().await;
+    let actor = world.actor("agent", "sds-agent", &node).await;
+    let agent = world.agent(&actor, "1h").await.start().await;
+    let shop = world.cluster.namespace().await;
+    let first = Workload::of(world.cluster.pod(&shop, "app", &node).await);
+    let _asks = first.watch(agent.socket());
+    let request = eventually("the request", PATIENCE, async || world.requests(NAMESPACE).await.pop().ok_or_else(String::new)).await;
+    let sibling = Workload::of(world.cluster.pod_of(&shop, "app", "app-2", &node).await);
+    let stream = sibling.watch(agent.socket());
+    eventually("the agent knows the sibling", PATIENCE, async || {
+        let known = agent.certificate(&sibling.id()).await.ok_or_else(|| "no identity".to_owned())?;
+        if known["subscribers"] == 2 { Ok(()) } else { Err(known.to_string()) }
+    })
+    .await;
+    let Pod { name, .. } = &first.pod;
+    world.cluster.delete(&first.pod.path()).await;
+    eventually("the pod is gone", PATIENCE, async || match world.cluster.try_get(&first.pod.path()).await {
+        Err(_) => Ok(()),
+        Ok(_) => Err(name.clone()),
+    })
+    .await;
+    let approver = world.approver("approver-0", "1h").await;
+    assert_eq!(stream.update(1, PATIENCE).await["spiffe_id"], sibling.id());
+    let gone = approver.metric_of("sds_agent_approver_decisions_total", &["reason=\"PodGone\""]).await;
+    // The agent may have withdrawn the request by itself when the pod went.
+    assert!(gone < 1.5, "{gone}");
+    println!("figure: {request}: denied {gone} times before the sibling's was approved");
+}

@@ -1,0 +1,196 @@
+//! A cluster with sds-agent installed from `daemonset/`, and those who act in it.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::support::{
+    agent::{Agent, Launch},
+    agent_pod::log_in,
+    cluster::{Cluster, Pod},
+    eventually,
+    plane::Plane,
+};
+
+pub const NAMESPACE: &str = "sds-agent";
+pub const PATIENCE: Duration = Duration::from_secs(60);
+/// cert-manager's own approver keeps away from the ClusterIssuers, of which the mesh's is one.
+pub const GUARDED: &[&str] = &["--approve-signers", "issuers.cert-manager.io/*"];
+/// What the installed configuration asks for.
+const LIFETIME: &str = "lifetime: 24h";
+
+pub struct World {
+    pub cluster: Cluster,
+    pub plane: Plane,
+    dir: TempDir,
+}
+
+/// An account's pod, and the cluster as it sees it.
+pub struct Actor {
+    pub pod: Pod,
+    pub node: String,
+    pub cluster: Cluster,
+    dir: PathBuf,
+}
+
+impl World {
+    /// A control plane of its own, with the accounts, rights and configuration of agents and approver. Nothing of it runs yet.
+    pub async fn start(flags: &[&str]) -> Self {
+        let (cluster, plane) = Cluster::own(flags).await;
+        let world = Self { cluster, plane, dir: tempfile::tempdir().unwrap() };
+        for file in ["base/rbac.yaml", "base/config.yaml", "approver/rbac.yaml", "approver/deployment.yaml"] {
+            world.install(file).await;
+        }
+        world
+    }
+
+    /// Applies every object of a file of `daemonset/`.
+    pub async fn install(&self, file: &str) {
+        for object in objects(file) {
+            self.cluster.apply(&path(&object), &object).await;
+        }
+    }
+
+    /// Applies the policy; returns when the API server goes by both halves of it.
+    pub async fn install_policy(&self) {
+        self.install("approver/policy.yaml").await;
+        let probe = self.actor("probe", "sds-agent", &self.cluster.node().await).await;
+        let (other, namespace) = (self.actor("probe-2", "sds-agent", &self.cluster.node().await).await, self.cluster.namespace().await);
+        let target = self.cluster.pod(&namespace, "probe", &probe.node).await;
+        eventually("the policy of requests is enforced", PATIENCE, async || {
+            let asked = super::ask::Ask::of(&probe, &target).label("elsewhere");
+            match asked.create(&probe).await {
+                Err(_) => Ok(()),
+                Ok(made) => {
+                    self.cluster.delete(&made).await;
+                    Err("a request with a wrong label was accepted".to_owned())
+                }
+            }
+        })
+        .await;
+        eventually("the policy of deletions is enforced", PATIENCE, async || {
+            let made = super::ask::Ask::of(&probe, &target).create(&probe).await.unwrap();
+            match other.cluster.try_delete(&made).await {
+                Err(_) => {
+                    self.cluster.delete(&made).await;
+                    Ok(())
+                }
+                Ok(_) => Err("another node's agent deleted a request".to_owned()),
+            }
+        })
+        .await;
+    }
+
+    /// A pod of an account of the agents' namespace, on `node`, with a token bound to it.
+    pub async fn actor(&self, name: &str, account: &str, node: &str) -> Actor {
+        let pod = self.cluster.pod_of(NAMESPACE, account, name, node).await;
+        self.log_in(pod, node, true).await
+    }
+
+    /// An actor by any pod, with a token that is bound to it or not.
+    pub async fn log_in(&self, pod: Pod, node: &str, bound: bool) -> Actor {
+        let dir = self.dir.path().join(format!("{}-{bound}", pod.uid));
+        fs::create_dir(&dir).unwrap();
+        let kubeconfig = dir.join("kubeconfig");
+        log_in(&self.cluster, &pod, bound, &kubeconfig).await;
+        Actor { pod, node: node.to_owned(), cluster: Cluster::at(&kubeconfig).await, dir }
+    }
+
+    /// The configuration that is installed, with another lifetime.
+    async fn configuration(&self, lifetime: &str) -> String {
+        let map = self.cluster.get(&format!("/api/v1/namespaces/{NAMESPACE}/configmaps/sds-agent")).await;
+        let text = map["data"]["config.yaml"].as_str().unwrap().to_owned();
+        assert!(text.contains(LIFETIME), "{text}");
+        text.replace(LIFETIME, &format!("lifetime: {lifetime}"))
+    }
+
+    /// An approver with the account and rights of `daemonset/`, ready.
+    pub async fn approver(&self, name: &str, lifetime: &str) -> Agent {
+        let actor = self.replica(name).await;
+        let launch = Launch::approver(&actor.dir, &self.configuration(lifetime).await);
+        actor.environment(launch).start().await
+    }
+
+    /// A pod as the Deployment makes it.
+    async fn replica(&self, name: &str) -> Actor {
+        let (node, pods) = (self.cluster.node().await, format!("/api/v1/namespaces/{NAMESPACE}/pods"));
+        let deployment = objects("approver/deployment.yaml").into_iter().find(|object| object["kind"] == "Deployment").unwrap();
+        let mut pod = deployment["spec"]["template"].clone();
+        pod["metadata"]["name"] = json!(name);
+        pod["spec"]["nodeName"] = json!(node);
+        let pod = self.cluster.create(&pods, &pod).await;
+        let text = |value: &Value| value.as_str().unwrap().to_owned();
+        let (uid, account) = (text(&pod["metadata"]["uid"]), text(&pod["spec"]["serviceAccountName"]));
+        let pod = Pod { namespace: NAMESPACE.to_owned(), name: name.to_owned(), uid, service_account: account };
+        self.log_in(pod, &node, true).await
+    }
+
+    /// How to run an agent as this actor.
+    pub async fn agent(&self, actor: &Actor, lifetime: &str) -> Launch {
+        let launch = Launch::run(&actor.dir, &self.configuration(lifetime).await);
+        actor.environment(launch).env("NODE_NAME", &actor.node)
+    }
+
+    /// An account of its own that may edit everything of `namespace`, as people may.
+    pub async fn editor(&self, namespace: &str) -> Actor {
+        let node = self.cluster.node().await;
+        let pod = self.cluster.pod(namespace, "editor", &node).await;
+        let binding = json!({
+            "metadata": {"name": "editor"},
+            "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "edit"},
+            "subjects": [{"kind": "ServiceAccount", "namespace": namespace, "name": "editor"}],
+        });
+        self.cluster.create(&format!("/apis/rbac.authorization.k8s.io/v1/namespaces/{namespace}/rolebindings"), &binding).await;
+        self.log_in(pod, &node, true).await
+    }
+
+    /// The paths of the requests in a namespace.
+    pub async fn requests(&self, namespace: &str) -> Vec<String> {
+        let names = self.cluster.requests(namespace).await.into_iter();
+        names.map(|name| format!("/apis/cert-manager.io/v1/namespaces/{namespace}/certificaterequests/{name}")).collect()
+    }
+
+    /// Lines of the API server's audit log, each a request and its user; with `--audit`.
+    pub fn audit(&self) -> Vec<Value> {
+        let log = self.plane.kubeconfig().parent().unwrap().join("audit.log");
+        fs::read_to_string(log).unwrap().lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
+    }
+}
+
+impl Actor {
+    fn environment(&self, launch: Launch) -> Launch {
+        launch
+            .env("KUBECONFIG", self.dir.join("kubeconfig").to_str().unwrap())
+            .env("POD_NAMESPACE", &self.pod.namespace)
+            .env("POD_NAME", &self.pod.name)
+            .env("POD_UID", &self.pod.uid)
+    }
+}
+
+/// The objects in a file of `daemonset/`.
+pub fn objects(file: &str) -> Vec<Value> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("daemonset").join(file);
+    let text = fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    let documents = text.split("\n---\n").map(|document| serde_saphyr::from_str(document).unwrap_or_else(|e| panic!("{file}: {e}")));
+    documents.collect()
+}
+
+/// Where the API server has an object.
+pub fn path(object: &Value) -> String {
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    let (version, kind, name) = (text(&object["apiVersion"]), text(&object["kind"]), text(&object["metadata"]["name"]));
+    let plural = match kind.to_lowercase() {
+        kind if kind.ends_with('y') => format!("{}ies", kind.trim_end_matches('y')),
+        kind => format!("{kind}s"),
+    };
+    let group = if version.contains('/') { format!("/apis/{version}") } else { format!("/api/{version}") };
+    match object["metadata"]["namespace"].as_str() {
+        Some(namespace) => format!("{group}/namespaces/{namespace}/{plural}/{name}"),
+        None => format!("{group}/{plural}/{name}"),
+    }
+}

@@ -1,0 +1,275 @@
+//! A node with the real kubelet and the real containerd, which run what the API server binds to it: `tests/node`.
+//!
+//! It has mount and process namespaces of its own and a cgroup below which everything is. Its usual places (`/var/lib/kubelet`, `/run`)
+//! are file systems in memory that only it sees, so several nodes can be there at once and a dead one leaves only its cgroups, which
+//! are removed here. Pods have the host's network, which is the only one. No image is pulled: the tests make them ([`Image`]).
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Output,
+    sync::atomic::{AtomicU8, Ordering},
+    time::Duration,
+};
+
+use aws_lc_rs::digest;
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+use tokio::process::Command;
+
+use super::{
+    cgroups::Tree,
+    child::{self, Child},
+    cluster::{Cluster, Pod, name_of},
+    eventually,
+    host::{self, Mount},
+    tools,
+};
+
+/// Of a node on a busy machine, until pods can be bound to it; of a pod, until it runs or is gone.
+const START: Duration = Duration::from_secs(120);
+const POD: Duration = Duration::from_secs(60);
+/// A program in a container.
+const PROGRAM: Duration = Duration::from_secs(30);
+/// Of a log, when something fails.
+const SHOWN_LINES: usize = 12;
+
+/// The image of a container that does nothing; of every pod's first one too.
+pub const PAUSE: &str = "sds-agent.test/pause:1";
+
+/// An image for a node's containerd: a root file system and the name that pods ask for.
+pub struct Image {
+    name: String,
+    root: PathBuf,
+    program: String,
+}
+
+impl Image {
+    /// Of everything below `root`. `program` is what runs in it where a pod does not say.
+    pub fn new(name: &str, root: &Path, program: &str) -> Self {
+        Self { name: name.to_owned(), root: root.to_owned(), program: program.to_owned() }
+    }
+
+    /// Of programs of this machine and the libraries that they are linked with. They lie in `/`, the first is
+    /// what runs; the root file system is made in `root`.
+    pub async fn of_programs(name: &str, root: &Path, programs: &[&Path]) -> Self {
+        fs::create_dir_all(root).expect("a folder for the image");
+        for program in programs {
+            let file = program.file_name().expect("a program has a name");
+            fs::copy(program, root.join(file)).unwrap_or_else(|e| panic!("cannot copy {}: {e}", program.display()));
+            // It says so of a static one, and fails.
+            let libraries = child::run(&tools::system("ldd", "libc-bin"), &[program.to_str().expect("a plain path")], PROGRAM).await;
+            for library in String::from_utf8_lossy(&libraries.stdout).split_whitespace().filter(|word| word.starts_with('/')) {
+                let copy = root.join(library.trim_start_matches('/'));
+                fs::create_dir_all(copy.parent().expect("it has one")).expect("a folder for the libraries");
+                fs::copy(library, &copy).unwrap_or_else(|e| panic!("cannot copy {library}: {e}"));
+            }
+        }
+        let first = programs.first().and_then(|program| program.file_name()).expect("a program at least");
+        Self::new(name, root, &format!("/{}", first.display()))
+    }
+
+    /// Packs it as `docker save` does; `work` is for the pieces.
+    async fn pack(&self, work: &Path, archive: &Path) {
+        fs::create_dir_all(work).expect("a folder for the pieces");
+        let layer = work.join("layer.tar");
+        pack(&layer, &self.root, ".").await;
+        let digest = digest::digest(&digest::SHA256, &fs::read(&layer).expect("the layer just packed"));
+        let digest: String = digest.as_ref().iter().map(|byte| format!("{byte:02x}")).collect();
+        let architecture = if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" };
+        let config = json!({
+            "os": "linux", "architecture": architecture, "config": {"Entrypoint": [self.program]},
+            "rootfs": {"type": "layers", "diff_ids": [format!("sha256:{digest}")]},
+        });
+        let manifest = json!([{"Config": "config.json", "RepoTags": [self.name], "Layers": ["layer.tar"]}]);
+        fs::write(work.join("config.json"), config.to_string()).expect("the image's configuration");
+        fs::write(work.join("manifest.json"), manifest.to_string()).expect("the image's manifest");
+        pack(archive, work, "manifest.json config.json layer.tar").await;
+    }
+}
+
+async fn pack(archive: &Path, folder: &Path, names: &str) {
+    let mut command = Command::new(tools::system("tar", "tar"));
+    command.arg("--create").arg("--file").arg(archive).arg("--directory").arg(folder);
+    command.args(["--owner=0", "--group=0"]).args(names.split(' '));
+    let output = child::finish(command, PROGRAM).await;
+    assert!(output.status.success(), "tar: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// A running node. Everything on it is killed and unmounted when it is dropped.
+pub struct Node {
+    // In this order: first the processes, then their cgroups.
+    processes: Child,
+    cgroups: Tree,
+    cluster: Cluster,
+    dir: PathBuf,
+    name: String,
+}
+
+impl Node {
+    /// Starts containerd with these images, and a kubelet that joins `cluster`. Logs and the like go into `dir`.
+    pub async fn start(cluster: &Cluster, dir: &Path, images: &[Image]) -> Self {
+        // A kubelet wants an address for its node, and takes a name that is one. On the loopback there are enough.
+        static NEXT: AtomicU8 = AtomicU8::new(1);
+        let [high, low] = u16::try_from(std::process::id() % 0xffff).expect("so small").to_be_bytes();
+        let name = format!("127.{}.{high}.{low}", 100 + NEXT.fetch_add(1, Ordering::Relaxed));
+
+        let dir = dir.join(format!("node-{name}"));
+        fs::create_dir_all(dir.join("images")).expect("the node's folder");
+        let access = cluster.access_as(&format!("system:node:{name}"), &["system:nodes"]);
+        fs::write(dir.join("kubelet.kubeconfig"), access.to_string()).expect("the kubelet's access");
+        let pause = Image::of_programs(PAUSE, &dir.join("pause"), &[&tools::node().join("pause")]).await;
+        for (number, image) in [&pause].into_iter().chain(images).enumerate() {
+            image.pack(&dir.join(format!("image-{number}")), &dir.join(format!("images/{number}.tar"))).await;
+        }
+
+        let root = format!("sds-agent-test-{name}");
+        let cgroups = Tree::new(&root, "node");
+        let mut command = cgroups.command(&tools::system("unshare", "util-linux"));
+        command.args(["--mount", "--propagation", "private", "--pid", "--fork", "--kill-child"]);
+        command.arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/node/node.sh"));
+        command.arg(&dir).arg(tools::node()).arg(&name).arg(format!("/{root}"));
+        let processes = Child::spawn_tied("the node", &mut command);
+        let node = Self { processes, cgroups, cluster: cluster.clone(), dir, name };
+        let ready = |lines: &[String]| lines.iter().any(|line| line == "ready").then_some(());
+        node.processes.stdout().until("containerd with its images", START, ready).await;
+        let path = format!("/api/v1/nodes/{}", node.name);
+        eventually("the kubelet has joined", START, async || node.cluster.try_get(&path).await.map(drop).map_err(|e| e.to_string())).await;
+        node
+    }
+
+    /// The node's name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The words before a program that runs on the node itself, and ends with them.
+    pub fn words(&self) -> Vec<String> {
+        let own = format!("/proc/{}/ns", self.processes.pid());
+        let nsenter = tools::system("nsenter", "util-linux").display().to_string();
+        let setpriv = tools::setpriv().display().to_string();
+        let (mounts, processes) = (format!("--mount={own}/mnt"), format!("--pid={own}/pid_for_children"));
+        vec![nsenter, mounts, processes, setpriv, "--pdeathsig".into(), "KILL".into()]
+    }
+
+    /// The same for a program in the cgroup of a pod's first container: on the host, and yet of that pod.
+    pub async fn words_as(&self, pod: &Pod) -> Vec<String> {
+        let moves = self.cgroups.moves(&self.container(pod).await);
+        let mut words = self.words();
+        words.extend(["sh".into(), "-c".into(), format!("{moves}exec \"$0\" \"$@\"")]);
+        words
+    }
+
+    /// Runs a program on the node, to its end.
+    pub async fn run(&self, program: &[&str]) -> Output {
+        let words = self.words();
+        let mut command = Command::new(&words[0]);
+        command.args(&words[1..]).args(program);
+        child::finish(command, PROGRAM).await
+    }
+
+    /// Where this process sees the node's `path`.
+    pub fn path(&self, path: &str) -> PathBuf {
+        PathBuf::from(format!("/proc/{}/root{path}", self.processes.pid()))
+    }
+
+    /// What is mounted below the node's `place`.
+    pub fn mounts(&self, place: &str) -> Vec<Mount> {
+        let mounts = host::mounts(self.processes.pid());
+        mounts.into_iter().filter(|mount| mount.target.starts_with(place)).collect()
+    }
+
+    /// Binds a new pod to the node and waits until it runs. `spec` needs no more than containers and volumes;
+    /// a service account that it does not name is made, with the pod's name.
+    pub async fn pod(&self, namespace: &str, name: &str, spec: &Value) -> Pod {
+        let pod = self.bound_pod(namespace, name, spec).await;
+        self.until_running(&pod).await;
+        pod
+    }
+
+    /// Waits until a pod's containers run.
+    pub async fn until_running(&self, pod: &Pod) {
+        eventually("the pod runs", POD, async || {
+            let status = self.cluster.get(&pod.path()).await["status"].take();
+            let ready = |row: &Value| row["ready"] == true;
+            let all = status["containerStatuses"].as_array().is_some_and(|rows| rows.iter().all(ready));
+            if status["phase"] == "Running" && all { Ok(()) } else { Err(format!("{status}\n{}", self.log("kubelet"))) }
+        })
+        .await;
+    }
+
+    /// The same, and waits for nothing.
+    pub async fn bound_pod(&self, namespace: &str, name: &str, spec: &Value) -> Pod {
+        let mut spec = spec.clone();
+        if spec["serviceAccountName"].is_null() {
+            let account = json!({"metadata": {"name": name}});
+            self.cluster.create(&format!("/api/v1/namespaces/{namespace}/serviceaccounts"), &account).await;
+        }
+        let own = json!({
+            "serviceAccountName": name, "nodeName": self.name, "automountServiceAccountToken": false, "enableServiceLinks": false,
+            "hostNetwork": true, "terminationGracePeriodSeconds": 1, "tolerations": [{"operator": "Exists"}],
+        });
+        for (key, value) in own.as_object().expect("an object") {
+            spec.as_object_mut().expect("an object").entry(key).or_insert_with(|| value.clone());
+        }
+        let pods = format!("/api/v1/namespaces/{namespace}/pods");
+        let pod = self.cluster.create(&pods, &json!({"metadata": {"name": name}, "spec": spec})).await;
+        Pod {
+            namespace: namespace.to_owned(),
+            name: name_of(&pod),
+            uid: pod["metadata"]["uid"].as_str().expect("the API server gives each pod a UID").to_owned(),
+            service_account: pod["spec"]["serviceAccountName"].as_str().expect("it has one").to_owned(),
+        }
+    }
+
+    /// Deletes a pod and waits until the kubelet has let it go.
+    pub async fn delete(&self, pod: &Pod) {
+        self.cluster.delete(&pod.path()).await;
+        eventually("the pod is gone", POD, async || match self.cluster.try_get(&pod.path()).await {
+            Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
+            Err(e) => Err(e.to_string()),
+            Ok(pod) => Err(format!("{}\n{}", pod["status"], self.log("kubelet"))),
+        })
+        .await;
+    }
+
+    /// The id of a pod's first container.
+    pub async fn container(&self, pod: &Pod) -> String {
+        let seen = self.cluster.get(&pod.path()).await;
+        let id = seen["status"]["containerStatuses"][0]["containerID"].as_str().expect("it runs");
+        id.trim_start_matches("containerd://").to_owned()
+    }
+
+    /// Runs a program in a pod's first container, to its end.
+    pub async fn exec(&self, pod: &Pod, program: &[&str]) -> Output {
+        let (ctr, id) = (tools::node().join("ctr"), self.container(pod).await);
+        let exec_id = format!("test-{:x}", fastrand::u64(..));
+        let mut words = vec![ctr.to_str().expect("a plain path"), "--namespace", "k8s.io", "tasks", "exec", "--exec-id", &exec_id, &id];
+        words.extend(program);
+        self.run(&words).await
+    }
+
+    /// What a container has written, and when.
+    pub fn container_log(&self, pod: &Pod, container: &str) -> String {
+        let place = format!("/var/log/pods/{}_{}_{}/{container}/0.log", pod.namespace, pod.name, pod.uid);
+        fs::read_to_string(self.path(&place)).unwrap_or_default()
+    }
+
+    /// The last lines of `containerd`'s or the `kubelet`'s log.
+    pub fn log(&self, program: &str) -> String {
+        let text = fs::read_to_string(self.dir.join(format!("{program}.log"))).unwrap_or_default();
+        let lines: Vec<_> = text.lines().collect();
+        lines[lines.len().saturating_sub(SHOWN_LINES)..].join("\n")
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            for program in ["containerd", "kubelet"] {
+                eprintln!("--- {program} on {} wrote at last:\n{}\n---", self.name, self.log(program));
+            }
+        }
+        self.processes.signal(Signal::SIGKILL);
+    }
+}
