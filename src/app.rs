@@ -49,6 +49,8 @@ mod reload;
 mod upstream;
 
 pub use approver::{BoundApprover, build_approver};
+#[cfg(test)]
+pub(crate) use inventory::sample as sample_inventory;
 pub(crate) use parts::attestor;
 pub use reload::File;
 pub use upstream::Upstreams;
@@ -201,7 +203,7 @@ pub async fn build_with(config: &Config, base: Base, deps: Deps) -> anyhow::Resu
         ending: ending.clone(),
     };
     let csi_metrics = config.per_pod.as_ref().map(|_| csi::metrics::Metrics::register(registry));
-    let inventory = inventory::Inventory::new(store, plan, deps.clock);
+    let inventory = inventory::Inventory::new(store, plan, deps.clock).per_workload(config.metrics_per_workload);
     registry.register_collector(Box::new(inventory.clone()));
     let certificates = Arc::new(move || inventory.rows());
     let routes = admin::Routes::new(readiness.clone(), Arc::new(exposition)).with_controls(admin::Controls {

@@ -67,6 +67,8 @@ pub struct Config {
     pub admin: SocketAddr,
     /// `metrics.address`
     pub metrics: SocketAddr,
+    /// `metrics.perWorkload`: whether each service account has series of its own.
+    pub metrics_per_workload: bool,
     /// `workerThreads`
     pub worker_threads: usize,
     /// `approver`; agents have no use for it.

@@ -94,6 +94,8 @@ struct Rotation {
     submitted: (mpsc::UnboundedSender<Submitted>, mpsc::UnboundedReceiver<Submitted>),
     /// Issuers that answer nobody.
     silent: BTreeSet<IssuerName>,
+    /// Issuers that have series in the metrics.
+    counted: BTreeSet<IssuerName>,
     last_seen: Now,
 }
 
@@ -130,8 +132,10 @@ pub async fn run(parts: Parts, shutdown: CancellationToken) {
         unproven: HashMap::new(),
         submitted: mpsc::unbounded_channel(),
         silent: BTreeSet::new(),
+        counted: BTreeSet::new(),
         last_seen: now,
     };
+    rotation.count_issuers();
     let mut wall_at = now.wall;
     let mut wall_sleep = clock.sleep_until(wall_at);
     loop {

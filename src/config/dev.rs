@@ -109,6 +109,7 @@ fn config(path: &Path, trust_domain: TrustDomain, lifetime: Duration, admin: Soc
         drain: Duration::from_secs(10),
         admin,
         metrics: SocketAddr::from(([127, 0, 0, 1], 0)),
+        metrics_per_workload: false,
         worker_threads: 2,
         approver: Approver::of_namespace("sds-agent"),
         node: NodeEnvironment::default(),

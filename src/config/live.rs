@@ -55,7 +55,7 @@ pub const FIELDS: &[Field] = fields! {
     "retention": live |c| c.retention;
     "drain": restart |c| c.drain;
     "admin": restart |c| c.admin;
-    "metrics": restart |c| c.metrics;
+    "metrics": restart |c| (c.metrics, c.metrics_per_workload);
     "workerThreads": restart |c| c.worker_threads;
 };
 
@@ -142,6 +142,7 @@ mod tests {
             drain: _,
             admin: _,
             metrics: _,
+            metrics_per_workload: _,
             worker_threads: _,
             // The environment: another process has another.
             node: _,

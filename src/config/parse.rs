@@ -141,7 +141,7 @@ pub(super) fn walk(root: &Section<'_>, report: &Report, env: Env<'_>) -> Option<
     if trust_sources.is_empty() {
         warn_of_roots(report, &issuers);
     }
-    let (admin, metrics) = addresses?;
+    let (admin, (metrics, metrics_per_workload)) = addresses?;
     let (shared_socket, per_pod) = sockets?;
     Some(Config {
         trust_domain: trust_domain?,
@@ -163,6 +163,7 @@ pub(super) fn walk(root: &Section<'_>, report: &Report, env: Env<'_>) -> Option<
         drain: drain?,
         admin,
         metrics,
+        metrics_per_workload,
         worker_threads: usize::try_from(worker_threads?).ok()?,
         approver: approver?,
         node: pod?.node,
@@ -315,7 +316,8 @@ fn request_rate(kubernetes: &Section<'_>) -> Option<RequestRate> {
     Some(RequestRate { per_second: per_second?, burst: burst? })
 }
 
-fn addresses(root: &Section<'_>) -> Option<(SocketAddr, SocketAddr)> {
+/// `admin`, and `metrics` with what belongs to it.
+fn addresses(root: &Section<'_>) -> Option<(SocketAddr, (SocketAddr, bool))> {
     let admin = root.section("admin", |admin| {
         let address = admin.read("address", SocketAddr::from(([127, 0, 0, 1], 15090)), values::socket_address);
         if address.is_some_and(|address| !address.ip().is_loopback()) {
@@ -327,6 +329,7 @@ fn addresses(root: &Section<'_>) -> Option<(SocketAddr, SocketAddr)> {
     });
     let metrics = root.section("metrics", |metrics| {
         let address = metrics.read("address", SocketAddr::from(([0, 0, 0, 0], 15091)), values::socket_address);
+        let per_workload = metrics.read("perWorkload", false, values::boolean);
         let clash = |admin: SocketAddr, metrics: SocketAddr| {
             metrics.port() != 0 && metrics.port() == admin.port() && (metrics.ip() == admin.ip() || metrics.ip().is_unspecified())
         };
@@ -334,7 +337,7 @@ fn addresses(root: &Section<'_>) -> Option<(SocketAddr, SocketAddr)> {
             metrics.wrong("address", "takes the port of admin.address", "give it a port of its own");
             return None;
         }
-        address
+        address.zip(per_workload)
     });
     admin.zip(metrics)
 }

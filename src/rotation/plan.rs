@@ -1,6 +1,10 @@
 //! What is in force: the issuers, the profiles, and how long things are kept. A value; a change of the configuration is another one.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use tracing::{debug, info};
 
@@ -34,6 +38,11 @@ impl Plan {
         self.retention
     }
 
+    /// The upstreams' names.
+    pub fn issuers(&self) -> impl Iterator<Item = &IssuerName> {
+        self.issuers.keys()
+    }
+
     /// The upstream of this name.
     pub fn issuer(&self, name: &IssuerName) -> Option<&Arc<dyn Issuer>> {
         self.issuers.get(name)
@@ -54,9 +63,18 @@ impl Plan {
 }
 
 impl Rotation {
+    /// Issuers that may be asked have series in the metrics, and others have none.
+    pub(super) fn count_issuers(&mut self) {
+        let issuers: BTreeSet<IssuerName> = self.parts.plan.borrow().issuers().cloned().collect();
+        issuers.difference(&self.counted).for_each(|issuer| self.parts.metrics.add_issuer(issuer));
+        self.counted.difference(&issuers).for_each(|issuer| self.parts.metrics.remove_issuer(issuer));
+        self.counted = issuers;
+    }
+
     /// What may not be issued any more is not, though it may still be served; and whatever failed is tried again: the reason may be gone.
     pub(super) fn reconfigured(&mut self) {
         let plan = self.parts.plan.borrow_and_update().clone();
+        self.count_issuers();
         let now = self.now();
         self.planner.set_retention(plan.retention());
         let mut retired = 0;

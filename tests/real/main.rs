@@ -29,6 +29,7 @@ mod flood;
 mod grpcurl;
 mod guides;
 mod kubelet;
+mod monitoring;
 mod no_disk;
 mod profiles;
 mod reload;

@@ -42,7 +42,7 @@ trust:
   sources: [ { configMap: { namespace: cert-manager, name: mesh-roots, key: ca.crt } } ]
   federated: { partner.example: { file: /etc/sds-agent/partner.pem } }
 admin: { address: 127.0.0.1:15090 }
-metrics: { address: 0.0.0.0:15091 }
+metrics: { address: 0.0.0.0:15091, perWorkload: false }
 "#;
 
 /// What every configuration of a pod needs, and nothing else.
@@ -125,7 +125,7 @@ retention: 1h
 reissueOver: 3m
 drain: 1s
 admin: { address: "[::1]:1" }
-metrics: { address: 127.0.0.1:2 }
+metrics: { address: 127.0.0.1:2, perWorkload: true }
 workerThreads: 3
 approver: { agents: ["system:serviceaccount:mesh:agent"] }
 authorityEpoch: 7
@@ -145,6 +145,7 @@ authorityEpoch: 7
     let federated = TrustSource::ConfigMap { namespace: "n".into(), name: "m".into(), key: "roots.pem".into() };
     assert_eq!(config.federated, BTreeMap::from([(TrustDomain::new("b.example").unwrap(), federated)]));
     assert_eq!((config.admin.to_string(), config.metrics.to_string()), ("[::1]:1".into(), "127.0.0.1:2".into()));
+    assert!(config.metrics_per_workload);
     let limits = Limits {
         connections: 10,
         connections_per_pod: 3,

@@ -51,7 +51,8 @@ impl Launch {
     pub fn run_on(dir: &Path, sockets: &str, settings: &str) -> Self {
         let (socket, admin, metrics) = (dir.join("sds.sock"), loopback(), loopback());
         let config = dir.join("config.yaml");
-        let yaml = format!("sockets: {sockets}\nadmin: {{ address: {admin} }}\nmetrics: {{ address: {metrics} }}\n{settings}");
+        let yaml =
+            format!("sockets: {sockets}\nadmin: {{ address: {admin} }}\nmetrics: {{ address: {metrics}, perWorkload: true }}\n{settings}");
         fs::write(&config, yaml).expect("the configuration is written");
         let arguments = ["run", "--config", text(&config)].map(str::to_owned).to_vec();
         Self { wrapper: Vec::new(), program: program().to_owned(), arguments, environment: Vec::new(), socket, admin }
@@ -144,6 +145,11 @@ impl Agent {
     /// Its socket.
     pub fn socket(&self) -> &Path {
         &self.socket
+    }
+
+    /// Its admin address.
+    pub fn admin(&self) -> SocketAddr {
+        self.admin
     }
 
     /// Its process.

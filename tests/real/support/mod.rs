@@ -23,6 +23,7 @@ pub mod memory;
 pub mod node;
 pub mod pair;
 pub mod plane;
+pub mod prometheus;
 pub mod recorder;
 pub mod scene;
 pub mod signer;
