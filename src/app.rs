@@ -65,6 +65,8 @@ pub struct Deps {
     pub trust: Trust,
     /// Whether a bundle comes from elsewhere than the issuers, so that nothing is verified before it has come.
     pub await_bundle: bool,
+    /// Who is told how it goes with identities.
+    pub witness: Option<Arc<dyn rotation::Witness>>,
     /// What must run beside: watches, sweeps. They end by themselves when `last` is cancelled.
     pub tasks: Vec<BoxFuture<'static, ()>>,
     /// Cancelled when the streams have ended.
@@ -157,6 +159,7 @@ pub async fn build_with(config: &Config, base: Base, deps: Deps) -> anyhow::Resu
         clock: deps.clock.clone(),
         retention: config.retention,
         claims,
+        witness: deps.witness,
         metrics: rotation::metrics::Metrics::register(registry),
     };
     let warmer = csi::warm::Warmer { store: store.clone(), resolver: resolver.clone() };

@@ -54,6 +54,8 @@ pub struct Config {
     pub limits: Limits,
     /// `kubernetes`: how fast the API server is asked.
     pub kubernetes: RequestRate,
+    /// `events`: whether pods are told of trouble with their certificates.
+    pub events: bool,
     /// `retention`: how long a certificate is kept after its last subscriber has gone.
     pub retention: Duration,
     /// `drain`: how long open streams may take to end at shutdown.

@@ -11,6 +11,8 @@
 //!
 //! [`csi`] stands beside the first: it makes a socket for each pod, and the mount is the proof.
 //!
+//! [`events`] hears of rotation's troubles and tells the pods.
+//!
 //! [`app`] composes them; [`config`], [`clock`] and the operations modules stand around the path; [`cli`] is the command line. Nobody
 //! imports its caller.
 
@@ -47,6 +49,7 @@ pub mod authority;
 pub mod cli;
 pub mod clock;
 pub mod config;
+pub mod events;
 pub mod fd;
 pub mod grpc;
 pub mod handover;

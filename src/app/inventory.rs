@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use crate::{
     clock::{self, Clock},
-    store::{Demand, Entry, Store},
+    store::{Demand, Entry, Status, Store},
 };
 
 /// A reader of the store.
@@ -90,27 +90,46 @@ fn name(state: State) -> &'static str {
     STATES.iter().find(|(s, _)| *s == state).map_or("", |(_, name)| name)
 }
 
+/// The fields are the same for every identity; what is not there is null.
 fn row(entry: &Entry, now: SystemTime) -> Value {
-    let status = entry.status();
-    let mut row = json!({
+    let (status, state) = (entry.status(), state(entry, now));
+    let svid = entry.current();
+    let chain = svid.as_ref().map(|svid| &svid.chain);
+    let waits_for = waits_for(state, &status, now);
+    json!({
         "spiffe_id": entry.identity.spiffe_id.as_str(),
+        "dns_names": chain.map_or(&*entry.identity.dns_names, |chain| &chain.dns_names),
         "profile": &*entry.identity.profile.name,
         "issuer": entry.identity.profile.issuer.to_string(),
-        "state": name(state(entry, now)),
-        "subscribers": entry.subscribers(),
+        "state": name(state),
+        "serial": chain.map(|chain| &chain.serial),
+        "fingerprint_sha256": chain.map(|chain| &chain.fingerprint),
+        "not_before": chain.map(|chain| clock::rfc3339(chain.validity.not_before)),
+        "not_after": chain.map(|chain| clock::rfc3339(chain.validity.not_after)),
+        "renew_at": svid.as_ref().map(|svid| clock::rfc3339(svid.renew_at)),
         "next_attempt": status.next_attempt.map(clock::rfc3339),
         "last_error": status.last_error,
         "request": status.request.as_deref(),
-    });
-    if let Some(svid) = entry.current() {
-        row["serial"] = json!(svid.chain.serial);
-        row["fingerprint_sha256"] = json!(svid.chain.fingerprint);
-        row["dns_names"] = json!(svid.chain.dns_names);
-        row["not_before"] = json!(clock::rfc3339(svid.chain.validity.not_before));
-        row["not_after"] = json!(clock::rfc3339(svid.chain.validity.not_after));
-        row["renew_at"] = json!(clock::rfc3339(svid.renew_at));
+        "waits_for": waits_for,
+        "subscribers": entry.subscribers(),
+        "pods": entry.pods().iter().map(ToString::to_string).collect::<Vec<_>>(),
+    })
+}
+
+/// What an order that is under way or due waits for, in words; none where nothing is due.
+fn waits_for(state: State, status: &Status, now: SystemTime) -> Option<String> {
+    if status.request.is_some() {
+        return Some(status.waits_for.as_deref().unwrap_or("the issuer's answer").to_owned());
     }
-    row
+    match (state, status.next_attempt) {
+        (State::Pending | State::Expired | State::Overdue, Some(at)) if at > now => {
+            Some("the next attempt: the last one failed, see last_error".to_owned())
+        }
+        (State::Pending | State::Expired | State::Overdue, _) => {
+            Some("its turn: the request is being made, or others of this issuer are before it".to_owned())
+        }
+        (State::Valid | State::HeldByClient | State::Idle, _) => None,
+    }
 }
 
 impl Collector for Inventory {
@@ -191,5 +210,46 @@ mod tests {
         assert_eq!(count("idle"), (true, false));
         let _lease = store.lease(&id, Demand::Now, None);
         assert_eq!(count("expired"), (true, true));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_row_has_every_field_and_says_why_it_waits() {
+        let clock = TestClock::new(UNIX_EPOCH + Duration::from_secs(1_700_000_000));
+        let (store, _events) = Store::new();
+        let inventory = Inventory::new(store.clone(), Arc::new(clock.clone()));
+        let pod = crate::identity::PodRef { namespace: "shop".into(), name: "cart-0".into(), uid: "u".into() };
+        let _leases = [Some(pod.clone()), Some(pod), None].map(|pod| store.lease(&identity("a"), Demand::Now, pod));
+        let row = || inventory.rows().remove(0);
+        let fields = [
+            "dns_names",
+            "fingerprint_sha256",
+            "issuer",
+            "last_error",
+            "next_attempt",
+            "not_after",
+            "not_before",
+            "pods",
+            "profile",
+            "renew_at",
+            "request",
+            "serial",
+            "spiffe_id",
+            "state",
+            "subscribers",
+            "waits_for",
+        ];
+        assert_eq!(row().as_object().unwrap().keys().collect::<Vec<_>>(), fields);
+        assert_eq!((&row()["state"], &row()["subscribers"], &row()["pods"]), (&json!("pending"), &json!(3), &json!(["shop/cart-0"])));
+        let why = || row()["waits_for"].as_str().unwrap_or_default().to_owned();
+        assert!(why().starts_with("its turn: "), "{}", row());
+
+        let entry = store.snapshot().remove(0);
+        entry.set_status(|status| status.request = Some("r".into()));
+        assert_eq!(why(), "the issuer's answer");
+        entry.set_status(|status| status.waits_for = Some("an approver".into()));
+        assert_eq!(why(), "an approver");
+        let next = clock.now() + Duration::from_secs(9);
+        entry.set_status(|status| *status = Status { next_attempt: Some(next), last_error: Some("no".into()), ..Status::default() });
+        assert!(why().starts_with("the next attempt: "), "{}", row());
     }
 }

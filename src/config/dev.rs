@@ -103,6 +103,7 @@ fn config(path: &Path, trust_domain: TrustDomain, lifetime: Duration, admin: Soc
         // One person's: there is nobody to be protected from.
         limits: Limits::default().undivided(),
         kubernetes: RequestRate::default(),
+        events: false,
         retention: Duration::from_secs(300),
         drain: Duration::from_secs(10),
         admin,

@@ -113,6 +113,7 @@ pub(super) fn walk(root: &Section<'_>, report: &Report, env: Env<'_>) -> Option<
     });
     let limits = root.section("limits", limits);
     let kubernetes = root.section("kubernetes", request_rate);
+    let events = root.read("events", true, values::boolean);
     let retention = root.read("retention", Duration::from_secs(300), values::duration(Duration::ZERO..=DAY));
     let drain = root.read("drain", Duration::from_secs(10), values::duration(Duration::ZERO..=Duration::from_secs(600)));
     let addresses = addresses(root);
@@ -143,6 +144,7 @@ pub(super) fn walk(root: &Section<'_>, report: &Report, env: Env<'_>) -> Option<
         lock_memory: lock_memory?,
         limits: limits?,
         kubernetes: kubernetes?,
+        events: events?,
         retention: retention?,
         drain: drain?,
         admin,

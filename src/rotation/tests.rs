@@ -155,6 +155,7 @@ impl Bench {
             clock: Arc::new(clock.clone()),
             retention: Duration::from_secs(300),
             claims: Some(Arc::new(present.clone())),
+            witness: None,
             metrics: Metrics::default(),
         };
         let shutdown = CancellationToken::new();

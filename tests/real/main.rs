@@ -27,6 +27,7 @@ mod envoy_embedded;
 mod flood;
 mod grpcurl;
 mod no_disk;
+mod ops;
 mod profiles;
 mod upgrade;
 mod vault;

@@ -116,6 +116,7 @@ impl World {
             clock: Arc::new(clock),
             retention: Duration::from_secs(300),
             claims: None,
+            witness: None,
             metrics: rotation::metrics::Metrics::register(exposition.registry()),
         };
         let (dead, refusals) = (Arc::default(), Arc::default());

@@ -94,6 +94,7 @@ impl Agent {
             clock: clock.clone(),
             retention: Duration::from_secs(300),
             claims: None,
+            witness: None,
             metrics: rotation::metrics::Metrics::default(),
         };
         tokio::spawn(rotation::run(parts, CancellationToken::new()));

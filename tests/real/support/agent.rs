@@ -139,6 +139,11 @@ impl Agent {
         &self.socket
     }
 
+    /// Its admin address.
+    pub fn admin(&self) -> SocketAddr {
+        self.admin
+    }
+
     /// Its process.
     pub fn process(&self) -> &Child {
         &self.child

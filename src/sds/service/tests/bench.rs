@@ -136,6 +136,7 @@ impl Bench {
             clock: Arc::new(clock.clone()),
             retention: RETENTION,
             claims: None,
+            witness: None,
             metrics: rotation::metrics::Metrics::default(),
         };
         tokio::spawn(rotation::run(parts, CancellationToken::new()));
