@@ -278,6 +278,7 @@ impl Bound {
             && let Ok(Some(name)) = holding.await
         {
             name.release();
+            info!(socket = %name.path().display(), "the socket is released");
         }
         if let Some(accepting) = accepting {
             let _ = accepting.await;
