@@ -52,6 +52,8 @@ pub use approver::{BoundApprover, build_approver};
 #[cfg(test)]
 pub(crate) use inventory::sample as sample_inventory;
 pub(crate) use parts::attestor;
+#[cfg(test)]
+pub(crate) use reload::sample as sample_reload;
 pub use reload::File;
 pub use upstream::Upstreams;
 
@@ -72,6 +74,8 @@ pub struct Deps {
     pub trust: Trust,
     /// Whether a bundle comes from elsewhere than the issuers, so that nothing is verified before it has come.
     pub await_bundle: bool,
+    /// Who is told how it goes with identities.
+    pub witness: Option<Arc<dyn rotation::Witness>>,
     /// What must run beside: watches, sweeps. They end by themselves when `last` is cancelled.
     pub tasks: Vec<BoxFuture<'static, ()>>,
     /// Cancelled when the streams have ended.
@@ -176,6 +180,7 @@ pub async fn build_with(config: &Config, base: Base, deps: Deps) -> anyhow::Resu
         await_bundle: deps.await_bundle,
         clock: deps.clock.clone(),
         claims,
+        witness: deps.witness,
         metrics: rotation::metrics::Metrics::register(registry),
     };
     let warmer = csi::warm::Warmer { store: store.clone(), resolver: resolver.clone() };
@@ -299,6 +304,7 @@ impl Bound {
             && let Ok(Some(name)) = holding.await
         {
             name.release();
+            info!(socket = %name.path().display(), "the socket is released");
         }
         if let Some(accepting) = accepting {
             let _ = accepting.await;

@@ -59,6 +59,8 @@ pub struct Config {
     pub kubernetes: RequestRate,
     /// `reissueOver`: the time over which certificates are issued anew that a change of the configuration makes foreign.
     pub reissue_over: Duration,
+    /// `events`: whether pods are told of trouble with their certificates.
+    pub events: bool,
     /// `retention`: how long a certificate is kept after its last subscriber has gone.
     pub retention: Duration,
     /// `drain`: how long open streams may take to end at shutdown.

@@ -12,6 +12,8 @@
 //! [`csi`] stands beside the first: it makes a socket for each pod, and the mount is the proof. [`approver`] is another program's path: it
 //! decides which of the agents' requests are signed.
 //!
+//! [`events`] hears of rotation's troubles and tells the pods.
+//!
 //! [`app`] composes them; [`config`], [`clock`] and the operations modules stand around the path; [`cli`] is the command line. Nobody
 //! imports its caller.
 
@@ -49,6 +51,7 @@ pub mod authority;
 pub mod cli;
 pub mod clock;
 pub mod config;
+pub mod events;
 pub mod fd;
 pub mod file;
 pub mod grpc;

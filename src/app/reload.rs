@@ -60,7 +60,7 @@ pub(super) struct Metrics {
 
 impl Metrics {
     /// Registers the module's metrics.
-    pub(super) fn register(registry: &mut Registry) -> Self {
+    pub fn register(registry: &mut Registry) -> Self {
         let m = Self::default();
         for result in [Outcome::ok, Outcome::invalid, Outcome::unchanged] {
             drop(m.reloads.get_or_create(&OutcomeLabel { result }));
@@ -80,6 +80,12 @@ impl Metrics {
         self.reloads.get_or_create(&OutcomeLabel { result }).inc();
         self.valid.set(i64::from(result != Outcome::invalid));
     }
+}
+
+/// Registers one of everything, for the reference.
+#[cfg(test)]
+pub(crate) fn sample(registry: &mut Registry) {
+    Metrics::register(registry);
 }
 
 /// Where those listen who go by the configuration.

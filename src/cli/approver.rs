@@ -29,7 +29,10 @@ Example:
 
 It reads the file that the agents read: identities, issuers and lifetimes have to be theirs. What concerns agents alone is
 checked and not used. In a pod it needs POD_NAMESPACE and POD_NAME from the downward API; any number of replicas may run.
-The issuers have to be taken out of cert-manager's own approver (approveSignerNames of its chart): docs/security.md tells why.";
+The issuers have to be taken out of cert-manager's own approver (approveSignerNames of its chart): docs/security.md tells why.
+
+Exit codes: 0 ended as it was told to, 1 it could not start, or a part of it failed, or the drain was aborted, 64 usage or
+configuration.";
 
 /// The configuration and what of it the approver decides by.
 #[derive(Debug)]

@@ -105,6 +105,7 @@ fn config(path: &Path, trust_domain: TrustDomain, lifetime: Duration, admin: Soc
         limits: Limits::default().undivided(),
         kubernetes: RequestRate::default(),
         reissue_over: Duration::from_secs(600),
+        events: false,
         retention: Duration::from_secs(300),
         drain: Duration::from_secs(10),
         admin,

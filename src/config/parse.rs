@@ -126,6 +126,7 @@ pub(super) fn walk(root: &Section<'_>, report: &Report, env: Env<'_>) -> Option<
     });
     let limits = root.section("limits", limits);
     let kubernetes = root.section("kubernetes", request_rate);
+    let events = root.read("events", true, values::boolean);
     let retention = root.read("retention", Duration::from_secs(300), values::duration(Duration::ZERO..=DAY));
     let reissue_over = root.read("reissueOver", Duration::from_secs(600), values::duration(Duration::ZERO..=7 * DAY));
     let drain = root.read("drain", Duration::from_secs(10), values::duration(Duration::ZERO..=Duration::from_secs(600)));
@@ -159,6 +160,7 @@ pub(super) fn walk(root: &Section<'_>, report: &Report, env: Env<'_>) -> Option<
         limits: limits?,
         kubernetes: kubernetes?,
         reissue_over: reissue_over?,
+        events: events?,
         retention: retention?,
         drain: drain?,
         admin,

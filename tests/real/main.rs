@@ -31,6 +31,7 @@ mod guides;
 mod kubelet;
 mod monitoring;
 mod no_disk;
+mod ops;
 mod profiles;
 mod reload;
 mod upgrade;
