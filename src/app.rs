@@ -39,6 +39,10 @@ use crate::{
     shutdown::{Drained, Shutdown},
     store::Store,
     trust::Trust,
+    warm::{
+        self, Warmer,
+        starts::{Rule, Starts},
+    },
 };
 
 mod approver;
@@ -161,7 +165,12 @@ pub async fn build_with(config: &Config, base: Base, deps: Deps) -> anyhow::Resu
         claims,
         metrics: rotation::metrics::Metrics::register(registry),
     };
-    let warmer = csi::warm::Warmer { store: store.clone(), resolver: resolver.clone() };
+    let warmer = Warmer { store: store.clone(), resolver: resolver.clone(), metrics: warm::metrics::Metrics::register(registry) };
+    let mut tasks = deps.tasks;
+    if let Some(((warm_up, socket), pods)) = config.warm_up.as_ref().zip(config.shared_socket.as_ref()).zip(deps.pods.as_ref()) {
+        let starts = Starts::new(warmer.clone(), Rule::new(warm_up, &socket.path), deps.clock.clone(), pods);
+        tasks.push(Box::pin(starts.run(shutdown.drain.clone())));
+    }
     let desk = Desk { attestor: deps.attestor, resolver, metrics: attest::Metrics::register(registry) };
     let ending = CancellationToken::new();
     let sds = sds::service::Service {
@@ -214,7 +223,7 @@ pub async fn build_with(config: &Config, base: Base, deps: Deps) -> anyhow::Resu
         rotation,
         routes,
         readiness,
-        tasks: Tasks(deps.tasks),
+        tasks: Tasks(tasks),
         ending,
         last: deps.last,
         shutdown,

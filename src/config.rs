@@ -16,6 +16,7 @@ mod reader;
 mod sockets;
 mod template;
 mod values;
+mod warm_up;
 
 pub use approver::Approver;
 pub use dev::{Dev, dev, dev_socket};
@@ -24,6 +25,7 @@ pub use error::{Errors, Problem, Warning};
 pub use issuance::renewals_per_second;
 pub use parse::Loaded;
 pub use template::sample as sample_workload;
+pub use warm_up::WarmUp;
 
 /// All that the agent is told.
 #[derive(Debug, Clone, PartialEq)]
@@ -38,6 +40,8 @@ pub struct Config {
     pub attestation: Attestation,
     /// `attestationPolicy`
     pub attestation_policy: AttestationPolicy,
+    /// `warmUp`, where it is enabled.
+    pub warm_up: Option<WarmUp>,
     /// `identity`, `certificate` and `issuer` together: the profile of every workload that no other takes.
     pub default_profile: Arc<Profile>,
     /// `profiles`: the first that matches goes before the default.

@@ -32,3 +32,4 @@ mod no_disk;
 mod profiles;
 mod upgrade;
 mod vault;
+mod warm_up;

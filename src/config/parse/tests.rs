@@ -6,7 +6,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::{
-    config::{CertManager, IssuerConfig, IssuerRef, PerPod, RequestNamespace, SharedSocket},
+    config::{CertManager, IssuerConfig, IssuerRef, PerPod, RequestNamespace, SharedSocket, WarmUp},
     identity::{IssuerName, KeyType, PodRef},
 };
 
@@ -169,6 +169,17 @@ fn who_of_a_pod_may_fetch_is_read_and_is_everybody_unless_told() {
         "attestationPolicy: {{ uids: [1] }}\nsockets: {{ shared: {{ enabled: false }}, perPod: {{ enabled: true }} }}\n{LEAST}"
     ));
     assert!(unread.warnings[0].to_string().starts_with("attestationPolicy: is about callers of sockets.shared"), "{:?}", unread.warnings);
+}
+
+#[test]
+fn pods_are_warmed_up_only_where_that_is_enabled() {
+    for text in ["", "warmUp: { podLabels: { mesh: \"on\" }, socketMount: false }\n"] {
+        assert_eq!(load(&format!("{text}{LEAST}")).config.warm_up, None);
+    }
+    let told = |text: &str| load(&format!("warmUp: {{ enabled: true{text} }}\n{LEAST}")).config.warm_up.unwrap();
+    assert_eq!(told(""), WarmUp { pod_labels: BTreeMap::new(), socket_mount: true });
+    let pod_labels = BTreeMap::from([("mesh".to_owned(), "on".to_owned())]);
+    assert_eq!(told(", socketMount: false, podLabels: { mesh: \"on\" }"), WarmUp { pod_labels, socket_mount: false });
 }
 
 #[test]
