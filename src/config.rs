@@ -23,7 +23,7 @@ pub use dev::{Dev, dev, dev_socket};
 pub use environment::{Env, process as process_environment};
 pub use error::{Errors, Problem, Warning};
 pub use issuance::renewals_per_second;
-pub use parse::Loaded;
+pub use parse::{Loaded, MAX_FILE_BYTES};
 pub use template::sample as sample_workload;
 pub use warm_up::WarmUp;
 
