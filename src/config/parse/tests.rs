@@ -123,7 +123,7 @@ drain: 1s
 admin: { address: "[::1]:1" }
 metrics: { address: 127.0.0.1:2 }
 workerThreads: 3
-approver: { agents: ["system:serviceaccount:mesh:agent"] }
+approver: { agents: ["system:serviceaccount:mesh:agent"], overlap: 2m }
 authorityEpoch: 7
 "#;
     let Loaded { config, warnings } = Config::parse(text, &|_| None).unwrap();
@@ -136,6 +136,7 @@ authorityEpoch: 7
     assert_eq!(config.names, Names { certificate: "own".into(), bundle: "roots".into() });
     assert_eq!((config.lock_memory, config.attestation, config.worker_threads), (LockMemory::Never, Attestation::Unix, 3));
     assert_eq!(config.approver.agents, ["system:serviceaccount:mesh:agent"]);
+    assert_eq!(config.approver.overlap, Duration::from_secs(120));
     assert_eq!(config.trust_sources, [TrustSource::File { path: "/a.pem".into() }]);
     let federated = TrustSource::ConfigMap { namespace: "n".into(), name: "m".into(), key: "roots.pem".into() };
     assert_eq!(config.federated, BTreeMap::from([(TrustDomain::new("b.example").unwrap(), federated)]));
