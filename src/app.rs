@@ -25,7 +25,7 @@ use crate::{
     attest::{self, Attestor, pods::Pods},
     caller::Desk,
     clock::Clock,
-    config::{Config, SharedSocket},
+    config::{Config, SharedSocket, reloads},
     csi,
     handover::Claim,
     listener,
@@ -37,6 +37,10 @@ use crate::{
     store::Store,
     telemetry,
     trust::Trust,
+    warm::{
+        self, Warmer,
+        starts::{Rule, Starts},
+    },
 };
 
 use reload::{Outlets, Reload};
@@ -52,8 +56,6 @@ pub use approver::{BoundApprover, build_approver};
 #[cfg(test)]
 pub(crate) use inventory::sample as sample_inventory;
 pub(crate) use parts::attestor;
-#[cfg(test)]
-pub(crate) use reload::sample as sample_reload;
 pub use reload::File;
 pub use upstream::Upstreams;
 
@@ -164,7 +166,7 @@ pub async fn build_with(config: &Config, base: Base, deps: Deps) -> anyhow::Resu
     let (resolver, plan, spread) = (outlets.resolver.subscribe(), outlets.plan.subscribe(), outlets.spread.subscribe());
     let mut tasks = deps.tasks;
     if let Some(file) = file {
-        let metrics = reload::Metrics::register(registry);
+        let metrics = reloads::Metrics::register(registry);
         let reload = Reload::new(file, config, deps.upstreams, outlets, deps.clock.clone(), metrics, deps.last.clone());
         tasks.push(Box::pin(reload.run()));
     }
@@ -183,7 +185,11 @@ pub async fn build_with(config: &Config, base: Base, deps: Deps) -> anyhow::Resu
         witness: deps.witness,
         metrics: rotation::metrics::Metrics::register(registry),
     };
-    let warmer = csi::warm::Warmer { store: store.clone(), resolver: resolver.clone() };
+    let warmer = Warmer { store: store.clone(), resolver: resolver.clone(), metrics: warm::metrics::Metrics::register(registry) };
+    if let Some(((warm_up, socket), pods)) = config.warm_up.as_ref().zip(config.shared_socket.as_ref()).zip(deps.pods.as_ref()) {
+        let starts = Starts::new(warmer.clone(), Rule::new(warm_up, &socket.path), deps.clock.clone(), pods);
+        tasks.push(Box::pin(starts.run(shutdown.drain.clone())));
+    }
     let desk = Desk { attestor: deps.attestor, resolver, metrics: attest::Metrics::register(registry) };
     let ending = CancellationToken::new();
     let sds = sds::service::Service {

@@ -94,6 +94,7 @@ fn config(path: &Path, trust_domain: TrustDomain, lifetime: Duration, admin: Soc
         per_pod: None,
         attestation: Attestation::Unix,
         attestation_policy: AttestationPolicy::default(),
+        warm_up: None,
         default_profile: Arc::new(profile),
         profiles: Vec::new(),
         issuers: BTreeMap::from([(issuer, IssuerConfig::Embedded)]),

@@ -36,3 +36,4 @@ mod profiles;
 mod reload;
 mod upgrade;
 mod vault;
+mod warm_up;
