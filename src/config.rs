@@ -11,19 +11,23 @@ mod dev;
 mod environment;
 mod error;
 mod issuance;
+pub mod live;
 mod parse;
 mod reader;
+pub mod reloads;
 mod sockets;
 mod template;
 mod values;
+mod warm_up;
 
 pub use approver::Approver;
 pub use dev::{Dev, dev, dev_socket};
 pub use environment::{Env, process as process_environment};
 pub use error::{Errors, Problem, Warning};
 pub use issuance::renewals_per_second;
-pub use parse::Loaded;
+pub use parse::{Loaded, MAX_FILE_BYTES};
 pub use template::sample as sample_workload;
+pub use warm_up::WarmUp;
 
 /// All that the agent is told.
 #[derive(Debug, Clone, PartialEq)]
@@ -38,6 +42,8 @@ pub struct Config {
     pub attestation: Attestation,
     /// `attestationPolicy`
     pub attestation_policy: AttestationPolicy,
+    /// `warmUp`, where it is enabled.
+    pub warm_up: Option<WarmUp>,
     /// `identity`, `certificate` and `issuer` together: the profile of every workload that no other takes.
     pub default_profile: Arc<Profile>,
     /// `profiles`: the first that matches goes before the default.
@@ -56,6 +62,10 @@ pub struct Config {
     pub limits: Limits,
     /// `kubernetes`: how fast the API server is asked.
     pub kubernetes: RequestRate,
+    /// `reissueOver`: the time over which certificates are issued anew that a change of the configuration makes foreign.
+    pub reissue_over: Duration,
+    /// `events`: whether pods are told of trouble with their certificates.
+    pub events: bool,
     /// `retention`: how long a certificate is kept after its last subscriber has gone.
     pub retention: Duration,
     /// `drain`: how long open streams may take to end at shutdown.
@@ -64,6 +74,8 @@ pub struct Config {
     pub admin: SocketAddr,
     /// `metrics.address`
     pub metrics: SocketAddr,
+    /// `metrics.perWorkload`: whether each service account has series of its own.
+    pub metrics_per_workload: bool,
     /// `workerThreads`
     pub worker_threads: usize,
     /// `approver`; agents have no use for it.

@@ -5,7 +5,7 @@
 //! logged with its cause, and tried again.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeSet, HashMap},
     fmt,
     sync::Arc,
     time::{Duration, SystemTime},
@@ -22,19 +22,23 @@ use tracing::{debug, info, warn};
 
 use self::{
     metrics::Metrics,
+    plan::Plan,
     planner::{Action, Class, Id, Now, Planner},
+    reissue::{Mark, Reissue},
 };
 use crate::{
     clock::{self, Clock},
     identity::{Identity, IssuerName, PodRef},
-    issuer::{Error, Issued, Issuer, Order, Progress, Retry, Stage, verify},
+    issuer::{Error, Issued, Order, Pending, Progress, Retry, Stage, verify},
     material::{self, Svid},
-    store::{Entry, Event, Store},
+    store::{Entry, Event, Status, Store},
     trust::BundleSet,
 };
 
 pub mod metrics;
+pub mod plan;
 pub mod planner;
+pub mod reissue;
 pub mod schedule;
 
 /// A difference between the two clocks that is a step and no drift.
@@ -49,6 +53,24 @@ pub trait Claims: fmt::Debug + Send + Sync {
     fn departures(&self) -> watch::Receiver<u64>;
 }
 
+/// Who is told how it goes with identities, to tell others. Nothing of it may block.
+pub trait Witness: fmt::Debug + Send + Sync {
+    /// There is no new certificate for the entry, for now.
+    fn failed(&self, entry: &Entry, error: &Error);
+
+    /// The entry's request has waited at its upstream for long.
+    fn waits(&self, entry: &Entry, request: &str, why: &str);
+
+    /// The entry's certificate has ended by a clock that was set, and is withheld.
+    fn withheld(&self, entry: &Entry);
+
+    /// The entry has a new certificate.
+    fn issued(&self, entry: &Entry, svid: &Svid);
+
+    /// The entry has been forgotten.
+    fn forgotten(&self, entry: &Entry);
+}
+
 /// What rotation works with.
 #[derive(Debug)]
 pub struct Parts {
@@ -56,18 +78,20 @@ pub struct Parts {
     pub store: Arc<Store>,
     /// What the store tells.
     pub events: mpsc::UnboundedReceiver<Event>,
-    /// The upstreams, by the names that profiles use.
-    pub issuers: BTreeMap<IssuerName, Arc<dyn Issuer>>,
+    /// What is in force.
+    pub plan: watch::Receiver<Arc<Plan>>,
+    /// Calls to reissue.
+    pub reissues: mpsc::Receiver<Reissue>,
     /// The bundles that chains are checked against.
     pub trust: watch::Receiver<Arc<BundleSet>>,
     /// Whether a bundle will come from elsewhere than the issuers: nothing is verified before it has.
     pub await_bundle: bool,
     /// The time.
     pub clock: Arc<dyn Clock>,
-    /// How long an entry without subscribers is kept.
-    pub retention: Duration,
     /// Who may ask; none where that is not known.
     pub claims: Option<Arc<dyn Claims>>,
+    /// Who is told; none where nobody asks.
+    pub witness: Option<Arc<dyn Witness>>,
     /// What is counted.
     pub metrics: Metrics,
 }
@@ -83,16 +107,20 @@ struct Rotation {
     ready: HashMap<Id, Arc<Svid>>,
     /// Evidence that an approver found to be gone: a sibling stands in.
     spent: HashMap<Id, PodRef>,
+    /// What calls to reissue have done lately.
+    marks: HashMap<Id, Mark>,
     /// Answers whose chain leads to no root that is known so far: judged again when the bundle changes.
     unproven: HashMap<Id, Issued>,
     submitted: (mpsc::UnboundedSender<Submitted>, mpsc::UnboundedReceiver<Submitted>),
     /// Issuers that answer nobody.
     silent: BTreeSet<IssuerName>,
+    /// Issuers that have series in the metrics.
+    counted: BTreeSet<IssuerName>,
     last_seen: Now,
 }
 
-/// An order that its upstream has, under its name there.
-type Submitted = (Id, Arc<str>);
+/// An order that its upstream has, and how far it is there.
+type Submitted = (Id, Pending);
 
 struct Running {
     task: AbortHandle,
@@ -109,7 +137,7 @@ struct Answer {
 /// Runs until `shutdown`; orders under way are abandoned then.
 pub async fn run(parts: Parts, shutdown: CancellationToken) {
     let now = Now { wall: parts.clock.now(), mono: Instant::now() };
-    let planner = Planner::new(parts.retention, fastrand::u64(..));
+    let planner = Planner::new(parts.plan.borrow().retention(), fastrand::u64(..));
     let clock = parts.clock.clone();
     let mut departures = parts.claims.as_ref().map(|claims| claims.departures());
     let mut rotation = Rotation {
@@ -120,11 +148,14 @@ pub async fn run(parts: Parts, shutdown: CancellationToken) {
         tasks: JoinSet::new(),
         ready: HashMap::new(),
         spent: HashMap::new(),
+        marks: HashMap::new(),
         unproven: HashMap::new(),
         submitted: mpsc::unbounded_channel(),
         silent: BTreeSet::new(),
+        counted: BTreeSet::new(),
         last_seen: now,
     };
+    rotation.count_issuers();
     let mut wall_at = now.wall;
     let mut wall_sleep = clock.sleep_until(wall_at);
     loop {
@@ -146,12 +177,14 @@ pub async fn run(parts: Parts, shutdown: CancellationToken) {
                 Some(event) => rotation.event(event),
                 None => break,
             },
-            Some((id, name)) = rotation.submitted.1.recv() => rotation.submitted(id, name),
+            Some((id, pending)) = rotation.submitted.1.recv() => rotation.submitted(id, pending),
             Some(joined) = rotation.tasks.join_next_with_id() => match joined {
                 Ok((_, answer)) => rotation.answered(answer),
                 Err(error) => rotation.lost(&error),
             },
             Ok(()) = rotation.parts.trust.changed() => rotation.bundle_changed(),
+            Ok(()) = rotation.parts.plan.changed() => rotation.reconfigured(),
+            Some(call) = rotation.parts.reissues.recv() => rotation.reissue(call),
             () = departure(departures.as_mut()) => rotation.purge(),
             () = &mut wall_sleep => wall_sleep = clock.sleep_until(wall_at),
             () = mono_sleep => {}
@@ -190,7 +223,10 @@ impl Rotation {
                         self.failed(id, order.evidence, &error);
                     }
                 }
-                Action::Forget(id) => self.forget(id, self.parts.retention),
+                Action::Forget(id) => {
+                    let retention = self.parts.plan.borrow().retention();
+                    self.forget(id, retention);
+                }
             }
         }
         let metrics = &self.parts.metrics;
@@ -236,6 +272,20 @@ impl Rotation {
         self.planner.clock_stepped(now);
         for entry in self.entries.values() {
             entry.reconsider();
+            let Some(svid) = entry.current().filter(|_| entry.is_leased()) else { continue };
+            let (was_good, is_good) = (svid.chain.validity.is_live(expected), svid.chain.validity.is_live(now.wall));
+            let (identity, serial) = (&entry.identity, &svid.chain.serial);
+            if was_good && !is_good {
+                warn!(%identity, %serial, not_after = %clock::rfc3339(svid.chain.validity.not_after), "certificate withheld: by the clock it is not valid now");
+                if let Some(witness) = &self.parts.witness {
+                    witness.withheld(entry);
+                }
+            } else if is_good && !was_good {
+                info!(%identity, %serial, "certificate served again: by the clock it is valid now");
+                if let Some(witness) = &self.parts.witness {
+                    witness.issued(entry, &svid);
+                }
+            }
         }
     }
 
@@ -244,8 +294,12 @@ impl Rotation {
         let (Event::Wanted(entry) | Event::Idle(entry)) = &event;
         let (id, is_leased) = (entry.id, entry.is_leased());
         if let Event::Wanted(entry) = event {
-            self.planner.wanted(now, id, &entry.identity.profile.issuer, entry.demand());
-            self.entries.entry(id).or_insert(entry);
+            // One queue for each authority: names of issuers may move.
+            let queue = IssuerName(entry.identity.profile.authority.clone());
+            self.planner.wanted(now, id, &queue, entry.demand());
+            if self.entries.insert(id, entry).is_none() && self.identity_of(id).is_none() {
+                self.planner.retire(now, id, true);
+            }
         }
         // Who wanted it may have left meanwhile, and a new subscriber may have come: the state counts, not the event.
         if !is_leased {
@@ -256,8 +310,10 @@ impl Rotation {
 
     fn start(&mut self, id: Id) {
         let Some(entry) = self.entries.get(&id) else { return };
-        let identity = entry.identity.clone();
-        let Some(issuer) = self.parts.issuers.get(&identity.profile.issuer).cloned() else {
+        // The planner starts nothing that is not in force.
+        let Some(identity) = self.identity_of(id) else { return };
+        let issuer = self.parts.plan.borrow().issuer(&identity.profile.issuer).cloned();
+        let Some(issuer) = issuer else {
             let error = Error::Configuration(format!(
                 "profile {} names issuer {}, which is not configured",
                 identity.profile.name, identity.profile.issuer
@@ -274,12 +330,10 @@ impl Rotation {
         let task = self.tasks.spawn(async move {
             let tell = async move {
                 let mut stage = stage;
-                let named = match stage.wait_for(|stage| matches!(stage, Stage::Submitted(_))).await.as_deref() {
-                    Ok(Stage::Submitted(name)) => Some(name.clone()),
-                    _ => None,
-                };
-                if let Some(name) = named {
-                    let _ = submitted.send((id, name));
+                while stage.changed().await.is_ok() {
+                    if let Stage::Submitted(pending) = &*stage.borrow_and_update() {
+                        let _ = submitted.send((id, pending.clone()));
+                    }
                 }
                 std::future::pending().await
             };
@@ -297,18 +351,25 @@ impl Rotation {
         self.orders.insert(id, Running { task, started: Instant::now(), evidence });
     }
 
-    fn submitted(&mut self, id: Id, name: Arc<str>) {
+    fn submitted(&mut self, id: Id, pending: Pending) {
         if self.orders.contains_key(&id) {
             let now = self.now();
             self.planner.submitted(now, id);
-            if let Some(entry) = self.entries.get(&id) {
-                entry.set_status(|status| status.request = Some(name));
+            let Some(entry) = self.entries.get(&id) else { return };
+            let Pending { request, waits_for, is_late } = pending;
+            if let (true, Some(witness), Some(why)) = (is_late, &self.parts.witness, &waits_for) {
+                witness.waits(entry, &request, why);
             }
+            entry.set_status(|status| (status.request, status.waits_for) = (Some(request), waits_for));
         }
     }
 
     fn answered(&mut self, answer: Answer) {
         let id = answer.id;
+        // What the order told before it ended is not taken for its successor's.
+        while let Ok((id, pending)) = self.submitted.1.try_recv() {
+            self.submitted(id, pending);
+        }
         // An abandoned order may still have answered.
         let Some(order) = self.orders.remove(&id) else { return };
         match answer.result {
@@ -340,9 +401,8 @@ impl Rotation {
     }
 
     fn issued(&mut self, id: Id, issued: Issued, verified: verify::Verified, took: Duration) {
-        let Some(entry) = self.entries.get(&id).cloned() else { return };
+        let (Some(entry), Some(identity)) = (self.entries.get(&id).cloned(), self.identity_of(id)) else { return };
         let now = self.now();
-        let identity = entry.identity.clone();
         let profile = &identity.profile;
         let validity = verified.chain.validity;
         let occasion = self.planner.occasion(now, id);
@@ -372,6 +432,7 @@ impl Rotation {
 
     fn failed(&mut self, id: Id, evidence: Option<PodRef>, error: &Error) {
         let now = self.now();
+        let pod = evidence.clone();
         let by_clock = matches!(error, Error::InvalidCertificate(verify::Error::Expired(_) | verify::Error::NotYetValid { .. }));
         let has_sibling =
             |pod: &PodRef| self.entries.get(&id).and_then(|entry| entry.evidence(Some(pod))).is_some_and(|other| other != *pod);
@@ -391,21 +452,33 @@ impl Rotation {
         };
         let wait = self.planner.failed(now, id, retry, by_clock);
         let Some(entry) = self.entries.get(&id) else { return };
-        let issuer = &entry.identity.profile.issuer;
+        let identity = self.identity_of(id).unwrap_or_else(|| entry.identity.clone());
+        let issuer = &identity.profile.issuer;
         let renewal = entry.current();
         self.parts.metrics.failed(issuer, error.outcome(), renewal.is_some());
-        let left = renewal.map(|svid| svid.chain.validity.remaining(now.wall).as_secs());
+        let left = renewal.as_ref().map(|svid| svid.chain.validity.remaining(now.wall).as_secs());
+        // Of the certificate that is in use.
+        let serial = renewal.as_ref().map(|svid| tracing::field::display(&svid.chain.serial));
+        let pod = pod.as_ref().map(tracing::field::display);
         warn!(
             identity = %entry.identity,
             %issuer,
+            pod,
+            serial,
             cause = %error,
             retry_in_seconds = wait.as_secs(),
             valid_for_seconds = left,
             "no new certificate; {}",
             if left.is_some_and(|left| left > 0) { "the one in use stays" } else { "its clients wait" }
         );
+        if let Some(witness) = &self.parts.witness {
+            witness.failed(entry, error);
+        }
         let next = self.planner.next_attempt(now, id);
-        entry.set_status(|status| (status.last_error, status.next_attempt, status.request) = (Some(error.to_string()), next, None));
+        entry.set_status(|status| {
+            (status.last_error, status.next_attempt) = (Some(error.to_string()), next);
+            (status.request, status.waits_for) = (None, None);
+        });
     }
 
     fn publish(&mut self, id: Id) {
@@ -415,10 +488,16 @@ impl Rotation {
         if let Some(old) = &old {
             self.parts.metrics.renewed(now.wall.duration_since(old.renew_at).unwrap_or_default());
         }
-        debug!(identity = %entry.identity, version = svid.version(), renewal = old.is_some(), "certificate published");
-        let renew_at = svid.renew_at;
+        debug!(
+            identity = %entry.identity, serial = %svid.chain.serial, version = svid.version(), renewal = old.is_some(), "certificate published"
+        );
+        if let Some(witness) = &self.parts.witness {
+            witness.issued(entry, &svid);
+        }
+        let next_attempt = Some(svid.renew_at);
         entry.publish(svid);
-        entry.set_status(|status| (status.last_error, status.next_attempt, status.request) = (None, Some(renew_at), None));
+        entry.set_status(|status| *status = Status { next_attempt, ..Status::default() });
+        self.replaced(id);
     }
 
     /// Forgets what nobody may have any more. Pods end first and their streams a moment later: those are told as idle then.
@@ -443,10 +522,14 @@ impl Rotation {
         if self.parts.store.forget(entry, retention) {
             debug!(identity = %entry.identity, ?retention, "certificate forgotten: nobody asks for it");
             self.planner.forgotten(id);
+            if let (Some(witness), Some(entry)) = (&self.parts.witness, self.entries.remove(&id)) {
+                witness.forgotten(&entry);
+            }
             self.entries.remove(&id);
             self.ready.remove(&id);
             self.unproven.remove(&id);
             self.spent.remove(&id);
+            self.marks.remove(&id);
             if let Some(order) = self.orders.remove(&id) {
                 order.task.abort();
             }

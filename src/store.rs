@@ -28,7 +28,8 @@ use crate::{
 pub enum Demand {
     /// As soon as can be.
     Now,
-    /// The subscriber still holds a good one and says until when: from before a restart of the agent.
+    /// The subscriber still holds a good one, and until when is known: from before a restart of the agent, or of an identity that it had
+    /// before the configuration changed.
     Held {
         /// When the one it holds was to be renewed.
         renew_at: SystemTime,
@@ -67,6 +68,8 @@ pub struct Status {
     pub last_error: Option<String>,
     /// The upstream's name for the request under way.
     pub request: Option<Arc<str>>,
+    /// What that request waits for, in words.
+    pub waits_for: Option<Arc<str>>,
 }
 
 /// One identity's place.
@@ -116,6 +119,18 @@ impl Entry {
         if book.leases.is_empty() { None } else { book.demand }
     }
 
+    /// Whether a subscriber holds a good certificate from before, so that nothing was asked for yet.
+    pub fn is_held(&self) -> bool {
+        matches!(self.demand(), Some(Demand::Held { .. }))
+    }
+
+    /// Where a subscriber holds one from before, it is to be replaced by `at`.
+    pub fn hurry(&self, at: SystemTime) {
+        if let Some(Demand::Held { renew_at, .. }) = &mut self.book().demand {
+            *renew_at = (*renew_at).min(at);
+        }
+    }
+
     /// Whether anybody subscribes.
     pub fn is_leased(&self) -> bool {
         !self.book().leases.is_empty()
@@ -131,6 +146,14 @@ impl Entry {
         let book = self.book();
         let mut pods = book.leases.values().flatten();
         pods.clone().find(|pod| Some(*pod) != but).or_else(|| pods.next()).cloned()
+    }
+
+    /// The pods of living subscribers, each once.
+    pub fn pods(&self) -> Vec<PodRef> {
+        let mut pods: Vec<PodRef> = self.book().leases.values().flatten().cloned().collect();
+        pods.sort_unstable_by(|a, b| a.uid.cmp(&b.uid));
+        pods.dedup_by(|a, b| a.uid == b.uid);
+        pods
     }
 
     fn is_at_rest(&self, now: SystemTime) -> bool {

@@ -98,9 +98,10 @@ pub async fn start_as(config: &Config, attestor: Arc<dyn Attestor>, issuer: Time
         clock: Arc::new(SystemClock),
         attestor,
         pods: None,
-        issuers,
+        upstreams: issuers.into(),
         trust,
         await_bundle: false,
+        witness: None,
         tasks: Vec::new(),
         last: CancellationToken::new(),
     };

@@ -2,23 +2,27 @@
 
 use std::{sync::Arc, time::SystemTime};
 
-use prometheus_client::{
-    collector::Collector,
-    encoding::{DescriptorEncoder, EncodeMetric},
-    metrics::{MetricType, gauge::ConstGauge},
-};
 use serde_json::{Value, json};
+use tokio::sync::watch;
 
 use crate::{
     clock::{self, Clock},
-    store::{Demand, Entry, Store},
+    rotation::plan::Plan,
+    store::{Demand, Entry, Status, Store},
 };
+
+mod gauges;
+
+#[cfg(test)]
+pub(crate) use tests::sample;
 
 /// A reader of the store.
 #[derive(Debug, Clone)]
 pub(super) struct Inventory {
     store: Arc<Store>,
+    plan: watch::Receiver<Arc<Plan>>,
     clock: Arc<dyn Clock>,
+    per_workload: bool,
 }
 
 /// What has become of an identity's certificate.
@@ -28,11 +32,11 @@ enum State {
     Valid,
     /// In use, and its renewal should have been.
     Overdue,
-    /// Past its end: withheld.
+    /// Past its end: withheld, or what a client still holds.
     Expired,
     /// Being issued for the first time.
     Pending,
-    /// A client holds a good one from before the agent's start.
+    /// A client holds a good one from before the agent's start, or of an identity that it had before the configuration changed.
     HeldByClient,
     /// Nobody subscribes: it is kept for a while in case somebody comes back, and not renewed.
     Idle,
@@ -51,8 +55,13 @@ const STATES: [(State, &str); 6] = [
 const OVERDUE: f64 = 0.05;
 
 impl Inventory {
-    pub(super) fn new(store: Arc<Store>, clock: Arc<dyn Clock>) -> Self {
-        Self { store, clock }
+    pub(super) fn new(store: Arc<Store>, plan: watch::Receiver<Arc<Plan>>, clock: Arc<dyn Clock>) -> Self {
+        Self { store, plan, clock, per_workload: false }
+    }
+
+    /// And with gauges for each service account.
+    pub(super) fn per_workload(self, per_workload: bool) -> Self {
+        Self { per_workload, ..self }
     }
 
     /// One object for each identity.
@@ -60,7 +69,8 @@ impl Inventory {
         let now = self.clock.now();
         let mut entries = self.store.snapshot();
         entries.sort_by(|a, b| a.identity.spiffe_id.cmp(&b.identity.spiffe_id));
-        entries.iter().map(|entry| row(entry, now)).collect()
+        let plan = self.plan.borrow().clone();
+        entries.iter().map(|entry| row(entry, &plan, now)).collect()
     }
 }
 
@@ -81,7 +91,8 @@ fn state(entry: &Entry, now: SystemTime) -> State {
         }
         None => match entry.demand() {
             Some(Demand::Held { not_after, .. }) if now < not_after => State::HeldByClient,
-            _ => State::Pending,
+            Some(Demand::Held { .. }) => State::Expired,
+            Some(Demand::Now) | None => State::Pending,
         },
     }
 }
@@ -90,106 +101,49 @@ fn name(state: State) -> &'static str {
     STATES.iter().find(|(s, _)| *s == state).map_or("", |(_, name)| name)
 }
 
-fn row(entry: &Entry, now: SystemTime) -> Value {
-    let status = entry.status();
-    let mut row = json!({
+/// The fields are the same for every identity; what is not there is null.
+fn row(entry: &Entry, plan: &Plan, now: SystemTime) -> Value {
+    // As it is called now; of what is issued no more, as it was.
+    let identity = plan.current(&entry.identity).unwrap_or_else(|| entry.identity.clone());
+    let (status, state) = (entry.status(), state(entry, now));
+    let svid = entry.current();
+    let chain = svid.as_ref().map(|svid| &svid.chain);
+    let waits_for = waits_for(state, &status, now);
+    json!({
         "spiffe_id": entry.identity.spiffe_id.as_str(),
-        "profile": &*entry.identity.profile.name,
-        "issuer": entry.identity.profile.issuer.to_string(),
-        "state": name(state(entry, now)),
-        "subscribers": entry.subscribers(),
+        "dns_names": chain.map_or(&*entry.identity.dns_names, |chain| &chain.dns_names),
+        "profile": &*identity.profile.name,
+        "issuer": identity.profile.issuer.to_string(),
+        "state": name(state),
+        "serial": chain.map(|chain| &chain.serial),
+        "fingerprint_sha256": chain.map(|chain| &chain.fingerprint),
+        "not_before": chain.map(|chain| clock::rfc3339(chain.validity.not_before)),
+        "not_after": chain.map(|chain| clock::rfc3339(chain.validity.not_after)),
+        "renew_at": svid.as_ref().map(|svid| clock::rfc3339(svid.renew_at)),
         "next_attempt": status.next_attempt.map(clock::rfc3339),
         "last_error": status.last_error,
         "request": status.request.as_deref(),
-    });
-    if let Some(svid) = entry.current() {
-        row["serial"] = json!(svid.chain.serial);
-        row["fingerprint_sha256"] = json!(svid.chain.fingerprint);
-        row["dns_names"] = json!(svid.chain.dns_names);
-        row["not_before"] = json!(clock::rfc3339(svid.chain.validity.not_before));
-        row["not_after"] = json!(clock::rfc3339(svid.chain.validity.not_after));
-        row["renew_at"] = json!(clock::rfc3339(svid.renew_at));
-    }
-    row
+        "waits_for": waits_for,
+        "subscribers": entry.subscribers(),
+        "pods": entry.pods().iter().map(ToString::to_string).collect::<Vec<_>>(),
+    })
 }
 
-impl Collector for Inventory {
-    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
-        let now = self.clock.now();
-        let entries = self.store.snapshot();
-        let mut counts = [0_i64; STATES.len()];
-        let mut earliest: Option<SystemTime> = None;
-        for entry in &entries {
-            let state = state(entry, now);
-            counts[state as usize] += 1;
-            if let Some(svid) = entry.current().filter(|_| state != State::Idle) {
-                let end = svid.chain.validity.not_after;
-                earliest = Some(earliest.map_or(end, |e| e.min(end)));
-            }
+/// What an order that is under way or due waits for, in words; none where nothing is due.
+fn waits_for(state: State, status: &Status, now: SystemTime) -> Option<String> {
+    if status.request.is_some() {
+        return Some(status.waits_for.as_deref().unwrap_or("the issuer's answer").to_owned());
+    }
+    match (state, status.next_attempt) {
+        (State::Pending | State::Expired | State::Overdue, Some(at)) if at > now => {
+            Some("the next attempt: the last one failed, see last_error".to_owned())
         }
-        let mut family =
-            encoder.encode_descriptor("certificates", "Identities, by the state of their certificate", None, MetricType::Gauge)?;
-        for ((_, name), count) in STATES.iter().zip(counts) {
-            ConstGauge::new(count).encode(family.encode_family(&[("state", *name)])?)?;
+        (State::Pending | State::Expired | State::Overdue, _) => {
+            Some("its turn: the request is being made, or others of this issuer are before it".to_owned())
         }
-        if let Some(earliest) = earliest {
-            let gauge = ConstGauge::new(i64::try_from(clock::unix_seconds(earliest)).unwrap_or(i64::MAX));
-            let help = "When the first of the certificates in use ends";
-            gauge.encode(encoder.encode_descriptor(
-                "certificate_earliest_expiration_timestamp_seconds",
-                help,
-                None,
-                MetricType::Gauge,
-            )?)?;
-        }
-        Ok(())
+        (State::Valid | State::HeldByClient | State::Idle, _) => None,
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use std::time::{Duration, UNIX_EPOCH};
-
-    use prometheus_client::{encoding::text, registry::Registry};
-
-    use super::*;
-    use crate::{
-        clock::TestClock,
-        identity::tests::identity,
-        issuer::{Issuer as _, Order, Progress, embedded::Embedded},
-        material::{CertificateChain, Svid},
-    };
-
-    #[tokio::test(start_paused = true)]
-    async fn what_nobody_subscribes_to_is_idle_and_alarms_nobody() {
-        let clock = TestClock::new(UNIX_EPOCH + Duration::from_secs(1_700_000_000));
-        let (store, _events) = Store::new();
-        let mut registry = Registry::default();
-        registry.register_collector(Box::new(Inventory::new(store.clone(), Arc::new(clock.clone()))));
-        let count = |state: &str| {
-            let mut page = String::new();
-            text::encode(&mut page, &registry).unwrap();
-            (page.contains(&format!("certificates{{state=\"{state}\"}} 1")), page.contains("\ncertificate_earliest_expiration"))
-        };
-
-        let id = identity("a");
-        let lease = store.lease(&id, Demand::Now, None);
-        assert_eq!(count("pending"), (true, false));
-        let (progress, _stage) = Progress::new();
-        let order = Order { identity: id.clone(), evidence: None, progress };
-        let issued = Embedded::new("cluster.local", Arc::new(clock.clone())).unwrap().issue(order).await.unwrap();
-        let chain = CertificateChain::from_pem(&issued.chain_pem).unwrap();
-        let renew_at = clock.now() + Duration::from_secs(1800);
-        let svid = Svid::new(id.clone(), chain, issued.key, renew_at, clock.now(), String::new());
-        store.snapshot()[0].publish(Arc::new(svid));
-        assert_eq!(count("valid"), (true, true));
-        tokio::time::advance(Duration::from_secs(2000)).await;
-        assert_eq!(count("overdue"), (true, true));
-        drop(lease);
-        assert_eq!(count("idle"), (true, false), "nobody renews it, because nobody needs it");
-        tokio::time::advance(Duration::from_secs(2000)).await;
-        assert_eq!(count("idle"), (true, false));
-        let _lease = store.lease(&id, Demand::Now, None);
-        assert_eq!(count("expired"), (true, true));
-    }
-}
+mod tests;

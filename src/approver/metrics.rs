@@ -50,6 +50,7 @@ pub struct Metrics {
     pub(super) pending: Gauge,
     pub(super) live_reads: Counter,
     pub(super) foreign: Counter,
+    pub(super) by_former: Counter,
 }
 
 impl Default for Metrics {
@@ -61,6 +62,7 @@ impl Default for Metrics {
             pending: Gauge::default(),
             live_reads: Counter::default(),
             foreign: Counter::default(),
+            by_former: Counter::default(),
         }
     }
 }
@@ -91,7 +93,25 @@ impl Metrics {
             "Requests of the agents' issuers that somebody else has approved; anything but 0 is a hole",
             metrics.foreign.clone(),
         );
+        registry.register(
+            "approver_former_approvals",
+            "Requests that were approved by a configuration which has been replaced, within approver.overlap",
+            metrics.by_former.clone(),
+        );
         metrics
+    }
+
+    /// Registers and counts one of everything, for the reference.
+    #[cfg(test)]
+    pub(crate) fn sample(registry: &mut Registry) {
+        use crate::metrics::{ANY, every};
+        let metrics = Self::register(registry);
+        for decision in every!(Decided: approved, denied) {
+            metrics.decided(decision, ANY, 1.0);
+        }
+        for step in every!(Step: read_pod, read_request, write, event) {
+            metrics.failed(step);
+        }
     }
 
     pub(super) fn decided(&self, decision: Decided, reason: &'static str, seconds: f64) {

@@ -39,13 +39,15 @@ pub enum Format {
 }
 
 const EXAMPLES: &str = "\
-Errors and warnings go to standard error, one a line: field, value, what is wrong, what to do. It exits with 0, or with 64
-where there is an error. Outside a cluster, variables that only a pod has are not missed.
+Errors and warnings go to standard error, one a line: field, value, what is wrong, what to do.
+Outside a cluster, variables that only a pod has are not missed.
 
 Examples:
   sds-agent check-config --config agent.yaml
   sds-agent check-config --config agent.yaml --nodes 1000 --identities 30 --cert-manager 1.20
-  sds-agent check-config --config agent.yaml -o json | jq -r '.errors[].path'";
+  sds-agent check-config --config agent.yaml -o json | jq -r '.errors[].path'
+
+Exit codes: 0 it can be used, 64 usage, or an error in it.";
 
 /// What a configuration means.
 #[derive(Debug, Clone, PartialEq, Serialize)]

@@ -85,7 +85,7 @@ impl Fleet {
             "{} asks for {rate:.1} requests per second in such a cluster, and cert-manager up to 1.20 signs about {LIMITED_RATE} with its \
              defaults{unsure}: use a lifetime of {enough} or more, or give cert-manager --kube-api-qps={:.0}",
             humantime::format_duration(profile.lifetime),
-            (rate * WRITES * 1.5).ceil(),
+            rate * WRITES * 1.5,
         )
     }
 }
@@ -114,7 +114,7 @@ mod tests {
         assert_eq!(warnings.len(), 1, "{warnings:?}");
         let said = warnings[0].to_string();
         assert!(said.contains("profiles[0].certificate.lifetime") && said.contains("500.0 requests per second"), "{said}");
-        assert!(said.contains("use a lifetime of 17h or more") && said.contains("--kube-api-qps=3001"), "{said}");
+        assert!(said.contains("use a lifetime of 17h or more") && said.contains("--kube-api-qps=3000"), "{said}");
         assert_eq!(fleet(5000, Some("1.21")).loads(&config("1h")).1, []);
         assert_eq!(fleet(5000, None).loads(&config("1h")).1.len(), 2);
         assert!(fleet(5000, None).loads(&config("1h")).1[0].message.contains("--cert-manager"));
