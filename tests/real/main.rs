@@ -28,6 +28,7 @@ mod envoy_embedded;
 mod flood;
 mod grpcurl;
 mod kubelet;
+mod manifests;
 mod no_disk;
 mod profiles;
 mod upgrade;
