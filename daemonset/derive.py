@@ -217,8 +217,6 @@ def templates():
 
 def monitoring():
     enabled = ".Values.monitoring.enabled"
-    if not (HERE / "monitoring/podmonitor.yaml").exists():
-        return
     for kind in ("podmonitor", "prometheusrule"):
         name = f"monitoring/{kind}.yaml"
         body = replaced(text(load(name)), IN_NAMESPACE)

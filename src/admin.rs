@@ -1,7 +1,7 @@
 //! Probes, metrics and what the agent holds, over HTTP/1.
 //!
 //! Two listeners serve the same few paths: the metrics address is for kubelet and Prometheus, which come from outside the pod; the admin
-//! address is for people on the node and has `/certs` too. Nothing here asks the upstream: liveness says that this process answers, and
+//! address is for people on the node and has `/certs`, `/reissue` and `/log-level` too. Nothing here asks the upstream: liveness says that this process answers, and
 //! nothing more. No key ever passes here; what `/certs` shows is the caller's closure's duty.
 //!
 //! A connection carries one request and then closes, so that idle or slow clients cannot keep the probes out for long.
@@ -27,6 +27,10 @@ use crate::{
     shutdown::{self, Shutdown},
 };
 
+mod controls;
+
+pub use controls::{Certificates, Controls, LogLevel};
+
 const TEXT: &str = "text/plain; charset=utf-8";
 const JSON: &str = "application/json";
 /// How long the accept loop rests when the machine is out of descriptors.
@@ -51,20 +55,17 @@ pub async fn bind(field: &'static str, address: SocketAddr) -> Result<TcpListene
     TcpListener::bind(address).await.map_err(|cause| Error { field, address, cause })
 }
 
-/// One JSON object for each certificate that the agent holds, without its key.
-pub type Certificates = Arc<dyn Fn() -> Vec<serde_json::Value> + Send + Sync>;
-
 /// What a listener answers.
 #[derive(Clone)]
 pub struct Routes {
     readiness: Readiness,
     exposition: Arc<Exposition>,
-    certificates: Option<Certificates>,
+    controls: Option<Controls>,
 }
 
 impl fmt::Debug for Routes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Routes").field("certificates", &self.certificates.is_some()).finish_non_exhaustive()
+        f.debug_struct("Routes").field("controls", &self.controls).finish_non_exhaustive()
     }
 }
 
@@ -73,38 +74,41 @@ type Answer = Response<Full<Bytes>>;
 impl Routes {
     /// `/livez`, `/readyz` and `/metrics`: for the metrics address.
     pub fn new(readiness: Readiness, exposition: Arc<Exposition>) -> Self {
-        Self { readiness, exposition, certificates: None }
+        Self { readiness, exposition, controls: None }
     }
 
-    /// And `/certs`: for the admin address.
-    pub fn with_certificates(self, certificates: Certificates) -> Self {
-        Self { certificates: Some(certificates), ..self }
+    /// And those of the admin address.
+    pub fn with_controls(self, controls: Controls) -> Self {
+        Self { controls: Some(controls), ..self }
     }
 
     /// The same, as seen from outside the pod.
-    pub fn without_certificates(self) -> Self {
-        Self { certificates: None, ..self }
+    pub fn without_controls(self) -> Self {
+        Self { controls: None, ..self }
     }
 
-    fn answer<B>(&self, request: &Request<B>) -> Answer {
-        let uri = request.uri();
-        let page: fn(&Self, Option<&str>) -> Answer = match uri.path() {
-            "/livez" => |_, _| answer(StatusCode::OK, TEXT, "ok\n"),
-            "/readyz" => Self::readyz,
-            "/metrics" => Self::metrics,
-            "/certs" if self.certificates.is_some() => Self::certs,
-            _ => return answer(StatusCode::NOT_FOUND, TEXT, format!("not found; here are {}\n", self.paths())),
-        };
-        if !matches!(*request.method(), Method::GET | Method::HEAD) {
-            let mut refused = answer(StatusCode::METHOD_NOT_ALLOWED, TEXT, "use GET\n");
-            refused.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET, HEAD"));
-            return refused;
+    async fn answer<B>(&self, request: Request<B>) -> Answer
+    where
+        B: http_body::Body<Data = Bytes>,
+        B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+    {
+        match (request.uri().path(), &self.controls) {
+            ("/livez", _) => page(&request, || answer(StatusCode::OK, TEXT, "ok\n")),
+            ("/readyz", _) => page(&request, || self.readyz(request.uri().query())),
+            ("/metrics", _) => page(&request, || self.metrics()),
+            ("/certs", Some(controls)) => page(&request, || controls.certs()),
+            ("/reissue", Some(controls)) => controls.reissue(&request).await,
+            ("/log-level", Some(controls @ Controls { log: Some(log), .. })) => controls.log_level(log, request).await,
+            _ => answer(StatusCode::NOT_FOUND, TEXT, format!("not found; here are {}\n", self.paths())),
         }
-        page(self, uri.query())
     }
 
     fn paths(&self) -> &'static str {
-        if self.certificates.is_some() { "/livez, /readyz, /metrics and /certs" } else { "/livez, /readyz and /metrics" }
+        match &self.controls {
+            Some(Controls { log: Some(_), .. }) => "/livez, /readyz, /metrics, /certs, /reissue and /log-level",
+            Some(_) => "/livez, /readyz, /metrics, /certs and /reissue",
+            None => "/livez, /readyz and /metrics",
+        }
     }
 
     fn readyz(&self, query: Option<&str>) -> Answer {
@@ -123,16 +127,11 @@ impl Routes {
         answer(status, TEXT, text)
     }
 
-    fn metrics(&self, _query: Option<&str>) -> Answer {
+    fn metrics(&self) -> Answer {
         match self.exposition.encode() {
             Ok(page) => answer(StatusCode::OK, metrics::CONTENT_TYPE, page),
             Err(_) => answer(StatusCode::INTERNAL_SERVER_ERROR, TEXT, "the metrics cannot be encoded\n"),
         }
-    }
-
-    fn certs(&self, _query: Option<&str>) -> Answer {
-        let rows = self.certificates.as_ref().map(|rows| rows()).unwrap_or_default();
-        answer(StatusCode::OK, JSON, serde_json::json!({ "certificates": rows }).to_string() + "\n")
     }
 }
 
@@ -141,6 +140,17 @@ fn answer(status: StatusCode, content_type: &'static str, body: impl Into<Bytes>
     *answer.status_mut() = status;
     answer.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
     answer
+}
+
+fn page<B>(request: &Request<B>, page: impl FnOnce() -> Answer) -> Answer {
+    if matches!(*request.method(), Method::GET | Method::HEAD) { page() } else { refuse_method("GET, HEAD") }
+}
+
+fn refuse_method(allowed: &'static str) -> Answer {
+    let method = allowed.split_once(',').map_or(allowed, |(first, _)| first);
+    let mut refused = answer(StatusCode::METHOD_NOT_ALLOWED, TEXT, format!("use {method}\n"));
+    refused.headers_mut().insert(header::ALLOW, HeaderValue::from_static(allowed));
+    refused
 }
 
 /// What a listener takes on.
@@ -196,8 +206,8 @@ async fn connection(
     _held: (OwnedSemaphorePermit, shutdown::Guard),
 ) {
     let service = service_fn(move |request: Request<hyper::body::Incoming>| {
-        let answer = routes.answer(&request);
-        async move { Ok::<_, Infallible>(answer) }
+        let routes = routes.clone();
+        async move { Ok::<_, Infallible>(routes.answer(request).await) }
     });
     let served = http1::Builder::new()
         .timer(TokioTimer::new())

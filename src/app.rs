@@ -5,7 +5,6 @@
 //! closed door. Only from a healthy predecessor it is taken later, once all is in sync ([`handover`](crate::handover)). [`Bound::run`] serves until the shutdown begins and has drained.
 
 use std::{
-    collections::BTreeMap,
     net::SocketAddr,
     path::{Path, PathBuf},
     sync::Arc,
@@ -15,7 +14,7 @@ use std::{
 use futures::future::BoxFuture;
 use tokio::{
     net::{TcpListener, UnixListener},
-    sync::watch,
+    sync::mpsc,
     task::JoinSet,
 };
 use tokio_util::sync::CancellationToken;
@@ -29,8 +28,6 @@ use crate::{
     config::{Config, SharedSocket},
     csi,
     handover::Claim,
-    identity::IssuerName,
-    issuer::Issuer,
     listener,
     metrics::Exposition,
     readiness::{self, Readiness},
@@ -38,17 +35,25 @@ use crate::{
     session::{self, Sessions, services::Services},
     shutdown::{Drained, Shutdown},
     store::Store,
+    telemetry,
     trust::Trust,
 };
+
+use reload::{Outlets, Reload};
 
 mod approver;
 mod claims;
 mod inventory;
 mod parts;
+mod reload;
 mod upstream;
 
 pub use approver::{BoundApprover, build_approver};
+#[cfg(test)]
+pub(crate) use inventory::sample as sample_inventory;
 pub(crate) use parts::attestor;
+pub use reload::File;
+pub use upstream::Upstreams;
 
 /// How long the parts that end last may take: rotation, and then the deletions upstream, which give up by themselves after five seconds.
 const LAST_STEPS: Duration = Duration::from_secs(6);
@@ -61,8 +66,8 @@ pub struct Deps {
     pub attestor: Arc<dyn Attestor>,
     /// This node's pods, where they are known: sockets of pods need them, and keys go with the last pod that may have them.
     pub pods: Option<Pods>,
-    /// The upstreams, by the names that profiles use.
-    pub issuers: BTreeMap<IssuerName, Arc<dyn Issuer>>,
+    /// The upstreams.
+    pub upstreams: Upstreams,
     /// The bundles; its sources are fed by `tasks`.
     pub trust: Trust,
     /// Whether a bundle comes from elsewhere than the issuers, so that nothing is verified before it has come.
@@ -75,7 +80,7 @@ pub struct Deps {
 
 impl std::fmt::Debug for Deps {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Deps").field("attestor", &self.attestor).field("issuers", &self.issuers).finish_non_exhaustive()
+        f.debug_struct("Deps").field("attestor", &self.attestor).field("upstreams", &self.upstreams).finish_non_exhaustive()
     }
 }
 
@@ -88,6 +93,10 @@ pub struct Base {
     pub readiness: Readiness,
     /// The end.
     pub shutdown: Shutdown,
+    /// The configuration's file, where it is followed.
+    pub file: Option<File>,
+    /// The log's filter, where it can be changed.
+    pub log: Option<telemetry::Filter>,
     start: readiness::Guard,
 }
 
@@ -96,7 +105,7 @@ impl Base {
     pub fn new(shutdown: Shutdown) -> Self {
         let mut exposition = Exposition::new();
         let (readiness, start) = Readiness::new(readiness::Metrics::register(exposition.registry()));
-        Self { exposition, readiness, shutdown, start }
+        Self { exposition, readiness, shutdown, file: None, log: None, start }
     }
 }
 
@@ -142,22 +151,30 @@ pub async fn build(config: &Config, mut base: Base) -> anyhow::Result<Bound> {
 
 /// An agent of the given parts.
 pub async fn build_with(config: &Config, base: Base, deps: Deps) -> anyhow::Result<Bound> {
-    let Base { mut exposition, readiness, shutdown, start } = base;
+    let Base { mut exposition, readiness, shutdown, file, log, start } = base;
     let admin = admin::bind("admin.address", config.admin).await?;
     let metrics = admin::bind("metrics.address", config.metrics).await?;
     let registry = exposition.registry();
 
-    let (_, resolver) = watch::channel(Arc::new(config.resolver()));
+    let outlets = Outlets::new(config, &deps.upstreams, &*deps.clock);
+    let (resolver, plan, spread) = (outlets.resolver.subscribe(), outlets.plan.subscribe(), outlets.spread.subscribe());
+    let mut tasks = deps.tasks;
+    if let Some(file) = file {
+        let metrics = reload::Metrics::register(registry);
+        let reload = Reload::new(file, config, deps.upstreams, outlets, deps.clock.clone(), metrics, deps.last.clone());
+        tasks.push(Box::pin(reload.run()));
+    }
+    let (reissue, reissues) = mpsc::channel(1);
     let (store, events) = Store::new();
     let claims = deps.pods.clone().map(|pods| Arc::new(claims::NodeClaims::new(pods, resolver.clone())) as Arc<dyn rotation::Claims>);
     let rotation = rotation::Parts {
         store: store.clone(),
         events,
-        issuers: deps.issuers,
+        plan: plan.clone(),
+        reissues,
         trust: deps.trust.subscribe(),
         await_bundle: deps.await_bundle,
         clock: deps.clock.clone(),
-        retention: config.retention,
         claims,
         metrics: rotation::metrics::Metrics::register(registry),
     };
@@ -171,6 +188,7 @@ pub async fn build_with(config: &Config, base: Base, deps: Deps) -> anyhow::Resu
         clock: deps.clock.clone(),
         limits: config.limits.clone(),
         metrics: sds::metrics::Metrics::register(registry),
+        spread,
         drain: ending.clone(),
     };
     let sessions = Sessions {
@@ -185,10 +203,14 @@ pub async fn build_with(config: &Config, base: Base, deps: Deps) -> anyhow::Resu
         ending: ending.clone(),
     };
     let csi_metrics = config.per_pod.as_ref().map(|_| csi::metrics::Metrics::register(registry));
-    let inventory = inventory::Inventory::new(store, deps.clock);
+    let inventory = inventory::Inventory::new(store, plan, deps.clock).per_workload(config.metrics_per_workload);
     registry.register_collector(Box::new(inventory.clone()));
     let certificates = Arc::new(move || inventory.rows());
-    let routes = admin::Routes::new(readiness.clone(), Arc::new(exposition)).with_certificates(certificates);
+    let routes = admin::Routes::new(readiness.clone(), Arc::new(exposition)).with_controls(admin::Controls {
+        certificates,
+        reissue,
+        log: log.map(admin::LogLevel::new),
+    });
     // Last of all that can fail, as they take names from a predecessor that may be serving well.
     let csi = match (&config.per_pod, deps.pods, csi_metrics) {
         (Some(per_pod), Some(pods), Some(metrics)) => {
@@ -214,7 +236,7 @@ pub async fn build_with(config: &Config, base: Base, deps: Deps) -> anyhow::Resu
         rotation,
         routes,
         readiness,
-        tasks: Tasks(deps.tasks),
+        tasks: Tasks(tasks),
         ending,
         last: deps.last,
         shutdown,
@@ -251,7 +273,7 @@ impl Bound {
             beside.spawn(driver.run(last.clone()));
         }
         tokio::spawn(admin::serve(admin, routes.clone(), shutdown.clone()));
-        tokio::spawn(admin::serve(metrics, routes.without_certificates(), shutdown.clone()));
+        tokio::spawn(admin::serve(metrics, routes.without_controls(), shutdown.clone()));
         let services = sessions.services.clone();
         let (claim, listener) = socket.map(|door| (door.claim, door.listener)).unzip();
         let accepting = listener.map(|listener| tokio::spawn(sessions.accept(listener)));

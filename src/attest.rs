@@ -205,6 +205,26 @@ impl Metrics {
         metrics
     }
 
+    /// Registers and counts one of everything, for the reference.
+    #[cfg(test)]
+    pub(crate) fn sample(registry: &mut Registry) {
+        use crate::metrics::every;
+
+        let metrics = Self::register(registry);
+        for method in every!(Method: unix, kubernetes, mount) {
+            metrics.observe(method, Ok(()), 0.001);
+        }
+        let result = Verdict::ok;
+        for reason in every!(Reason: none, pid_invisible, no_pidfd, process_gone, not_in_pod, conflicting_cgroups, unknown_pod, pod_ended,
+            other_pod, no_service_account, uid_not_allowed, container_not_allowed, unknown_container, no_identity, unreadable)
+        {
+            metrics.attestations.get_or_create(&Labels { method: Method::unix, result, reason }).inc();
+        }
+        for result in every!(Verdict: ok, refused, unavailable) {
+            metrics.attestations.get_or_create(&Labels { method: Method::unix, result, reason: Reason::none }).inc();
+        }
+    }
+
     /// Counts one verdict.
     pub fn observe(&self, method: Method, verdict: Result<(), &Error>, seconds: f64) {
         let (result, reason) = match verdict {

@@ -1,8 +1,11 @@
-//! The caller of one connection: attested when it first asks for something, once.
+//! The caller of one connection: attested when it first asks for something, once, and named by the rules as they are.
 //!
 //! The socket's side of the HTTP/2 handshake never waits for this: a client that only connects is answered at once.
 
-use std::{sync::Arc, time::Instant};
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Instant,
+};
 
 use tokio::sync::{Notify, OnceCell, watch};
 use tonic::Status;
@@ -20,7 +23,7 @@ use crate::{
 pub struct Caller {
     /// Who it is; `attested.gone` ends its streams.
     pub attested: Attested,
-    /// What it may have.
+    /// What it may have, by the rules of the moment in which it was named.
     pub identity: Arc<Identity>,
 }
 
@@ -40,7 +43,9 @@ pub struct Desk {
 pub struct Connection {
     peer: Peer,
     desk: Desk,
-    caller: OnceCell<Arc<Caller>>,
+    attested: OnceCell<Attested>,
+    /// The name, and the rules that gave it.
+    named: Mutex<Option<(Arc<Resolver>, Arc<Caller>)>>,
     known: Notify,
     origin: Origin,
     refusals: Arc<Refusals>,
@@ -58,7 +63,7 @@ impl Connection {
     /// A fresh connection of `peer`.
     pub fn new(peer: Peer, desk: Desk) -> Self {
         let origin = Origin::User(peer.uid);
-        Self { peer, desk, caller: OnceCell::new(), known: Notify::new(), origin, refusals: Arc::default() }
+        Self { peer, desk, attested: OnceCell::new(), named: Mutex::default(), known: Notify::new(), origin, refusals: Arc::default() }
     }
 
     /// The same, one of several that come from `origin` and are told of in one place.
@@ -71,33 +76,53 @@ impl Connection {
         &self.peer
     }
 
-    /// Who is calling. The first call attests, and may wait as long as the attestor does; failures are not remembered.
+    /// Who is calling, and what it may have now. The first call attests, and may wait as long as the attestor does; failures are not
+    /// remembered.
     pub async fn caller(&self) -> Result<Arc<Caller>, Status> {
-        let caller = self.caller.get_or_try_init(|| async {
+        let attested = self.attested.get_or_try_init(|| async {
             let start = Instant::now();
             let result = self.identify().await;
             self.desk.metrics.observe(self.desk.attestor.method(), result.as_ref().map(|_| ()), start.elapsed().as_secs_f64());
-            match &result {
-                Ok(caller) => {
-                    debug!(peer = ?self.peer, workload = %caller.attested.workload, identity = %caller.identity, "caller attested");
-                }
-                Err(error) => self.log(error),
-            }
-            result
-                .map(Arc::new)
-                .map_err(|error| if error.temporary { Status::unavailable(LATER) } else { Status::permission_denied(REFUSED) })
+            result.map_err(|error| {
+                self.log(&error);
+                if error.temporary { Status::unavailable(LATER) } else { Status::permission_denied(REFUSED) }
+            })
         });
-        let caller = caller.await.cloned();
+        let attested = attested.await;
         // After the cell has been set: who wakes finds it.
         self.known.notify_waiters();
-        caller
+        self.name(attested?)
     }
 
-    async fn identify(&self) -> Result<Caller, attest::Error> {
+    /// The rules as they come: a caller that was named before another set has to be named again.
+    pub fn rules(&self) -> watch::Receiver<Arc<Resolver>> {
+        self.desk.resolver.clone()
+    }
+
+    /// Who has been identified as calling, named by the rules as they are now. An identity that these do not give is refused.
+    fn name(&self, attested: &Attested) -> Result<Arc<Caller>, Status> {
+        let resolver = self.desk.resolver.borrow().clone();
+        let mut named = self.named.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((by, caller)) = &*named
+            && Arc::ptr_eq(by, &resolver)
+        {
+            return Ok(caller.clone());
+        }
+        let identity = resolver.resolve(&attested.workload).map_err(|error| {
+            self.log(&attest::Error::refused(Reason::no_identity, error.to_string()));
+            Status::permission_denied(REFUSED)
+        })?;
+        debug!(peer = ?self.peer, workload = %attested.workload, %identity, again = named.is_some(), "caller named");
+        let caller = Arc::new(Caller { attested: attested.clone(), identity: Arc::new(identity) });
+        *named = Some((resolver, caller.clone()));
+        Ok(caller)
+    }
+
+    async fn identify(&self) -> Result<Attested, attest::Error> {
         let attested = self.desk.attestor.attest(&self.peer).await?;
         let resolver = self.desk.resolver.borrow().clone();
         match resolver.resolve(&attested.workload) {
-            Ok(identity) => Ok(Caller { attested, identity: Arc::new(identity) }),
+            Ok(_) => Ok(attested),
             Err(error) => Err(attest::Error::refused(Reason::no_identity, error.to_string())),
         }
     }
@@ -125,8 +150,8 @@ impl Connection {
     pub async fn gone(&self) {
         loop {
             let known = self.known.notified();
-            if let Some(caller) = self.caller.get() {
-                caller.attested.gone.cancelled().await;
+            if let Some(attested) = self.attested.get() {
+                attested.gone.cancelled().await;
                 return;
             }
             known.await;

@@ -11,6 +11,7 @@ mod dev;
 mod environment;
 mod error;
 mod issuance;
+pub mod live;
 mod parse;
 mod reader;
 mod sockets;
@@ -22,7 +23,7 @@ pub use dev::{Dev, dev, dev_socket};
 pub use environment::{Env, process as process_environment};
 pub use error::{Errors, Problem, Warning};
 pub use issuance::renewals_per_second;
-pub use parse::Loaded;
+pub use parse::{Loaded, MAX_FILE_BYTES};
 pub use template::sample as sample_workload;
 
 /// All that the agent is told.
@@ -56,6 +57,8 @@ pub struct Config {
     pub limits: Limits,
     /// `kubernetes`: how fast the API server is asked.
     pub kubernetes: RequestRate,
+    /// `reissueOver`: the time over which certificates are issued anew that a change of the configuration makes foreign.
+    pub reissue_over: Duration,
     /// `retention`: how long a certificate is kept after its last subscriber has gone.
     pub retention: Duration,
     /// `drain`: how long open streams may take to end at shutdown.
@@ -64,6 +67,8 @@ pub struct Config {
     pub admin: SocketAddr,
     /// `metrics.address`
     pub metrics: SocketAddr,
+    /// `metrics.perWorkload`: whether each service account has series of its own.
+    pub metrics_per_workload: bool,
     /// `workerThreads`
     pub worker_threads: usize,
     /// `approver`; agents have no use for it.

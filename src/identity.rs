@@ -101,6 +101,14 @@ pub enum Workload {
 }
 
 impl Workload {
+    /// The service account, where there is one.
+    pub fn account(&self) -> Option<Account> {
+        match self {
+            Self::Pod { pod, service_account: Some(name), .. } => Some(Account { namespace: pod.namespace.clone(), name: name.clone() }),
+            Self::Pod { .. } | Self::Unix { .. } => None,
+        }
+    }
+
     /// The pod, where there is one.
     pub fn pod(&self) -> Option<&PodRef> {
         match self {
@@ -130,6 +138,17 @@ pub struct Identity {
     pub profile: Arc<Profile>,
     /// The pod, where the profile gives every pod a certificate of its own.
     pub pod_uid: Option<Arc<str>>,
+    /// Whose it is, for metrics: of accounts that come to the same names, the first that asked. No part of what makes identities equal.
+    pub account: Option<Account>,
+}
+
+/// A service account.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Account {
+    /// Its namespace.
+    pub namespace: Arc<str>,
+    /// Its name.
+    pub name: Arc<str>,
 }
 
 impl PartialEq for Identity {

@@ -50,6 +50,7 @@ pub mod cli;
 pub mod clock;
 pub mod config;
 pub mod fd;
+pub mod file;
 pub mod grpc;
 pub mod handover;
 pub mod kubernetes;

@@ -3,6 +3,7 @@
 use std::{future::Future, process::ExitCode};
 
 use sds_agent::{
+    app::File,
     cli::{self, Cli, Command, Exit, Style},
     config::{self, Loaded},
 };
@@ -17,8 +18,11 @@ fn main() -> ExitCode {
     let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
     let env = &config::process_environment;
     match cli.command {
-        Command::Run(args) => start(args.load(env), Style::Run),
-        Command::Dev(args) => start(args.load(env), Style::Dev),
+        Command::Run(args) => {
+            let file = File { path: args.config.clone(), env: config::process_environment };
+            start(args.load(env), Some(file), Style::Run)
+        }
+        Command::Dev(args) => start(args.load(env), None, Style::Dev),
         Command::Approver(args) => match args.load(env) {
             Ok(ready) => told(cli::approver::start(ready, env)),
             Err(exit) => exit.into(),
@@ -29,9 +33,9 @@ fn main() -> ExitCode {
     }
 }
 
-fn start(loaded: Result<Loaded, Exit>, style: Style) -> ExitCode {
+fn start(loaded: Result<Loaded, Exit>, file: Option<File>, style: Style) -> ExitCode {
     match loaded {
-        Ok(loaded) => told(cli::run::start(&loaded, style, &config::process_environment)),
+        Ok(loaded) => told(cli::run::start(&loaded, file, style, &config::process_environment)),
         Err(exit) => exit.into(),
     }
 }

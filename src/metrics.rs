@@ -12,6 +12,24 @@ use prometheus_client::{
 };
 
 mod process;
+#[cfg(test)]
+mod reference;
+
+/// Every variant of a label's type: one that is forgotten does not compile.
+macro_rules! every {
+    ($label:ident: $($variant:ident),+ $(,)?) => {{
+        #[allow(dead_code, reason = "it is there to be exhaustive")]
+        fn is_complete(label: $label) {
+            match label { $($label::$variant => {}),+ }
+        }
+        [$($label::$variant),+]
+    }};
+}
+pub(crate) use every;
+
+/// The value of a label that anything can stand for, in the reference.
+#[cfg(test)]
+pub(crate) const ANY: &str = "*";
 
 /// What every metric of ours begins with.
 pub const PREFIX: &str = "sds_agent";

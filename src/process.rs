@@ -109,6 +109,12 @@ impl Metrics {
         metrics
     }
 
+    /// Registers and shows them all, for the reference.
+    #[cfg(test)]
+    pub(crate) fn sample(registry: &mut Registry) {
+        Self::register(registry);
+    }
+
     /// Takes over what was achieved.
     pub fn observe(&self, hardened: &Hardened) {
         self.memory_locked.set(i64::from(hardened.locked == Locked::Yes));

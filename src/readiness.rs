@@ -121,6 +121,12 @@ impl Metrics {
         registry.register("ready", "1 once everything awaited at the start has come; never 0 again", metrics.ready.clone());
         metrics
     }
+
+    /// Registers and shows them all, for the reference.
+    #[cfg(test)]
+    pub(crate) fn sample(registry: &mut Registry) {
+        Self::register(registry);
+    }
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@
 //! logged with its cause, and tried again.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeSet, HashMap},
     fmt,
     sync::Arc,
     time::{Duration, SystemTime},
@@ -22,19 +22,23 @@ use tracing::{debug, info, warn};
 
 use self::{
     metrics::Metrics,
+    plan::Plan,
     planner::{Action, Class, Id, Now, Planner},
+    reissue::{Mark, Reissue},
 };
 use crate::{
     clock::{self, Clock},
     identity::{Identity, IssuerName, PodRef},
-    issuer::{Error, Issued, Issuer, Order, Progress, Retry, Stage, verify},
+    issuer::{Error, Issued, Order, Progress, Retry, Stage, verify},
     material::{self, Svid},
     store::{Entry, Event, Store},
     trust::BundleSet,
 };
 
 pub mod metrics;
+pub mod plan;
 pub mod planner;
+pub mod reissue;
 pub mod schedule;
 
 /// A difference between the two clocks that is a step and no drift.
@@ -56,16 +60,16 @@ pub struct Parts {
     pub store: Arc<Store>,
     /// What the store tells.
     pub events: mpsc::UnboundedReceiver<Event>,
-    /// The upstreams, by the names that profiles use.
-    pub issuers: BTreeMap<IssuerName, Arc<dyn Issuer>>,
+    /// What is in force.
+    pub plan: watch::Receiver<Arc<Plan>>,
+    /// Calls to reissue.
+    pub reissues: mpsc::Receiver<Reissue>,
     /// The bundles that chains are checked against.
     pub trust: watch::Receiver<Arc<BundleSet>>,
     /// Whether a bundle will come from elsewhere than the issuers: nothing is verified before it has.
     pub await_bundle: bool,
     /// The time.
     pub clock: Arc<dyn Clock>,
-    /// How long an entry without subscribers is kept.
-    pub retention: Duration,
     /// Who may ask; none where that is not known.
     pub claims: Option<Arc<dyn Claims>>,
     /// What is counted.
@@ -83,11 +87,15 @@ struct Rotation {
     ready: HashMap<Id, Arc<Svid>>,
     /// Evidence that an approver found to be gone: a sibling stands in.
     spent: HashMap<Id, PodRef>,
+    /// What calls to reissue have done lately.
+    marks: HashMap<Id, Mark>,
     /// Answers whose chain leads to no root that is known so far: judged again when the bundle changes.
     unproven: HashMap<Id, Issued>,
     submitted: (mpsc::UnboundedSender<Submitted>, mpsc::UnboundedReceiver<Submitted>),
     /// Issuers that answer nobody.
     silent: BTreeSet<IssuerName>,
+    /// Issuers that have series in the metrics.
+    counted: BTreeSet<IssuerName>,
     last_seen: Now,
 }
 
@@ -109,7 +117,7 @@ struct Answer {
 /// Runs until `shutdown`; orders under way are abandoned then.
 pub async fn run(parts: Parts, shutdown: CancellationToken) {
     let now = Now { wall: parts.clock.now(), mono: Instant::now() };
-    let planner = Planner::new(parts.retention, fastrand::u64(..));
+    let planner = Planner::new(parts.plan.borrow().retention(), fastrand::u64(..));
     let clock = parts.clock.clone();
     let mut departures = parts.claims.as_ref().map(|claims| claims.departures());
     let mut rotation = Rotation {
@@ -120,11 +128,14 @@ pub async fn run(parts: Parts, shutdown: CancellationToken) {
         tasks: JoinSet::new(),
         ready: HashMap::new(),
         spent: HashMap::new(),
+        marks: HashMap::new(),
         unproven: HashMap::new(),
         submitted: mpsc::unbounded_channel(),
         silent: BTreeSet::new(),
+        counted: BTreeSet::new(),
         last_seen: now,
     };
+    rotation.count_issuers();
     let mut wall_at = now.wall;
     let mut wall_sleep = clock.sleep_until(wall_at);
     loop {
@@ -152,6 +163,8 @@ pub async fn run(parts: Parts, shutdown: CancellationToken) {
                 Err(error) => rotation.lost(&error),
             },
             Ok(()) = rotation.parts.trust.changed() => rotation.bundle_changed(),
+            Ok(()) = rotation.parts.plan.changed() => rotation.reconfigured(),
+            Some(call) = rotation.parts.reissues.recv() => rotation.reissue(call),
             () = departure(departures.as_mut()) => rotation.purge(),
             () = &mut wall_sleep => wall_sleep = clock.sleep_until(wall_at),
             () = mono_sleep => {}
@@ -190,7 +203,10 @@ impl Rotation {
                         self.failed(id, order.evidence, &error);
                     }
                 }
-                Action::Forget(id) => self.forget(id, self.parts.retention),
+                Action::Forget(id) => {
+                    let retention = self.parts.plan.borrow().retention();
+                    self.forget(id, retention);
+                }
             }
         }
         let metrics = &self.parts.metrics;
@@ -244,8 +260,12 @@ impl Rotation {
         let (Event::Wanted(entry) | Event::Idle(entry)) = &event;
         let (id, is_leased) = (entry.id, entry.is_leased());
         if let Event::Wanted(entry) = event {
-            self.planner.wanted(now, id, &entry.identity.profile.issuer, entry.demand());
-            self.entries.entry(id).or_insert(entry);
+            // One queue for each authority: names of issuers may move.
+            let queue = IssuerName(entry.identity.profile.authority.clone());
+            self.planner.wanted(now, id, &queue, entry.demand());
+            if self.entries.insert(id, entry).is_none() && self.identity_of(id).is_none() {
+                self.planner.retire(now, id, true);
+            }
         }
         // Who wanted it may have left meanwhile, and a new subscriber may have come: the state counts, not the event.
         if !is_leased {
@@ -256,8 +276,10 @@ impl Rotation {
 
     fn start(&mut self, id: Id) {
         let Some(entry) = self.entries.get(&id) else { return };
-        let identity = entry.identity.clone();
-        let Some(issuer) = self.parts.issuers.get(&identity.profile.issuer).cloned() else {
+        // The planner starts nothing that is not in force.
+        let Some(identity) = self.identity_of(id) else { return };
+        let issuer = self.parts.plan.borrow().issuer(&identity.profile.issuer).cloned();
+        let Some(issuer) = issuer else {
             let error = Error::Configuration(format!(
                 "profile {} names issuer {}, which is not configured",
                 identity.profile.name, identity.profile.issuer
@@ -340,9 +362,8 @@ impl Rotation {
     }
 
     fn issued(&mut self, id: Id, issued: Issued, verified: verify::Verified, took: Duration) {
-        let Some(entry) = self.entries.get(&id).cloned() else { return };
+        let (Some(entry), Some(identity)) = (self.entries.get(&id).cloned(), self.identity_of(id)) else { return };
         let now = self.now();
-        let identity = entry.identity.clone();
         let profile = &identity.profile;
         let validity = verified.chain.validity;
         let occasion = self.planner.occasion(now, id);
@@ -391,7 +412,8 @@ impl Rotation {
         };
         let wait = self.planner.failed(now, id, retry, by_clock);
         let Some(entry) = self.entries.get(&id) else { return };
-        let issuer = &entry.identity.profile.issuer;
+        let identity = self.identity_of(id).unwrap_or_else(|| entry.identity.clone());
+        let issuer = &identity.profile.issuer;
         let renewal = entry.current();
         self.parts.metrics.failed(issuer, error.outcome(), renewal.is_some());
         let left = renewal.map(|svid| svid.chain.validity.remaining(now.wall).as_secs());
@@ -419,6 +441,7 @@ impl Rotation {
         let renew_at = svid.renew_at;
         entry.publish(svid);
         entry.set_status(|status| (status.last_error, status.next_attempt, status.request) = (None, Some(renew_at), None));
+        self.replaced(id);
     }
 
     /// Forgets what nobody may have any more. Pods end first and their streams a moment later: those are told as idle then.
@@ -447,6 +470,7 @@ impl Rotation {
             self.ready.remove(&id);
             self.unproven.remove(&id);
             self.spent.remove(&id);
+            self.marks.remove(&id);
             if let Some(order) = self.orders.remove(&id) {
                 order.task.abort();
             }

@@ -5,4 +5,5 @@ pub mod metrics;
 pub mod names;
 pub mod secret;
 pub mod service;
+pub mod spread;
 pub mod stream;

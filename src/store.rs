@@ -28,7 +28,8 @@ use crate::{
 pub enum Demand {
     /// As soon as can be.
     Now,
-    /// The subscriber still holds a good one and says until when: from before a restart of the agent.
+    /// The subscriber still holds a good one, and until when is known: from before a restart of the agent, or of an identity that it had
+    /// before the configuration changed.
     Held {
         /// When the one it holds was to be renewed.
         renew_at: SystemTime,
@@ -114,6 +115,18 @@ impl Entry {
     pub fn demand(&self) -> Option<Demand> {
         let book = self.book();
         if book.leases.is_empty() { None } else { book.demand }
+    }
+
+    /// Whether a subscriber holds a good certificate from before, so that nothing was asked for yet.
+    pub fn is_held(&self) -> bool {
+        matches!(self.demand(), Some(Demand::Held { .. }))
+    }
+
+    /// Where a subscriber holds one from before, it is to be replaced by `at`.
+    pub fn hurry(&self, at: SystemTime) {
+        if let Some(Demand::Held { renew_at, .. }) = &mut self.book().demand {
+            *renew_at = (*renew_at).min(at);
+        }
     }
 
     /// Whether anybody subscribes.

@@ -93,7 +93,10 @@ impl Trust {
     pub fn source(&self, domain: Option<TrustDomain>, name: &str) -> Source {
         let mut slots = self.0.slots.lock().unwrap_or_else(PoisonError::into_inner);
         slots.push(Slot { domain, bundle: None });
-        Source { trust: self.clone(), index: slots.len() - 1, name: name.into() }
+        let source = Source { trust: self.clone(), index: slots.len() - 1, name: name.into() };
+        // From zero on, or the first refusal would be no increase.
+        drop(self.0.metrics.refused.get_or_create(&source.label()));
+        source
     }
 
     fn publish(&self, slots: &[Slot]) {
@@ -213,6 +216,15 @@ impl Metrics {
             metrics.refused.clone(),
         );
         metrics
+    }
+
+    /// Registers and counts one of everything, for the reference.
+    #[cfg(test)]
+    pub(crate) fn sample(registry: &mut Registry) {
+        let metrics = Self::register(registry);
+        let label = Label { source: crate::metrics::ANY.to_owned() };
+        metrics.expiry.get_or_create(&label).set(1);
+        metrics.refused.get_or_create(&label).inc();
     }
 }
 

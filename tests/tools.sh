@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Gets the programs that the tests need, at pinned versions, into target/tools:
 #
-#   tests/tools.sh [envoy] [grpcurl] [controlplane] [vault] [node] [render] [system] [cargo-deny]
+#   tests/tools.sh [envoy] [grpcurl] [controlplane] [vault] [node] [render] [prometheus] [system] [cargo-deny]
 #
 # Without arguments: all that `make test` needs, which is all but cargo-deny. What is there already is left alone, so a second call
 # takes no time. Set SDS_AGENT_TOOLS to keep them elsewhere.
@@ -105,17 +105,32 @@ render() {
 
 # The headers and the static library, from the distribution's package and for runc alone: nothing is installed.
 libseccomp() {
-    local unpacked=$tools/libseccomp remedy="install libseccomp's headers (libseccomp-dev)"
-    need apt-get "$remedy"
-    need dpkg "$remedy"
-    rm -rf "$unpacked"
-    mkdir -p "$unpacked"
-    download() (cd "$unpacked" && apt-get download -qq -o APT::Sandbox::User=root libseccomp-dev)
-    download 2>/dev/null || { apt-get update -qq && download; } || fail "libseccomp's headers are out of reach: $remedy"
-    dpkg -x "$unpacked"/libseccomp-dev_*.deb "$unpacked"
+    local unpacked=$tools/libseccomp
+    unpack libseccomp-dev "$unpacked" "install libseccomp's headers (libseccomp-dev)"
     # The static one, so that runc needs no library of the machine; and the package believes that it is installed.
     rm -f "$unpacked"/usr/lib/*/libseccomp.so
     sed "s|^prefix=.*|prefix=$unpacked/usr|" "$unpacked"/usr/lib/*/pkgconfig/libseccomp.pc >"$unpacked/libseccomp.pc"
+}
+
+# Prometheus and promtool, at the version that the distribution has.
+prometheus() {
+    local folder=$tools/prometheus program=$tools/prometheus/usr/bin/prometheus
+    ! present "$program" distribution || return 0
+    unpack prometheus "$folder" "get prometheus and promtool from https://prometheus.io/download, and set PROMETHEUS and PROMTOOL"
+    echo "tests/tools.sh: unpacked $("$folder/usr/bin/promtool" --version 2>&1 | head -n 1)"
+    stamp "$program" distribution
+}
+
+# A package of Debian or Ubuntu, unpacked and not installed: unpack PACKAGE FOLDER REMEDY
+unpack() {
+    need apt-get "on another system than Debian or Ubuntu, $3"
+    need dpkg "$3"
+    rm -rf "$2"
+    mkdir -p "$2"
+    download() (cd "$2" && apt-get download -qq -o APT::Sandbox::User=root "$1")
+    download "$@" 2>/dev/null || { apt-get update -qq && download "$@"; } || fail "the package $1 is out of reach: $3"
+    dpkg -x "$2/$1"_*.deb "$2"
+    rm "$2/$1"_*.deb
 }
 
 system() {
@@ -139,10 +154,10 @@ cargo-deny() {
     stamp "$program" "$cargo_deny_version"
 }
 
-[ $# -gt 0 ] || set -- system envoy grpcurl controlplane vault node render
+[ $# -gt 0 ] || set -- system envoy grpcurl controlplane vault node render prometheus
 for tool; do
     case $tool in
-    envoy | grpcurl | controlplane | vault | node | render | system | cargo-deny) "$tool" ;;
-    *) fail "unknown tool $tool; known: envoy grpcurl controlplane vault node render system cargo-deny" ;;
+    envoy | grpcurl | controlplane | vault | node | render | prometheus | system | cargo-deny) "$tool" ;;
+    *) fail "unknown tool $tool; known: envoy grpcurl controlplane vault node render prometheus system cargo-deny" ;;
     esac
 done

@@ -1,13 +1,17 @@
 //! The service without its rotation: certificates are published at the moment that the bench chooses.
 
-use std::{path::Path, sync::Arc};
+use std::{
+    path::Path,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use sds_agent::{
     attest::{self, unix::UnixAttestor},
     caller::Desk,
     clock::SystemClock,
     listener,
-    sds::{self, names::Directory, service::Service},
+    sds::{self, names::Directory, service::Service, spread::Spread},
     session::{self, Sessions, services::Services},
     shutdown::Shutdown,
     store::{Entry, Event, Store},
@@ -42,6 +46,7 @@ impl Pushing {
             clock: Arc::new(SystemClock),
             limits: config.limits.clone(),
             metrics: sds::metrics::Metrics::default(),
+            spread: watch::channel(Spread::new(SystemTime::now(), Duration::ZERO, 0)).1,
             drain: ending.clone(),
         };
         let resolver = config.resolver();

@@ -5,11 +5,16 @@ use std::net::{Ipv4Addr, SocketAddr};
 use serde_json::json;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
+    sync::mpsc,
     task::JoinHandle,
 };
 
 use super::*;
-use crate::readiness;
+use crate::{
+    readiness,
+    rotation::reissue::{Reissue, Reissued, Which},
+    telemetry,
+};
 
 const BOUND: Duration = Duration::from_secs(20);
 const ANYWHERE: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
@@ -33,10 +38,20 @@ fn routes() -> (Routes, readiness::Guard) {
     (Routes::new(readiness, Arc::new(Exposition::new())), start)
 }
 
+/// Controls without a log, and the calls that they take.
+fn controls(certificates: Certificates) -> (Controls, mpsc::Receiver<Reissue>) {
+    let (reissue, calls) = mpsc::channel(1);
+    (Controls { certificates, reissue, log: None }, calls)
+}
+
 /// The whole answer: the server closes after one.
 async fn ask(address: SocketAddr, request_line: &str) -> String {
+    say(address, &format!("{request_line} HTTP/1.1\r\nhost: test\r\n\r\n")).await
+}
+
+async fn say(address: SocketAddr, request: &str) -> String {
     let mut stream = TcpStream::connect(address).await.unwrap();
-    stream.write_all(format!("{request_line} HTTP/1.1\r\nhost: test\r\n\r\n").as_bytes()).await.unwrap();
+    stream.write_all(request.as_bytes()).await.unwrap();
     let mut text = String::new();
     timeout(BOUND, stream.read_to_string(&mut text)).await.unwrap().unwrap();
     text
@@ -74,7 +89,7 @@ async fn the_metrics_page_is_openmetrics() {
 #[tokio::test]
 async fn certificates_are_on_the_admin_address_only() {
     let rows = || vec![json!({ "spiffe_id": "spiffe://a/b", "state": "valid" })];
-    let admin = served(LIMITS, routes().0.with_certificates(Arc::new(rows))).await;
+    let admin = served(LIMITS, routes().0.with_controls(controls(Arc::new(rows)).0)).await;
     let expected = "{\"certificates\":[{\"spiffe_id\":\"spiffe://a/b\",\"state\":\"valid\"}]}\n";
     assert_answer(&ask(admin.address, "GET /certs").await, 200, JSON, expected);
     assert_answer(&ask(admin.address, "HEAD /certs").await, 200, JSON, "");
@@ -82,6 +97,87 @@ async fn certificates_are_on_the_admin_address_only() {
     let metrics = served(LIMITS, routes().0).await;
     let expected = "not found; here are /livez, /readyz and /metrics\n";
     assert_answer(&ask(metrics.address, "GET /certs").await, 404, TEXT, expected);
+}
+
+#[tokio::test]
+async fn reissuing_is_asked_for_by_post_and_the_answer_counts() {
+    let (controls, mut calls) = controls(Arc::new(Vec::new));
+    let server = served(LIMITS, routes().0.with_controls(controls)).await;
+    tokio::spawn(async move {
+        let id = Some("spiffe://a/ns/b/sa/c".to_owned());
+        for (which, over) in [
+            (Which::default(), 300),
+            (Which { spiffe_id: id, profile: None }, 0),
+            (Which { profile: Some("gold".into()), spiffe_id: None }, 90),
+        ] {
+            let call = calls.recv().await.unwrap();
+            assert_eq!((call.which, call.over), (which, Duration::from_secs(over)));
+            call.answer.send(Reissued { matched: 3, just_done: 1 }).unwrap();
+        }
+    });
+    let expected = |over: &str| format!("{{\"just_done\":1,\"matched\":3,\"over\":\"{over}\"}}\n");
+    assert_answer(&ask(server.address, "POST /reissue").await, 200, JSON, &expected("5m"));
+    let line = "POST /reissue?spiffe_id=spiffe%3A%2F%2Fa/ns/b/sa/c&over=0s";
+    assert_answer(&ask(server.address, line).await, 200, JSON, &expected("0s"));
+    assert_answer(&ask(server.address, "POST /reissue?profile=gold&over=90s").await, 200, JSON, &expected("1m 30s"));
+
+    let text = ask(server.address, "GET /reissue").await;
+    assert_answer(&text, 405, TEXT, "use POST\n");
+    assert!(text.contains("allow: POST\r\n"), "{text}");
+    let wrong = "over: \"5\" is not a time of at most seven days; write, for example, over=5m\n";
+    assert_answer(&ask(server.address, "POST /reissue?over=5").await, 400, TEXT, wrong);
+    let wrong = "\"spiffeid\" is not known here; known: spiffe_id, profile and over\n";
+    assert_answer(&ask(server.address, "POST /reissue?spiffeid=x").await, 400, TEXT, wrong);
+    // The task that answers has gone, and with it rotation.
+    assert_answer(&ask(server.address, "POST /reissue").await, 503, TEXT, "the agent is shutting down\n");
+
+    let metrics = served(LIMITS, routes().0).await;
+    let expected = "not found; here are /livez, /readyz and /metrics\n";
+    assert_answer(&ask(metrics.address, "POST /reissue").await, 404, TEXT, expected);
+}
+
+/// Asks with a body.
+async fn tell(address: SocketAddr, request_line: &str, body: &str) -> String {
+    say(address, &format!("{request_line} HTTP/1.1\r\nhost: test\r\ncontent-length: {}\r\n\r\n{body}", body.len())).await
+}
+
+#[tokio::test]
+async fn the_logs_filter_is_shown_changed_and_goes_back() {
+    let (_guard, filter) = telemetry::capture("info", telemetry::Format::Json, std::io::sink).unwrap();
+    let (mut controls, _calls) = controls(Arc::new(Vec::new));
+    controls.log = Some(LogLevel::new(filter.clone()));
+    let server = served(LIMITS, routes().0.with_controls(controls)).await;
+    assert_answer(&ask(server.address, "GET /log-level").await, 200, TEXT, "info\n");
+    let wrong = tell(server.address, "PUT /log-level", "sds_agent=loud").await;
+    assert!(wrong.starts_with("HTTP/1.1 400 ") && wrong.contains("sds_agent=loud"), "{wrong}");
+    assert!(tell(server.address, "PUT /log-level", " \n").await.starts_with("HTTP/1.1 400 "));
+    assert!(tell(server.address, "PUT /log-level", &"x".repeat(5000)).await.starts_with("HTTP/1.1 400 "));
+    assert!(tell(server.address, "PUT /log-level?for=ever", "debug").await.starts_with("HTTP/1.1 400 "));
+    assert!(ask(server.address, "DELETE /log-level").await.contains("allow: GET, HEAD, PUT, POST\r\n"));
+    assert_eq!(filter.current(), "info");
+
+    assert_answer(&tell(server.address, "PUT /log-level", "sds_agent=debug,info\n").await, 200, TEXT, "sds_agent=debug,info\n");
+    assert_answer(&tell(server.address, "POST /log-level?for=10m", "trace").await, 200, TEXT, "trace\n");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_log_filter_for_a_time_goes_back_to_the_usual_one_unless_another_has_come() {
+    let (_guard, filter) = telemetry::capture("info", telemetry::Format::Json, std::io::sink).unwrap();
+    let log = LogLevel::new(filter.clone());
+    let second = Duration::from_secs(1);
+    log.change("debug", Some(10 * second)).unwrap();
+    log.change("trace", Some(20 * second)).unwrap();
+    tokio::time::sleep(15 * second).await;
+    assert_eq!(filter.current(), "trace", "the first one's end is over-ridden");
+    tokio::time::sleep(6 * second).await;
+    assert_eq!(filter.current(), "info");
+    log.change("debug", Some(10 * second)).unwrap();
+    log.change("warn", None).unwrap();
+    tokio::time::sleep(11 * second).await;
+    assert_eq!(filter.current(), "warn");
+    log.change("debug", Some(10 * second)).unwrap();
+    tokio::time::sleep(11 * second).await;
+    assert_eq!(filter.current(), "warn");
 }
 
 #[tokio::test]
@@ -110,7 +206,7 @@ async fn clients_that_say_nothing_do_not_keep_the_probes_out() {
 async fn a_client_that_does_not_read_is_cut_off() {
     let many = || vec![json!("x".repeat(64 << 10)); 256];
     let limits = Limits { connections: 1, connection: Duration::from_millis(200), ..LIMITS };
-    let server = served(limits, routes().0.with_certificates(Arc::new(many))).await;
+    let server = served(limits, routes().0.with_controls(controls(Arc::new(many)).0)).await;
     let mut deaf = TcpStream::connect(server.address).await.unwrap();
     deaf.write_all(b"GET /certs HTTP/1.1\r\nhost: test\r\n\r\n").await.unwrap();
     assert_answer(&ask(server.address, "GET /livez").await, 200, TEXT, "ok\n");

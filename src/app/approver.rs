@@ -34,7 +34,7 @@ pub struct BoundApprover {
 
 /// Binds the addresses and finds the way to the API; nothing waits for the API itself.
 pub async fn build_approver(config: &Config, rules: Rules, base: Base) -> anyhow::Result<BoundApprover> {
-    let Base { mut exposition, readiness, shutdown, start } = base;
+    let Base { mut exposition, readiness, shutdown, start, .. } = base;
     let admin = admin::bind("admin.address", config.admin).await?;
     let metrics = admin::bind("metrics.address", config.metrics).await?;
     let kube_metrics = kubernetes::Metrics::register(exposition.registry());

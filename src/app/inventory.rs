@@ -2,23 +2,27 @@
 
 use std::{sync::Arc, time::SystemTime};
 
-use prometheus_client::{
-    collector::Collector,
-    encoding::{DescriptorEncoder, EncodeMetric},
-    metrics::{MetricType, gauge::ConstGauge},
-};
 use serde_json::{Value, json};
+use tokio::sync::watch;
 
 use crate::{
     clock::{self, Clock},
+    rotation::plan::Plan,
     store::{Demand, Entry, Store},
 };
+
+mod gauges;
+
+#[cfg(test)]
+pub(crate) use tests::sample;
 
 /// A reader of the store.
 #[derive(Debug, Clone)]
 pub(super) struct Inventory {
     store: Arc<Store>,
+    plan: watch::Receiver<Arc<Plan>>,
     clock: Arc<dyn Clock>,
+    per_workload: bool,
 }
 
 /// What has become of an identity's certificate.
@@ -28,11 +32,11 @@ enum State {
     Valid,
     /// In use, and its renewal should have been.
     Overdue,
-    /// Past its end: withheld.
+    /// Past its end: withheld, or what a client still holds.
     Expired,
     /// Being issued for the first time.
     Pending,
-    /// A client holds a good one from before the agent's start.
+    /// A client holds a good one from before the agent's start, or of an identity that it had before the configuration changed.
     HeldByClient,
     /// Nobody subscribes: it is kept for a while in case somebody comes back, and not renewed.
     Idle,
@@ -51,8 +55,13 @@ const STATES: [(State, &str); 6] = [
 const OVERDUE: f64 = 0.05;
 
 impl Inventory {
-    pub(super) fn new(store: Arc<Store>, clock: Arc<dyn Clock>) -> Self {
-        Self { store, clock }
+    pub(super) fn new(store: Arc<Store>, plan: watch::Receiver<Arc<Plan>>, clock: Arc<dyn Clock>) -> Self {
+        Self { store, plan, clock, per_workload: false }
+    }
+
+    /// And with gauges for each service account.
+    pub(super) fn per_workload(self, per_workload: bool) -> Self {
+        Self { per_workload, ..self }
     }
 
     /// One object for each identity.
@@ -60,7 +69,8 @@ impl Inventory {
         let now = self.clock.now();
         let mut entries = self.store.snapshot();
         entries.sort_by(|a, b| a.identity.spiffe_id.cmp(&b.identity.spiffe_id));
-        entries.iter().map(|entry| row(entry, now)).collect()
+        let plan = self.plan.borrow().clone();
+        entries.iter().map(|entry| row(entry, &plan, now)).collect()
     }
 }
 
@@ -81,7 +91,8 @@ fn state(entry: &Entry, now: SystemTime) -> State {
         }
         None => match entry.demand() {
             Some(Demand::Held { not_after, .. }) if now < not_after => State::HeldByClient,
-            _ => State::Pending,
+            Some(Demand::Held { .. }) => State::Expired,
+            Some(Demand::Now) | None => State::Pending,
         },
     }
 }
@@ -90,12 +101,14 @@ fn name(state: State) -> &'static str {
     STATES.iter().find(|(s, _)| *s == state).map_or("", |(_, name)| name)
 }
 
-fn row(entry: &Entry, now: SystemTime) -> Value {
+fn row(entry: &Entry, plan: &Plan, now: SystemTime) -> Value {
     let status = entry.status();
+    // As it is called now; of what is issued no more, as it was.
+    let identity = plan.current(&entry.identity).unwrap_or_else(|| entry.identity.clone());
     let mut row = json!({
         "spiffe_id": entry.identity.spiffe_id.as_str(),
-        "profile": &*entry.identity.profile.name,
-        "issuer": entry.identity.profile.issuer.to_string(),
+        "profile": &*identity.profile.name,
+        "issuer": identity.profile.issuer.to_string(),
         "state": name(state(entry, now)),
         "subscribers": entry.subscribers(),
         "next_attempt": status.next_attempt.map(clock::rfc3339),
@@ -113,83 +126,5 @@ fn row(entry: &Entry, now: SystemTime) -> Value {
     row
 }
 
-impl Collector for Inventory {
-    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
-        let now = self.clock.now();
-        let entries = self.store.snapshot();
-        let mut counts = [0_i64; STATES.len()];
-        let mut earliest: Option<SystemTime> = None;
-        for entry in &entries {
-            let state = state(entry, now);
-            counts[state as usize] += 1;
-            if let Some(svid) = entry.current().filter(|_| state != State::Idle) {
-                let end = svid.chain.validity.not_after;
-                earliest = Some(earliest.map_or(end, |e| e.min(end)));
-            }
-        }
-        let mut family =
-            encoder.encode_descriptor("certificates", "Identities, by the state of their certificate", None, MetricType::Gauge)?;
-        for ((_, name), count) in STATES.iter().zip(counts) {
-            ConstGauge::new(count).encode(family.encode_family(&[("state", *name)])?)?;
-        }
-        if let Some(earliest) = earliest {
-            let gauge = ConstGauge::new(i64::try_from(clock::unix_seconds(earliest)).unwrap_or(i64::MAX));
-            let help = "When the first of the certificates in use ends";
-            gauge.encode(encoder.encode_descriptor(
-                "certificate_earliest_expiration_timestamp_seconds",
-                help,
-                None,
-                MetricType::Gauge,
-            )?)?;
-        }
-        Ok(())
-    }
-}
-
 #[cfg(test)]
-mod tests {
-    use std::time::{Duration, UNIX_EPOCH};
-
-    use prometheus_client::{encoding::text, registry::Registry};
-
-    use super::*;
-    use crate::{
-        clock::TestClock,
-        identity::tests::identity,
-        issuer::{Issuer as _, Order, Progress, embedded::Embedded},
-        material::{CertificateChain, Svid},
-    };
-
-    #[tokio::test(start_paused = true)]
-    async fn what_nobody_subscribes_to_is_idle_and_alarms_nobody() {
-        let clock = TestClock::new(UNIX_EPOCH + Duration::from_secs(1_700_000_000));
-        let (store, _events) = Store::new();
-        let mut registry = Registry::default();
-        registry.register_collector(Box::new(Inventory::new(store.clone(), Arc::new(clock.clone()))));
-        let count = |state: &str| {
-            let mut page = String::new();
-            text::encode(&mut page, &registry).unwrap();
-            (page.contains(&format!("certificates{{state=\"{state}\"}} 1")), page.contains("\ncertificate_earliest_expiration"))
-        };
-
-        let id = identity("a");
-        let lease = store.lease(&id, Demand::Now, None);
-        assert_eq!(count("pending"), (true, false));
-        let (progress, _stage) = Progress::new();
-        let order = Order { identity: id.clone(), evidence: None, progress };
-        let issued = Embedded::new("cluster.local", Arc::new(clock.clone())).unwrap().issue(order).await.unwrap();
-        let chain = CertificateChain::from_pem(&issued.chain_pem).unwrap();
-        let renew_at = clock.now() + Duration::from_secs(1800);
-        let svid = Svid::new(id.clone(), chain, issued.key, renew_at, clock.now(), String::new());
-        store.snapshot()[0].publish(Arc::new(svid));
-        assert_eq!(count("valid"), (true, true));
-        tokio::time::advance(Duration::from_secs(2000)).await;
-        assert_eq!(count("overdue"), (true, true));
-        drop(lease);
-        assert_eq!(count("idle"), (true, false), "nobody renews it, because nobody needs it");
-        tokio::time::advance(Duration::from_secs(2000)).await;
-        assert_eq!(count("idle"), (true, false));
-        let _lease = store.lease(&id, Demand::Now, None);
-        assert_eq!(count("expired"), (true, true));
-    }
-}
+mod tests;

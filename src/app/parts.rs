@@ -34,10 +34,10 @@ pub(super) async fn make(config: &Config, base: &mut Base) -> anyhow::Result<Dep
 
     let trust = Trust::new(trust::Metrics::register(base.exposition.registry()));
     let await_bundle = sources(config, base, &trust, cluster.as_ref(), &mut tasks, &last)?;
-    let issuers = upstream::issuers(config, base, &trust, cluster.as_ref(), &clock, &mut tasks, &last)?;
+    let upstreams = upstream::issuers(config, base, &trust, cluster.as_ref(), &clock, &mut tasks, &last)?;
     let pods = cluster.and_then(|cluster| cluster.pods);
     let attestor = attestor(config, pods.clone())?;
-    Ok(Deps { clock, attestor, pods, issuers, trust, await_bundle, tasks, last })
+    Ok(Deps { clock, attestor, pods, upstreams, trust, await_bundle, tasks, last })
 }
 
 fn needs_cluster(config: &Config) -> bool {

@@ -20,7 +20,7 @@ fn deps(tasks: Vec<BoxFuture<'static, ()>>) -> Deps {
         clock: Arc::new(SystemClock),
         attestor: Arc::new(UnixAttestor),
         pods: None,
-        issuers: BTreeMap::new(),
+        upstreams: std::collections::BTreeMap::new().into(),
         trust: Trust::new(trust::Metrics::default()),
         await_bundle: false,
         tasks,

@@ -3,9 +3,14 @@
 //! A watch of requests deletes what is this agent's and what none of *its* orders knows. Two that see the same namespace would delete each
 //! other's live requests. So every namespace is seen by one at most: each fixed one by its own, or, as soon as one issuer follows the
 //! workloads' namespaces, all of them by a single one.
+//!
+//! A change of the configuration makes the issuers that are new, and keeps those that stay as they are, with their memory. One that goes
+//! ends with its last order. A namespace that is new gets a watch of its own; a watch that is not needed any more runs on until the end of
+//! the agent, because requests and records of refusals may be left in it. What would make two watches meet is refused.
 
 use std::{
     collections::{BTreeMap, HashSet},
+    fmt,
     sync::Arc,
 };
 
@@ -28,10 +33,69 @@ use crate::{
         cert_manager::{CertManager, LivePods, Metrics, Requests},
         embedded::Embedded,
     },
+    kubernetes,
     trust::Trust,
 };
 
-/// Makes the issuers of `config`.
+/// The issuers in force, and what makes others.
+pub struct Upstreams {
+    issuers: BTreeMap<IssuerName, Arc<dyn Issuer>>,
+    /// Every one that was made: one that comes back is the same.
+    made: Vec<(IssuerConfig, Arc<dyn Issuer>)>,
+    maker: Option<Maker>,
+}
+
+impl fmt::Debug for Upstreams {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Upstreams").field(&self.issuers).finish()
+    }
+}
+
+/// Issuers that stay as they are.
+impl From<BTreeMap<IssuerName, Arc<dyn Issuer>>> for Upstreams {
+    fn from(issuers: BTreeMap<IssuerName, Arc<dyn Issuer>>) -> Self {
+        Self { issuers, made: Vec::new(), maker: None }
+    }
+}
+
+/// What issuers are made of.
+struct Maker {
+    asked: Option<Asked>,
+    scopes: Vec<(RequestNamespace, Requests)>,
+    trust: Trust,
+    clock: Arc<dyn Clock>,
+    last: CancellationToken,
+}
+
+/// The cluster that is asked, and as whom.
+struct Asked {
+    client: kube::Client,
+    kube_metrics: kubernetes::Metrics,
+    metrics: Metrics,
+    agent: Arc<Agent>,
+    pods: Option<Arc<dyn LivePods>>,
+}
+
+/// What runs beside new issuers. It ends when the agent does.
+#[derive(Default)]
+pub(super) struct Begun {
+    /// Watches, with their names.
+    watches: Vec<(String, Requests)>,
+    checks: Vec<BoxFuture<'static, ()>>,
+}
+
+impl Begun {
+    /// All of it, to be run.
+    pub(super) fn tasks(self, last: &CancellationToken) -> impl Iterator<Item = BoxFuture<'static, ()>> {
+        let watches = self.watches.into_iter().map(|(_, requests)| {
+            let last = last.clone();
+            Box::pin(async move { requests.run(last).await }) as BoxFuture<'static, ()>
+        });
+        watches.collect::<Vec<_>>().into_iter().chain(self.checks)
+    }
+}
+
+/// Makes the issuers of `config`; nobody is ready before their watches are.
 pub(super) fn issuers(
     config: &Config,
     base: &mut Base,
@@ -40,28 +104,125 @@ pub(super) fn issuers(
     clock: &Arc<dyn Clock>,
     tasks: &mut Vec<BoxFuture<'static, ()>>,
     last: &CancellationToken,
-) -> anyhow::Result<BTreeMap<IssuerName, Arc<dyn Issuer>>> {
-    let scopes = match cluster {
-        Some(cluster) => watched(config, base, cluster, clock, tasks, last),
-        None => Vec::new(),
-    };
-    let mut out: BTreeMap<IssuerName, Arc<dyn Issuer>> = BTreeMap::new();
-    for (name, issuer) in &config.issuers {
-        let made: Arc<dyn Issuer> = match issuer {
+) -> anyhow::Result<Upstreams> {
+    let asked = cluster.map(|cluster| Asked {
+        client: cluster.client.clone(),
+        kube_metrics: cluster.metrics.clone(),
+        metrics: Metrics::register(base.exposition.registry()),
+        agent: Arc::new(Agent::new(&config.node, fastrand::u64(..))),
+        pods: cluster.pods.clone().map(|pods| Arc::new(NodePods(pods)) as Arc<dyn LivePods>),
+    });
+    let maker = Maker { asked, scopes: Vec::new(), trust: trust.clone(), clock: clock.clone(), last: last.clone() };
+    let mut upstreams = Upstreams { issuers: BTreeMap::new(), made: Vec::new(), maker: Some(maker) };
+    let begun = upstreams.change(config)?;
+    for (name, requests) in begun.watches {
+        let (running, last) = (requests.clone(), last.clone());
+        let come = async move { requests.synced().await };
+        tasks.push(guarded(&base.readiness, &name, come, async move { running.run(last).await }));
+    }
+    tasks.extend(begun.checks);
+    Ok(upstreams)
+}
+
+impl Upstreams {
+    /// Those in force, by the names that profiles use.
+    pub(super) fn issuers(&self) -> BTreeMap<IssuerName, Arc<dyn Issuer>> {
+        self.issuers.clone()
+    }
+
+    /// How many watches there are.
+    #[cfg(test)]
+    pub(super) fn scopes(&self) -> usize {
+        self.maker.as_ref().map_or(0, |maker| maker.scopes.len())
+    }
+
+    /// Goes over to those of `config`; an error says what cannot be had while the agent runs, and then nothing has changed.
+    pub(super) fn change(&mut self, config: &Config) -> anyhow::Result<Begun> {
+        let mut begun = Begun::default();
+        let Some(maker) = &mut self.maker else { anyhow::bail!("these issuers were given to the agent, and stay") };
+        let watches = maker.scopes.len();
+        maker.watch(config, &mut begun)?;
+        let (mut issuers, mut made) = (BTreeMap::new(), Vec::new());
+        for (name, wanted) in &config.issuers {
+            let known = self.made.iter().find(|(known, _)| known == wanted).map(|(_, issuer)| issuer.clone());
+            let issuer = match known.map_or_else(|| maker.make(name, wanted, config, &mut begun), Ok) {
+                Ok(issuer) => issuer,
+                Err(error) => {
+                    // Nobody will run them.
+                    maker.scopes.truncate(watches);
+                    return Err(error);
+                }
+            };
+            made.push((wanted.clone(), issuer.clone()));
+            issuers.insert(name.clone(), issuer);
+        }
+        for (wanted, issuer) in made {
+            if !self.made.iter().any(|(known, _)| *known == wanted) {
+                self.made.push((wanted, issuer));
+            }
+        }
+        self.issuers = issuers;
+        Ok(begun)
+    }
+}
+
+impl Maker {
+    /// Adds the watches that `config` needs and that there are not.
+    fn watch(&mut self, config: &Config, begun: &mut Begun) -> anyhow::Result<()> {
+        let missing: Vec<_> = scopes(config).into_iter().filter(|scope| !self.scopes.iter().any(|(have, _)| holds(have, scope))).collect();
+        if missing.is_empty() {
+            return Ok(());
+        }
+        let Some(asked) = &self.asked else { anyhow::bail!("cert-manager needs a cluster, and the agent was started without one") };
+        anyhow::ensure!(
+            self.scopes.is_empty() || !missing.contains(&RequestNamespace::Workload),
+            "namespace: workload needs one watch of all namespaces, and there are watches of single ones"
+        );
+        for scope in missing {
+            let name = match &scope {
+                RequestNamespace::Fixed(namespace) => format!("the watch of requests in namespace {namespace}"),
+                RequestNamespace::Workload => "the watch of requests".to_owned(),
+            };
+            let Asked { client, kube_metrics, metrics, agent, pods } = asked;
+            let (agent, pods, clock) = (agent.clone(), pods.clone(), self.clock.clone());
+            let requests = Requests::new(client.clone(), scope.clone(), agent, pods, clock, kube_metrics.clone(), metrics.clone());
+            begun.watches.push((name, requests.clone()));
+            self.scopes.push((scope, requests));
+        }
+        Ok(())
+    }
+
+    fn make(&self, name: &IssuerName, wanted: &IssuerConfig, config: &Config, begun: &mut Begun) -> anyhow::Result<Arc<dyn Issuer>> {
+        match wanted {
             IssuerConfig::Embedded => {
-                let embedded = Embedded::new(config.trust_domain.as_str(), clock.clone())?;
-                trust.source(None, &format!("issuer {name}")).take(embedded.bundle()?);
-                Arc::new(embedded)
+                let embedded = Embedded::new(config.trust_domain.as_str(), self.clock.clone())?;
+                self.trust.source(None, &format!("issuer {name}")).take(embedded.bundle()?);
+                Ok(Arc::new(embedded))
             }
             IssuerConfig::CertManager(cert_manager) => {
-                let scope = scopes.iter().find(|(scope, _)| holds(scope, &cert_manager.namespace));
+                let scope = self.scopes.iter().find(|(scope, _)| holds(scope, &cert_manager.namespace));
                 let Some((_, requests)) = scope else { anyhow::bail!("issuer {name}: cert-manager needs a cluster") };
-                Arc::new(ask_cert_manager(name, cert_manager, requests.clone(), trust, tasks, last))
+                Ok(Arc::new(self.ask_cert_manager(name, cert_manager, requests.clone(), begun)))
             }
-        };
-        out.insert(name.clone(), made);
+        }
     }
-    Ok(out)
+
+    fn ask_cert_manager(&self, name: &IssuerName, config: &config::CertManager, requests: Requests, begun: &mut Begun) -> CertManager {
+        let status_ca = config.trust_status_ca.then(|| self.trust.source(None, &format!("status.ca of issuer {name}")));
+        let issuer = CertManager::new(requests, config.clone(), status_ca);
+        // The log tells early what the first order would run into.
+        let (check, name, last) = (issuer.preflight(), name.clone(), self.last.clone());
+        begun.checks.push(Box::pin(async move {
+            tokio::select! {
+                () = last.cancelled() => return,
+                checked = check => if let Err(cause) = checked {
+                    error!(issuer = %name, %cause, "the issuer cannot serve as it is; orders will try again");
+                },
+            }
+            last.cancelled().await;
+        }));
+        issuer
+    }
 }
 
 /// The scopes of the watches that `config` needs: none is part of another.
@@ -80,62 +241,6 @@ fn scopes(config: &Config) -> Vec<RequestNamespace> {
 /// Whether a watch of `scope` sees the requests of an issuer that asks in `namespace`.
 fn holds(scope: &RequestNamespace, namespace: &RequestNamespace) -> bool {
     *scope == RequestNamespace::Workload || scope == namespace
-}
-
-/// Begins to watch each scope, all as one agent.
-fn watched(
-    config: &Config,
-    base: &mut Base,
-    cluster: &Cluster,
-    clock: &Arc<dyn Clock>,
-    tasks: &mut Vec<BoxFuture<'static, ()>>,
-    last: &CancellationToken,
-) -> Vec<(RequestNamespace, Requests)> {
-    let scopes = scopes(config);
-    if scopes.is_empty() {
-        return Vec::new();
-    }
-    let metrics = Metrics::register(base.exposition.registry());
-    let agent = Arc::new(Agent::new(&config.node, fastrand::u64(..)));
-    let pods = cluster.pods.clone().map(|pods| Arc::new(NodePods(pods)) as Arc<dyn LivePods>);
-    let watch = |scope: RequestNamespace| {
-        let client = cluster.client.clone();
-        let (clock, pods) = (clock.clone(), pods.clone());
-        let requests = Requests::new(client, scope.clone(), agent.clone(), pods, clock, cluster.metrics.clone(), metrics.clone());
-        let (running, synced, last) = (requests.clone(), requests.clone(), last.clone());
-        let name = match &scope {
-            RequestNamespace::Fixed(namespace) => format!("the watch of requests in namespace {namespace}"),
-            RequestNamespace::Workload => "the watch of requests".to_owned(),
-        };
-        let come = async move { synced.synced().await };
-        tasks.push(guarded(&base.readiness, &name, come, async move { running.run(last).await }));
-        (scope, requests)
-    };
-    scopes.into_iter().map(watch).collect()
-}
-
-fn ask_cert_manager(
-    name: &IssuerName,
-    config: &config::CertManager,
-    requests: Requests,
-    trust: &Trust,
-    tasks: &mut Vec<BoxFuture<'static, ()>>,
-    last: &CancellationToken,
-) -> CertManager {
-    let status_ca = config.trust_status_ca.then(|| trust.source(None, &format!("status.ca of issuer {name}")));
-    let issuer = CertManager::new(requests, config.clone(), status_ca);
-    // The log tells early what the first order would run into.
-    let (check, name, last) = (issuer.preflight(), name.clone(), last.clone());
-    tasks.push(Box::pin(async move {
-        tokio::select! {
-            () = last.cancelled() => return,
-            checked = check => if let Err(cause) = checked {
-                error!(issuer = %name, %cause, "the issuer cannot serve as it is; orders will try again");
-            },
-        }
-        last.cancelled().await;
-    }));
-    issuer
 }
 
 /// The pod index, as the sweep of requests asks it.

@@ -94,6 +94,19 @@ impl Metrics {
         metrics
     }
 
+    /// Registers and counts one of everything, for the reference.
+    #[cfg(test)]
+    pub(crate) fn sample(registry: &mut Registry) {
+        use crate::metrics::{ANY, every};
+        let metrics = Self::register(registry);
+        for decision in every!(Decided: approved, denied) {
+            metrics.decided(decision, ANY, 1.0);
+        }
+        for step in every!(Step: read_pod, read_request, write, event) {
+            metrics.failed(step);
+        }
+    }
+
     pub(super) fn decided(&self, decision: Decided, reason: &'static str, seconds: f64) {
         self.decisions.get_or_create(&Decision { decision, reason }).inc();
         self.duration.observe(seconds);

@@ -59,26 +59,33 @@ pub enum Style {
 }
 
 /// Hardens the process, sets up the log, and runs the agent until it is told to stop.
-pub fn start(loaded: &Loaded, style: Style, env: Env<'_>) -> anyhow::Result<ExitCode> {
+pub fn start(loaded: &Loaded, file: Option<app::File>, style: Style, env: Env<'_>) -> anyhow::Result<ExitCode> {
     // Before the runtime's threads and before the first key.
     let hardened = process::harden(loaded.config.lock_memory)?;
     let filter = env(telemetry::VARIABLE).or((style == Style::Dev).then(|| DEV_FILTER.to_owned()));
-    telemetry::init(filter.as_deref())?;
+    let log = telemetry::init(filter.as_deref())?;
     hardened.log();
     for warning in &loaded.warnings {
         warn!(field = %warning.path, "{}", warning.message);
     }
     let runtime = Builder::new_multi_thread().worker_threads(loaded.config.worker_threads).enable_all().build()?;
-    let code = runtime.block_on(run(&loaded.config, style, &hardened));
+    let code = runtime.block_on(run(&loaded.config, file, log, style, &hardened));
     // What still runs has had its time.
     runtime.shutdown_background();
     code
 }
 
-async fn run(config: &Config, style: Style, hardened: &process::Hardened) -> anyhow::Result<ExitCode> {
+async fn run(
+    config: &Config,
+    file: Option<app::File>,
+    log: telemetry::Filter,
+    style: Style,
+    hardened: &process::Hardened,
+) -> anyhow::Result<ExitCode> {
     let shutdown = Shutdown::new(config.drain);
     shutdown.follow_signals()?;
     let mut base = Base::new(shutdown);
+    (base.file, base.log) = (file, Some(log));
     process::Metrics::register(base.exposition.registry()).observe(hardened);
     let bound = app::build(config, base).await?;
     if let (Style::Dev, Some(socket)) = (style, bound.socket()) {

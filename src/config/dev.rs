@@ -104,10 +104,12 @@ fn config(path: &Path, trust_domain: TrustDomain, lifetime: Duration, admin: Soc
         // One person's: there is nobody to be protected from.
         limits: Limits::default().undivided(),
         kubernetes: RequestRate::default(),
+        reissue_over: Duration::from_secs(600),
         retention: Duration::from_secs(300),
         drain: Duration::from_secs(10),
         admin,
         metrics: SocketAddr::from(([127, 0, 0, 1], 0)),
+        metrics_per_workload: false,
         worker_threads: 2,
         approver: Approver::of_namespace("sds-agent"),
         node: NodeEnvironment::default(),

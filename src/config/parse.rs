@@ -3,7 +3,14 @@
 //! Owns the file's fields, their defaults and the rules between them; `docs/configuration.md` describes each, and a test holds the two
 //! together. The sections about certificates and upstreams are in [`super::issuance`].
 
-use std::{collections::BTreeMap, fs::File, io::Read, net::SocketAddr, path::Path, time::Duration};
+use std::{
+    collections::BTreeMap,
+    fs::File,
+    io::{self, Read},
+    net::SocketAddr,
+    path::Path,
+    time::Duration,
+};
 
 use serde_json::Value;
 
@@ -18,7 +25,7 @@ use super::{
 use crate::identity::{IssuerName, TrustDomain};
 
 /// A configuration file larger than this is a mistake.
-const MAX_FILE_BYTES: u64 = 1 << 20;
+pub const MAX_FILE_BYTES: usize = 1 << 20;
 /// Envoy keeps a stream's secret while it reconnects, with a backoff of at most this.
 const ENVOY_RECONNECT: Duration = Duration::from_secs(30);
 const DAY: Duration = Duration::from_secs(86_400);
@@ -35,20 +42,26 @@ pub struct Loaded {
 impl Config {
     /// Reads the file at `path`, with what the environment adds.
     pub fn load(path: &Path, env: Env<'_>) -> Result<Loaded, Errors> {
+        let mut bytes = Vec::new();
+        let limit = u64::try_from(MAX_FILE_BYTES).unwrap_or(u64::MAX).saturating_add(1);
+        match File::open(path).and_then(|file| file.take(limit).read_to_end(&mut bytes)) {
+            Ok(_) => Self::of_content(path, Ok(&bytes), env),
+            Err(error) => Self::of_content(path, Err(&error), env),
+        }
+    }
+
+    /// Reads what was found at `path`: at most one byte more than [`MAX_FILE_BYTES`].
+    pub fn of_content(path: &Path, content: Result<&[u8], &io::Error>, env: Env<'_>) -> Result<Loaded, Errors> {
         let unreadable = |what: String| {
             let (path, remedy) = (path.display().to_string(), "name a readable YAML file with --config".to_owned());
             Errors(vec![Problem { path, value: None, what, remedy }])
         };
-        let mut bytes = Vec::new();
-        let read = File::open(path).and_then(|file| file.take(MAX_FILE_BYTES + 1).read_to_end(&mut bytes));
-        if let Err(error) = read {
-            return Err(unreadable(format!("cannot be read: {error}")));
-        }
-        if bytes.len() as u64 > MAX_FILE_BYTES {
+        let bytes = content.map_err(|error| unreadable(format!("cannot be read: {error}")))?;
+        if bytes.len() > MAX_FILE_BYTES {
             return Err(unreadable(format!("is larger than {MAX_FILE_BYTES} bytes")));
         }
-        let text = String::from_utf8(bytes).map_err(|_| unreadable("is not UTF-8 text".to_owned()))?;
-        Self::parse(&text, env)
+        let text = std::str::from_utf8(bytes).map_err(|_| unreadable("is not UTF-8 text".to_owned()))?;
+        Self::parse(text, env)
     }
 
     /// Reads YAML text, with what the environment adds.
@@ -114,6 +127,7 @@ pub(super) fn walk(root: &Section<'_>, report: &Report, env: Env<'_>) -> Option<
     let limits = root.section("limits", limits);
     let kubernetes = root.section("kubernetes", request_rate);
     let retention = root.read("retention", Duration::from_secs(300), values::duration(Duration::ZERO..=DAY));
+    let reissue_over = root.read("reissueOver", Duration::from_secs(600), values::duration(Duration::ZERO..=7 * DAY));
     let drain = root.read("drain", Duration::from_secs(10), values::duration(Duration::ZERO..=Duration::from_secs(600)));
     let addresses = addresses(root);
     let approver = root.section("approver", |section| approver::walk(section, pod.as_ref()));
@@ -127,7 +141,7 @@ pub(super) fn walk(root: &Section<'_>, report: &Report, env: Env<'_>) -> Option<
     if trust_sources.is_empty() {
         warn_of_roots(report, &issuers);
     }
-    let (admin, metrics) = addresses?;
+    let (admin, (metrics, metrics_per_workload)) = addresses?;
     let (shared_socket, per_pod) = sockets?;
     Some(Config {
         trust_domain: trust_domain?,
@@ -144,10 +158,12 @@ pub(super) fn walk(root: &Section<'_>, report: &Report, env: Env<'_>) -> Option<
         lock_memory: lock_memory?,
         limits: limits?,
         kubernetes: kubernetes?,
+        reissue_over: reissue_over?,
         retention: retention?,
         drain: drain?,
         admin,
         metrics,
+        metrics_per_workload,
         worker_threads: usize::try_from(worker_threads?).ok()?,
         approver: approver?,
         node: pod?.node,
@@ -300,7 +316,8 @@ fn request_rate(kubernetes: &Section<'_>) -> Option<RequestRate> {
     Some(RequestRate { per_second: per_second?, burst: burst? })
 }
 
-fn addresses(root: &Section<'_>) -> Option<(SocketAddr, SocketAddr)> {
+/// `admin`, and `metrics` with what belongs to it.
+fn addresses(root: &Section<'_>) -> Option<(SocketAddr, (SocketAddr, bool))> {
     let admin = root.section("admin", |admin| {
         let address = admin.read("address", SocketAddr::from(([127, 0, 0, 1], 15090)), values::socket_address);
         if address.is_some_and(|address| !address.ip().is_loopback()) {
@@ -312,6 +329,7 @@ fn addresses(root: &Section<'_>) -> Option<(SocketAddr, SocketAddr)> {
     });
     let metrics = root.section("metrics", |metrics| {
         let address = metrics.read("address", SocketAddr::from(([0, 0, 0, 0], 15091)), values::socket_address);
+        let per_workload = metrics.read("perWorkload", false, values::boolean);
         let clash = |admin: SocketAddr, metrics: SocketAddr| {
             metrics.port() != 0 && metrics.port() == admin.port() && (metrics.ip() == admin.ip() || metrics.ip().is_unspecified())
         };
@@ -319,7 +337,7 @@ fn addresses(root: &Section<'_>) -> Option<(SocketAddr, SocketAddr)> {
             metrics.wrong("address", "takes the port of admin.address", "give it a port of its own");
             return None;
         }
-        address
+        address.zip(per_workload)
     });
     admin.zip(metrics)
 }

@@ -39,6 +39,15 @@ impl Metrics {
         metrics
     }
 
+    /// Registers and counts one of everything, for the reference.
+    #[cfg(test)]
+    pub(crate) fn sample(registry: &mut Registry) {
+        let metrics = Self::register(registry);
+        for call in crate::metrics::every!(Call: publish, unpublish) {
+            (0..=16).for_each(|code| metrics.called(call, Code::from(code)));
+        }
+    }
+
     pub(super) fn called(&self, call: Call, code: Code) {
         // The names of gRPC's codes are a closed set.
         self.calls.get_or_create(&Labels { call, code: format!("{code:?}") }).inc();

@@ -43,27 +43,44 @@ impl Warmer {
 
     async fn hold(&self, attestor: &MountAttestor, issued: CancellationToken) {
         let Ok(Some(workload)) = tokio::time::timeout(PATIENCE, known(attestor)).await else { return };
-        let resolved = self.resolver.borrow().resolve(&workload);
-        let identity = match resolved {
-            Ok(identity) => Arc::new(identity),
-            Err(cause) => {
-                warn!(%workload, %cause, "no certificate is issued for a published socket");
-                return;
-            }
-        };
-        debug!(%workload, %identity, "a certificate is issued ahead of the first call");
-        let lease = self.store.lease(&identity, Demand::Now, workload.pod().cloned());
-        let mut material = lease.watch();
-        let announced = async {
-            if material.wait_for(Option::is_some).await.is_ok() {
-                issued.cancel();
-            }
-            std::future::pending::<()>().await;
+        let called = async {
+            attestor.called().cancelled().await;
+            tokio::time::sleep(HANDOVER).await;
         };
         tokio::select! {
-            () = announced => {}
+            () = self.keep(&workload, &issued) => {}
             () = tokio::time::sleep(PATIENCE) => {}
-            () = async { attestor.called().cancelled().await; tokio::time::sleep(HANDOVER).await } => {}
+            () = called => {}
+        }
+    }
+
+    /// Holds the lease that the rules give to `workload`, whatever these become; returns only when they give none.
+    async fn keep(&self, workload: &Workload, issued: &CancellationToken) {
+        let mut rules = self.resolver.clone();
+        let mut held = None;
+        loop {
+            let resolved = rules.borrow_and_update().resolve(workload);
+            let identity = match resolved {
+                Ok(identity) => Arc::new(identity),
+                Err(cause) => {
+                    warn!(%workload, %cause, "no certificate is issued for a published socket");
+                    return;
+                }
+            };
+            debug!(%workload, %identity, "a certificate is issued ahead of the first call");
+            // The one before ends when the new one is held.
+            let lease = held.insert(self.store.lease(&identity, Demand::Now, workload.pod().cloned()));
+            let mut material = lease.watch();
+            let announced = async {
+                if material.wait_for(Option::is_some).await.is_ok() {
+                    issued.cancel();
+                }
+                std::future::pending::<()>().await;
+            };
+            tokio::select! {
+                () = announced => {}
+                Ok(()) = rules.changed() => {}
+            }
         }
     }
 }

@@ -88,7 +88,7 @@ impl Resolver {
         let spiffe_id = SpiffeId::new(&render(&profile.spiffe_id)?)?;
         let dns_names = profile.dns_names.iter().map(|template| render(template)).collect::<Result<_, _>>()?;
         let pod_uid = workload.pod().filter(|_| profile.per_pod).map(|pod| pod.uid.clone());
-        Ok(Identity { spiffe_id, dns_names, profile: profile.clone(), pod_uid })
+        Ok(Identity { spiffe_id, dns_names, profile: profile.clone(), pod_uid, account: workload.account() })
     }
 
     /// What each rule says of `workload`, up to the one that decides; for people.

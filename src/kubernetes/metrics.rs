@@ -4,12 +4,12 @@ use std::{fmt, time::Duration};
 
 use prometheus_client::{
     encoding::{EncodeLabelSet, EncodeLabelValue, LabelValueEncoder},
-    metrics::{counter::Counter, family::Family, histogram::Histogram},
+    metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
     registry::Registry,
 };
 use tokio::time::Instant;
 
-use crate::kubernetes::watch::Ended;
+use crate::{kubernetes::watch::Ended, metrics::every};
 
 /// What is asked, as a metric label.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
@@ -123,6 +123,22 @@ pub struct WatchLabels {
     reason: Ended,
 }
 
+/// Labels of `watches_broken`.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct ResourceLabel {
+    resource: Resource,
+}
+
+/// A watch that does not work.
+#[derive(Debug)]
+pub(super) struct Broken(Gauge);
+
+impl Drop for Broken {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
+}
+
 /// What a request waited for before it was sent, as a metric label.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
 #[allow(non_camel_case_types, reason = "the names are the label's values")]
@@ -146,6 +162,7 @@ pub struct Metrics {
     duration: Family<Labels, Histogram>,
     waits: Family<WaitLabels, Histogram>,
     restarts: Family<WatchLabels, Counter>,
+    broken: Family<ResourceLabel, Gauge>,
 }
 
 impl Default for Metrics {
@@ -157,6 +174,7 @@ impl Default for Metrics {
             duration: Family::new_with_constructor(buckets),
             waits: Family::new_with_constructor(waits),
             restarts: Family::default(),
+            broken: Family::default(),
         }
     }
 }
@@ -177,7 +195,42 @@ impl Metrics {
             metrics.waits.clone(),
         );
         registry.register("watch_restarts", "Watches that broke and were started again", metrics.restarts.clone());
+        registry.register("watches_broken", "Watches that do not work now and are tried again", metrics.broken.clone());
+        // From zero on, or the first one would be no increase.
+        for cause in every!(Wait: rate_limit, retry_after) {
+            drop(metrics.waits.get_or_create(&WaitLabels { cause }));
+        }
         metrics
+    }
+
+    /// Registers and counts one of everything, for the reference.
+    #[cfg(test)]
+    pub(crate) fn sample(registry: &mut Registry) {
+        let metrics = Self::register(registry);
+        let codes = [Code::Status(200), Code::Timeout, Code::Error];
+        for verb in every!(Verb: get, list, watch, create, patch, delete, other) {
+            codes.into_iter().for_each(|code| metrics.observe(verb, Resource::pods, code, Instant::now()));
+        }
+        for resource in every!(Resource: certificaterequests, issuers, clusterissuers, pods, configmaps, events, other) {
+            metrics.observe(Verb::get, resource, Code::Error, Instant::now());
+            metrics.watch_ended(resource, Ended::broken);
+            metrics.watch_begun(resource);
+        }
+        for reason in every!(Ended: list_failed, start_failed, broken, expired) {
+            metrics.watch_ended(Resource::pods, reason);
+        }
+    }
+
+    /// There is a watch of this: how many of them are broken is told from now on.
+    pub(super) fn watch_begun(&self, resource: Resource) {
+        drop(self.broken.get_or_create(&ResourceLabel { resource }));
+    }
+
+    /// Counts a watch as not working until the answer is dropped.
+    pub(super) fn watch_broken(&self, resource: Resource) -> Broken {
+        let count = self.broken.get_or_create_owned(&ResourceLabel { resource });
+        count.inc();
+        Broken(count)
     }
 
     /// Counts a watch that broke.
@@ -203,6 +256,12 @@ impl Metrics {
     #[cfg(test)]
     pub fn restarts(&self, resource: Resource, reason: Ended) -> u64 {
         self.restarts.get_or_create(&WatchLabels { resource, reason }).get()
+    }
+
+    /// How many watches do not work, for tests.
+    #[cfg(test)]
+    pub(super) fn broken(&self, resource: Resource) -> i64 {
+        self.broken.get_or_create(&ResourceLabel { resource }).get()
     }
 
     /// How many requests had this end, for tests.

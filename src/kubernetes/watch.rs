@@ -17,7 +17,7 @@ use tokio::time::timeout;
 use crate::kubernetes::{
     ANSWER_TIMEOUT,
     failure::{Call, Cause, Failure},
-    metrics::{Metrics, Resource},
+    metrics::{Broken, Metrics, Resource},
     throttle::LONGEST_STAY,
 };
 
@@ -77,6 +77,8 @@ struct State<K> {
     pause: Option<Duration>,
     next_pause: Duration,
     told: Option<Failure>,
+    /// Counts it as broken.
+    broken: Option<Broken>,
     /// It is the watch that broke or did not start: a list that works is no proof.
     unproven: bool,
 }
@@ -86,8 +88,10 @@ pub fn watch<K>(api: Api<K>, selection: Selection, metrics: Metrics) -> impl Str
 where
     K: KubeResource + Clone + DeserializeOwned + fmt::Debug + Send + 'static,
 {
+    metrics.watch_begun(selection.resource);
     let events = Box::pin(watcher(api.clone(), selection.config.clone()));
-    let state = State { api, selection, metrics, events, pause: None, next_pause: SHORTEST_PAUSE, told: None, unproven: false };
+    let state =
+        State { api, selection, metrics, events, pause: None, next_pause: SHORTEST_PAUSE, told: None, broken: None, unproven: false };
     stream::unfold(state, |mut state| async move {
         if let Some(pause) = state.pause.take() {
             tokio::time::sleep(pause).await;
@@ -128,6 +132,7 @@ where
     fn recovered(&mut self) {
         self.next_pause = SHORTEST_PAUSE;
         self.unproven = false;
+        self.broken = None;
         if self.told.take().is_some() {
             tracing::info!(resource = %self.selection.name, "the watch works again");
         }
@@ -167,6 +172,9 @@ where
         if !expired && self.told.as_ref() != Some(&failure) {
             tracing::warn!(resource = %self.selection.name, error = %failure, "the watch does not work; trying again");
             self.told = Some(failure.clone());
+        }
+        if !expired && self.broken.is_none() {
+            self.broken = Some(self.metrics.watch_broken(self.selection.resource));
         }
         (reason, failure)
     }
@@ -234,6 +242,7 @@ mod tests {
         told(&mut signals, "y").await;
         let restarts = metrics.restarts(Resource::configmaps, Ended::expired);
         assert!(restarts >= 1 && api.count("list", "configmaps") as u64 == 1 + restarts, "{restarts}");
+        assert_eq!(metrics.broken(Resource::configmaps), 0, "a server that forgets is no trouble");
     }
 
     #[tokio::test(start_paused = true)]
@@ -246,10 +255,16 @@ mod tests {
         while lists < 3 {
             match timeout(Duration::from_secs(60), signals.next()).await.unwrap().unwrap() {
                 Signal::Event(Event::InitDone) => lists += 1,
-                Signal::Trouble(_, failure) => assert_eq!(failure.cause, Cause::Rbac),
+                Signal::Trouble(_, failure) => {
+                    assert_eq!(failure.cause, Cause::Rbac);
+                    assert_eq!(metrics.broken(Resource::configmaps), 1, "a list that works is no watch that does");
+                }
                 Signal::Event(_) => {}
             }
         }
+        put(&api, "x");
+        told(&mut signals, "x").await;
+        assert_eq!(metrics.broken(Resource::configmaps), 0);
         assert_eq!(metrics.restarts(Resource::configmaps, Ended::start_failed), 2);
     }
 
@@ -276,5 +291,14 @@ mod tests {
         put(&api, "y");
         told(&mut signals, "y").await;
         assert!(resumed.elapsed() < Duration::from_secs(4), "after {:?}", resumed.elapsed());
+
+        // What is not watched any more is not broken.
+        api.fail("watch", "configmaps", Fault::Refuse, 1);
+        api.cut_watches(true);
+        while !matches!(timeout(Duration::from_secs(60), signals.next()).await.unwrap().unwrap(), Signal::Trouble(Ended::start_failed, _)) {
+        }
+        assert_eq!(metrics.broken(Resource::configmaps), 1);
+        drop(signals);
+        assert_eq!(metrics.broken(Resource::configmaps), 0);
     }
 }

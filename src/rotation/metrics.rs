@@ -12,6 +12,7 @@ use super::planner::Class;
 use crate::{
     identity::IssuerName,
     issuer::{Outcome, Phase},
+    metrics::every,
 };
 
 /// Labels of `issuances_total`.
@@ -31,6 +32,8 @@ enum IssuanceResult {
     api_error,
     invalid_certificate,
 }
+
+const RESULTS: [IssuanceResult; 6] = every!(IssuanceResult: ok, denied, failed, timeout, api_error, invalid_certificate);
 
 impl From<Outcome> for IssuanceResult {
     fn from(outcome: Outcome) -> Self {
@@ -59,6 +62,8 @@ enum PhaseName {
     approve,
     sign,
 }
+
+const PHASES: [PhaseName; 3] = every!(PhaseName: create, approve, sign);
 
 /// Labels of `issuance_queue_length`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -147,7 +152,43 @@ impl Metrics {
             m.lag.clone(),
         );
         registry.register("clock_jumps", "Steps of the wall clock, suspended time included", m.jumps.clone());
+        // From zero on, or the first one would be no increase.
+        for result in every!(RenewalResult: ok, error) {
+            drop(m.renewals.get_or_create(&RenewalLabel { result }));
+        }
+        for direction in every!(Direction: forward, backward) {
+            drop(m.jumps.get_or_create(&DirectionLabel { direction }));
+        }
         m
+    }
+
+    /// An issuer may be asked: its results count from zero on, or its first failure would be no increase.
+    pub fn add_issuer(&self, issuer: &IssuerName) {
+        for result in RESULTS {
+            drop(self.issuances.get_or_create(&IssuanceLabels { issuer: issuer.to_string(), result }));
+        }
+    }
+
+    /// An issuer will not be asked any more: its series go.
+    pub fn remove_issuer(&self, issuer: &IssuerName) {
+        for result in RESULTS {
+            self.issuances.remove(&IssuanceLabels { issuer: issuer.to_string(), result });
+        }
+        for phase in PHASES {
+            self.durations.remove(&PhaseLabels { issuer: issuer.to_string(), phase });
+        }
+    }
+
+    /// Registers and counts one of everything, for the reference.
+    #[cfg(test)]
+    pub(crate) fn sample(registry: &mut Registry) {
+        let metrics = Self::register(registry);
+        let issuer = IssuerName(crate::metrics::ANY.into());
+        metrics.issued(&issuer, &every!(Phase: Create, Approve, Sign).map(|phase| (phase, Duration::from_secs(1))));
+        for outcome in every!(Outcome: Ok, Denied, Failed, Timeout, ApiError, InvalidCertificate) {
+            metrics.failed(&issuer, outcome, true);
+        }
+        every!(Class: Ending, Waiting, Routine).into_iter().for_each(|class| metrics.queued(class, 1));
     }
 
     pub(super) fn issued(&self, issuer: &IssuerName, phases: &[(Phase, Duration)]) {
@@ -192,5 +233,37 @@ impl Metrics {
     pub(super) fn clock_jump(&self, forward: bool) {
         let direction = if forward { Direction::forward } else { Direction::backward };
         self.jumps.get_or_create(&DirectionLabel { direction }).inc();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use prometheus_client::encoding::text;
+
+    use super::*;
+
+    #[test]
+    fn a_removed_issuer_takes_all_its_series_along_and_leaves_the_others() {
+        let mut registry = Registry::default();
+        let metrics = Metrics::register(&mut registry);
+        let page = |registry| {
+            let mut page = String::new();
+            text::encode(&mut page, registry).unwrap();
+            page
+        };
+        let [stays, goes] = ["stays", "goes"].map(|name| IssuerName(name.into()));
+        for issuer in [&stays, &goes] {
+            metrics.add_issuer(issuer);
+            let failures = format!("issuances_total{{issuer=\"{issuer}\",result=\"failed\"}} 0");
+            assert!(page(&registry).contains(&failures), "a failure is an increase from zero");
+            let outcomes = [Outcome::Denied, Outcome::Failed, Outcome::Timeout, Outcome::ApiError, Outcome::InvalidCertificate];
+            outcomes.into_iter().for_each(|outcome| metrics.failed(issuer, outcome, false));
+            metrics.issued(issuer, &[Phase::Create, Phase::Approve, Phase::Sign].map(|phase| (phase, Duration::from_secs(1))));
+        }
+        metrics.remove_issuer(&goes);
+        let page = page(&registry);
+        assert!(!page.contains("goes"), "{page}");
+        let left = page.lines().filter(|line| line.contains("issuer=\"stays\"") && line.contains("_total") || line.contains("_count{"));
+        assert_eq!(left.count(), 6 + 3, "{page}");
     }
 }

@@ -117,6 +117,8 @@ struct Job {
     /// What subscribers without material need.
     demand: Option<Demand>,
     leased: bool,
+    /// No profile issues it any more.
+    retired: bool,
     in_use: Option<InUse>,
     issued: Option<InUse>,
     phase: Phase,
@@ -177,12 +179,13 @@ impl Planner {
         self.random.f64()
     }
 
-    /// An entry has subscribers; `demand` is what those without material need.
+    /// An entry has subscribers; `demand` is what those without material need. `issuer` names its queue, for ever.
     pub fn wanted(&mut self, now: Now, id: Id, issuer: &IssuerName, demand: Option<Demand>) {
         let job = self.jobs.entry(id).or_insert_with(|| Job {
             issuer: issuer.clone(),
             demand: None,
             leased: true,
+            retired: false,
             in_use: None,
             issued: None,
             phase: Phase::Resting,
@@ -197,6 +200,35 @@ impl Planner {
         });
         (job.leased, job.demand, job.forget_at, job.idle_since) = (true, demand, None, None);
         self.consider(now, id);
+    }
+
+    /// What the subscribers without material need has changed.
+    pub fn wanted_by(&mut self, now: Now, id: Id, demand: Option<Demand>) {
+        if let Some(job) = self.jobs.get_mut(&id) {
+            job.demand = demand;
+            self.consider(now, id);
+        }
+    }
+
+    /// How long entries without subscribers are kept, from their next end on.
+    pub fn set_retention(&mut self, retention: Duration) {
+        self.retention = retention;
+    }
+
+    /// Whether no profile issues the entry any more. Then nothing is ordered for it, and what was under way is over: the driver drops it.
+    /// True where this is news.
+    pub fn retire(&mut self, now: Now, id: Id, retired: bool) -> bool {
+        if self.jobs.get(&id).is_none_or(|job| job.retired == retired) {
+            return false;
+        }
+        if retired {
+            self.leave_phase(id);
+        }
+        if let Some(job) = self.jobs.get_mut(&id) {
+            (job.retired, job.issued) = (retired, None);
+        }
+        self.consider(now, id);
+        true
     }
 
     /// An entry's last subscriber has gone.
@@ -533,7 +565,7 @@ impl Queue {
 
 /// When the job's next order is due; none when nobody needs one.
 fn due(job: &Job, now: Now) -> Option<SystemTime> {
-    if !job.leased {
+    if !job.leased || job.retired {
         return None;
     }
     match (&job.in_use, job.demand) {

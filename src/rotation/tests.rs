@@ -1,7 +1,9 @@
 //! Layer two: the real task on paused time, with a scripted issuer.
 
+mod plans;
+
 use std::{
-    collections::VecDeque,
+    collections::{BTreeMap, VecDeque},
     sync::{Mutex, atomic::AtomicUsize, atomic::Ordering},
     task::Poll,
     time::UNIX_EPOCH,
@@ -13,7 +15,7 @@ use super::*;
 use crate::{
     clock::TestClock,
     identity::tests::identity,
-    issuer::embedded::Embedded,
+    issuer::{Issuer, embedded::Embedded},
     store::{Demand, Lease},
     trust::{self, Trust},
 };
@@ -106,7 +108,11 @@ impl Issuer for Scripted {
     }
 }
 
+/// How long an entry without subscribers is kept.
+const RETENTION: Duration = Duration::from_secs(300);
+
 struct Bench {
+    plan: watch::Sender<Arc<Plan>>,
     store: Arc<Store>,
     clock: TestClock,
     orders: Arc<AtomicUsize>,
@@ -145,21 +151,24 @@ impl Bench {
         let trust = Trust::new(trust::Metrics::default());
         let source = trust.source(None, "test");
         let (store, events) = Store::new();
+        let issuers = BTreeMap::from([(IssuerName("mesh".into()), Arc::new(issuer) as Arc<dyn Issuer>)]);
+        let (plan, plan_now) = watch::channel(Arc::new(Plan::new(issuers, [identity("a").profile.clone()], RETENTION)));
+        let reissues = mpsc::channel(1).1;
         let present = Present::default();
         let parts = Parts {
             store: store.clone(),
             events,
-            issuers: BTreeMap::from([(IssuerName("mesh".into()), Arc::new(issuer) as Arc<dyn Issuer>)]),
+            plan: plan_now,
+            reissues,
             trust: trust.subscribe(),
             await_bundle,
             clock: Arc::new(clock.clone()),
-            retention: Duration::from_secs(300),
             claims: Some(Arc::new(present.clone())),
             metrics: Metrics::default(),
         };
         let shutdown = CancellationToken::new();
         let task = tokio::spawn(run(parts, shutdown.clone()));
-        Self { store, clock, orders, dropped, evidence, script, present, source, foreign, embedded, shutdown, task }
+        Self { plan, store, clock, orders, dropped, evidence, script, present, source, foreign, embedded, shutdown, task }
     }
 
     fn want(&self, who: &str) -> Lease {

@@ -7,13 +7,26 @@ use std::time::{Duration, SystemTime};
 
 use crate::{
     clock,
-    identity::Identity,
+    identity::{Identity, Profile},
     material::{self, TrustBundle},
-    store::Demand,
 };
 
 /// A lifetime that an issuer may give beyond twice what was asked for.
 const SLACK: Duration = Duration::from_secs(3600);
+
+/// An epoch that was raised by no more than this is known as one.
+const FORMER_EPOCHS: u64 = 16;
+
+/// Whose the certificate is that a client holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Standing {
+    /// Of the profile as it is, by a root of the bundle; or nobody can tell, because there is no bundle yet.
+    Current,
+    /// The same but for the epoch, which has been raised since: it is good, and is to be replaced.
+    Former,
+    /// Of anybody else.
+    Foreign,
+}
 
 /// The parts of a certificate's version (see `material::Svid::version`).
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -42,15 +55,15 @@ impl Held {
         plausible.then(|| Self { renew_at, not_after, authority: authority.to_owned() })
     }
 
-    /// Whether the certificate is of the profile as it is now and leads to a root of the bundle. Without a bundle (yet) nobody can tell,
-    /// and the client is believed until there is one.
-    pub fn is_current(&self, identity: &Identity, bundle: Option<&TrustBundle>) -> bool {
-        bundle.is_none() || material::is_current_authority(&self.authority, &identity.profile.fingerprint(), bundle)
-    }
-
-    /// What the client needs.
-    pub fn demand(&self) -> Demand {
-        Demand::Held { renew_at: self.renew_at, not_after: self.not_after }
+    /// Whose it is, as far as its version tells.
+    pub fn standing(&self, identity: &Identity, bundle: Option<&TrustBundle>) -> Standing {
+        let is_of = |profile: &Profile| material::is_current_authority(&self.authority, &profile.fingerprint(), bundle);
+        let profile = &identity.profile;
+        if bundle.is_none() || is_of(profile) {
+            return Standing::Current;
+        }
+        let former = profile.epoch.saturating_sub(FORMER_EPOCHS)..profile.epoch;
+        if former.rev().any(|epoch| is_of(&Profile { epoch, ..(**profile).clone() })) { Standing::Former } else { Standing::Foreign }
     }
 
     /// The version's first three parts, for responses that leave the certificate with the client.
@@ -67,6 +80,8 @@ fn seconds(text: &str) -> Option<SystemTime> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
     use crate::identity::tests::identity;
 
@@ -117,8 +132,16 @@ mod tests {
         let (ours, theirs) = (bundle("ours"), bundle("theirs"));
         let authority = material::authority_digest(&id.profile.fingerprint(), Some(&ours.roots()[0]));
         let held = Held::read(&format!("{}-{}-{authority}-fedcba9876543210", NOW + 3600, NOW + 1800), &id, now).unwrap();
-        assert!(held.is_current(&id, Some(&ours)));
-        assert!(!held.is_current(&id, Some(&theirs)));
-        assert!(held.is_current(&id, None), "nobody can tell yet");
+        assert_eq!(held.standing(&id, Some(&ours)), Standing::Current);
+        assert_eq!(held.standing(&id, Some(&theirs)), Standing::Foreign);
+        assert_eq!(held.standing(&id, None), Standing::Current, "nobody can tell yet");
+
+        let raised = |by: u64| Identity { profile: Arc::new(Profile { epoch: by, ..(*id.profile).clone() }), ..(*id).clone() };
+        for (by, expected) in [(1, Standing::Former), (FORMER_EPOCHS, Standing::Former), (FORMER_EPOCHS + 1, Standing::Foreign)] {
+            assert_eq!(held.standing(&raised(by), Some(&ours)), expected, "{by}");
+            assert_eq!(held.standing(&raised(by), Some(&theirs)), Standing::Foreign, "{by}");
+        }
+        let other = Identity { profile: Arc::new(Profile { epoch: 1, per_pod: true, ..(*id.profile).clone() }), ..(*id).clone() };
+        assert_eq!(held.standing(&other, Some(&ours)), Standing::Foreign);
     }
 }

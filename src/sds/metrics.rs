@@ -114,6 +114,12 @@ impl Metrics {
         }
     }
 
+    /// Registers and shows them all, for the reference: registering makes every series.
+    #[cfg(test)]
+    pub(crate) fn sample(registry: &mut Registry) {
+        Self::register(registry);
+    }
+
     /// A resource was sent.
     pub fn sent(&self, kind: Kind, trigger: Trigger) {
         self.responses[kind as usize][trigger as usize].inc();

@@ -88,7 +88,7 @@ mod tests {
             epoch: 0,
         };
         let id = SpiffeId::new("spiffe://td/ns/a/sa/b").unwrap();
-        let identity = Identity { spiffe_id: id, dns_names: [].into(), profile: Arc::new(profile), pod_uid: None };
+        let identity = Identity { spiffe_id: id, dns_names: [].into(), profile: Arc::new(profile), pod_uid: None, account: None };
         let directory = Directory::new(config::Names::default(), &TrustDomain::new("td").unwrap());
         let target = |name: &str| directory.target(name, &identity);
 

@@ -6,6 +6,8 @@ use prometheus_client::{
     registry::Registry,
 };
 
+use crate::metrics::every;
+
 /// Why a connection was not taken, or was dropped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
 #[allow(non_camel_case_types, reason = "the names are the label's values")]
@@ -25,6 +27,10 @@ pub enum Rejection {
     /// It connected and said nothing.
     silent,
 }
+
+const REJECTIONS: [Rejection; 7] = every!(
+    Rejection: connection_limit, pod_connection_limit, pod_connection_rate, refused_streams, no_credentials, accept_error, silent
+);
 
 /// Why a stream was refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
@@ -75,8 +81,21 @@ impl Metrics {
         registry.register("connections_accepted", "Connections accepted", accepted.clone());
         registry.register("connections_rejected", "Connections that were not taken, or dropped", rejected.clone());
         registry.register("streams_rejected", "Streams and other calls that were refused for want of a place", refused.clone());
+        // From zero on, or the first one would be no increase.
+        for reason in REJECTIONS {
+            drop(rejected.get_or_create(&ReasonLabel { reason }));
+        }
+        for reason in every!(Refusal: stream_limit, pod_stream_limit) {
+            drop(refused.get_or_create(&RefusalLabel { reason }));
+        }
         let label = ApiLabel { api: Api::sds };
         Self { open: open.get_or_create(&label).clone(), accepted: accepted.get_or_create(&label).clone(), rejected, refused }
+    }
+
+    /// Registers and shows them all, for the reference: registering makes every series.
+    #[cfg(test)]
+    pub(crate) fn sample(registry: &mut Registry) {
+        Self::register(registry);
     }
 
     pub(super) fn rejected(&self, reason: Rejection) {

@@ -7,43 +7,14 @@ use x509_parser::{pem::Pem, prelude::X509Certificate};
 
 use crate::support::{
     agent::Agent,
+    authority::{self, Second},
     child,
-    cluster::{Cluster, labels, name_of},
+    cluster::Cluster,
     eventually,
     scene::{PATIENCE, Scene, Workload},
-    tools,
 };
 
-const CERT_MANAGER: &str = "/apis/cert-manager.io/v1";
 const RBAC: &str = "/apis/rbac.authorization.k8s.io/v1";
-
-/// A private CA that is not the control plane's, and a ClusterIssuer on it.
-struct Second {
-    issuer: String,
-    root: String,
-}
-
-impl Second {
-    async fn create(cluster: &Cluster) -> Self {
-        let key = rcgen::KeyPair::generate().unwrap();
-        let mut params = rcgen::CertificateParams::default();
-        params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
-        params.key_usages = vec![rcgen::KeyUsagePurpose::KeyCertSign, rcgen::KeyUsagePurpose::CrlSign];
-        params.distinguished_name.push(rcgen::DnType::CommonName, "the second authority");
-        let root = params.self_signed(&key).unwrap().pem();
-        let secret = json!({
-            "metadata": {"generateName": "second-ca-", "labels": labels()},
-            "type": "kubernetes.io/tls", "stringData": {"tls.crt": root, "tls.key": key.serialize_pem()},
-        });
-        let secret = name_of(&cluster.create("/api/v1/namespaces/cert-manager/secrets", &secret).await);
-        let issuer = json!({
-            "apiVersion": "cert-manager.io/v1", "kind": "ClusterIssuer",
-            "metadata": {"generateName": "second-", "labels": labels()}, "spec": {"ca": {"secretName": secret}},
-        });
-        let issuer = name_of(&cluster.create(&format!("{CERT_MANAGER}/clusterissuers"), &issuer).await);
-        Self { issuer, root }
-    }
-}
 
 /// Lets the agent ask in one more namespace.
 async fn allow_requests(scene: &Scene, namespace: &str) {
@@ -90,14 +61,9 @@ impl Seen {
     }
 }
 
-/// Whether openssl finds its way from the certificate to this root, and to it alone.
+/// Whether the certificate leads to this root, and to it alone.
 async fn leads_to(scene: &Scene, seen: &Seen, root: &str) -> bool {
-    let [chain, file] = ["chain.pem", "root.pem"].map(|name| scene.dir.path().join(name));
-    fs::write(&chain, seen.update["chain_pem"].as_str().unwrap()).unwrap();
-    fs::write(&file, root).unwrap();
-    let (chain, file) = (chain.to_str().unwrap(), file.to_str().unwrap());
-    let arguments = ["verify", "-no-CApath", "-no-CAstore", "-CAfile", file, "-untrusted", chain, chain];
-    child::run(&tools::openssl(), &arguments, PATIENCE).await.status.success()
+    authority::leads_to(scene.dir.path(), seen.update["chain_pem"].as_str().unwrap(), root).await
 }
 
 /// Another pod of the workload's service account.
@@ -203,7 +169,7 @@ async fn two_authorities_serve_at_the_same_time_each_whose_profile_names_it() {
         let told: Vec<_> = step["detail"].as_str().unwrap().lines().collect();
         assert!(step["result"] == "ok" && told[0] == first && told.len() == 1 + rest, "{step}");
     }
-    cluster.delete(&format!("{CERT_MANAGER}/clusterissuers/{}", second.issuer)).await;
+    second.remove(&cluster).await;
 }
 
 /// Trust is one for all: what does not lead to a root of the bundle is not served, and nobody else waits for it.
@@ -231,5 +197,5 @@ async fn an_authority_whose_root_is_not_in_the_bundle_serves_nobody() {
     })
     .await;
     assert_eq!(issued(&agent, "payments").await, 0.0);
-    cluster.delete(&format!("{CERT_MANAGER}/clusterissuers/{}", second.issuer)).await;
+    second.remove(&cluster).await;
 }

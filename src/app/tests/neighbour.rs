@@ -23,6 +23,7 @@ use crate::{
     config::{CertManager as Reference, IssuerRef, NodeEnvironment, RequestNamespace, RequestRate},
     identity::{Identity, IssuerName, PodRef, Profile, tests::identity},
     issuer::{
+        Issuer,
         cert_manager::{CertManager, Metrics as RequestMetrics, Requests},
         embedded::Embedded,
     },
@@ -32,6 +33,7 @@ use crate::{
         metrics::{Code, Resource, Verb},
         wire::{Fault, Seen, Wire, http},
     },
+    rotation::plan::Plan,
     store::{Demand, Lease},
     telemetry::{self, Format},
 };
@@ -107,14 +109,17 @@ impl World {
             (IssuerName(name.into()), Arc::new(CertManager::new(requests.clone(), config, None)) as Arc<dyn Issuer>)
         });
         let (store, events) = Store::new();
+        let profiles = [identity("a").profile.clone(), of_other("a").profile.clone()];
+        let plan = Plan::new(issuers.into_iter().collect(), profiles, Duration::from_secs(300));
+        let (plan, plan_now) = tokio::sync::watch::channel(Arc::new(plan));
         let parts = rotation::Parts {
             store: store.clone(),
             events,
-            issuers: issuers.into_iter().collect(),
+            plan: plan_now,
+            reissues: tokio::sync::mpsc::channel(1).1,
             trust: trust.subscribe(),
             await_bundle: true,
             clock: Arc::new(clock),
-            retention: Duration::from_secs(300),
             claims: None,
             metrics: rotation::metrics::Metrics::register(exposition.registry()),
         };
@@ -124,7 +129,7 @@ impl World {
             tokio::spawn(async move { requests.run(CancellationToken::new()).await }),
             tokio::spawn(async move {
                 rotation::run(parts, CancellationToken::new()).await;
-                drop(trust);
+                drop((trust, plan));
             }),
             tokio::spawn(cert_manager),
         ];
@@ -181,7 +186,7 @@ impl World {
 
 fn of_other(who: &str) -> Arc<Identity> {
     let mine = identity(who);
-    let profile = Profile { issuer: IssuerName("other".into()), ..(*mine.profile).clone() };
+    let profile = Profile { issuer: IssuerName("other".into()), authority: "other".into(), ..(*mine.profile).clone() };
     Arc::new(Identity { profile: Arc::new(profile), ..(*mine).clone() })
 }
 

@@ -65,7 +65,7 @@ fn the_scopes_of_watches_never_meet() {
 struct World {
     api: FakeApi,
     config: Config,
-    issuers: BTreeMap<IssuerName, Arc<dyn Issuer>>,
+    upstreams: Upstreams,
     last: CancellationToken,
     running: Vec<JoinHandle<()>>,
 }
@@ -80,9 +80,9 @@ impl World {
         let clock: Arc<dyn Clock> = Arc::new(TestClock::new(SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000)));
         let mut base = Base::new(Shutdown::new(Duration::ZERO));
         let (trust, last, mut tasks) = (Trust::new(trust::Metrics::default()), CancellationToken::new(), Vec::new());
-        let issuers = issuers(&config, &mut base, &trust, Some(&cluster), &clock, &mut tasks, &last).unwrap();
+        let upstreams = issuers(&config, &mut base, &trust, Some(&cluster), &clock, &mut tasks, &last).unwrap();
         let running = tasks.into_iter().map(tokio::spawn).collect();
-        Self { api, config, issuers, last, running }
+        Self { api, config, upstreams, last, running }
     }
 
     /// Orders a certificate for a pod in `namespace`, as its profile says.
@@ -91,7 +91,7 @@ impl World {
         let account = Some("s".into());
         let workload = Workload::Pod { pod: pod.clone(), service_account: account, labels: Arc::default(), picked: None };
         let identity = Arc::new(self.config.resolver().resolve(&workload).unwrap());
-        let issuer = &self.issuers[&identity.profile.issuer];
+        let issuer = &self.upstreams.issuers[&identity.profile.issuer];
         let (progress, _) = Progress::new();
         tokio::spawn(issuer.issue(Order { identity, evidence: Some(pod), progress }))
     }

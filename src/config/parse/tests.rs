@@ -6,7 +6,10 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::{
-    config::{CertManager, IssuerConfig, IssuerRef, PerPod, RequestNamespace, SharedSocket},
+    config::{
+        CertManager, IssuerConfig, IssuerRef, PerPod, RequestNamespace, SharedSocket,
+        live::{FIELDS, Field},
+    },
     identity::{IssuerName, KeyType, PodRef},
 };
 
@@ -39,7 +42,7 @@ trust:
   sources: [ { configMap: { namespace: cert-manager, name: mesh-roots, key: ca.crt } } ]
   federated: { partner.example: { file: /etc/sds-agent/partner.pem } }
 admin: { address: 127.0.0.1:15090 }
-metrics: { address: 0.0.0.0:15091 }
+metrics: { address: 0.0.0.0:15091, perWorkload: false }
 "#;
 
 /// What every configuration of a pod needs, and nothing else.
@@ -119,9 +122,10 @@ limits:
     newConnectionsPerSecondPerPod: 6, newConnectionsBurstPerPod: 7, idle: 1m }
 kubernetes: { requestsPerSecond: 5, burst: "9" }
 retention: 1h
+reissueOver: 3m
 drain: 1s
 admin: { address: "[::1]:1" }
-metrics: { address: 127.0.0.1:2 }
+metrics: { address: 127.0.0.1:2, perWorkload: true }
 workerThreads: 3
 approver: { agents: ["system:serviceaccount:mesh:agent"] }
 authorityEpoch: 7
@@ -134,12 +138,14 @@ authorityEpoch: 7
     assert_eq!(profile.lifetime, Duration::from_secs(9000));
     assert_eq!(config.shared_socket.unwrap().mode, 0o600);
     assert_eq!(config.names, Names { certificate: "own".into(), bundle: "roots".into() });
+    assert_eq!(config.reissue_over, Duration::from_secs(180));
     assert_eq!((config.lock_memory, config.attestation, config.worker_threads), (LockMemory::Never, Attestation::Unix, 3));
     assert_eq!(config.approver.agents, ["system:serviceaccount:mesh:agent"]);
     assert_eq!(config.trust_sources, [TrustSource::File { path: "/a.pem".into() }]);
     let federated = TrustSource::ConfigMap { namespace: "n".into(), name: "m".into(), key: "roots.pem".into() };
     assert_eq!(config.federated, BTreeMap::from([(TrustDomain::new("b.example").unwrap(), federated)]));
     assert_eq!((config.admin.to_string(), config.metrics.to_string()), ("[::1]:1".into(), "127.0.0.1:2".into()));
+    assert!(config.metrics_per_workload);
     let limits = Limits {
         connections: 10,
         connections_per_pod: 3,
@@ -317,6 +323,23 @@ fn the_reference_describes_every_field() {
     assert!(known.contains("issuer.certManager.issuerRef.kind") && known.contains("trust.federated.<name>.configMap.key"));
     let missing: Vec<_> = known.iter().filter(|field| !REFERENCE.contains(&format!("`{field}`"))).collect();
     assert!(missing.is_empty(), "docs/configuration.md does not describe {missing:?}");
+}
+
+/// Each field is in the table of what changes when, by itself or with its section, and the reference says what the table says.
+#[test]
+fn the_reference_tells_what_changes_without_a_restart() {
+    let within = |field: &str, path: &str| field.strip_prefix(path).is_some_and(|rest| rest.is_empty() || rest.starts_with(['.', '[']));
+    let known = known();
+    for field in &known {
+        let is_section = |path: &str| within(path, field);
+        let found = FIELDS.iter().filter(|f| within(field, f.path)).count();
+        assert!(found == 1 || (found == 0 && FIELDS.iter().any(|f| is_section(f.path))), "{field}: {found}");
+    }
+    for Field { path, is_live, .. } in FIELDS {
+        assert!(known.contains(*path), "{path}");
+        let line = format!("| `{path}` | {} |", if *is_live { "at once" } else { "with the next start" });
+        assert!(REFERENCE.contains(&line), "docs/configuration.md lacks {line:?}");
+    }
 }
 
 proptest! {

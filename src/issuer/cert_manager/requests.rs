@@ -71,6 +71,12 @@ impl Metrics {
         metrics
     }
 
+    /// Registers and shows them all, for the reference.
+    #[cfg(test)]
+    pub(crate) fn sample(registry: &mut Registry) {
+        Self::register(registry);
+    }
+
     /// How many there were, for tests.
     #[cfg(test)]
     pub(super) fn orphans(&self) -> u64 {

@@ -145,7 +145,7 @@ fn identity(account: &str) -> Identity {
         epoch: 0,
     };
     let spiffe_id = SpiffeId::new(&format!("spiffe://cluster.local/ns/shop/sa/{account}")).unwrap();
-    Identity { spiffe_id, dns_names: Arc::new([]), profile: Arc::new(profile), pod_uid: None }
+    Identity { spiffe_id, dns_names: Arc::new([]), profile: Arc::new(profile), pod_uid: None, account: None }
 }
 
 async fn end<T>(task: JoinHandle<T>) -> T {

@@ -33,6 +33,7 @@ fn identity(key: KeyType, dns_names: &[&str]) -> Identity {
         dns_names: dns_names.iter().map(|&name| name.to_owned()).collect(),
         profile: Arc::new(profile),
         pod_uid: None,
+        account: None,
     }
 }
 

@@ -30,7 +30,7 @@ fn identity(key: KeyType, lifetime: Duration) -> Arc<Identity> {
         epoch: 0,
     };
     let dns_names = ["one.example".to_owned(), "two.example".to_owned()].into();
-    Arc::new(Identity { spiffe_id: SpiffeId::new(id).unwrap(), dns_names, profile: Arc::new(profile), pod_uid: None })
+    Arc::new(Identity { spiffe_id: SpiffeId::new(id).unwrap(), dns_names, profile: Arc::new(profile), pod_uid: None, account: None })
 }
 
 fn embedded(clock: &TestClock) -> Embedded {

@@ -81,7 +81,13 @@ fn identity(key: KeyType) -> Identity {
         per_pod: false,
         epoch: 0,
     };
-    Identity { spiffe_id: SpiffeId::new(ID).unwrap(), dns_names: [DNS.to_owned()].into(), profile: Arc::new(profile), pod_uid: None }
+    Identity {
+        spiffe_id: SpiffeId::new(ID).unwrap(),
+        dns_names: [DNS.to_owned()].into(),
+        profile: Arc::new(profile),
+        pod_uid: None,
+        account: None,
+    }
 }
 
 /// What a well-behaved issuer sets; `change` is the fault.

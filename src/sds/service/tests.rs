@@ -9,3 +9,15 @@ mod fetch;
 mod held;
 mod outages;
 mod subscriptions;
+mod swaps;
+
+use std::time::{Duration, SystemTime};
+
+use tokio::{sync::mpsc, time::Instant};
+
+use super::*;
+use crate::{
+    caller::Connection,
+    proto::envoy::service::discovery::v3::{DeltaDiscoveryRequest, DiscoveryRequest},
+    sds::stream::TYPE_URL,
+};

@@ -3,7 +3,10 @@
 use std::{collections::BTreeMap, path::PathBuf, sync::Mutex};
 
 use futures::future::BoxFuture;
-use tokio::{sync::watch, task::JoinHandle};
+use tokio::{
+    sync::{mpsc, watch},
+    task::JoinHandle,
+};
 
 use super::super::*;
 use crate::{
@@ -12,7 +15,9 @@ use crate::{
     config,
     identity::{IssuerName, PodRef, Resolver, TrustDomain, Workload, tests::identity},
     issuer::{Issuer, embedded::Embedded},
-    listener, rotation, sds,
+    listener, rotation,
+    rotation::plan::Plan,
+    sds,
     store::Store,
     trust::{self, Trust},
 };
@@ -85,14 +90,17 @@ impl Agent {
         let source = trust.source(None, "own");
         source.take(embedded.bundle().unwrap());
         let (store, events) = Store::new();
+        let issuers = BTreeMap::from([(IssuerName("mesh".into()), Arc::new(embedded) as Arc<dyn Issuer>)]);
+        let plan = Plan::new(issuers, [identity("a").profile.clone()], Duration::from_secs(300));
+        let (plan, reissues) = (watch::channel(Arc::new(plan)).1, mpsc::channel(1).1);
         let parts = rotation::Parts {
             store: store.clone(),
             events,
-            issuers: BTreeMap::from([(IssuerName("mesh".into()), Arc::new(embedded) as Arc<dyn Issuer>)]),
+            plan,
+            reissues,
             trust: trust.subscribe(),
             await_bundle: false,
             clock: clock.clone(),
-            retention: Duration::from_secs(300),
             claims: None,
             metrics: rotation::metrics::Metrics::default(),
         };
@@ -105,9 +113,10 @@ impl Agent {
             store,
             trust: trust.subscribe(),
             directory: sds::names::Directory::new(config::Names::default(), &domain),
-            clock,
+            clock: clock.clone(),
             limits: limits.clone(),
             metrics: sds::metrics::Metrics::default(),
+            spread: watch::channel(sds::spread::Spread::new(clock.now(), Duration::ZERO, 1)).1,
             drain: ending.clone(),
         });
         let resolver = Resolver::single(domain, identity("a").profile.clone());

@@ -20,7 +20,7 @@ async fn every_object_is_admitted_and_stays_as_it_is() {
     install_operator_kinds(&cluster).await;
     let mut count = 0;
     for (folder, mode) in MODES {
-        let objects = rendered_with(folder, &["workload-requests"]).await;
+        let objects = rendered_with(folder, &["workload-requests", "monitoring"]).await;
         install(&cluster, &objects).await;
         // An object that the API server has completed in a way of its own would change each time.
         for (first, object) in install(&cluster, &objects).await.iter().zip(&objects) {

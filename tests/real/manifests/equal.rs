@@ -1,6 +1,10 @@
 //! The chart and kustomize: the same objects, and what values change in them.
 
-use std::{collections::BTreeMap, fs, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    time::Duration,
+};
 
 use serde_json::{Value, json};
 
@@ -46,6 +50,8 @@ async fn helm_and_kustomize_give_the_same_objects() {
         assert!(objects.len() > 15, "{folder}: {}", objects.len());
         assert_same(helm(NAMESPACE, &["--set", &format!("mode={mode}")]).await, objects, folder);
     }
+    let monitored = rendered_with("shared", &["monitoring"]).await;
+    assert_same(helm(NAMESPACE, &["--set", "monitoring.enabled=true"]).await, monitored, "with monitoring");
     let workload = ["--set", "config.issuer.certManager.namespace=workload"];
     let mut objects = rendered_with("shared", &["workload-requests"]).await;
     let map = objects.iter_mut().find(|object| object["kind"] == "ConfigMap").unwrap();
@@ -153,6 +159,21 @@ async fn values_reach_all_that_has_to_know_of_them() {
     let rules = sds_agent::approver::Rules::of(&loaded.config).unwrap();
     assert_eq!(rules.agents.iter().collect::<Vec<_>>(), ["system:serviceaccount:mesh:sds-agent"]);
     assert_eq!(rules.issuers.len(), 3);
+}
+
+/// A field that the agent has learnt is one that the chart lets through.
+#[tokio::test]
+async fn the_schema_knows_every_section_of_the_configuration() {
+    let schema: Value = serde_json::from_str(&manifests::read("chart/values.schema.json")).unwrap();
+    let known: BTreeSet<_> = schema["properties"]["config"]["properties"].as_object().unwrap().keys().cloned().collect();
+    // A unit test holds that page to the parser.
+    let page = manifests::read("../docs/configuration.md");
+    let fields = page.lines().filter_map(|line| line.strip_prefix("| `")?.split_once('`'));
+    let sections = fields.map(|(field, _)| field.split(['.', '[']).next().unwrap().to_owned());
+    let environment = |name: &String| name.chars().all(|c| c.is_ascii_uppercase() || c == '_' || c == ',');
+    let sections: BTreeSet<_> = sections.filter(|name| !environment(name)).collect();
+    assert!(sections.len() > 15, "{sections:?}");
+    assert_eq!(known, sections, "values.schema.json, and docs/configuration.md");
 }
 
 #[tokio::test]

@@ -1,30 +1,19 @@
 //! Agent and approver in pods of the real kubelet, with the security context, rights and configuration of the manifests and no more.
 
-use serde_json::{Value, json};
+use serde_json::json;
 
-use super::site::{Ours, PATIENCE, Site};
-use crate::support::{self, cluster::Pod, eventually};
+use super::site::{Ours, PATIENCE, Site, Way};
+use crate::support::{self, eventually, kubelet::DRIVER};
 
-const OWN: &str = "/run/sds/socket";
-const SHARED: &str = "/run/sds-agent/sds.sock";
+const OWN: Way = Way { name: "own", socket: "/run/sds/socket", volume: || json!({"csi": {"driver": DRIVER, "readOnly": true}}) };
+const SHARED: Way = Way {
+    name: "shared",
+    socket: "/run/sds-agent/sds.sock",
+    volume: || json!({"hostPath": {"path": "/run/sds-agent", "type": "Directory"}}),
+};
 /// `CAP_IPC_LOCK` alone, as /proc shows it.
 const IPC_LOCK: &str = "0000000000004000";
 const NONE: &str = "0000000000000000";
-
-fn own() -> (&'static str, Value) {
-    ("/run/sds", json!({"csi": {"driver": "csi.sds-agent.io", "readOnly": true}}))
-}
-
-fn shared() -> (&'static str, Value) {
-    ("/run/sds-agent", json!({"hostPath": {"path": "/run/sds-agent", "type": "Directory"}}))
-}
-
-async fn assert_served(site: &Site, pod: &Pod, socket: &str) {
-    let certificate = site.fetch(pod, socket, "default").await.unwrap_or_else(|e| panic!("{}, {socket}: {e}", pod.name));
-    assert_eq!(certificate["spiffe_id"], pod.spiffe_id(), "{socket}");
-    let roots = site.fetch(pod, socket, "ROOTCA").await.unwrap_or_else(|e| panic!("{}, {socket}: {e}", pod.name));
-    assert!(roots["trusted_ca_pem"].as_str().unwrap().contains("BEGIN CERTIFICATE"), "{roots}");
-}
 
 /// The approver, and that it runs as a nobody.
 async fn approver(site: &Site) -> Ours {
@@ -55,7 +44,7 @@ async fn until_registered(site: &Site) {
     let path = format!("/apis/storage.k8s.io/v1/csinodes/{}", site.node.name());
     eventually("the kubelet registers the driver", PATIENCE, async || {
         let seen = site.cluster.try_get(&path).await.map_err(|e| e.to_string())?;
-        if seen["spec"]["drivers"][0]["name"] == "csi.sds-agent.io" { Ok(()) } else { Err(seen.to_string()) }
+        if seen["spec"]["drivers"][0]["name"] == DRIVER { Ok(()) } else { Err(seen.to_string()) }
     })
     .await;
 }
@@ -73,23 +62,23 @@ async fn the_daemonset_of_the_shared_socket_serves_pods_and_hands_over_to_a_surg
     }
     assert!(site.metrics(&agent).await.contains("sds_agent_memory_locked 1"));
 
-    let cart = site.workload("cart", &[shared()]).await;
-    let other = site.workload("other", &[shared()]).await;
+    let cart = site.workload("cart", &[SHARED]).await;
+    let other = site.workload("other", &[SHARED]).await;
     for pod in [&cart, &other] {
-        assert_served(&site, pod, SHARED).await;
+        site.assert_served(pod, SHARED).await;
     }
-    // The pod can take neither the socket nor its place.
-    let written = site.node.exec(&cart, &["/sds-agent", "dev", "--socket", SHARED, "--admin", "127.0.0.1:0"]).await;
-    let words = String::from_utf8_lossy(&written.stderr).into_owned();
-    assert!(!written.status.success() && words.contains("Read-only file system"), "{words}");
+    // A pod can take neither the socket nor its place.
+    let words = site.thief("thief", SHARED).await;
+    assert!(words.contains("Read-only file system"), "{words}");
 
     // As maxSurge: 1 has it: the next one is ready, then the first one goes.
     let next = site.run("DaemonSet", "sds-agent", "sds-agent-two", "{ lockMemory: always }").await;
     assert!(site.node.container_log(&next.pod, "sds-agent").contains("the socket is ours"));
     site.node.delete(&agent.pod).await;
     for pod in [&cart, &other] {
-        assert_served(&site, pod, SHARED).await;
+        site.assert_connected_again(pod, SHARED).await;
     }
+    site.assert_served(&site.workload("late", &[SHARED]).await, SHARED).await;
     assert_rights_sufficed(&site, &next, &approver).await;
 }
 
@@ -100,10 +89,10 @@ async fn the_daemonset_of_pods_sockets_serves_pods_without_seeing_their_processe
     let approver = approver(&site).await;
     let agent = site.run("DaemonSet", "sds-agent", "sds-agent-one", "{}").await;
     until_registered(&site).await;
-    let cart = site.workload("cart", &[own()]).await;
-    let other = site.workload("other", &[own()]).await;
+    let cart = site.workload("cart", &[OWN]).await;
+    let other = site.workload("other", &[OWN]).await;
     for pod in [&cart, &other] {
-        assert_served(&site, pod, OWN).await;
+        site.assert_served(pod, OWN).await;
     }
     assert!(!site.node.path("/run/sds-agent").exists(), "nobody has made a shared socket's directory");
 
@@ -111,8 +100,9 @@ async fn the_daemonset_of_pods_sockets_serves_pods_without_seeing_their_processe
     site.node.delete(&agent.pod).await;
     let next = site.run("DaemonSet", "sds-agent", "sds-agent-two", "{}").await;
     for pod in [&cart, &other] {
-        assert_served(&site, pod, OWN).await;
+        site.assert_connected_again(pod, OWN).await;
     }
+    site.assert_served(&site.workload("late", &[OWN]).await, OWN).await;
     site.node.delete(&cart).await;
     assert_rights_sufficed(&site, &next, &approver).await;
 }
@@ -124,9 +114,9 @@ async fn the_daemonset_of_both_serves_a_pod_on_both() {
     let approver = approver(&site).await;
     let agent = site.run("DaemonSet", "sds-agent", "sds-agent-one", "{}").await;
     until_registered(&site).await;
-    let cart = site.workload("cart", &[own(), shared()]).await;
-    for socket in [OWN, SHARED] {
-        assert_served(&site, &cart, socket).await;
+    let cart = site.workload("cart", &[OWN, SHARED]).await;
+    for way in [OWN, SHARED] {
+        site.assert_served(&cart, way).await;
     }
     assert_rights_sufficed(&site, &agent, &approver).await;
 }

@@ -1,6 +1,6 @@
 //! A node with the real kubelet, on which what was installed runs: pods as the controllers of DaemonSet and Deployment would make them.
 
-use std::{net::SocketAddr, sync::Mutex, time::Duration};
+use std::{net::SocketAddr, path::Path, sync::Mutex, time::Duration};
 
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -9,7 +9,7 @@ use super::{GUARDED, install, rendered};
 use crate::support::{
     agent,
     cluster::{Cluster, Pod, name_of},
-    free_port, http,
+    eventually, free_port, http,
     manifests::{self, NAMESPACE, named},
     node::{Image, Node},
     plane::Plane,
@@ -18,6 +18,15 @@ use crate::support::{
 pub const PATIENCE: Duration = Duration::from_secs(60);
 /// As the manifests name it.
 const IMAGE: &str = concat!("sds-agent:", env!("CARGO_PKG_VERSION"));
+
+/// How a workload reaches its socket.
+#[derive(Clone, Copy)]
+pub struct Way {
+    pub name: &'static str,
+    pub socket: &'static str,
+    /// Its volume, but for the name.
+    pub volume: fn() -> Value,
+}
 
 pub struct Site {
     /// As rendered.
@@ -101,34 +110,51 @@ impl Site {
         Ours { pod, metrics: SocketAddr::from(([127, 0, 0, 1], metrics)) }
     }
 
-    /// A workload with these volumes at these places, running; its image has `/sds-agent`.
-    pub async fn workload(&self, name: &str, volumes: &[(&str, Value)]) -> Pod {
-        let mounts: Vec<_> =
-            (0..volumes.len()).map(|n| json!({"name": format!("sds-{n}"), "mountPath": volumes[n].0, "readOnly": true})).collect();
-        let volumes: Vec<_> = volumes
-            .iter()
-            .enumerate()
-            .map(|(n, (_, volume))| {
-                let mut volume = volume.clone();
-                volume["name"] = json!(format!("sds-{n}"));
-                volume
-            })
-            .collect();
-        let command = ["/sds-agent", "dev", "--socket", "/tmp/sds.sock", "--admin", "127.0.0.1:0"];
-        let spec = json!({
-            "containers": [{"name": "main", "image": IMAGE, "command": command, "volumeMounts": mounts}], "volumes": volumes,
-        });
-        self.node.pod(&self.shop, name, &spec).await
+    /// A workload that follows its certificate and its roots on each of these sockets, each in a container of its own.
+    pub async fn workload(&self, name: &str, ways: &[Way]) -> Pod {
+        self.node.pod(&self.shop, name, &spec(ways, follow)).await
     }
 
-    /// Asks in the pod's container.
-    pub async fn fetch(&self, pod: &Pod, socket: &str, name: &str) -> Result<Value, String> {
-        let program = ["/sds-agent", "fetch", "--socket", socket, "--name", name, "-o", "json", "--timeout", "20s"];
-        let output = self.node.exec(pod, &program).await;
-        if !output.status.success() {
-            return Err(String::from_utf8_lossy(&output.stderr).into_owned());
-        }
-        serde_json::from_slice(&output.stdout).map_err(|e| e.to_string())
+    /// A pod that would serve on this socket itself, with what it has said of that.
+    pub async fn thief(&self, name: &str, way: Way) -> String {
+        let serve = |socket: &str| ["/sds-agent", "dev", "--socket", socket, "--admin", "127.0.0.1:0"].map(str::to_owned).to_vec();
+        let pod = self.node.bound_pod(&self.shop, name, &spec(&[way], serve)).await;
+        let log = eventually("the program has ended, or serves", PATIENCE, async || {
+            let log = self.node.container_log(&pod, &container(way));
+            let seen = self.cluster.get(&pod.path()).await;
+            let status = &seen["status"]["containerStatuses"][0];
+            let ended = ["state", "lastState"].iter().any(|state| status[state]["terminated"].is_object());
+            if ended || log.contains("sds-agent serves") { Ok(log) } else { Err(status.to_string()) }
+        });
+        let log = log.await;
+        self.node.delete(&pod).await;
+        log
+    }
+
+    /// Waits until a workload has its own certificate and the roots on a socket.
+    pub async fn assert_served(&self, pod: &Pod, way: Way) {
+        eventually(&format!("{} is served on {}", pod.name, way.socket), PATIENCE, async || {
+            let log = self.node.container_log(pod, &container(way));
+            let told: Vec<Value> = log.lines().filter_map(|line| serde_json::from_str(line.split_once(" stdout F ")?.1).ok()).collect();
+            let roots = told.iter().any(|update| update["trusted_ca_pem"].as_str().is_some_and(|pem| pem.contains("BEGIN CERTIFICATE")));
+            match told.iter().find_map(|update| update["spiffe_id"].as_str()) {
+                Some(id) if roots => {
+                    assert_eq!(id, pod.spiffe_id());
+                    Ok(())
+                }
+                _ => Err(log),
+            }
+        })
+        .await;
+    }
+
+    /// Waits until a workload has found the next agent.
+    pub async fn assert_connected_again(&self, pod: &Pod, way: Way) {
+        eventually(&format!("{} is connected again", pod.name), PATIENCE, async || {
+            let log = self.node.container_log(pod, &container(way));
+            if log.contains("connected again") { Ok(()) } else { Err(log) }
+        })
+        .await;
     }
 
     /// Lines of `/proc/<pid>/status` of a pod's process, as the node sees it.
@@ -149,6 +175,30 @@ impl Site {
     pub async fn metrics(&self, ours: &Ours) -> String {
         http::get_ok(ours.metrics, "/metrics").await.unwrap()
     }
+}
+
+fn container(way: Way) -> String {
+    format!("on-{}", way.name)
+}
+
+fn follow(socket: &str) -> Vec<String> {
+    let words = ["/sds-agent", "fetch", "--watch", "--socket", socket, "--name", "default", "--name", "ROOTCA", "-o", "json"];
+    words.map(str::to_owned).to_vec()
+}
+
+/// Of a pod with a container for each way.
+fn spec(ways: &[Way], command: impl Fn(&str) -> Vec<String>) -> Value {
+    let containers = ways.iter().map(|way| {
+        let place = Path::new(way.socket).parent().unwrap().to_str().unwrap();
+        let mount = json!({"name": way.name, "mountPath": place, "readOnly": true});
+        json!({"name": container(*way), "image": IMAGE, "command": command(way.socket), "volumeMounts": [mount]})
+    });
+    let volumes = ways.iter().map(|way| {
+        let mut volume = (way.volume)();
+        volume["name"] = json!(way.name);
+        volume
+    });
+    json!({"containers": containers.collect::<Vec<_>>(), "volumes": volumes.collect::<Vec<_>>()})
 }
 
 impl Drop for Site {

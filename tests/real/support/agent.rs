@@ -51,7 +51,8 @@ impl Launch {
     pub fn run_on(dir: &Path, sockets: &str, settings: &str) -> Self {
         let (socket, admin, metrics) = (dir.join("sds.sock"), loopback(), loopback());
         let config = dir.join("config.yaml");
-        let yaml = format!("sockets: {sockets}\nadmin: {{ address: {admin} }}\nmetrics: {{ address: {metrics} }}\n{settings}");
+        let yaml =
+            format!("sockets: {sockets}\nadmin: {{ address: {admin} }}\nmetrics: {{ address: {metrics}, perWorkload: true }}\n{settings}");
         fs::write(&config, yaml).expect("the configuration is written");
         let arguments = ["run", "--config", text(&config)].map(str::to_owned).to_vec();
         Self { wrapper: Vec::new(), program: program().to_owned(), arguments, environment: Vec::new(), socket, admin }
@@ -146,6 +147,11 @@ impl Agent {
         &self.socket
     }
 
+    /// Its admin address.
+    pub fn admin(&self) -> SocketAddr {
+        self.admin
+    }
+
     /// Its process.
     pub fn process(&self) -> &Child {
         &self.child
@@ -164,16 +170,26 @@ impl Agent {
         values.filter_map(|line| line.rsplit_once(' ')?.1.parse::<f64>().ok()).sum()
     }
 
+    /// Its answer to a POST on the admin address.
+    pub async fn post(&self, path: &str) -> http::Response {
+        http::post(self.admin, path).await.expect("the agent answers")
+    }
+
     /// Its readiness and what it awaits.
     pub async fn readiness(&self) -> Result<String, String> {
         http::get_ok(self.admin, "/readyz?verbose").await
     }
 
-    /// What it holds for a SPIFFE id, as `/certs` tells.
-    pub async fn certificate(&self, id: &str) -> Option<Value> {
+    /// What it holds, as `/certs` tells.
+    pub async fn certificates(&self) -> Vec<Value> {
         let text = http::get_ok(self.admin, "/certs").await.expect("the agent's certificates");
         let answer: Value = serde_json::from_str(&text).expect("JSON");
-        answer["certificates"].as_array().expect("a list").iter().find(|row| row["spiffe_id"] == id).cloned()
+        answer["certificates"].as_array().expect("a list").clone()
+    }
+
+    /// What it holds for a SPIFFE id.
+    pub async fn certificate(&self, id: &str) -> Option<Value> {
+        self.certificates().await.into_iter().find(|row| row["spiffe_id"] == id)
     }
 
     /// The lines of its log so far, each an object.

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 
 use http_body_util::{BodyExt, Empty};
-use hyper::{Request, StatusCode, body::Bytes};
+use hyper::{Method, Request, StatusCode, body::Bytes};
 use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
 
@@ -15,18 +15,28 @@ pub struct Response {
 
 /// Asks once. The error is a sentence.
 pub async fn get(from: SocketAddr, path: &str) -> Result<Response, String> {
+    ask(Method::GET, from, path).await
+}
+
+/// The same by POST, without a body.
+pub async fn post(to: SocketAddr, path: &str) -> Result<Response, String> {
+    ask(Method::POST, to, path).await
+}
+
+async fn ask(method: Method, from: SocketAddr, path: &str) -> Result<Response, String> {
     let stream = TcpStream::connect(from).await.map_err(|e| format!("connect to {from}: {e}"))?;
     let (mut sender, connection) =
         hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|e| format!("HTTP with {from}: {e}"))?;
     let connection = tokio::spawn(connection);
-    let request = Request::get(path).header("host", "localhost").body(Empty::<Bytes>::new()).map_err(|e| e.to_string())?;
+    let request =
+        Request::builder().method(&method).uri(path).header("host", "localhost").body(Empty::<Bytes>::new()).map_err(|e| e.to_string())?;
     let answer = async {
         let response = sender.send_request(request).await?;
         let status = response.status();
         let body = response.into_body().collect().await?.to_bytes();
         Ok::<_, hyper::Error>(Response { status, body: String::from_utf8_lossy(&body).into_owned() })
     };
-    let answer = answer.await.map_err(|e| format!("GET {from}{path}: {e}"));
+    let answer = answer.await.map_err(|e| format!("{method} {from}{path}: {e}"));
     connection.abort();
     answer
 }

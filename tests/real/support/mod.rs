@@ -9,6 +9,7 @@ use tokio::{
 
 pub mod agent;
 pub mod agent_pod;
+pub mod authority;
 pub mod cgroups;
 pub mod child;
 pub mod cluster;
@@ -23,6 +24,7 @@ pub mod memory;
 pub mod node;
 pub mod pair;
 pub mod plane;
+pub mod prometheus;
 pub mod recorder;
 pub mod scene;
 pub mod signer;

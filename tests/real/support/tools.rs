@@ -25,6 +25,16 @@ pub fn vault() -> PathBuf {
     fetched("VAULT", "vault")
 }
 
+/// The metrics server.
+pub fn prometheus() -> PathBuf {
+    fetched("PROMETHEUS", "prometheus/usr/bin/prometheus")
+}
+
+/// Its tool for rules and metrics.
+pub fn promtool() -> PathBuf {
+    fetched("PROMTOOL", "prometheus/usr/bin/promtool")
+}
+
 /// The folder with kubelet, containerd and runc.
 pub fn node() -> PathBuf {
     let kubelet = fetched("KUBELET", "node/kubelet");

@@ -8,17 +8,17 @@ use std::{
 
 use futures::future::BoxFuture;
 
-use super::super::*;
+use super::*;
 use crate::{
     attest::{self, Attested, Attestor, Method, Reason},
     caller::Desk,
     clock::TestClock,
     config,
-    identity::{IssuerName, PodRef, Resolver, TrustDomain, Workload, tests::identity},
+    identity::{IssuerName, PodRef, Profile, Resolver, TrustDomain, Workload, tests::identity},
     issuer::{self, Issued, Issuer, Order, Retry, embedded::Embedded},
     material::TrustBundle,
     peer::Peer,
-    rotation,
+    rotation::{self, plan::Plan, reissue::Reissue},
     trust::{self, Trust},
 };
 
@@ -94,7 +94,14 @@ pub(super) struct Bench {
     orders: Arc<AtomicUsize>,
     desk: Desk,
     resolver: watch::Sender<Arc<Resolver>>,
+    issuers: BTreeMap<IssuerName, Arc<dyn Issuer>>,
+    plan: watch::Sender<Arc<Plan>>,
+    spread: watch::Sender<Spread>,
+    pub reissue: mpsc::Sender<Reissue>,
 }
+
+/// Over which time certificates are issued anew after a change.
+pub(super) const SPREAD: Duration = Duration::from_secs(600);
 
 /// How long a subscription without subscribers is kept.
 pub(super) const RETENTION: Duration = Duration::from_secs(300);
@@ -127,20 +134,24 @@ impl Bench {
         let partner = TrustDomain::new("partner.example").unwrap();
         let (source, federated) = (trust.source(None, "own"), trust.source(Some(partner), "partner"));
         let (store, events) = Store::new();
+        let issuers = BTreeMap::from([(IssuerName("mesh".into()), Arc::new(issuer) as Arc<dyn Issuer>)]);
+        let (plan, plan_now) = watch::channel(Arc::new(Plan::new(issuers.clone(), [identity("a").profile.clone()], RETENTION)));
+        let (reissue, reissues) = mpsc::channel(8);
         let parts = rotation::Parts {
             store: store.clone(),
             events,
-            issuers: BTreeMap::from([(IssuerName("mesh".into()), Arc::new(issuer) as Arc<dyn Issuer>)]),
+            plan: plan_now,
+            reissues,
             trust: trust.subscribe(),
             await_bundle: false,
             clock: Arc::new(clock.clone()),
-            retention: RETENTION,
             claims: None,
             metrics: rotation::metrics::Metrics::default(),
         };
         tokio::spawn(rotation::run(parts, CancellationToken::new()));
 
         let domain = TrustDomain::new("cluster.local").unwrap();
+        let (spread, spread_now) = watch::channel(Spread::new(clock.now(), SPREAD, 1));
         let service = Service {
             store,
             trust: trust.subscribe(),
@@ -148,6 +159,7 @@ impl Bench {
             clock: Arc::new(clock.clone()),
             limits: Limits { message_bytes: 4096, names_per_stream: 4, ..Limits::default() },
             metrics: Metrics::default(),
+            spread: spread_now,
             drain: CancellationToken::new(),
         };
         let gone = CancellationToken::new();
@@ -157,7 +169,24 @@ impl Bench {
         let holds = Arc::new(AtomicBool::new(true));
         let attestor = Arc::new(Told { verdict: verdict_now, holds: holds.clone() });
         let desk = Desk { attestor, resolver: resolver_now, metrics: attest::Metrics::default() };
-        Self { service: Arc::new(service), clock, source, federated, upstream, verdict, gone, holds, embedded, orders, desk, resolver }
+        Self {
+            service: Arc::new(service),
+            clock,
+            source,
+            federated,
+            upstream,
+            verdict,
+            gone,
+            holds,
+            embedded,
+            orders,
+            desk,
+            resolver,
+            issuers,
+            plan,
+            spread,
+            reissue,
+        }
     }
 
     /// A connection of its own.
@@ -167,18 +196,43 @@ impl Bench {
 
     /// From now on callers get another profile: what was issued before is foreign.
     pub(super) fn raise_epoch(&self) {
-        self.resolver.send_modify(|resolver| {
-            let mut next = (**resolver).clone();
-            let mut profile = (*next.default_profile).clone();
-            profile.epoch += 1;
-            next.default_profile = Arc::new(profile);
-            *resolver = Arc::new(next);
-        });
+        self.change_profile(|profile| profile.epoch += 1);
+    }
+
+    /// From now on callers get another profile.
+    pub(super) fn change_profile(&self, change: impl FnOnce(&mut Profile)) {
+        let mut next = (**self.resolver.borrow()).clone();
+        let mut profile = (*next.default_profile).clone();
+        change(&mut profile);
+        next.default_profile = Arc::new(profile);
+        self.reload(next);
+    }
+
+    /// Another configuration, as a reload brings it.
+    pub(super) fn reload(&self, next: Resolver) {
+        let profiles = next.rules.iter().map(|rule| &rule.profile).chain([&next.default_profile]).cloned();
+        self.plan.send_replace(Arc::new(Plan::new(self.issuers.clone(), profiles, RETENTION)));
+        self.spread.send_replace(Spread::new(self.clock.now(), SPREAD, 1));
+        self.resolver.send_replace(Arc::new(next));
+    }
+
+    /// The rules in force.
+    pub(super) fn rules(&self) -> Resolver {
+        (**self.resolver.borrow()).clone()
     }
 
     /// Nobody is known any more, until a verdict is sent.
     pub(super) fn know_nobody(&self) {
         self.verdict.send_replace(None);
+    }
+
+    /// The caller picks this profile by its volume.
+    pub(super) fn pick(&self, profile: &str) {
+        let mut attested = attested("a", &self.gone);
+        if let Workload::Pod { picked, .. } = &mut attested.workload {
+            *picked = Some(profile.into());
+        }
+        self.verdict.send_replace(Some(Ok(attested)));
     }
 
     pub(super) fn know_everybody(&self) {

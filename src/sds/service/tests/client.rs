@@ -10,8 +10,8 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::Code;
 
-use super::super::*;
 use super::bench::Bench;
+use super::*;
 use crate::proto::{
     envoy::{
         config::core::v3::data_source::Specifier,

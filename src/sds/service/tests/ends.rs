@@ -5,9 +5,9 @@ use tokio::sync::mpsc;
 use tonic::Code;
 
 use super::{
-    super::*,
     bench::{Bench, RETENTION, Upstream, foreign_bundle, settle},
     client::{Client, Content, FACES, Reply, body, bytes, framed, status},
+    *,
 };
 
 const MINUTE: Duration = Duration::from_secs(60);

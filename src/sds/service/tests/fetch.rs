@@ -5,9 +5,9 @@ use tokio::sync::mpsc;
 use tonic::Code;
 
 use super::{
-    super::*,
     bench::{Bench, RETENTION, Upstream, settle},
     client::{Client, Reply, body, framed, status},
+    *,
 };
 
 /// On paused time it costs nothing.
@@ -257,4 +257,33 @@ async fn fetching_again_and_again_leaves_nothing_behind() {
     assert_eq!((b.leases(), b.orders()), (0, 1));
     tokio::time::sleep(RETENTION).await;
     assert_eq!(b.service.store.snapshot().len(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_waits_while_the_configuration_changes_gets_what_it_is_given_by_the_new_one() {
+    let b = Bench::new();
+    b.upstream.send_replace(Upstream::Slow);
+    let change = async {
+        settle().await;
+        assert_eq!(b.orders(), 1);
+        b.raise_epoch();
+        settle().await;
+        assert_eq!(b.orders(), 2, "who has nothing is not spread");
+        b.upstream.send_replace(Upstream::Up);
+    };
+    let ((answer, took), ()) = tokio::join!(call(&b, &["default"]).answer(), change);
+    let reply = answer.unwrap();
+    let entries = b.service.store.snapshot();
+    let new = entries.iter().find(|entry| entry.identity.profile.epoch == 1).and_then(|entry| entry.current()).unwrap();
+    assert!(reply.carries("default", &new) && took < Duration::from_secs(1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_fetches_after_a_change_gets_the_new_identity_though_the_old_certificate_is_still_served() {
+    let b = Bench::new();
+    warm(&b).await;
+    let old = b.material();
+    b.raise_epoch();
+    let (answer, took) = call(&b, &["default"]).answer().await;
+    assert!(!answer.unwrap().carries("default", &old) && took < Duration::from_secs(1));
 }

@@ -1,9 +1,9 @@
 //! Clients that come back with the version that they hold: nothing is issued before its time, and nothing odd is believed.
 
 use super::{
-    super::*,
     bench::{Bench, foreign_bundle, settle},
     client::{Client, FACES},
+    *,
 };
 use crate::clock;
 
@@ -95,9 +95,9 @@ async fn a_hint_that_is_odd_foreign_or_over_is_no_hint() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_raised_epoch_makes_every_hint_foreign() {
+async fn another_profile_makes_every_hint_foreign() {
     let (b, svid) = restarted().await;
-    b.raise_epoch();
+    b.change_profile(|profile| profile.lifetime *= 2);
     let mut client = Client::returning(&b, Face::Delta, &["default"], svid.version()).await;
     let begun = Instant::now();
     client.accepted().await;

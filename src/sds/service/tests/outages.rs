@@ -1,9 +1,9 @@
 //! The clock and the upstream in trouble: what is good is served, what has ended is not, and no stream fails.
 
 use super::{
-    super::*,
     bench::{Bench, Upstream, settle},
     client::{Client, FACES},
+    *,
 };
 
 const MINUTE: Duration = Duration::from_secs(60);

@@ -3,9 +3,9 @@
 use tonic::Code;
 
 use super::{
-    super::*,
     bench::{Bench, Upstream, foreign_bundle, grown_bundle, settle},
     client::{Client, Content, FACES, Reply, framed},
+    *,
 };
 
 const MINUTE: Duration = Duration::from_secs(60);

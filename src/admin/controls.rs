@@ -1,0 +1,208 @@
+//! What people on the node can tell the agent: reissue certificates, and log more or less.
+//!
+//! Owns the forms of the questions and answers; rotation does the one, [`telemetry`](crate::telemetry) the other. A wrong word changes
+//! nothing and is told in a sentence.
+
+use std::{
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use bytes::Bytes;
+use http::{Method, Request, StatusCode};
+use http_body_util::{BodyExt, Limited};
+use tokio::sync::{mpsc, oneshot};
+use tracing::info;
+
+use super::{Answer, JSON, TEXT, answer, refuse_method};
+use crate::{
+    rotation::reissue::{Reissue, Which},
+    telemetry::Filter,
+};
+
+/// One JSON object for each certificate that the agent holds, without its key.
+pub type Certificates = Arc<dyn Fn() -> Vec<serde_json::Value> + Send + Sync>;
+
+/// Over which time certificates are reissued unless told.
+const REISSUE_OVER: Duration = Duration::from_secs(300);
+/// The longest time, for that and for another log filter.
+const LONGEST: Duration = Duration::from_secs(7 * 86_400);
+/// A log filter is shorter than this.
+const MAX_FILTER_BYTES: usize = 4096;
+
+/// What the admin address has beside probes and metrics.
+#[derive(Clone)]
+pub struct Controls {
+    /// What the agent holds.
+    pub certificates: Certificates,
+    /// Who reissues.
+    pub reissue: mpsc::Sender<Reissue>,
+    /// The log, where its filter can be changed.
+    pub log: Option<LogLevel>,
+}
+
+impl fmt::Debug for Controls {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Controls").field("log", &self.log).finish_non_exhaustive()
+    }
+}
+
+impl Controls {
+    pub(super) fn certs(&self) -> Answer {
+        answer(StatusCode::OK, JSON, serde_json::json!({ "certificates": (self.certificates)() }).to_string() + "\n")
+    }
+
+    /// `POST /reissue[?spiffe_id=…][&profile=…][&over=5m]`
+    pub(super) async fn reissue<B>(&self, request: &Request<B>) -> Answer {
+        if request.method() != Method::POST {
+            return refuse_method("POST");
+        }
+        let (mut which, mut over) = (Which::default(), REISSUE_OVER);
+        for (name, value) in pairs(request.uri().query()) {
+            match &*name {
+                "spiffe_id" => which.spiffe_id = Some(value),
+                "profile" => which.profile = Some(value),
+                "over" => match duration("over", &value) {
+                    Ok(told) => over = told,
+                    Err(text) => return answer(StatusCode::BAD_REQUEST, TEXT, text),
+                },
+                _ => return unknown(&name, "spiffe_id, profile and over"),
+            }
+        }
+        let (tell, told) = oneshot::channel();
+        let leaving = || answer(StatusCode::SERVICE_UNAVAILABLE, TEXT, "the agent is shutting down\n");
+        if self.reissue.send(Reissue { which, over, answer: tell }).await.is_err() {
+            return leaving();
+        }
+        let Ok(counts) = told.await else { return leaving() };
+        let over = humantime::format_duration(over).to_string();
+        let body = serde_json::json!({ "matched": counts.matched, "just_done": counts.just_done, "over": over });
+        answer(StatusCode::OK, JSON, body.to_string() + "\n")
+    }
+
+    /// `GET /log-level`, and `PUT` or `POST` with the filter as the body, `[?for=10m]`.
+    pub(super) async fn log_level<B>(&self, log: &LogLevel, request: Request<B>) -> Answer
+    where
+        B: http_body::Body<Data = Bytes>,
+        B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+    {
+        match *request.method() {
+            Method::GET | Method::HEAD => return answer(StatusCode::OK, TEXT, log.filter.current() + "\n"),
+            Method::PUT | Method::POST => {}
+            _ => return refuse_method("GET, HEAD, PUT, POST"),
+        }
+        let mut time = None;
+        for (name, value) in pairs(request.uri().query()) {
+            match &*name {
+                "for" => match duration("for", &value) {
+                    Ok(told) => time = Some(told),
+                    Err(text) => return answer(StatusCode::BAD_REQUEST, TEXT, text),
+                },
+                _ => return unknown(&name, "for"),
+            }
+        }
+        let Ok(body) = Limited::new(request.into_body(), MAX_FILTER_BYTES).collect().await else {
+            return answer(
+                StatusCode::BAD_REQUEST,
+                TEXT,
+                format!("the filter did not arrive, or is longer than {MAX_FILTER_BYTES} bytes\n"),
+            );
+        };
+        let body = body.to_bytes();
+        let Some(text) = std::str::from_utf8(&body).ok().map(str::trim).filter(|text| !text.is_empty()) else {
+            return answer(
+                StatusCode::BAD_REQUEST,
+                TEXT,
+                "write a filter as the body, such as `debug` or `sds_agent::rotation=debug,info`\n",
+            );
+        };
+        match log.change(text, time) {
+            Ok(()) => answer(StatusCode::OK, TEXT, log.filter.current() + "\n"),
+            Err(error) => answer(StatusCode::BAD_REQUEST, TEXT, format!("{error}\n")),
+        }
+    }
+}
+
+/// The log's filter, and the way back from a change that is for a time only.
+#[derive(Debug, Clone)]
+pub struct LogLevel {
+    filter: Filter,
+    usual: Arc<std::sync::Mutex<String>>,
+    changes: Arc<AtomicU64>,
+}
+
+impl LogLevel {
+    /// Of this filter; what it says now is what a change for a time goes back to.
+    pub fn new(filter: Filter) -> Self {
+        let usual = Arc::new(std::sync::Mutex::new(filter.current()));
+        Self { filter, usual, changes: Arc::default() }
+    }
+
+    pub(super) fn change(&self, directives: &str, time: Option<Duration>) -> Result<(), crate::telemetry::Error> {
+        let before = self.filter.current();
+        self.filter.replace(directives)?;
+        let change = self.changes.fetch_add(1, Ordering::Relaxed) + 1;
+        let for_seconds = time.map(|time| time.as_secs());
+        // Said under either filter, as far as one of them lets it through.
+        info!(before, now = directives, for_seconds, "the log's filter was changed");
+        let Some(time) = time else {
+            directives.clone_into(&mut self.usual.lock().unwrap_or_else(std::sync::PoisonError::into_inner));
+            return Ok(());
+        };
+        let log = self.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(time).await;
+            // Another change since then stands.
+            if log.changes.load(Ordering::Relaxed) == change {
+                let usual = log.usual.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone();
+                if log.filter.replace(&usual).is_ok() {
+                    info!(now = usual, "the log's filter is the usual one again");
+                }
+            }
+        });
+        Ok(())
+    }
+}
+
+fn duration(name: &str, value: &str) -> Result<Duration, String> {
+    match humantime::parse_duration(value) {
+        Ok(told) if told <= LONGEST => Ok(told),
+        _ => Err(format!("{name}: {value:?} is not a time of at most seven days; write, for example, {name}=5m\n")),
+    }
+}
+
+fn unknown(name: &str, known: &str) -> Answer {
+    answer(StatusCode::BAD_REQUEST, TEXT, format!("{name:?} is not known here; known: {known}\n"))
+}
+
+/// The names and values of a query, decoded.
+fn pairs(query: Option<&str>) -> impl Iterator<Item = (String, String)> {
+    query.unwrap_or_default().split('&').filter(|pair| !pair.is_empty()).map(|pair| {
+        let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
+        (decoded(name), decoded(value))
+    })
+}
+
+/// `%2F` is `/`; what is no such code stays as it is.
+fn decoded(text: &str) -> String {
+    let mut out = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let Some((byte, after)) = rest.split_first() {
+        let code = after.get(..2).filter(|_| *byte == b'%').and_then(|hex| std::str::from_utf8(hex).ok());
+        match code.filter(|hex| hex.bytes().all(|b| b.is_ascii_hexdigit())).and_then(|hex| u8::from_str_radix(hex, 16).ok()) {
+            Some(code) => {
+                out.push(code);
+                rest = &after[2..];
+            }
+            None => {
+                out.push(*byte);
+                rest = after;
+            }
+        }
+    }
+    String::from_utf8_lossy(&out).into_owned()
+}

@@ -1,0 +1,280 @@
+//! The configuration file, followed while the agent runs: what can change does, the rest is told.
+//!
+//! Owns what is in force and hands it to those who go by it: rotation gets its [`Plan`], streams and sockets the [`Resolver`]. A file that
+//! is wrong changes nothing. What says who signs what changes together or not at all.
+
+use std::{path::PathBuf, sync::Arc};
+
+use prometheus_client::{
+    encoding::{EncodeLabelSet, EncodeLabelValue},
+    metrics::{counter::Counter, family::Family, gauge::Gauge},
+    registry::Registry,
+};
+use tokio::{
+    sync::{mpsc, watch},
+    task::JoinSet,
+};
+use tokio_util::sync::CancellationToken;
+use tracing::{error, info, warn};
+
+use super::upstream::{Begun, Upstreams};
+use crate::{
+    clock::Clock,
+    config::{Config, Errors, Loaded, MAX_FILE_BYTES, Warning, live},
+    file::Followed,
+    identity::Resolver,
+    rotation::plan::Plan,
+    sds::spread::Spread,
+};
+
+/// The file that the agent was configured by, and what it is read with.
+#[derive(Debug, Clone)]
+pub struct File {
+    /// Where it is.
+    pub path: PathBuf,
+    /// The environment.
+    pub env: fn(&str) -> Option<String>,
+}
+
+/// A reload as a metric label.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
+#[allow(non_camel_case_types, reason = "the names are the label's values")]
+enum Outcome {
+    ok,
+    invalid,
+    unchanged,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OutcomeLabel {
+    result: Outcome,
+}
+
+/// What is counted.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Metrics {
+    reloads: Family<OutcomeLabel, Counter>,
+    valid: Gauge,
+    restart_required: Gauge,
+}
+
+impl Metrics {
+    /// Registers the module's metrics.
+    pub(super) fn register(registry: &mut Registry) -> Self {
+        let m = Self::default();
+        for result in [Outcome::ok, Outcome::invalid, Outcome::unchanged] {
+            drop(m.reloads.get_or_create(&OutcomeLabel { result }));
+        }
+        m.valid.set(1);
+        registry.register("configuration_reloads", "Times that the configuration file was read again, by result", m.reloads.clone());
+        registry.register("configuration_valid", "1 where the configuration file is good, as last read", m.valid.clone());
+        registry.register(
+            "configuration_restart_required",
+            "Fields of the configuration file that come into force with the next start",
+            m.restart_required.clone(),
+        );
+        m
+    }
+
+    fn read(&self, result: Outcome) {
+        self.reloads.get_or_create(&OutcomeLabel { result }).inc();
+        self.valid.set(i64::from(result != Outcome::invalid));
+    }
+}
+
+/// Where those listen who go by the configuration.
+pub(super) struct Outlets {
+    /// Rotation.
+    pub(super) plan: watch::Sender<Arc<Plan>>,
+    /// Streams: over which time they move to other certificates.
+    pub(super) spread: watch::Sender<Spread>,
+    /// Whoever names callers.
+    pub(super) resolver: watch::Sender<Arc<Resolver>>,
+}
+
+impl Outlets {
+    /// The channels, with what `config` says in them.
+    pub(super) fn new(config: &Config, upstreams: &Upstreams, clock: &dyn Clock) -> Self {
+        Self {
+            plan: watch::Sender::new(Arc::new(plan(config, upstreams))),
+            spread: watch::Sender::new(spread(config, clock)),
+            resolver: watch::Sender::new(Arc::new(config.resolver())),
+        }
+    }
+}
+
+fn plan(config: &Config, upstreams: &Upstreams) -> Plan {
+    let profiles = config.profiles.iter().map(|rule| &rule.profile).chain([&config.default_profile]).cloned();
+    Plan::new(upstreams.issuers(), profiles, config.retention)
+}
+
+fn spread(config: &Config, clock: &dyn Clock) -> Spread {
+    Spread::new(clock.now(), config.reissue_over, fastrand::u64(..))
+}
+
+/// Follows the file.
+pub(super) struct Reload {
+    file: File,
+    upstreams: Upstreams,
+    outlets: Outlets,
+    clock: Arc<dyn Clock>,
+    metrics: Metrics,
+    /// What the agent goes by.
+    in_force: Config,
+    /// The last good file.
+    asked: Config,
+    errors: Option<Errors>,
+    warnings: Vec<Warning>,
+    /// What runs beside issuers that came later.
+    beside: JoinSet<()>,
+    last: CancellationToken,
+}
+
+impl Reload {
+    /// Nothing is read yet; `config` is in force.
+    pub(super) fn new(
+        file: File,
+        config: &Config,
+        upstreams: Upstreams,
+        outlets: Outlets,
+        clock: Arc<dyn Clock>,
+        metrics: Metrics,
+        last: CancellationToken,
+    ) -> Self {
+        Self {
+            file,
+            upstreams,
+            outlets,
+            clock,
+            metrics,
+            in_force: config.clone(),
+            asked: config.clone(),
+            errors: None,
+            warnings: Vec::new(),
+            beside: JoinSet::new(),
+            last,
+        }
+    }
+
+    /// Follows the file until the end of the agent; ends before only if something beside a new issuer has failed.
+    pub(super) async fn run(mut self) {
+        let (tell, mut told) = mpsc::unbounded_channel();
+        let file = Followed::new(self.file.path.clone(), MAX_FILE_BYTES);
+        let path = self.file.path.clone();
+        let env = self.file.env;
+        let follow = file.run(move |content| {
+            // The receiver lives as long as this.
+            let _ = tell.send(Config::of_content(&path, content, &env));
+        });
+        let mut follow = std::pin::pin!(follow);
+        let last = self.last.clone();
+        let mut first = true;
+        loop {
+            tokio::select! {
+                () = last.cancelled() => break,
+                () = &mut follow => break,
+                Some(read) = told.recv() => self.take(read, std::mem::take(&mut first)),
+                Some(ended) = self.beside.join_next() => {
+                    error!(cause = ended.err().map(tracing::field::display), "what runs beside a new issuer has ended");
+                    return;
+                }
+            }
+        }
+        while self.beside.join_next().await.is_some() {}
+    }
+
+    fn take(&mut self, read: Result<Loaded, Errors>, first: bool) {
+        let Loaded { config, warnings } = match read {
+            Ok(loaded) => loaded,
+            Err(errors) => return self.refuse(errors),
+        };
+        let was_invalid = self.errors.take().is_some();
+        if config == self.asked {
+            if first {
+                // As it was read a moment ago, at the start.
+                self.warnings = warnings;
+                return;
+            }
+            self.metrics.read(Outcome::unchanged);
+            if was_invalid {
+                info!(file = %self.file.path.display(), "the configuration file is good again, and says what is in force");
+            }
+            return;
+        }
+        for warning in warnings.iter().filter(|warning| !self.warnings.contains(warning)) {
+            warn!(field = %warning.path, "{}", warning.message);
+        }
+        self.warnings = warnings;
+        let changed: Vec<_> = live::differences(&self.asked, &config).iter().map(|field| field.path).collect();
+        let cause = self.apply(&config);
+        self.metrics.read(Outcome::ok);
+        info!(file = %self.file.path.display(), changed = changed.join(", "), "the configuration was read again");
+        self.asked = config;
+        let waiting: Vec<_> = live::differences(&self.in_force, &self.asked).iter().map(|field| field.path).collect();
+        self.metrics.restart_required.set(i64::try_from(waiting.len()).unwrap_or(i64::MAX));
+        if !waiting.is_empty() {
+            warn!(
+                fields = waiting.join(", "),
+                cause = cause.map(tracing::field::display),
+                "these changes of the configuration need a restart; until then the agent goes by what was"
+            );
+        }
+    }
+
+    fn refuse(&mut self, errors: Errors) {
+        self.metrics.read(Outcome::invalid);
+        if self.errors.as_ref() != Some(&errors) {
+            error!(
+                file = %self.file.path.display(),
+                errors = errors.0.len(),
+                "the configuration file cannot be used; what is in force stays"
+            );
+            for problem in &errors.0 {
+                error!(field = %problem.path, "{problem}");
+            }
+        }
+        self.errors = Some(errors);
+    }
+
+    /// Puts into force what can be; says why not, where what says who signs what cannot.
+    fn apply(&mut self, config: &Config) -> Option<String> {
+        let mut next = Config { reissue_over: config.reissue_over, retention: config.retention, ..self.in_force.clone() };
+        let issuance = Config {
+            default_profile: config.default_profile.clone(),
+            profiles: config.profiles.clone(),
+            issuers: config.issuers.clone(),
+            ..next.clone()
+        };
+        // Names and matches were checked for the file's own.
+        let cause = if (&config.trust_domain, config.attestation) != (&next.trust_domain, next.attestation) {
+            Some("identities depend on trustDomain and attestation".to_owned())
+        } else {
+            match self.upstreams.change(&issuance) {
+                Ok(begun) => {
+                    next = issuance;
+                    self.begin(begun);
+                    None
+                }
+                Err(cause) => Some(cause.to_string()),
+            }
+        };
+        self.in_force = next;
+        // In this order: who is named anew finds an order that can be made, and when it should be.
+        self.outlets.plan.send_replace(Arc::new(plan(&self.in_force, &self.upstreams)));
+        let resolver = self.in_force.resolver();
+        if **self.outlets.resolver.borrow() != resolver {
+            self.outlets.spread.send_replace(spread(&self.in_force, &*self.clock));
+            self.outlets.resolver.send_replace(Arc::new(resolver));
+        }
+        cause
+    }
+
+    fn begin(&mut self, begun: Begun) {
+        for task in begun.tasks(&self.last) {
+            self.beside.spawn(task);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

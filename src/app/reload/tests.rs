@@ -1,0 +1,196 @@
+//! What a file changes, what it does not, and what is told of it; against an API server of ours where issuers are made.
+
+use std::{
+    fs,
+    os::unix::fs::symlink,
+    path::Path,
+    time::{Duration, UNIX_EPOCH},
+};
+
+use tokio::time::timeout;
+
+use super::*;
+use crate::{
+    app::{Base, parts::Cluster, upstream},
+    clock::TestClock,
+    config::Env,
+    identity::IssuerName,
+    kubernetes::{self, fake::FakeApi},
+    shutdown::Shutdown,
+    trust::{self, Trust},
+};
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+fn env(name: &str) -> Option<String> {
+    match name {
+        "NODE_NAME" => Some("n1".to_owned()),
+        "POD_NAMESPACE" => Some("sds-agent".to_owned()),
+        _ => None,
+    }
+}
+
+const ISSUER: &str = "issuer: { certManager: { issuerRef: { name: mesh-ca, kind: ClusterIssuer } } }\n";
+
+fn parse(text: &str) -> Result<Loaded, Errors> {
+    let issuer = if text.contains("issuer:") { "" } else { ISSUER };
+    Config::parse(&format!("{issuer}trust: {{ sources: [ {{ file: /roots.pem }} ] }}\n{text}\n"), &env as Env<'_>)
+}
+
+struct World {
+    reload: Reload,
+    plan: watch::Receiver<Arc<Plan>>,
+    resolver: watch::Receiver<Arc<Resolver>>,
+    spread: watch::Receiver<Spread>,
+}
+
+impl World {
+    fn new(text: &str, path: &Path) -> Self {
+        let config = parse(text).unwrap().config;
+        let (api, metrics) = (FakeApi::new(), kubernetes::Metrics::default());
+        let cluster = Cluster { client: api.client(&metrics), metrics, pods: None };
+        let clock: Arc<dyn Clock> = Arc::new(TestClock::new(UNIX_EPOCH + Duration::from_secs(1_800_000_000)));
+        let mut base = Base::new(Shutdown::new(Duration::ZERO));
+        let (trust, last, mut tasks) = (Trust::new(trust::Metrics::default()), CancellationToken::new(), Vec::new());
+        let upstreams = upstream::issuers(&config, &mut base, &trust, Some(&cluster), &clock, &mut tasks, &last).unwrap();
+        let outlets = Outlets::new(&config, &upstreams, &*clock);
+        let (plan, resolver, spread) = (outlets.plan.subscribe(), outlets.resolver.subscribe(), outlets.spread.subscribe());
+        let file = File { path: path.to_owned(), env };
+        let mut reload = Reload::new(file, &config, upstreams, outlets, clock, Metrics::default(), last);
+        reload.take(parse(text), true);
+        Self { reload, plan, resolver, spread }
+    }
+
+    /// Reads `text`; whether rotation, streams and their window have heard of another.
+    fn read(&mut self, text: &str) -> (bool, bool, bool) {
+        self.reload.take(parse(text), false);
+        self.heard()
+    }
+
+    fn heard(&mut self) -> (bool, bool, bool) {
+        let heard = (self.plan.has_changed().unwrap(), self.resolver.has_changed().unwrap(), self.spread.has_changed().unwrap());
+        self.plan.mark_unchanged();
+        self.resolver.mark_unchanged();
+        self.spread.mark_unchanged();
+        heard
+    }
+
+    fn counted(&self, result: Outcome) -> u64 {
+        self.reload.metrics.reloads.get_or_create(&OutcomeLabel { result }).get()
+    }
+
+    fn restart_required(&self) -> i64 {
+        self.reload.metrics.restart_required.get()
+    }
+
+    fn issuers(&self) -> Vec<String> {
+        self.reload.upstreams.issuers().keys().map(ToString::to_string).collect()
+    }
+
+    fn scopes(&self) -> usize {
+        self.reload.upstreams.scopes()
+    }
+}
+
+fn world(text: &str) -> World {
+    World::new(text, Path::new("/nonexistent"))
+}
+
+#[tokio::test]
+async fn a_file_that_is_wrong_changes_nothing_and_one_that_says_the_same_neither() {
+    let mut w = world("retention: 1m");
+    assert_eq!(w.read("retention: 1m # a word"), (false, false, false));
+    assert_eq!((w.counted(Outcome::unchanged), w.reload.metrics.valid.get()), (1, 1));
+    for text in ["retention: 1", "retention: [", "frobnicate: yes", "retention: 1"] {
+        assert_eq!(w.read(text), (false, false, false), "{text}");
+    }
+    assert_eq!((w.counted(Outcome::invalid), w.reload.metrics.valid.get()), (4, 0));
+    assert_eq!(w.plan.borrow().retention(), Duration::from_secs(60));
+    assert_eq!(w.read("retention: 2m"), (true, false, false));
+    assert_eq!((w.counted(Outcome::ok), w.reload.metrics.valid.get()), (1, 1));
+    assert_eq!(w.plan.borrow().retention(), Duration::from_secs(120));
+}
+
+#[tokio::test]
+async fn what_needs_a_restart_is_counted_and_the_rest_comes_into_force() {
+    let mut w = world("");
+    let profile = "profiles: [ { name: short, match: { namespaces: [shop] }, certificate: { lifetime: 2h } } ]";
+    assert_eq!(w.read(&format!("limits: {{ idle: 2h }}\nworkerThreads: 3\n{profile}")), (true, true, true));
+    assert_eq!(w.restart_required(), 2);
+    assert_eq!(&*w.resolver.borrow().rules[0].profile.name, "short");
+    assert_eq!(w.reload.in_force.worker_threads, 2);
+    // What was taken back needs no restart any more.
+    assert_eq!(w.read(&format!("workerThreads: 3\n{profile}")), (true, false, false));
+    assert_eq!(w.restart_required(), 1);
+    w.read(profile);
+    assert_eq!(w.restart_required(), 0);
+}
+
+/// Every stream would end, because the templates of one attestation fit no caller of the other.
+#[tokio::test]
+async fn identities_stay_while_what_they_depend_on_waits_for_a_restart() {
+    let mut w = world("");
+    for text in ["attestation: unix", "trustDomain: other.example\nauthorityEpoch: 1"] {
+        assert!(!w.read(text).1, "{text}");
+    }
+    assert_eq!(w.restart_required(), 2, "trustDomain and authorityEpoch");
+    assert!(w.read("authorityEpoch: 1").1);
+    assert_eq!((w.restart_required(), w.resolver.borrow().default_profile.epoch), (0, 1));
+}
+
+#[tokio::test]
+async fn issuers_come_and_go_and_one_that_stays_is_the_same() {
+    let mut w = world("");
+    let known = w.reload.upstreams.issuers()[&IssuerName("default".into())].clone();
+    let profile = |namespace: &str| {
+        let issuer = "issuerRef: { name: shop-ca, kind: ClusterIssuer }";
+        format!("profiles: [ {{ name: shop, match: {{ namespaces: [shop] }}, {issuer}, namespace: {namespace} }} ]")
+    };
+    assert_eq!(w.read(&profile("sds-agent")), (true, true, true));
+    assert_eq!((w.issuers(), w.scopes()), (vec!["default".into(), "shop".into()], 1));
+    assert!(Arc::ptr_eq(&known, &w.reload.upstreams.issuers()[&IssuerName("default".into())]));
+    let of_shop = w.reload.upstreams.issuers()[&IssuerName("shop".into())].clone();
+    // A namespace of its own is watched by a watch of its own.
+    w.read(&profile("elsewhere"));
+    assert_eq!((w.issuers().len(), w.scopes()), (2, 2));
+    w.read("");
+    assert_eq!((w.issuers(), w.scopes()), (vec!["default".into()], 2));
+    w.read(&profile("sds-agent"));
+    assert!(Arc::ptr_eq(&of_shop, &w.reload.upstreams.issuers()[&IssuerName("shop".into())]), "its queue and its memory are as they were");
+
+    // One watch of all namespaces would meet the others: nothing of who signs what changes, the rest does.
+    let before = w.reload.in_force.clone();
+    assert_eq!(w.read(&format!("retention: 1m\nauthorityEpoch: 2\n{}", profile("workload"))), (true, false, false));
+    assert_eq!((w.issuers().len(), w.scopes(), w.restart_required()), (2, 2, 2));
+    assert_eq!(w.reload.in_force, Config { retention: Duration::from_secs(60), ..before });
+    // The other way round there is a watch that sees all.
+    let mut w = world(&profile("workload"));
+    assert_eq!(w.read(&profile("elsewhere")), (true, true, true), "asked elsewhere is asked of another");
+    assert_eq!((w.scopes(), w.restart_required()), (1, 0));
+}
+
+#[tokio::test]
+async fn a_mounted_file_is_followed_through_its_swaps() {
+    let mount = tempfile::tempdir().unwrap();
+    let at = |name: &str| mount.path().join(name);
+    let publish = |version: &str, text: &str| {
+        fs::create_dir(at(version)).unwrap();
+        let text = format!("{ISSUER}trust: {{ sources: [ {{ file: /roots.pem }} ] }}\n{text}\n");
+        fs::write(at(version).join("agent.yaml"), text).unwrap();
+        symlink(version, at("..data_tmp")).unwrap();
+        fs::rename(at("..data_tmp"), at("..data")).unwrap();
+    };
+    publish("..1", "");
+    symlink("..data/agent.yaml", at("agent.yaml")).unwrap();
+    let World { reload, mut plan, .. } = World::new("", &at("agent.yaml"));
+    let (metrics, last) = (reload.metrics.clone(), reload.last.clone());
+    let running = tokio::spawn(reload.run());
+    publish("..2", "retention: 1m");
+    timeout(PATIENCE, plan.wait_for(|plan| plan.retention().as_secs() == 60)).await.unwrap().unwrap();
+    publish("..3", "retention: 1");
+    publish("..4", "retention: 2m");
+    timeout(PATIENCE, plan.wait_for(|plan| plan.retention().as_secs() == 120)).await.unwrap().unwrap();
+    assert_eq!(metrics.valid.get(), 1);
+    last.cancel();
+    timeout(PATIENCE, running).await.unwrap().unwrap();
+}

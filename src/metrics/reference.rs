@@ -1,0 +1,204 @@
+//! `docs/metrics.md` against the code: the tables there are what the registry shows once every series of every module is in it.
+//!
+//! A module that registers metrics has a line in [`MODULES`], with a function that registers them and counts one of everything; a test
+//! misses those that have none.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt::Write as _,
+    fs,
+    path::{Path, PathBuf},
+};
+
+use super::*;
+use crate::{app, approver, attest, csi, issuer, kubernetes, process, readiness, rotation, sds, session, trust};
+
+mod monitoring;
+
+/// A part of the tables.
+struct Module {
+    /// The source file that registers, below `src`; none where the registry itself does.
+    file: Option<&'static str>,
+    title: &'static str,
+    sample: fn(&mut Registry),
+}
+
+const fn module(file: &'static str, title: &'static str, sample: fn(&mut Registry)) -> Module {
+    Module { file: Some(file), title, sample }
+}
+
+/// In the order of the tables. Those of modes (`sockets.perPod`, cert-manager) are there like all others.
+const MODULES: &[Module] = &[
+    module("app/inventory.rs", "Certificates", app::sample_inventory),
+    module("rotation/metrics.rs", "Issuing and renewing", rotation::metrics::Metrics::sample),
+    module("sds/metrics.rs", "Streams and secrets", sds::metrics::Metrics::sample),
+    module("session/metrics.rs", "Connections", session::metrics::Metrics::sample),
+    module("attest.rs", "Who is calling", attest::Metrics::sample),
+    module("trust.rs", "Trust bundles", trust::Metrics::sample),
+    module("kubernetes/metrics.rs", "The Kubernetes API", kubernetes::Metrics::sample),
+    module("issuer/cert_manager/requests.rs", "CertificateRequests", issuer::cert_manager::Metrics::sample),
+    module("csi/metrics.rs", "Sockets of pods (`sockets.perPod`)", csi::metrics::Metrics::sample),
+    module("approver/metrics.rs", "The approver (`sds-agent approver`)", approver::Metrics::sample),
+    module("readiness.rs", "The agent", readiness::Metrics::sample),
+    module("process.rs", "Its memory", process::Metrics::sample),
+    Module { file: None, title: "Its build and its process", sample: |_| {} },
+];
+
+/// Labels whose values are no closed set, and what they say.
+const OPEN: [(&str, &str); 8] = [
+    ("issuer", "the name of the profile that brought it, or `default`"),
+    ("namespace", "of the workload"),
+    ("revision", "of the source"),
+    ("service_account", "of the workload"),
+    ("source", "as configured: `configMap <namespace>/<name>[<key>]`, `file <path>`, `issuer <name>`"),
+    ("version", "of the release"),
+    ("reason of approver_decisions", "`none`, or the denial's, as it stands in the request's condition"),
+    ("code of kube_request", "the HTTP status, `timeout`, or `error` where there was no answer"),
+];
+
+/// What the page says of one metric.
+#[derive(Debug, Default)]
+struct Described {
+    name: String,
+    help: String,
+    kind: String,
+    labels: BTreeMap<String, Vec<String>>,
+}
+
+/// Reads a page in the order in which it names metrics.
+fn described(page: &str) -> Vec<Described> {
+    let mut out: Vec<Described> = Vec::new();
+    for line in page.lines() {
+        if let Some((name, help)) = line.strip_prefix("# HELP ").and_then(|rest| rest.split_once(' ')) {
+            out.push(Described { name: name.to_owned(), help: help.trim_end_matches('.').to_owned(), ..Described::default() });
+        } else if let Some((_, kind)) = line.strip_prefix("# TYPE ").and_then(|rest| rest.split_once(' ')) {
+            out.last_mut().unwrap().kind = kind.to_owned();
+        } else if let Some((_, rest)) = line.split_once('{').filter(|_| !line.starts_with('#')) {
+            let labels = rest.rsplit_once('}').unwrap().0;
+            for label in labels.split(',').filter(|label| !label.is_empty()) {
+                let (name, value) = label.split_once('=').unwrap();
+                let values = out.last_mut().unwrap().labels.entry(name.to_owned()).or_default();
+                let value = value.trim_matches('"').to_owned();
+                if name != "le" && !values.contains(&value) {
+                    values.push(value);
+                }
+            }
+        }
+    }
+    for metric in &mut out {
+        metric.labels.remove("le");
+        metric.labels.values_mut().for_each(|values| values.sort_unstable());
+    }
+    out
+}
+
+fn sampled(module: &Module) -> Vec<Described> {
+    let page = if module.file.is_none() {
+        Exposition::new().encode().unwrap()
+    } else {
+        let mut registry = Registry::with_prefix(PREFIX);
+        (module.sample)(&mut registry);
+        let mut page = String::new();
+        text::encode_registry(&mut page, &registry).unwrap();
+        page
+    };
+    described(&page)
+}
+
+/// Every metric's name as it is asked for, with its type.
+fn names() -> BTreeMap<String, String> {
+    MODULES.iter().flat_map(sampled).map(|metric| (shown_name(&metric), metric.kind)).collect()
+}
+
+fn shown_name(metric: &Described) -> String {
+    format!("{}{}", metric.name, if metric.kind == "counter" { "_total" } else { "" })
+}
+
+fn shown_label(metric: &Described, name: &str, values: &[String]) -> String {
+    let open = |key: &str| OPEN.iter().find(|(label, _)| *label == key).map(|(_, words)| *words);
+    let special =
+        ["kube_request", "approver_decisions"].into_iter().find(|part| metric.name.contains(part)).map(|part| format!("{name} of {part}"));
+    match special.and_then(|key| open(&key)).or_else(|| open(name)) {
+        Some(words) => format!("`{name}`: {words}"),
+        None => {
+            let values: Vec<String> = values.iter().map(|value| format!("`{value}`")).collect();
+            format!("`{name}`: {}", values.join(", "))
+        }
+    }
+}
+
+fn tables() -> String {
+    let mut out = String::new();
+    for module in MODULES {
+        write!(out, "\n## {}\n\n| metric | type | labels | meaning |\n|---|---|---|---|\n", module.title).unwrap();
+        for metric in sampled(module) {
+            let labels: Vec<String> = metric.labels.iter().map(|(name, values)| shown_label(&metric, name, values)).collect();
+            writeln!(out, "| `{}` | {} | {} | {} |", shown_name(&metric), metric.kind, labels.join("<br>"), metric.help).unwrap();
+        }
+    }
+    out
+}
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+#[test]
+fn the_reference_is_what_the_registry_shows() {
+    const BEGIN: &str = "<!-- From here on generated by `UPDATE_DOCS=1 cargo test --lib metrics::reference`. -->\n";
+    let path = root().join("docs/metrics.md");
+    let written = fs::read_to_string(&path).unwrap_or_default();
+    let by_hand = written.split_once(BEGIN).map_or(&*written, |(by_hand, _)| by_hand);
+    let right = format!("{by_hand}{BEGIN}{}", tables());
+    if std::env::var_os("UPDATE_DOCS").is_some() {
+        fs::write(&path, &right).unwrap();
+        return;
+    }
+    let (written_lines, right_lines): (BTreeSet<&str>, BTreeSet<&str>) = (written.lines().collect(), right.lines().collect());
+    let missing: Vec<String> = right_lines.difference(&written_lines).map(|line| format!("+ {line}")).collect();
+    let surplus: Vec<String> = written_lines.difference(&right_lines).map(|line| format!("- {line}")).collect();
+    assert!(
+        written == right,
+        "docs/metrics.md is not what the code says; run UPDATE_DOCS=1 cargo test --lib metrics::reference\n{}",
+        [surplus, missing].concat().join("\n")
+    );
+}
+
+#[test]
+fn every_metric_has_the_form_of_its_type_and_a_meaning() {
+    for metric in MODULES.iter().flat_map(sampled) {
+        let Described { name, help, kind, labels } = &metric;
+        assert!(!help.is_empty(), "{name}");
+        assert!(name.starts_with("sds_agent_") || name.starts_with("process_"), "{name}");
+        assert!(!name.ends_with("_total"), "{name}: the encoder adds it");
+        assert!(kind != "histogram" || name.ends_with("_seconds"), "{name}: a histogram of something without its unit");
+        assert!(["counter", "gauge", "histogram"].contains(&kind.as_str()), "{name}: {kind}");
+        let open: BTreeSet<_> = labels.iter().filter(|(_, values)| values.iter().any(|value| value == ANY)).collect();
+        assert!(open.iter().all(|(label, _)| OPEN.iter().any(|(known, _)| known.split(' ').next() == Some(label))), "{name}: {labels:?}");
+    }
+    // The rest would pass over an empty page.
+    let names = names();
+    assert_eq!(names["sds_agent_issuances_total"], "counter");
+    assert_eq!(names["sds_agent_certificate_expiration_timestamp_seconds"], "gauge");
+    assert_eq!(names["sds_agent_csi_calls_total"], "counter");
+    assert_eq!(names["process_open_fds"], "gauge");
+}
+
+/// Whoever adds metrics is told here that they lack in the reference.
+#[test]
+fn no_module_that_registers_is_forgotten() {
+    let mut sources = vec![root().join("src")];
+    let mut registering: BTreeSet<PathBuf> = BTreeSet::new();
+    while let Some(path) = sources.pop() {
+        if path.is_dir() {
+            sources.extend(fs::read_dir(&path).unwrap().map(|entry| entry.unwrap().path()));
+        } else if fs::read_to_string(&path).unwrap().contains("pub fn register(registry: &mut Registry)") {
+            registering.insert(path.strip_prefix(root().join("src")).unwrap().to_owned());
+        }
+    }
+    // This file, which says so above.
+    registering.remove(Path::new("metrics/reference.rs"));
+    registering.insert("app/inventory.rs".into());
+    let listed: BTreeSet<PathBuf> = MODULES.iter().filter_map(|module| module.file).map(PathBuf::from).collect();
+    assert_eq!(listed, registering, "name each in MODULES of src/metrics/reference.rs, and regenerate docs/metrics.md");
+}

@@ -1,0 +1,394 @@
+//! One stream from its first request to its end: it keeps a lease in step with what the client watches and who the caller is.
+//!
+//! A change of the configuration may give the caller another identity. The stream stays open: it takes a lease on the new one before it
+//! lets go of the old one, serves the old certificate until the new one is there and has settled, and asks for that at a moment within
+//! the time chosen for it, or when the old one was to be renewed.
+
+use std::{collections::VecDeque, sync::Arc, time::SystemTime};
+
+use bytes::Bytes;
+use http_body::Body as HttpBody;
+use tokio::{sync::watch, time::Instant};
+use tonic::Status;
+use tracing::{debug, warn};
+
+use super::{Service, View, ended, is_known, news, stem, violation};
+use crate::{
+    caller::{Caller, Connection},
+    clock::Clock,
+    grpc::{self, Incoming, Sender},
+    identity::{Identity, Resolver},
+    material::{Face, Svid},
+    proto::envoy::service::discovery::v3::{DeltaDiscoveryRequest, DiscoveryRequest},
+    sds::{
+        held::{Held, Standing},
+        metrics::{Kind, Trigger},
+        names::Target,
+        secret,
+        stream::{Due, Names, Received, Request as StreamRequest, StreamState},
+    },
+    store::{Demand, Lease},
+    trust::BundleSet,
+};
+
+impl Service {
+    /// A stream's life. The first request is read before the caller is attested: a large one must not block the connection's window.
+    pub(super) async fn drive<B>(&self, connection: &Connection, incoming: &mut Incoming<B>, face: Face, sender: Sender) -> Status
+    where
+        B: HttpBody<Data = Bytes> + Unpin,
+        B::Error: std::fmt::Display,
+    {
+        let first = tokio::select! {
+            () = self.drain.cancelled() => return grpc::closing(),
+            first = read(incoming, face) => first,
+        };
+        let first = match first {
+            Ok(Some(first)) => first,
+            Ok(None) => return Status::ok(""),
+            Err(status) => return status,
+        };
+        let started = Instant::now();
+        let mut rules = connection.rules();
+        // Before the caller is named: what changes from here on is noticed.
+        rules.mark_unchanged();
+        let caller = tokio::select! {
+            () = self.drain.cancelled() => return grpc::closing(),
+            caller = connection.caller() => caller,
+        };
+        let caller = match caller {
+            Ok(caller) => caller,
+            Err(status) => return status,
+        };
+        let state = StreamState::new(face, self.directory.wildcard(), self.limits.names_per_stream);
+        let mut stream = Stream {
+            service: self,
+            connection,
+            caller,
+            rules,
+            face,
+            state,
+            lease: None,
+            moved: false,
+            former: None,
+            pushed: None,
+            started,
+            answered: false,
+            sent: VecDeque::new(),
+            sender,
+        };
+        if let Err(status) = stream.request(first) {
+            return status;
+        }
+        match stream.run(incoming).await {
+            Ok(()) => Status::ok(""),
+            Err(status) => status,
+        }
+    }
+}
+
+/// One stream, with all that its run changes.
+struct Stream<'a> {
+    service: &'a Service,
+    connection: &'a Connection,
+    caller: Arc<Caller>,
+    rules: watch::Receiver<Arc<Resolver>>,
+    face: Face,
+    state: StreamState,
+    lease: Option<(Lease, watch::Receiver<Option<Arc<Svid>>>)>,
+    /// The lease is of an identity that the caller had before.
+    moved: bool,
+    former: Option<Former>,
+    /// The certificate that was sent last.
+    pushed: Option<Arc<Svid>>,
+    started: Instant,
+    answered: bool,
+    sent: VecDeque<(u64, Instant, Vec<Kind>)>,
+    sender: Sender,
+}
+
+/// The certificate of an identity that the caller had before: it is served until that of its identity is there, and not renewed.
+struct Former {
+    identity: Arc<Identity>,
+    /// None where the client has it from before a restart.
+    svid: Option<Arc<Svid>>,
+    cover: Cover,
+}
+
+/// What the client has that is still good.
+#[derive(Clone)]
+struct Cover {
+    /// When it is to be replaced.
+    renew_at: SystemTime,
+    /// When it ends.
+    not_after: SystemTime,
+    /// Its version's first three parts.
+    stem: String,
+}
+
+impl Stream<'_> {
+    async fn run<B>(&mut self, incoming: &mut Incoming<B>) -> Result<(), Status>
+    where
+        B: HttpBody<Data = Bytes> + Unpin,
+        B::Error: std::fmt::Display,
+    {
+        let mut trust = self.service.trust.clone();
+        let mut asking = true;
+        let mut trigger = Trigger::subscribe;
+        loop {
+            if self.rules.has_changed().unwrap_or(false) {
+                self.rename().await?;
+            }
+            let (view, held_until) = self.look(&mut trust);
+            if self.connection.has_ended(&self.caller) {
+                return Err(ended());
+            }
+            self.answer(&view, trigger).await?;
+            if !asking && self.is_settled(&view) {
+                return Ok(());
+            }
+            let caller = self.caller.clone();
+            tokio::select! {
+                () = caller.attested.gone.cancelled() => return Err(ended()),
+                () = self.service.drain.cancelled() => return Err(grpc::closing()),
+                request = read(incoming, self.face), if asking => {
+                    trigger = Trigger::subscribe;
+                    match request? {
+                        Some(request) => self.request(request)?,
+                        None => asking = false,
+                    }
+                }
+                () = news(self.lease.as_mut().map(|(_, material)| material)) => trigger = Trigger::rotate,
+                Ok(()) = trust.changed() => trigger = Trigger::rotate,
+                Ok(()) = self.rules.changed() => {
+                    self.rules.mark_changed();
+                    trigger = Trigger::rotate;
+                }
+                () = until(&*self.service.clock, held_until), if held_until.is_some() => trigger = Trigger::rotate,
+            }
+        }
+    }
+
+    fn request(&mut self, request: StreamRequest) -> Result<(), Status> {
+        let received = self.state.request(request).map_err(|error| {
+            warn!(identity = %self.caller.identity, workload = %self.caller.attested.workload, cause = %error, "stream refused");
+            violation(&error)
+        })?;
+        let (nonce, error) = match received {
+            Received::Ack(nonce) => (nonce, None),
+            Received::Nack(nonce, error) => (nonce, Some(error)),
+            Received::Subscription | Received::Stale => return Ok(()),
+        };
+        let Some(index) = self.sent.iter().position(|(n, _, _)| *n == nonce) else { return Ok(()) };
+        let Some((_, at, kinds)) = self.sent.remove(index) else { return Ok(()) };
+        let metrics = &self.service.metrics;
+        let (identity, workload) = (&self.caller.identity, &self.caller.attested.workload);
+        match error {
+            None => {
+                kinds.iter().for_each(|kind| metrics.acked(*kind, at.elapsed()));
+                debug!(%identity, %workload, nonce, ?kinds, "accepted by the client");
+            }
+            Some(error) => {
+                kinds.iter().for_each(|kind| metrics.nacked(*kind));
+                let cause: String = error.chars().map(|c| if c.is_control() { ' ' } else { c }).take(500).collect();
+                warn!(%identity, %workload, nonce, ?kinds, cause, "rejected by the client; it keeps what it has until there is a newer version");
+            }
+        }
+        Ok(())
+    }
+
+    /// Names the caller by the rules as they are now. The stream goes on under another identity, and ends where there is none any more.
+    async fn rename(&mut self) -> Result<(), Status> {
+        self.rules.mark_unchanged();
+        let caller = self.connection.caller().await?;
+        if *caller.identity != *self.caller.identity {
+            let (before, now, workload) = (&self.caller.identity, &caller.identity, &caller.attested.workload);
+            debug!(%workload, identity = %now, profile = %now.profile.name, %before, "the stream goes on under another identity");
+            self.former = self.kept();
+            self.moved = true;
+        }
+        self.caller = caller;
+        Ok(())
+    }
+
+    /// What the client has of the identity that is about to be another one.
+    fn kept(&mut self) -> Option<Former> {
+        let now = self.service.clock.now();
+        if let Some(svid) = self.pushed.as_ref().filter(|svid| svid.chain.validity.is_live(now)) {
+            let (renew_at, not_after, stem) = (svid.renew_at, svid.chain.validity.not_after, stem(svid.version()).to_owned());
+            return Some(Former { identity: svid.identity.clone(), svid: Some(svid.clone()), cover: Cover { renew_at, not_after, stem } });
+        }
+        let bundles = self.service.trust.borrow().clone();
+        match self.brought(&bundles) {
+            Some(cover) => Some(Former { identity: self.caller.identity.clone(), svid: None, cover }),
+            // An identity of before the last one.
+            None => self.former.take(),
+        }
+    }
+
+    /// Keeps the lease in step with what is watched, and looks at what exists: also until when it is withheld, because a client that still
+    /// holds a good certificate gets a fresh one only when slow clocks take it.
+    fn look(&mut self, trust: &mut watch::Receiver<Arc<BundleSet>>) -> (View, Option<SystemTime>) {
+        let bundles = trust.borrow_and_update().clone();
+        let cover = self.cover(&bundles);
+        self.subscribe(cover.as_ref());
+        let now = self.service.clock.now();
+        let current = self.lease.as_ref().and_then(|(lease, _)| lease.current()).filter(|svid| svid.chain.validity.is_live(now));
+        let settles_at = current.as_ref().zip(cover).and_then(|(svid, cover)| {
+            let margin = cover.not_after.duration_since(now).unwrap_or_default() / 2;
+            (now < svid.settled_at && svid.settled_at < now + margin).then_some(svid.settled_at)
+        });
+        let former = || self.former.as_ref()?.svid.clone().filter(|svid| svid.chain.validity.is_live(now));
+        let svid = current.filter(|_| settles_at.is_none()).or_else(former);
+        (View { svid, bundles }, settles_at)
+    }
+
+    fn subscribe(&mut self, cover: Option<&Cover>) {
+        if !self.state.watches().iter().any(|w| self.target(&w.name) == Target::Certificate) {
+            self.lease = None;
+            return;
+        }
+        let demand = match cover {
+            Some(Cover { renew_at, not_after, .. }) => Demand::Held { renew_at: *renew_at, not_after: *not_after },
+            None => Demand::Now,
+        };
+        match &mut self.lease {
+            Some((lease, material)) if !self.moved => {
+                lease.demand(demand);
+                material.mark_unchanged();
+            }
+            _ => {
+                let pod = self.caller.attested.workload.pod().cloned();
+                let lease = self.service.store.lease(&self.caller.identity, demand, pod);
+                let mut material = lease.watch();
+                material.mark_unchanged();
+                // Only now the one before ends.
+                self.lease = Some((lease, material));
+                self.moved = false;
+            }
+        }
+    }
+
+    /// What the client has, and when it is to be replaced: for what a change of the configuration has made foreign, within the time that
+    /// was chosen for that.
+    fn cover(&self, bundles: &BundleSet) -> Option<Cover> {
+        let Some(former) = self.former.as_ref().filter(|former| self.service.clock.now() < former.cover.not_after) else {
+            return self.brought(bundles);
+        };
+        let mut cover = former.cover.clone();
+        // Where the configuration went back meanwhile, it is simply its own.
+        if *former.identity != *self.caller.identity {
+            cover.renew_at = cover.renew_at.min(self.moment());
+        }
+        Some(cover)
+    }
+
+    fn moment(&self) -> SystemTime {
+        self.service.spread.borrow().moment(&self.caller.identity)
+    }
+
+    /// The good certificate that the client says it has. One name only: a version of a SotW response tells nothing about which of
+    /// several names the client has an answer for.
+    fn brought(&self, bundles: &BundleSet) -> Option<Cover> {
+        let mut certificates = self.state.watches().iter().filter(|w| self.target(&w.name) == Target::Certificate);
+        let (Some(watch), None) = (certificates.next(), certificates.next()) else { return None };
+        let identity = &self.caller.identity;
+        let held = Held::read(watch.brought.as_deref()?, identity, self.service.clock.now())?;
+        let renew_at = match held.standing(identity, bundles.own.as_ref().map(|b| &b.roots)) {
+            Standing::Current => held.renew_at,
+            Standing::Former => held.renew_at.min(self.moment()),
+            Standing::Foreign => return None,
+        };
+        Some(Cover { renew_at, not_after: held.not_after, stem: held.stem() })
+    }
+
+    fn target(&self, name: &str) -> Target {
+        self.service.directory.target(name, &self.caller.identity)
+    }
+
+    fn is_settled(&self, view: &View) -> bool {
+        // For a name that is not known nothing will come.
+        self.state
+            .is_settled(|name| is_known(&self.target(name), &view.bundles), |name| view.version(&self.target(name)).map(str::to_owned))
+    }
+
+    /// Sends what is due. A workload that ends meanwhile does not get the rest of it.
+    async fn answer(&mut self, view: &View, trigger: Trigger) -> Result<(), Status> {
+        let kept = self.cover(&view.bundles);
+        let (directory, caller) = (&self.service.directory, &self.caller);
+        let Some(Due { nonce, names }) = self.state.due(|name| view.version(&directory.target(name, &caller.identity)).map(str::to_owned))
+        else {
+            return Ok(());
+        };
+        let mut resources = Vec::with_capacity(names.len());
+        let mut kinds = Vec::with_capacity(names.len());
+        for (name, _) in &names {
+            if let Some((kind, bytes)) = view.resource(&self.target(name), self.face, name) {
+                self.service.metrics.sent(kind, trigger);
+                kinds.push(kind);
+                resources.push(bytes);
+            }
+        }
+        if !std::mem::replace(&mut self.answered, true) {
+            self.service.metrics.first_secret(trigger == Trigger::subscribe, self.started.elapsed());
+        }
+        // Of the certificate that is in this response, or that the client keeps. One that it rejected is neither.
+        let sent = names.iter().find(|(name, _)| self.target(name) == Target::Certificate);
+        let stem = sent.map(|(_, version)| stem(version).to_owned()).or_else(|| kept.map(|cover| cover.stem));
+        if sent.is_some() {
+            self.pushed.clone_from(&view.svid);
+            let is_own = |svid: &Arc<Svid>| svid.identity == self.caller.identity;
+            if view.svid.as_ref().is_some_and(is_own) {
+                self.former = None;
+            }
+        }
+        let versions: Vec<_> = names.iter().map(|(name, version)| (&**name, &**version)).collect();
+        let version = secret::response_version(stem.as_deref(), &versions);
+        let identity = &self.caller.identity;
+        debug!(%identity, workload = %self.caller.attested.workload, nonce, ?kinds, version, "pushed to the client");
+        if self.sent.len() == 16 {
+            self.sent.pop_front();
+        }
+        self.sent.push_back((nonce, Instant::now(), kinds));
+        tokio::select! {
+            biased;
+            () = self.caller.attested.gone.cancelled() => {
+                self.sender.take_back();
+                Err(ended())
+            }
+            () = self.sender.send(secret::response(self.face, &version, &nonce.to_string(), resources)) => Ok(()),
+        }
+    }
+}
+
+/// Reads a request of either face.
+async fn read<B>(incoming: &mut Incoming<B>, face: Face) -> Result<Option<StreamRequest>, Status>
+where
+    B: HttpBody<Data = Bytes> + Unpin,
+    B::Error: std::fmt::Display,
+{
+    Ok(match face {
+        Face::StateOfTheWorld => incoming.next::<DiscoveryRequest>().await?.map(|r| StreamRequest {
+            type_url: r.type_url,
+            nonce: r.response_nonce,
+            error: r.error_detail.map(|e| e.message),
+            names: Names::All { names: r.resource_names, version: r.version_info },
+        }),
+        Face::Delta => incoming.next::<DeltaDiscoveryRequest>().await?.map(|r| StreamRequest {
+            type_url: r.type_url,
+            nonce: r.response_nonce,
+            error: r.error_detail.map(|e| e.message),
+            names: Names::Changes {
+                subscribe: r.resource_names_subscribe,
+                unsubscribe: r.resource_names_unsubscribe,
+                versions: r.initial_resource_versions.into_iter().collect(),
+            },
+        }),
+    })
+}
+
+async fn until(clock: &dyn Clock, at: Option<SystemTime>) {
+    match at {
+        Some(at) => clock.sleep_until(at).await,
+        None => std::future::pending().await,
+    }
+}

@@ -1,0 +1,53 @@
+//! When a certificate is issued anew that a change of the configuration has made foreign: at a moment within a chosen time, the same for
+//! all streams of an identity, so that a raised epoch does not storm the signer.
+
+use std::{
+    hash::{DefaultHasher, Hash, Hasher},
+    time::{Duration, SystemTime},
+};
+
+use crate::identity::Identity;
+
+/// The time over which certificates are issued anew.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Spread {
+    since: SystemTime,
+    over: Duration,
+    seed: u64,
+}
+
+impl Spread {
+    /// From `since` on, over so long; agents with other seeds draw other moments.
+    pub fn new(since: SystemTime, over: Duration, seed: u64) -> Self {
+        Self { since, over, seed }
+    }
+
+    /// The moment of `identity`.
+    pub fn moment(&self, identity: &Identity) -> SystemTime {
+        let mut hash = DefaultHasher::new();
+        (self.seed, identity).hash(&mut hash);
+        self.since + self.over.mul_f64(fastrand::Rng::with_seed(hash.finish()).f64())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::UNIX_EPOCH;
+
+    use super::*;
+    use crate::identity::tests::identity;
+
+    #[test]
+    fn an_identity_has_one_moment_and_many_are_spread_evenly() {
+        let over = Duration::from_secs(1000);
+        let spread = Spread::new(UNIX_EPOCH, over, 7);
+        let moments: Vec<_> = (0..1000).map(|n| spread.moment(&identity(&format!("sa-{n}")))).collect();
+        for tenth in 0..10_u32 {
+            let begin = UNIX_EPOCH + over / 10 * tenth;
+            let within = moments.iter().filter(|m| **m >= begin && **m < begin + over / 10).count();
+            assert!((60..140).contains(&within), "{within} in tenth {tenth}");
+        }
+        assert_eq!(spread.moment(&identity("sa-3")), moments[3]);
+        assert_ne!(Spread::new(UNIX_EPOCH, over, 8).moment(&identity("sa-3")), moments[3]);
+    }
+}
