@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Gets the programs that the tests need, at pinned versions, into target/tools:
 #
-#   tests/tools.sh [envoy] [grpcurl] [controlplane] [vault] [node] [prometheus] [system] [cargo-deny]
+#   tests/tools.sh [envoy] [grpcurl] [controlplane] [vault] [node] [render] [prometheus] [system] [cargo-deny]
 #
 # Without arguments: all that `make test` needs, which is all but cargo-deny. What is there already is left alone, so a second call
 # takes no time. Set SDS_AGENT_TOOLS to keep them elsewhere.
@@ -89,6 +89,20 @@ node() {
     stamp "$folder/kubelet" "$sources"
 }
 
+# helm and kustomize, which render what is in daemonset/.
+render() {
+    local folder=$tools/render sources
+    sources=$(cd "$root/tests/render" && sha256sum go.mod go.sum | sha256sum)
+    ! present "$folder/helm" "$sources" || return 0
+    need go "install Go 1.26 or newer"
+    echo "tests/tools.sh: building helm and kustomize (the first time takes minutes)"
+    mkdir -p "$folder"
+    # The settings and, where it goes, the versions of the control plane, with which they share packages.
+    (cd "$root/tests/render" && CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '-s -w' -o "$folder/" \
+        helm.sh/helm/v4/cmd/helm sigs.k8s.io/kustomize/kustomize/v5)
+    stamp "$folder/helm" "$sources"
+}
+
 # The headers and the static library, from the distribution's package and for runc alone: nothing is installed.
 libseccomp() {
     local unpacked=$tools/libseccomp
@@ -126,6 +140,7 @@ system() {
     need prlimit "apt-get install util-linux"
     need tar "apt-get install tar"
     need ldd "apt-get install libc-bin"
+    need python3 "apt-get install python3"
 }
 
 cargo-deny() {
@@ -139,10 +154,10 @@ cargo-deny() {
     stamp "$program" "$cargo_deny_version"
 }
 
-[ $# -gt 0 ] || set -- system envoy grpcurl controlplane vault node prometheus
+[ $# -gt 0 ] || set -- system envoy grpcurl controlplane vault node render prometheus
 for tool; do
     case $tool in
-    envoy | grpcurl | controlplane | vault | node | prometheus | system | cargo-deny) "$tool" ;;
-    *) fail "unknown tool $tool; known: envoy grpcurl controlplane vault node prometheus system cargo-deny" ;;
+    envoy | grpcurl | controlplane | vault | node | render | prometheus | system | cargo-deny) "$tool" ;;
+    *) fail "unknown tool $tool; known: envoy grpcurl controlplane vault node render prometheus system cargo-deny" ;;
     esac
 done

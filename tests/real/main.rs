@@ -29,6 +29,7 @@ mod flood;
 mod grpcurl;
 mod guides;
 mod kubelet;
+mod manifests;
 mod monitoring;
 mod no_disk;
 mod ops;

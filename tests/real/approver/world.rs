@@ -14,7 +14,7 @@ use crate::support::{
     agent::{Agent, Launch},
     agent_pod::log_in,
     cluster::{Cluster, Pod},
-    eventually,
+    eventually, manifests,
     plane::Plane,
 };
 
@@ -44,7 +44,7 @@ impl World {
     pub async fn start(flags: &[&str]) -> Self {
         let (cluster, plane) = Cluster::own(flags).await;
         let world = Self { cluster, plane, dir: tempfile::tempdir().unwrap() };
-        for file in ["base/rbac.yaml", "base/config.yaml", "approver/rbac.yaml", "approver/deployment.yaml"] {
+        for file in ["base/namespace.yaml", "base/rbac.yaml", "base/config.yaml", "approver/rbac.yaml", "approver/deployment.yaml"] {
             world.install(file).await;
         }
         world
@@ -53,7 +53,7 @@ impl World {
     /// Applies every object of a file of `daemonset/`.
     pub async fn install(&self, file: &str) {
         for object in objects(file) {
-            self.cluster.apply(&path(&object), &object).await;
+            self.cluster.apply(&manifests::path(&object), &object).await;
         }
     }
 
@@ -223,24 +223,6 @@ impl Actor {
 }
 
 /// The objects in a file of `daemonset/`.
-pub fn objects(file: &str) -> Vec<Value> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("daemonset").join(file);
-    let text = fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
-    let documents = text.split("\n---\n").map(|document| serde_saphyr::from_str(document).unwrap_or_else(|e| panic!("{file}: {e}")));
-    documents.collect()
-}
-
-/// Where the API server has an object.
-pub fn path(object: &Value) -> String {
-    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
-    let (version, kind, name) = (text(&object["apiVersion"]), text(&object["kind"]), text(&object["metadata"]["name"]));
-    let plural = match kind.to_lowercase() {
-        kind if kind.ends_with('y') => format!("{}ies", kind.trim_end_matches('y')),
-        kind => format!("{kind}s"),
-    };
-    let group = if version.contains('/') { format!("/apis/{version}") } else { format!("/api/{version}") };
-    match object["metadata"]["namespace"].as_str() {
-        Some(namespace) => format!("{group}/namespaces/{namespace}/{plural}/{name}"),
-        None => format!("{group}/{plural}/{name}"),
-    }
+fn objects(file: &str) -> Vec<Value> {
+    manifests::documents(&manifests::read(file))
 }

@@ -203,9 +203,10 @@ impl Cluster {
         self.try_send("POST", path, "application/json", object).await
     }
 
-    /// Creates an object, or makes it what is given; its path is that of its kind.
+    /// Creates an object, or makes it what is given; its path is that of its kind. A field that the API server does not know is an error.
     pub async fn apply(&self, path: &str, object: &Value) -> Value {
-        self.send("PATCH", &format!("{path}?fieldManager=test&force=true"), "application/apply-patch+yaml", object).await
+        let path = format!("{path}?fieldManager=test&force=true&fieldValidation=Strict");
+        self.send("PATCH", &path, "application/apply-patch+yaml", object).await
     }
 
     /// Deletes an object, where that may be refused.
@@ -216,6 +217,11 @@ impl Cluster {
     /// Merges into an object.
     pub async fn patch(&self, path: &str, change: &Value) -> Value {
         self.send("PATCH", path, "application/merge-patch+json", change).await
+    }
+
+    /// Merges into an object as `kubectl patch` does: lists by the names of their items.
+    pub async fn merge(&self, path: &str, change: &Value) -> Value {
+        self.send("PATCH", path, "application/strategic-merge-patch+json", change).await
     }
 
     /// Reads an object.

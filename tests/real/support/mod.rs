@@ -19,6 +19,7 @@ pub mod host;
 pub mod http;
 pub mod kubelet;
 pub mod load;
+pub mod manifests;
 pub mod memory;
 pub mod node;
 pub mod pair;

@@ -41,6 +41,16 @@ pub fn node() -> PathBuf {
     kubelet.parent().expect("a program lies in a folder").to_owned()
 }
 
+/// Renders the chart.
+pub fn helm() -> PathBuf {
+    fetched("HELM", "render/helm")
+}
+
+/// Renders the folders beside the chart.
+pub fn kustomize() -> PathBuf {
+    fetched("KUSTOMIZE", "render/kustomize")
+}
+
 /// The system call tracer.
 pub fn strace() -> PathBuf {
     system("strace", "strace")

@@ -1,0 +1,84 @@
+{{/* What values make of the configuration. Written by hand; all other templates are derived by daemonset/derive.py. */}}
+
+{{- define "sds-agent.image" -}}
+{{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}
+{{- end }}
+
+{{/* The user name of the agents, a line. */}}
+{{- define "sds-agent.agents" -}}
+system:serviceaccount:{{ .Release.Namespace }}:sds-agent
+{{- end }}
+
+{{/* config.yaml */}}
+{{- define "sds-agent.config" -}}
+{{- $issuer := dict "name" .Values.issuer.name "kind" .Values.issuer.kind }}
+{{- if ne .Values.issuer.group "cert-manager.io" }}
+{{- $_ := set $issuer "group" .Values.issuer.group }}
+{{- end }}
+{{- $agents := list (include "sds-agent.agents" .) }}
+{{- $config := dict "issuer" (dict "certManager" (dict "issuerRef" $issuer "namespace" .Release.Namespace)) "approver" (dict "agents" $agents) }}
+{{- with .Values.trust.configMap }}
+{{- $source := dict "namespace" .namespace "name" .name }}
+{{- if ne .key "ca.crt" }}
+{{- $_ := set $source "key" .key }}
+{{- end }}
+{{- $_ := set $config "trust" (dict "sources" (list (dict "configMap" $source))) }}
+{{- end }}
+{{- if eq .Values.mode "perPod" }}
+{{- $_ := set $config "sockets" (dict "shared" (dict "enabled" false) "perPod" (dict "enabled" true)) }}
+{{- else if eq .Values.mode "both" }}
+{{- $_ := set $config "sockets" (dict "perPod" (dict "enabled" true)) }}
+{{- end }}
+{{- toYaml (mergeOverwrite $config (deepCopy .Values.config)) }}
+{{- end }}
+
+{{/* Every issuer of the configuration with the namespace of its requests, as JSON: the default, and those of profiles. */}}
+{{- define "sds-agent.guarded" -}}
+{{- $config := include "sds-agent.config" . | fromYaml }}
+{{- $default := $config.issuer.certManager }}
+{{- $all := list (dict "ref" $default.issuerRef "namespace" $default.namespace) }}
+{{- range $config.profiles }}
+{{- $all = append $all (dict "ref" (.issuerRef | default $default.issuerRef) "namespace" (.namespace | default $default.namespace)) }}
+{{- end }}
+{{- toJson (uniq $all) }}
+{{- end }}
+
+{{/* The policy's lines. */}}
+{{- define "sds-agent.issuers" -}}
+{{- $lines := list }}
+{{- range include "sds-agent.guarded" . | fromJsonArray }}
+{{- $group := .ref.group | default "cert-manager.io" }}
+{{- if ne $group "cert-manager.io" }}
+{{- $lines = append $lines (printf "%s.%s/%s" .ref.kind $group .ref.name) }}
+{{- else if and (eq .ref.kind "Issuer") (ne .namespace "workload") }}
+{{- $lines = append $lines (printf "Issuer/%s/%s" .namespace .ref.name) }}
+{{- else }}
+{{- $lines = append $lines (printf "%s/%s" .ref.kind .ref.name) }}
+{{- end }}
+{{- end }}
+{{- uniq $lines | join "\n" }}
+{{- end }}
+
+{{/* The resourceNames of the approver's right to approve. */}}
+{{- define "sds-agent.signers" -}}
+{{- $more := .Values.approver.signers }}
+{{- $names := list }}
+{{- range include "sds-agent.guarded" . | fromJsonArray }}
+{{- $group := .ref.group | default "cert-manager.io" }}
+{{- if and (eq $group "cert-manager.io") (eq .ref.kind "ClusterIssuer") }}
+{{- $names = append $names (printf "clusterissuers.cert-manager.io/%s" .ref.name) }}
+{{- else if and (eq $group "cert-manager.io") (eq .ref.kind "Issuer") (ne .namespace "workload") }}
+{{- $names = append $names (printf "issuers.cert-manager.io/%s.%s" .namespace .ref.name) }}
+{{- else if not $more }}
+{{- fail (printf "approver.signers: name the signers for %s %s, which the chart cannot derive, such as issuers.example.com/namespace.name" .ref.kind .ref.name) }}
+{{- end }}
+{{- end }}
+{{- concat $names $more | uniq | toJson }}
+{{- end }}
+
+{{/* Something where an issuer's requests are made in the namespaces of the pods. */}}
+{{- define "sds-agent.workloadRequests" -}}
+{{- range include "sds-agent.guarded" . | fromJsonArray }}
+{{- if eq .namespace "workload" }}true{{ end }}
+{{- end }}
+{{- end }}

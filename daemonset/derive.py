@@ -1,0 +1,252 @@
+#!/usr/bin/env python3
+"""Derives the chart's templates from what kustomize builds: chart/templates/*.yaml, with the comments of their sources.
+
+    daemonset/derive.py            writes them
+    daemonset/derive.py --check    writes nothing, and fails where they are not what it would write
+
+It needs python3 and nothing else. It reads the sources as indented lines, which is enough for how they are written here: blocks, two
+spaces deeper each. Every replacement has to find what it replaces, or nothing is written. That the result is the same as kustomize's is
+shown by tests/real/manifests.rs with both programs.
+"""
+
+import pathlib
+import re
+import sys
+
+HERE = pathlib.Path(__file__).resolve().parent
+TEMPLATES = HERE / "chart/templates"
+NAMESPACE = "{{ .Release.Namespace }}"
+
+
+class Node:
+    """A line, the comments and blank lines before it, and the lines below it."""
+
+    def __init__(self, text, comments):
+        self.text, self.comments, self.children = text, comments, []
+
+    def key(self):
+        body = self.text.strip()
+        named = re.match(r"- \{? ?(?:name|path|apiGroups): ([^,}]+)", body)
+        return ("item", named[1].strip()) if named else body.split(":")[0]
+
+    def is_item(self):
+        return self.text.lstrip().startswith("- ")
+
+    def lines(self):
+        yield from self.comments
+        yield self.text
+        for child in self.children:
+            yield from child.lines()
+
+
+def indent(text):
+    return len(text) - len(text.lstrip())
+
+
+def parse(text):
+    """A document as a tree."""
+    root, comments = Node("", []), []
+    stack, block = [(-1, root)], None
+    for line in text.rstrip("\n").split("\n"):
+        # The text of a block scalar is what it is.
+        if block is not None and (not line.strip() or indent(line) > block[0]):
+            block[1].children.append(Node(line, []))
+            continue
+        block = None
+        if not line.strip() or line.lstrip().startswith("#"):
+            comments.append(line)
+            continue
+        while stack[-1][0] >= indent(line):
+            stack.pop()
+        node, comments = Node(line, comments), []
+        stack[-1][1].children.append(node)
+        stack.append((indent(line), node))
+        if re.search(r": [|>]-?$", line):
+            block = (indent(line), node)
+    if comments:
+        fail(f"comments at the end of a document: {comments[0]}")
+    return root
+
+
+def merge(base, patch):
+    """Does what kustomize does with a strategic merge patch; new items of a list come first."""
+    first = 0
+    for new in patch.children:
+        old = next((child for child in base.children if child.key() == new.key()), None)
+        if old is None and new.is_item():
+            base.children.insert(first, new)
+            first += 1
+        elif old is None:
+            base.children.append(new)
+        elif new.children and old.children:
+            if new.text.strip() != old.text.strip() or not old.comments:
+                old.comments = new.comments
+            merge(old, new)
+        else:
+            old.text, old.comments, old.children = new.text, new.comments or old.comments, new.children
+
+
+def find(root, path):
+    for step in path:
+        found = [child for child in root.children if child.key() == step or child.key() == ("item", step)]
+        if len(found) != 1:
+            fail(f"{step} of {'.'.join(path)} is there {len(found)} times")
+        root = found[0]
+    return root
+
+
+def fail(why):
+    sys.exit(f"daemonset/derive.py: {why}")
+
+
+def load(*names):
+    """The documents of a source, patched by those that follow. What looks like a template in it is text."""
+    first, *patches = [(HERE / name).read_text().replace("{{", '{{ "{{" }}') for name in names]
+    documents = [parse(document) for document in re.split(r"^---\n", first, flags=re.M)]
+    for patch in patches:
+        merge(documents[0], parse(patch))
+    return documents
+
+
+def values(node, value, spaces):
+    """The value below a key comes from the values."""
+    node.children = [Node(f"{' ' * spaces}{{{{- toYaml {value} | nindent {spaces} }}}}", [])]
+
+
+def guarded(node, value):
+    """The line and all below it are there where the value is."""
+    node.comments.append(f"{' ' * indent(node.text)}{{{{- with {value} }}}}")
+    values(node, ".", indent(node.text) + 2)
+    node.children.append(Node(f"{' ' * indent(node.text)}{{{{- end }}}}", []))
+
+
+def pod(root, of):
+    """What a user may set of a pod."""
+    spec = find(root, ["spec", "template", "spec"])
+    container = find(spec, ["containers"]).children[0]
+    find(container, ["image"]).text = '          image: {{ include "sds-agent.image" . }}'
+    find(container, ["imagePullPolicy"]).text = "          imagePullPolicy: {{ .Values.image.pullPolicy }}"
+    values(find(container, ["resources"]), f"{of}.resources", 12)
+    guarded(find(spec, ["nodeSelector"]), f"{of}.nodeSelector")
+    pull = Node("      imagePullSecrets:", [])
+    guarded(pull, ".Values.imagePullSecrets")
+    spec.children.insert(0, pull)
+    return spec
+
+
+def selinux(spec):
+    options = Node("        seLinuxOptions:", [])
+    guarded(options, ".Values.seLinuxOptions")
+    find(spec, ["securityContext"]).children.append(options)
+
+
+def text(documents):
+    return "---\n".join("\n".join(line for child in root.children for line in child.lines()) + "\n" for root in documents)
+
+
+def replaced(body, *edits):
+    for old, new in edits:
+        if old not in body:
+            fail(f"nothing to replace: {old!r}")
+        body = body.replace(old, new)
+    return body
+
+
+def when(condition, body):
+    return f"{{{{- if {condition} }}}}\n{body}{{{{- end }}}}\n"
+
+
+IN_NAMESPACE = ("namespace: sds-agent", f"namespace: {NAMESPACE}")
+
+
+def agent(mode, *patches):
+    documents = load("base/daemonset.yaml", *patches)
+    spec = pod(documents[0], ".Values")
+    guarded(find(spec, ["tolerations"]), ".Values.tolerations")
+    selinux(spec)
+    return when(f'eq .Values.mode "{mode}"', replaced(text(documents), IN_NAMESPACE))
+
+
+def templates():
+    """Names and contents."""
+    yield "namespace.yaml", when(".Values.createNamespace", replaced(text(load("base/namespace.yaml")), ("name: sds-agent", f"name: {NAMESPACE}")))
+
+    roots = "{{ .Values.trust.configMap.%s }}"
+    service, own, own_binding, cluster, cluster_binding, *trust = load("base/rbac.yaml")
+    body = replaced(text([service, own, own_binding, cluster, cluster_binding]), IN_NAMESPACE)
+    trust = replaced(
+        text(trust), IN_NAMESPACE, ("namespace: cert-manager", "namespace: " + roots % "namespace"), ("[mesh-roots]", "[" + roots % "name" + "]")
+    )
+    yield "rbac.yaml", body + when(".Values.trust.configMap", "---\n" + trust)
+
+    config = load("base/config.yaml")
+    data = find(config[0], ["data"])
+    for key in ("config.yaml", "agentUsernames", "issuers"):
+        helper = {"config.yaml": "config", "agentUsernames": "agents", "issuers": "issuers"}[key]
+        find(data, [key]).children = [Node(f'    {{{{- include "sds-agent.{helper}" . | nindent 4 }}}}', [])]
+    find(data, ["maxDuration"]).text = "  maxDuration: {{ .Values.maxDuration }}"
+    yield "config.yaml", replaced(text(config), IN_NAMESPACE)
+
+    shared, per_pod, both = (f"{mode}/daemonset.yaml" for mode in ("shared", "per-pod", "both"))
+    yield "daemonset.yaml", agent("shared", shared) + agent("perPod", per_pod) + agent("both", per_pod, both)
+    yield "csidriver.yaml", when('ne .Values.mode "shared"', text(load("per-pod/csidriver.yaml")))
+
+    rbac = load("approver/rbac.yaml")
+    rbac = replaced(
+        text(rbac), IN_NAMESPACE, ("[clusterissuers.cert-manager.io/mesh-ca]", '{{ include "sds-agent.signers" . }}')
+    )
+    yield "approver-rbac.yaml", when(".Values.approver.enabled", rbac)
+
+    deployment = load("approver/deployment.yaml")
+    find(deployment[0], ["spec", "replicas"]).text = "  replicas: {{ .Values.approver.replicas }}"
+    spec = pod(deployment[0], ".Values.approver")
+    for key in ("tolerations", "affinity"):
+        node = Node(f"      {key}:", [])
+        guarded(node, f".Values.approver.{key}")
+        spec.children.append(node)
+    yield "approver-deployment.yaml", when(".Values.approver.enabled", replaced(text(deployment), IN_NAMESPACE))
+
+    policy = replaced(text(load("approver/policy.yaml")), IN_NAMESPACE, ("sds-agent/sds-agent", NAMESPACE + "/sds-agent"))
+    yield "approver-policy.yaml", when(".Values.approver.enabled", policy)
+
+    requests = replaced(text(load("workload-requests/rbac.yaml")), IN_NAMESPACE)
+    yield "workload-requests.yaml", when('include "sds-agent.workloadRequests" .', requests)
+
+    yield from monitoring()
+
+
+def monitoring():
+    enabled = ".Values.monitoring.enabled"
+    for kind in ("podmonitor", "prometheusrule"):
+        name = f"monitoring/{kind}.yaml"
+        body = replaced(text(load(name)), IN_NAMESPACE)
+        if kind == "podmonitor":
+            body = replaced(body, ("[sds-agent]", f"[{NAMESPACE}]"))
+        yield f"{kind}.yaml", when(enabled, body)
+    dashboard = [
+        "apiVersion: v1", "kind: ConfigMap", "metadata:", "  name: sds-agent-dashboard", f"  namespace: {NAMESPACE}", "  labels:",
+        '    grafana_dashboard: "1"', "data:", "  dashboard.json: |", '    {{- .Files.Get "dashboard.json" | nindent 4 }}', "",
+    ]
+    yield "dashboard.yaml", when(enabled, "\n".join(dashboard))
+    yield "../dashboard.json", (HERE / "monitoring/dashboard.json").read_text()
+
+
+def main():
+    arguments = sys.argv[1:]
+    if arguments not in ([], ["--check"]):
+        fail("usage: daemonset/derive.py [--check]")
+    note = "{{- /* Derived by daemonset/derive.py from the sources beside the chart: do not change it here. */ -}}\n"
+    wanted = {}
+    for name, body in templates():
+        wanted[(TEMPLATES / name).resolve()] = body if name.endswith(".json") else note + body
+    stale = [path for path, body in wanted.items() if not path.exists() or path.read_text() != body]
+    strays = [path for path in TEMPLATES.glob("*.yaml") if path.resolve() not in wanted]
+    if arguments and (stale or strays):
+        fail("not as derived, run it without --check: " + ", ".join(sorted(path.name for path in stale + strays)))
+    for path in strays:
+        path.unlink()
+    for path in stale:
+        path.write_text(wanted[path])
+
+
+main()

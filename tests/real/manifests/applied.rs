@@ -1,0 +1,85 @@
+//! Every object, as rendered, at the real API server: validated, admitted, and the same when it is applied again.
+
+use std::collections::BTreeSet;
+
+use serde_json::{Value, json};
+
+use super::{GUARDED, MODES, install, install_operator_kinds, rendered, rendered_with};
+use crate::support::{
+    cluster::Cluster,
+    manifests::{self, helm, path, try_helm},
+};
+
+/// What is used, all of it there in Kubernetes 1.30; ValidatingAdmissionPolicy is the youngest.
+const VERSIONS: [&str; 6] =
+    ["admissionregistration.k8s.io/v1", "apps/v1", "policy/v1", "rbac.authorization.k8s.io/v1", "storage.k8s.io/v1", "v1"];
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_object_is_admitted_and_stays_as_it_is() {
+    let (cluster, _plane) = Cluster::own(GUARDED).await;
+    install_operator_kinds(&cluster).await;
+    let mut count = 0;
+    for (folder, mode) in MODES {
+        let objects = rendered_with(folder, &["workload-requests", "monitoring"]).await;
+        install(&cluster, &objects).await;
+        // An object that the API server has completed in a way of its own would change each time.
+        for (first, object) in install(&cluster, &objects).await.iter().zip(&objects) {
+            let second = cluster.apply(&path(object), object).await;
+            assert_eq!(first["metadata"]["resourceVersion"], second["metadata"]["resourceVersion"], "{folder}: {}", path(object));
+        }
+        // From kustomize to helm and back nothing is left over that the other does not own.
+        install(&cluster, &helm(manifests::NAMESPACE, &["--set", &format!("mode={mode}")]).await).await;
+        count += objects.len();
+    }
+    let example = manifests::documents(&manifests::read("example/authority.yaml"));
+    // The control plane of the tests has that ClusterIssuer, on a Secret of its own: it stays as it is.
+    install(&cluster, &example[..2]).await;
+    cluster.patch(&format!("{}?dryRun=All", path(&example[2])), &example[2]).await;
+    println!("figure: {} objects applied", count + example.len());
+}
+
+#[tokio::test]
+async fn nothing_newer_than_kubernetes_1_30_is_used() {
+    let mut seen = BTreeSet::new();
+    for (folder, _) in MODES {
+        for object in rendered(folder).await {
+            seen.insert(object["apiVersion"].as_str().unwrap().to_owned());
+        }
+    }
+    assert_eq!(seen, VERSIONS.map(str::to_owned).into());
+    for (version, fits) in [("1.29.14", false), ("1.30.0", true), ("1.36.0-eks-1", true)] {
+        let output = try_helm(manifests::NAMESPACE, &["--kube-version", version]).await;
+        assert_eq!(output.status.success(), fits, "{version}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+}
+
+/// Workloads keep the level that they have: with sockets of pods they need no path of the host.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_restricted_namespace_takes_a_pod_with_a_socket_of_its_own_and_none_with_a_path_of_the_host() {
+    let cluster = Cluster::connect().await;
+    let namespace = cluster.namespace().await;
+    let level = json!({"metadata": {"labels": {"pod-security.kubernetes.io/enforce": "restricted"}}});
+    cluster.patch(&format!("/api/v1/namespaces/{namespace}"), &level).await;
+    let driver = manifests::documents(&manifests::read("per-pod/csidriver.yaml")).remove(0);
+    let pod = |volume: Value| {
+        let strict = json!({"allowPrivilegeEscalation": false, "capabilities": {"drop": ["ALL"]}});
+        json!({
+            "metadata": {"name": "app"},
+            "spec": {
+                "securityContext": {"runAsNonRoot": true, "seccompProfile": {"type": "RuntimeDefault"}},
+                "automountServiceAccountToken": false,
+                "containers": [{
+                    "name": "main", "image": "none", "securityContext": strict, "volumeMounts": [{"name": "sds", "mountPath": "/run/sds"}],
+                }],
+                "volumes": [volume],
+            },
+        })
+    };
+    let pods = format!("/api/v1/namespaces/{namespace}/pods?dryRun=All");
+    cluster.create(&format!("/api/v1/namespaces/{namespace}/serviceaccounts"), &json!({"metadata": {"name": "app"}})).await;
+    let own = pod(json!({"name": "sds", "csi": {"driver": driver["metadata"]["name"], "readOnly": true}}));
+    cluster.create(&pods, &own).await;
+    let shared = pod(json!({"name": "sds", "hostPath": {"path": "/run/sds-agent"}}));
+    let refusal = cluster.try_create(&pods, &shared).await.expect_err("a path of the host").to_string();
+    assert!(refusal.contains("restricted") && refusal.contains("hostPath"), "{refusal}");
+}

@@ -1,0 +1,196 @@
+//! The chart and kustomize: the same objects, and what values change in them.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    time::Duration,
+};
+
+use serde_json::{Value, json};
+
+use super::{MODES, rendered, rendered_with};
+use crate::support::{
+    child,
+    manifests::{self, NAMESPACE, helm, named, try_helm},
+    tools,
+};
+
+/// By kind, namespace and name; the configuration as what it says, not how it is written.
+fn by_name(objects: Vec<Value>) -> BTreeMap<String, Value> {
+    let count = objects.len();
+    let named = objects.into_iter().map(|mut object| {
+        if object["kind"] == "ConfigMap" && object["data"]["config.yaml"].is_string() {
+            object["data"]["config.yaml"] = configuration(&object);
+        }
+        let metadata = &object["metadata"];
+        (format!("{} {}/{}", object["kind"], metadata["namespace"], metadata["name"]), object)
+    });
+    let named: BTreeMap<_, _> = named.collect();
+    assert_eq!(named.len(), count, "an object is there twice");
+    named
+}
+
+fn configuration(map: &Value) -> Value {
+    serde_saphyr::from_str(map["data"]["config.yaml"].as_str().unwrap()).unwrap()
+}
+
+fn assert_same(helm: Vec<Value>, kustomize: Vec<Value>, what: &str) {
+    let (helm, kustomize) = (by_name(helm), by_name(kustomize));
+    assert_eq!(helm.keys().collect::<Vec<_>>(), kustomize.keys().collect::<Vec<_>>(), "{what}");
+    for (name, object) in helm {
+        assert_eq!(object, kustomize[&name], "{what}: {name}, by helm and by kustomize");
+    }
+}
+
+#[tokio::test]
+async fn helm_and_kustomize_give_the_same_objects() {
+    for (folder, mode) in MODES {
+        let objects = rendered(folder).await;
+        println!("figure: {folder}: {} objects, the same by helm and by kustomize", objects.len());
+        assert!(objects.len() > 15, "{folder}: {}", objects.len());
+        assert_same(helm(NAMESPACE, &["--set", &format!("mode={mode}")]).await, objects, folder);
+    }
+    let monitored = rendered_with("shared", &["monitoring"]).await;
+    assert_same(helm(NAMESPACE, &["--set", "monitoring.enabled=true"]).await, monitored, "with monitoring");
+    let workload = ["--set", "config.issuer.certManager.namespace=workload"];
+    let mut objects = rendered_with("shared", &["workload-requests"]).await;
+    let map = objects.iter_mut().find(|object| object["kind"] == "ConfigMap").unwrap();
+    let mut config = configuration(map);
+    config["issuer"]["certManager"]["namespace"] = json!("workload");
+    map["data"]["config.yaml"] = json!(config.to_string());
+    assert_same(helm(NAMESPACE, &workload).await, objects, "requests in the pods' namespaces");
+}
+
+#[tokio::test]
+async fn the_chart_without_an_approver_is_the_same_without_its_objects() {
+    let mut own = Vec::new();
+    for file in ["rbac", "deployment", "policy"] {
+        own.extend(by_name(manifests::documents(&manifests::read(&format!("approver/{file}.yaml")))).into_keys());
+    }
+    let mut objects = rendered("shared").await;
+    objects.retain(|object| !by_name(vec![object.clone()]).keys().all(|name| own.contains(name)));
+    assert_same(helm(NAMESPACE, &["--set", "approver.enabled=false"]).await, objects, "without approver");
+}
+
+/// The one who forgot to derive is told.
+#[tokio::test]
+async fn the_chart_is_as_derived_and_says_the_same_version_everywhere() {
+    let script = manifests::folder().join("derive.py");
+    let python = tools::system("python3", "python3");
+    child::succeed(&python, &[script.to_str().unwrap(), "--check"], Duration::from_secs(30)).await;
+    let chart: Value = serde_saphyr::from_str(&manifests::read("chart/Chart.yaml")).unwrap();
+    for key in ["version", "appVersion"] {
+        assert_eq!(chart[key], env!("CARGO_PKG_VERSION"), "{key} of Chart.yaml");
+    }
+    for (folder, _) in MODES {
+        for object in rendered(folder).await {
+            for container in object["spec"]["template"]["spec"]["containers"].as_array().into_iter().flatten() {
+                assert_eq!(container["image"], concat!("sds-agent:", env!("CARGO_PKG_VERSION")), "{folder}");
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn modes_differ_in_sockets_and_privileges_alone() {
+    let mut configurations = Vec::new();
+    for (folder, _) in MODES {
+        let objects = rendered(folder).await;
+        let mut config = configuration(named(&objects, "ConfigMap", "sds-agent"));
+        config.as_object_mut().unwrap().remove("sockets");
+        configurations.push(config);
+        let pod = &named(&objects, "DaemonSet", "sds-agent")["spec"]["template"]["spec"];
+        assert_eq!(pod["hostPID"] == true, folder != "per-pod", "{folder}");
+        assert_eq!(pod["containers"][0]["securityContext"]["privileged"] == true, folder != "shared", "{folder}");
+        assert!(pod["hostNetwork"].is_null() && pod["containers"][0]["resources"]["limits"]["cpu"].is_null(), "{folder}");
+        assert_eq!(objects.iter().any(|object| object["kind"] == "CSIDriver"), folder != "shared", "{folder}");
+    }
+    assert_eq!(configurations[0], configurations[1]);
+    assert_eq!(configurations[0], configurations[2]);
+}
+
+/// What is said once is in all the places that have to know it, and the program takes the file.
+#[tokio::test]
+async fn values_reach_all_that_has_to_know_of_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let values = json!({
+        "mode": "both", "maxDuration": "48h", "issuer": {"name": "fleet", "kind": "Issuer"}, "seLinuxOptions": {"type": "spc_t"},
+        "image": {"repository": "registry.example/sds-agent", "tag": "1"}, "imagePullSecrets": [{"name": "pull"}],
+        "trust": {"configMap": {"namespace": "roots", "name": "fleet", "key": "bundle.pem"}},
+        "config": {
+            "certificate": {"lifetime": "48h"},
+            "profiles": [
+                {"name": "pay", "match": {"namespaces": ["pay"]}, "issuerRef": {"name": "pay-ca", "kind": "ClusterIssuer"}},
+                {"name": "own", "match": {"namespaces": ["own"]}, "namespace": "authority", "issuerRef": {"name": "own-ca", "kind": "Issuer"}},
+            ],
+        },
+    });
+    let file = dir.path().join("values.yaml");
+    fs::write(&file, values.to_string()).unwrap();
+    let objects = helm("mesh", &["--values", file.to_str().unwrap()]).await;
+
+    let text: Vec<_> = objects.iter().map(Value::to_string).collect();
+    assert!(!text.iter().any(|text| text.contains("\"namespace\":\"sds-agent\"")), "the release's namespace is another one");
+    assert!(!text.iter().any(|text| text.contains("sds-agent/sds-agent")), "what is told is told of the release's namespace");
+    let map = named(&objects, "ConfigMap", "sds-agent");
+    assert_eq!(map["data"]["agentUsernames"], "system:serviceaccount:mesh:sds-agent\n");
+    assert_eq!(map["data"]["issuers"], "Issuer/mesh/fleet\nClusterIssuer/pay-ca\nIssuer/authority/own-ca\n");
+    assert_eq!(map["data"]["maxDuration"], "48h");
+    let signers = named(&objects, "ClusterRole", "sds-agent-approver")["rules"].as_array().unwrap().iter();
+    let mut signers = signers.filter(|rule| rule["resources"][0] == "signers");
+    let expected =
+        json!(["issuers.cert-manager.io/mesh.fleet", "clusterissuers.cert-manager.io/pay-ca", "issuers.cert-manager.io/authority.own-ca"]);
+    assert_eq!(signers.next().unwrap()["resourceNames"], expected);
+    let roots = named(&objects, "Role", "sds-agent-roots");
+    assert_eq!((&roots["metadata"]["namespace"], &roots["rules"][0]["resourceNames"]), (&json!("roots"), &json!(["fleet"])));
+    let agent = &named(&objects, "DaemonSet", "sds-agent")["spec"]["template"]["spec"];
+    assert_eq!(agent["securityContext"]["seLinuxOptions"]["type"], "spc_t");
+    assert_eq!(
+        (&agent["containers"][0]["image"], &agent["imagePullSecrets"][0]["name"]),
+        (&json!("registry.example/sds-agent:1"), &json!("pull"))
+    );
+
+    // By the program, as agent and as approver.
+    let config = dir.path().join("config.yaml");
+    fs::write(&config, map["data"]["config.yaml"].as_str().unwrap()).unwrap();
+    let env = |name: &str| matches!(name, "NODE_NAME" | "POD_NAMESPACE" | "POD_NAME" | "POD_UID").then(|| "mesh".to_owned());
+    let loaded = sds_agent::config::Config::load(&config, &env).unwrap();
+    assert_eq!(loaded.warnings, []);
+    let rules = sds_agent::approver::rules::Rules::of(&loaded.config).unwrap();
+    assert_eq!(rules.agents.iter().collect::<Vec<_>>(), ["system:serviceaccount:mesh:sds-agent"]);
+    assert_eq!(rules.issuers.len(), 3);
+}
+
+/// A field that the agent has learnt is one that the chart lets through.
+#[tokio::test]
+async fn the_schema_knows_every_section_of_the_configuration() {
+    let schema: Value = serde_json::from_str(&manifests::read("chart/values.schema.json")).unwrap();
+    let known: BTreeSet<_> = schema["properties"]["config"]["properties"].as_object().unwrap().keys().cloned().collect();
+    // A unit test holds that page to the parser.
+    let page = manifests::read("../docs/configuration.md");
+    let fields = page.lines().filter_map(|line| line.strip_prefix("| `")?.split_once('`'));
+    let sections = fields.map(|(field, _)| field.split(['.', '[']).next().unwrap().to_owned());
+    let environment = |name: &String| name.chars().all(|c| c.is_ascii_uppercase() || c == '_' || c == ',');
+    let sections: BTreeSet<_> = sections.filter(|name| !environment(name)).collect();
+    assert!(sections.len() > 15, "{sections:?}");
+    assert_eq!(known, sections, "values.schema.json, and docs/configuration.md");
+}
+
+#[tokio::test]
+async fn values_that_nobody_knows_are_refused_by_name() {
+    for (set, said) in [
+        ("mod=shared", "mod"),
+        ("mode=csi", "mode"),
+        ("config.certficate.lifetime=1h", "certficate"),
+        ("approver.replicas=0", "replicas"),
+        ("image.pullPolicy=Sometimes", "pullPolicy"),
+        ("issuer.group=example.com", "approver.signers"),
+    ] {
+        let output = try_helm(NAMESPACE, &["--set", set]).await;
+        let words = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success() && words.contains(said), "{set}: {words}");
+    }
+    let external = ["--set", "issuer.group=example.com", "--set-json", r#"approver.signers=["clusterissuers.example.com/mesh-ca"]"#];
+    let objects = helm(NAMESPACE, &external).await;
+    assert_eq!(named(&objects, "ConfigMap", "sds-agent")["data"]["issuers"], "ClusterIssuer.example.com/mesh-ca\n");
+}

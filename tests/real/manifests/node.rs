@@ -1,0 +1,122 @@
+//! Agent and approver in pods of the real kubelet, with the security context, rights and configuration of the manifests and no more.
+
+use serde_json::json;
+
+use super::site::{Ours, PATIENCE, Site, Way};
+use crate::support::{self, eventually, kubelet::DRIVER};
+
+const OWN: Way = Way { name: "own", socket: "/run/sds/socket", volume: || json!({"csi": {"driver": DRIVER, "readOnly": true}}) };
+const SHARED: Way = Way {
+    name: "shared",
+    socket: "/run/sds-agent/sds.sock",
+    volume: || json!({"hostPath": {"path": "/run/sds-agent", "type": "Directory"}}),
+};
+/// `CAP_IPC_LOCK` alone, as /proc shows it.
+const IPC_LOCK: &str = "0000000000004000";
+const NONE: &str = "0000000000000000";
+
+/// The approver, and that it runs as a nobody.
+async fn approver(site: &Site) -> Ours {
+    let approver = site.run("Deployment", "sds-agent-approver", "approver-0", "{}").await;
+    assert_eq!(site.process(&approver, "CapEff").await, NONE);
+    assert_eq!(site.process(&approver, "CapBnd").await, NONE);
+    assert_eq!(site.process(&approver, "Uid").await.split_whitespace().next(), Some("65532"));
+    assert_eq!(site.process(&approver, "Seccomp").await, "2");
+    approver
+}
+
+/// Nothing that they asked for was forbidden, and every approval is the approver's.
+async fn assert_rights_sufficed(site: &Site, agent: &Ours, approver: &Ours) {
+    for ours in [agent, approver] {
+        let metrics = site.metrics(ours).await;
+        let requests: Vec<_> = metrics.lines().filter(|line| line.starts_with("sds_agent_kube_requests_total{")).collect();
+        assert!(!requests.is_empty(), "{metrics}");
+        let refused: Vec<_> = requests.iter().filter(|line| line.contains("code=\"403\"")).collect();
+        assert!(refused.is_empty(), "{}: {refused:?}", ours.pod.name);
+    }
+    let metrics = site.metrics(approver).await;
+    let approved = |line: &&str| line.starts_with("sds_agent_approver_decisions_total{") && line.contains("decision=\"approved\"");
+    let count = metrics.lines().find(approved).and_then(|line| line.rsplit(' ').next()?.parse::<f64>().ok());
+    assert!(count.is_some_and(|count| count > 0.5), "{metrics}");
+}
+
+async fn until_registered(site: &Site) {
+    let path = format!("/apis/storage.k8s.io/v1/csinodes/{}", site.node.name());
+    eventually("the kubelet registers the driver", PATIENCE, async || {
+        let seen = site.cluster.try_get(&path).await.map_err(|e| e.to_string())?;
+        if seen["spec"]["drivers"][0]["name"] == DRIVER { Ok(()) } else { Err(seen.to_string()) }
+    })
+    .await;
+}
+
+/// With one capability, no other user's rights, and the kernel's filter: that suffices to know callers and to lock keys.
+#[tokio::test]
+async fn the_daemonset_of_the_shared_socket_serves_pods_and_hands_over_to_a_surge() {
+    let _turn = support::turn().await;
+    let site = Site::start("shared").await;
+    let approver = approver(&site).await;
+    // Or it does not start.
+    let agent = site.run("DaemonSet", "sds-agent", "sds-agent-one", "{ lockMemory: always }").await;
+    for (key, value) in [("CapEff", IPC_LOCK), ("CapBnd", IPC_LOCK), ("CapAmb", NONE), ("Seccomp", "2"), ("NoNewPrivs", "1")] {
+        assert_eq!(site.process(&agent, key).await, value, "{key}");
+    }
+    assert!(site.metrics(&agent).await.contains("sds_agent_memory_locked 1"));
+
+    let cart = site.workload("cart", &[SHARED]).await;
+    let other = site.workload("other", &[SHARED]).await;
+    for pod in [&cart, &other] {
+        site.assert_served(pod, SHARED).await;
+    }
+    // A pod can take neither the socket nor its place.
+    let words = site.thief("thief", SHARED).await;
+    assert!(words.contains("Read-only file system"), "{words}");
+
+    // As maxSurge: 1 has it: the next one is ready, then the first one goes.
+    let next = site.run("DaemonSet", "sds-agent", "sds-agent-two", "{ lockMemory: always }").await;
+    assert!(site.node.container_log(&next.pod, "sds-agent").contains("the socket is ours"));
+    site.node.delete(&agent.pod).await;
+    for pod in [&cart, &other] {
+        site.assert_connected_again(pod, SHARED).await;
+    }
+    site.assert_served(&site.workload("late", &[SHARED]).await, SHARED).await;
+    assert_rights_sufficed(&site, &next, &approver).await;
+}
+
+#[tokio::test]
+async fn the_daemonset_of_pods_sockets_serves_pods_without_seeing_their_processes() {
+    let _turn = support::turn().await;
+    let site = Site::start("per-pod").await;
+    let approver = approver(&site).await;
+    let agent = site.run("DaemonSet", "sds-agent", "sds-agent-one", "{}").await;
+    until_registered(&site).await;
+    let cart = site.workload("cart", &[OWN]).await;
+    let other = site.workload("other", &[OWN]).await;
+    for pod in [&cart, &other] {
+        site.assert_served(pod, OWN).await;
+    }
+    assert!(!site.node.path("/run/sds-agent").exists(), "nobody has made a shared socket's directory");
+
+    // As maxSurge: 0 has it: the first one goes, then the next one comes.
+    site.node.delete(&agent.pod).await;
+    let next = site.run("DaemonSet", "sds-agent", "sds-agent-two", "{}").await;
+    for pod in [&cart, &other] {
+        site.assert_connected_again(pod, OWN).await;
+    }
+    site.assert_served(&site.workload("late", &[OWN]).await, OWN).await;
+    site.node.delete(&cart).await;
+    assert_rights_sufficed(&site, &next, &approver).await;
+}
+
+#[tokio::test]
+async fn the_daemonset_of_both_serves_a_pod_on_both() {
+    let _turn = support::turn().await;
+    let site = Site::start("both").await;
+    let approver = approver(&site).await;
+    let agent = site.run("DaemonSet", "sds-agent", "sds-agent-one", "{}").await;
+    until_registered(&site).await;
+    let cart = site.workload("cart", &[OWN, SHARED]).await;
+    for way in [OWN, SHARED] {
+        site.assert_served(&cart, way).await;
+    }
+    assert_rights_sufficed(&site, &agent, &approver).await;
+}
