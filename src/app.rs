@@ -25,7 +25,7 @@ use crate::{
     attest::{self, Attestor, pods::Pods},
     caller::Desk,
     clock::Clock,
-    config::{Config, SharedSocket},
+    config::{Config, SharedSocket, reloads},
     csi,
     handover::Claim,
     listener,
@@ -37,6 +37,10 @@ use crate::{
     store::Store,
     telemetry,
     trust::Trust,
+    warm::{
+        self, Warmer,
+        starts::{Rule, Starts},
+    },
 };
 
 use reload::{Outlets, Reload};
@@ -72,6 +76,8 @@ pub struct Deps {
     pub trust: Trust,
     /// Whether a bundle comes from elsewhere than the issuers, so that nothing is verified before it has come.
     pub await_bundle: bool,
+    /// Who is told how it goes with identities.
+    pub witness: Option<Arc<dyn rotation::Witness>>,
     /// What must run beside: watches, sweeps. They end by themselves when `last` is cancelled.
     pub tasks: Vec<BoxFuture<'static, ()>>,
     /// Cancelled when the streams have ended.
@@ -160,7 +166,7 @@ pub async fn build_with(config: &Config, base: Base, deps: Deps) -> anyhow::Resu
     let (resolver, plan, spread) = (outlets.resolver.subscribe(), outlets.plan.subscribe(), outlets.spread.subscribe());
     let mut tasks = deps.tasks;
     if let Some(file) = file {
-        let metrics = reload::Metrics::register(registry);
+        let metrics = reloads::Metrics::register(registry);
         let reload = Reload::new(file, config, deps.upstreams, outlets, deps.clock.clone(), metrics, deps.last.clone());
         tasks.push(Box::pin(reload.run()));
     }
@@ -176,9 +182,14 @@ pub async fn build_with(config: &Config, base: Base, deps: Deps) -> anyhow::Resu
         await_bundle: deps.await_bundle,
         clock: deps.clock.clone(),
         claims,
+        witness: deps.witness,
         metrics: rotation::metrics::Metrics::register(registry),
     };
-    let warmer = csi::warm::Warmer { store: store.clone(), resolver: resolver.clone() };
+    let warmer = Warmer { store: store.clone(), resolver: resolver.clone(), metrics: warm::metrics::Metrics::register(registry) };
+    if let Some(((warm_up, socket), pods)) = config.warm_up.as_ref().zip(config.shared_socket.as_ref()).zip(deps.pods.as_ref()) {
+        let starts = Starts::new(warmer.clone(), Rule::new(warm_up, &socket.path), deps.clock.clone(), pods);
+        tasks.push(Box::pin(starts.run(shutdown.drain.clone())));
+    }
     let desk = Desk { attestor: deps.attestor, resolver, metrics: attest::Metrics::register(registry) };
     let ending = CancellationToken::new();
     let sds = sds::service::Service {
@@ -299,6 +310,7 @@ impl Bound {
             && let Ok(Some(name)) = holding.await
         {
             name.release();
+            info!(socket = %name.path().display(), "the socket is released");
         }
         if let Some(accepting) = accepting {
             let _ = accepting.await;

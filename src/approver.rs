@@ -10,7 +10,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use futures::StreamExt;
+use futures::{Stream, StreamExt};
 use kube::{Api, Client, runtime::watcher};
 use tokio::{sync::watch, task::JoinSet, time::Instant};
 use tokio_util::time::DelayQueue;
@@ -28,15 +28,19 @@ use crate::{
 
 pub mod desk;
 pub mod events;
+pub mod force;
 pub mod judge;
 pub mod metrics;
 pub mod pods;
 pub mod queue;
+pub mod reload;
 pub mod rules;
+pub mod settings;
 
+pub use force::InForce;
 pub use metrics::Metrics;
 pub use pods::Pods;
-pub use rules::Rules;
+pub use settings::Settings;
 
 use desk::{Desk, Outcome};
 use queue::{Key, Queue, key};
@@ -45,6 +49,8 @@ use queue::{Key, Queue, key};
 pub const RATE: RequestRate = RequestRate { per_second: 200, burst: 400 };
 /// Requests that are worked on at once.
 const WORKERS: usize = 16;
+/// Requests that are left undecided at once, because a newer file may allow them. What comes beyond them is decided at once.
+const MOST_HESITATING: usize = 512;
 /// Requests approved by others that are remembered, so that each is told once.
 const REMEMBERED: usize = 1024;
 /// Requests in one page of a list: they carry their CSRs and certificates.
@@ -54,8 +60,8 @@ const PAGE: u32 = 250;
 pub struct Parts {
     /// The way to the API.
     pub client: Client,
-    /// The rules, the newest of which count. Requests that were none of theirs are not looked at again when they change.
-    pub rules: watch::Receiver<Arc<Rules>>,
+    /// The rules, the newest of which count. When they change, undecided requests are looked at again, even those that were none of theirs.
+    pub in_force: watch::Receiver<Arc<InForce>>,
     /// The cluster's pods.
     pub pods: Pods,
     /// The time.
@@ -71,7 +77,7 @@ pub struct Parts {
 /// One replica.
 pub struct Approver {
     client: Client,
-    rules: watch::Receiver<Arc<Rules>>,
+    in_force: watch::Receiver<Arc<InForce>>,
     desk: Arc<Desk>,
     kube_metrics: kubernetes::Metrics,
     metrics: Metrics,
@@ -89,9 +95,9 @@ impl fmt::Debug for Approver {
 impl Approver {
     /// An approver that does nothing before it [runs](Self::run).
     pub fn new(parts: Parts) -> Self {
-        let Parts { client, rules, pods, clock, instance, kube_metrics, metrics } = parts;
-        let desk = Arc::new(Desk::new(client.clone(), rules.clone(), pods, clock, instance, metrics.clone()));
-        Self { client, rules, desk, kube_metrics, metrics, told: Mutex::default(), synced: watch::Sender::new(false) }
+        let Parts { client, in_force, pods, clock, instance, kube_metrics, metrics } = parts;
+        let desk = Arc::new(Desk::new(client.clone(), in_force.clone(), pods, clock, instance, metrics.clone()));
+        Self { client, in_force, desk, kube_metrics, metrics, told: Mutex::default(), synced: watch::Sender::new(false) }
     }
 
     /// Becomes true when every request there is has been seen once, and stays so.
@@ -101,22 +107,15 @@ impl Approver {
 
     /// Decides for ever.
     pub async fn run(self) {
-        // Everywhere: an issuer of the whole cluster can be asked from any namespace, by anybody who may create requests.
-        let api: Api<CertificateRequest> = Api::all(self.client.clone());
-        let selection = Selection {
-            resource: Resource::certificaterequests,
-            name: "certificaterequests.cert-manager.io".to_owned(),
-            namespace: None,
-            config: watcher::Config::default().page_size(PAGE),
-        };
-        let mut signals = Box::pin(kubernetes::watch::watch(api, selection, self.kube_metrics.clone()));
+        let (mut signals, mut changes) = (Box::pin(self.watch()), self.in_force.clone());
         let (mut queue, mut workers, mut resting) = (Queue::default(), JoinSet::<(Key, Outcome)>::new(), DelayQueue::<Key>::new());
+        let mut issuers = changes.borrow_and_update().rules.issuers.clone();
         loop {
             while workers.len() < WORKERS
                 && let Some((key, case)) = queue.pop()
             {
-                let desk = self.desk.clone();
-                workers.spawn(async move { (key, desk.settle(case).await) });
+                let (desk, may_hesitate) = (self.desk.clone(), resting.len() < MOST_HESITATING);
+                workers.spawn(async move { (key, desk.settle(case, may_hesitate).await) });
             }
             self.metrics.pending.set(i64::try_from(queue.len()).unwrap_or(i64::MAX));
             tokio::select! {
@@ -132,14 +131,40 @@ impl Approver {
                             resting.insert(key, pause.mul_f64(0.5 + 0.5 * fastrand::f64()));
                         }
                     }
+                    Ok((key, Outcome::Hesitates(pause))) => {
+                        if queue.waits(&key) {
+                            resting.insert(key, pause);
+                        }
+                    }
                     Err(error) => {
                         tracing::error!(%error, "a worker of the approver has failed");
                         return;
                     }
                 },
                 Some(rested) = resting.next(), if !resting.is_empty() => queue.rested(rested.get_ref()),
+                Ok(()) = changes.changed() => {
+                    resting.clear();
+                    queue.wake();
+                    let newer = changes.borrow_and_update().rules.issuers.clone();
+                    if newer != issuers {
+                        // Requests that were nobody's business are not remembered: all are listed again.
+                        (issuers, signals) = (newer, Box::pin(self.watch()));
+                    }
+                }
             }
         }
+    }
+
+    /// The requests of everywhere: an issuer of the whole cluster can be asked from any namespace, by anybody who may create requests.
+    fn watch(&self) -> impl Stream<Item = Signal<CertificateRequest>> + Send + use<> {
+        let api: Api<CertificateRequest> = Api::all(self.client.clone());
+        let selection = Selection {
+            resource: Resource::certificaterequests,
+            name: "certificaterequests.cert-manager.io".to_owned(),
+            namespace: None,
+            config: watcher::Config::default().page_size(PAGE),
+        };
+        kubernetes::watch::watch(api, selection, self.kube_metrics.clone())
     }
 
     fn note(&self, queue: &mut Queue, event: watcher::Event<CertificateRequest>) {
@@ -165,7 +190,7 @@ impl Approver {
 
     /// Whoever else approves makes all of this worth nothing: the operator has to know. Approvals of before the start are not told.
     fn look_for_others(&self, request: &CertificateRequest) {
-        let Some(by) = judge::approved_by_another(request, &self.rules.borrow()).map(str::to_owned) else { return };
+        let Some(by) = judge::approved_by_another(request, &self.in_force.borrow().rules).map(str::to_owned) else { return };
         let Some(uid) = request.metadata.uid.clone() else { return };
         let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
         if told.contains(&uid) {
@@ -187,7 +212,7 @@ impl Approver {
     }
 
     fn seen(&self, queue: &mut Queue, request: CertificateRequest) {
-        if judge::is_ours(&request, &self.rules.borrow()) {
+        if judge::is_ours(&request, &self.in_force.borrow().rules) {
             queue.seen(request, Instant::now());
         } else {
             queue.gone(&key(&request));

@@ -6,8 +6,11 @@ use std::{ffi::OsString, process::ExitCode};
 
 use clap::{Parser, Subcommand};
 
+pub mod admin_client;
 pub mod approver;
+pub mod certs;
 pub mod check_config;
+pub mod completions;
 pub mod dev;
 pub mod doctor;
 pub mod fetch;
@@ -36,10 +39,14 @@ pub enum Command {
     Fetch(fetch::Args),
     /// Decide which of the agents' requests are signed, by the node that each comes from
     Approver(approver::Args),
+    /// What an agent holds, without keys: states, serial numbers, times, errors
+    Certs(certs::Args),
     /// Tell every error of a configuration at once, and what it means
     CheckConfig(check_config::Args),
-    /// Why a process or a pod gets its identity, or none: the evidence, and the remedy
+    /// What is wrong with an agent, a process or a pod: the evidence, and the remedy
     Doctor(doctor::Args),
+    /// A script that teaches a shell this command line
+    Completions(completions::Args),
 }
 
 const EXAMPLES: &str = "\
@@ -50,7 +57,11 @@ Try it, without a cluster:
 On a node:
   sds-agent check-config --config agent.yaml   what is wrong with it, all at once
   sds-agent run --config agent.yaml
+  sds-agent certs                              what it holds, the most pressing first
+  sds-agent doctor --config agent.yaml         what is wrong, and what to do about it
   sds-agent doctor --config agent.yaml --pid 4711   why a process is served, or is not
+
+`sds-agent help COMMAND` shows a command's flags, examples and exit codes.
 
 Exit codes: 0 fine, 1 failed, 64 usage or configuration, 69 upstream unavailable, 77 not permitted.";
 
@@ -115,6 +126,24 @@ mod tests {
     }
 
     #[test]
+    fn the_help_of_every_command_teaches() {
+        let mut command = Cli::command();
+        // With what clap adds: `help`, which explains itself.
+        command.build();
+        let commands: Vec<_> = command.get_subcommands_mut().filter(|command| command.get_name() != "help").collect();
+        assert!(commands.len() >= 7);
+        for command in commands {
+            let (name, help) = (command.get_name().to_owned(), command.render_long_help().to_string());
+            assert!(help.contains("Example"), "{name} has no example:\n{help}");
+            assert!(help.contains(&format!("\n  sds-agent {name}")), "no example of {name} can be copied:\n{help}");
+            assert!(help.contains("Exit codes: 0 "), "{name} does not say how it ends:\n{help}");
+            // Flags are wrapped by clap where there is a terminal; the rest stands as it is written.
+            let long: Vec<_> = help.lines().filter(|line| !line.starts_with("          ") && line.chars().count() > 130).collect();
+            assert!(long.is_empty(), "{name} has lines that no terminal shows: {long:?}");
+        }
+    }
+
+    #[test]
     fn usage_errors_are_64_and_help_and_version_are_0() {
         for (args, exit) in [
             ("sds-agent", Exit::Usage),
@@ -126,6 +155,8 @@ mod tests {
             ("sds-agent doctor --pid 0", Exit::Usage),
             ("sds-agent doctor --pod shop/cart", Exit::Usage),
             ("sds-agent doctor --config a --pod cart", Exit::Usage),
+            ("sds-agent certs --admin https://127.0.0.1:15090", Exit::Usage),
+            ("sds-agent completions tcsh", Exit::Usage),
             ("sds-agent --help", Exit::Ok),
             ("sds-agent fetch --help", Exit::Ok),
             ("sds-agent --version", Exit::Ok),
@@ -144,6 +175,10 @@ mod tests {
             "sds-agent doctor --config agent.yaml -o json",
             "sds-agent approver --config /etc/sds-agent/config.yaml",
             "sds-agent doctor --pid 1",
+            "sds-agent doctor",
+            "sds-agent certs",
+            "sds-agent certs --admin http://127.0.0.1:15090 -o json",
+            "sds-agent completions bash",
             "sds-agent doctor --config agent.yaml --pod shop/cart-0",
         ] {
             assert!(parse(args).is_ok(), "{args}");

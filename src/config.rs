@@ -14,9 +14,11 @@ mod issuance;
 pub mod live;
 mod parse;
 mod reader;
+pub mod reloads;
 mod sockets;
 mod template;
 mod values;
+mod warm_up;
 
 pub use approver::Approver;
 pub use dev::{Dev, dev, dev_socket};
@@ -25,6 +27,7 @@ pub use error::{Errors, Problem, Warning};
 pub use issuance::renewals_per_second;
 pub use parse::{Loaded, MAX_FILE_BYTES};
 pub use template::sample as sample_workload;
+pub use warm_up::WarmUp;
 
 /// All that the agent is told.
 #[derive(Debug, Clone, PartialEq)]
@@ -39,6 +42,8 @@ pub struct Config {
     pub attestation: Attestation,
     /// `attestationPolicy`
     pub attestation_policy: AttestationPolicy,
+    /// `warmUp`, where it is enabled.
+    pub warm_up: Option<WarmUp>,
     /// `identity`, `certificate` and `issuer` together: the profile of every workload that no other takes.
     pub default_profile: Arc<Profile>,
     /// `profiles`: the first that matches goes before the default.
@@ -59,6 +64,8 @@ pub struct Config {
     pub kubernetes: RequestRate,
     /// `reissueOver`: the time over which certificates are issued anew that a change of the configuration makes foreign.
     pub reissue_over: Duration,
+    /// `events`: whether pods are told of trouble with their certificates.
+    pub events: bool,
     /// `retention`: how long a certificate is kept after its last subscriber has gone.
     pub retention: Duration,
     /// `drain`: how long open streams may take to end at shutdown.

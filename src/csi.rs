@@ -21,7 +21,6 @@ use self::{
     server::{Server, Services},
     sockets::Sockets,
     volume::Place,
-    warm::Warmer,
 };
 use crate::{
     attest::{Reason, pods::Pods},
@@ -33,6 +32,7 @@ use crate::{
         pluginregistration::registration_server::RegistrationServer,
     },
     session::Sessions,
+    warm::Warmer,
 };
 
 pub mod directory;
@@ -43,7 +43,6 @@ pub mod server;
 pub mod service;
 pub mod sockets;
 pub mod volume;
-pub mod warm;
 
 const FIELD: &str = "sockets.perPod.kubeletDirectory";
 /// Between two attempts to learn which pods have gone.

@@ -35,8 +35,19 @@ pub enum Stage {
     /// The key and the request are being made, or the request is on its way.
     #[default]
     Preparing,
-    /// The upstream has the request, under this name, and may take its time: the order can be parked.
-    Submitted(Arc<str>),
+    /// The upstream has the request and may take its time: the order can be parked.
+    Submitted(Pending),
+}
+
+/// A request that its upstream has not answered.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Pending {
+    /// Its name there.
+    pub request: Arc<str>,
+    /// What it waits for, for people, where that is known.
+    pub waits_for: Option<Arc<str>>,
+    /// Whether it has waited for so long that somebody should look.
+    pub is_late: bool,
 }
 
 /// The issuer's end of an order's [`Stage`].
@@ -52,7 +63,18 @@ impl Progress {
 
     /// The upstream has the request, under `name`. Said once: an order whose request is lost fails and is ordered again.
     pub fn submitted(&self, name: &str) {
-        self.0.send_replace(Stage::Submitted(name.into()));
+        self.0.send_replace(Stage::Submitted(Pending { request: name.into(), waits_for: None, is_late: false }));
+    }
+
+    /// What the request waits for, and whether it has done so for long. Nothing is told where nothing has changed.
+    pub fn waits(&self, why: &str, late: bool) {
+        self.0.send_if_modified(|stage| match stage {
+            Stage::Submitted(Pending { waits_for, is_late, .. }) if waits_for.as_deref() != Some(why) || *is_late != late => {
+                (*waits_for, *is_late) = (Some(why.into()), late);
+                true
+            }
+            _ => false,
+        });
     }
 }
 

@@ -9,8 +9,10 @@
 //! 4. [`rotation`] owns when a certificate is made or replaced, and orders it from an [`issuer`];
 //! 5. [`trust`] owns the bundles, which [`sds`] serves and [`rotation`] checks against.
 //!
-//! [`csi`] stands beside the first: it makes a socket for each pod, and the mount is the proof. [`approver`] is another program's path: it
-//! decides which of the agents' requests are signed.
+//! [`csi`] stands beside the first: it makes a socket for each pod, and the mount is the proof. [`warm`] asks the store ahead of a pod's
+//! first call. [`approver`] is another program's path: it decides which of the agents' requests are signed.
+//!
+//! [`events`] hears of rotation's troubles and tells the pods.
 //!
 //! [`app`] composes them; [`config`], [`clock`] and the operations modules stand around the path; [`cli`] is the command line. Nobody
 //! imports its caller.
@@ -32,6 +34,7 @@ pub mod sds;
 pub mod csi;
 
 pub mod store;
+pub mod warm;
 
 pub mod rotation;
 
@@ -49,6 +52,7 @@ pub mod authority;
 pub mod cli;
 pub mod clock;
 pub mod config;
+pub mod events;
 pub mod fd;
 pub mod file;
 pub mod grpc;

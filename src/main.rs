@@ -29,6 +29,8 @@ fn main() -> ExitCode {
         },
         Command::Fetch(args) => block_on(Builder::new_current_thread(), async { Ok(cli::fetch::fetch(args, env).await.into()) }),
         Command::Doctor(args) => block_on(Builder::new_current_thread(), async { Ok(cli::doctor::run(args, env).await.into()) }),
+        Command::Certs(args) => block_on(Builder::new_current_thread(), async { Ok(cli::certs::run(args).await.into()) }),
+        Command::Completions(args) => cli::completions::print(&args).into(),
         Command::CheckConfig(args) => cli::check_config::check(&args, env).into(),
     }
 }

@@ -29,9 +29,9 @@ use self::{
 use crate::{
     clock::{self, Clock},
     identity::{Identity, IssuerName, PodRef},
-    issuer::{Error, Issued, Order, Progress, Retry, Stage, verify},
+    issuer::{Error, Issued, Order, Pending, Progress, Retry, Stage, verify},
     material::{self, Svid},
-    store::{Entry, Event, Store},
+    store::{Entry, Event, Status, Store},
     trust::BundleSet,
 };
 
@@ -53,6 +53,24 @@ pub trait Claims: fmt::Debug + Send + Sync {
     fn departures(&self) -> watch::Receiver<u64>;
 }
 
+/// Who is told how it goes with identities, to tell others. Nothing of it may block.
+pub trait Witness: fmt::Debug + Send + Sync {
+    /// There is no new certificate for the entry, for now.
+    fn failed(&self, entry: &Entry, error: &Error);
+
+    /// The entry's request has waited at its upstream for long.
+    fn waits(&self, entry: &Entry, request: &str, why: &str);
+
+    /// The entry's certificate has ended by a clock that was set, and is withheld.
+    fn withheld(&self, entry: &Entry);
+
+    /// The entry has a new certificate.
+    fn issued(&self, entry: &Entry, svid: &Svid);
+
+    /// The entry has been forgotten.
+    fn forgotten(&self, entry: &Entry);
+}
+
 /// What rotation works with.
 #[derive(Debug)]
 pub struct Parts {
@@ -72,6 +90,8 @@ pub struct Parts {
     pub clock: Arc<dyn Clock>,
     /// Who may ask; none where that is not known.
     pub claims: Option<Arc<dyn Claims>>,
+    /// Who is told; none where nobody asks.
+    pub witness: Option<Arc<dyn Witness>>,
     /// What is counted.
     pub metrics: Metrics,
 }
@@ -99,8 +119,8 @@ struct Rotation {
     last_seen: Now,
 }
 
-/// An order that its upstream has, under its name there.
-type Submitted = (Id, Arc<str>);
+/// An order that its upstream has, and how far it is there.
+type Submitted = (Id, Pending);
 
 struct Running {
     task: AbortHandle,
@@ -157,7 +177,7 @@ pub async fn run(parts: Parts, shutdown: CancellationToken) {
                 Some(event) => rotation.event(event),
                 None => break,
             },
-            Some((id, name)) = rotation.submitted.1.recv() => rotation.submitted(id, name),
+            Some((id, pending)) = rotation.submitted.1.recv() => rotation.submitted(id, pending),
             Some(joined) = rotation.tasks.join_next_with_id() => match joined {
                 Ok((_, answer)) => rotation.answered(answer),
                 Err(error) => rotation.lost(&error),
@@ -252,6 +272,20 @@ impl Rotation {
         self.planner.clock_stepped(now);
         for entry in self.entries.values() {
             entry.reconsider();
+            let Some(svid) = entry.current().filter(|_| entry.is_leased()) else { continue };
+            let (was_good, is_good) = (svid.chain.validity.is_live(expected), svid.chain.validity.is_live(now.wall));
+            let (identity, serial) = (&entry.identity, &svid.chain.serial);
+            if was_good && !is_good {
+                warn!(%identity, %serial, not_after = %clock::rfc3339(svid.chain.validity.not_after), "certificate withheld: by the clock it is not valid now");
+                if let Some(witness) = &self.parts.witness {
+                    witness.withheld(entry);
+                }
+            } else if is_good && !was_good {
+                info!(%identity, %serial, "certificate served again: by the clock it is valid now");
+                if let Some(witness) = &self.parts.witness {
+                    witness.issued(entry, &svid);
+                }
+            }
         }
     }
 
@@ -296,12 +330,10 @@ impl Rotation {
         let task = self.tasks.spawn(async move {
             let tell = async move {
                 let mut stage = stage;
-                let named = match stage.wait_for(|stage| matches!(stage, Stage::Submitted(_))).await.as_deref() {
-                    Ok(Stage::Submitted(name)) => Some(name.clone()),
-                    _ => None,
-                };
-                if let Some(name) = named {
-                    let _ = submitted.send((id, name));
+                while stage.changed().await.is_ok() {
+                    if let Stage::Submitted(pending) = &*stage.borrow_and_update() {
+                        let _ = submitted.send((id, pending.clone()));
+                    }
                 }
                 std::future::pending().await
             };
@@ -319,18 +351,25 @@ impl Rotation {
         self.orders.insert(id, Running { task, started: Instant::now(), evidence });
     }
 
-    fn submitted(&mut self, id: Id, name: Arc<str>) {
+    fn submitted(&mut self, id: Id, pending: Pending) {
         if self.orders.contains_key(&id) {
             let now = self.now();
             self.planner.submitted(now, id);
-            if let Some(entry) = self.entries.get(&id) {
-                entry.set_status(|status| status.request = Some(name));
+            let Some(entry) = self.entries.get(&id) else { return };
+            let Pending { request, waits_for, is_late } = pending;
+            if let (true, Some(witness), Some(why)) = (is_late, &self.parts.witness, &waits_for) {
+                witness.waits(entry, &request, why);
             }
+            entry.set_status(|status| (status.request, status.waits_for) = (Some(request), waits_for));
         }
     }
 
     fn answered(&mut self, answer: Answer) {
         let id = answer.id;
+        // What the order told before it ended is not taken for its successor's.
+        while let Ok((id, pending)) = self.submitted.1.try_recv() {
+            self.submitted(id, pending);
+        }
         // An abandoned order may still have answered.
         let Some(order) = self.orders.remove(&id) else { return };
         match answer.result {
@@ -393,6 +432,7 @@ impl Rotation {
 
     fn failed(&mut self, id: Id, evidence: Option<PodRef>, error: &Error) {
         let now = self.now();
+        let pod = evidence.clone();
         let by_clock = matches!(error, Error::InvalidCertificate(verify::Error::Expired(_) | verify::Error::NotYetValid { .. }));
         let has_sibling =
             |pod: &PodRef| self.entries.get(&id).and_then(|entry| entry.evidence(Some(pod))).is_some_and(|other| other != *pod);
@@ -416,18 +456,29 @@ impl Rotation {
         let issuer = &identity.profile.issuer;
         let renewal = entry.current();
         self.parts.metrics.failed(issuer, error.outcome(), renewal.is_some());
-        let left = renewal.map(|svid| svid.chain.validity.remaining(now.wall).as_secs());
+        let left = renewal.as_ref().map(|svid| svid.chain.validity.remaining(now.wall).as_secs());
+        // Of the certificate that is in use.
+        let serial = renewal.as_ref().map(|svid| tracing::field::display(&svid.chain.serial));
+        let pod = pod.as_ref().map(tracing::field::display);
         warn!(
             identity = %entry.identity,
             %issuer,
+            pod,
+            serial,
             cause = %error,
             retry_in_seconds = wait.as_secs(),
             valid_for_seconds = left,
             "no new certificate; {}",
             if left.is_some_and(|left| left > 0) { "the one in use stays" } else { "its clients wait" }
         );
+        if let Some(witness) = &self.parts.witness {
+            witness.failed(entry, error);
+        }
         let next = self.planner.next_attempt(now, id);
-        entry.set_status(|status| (status.last_error, status.next_attempt, status.request) = (Some(error.to_string()), next, None));
+        entry.set_status(|status| {
+            (status.last_error, status.next_attempt) = (Some(error.to_string()), next);
+            (status.request, status.waits_for) = (None, None);
+        });
     }
 
     fn publish(&mut self, id: Id) {
@@ -437,10 +488,15 @@ impl Rotation {
         if let Some(old) = &old {
             self.parts.metrics.renewed(now.wall.duration_since(old.renew_at).unwrap_or_default());
         }
-        debug!(identity = %entry.identity, version = svid.version(), renewal = old.is_some(), "certificate published");
-        let renew_at = svid.renew_at;
+        debug!(
+            identity = %entry.identity, serial = %svid.chain.serial, version = svid.version(), renewal = old.is_some(), "certificate published"
+        );
+        if let Some(witness) = &self.parts.witness {
+            witness.issued(entry, &svid);
+        }
+        let next_attempt = Some(svid.renew_at);
         entry.publish(svid);
-        entry.set_status(|status| (status.last_error, status.next_attempt, status.request) = (None, Some(renew_at), None));
+        entry.set_status(|status| *status = Status { next_attempt, ..Status::default() });
         self.replaced(id);
     }
 
@@ -466,6 +522,9 @@ impl Rotation {
         if self.parts.store.forget(entry, retention) {
             debug!(identity = %entry.identity, ?retention, "certificate forgotten: nobody asks for it");
             self.planner.forgotten(id);
+            if let (Some(witness), Some(entry)) = (&self.parts.witness, self.entries.remove(&id)) {
+                witness.forgotten(&entry);
+            }
             self.entries.remove(&id);
             self.ready.remove(&id);
             self.unproven.remove(&id);

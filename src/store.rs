@@ -68,6 +68,8 @@ pub struct Status {
     pub last_error: Option<String>,
     /// The upstream's name for the request under way.
     pub request: Option<Arc<str>>,
+    /// What that request waits for, in words.
+    pub waits_for: Option<Arc<str>>,
 }
 
 /// One identity's place.
@@ -144,6 +146,14 @@ impl Entry {
         let book = self.book();
         let mut pods = book.leases.values().flatten();
         pods.clone().find(|pod| Some(*pod) != but).or_else(|| pods.next()).cloned()
+    }
+
+    /// The pods of living subscribers, each once.
+    pub fn pods(&self) -> Vec<PodRef> {
+        let mut pods: Vec<PodRef> = self.book().leases.values().flatten().cloned().collect();
+        pods.sort_unstable_by(|a, b| a.uid.cmp(&b.uid));
+        pods.dedup_by(|a, b| a.uid == b.uid);
+        pods
     }
 
     fn is_at_rest(&self, now: SystemTime) -> bool {

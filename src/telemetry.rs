@@ -172,6 +172,28 @@ mod tests {
         }
     }
 
+    /// Whoever alerts on a line relies on its words.
+    #[test]
+    fn the_documentation_tells_of_lines_that_there_are() {
+        fn read(directory: &std::path::Path, out: &mut String) {
+            for entry in std::fs::read_dir(directory).unwrap().flatten() {
+                let path = entry.path();
+                if path.is_dir() {
+                    read(&path, out);
+                } else if path.extension().is_some_and(|extension| extension == "rs") {
+                    *out += &std::fs::read_to_string(path).unwrap();
+                }
+            }
+        }
+        let mut source = String::new();
+        read(&std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("src"), &mut source);
+        let rows = include_str!("../docs/logs.md").lines().filter_map(|line| line.strip_prefix("| `")?.split_once('`'));
+        let messages: Vec<&str> = rows.map(|(message, _)| message).collect();
+        assert!(messages.len() > 15);
+        let unknown: Vec<_> = messages.into_iter().filter(|message| !source.contains(&format!("\"{message}"))).collect();
+        assert!(unknown.is_empty(), "docs/logs.md tells of {unknown:?}");
+    }
+
     #[test]
     fn a_json_line_has_the_fields_the_target_and_the_span() {
         let lines = Lines::default();

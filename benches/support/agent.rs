@@ -101,6 +101,7 @@ pub async fn start_as(config: &Config, attestor: Arc<dyn Attestor>, issuer: Time
         upstreams: issuers.into(),
         trust,
         await_bundle: false,
+        witness: None,
         tasks: Vec::new(),
         last: CancellationToken::new(),
     };

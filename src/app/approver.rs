@@ -3,15 +3,18 @@
 use std::{net::SocketAddr, sync::Arc};
 
 use futures::FutureExt;
-use tokio::{net::TcpListener, sync::watch, task::JoinSet};
+use tokio::{net::TcpListener, task::JoinSet};
 use tracing::{error, info};
 
 use super::Base;
 use crate::{
     admin,
-    approver::{self, Approver, Pods, Rules},
+    approver::{
+        self, Approver, Pods, Settings,
+        reload::{self, Reload},
+    },
     clock::SystemClock,
-    config::Config,
+    config::reloads,
     kubernetes,
     readiness::{self, Readiness},
     shutdown::{Drained, Shutdown},
@@ -28,23 +31,23 @@ pub struct BoundApprover {
     readiness: Readiness,
     shutdown: Shutdown,
     start: readiness::Guard,
-    /// Whoever changes the rules later holds it.
-    _rules: watch::Sender<Arc<Rules>>,
+    reload: Reload,
 }
 
-/// Binds the addresses and finds the way to the API; nothing waits for the API itself.
-pub async fn build_approver(config: &Config, rules: Rules, base: Base) -> anyhow::Result<BoundApprover> {
+/// Binds the addresses and finds the way to the API; nothing waits for the API itself. `file` is where `settings` were read.
+pub async fn build_approver(settings: &Settings, file: reload::File, base: Base) -> anyhow::Result<BoundApprover> {
     let Base { mut exposition, readiness, shutdown, start, .. } = base;
+    let config = &settings.config;
     let admin = admin::bind("admin.address", config.admin).await?;
     let metrics = admin::bind("metrics.address", config.metrics).await?;
     let kube_metrics = kubernetes::Metrics::register(exposition.registry());
     let client = kubernetes::connect(&kube_metrics, approver::RATE).await?;
     let driver = config.per_pod.as_ref().map(|per_pod| per_pod.driver_name.clone());
     let pods = Pods::new(client.clone(), driver, kube_metrics.clone());
-    let (sender, rules) = watch::channel(Arc::new(rules));
+    let reload = Reload::new(file, settings, reloads::Metrics::register(exposition.registry()));
     let approver = Approver::new(approver::Parts {
         client,
-        rules,
+        in_force: reload.in_force(),
         pods: pods.clone(),
         clock: Arc::new(SystemClock),
         instance: config.node.pod.as_ref().map_or_else(|| "sds-agent-approver".to_owned(), |pod| pod.name.to_string()),
@@ -52,7 +55,7 @@ pub async fn build_approver(config: &Config, rules: Rules, base: Base) -> anyhow
         metrics: approver::Metrics::register(exposition.registry()),
     });
     let routes = admin::Routes::new(readiness.clone(), Arc::new(exposition));
-    Ok(BoundApprover { approver, pods, admin, metrics, routes, readiness, shutdown, start, _rules: sender })
+    Ok(BoundApprover { approver, pods, admin, metrics, routes, readiness, shutdown, start, reload })
 }
 
 impl BoundApprover {
@@ -64,7 +67,7 @@ impl BoundApprover {
     /// Decides until the shutdown has begun; an error where a part was what began it. A decision that is being written is not waited for:
     /// another replica, or the next start, finds the request as it is.
     pub async fn run(self) -> anyhow::Result<Drained> {
-        let Self { approver, pods, admin, metrics, routes, readiness, shutdown, start, _rules } = self;
+        let Self { approver, pods, admin, metrics, routes, readiness, shutdown, start, reload } = self;
         for (name, mut synced) in [("the watch of pods", pods.synced()), ("the watch of requests", approver.synced())] {
             let guard = readiness.guard(name);
             tokio::spawn(async move {
@@ -86,6 +89,7 @@ impl BoundApprover {
         let mut parts = JoinSet::new();
         parts.spawn(async move { pods.run().await }.map(|()| "the watch of pods"));
         parts.spawn(approver.run().map(|()| "the approver"));
+        parts.spawn(reload.run().map(|()| "the watch of the configuration file"));
         let failed = tokio::select! {
             biased;
             () = shutdown.drain.cancelled() => None,

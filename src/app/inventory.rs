@@ -8,7 +8,7 @@ use tokio::sync::watch;
 use crate::{
     clock::{self, Clock},
     rotation::plan::Plan,
-    store::{Demand, Entry, Store},
+    store::{Demand, Entry, Status, Store},
 };
 
 mod gauges;
@@ -101,29 +101,48 @@ fn name(state: State) -> &'static str {
     STATES.iter().find(|(s, _)| *s == state).map_or("", |(_, name)| name)
 }
 
+/// The fields are the same for every identity; what is not there is null.
 fn row(entry: &Entry, plan: &Plan, now: SystemTime) -> Value {
-    let status = entry.status();
     // As it is called now; of what is issued no more, as it was.
     let identity = plan.current(&entry.identity).unwrap_or_else(|| entry.identity.clone());
-    let mut row = json!({
+    let (status, state) = (entry.status(), state(entry, now));
+    let svid = entry.current();
+    let chain = svid.as_ref().map(|svid| &svid.chain);
+    let waits_for = waits_for(state, &status, now);
+    json!({
         "spiffe_id": entry.identity.spiffe_id.as_str(),
+        "dns_names": chain.map_or(&*entry.identity.dns_names, |chain| &chain.dns_names),
         "profile": &*identity.profile.name,
         "issuer": identity.profile.issuer.to_string(),
-        "state": name(state(entry, now)),
-        "subscribers": entry.subscribers(),
+        "state": name(state),
+        "serial": chain.map(|chain| &chain.serial),
+        "fingerprint_sha256": chain.map(|chain| &chain.fingerprint),
+        "not_before": chain.map(|chain| clock::rfc3339(chain.validity.not_before)),
+        "not_after": chain.map(|chain| clock::rfc3339(chain.validity.not_after)),
+        "renew_at": svid.as_ref().map(|svid| clock::rfc3339(svid.renew_at)),
         "next_attempt": status.next_attempt.map(clock::rfc3339),
         "last_error": status.last_error,
         "request": status.request.as_deref(),
-    });
-    if let Some(svid) = entry.current() {
-        row["serial"] = json!(svid.chain.serial);
-        row["fingerprint_sha256"] = json!(svid.chain.fingerprint);
-        row["dns_names"] = json!(svid.chain.dns_names);
-        row["not_before"] = json!(clock::rfc3339(svid.chain.validity.not_before));
-        row["not_after"] = json!(clock::rfc3339(svid.chain.validity.not_after));
-        row["renew_at"] = json!(clock::rfc3339(svid.renew_at));
+        "waits_for": waits_for,
+        "subscribers": entry.subscribers(),
+        "pods": entry.pods().iter().map(ToString::to_string).collect::<Vec<_>>(),
+    })
+}
+
+/// What an order that is under way or due waits for, in words; none where nothing is due.
+fn waits_for(state: State, status: &Status, now: SystemTime) -> Option<String> {
+    if status.request.is_some() {
+        return Some(status.waits_for.as_deref().unwrap_or("the issuer's answer").to_owned());
     }
-    row
+    match (state, status.next_attempt) {
+        (State::Pending | State::Expired | State::Overdue, Some(at)) if at > now => {
+            Some("the next attempt: the last one failed, see last_error".to_owned())
+        }
+        (State::Pending | State::Expired | State::Overdue, _) => {
+            Some("its turn: the request is being made, or others of this issuer are before it".to_owned())
+        }
+        (State::Valid | State::HeldByClient | State::Idle, _) => None,
+    }
 }
 
 #[cfg(test)]

@@ -11,9 +11,11 @@ use crate::{
     attest::{self, Attestor, kubernetes::KubernetesAttestor, pods::Pods},
     clock::{Clock, SystemClock},
     config::{Attestation, Config, IssuerConfig, TrustSource},
+    events,
     identity::TrustDomain,
     kubernetes, peer,
     readiness::Readiness,
+    rotation,
     trust::{self, Trust, config_map::ConfigMapSource, file::FileSource},
 };
 
@@ -35,9 +37,10 @@ pub(super) async fn make(config: &Config, base: &mut Base) -> anyhow::Result<Dep
     let trust = Trust::new(trust::Metrics::register(base.exposition.registry()));
     let await_bundle = sources(config, base, &trust, cluster.as_ref(), &mut tasks, &last)?;
     let upstreams = upstream::issuers(config, base, &trust, cluster.as_ref(), &clock, &mut tasks, &last)?;
+    let witness = cluster.as_ref().filter(|_| config.events).and_then(|cluster| events(config, base, cluster, &mut tasks, &last));
     let pods = cluster.and_then(|cluster| cluster.pods);
     let attestor = attestor(config, pods.clone())?;
-    Ok(Deps { clock, attestor, pods, upstreams, trust, await_bundle, tasks, last })
+    Ok(Deps { clock, attestor, pods, upstreams, trust, await_bundle, witness, tasks, last })
 }
 
 fn needs_cluster(config: &Config) -> bool {
@@ -73,6 +76,22 @@ async fn cluster(
         _ => None,
     };
     Ok(Cluster { client, metrics, pods })
+}
+
+/// Who tells pods, where there are pods to be told.
+fn events(
+    config: &Config,
+    base: &mut Base,
+    cluster: &Cluster,
+    tasks: &mut Vec<BoxFuture<'static, ()>>,
+    last: &CancellationToken,
+) -> Option<Arc<dyn rotation::Witness>> {
+    cluster.pods.as_ref()?;
+    let metrics = events::Metrics::register(base.exposition.registry());
+    let (witness, writer) = events::new(cluster.client.clone(), &config.node, metrics);
+    let last = last.clone();
+    tasks.push(Box::pin(async move { writer.run(last).await }));
+    Some(Arc::new(witness))
 }
 
 /// What the configuration names, and nothing in its place: by user id, every pod's root would be one workload.

@@ -5,11 +5,6 @@
 
 use std::{path::PathBuf, sync::Arc};
 
-use prometheus_client::{
-    encoding::{EncodeLabelSet, EncodeLabelValue},
-    metrics::{counter::Counter, family::Family, gauge::Gauge},
-    registry::Registry,
-};
 use tokio::{
     sync::{mpsc, watch},
     task::JoinSet,
@@ -20,7 +15,10 @@ use tracing::{error, info, warn};
 use super::upstream::{Begun, Upstreams};
 use crate::{
     clock::Clock,
-    config::{Config, Errors, Loaded, MAX_FILE_BYTES, Warning, live},
+    config::{
+        Config, Errors, Loaded, MAX_FILE_BYTES, Warning, live,
+        reloads::{Metrics, Outcome},
+    },
     file::Followed,
     identity::Resolver,
     rotation::plan::Plan,
@@ -34,52 +32,6 @@ pub struct File {
     pub path: PathBuf,
     /// The environment.
     pub env: fn(&str) -> Option<String>,
-}
-
-/// A reload as a metric label.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
-#[allow(non_camel_case_types, reason = "the names are the label's values")]
-enum Outcome {
-    ok,
-    invalid,
-    unchanged,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct OutcomeLabel {
-    result: Outcome,
-}
-
-/// What is counted.
-#[derive(Debug, Clone, Default)]
-pub(super) struct Metrics {
-    reloads: Family<OutcomeLabel, Counter>,
-    valid: Gauge,
-    restart_required: Gauge,
-}
-
-impl Metrics {
-    /// Registers the module's metrics.
-    pub(super) fn register(registry: &mut Registry) -> Self {
-        let m = Self::default();
-        for result in [Outcome::ok, Outcome::invalid, Outcome::unchanged] {
-            drop(m.reloads.get_or_create(&OutcomeLabel { result }));
-        }
-        m.valid.set(1);
-        registry.register("configuration_reloads", "Times that the configuration file was read again, by result", m.reloads.clone());
-        registry.register("configuration_valid", "1 where the configuration file is good, as last read", m.valid.clone());
-        registry.register(
-            "configuration_restart_required",
-            "Fields of the configuration file that come into force with the next start",
-            m.restart_required.clone(),
-        );
-        m
-    }
-
-    fn read(&self, result: Outcome) {
-        self.reloads.get_or_create(&OutcomeLabel { result }).inc();
-        self.valid.set(i64::from(result != Outcome::invalid));
-    }
 }
 
 /// Where those listen who go by the configuration.
@@ -211,7 +163,7 @@ impl Reload {
         info!(file = %self.file.path.display(), changed = changed.join(", "), "the configuration was read again");
         self.asked = config;
         let waiting: Vec<_> = live::differences(&self.in_force, &self.asked).iter().map(|field| field.path).collect();
-        self.metrics.restart_required.set(i64::try_from(waiting.len()).unwrap_or(i64::MAX));
+        self.metrics.waiting(waiting.len());
         if !waiting.is_empty() {
             warn!(
                 fields = waiting.join(", "),

@@ -23,6 +23,7 @@ fn deps(tasks: Vec<BoxFuture<'static, ()>>) -> Deps {
         upstreams: std::collections::BTreeMap::new().into(),
         trust: Trust::new(trust::Metrics::default()),
         await_bundle: false,
+        witness: None,
         tasks,
         last: CancellationToken::new(),
     }

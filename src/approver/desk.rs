@@ -3,7 +3,10 @@
 //! The decision is written together with the version of the request that was judged: who changed it meanwhile makes the write fail, and
 //! the request is judged again. So several replicas may work on the same request, and the first one counts.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use kube::{
     Api, Client,
@@ -15,11 +18,11 @@ use tokio::{sync::watch, time::Instant};
 use crate::{
     approver::{
         events::Events,
-        judge::{Decision, Denial, Sight, evidence, judge},
+        force::InForce,
+        judge::{Decision, Denial, Sight, decide, evidence},
         metrics::{Decided, Metrics, Step},
         pods::Pods,
         queue::Case,
-        rules::Rules,
     },
     cert_manager::{CertificateRequest, Condition, PLURAL, claims, denied},
     clock::{self, Clock},
@@ -41,18 +44,29 @@ pub enum Outcome {
     Settled,
     /// It is to be tried again.
     Failed,
+    /// It is left undecided for so long: it differs from the configuration, and the agent's file may be newer than the approver's.
+    Hesitates(Duration),
+}
+
+/// A decision and what it rests on.
+struct Judged {
+    decision: Decision,
+    by_former: bool,
+    in_force: Arc<InForce>,
 }
 
 /// What the workers share.
 pub struct Desk {
     client: Client,
-    rules: watch::Receiver<Arc<Rules>>,
+    in_force: watch::Receiver<Arc<InForce>>,
     pods: Pods,
     clock: Arc<dyn Clock>,
     events: Events,
     metrics: Metrics,
     /// Denials that the log has been told of, by reason, requester and node.
     denials: Hush<(&'static str, String, String)>,
+    /// The same of those that are put off.
+    hesitations: Hush<(&'static str, String, String)>,
     /// The trouble that the log has been told of.
     told: Mutex<Option<String>>,
 }
@@ -64,27 +78,40 @@ impl std::fmt::Debug for Desk {
 }
 
 impl Desk {
-    /// Decides by the newest of `rules`.
+    /// Decides by what is `in_force`.
     pub fn new(
         client: Client,
-        rules: watch::Receiver<Arc<Rules>>,
+        in_force: watch::Receiver<Arc<InForce>>,
         pods: Pods,
         clock: Arc<dyn Clock>,
         instance: String,
         metrics: Metrics,
     ) -> Self {
         let events = Events::new(client.clone(), instance, metrics.clone());
-        Self { client, rules, pods, clock, events, metrics, denials: Hush::default(), told: Mutex::default() }
+        let (denials, hesitations) = (Hush::default(), Hush::default());
+        Self { client, in_force, pods, clock, events, metrics, denials, hesitations, told: Mutex::default() }
     }
 
-    /// Decides about one request, and writes it.
-    pub async fn settle(&self, case: Case) -> Outcome {
+    /// Decides about one request, and writes it. `may_hesitate` is whether there is room for one more that is left undecided.
+    pub async fn settle(&self, case: Case, may_hesitate: bool) -> Outcome {
         let mut request = case.request;
         for _ in 0..ROUNDS {
-            let decision = match self.decide(&request).await {
-                Ok(decision) => decision,
+            let Judged { decision, by_former, in_force } = match self.decide(&request).await {
+                Ok(judged) => judged,
                 Err(outcome) => return outcome,
             };
+            if !Arc::ptr_eq(&in_force, &self.in_force.borrow()) {
+                continue;
+            }
+            if let Decision::Deny(denial) = &decision
+                && may_hesitate
+                && matches!(denial.code, denied::PROFILE_MISMATCH | denied::WRONG_IDENTITY)
+                && let left = in_force.hesitation().saturating_sub(case.since.elapsed())
+                && !left.is_zero()
+            {
+                self.put_off(&request, denial, left);
+                return Outcome::Hesitates(left);
+            }
             let condition = match &decision {
                 Decision::Approve(sentence) => self.condition("Approved", APPROVER, sentence),
                 Decision::Deny(denial) => self.condition("Denied", denial.code, &denial.sentence),
@@ -93,6 +120,9 @@ impl Desk {
             };
             match self.write(&request, condition).await {
                 Ok(()) => {
+                    if by_former {
+                        self.metrics.by_former.inc();
+                    }
                     self.decided(&request, &decision, case.since).await;
                     return Outcome::Settled;
                 }
@@ -108,20 +138,21 @@ impl Desk {
         Outcome::Failed
     }
 
-    async fn decide(&self, request: &CertificateRequest) -> Result<Decision, Outcome> {
-        let rules = self.rules.borrow().clone();
+    async fn decide(&self, request: &CertificateRequest) -> Result<Judged, Outcome> {
+        let in_force = self.in_force.borrow().clone();
         let watched = evidence(request).and_then(|pod| self.pods.watched(&pod.uid));
-        match judge(request, Sight::Watched(watched.as_deref()), &rules) {
-            Decision::Look(pod) => {
+        let (decision, by_former) = match decide(request, Sight::Watched(watched.as_deref()), &in_force, Instant::now()) {
+            (Decision::Look(pod), _) => {
                 self.metrics.live_reads.inc();
                 let live = self.pods.read(&pod).await.map_err(|failure| {
                     let call = Call { verb: "get", resource: "pods", name: Some(&pod.name), namespace: Some(&pod.namespace) };
                     self.trouble(Step::read_pod, &call, &failure)
                 })?;
-                Ok(judge(request, Sight::Live(live.as_ref()), &rules))
+                decide(request, Sight::Live(live.as_ref()), &in_force, Instant::now())
             }
-            decision => Ok(decision),
-        }
+            decided => decided,
+        };
+        Ok(Judged { decision, by_former, in_force })
     }
 
     fn condition(&self, kind: &str, reason: &str, message: &str) -> Condition {
@@ -180,12 +211,26 @@ impl Desk {
         }
     }
 
+    /// Tells the log of a request that is left undecided for now.
+    fn put_off(&self, request: &CertificateRequest, denial: &Denial, left: Duration) {
+        let Some(left_out) = self.hesitations.tells(cause(request, denial), Instant::now()) else { return };
+        let ((namespace, name), seconds) = (place(request), left.as_secs());
+        let (reason, why) = (denial.code, &denial.sentence);
+        tracing::warn!(
+            namespace,
+            request = name,
+            reason,
+            why,
+            seconds,
+            left_out,
+            "a request differs from the configuration; it is denied after this time, unless a newer file comes that allows it"
+        );
+    }
+
     /// One line a minute for each reason, requester and node.
     fn log(&self, request: &CertificateRequest, denial: &Denial) {
-        let ((namespace, request_name), spec) = (place(request), &request.spec);
-        let node = spec.extra.get(claims::NODE_NAME).and_then(|names| names.first()).cloned().unwrap_or_default();
-        let cause = (denial.code, spec.username.clone().unwrap_or_default(), node);
-        let Some(left_out) = self.denials.tells(cause, Instant::now()) else { return };
+        let (namespace, request_name) = place(request);
+        let Some(left_out) = self.denials.tells(cause(request, denial), Instant::now()) else { return };
         let (reason, why) = (denial.code, &denial.sentence);
         if reason == denied::POD_GONE {
             tracing::info!(namespace, request = request_name, reason, why, left_out, "denied");
@@ -210,6 +255,13 @@ impl Desk {
     fn api(&self, request: &CertificateRequest) -> Api<CertificateRequest> {
         Api::namespaced(self.client.clone(), place(request).0)
     }
+}
+
+/// What makes two denials the same for the log: reason, requester and node.
+fn cause(request: &CertificateRequest, denial: &Denial) -> (&'static str, String, String) {
+    let spec = &request.spec;
+    let node = spec.extra.get(claims::NODE_NAME).and_then(|names| names.first()).cloned().unwrap_or_default();
+    (denial.code, spec.username.clone().unwrap_or_default(), node)
 }
 
 /// Namespace and name.

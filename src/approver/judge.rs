@@ -6,9 +6,12 @@
 
 use std::{fmt, time::Duration};
 
+use tokio::time::Instant;
+
 use crate::{
     approver::{
         desk::APPROVER,
+        force::InForce,
         pods::Pod,
         rules::{Expectation, Rules},
     },
@@ -75,7 +78,24 @@ pub fn evidence(request: &CertificateRequest) -> Option<PodRef> {
     })
 }
 
-/// Decides about `request`.
+/// Decides about `request` by the newest rules, and where these do not approve it, by the former ones that still count at `now`; whether
+/// it is by those that it is approved. What no rule approves is denied in the words of the newest.
+pub fn decide(request: &CertificateRequest, sight: Sight<'_>, in_force: &InForce, now: Instant) -> (Decision, bool) {
+    let newest = judge(request, sight, &in_force.rules);
+    if matches!(newest, Decision::Approve(_) | Decision::Ignore) {
+        return (newest, false);
+    }
+    let by_former = in_force.former(now).find_map(|rules| match judge(request, sight, rules) {
+        Decision::Approve(sentence) => Some(Decision::Approve(format!("{sentence}, by a configuration that was replaced lately"))),
+        _ => None,
+    });
+    match by_former {
+        Some(approval) => (approval, true),
+        None => (newest, false),
+    }
+}
+
+/// Decides about `request` by these rules.
 pub fn judge(request: &CertificateRequest, sight: Sight<'_>, rules: &Rules) -> Decision {
     if !is_ours(request, rules) {
         return Decision::Ignore;

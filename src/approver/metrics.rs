@@ -50,6 +50,7 @@ pub struct Metrics {
     pub(super) pending: Gauge,
     pub(super) live_reads: Counter,
     pub(super) foreign: Counter,
+    pub(super) by_former: Counter,
 }
 
 impl Default for Metrics {
@@ -61,6 +62,7 @@ impl Default for Metrics {
             pending: Gauge::default(),
             live_reads: Counter::default(),
             foreign: Counter::default(),
+            by_former: Counter::default(),
         }
     }
 }
@@ -90,6 +92,11 @@ impl Metrics {
             "approver_foreign_approvals",
             "Requests of the agents' issuers that somebody else has approved; anything but 0 is a hole",
             metrics.foreign.clone(),
+        );
+        registry.register(
+            "approver_former_approvals",
+            "Requests that were approved by a configuration which has been replaced, within approver.overlap",
+            metrics.by_former.clone(),
         );
         metrics
     }

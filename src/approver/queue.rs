@@ -143,6 +143,37 @@ impl Queue {
         Some(pause)
     }
 
+    /// Its worker leaves it undecided; true where it is to rest now, and false where it changed meanwhile and is looked at again at once.
+    pub fn waits(&mut self, key: &Key) -> bool {
+        let Some(entry) = self.entries.get_mut(key) else { return false };
+        match entry.state {
+            State::Working { changed: false } => {
+                entry.state = State::Resting;
+                true
+            }
+            State::Working { changed: true } => {
+                entry.state = State::Ready;
+                self.ready.push_back(key.clone());
+                false
+            }
+            State::Ready | State::Resting => false,
+        }
+    }
+
+    /// The rules have changed: what rests is looked at again at once, and what is being worked on once more.
+    pub fn wake(&mut self) {
+        for (key, entry) in &mut self.entries {
+            match &mut entry.state {
+                State::Resting => {
+                    entry.state = State::Ready;
+                    self.ready.push_back(key.clone());
+                }
+                State::Working { changed } => *changed = true,
+                State::Ready => {}
+            }
+        }
+    }
+
     /// It has rested.
     pub fn rested(&mut self, key: &Key) {
         if let Some(entry) = self.entries.get_mut(key).filter(|entry| entry.state == State::Resting) {
@@ -204,6 +235,22 @@ mod tests {
         assert_eq!(queue.failed(&a), None);
         queue.rested(&a);
         assert!(queue.is_empty());
+    }
+
+    #[test]
+    fn what_waits_is_looked_at_again_when_the_rules_change_and_what_changed_meanwhile_does_not_wait() {
+        let (mut queue, now) = (Queue::default(), Instant::now());
+        let [a, b] = ["a", "b"].map(|name| ("n".to_owned(), name.to_owned()));
+        queue.seen(request("a", "1"), now);
+        queue.seen(request("b", "1"), now);
+        let first = (next(&mut queue), next(&mut queue));
+        assert!(first.0.is_some() && first.1.is_some() && queue.waits(&a) && next(&mut queue).is_none());
+        queue.wake();
+        assert_eq!((next(&mut queue), next(&mut queue)), (Some(("a".into(), "1".into())), None));
+        assert!(!queue.waits(&b), "the rules changed while it was looked at");
+        assert_eq!(next(&mut queue), Some(("b".into(), "1".into())));
+        queue.gone(&a);
+        assert!(!queue.waits(&a), "it is gone");
     }
 
     #[test]

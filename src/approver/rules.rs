@@ -45,7 +45,7 @@ impl Guarded {
 }
 
 /// The configuration of an approver.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Rules {
     /// The user names of agents.
     pub agents: BTreeSet<String>,
@@ -53,6 +53,8 @@ pub struct Rules {
     pub issuers: Vec<Guarded>,
     /// From pods to identities and profiles, as the agents do it.
     pub resolver: Resolver,
+    /// How long the rules that these replace count beside them.
+    pub overlap: Duration,
 }
 
 /// What a pod may ask for.
@@ -90,6 +92,7 @@ impl Rules {
             agents: config.approver.agents.iter().cloned().collect(),
             issuers: config.issuers.iter().map(guarded).collect::<Result<_, _>>()?,
             resolver: config.resolver(),
+            overlap: config.approver.overlap,
         })
     }
 

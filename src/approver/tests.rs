@@ -10,15 +10,19 @@ use crate::{
     approver::{
         judge::tests::{request, rules},
         metrics::{Decided, Step},
+        rules::Rules,
     },
     clock::TestClock,
     kubernetes::fake::{FakeApi, Fault},
 };
 
+mod changes;
+
 const CR: &str = "certificaterequests";
 
 struct Replica {
     metrics: Metrics,
+    in_force: watch::Sender<Arc<InForce>>,
     tasks: Vec<JoinHandle<()>>,
 }
 
@@ -31,27 +35,35 @@ impl Drop for Replica {
 impl Replica {
     /// Runs against `api`; without pods it has nothing but live reads.
     fn start(api: &FakeApi, watches_pods: bool) -> Self {
+        Self::by(api, watches_pods, rules())
+    }
+
+    /// The same by these rules.
+    fn by(api: &FakeApi, watches_pods: bool, rules: Rules) -> Self {
         let (kube_metrics, metrics) = (kubernetes::Metrics::default(), Metrics::default());
         let client = api.client_at(&kube_metrics, RATE);
         let pods = Pods::new(client.clone(), None, kube_metrics.clone());
-        let (sender, rules) = watch::channel(Arc::new(rules()));
+        let in_force = watch::Sender::new(Arc::new(InForce::new(rules)));
         let approver = Approver::new(Parts {
             client,
-            rules,
+            in_force: in_force.subscribe(),
             pods: pods.clone(),
             clock: Arc::new(TestClock::new(SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000))),
             instance: "approver-0".into(),
             kube_metrics,
             metrics: metrics.clone(),
         });
-        let mut tasks = vec![tokio::spawn(async move {
-            let _sender = sender;
-            approver.run().await;
-        })];
+        let mut tasks = vec![tokio::spawn(approver.run())];
         if watches_pods {
             tasks.push(tokio::spawn(async move { pods.run().await }));
         }
-        Self { metrics, tasks }
+        Self { metrics, in_force, tasks }
+    }
+
+    /// As a new file does.
+    fn change(&self, rules: Rules) {
+        let newer = self.in_force.borrow().replaced(rules, Instant::now());
+        self.in_force.send_replace(Arc::new(newer));
     }
 }
 

@@ -100,6 +100,7 @@ impl KubernetesAttestor {
                 }
             }
         });
+        known.called.cancel();
         Ok(Attested { workload: pod.workload(), gone })
     }
 

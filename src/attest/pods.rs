@@ -16,7 +16,7 @@ use futures::StreamExt;
 use k8s_openapi::api::core::v1::Pod as ApiPod;
 use kube::{Api, Client, api::ListParams, core::ApiResource, runtime::watcher};
 use tokio::{
-    sync::{oneshot, watch},
+    sync::{mpsc, oneshot, watch},
     time::{Instant, timeout},
 };
 use tokio_util::sync::CancellationToken;
@@ -34,7 +34,7 @@ use crate::{
 mod index;
 
 use index::Index;
-pub use index::{Known, Pod, Slim};
+pub use index::{Known, Pod, Slim, Starting};
 
 /// Between live reads.
 const LIVE_PACE: Duration = Duration::from_secs(1);
@@ -96,6 +96,14 @@ impl Pods {
     pub fn with_picks_by(self, driver: &str) -> Self {
         self.index().driver = Some(driver.to_owned());
         self
+    }
+
+    /// The pods that are first seen before any of their containers has started, each once, in whatever way they become known. To be
+    /// asked for before [`run`](Self::run), by one.
+    pub fn starts(&self) -> mpsc::UnboundedReceiver<Starting> {
+        let (sender, receiver) = mpsc::unbounded_channel();
+        self.index().starts = Some(sender);
+        receiver
     }
 
     /// Watches until `shutdown`.

@@ -8,8 +8,8 @@ use tracing::warn;
 use super::{Exit, output};
 use crate::{
     app::{self, Base},
-    approver::Rules,
-    config::{Config, Env, Loaded},
+    approver::{Settings, reload},
+    config::Env,
     shutdown::{Drained, Shutdown},
     telemetry,
 };
@@ -28,61 +28,48 @@ Example:
   sds-agent approver --config /etc/sds-agent/config.yaml
 
 It reads the file that the agents read: identities, issuers and lifetimes have to be theirs. What concerns agents alone is
-checked and not used. In a pod it needs POD_NAMESPACE and POD_NAME from the downward API; any number of replicas may run.
-The issuers have to be taken out of cert-manager's own approver (approveSignerNames of its chart): docs/security.md tells why.";
+checked and not used. The file is followed: what changes in it counts at once, and what it allowed before counts for
+approver.overlap. In a pod it needs POD_NAMESPACE and POD_NAME from the downward API; any number of replicas may run.
+The issuers have to be taken out of cert-manager's own approver (approveSignerNames of its chart): docs/security.md tells why.
 
-/// The configuration and what of it the approver decides by.
+Exit codes: 0 ended as it was told to, 1 it could not start, or a part of it failed, or the drain was aborted, 64 usage or
+configuration.";
+
+/// The configuration, and where it is.
 #[derive(Debug)]
 pub struct Ready {
-    config: Config,
-    rules: Rules,
-    warnings: Vec<String>,
+    settings: Settings,
+    path: PathBuf,
 }
 
 impl Args {
     /// Reads the configuration; errors have been told when this returns an exit code.
     pub fn load(&self, env: Env<'_>) -> Result<Ready, Exit> {
-        let shown = self.config.display();
-        let Loaded { config, warnings } = Config::load(&self.config, &anywhere(env)).map_err(|errors| {
-            output::complain(format_args!("{shown} cannot be used:\n{errors}"));
+        let settings = Settings::load(&self.config, env).map_err(|refused| {
+            output::complain(format_args!("{} cannot be used:\n{refused}", self.config.display()));
             Exit::Usage
         })?;
-        let rules = Rules::of(&config).map_err(|error| {
-            output::complain(format_args!("{shown} cannot be used:\n{error}"));
-            Exit::Usage
-        })?;
-        // The others are about agents, and they tell them.
-        let warnings = warnings.iter().filter(|warning| warning.path.starts_with("approver")).map(ToString::to_string).collect();
-        Ok(Ready { config, rules, warnings })
-    }
-}
-
-/// An approver belongs to no node, and owns no requests: what agents miss without it is not missed here.
-fn anywhere<'a>(env: Env<'a>) -> impl Fn(&str) -> Option<String> + Sync + 'a {
-    move |name| match name {
-        "NODE_NAME" => Some("none".to_owned()),
-        "POD_NAME" | "POD_UID" => env(name).or_else(|| Some("sds-agent-approver".to_owned())),
-        _ => env(name),
+        Ok(Ready { settings, path: self.config.clone() })
     }
 }
 
 /// Sets up the log, and runs the approver until it is told to stop.
-pub fn start(ready: Ready, env: Env<'_>) -> anyhow::Result<ExitCode> {
+pub fn start(ready: Ready, env: Env<'static>) -> anyhow::Result<ExitCode> {
     telemetry::init(env(telemetry::VARIABLE).as_deref())?;
-    for warning in &ready.warnings {
+    for warning in &ready.settings.warnings {
         warn!("{warning}");
     }
-    let runtime = Builder::new_multi_thread().worker_threads(ready.config.worker_threads).enable_all().build()?;
-    let code = runtime.block_on(run(ready));
+    let runtime = Builder::new_multi_thread().worker_threads(ready.settings.config.worker_threads).enable_all().build()?;
+    let code = runtime.block_on(run(ready, env));
     runtime.shutdown_background();
     code
 }
 
-async fn run(ready: Ready) -> anyhow::Result<ExitCode> {
-    let Ready { config, rules, .. } = ready;
-    let shutdown = Shutdown::new(config.drain);
+async fn run(ready: Ready, env: Env<'static>) -> anyhow::Result<ExitCode> {
+    let Ready { settings, path } = ready;
+    let shutdown = Shutdown::new(settings.config.drain);
     shutdown.follow_signals()?;
-    let bound = app::build_approver(&config, rules, Base::new(shutdown)).await?;
+    let bound = app::build_approver(&settings, reload::File { path, env }, Base::new(shutdown)).await?;
     Ok(match bound.run().await? {
         Drained::Complete | Drained::TimedOut { .. } => ExitCode::SUCCESS,
         Drained::Aborted => Exit::Failed.into(),
@@ -105,8 +92,8 @@ mod tests {
     #[test]
     fn the_agents_file_is_enough_and_its_warnings_are_theirs() {
         let ready = load("issuer: { certManager: { issuerRef: { name: mesh-ca, kind: ClusterIssuer } } }\nretention: 1s\n").unwrap();
-        assert_eq!(ready.warnings, [""; 0]);
-        assert_eq!(ready.rules.agents.iter().collect::<Vec<_>>(), ["system:serviceaccount:mesh:sds-agent"]);
+        assert_eq!(ready.settings.warnings, []);
+        assert_eq!(ready.settings.rules.agents.iter().collect::<Vec<_>>(), ["system:serviceaccount:mesh:sds-agent"]);
     }
 
     #[test]

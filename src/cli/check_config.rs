@@ -5,11 +5,14 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 use clap::ValueEnum;
 use serde::Serialize;
 
+use self::fleet::{Fleet, Load};
 use super::{Exit, output};
 use crate::{
     config::{self, Attestation, Config, Env, IssuerConfig, Loaded, Problem, RequestNamespace, TrustSource, Warning},
     identity::{Match, Pattern, Profile, Resolver, Workload},
 };
+
+pub mod fleet;
 
 /// The flags of `check-config`.
 #[derive(Debug, clap::Args)]
@@ -21,6 +24,9 @@ pub struct Args {
     /// How to print
     #[arg(short, long, value_name = "FORMAT", default_value = "text")]
     pub output: Format,
+    /// The cluster's size.
+    #[command(flatten)]
+    pub fleet: Fleet,
 }
 
 /// How to print.
@@ -33,12 +39,15 @@ pub enum Format {
 }
 
 const EXAMPLES: &str = "\
-Errors and warnings go to standard error, one a line: field, value, what is wrong, what to do. It exits with 0, or with 64
-where there is an error. Outside a cluster, variables that only a pod has are not missed.
+Errors and warnings go to standard error, one a line: field, value, what is wrong, what to do.
+Outside a cluster, variables that only a pod has are not missed.
 
 Examples:
   sds-agent check-config --config agent.yaml
-  sds-agent check-config --config agent.yaml -o json | jq -r '.errors[].path'";
+  sds-agent check-config --config agent.yaml --nodes 1000 --identities 30 --cert-manager 1.20
+  sds-agent check-config --config agent.yaml -o json | jq -r '.errors[].path'
+
+Exit codes: 0 it can be used, 64 usage, or an error in it.";
 
 /// What a configuration means.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -58,6 +67,9 @@ pub struct Summary {
     approver_agents: Vec<String>,
     /// The profiles, in their order.
     profiles: Vec<ProfileSummary>,
+    /// What the whole cluster asks for, where its size was told.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    cluster: Vec<Load>,
 }
 
 /// The certificates of a profile.
@@ -105,8 +117,10 @@ struct Report<'a> {
 /// Checks and prints.
 pub fn check(args: &Args, env: Env<'_>) -> Exit {
     let (valid, text) = match load(args, env) {
-        Ok(Loaded { config, warnings }) => {
-            let summary = summary(&config);
+        Ok(Loaded { config, mut warnings }) => {
+            let (cluster, too_much) = args.fleet.loads(&config);
+            warnings.extend(too_much);
+            let summary = summary(&config).map(|summary| Summary { cluster, ..summary });
             let text = match args.output {
                 Format::Json => json(&Report { valid: true, errors: &[], warnings: &warnings, summary: summary.as_ref() }),
                 Format::Text => {
@@ -184,6 +198,7 @@ fn summary(config: &Config) -> Option<Summary> {
         trust: config.trust_sources.iter().map(source_in_words).chain(federated).collect(),
         approver_agents: config.approver.agents.clone(),
         profiles: profiles.collect::<Option<_>>()?,
+        cluster: Vec::new(),
     })
 }
 
@@ -248,6 +263,11 @@ fn words(summary: &Summary) -> String {
     lines.extend(summary.trust.iter().map(|source| ("trust", source.clone())));
     lines.push(("approver", format!("approves requests of {}", summary.approver_agents.join(", "))));
     lines.push(("load", load_in_words(&summary.default)));
+    lines.extend(summary.cluster.iter().map(|load| {
+        let Load { profile, requests_per_second, etcd_writes_per_second } = load;
+        let of = if profile == "default" { String::new() } else { format!(", were all of profile {profile}") };
+        ("cluster", format!("{requests_per_second:.2} requests and {etcd_writes_per_second:.1} etcd writes per second{of}"))
+    }));
     let mut text: String = lines.iter().map(|(label, text)| format!("  {label:<12} {text}\n")).collect();
     for profile in &summary.profiles {
         let picked = if profile.selectable { ", where the pod picks it" } else { "" };
@@ -293,7 +313,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let config = dir.path().join("agent.yaml");
         std::fs::write(&config, text).unwrap();
-        (dir, Args { config, output: Format::Text })
+        (dir, Args { config, output: Format::Text, fleet: Fleet::default() })
     }
 
     #[test]
@@ -353,7 +373,8 @@ mod tests {
 
     #[test]
     fn the_exit_code_tells_good_from_bad() {
-        let missing = Args { config: "/nonexistent/agent.yaml".into(), output: Format::Text };
+        let (_dir, good) = args(LEAST);
+        let missing = Args { config: "/nonexistent/agent.yaml".into(), ..good };
         assert_eq!(check(&missing, &|_| None), Exit::Usage);
         let (_dir, good) = args(LEAST);
         assert_eq!(check(&good, &|_| None), Exit::Ok);

@@ -35,7 +35,10 @@ Examples:
   sds-agent dev --lifetime 20s            rotate every ten seconds or so
   sds-agent dev --socket /tmp/a.sock --admin 127.0.0.1:0
                                           a second one beside it
-  sds-agent fetch --watch                 in another terminal: see certificates rotate";
+  sds-agent fetch --watch                 in another terminal: see certificates rotate
+  sds-agent certs                         what it holds
+
+Exit codes: 0 ended as it was told to, 1 it could not start, or the drain was aborted, 64 usage.";
 
 impl Args {
     /// The configuration that the flags ask for; errors have been told when this returns an exit code.

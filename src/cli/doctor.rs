@@ -1,5 +1,5 @@
-//! `sds-agent doctor`: why a process or a pod gets its identity and its certificate, or none, step by step and with a remedy for each step
-//! that fails.
+//! `sds-agent doctor`: what is wrong with an agent; and why a process or a pod gets its identity and its certificate, or none: step by step,
+//! with a remedy for each step that fails.
 //!
 //! Every verdict is the agent's own: the same attestor, the same index, the same parser. Nothing is written anywhere. A check is a
 //! function that returns [`report::Step`]s; they stand here in the order of the request path.
@@ -15,14 +15,19 @@ use self::{
 use super::{Exit, output};
 use crate::{
     attest::cgroup::Own,
-    config::{Attestation, Config, Env, Loaded},
+    config::{self, Attestation, Config, Env, IssuerConfig, Loaded},
     peer::Peer,
 };
 
+mod agent;
 mod cluster;
 mod issuer;
+mod mounts;
+mod node;
 mod process;
 pub mod report;
+mod rights;
+mod server;
 
 /// The flags of `doctor`.
 #[derive(Debug, clap::Args)]
@@ -73,34 +78,52 @@ impl FromStr for PodName {
 
 const EXAMPLES: &str = "\
 Run it where the agent runs, with its environment, so that it sees what the agent sees:
-  kubectl exec -n sds-agent ds/sds-agent -- sds-agent doctor --config /etc/sds-agent/agent.yaml --pod shop/cart-0
+  kubectl exec -n sds-agent ds/sds-agent -- sds-agent doctor --config /etc/sds-agent/agent.yaml
 
 Examples:
-  sds-agent doctor --config agent.yaml                     the socket, the right to know the node's pods, and the issuer
+  sds-agent doctor                                         an agent of `sds-agent dev`, without a cluster
+  sds-agent doctor --config agent.yaml                     the agent, its node, its rights, and its issuer
   sds-agent doctor --config agent.yaml --pid 4711          which pod a process is in, and the identity it gets
   sds-agent doctor --config agent.yaml --pod shop/cart-0 -o json | jq '.steps[] | select(.result == \"failed\")'
   sds-agent doctor --pid 4711                              without a cluster: handle and cgroups only
 
-The steps, in the order in which the agent takes them:
+The steps without --pid and --pod:
+  socket, health, directory, mounts                        what stands there, who serves it, and how workloads have it
+  agent, readiness, open files, memory lock                what the agent tells of itself
+  kernel, host pids, own prefix                            what the node gives it
+  api server, clock, rights                                what the cluster gives it: each verb that the configuration needs
+  verdict                                                  whom this very process would be taken for
+  issuer, requests, approver                               who signs, and what was refused lately or is kept waiting
+
+The steps about a process or a pod, in the order in which the agent takes them:
   socket, process, handle, own prefix, cgroups             what the node tells
   rights, pod, index, service account, profile             what the cluster tells; the last where there are profiles
-  verdict                                                  what the agent would answer, and with which identity
-  issuer, requests                                         who signs, and what it refused lately or keeps waiting
+  verdict, issuer, requests, approver                      what the agent would answer, and with which identity
 
-It reads only. Exit codes: 0 no step failed, 1 a step failed, 64 usage or configuration, 69 something is not reachable,
-77 the caller, or the agent's account, may not; where several steps failed, the first one decides.";
+A step is ok, a warning (it works, and somebody should look at it), failed, or unknown. It reads only.
+
+Exit codes: 0 no step failed, 1 a step failed, 64 usage or configuration, 69 something is not reachable, such as the API
+server, 77 the caller, or the agent's account, may not; where several steps failed, the first one decides.";
 
 /// Whom it is about.
 enum Target {
-    Nobody,
     Process(i32),
     Pod { namespace: String, name: String },
 }
 
 /// Looks and prints.
 pub async fn run(args: Args, env: Env<'_>) -> Exit {
+    let is_asked_for = args.pid.is_some() || args.pod.is_some();
     let config = match args.config.as_deref().map(|path| Config::load(path, env)) {
-        None => None,
+        None if is_asked_for => None,
+        // Whoever names nothing has `sds-agent dev` before them.
+        None => match config::dev(config::Dev::default(), env) {
+            Ok(config) => Some(config),
+            Err(errors) => {
+                output::complain(format_args!("{errors}"));
+                return Exit::Usage;
+            }
+        },
         Some(Ok(Loaded { config, .. })) => Some(config),
         Some(Err(errors)) => {
             output::complain(format_args!("the configuration cannot be used:\n{errors}"));
@@ -108,16 +131,17 @@ pub async fn run(args: Args, env: Env<'_>) -> Exit {
         }
     };
     let target = match (args.pid, args.pod) {
-        (Some(pid), _) => Target::Process(pid),
-        (None, Some(PodName { namespace, name })) => Target::Pod { namespace, name },
-        (None, None) if config.is_some() => Target::Nobody,
-        (None, None) => {
-            output::complain(format_args!("nothing to look at: name --config, --pid or --pod"));
-            return Exit::Usage;
-        }
+        (Some(pid), _) => Some(Target::Process(pid)),
+        (None, Some(PodName { namespace, name })) => Some(Target::Pod { namespace, name }),
+        (None, None) => None,
     };
-    let mut steps = examine(config.as_ref(), target).await;
-    if let Some(config) = &config {
+    let mut steps = match (target, &config) {
+        (Some(target), config) => examine(config.as_ref(), target).await,
+        (None, Some(config)) => survey(config).await,
+        (None, None) => Vec::new(),
+    };
+    let is_unreachable = steps.iter().any(|step| step.name == "api server" && step.result == report::Outcome::Failed);
+    if let Some(config) = config.as_ref().filter(|_| !is_unreachable) {
         steps.extend(issuer::look(config).await);
     }
     let report = Report::new(steps);
@@ -128,13 +152,91 @@ pub async fn run(args: Args, env: Env<'_>) -> Exit {
     }
 }
 
+/// The agent, its node and its cluster.
+async fn survey(config: &Config) -> Vec<Step> {
+    let mut steps = Vec::new();
+    let by_pod = config.attestation == Attestation::Kubernetes;
+    match &config.shared_socket {
+        Some(shared) => {
+            let (step, server) = process::socket(shared);
+            steps.push(step);
+            if server.is_some() {
+                steps.push(agent::health(&shared.path).await);
+            }
+            steps.extend(mounts::look(&shared.path, by_pod && config.node.pod.is_some(), server));
+        }
+        None => steps.push(without_shared_socket()),
+    }
+    let (told, figures) = agent::admin(config).await;
+    steps.extend(told);
+    steps.extend([node::open_files(config, figures.files), node::memory_lock(config, figures.memory_locked), node::kernel(config)]);
+    if !by_pod && !needs_cluster(config) {
+        steps.push(myself(config, None).await);
+        return steps;
+    }
+    let (prefix, own) = process::own(config.node.pod.as_ref().map(|pod| &*pod.uid));
+    if by_pod && config.shared_socket.is_some() {
+        steps.push(node::host_pids(own.as_ref()));
+        steps.push(prefix);
+    }
+    let connected = match by_pod {
+        true => Cluster::connect(config).await.map(|cluster| (cluster.client().clone(), Some(cluster))),
+        false => cluster::client(config).await.map(|client| (client, None)),
+    };
+    let (client, cluster) = match connected {
+        Ok(connected) => connected,
+        Err(step) => {
+            steps.push(step);
+            return steps;
+        }
+    };
+    let (server, clock) = server::look(&client).await;
+    let answers = server.result == report::Outcome::Ok;
+    steps.push(server);
+    steps.extend(clock);
+    if answers {
+        steps.push(rights::look(&client, &rights::needs(config)).await);
+        if config.shared_socket.is_some() {
+            steps.push(myself(config, cluster.as_ref().map(|cluster| (cluster, own.as_ref()))).await);
+        }
+    }
+    steps
+}
+
+fn needs_cluster(config: &Config) -> bool {
+    config.issuers.values().any(|issuer| matches!(issuer, IssuerConfig::CertManager(_)))
+}
+
+fn without_shared_socket() -> Step {
+    Step::unknown("socket", "the shared socket is not enabled", Some("set sockets.shared.enabled, or look at the sockets of pods"))
+}
+
+/// Whom this very process would be taken for.
+async fn myself(config: &Config, cluster: Option<(&Cluster, Option<&Own>)>) -> Step {
+    let name = "verdict";
+    let peer = i32::try_from(std::process::id()).map_err(std::io::Error::other).and_then(Peer::of_process);
+    let peer = match peer {
+        Ok(peer) => peer,
+        Err(error) => return Step::unknown(name, format!("this process gets no handle on itself: {error}"), Some("see the step kernel")),
+    };
+    match cluster {
+        None => judge(config, cluster::attestor(config, None), &peer).await,
+        Some((cluster, own)) => match own.map(|own| process::cgroups(peer.pid, own)) {
+            Some((_, Some(_))) => judge(config, cluster.attestor(config), &peer).await,
+            Some((step, None)) => {
+                let detail = format!("this process is in no pod, so that there is nobody to judge\n{}", step.detail);
+                Step::unknown(name, detail, Some("name a process with --pid, or a pod with --pod"))
+            }
+            None => Step::unknown(name, "this process's own place is not known", Some("see the step own prefix")),
+        },
+    }
+}
+
 async fn examine(config: Option<&Config>, target: Target) -> Vec<Step> {
     let mut steps = Vec::new();
     steps.push(match config {
-        Some(Config { shared_socket: Some(shared), .. }) => process::socket(shared),
-        Some(_) => {
-            Step::unknown("socket", "the shared socket is not enabled", Some("set sockets.shared.enabled, or look at the sockets of pods"))
-        }
+        Some(Config { shared_socket: Some(shared), .. }) => process::socket(shared).0,
+        Some(_) => without_shared_socket(),
         None => Step::unknown("socket", "its path is not known", Some("name the agent's configuration with --config")),
     });
     let (prefix, own) = process::own(config.and_then(|config| config.node.pod.as_ref()).map(|pod| &*pod.uid));
@@ -167,7 +269,7 @@ async fn examine(config: Option<&Config>, target: Target) -> Vec<Step> {
             return steps;
         }
     };
-    steps.push(cluster.rights().await);
+    steps.push(rights::look(cluster.client(), &rights::needs(config)).await);
     if let Target::Pod { namespace, name } = &target {
         let (step, found) = cluster.named(namespace, name).await;
         steps.push(step);
@@ -210,10 +312,7 @@ async fn judge(config: &Config, attestor: Result<std::sync::Arc<dyn crate::attes
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        cli::doctor::report::Outcome,
-        config::{self, Dev},
-    };
+    use crate::{cli::doctor::report::Outcome, config::Dev};
 
     #[test]
     fn a_pod_is_named_with_its_namespace() {

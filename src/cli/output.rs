@@ -48,12 +48,38 @@ pub fn printable(text: &str) -> String {
     out
 }
 
+/// The columns of the terminal that is standard output, where it tells.
+pub fn width() -> Option<usize> {
+    let size = rustix::termios::tcgetwinsize(io::stdout()).ok()?;
+    // Serial lines tell nothing, and a window of a few columns is no help to anybody.
+    (size.ws_col >= 40).then_some(size.ws_col.into())
+}
+
+/// `text` in lines of at most `width` characters, cut between words where there is a gap; a single line without a width.
+pub fn wrapped(text: &str, width: Option<usize>) -> Vec<String> {
+    let Some(width) = width else { return vec![text.to_owned()] };
+    let mut lines: Vec<String> = Vec::new();
+    for word in text.split(' ') {
+        match lines.last_mut() {
+            Some(line) if line.chars().count() + 1 + word.chars().count() <= width => {
+                line.push(' ');
+                line.push_str(word);
+            }
+            _ => lines.push(word.to_owned()),
+        }
+    }
+    lines
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn a_terminal_is_not_commanded() {
+    fn a_terminal_is_not_commanded_and_lines_fit() {
+        assert_eq!(wrapped("a bc def", Some(4)), ["a bc", "def"]);
+        assert_eq!(wrapped("longer than that", Some(4)), ["longer", "than", "that"]);
+        assert_eq!(wrapped("a bc def", None), ["a bc def"]);
         assert_eq!(printable("a\x1b[2Jb\nü"), "a\\u{1b}[2Jb\\nü");
     }
 }

@@ -37,7 +37,14 @@ The shortest configuration that serves a cluster:
   trust:
     sources: [ { configMap: { namespace: cert-manager, name: mesh-roots } } ]
 
-In a pod it needs NODE_NAME (spec.nodeName), POD_NAMESPACE, POD_NAME and POD_UID from the downward API, and hostPID.";
+In a pod it needs NODE_NAME (spec.nodeName), POD_NAMESPACE, POD_NAME and POD_UID from the downward API, and hostPID for
+the shared socket.
+
+The log goes to standard error: text on a terminal, JSON lines otherwise. SDS_AGENT_LOG says how much of it, such as `debug`
+or `sds_agent::rotation=debug,info`.
+
+Exit codes: 0 ended as it was told to, 1 it could not start, or a part of it failed, or the drain was aborted, 64 usage or
+configuration.";
 
 impl Args {
     /// Reads the configuration; errors have been told when this returns an exit code.

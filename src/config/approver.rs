@@ -1,5 +1,7 @@
 //! The section `approver`: what `sds-agent approver` needs beside what it shares with the agents.
 
+use std::time::Duration;
+
 use serde_json::Value;
 
 use super::{
@@ -11,18 +13,22 @@ use super::{
 
 /// What the user name of a service account begins with.
 const SERVICE_ACCOUNT: &str = "system:serviceaccount:";
+/// Kubelets bring a new ConfigMap within a minute or two, and agents that are restarted for it come back within a roll-out.
+const OVERLAP: Duration = Duration::from_secs(600);
 
 /// `approver`
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Approver {
     /// `agents`: the user names of the agents' service accounts. Nobody else's requests are approved.
     pub agents: Vec<String>,
+    /// `overlap`: how long after a change the former configuration counts, too.
+    pub overlap: Duration,
 }
 
 impl Approver {
     /// The agents of one namespace under their usual name.
     pub fn of_namespace(namespace: &str) -> Self {
-        Self { agents: vec![format!("{SERVICE_ACCOUNT}{namespace}:sds-agent")] }
+        Self { agents: vec![format!("{SERVICE_ACCOUNT}{namespace}:sds-agent")], overlap: OVERLAP }
     }
 }
 
@@ -30,10 +36,12 @@ impl Approver {
 pub(super) fn walk(section: &Section<'_>, pod: Option<&PodEnvironment>) -> Option<Approver> {
     let namespace = pod.and_then(|pod| pod.namespace.as_deref()).unwrap_or("sds-agent");
     let told = section.has("agents");
-    let agents = section.list("agents", agent)?;
+    let agents = section.list("agents", agent);
+    let overlap = section.read("overlap", OVERLAP, values::duration(Duration::ZERO..=Duration::from_secs(86_400)));
+    let (agents, overlap) = (agents?, overlap?);
     match (told, agents.is_empty()) {
-        (false, _) => Some(Approver::of_namespace(namespace)),
-        (true, false) => Some(Approver { agents }),
+        (false, _) => Some(Approver { overlap, ..Approver::of_namespace(namespace) }),
+        (true, false) => Some(Approver { agents, overlap }),
         (true, true) => {
             section.wrong(
                 "agents",

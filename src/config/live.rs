@@ -52,6 +52,8 @@ pub const FIELDS: &[Field] = fields! {
     "limits": restart |c| &c.limits;
     "kubernetes": restart |c| c.kubernetes;
     "approver": live |c| &c.approver;
+    "events": restart |c| c.events;
+    "warmUp": restart |c| &c.warm_up;
     "retention": live |c| c.retention;
     "drain": restart |c| c.drain;
     "admin": restart |c| c.admin;
@@ -101,6 +103,8 @@ mod tests {
             ("kubernetes: { burst: 50 }", "kubernetes", false),
             // It concerns no agent, and the approver follows its file by itself.
             ("approver: { agents: ['system:serviceaccount:a:b'] }", "approver", true),
+            ("events: false", "events", false),
+            ("warmUp: { enabled: true }", "warmUp", false),
             ("retention: 1h", "retention", true),
             ("drain: 1s", "drain", false),
             ("admin: { address: '127.0.0.1:1' }", "admin", false),
@@ -137,6 +141,8 @@ mod tests {
             limits: _,
             kubernetes: _,
             approver: _,
+            events: _,
+            warm_up: _,
             reissue_over: _,
             retention: _,
             drain: _,

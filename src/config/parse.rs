@@ -20,7 +20,7 @@ use super::{
     error::{Errors, Problem, Warning, Wrong},
     issuance,
     reader::{Report, Section},
-    sockets, values,
+    sockets, values, warm_up,
 };
 use crate::identity::{IssuerName, TrustDomain};
 
@@ -115,6 +115,8 @@ pub(super) fn walk(root: &Section<'_>, report: &Report, env: Env<'_>) -> Option<
             );
         }
     }
+    let shared = sockets.as_ref().map(|(shared, _)| shared.as_ref());
+    let warm_up = root.section("warmUp", |section| warm_up::walk(section, attestation, shared));
     let pod = environment::pod(report, attestation, env);
     let context = issuance::Context { attestation, trust_domain: trust_domain.as_ref(), pod: pod.as_ref() };
     let issuance = issuance::walk(root, &context);
@@ -126,6 +128,7 @@ pub(super) fn walk(root: &Section<'_>, report: &Report, env: Env<'_>) -> Option<
     });
     let limits = root.section("limits", limits);
     let kubernetes = root.section("kubernetes", request_rate);
+    let events = root.read("events", true, values::boolean);
     let retention = root.read("retention", Duration::from_secs(300), values::duration(Duration::ZERO..=DAY));
     let reissue_over = root.read("reissueOver", Duration::from_secs(600), values::duration(Duration::ZERO..=7 * DAY));
     let drain = root.read("drain", Duration::from_secs(10), values::duration(Duration::ZERO..=Duration::from_secs(600)));
@@ -149,6 +152,7 @@ pub(super) fn walk(root: &Section<'_>, report: &Report, env: Env<'_>) -> Option<
         per_pod,
         attestation: attestation?,
         attestation_policy: attestation_policy?,
+        warm_up: warm_up?,
         default_profile,
         profiles: rules,
         issuers,
@@ -159,6 +163,7 @@ pub(super) fn walk(root: &Section<'_>, report: &Report, env: Env<'_>) -> Option<
         limits: limits?,
         kubernetes: kubernetes?,
         reissue_over: reissue_over?,
+        events: events?,
         retention: retention?,
         drain: drain?,
         admin,

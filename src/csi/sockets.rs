@@ -20,7 +20,6 @@ use super::{
     metrics::Metrics,
     mounts::{self, Mounts},
     volume::{Place, Volume},
-    warm::Warmer,
 };
 use crate::{
     attest::{
@@ -32,6 +31,7 @@ use crate::{
     listener,
     session::Sessions,
     shutdown::Shutdown,
+    warm::Warmer,
 };
 
 const FIELD: &str = "sockets.perPod.directory";
@@ -276,7 +276,7 @@ impl Shared {
             // Somebody holds the certificate already, or comes for it: a restart warms nobody up.
             issued.cancel();
         } else {
-            self.warmer.warm(attestor, issued.clone());
+            self.warmer.published(attestor, issued.clone());
             info!(pod = %volume.claim.pod, pod_uid = %place.uid, volume = %place.volume, socket = %volume.socket, "socket published");
         }
         Ok(Published { issued })

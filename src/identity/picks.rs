@@ -15,12 +15,22 @@ const LONGEST_NAME: usize = 63;
 
 /// `spec.volumes[]` of a pod, without what nobody needs here.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default)]
+#[serde(default, rename_all = "camelCase")]
 pub struct Volume {
     /// `name`
     pub name: String,
     /// `csi`
     pub csi: Option<Csi>,
+    /// `hostPath`
+    pub host_path: Option<HostPath>,
+}
+
+/// `spec.volumes[].hostPath`
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct HostPath {
+    /// `path`
+    pub path: String,
 }
 
 /// `spec.volumes[].csi`
@@ -37,7 +47,8 @@ impl From<&ApiVolume> for Volume {
     fn from(volume: &ApiVolume) -> Self {
         let csi = volume.csi.as_ref();
         let csi = csi.map(|csi| Csi { driver: csi.driver.clone(), volume_attributes: csi.volume_attributes.clone() });
-        Self { name: volume.name.clone(), csi }
+        let host_path = volume.host_path.as_ref().map(|host| HostPath { path: host.path.clone() });
+        Self { name: volume.name.clone(), csi, host_path }
     }
 }
 
@@ -85,6 +96,7 @@ mod tests {
             {"name": "none", "csi": {"driver": "csi.sds-agent.io"}},
             {"name": "other", "csi": {"driver": "csi.example", "volumeAttributes": {PROFILE: "gold"}}},
             {"name": "files", "emptyDir": {}},
+            {"name": "node", "hostPath": {"path": "/run/sds-agent", "type": "Directory"}},
         ]);
         let expected = BTreeMap::from([("sds".into(), "gold".into()), ("odd".into(), "".into())]);
         let slim: Vec<Volume> = serde_json::from_value(volumes.clone()).unwrap();

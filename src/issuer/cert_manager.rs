@@ -8,7 +8,7 @@ use std::{fmt, sync::Arc, time::Duration};
 
 use futures::future::BoxFuture;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep_until};
 
 use crate::{
     cert_manager::{
@@ -36,6 +36,10 @@ pub use requests::{LivePods, Metrics, Requests};
 
 /// After a denial that does not say otherwise.
 const AFTER_DENIAL: Duration = Duration::from_secs(300);
+/// A request that has waited for longer is told of: somebody should look.
+const LONG_WAIT: Duration = Duration::from_secs(60);
+/// Characters of an issuer's message that are passed on.
+const MOST_SAID: usize = 400;
 /// The plural with its group, for people.
 const RESOURCE: &str = "certificaterequests.cert-manager.io";
 
@@ -137,9 +141,29 @@ impl Inner {
         tracing::info!(identity = %order.identity, pod, request = %name, "certificate requested");
 
         let (mut approved, mut told) = (None, None);
+        let (mut waits_for, mut late) = (waiting(false, ""), false);
+        order.progress.waits(&waits_for, late);
         loop {
-            let Some(sighting) = ticket.next().await else { return Err(Miss::Lost(name)) };
-            match Verdict::of(sighting.status.as_ref()) {
+            let next = tokio::select! {
+                next = ticket.next() => next,
+                () = sleep_until(created + LONG_WAIT), if !late => {
+                    late = true;
+                    order.progress.waits(&waits_for, late);
+                    tracing::warn!(
+                        identity = %order.identity, pod, request = %name, %namespace, cause = waits_for, seconds = LONG_WAIT.as_secs(),
+                        "the request still waits"
+                    );
+                    continue;
+                }
+            };
+            let Some(sighting) = next else { return Err(Miss::Lost(name)) };
+            let verdict = Verdict::of(sighting.status.as_ref());
+            if let Verdict::Pending { approved, message } = &verdict {
+                let finding = vault::explain(message, order.identity.spiffe_id.trust_domain());
+                waits_for = waiting(*approved, finding.as_ref().map_or(message, |finding| &finding.said));
+                order.progress.waits(&waits_for, late);
+            }
+            match verdict {
                 Verdict::Pending { approved: false, .. } => {}
                 Verdict::Pending { approved: true, message } => {
                     approved.get_or_insert_with(Instant::now);
@@ -214,6 +238,20 @@ impl Inner {
             let broken = material::Error::Pem("status.certificate is not base64".to_owned());
             Error::InvalidCertificate(verify::Error::Chain(broken))
         })
+    }
+}
+
+/// What a request waits for, in words.
+fn waiting(approved: bool, message: &str) -> String {
+    let mut said = message.split_whitespace().collect::<Vec<_>>().join(" ");
+    if let Some((end, _)) = said.char_indices().nth(MOST_SAID) {
+        said.truncate(end);
+        said.push('…');
+    }
+    match (approved, said.as_str()) {
+        (false, _) => "an approver: nobody has approved or denied it".to_owned(),
+        (true, "") => "the issuer: it is approved and not signed".to_owned(),
+        (true, said) => format!("the issuer: {said}"),
     }
 }
 

@@ -62,8 +62,10 @@ enum Class {
 const STRIDES: [u64; 3] = [3, 6, 12];
 
 impl Class {
-    fn of(verb: Verb) -> Self {
+    fn of((verb, resource): Kind) -> Self {
         match verb {
+            // Nobody waits for an event.
+            Verb::create if resource == Resource::events => Self::Rest,
             Verb::create | Verb::patch => Self::Create,
             Verb::get | Verb::list | Verb::watch => Self::Read,
             Verb::delete | Verb::other => Self::Rest,
@@ -134,7 +136,7 @@ impl Throttle {
             }
             waits.retry_after += begun.elapsed();
             let begun = Instant::now();
-            self.token(Class::of(kind.0)).await;
+            self.token(Class::of(kind)).await;
             waits.rate_limit += begun.elapsed();
             if self.held_until(kind).is_none() {
                 return Ok(waits);

@@ -11,7 +11,7 @@ use std::{
 };
 
 use super::*;
-use crate::{app, approver, attest, csi, issuer, kubernetes, process, readiness, rotation, sds, session, trust};
+use crate::{app, approver, attest, config, csi, events, issuer, kubernetes, process, readiness, rotation, sds, session, trust, warm};
 
 mod monitoring;
 
@@ -37,8 +37,11 @@ const MODULES: &[Module] = &[
     module("trust.rs", "Trust bundles", trust::Metrics::sample),
     module("kubernetes/metrics.rs", "The Kubernetes API", kubernetes::Metrics::sample),
     module("issuer/cert_manager/requests.rs", "CertificateRequests", issuer::cert_manager::Metrics::sample),
+    module("warm/metrics.rs", "Certificates ahead of the first call (`warmUp`, `sockets.perPod`)", warm::metrics::Metrics::sample),
     module("csi/metrics.rs", "Sockets of pods (`sockets.perPod`)", csi::metrics::Metrics::sample),
     module("approver/metrics.rs", "The approver (`sds-agent approver`)", approver::Metrics::sample),
+    module("events.rs", "Events about pods", events::Metrics::sample),
+    module("config/reloads.rs", "The configuration file", config::reloads::Metrics::sample),
     module("readiness.rs", "The agent", readiness::Metrics::sample),
     module("process.rs", "Its memory", process::Metrics::sample),
     Module { file: None, title: "Its build and its process", sample: |_| {} },

@@ -122,6 +122,11 @@ pub fn decide(policy: LockMemory, facts: Facts) -> Decision {
     }
 }
 
+/// What `policy` would mean in this process, as it is now.
+pub fn forecast(policy: LockMemory) -> Decision {
+    decide(policy, Facts::gather())
+}
+
 /// Decides and acts; an error means that `policy` forbids going on.
 pub(super) fn lock(policy: LockMemory) -> Result<Locked, Unlocked> {
     match decide(policy, Facts::gather()) {

@@ -122,7 +122,6 @@ struct Job {
     in_use: Option<InUse>,
     issued: Option<InUse>,
     phase: Phase,
-    issues: u32,
     failures: u32,
     swift_retries: u32,
     not_before: Option<Instant>,
@@ -189,7 +188,6 @@ impl Planner {
             in_use: None,
             issued: None,
             phase: Phase::Resting,
-            issues: 0,
             failures: 0,
             swift_retries: 0,
             not_before: None,
@@ -259,8 +257,16 @@ impl Planner {
     /// Which draw the certificate that has just been issued gets.
     pub fn occasion(&self, now: Now, id: Id) -> Occasion {
         let Some(job) = self.jobs.get(&id) else { return Occasion::Spread };
-        let late = job.in_use.is_none_or(|c| now.wall > c.renew_at + c.validity.lifetime().mul_f64(0.1));
-        if job.issues == 0 || job.failures > 0 || late { Occasion::Spread } else { Occasion::Regular }
+        let in_time = match (&job.in_use, job.demand) {
+            (Some(c), _) => now.wall <= c.renew_at + c.validity.lifetime().mul_f64(0.1),
+            // Its place in the cycle was drawn before this process began; drawing it again would make a restarted fleet ask for more. Half
+            // its life is left at the renewal, more or less.
+            (None, Some(Demand::Held { renew_at, not_after })) => {
+                now.wall <= renew_at + not_after.duration_since(renew_at).unwrap_or_default().mul_f64(0.2)
+            }
+            (None, _) => false,
+        };
+        if job.failures == 0 && in_time { Occasion::Regular } else { Occasion::Spread }
     }
 
     /// An order was answered with a verified certificate.
@@ -269,7 +275,6 @@ impl Planner {
         self.leave_phase(id);
         let Some(job) = self.jobs.get_mut(&id) else { return };
         (job.failures, job.swift_retries, job.not_before, job.by_clock) = (0, 0, None, false);
-        job.issues = job.issues.saturating_add(1);
         job.issued = Some(InUse { validity, renew_at });
         let settle = schedule::settled_at(&validity).duration_since(now.wall).unwrap_or_default();
         let old = job.in_use.map_or(Duration::ZERO, |c| c.validity.remaining(now.wall));

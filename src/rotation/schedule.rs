@@ -8,14 +8,14 @@ use crate::{identity::Profile, material::Validity};
 pub const LONGEST_BACKOFF: Duration = Duration::from_secs(300);
 /// No renewal is planned later than this share of the lifetime, whatever was configured and drawn.
 const LATEST: f64 = 0.9;
-/// The spread of a first renewal, as multiples of the configured share: 0.2 to 0.6 of the lifetime where that is 0.5.
-const SPREAD: (f64, f64) = (0.4, 1.2);
+/// No first renewal is planned earlier than this share of the usual one.
+const EARLIEST: f64 = 0.2;
 
 /// Which draw a renewal gets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Occasion {
-    /// The identity's first certificate, or the first after trouble: drawn wide, because a fleet that starts or recovers together would
-    /// otherwise stay in lockstep.
+    /// The identity's first certificate, or the first after trouble: drawn as wide as the time between two renewals, because a fleet that
+    /// starts or recovers together would otherwise stay in lockstep.
     Spread,
     /// Any other: the configured share and jitter.
     Regular,
@@ -27,15 +27,24 @@ pub enum Occasion {
 /// Whatever the certificate says, the answer lies after `now` by at least a tenth of what is left: an issuer that backdates, or that
 /// caps lifetimes near its own end, does not make the agent order in a loop.
 pub fn renew_at(validity: &Validity, now: SystemTime, profile: &Profile, occasion: Occasion, draw: f64) -> SystemTime {
-    let (low, high) = match occasion {
-        Occasion::Spread => (profile.renew_at * SPREAD.0, profile.renew_at * SPREAD.1),
-        Occasion::Regular => (profile.renew_at * (1.0 - profile.jitter), profile.renew_at * (1.0 + profile.jitter)),
+    let low = (profile.renew_at * (1.0 - profile.jitter)).min(LATEST);
+    let high = (profile.renew_at * (1.0 + profile.jitter)).min(LATEST);
+    let share = match occasion {
+        Occasion::Regular => low + (high - low) * draw,
+        Occasion::Spread => (profile.renew_at * EARLIEST).min(LATEST - high) + spread(low, high, draw),
     };
-    let share = (low + (high.min(LATEST) - low).max(0.0) * draw).clamp(0.0, LATEST);
     let planned = validity.not_before + validity.lifetime().mul_f64(share);
     let remaining = validity.remaining(now);
     let earliest = now + remaining.mul_f64(0.1).max(Duration::from_secs(1)).min(remaining.mul_f64(0.8));
     planned.max(earliest)
+}
+
+/// The time to the next renewal, as seen from any moment, of something that is renewed again and again after `low` to `high`: drawn so, a
+/// fleet's renewals are even from the first on. A plain draw over the same width leaves a wave in every cycle, a narrower one a larger
+/// wave (`examples/fleet` shows it).
+fn spread(low: f64, high: f64, draw: f64) -> f64 {
+    let mean = f64::midpoint(low, high);
+    if draw * mean <= low { draw * mean } else { high - (2.0 * mean * (high - low) * (1.0 - draw)).max(0.0).sqrt() }
 }
 
 /// From when on a new certificate is taken by peers whose clocks run behind: issuers such as cert-manager do not backdate.
@@ -81,7 +90,9 @@ mod tests {
         let id = identity("a");
         let draw = |occasion, draw| share(renew_at(&validity(86_400), START, &id.profile, occasion, draw));
         let close = |a: f64, b: f64| (a - b).abs() < 1e-6;
-        assert!(close(draw(Occasion::Spread, 0.0), 0.2) && close(draw(Occasion::Spread, 1.0), 0.6));
+        assert!(
+            close(draw(Occasion::Spread, 0.0), 0.1) && close(draw(Occasion::Spread, 0.5), 0.35) && close(draw(Occasion::Spread, 1.0), 0.65)
+        );
         assert!(close(draw(Occasion::Regular, 0.0), 0.45) && close(draw(Occasion::Regular, 1.0), 0.55));
     }
 

@@ -184,3 +184,44 @@ async fn without_being_told_no_series_names_a_workload() {
     assert!(page.contains("certificates{state=\"valid\"} 1"));
     assert!(!page.contains("service_account") && !page.contains("shop"), "{page}");
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_row_has_every_field_and_says_why_it_waits() {
+    let clock = TestClock::new(UNIX_EPOCH + Duration::from_secs(1_700_000_000));
+    let (store, _events) = Store::new();
+    let inventory = Inventory::new(store.clone(), plan(), Arc::new(clock.clone()));
+    let pod = crate::identity::PodRef { namespace: "shop".into(), name: "cart-0".into(), uid: "u".into() };
+    let _leases = [Some(pod.clone()), Some(pod), None].map(|pod| store.lease(&identity("a"), Demand::Now, pod));
+    let row = || inventory.rows().remove(0);
+    let fields = [
+        "dns_names",
+        "fingerprint_sha256",
+        "issuer",
+        "last_error",
+        "next_attempt",
+        "not_after",
+        "not_before",
+        "pods",
+        "profile",
+        "renew_at",
+        "request",
+        "serial",
+        "spiffe_id",
+        "state",
+        "subscribers",
+        "waits_for",
+    ];
+    assert_eq!(row().as_object().unwrap().keys().collect::<Vec<_>>(), fields);
+    assert_eq!((&row()["state"], &row()["subscribers"], &row()["pods"]), (&json!("pending"), &json!(3), &json!(["shop/cart-0"])));
+    let why = || row()["waits_for"].as_str().unwrap_or_default().to_owned();
+    assert!(why().starts_with("its turn: "), "{}", row());
+
+    let entry = store.snapshot().remove(0);
+    entry.set_status(|status| status.request = Some("r".into()));
+    assert_eq!(why(), "the issuer's answer");
+    entry.set_status(|status| status.waits_for = Some("an approver".into()));
+    assert_eq!(why(), "an approver");
+    let next = clock.now() + Duration::from_secs(9);
+    entry.set_status(|status| *status = Status { next_attempt: Some(next), last_error: Some("no".into()), ..Status::default() });
+    assert!(why().starts_with("the next attempt: "), "{}", row());
+}

@@ -76,11 +76,11 @@ impl World {
     }
 
     fn counted(&self, result: Outcome) -> u64 {
-        self.reload.metrics.reloads.get_or_create(&OutcomeLabel { result }).get()
+        self.reload.metrics.counts(result).0
     }
 
     fn restart_required(&self) -> i64 {
-        self.reload.metrics.restart_required.get()
+        self.reload.metrics.counts(Outcome::ok).2
     }
 
     fn issuers(&self) -> Vec<String> {
@@ -100,14 +100,14 @@ fn world(text: &str) -> World {
 async fn a_file_that_is_wrong_changes_nothing_and_one_that_says_the_same_neither() {
     let mut w = world("retention: 1m");
     assert_eq!(w.read("retention: 1m # a word"), (false, false, false));
-    assert_eq!((w.counted(Outcome::unchanged), w.reload.metrics.valid.get()), (1, 1));
+    assert_eq!((w.counted(Outcome::unchanged), w.reload.metrics.counts(Outcome::ok).1), (1, 1));
     for text in ["retention: 1", "retention: [", "frobnicate: yes", "retention: 1"] {
         assert_eq!(w.read(text), (false, false, false), "{text}");
     }
-    assert_eq!((w.counted(Outcome::invalid), w.reload.metrics.valid.get()), (4, 0));
+    assert_eq!((w.counted(Outcome::invalid), w.reload.metrics.counts(Outcome::ok).1), (4, 0));
     assert_eq!(w.plan.borrow().retention(), Duration::from_secs(60));
     assert_eq!(w.read("retention: 2m"), (true, false, false));
-    assert_eq!((w.counted(Outcome::ok), w.reload.metrics.valid.get()), (1, 1));
+    assert_eq!((w.counted(Outcome::ok), w.reload.metrics.counts(Outcome::ok).1), (1, 1));
     assert_eq!(w.plan.borrow().retention(), Duration::from_secs(120));
 }
 
@@ -190,7 +190,7 @@ async fn a_mounted_file_is_followed_through_its_swaps() {
     publish("..3", "retention: 1");
     publish("..4", "retention: 2m");
     timeout(PATIENCE, plan.wait_for(|plan| plan.retention().as_secs() == 120)).await.unwrap().unwrap();
-    assert_eq!(metrics.valid.get(), 1);
+    assert_eq!(metrics.counts(Outcome::ok).1, 1);
     last.cancel();
     timeout(PATIENCE, running).await.unwrap().unwrap();
 }

@@ -121,6 +121,7 @@ impl World {
             await_bundle: true,
             clock: Arc::new(clock),
             claims: None,
+            witness: None,
             metrics: rotation::metrics::Metrics::register(exposition.registry()),
         };
         let (dead, refusals) = (Arc::default(), Arc::default());

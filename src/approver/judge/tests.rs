@@ -36,6 +36,7 @@ pub(crate) fn rules() -> Rules {
         agents: [AGENT.to_owned()].into(),
         issuers: vec![Guarded { name: IssuerName("default".into()), issuer, namespace }],
         resolver: Resolver::single(TrustDomain::new("cluster.local").unwrap(), Arc::new(profile)),
+        overlap: Duration::ZERO,
     }
 }
 

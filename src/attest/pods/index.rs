@@ -3,10 +3,14 @@
 use std::{
     collections::{BTreeMap, HashMap, HashSet, VecDeque},
     sync::Arc,
+    time::SystemTime,
 };
 
 use serde::{Deserialize, Serialize};
-use tokio::{sync::oneshot, time::Instant};
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::Instant,
+};
 use tokio_util::sync::CancellationToken;
 
 use crate::identity::{
@@ -39,6 +43,8 @@ pub struct Spec {
 #[serde(default, rename_all = "camelCase")]
 pub struct Status {
     phase: Option<String>,
+    /// When the kubelet took it on, by the node's own clock.
+    start_time: Option<String>,
     container_statuses: Option<Vec<Container>>,
     init_container_statuses: Option<Vec<Container>>,
     ephemeral_container_statuses: Option<Vec<Container>>,
@@ -115,6 +121,19 @@ pub struct Known {
     pub pod: Arc<Pod>,
     /// Cancelled when it has been deleted or its phase is terminal.
     pub gone: CancellationToken,
+    /// Cancelled once one of its processes has been served on the shared socket.
+    pub called: CancellationToken,
+}
+
+/// A pod that was first seen before any of its containers had started.
+#[derive(Debug, Clone)]
+pub struct Starting {
+    /// The pod.
+    pub known: Known,
+    /// The node's directories and files that it mounts.
+    pub host_paths: Vec<String>,
+    /// When the kubelet took it on; none where it has not yet.
+    pub since: Option<SystemTime>,
 }
 
 /// Every pod of the node.
@@ -137,6 +156,8 @@ pub(super) struct Index {
     pub(super) driver: Option<String>,
     /// How many pods have ended so far.
     pub(super) departures: u64,
+    /// Who is told of pods that start.
+    pub(super) starts: Option<mpsc::UnboundedSender<Starting>>,
 }
 
 impl Index {
@@ -226,14 +247,18 @@ impl Index {
             return;
         }
         self.doubtful.remove(&uid);
-        let gone = self.pods.get(&uid).map_or_else(CancellationToken::new, |known| known.gone.clone());
+        let before = self.pods.get(&uid);
+        let is_new = before.is_none();
+        let (gone, called) = before.map_or_else(Default::default, |known| (known.gone.clone(), known.called.clone()));
         if pod.ended && !gone.is_cancelled() {
             gone.cancel();
             self.departures += 1;
         }
-        let unchanged = self.pods.get(&uid).is_some_and(|known| *known.pod == pod);
-        if !unchanged {
-            self.pods.insert(uid.clone(), Known { pod: Arc::new(pod), gone });
+        if before.is_none_or(|known| *known.pod != pod) {
+            self.pods.insert(uid.clone(), Known { pod: Arc::new(pod), gone, called });
+        }
+        if is_new && has_not_begun(slim) {
+            self.tell_of_start(slim, &uid);
         }
         self.note_mirror(slim, &uid);
         self.announce(&uid);
@@ -267,6 +292,16 @@ impl Index {
         if let Some(hash) = annotation(MIRROR) {
             self.mirrors.insert(hash.clone(), uid.clone());
             self.announce(hash);
+        }
+    }
+
+    fn tell_of_start(&self, slim: &Slim, uid: &str) {
+        if let Some((starts, known)) = self.starts.as_ref().zip(self.pods.get(uid)) {
+            let volumes = slim.spec.volumes.iter().flatten();
+            let host_paths = volumes.filter_map(|volume| Some(volume.host_path.as_ref()?.path.clone())).collect();
+            let since = slim.status.as_ref().and_then(|status| humantime::parse_rfc3339(status.start_time.as_deref()?).ok());
+            // Who does not listen any more is not told.
+            let _ = starts.send(Starting { known: known.clone(), host_paths, since });
         }
     }
 
@@ -307,6 +342,16 @@ fn facts(pod: &Slim, driver: Option<&str>, with_containers: bool) -> Option<Pod>
         ended: matches!(pod.status.as_ref().and_then(|s| s.phase.as_deref()), Some("Succeeded" | "Failed")),
         containers: pod.status.as_ref().filter(|_| with_containers).map_or(Vec::new(), containers),
     })
+}
+
+/// Whether nothing of a pod can have run yet. In the phase `Pending` init containers may run, and with them a proxy; what decides is that
+/// the kubelet has told of no container.
+fn has_not_begun(pod: &Slim) -> bool {
+    if pod.metadata.deletion_timestamp.is_some() {
+        return false;
+    }
+    let Some(status) = &pod.status else { return true };
+    matches!(status.phase.as_deref(), None | Some("Pending")) && containers(status).is_empty()
 }
 
 fn containers(status: &Status) -> Vec<(Arc<str>, Arc<str>)> {

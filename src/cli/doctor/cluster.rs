@@ -1,15 +1,9 @@
-//! What the cluster tells: whether the agent may know its pods, the pod, and the verdict of the attestor itself.
+//! What the cluster tells: the pod, what the index knows of it, and the verdict of the attestor itself.
 
 use std::{sync::Arc, time::Duration};
 
-use k8s_openapi::api::{
-    authorization::v1::{ResourceAttributes, SelfSubjectAccessReview, SelfSubjectAccessReviewSpec},
-    core::v1::Pod as ApiPod,
-};
-use kube::{
-    Api, Client,
-    api::{ListParams, PostParams},
-};
+use k8s_openapi::api::core::v1::Pod as ApiPod;
+use kube::{Api, Client, api::ListParams};
 use tokio::time::timeout;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
@@ -30,6 +24,14 @@ use crate::{
 /// For the index of pods, and for a verdict.
 const PATIENCE: Duration = Duration::from_secs(20);
 
+const AS_THE_AGENT: &str = "run it in the agent's pod, or set KUBECONFIG and NODE_NAME as the agent has them";
+
+/// A way to the API server.
+pub(super) async fn client(config: &Config) -> Result<Client, Step> {
+    let client = kubernetes::connect(&kubernetes::Metrics::default(), config.kubernetes).await;
+    client.map_err(|error| Step::failed("cluster", Exit::Unavailable, error.to_string(), AS_THE_AGENT))
+}
+
 /// The cluster as the agent sees it.
 pub(super) struct Cluster {
     client: Client,
@@ -42,14 +44,11 @@ pub(super) struct Cluster {
 impl Cluster {
     /// Connects, and begins to watch the node's pods.
     pub(super) async fn connect(config: &Config) -> Result<Self, Step> {
-        let remedy = "run it in the agent's pod, or set KUBECONFIG and NODE_NAME as the agent has them";
-        let metrics = kubernetes::Metrics::default();
-        let client = kubernetes::connect(&metrics, config.kubernetes).await;
-        let client = client.map_err(|error| Step::failed("cluster", Exit::Unavailable, error.to_string(), remedy))?;
+        let client = client(config).await?;
         let Some(node) = config.node.node_name.as_deref() else {
-            return Err(Step::failed("cluster", Exit::Usage, "NODE_NAME is not set", remedy));
+            return Err(Step::failed("cluster", Exit::Usage, "NODE_NAME is not set", AS_THE_AGENT));
         };
-        let mut pods = Pods::new(client.clone(), node, metrics);
+        let mut pods = Pods::new(client.clone(), node, kubernetes::Metrics::default());
         if let Some(per_pod) = &config.per_pod {
             pods = pods.with_picks_by(&per_pod.driver_name);
         }
@@ -59,35 +58,9 @@ impl Cluster {
         Ok(Self { client, pods, node: node.to_owned(), _running: shutdown.drop_guard() })
     }
 
-    /// Whether this account may list and watch pods, which is all that attestation needs.
-    pub(super) async fn rights(&self) -> Step {
-        let name = "rights";
-        for verb in ["list", "watch"] {
-            match self.may(verb).await {
-                Ok(true) => {}
-                Ok(false) => {
-                    let remedy = format!("bind the agent's service account to a ClusterRole with the verb {verb} on pods");
-                    return Step::failed(
-                        name,
-                        Exit::NotPermitted,
-                        format!("this account may not {verb} pods in the whole cluster"),
-                        remedy,
-                    );
-                }
-                Err(step) => return step,
-            }
-        }
-        Step::ok(name, "this account may list and watch pods")
-    }
-
-    async fn may(&self, verb: &'static str) -> Result<bool, Step> {
-        let attributes = ResourceAttributes { verb: Some(verb.into()), resource: Some("pods".into()), ..Default::default() };
-        let spec = SelfSubjectAccessReviewSpec { resource_attributes: Some(attributes), ..Default::default() };
-        let review = SelfSubjectAccessReview { spec, ..Default::default() };
-        let call = Call { verb: "create", resource: "selfsubjectaccessreviews.authorization.k8s.io", name: None, namespace: None };
-        let answer = Api::all(self.client.clone()).create(&PostParams::default(), &review).await;
-        let answer: SelfSubjectAccessReview = answer.map_err(|error| failed("rights", &Failure::of(&error, &call)))?;
-        Ok(answer.status.is_some_and(|status| status.allowed))
+    /// For further questions.
+    pub(super) fn client(&self) -> &Client {
+        &self.client
     }
 
     /// Looks a pod up by its name; gives its UID where it is this node's.
@@ -217,7 +190,7 @@ fn refused(name: &'static str, error: &Error) -> Step {
     Step::failed(name, exit, error.to_string(), remedy)
 }
 
-fn failed(name: &'static str, failure: &Failure) -> Step {
+pub(super) fn failed(name: &'static str, failure: &Failure) -> Step {
     let (exit, remedy) = match failure.cause {
         Cause::Rbac | Cause::Policy => (Exit::NotPermitted, "grant the agent's service account what the message names"),
         Cause::Unauthorized => (Exit::NotPermitted, "mount a token of the agent's service account"),

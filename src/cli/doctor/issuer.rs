@@ -13,6 +13,7 @@ use super::report::Step;
 use crate::{
     cert_manager::{CertificateRequest, GROUP, Status, keys, naming::node_label, verdict::Verdict},
     cli::Exit,
+    clock::{self, Clock, SystemClock},
     config::{CertManager, Config, IssuerConfig, IssuerRef, RequestNamespace},
     issuer::{
         Error,
@@ -23,6 +24,8 @@ use crate::{
 
 /// No more requests than this are shown.
 const SHOWN: usize = 5;
+/// Seconds after which somebody should have decided.
+const UNDECIDED: i64 = 30;
 /// No more than this are read.
 const READ: u32 = 500;
 
@@ -45,7 +48,7 @@ pub(super) async fn look(config: &Config) -> Vec<Step> {
         }
     }
     for namespace in namespaces {
-        steps.push(requests(config, &client, namespace).await);
+        steps.extend(requests(config, &client, namespace).await);
     }
     steps
 }
@@ -136,7 +139,7 @@ fn authority(spec: &Value) -> String {
     other.map_or_else(|| "of no known type".to_owned(), |kind| format!("of type {kind}"))
 }
 
-async fn requests(config: &Config, client: &Client, namespace: &RequestNamespace) -> Step {
+async fn requests(config: &Config, client: &Client, namespace: &RequestNamespace) -> Vec<Step> {
     let name = "requests";
     let resource = ApiResource::erase::<CertificateRequest>(&());
     let (api, place): (Api<Request>, _) = match namespace {
@@ -146,12 +149,54 @@ async fn requests(config: &Config, client: &Client, namespace: &RequestNamespace
     let node = node_label(config.node.node_name.as_deref().unwrap_or("unknown"));
     let parameters = ListParams::default().labels(&format!("{}={node}", keys::NODE)).limit(READ);
     match api.list(&parameters).await {
-        Ok(list) => weigh(&list.items, config.trust_domain.as_str()),
+        Ok(list) => {
+            let now = i64::try_from(clock::unix_seconds(SystemClock.now())).unwrap_or(i64::MAX);
+            vec![weigh(&list.items, config.trust_domain.as_str()), approver(&list.items, now)]
+        }
         Err(error) => {
             let call = Call { verb: "list", resource: "certificaterequests.cert-manager.io", name: None, namespace: place };
             let failure = Failure::of(&error, &call);
             let exit = if matches!(failure.cause, Cause::Rbac | Cause::Policy) { Exit::NotPermitted } else { Exit::Unavailable };
-            Step::failed(name, exit, failure.to_string(), "grant the agent's service account what the message names")
+            vec![Step::failed(name, exit, failure.to_string(), "grant the agent's service account what the message names")]
+        }
+    }
+}
+
+/// Whether anybody approves requests. Nobody can be asked that: what is known is what became of this node's requests, and those that were
+/// signed are gone.
+fn approver(requests: &[Request], now: i64) -> Step {
+    let name = "approver";
+    let age = |request: &Request| now - request.metadata.creation_timestamp.as_ref().map_or(now, |time| time.0.as_second());
+    let is_decided = |request: &Request| {
+        let conditions = request.status.iter().flat_map(|status| &status.conditions);
+        conditions
+            .filter(|condition| condition.status == "True")
+            .find(|condition| matches!(&*condition.kind, "Approved" | "Denied"))
+            .cloned()
+    };
+    let waiting: Vec<&Request> = requests.iter().filter(|request| is_decided(request).is_none() && age(request) > UNDECIDED).collect();
+    if let Some(oldest) = waiting.iter().max_by_key(|request| age(request)) {
+        let of = |text: &Option<String>| text.clone().unwrap_or_else(|| "?".to_owned());
+        let detail = format!(
+            "nobody has approved or denied {} of {} requests of this node; the oldest, {}/{}, is {} s old",
+            waiting.len(),
+            requests.len(),
+            of(&oldest.metadata.namespace),
+            of(&oldest.metadata.name),
+            age(oldest)
+        );
+        let remedy = "run an approver: cert-manager's own, which its controller has unless --controllers says otherwise and whose account \
+                      needs the verb approve on signers, or a policy's; its log says why it leaves these";
+        return Step::failed(name, Exit::Failed, detail, remedy);
+    }
+    match requests.iter().filter_map(is_decided).next_back() {
+        Some(condition) => {
+            let reason = condition.reason.as_deref().unwrap_or("no reason");
+            Step::ok(name, format!("there is one: a request of this node was {} ({reason})", condition.kind.to_lowercase()))
+        }
+        None => {
+            let detail = "not known: no request of this node is there, and requests that were signed are deleted";
+            Step::unknown(name, detail, Some("run this again while a certificate is asked for"))
         }
     }
 }
@@ -241,6 +286,28 @@ mod tests {
                         rsa\") (sds-agent/b)\nspiffe://example.org/ns/a/sa/b failed: out of ink (sds-agent/c)";
         assert_eq!((step.result, step.detail.as_str()), (Outcome::Failed, expected));
         assert!(step.remedy.as_ref().unwrap().starts_with("the role lacks key_type=any;"), "{step:?}");
+    }
+
+    #[test]
+    fn an_approver_is_known_by_what_became_of_requests() {
+        let at = |seconds: i64| 1_767_225_600 + seconds;
+        let plain = request("a", "2026-01-01T00:00:00Z", "Pending", "");
+        let decided = |kind: &str| {
+            let mut request = plain.clone();
+            let condition = json!({"type": kind, "status": "True", "reason": "Policy", "message": "m"});
+            request.status.as_mut().unwrap().conditions.push(serde_json::from_value(condition).unwrap());
+            request
+        };
+        let step = approver(&[decided("Approved"), plain.clone()], at(45));
+        assert!(
+            step.result == Outcome::Failed && step.detail.ends_with("1 of 2 requests of this node; the oldest, sds-agent/a, is 45 s old")
+        );
+        assert_eq!(
+            approver(&[decided("Approved"), plain.clone()], at(5)).detail,
+            "there is one: a request of this node was approved (Policy)"
+        );
+        assert_eq!(approver(&[decided("Denied")], at(500)).result, Outcome::Ok);
+        assert_eq!((approver(&[], at(0)).result, approver(&[plain], at(5)).result), (Outcome::Unknown, Outcome::Unknown));
     }
 
     #[test]

@@ -13,30 +13,46 @@ use crate::{
     peer::Peer,
 };
 
-/// The shared socket: what stands at its path, and who answers there.
-pub(super) fn socket(shared: &SharedSocket) -> Step {
+/// The shared socket: what stands at its path, and the process that listens there.
+pub(super) fn socket(shared: &SharedSocket) -> (Step, Option<i32>) {
+    match listening(shared) {
+        Ok((step, pid)) => (step, Some(pid)),
+        Err(step) => (step, None),
+    }
+}
+
+fn listening(shared: &SharedSocket) -> Result<(Step, i32), Step> {
     use std::os::unix::fs::{FileTypeExt, MetadataExt};
     let (path, name) = (shared.path.display(), "socket");
     let running = "is the agent running on this node, and is its directory mounted here?";
     let meta = match fs::symlink_metadata(&shared.path) {
         Ok(meta) => meta,
-        Err(error) => return Step::failed(name, Exit::Unavailable, format!("{path}: {error}"), running),
+        Err(error) => return Err(Step::failed(name, Exit::Unavailable, format!("{path}: {error}"), running)),
     };
     if !meta.file_type().is_socket() {
-        return Step::failed(name, Exit::Failed, format!("{path} is no socket"), "remove it and restart the agent");
+        return Err(Step::failed(name, Exit::Failed, format!("{path} is no socket"), "remove it and restart the agent"));
     }
     let mode = meta.mode() & 0o7777;
     let found = format!("{path}: mode {mode:04o}, inode {}", meta.ino());
     if mode != shared.mode {
         let remedy = format!("restart the agent; sockets.shared.mode says {:04o}", shared.mode);
-        return Step::failed(name, Exit::Failed, found, remedy);
+        return Err(Step::failed(name, Exit::Failed, found, remedy));
     }
     match std::os::unix::net::UnixStream::connect(&shared.path).and_then(|stream| Peer::of(&stream)) {
         Ok(server) => {
             let who = comm(Path::new("/proc"), server.pid);
-            Step::ok(name, format!("{found}; process {} ({who}) listens on it", server.pid))
+            Ok((Step::ok(name, format!("{found}; process {} ({who}) listens on it", server.pid)), server.pid))
         }
-        Err(error) => Step::failed(name, Exit::Unavailable, format!("{found}; nobody answers: {error}"), running),
+        Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => {
+            let detail = format!("{found}; nobody listens on it: it is left over from an agent that has ended without cleaning up");
+            let remedy = "start the agent, which replaces it; where one runs, it serves another directory: compare the mounts";
+            Err(Step::failed(name, Exit::Unavailable, detail, remedy))
+        }
+        Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => {
+            let detail = format!("{found}; this user may not connect");
+            Err(Step::failed(name, Exit::NotPermitted, detail, "see sockets.shared.mode, and the modes of the directories above it"))
+        }
+        Err(error) => Err(Step::failed(name, Exit::Unavailable, format!("{found}; nobody answers: {error}"), running)),
     }
 }
 
@@ -124,7 +140,7 @@ pub(super) fn of_pod(uid: &str, own: &Own) -> Vec<i32> {
     .collect()
 }
 
-fn comm(proc: &Path, pid: i32) -> String {
+pub(super) fn comm(proc: &Path, pid: i32) -> String {
     fs::read_to_string(proc.join(pid.to_string()).join("comm")).map_or_else(|_| "?".to_owned(), |name| name.trim_end().to_owned())
 }
 
@@ -163,9 +179,13 @@ mod tests {
         fs::write(dir.path().join("file"), "").unwrap();
         let _listener = std::os::unix::net::UnixListener::bind(dir.path().join("served")).unwrap();
         let mode = std::os::unix::fs::MetadataExt::mode(&fs::metadata(dir.path().join("served")).unwrap()) & 0o7777;
-        assert_eq!(socket(&shared("served", mode)).result, Outcome::Ok);
+        let (step, pid) = socket(&shared("served", mode));
+        assert_eq!((step.result, pid), (Outcome::Ok, i32::try_from(std::process::id()).ok()));
+        drop(std::os::unix::net::UnixListener::bind(dir.path().join("stale")).unwrap());
+        let (step, pid) = socket(&shared("stale", mode));
+        assert!(step.detail.contains("left over from an agent that has ended") && pid.is_none(), "{step:?}");
         for (name, words) in [("none", "No such file"), ("file", "is no socket"), ("served", "mode")] {
-            let step = socket(&shared(name, 0o1));
+            let (step, _) = socket(&shared(name, 0o1));
             assert!(step.result == Outcome::Failed && step.detail.contains(words), "{step:?}");
         }
     }

@@ -10,6 +10,8 @@ use crate::cli::{Exit, output};
 pub enum Outcome {
     /// As it should be.
     Ok,
+    /// It works, and somebody should look at it.
+    Warning,
     /// Not as it should be.
     Failed,
     /// It could not be looked at.
@@ -36,6 +38,11 @@ impl Step {
     /// As it should be.
     pub fn ok(name: &'static str, detail: impl Into<String>) -> Self {
         Self { name, result: Outcome::Ok, detail: detail.into(), remedy: None, exit: Exit::Ok }
+    }
+
+    /// It works, and somebody should look at it; no reason to end with a failure.
+    pub fn warning(name: &'static str, detail: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self { name, result: Outcome::Warning, detail: detail.into(), remedy: Some(remedy.into()), exit: Exit::Ok }
     }
 
     /// Not as it should be; `exit` is how the doctor ends if this is the first such step.
@@ -75,6 +82,7 @@ impl Report {
         for step in &self.steps {
             let mark = match step.result {
                 Outcome::Ok => "ok",
+                Outcome::Warning => "warning",
                 Outcome::Failed => "FAILED",
                 Outcome::Unknown => "unknown",
             };
@@ -104,7 +112,9 @@ mod tests {
     #[test]
     fn the_first_failed_step_decides_and_what_is_not_known_is_no_failure() {
         let unknown = Step::unknown("pod", "no cluster", Some("name --config"));
-        assert_eq!(Report::new(vec![unknown.clone(), Step::ok("process", "it runs")]).exit(), Exit::Ok);
+        let warning = Step::warning("clock", "it is 9s behind", "synchronise it");
+        let report = Report::new(vec![unknown.clone(), warning, Step::ok("process", "it runs")]);
+        assert_eq!((report.exit(), report.healthy), (Exit::Ok, true));
         let rights = Step::failed("rights", Exit::NotPermitted, "no", "bind the role");
         let report = Report::new(vec![unknown, rights, Step::failed("pod", Exit::Failed, "x", "y")]);
         assert_eq!((report.exit(), report.healthy), (Exit::NotPermitted, false));

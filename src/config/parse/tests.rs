@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::{
     config::{
-        CertManager, IssuerConfig, IssuerRef, PerPod, RequestNamespace, SharedSocket,
+        CertManager, IssuerConfig, IssuerRef, PerPod, RequestNamespace, SharedSocket, WarmUp,
         live::{FIELDS, Field},
     },
     identity::{IssuerName, KeyType, PodRef},
@@ -127,7 +127,7 @@ drain: 1s
 admin: { address: "[::1]:1" }
 metrics: { address: 127.0.0.1:2, perWorkload: true }
 workerThreads: 3
-approver: { agents: ["system:serviceaccount:mesh:agent"] }
+approver: { agents: ["system:serviceaccount:mesh:agent"], overlap: 2m }
 authorityEpoch: 7
 "#;
     let Loaded { config, warnings } = Config::parse(text, &|_| None).unwrap();
@@ -141,6 +141,7 @@ authorityEpoch: 7
     assert_eq!(config.reissue_over, Duration::from_secs(180));
     assert_eq!((config.lock_memory, config.attestation, config.worker_threads), (LockMemory::Never, Attestation::Unix, 3));
     assert_eq!(config.approver.agents, ["system:serviceaccount:mesh:agent"]);
+    assert_eq!(config.approver.overlap, Duration::from_secs(120));
     assert_eq!(config.trust_sources, [TrustSource::File { path: "/a.pem".into() }]);
     let federated = TrustSource::ConfigMap { namespace: "n".into(), name: "m".into(), key: "roots.pem".into() };
     assert_eq!(config.federated, BTreeMap::from([(TrustDomain::new("b.example").unwrap(), federated)]));
@@ -175,6 +176,17 @@ fn who_of_a_pod_may_fetch_is_read_and_is_everybody_unless_told() {
         "attestationPolicy: {{ uids: [1] }}\nsockets: {{ shared: {{ enabled: false }}, perPod: {{ enabled: true }} }}\n{LEAST}"
     ));
     assert!(unread.warnings[0].to_string().starts_with("attestationPolicy: is about callers of sockets.shared"), "{:?}", unread.warnings);
+}
+
+#[test]
+fn pods_are_warmed_up_only_where_that_is_enabled() {
+    for text in ["", "warmUp: { podLabels: { mesh: \"on\" }, socketMount: false }\n"] {
+        assert_eq!(load(&format!("{text}{LEAST}")).config.warm_up, None);
+    }
+    let told = |text: &str| load(&format!("warmUp: {{ enabled: true{text} }}\n{LEAST}")).config.warm_up.unwrap();
+    assert_eq!(told(""), WarmUp { pod_labels: BTreeMap::new(), socket_mount: true });
+    let pod_labels = BTreeMap::from([("mesh".to_owned(), "on".to_owned())]);
+    assert_eq!(told(", socketMount: false, podLabels: { mesh: \"on\" }"), WarmUp { pod_labels, socket_mount: false });
 }
 
 #[test]

@@ -163,7 +163,7 @@ async fn a_certificate_costs_two_writes_and_the_request_tells_who_asks() {
     let (task, mut stage) = world.order("cart");
     let request = world.request().await;
     let name = text(&request, "name").to_owned();
-    timeout(MINUTE, stage.wait_for(|s| *s == Stage::Submitted(name.as_str().into()))).await.unwrap().unwrap();
+    timeout(MINUTE, stage.wait_for(|s| matches!(s, Stage::Submitted(pending) if *pending.request == *name))).await.unwrap().unwrap();
 
     let metadata = &request["metadata"];
     assert_eq!(metadata["labels"][keys::NODE], "n1");

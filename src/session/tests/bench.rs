@@ -102,6 +102,7 @@ impl Agent {
             await_bundle: false,
             clock: clock.clone(),
             claims: None,
+            witness: None,
             metrics: rotation::metrics::Metrics::default(),
         };
         tokio::spawn(rotation::run(parts, CancellationToken::new()));

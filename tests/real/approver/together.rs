@@ -1,7 +1,9 @@
 //! Agents, approver and policy together: what is there for everybody else still works.
 
+use std::time::{Duration, Instant};
+
 use super::world::{GUARDED, NAMESPACE, PATIENCE, World};
-use crate::support::{cluster::Pod, eventually, scene::Workload};
+use crate::support::{agent::Agent, cluster::Pod, eventually, scene::Workload};
 
 const AGENT: &str = "system:serviceaccount:sds-agent:sds-agent";
 
@@ -73,6 +75,71 @@ async fn a_rollout_that_changes_the_configuration_is_waited_out() {
     drop(old);
     let _new = world.approver("approver-new", "1h").await;
     assert_eq!(stream.update(1, PATIENCE).await["spiffe_id"], workload.id());
+}
+
+/// Lifetime and profile change, once with the approver ahead of the agent and once behind it: it goes on by itself, and nobody is denied.
+/// After the overlap only the new configuration counts.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_change_of_the_configuration_denies_nobody_in_either_order() {
+    const OVERLAP: Duration = Duration::from_secs(40);
+    let world = World::start(GUARDED).await;
+    let node = world.cluster.node().await;
+    let actor = world.actor("agent", "sds-agent", &node).await;
+    let shop = world.cluster.namespace().await;
+    let app = async |name: &str| Workload::of(world.cluster.pod(&shop, name, &node).await);
+    let (approver, mut mounted) = world.approver_with_overlap("approver", "1h", "40s").await;
+    let decided = async |label: &str| approver.metric_of("sds_agent_approver_decisions_total", &[label]).await;
+    let reloaded = async |approver: &Agent, count: f64| {
+        eventually("the approver has the new file", PATIENCE, async || {
+            let reloads = approver.metric_of("sds_agent_configuration_reloads_total", &["result=\"ok\""]).await;
+            if reloads >= count { Ok(()) } else { Err(reloads.to_string()) }
+        })
+        .await;
+    };
+    // The agent is restarted with a configuration, as long as the live change of one is not what is tested.
+    let run = async |lifetime: &str, key: &str| world.agent(&actor, &format!("{lifetime}, key: {key}")).await.start().await;
+    let first = run("1h", "ecdsa-p256").await;
+    let workload = app("before").await;
+    assert_eq!(workload.fetch(&first).await["spiffe_id"], workload.id());
+
+    // The approver is ahead: of an agent that is as it was, and of one that follows.
+    mounted.publish(&mounted.text.replace("lifetime: 1h", "lifetime: 2h"));
+    reloaded(&approver, 1.0).await;
+    let workload = app("behind").await;
+    assert_eq!(workload.fetch(&first).await["spiffe_id"], workload.id());
+    let former = approver.metric("sds_agent_approver_former_approvals_total").await;
+    assert!((0.5..1.5).contains(&former), "{former}");
+    first.kill().await;
+    let second = run("2h", "ecdsa-p256").await;
+    let workload = app("same").await;
+    assert_eq!(workload.fetch(&second).await["spiffe_id"], workload.id());
+    second.kill().await;
+
+    // The agent is ahead: its request waits until the approver has the file, too, and no longer.
+    let third = run("3h", "rsa-2048").await;
+    let workload = app("ahead").await;
+    let stream = workload.watch(third.socket());
+    approver.logs("it waits", PATIENCE, |line| line["reason"] == "ProfileMismatch" && line["seconds"].is_u64()).await;
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    assert_eq!(stream.updates().len(), 0);
+    let good = mounted.text.replace("lifetime: 2h", "lifetime: 3h, key: rsa-2048");
+    mounted.publish("certificate: { lifetime: for ever }\n");
+    approver.logs("the file is wrong", PATIENCE, |line| line["field"] == "certificate.lifetime").await;
+    let start = Instant::now();
+    mounted.publish(&good);
+    assert_eq!(stream.update(1, PATIENCE).await["spiffe_id"], workload.id());
+    println!("figure: from the approver's new file to the certificate of an agent that was ahead: {:?}", start.elapsed());
+    reloaded(&approver, 2.0).await;
+    assert_eq!((decided("decision=\"denied\"").await, decided("decision=\"approved\"").await), (0.0, 4.0));
+
+    // After the overlap the former files are forgotten.
+    third.kill().await;
+    tokio::time::sleep(OVERLAP).await;
+    let late = run("2h", "ecdsa-p256").await;
+    let workload = app("late").await;
+    let _stream = workload.watch(late.socket());
+    late.logs("the denial", 2 * PATIENCE, |line| line["cause"].as_str().is_some_and(|cause| cause.contains("ProfileMismatch"))).await;
+    assert!((decided("decision=\"denied\"").await - 1.0).abs() < 0.5);
 }
 
 /// The pod that stands for a shared identity goes before the approval: a sibling stands in at once.

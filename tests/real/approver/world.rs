@@ -1,6 +1,11 @@
 //! A cluster with sds-agent installed from `daemonset/`, and those who act in it.
 
-use std::{fs, path::PathBuf, time::Duration};
+use std::{
+    fs,
+    os::unix::fs::symlink,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -105,11 +110,20 @@ impl World {
         text.replace(LIFETIME, &format!("lifetime: {lifetime}"))
     }
 
-    /// An approver with the account and rights of `daemonset/`, ready.
+    /// An approver with the account and rights of `daemonset/`, ready. It knows one configuration and decides at once.
     pub async fn approver(&self, name: &str, lifetime: &str) -> Agent {
         let actor = self.replica(name).await;
-        let launch = Launch::approver(&actor.dir, &self.configuration(lifetime).await);
-        actor.environment(launch).start().await
+        let configuration = overlapping(&self.configuration(lifetime).await, "0s");
+        actor.environment(Launch::approver(&actor.dir, &configuration)).start().await
+    }
+
+    /// The same with an overlap, and its configuration as a mounted ConfigMap.
+    pub async fn approver_with_overlap(&self, name: &str, lifetime: &str, overlap: &str) -> (Agent, Mounted) {
+        let actor = self.replica(name).await;
+        let configuration = overlapping(&self.configuration(lifetime).await, overlap);
+        let launch = actor.environment(Launch::approver(&actor.dir, &configuration));
+        let mounted = Mounted::instead_of(&actor.dir.join("config.yaml"));
+        (launch.start().await, mounted)
     }
 
     /// A pod as the Deployment makes it.
@@ -155,6 +169,46 @@ impl World {
     pub fn audit(&self) -> Vec<Value> {
         let log = self.plane.kubeconfig().parent().unwrap().join("audit.log");
         fs::read_to_string(log).unwrap().lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
+    }
+}
+
+/// A configuration with this overlap.
+fn overlapping(configuration: &str, overlap: &str) -> String {
+    let (section, told) = ("approver:\n", format!("approver:\n  overlap: {overlap}\n"));
+    assert!(configuration.contains(section), "{configuration}");
+    configuration.replace(section, &told)
+}
+
+/// A file as the kubelet mounts one of a ConfigMap: it is reached through a link that is swapped.
+pub struct Mounted {
+    directory: PathBuf,
+    version: u32,
+    pub text: String,
+}
+
+impl Mounted {
+    /// In the place of a file that is there.
+    fn instead_of(file: &Path) -> Self {
+        let text = fs::read_to_string(file).unwrap();
+        let mut mounted = Self { directory: file.parent().unwrap().to_owned(), version: 0, text: String::new() };
+        mounted.publish(&text);
+        fs::remove_file(file).unwrap();
+        symlink("..data/config.yaml", file).unwrap();
+        mounted
+    }
+
+    /// Brings another content, and takes the former away.
+    pub fn publish(&mut self, text: &str) {
+        let at = |name: &str| self.directory.join(name);
+        let (old, new) = (format!("..{}", self.version), format!("..{}", self.version + 1));
+        fs::create_dir(at(&new)).unwrap();
+        fs::write(at(&new).join("config.yaml"), text).unwrap();
+        symlink(&new, at("..data_tmp")).unwrap();
+        fs::rename(at("..data_tmp"), at("..data")).unwrap();
+        if self.version > 0 {
+            fs::remove_dir_all(at(&old)).unwrap();
+        }
+        (self.version, self.text) = (self.version + 1, text.to_owned());
     }
 }
 

@@ -13,7 +13,7 @@ use crate::support::{
 };
 
 /// In every namespace.
-const AGENT: [&str; 4] = ["create events", "get clusterissuers.cert-manager.io", "list pods", "watch pods"];
+const AGENT: [&str; 4] = ["create events.events.k8s.io", "get clusterissuers.cert-manager.io", "list pods", "watch pods"];
 /// In their own, for requests.
 const AGENT_OWN: [&str; 6] = [
     "create certificaterequests.cert-manager.io",

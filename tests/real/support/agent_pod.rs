@@ -34,15 +34,18 @@ pub enum Right {
     Pods,
     /// The ConfigMap of its trust.
     Trust,
+    /// Events on every pod.
+    Events,
 }
 
 /// What an agent needs and nothing else.
-const LEAST: [(Right, &[&str]); 5] = [
+const LEAST: [(Right, &[&str]); 6] = [
     (Right::Requests, &["create", "get", "list", "watch", "delete"]),
     (Right::ClusterIssuers, &["get"]),
     (Right::Issuers, &[]),
     (Right::Pods, &["list", "watch"]),
     (Right::Trust, &["get", "list", "watch"]),
+    (Right::Events, &["create"]),
 ];
 
 /// A ConfigMap with roots in it.
@@ -219,6 +222,7 @@ impl AgentPod {
             Right::ClusterIssuers => ("cert-manager.io", "clusterissuers", "", ""),
             Right::Issuers => ("cert-manager.io", "issuers", "", ""),
             Right::Pods => ("", "pods", "", ""),
+            Right::Events => ("events.k8s.io", "events", "", ""),
             Right::Trust => ("", "configmaps", &self.roots.namespace, &self.roots.name),
         }
     }

@@ -85,6 +85,18 @@ fn each_mistake_has_its_sentence() {
             "sockets.perPod.enabled: true needs pods, which `attestation: unix` does not know; set attestation to kubernetes, or this to false",
         ),
         (
+            "attestation: unix\nwarmUp: { enabled: true }",
+            "warmUp.enabled: true needs pods, which `attestation: unix` does not know; set attestation to kubernetes, or this to false",
+        ),
+        (
+            "sockets: { shared: { enabled: false }, perPod: { enabled: true } }\nwarmUp: { enabled: true }",
+            "warmUp.enabled: true is about callers of sockets.shared, which is not enabled; pods with sockets of their own are warmed up anyway; set it to false",
+        ),
+        (
+            "warmUp: { enabled: true, socketMount: false }",
+            "warmUp.socketMount: false leaves nobody to warm up, as podLabels is empty; name labels, or set enabled to false",
+        ),
+        (
             "sockets: { perPod: { directory: /run/../etc } }",
             r#"sockets.perPod.directory: "/run/../etc" is not written plainly; leave out '.', '..' and doubled or final slashes"#,
         ),

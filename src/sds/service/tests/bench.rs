@@ -146,6 +146,7 @@ impl Bench {
             await_bundle: false,
             clock: Arc::new(clock.clone()),
             claims: None,
+            witness: None,
             metrics: rotation::metrics::Metrics::default(),
         };
         tokio::spawn(rotation::run(parts, CancellationToken::new()));

@@ -1,0 +1,350 @@
+//! A fleet on simulated time: the agent's own planner and schedule, and a signer with a stated rate.
+//!
+//! Every node has the real [`Planner`]; nothing of its decisions is repeated here. What is simulated is what surrounds it: the two clocks,
+//! the clients (who hold the last certificate that was published), and one signer with one queue, which takes requests in the order in
+//! which they come and needs the same time for each. Events are in nanoseconds since the start.
+
+use std::{
+    cmp::Reverse,
+    collections::{BinaryHeap, VecDeque},
+    ops::Range,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use sds_agent::{
+    identity::{IssuerName, KeyType, Profile},
+    issuer::Retry,
+    material::Validity,
+    rotation::{
+        planner::{Action, Id, Now, Planner},
+        schedule,
+    },
+    store::Demand,
+};
+use tokio::time::Instant;
+
+/// From the agent's decision to the request's place in the signer's queue, and the same for the way back.
+const WAY: Duration = Duration::from_millis(20);
+/// The wall clock at the start: any day.
+const START: Duration = Duration::from_secs(20_000 * 86_400);
+
+/// What happens to the fleet.
+#[derive(Debug, Clone)]
+pub struct Scenario {
+    /// How many agents.
+    pub nodes: usize,
+    /// How many identities each of them has.
+    pub identities: usize,
+    /// The lifetime of every certificate.
+    pub lifetime: Duration,
+    /// Signatures per second.
+    pub rate: f64,
+    /// All agents start within this time.
+    pub rollout: Duration,
+    /// The end of the simulation.
+    pub until: Duration,
+    /// All agents are started anew, with clients that come back with what they hold, spread over `rollout` from this time on.
+    pub restart: Option<Duration>,
+    /// The signer is away.
+    pub outage: Option<Outage>,
+    /// For all that is drawn.
+    pub seed: u64,
+}
+
+/// A time without a signer.
+#[derive(Debug, Clone)]
+pub struct Outage {
+    /// From when to when.
+    pub at: Range<Duration>,
+    /// Whether requests fail meanwhile, as with Vault; otherwise they wait.
+    pub fails: bool,
+}
+
+impl Scenario {
+    /// Renewals per second in the long run.
+    pub fn mean_rate(&self) -> f64 {
+        let identities = self.nodes as f64 * self.identities as f64;
+        identities / (self.lifetime.as_secs_f64() * profile(self.lifetime).renew_at)
+    }
+}
+
+/// One certificate of one identity, as the client lives through it.
+#[derive(Debug, Clone, Copy)]
+pub struct Life {
+    /// When its replacement was due.
+    pub due: Duration,
+    /// Its end.
+    pub not_after: Duration,
+    /// When its replacement was there, if that came.
+    pub replaced: Option<Duration>,
+}
+
+/// What came of a scenario.
+#[derive(Debug, Default)]
+pub struct Outcome {
+    /// When each signature was asked for.
+    pub requests: Vec<Duration>,
+    /// Every certificate.
+    pub lives: Vec<Life>,
+}
+
+impl Outcome {
+    /// Requests in each window of `window`, from `span.start` to `span.end`.
+    pub fn windows(&self, window: Duration, span: &Range<Duration>) -> Vec<u32> {
+        let count = (span.end.saturating_sub(span.start).as_nanos() / window.as_nanos()) as usize;
+        let mut out = vec![0; count];
+        for at in self.requests.iter().filter(|at| span.contains(*at)) {
+            if let Some(n) = out.get_mut(((*at - span.start).as_nanos() / window.as_nanos()) as usize) {
+                *n += 1;
+            }
+        }
+        out
+    }
+
+    /// The share of the busiest of these windows in their mean.
+    pub fn peak_to_mean(&self, window: Duration, span: &Range<Duration>) -> f64 {
+        let windows = self.windows(window, span);
+        let sum: u64 = windows.iter().map(|n| u64::from(*n)).sum();
+        let peak = windows.iter().copied().max().unwrap_or(0);
+        f64::from(peak) * windows.len() as f64 / (sum.max(1) as f64)
+    }
+
+    /// Certificates that ended before their replacement was there.
+    pub fn expired(&self, until: Duration) -> usize {
+        self.lives.iter().filter(|life| life.replaced.unwrap_or(until) > life.not_after).count()
+    }
+
+    /// Certificates that would have ended too had every request been in the signer's queue at the moment when it was due, what ends
+    /// first being signed first: what no agent can save.
+    pub fn beyond_saving(&self, rate: f64, outage: &Range<Duration>, until: Duration) -> usize {
+        let mut jobs: Vec<_> = self.lives.iter().filter(|life| life.due < until).map(|life| (life.due, life.not_after)).collect();
+        jobs.sort_unstable();
+        let mut jobs = VecDeque::from(jobs);
+        let (mut waiting, mut now, mut late) = (BinaryHeap::new(), Duration::ZERO, 0);
+        let each = Duration::from_secs_f64(1.0 / rate);
+        while let Some(next) = jobs.front().map(|(due, _)| *due).or_else(|| (!waiting.is_empty()).then_some(now)) {
+            if waiting.is_empty() {
+                now = now.max(next);
+            }
+            if outage.contains(&now) {
+                now = outage.end;
+            }
+            while jobs.front().is_some_and(|(due, _)| *due <= now) {
+                waiting.extend(jobs.pop_front().map(|(_, not_after)| Reverse(not_after)));
+            }
+            if let Some(Reverse(not_after)) = waiting.pop() {
+                now += each;
+                late += usize::from(now + WAY * 2 > not_after);
+            }
+        }
+        late
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Event {
+    /// An agent starts, for the first time or anew.
+    Start(usize),
+    /// An agent's planner has asked to be woken.
+    Wake(usize),
+    /// A request comes back; `bool` says signed. The generation tells whether the process that holds the key still lives.
+    Answer(usize, Id, u32, bool),
+}
+
+struct Node {
+    planner: Planner,
+    generation: u32,
+    wake: Option<u64>,
+    /// The certificate that the client of each identity holds: its place in the outcome's lives.
+    held: Vec<Option<usize>>,
+    /// Signed, and not yet published.
+    signed: Vec<Option<(Validity, SystemTime)>>,
+}
+
+struct Run<'a> {
+    scenario: &'a Scenario,
+    profile: Profile,
+    issuer: IssuerName,
+    zero: Instant,
+    heap: BinaryHeap<Reverse<(u64, Event)>>,
+    nodes: Vec<Node>,
+    signer_free: Duration,
+    random: fastrand::Rng,
+    outcome: Outcome,
+}
+
+/// The profile that every identity has: the agent's defaults.
+fn profile(lifetime: Duration) -> Profile {
+    Profile {
+        name: "default".into(),
+        issuer: IssuerName("mesh".into()),
+        authority: "mesh".into(),
+        key: KeyType::EcdsaP256,
+        lifetime,
+        renew_at: 0.5,
+        jitter: 0.1,
+        spiffe_id: "".into(),
+        dns_names: Vec::new(),
+        per_pod: false,
+        epoch: 0,
+    }
+}
+
+/// What one process draws depends on nothing but the seed: scenarios of one seed can be compared.
+fn planner(scenario: &Scenario, node: usize, generation: u32) -> Planner {
+    let mut random = fastrand::Rng::with_seed(scenario.seed);
+    let seed = random.u64(..).wrapping_add((node as u64) << 32 | u64::from(generation));
+    Planner::new(Duration::from_secs(300), fastrand::Rng::with_seed(seed).u64(..))
+}
+
+/// Runs `scenario` to its end.
+pub fn run(scenario: &Scenario) -> Outcome {
+    let random = fastrand::Rng::with_seed(scenario.seed);
+    let node = |node: usize| Node {
+        planner: planner(scenario, node, 0),
+        generation: 0,
+        wake: None,
+        held: vec![None; scenario.identities],
+        signed: vec![None; scenario.identities],
+    };
+    let nodes = (0..scenario.nodes).map(node).collect();
+    let (profile, zero, outcome) = (profile(scenario.lifetime), Instant::now(), Outcome::default());
+    let issuer = profile.issuer.clone();
+    let mut run = Run { scenario, profile, issuer, zero, heap: BinaryHeap::new(), nodes, signer_free: Duration::ZERO, random, outcome };
+    for start in [Some(Duration::ZERO), scenario.restart].into_iter().flatten() {
+        for node in 0..scenario.nodes {
+            let at = start + scenario.rollout.mul_f64(run.random.f64());
+            run.push(at, Event::Start(node));
+        }
+    }
+    while let Some(Reverse((at, event))) = run.heap.pop() {
+        let at = Duration::from_nanos(at);
+        if at > scenario.until {
+            break;
+        }
+        run.handle(at, event);
+    }
+    run.outcome
+}
+
+impl Run<'_> {
+    fn push(&mut self, at: Duration, event: Event) {
+        // Some centuries fit.
+        self.heap.push(Reverse((at.as_nanos() as u64, event)));
+    }
+
+    fn now(&self, at: Duration) -> Now {
+        Now { wall: UNIX_EPOCH + START + at, mono: self.zero + at }
+    }
+
+    fn since_start(wall: SystemTime) -> Duration {
+        wall.duration_since(UNIX_EPOCH + START).unwrap_or_default()
+    }
+
+    fn handle(&mut self, at: Duration, event: Event) {
+        let now = self.now(at);
+        let node = match event {
+            Event::Start(node) => {
+                self.start(now, node);
+                node
+            }
+            Event::Wake(node) => {
+                if self.nodes[node].wake != Some(at.as_nanos() as u64) {
+                    return;
+                }
+                self.nodes[node].wake = None;
+                node
+            }
+            Event::Answer(node, id, generation, signed) => {
+                if self.nodes[node].generation != generation {
+                    return;
+                }
+                self.answer(now, node, id, signed);
+                node
+            }
+        };
+        self.advance(at, node);
+    }
+
+    /// The clients come with what they hold, if anything.
+    fn start(&mut self, now: Now, node: usize) {
+        let Node { planner: old, generation, held, .. } = &mut self.nodes[node];
+        *generation += 1;
+        *old = planner(self.scenario, node, *generation);
+        for (id, held) in held.iter().enumerate() {
+            let demand = match held.map(|life| self.outcome.lives[life]) {
+                Some(life) if UNIX_EPOCH + START + life.not_after > now.wall => {
+                    let at = |t| UNIX_EPOCH + START + t;
+                    Demand::Held { renew_at: at(life.due), not_after: at(life.not_after) }
+                }
+                _ => Demand::Now,
+            };
+            old.wanted(now, id as Id, &self.issuer, Some(demand));
+        }
+    }
+
+    fn answer(&mut self, now: Now, node: usize, id: Id, signed: bool) {
+        let Node { planner, signed: ready, .. } = &mut self.nodes[node];
+        if !signed {
+            planner.failed(now, id, Retry::Backoff, false);
+            return;
+        }
+        let validity = Validity { not_before: now.wall, not_after: now.wall + self.profile.lifetime };
+        let occasion = planner.occasion(now, id);
+        let renew_at = schedule::renew_at(&validity, now.wall, &self.profile, occasion, planner.draw());
+        ready[id as usize] = Some((validity, renew_at));
+        planner.issued(now, id, validity, renew_at);
+    }
+
+    fn advance(&mut self, at: Duration, node: usize) {
+        let now = self.now(at);
+        while let Some(action) = self.nodes[node].planner.poll(now) {
+            match action {
+                Action::Start(id) => {
+                    self.outcome.requests.push(at);
+                    self.nodes[node].planner.submitted(now, id);
+                    let (back, signed) = self.sign(at);
+                    let generation = self.nodes[node].generation;
+                    self.push(back, Event::Answer(node, id, generation, signed));
+                }
+                Action::Publish(id) => self.publish(at, node, id as usize),
+                // Every request reaches the signer's queue, and every identity keeps its client.
+                Action::Abandon(_) | Action::Forget(_) => {}
+            }
+        }
+        let (wall, mono) = self.nodes[node].planner.next_wake();
+        let wake = [wall.map(Self::since_start), mono.map(|t| t.duration_since(self.zero))].into_iter().flatten().min();
+        if let Some(wake) = wake.map(|wake| wake.max(at)) {
+            let nanos = wake.as_nanos() as u64;
+            if self.nodes[node].wake != Some(nanos) {
+                self.nodes[node].wake = Some(nanos);
+                self.push(wake, Event::Wake(node));
+            }
+        }
+    }
+
+    /// When a request that is made now is answered, and whether it is signed.
+    fn sign(&mut self, at: Duration) -> (Duration, bool) {
+        let arrival = at + WAY;
+        if let Some(outage) = &self.scenario.outage {
+            if outage.fails && outage.at.contains(&arrival) {
+                return (arrival + WAY, false);
+            }
+            if outage.at.contains(&self.signer_free.max(arrival)) {
+                self.signer_free = outage.at.end;
+            }
+        }
+        self.signer_free = self.signer_free.max(arrival) + Duration::from_secs_f64(1.0 / self.scenario.rate);
+        (self.signer_free + WAY, true)
+    }
+
+    fn publish(&mut self, at: Duration, node: usize, id: usize) {
+        let Node { held, signed, .. } = &mut self.nodes[node];
+        let Some((validity, renew_at)) = signed[id].take() else { return };
+        let life = Life { due: Self::since_start(renew_at), not_after: Self::since_start(validity.not_after), replaced: None };
+        if let Some(old) = held[id].replace(self.outcome.lives.len()) {
+            self.outcome.lives[old].replaced = Some(at);
+        }
+        self.outcome.lives.push(life);
+    }
+}

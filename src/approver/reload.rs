@@ -1,0 +1,215 @@
+//! The configuration file, followed while the approver runs: the rules change with it, and a file that is wrong changes nothing.
+//!
+//! Owns what is in force. The caller runs [`Reload::run`] for as long as the approver.
+
+use std::{path::PathBuf, sync::Arc};
+
+use tokio::{sync::watch, time::Instant};
+use tracing::{error, info, warn};
+
+use super::{
+    force::InForce,
+    settings::{Refused, Settings},
+};
+use crate::{
+    config::{
+        Config, Env, MAX_FILE_BYTES, Warning,
+        reloads::{Metrics, Outcome},
+    },
+    file::Followed,
+};
+
+/// The file, and what it is read with.
+#[derive(Clone)]
+pub struct File {
+    /// Where it is.
+    pub path: PathBuf,
+    /// The environment.
+    pub env: Env<'static>,
+}
+
+/// Follows the file.
+pub struct Reload {
+    file: File,
+    in_force: watch::Sender<Arc<InForce>>,
+    metrics: Metrics,
+    started: Config,
+    is_first: bool,
+    refused: Option<Refused>,
+    warnings: Vec<Warning>,
+    waiting: Vec<&'static str>,
+}
+
+impl std::fmt::Debug for Reload {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Reload").field("path", &self.file.path).finish_non_exhaustive()
+    }
+}
+
+impl Reload {
+    /// Of the file that `settings` were read from, which are in force.
+    pub fn new(file: File, settings: &Settings, metrics: Metrics) -> Self {
+        Self {
+            file,
+            in_force: watch::Sender::new(Arc::new(InForce::new(settings.rules.clone()))),
+            metrics,
+            started: settings.config.clone(),
+            is_first: true,
+            refused: None,
+            warnings: settings.warnings.clone(),
+            waiting: Vec::new(),
+        }
+    }
+
+    /// What is in force, now and later.
+    pub fn in_force(&self) -> watch::Receiver<Arc<InForce>> {
+        self.in_force.subscribe()
+    }
+
+    /// Follows it for ever.
+    pub async fn run(mut self) {
+        let File { path, env } = self.file.clone();
+        Followed::new(path.clone(), MAX_FILE_BYTES).run(|content| self.take(Settings::of_content(&path, content, env))).await;
+    }
+
+    fn take(&mut self, read: Result<Settings, Refused>) {
+        let is_first = std::mem::take(&mut self.is_first);
+        let settings = match read {
+            Ok(settings) => settings,
+            Err(refused) => return self.refuse(refused),
+        };
+        let file = self.file.path.display().to_string();
+        if self.refused.take().is_some() {
+            info!(file, "the configuration file is good again");
+        }
+        self.tell(&settings);
+        let before = self.in_force.borrow().clone();
+        if settings.rules == before.rules {
+            // What is read first is what was read a moment ago, at the start.
+            if !is_first {
+                self.metrics.read(Outcome::unchanged);
+            }
+            return;
+        }
+        self.metrics.read(Outcome::ok);
+        let overlap = humantime::format_duration(settings.rules.overlap).to_string();
+        info!(
+            file,
+            overlap, "the rules have changed; for the overlap, what the former ones allow to agents and issuers that stay is approved too"
+        );
+        self.in_force.send_replace(Arc::new(before.replaced(settings.rules, Instant::now())));
+    }
+
+    /// What the log should have once.
+    fn tell(&mut self, settings: &Settings) {
+        for warning in settings.warnings.iter().filter(|warning| !self.warnings.contains(warning)) {
+            warn!("{warning}");
+        }
+        self.warnings.clone_from(&settings.warnings);
+        let waiting = settings.needing_restart(&self.started);
+        self.metrics.waiting(waiting.len());
+        if !waiting.is_empty() && waiting != self.waiting {
+            warn!(
+                fields = waiting.join(", "),
+                "these changes of the configuration need a restart; until then the approver goes by what was"
+            );
+        }
+        self.waiting = waiting;
+    }
+
+    fn refuse(&mut self, refused: Refused) {
+        self.metrics.read(Outcome::invalid);
+        if self.refused.as_ref() != Some(&refused) {
+            error!(file = %self.file.path.display(), "the configuration file cannot be used; the rules that are in force stay");
+            match &refused {
+                Refused::Invalid(errors) => errors.0.iter().for_each(|problem| error!(field = %problem.path, "{problem}")),
+                Refused::Unfit(unfit) => error!("{unfit}"),
+            }
+        }
+        self.refused = Some(refused);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, os::unix::fs::symlink, time::Duration};
+
+    use tokio::time::timeout;
+
+    use super::*;
+
+    fn text(lifetime: &str) -> String {
+        format!(
+            "issuer: {{ certManager: {{ issuerRef: {{ name: mesh-ca, kind: ClusterIssuer }} }} }}\ncertificate: {{ lifetime: {lifetime} }}\n"
+        )
+    }
+
+    fn settings(text: &str) -> Result<Settings, Refused> {
+        Settings::of_content("config.yaml".as_ref(), Ok(text.as_bytes()), &|_| None)
+    }
+
+    fn reload(path: PathBuf) -> Reload {
+        Reload::new(File { path, env: &|_| None }, &settings(&text("1h")).unwrap(), Metrics::default())
+    }
+
+    fn counted(metrics: &Metrics) -> [u64; 3] {
+        [Outcome::ok, Outcome::invalid, Outcome::unchanged].map(|result| metrics.counts(result).0)
+    }
+
+    fn lifetime(in_force: &InForce) -> u64 {
+        in_force.rules.resolver.default_profile.lifetime.as_secs() / 3600
+    }
+
+    #[test]
+    fn a_good_file_counts_and_a_bad_one_changes_nothing() {
+        let mut reload = reload("config.yaml".into());
+        let (rules, metrics) = (reload.in_force(), reload.metrics.clone());
+        let now = |hours| {
+            let in_force = rules.borrow();
+            assert_eq!(lifetime(&in_force), hours);
+            in_force.former(Instant::now()).count()
+        };
+        reload.take(settings(&text("1h")));
+        assert_eq!((now(1), counted(&metrics)), (0, [0, 0, 0]));
+        reload.take(settings(&text("2h")));
+        assert_eq!((now(2), counted(&metrics)), (1, [1, 0, 0]));
+        for bad in [text("2 fortnights"), "attestation: unix\nissuer: { embedded: {} }\n".to_owned(), text("1s")] {
+            reload.take(settings(&bad));
+            assert_eq!((now(2), metrics.counts(Outcome::ok).1), (1, 0), "{bad}");
+        }
+        let missing = std::io::Error::from(std::io::ErrorKind::NotFound);
+        reload.take(Settings::of_content("config.yaml".as_ref(), Err(&missing), &|_| None));
+        assert_eq!((now(2), metrics.counts(Outcome::ok).1, counted(&metrics)), (1, 0, [1, 4, 0]));
+        // What concerns agents alone is no other rule.
+        reload.take(settings(&format!("{}retention: 1h\n", text("2h"))));
+        assert_eq!((now(2), metrics.counts(Outcome::ok).1, counted(&metrics)), (1, 1, [1, 4, 1]));
+        // What needs a restart is said; the end of an overlap needs none.
+        reload.take(settings(&format!("{}workerThreads: 3\napprover: {{ overlap: 0s }}\n", text("2h"))));
+        assert_eq!((now(2), metrics.counts(Outcome::ok).2, counted(&metrics)), (0, 1, [2, 4, 1]));
+    }
+
+    #[tokio::test]
+    async fn a_mounted_config_map_is_followed_through_its_swap() {
+        let mount = tempfile::tempdir().unwrap();
+        let at = |name: &str| mount.path().join(name);
+        let publish = |version: &str, text: &str| {
+            fs::create_dir(at(version)).unwrap();
+            fs::write(at(version).join("config.yaml"), text).unwrap();
+            symlink(version, at("..data_tmp")).unwrap();
+            fs::rename(at("..data_tmp"), at("..data")).unwrap();
+        };
+        publish("..1", &text("1h"));
+        symlink("..data/config.yaml", at("config.yaml")).unwrap();
+        let reload = reload(at("config.yaml"));
+        let (mut rules, metrics) = (reload.in_force(), reload.metrics.clone());
+        let task = tokio::spawn(reload.run());
+        publish("..2", &text("2h"));
+        fs::remove_dir_all(at("..1")).unwrap();
+        publish("..3", "no: configuration\n");
+        publish("..4", &text("3h"));
+        let changed = rules.wait_for(|in_force| lifetime(in_force) == 3);
+        timeout(Duration::from_secs(20), changed).await.expect("no change").unwrap();
+        assert_eq!(metrics.counts(Outcome::ok).1, 1);
+        task.abort();
+    }
+}

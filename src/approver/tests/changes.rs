@@ -1,0 +1,143 @@
+//! Changes of the configuration: what was approved, what is, and what is looked at again.
+
+use super::*;
+use crate::identity::Profile;
+
+const OVERLAP: Duration = Duration::from_secs(600);
+
+/// The rules of the tests with an overlap and another lifetime.
+fn lasting(hours: u64) -> Rules {
+    let mut rules = Rules { overlap: OVERLAP, ..rules() };
+    let profile = Profile { lifetime: Duration::from_secs(hours * 3600), ..(*rules.resolver.default_profile).clone() };
+    rules.resolver.default_profile = profile.into();
+    rules
+}
+
+/// A request for a certificate of so many hours.
+fn asked(name: &str, hours: u64) -> Value {
+    let mut request = object(name);
+    request["spec"]["duration"] = json!(format!("{hours}h0m0s"));
+    request
+}
+
+fn undecided(api: &FakeApi, name: &str) -> bool {
+    let request = api.objects(CR).into_iter().find(|request| request["metadata"]["name"] == name).unwrap();
+    request["status"]["conditions"].is_null()
+}
+
+/// The approver's file first, the agents' later.
+#[tokio::test(start_paused = true)]
+async fn agents_that_have_the_former_file_are_approved_for_the_overlap_and_not_for_longer() {
+    let api = FakeApi::new();
+    put_pod(&api);
+    let replica = Replica::by(&api, true, lasting(1));
+    replica.change(lasting(2));
+    tokio::time::sleep(OVERLAP / 2).await;
+    for (name, hours) in [("former", 1), ("new", 2)] {
+        api.put(CR, asked(name, hours));
+        assert_eq!(decided(&api, name).await["type"], "Approved", "{name}");
+    }
+    assert_eq!(replica.metrics.by_former.get(), 1);
+    tokio::time::sleep(OVERLAP).await;
+    api.put(CR, asked("late", 1));
+    let start = Instant::now();
+    assert_eq!(decided(&api, "late").await["reason"], "ProfileMismatch");
+    assert!(start.elapsed() >= Duration::from_secs(120), "its agent might have been ahead: {:?}", start.elapsed());
+    assert_eq!(replica.metrics.count(Decided::denied, "ProfileMismatch"), 1);
+}
+
+/// An agent's file first, the approver's later.
+#[tokio::test(start_paused = true)]
+async fn agents_that_have_the_new_file_first_wait_for_the_approvers() {
+    let api = FakeApi::new();
+    put_pod(&api);
+    let replica = Replica::by(&api, true, lasting(1));
+    api.put(CR, asked("ahead", 2));
+    tokio::time::sleep(Duration::from_secs(90)).await;
+    assert!(undecided(&api, "ahead"));
+    let start = Instant::now();
+    replica.change(lasting(2));
+    assert_eq!(decided(&api, "ahead").await["type"], "Approved");
+    assert!(start.elapsed() < Duration::from_secs(1), "{:?}", start.elapsed());
+    assert_eq!((replica.metrics.by_former.get(), replica.metrics.pending.get()), (0, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_request_of_an_issuer_that_came_later_is_looked_at_then_and_only_then() {
+    let api = FakeApi::new();
+    put_pod(&api);
+    let mut other = lasting(1);
+    other.issuers[0].issuer.name = "other-ca".into();
+    let replica = Replica::by(&api, true, other.clone());
+    api.put(CR, asked("early", 1));
+    tokio::time::sleep(Duration::from_secs(3600)).await;
+    assert!(undecided(&api, "early"));
+    let lists = api.count("list", CR);
+    replica.change(lasting(1));
+    assert_eq!(decided(&api, "early").await["type"], "Approved");
+    assert_eq!(api.count("list", CR), lists + 1);
+    // The same issuers: nothing is listed again.
+    replica.change(lasting(2));
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    assert_eq!(api.count("list", CR), lists + 1);
+    // And an issuer that went is nobody's business from then on.
+    replica.change(other);
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    api.put(CR, asked("gone", 1));
+    tokio::time::sleep(OVERLAP).await;
+    assert!(undecided(&api, "gone"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_agent_that_was_taken_out_is_denied_at_once_though_its_request_was_waiting() {
+    let api = FakeApi::new();
+    put_pod(&api);
+    let replica = Replica::by(&api, true, lasting(1));
+    api.put(CR, asked("waits", 2));
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    assert!(undecided(&api, "waits"));
+    replica.change(Rules { agents: ["system:serviceaccount:a:b".to_owned()].into(), ..lasting(2) });
+    let start = Instant::now();
+    assert_eq!(decided(&api, "waits").await["reason"], "NotTheAgent");
+    api.put(CR, asked("later", 1));
+    assert_eq!(decided(&api, "later").await["reason"], "NotTheAgent");
+    assert!(start.elapsed() < Duration::from_secs(1), "{:?}", start.elapsed());
+    assert_eq!(replica.metrics.count(Decided::denied, "NotTheAgent"), 2);
+}
+
+/// The pod is being read when the rules change: what the read leads to is judged by the new ones.
+#[tokio::test(start_paused = true)]
+async fn a_decision_by_rules_that_were_replaced_meanwhile_is_not_written() {
+    let api = FakeApi::new();
+    let slow = json!({
+        "metadata": {"namespace": "shop", "name": "cart-1", "uid": "u-1"}, "spec": {"nodeName": "n1", "serviceAccountName": "cart"},
+    });
+    api.fail("get", "pods", Fault::Late(Duration::from_secs(5), slow), 1);
+    let replica = Replica::by(&api, false, lasting(1));
+    api.put(CR, asked("a", 1));
+    api.until("the pod is being read", |api| (api.count("get", "pods") == 1).then_some(())).await;
+    replica.change(Rules { agents: ["system:serviceaccount:a:b".to_owned()].into(), ..lasting(1) });
+    assert_eq!(decided(&api, "a").await["reason"], "NotTheAgent");
+}
+
+/// Somebody's agent asks for names that no rule gives, in a loop: few of its requests wait, the rest is denied at once.
+#[tokio::test(start_paused = true)]
+async fn no_more_than_so_many_requests_wait_for_a_file() {
+    let api = FakeApi::new();
+    put_pod(&api);
+    let replica = Replica::by(&api, true, lasting(1));
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    for n in 0..MOST_HESITATING + 100 {
+        api.put(CR, asked(&format!("r{n}"), 2));
+    }
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    let denied = replica.metrics.count(Decided::denied, "ProfileMismatch");
+    assert!((100 - WORKERS as u64..=100).contains(&denied), "{denied}");
+    // Who asks for what the rules give is not held up by them.
+    api.put(CR, asked("good", 1));
+    let start = Instant::now();
+    assert_eq!(decided(&api, "good").await["type"], "Approved");
+    assert!(start.elapsed() < Duration::from_secs(1));
+    tokio::time::sleep(Duration::from_secs(120)).await;
+    assert_eq!(replica.metrics.count(Decided::denied, "ProfileMismatch"), MOST_HESITATING as u64 + 100);
+}

@@ -1,0 +1,143 @@
+//! One question to the agent's own HTTP interface: a GET on a fresh connection, bounded in time and size.
+
+use std::{fmt, io, time::Duration};
+
+use bytes::Bytes;
+use http::{Request, StatusCode, header};
+use http_body_util::{BodyExt, Empty, Limited};
+use hyper::client::conn::http1;
+use hyper_util::rt::TokioIo;
+use tokio::{net::TcpStream, time::timeout};
+
+/// For the whole answer.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// An inventory of 16,000 identities takes ten megabytes.
+const MOST: usize = 64 << 20;
+
+/// Where an agent answers: `host:port`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Address(String);
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "http://{}", self.0)
+    }
+}
+
+impl std::str::FromStr for Address {
+    type Err = &'static str;
+
+    /// `http://host:port`, with or without the first part and a slash at the end.
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let wrong = "write http://HOST:PORT, such as http://127.0.0.1:15090; there is no TLS on loopback";
+        let rest = text.strip_prefix("http://").unwrap_or(text);
+        let authority = rest.strip_suffix('/').unwrap_or(rest);
+        let (host, port) = authority.rsplit_once(':').ok_or(wrong)?;
+        let is_host = !host.is_empty() && host.bytes().all(|b| b.is_ascii_alphanumeric() || b".-:[]%_".contains(&b));
+        if is_host && port.parse::<u16>().is_ok_and(|port| port > 0) { Ok(Self(authority.to_owned())) } else { Err(wrong) }
+    }
+}
+
+impl From<std::net::SocketAddr> for Address {
+    fn from(address: std::net::SocketAddr) -> Self {
+        Self(address.to_string())
+    }
+}
+
+/// Why there is no answer.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Nobody listens, or it is not reachable.
+    #[error("{address} cannot be reached: {cause}")]
+    Connect {
+        /// Where.
+        address: Address,
+        /// The kernel's answer.
+        cause: io::Error,
+    },
+    /// Who listens does not speak HTTP, or ends in the middle of it.
+    #[error("{address} does not answer in HTTP: {cause}")]
+    Http {
+        /// Where.
+        address: Address,
+        /// What went wrong.
+        cause: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// Nothing in time.
+    #[error("{address} does not answer within {} s", PATIENCE.as_secs())]
+    Timeout {
+        /// Where.
+        address: Address,
+    },
+}
+
+/// Asks for `path`; gives the answer whatever its status.
+pub async fn get(address: &Address, path: &str) -> Result<(StatusCode, String), Error> {
+    let asked = timeout(PATIENCE, ask(address, path)).await;
+    asked.unwrap_or_else(|_| Err(Error::Timeout { address: address.clone() }))
+}
+
+async fn ask(address: &Address, path: &str) -> Result<(StatusCode, String), Error> {
+    let stream = TcpStream::connect(&address.0).await.map_err(|cause| Error::Connect { address: address.clone(), cause })?;
+    let broken = |cause: Box<dyn std::error::Error + Send + Sync>| Error::Http { address: address.clone(), cause };
+    let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(|cause| broken(cause.into()))?;
+    let request = Request::get(path).header(header::HOST, &address.0).body(Empty::<Bytes>::new()).map_err(|cause| broken(cause.into()))?;
+    let answer = async {
+        let response = sender.send_request(request).await?;
+        let status = response.status();
+        let body = Limited::new(response.into_body(), MOST).collect().await?.to_bytes();
+        Ok((status, String::from_utf8_lossy(&body).into_owned()))
+    };
+    let driven = async {
+        let mut connection = std::pin::pin!(connection);
+        let mut answer = std::pin::pin!(answer);
+        tokio::select! {
+            biased;
+            answer = &mut answer => answer,
+            // The connection may end with the answer's last bytes.
+            _ = &mut connection => answer.await,
+        }
+    };
+    driven.await.map_err(broken)
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::TcpListener,
+    };
+
+    use super::*;
+
+    #[test]
+    fn an_address_is_a_host_and_a_port() {
+        for text in ["http://127.0.0.1:15090", "127.0.0.1:15090", "http://[::1]:15090/", "localhost:1"] {
+            assert!(text.parse::<Address>().is_ok(), "{text}");
+        }
+        for text in ["", "127.0.0.1", "https://127.0.0.1:1", "http://127.0.0.1:0", "http://:1", "http://a:1/certs", "a:70000"] {
+            assert!(text.parse::<Address>().is_err(), "{text}");
+        }
+        assert_eq!("127.0.0.1:1".parse::<Address>().unwrap().to_string(), "http://127.0.0.1:1");
+    }
+
+    #[tokio::test]
+    async fn an_answer_and_the_lack_of_one() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = Address::from(listener.local_addr().unwrap());
+        let server = tokio::spawn(async move {
+            for words in ["HTTP/1.1 503 Service Unavailable\r\ncontent-length: 3\r\nconnection: close\r\n\r\nno\n", "SSH-2.0-x\r\n"] {
+                let (mut stream, _) = listener.accept().await.unwrap();
+                let mut asked = [0; 512];
+                let read = stream.read(&mut asked).await.unwrap();
+                assert!(asked[..read].starts_with(b"GET /readyz?verbose HTTP/1.1\r\n"));
+                stream.write_all(words.as_bytes()).await.unwrap();
+            }
+        });
+        assert_eq!(get(&address, "/readyz?verbose").await.unwrap(), (StatusCode::SERVICE_UNAVAILABLE, "no\n".to_owned()));
+        assert!(matches!(get(&address, "/readyz?verbose").await, Err(Error::Http { .. })));
+        server.await.unwrap();
+        let gone = get(&address, "/livez").await.unwrap_err();
+        assert!(gone.to_string().starts_with(&format!("{address} cannot be reached: ")), "{gone}");
+    }
+}

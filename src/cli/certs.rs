@@ -1,0 +1,130 @@
+//! `sds-agent certs`: what an agent holds, without keys, as it tells itself on its admin address.
+
+use std::io::IsTerminal;
+
+use clap::ValueEnum;
+use http::StatusCode;
+use serde::Deserialize;
+
+use super::{
+    Exit,
+    admin_client::{self, Address},
+    output,
+};
+use crate::clock::{Clock, SystemClock};
+
+mod table;
+
+/// The flags of `certs`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub struct Args {
+    /// The agent's admin address (admin.address of its configuration)
+    #[arg(long, value_name = "URL", default_value = "http://127.0.0.1:15090")]
+    pub admin: Address,
+    /// How to print
+    #[arg(short, long, value_name = "FORMAT", default_value = "text")]
+    pub output: Format,
+}
+
+/// How to print.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// A table, the most pressing first
+    Text,
+    /// What the admin address answers: one object with a list, certificates
+    Json,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  sds-agent certs
+  kubectl exec -n sds-agent ds/sds-agent -- sds-agent certs
+  sds-agent certs -o json | jq -r '.certificates[] | select(.state != \"valid\") | [.spiffe_id, .state, .last_error] | @tsv'
+  sds-agent certs -o json | jq -r '.certificates[] | [.spiffe_id, .serial, .fingerprint_sha256, .not_after] | @tsv'
+  sds-agent certs --admin http://127.0.0.1:15190
+
+States:
+  valid           in use, and its renewal is to come
+  overdue         in use, and its renewal should have been
+  expired         past its end: withheld from its subscribers
+  pending         the first certificate is being issued; the line below says what it waits for
+  held_by_client  a client still holds a good one from before the agent's start
+  idle            nobody subscribes: kept for a while, and not renewed
+
+The fields of JSON: spiffe_id, dns_names, profile, issuer, state, serial, fingerprint_sha256, not_before, not_after, renew_at,
+next_attempt, last_error, request (the CertificateRequest's name), waits_for, subscribers, pods. What is not there is null.
+
+Exit codes: 0 printed, 1 an identity in use has an expired certificate (all is printed even so), 64 usage, 69 no agent answers
+there.";
+
+/// The answer, as far as the table needs it.
+#[derive(Debug, Deserialize)]
+struct Answer {
+    certificates: Vec<Row>,
+}
+
+/// One identity.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(default)]
+struct Row {
+    spiffe_id: String,
+    state: String,
+    serial: Option<String>,
+    not_after: Option<String>,
+    renew_at: Option<String>,
+    next_attempt: Option<String>,
+    last_error: Option<String>,
+    request: Option<String>,
+    waits_for: Option<String>,
+    subscribers: u64,
+}
+
+/// Asks and prints.
+pub async fn run(args: Args) -> Exit {
+    let (exit, text) = match ask(&args).await {
+        Ok(body) => match serde_json::from_str::<Answer>(&body) {
+            Ok(answer) => (exit(&answer.certificates), show(args.output, body, answer.certificates)),
+            Err(error) => {
+                output::complain(format_args!("{}/certs answers something else than a list of certificates: {error}", args.admin));
+                return Exit::Unavailable;
+            }
+        },
+        Err(why) => {
+            output::complain(format_args!("{why}"));
+            return Exit::Unavailable;
+        }
+    };
+    match output::say(&text) {
+        Err(error) if exit == Exit::Ok => output::unsaid(&error),
+        _ => exit,
+    }
+}
+
+async fn ask(args: &Args) -> Result<String, String> {
+    match admin_client::get(&args.admin, "/certs").await {
+        Ok((StatusCode::OK, body)) => Ok(body),
+        Ok((StatusCode::NOT_FOUND, _)) => {
+            Err(format!("{} has no list of certificates: is it metrics.address? name admin.address with --admin", args.admin))
+        }
+        Ok((status, _)) => Err(format!("{}/certs answers {status}", args.admin)),
+        Err(error) => Err(format!(
+            "{error}; is the agent running here? its admin address is on loopback: run this on its node, in its pod, or name another \
+             one with --admin"
+        )),
+    }
+}
+
+fn exit(rows: &[Row]) -> Exit {
+    if rows.iter().any(|row| row.state == "expired") { Exit::Failed } else { Exit::Ok }
+}
+
+fn show(format: Format, body: String, rows: Vec<Row>) -> String {
+    match format {
+        Format::Json => body,
+        Format::Text => {
+            let width = if std::io::stdout().is_terminal() { output::width() } else { None };
+            table::text(rows, SystemClock.now(), width)
+        }
+    }
+}

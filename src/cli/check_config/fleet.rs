@@ -1,0 +1,135 @@
+//! What a configuration asks of a whole cluster: pure arithmetic, and a warning where cert-manager cannot sign that much.
+
+use std::time::Duration;
+
+use crate::{
+    config::{self, Config, IssuerConfig, Warning},
+    identity::Profile,
+};
+
+/// Writes to etcd for each certificate: created, approved, signed, deleted.
+const WRITES: f64 = 4.0;
+/// Up to this version all controllers of cert-manager share one limited client.
+const LAST_LIMITED: Version = Version { major: 1, minor: 20 };
+/// What that client gets through without flags of its own, in requests signed per second: 20 calls, of which each takes four.
+const LIMITED_RATE: f64 = 5.0;
+
+/// The size of a cluster.
+#[derive(Debug, Clone, Copy, Default, PartialEq, clap::Args)]
+pub struct Fleet {
+    /// How many nodes the cluster has: with --identities, check-config tells what all of its agents ask for
+    #[arg(long, value_name = "N", requires = "identities", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub nodes: Option<u32>,
+    /// How many identities (service accounts, or pods with certificate.perPod) a node has
+    #[arg(long, value_name = "N", requires = "nodes", value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    pub identities: Option<u32>,
+    /// The cluster's version of cert-manager, such as 1.21: how much it signs depends on it
+    #[arg(long, value_name = "VERSION")]
+    pub cert_manager: Option<Version>,
+}
+
+/// A version's first two numbers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Version {
+    major: u32,
+    minor: u32,
+}
+
+impl std::str::FromStr for Version {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut parts = text.trim_start_matches('v').split('.').map(str::parse);
+        match (parts.next(), parts.next()) {
+            (Some(Ok(major)), Some(Ok(minor))) => Ok(Self { major, minor }),
+            _ => Err("write a version such as 1.21 or v1.21.0".to_owned()),
+        }
+    }
+}
+
+/// What a cluster asks for, were every identity of one profile.
+#[derive(Debug, Clone, PartialEq, serde::Serialize)]
+pub struct Load {
+    /// The profile.
+    pub profile: String,
+    /// CertificateRequests per second in the long run.
+    pub requests_per_second: f64,
+    /// Writes to etcd per second.
+    pub etcd_writes_per_second: f64,
+}
+
+impl Fleet {
+    /// The load by each profile, and a warning for each that asks for too much. None without a size.
+    pub fn loads(&self, config: &Config) -> (Vec<Load>, Vec<Warning>) {
+        let (Some(nodes), Some(identities)) = (self.nodes, self.identities) else { return (Vec::new(), Vec::new()) };
+        let profiles = config.profiles.iter().enumerate().map(|(place, rule)| (format!("profiles[{place}].certificate"), &rule.profile));
+        let all = [("certificate".to_owned(), &config.default_profile)].into_iter().chain(profiles);
+        let (mut loads, mut warnings) = (Vec::new(), Vec::new());
+        for (path, profile) in all {
+            let rate = config::renewals_per_second(profile.lifetime, profile.renew_at, 1) * f64::from(nodes) * f64::from(identities);
+            loads.push(Load { profile: profile.name.to_string(), requests_per_second: rate, etcd_writes_per_second: rate * WRITES });
+            let by_cert_manager = matches!(config.issuers.get(&profile.issuer), Some(IssuerConfig::CertManager(_)));
+            if by_cert_manager && rate > LIMITED_RATE && self.cert_manager.is_none_or(|version| version <= LAST_LIMITED) {
+                warnings.push(Warning { path: format!("{path}.lifetime"), message: self.too_much(profile, rate) });
+            }
+        }
+        (loads, warnings)
+    }
+
+    fn too_much(&self, profile: &Profile, rate: f64) -> String {
+        let lifetime = |rate: f64| profile.lifetime.mul_f64(rate / LIMITED_RATE);
+        let hours = (lifetime(rate).as_secs_f64() / 3600.0).ceil();
+        let enough = humantime::format_duration(Duration::from_secs_f64(hours * 3600.0));
+        let unsure = if self.cert_manager.is_none() { " (name a newer one with --cert-manager)" } else { "" };
+        format!(
+            "{} asks for {rate:.1} requests per second in such a cluster, and cert-manager up to 1.20 signs about {LIMITED_RATE} with its \
+             defaults{unsure}: use a lifetime of {enough} or more, or give cert-manager --kube-api-qps={:.0}",
+            humantime::format_duration(profile.lifetime),
+            rate * WRITES * 1.5,
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(lifetime: &str) -> Config {
+        let text = format!(
+            "issuer: {{ certManager: {{ issuerRef: {{ name: mesh-ca, kind: ClusterIssuer }} }} }}\n\
+             trust: {{ sources: [ {{ file: /etc/roots.pem }} ] }}\ncertificate: {{ lifetime: {lifetime} }}\n\
+             profiles: [ {{ name: short, match: {{ namespaces: [a] }}, certificate: {{ lifetime: 10m }} }} ]\n"
+        );
+        Config::parse(&text, &|name| (name == "NODE_NAME").then(|| "n".to_owned())).unwrap().config
+    }
+
+    fn fleet(nodes: u32, version: Option<&str>) -> Fleet {
+        Fleet { nodes: Some(nodes), identities: Some(30), cert_manager: version.map(|v| v.parse().unwrap()) }
+    }
+
+    #[test]
+    fn the_load_is_told_by_profile_and_only_what_an_old_cert_manager_cannot_sign_is_warned_of() {
+        let (loads, warnings) = fleet(5000, Some("v1.20.3")).loads(&config("24h"));
+        assert!((loads[0].requests_per_second - 3.472).abs() < 0.01 && (loads[0].etcd_writes_per_second - 13.889).abs() < 0.01);
+        assert_eq!(warnings.len(), 1, "{warnings:?}");
+        let said = warnings[0].to_string();
+        assert!(said.contains("profiles[0].certificate.lifetime") && said.contains("500.0 requests per second"), "{said}");
+        assert!(said.contains("use a lifetime of 17h or more") && said.contains("--kube-api-qps=3000"), "{said}");
+        assert_eq!(fleet(5000, Some("1.21")).loads(&config("1h")).1, []);
+        assert_eq!(fleet(5000, None).loads(&config("1h")).1.len(), 2);
+        assert!(fleet(5000, None).loads(&config("1h")).1[0].message.contains("--cert-manager"));
+    }
+
+    #[test]
+    fn without_a_size_there_is_nothing_to_tell() {
+        assert_eq!(Fleet::default().loads(&config("1h")), (Vec::new(), Vec::new()));
+    }
+
+    #[test]
+    fn versions_are_read_as_people_write_them() {
+        let version = |text: &str| text.parse::<Version>();
+        assert_eq!(version("v1.21.0"), version("1.21"));
+        assert!(version("1.9").unwrap() < version("1.20").unwrap());
+        assert!(version("newest").is_err() && version("1").is_err());
+    }
+}

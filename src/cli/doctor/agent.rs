@@ -1,0 +1,112 @@
+//! What a running agent tells of itself: health on its socket, probes and figures on its admin address.
+
+use std::{path::Path, time::Duration};
+
+use http::StatusCode;
+use tokio::time::timeout;
+use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
+
+use super::report::Step;
+use crate::{
+    cli::{
+        Exit,
+        admin_client::{self, Address},
+    },
+    config::Config,
+    grpc::client,
+};
+
+/// For the health of a socket.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Whether who listens at `socket` serves: `grpc.health.v1`, as the agent's successor asks too.
+pub(super) async fn health(socket: &Path) -> Step {
+    let name = "health";
+    let remedy = "is it an agent that listens there? its log says what it does; an agent that drains is about to be replaced";
+    let ask = async {
+        let (connection, driver) = client::connect(socket).await.map_err(|error| error.to_string())?;
+        let driver = tokio::spawn(driver);
+        let answer = HealthClient::with_origin(connection, client::origin()).check(HealthCheckRequest::default()).await;
+        driver.abort();
+        answer.map(|answer| answer.into_inner().status()).map_err(|status| status.message().to_owned())
+    };
+    match timeout(PATIENCE, ask).await {
+        Ok(Ok(ServingStatus::Serving)) => Step::ok(name, "it serves (grpc.health.v1)"),
+        Ok(Ok(status)) => Step::failed(name, Exit::Unavailable, format!("it answers {}", status.as_str_name()), remedy),
+        Ok(Err(error)) => Step::failed(name, Exit::Unavailable, error, remedy),
+        Err(_) => Step::failed(name, Exit::Unavailable, format!("no answer within {} s", PATIENCE.as_secs()), remedy),
+    }
+}
+
+/// What the agent's figures say, where there are any.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Figures {
+    /// Descriptors in use, and at most.
+    pub(super) files: Option<(u64, u64)>,
+    pub(super) memory_locked: Option<bool>,
+}
+
+impl Figures {
+    fn of(page: &str) -> Self {
+        // With or without the prefix of the agent's own.
+        let value = |name: &str| {
+            let of = |line: &str| {
+                let (metric, value) = line.split_once(' ')?;
+                (metric == name || metric.strip_prefix("sds_agent_") == Some(name)).then(|| value.split('.').next()?.parse::<u64>().ok())?
+            };
+            page.lines().find_map(of)
+        };
+        Self {
+            files: value("process_open_fds").zip(value("process_max_fds")),
+            memory_locked: value("memory_locked").map(|locked| locked != 0),
+        }
+    }
+}
+
+/// Liveness, readiness and the figures.
+pub(super) async fn admin(config: &Config) -> (Vec<Step>, Figures) {
+    let (agent, ready) = ("agent", "readiness");
+    if config.admin.port() == 0 {
+        let step = Step::unknown(agent, "admin.address has port 0, which is another one at each start", Some("give it a port"));
+        return (vec![step], Figures::default());
+    }
+    let address = Address::from(config.admin);
+    let alive = match admin_client::get(&address, "/livez").await {
+        Ok((StatusCode::OK, _)) => Step::ok(agent, format!("{address}/livez answers")),
+        Ok((status, _)) => {
+            let remedy = "another program listens there: give admin.address another port";
+            return (vec![Step::failed(agent, Exit::Unavailable, format!("{address}/livez answers {status}"), remedy)], Figures::default());
+        }
+        Err(error) => {
+            let remedy =
+                "is the agent running? run this where it runs: its admin address is on its own loopback; its log says why it ended";
+            return (vec![Step::failed(agent, Exit::Unavailable, error.to_string(), remedy)], Figures::default());
+        }
+    };
+    let ready = match admin_client::get(&address, "/readyz?verbose").await {
+        Ok((StatusCode::OK, _)) => Step::ok(ready, "it has all that it needs to serve"),
+        Ok((_, page)) => {
+            let detail = page.lines().map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join("\n");
+            Step::failed(ready, Exit::Unavailable, detail, "it comes by itself; where it does not, the steps below say what is in the way")
+        }
+        Err(error) => Step::failed(ready, Exit::Unavailable, error.to_string(), "its log says what it does"),
+    };
+    let figures = match admin_client::get(&address, "/metrics").await {
+        Ok((StatusCode::OK, page)) => Figures::of(&page),
+        _ => Figures::default(),
+    };
+    (vec![alive, ready], figures)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn figures_are_found_whatever_their_prefix() {
+        let page =
+            "# TYPE sds_agent_memory_locked gauge\nsds_agent_memory_locked 0\nprocess_open_fds 31\nsds_agent_process_max_fds 1024.0\n";
+        assert_eq!(Figures::of(page), Figures { files: Some((31, 1024)), memory_locked: Some(false) });
+        assert_eq!(Figures::of("process_open_fds 31\n"), Figures::default());
+    }
+}

@@ -1,0 +1,40 @@
+//! The section `warmUp`: which pods get their certificate before they ask for it.
+
+use std::collections::BTreeMap;
+
+use super::{Attestation, SharedSocket, reader::Section, values};
+
+/// `warmUp`, where it is enabled.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WarmUp {
+    /// `podLabels`: a pod that carries all of them is warmed up; none where it is empty.
+    pub pod_labels: BTreeMap<String, String>,
+    /// `socketMount`: so is one that mounts the shared socket's directory.
+    pub socket_mount: bool,
+}
+
+/// Walks the section; the inner `None` is: nobody. `shared` is the shared socket, as far as it is known.
+pub(super) fn walk(
+    section: &Section<'_>,
+    attestation: Option<Attestation>,
+    shared: Option<Option<&SharedSocket>>,
+) -> Option<Option<WarmUp>> {
+    let enabled = section.read("enabled", false, values::boolean);
+    let pod_labels = section.map("podLabels", values::pod_label);
+    let socket_mount = section.read("socketMount", true, values::boolean);
+    if enabled != Some(true) {
+        return enabled.map(|_| None);
+    }
+    if attestation == Some(Attestation::Unix) {
+        section.wrong("enabled", "needs pods, which `attestation: unix` does not know", "set attestation to kubernetes, or this to false");
+    } else if shared == Some(None) {
+        let what = "is about callers of sockets.shared, which is not enabled; pods with sockets of their own are warmed up anyway";
+        section.wrong("enabled", what, "set it to false");
+    }
+    let warm_up = WarmUp { pod_labels: pod_labels?, socket_mount: socket_mount? };
+    if !warm_up.socket_mount && warm_up.pod_labels.is_empty() {
+        section.wrong("socketMount", "leaves nobody to warm up, as podLabels is empty", "name labels, or set enabled to false");
+        return None;
+    }
+    Some(Some(warm_up))
+}

@@ -1,0 +1,273 @@
+//! Kubernetes Events on pods: what `kubectl describe pod` shows of a certificate that does not come.
+//!
+//! One Warning when it begins to go wrong for a pod's identity, one Normal when it is over, and nothing in between: a retry is no news
+//! ([`ledger`] decides). Events are a courtesy. What hears of the troubles never waits; what cannot be written, or would be too much, is
+//! counted and dropped. Who reads an event is not trusted with keys, and there are none in it: only what the log says too.
+
+use std::{
+    collections::BTreeMap,
+    fmt,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use k8s_openapi::{
+    api::{core::v1::ObjectReference, events::v1::Event},
+    apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta},
+    jiff,
+};
+use kube::{Api, Client, api::PostParams};
+use prometheus_client::{
+    encoding::{EncodeLabelSet, EncodeLabelValue},
+    metrics::{counter::Counter, family::Family},
+    registry::Registry,
+};
+use tokio::{sync::mpsc, time::Instant};
+use tokio_util::sync::CancellationToken;
+
+use self::ledger::{Ledger, Note, Reason};
+use crate::{
+    clock,
+    config::NodeEnvironment,
+    identity::PodRef,
+    issuer::Error,
+    kubernetes::{Call, Failure},
+    material::Svid,
+    rotation::Witness,
+    store::Entry,
+    telemetry::hush::Hush,
+};
+
+pub mod ledger;
+
+/// Who says so.
+const CONTROLLER: &str = "sds-agent.io/agent";
+/// Notes that wait to be written.
+const QUEUE: usize = 64;
+/// Events of one agent in a minute.
+const A_MINUTE: u32 = 30;
+/// Bytes of a note that the API server takes.
+const MOST_NOTE: usize = 1024;
+
+/// A witness of rotation, and what writes down what it has to say.
+pub fn new(client: Client, node: &NodeEnvironment, metrics: Metrics) -> (Reporter, Writer) {
+    let (sender, receiver) = mpsc::channel(QUEUE);
+    let instance = node.pod.as_ref().map(|pod| pod.name.clone()).or_else(|| node.node_name.clone());
+    let reporter = Reporter { ledger: Mutex::default(), notes: sender, metrics: metrics.clone() };
+    let instance = instance.unwrap_or_else(|| "sds-agent".into());
+    (reporter, Writer { client, instance, notes: receiver, metrics, budget: Budget::default(), hush: Hush::default() })
+}
+
+/// What events count.
+#[derive(Debug, Clone, Default)]
+pub struct Metrics(Family<ResultLabel, Counter>);
+
+/// The label of `pod_events_total`.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ResultLabel {
+    result: Written,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
+#[allow(non_camel_case_types, reason = "the names are the label's values")]
+enum Written {
+    written,
+    failed,
+    dropped,
+}
+
+impl Metrics {
+    /// Registers the module's metrics.
+    pub fn register(registry: &mut Registry) -> Self {
+        let metrics = Self::default();
+        registry.register("pod_events", "Kubernetes Events about pods, by what became of them", metrics.0.clone());
+        metrics
+    }
+
+    /// Registers and counts one of everything, for the reference.
+    #[cfg(test)]
+    pub(crate) fn sample(registry: &mut Registry) {
+        let metrics = Self::register(registry);
+        crate::metrics::every!(Written: written, failed, dropped).into_iter().for_each(|result| metrics.count(result));
+    }
+
+    fn count(&self, result: Written) {
+        self.0.get_or_create(&ResultLabel { result }).inc();
+    }
+}
+
+/// Hears of rotation's troubles.
+pub struct Reporter {
+    ledger: Mutex<Ledger>,
+    notes: mpsc::Sender<Note>,
+    metrics: Metrics,
+}
+
+impl fmt::Debug for Reporter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Reporter")
+    }
+}
+
+impl Reporter {
+    fn tell(&self, judge: impl FnOnce(&mut Ledger) -> Vec<Note>) {
+        let notes = judge(&mut self.ledger.lock().unwrap_or_else(PoisonError::into_inner));
+        for note in notes {
+            if self.notes.try_send(note).is_err() {
+                self.metrics.count(Written::dropped);
+            }
+        }
+    }
+}
+
+impl Witness for Reporter {
+    fn failed(&self, entry: &Entry, error: &Error) {
+        let (reason, at_once) = match error {
+            Error::Denied { .. } => (Reason::CertificateDenied, true),
+            Error::Configuration(_) => (Reason::CertificateNotIssued, true),
+            _ => (Reason::CertificateNotIssued, false),
+        };
+        let left = entry.current().map(|svid| clock::rfc3339(svid.chain.validity.not_after));
+        let rest = left.map_or_else(|| "its clients wait".to_owned(), |end| format!("the one in use ends {end}"));
+        let words = format!("No new certificate for {}: {error}; {rest}", entry.identity);
+        self.tell(|ledger| ledger.failed(Instant::now(), entry.id, &entry.pods(), reason, at_once, &words));
+    }
+
+    fn waits(&self, entry: &Entry, request: &str, why: &str) {
+        let words = format!("CertificateRequest {request} for {} still waits for {why}", entry.identity);
+        self.tell(|ledger| ledger.failed(Instant::now(), entry.id, &entry.pods(), Reason::CertificatePending, true, &words));
+    }
+
+    fn withheld(&self, entry: &Entry) {
+        let words = format!("The certificate of {} is withheld: by this node's clock, which was set, it is not valid now", entry.identity);
+        self.tell(|ledger| ledger.failed(Instant::now(), entry.id, &entry.pods(), Reason::CertificateWithheld, true, &words));
+    }
+
+    fn issued(&self, entry: &Entry, svid: &Svid) {
+        let words = format!("{} has a certificate: serial {}, until {}", entry.identity, svid.chain.serial, {
+            clock::rfc3339(svid.chain.validity.not_after)
+        });
+        self.tell(|ledger| ledger.issued(entry.id, &words));
+    }
+
+    fn forgotten(&self, entry: &Entry) {
+        self.tell(|ledger| {
+            ledger.forgotten(entry.id);
+            Vec::new()
+        });
+    }
+}
+
+/// Writes down what the reporter has to say.
+pub struct Writer {
+    client: Client,
+    instance: Arc<str>,
+    notes: mpsc::Receiver<Note>,
+    metrics: Metrics,
+    budget: Budget,
+    hush: Hush<String>,
+}
+
+impl fmt::Debug for Writer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Writer").field("instance", &self.instance).finish_non_exhaustive()
+    }
+}
+
+impl Writer {
+    /// Until `end`; what is not written by then is not.
+    pub async fn run(mut self, end: CancellationToken) {
+        let running = async {
+            while let Some(note) = self.notes.recv().await {
+                if self.budget.take(Instant::now()) {
+                    self.write(&note).await;
+                } else {
+                    self.metrics.count(Written::dropped);
+                    if let Some(left_out) = self.hush.tells("budget".to_owned(), Instant::now()) {
+                        tracing::warn!(pod = %note.pod, left_out, "an event on a pod is left out: there are too many");
+                    }
+                }
+            }
+            // Nobody is left to tell anything.
+            std::future::pending::<()>().await;
+        };
+        end.run_until_cancelled(running).await;
+    }
+
+    async fn write(&self, note: &Note) {
+        let namespace = &*note.pod.namespace;
+        let event = event(note, &self.instance, jiff::Timestamp::now());
+        let call = Call { verb: "create", resource: "events.events.k8s.io", name: None, namespace: Some(namespace) };
+        let api: Api<Event> = Api::namespaced(self.client.clone(), namespace);
+        match api.create(&PostParams::default(), &event).await {
+            Ok(_) => self.metrics.count(Written::written),
+            Err(error) => {
+                self.metrics.count(Written::failed);
+                let failure = Failure::of(&error, &call);
+                if let Some(left_out) = self.hush.tells(failure.message.clone(), Instant::now()) {
+                    tracing::warn!(pod = %note.pod, cause = %failure, left_out, "cannot write an event on a pod");
+                }
+            }
+        }
+    }
+}
+
+fn event(note: &Note, instance: &str, now: jiff::Timestamp) -> Event {
+    let PodRef { namespace, name, uid } = &note.pod;
+    let kind = if note.reason == Reason::CertificateIssued { "Normal" } else { "Warning" };
+    let mut words = note.words.clone();
+    if words.len() > MOST_NOTE {
+        let mut end = MOST_NOTE - '…'.len_utf8();
+        while !words.is_char_boundary(end) {
+            end -= 1;
+        }
+        words.truncate(end);
+        words.push('…');
+    }
+    Event {
+        metadata: ObjectMeta {
+            // A pod's name may be as long as an event's: the suffix has its place.
+            name: Some(format!("{}.{:016x}", &name[..name.len().min(200)], fastrand::u64(..))),
+            namespace: Some(namespace.to_string()),
+            labels: Some(BTreeMap::from([("app.kubernetes.io/managed-by".to_owned(), "sds-agent".to_owned())])),
+            ..ObjectMeta::default()
+        },
+        action: Some("IssueCertificate".to_owned()),
+        event_time: Some(MicroTime(now)),
+        note: Some(words),
+        reason: Some(note.reason.as_str().to_owned()),
+        regarding: Some(ObjectReference {
+            api_version: Some("v1".to_owned()),
+            kind: Some("Pod".to_owned()),
+            namespace: Some(namespace.to_string()),
+            name: Some(name.to_string()),
+            uid: Some(uid.to_string()),
+            ..ObjectReference::default()
+        }),
+        reporting_controller: Some(CONTROLLER.to_owned()),
+        reporting_instance: Some(instance.chars().take(128).collect()),
+        type_: Some(kind.to_owned()),
+        ..Event::default()
+    }
+}
+
+/// How many events may still be written.
+#[derive(Debug, Default)]
+struct Budget {
+    full_at: Option<Instant>,
+}
+
+impl Budget {
+    fn take(&mut self, now: Instant) -> bool {
+        let minute = Duration::from_secs(60);
+        let full_at = self.full_at.map_or(now, |at| at.max(now)) + minute / A_MINUTE;
+        let has_one = full_at <= now + minute;
+        if has_one {
+            self.full_at = Some(full_at);
+        }
+        has_one
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,132 @@
+//! A certificate before it is asked for: it is issued while a pod starts, and the pod's first call finds it done.
+//!
+//! Owns the leases that are held for pods which have not called: those with a published socket of their own, and, where the operator
+//! wants it, those that start and will call the shared socket ([`starts`]). Such a lease ends once somebody has called, with time enough to
+//! take one of their own, or with the pod, or after a bounded time: who never asks is not renewed for ever. The pod index has the same
+//! last word as for a call. A pod that ran before the agent did is never warmed up: it holds a certificate, and says so when it comes back.
+
+use std::{future::pending, sync::Arc, time::Duration};
+
+use tokio::{
+    sync::{Semaphore, watch},
+    time::{sleep, timeout},
+};
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, warn};
+
+use crate::{
+    attest::mount::MountAttestor,
+    identity::{Resolver, Workload},
+    store::{Demand, Store},
+};
+
+pub mod metrics;
+pub mod starts;
+
+use metrics::{Ended, Metrics};
+
+/// From the start to the first call: images are pulled in between.
+const PATIENCE: Duration = Duration::from_secs(600);
+/// While the index cannot say who the pod is.
+const ASK_AGAIN: Duration = Duration::from_secs(5);
+/// From the first call to its own lease.
+const HANDOVER: Duration = Duration::from_secs(10);
+
+/// Holds leases for pods that have not called.
+#[derive(Debug, Clone)]
+pub struct Warmer {
+    /// Where certificates are.
+    pub store: Arc<Store>,
+    /// How callers are named.
+    pub resolver: watch::Receiver<Arc<Resolver>>,
+    /// What is counted.
+    pub metrics: Metrics,
+}
+
+/// For whom a lease is held, and until when.
+struct Held<'a> {
+    workload: &'a Workload,
+    /// Cancelled once it has called.
+    called: &'a CancellationToken,
+    /// Cancelled when it has ended.
+    gone: &'a CancellationToken,
+    /// How long it may take to call.
+    patience: Duration,
+}
+
+impl Warmer {
+    /// Has the certificate of a published socket's pod issued; `issued` is cancelled once it is there.
+    pub fn published(&self, attestor: Arc<MountAttestor>, issued: CancellationToken) {
+        let warmer = self.clone();
+        tokio::spawn(async move {
+            let (gone, called) = (attestor.gone(), attestor.called());
+            let known = gone.run_until_cancelled(timeout(PATIENCE, known(&attestor))).await;
+            let Some(Ok(Some(workload))) = known else { return };
+            // The kubelet may wait for each of them.
+            let unlimited = Semaphore::new(1);
+            warmer.hold(&Held { workload: &workload, called, gone, patience: PATIENCE }, &unlimited, &issued).await;
+        });
+    }
+
+    /// Holds a lease, from the moment that `turns` lets it: until then another one's certificate is being made.
+    async fn hold(&self, held: &Held<'_>, turns: &Semaphore, issued: &CancellationToken) {
+        let Held { workload, called, gone, patience } = *held;
+        let ended = tokio::select! {
+            biased;
+            () = gone.cancelled() => Ended::gone,
+            () = async { called.cancelled().await; sleep(HANDOVER).await } => Ended::called,
+            () = sleep(patience) => Ended::unused,
+            () = self.keep(workload, turns, issued) => return,
+        };
+        self.metrics.ended(ended);
+        debug!(%workload, ?ended, "no longer held ahead of the first call");
+    }
+
+    /// Holds the lease that the rules give to `workload`, whatever these become; returns only when they give none.
+    async fn keep(&self, workload: &Workload, turns: &Semaphore, issued: &CancellationToken) {
+        let mut rules = self.resolver.clone();
+        let mut held = None;
+        loop {
+            let resolved = rules.borrow_and_update().resolve(workload);
+            let identity = match resolved {
+                Ok(identity) => Arc::new(identity),
+                Err(cause) => {
+                    warn!(%workload, %cause, "no certificate is issued ahead of the first call");
+                    return;
+                }
+            };
+            let turn = turns.acquire().await;
+            debug!(%workload, %identity, "a certificate is issued ahead of the first call");
+            // The one before ends when the new one is held.
+            let lease = held.insert(self.store.lease(&identity, Demand::Now, workload.pod().cloned()));
+            let made = async {
+                if lease.watch().wait_for(Option::is_some).await.is_ok() {
+                    issued.cancel();
+                }
+                drop(turn);
+                pending::<()>().await;
+            };
+            tokio::select! {
+                () = made => {}
+                Ok(()) = rules.changed() => {}
+            }
+        }
+    }
+}
+
+/// Who it is, as soon as the index can say so.
+async fn known(attestor: &MountAttestor) -> Option<Workload> {
+    loop {
+        match attestor.workload().await {
+            Ok(workload) => return Some(workload),
+            Err(cause) if cause.temporary => {
+                debug!(%cause, "a published socket's pod is not known yet");
+                sleep(ASK_AGAIN).await;
+            }
+            Err(cause) => {
+                warn!(%cause, "no certificate is issued for a published socket");
+                return None;
+            }
+        }
+    }
+}

@@ -1,0 +1,309 @@
+//! Pods of a scripted API server, a real rotation with an authority in memory, and paused time.
+
+use std::{
+    collections::BTreeMap,
+    sync::atomic::{AtomicUsize, Ordering},
+    time::{Duration, SystemTime},
+};
+
+use futures::future::BoxFuture;
+use serde_json::{Value, json};
+use tokio::{sync::watch, time::sleep};
+
+use super::*;
+use crate::{
+    clock::{self, TestClock},
+    config::Config,
+    issuer::{self, Issued, Issuer, Order, embedded::Embedded},
+    kubernetes::{self, fake::FakeApi},
+    rotation::{self, plan::Plan},
+    store::Store,
+    trust::{self, Trust},
+    warm::{
+        HANDOVER,
+        metrics::{Ended, Metrics},
+    },
+};
+
+const MINUTE: Duration = Duration::from_secs(60);
+const MOUNT: &str = "/run/sds-agent";
+
+/// Counts orders, and answers them while it is told to.
+#[derive(Debug)]
+struct Counting {
+    embedded: Embedded,
+    orders: Arc<AtomicUsize>,
+    answers: bool,
+}
+
+impl Issuer for Counting {
+    fn issue(&self, order: Order) -> BoxFuture<'static, Result<Issued, issuer::Error>> {
+        self.orders.fetch_add(1, Ordering::SeqCst);
+        if self.answers { Box::pin(self.embedded.issue(order)) } else { Box::pin(std::future::pending()) }
+    }
+}
+
+struct World {
+    api: FakeApi,
+    pods: Pods,
+    store: Arc<Store>,
+    orders: Arc<AtomicUsize>,
+    metrics: Metrics,
+    clock: TestClock,
+    drain: CancellationToken,
+}
+
+impl World {
+    /// An agent that starts now, before the pods in `api`, or after.
+    async fn start(api: FakeApi, warm_up: &str) -> Self {
+        Self::with_issuer(api, warm_up, true).await
+    }
+
+    async fn with_issuer(api: FakeApi, warm_up: &str, answers: bool) -> Self {
+        let text = format!(
+            "issuer: {{ certManager: {{ issuerRef: {{ name: mesh-ca, kind: ClusterIssuer }} }} }}\n\
+             certificate: {{ lifetime: 60s }}\nwarmUp: {{ enabled: true, {warm_up} }}\n"
+        );
+        let config = Config::parse(&text, &|name| (name == "NODE_NAME").then(|| "n1".to_owned())).unwrap().config;
+        let clock = TestClock::new(SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000));
+        let (store, events) = Store::new();
+        let (_, resolver) = watch::channel(Arc::new(config.resolver()));
+        let (orders, drain) = (Arc::new(AtomicUsize::new(0)), CancellationToken::new());
+        let embedded = Embedded::new("cluster.local", Arc::new(clock.clone())).unwrap();
+        let trust = Trust::new(trust::Metrics::default());
+        trust.source(None, "test").take(embedded.bundle().unwrap());
+        let counting: Arc<dyn Issuer> = Arc::new(Counting { embedded, orders: orders.clone(), answers });
+        let issuers = BTreeMap::from([(config.default_profile.issuer.clone(), counting)]);
+        let plan = Plan::new(issuers, [config.default_profile.clone()], MINUTE);
+        tokio::spawn(rotation::run(
+            rotation::Parts {
+                store: store.clone(),
+                events,
+                plan: watch::channel(Arc::new(plan)).1,
+                reissues: tokio::sync::mpsc::channel(1).1,
+                trust: trust.subscribe(),
+                await_bundle: false,
+                clock: Arc::new(clock.clone()),
+                claims: None,
+                witness: None,
+                metrics: rotation::metrics::Metrics::default(),
+            },
+            drain.clone(),
+        ));
+        let kube_metrics = kubernetes::Metrics::default();
+        let pods = Pods::new(api.client(&kube_metrics), "n1", kube_metrics);
+        let metrics = Metrics::default();
+        let warmer = Warmer { store: store.clone(), resolver, metrics: metrics.clone() };
+        let rule = Rule::new(config.warm_up.as_ref().unwrap(), &config.shared_socket.unwrap().path);
+        tokio::spawn(Starts::new(warmer, rule, Arc::new(clock.clone()), &pods).run(drain.clone()));
+        let (running, ending) = (pods.clone(), drain.clone());
+        tokio::spawn(async move { running.run(ending).await });
+        pods.synced().wait_for(|synced| *synced).await.unwrap();
+        sleep(Duration::from_secs(1)).await;
+        Self { api, pods, store, orders, metrics, clock, drain }
+    }
+
+    fn orders(&self) -> usize {
+        self.orders.load(Ordering::SeqCst)
+    }
+
+    /// The accounts for which a lease is held.
+    fn held(&self) -> Vec<String> {
+        let entries = self.store.snapshot().into_iter().filter(|entry| entry.is_leased());
+        let mut names: Vec<_> = entries.map(|entry| entry.identity.to_string().rsplit_once('/').unwrap().1.to_owned()).collect();
+        names.sort_unstable();
+        names
+    }
+
+    fn ended(&self) -> [u64; 3] {
+        [Ended::called, Ended::unused, Ended::gone].map(|ended| self.metrics.count(ended))
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        self.drain.cancel();
+    }
+}
+
+/// A pod whose containers have not started, and which mounts the socket's directory; its account is called as it is.
+fn starting(name: &str) -> Value {
+    let volumes = json!([{"name": "sds", "hostPath": {"path": MOUNT}}]);
+    json!({
+        "metadata": {"name": name, "namespace": "shop", "uid": format!("u-{name}"), "labels": {"app": name}},
+        "spec": {"nodeName": "n1", "serviceAccountName": name, "volumes": volumes}, "status": {"phase": "Pending"},
+    })
+}
+
+fn running(name: &str) -> Value {
+    let mut pod = starting(name);
+    pod["status"] = json!({"phase": "Running", "containerStatuses": [{"name": "c", "containerID": "containerd://1"}]});
+    pod
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_pod_that_starts_is_warmed_up_until_it_has_called_and_one_that_ran_before_is_not() {
+    let api = FakeApi::new();
+    api.put("pods", running("before"));
+    let world = World::start(api, "").await;
+    assert_eq!((world.orders(), world.held()), (0, vec![]));
+
+    world.api.put("pods", starting("cart"));
+    sleep(Duration::from_secs(1)).await;
+    assert_eq!((world.orders(), world.held()), (1, vec!["cart".to_owned()]));
+    let entry = world.store.snapshot().remove(0);
+    assert!(entry.current().is_some(), "the first call finds it");
+    assert_eq!(entry.evidence(None).unwrap().to_string(), "shop/cart");
+
+    // It runs, which is no second start; and it calls.
+    world.api.put("pods", running("cart"));
+    sleep(Duration::from_secs(1)).await;
+    world.pods.wait_for("u-cart").await.unwrap().called.cancel();
+    sleep(HANDOVER / 2).await;
+    assert_eq!(world.held(), ["cart"], "its own lease has time to come");
+    sleep(HANDOVER).await;
+    assert_eq!((world.held(), world.ended()), (vec![], [1, 0, 0]));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_new_list_warms_up_who_starts_and_nobody_else() {
+    let world = World::start(FakeApi::new(), "").await;
+    world.api.put("pods", starting("cart"));
+    sleep(Duration::from_secs(1)).await;
+    world.pods.wait_for("u-cart").await.unwrap().called.cancel();
+    sleep(2 * HANDOVER).await;
+    assert_eq!(world.held(), [""; 0]);
+
+    // While the watch is away, pods come up, run, and one is about to start; `cart` is as it was.
+    world.api.fail("watch", "pods", kubernetes::fake::Fault::Refuse, 3);
+    world.api.cut_watches(true);
+    for pod in [running("came-and-runs"), starting("starts")] {
+        world.api.put("pods", pod);
+    }
+    let mut sidecar = starting("sidecar-runs");
+    sidecar["status"]["initContainerStatuses"] = json!([{"name": "istio-proxy", "containerID": "containerd://2"}]);
+    world.api.put("pods", sidecar);
+    world.api.forget_history();
+    world.api.until("a new list", |api| (api.count("list", "pods") >= 2).then_some(())).await;
+    sleep(Duration::from_secs(5)).await;
+    assert_eq!(world.held(), ["starts"]);
+    // A list that lacks and then has a pod again does not make it a new one.
+    world.api.forget_history();
+    world.api.cut_watches(true);
+    world.api.until("one more", |api| (api.count("list", "pods") >= 3).then_some(())).await;
+    sleep(Duration::from_secs(5)).await;
+    assert_eq!(world.held(), ["starts"]);
+    assert_eq!(world.ended(), [1, 0, 0]);
+}
+
+/// The agent is restarted while pods start: who has not begun is warmed up, and who cannot start is not, again and again.
+#[tokio::test(start_paused = true)]
+async fn a_restart_finds_pods_that_still_start_but_not_for_longer_than_they_have() {
+    let api = FakeApi::new();
+    let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000);
+    for (name, ago) in [("new", 120), ("stuck", 700)] {
+        let mut pod = starting(name);
+        pod["status"]["startTime"] = json!(clock::rfc3339(now - Duration::from_secs(ago)));
+        api.put("pods", pod);
+    }
+    let mut leaves = starting("leaves");
+    leaves["metadata"]["deletionTimestamp"] = json!(clock::rfc3339(now));
+    api.put("pods", leaves);
+    let world = World::start(api, "").await;
+    assert_eq!(world.held(), ["new"]);
+    sleep(PATIENCE - 2 * MINUTE).await;
+    assert_eq!((world.held(), world.ended()), (vec![], [0, 1, 0]));
+    assert!(clock::unix_seconds(world.clock.now()) < 1_800_000_000 + 600);
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_never_calls_is_renewed_for_a_while_and_then_no_more() {
+    let world = World::start(FakeApi::new(), "").await;
+    world.api.put("pods", starting("cart"));
+    sleep(PATIENCE - MINUTE).await;
+    assert_eq!(world.held(), ["cart"]);
+    let renewed = world.orders();
+    assert!(renewed > 9, "{renewed} orders of certificates that live for a minute");
+    sleep(2 * MINUTE + Duration::from_secs(1)).await;
+    assert_eq!((world.held(), world.ended()), (vec![], [0, 1, 0]));
+    sleep(MINUTE).await;
+    let last = world.orders();
+    sleep(20 * MINUTE).await;
+    assert_eq!((world.orders(), world.store.snapshot().len()), (last, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_end_of_a_pod_is_the_end_of_its_lease() {
+    let world = World::start(FakeApi::new(), "").await;
+    for name in ["deleted", "failed"] {
+        world.api.put("pods", starting(name));
+    }
+    sleep(Duration::from_secs(1)).await;
+    assert_eq!(world.held(), ["deleted", "failed"]);
+    world.api.remove("pods", "shop", "deleted");
+    world.api.change("pods", "shop", "failed", |pod| pod["status"]["phase"] = json!("Failed"));
+    sleep(Duration::from_secs(1)).await;
+    assert_eq!((world.held(), world.ended()), (vec![], [0, 0, 2]));
+}
+
+/// A node boots: all is ordered, but never so much at once that a caller stands behind it.
+#[tokio::test(start_paused = true)]
+async fn a_node_that_boots_orders_few_at_once() {
+    let silent = World::with_issuer(FakeApi::new(), "", false).await;
+    let answering = World::start(FakeApi::new(), "").await;
+    for n in 0..100 {
+        silent.api.put("pods", starting(&format!("p{n}")));
+        answering.api.put("pods", starting(&format!("p{n}")));
+    }
+    sleep(Duration::from_secs(5)).await;
+    assert_eq!((silent.held().len(), silent.orders()), (AT_ONCE, AT_ONCE));
+    assert_eq!((answering.held().len(), answering.orders() >= 100), (100, true));
+    // Who calls before its turn needs none any more.
+    silent.pods.wait_for("u-p99").await.unwrap().called.cancel();
+    sleep(2 * HANDOVER).await;
+    assert_eq!(silent.ended(), [1, 0, 0]);
+    sleep(PATIENCE).await;
+    assert_eq!((silent.held(), silent.ended()), (vec![], [1, 99, 0]));
+}
+
+#[tokio::test(start_paused = true)]
+async fn labels_do_it_too_and_static_pods_or_others_are_left_alone() {
+    let api = FakeApi::new();
+    let world = World::start(api, "socketMount: false, podLabels: { mesh: \"on\", tier: gold }").await;
+    let labelled = |name: &str, labels: Value| {
+        let mut pod = starting(name);
+        pod["metadata"]["labels"] = labels;
+        pod
+    };
+    let gold = json!({"mesh": "on", "tier": "gold", "more": "x"});
+    let mut mirror = labelled("static", gold.clone());
+    mirror["metadata"]["annotations"] = json!({"kubernetes.io/config.mirror": "hash"});
+    for pod in [
+        labelled("both", gold),
+        labelled("one", json!({"mesh": "on"})),
+        labelled("other", json!({"mesh": "on", "tier": "lead"})),
+        starting("mounts"),
+        mirror,
+    ] {
+        world.api.put("pods", pod);
+    }
+    sleep(Duration::from_secs(1)).await;
+    assert_eq!(world.held(), ["both"]);
+    world.drain.cancel();
+    sleep(Duration::from_secs(1)).await;
+    assert_eq!(world.held(), [""; 0], "who drains warms nobody up");
+}
+
+#[test]
+fn the_sockets_directory_is_reached_by_itself_and_from_above_and_below() {
+    let reached = |path: &str| reaches(Path::new(path), Path::new("/run/sds-agent"));
+    for path in
+        ["/run/sds-agent", "/run/sds-agent/", "/run//sds-agent", "/var/run/sds-agent", "/run/sds-agent/sds.sock", "/run", "/var/run"]
+    {
+        assert!(reached(path), "{path}");
+    }
+    for path in ["/", "/run/sds", "/run/sds-agent-pods", "/var/lib/sds-agent", "/var", "", "run/sds-agent"] {
+        assert!(!reached(path), "{path}");
+    }
+    assert!(reaches(Path::new("/run/x"), Path::new("/var/run/x")));
+}
