@@ -1,0 +1,54 @@
+# The agent's image: a builder whose dependencies are a layer of their own, and a final stage with nothing but what the binary is linked to.
+#
+#   docker build -t sds-agent .            (or: buildah bud -t sds-agent .)
+#   docker buildx build --platform linux/amd64,linux/arm64 -t REGISTRY/sds-agent --push .
+#
+# Each platform is built on itself (natively, or by the emulation that buildx sets up): both base images exist for amd64 and arm64, and
+# nothing below names an architecture. No BuildKit syntax is needed.
+
+# A C compiler is all that aws-lc-rs wants beside Rust. Same Debian as below: the binary needs a C library that is no older than the builder's.
+ARG RUST_IMAGE=docker.io/library/rust:1.95-slim-bookworm
+# `cc`: the binary is linked to libc, libm and libgcc_s. The roots in it are for a kubeconfig that names no authority.
+ARG RUNTIME_IMAGE=gcr.io/distroless/cc-debian12:nonroot
+
+FROM ${RUST_IMAGE} AS builder
+WORKDIR /src
+# `release`, or `dev` for a try that is built sooner.
+ARG PROFILE=release
+
+# The dependencies: built again only when a manifest changes. In place of each target stands a stub, which cargo wants to be there; those of
+# tests and benches stay, so that a change to them builds nothing. What is built of the stubs themselves is thrown away, or files older than
+# this layer would look built already.
+COPY Cargo.toml Cargo.lock ./
+RUN for target in build.rs src/lib.rs src/main.rs tests/real/main.rs tests/real/caller/main.rs benches/path.rs benches/ratios.rs benches/flood.rs; do \
+        mkdir -p "$(dirname "$target")" && echo 'fn main() {}' >"$target"; \
+    done \
+    && cargo build --locked --bin sds-agent --profile "${PROFILE}" \
+    && cargo clean --locked --package sds-agent --profile "${PROFILE}"
+
+COPY build.rs ./
+COPY proto proto
+COPY src src
+# Told by `sds_agent_build_info`. Below the dependencies: a new revision builds the agent alone.
+ARG REVISION=unknown
+RUN SDS_AGENT_REVISION="${REVISION}" cargo build --locked --bin sds-agent --profile "${PROFILE}" \
+    && install -D -t /out target/*/sds-agent
+
+FROM ${RUNTIME_IMAGE}
+COPY LICENSE /usr/share/doc/sds-agent/LICENSE
+COPY --from=builder /out/sds-agent /usr/local/bin/sds-agent
+
+ARG REVISION=unknown
+ARG VERSION=0.1.0
+ARG SOURCE=
+LABEL org.opencontainers.image.title="sds-agent" \
+      org.opencontainers.image.description="A per-node agent that serves Envoy's SDS from cert-manager: keys in memory only, rotated before expiry" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.source="${SOURCE}" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}"
+
+# A number, which `runAsNonRoot` can check. The approver needs no more. Modes of the agent that must be root (a CSI driver mounts in the
+# host's namespace) say so in their manifests with `runAsUser`.
+USER 65532:65532
+ENTRYPOINT ["/usr/local/bin/sds-agent"]

@@ -1,0 +1,134 @@
+//! The `Dockerfile` against the crate: it copies what the compiler reads, has a stub for each target, and says of the crate what
+//! `Cargo.toml` says. That it builds is for `tests/image.sh`, which takes minutes.
+
+#![allow(clippy::disallowed_methods, clippy::expect_used, clippy::panic, reason = "tests read and write files, and fail loudly")]
+
+use std::{
+    collections::BTreeSet,
+    ffi::OsStr,
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+const ROOT: &str = env!("CARGO_MANIFEST_DIR");
+
+fn read(path: &Path) -> String {
+    fs::read_to_string(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
+/// The instructions and their arguments, continued lines joined and comments left out.
+fn dockerfile() -> Vec<(String, String)> {
+    let text = read(&Path::new(ROOT).join("Dockerfile")).replace("\\\n", " ");
+    let lines = text.lines().filter(|line| !line.is_empty() && !line.starts_with('#'));
+    lines
+        .map(|line| line.split_once(' ').expect("an instruction has arguments"))
+        .map(|(word, rest)| (word.to_owned(), rest.to_owned()))
+        .collect()
+}
+
+/// What is copied out of the context, in any stage or in the builder alone.
+fn copied(builder: bool) -> BTreeSet<String> {
+    let mut stages = 0;
+    let mut copied = BTreeSet::new();
+    for (word, rest) in dockerfile() {
+        stages += usize::from(word == "FROM");
+        if word == "COPY" && !rest.starts_with("--from") && (!builder || stages == 1) {
+            let mut paths: Vec<_> = rest.split_whitespace().map(str::to_owned).collect();
+            paths.pop();
+            copied.extend(paths);
+        }
+    }
+    copied
+}
+
+/// What is written in place of the targets, before any of them is copied.
+fn stubs() -> BTreeSet<String> {
+    let instructions = dockerfile();
+    let stubs = instructions.iter().find_map(|(word, rest)| (word == "RUN").then(|| rest.strip_prefix("for target in "))?);
+    let (stubs, _) = stubs.and_then(|rest| rest.split_once(';')).expect("a loop over the targets");
+    stubs.split_whitespace().map(str::to_owned).collect()
+}
+
+/// The files of the crate that the library is compiled from, includes too, as the compiler told cargo. Tests are not among them: what they
+/// include is needed by nobody else.
+fn read_by_the_compiler() -> BTreeSet<PathBuf> {
+    let profile = Path::new(env!("CARGO_BIN_EXE_sds-agent")).parent().expect("a folder");
+    let built = fs::read_dir(profile.join("deps")).expect("cargo's folder of what it built").map(|entry| entry.expect("an entry").path());
+    // Built for tests it is no library. The newest was made for this test, or from the same files.
+    let libraries = built.filter(|path| {
+        path.extension().is_some_and(|extension| extension == "rlib")
+            && path.file_name().and_then(OsStr::to_str).is_some_and(|name| name.starts_with("libsds_agent-"))
+    });
+    let newest = libraries.max_by_key(|path| path.metadata().and_then(|it| it.modified()).expect("a time")).expect("the library is built");
+    let name = newest.file_stem().and_then(OsStr::to_str).and_then(|name| name.strip_prefix("lib")).expect("a name");
+    let told = read(&newest.with_file_name(name).with_extension("d"));
+
+    // `what is made: what of`; a space in a path is told as `\ `.
+    let rule = told.lines().find_map(|line| line.split_once(".rlib: ")).expect("a rule").1.replace("\\ ", "\0");
+    let files = rule.split_whitespace().map(|file| PathBuf::from(file.replace('\0', " ")));
+    let files = files.map(|file| file.strip_prefix(ROOT).map(Path::to_owned).unwrap_or(file));
+    // What the build script wrote is made of `proto`.
+    files.filter(|file| file.is_relative() && !file.starts_with("target")).collect()
+}
+
+#[test]
+fn what_the_agent_is_made_of_is_copied() {
+    let copied = copied(true);
+    let mut files = read_by_the_compiler();
+    for known in ["src/lib.rs", "src/sds/secret.rs"] {
+        assert!(files.contains(Path::new(known)), "{known} is no part of the agent: {files:?}");
+    }
+    let script = read(&Path::new(ROOT).join("build.rs"));
+    let proto =
+        script.lines().find_map(|line| line.strip_prefix("const ROOT: &str = \"")?.strip_suffix("\";")).expect("what build.rs reads");
+    files.extend(["build.rs", "src/main.rs", proto].map(PathBuf::from));
+    let missing: Vec<_> = files.iter().filter(|file| !copied.iter().any(|path| file.starts_with(path))).collect();
+    assert!(
+        missing.is_empty(),
+        "the Dockerfile copies {copied:?}, and the agent is also made of {missing:?}: COPY them, here and in .dockerignore"
+    );
+}
+
+#[test]
+fn every_declared_target_has_a_stub() {
+    let root = Path::new(ROOT);
+    let output =
+        Command::new(env!("CARGO")).args(["metadata", "--no-deps", "--offline", "--format-version", "1"]).current_dir(root).output();
+    let output = output.expect("cargo runs");
+    let metadata: serde_json::Value = serde_json::from_slice(&output.stdout).expect("cargo writes JSON");
+    let targets = metadata["packages"][0]["targets"].as_array().expect("a package with targets");
+    // Those that cargo finds by itself, in tests/, it does not miss either.
+    let manifest = read(&root.join("Cargo.toml"));
+    let declared = targets.iter().filter(|target| {
+        let name = format!("name = {}", target["name"]);
+        target["kind"][0] == "custom-build" || manifest.lines().any(|line| line == name)
+    });
+    let sources = declared.filter_map(|target| target["src_path"].as_str());
+    let sources = sources.map(|path| Path::new(path).strip_prefix(root).expect("a path of the crate").display().to_string());
+    assert_eq!(stubs(), sources.collect(), "left: the stubs, right: the targets of Cargo.toml");
+    for manifest in ["Cargo.toml", "Cargo.lock"] {
+        assert!(copied(true).contains(manifest), "{manifest} is not copied");
+    }
+}
+
+#[test]
+fn the_context_is_what_is_copied() {
+    let ignored = read(&Path::new(ROOT).join(".dockerignore"));
+    let mut lines = ignored.lines().filter(|line| !line.starts_with('#'));
+    assert_eq!(lines.next(), Some("*"), "everything is left out at first");
+    let let_in = lines.map(|line| line.strip_prefix('!').expect("an exception").to_owned());
+    assert_eq!(copied(false), let_in.collect(), "left: what the Dockerfile copies, right: what .dockerignore lets in");
+}
+
+#[test]
+fn the_image_is_of_this_crate() {
+    let instructions = dockerfile();
+    let says = |word: &str, text: &str| instructions.iter().any(|(w, rest)| w == word && rest.contains(text));
+    assert!(says("ARG", concat!("VERSION=", env!("CARGO_PKG_VERSION"))));
+    let rust = concat!("/rust:", env!("CARGO_PKG_RUST_VERSION"), "-");
+    assert!(says("ARG", rust), "the builder is not {rust}");
+    assert!(says("LABEL", concat!("image.title=\"", env!("CARGO_PKG_NAME"), "\"")));
+    assert!(says("LABEL", concat!("image.description=\"", env!("CARGO_PKG_DESCRIPTION"), "\"")));
+    assert!(says("LABEL", concat!("image.licenses=\"", env!("CARGO_PKG_LICENSE"), "\"")));
+}
