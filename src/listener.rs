@@ -88,12 +88,11 @@ pub fn prepare(field: &'static str, path: &Path, mode: u32) -> Result<(UnixListe
     let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).map_err(failed("make a socket", ""))?;
     rustix::net::bind(&socket, &address).map_err(failed("bind beside it", ""))?;
     // From here on what is dropped is removed.
-    let name = Name { path: path.to_owned(), device: 0, inode: 0 };
-    let mut prepared = Prepared { field, beside, name, taken: false };
+    let stat = rustix::fs::statat(CWD, &beside, AtFlags::SYMLINK_NOFOLLOW).map_err(failed("look at it", ""))?;
+    let name = Name { path: path.to_owned(), device: stat.st_dev, inode: stat.st_ino };
+    let prepared = Prepared { field, beside, name, taken: false };
     rustix::fs::chmodat(CWD, &prepared.beside, Mode::from_raw_mode(mode), AtFlags::empty()).map_err(failed("set its mode", ""))?;
     rustix::net::listen(&socket, BACKLOG).map_err(failed("listen", ""))?;
-    let stat = rustix::fs::statat(CWD, &prepared.beside, AtFlags::SYMLINK_NOFOLLOW).map_err(failed("look at it", ""))?;
-    (prepared.name.device, prepared.name.inode) = (stat.st_dev, stat.st_ino);
     let listener = UnixListener::from_std(std::os::unix::net::UnixListener::from(socket)).map_err(|cause| Error {
         field,
         path: path.to_owned(),
@@ -112,13 +111,12 @@ impl Prepared {
 
     /// Moves the socket into place, over whatever is there.
     pub fn take(mut self) -> Result<Name, Error> {
-        rustix::fs::rename(&self.beside, &self.name.path).map_err(|cause| Error {
-            field: self.field,
-            path: self.name.path.clone(),
-            action: "move it into place",
-            cause: cause.into(),
-            hint: "; is there a directory of that name?",
-        })?;
+        let failed = |cause, hint| Error { field: self.field, path: self.name.path.clone(), action: "move it into place", cause, hint };
+        if !self.name.leads_from(&self.beside) {
+            let hint = "; another process has prepared to take it since";
+            return Err(failed(io::ErrorKind::NotFound.into(), hint));
+        }
+        rustix::fs::rename(&self.beside, &self.name.path).map_err(|cause| failed(cause.into(), "; is there a directory of that name?"))?;
         self.taken = true;
         let Name { path, device, inode } = &mut self.name;
         Ok(Name { path: std::mem::take(path), device: *device, inode: *inode })
@@ -127,7 +125,8 @@ impl Prepared {
 
 impl Drop for Prepared {
     fn drop(&mut self) {
-        if !self.taken {
+        // In another container there may be a process of the same id, which has bound its own under this name since.
+        if !self.taken && self.name.leads_from(&self.beside) {
             let _ = rustix::fs::unlink(&self.beside);
         }
     }
@@ -217,6 +216,22 @@ mod tests {
         assert!(!old.name.is_ours() && new.name.is_ours());
         old.name.release();
         UnixStream::connect(&path).unwrap();
+    }
+
+    /// Each container has a process 1: two that wait for the name at once bind beside it under one name.
+    #[tokio::test]
+    async fn one_that_gives_up_leaves_alone_what_another_of_its_process_id_has_bound_since() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("sds.sock");
+        let serving = bind(&path, 0o666).unwrap();
+        let (_first, given_up) = prepare("sockets.shared.path", &path, 0o666).unwrap();
+        let (_second, superseded) = prepare("sockets.shared.path", &path, 0o666).unwrap();
+        let (_third, prepared) = prepare("sockets.shared.path", &path, 0o666).unwrap();
+        drop(given_up);
+        let error = superseded.take().unwrap_err().to_string();
+        assert!(error.contains("another process"), "{error}");
+        assert!(serving.name.is_ours(), "nobody takes the name with another's socket");
+        assert!(prepared.take().unwrap().is_ours());
     }
 
     #[tokio::test]

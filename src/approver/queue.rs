@@ -40,8 +40,23 @@ struct Entry {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
     Ready,
-    Working { changed: bool },
+    Working {
+        changed: bool,
+    },
+    /// Being worked on, and gone meanwhile: it stays until its worker is done, so that what comes back has no second one beside it.
+    Leaving,
     Resting,
+}
+
+impl Entry {
+    /// Notes that it is gone; true where its worker has to be awaited.
+    fn stays(&mut self) -> bool {
+        let works = matches!(self.state, State::Working { .. } | State::Leaving);
+        if works {
+            self.state = State::Leaving;
+        }
+        works
+    }
 }
 
 /// See the module.
@@ -76,8 +91,10 @@ impl Queue {
         match self.entries.get_mut(&key) {
             Some(entry) => {
                 entry.case.request = request;
-                if let State::Working { changed } = &mut entry.state {
-                    *changed = true;
+                match &mut entry.state {
+                    State::Working { changed } => *changed = true,
+                    State::Leaving => (entry.case.since, entry.state) = (now, State::Working { changed: true }),
+                    State::Ready | State::Resting => {}
                 }
             }
             None => {
@@ -89,6 +106,11 @@ impl Queue {
 
     /// A request that needs no decision any more, or is not there any more.
     pub fn gone(&mut self, key: &Key) {
+        if let Some(entry) = self.entries.get_mut(key)
+            && entry.stays()
+        {
+            return;
+        }
         self.entries.remove(key);
     }
 
@@ -105,7 +127,7 @@ impl Queue {
     /// What the list lacked is gone.
     pub fn list_ends(&mut self) {
         let list = std::mem::take(&mut self.list);
-        self.entries.retain(|key, _| list.contains(key));
+        self.entries.retain(|key, entry| list.contains(key) || entry.stays());
     }
 
     /// The next to work on, oldest first.
@@ -130,12 +152,15 @@ impl Queue {
             }
             // A request that was forgotten and made anew meanwhile is another's.
             State::Ready | State::Resting => {}
-            State::Working { changed: false } => drop(self.entries.remove(key)),
+            State::Working { changed: false } | State::Leaving => drop(self.entries.remove(key)),
         }
     }
 
     /// Its worker could not settle it: how long it is to rest, before half of it is taken off at random.
     pub fn failed(&mut self, key: &Key) -> Option<Duration> {
+        if self.entries.get(key)?.state == State::Leaving {
+            self.entries.remove(key);
+        }
         let entry = self.entries.get_mut(key).filter(|entry| matches!(entry.state, State::Working { .. }))?;
         let pause = (SHORTEST_PAUSE * 2_u32.pow(entry.failures.min(10))).min(LONGEST_PAUSE);
         entry.failures += 1;
@@ -156,6 +181,10 @@ impl Queue {
                 self.ready.push_back(key.clone());
                 false
             }
+            State::Leaving => {
+                self.entries.remove(key);
+                false
+            }
             State::Ready | State::Resting => false,
         }
     }
@@ -169,7 +198,7 @@ impl Queue {
                     self.ready.push_back(key.clone());
                 }
                 State::Working { changed } => *changed = true,
-                State::Ready => {}
+                State::Ready | State::Leaving => {}
             }
         }
     }
@@ -251,6 +280,38 @@ mod tests {
         assert_eq!(next(&mut queue), Some(("b".into(), "1".into())));
         queue.gone(&a);
         assert!(!queue.waits(&a), "it is gone");
+    }
+
+    /// Such as by rules that leave its issuer out and take it in again.
+    #[test]
+    fn what_goes_and_comes_back_while_it_is_worked_on_is_not_lost_with_the_first_worker() {
+        let (mut queue, now) = (Queue::default(), Instant::now());
+        let a = ("n".to_owned(), "a".to_owned());
+        let begun = |queue: &mut Queue| {
+            queue.seen(request("a", "1"), now);
+            assert!(next(queue).is_some());
+            queue.gone(&a);
+        };
+        begun(&mut queue);
+        queue.seen(request("a", "2"), now);
+        assert_eq!(next(&mut queue), None, "one worker at a time");
+        queue.settled(&a);
+        assert_eq!(next(&mut queue), Some(("a".into(), "2".into())));
+        assert!(queue.failed(&a).is_some(), "the second one's trouble is not forgotten");
+        queue.gone(&a);
+
+        begun(&mut queue);
+        queue.wake();
+        queue.settled(&a);
+        begun(&mut queue);
+        assert_eq!(queue.failed(&a), None);
+        begun(&mut queue);
+        assert!(!queue.waits(&a));
+        begun(&mut queue);
+        queue.list_begins();
+        queue.list_ends();
+        queue.settled(&a);
+        assert!(queue.is_empty() && next(&mut queue).is_none());
     }
 
     #[test]
