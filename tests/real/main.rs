@@ -25,7 +25,6 @@ mod dev;
 mod doctor;
 mod envoy_cert_manager;
 mod envoy_embedded;
-mod flood;
 mod grpcurl;
 mod guides;
 mod kubelet;

@@ -139,7 +139,8 @@ async fn a_change_of_the_configuration_denies_nobody_in_either_order() {
     let workload = app("late").await;
     let _stream = workload.watch(late.socket());
     late.logs("the denial", 2 * PATIENCE, |line| line["cause"].as_str().is_some_and(|cause| cause.contains("ProfileMismatch"))).await;
-    assert!((decided("decision=\"denied\"").await - 1.0).abs() < 0.5);
+    // The agent asks again after a while.
+    assert!(decided("decision=\"denied\"").await > 0.5);
 }
 
 /// The pod that stands for a shared identity goes before the approval: a sibling stands in at once.
