@@ -12,9 +12,9 @@ use crate::{
     approver::{
         desk::APPROVER,
         force::InForce,
-        pods::Pod,
         rules::{Expectation, Rules},
     },
+    attest::pods::Pod,
     cert_manager::{CertificateRequest, GROUP, USAGES, claims, csr, denied, keys},
     config::IssuerRef,
     identity::PodRef,

@@ -3,7 +3,7 @@
 //! The caller runs [`Pods::run`]. What the watch has not told is no news: only [`Pods::read`] says that a pod is not there.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    collections::{HashMap, HashSet},
     fmt,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -14,91 +14,17 @@ use std::{
 use futures::StreamExt;
 use k8s_openapi::api::core::v1::Pod as ApiPod;
 use kube::{Api, Client, core::ApiResource, runtime::watcher};
-use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
 use crate::{
-    identity::{
-        PodRef, Workload,
-        picks::{Volume, picks},
-    },
+    attest::pods::{Pod, Slim},
+    identity::PodRef,
     kubernetes::{
         self, Call, Cause, Failure,
         metrics::Resource,
         watch::{Selection, Signal},
     },
 };
-
-/// The annotation of a static pod's mirror.
-const MIRROR: &str = "kubernetes.io/config.mirror";
-
-/// A pod as the API tells it, without what the approver does not need.
-pub type Slim = kube::api::Object<Spec, Status>;
-
-/// `spec`
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
-#[serde(default, rename_all = "camelCase")]
-pub struct Spec {
-    node_name: Option<String>,
-    service_account_name: Option<String>,
-    volumes: Option<Vec<Volume>>,
-}
-
-/// `status`
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
-#[serde(default)]
-pub struct Status {
-    phase: Option<String>,
-}
-
-/// The facts of a pod.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Pod {
-    /// Which one.
-    pub pod: PodRef,
-    /// Where it runs; none before it has a node.
-    pub node_name: Option<Arc<str>>,
-    /// Whom it runs as. Static pods have no service account, whatever their mirror says.
-    pub service_account: Option<Arc<str>>,
-    /// Its labels, for the match rules of profiles.
-    pub labels: Arc<BTreeMap<String, String>>,
-    /// The profiles that it picks by its volumes.
-    pub picks: BTreeSet<Arc<str>>,
-    /// Whether its phase is terminal. A pod that is being deleted has not ended: its proxy still drains.
-    pub ended: bool,
-}
-
-impl Pod {
-    /// Who its processes can be, on whatever socket of the agent.
-    pub fn workloads(&self) -> impl Iterator<Item = Workload> + '_ {
-        [None].into_iter().chain(self.picks.iter().cloned().map(Some)).map(|picked| {
-            let (service_account, labels) = (self.service_account.clone(), self.labels.clone());
-            Workload::Pod { pod: self.pod.clone(), service_account, labels, picked }
-        })
-    }
-
-    /// What an object of the API tells; none where it lacks what every pod has. `driver` is the CSI driver whose volumes pick profiles.
-    pub fn of(slim: &Slim, driver: Option<&str>) -> Option<Self> {
-        let metadata = &slim.metadata;
-        let mirror = metadata.annotations.as_ref().is_some_and(|a| a.contains_key(MIRROR));
-        let named = |field: &Option<String>| field.as_deref().filter(|name| !name.is_empty()).map(Arc::from);
-        Some(Self {
-            pod: PodRef {
-                namespace: metadata.namespace.as_deref()?.into(),
-                name: metadata.name.as_deref()?.into(),
-                uid: metadata.uid.as_deref()?.into(),
-            },
-            node_name: named(&slim.spec.node_name),
-            service_account: named(&slim.spec.service_account_name).filter(|_| !mirror),
-            labels: Arc::new(metadata.labels.clone().unwrap_or_default()),
-            picks: match (driver, &slim.spec.volumes) {
-                (Some(driver), Some(volumes)) => picks(volumes, driver).into_values().collect(),
-                _ => BTreeSet::new(),
-            },
-            ended: matches!(slim.status.as_ref().and_then(|s| s.phase.as_deref()), Some("Succeeded" | "Failed")),
-        })
-    }
-}
 
 /// The index. Clones share everything.
 #[derive(Clone)]

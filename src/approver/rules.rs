@@ -3,7 +3,7 @@
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use crate::{
-    approver::pods::Pod,
+    attest::pods::Pod,
     config::{Attestation, Config, IssuerConfig, IssuerRef, RequestNamespace},
     identity::{Error, Identity, IssuerName, KeyType, Profile, Resolver},
 };

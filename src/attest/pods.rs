@@ -31,10 +31,12 @@ use crate::{
     },
 };
 
+mod facts;
 mod index;
 
+pub use facts::{Pod, Slim};
 use index::Index;
-pub use index::{Known, Pod, Slim, Starting};
+pub use index::{Known, Starting};
 
 /// Between live reads.
 const LIVE_PACE: Duration = Duration::from_secs(1);

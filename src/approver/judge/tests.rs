@@ -1,6 +1,6 @@
 //! Every item of the list of checks, each as one change to a request that is approved without it.
 
-use std::{collections::BTreeSet, sync::Arc};
+use std::{collections::BTreeMap, sync::Arc};
 
 use super::*;
 use crate::{
@@ -46,8 +46,11 @@ pub(crate) fn pod() -> Pod {
         node_name: Some("n1".into()),
         service_account: Some("cart".into()),
         labels: Arc::default(),
-        picks: BTreeSet::new(),
+        picks: BTreeMap::new(),
+        host_network: false,
+        mirror: false,
         ended: false,
+        containers: Vec::new(),
     }
 }
 
