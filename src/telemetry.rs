@@ -24,6 +24,8 @@ use tracing_subscriber::{
     util::SubscriberInitExt,
 };
 
+#[cfg(test)]
+pub(crate) mod captured;
 pub mod hush;
 
 /// The environment variable of the filter.
@@ -141,36 +143,7 @@ fn no_wire_dump(metadata: &Metadata<'_>) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write;
-
-    use super::*;
-
-    #[derive(Debug, Clone, Default)]
-    struct Lines(Arc<Mutex<Vec<u8>>>);
-
-    impl Lines {
-        fn take(&self) -> String {
-            String::from_utf8(std::mem::take(&mut self.0.lock().unwrap())).unwrap()
-        }
-    }
-
-    impl Write for Lines {
-        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-            self.0.lock().unwrap().write(bytes)
-        }
-
-        fn flush(&mut self) -> io::Result<()> {
-            Ok(())
-        }
-    }
-
-    impl MakeWriter<'_> for Lines {
-        type Writer = Self;
-
-        fn make_writer(&self) -> Self {
-            self.clone()
-        }
-    }
+    use super::{captured::Captured, *};
 
     /// Whoever alerts on a line relies on its words.
     #[test]
@@ -196,7 +169,7 @@ mod tests {
 
     #[test]
     fn a_json_line_has_the_fields_the_target_and_the_span() {
-        let lines = Lines::default();
+        let lines = Captured::default();
         let (_guard, _filter) = capture("info", Format::Json, lines.clone()).unwrap();
         let span = tracing::info_span!("issue", identity = "spiffe://a/b");
         span.in_scope(|| tracing::info!(serial = "0a", "published"));
@@ -211,7 +184,7 @@ mod tests {
 
     #[test]
     fn the_filter_is_replaced_while_running_and_garbage_changes_nothing() {
-        let lines = Lines::default();
+        let lines = Captured::default();
         let (_guard, filter) = capture("info", Format::Text, lines.clone()).unwrap();
         tracing::debug!("one");
         assert_eq!(lines.take(), "");
@@ -231,7 +204,7 @@ mod tests {
 
     #[test]
     fn other_crates_never_log_what_crosses_the_wire() {
-        let lines = Lines::default();
+        let lines = Captured::default();
         let (_guard, _filter) = capture("trace", Format::Text, lines.clone()).unwrap();
         tracing::trace!(target: "h2::codec", "a frame");
         tracing::trace!(target: "sds_agent_impostor", "a frame");

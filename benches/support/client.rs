@@ -1,26 +1,17 @@
 //! One HTTP/2 connection on a Unix socket as a tonic client, the same for the agent and the floor, and the messages it exchanges.
 
-use std::{
-    path::Path,
-    sync::Arc,
-    task::{Context, Poll},
-    time::Duration,
-};
+use std::{path::Path, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use futures::future::BoxFuture;
-use http::{Request, Response, Uri, uri::PathAndQuery};
-use hyper::{
-    body::Incoming,
-    client::conn::http2::{self, SendRequest},
+use http::uri::PathAndQuery;
+use sds_agent::{
+    grpc::client::{self, Connection, Error},
+    sds::stream::TYPE_URL,
 };
-use hyper_util::rt::{TokioExecutor, TokioIo};
-use sds_agent::sds::stream::TYPE_URL;
-use tokio::{net::UnixStream, sync::mpsc};
+use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Streaming, body::Body, client::Grpc};
+use tonic::{Streaming, client::Grpc};
 use tonic_prost::ProstCodec;
-use tower::Service;
 
 /// `FetchSecrets` of the agent.
 pub const FETCH: &str = "/envoy.service.secret.v3.SecretDiscoveryService/FetchSecrets";
@@ -76,35 +67,16 @@ pub struct Reply {
 /// A client on one connection. Clones share it.
 pub type Client = Grpc<Connection>;
 
-/// The sending half of an HTTP/2 connection.
-#[derive(Debug, Clone)]
-pub struct Connection(SendRequest<Body>);
-
-impl Service<Request<Body>> for Connection {
-    type Response = Response<Incoming>;
-    type Error = hyper::Error;
-    type Future = BoxFuture<'static, Result<Self::Response, Self::Error>>;
-
-    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
-        self.0.poll_ready(cx)
-    }
-
-    fn call(&mut self, request: Request<Body>) -> Self::Future {
-        Box::pin(self.0.send_request(request))
-    }
-}
-
 /// Connects, and waits for a server that is not there yet.
 pub async fn connect(path: &Path) -> Client {
-    let stream = loop {
-        match UnixStream::connect(path).await {
-            Ok(stream) => break stream,
-            Err(_) => tokio::time::sleep(Duration::from_millis(5)).await,
+    let (connection, driver) = loop {
+        match client::connect(path).await {
+            Err(Error::Connect(_)) => tokio::time::sleep(Duration::from_millis(5)).await,
+            connected => break connected.unwrap(),
         }
     };
-    let (sender, connection) = http2::handshake(TokioExecutor::new(), TokioIo::new(stream)).await.unwrap();
-    tokio::spawn(connection);
-    Grpc::with_origin(Connection(sender), Uri::from_static("http://localhost"))
+    tokio::spawn(driver);
+    Grpc::with_origin(connection, client::origin())
 }
 
 /// One unary call.

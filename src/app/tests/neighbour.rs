@@ -3,18 +3,12 @@
 //! Whatever goes wrong on the wire, an identity gets one certificate for one request that is carried out, nothing is left behind, others
 //! go on, and it is counted and told.
 
-use std::{
-    collections::HashSet,
-    io::{self, Write},
-    sync::Mutex,
-    time::UNIX_EPOCH,
-};
+use std::{collections::HashSet, sync::Mutex, time::UNIX_EPOCH};
 
 use base64::{Engine, engine::general_purpose::STANDARD};
 use serde_json::{Value, json};
 use tokio::{task::JoinHandle, time::Instant};
 use tracing::subscriber::DefaultGuard;
-use tracing_subscriber::fmt::MakeWriter;
 
 use super::*;
 use crate::{
@@ -35,7 +29,7 @@ use crate::{
     },
     rotation::plan::Plan,
     store::{Demand, Lease},
-    telemetry::{self, Format},
+    telemetry::{self, Format, captured::Captured},
 };
 
 mod creates;
@@ -56,7 +50,7 @@ struct World {
     dead: Arc<Mutex<HashSet<String>>>,
     /// What cert-manager does with the next requests instead of signing them.
     refusals: Arc<Mutex<Vec<Value>>>,
-    log: Log,
+    log: Captured,
     _log: DefaultGuard,
     tasks: Vec<JoinHandle<()>>,
 }
@@ -74,7 +68,7 @@ impl World {
 
     /// With faults that are there before the agent starts.
     fn with(plan: impl FnOnce(&Wire)) -> Self {
-        let log = Log::default();
+        let log = Captured::default();
         let (guard, _) = telemetry::capture("info", Format::Json, log.clone()).unwrap();
         let wire = Wire::new(FakeApi::new());
         for name in ["mesh-ca", "other-ca"] {
@@ -224,36 +218,5 @@ async fn cert_manager(api: FakeApi, authority: Arc<Embedded>, dead: Arc<Mutex<Ha
             let issued = json!({"type": "Ready", "status": "True", "reason": "Issued"});
             object["status"] = json!({"conditions": [approved, issued], "certificate": STANDARD.encode(chain)});
         });
-    }
-}
-
-/// The agent's log.
-#[derive(Debug, Clone, Default)]
-struct Log(Arc<Mutex<Vec<u8>>>);
-
-impl Log {
-    /// Lines with this message.
-    fn lines(&self, message: &str) -> Vec<Value> {
-        let text = String::from_utf8(self.0.lock().unwrap().clone()).unwrap();
-        let lines = text.lines().map(|line| serde_json::from_str(line).unwrap());
-        lines.filter(|line: &Value| line["message"].as_str().is_some_and(|m| m.contains(message))).collect()
-    }
-}
-
-impl Write for Log {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.lock().unwrap().write(bytes)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-impl MakeWriter<'_> for Log {
-    type Writer = Self;
-
-    fn make_writer(&self) -> Self {
-        self.clone()
     }
 }

@@ -1,15 +1,10 @@
 //! Callers that want more than their share: they are turned away, and nobody else notices.
 
-use std::{
-    io::{self, Write},
-    path::{Path, PathBuf},
-    sync::Mutex,
-};
+use std::path::{Path, PathBuf};
 
 use futures::future::BoxFuture;
 use tokio::io::AsyncReadExt;
 use tonic::Code;
-use tracing_subscriber::fmt::MakeWriter;
 
 use super::{
     super::{calls::MOST_REFUSED, *},
@@ -19,7 +14,7 @@ use super::{
 use crate::{
     attest::{self, Attested, Attestor, Method, Reason, origin::Origins},
     listener,
-    telemetry::{self, Format},
+    telemetry::{self, Format, captured::Captured},
 };
 
 /// The attestor of a socket that is one pod's own.
@@ -144,34 +139,6 @@ async fn who_goes_on_with_refused_streams_loses_the_connection_and_only_that() {
     stream.reply().await;
 }
 
-#[derive(Debug, Clone, Default)]
-struct Log(Arc<Mutex<Vec<u8>>>);
-
-impl Log {
-    /// Lines that hold `words`.
-    fn count(&self, words: &str) -> usize {
-        String::from_utf8_lossy(&self.0.lock().unwrap()).lines().filter(|line| line.contains(words)).count()
-    }
-}
-
-impl Write for Log {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.lock().unwrap().write(bytes)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-impl MakeWriter<'_> for Log {
-    type Writer = Self;
-
-    fn make_writer(&self) -> Self {
-        self.clone()
-    }
-}
-
 /// Nobody has an identity.
 #[derive(Debug)]
 struct Closed;
@@ -188,7 +155,7 @@ impl Attestor for Closed {
 
 #[tokio::test]
 async fn a_caller_that_is_refused_in_a_loop_does_not_fill_the_log() {
-    let log = Log::default();
+    let log = Captured::default();
     let (_guard, _filter) = telemetry::capture("info", Format::Json, log.clone()).unwrap();
     let agent = Agent::with(|sessions| {
         sessions.desk.attestor = Arc::new(Closed);
