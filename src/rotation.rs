@@ -11,10 +11,9 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use rustls::pki_types::CertificateDer;
 use tokio::{
     sync::{mpsc, watch},
-    task::{AbortHandle, JoinSet},
+    task::JoinSet,
     time::Instant,
 };
 use tokio_util::sync::CancellationToken;
@@ -22,6 +21,7 @@ use tracing::{debug, info, warn};
 
 use self::{
     metrics::Metrics,
+    orders::{Answer, Running, Submitted},
     plan::Plan,
     planner::{Action, Class, Id, Now, Planner},
     reissue::{Mark, Reissue},
@@ -29,16 +29,18 @@ use self::{
 use crate::{
     clock::{self, Clock},
     identity::{Identity, IssuerName, PodRef},
-    issuer::{Error, Issued, Order, Pending, Progress, Retry, Stage, verify},
+    issuer::{Error, Issued, Retry, verify},
     material::{self, Svid},
     store::{Entry, Event, Status, Store},
     trust::BundleSet,
 };
 
 pub mod metrics;
+mod orders;
 pub mod plan;
 pub mod planner;
 pub mod reissue;
+mod roots;
 pub mod schedule;
 
 /// A difference between the two clocks that is a step and no drift.
@@ -117,21 +119,6 @@ struct Rotation {
     /// Issuers that have series in the metrics.
     counted: BTreeSet<IssuerName>,
     last_seen: Now,
-}
-
-/// An order that its upstream has, and how far it is there.
-type Submitted = (Id, Pending);
-
-struct Running {
-    task: AbortHandle,
-    started: Instant,
-    evidence: Option<PodRef>,
-}
-
-/// What an order came to.
-struct Answer {
-    id: Id,
-    result: Result<(Issued, verify::Verified), (Error, Option<Issued>)>,
 }
 
 /// Runs until `shutdown`; orders under way are abandoned then.
@@ -308,98 +295,6 @@ impl Rotation {
         }
     }
 
-    fn start(&mut self, id: Id) {
-        let Some(entry) = self.entries.get(&id) else { return };
-        // The planner starts nothing that is not in force.
-        let Some(identity) = self.identity_of(id) else { return };
-        let issuer = self.parts.plan.borrow().issuer(&identity.profile.issuer).cloned();
-        let Some(issuer) = issuer else {
-            let error = Error::Configuration(format!(
-                "profile {} names issuer {}, which is not configured",
-                identity.profile.name, identity.profile.issuer
-            ));
-            return self.failed(id, None, &error);
-        };
-        let evidence = entry.evidence(self.spent.get(&id));
-        let (progress, stage) = Progress::new();
-        let order = Order { identity: identity.clone(), evidence: evidence.clone(), progress };
-        debug!(%identity, issuer = %identity.profile.issuer, "certificate ordered");
-        let judge =
-            Judge { identity, trust: self.parts.trust.clone(), await_bundle: self.parts.await_bundle, clock: self.parts.clock.clone() };
-        let submitted = self.submitted.0.clone();
-        let task = self.tasks.spawn(async move {
-            let tell = async move {
-                let mut stage = stage;
-                while stage.changed().await.is_ok() {
-                    if let Stage::Submitted(pending) = &*stage.borrow_and_update() {
-                        let _ = submitted.send((id, pending.clone()));
-                    }
-                }
-                std::future::pending().await
-            };
-            let work = async move {
-                let issued = issuer.issue(order).await.map_err(|error| (error, None))?;
-                judge.judge(issued).await
-            };
-            tokio::select! {
-                biased;
-                result = work => Answer { id, result },
-                answer = tell => answer,
-            }
-        });
-        self.unproven.remove(&id);
-        self.orders.insert(id, Running { task, started: Instant::now(), evidence });
-    }
-
-    fn submitted(&mut self, id: Id, pending: Pending) {
-        if self.orders.contains_key(&id) {
-            let now = self.now();
-            self.planner.submitted(now, id);
-            let Some(entry) = self.entries.get(&id) else { return };
-            let Pending { request, waits_for, is_late } = pending;
-            if let (true, Some(witness), Some(why)) = (is_late, &self.parts.witness, &waits_for) {
-                witness.waits(entry, &request, why);
-            }
-            entry.set_status(|status| (status.request, status.waits_for) = (Some(request), waits_for));
-        }
-    }
-
-    fn answered(&mut self, answer: Answer) {
-        let id = answer.id;
-        // What the order told before it ended is not taken for its successor's.
-        while let Ok((id, pending)) = self.submitted.1.try_recv() {
-            self.submitted(id, pending);
-        }
-        // An abandoned order may still have answered.
-        let Some(order) = self.orders.remove(&id) else { return };
-        match answer.result {
-            Ok((issued, verified)) if self.is_current(id, verified.anchor.as_ref()) => {
-                self.issued(id, issued, verified, order.started.elapsed());
-            }
-            Ok((issued, _)) => {
-                self.unproven.insert(id, issued);
-                self.failed(id, order.evidence, &bundle_moved_on());
-            }
-            Err((error, issued)) => {
-                if let (Error::InvalidCertificate(verify::Error::Path { .. }), Some(issued)) = (&error, issued) {
-                    self.unproven.insert(id, issued);
-                }
-                self.failed(id, order.evidence, &error);
-            }
-        }
-    }
-
-    fn lost(&mut self, error: &tokio::task::JoinError) {
-        let Some(id) = self.orders.iter().find(|(_, order)| order.task.id() == error.id()).map(|(id, _)| *id) else { return };
-        let evidence = self.orders.remove(&id).and_then(|order| order.evidence);
-        let error = Error::Api {
-            action: "issuing a certificate".into(),
-            message: format!("the order's task ended: {error}"),
-            retry: Retry::Backoff,
-        };
-        self.failed(id, evidence, &error);
-    }
-
     fn issued(&mut self, id: Id, issued: Issued, verified: verify::Verified, took: Duration) {
         let (Some(entry), Some(identity)) = (self.entries.get(&id).cloned(), self.identity_of(id)) else { return };
         let now = self.now();
@@ -522,10 +417,10 @@ impl Rotation {
         if self.parts.store.forget(entry, retention) {
             debug!(identity = %entry.identity, ?retention, "certificate forgotten: nobody asks for it");
             self.planner.forgotten(id);
-            if let (Some(witness), Some(entry)) = (&self.parts.witness, self.entries.remove(&id)) {
+            let forgotten = self.entries.remove(&id);
+            if let (Some(witness), Some(entry)) = (&self.parts.witness, forgotten) {
                 witness.forgotten(&entry);
             }
-            self.entries.remove(&id);
             self.ready.remove(&id);
             self.unproven.remove(&id);
             self.spent.remove(&id);
@@ -536,82 +431,6 @@ impl Rotation {
         } else if !entry.is_leased() {
             let now = self.now();
             self.planner.idle(now, id);
-        }
-    }
-
-    /// Whether what leads to `anchor` leads to a root of the bundle as it is now: it may have changed since the order's task looked.
-    fn is_current(&self, id: Id, anchor: Option<&CertificateDer<'_>>) -> bool {
-        let set = self.parts.trust.borrow();
-        let bundle = set.own.as_ref().map(|bundle| &bundle.roots);
-        self.entries.get(&id).is_none_or(|entry| {
-            let profile = entry.identity.profile.fingerprint();
-            material::is_current_authority(&material::authority_digest(&profile, anchor), &profile, bundle)
-        })
-    }
-
-    /// Certificates of an authority that is no longer trusted are renewed soon, and not published where they still settle; answers that
-    /// could not be proven are judged again.
-    fn bundle_changed(&mut self) {
-        let set = self.parts.trust.borrow_and_update().clone();
-        let bundle = set.own.as_ref().map(|bundle| &bundle.roots);
-        let now = self.now();
-        let settling = |(id, svid): (&Id, &Arc<Svid>)| {
-            let current = material::is_current_authority(&svid.authority, &svid.identity.profile.fingerprint(), bundle);
-            (!current).then_some(*id)
-        };
-        for id in self.ready.iter().filter_map(settling).collect::<Vec<_>>() {
-            self.ready.remove(&id);
-            self.failed(id, None, &bundle_moved_on());
-        }
-        for (id, entry) in &self.entries {
-            let Some(svid) = entry.current() else { continue };
-            if !material::is_current_authority(&svid.authority, &entry.identity.profile.fingerprint(), bundle) {
-                warn!(identity = %entry.identity, "the certificate leads to no root of the new trust bundle; it is renewed early");
-                let within = (svid.chain.validity.remaining(now.wall) / 4).min(Duration::from_secs(60));
-                let at = now.wall + within.mul_f64(self.planner.draw());
-                self.planner.expedite(now, *id, at);
-                entry.set_status(|status| status.next_attempt = status.next_attempt.map(|planned| planned.min(at)));
-            }
-        }
-        for (id, issued) in std::mem::take(&mut self.unproven) {
-            let Some(entry) = self.entries.get(&id) else { continue };
-            match verify::verify(&entry.identity, &issued.key, &issued.chain_pem, bundle, now.wall) {
-                Ok(verified) => {
-                    if let Some(order) = self.orders.remove(&id) {
-                        order.task.abort();
-                    }
-                    self.issued(id, issued, verified, Duration::ZERO);
-                }
-                Err(_) => drop(self.unproven.insert(id, issued)),
-            }
-        }
-    }
-}
-
-/// An answer that was proven, by a bundle that is no more.
-fn bundle_moved_on() -> Error {
-    let why = "the bundle has changed since it was verified".to_owned();
-    Error::InvalidCertificate(verify::Error::Path { what: "the chain does not lead to the trust bundle", why })
-}
-
-/// Judges an answer in the order's own task.
-struct Judge {
-    identity: Arc<Identity>,
-    trust: watch::Receiver<Arc<BundleSet>>,
-    await_bundle: bool,
-    clock: Arc<dyn Clock>,
-}
-
-impl Judge {
-    async fn judge(mut self, issued: Issued) -> Result<(Issued, verify::Verified), (Error, Option<Issued>)> {
-        if self.await_bundle && self.trust.wait_for(|set| set.own.is_some()).await.is_err() {
-            return Err((Error::Configuration("the trust bundle's owner has ended".into()), None));
-        }
-        let set = self.trust.borrow().clone();
-        let bundle = set.own.as_ref().map(|bundle| &bundle.roots);
-        match verify::verify(&self.identity, &issued.key, &issued.chain_pem, bundle, self.clock.now()) {
-            Ok(verified) => Ok((issued, verified)),
-            Err(error) => Err((error.into(), Some(issued))),
         }
     }
 }

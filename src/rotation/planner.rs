@@ -14,24 +14,17 @@ use tokio::time::Instant;
 use super::schedule::{self, Occasion};
 use crate::{identity::IssuerName, issuer::Retry, material::Validity, store::Demand};
 
-/// Orders under way at one issuer.
-pub const SLOTS: usize = 8;
-/// Of these, kept for certificates that are about to end.
-pub const RESERVED: usize = 2;
-/// A certificate with less than this share of its life left is about to end.
-const ENDING: f64 = 0.2;
+mod job;
+mod queue;
+
+use job::{InUse, Job, Phase, Rank, class, due, end, turning_point};
+use queue::Queue;
+pub use queue::{RESERVED, SLOTS};
+
 /// An order that has not reached its upstream by then has failed.
 const PREPARING: Duration = Duration::from_secs(60);
 /// An order that its upstream leaves pending for longer gives up its slot, and nothing else.
 const PARK_AFTER: Duration = Duration::from_secs(10);
-/// An order may stay with its upstream for ever, and its key is kept: so there is a bound to what is left with one that is dead. With so
-/// many parked and [`SILENCE`] since it answered anybody, it gets one more in each [`PROBE`] and no more: a thousand requests that nobody
-/// works off help no identity, and all of them would be worked off by an issuer that comes back. One order still goes through now and
-/// then, because what is parked may be stuck for a reason of its own, such as requests of one namespace that no approver takes, and the
-/// next one would be answered. Any answer ends it at once, a refusal too.
-const MOST_PARKED: usize = 32;
-const SILENCE: Duration = Duration::from_secs(60);
-const PROBE: Duration = Duration::from_secs(60);
 /// Retries at once, with other evidence, in a row.
 const SWIFT_RETRIES: u32 = 3;
 /// A forgotten identity's order that is still pending, or its backoff, is kept for at most this long.
@@ -75,62 +68,6 @@ pub enum Class {
     Routine,
 }
 
-/// A certificate in use.
-#[derive(Debug, Clone, Copy)]
-struct InUse {
-    validity: Validity,
-    renew_at: SystemTime,
-}
-
-impl InUse {
-    fn ending_at(&self) -> SystemTime {
-        self.validity.not_after - self.validity.lifetime().mul_f64(ENDING)
-    }
-}
-
-#[derive(Debug, Clone, Copy, PartialEq)]
-enum Phase {
-    /// Nothing under way.
-    Resting,
-    /// Due, and waiting for a slot.
-    Queued(Class, Rank),
-    /// With the issuer.
-    Running { slot: Option<Class>, submitted: bool, deadline: Option<Instant> },
-    /// Issued, and waiting for slow clocks.
-    Settling(Instant),
-}
-
-/// The order within a class.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-struct Rank {
-    /// First attempts before retries.
-    retry: bool,
-    /// What ends first; for those who have nothing, the epoch.
-    deadline: SystemTime,
-    /// First come, first served.
-    sequence: u64,
-}
-
-#[derive(Debug)]
-struct Job {
-    issuer: IssuerName,
-    /// What subscribers without material need.
-    demand: Option<Demand>,
-    leased: bool,
-    /// No profile issues it any more.
-    retired: bool,
-    in_use: Option<InUse>,
-    issued: Option<InUse>,
-    phase: Phase,
-    failures: u32,
-    swift_retries: u32,
-    not_before: Option<Instant>,
-    by_clock: bool,
-    forget_at: Option<Instant>,
-    idle_since: Option<Instant>,
-    timers: (Option<SystemTime>, Option<Instant>),
-}
-
 /// The state machine.
 #[derive(Debug)]
 pub struct Planner {
@@ -142,20 +79,6 @@ pub struct Planner {
     retention: Duration,
     sequence: u64,
     random: fastrand::Rng,
-}
-
-#[derive(Debug, Default)]
-struct Queue {
-    /// Due orders, by class.
-    waiting: [BTreeSet<(Rank, Id)>; 3],
-    /// Slots in use, by class.
-    used: [usize; 3],
-    /// Orders without a slot that the upstream has.
-    parked: usize,
-    /// When the upstream last answered, or got the first of the parked.
-    heard: Option<Instant>,
-    /// When an order was last started.
-    started: Option<Instant>,
 }
 
 impl Planner {
@@ -390,8 +313,7 @@ impl Planner {
     /// The next moments, of either clock, at which [`poll`](Self::poll) has something to do.
     pub fn next_wake(&self) -> (Option<SystemTime>, Option<Instant>) {
         // What could start and has not waits for a silent issuer.
-        let held = self.queues.values().filter(|queue| queue.parked >= MOST_PARKED && queue.next().is_some());
-        let probe = held.filter_map(|queue| Some(queue.started? + PROBE)).min();
+        let probe = self.queues.values().filter_map(Queue::probe_at).min();
         let mono = self.mono.first().map(|(at, _)| *at);
         (self.wall.first().map(|(at, _)| *at), [mono, probe].into_iter().flatten().min())
     }
@@ -530,94 +452,6 @@ impl Planner {
             }
         }
     }
-}
-
-impl Queue {
-    fn park(&mut self, now: Instant) {
-        if self.parked == 0 {
-            self.heard = Some(now);
-        }
-        self.parked += 1;
-    }
-
-    fn is_silent(&self, now: Instant) -> bool {
-        self.parked >= MOST_PARKED && self.heard.is_some_and(|heard| now >= heard + SILENCE)
-    }
-
-    fn is_open(&self, now: Instant) -> bool {
-        !self.is_silent(now) || self.started.is_none_or(|last| now >= last + PROBE)
-    }
-
-    /// What may start now: waiting clients first, all but one of the general slots at the most while there are renewals too, and the
-    /// reserved slots for what is about to end.
-    fn next(&self) -> Option<(Class, Rank, Id)> {
-        let [ending, waiting, routine] = self.used;
-        if ending + waiting + routine >= SLOTS {
-            return None;
-        }
-        let first = |class: Class| self.waiting[class as usize].first().map(|(rank, id)| (class, *rank, *id));
-        let (next_ending, next_waiting, next_routine) = (first(Class::Ending), first(Class::Waiting), first(Class::Routine));
-        if ending < RESERVED && next_ending.is_some() {
-            return next_ending;
-        }
-        let general = SLOTS - RESERVED;
-        let free = waiting + routine < general;
-        let renewals_wait = next_ending.is_some() || next_routine.is_some();
-        let turn = waiting + 1 < general || !renewals_wait;
-        next_waiting.filter(|_| free && turn).or(next_ending).or(next_routine.filter(|_| free))
-    }
-}
-
-/// When the job's next order is due; none when nobody needs one.
-fn due(job: &Job, now: Now) -> Option<SystemTime> {
-    if !job.leased || job.retired {
-        return None;
-    }
-    match (&job.in_use, job.demand) {
-        (Some(certificate), _) if certificate.validity.is_live(now.wall) => Some(certificate.renew_at),
-        (Some(_), _) | (None, Some(Demand::Now)) => Some(now.wall),
-        (None, Some(Demand::Held { renew_at, not_after })) => Some(renew_at.min(not_after)),
-        (None, None) => None,
-    }
-}
-
-/// The end of the certificate in use, ours or one that a client holds from before.
-fn end(job: &Job) -> Option<SystemTime> {
-    match (&job.in_use, job.demand) {
-        (Some(certificate), _) => Some(certificate.validity.not_after),
-        (None, Some(Demand::Held { not_after, .. })) => Some(not_after),
-        _ => None,
-    }
-}
-
-/// From when on the job is [`Class::Ending`].
-fn ending_at(job: &Job) -> Option<SystemTime> {
-    match (&job.in_use, job.demand) {
-        (Some(certificate), _) => Some(certificate.ending_at()),
-        // Its beginning is unknown: as much again is left after the renewal as half the life, for the usual share.
-        (None, Some(Demand::Held { renew_at, not_after })) => {
-            Some(not_after - not_after.duration_since(renew_at).unwrap_or_default().mul_f64(2.0 * ENDING))
-        }
-        _ => None,
-    }
-}
-
-fn class(job: &Job, now: Now) -> Class {
-    match (end(job), ending_at(job)) {
-        (Some(end), Some(ending)) if now.wall < end => {
-            if now.wall >= ending {
-                Class::Ending
-            } else {
-                Class::Routine
-            }
-        }
-        _ => Class::Waiting,
-    }
-}
-
-/// The next moment at which [`class`] gives another answer.
-fn turning_point(job: &Job, now: Now) -> Option<SystemTime> {
-    [ending_at(job), end(job)].into_iter().flatten().filter(|at| *at > now.wall).min()
 }
 
 #[cfg(test)]

@@ -15,7 +15,7 @@ use super::*;
 use crate::{
     clock::TestClock,
     identity::tests::identity,
-    issuer::{Issuer, embedded::Embedded},
+    issuer::{Issuer, Order, embedded::Embedded},
     store::{Demand, Lease},
     trust::{self, Trust},
 };

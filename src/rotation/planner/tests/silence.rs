@@ -1,6 +1,9 @@
 //! Issuers that answer nobody.
 
-use super::*;
+use super::{
+    super::queue::{MOST_PARKED, PROBE},
+    *,
+};
 
 /// Lets an upstream that answers nobody take every order for this time; returns how many it got.
 fn unanswered(b: &mut Bench, seconds: u64) -> usize {

@@ -1,0 +1,68 @@
+//! What the trust bundle decides about certificates and answers, and what a change of it does to them.
+
+use std::{sync::Arc, time::Duration};
+
+use rustls::pki_types::CertificateDer;
+use tracing::warn;
+
+use super::{Id, Rotation};
+use crate::{
+    issuer::{Error, verify},
+    material::{self, Svid},
+};
+
+impl Rotation {
+    /// Whether what leads to `anchor` leads to a root of the bundle as it is now: it may have changed since the order's task looked.
+    pub(super) fn is_current(&self, id: Id, anchor: Option<&CertificateDer<'_>>) -> bool {
+        let set = self.parts.trust.borrow();
+        let bundle = set.own.as_ref().map(|bundle| &bundle.roots);
+        self.entries.get(&id).is_none_or(|entry| {
+            let profile = entry.identity.profile.fingerprint();
+            material::is_current_authority(&material::authority_digest(&profile, anchor), &profile, bundle)
+        })
+    }
+
+    /// Certificates of an authority that is no longer trusted are renewed soon, and not published where they still settle; answers that
+    /// could not be proven are judged again.
+    pub(super) fn bundle_changed(&mut self) {
+        let set = self.parts.trust.borrow_and_update().clone();
+        let bundle = set.own.as_ref().map(|bundle| &bundle.roots);
+        let now = self.now();
+        let settling = |(id, svid): (&Id, &Arc<Svid>)| {
+            let current = material::is_current_authority(&svid.authority, &svid.identity.profile.fingerprint(), bundle);
+            (!current).then_some(*id)
+        };
+        for id in self.ready.iter().filter_map(settling).collect::<Vec<_>>() {
+            self.ready.remove(&id);
+            self.failed(id, None, &bundle_moved_on());
+        }
+        for (id, entry) in &self.entries {
+            let Some(svid) = entry.current() else { continue };
+            if !material::is_current_authority(&svid.authority, &entry.identity.profile.fingerprint(), bundle) {
+                warn!(identity = %entry.identity, "the certificate leads to no root of the new trust bundle; it is renewed early");
+                let within = (svid.chain.validity.remaining(now.wall) / 4).min(Duration::from_secs(60));
+                let at = now.wall + within.mul_f64(self.planner.draw());
+                self.planner.expedite(now, *id, at);
+                entry.set_status(|status| status.next_attempt = status.next_attempt.map(|planned| planned.min(at)));
+            }
+        }
+        for (id, issued) in std::mem::take(&mut self.unproven) {
+            let Some(entry) = self.entries.get(&id) else { continue };
+            match verify::verify(&entry.identity, &issued.key, &issued.chain_pem, bundle, now.wall) {
+                Ok(verified) => {
+                    if let Some(order) = self.orders.remove(&id) {
+                        order.task.abort();
+                    }
+                    self.issued(id, issued, verified, Duration::ZERO);
+                }
+                Err(_) => drop(self.unproven.insert(id, issued)),
+            }
+        }
+    }
+}
+
+/// An answer that was proven, by a bundle that is no more.
+pub(super) fn bundle_moved_on() -> Error {
+    let why = "the bundle has changed since it was verified".to_owned();
+    Error::InvalidCertificate(verify::Error::Path { what: "the chain does not lead to the trust bundle", why })
+}
