@@ -83,15 +83,15 @@ impl Connection {
             let start = Instant::now();
             let result = self.identify().await;
             self.desk.metrics.observe(self.desk.attestor.method(), result.as_ref().map(|_| ()), start.elapsed().as_secs_f64());
-            result.map_err(|error| {
-                self.log(&error);
-                if error.temporary { Status::unavailable(LATER) } else { Status::permission_denied(REFUSED) }
-            })
+            result
         });
         let attested = attested.await;
         // After the cell has been set: who wakes finds it.
         self.known.notify_waiters();
-        self.name(attested?)
+        attested.and_then(|attested| self.named(attested)).map_err(|error| {
+            self.log(&error);
+            if error.temporary { Status::unavailable(LATER) } else { Status::permission_denied(REFUSED) }
+        })
     }
 
     /// The rules as they come: a caller that was named before another set has to be named again.
@@ -99,8 +99,15 @@ impl Connection {
         self.desk.resolver.clone()
     }
 
-    /// Who has been identified as calling, named by the rules as they are now. An identity that these do not give is refused.
-    fn name(&self, attested: &Attested) -> Result<Arc<Caller>, Status> {
+    /// Attests, and is content only with who has a name.
+    async fn identify(&self) -> Result<Attested, attest::Error> {
+        let attested = self.desk.attestor.attest(&self.peer).await?;
+        self.named(&attested)?;
+        Ok(attested)
+    }
+
+    /// Who has been attested, named by the rules as they are now. An identity that these do not give is refused.
+    fn named(&self, attested: &Attested) -> Result<Arc<Caller>, attest::Error> {
         let resolver = self.desk.resolver.borrow().clone();
         let mut named = self.named.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((by, caller)) = &*named
@@ -108,23 +115,12 @@ impl Connection {
         {
             return Ok(caller.clone());
         }
-        let identity = resolver.resolve(&attested.workload).map_err(|error| {
-            self.log(&attest::Error::refused(Reason::no_identity, error.to_string()));
-            Status::permission_denied(REFUSED)
-        })?;
+        let identity =
+            resolver.resolve(&attested.workload).map_err(|error| attest::Error::refused(Reason::no_identity, error.to_string()))?;
         debug!(peer = ?self.peer, workload = %attested.workload, %identity, again = named.is_some(), "caller named");
         let caller = Arc::new(Caller { attested: attested.clone(), identity: Arc::new(identity) });
         *named = Some((resolver, caller.clone()));
         Ok(caller)
-    }
-
-    async fn identify(&self) -> Result<Attested, attest::Error> {
-        let attested = self.desk.attestor.attest(&self.peer).await?;
-        let resolver = self.desk.resolver.borrow().clone();
-        match resolver.resolve(&attested.workload) {
-            Ok(_) => Ok(attested),
-            Err(error) => Err(attest::Error::refused(Reason::no_identity, error.to_string())),
-        }
     }
 
     /// Whether the workload of `caller`, who has this connection, has ended. Asked before a key leaves: what `gone` awaits is only about
