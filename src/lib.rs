@@ -5,8 +5,10 @@
 //! 1. [`listener`] binds the Unix socket, [`session`] accepts a connection, [`peer`] takes the caller's credentials and a handle on it;
 //! 2. [`attest`] proves which workload that is, once for each connection ([`caller`]); [`identity`] names it and picks the profile of its
 //!    certificate;
-//! 3. [`sds`] (names, pure stream state, encoding) subscribes to that identity in the [`store`] and answers with [`material`];
-//! 4. [`rotation`] owns when a certificate is made or replaced, and orders it from an [`issuer`];
+//! 3. [`sds`] (names, pure stream state, encoding) subscribes to that identity in the [`store`] and answers with [`material`]: [`sds::service`]
+//!    serves the secret;
+//! 4. [`rotation`] owns when a certificate is made or replaced ([`rotation::planner`], [`rotation::schedule`]), orders it from an [`issuer`],
+//!    and publishes nothing that [`issuer::verify`] has not passed;
 //! 5. [`trust`] owns the bundles, which [`sds`] serves and [`rotation`] checks against.
 //!
 //! [`csi`] stands beside the first: it makes a socket for each pod, and the mount is the proof. [`warm`] asks the store ahead of a pod's
