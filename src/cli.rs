@@ -13,6 +13,7 @@ pub mod check_config;
 pub mod completions;
 pub mod dev;
 pub mod doctor;
+pub mod explain;
 pub mod fetch;
 pub mod output;
 pub mod run;
@@ -43,6 +44,8 @@ pub enum Command {
     Certs(certs::Args),
     /// Tell every error of a configuration at once, and what it means
     CheckConfig(check_config::Args),
+    /// What a field of the configuration means, or all of them; or their JSON Schema
+    Explain(explain::Args),
     /// What is wrong with an agent, a process or a pod: the evidence, and the remedy
     Doctor(doctor::Args),
     /// A script that teaches a shell this command line
@@ -55,6 +58,7 @@ Try it, without a cluster:
   sds-agent fetch --watch                      in another terminal: see certificates rotate
 
 On a node:
+  sds-agent explain certificate                what its fields mean
   sds-agent check-config --config agent.yaml   what is wrong with it, all at once
   sds-agent run --config agent.yaml
   sds-agent certs                              what it holds, the most pressing first
@@ -157,6 +161,7 @@ mod tests {
             ("sds-agent doctor --config a --pod cart", Exit::Usage),
             ("sds-agent certs --admin https://127.0.0.1:15090", Exit::Usage),
             ("sds-agent completions tcsh", Exit::Usage),
+            ("sds-agent explain a b", Exit::Usage),
             ("sds-agent --help", Exit::Ok),
             ("sds-agent fetch --help", Exit::Ok),
             ("sds-agent --version", Exit::Ok),
@@ -179,6 +184,8 @@ mod tests {
             "sds-agent certs",
             "sds-agent certs --admin http://127.0.0.1:15090 -o json",
             "sds-agent completions bash",
+            "sds-agent explain",
+            "sds-agent explain certificate.renewAt -o json",
             "sds-agent doctor --config agent.yaml --pod shop/cart-0",
         ] {
             assert!(parse(args).is_ok(), "{args}");

@@ -14,6 +14,7 @@ mod issuance;
 pub mod live;
 mod parse;
 mod reader;
+pub mod reference;
 pub mod reloads;
 mod sockets;
 mod template;

@@ -32,6 +32,7 @@ fn main() -> ExitCode {
         Command::Certs(args) => block_on(Builder::new_current_thread(), async { Ok(cli::certs::run(args).await.into()) }),
         Command::Completions(args) => cli::completions::print(&args).into(),
         Command::CheckConfig(args) => cli::check_config::check(&args, env).into(),
+        Command::Explain(args) => cli::explain::print(&args).into(),
     }
 }
 

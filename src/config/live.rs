@@ -12,6 +12,13 @@ pub struct Field {
     differs: fn(&Config, &Config) -> bool,
 }
 
+impl Field {
+    /// When a change comes into force, in words.
+    pub fn when(&self) -> &'static str {
+        if self.is_live { "at once" } else { "with the next start" }
+    }
+}
+
 macro_rules! fields {
     ($($path:literal: $kind:ident |$c:ident| $value:expr;)*) => {
         &[$(Field {

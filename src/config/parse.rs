@@ -1,8 +1,10 @@
 //! From YAML text and the environment to a [`Config`], or to every error at once.
 //!
-//! Owns the file's fields, their defaults and the rules between them; `docs/configuration.md` describes each, and a test holds the two
+//! Owns the file's fields, their defaults and the rules between them; [`super::reference`] describes each, and a test holds the two
 //! together. The sections about certificates and upstreams are in [`super::issuance`].
 
+#[cfg(test)]
+use std::collections::BTreeSet;
 use std::{
     collections::BTreeMap,
     fs::File,
@@ -345,6 +347,23 @@ fn addresses(root: &Section<'_>) -> Option<(SocketAddr, (SocketAddr, bool))> {
         address.zip(per_workload)
     });
     admin.zip(metrics)
+}
+
+/// Every field that the parser knows, from files that lead it everywhere.
+#[cfg(test)]
+pub(super) fn known_fields() -> BTreeSet<String> {
+    let files = [
+        "{ trust: { sources: [ { configMap: {}, file: /a } ], federated: { a.b: { configMap: {}, file: /a } } } }",
+        "{ issuer: { certManager: {}, embedded: {} } }",
+        "{ profiles: [ { match: {}, identity: {}, issuerRef: { name: a }, certificate: {} } ] }",
+    ];
+    let env = |name: &str| (name == "NODE_NAME").then(|| "n1".to_owned());
+    let walked = files.into_iter().flat_map(|text| {
+        let (report, tree) = (Report::default(), tree(text).unwrap_or_default());
+        report.root(&tree, |root| walk(root, &report, &env));
+        report.known()
+    });
+    walked.collect()
 }
 
 #[cfg(test)]

@@ -282,7 +282,7 @@ fn plain(key: &str) -> String {
 }
 
 /// The known field that `key` was probably meant to be.
-fn nearest<'k>(key: &str, known: &[&'k str]) -> Option<&'k str> {
+pub fn nearest<'k>(key: &str, known: &[&'k str]) -> Option<&'k str> {
     let key = folded(key);
     let scored = known.iter().map(|name| (distance(&key, &folded(name)), *name));
     let (distance, name) = scored.min_by_key(|(distance, _)| *distance)?;

@@ -1,19 +1,12 @@
 //! The rules of the file as a whole: defaults, order, warnings, the environment, and that nothing makes it panic.
 
-use std::collections::BTreeSet;
-
 use proptest::prelude::*;
 
 use super::*;
 use crate::{
-    config::{
-        CertManager, IssuerConfig, IssuerRef, PerPod, RequestNamespace, SharedSocket, WarmUp,
-        live::{FIELDS, Field},
-    },
+    config::{CertManager, IssuerConfig, IssuerRef, PerPod, RequestNamespace, SharedSocket, WarmUp},
     identity::{IssuerName, KeyType, PodRef},
 };
-
-const REFERENCE: &str = include_str!("../../../docs/configuration.md");
 
 mod mistakes;
 mod profiles;
@@ -312,48 +305,6 @@ fn a_file_that_cannot_be_read_is_named() {
     assert_eq!(Config::load(&path, &in_a_pod).unwrap(), load(LEAST));
 }
 
-/// Every field that the reader knows, from files that lead it everywhere.
-fn known() -> BTreeSet<String> {
-    let files = [
-        "{ trust: { sources: [ { configMap: {}, file: /a } ], federated: { a.b: { configMap: {}, file: /a } } } }",
-        "{ issuer: { certManager: {}, embedded: {} } }",
-        "{ profiles: [ { match: {}, identity: {}, issuerRef: { name: a }, certificate: {} } ] }",
-    ];
-    let walked = files.into_iter().flat_map(|text| {
-        let report = Report::default();
-        let tree = tree(text).unwrap();
-        report.root(&tree, |root| walk(root, &report, &in_a_pod));
-        report.known()
-    });
-    walked.collect()
-}
-
-#[test]
-fn the_reference_describes_every_field() {
-    let known = known();
-    assert!(known.contains("profiles[].match.podLabels") && known.contains("profiles[].issuerRef.kind"));
-    assert!(known.contains("issuer.certManager.issuerRef.kind") && known.contains("trust.federated.<name>.configMap.key"));
-    let missing: Vec<_> = known.iter().filter(|field| !REFERENCE.contains(&format!("`{field}`"))).collect();
-    assert!(missing.is_empty(), "docs/configuration.md does not describe {missing:?}");
-}
-
-/// Each field is in the table of what changes when, by itself or with its section, and the reference says what the table says.
-#[test]
-fn the_reference_tells_what_changes_without_a_restart() {
-    let within = |field: &str, path: &str| field.strip_prefix(path).is_some_and(|rest| rest.is_empty() || rest.starts_with(['.', '[']));
-    let known = known();
-    for field in &known {
-        let is_section = |path: &str| within(path, field);
-        let found = FIELDS.iter().filter(|f| within(field, f.path)).count();
-        assert!(found == 1 || (found == 0 && FIELDS.iter().any(|f| is_section(f.path))), "{field}: {found}");
-    }
-    for Field { path, is_live, .. } in FIELDS {
-        assert!(known.contains(*path), "{path}");
-        let line = format!("| `{path}` | {} |", if *is_live { "at once" } else { "with the next start" });
-        assert!(REFERENCE.contains(&line), "docs/configuration.md lacks {line:?}");
-    }
-}
-
 proptest! {
     #[test]
     fn no_text_makes_it_panic(text in "(?s).{0,200}") {
@@ -362,7 +313,7 @@ proptest! {
 
     #[test]
     fn no_value_anywhere_makes_it_panic(
-        field in prop::sample::select(known().into_iter().collect::<Vec<_>>()),
+        field in prop::sample::select(known_fields().into_iter().collect::<Vec<_>>()),
         value in prop_oneof![
             "[-{}\\[\\],:#&*!|>'\"%@`a-z0-9. ]{0,12}",
             any::<f64>().prop_map(|n| n.to_string()),

@@ -1,0 +1,174 @@
+//! `sds-agent explain`: the configuration's reference where it is needed, in the words of `docs/configuration.md`.
+
+use std::fmt::Write as _;
+
+use clap::ValueEnum;
+use serde_json::json;
+
+use super::{Exit, output};
+use crate::config::reference::{self, Completeness, Field, GROUPS, Kind};
+
+/// The flags of `explain`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub struct Args {
+    /// Its path, such as certificate.renewAt; without it, all
+    #[arg(value_name = "FIELD")]
+    pub field: Option<String>,
+    /// How it is shown
+    #[arg(short, long, value_enum, default_value_t = Format::Text)]
+    pub output: Format,
+}
+
+/// The forms of output.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// For people
+    Text,
+    /// A JSON Schema of the field, or of the whole file
+    Json,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  sds-agent explain                            every field in one line
+  sds-agent explain certificate                a section, with all that is in it
+  sds-agent explain 'profiles[0].match'        as errors name it
+  sds-agent explain -o json > agent.schema.json
+      for an editor: begin the file with `# yaml-language-server: $schema=agent.schema.json`
+
+Exit codes: 0 shown, 1 it cannot be printed, 64 usage or no such field.";
+
+/// Prints what is asked for.
+pub fn print(args: &Args) -> Exit {
+    let text = explained(args, output::width());
+    match text.map(|text| output::say(&text)) {
+        Ok(Ok(())) => Exit::Ok,
+        Ok(Err(error)) => output::unsaid(&error),
+        Err(remedy) => {
+            let field = output::printable(args.field.as_deref().unwrap_or_default());
+            output::complain(format_args!("{field} is not a field of the configuration; {remedy}"));
+            Exit::Usage
+        }
+    }
+}
+
+/// The text, or what to do about a field that there is not.
+fn explained(args: &Args, width: Option<usize>) -> Result<String, String> {
+    let field = match &args.field {
+        Some(name) => Some(reference::find(name).ok_or_else(|| remedy(name))?),
+        None => None,
+    };
+    Ok(match (args.output, field) {
+        (Format::Text, Some(field)) => whole(field, width),
+        (Format::Text, None) => all(width),
+        (Format::Json, field) => {
+            let mut schema = reference::schema(field, Completeness::Whole);
+            schema["$schema"] = json!("http://json-schema.org/draft-07/schema#");
+            format!("{schema:#}\n")
+        }
+    })
+}
+
+fn remedy(name: &str) -> String {
+    reference::nearest(name).map_or_else(|| "`sds-agent explain` tells all".to_owned(), |near| format!("did you mean {near}?"))
+}
+
+/// A line for each field: its path, and the first sentence.
+fn all(width: Option<usize>) -> String {
+    let widest = reference::all().map(|field| field.path.len()).max().unwrap_or(0);
+    let mut out = String::new();
+    for group in GROUPS {
+        let _ = writeln!(out, "{}:", group.title);
+        for field in group.fields {
+            let meaning = reference::plain(field.meaning);
+            let end = meaning.find(". ").unwrap_or(meaning.len());
+            let line = format!("  {:widest$}  {}", field.path, meaning[..end].trim_end_matches('.'));
+            let _ = writeln!(out, "{}", cut(&line, width));
+        }
+        out.push('\n');
+    }
+    out.push_str("`sds-agent explain FIELD` tells more: what can stand there, the default, when a change comes into force.\n");
+    out
+}
+
+fn cut(line: &str, width: Option<usize>) -> String {
+    match width {
+        Some(width) if line.chars().count() > width => line.chars().take(width - 1).chain(['…']).collect(),
+        _ => line.to_owned(),
+    }
+}
+
+/// All about a field, and about those below it.
+fn whole(field: &Field, width: Option<usize>) -> String {
+    let mut out = one(field, width);
+    if let Some(change) = field.change() {
+        let _ = writeln!(out, "    A change comes into force {}.", change.when());
+    }
+    for below in field.below() {
+        let _ = write!(out, "\n{}", one(below, width));
+        if let Some(change) = below.change().filter(|_| field.change().is_none()) {
+            let _ = writeln!(out, "    A change comes into force {}.", change.when());
+        }
+    }
+    out
+}
+
+fn one(field: &Field, width: Option<usize>) -> String {
+    let default = match field.kind {
+        Kind::Section => String::new(),
+        _ => reference::plain(&field.default.words()),
+    };
+    let default = match default.as_str() {
+        "" => String::new(),
+        default => format!("; default {default}"),
+    };
+    let mut out = format!("{}: {}{default}\n", field.path, field.kind.words());
+    for line in output::wrapped(&reference::plain(field.meaning), width.map(|width| width.saturating_sub(4))) {
+        let _ = writeln!(out, "    {line}");
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn explain(field: &str, output: Format) -> Result<String, String> {
+        explained(&Args { field: (!field.is_empty()).then(|| field.to_owned()), output }, Some(80))
+    }
+
+    #[test]
+    fn a_field_is_told_with_its_kind_default_and_change() {
+        let text = explain("certificate.renewAt", Format::Text).unwrap();
+        assert!(text.starts_with("certificate.renewAt: number, 0.1 to 0.9; default 0.5\n    The share of its life"), "{text}");
+        assert!(text.ends_with("A change comes into force at once.\n"), "{text}");
+        let section = explain("sockets", Format::Text).unwrap();
+        assert!(section.contains("\nsockets.perPod.driverName: text; default csi.sds-agent.io\n"), "{section}");
+        assert!(section.contains("\n    A change comes into force with the next start.\n"), "{section}");
+        assert!(section.lines().all(|line| line.chars().count() <= 80), "{section}");
+    }
+
+    #[test]
+    fn all_fields_are_a_line_each() {
+        let text = explain("", Format::Text).unwrap();
+        assert!(reference::all().all(|field| text.contains(&format!("  {} ", field.path))), "{text}");
+        assert!(text.lines().count() < reference::all().count() + 30);
+        assert!(text.lines().all(|line| line.chars().count() <= 130), "{text}");
+    }
+
+    #[test]
+    fn a_schema_is_one_of_the_field() {
+        let whole: serde_json::Value = serde_json::from_str(&explain("", Format::Json).unwrap()).unwrap();
+        assert_eq!((&whole["type"], &whole["required"][0]), (&json!("object"), &json!("issuer")));
+        let key: serde_json::Value = serde_json::from_str(&explain("certificate.key", Format::Json).unwrap()).unwrap();
+        assert_eq!(key["enum"][0], "ecdsa-p256");
+    }
+
+    #[test]
+    fn what_is_not_a_field_has_a_way_out() {
+        assert_eq!(explain("renewAt", Format::Text).unwrap_err(), "did you mean certificate.renewAt?");
+        assert_eq!(explain("certificate.lifetme", Format::Text).unwrap_err(), "did you mean certificate.lifetime?");
+        assert_eq!(explain("certificate.key.size", Format::Text).unwrap_err(), "`sds-agent explain` tells all");
+    }
+}
