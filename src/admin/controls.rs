@@ -80,7 +80,7 @@ impl Controls {
         }
         let Ok(counts) = told.await else { return leaving() };
         let over = humantime::format_duration(over).to_string();
-        let body = serde_json::json!({ "matched": counts.matched, "just_done": counts.just_done, "over": over });
+        let body = serde_json::json!({ "matched": counts.matched, "just_done": counts.just_done, "retried": counts.retried, "over": over });
         answer(StatusCode::OK, JSON, body.to_string() + "\n")
     }
 

@@ -112,10 +112,10 @@ async fn reissuing_is_asked_for_by_post_and_the_answer_counts() {
         ] {
             let call = calls.recv().await.unwrap();
             assert_eq!((call.which, call.over), (which, Duration::from_secs(over)));
-            call.answer.send(Reissued { matched: 3, just_done: 1 }).unwrap();
+            call.answer.send(Reissued { matched: 3, just_done: 1, retried: 2 }).unwrap();
         }
     });
-    let expected = |over: &str| format!("{{\"just_done\":1,\"matched\":3,\"over\":\"{over}\"}}\n");
+    let expected = |over: &str| format!("{{\"just_done\":1,\"matched\":3,\"over\":\"{over}\",\"retried\":2}}\n");
     assert_answer(&ask(server.address, "POST /reissue").await, 200, JSON, &expected("5m"));
     let line = "POST /reissue?spiffe_id=spiffe%3A%2F%2Fa/ns/b/sa/c&over=0s";
     assert_answer(&ask(server.address, line).await, 200, JSON, &expected("0s"));

@@ -29,8 +29,6 @@ const PARK_AFTER: Duration = Duration::from_secs(10);
 const SWIFT_RETRIES: u32 = 3;
 /// A forgotten identity's order that is still pending, or its backoff, is kept for at most this long.
 const LINGER: Duration = Duration::from_secs(3600);
-/// The longest wait that an error may ask for.
-const LONGEST_WAIT: Duration = Duration::from_secs(3600);
 
 /// An entry's id.
 pub type Id = u64;
@@ -219,18 +217,15 @@ impl Planner {
         } else {
             job.failures = job.failures.saturating_add(1);
         }
+        let left = end(job).map(|end| end.duration_since(now.wall).unwrap_or_default());
         let wait = match retry {
             Retry::Now if swift => Duration::ZERO,
-            Retry::Now | Retry::Backoff => schedule::backoff(job.failures, draw),
+            Retry::Now | Retry::Backoff => schedule::backoff(job.failures, left, draw),
             // A little late rather than all at once.
-            Retry::After(wait) => wait.min(LONGEST_WAIT).mul_f64(1.0 + draw / 5.0),
+            Retry::After(wait) => wait.min(schedule::LONGEST_BACKOFF).mul_f64(1.0 + draw / 5.0),
             Retry::Configuration => schedule::LONGEST_BACKOFF.mul_f64(1.0 - draw / 5.0),
         };
-        let in_use = job.in_use.map(|c| c.validity.not_after).or(match job.demand {
-            Some(Demand::Held { not_after, .. }) => Some(not_after),
-            _ => None,
-        });
-        let wait = schedule::before_expiry(wait, in_use.map(|end| end.duration_since(now.wall).unwrap_or_default()));
+        let wait = schedule::before_expiry(wait, left);
         job.not_before = Some(now.mono + wait);
         job.by_clock = by_clock;
         job.phase = Phase::Resting;
@@ -265,6 +260,15 @@ impl Planner {
             certificate.renew_at = certificate.renew_at.min(at);
             self.consider(now, id);
         }
+    }
+
+    /// Lets a wait after a failure end within `over`; says whether there was one.
+    pub fn hasten(&mut self, now: Now, id: Id, over: Duration) -> bool {
+        let at = now.mono + over.mul_f64(self.draw());
+        let Some(job) = self.jobs.get_mut(&id).filter(|job| job.not_before.is_some_and(|wait| wait > now.mono)) else { return false };
+        job.not_before = job.not_before.min(Some(at));
+        self.consider(now, id);
+        true
     }
 
     /// When the entry will be tried next, for people: a moment of the wall clock.

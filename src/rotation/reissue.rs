@@ -1,5 +1,6 @@
 //! Reissuing by hand: renewals are brought forward, spread over a chosen time. No certificate is thrown away: each stays until its
-//! replacement is there, and calls that are repeated while one of them is at work add no orders.
+//! replacement is there, and calls that are repeated while one of them is at work add no orders. What had failed and waits for its next
+//! attempt is tried again within the same time: whoever calls has mended something.
 
 use std::{sync::Arc, time::Duration};
 
@@ -39,6 +40,8 @@ pub struct Reissued {
     pub matched: usize,
     /// Of these, the ones that an earlier call has just had replaced, and that are left alone.
     pub just_done: usize,
+    /// Orders that had failed and are tried again, among them those of workloads without a certificate.
+    pub retried: usize,
 }
 
 /// What an earlier call has done to an entry.
@@ -53,10 +56,14 @@ impl Rotation {
         let Reissue { which, over, answer } = call;
         let now = self.now();
         self.marks.retain(|_, mark| mark.until > now.mono);
-        let mut counts = Reissued { matched: 0, just_done: 0 };
+        let mut counts = Reissued { matched: 0, just_done: 0, retried: 0 };
         for (id, entry) in self.entries.iter().map(|(id, entry)| (*id, entry.clone())).collect::<Vec<_>>() {
+            if !self.is_about(&which, id, &entry) {
+                continue;
+            }
             let has_one = entry.current().is_some() || entry.is_held();
-            if !has_one || !self.is_about(&which, id, &entry) {
+            if !has_one {
+                counts.retried += usize::from(self.planner.hasten(now, id, over));
                 continue;
             }
             counts.matched += 1;
@@ -74,9 +81,17 @@ impl Rotation {
             entry.hurry(at);
             self.planner.wanted_by(now, id, entry.demand());
             self.planner.expedite(now, id, at);
+            counts.retried += usize::from(self.planner.hasten(now, id, over));
             entry.set_status(|status| status.next_attempt = status.next_attempt.map(|planned| planned.min(at)));
         }
-        info!(?which, ?over, matched = counts.matched, just_done = counts.just_done, "certificates are reissued as asked");
+        info!(
+            ?which,
+            ?over,
+            matched = counts.matched,
+            just_done = counts.just_done,
+            retried = counts.retried,
+            "certificates are reissued as asked"
+        );
         // Who asked may have gone.
         let _ = answer.send(counts);
     }

@@ -4,8 +4,12 @@ use std::time::{Duration, SystemTime};
 
 use crate::{identity::Profile, material::Validity};
 
-/// The longest wait between two attempts.
+/// The longest wait between two attempts, unless a certificate is in use that has long to live.
 pub const LONGEST_BACKOFF: Duration = Duration::from_secs(300);
+/// The longest in any case.
+const LONGEST_PATIENCE: Duration = Duration::from_secs(3600);
+/// So many times at the least, on the average twice as often, a renewal is tried again before the certificate in use ends.
+const ATTEMPTS: u32 = 24;
 /// No renewal is planned later than this share of the lifetime, whatever was configured and drawn.
 const LATEST: f64 = 0.9;
 /// No first renewal is planned earlier than this share of the usual one.
@@ -52,9 +56,12 @@ pub fn settled_at(validity: &Validity) -> SystemTime {
     validity.not_before + Duration::from_secs(60).min(validity.lifetime() / 20)
 }
 
-/// The wait after `failures` failures in a row (at least one): full jitter below 1 s, 2 s, 4 s … 5 min, and never below half a second.
-pub fn backoff(failures: u32, draw: f64) -> Duration {
-    let ceiling = Duration::from_secs(1 << failures.clamp(1, 9)).min(LONGEST_BACKOFF);
+/// The wait after `failures` failures in a row (at least one): full jitter below 2 s, 4 s, 8 s …, and never below half a second. The most is
+/// five minutes; or an hour at most where the certificate in use has so long to live (`left`) that there are attempts enough all the same.
+/// A fleet whose issuer is down for an hour then asks for little more than what is due: it is not what keeps the issuer down.
+pub fn backoff(failures: u32, left: Option<Duration>, draw: f64) -> Duration {
+    let most = left.map_or(LONGEST_BACKOFF, |left| (left / ATTEMPTS).clamp(LONGEST_BACKOFF, LONGEST_PATIENCE));
+    let ceiling = Duration::from_secs(1 << failures.clamp(1, 12)).min(most);
     ceiling.mul_f64(draw).max(Duration::from_millis(500))
 }
 
@@ -104,9 +111,16 @@ mod tests {
 
     #[test]
     fn backoff_grows_to_five_minutes_and_never_spins() {
-        assert_eq!(backoff(1, 1.0), Duration::from_secs(2));
-        assert_eq!(backoff(100, 1.0), LONGEST_BACKOFF);
-        assert_eq!(backoff(100, 0.0), Duration::from_millis(500));
+        assert_eq!(backoff(1, None, 1.0), Duration::from_secs(2));
+        assert_eq!(backoff(100, None, 1.0), LONGEST_BACKOFF);
+        assert_eq!(backoff(100, None, 0.0), Duration::from_millis(500));
+    }
+
+    #[test]
+    fn backoff_grows_further_where_a_certificate_has_long_to_live() {
+        let after = |failures, hours: u64| backoff(failures, Some(Duration::from_secs(hours * 3600)), 1.0).as_secs();
+        assert_eq!([1, 5, 9, 10, 100].map(|failures| after(failures, 12)), [2, 32, 512, 1024, 1800]);
+        assert_eq!((after(100, 1), after(100, 24 * 365), after(100, 0)), (300, 3600, 300));
     }
 
     #[test]

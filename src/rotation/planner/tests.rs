@@ -108,6 +108,47 @@ fn a_failed_renewal_is_tried_again_before_the_certificate_ends_and_loses_nothing
 }
 
 #[test]
+fn a_failing_issuer_is_asked_less_while_a_certificate_has_long_to_live() {
+    // Mean waits after ten failures: with a certificate of 24 h, at its renewal; and without one.
+    let mut waits = [0.0; 2];
+    for (i, life) in [Some(DAY), None].into_iter().enumerate() {
+        for id in 1..=200 {
+            let mut b = Bench::new();
+            b.planner = Planner::new(RETENTION, id);
+            if let Some(life) = life {
+                b.serve(id, life);
+                b.pass(43_200.0);
+            } else {
+                b.want(id);
+            }
+            for _ in 0..10 {
+                assert_eq!(b.starts(), [id]);
+                let wait = b.planner.failed(b.now, id, Retry::Backoff, false);
+                waits[i] += wait.as_secs_f64() / 200.0;
+                b.pass(wait.as_secs_f64());
+            }
+        }
+    }
+    // Half of 2 + 4 + … + 1024 s, and of the same up to 300 s.
+    assert!((950.0..1100.0).contains(&waits[0]) && (520.0..590.0).contains(&waits[1]), "{waits:?}");
+}
+
+#[test]
+fn who_has_mended_something_ends_the_wait() {
+    let mut b = Bench::new();
+    b.want(1);
+    assert_eq!(b.starts(), [1]);
+    assert!(!b.planner.hasten(b.now, 1, Duration::ZERO), "it is under way");
+    b.planner.failed(b.now, 1, Retry::After(Duration::from_secs(3600)), false);
+    assert!(b.planner.next_attempt(b.now, 1).unwrap() <= b.now.wall + Duration::from_secs(360), "no longer than a backoff, and a little");
+    b.pass(1.0);
+    assert!(b.planner.hasten(b.now, 1, Duration::from_secs(10)));
+    b.pass(10.0);
+    assert_eq!(b.starts(), [1]);
+    assert!(!b.planner.hasten(b.now, 2, Duration::ZERO), "nobody knows it");
+}
+
+#[test]
 fn a_reconnect_does_not_end_a_wait_and_a_configuration_change_does() {
     let mut b = Bench::new();
     b.want(1);

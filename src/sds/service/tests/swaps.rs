@@ -232,7 +232,7 @@ async fn a_call_to_reissue_replaces_once_within_its_time_and_nothing_is_closed_o
         let first = client.accepted().await.only_version().to_owned();
         let over = 2 * MINUTE;
         let begun = Instant::now();
-        let all = Reissued { matched: 1, just_done: 0 };
+        let all = Reissued { matched: 1, just_done: 0, retried: 0 };
         for _ in 0..5 {
             assert_eq!(reissue(&b, Which::default(), over).await, all);
         }
@@ -247,7 +247,7 @@ async fn a_call_to_reissue_replaces_once_within_its_time_and_nothing_is_closed_o
         client.accepted().await;
         assert_eq!(b.orders(), 3);
         // The one who repeats it at once has what he wanted.
-        assert_eq!(reissue(&b, Which::default(), Duration::ZERO).await, Reissued { matched: 1, just_done: 1 });
+        assert_eq!(reissue(&b, Which::default(), Duration::ZERO).await, Reissued { matched: 1, just_done: 1, retried: 0 });
         client.quiet(MINUTE).await;
         assert_eq!(b.orders(), 3);
     }
