@@ -22,6 +22,8 @@ pub const PLURAL: &str = "certificaterequests";
 
 /// Labels and annotations of a request. They carry evidence and help people; none of them authorises anything.
 pub mod keys {
+    /// What each of them begins with.
+    pub const PREFIX: &str = "sds-agent.io/";
     /// Label: the node of the agent that asks, see [`node_label`](super::naming::node_label). The agent's watch selects by it.
     pub const NODE: &str = "sds-agent.io/node";
     /// Label: the UID of the agent's pod, or [`PROCESS_PREFIX`](super::naming::PROCESS_PREFIX) and its instance where it has none.
@@ -79,6 +81,8 @@ pub mod denied {
     pub const INVALID_CSR: &str = "InvalidCsr";
     /// The request's own fields are not those of an agent: usages, `isCA`.
     pub const INVALID_SPEC: &str = "InvalidSpec";
+    /// The request has annotations of others, from which an issuer may take orders.
+    pub const INVALID_ANNOTATION: &str = "InvalidAnnotation";
 }
 
 /// `spec`; immutable once created. `username`, `uid`, `groups` and `extra` are the webhook's: whatever a creator writes is replaced.

@@ -1,11 +1,11 @@
 //! The rules in force: the newest, and for a while those that they have replaced. No I/O, no clock.
 //!
 //! A change of the configuration reaches approver and agents at different moments. For `approver.overlap` after it, what the former rules
-//! would have approved is approved too, so that no agent is denied for a file that it has not got yet. Two things an operator takes away
-//! for safety, and these are gone at once, whatever the former rules said: an agent's user name, behind which a token may be stolen, and an
-//! issuer, whose key may be. Everything else in the file says who of an agent's pods gets what from an issuer that still counts, which
-//! is had by certificates that are out already anyway; a file cannot tell whether such a change is a roll-out or an alarm, so the operator
-//! does: with `overlap: 0s` in the same change the former rules are gone, too.
+//! would have approved is approved too, so that no agent is denied for a file that it has not got yet. What an operator takes away
+//! for safety is gone at once, whatever the former rules said: an agent's user name, behind which a token may be stolen, an issuer, whose
+//! key may be, and an annotation, from which an issuer may take orders. Everything else in the file says who of an agent's pods gets what
+//! from an issuer that still counts, which is had by certificates that are out already anyway; a file cannot tell whether such a change is
+//! a roll-out or an alarm, so the operator does: with `overlap: 0s` in the same change the former rules are gone, too.
 
 use std::{iter, time::Duration};
 
@@ -46,6 +46,7 @@ impl InForce {
         let mut former: Vec<_> = replaced.chain(before).filter(|former| now < former.until).take(MOST_FORMER).collect();
         for Former { rules: former, .. } in &mut former {
             former.agents.clone_from(&rules.agents);
+            former.annotations.clone_from(&rules.annotations);
             former.issuers.retain(|guarded| rules.issuers.iter().any(|still| still.issuer == guarded.issuer));
         }
         Self { rules, former }

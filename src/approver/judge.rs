@@ -146,6 +146,16 @@ fn request_alone<'a>(request: &'a CertificateRequest, rules: &Rules) -> Result<A
         let found = quoted(&spec.usages.join(", "));
         return deny(denied::INVALID_SPEC, format!("the usages are {found}, and have to be {:?} in this order", USAGES.join(", ")));
     }
+    let annotations = request.metadata.annotations.iter().flatten();
+    let is_expected = |key: &str| key.starts_with(keys::PREFIX) || rules.annotations.iter().any(|pattern| pattern.matches(key));
+    if let Some((key, _)) = annotations.into_iter().find(|(key, _)| !is_expected(key)) {
+        let sentence = format!(
+            "the annotation {} is not an agent's, and an issuer may take orders from it: see who uses the agent's token; or, where something in \
+             the cluster adds it and the issuer does not read it, name it in approver.annotations",
+            quoted(key)
+        );
+        return deny(denied::INVALID_ANNOTATION, sentence);
+    }
     let pem = spec.request.pem().ok_or_else(|| invalid_csr("is not in base64"))?;
     let csr = csr::read(&pem).map_err(invalid_csr)?;
     let Some(evidence) = evidence(request) else {

@@ -5,7 +5,7 @@ use std::{collections::BTreeSet, sync::Arc, time::Duration};
 use crate::{
     attest::pods::Pod,
     config::{Attestation, Config, IssuerConfig, IssuerRef, RequestNamespace},
-    identity::{Error, Identity, IssuerName, KeyType, Profile, Resolver},
+    identity::{Error, Identity, IssuerName, KeyType, Pattern, Profile, Resolver},
 };
 
 /// The group of an issuer that names none.
@@ -53,6 +53,8 @@ pub struct Rules {
     pub issuers: Vec<Guarded>,
     /// From pods to identities and profiles, as the agents do it.
     pub resolver: Resolver,
+    /// Annotations of others that a request may carry.
+    pub annotations: Vec<Pattern>,
     /// How long the rules that these replace count beside them.
     pub overlap: Duration,
 }
@@ -92,6 +94,7 @@ impl Rules {
             agents: config.approver.agents.iter().cloned().collect(),
             issuers: config.issuers.iter().map(guarded).collect::<Result<_, _>>()?,
             resolver: config.resolver(),
+            annotations: config.approver.annotations.clone(),
             overlap: config.approver.overlap,
         })
     }

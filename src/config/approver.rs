@@ -10,6 +10,7 @@ use super::{
     reader::Section,
     values::{self, is_dns_name},
 };
+use crate::identity::Pattern;
 
 /// What the user name of a service account begins with.
 const SERVICE_ACCOUNT: &str = "system:serviceaccount:";
@@ -21,6 +22,8 @@ const OVERLAP: Duration = Duration::from_secs(600);
 pub struct Approver {
     /// `agents`: the user names of the agents' service accounts. Nobody else's requests are approved.
     pub agents: Vec<String>,
+    /// `annotations`: those of others that a request may carry.
+    pub annotations: Vec<Pattern>,
     /// `overlap`: how long after a change the former configuration counts, too.
     pub overlap: Duration,
 }
@@ -28,7 +31,7 @@ pub struct Approver {
 impl Approver {
     /// The agents of one namespace under their usual name.
     pub fn of_namespace(namespace: &str) -> Self {
-        Self { agents: vec![format!("{SERVICE_ACCOUNT}{namespace}:sds-agent")], overlap: OVERLAP }
+        Self { agents: vec![format!("{SERVICE_ACCOUNT}{namespace}:sds-agent")], annotations: Vec::new(), overlap: OVERLAP }
     }
 }
 
@@ -38,10 +41,11 @@ pub(super) fn walk(section: &Section<'_>, pod: Option<&PodEnvironment>) -> Optio
     let told = section.has("agents");
     let agents = section.list("agents", agent);
     let overlap = section.read("overlap", OVERLAP, values::duration(Duration::ZERO..=Duration::from_secs(86_400)));
-    let (agents, overlap) = (agents?, overlap?);
+    let annotations = section.list("annotations", annotation);
+    let (agents, annotations, overlap) = (agents?, annotations?, overlap?);
     match (told, agents.is_empty()) {
-        (false, _) => Some(Approver { overlap, ..Approver::of_namespace(namespace) }),
-        (true, false) => Some(Approver { agents, overlap }),
+        (false, _) => Some(Approver { annotations, overlap, ..Approver::of_namespace(namespace) }),
+        (true, false) => Some(Approver { agents, annotations, overlap }),
         (true, true) => {
             section.wrong(
                 "agents",
@@ -51,6 +55,16 @@ pub(super) fn walk(section: &Section<'_>, pod: Option<&PodEnvironment>) -> Optio
             None
         }
     }
+}
+
+fn annotation(value: &Value) -> Result<Pattern, Wrong> {
+    let remedy = "write a key such as example.com/owner, or a part of one with '*' at its beginning or at its end";
+    let pattern = Pattern::parse(values::text(value)?).ok_or_else(|| Wrong::new("has a '*' elsewhere than at one end of it", remedy))?;
+    let is_part = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.' | b'/');
+    if pattern.part().len() > 317 || !pattern.part().bytes().all(is_part) {
+        return Err(Wrong::new("can match no key of an annotation", remedy));
+    }
+    Ok(pattern)
 }
 
 fn agent(value: &Value) -> Result<String, Wrong> {

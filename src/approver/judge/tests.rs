@@ -7,7 +7,7 @@ use crate::{
     approver::rules::Guarded,
     cert_manager::{CertificateRequestSpec, Condition, Csr, Reference, Status},
     config::{CertManager, RequestNamespace},
-    identity::{IssuerName, KeyType, Profile, Resolver, TrustDomain},
+    identity::{IssuerName, KeyType, Pattern, Profile, Resolver, TrustDomain},
 };
 
 const AGENT: &str = "system:serviceaccount:sds-agent:sds-agent";
@@ -36,6 +36,7 @@ pub(crate) fn rules() -> Rules {
         agents: [AGENT.to_owned()].into(),
         issuers: vec![Guarded { name: IssuerName("default".into()), issuer, namespace }],
         resolver: Resolver::single(TrustDomain::new("cluster.local").unwrap(), Arc::new(profile)),
+        annotations: Vec::new(),
         overlap: Duration::ZERO,
     }
 }
@@ -254,6 +255,23 @@ fn the_requests_own_fields_are_an_agents() {
         assert_eq!(denied_at_once(annotate(key, "")).code, denied::NO_EVIDENCE);
     }
     assert_eq!(denied_at_once(|request| request.metadata.annotations = None).code, denied::NO_EVIDENCE);
+}
+
+#[test]
+fn annotations_of_others_are_no_agents() {
+    let denial = denied_at_once(annotate("venafi.cert-manager.io/custom-fields", "[]"));
+    assert_eq!(denial.code, denied::INVALID_ANNOTATION);
+    assert!(denial.sentence.starts_with("the annotation \"venafi.cert-manager.io/custom-fields\" is not an agent's"), "{denial:?}");
+    // The agent's of a later version, too.
+    let mut request = request();
+    annotate("sds-agent.io/later", "x")(&mut request);
+    assert!(matches!(decide(&request, Some(&pod())), Decision::Approve(_)));
+
+    let told = Rules { annotations: [Pattern::parse("policies.example/*").unwrap()].into(), ..rules() };
+    annotate("policies.example/mutated", "yes")(&mut request);
+    assert!(matches!(judge(&request, Sight::Live(Some(&pod())), &told), Decision::Approve(_)));
+    annotate("other.example/mutated", "yes")(&mut request);
+    assert!(matches!(judge(&request, Sight::Live(Some(&pod())), &told), Decision::Deny(_)));
 }
 
 #[test]

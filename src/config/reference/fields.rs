@@ -321,6 +321,14 @@ pub const GROUPS: &[Group] = &[
                 "The user names of the agents' service accounts. Requests of the configured issuers by anybody else are denied.",
             ),
             field(
+                "approver.annotations",
+                Texts,
+                Value("[]"),
+                "Annotations that a request may carry beside the agents' own, as keys, or parts of one with one `*` at an end: \
+                 those that something in the cluster adds to every object. Any other is a denial, because issuers take orders from \
+                 annotations. Never name what your issuer reads.",
+            ),
+            field(
                 "approver.overlap",
                 Duration,
                 Value("10m"),

@@ -59,6 +59,7 @@ async fn a_stolen_token_gets_the_names_of_its_nodes_pods_and_nothing_else() {
         ("no duration", good().spec("duration", json!(null)), "ProfileMismatch"),
         ("another kind of key", good().key(&rcgen::PKCS_ECDSA_P384_SHA384), "ProfileMismatch"),
         ("other usages", good().spec("usages", json!(["cert sign", "crl sign"])), "InvalidSpec"),
+        ("orders to an issuer", good().annotation("venafi.cert-manager.io/custom-fields", "[]"), "InvalidAnnotation"),
         ("a CA's certificate", good().spec("isCA", json!(true)), "InvalidSpec"),
     ];
     let mut asked = Vec::new();
