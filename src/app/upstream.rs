@@ -16,7 +16,7 @@ use std::{
 
 use futures::future::BoxFuture;
 use tokio_util::sync::CancellationToken;
-use tracing::error;
+use tracing::{error, warn};
 
 use super::{
     Base,
@@ -42,6 +42,7 @@ pub struct Upstreams {
     issuers: BTreeMap<IssuerName, Arc<dyn Issuer>>,
     /// Every one that was made: one that comes back is the same.
     made: Vec<(IssuerConfig, Arc<dyn Issuer>)>,
+    wanted: Vec<IssuerConfig>,
     maker: Option<Maker>,
 }
 
@@ -54,7 +55,7 @@ impl fmt::Debug for Upstreams {
 /// Issuers that stay as they are.
 impl From<BTreeMap<IssuerName, Arc<dyn Issuer>>> for Upstreams {
     fn from(issuers: BTreeMap<IssuerName, Arc<dyn Issuer>>) -> Self {
-        Self { issuers, made: Vec::new(), maker: None }
+        Self { issuers, made: Vec::new(), wanted: Vec::new(), maker: None }
     }
 }
 
@@ -113,7 +114,7 @@ pub(super) fn issuers(
         pods: cluster.pods.clone().map(|pods| Arc::new(NodePods(pods)) as Arc<dyn LivePods>),
     });
     let maker = Maker { asked, scopes: Vec::new(), trust: trust.clone(), clock: clock.clone(), last: last.clone() };
-    let mut upstreams = Upstreams { issuers: BTreeMap::new(), made: Vec::new(), maker: Some(maker) };
+    let mut upstreams = Upstreams { issuers: BTreeMap::new(), made: Vec::new(), wanted: Vec::new(), maker: Some(maker) };
     let begun = upstreams.change(config)?;
     for (name, requests) in begun.watches {
         let (running, last) = (requests.clone(), last.clone());
@@ -161,7 +162,12 @@ impl Upstreams {
                 self.made.push((wanted, issuer));
             }
         }
-        self.issuers = issuers;
+        let wanted: Vec<_> = config.issuers.values().cloned().collect();
+        for gone in self.wanted.iter().filter(|known| !wanted.contains(known)).filter_map(root_teller) {
+            // Peers hold its certificates for a while, and nobody but the operator knows for how long.
+            warn!(issuer = %gone, "roots that an issuer brought stay in the bundle until a restart, though it is trusted for them no more");
+        }
+        (self.issuers, self.wanted) = (issuers, wanted);
         Ok(begun)
     }
 }
@@ -236,6 +242,14 @@ fn scopes(config: &Config) -> Vec<RequestNamespace> {
         }
     }
     out
+}
+
+/// The issuer's name, where its word on its own roots is taken.
+fn root_teller(issuer: &IssuerConfig) -> Option<&str> {
+    match issuer {
+        IssuerConfig::CertManager(config::CertManager { trust_status_ca: true, issuer_ref, .. }) => Some(&issuer_ref.name),
+        IssuerConfig::CertManager(_) | IssuerConfig::Embedded => None,
+    }
 }
 
 /// Whether a watch of `scope` sees the requests of an issuer that asks in `namespace`.

@@ -14,6 +14,7 @@ use crate::{
     issuer::{Error, Issued, Order, Progress},
     kubernetes::{self, fake::FakeApi},
     shutdown::Shutdown,
+    telemetry::{self, Format, captured::Captured},
     trust,
 };
 
@@ -138,4 +139,27 @@ async fn no_issuer_deletes_the_live_requests_of_another() {
             timeout(HOUR, task).await.unwrap().unwrap();
         }
     }
+}
+
+/// Peers may still hold what it has signed; so its roots stay, and the operator is told.
+#[tokio::test(start_paused = true)]
+async fn an_issuer_that_is_taken_out_leaves_its_roots_and_says_so() {
+    let log = Captured::default();
+    let (_guard, _) = telemetry::capture("info", Format::Json, log.clone()).unwrap();
+    let told = |told: bool| {
+        let mut config = config("one", "two");
+        for issuer in config.issuers.values_mut() {
+            let IssuerConfig::CertManager(issuer) = issuer else { continue };
+            issuer.trust_status_ca = told && issuer.namespace == fixed(&["one"])[0];
+        }
+        config
+    };
+    let mut world = World::start(told(true));
+    let words = "roots that an issuer brought stay";
+    world.upstreams.change(&told(true)).unwrap();
+    assert_eq!(log.count(words), 0, "nothing has changed");
+    world.upstreams.change(&told(false)).unwrap();
+    world.upstreams.change(&told(false)).unwrap();
+    assert_eq!(log.lines(words).iter().map(|line| &line["issuer"]).collect::<Vec<_>>(), ["mesh-ca"]);
+    world.last.cancel();
 }
