@@ -1,16 +1,22 @@
-//! HTTP/2 from clients that put the path of their socket into `:authority`.
+//! HTTP/2 from clients that put the path of their socket, or another name of their own, into `:authority`.
 //!
-//! The kubelet registers plugins so (`%2Fvar%2Flib%2Fkubelet%2F…`), and older ones call drivers so; so do several gRPC libraries. That is
-//! no authority as URIs have it, and the HTTP/2 library resets such a stream before any of our code runs. On a Unix socket the name means
-//! nothing: [`Unnamed`] sits below the library and replaces it in every block of headers, whatever it was. Everything else passes as it
-//! came, and so does a block that cannot be read here: the library judges it.
+//! The kubelet registers plugins so (`%2Fvar%2Flib%2Fkubelet%2F…`), and older ones call drivers so; so do several gRPC libraries, and an
+//! Envoy whose cluster for SDS has a `|` or a `/` in its name. That is no authority as URIs have it, and the HTTP/2 library resets such a
+//! stream before any of our code runs. On a Unix socket the name means nothing: [`Unnamed`] sits below the library and replaces it in every
+//! block of headers, whatever it was. Everything else passes as it came, and so does a block that cannot be read here: the library judges
+//! it.
 //!
 //! The compression's state stays in step: an entry keeps its kind and its name, so both ends count the same entries, and the new value is
 //! the shortest there is, so an entry lives in the library's table for at least as long as in the client's.
 
 use std::{
     io,
+    mem::MaybeUninit,
     pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     task::{Context, Poll, ready},
 };
 
@@ -29,6 +35,10 @@ const PRIORITY: u8 = 0x20;
 const LONGEST: usize = 16_384;
 /// The static table's entry of that name.
 const AUTHORITY: usize = 1;
+/// The same as text, for clients that spell it out, as gRPC's C++ library does.
+const SPELLED: &[u8] = b":authority";
+/// The same in the code of RFC 7541, appendix B.
+const SPELLED_SHORT: &[u8] = &[0xb8, 0x3b, 0x53, 0x39, 0xec, 0x32, 0x7d, 0x7f];
 /// Valid, and as short as can be.
 const NAME: u8 = b'-';
 /// Read at once.
@@ -40,31 +50,52 @@ pub struct Unnamed<S> {
     stream: S,
     filter: Filter,
     ready: BytesMut,
+    spoke: Arc<AtomicBool>,
 }
 
 impl<S> Unnamed<S> {
     /// Wraps the server's end of a fresh connection.
     pub fn new(stream: S) -> Self {
-        Self { stream, filter: Filter::default(), ready: BytesMut::new() }
+        Self { stream, filter: Filter::default(), ready: BytesMut::new(), spoke: Arc::default() }
+    }
+
+    /// Whether the client has ever said anything, now and later.
+    pub fn spoke(&self) -> Arc<AtomicBool> {
+        self.spoke.clone()
     }
 }
 
 impl<S: AsyncRead + Unpin> AsyncRead for Unnamed<S> {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = &mut *self;
+        let direct = this.filter.through.min(buf.remaining());
+        if this.ready.is_empty() && direct >= CHUNK {
+            // The inside of a large frame goes where it is wanted.
+            let mut read = ReadBuf::new(buf.initialize_unfilled_to(direct));
+            ready!(Pin::new(&mut this.stream).poll_read(cx, &mut read))?;
+            let some = read.filled().len();
+            buf.advance(some);
+            this.filter.through -= some;
+            return Poll::Ready(Ok(()));
+        }
         while this.ready.is_empty() {
-            let mut chunk = [0; CHUNK];
-            let mut read = ReadBuf::new(&mut chunk);
+            let mut chunk = [MaybeUninit::uninit(); CHUNK];
+            let mut read = ReadBuf::uninit(&mut chunk);
             ready!(Pin::new(&mut this.stream).poll_read(cx, &mut read))?;
             if read.filled().is_empty() {
                 // The end; what was held back of an unfinished frame is of no use to anybody.
                 return Poll::Ready(Ok(()));
             }
+            this.spoke.store(true, Ordering::Relaxed);
             this.filter.pass(read.filled(), &mut this.ready);
         }
         let some = this.ready.len().min(buf.remaining());
         buf.put_slice(&this.ready[..some]);
         this.ready.advance(some);
+        if this.ready.is_empty() {
+            // Idle connections are many, and hold nothing.
+            this.ready = BytesMut::new();
+        }
         Poll::Ready(Ok(()))
     }
 }
@@ -183,12 +214,16 @@ fn rewrite(block: &[u8], out: &mut Vec<u8>) -> Option<()> {
         };
         let name = integer(&mut rest, bits)?;
         if is_literal {
-            if name == 0 {
-                string(&mut rest)?;
-            }
+            let is_authority = match name {
+                0 => match string(&mut rest)? {
+                    Text { short: false, bytes } => bytes == SPELLED,
+                    Text { short: true, bytes } => bytes == SPELLED_SHORT,
+                },
+                name => name == AUTHORITY,
+            };
             let value_at = from.len() - rest.len();
-            let is_empty = string(&mut rest)?;
-            if name == AUTHORITY && !is_empty {
+            let value = string(&mut rest)?;
+            if is_authority && !value.bytes.is_empty() {
                 out.extend_from_slice(&from[..value_at]);
                 // Its length, not compressed, and itself.
                 out.extend_from_slice(&[1, NAME]);
@@ -218,11 +253,20 @@ fn integer(rest: &mut &[u8], bits: u32) -> Option<usize> {
     None
 }
 
-/// Section 5.2: a length and so many bytes; whether there are none.
-fn string(rest: &mut &[u8]) -> Option<bool> {
+/// A string as it travels.
+struct Text<'a> {
+    /// In the code of appendix B.
+    short: bool,
+    bytes: &'a [u8],
+}
+
+/// Section 5.2: a length and so many bytes.
+fn string<'a>(rest: &mut &'a [u8]) -> Option<Text<'a>> {
+    let short = rest.first()? & 0x80 != 0;
     let len = integer(rest, 7)?;
-    *rest = rest.get(len..)?;
-    Some(len == 0)
+    let (bytes, others) = rest.split_at_checked(len)?;
+    *rest = others;
+    Some(Text { short, bytes })
 }
 
 fn next(rest: &mut &[u8]) -> Option<u8> {
@@ -257,8 +301,23 @@ mod tests {
 
     /// `:method POST`, `:scheme http`, a path, and an authority as literals of every kind.
     fn block(authority: &[u8], kind: u8) -> Vec<u8> {
-        let text = |text: &[u8]| [&[u8::try_from(text.len()).unwrap()], text].concat();
-        [&[0x83, 0x86, 0x44][..], &text(b"/a.B/C"), &[kind | 1], &text(authority), &[0x40], &text(b"te"), &text(b"trailers")].concat()
+        block_with(&[kind | 1], authority)
+    }
+
+    fn block_with(name: &[u8], authority: &[u8]) -> Vec<u8> {
+        let path = [&[0x83, 0x86, 0x44][..], &text(b"/a.B/C")].concat();
+        [&*path, name, &text(authority), &[0x40], &text(b"te"), &text(b"trailers")].concat()
+    }
+
+    fn text(text: &[u8]) -> Vec<u8> {
+        [&[u8::try_from(text.len()).unwrap()], text].concat()
+    }
+
+    /// A literal's beginning that spells its name.
+    fn spelled(kind: u8, short: bool) -> Vec<u8> {
+        let mut name = text(if short { SPELLED_SHORT } else { SPELLED });
+        name[0] |= u8::from(short) << 7;
+        [&[kind], &*name].concat()
     }
 
     #[test]
@@ -273,6 +332,18 @@ mod tests {
                 assert_eq!(passed(&came, piece), meant);
             }
         }
+    }
+
+    #[test]
+    fn a_name_that_is_spelled_out_is_known() {
+        for (kind, short) in [(0x40, false), (0x00, false), (0x10, true), (0x40, true)] {
+            let around = |value: &[u8]| [PRI, &*frame(HEADERS, END_HEADERS, &block_with(&spelled(kind, short), value))].concat();
+            assert_eq!(passed(&around(b"/run/a.sock"), 3), around(&[NAME]));
+        }
+        // Neither is another name of that length.
+        let other = [&[0x40], &*text(b":authoritx")].concat();
+        let came = [&PRI[..], &frame(HEADERS, END_HEADERS, &block_with(&other, b"/run/a.sock"))].concat();
+        assert_eq!(passed(&came, 3), came);
     }
 
     #[test]
@@ -318,6 +389,12 @@ mod tests {
     /// The library itself, with the filter.
     #[tokio::test]
     async fn the_library_takes_it_twice_on_one_connection() {
+        for name in [vec![0x41], spelled(0x40, false), spelled(0x40, true)] {
+            taken_twice(&name).await;
+        }
+    }
+
+    async fn taken_twice(name: &[u8]) {
         let (mut client, server) = tokio::io::duplex(1 << 16);
         let serving = tokio::spawn(async move {
             let mut seen = Vec::new();
@@ -332,7 +409,7 @@ mod tests {
         let mut second = frame(HEADERS, END_HEADERS | 1, &[0x83, 0x86, 0xbf, 0xbe]);
         second[8] = 3;
         // The second refers to what the first has put into the table: the path, then the authority.
-        let first = [&[0x83, 0x86, 0x44, 0x06][..], b"/a.B/C", &[0x41, 0x04], b"/a/b"].concat();
+        let first = [&[0x83, 0x86, 0x44, 0x06][..], b"/a.B/C", name, &[0x04], b"/a/b"].concat();
         let mut settings = frame(4, 0, &[]);
         settings[8] = 0;
         let all = [&PRI[..], &settings, &frame(HEADERS, END_HEADERS | 1, &first), &second].concat();
@@ -342,6 +419,33 @@ mod tests {
         client.shutdown().await.unwrap();
         let seen = tokio::time::timeout(Duration::from_secs(20), serving).await.unwrap().unwrap();
         assert_eq!(seen, ["http://-/a.B/C", "http://-/a.B/C"]);
+    }
+
+    /// Most of it does not go through the filter's own buffer, and what follows it does.
+    #[tokio::test]
+    async fn the_inside_of_a_large_frame_keeps_its_place() {
+        let bytes: Vec<u8> = (0..=250).cycle().take(LONGEST).collect();
+        let around = |name: &[u8]| {
+            let headers = frame(HEADERS, END_HEADERS, &block(name, 0x40));
+            [PRI, &*headers, &frame(0, 0, &bytes), &headers, &frame(0, 0, &bytes[..CHUNK - 1]), &headers].concat()
+        };
+        let (came, meant) = (around(b"/a/b"), around(&[NAME]));
+        for (pipe, room) in [(1 << 16, 1 << 16), (1 << 16, 5000), (6000, 1 << 16), (700, CHUNK), (1 << 16, 100)] {
+            let (mut client, server) = tokio::io::duplex(pipe);
+            let sent = came.clone();
+            let sending = tokio::spawn(async move { client.write_all(&sent).await });
+            let (mut server, mut seen, mut buffer) = (Unnamed::new(server), Vec::new(), vec![0; room]);
+            loop {
+                let some = tokio::time::timeout(Duration::from_secs(20), server.read(&mut buffer)).await.unwrap().unwrap();
+                if some == 0 {
+                    break;
+                }
+                seen.extend_from_slice(&buffer[..some]);
+            }
+            sending.await.unwrap().unwrap();
+            assert!(seen == meant, "through {pipe} into {room}");
+            assert!(server.spoke().load(Ordering::Relaxed));
+        }
     }
 
     proptest! {

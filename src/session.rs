@@ -1,25 +1,23 @@
 //! The accept loop, and one connection's life on HTTP/2.
 //!
-//! Owns the limits of the protocol and every way in which a connection ends. The client's SETTINGS are answered at once,
-//! before anybody asks who it is; whether there is a place is asked before that, of the [`quotas`]. A connection ends when its client ends it, when nothing happens on it for long, when its workload has
-//! ended, at the drain's deadline, or when it never spoke at all.
+//! Owns the limits of the protocol and every way in which a connection ends. The client's SETTINGS are answered at once, before anybody
+//! asks who it is; whether there is a place is asked before that, of the [`quotas`]. A connection ends when its client ends it, when
+//! nothing happens on it for long, when its workload has ended, at the drain's deadline, or when it never spoke at all.
 
 use std::{
     convert::Infallible,
     io,
-    pin::{Pin, pin},
+    pin::pin,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
-    task::{Context, Poll},
     time::Duration,
 };
 
 use hyper::{server::conn::http2, service::service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{UnixListener, UnixStream},
     time::Instant,
 };
@@ -36,6 +34,7 @@ use self::{
 };
 use crate::{
     attest::origin::Origin,
+    authority::Unnamed,
     caller::{Connection, Desk, Refusals},
     config::Limits,
     grpc::{self, UntilEnd},
@@ -183,7 +182,7 @@ impl Sessions {
         };
         let connection = Arc::new(Connection::new(peer, self.desk.clone()).coming_from(origin.clone(), self.refusals.clone()));
         let calls = Arc::new(Calls::new(place));
-        Some(Session { sessions: self.clone(), connection, calls, spoke: Arc::default(), _guard: guard })
+        Some(Session { sessions: self.clone(), connection, calls, _guard: guard })
     }
 
     /// One line for each caller, limit and minute.
@@ -215,14 +214,14 @@ struct Session {
     sessions: Arc<Sessions>,
     connection: Arc<Connection>,
     calls: Arc<Calls>,
-    spoke: Arc<AtomicBool>,
     _guard: Guard,
 }
 
 impl Session {
     async fn run(self, stream: UnixStream) {
         let _open = self.sessions.metrics.connected();
-        let io = Heard { stream, spoke: self.spoke.clone() };
+        let io = Unnamed::new(stream);
+        let spoke = io.spoke();
         let pause = self.sessions.patience.refusal;
         let service = service_fn(|request| {
             let call = self.begin().map(|call| (call, self.sessions.services.call(&self.connection, request)));
@@ -259,7 +258,7 @@ impl Session {
                 self.sessions.metrics.rejected(Rejection::refused_streams);
                 None
             }
-            () = self.idle() => {
+            () = self.idle(&spoke) => {
                 served.as_mut().graceful_shutdown();
                 tokio::time::timeout(self.sessions.patience.last_words, served).await.ok()
             }
@@ -296,9 +295,9 @@ impl Session {
     }
 
     /// Returns when the connection never spoke, or has had no call for the idle time.
-    async fn idle(&self) {
+    async fn idle(&self, spoke: &AtomicBool) {
         tokio::time::sleep(self.sessions.patience.silent).await;
-        if !self.spoke.load(Ordering::Relaxed) {
+        if !spoke.load(Ordering::Relaxed) {
             self.sessions.metrics.rejected(Rejection::silent);
             return;
         }
@@ -314,45 +313,6 @@ impl Session {
                 None => tokio::time::sleep(time).await,
             }
         }
-    }
-}
-
-/// A stream that remembers whether it was ever read from.
-struct Heard {
-    stream: UnixStream,
-    spoke: Arc<AtomicBool>,
-}
-
-impl AsyncRead for Heard {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let before = buf.filled().len();
-        let polled = Pin::new(&mut self.stream).poll_read(cx, buf);
-        if buf.filled().len() > before {
-            self.spoke.store(true, Ordering::Relaxed);
-        }
-        polled
-    }
-}
-
-impl AsyncWrite for Heard {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, buf)
-    }
-
-    fn poll_write_vectored(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bufs: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write_vectored(cx, bufs)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
     }
 }
 

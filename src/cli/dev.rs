@@ -65,7 +65,7 @@ ask as a workload would, and watch it rotate:
   sds-agent fetch --socket {socket} --watch
 
 ask with grpcurl (the answer holds the private key):
-  grpcurl -plaintext -authority localhost -d '{{"resource_names":["{certificate}"]}}' \
+  grpcurl -plaintext -d '{{"resource_names":["{certificate}"]}}' \
     unix://{socket} envoy.service.secret.v3.SecretDiscoveryService/FetchSecrets
 
 Envoy: a cluster, and the same config source wherever a secret is wanted:

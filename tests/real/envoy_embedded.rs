@@ -1,4 +1,4 @@
-//! Two real Envoys on `dev`: mTLS, and certificates replaced under load, over both kinds of stream.
+//! Two real Envoys on `dev`: mTLS, and certificates replaced under load, over every kind of stream.
 
 use std::time::Duration;
 
@@ -25,6 +25,11 @@ async fn state_of_the_world_rotates_under_load() {
 #[tokio::test]
 async fn delta_rotates_under_load() {
     rotates_under_load(Sds::Delta).await;
+}
+
+#[tokio::test]
+async fn google_grpc_rotates_under_load() {
+    rotates_under_load(Sds::GoogleGrpc).await;
 }
 
 async fn rotates_under_load(sds: Sds) {

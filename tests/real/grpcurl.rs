@@ -13,7 +13,7 @@ const SECRET: &str = "envoy.extensions.transport_sockets.tls.v3.Secret";
 
 async fn grpcurl(socket: &Path, before: &[&str], words: &[&str]) -> String {
     let target = format!("unix://{}", socket.display());
-    let arguments = [&["-plaintext", "-authority", "localhost"], before, &[&target], words].concat();
+    let arguments = [&["-plaintext"], before, &[&target], words].concat();
     child::succeed(&tools::grpcurl(), &arguments, PATIENCE).await
 }
 
@@ -32,6 +32,17 @@ async fn reflection_lists_and_describes() {
     let secret = grpcurl(agent.socket(), &[], &["describe", SECRET]).await;
     for field in ["tls_certificate = 2;", "validation_context = 4;"] {
         assert!(secret.contains(field), "{secret}");
+    }
+}
+
+/// Libraries call by the socket's path, escaped or not, or by whatever they were given.
+#[tokio::test]
+async fn any_authority_is_taken() {
+    let dir = tempfile::tempdir().unwrap();
+    let agent = Launch::dev(dir.path()).start().await;
+    for authority in ["localhost", "/run/sds-agent/agent.sock", "%2Frun%2Fsds-agent%2Fagent.sock", "node/agent|sds"] {
+        let list = grpcurl(agent.socket(), &["-authority", authority], &["list"]).await;
+        assert!(list.lines().any(|line| line == SERVICE), "{authority}: {list}");
     }
 }
 

@@ -162,7 +162,7 @@ async fn every_panel_shows_data_of_real_agents() {
 /// Takes a certificate as a pod's process and says that it cannot use it.
 async fn reject(pod: &PodCgroup, socket: &Path) {
     let mut command = pod.command(&tools::grpcurl());
-    command.args(["-plaintext", "-authority", "localhost", "-d", "@", &format!("unix://{}", socket.display())]);
+    command.args(["-plaintext", "-d", "@", &format!("unix://{}", socket.display())]);
     command.arg("envoy.service.secret.v3.SecretDiscoveryService/StreamSecrets");
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).kill_on_drop(true);
     let mut grpcurl = command.spawn().unwrap();

@@ -43,7 +43,7 @@ async fn until_read(agent: &Agent, result: &str, count: f64) {
 /// Connections and streams that an Envoy has made to the agent, in all.
 async fn streams(envoy: &Envoy) -> [u64; 2] {
     let stats = envoy.stats().await;
-    ["cluster.sds-grpc.upstream_cx_total", "cluster.sds-grpc.upstream_rq_total"].map(|name| stats.sum(name))
+    ["sds-grpc.upstream_cx_total", "sds-grpc.upstream_rq_total"].map(|name| stats.sum(name))
 }
 
 async fn serial(agent: &Agent, workload: &Workload) -> String {

@@ -31,8 +31,20 @@ pub const ANSWER: &str = "hello from the other side";
 pub enum Sds {
     /// `StreamSecrets`
     StateOfTheWorld,
-    /// `DeltaSecrets`
+    /// `DeltaSecrets`, over a cluster whose name is no authority of a URI
     Delta,
+    /// `StreamSecrets` over gRPC's C++ library, which calls by the socket's path
+    GoogleGrpc,
+}
+
+impl Sds {
+    /// The cluster that leads to the agent.
+    fn cluster(self) -> &'static str {
+        match self {
+            Self::StateOfTheWorld | Self::GoogleGrpc => "sds-grpc",
+            Self::Delta => "node/agent|sds-grpc",
+        }
+    }
 }
 
 /// Which end of the connection it is; each requires its peer's SPIFFE id.
@@ -173,19 +185,19 @@ impl Stats {
 }
 
 fn bootstrap_for(name: &str, side: Side<'_>, socket: &Path, sds: Sds) -> Value {
-    let mut clusters = vec![sds_cluster(socket)];
+    let mut clusters = vec![sds_cluster(socket, sds)];
     let filter_chain = match side {
         Side::Server { client } => json!({
             "transport_socket": tls("DownstreamTlsContext", json!({
                 "require_client_certificate": true,
                 "disable_stateless_session_resumption": true,
                 "disable_stateful_session_resumption": true,
-                "common_tls_context": common_tls(client, sds),
+                "common_tls_context": common_tls(client, socket, sds),
             })),
             "filters": [http_filter(json!({"direct_response": {"status": 200, "body": {"inline_string": ANSWER}}}))],
         }),
         Side::Client { server, at } => {
-            clusters.push(upstream(server, at, sds));
+            clusters.push(upstream(server, at, socket, sds));
             json!({"filters": [http_filter(json!({"route": {"cluster": "other-side", "timeout": "8s"}}))]})
         }
     };
@@ -204,20 +216,20 @@ fn bootstrap_for(name: &str, side: Side<'_>, socket: &Path, sds: Sds) -> Value {
 }
 
 /// As istio-proxy has it: a pipe, HTTP/2, one second to connect.
-fn sds_cluster(socket: &Path) -> Value {
+fn sds_cluster(socket: &Path, sds: Sds) -> Value {
     json!({
-        "name": "sds-grpc",
+        "name": sds.cluster(),
         "type": "STATIC",
         "connect_timeout": "1s",
         "typed_extension_protocol_options": http_options(json!({"explicit_http_config": {"http2_protocol_options": {}}})),
         "load_assignment": {
-            "cluster_name": "sds-grpc",
+            "cluster_name": sds.cluster(),
             "endpoints": [{"lb_endpoints": [{"endpoint": {"address": {"pipe": {"path": socket}}}}]}],
         },
     })
 }
 
-fn upstream(server: &str, at: SocketAddr, sds: Sds) -> Value {
+fn upstream(server: &str, at: SocketAddr, socket: &Path, sds: Sds) -> Value {
     json!({
         "name": "other-side",
         "type": "STATIC",
@@ -228,7 +240,7 @@ fn upstream(server: &str, at: SocketAddr, sds: Sds) -> Value {
         })),
         "transport_socket": tls("UpstreamTlsContext", json!({
             "max_session_keys": 0,
-            "common_tls_context": common_tls(server, sds),
+            "common_tls_context": common_tls(server, socket, sds),
         })),
         "load_assignment": {
             "cluster_name": "other-side",
@@ -237,22 +249,27 @@ fn upstream(server: &str, at: SocketAddr, sds: Sds) -> Value {
     })
 }
 
-fn common_tls(peer: &str, sds: Sds) -> Value {
+fn common_tls(peer: &str, socket: &Path, sds: Sds) -> Value {
     json!({
-        "tls_certificate_sds_secret_configs": [secret("default", sds)],
+        "tls_certificate_sds_secret_configs": [secret("default", socket, sds)],
         "combined_validation_context": {
             "default_validation_context": {
                 "match_typed_subject_alt_names": [{"san_type": "URI", "matcher": {"exact": peer}}],
             },
-            "validation_context_sds_secret_config": secret("ROOTCA", sds),
+            "validation_context_sds_secret_config": secret("ROOTCA", socket, sds),
         },
     })
 }
 
-fn secret(name: &str, sds: Sds) -> Value {
-    let api_type = match sds {
-        Sds::StateOfTheWorld => "GRPC",
-        Sds::Delta => "DELTA_GRPC",
+fn secret(name: &str, socket: &Path, sds: Sds) -> Value {
+    let envoy_grpc = json!({"envoy_grpc": {"cluster_name": sds.cluster()}});
+    let (api_type, service) = match sds {
+        Sds::StateOfTheWorld => ("GRPC", envoy_grpc),
+        Sds::Delta => ("DELTA_GRPC", envoy_grpc),
+        Sds::GoogleGrpc => {
+            let target = format!("unix:{}", socket.display());
+            ("GRPC", json!({"google_grpc": {"target_uri": target, "stat_prefix": "sds"}}))
+        }
     };
     json!({
         "name": name,
@@ -261,7 +278,7 @@ fn secret(name: &str, sds: Sds) -> Value {
                 "api_type": api_type,
                 "transport_api_version": "V3",
                 "set_node_on_first_message_only": true,
-                "grpc_services": [{"envoy_grpc": {"cluster_name": "sds-grpc"}}],
+                "grpc_services": [service],
             },
             "resource_api_version": "V3",
             "initial_fetch_timeout": "0s",
