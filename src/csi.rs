@@ -15,16 +15,11 @@ use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use self::{
-    metrics::Metrics,
-    registration::Registrar,
-    server::{Server, Services},
-    sockets::Sockets,
-    volume::Place,
-};
+use self::{metrics::Metrics, registration::Registrar, server::Server, sockets::Sockets, volume::Place};
 use crate::{
     attest::{Reason, pods::Pods},
     config::{NodeEnvironment, PerPod},
+    grpc::table::Table,
     identity::PodRef,
     listener,
     proto::{
@@ -94,11 +89,11 @@ impl Driver {
         let config = Arc::new(config);
         let name = node.node_name.unwrap_or_default();
         let driver = service::Driver { config: config.clone(), node: name, sockets: sockets.clone(), resolver, metrics };
-        let services = Services::default().with(IdentityServer::new(driver.clone())).with(NodeServer::new(driver));
+        let services = Table::default().with(IdentityServer::new(driver.clone())).with(NodeServer::new(driver));
         let calls = Server::bind(FIELD, config.driver_socket(), services, Arc::default())?;
         let refused = Arc::new(Notify::new());
         let registrar = Registrar { config: config.clone(), refused: refused.clone() };
-        let services = Services::default().with(RegistrationServer::new(registrar));
+        let services = Table::default().with(RegistrationServer::new(registrar));
         let registration = Server::bind(FIELD, config.registration_socket(), services, refused)?;
         Ok(Self { sockets, own: node.pod, calls, registration })
     }

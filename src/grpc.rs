@@ -23,6 +23,7 @@ use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tonic::{Code, Status};
 
 pub mod client;
+pub mod table;
 
 /// A message's prefix: the compression flag and the length.
 pub const PREFIX: usize = 5;

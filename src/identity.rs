@@ -187,7 +187,8 @@ pub(crate) mod tests {
         Arc::new(resolver.resolve(&pod(Some(service_account), "u1")).unwrap())
     }
 
-    pub(super) fn profile(template: &str) -> Profile {
+    /// And a profile that names by `template`.
+    pub(crate) fn profile(template: &str) -> Profile {
         Profile {
             name: "default".into(),
             issuer: IssuerName("mesh".into()),

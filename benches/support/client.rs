@@ -2,10 +2,15 @@
 
 use std::{path::Path, sync::Arc, time::Duration};
 
-use bytes::Bytes;
+use bytes::{BufMut, Bytes, BytesMut};
 use http::uri::PathAndQuery;
+use prost::Message;
 use sds_agent::{
-    grpc::client::{self, Connection, Error},
+    grpc::{
+        PREFIX,
+        client::{self, Connection, Error},
+        prefix,
+    },
     sds::stream::TYPE_URL,
 };
 use tokio::sync::mpsc;
@@ -22,7 +27,7 @@ pub const STREAM: &str = "/envoy.service.secret.v3.SecretDiscoveryService/Stream
 const NODE: usize = 61_000;
 
 /// A `DiscoveryRequest` with its node, which the agent skips.
-#[derive(Clone, PartialEq, prost::Message)]
+#[derive(Clone, PartialEq, Message)]
 pub struct Ask {
     #[prost(string, tag = "1")]
     pub version: String,
@@ -54,7 +59,7 @@ impl Ask {
 }
 
 /// A `DiscoveryResponse` with one resource, left encoded.
-#[derive(Clone, PartialEq, prost::Message)]
+#[derive(Clone, PartialEq, Message)]
 pub struct Reply {
     #[prost(string, tag = "1")]
     pub version: String,
@@ -102,4 +107,13 @@ pub async fn first_secret(path: Arc<Path>, name: &str) {
     let (_sender, mut replies) = stream(&mut client, Ask::envoy(name)).await;
     let reply = replies.message().await.unwrap().unwrap();
     assert!(!reply.resource.is_empty());
+}
+
+/// A message as gRPC sends it.
+pub fn framed(message: &impl Message) -> Bytes {
+    let len = message.encoded_len();
+    let mut out = BytesMut::with_capacity(PREFIX + len);
+    out.put_slice(&prefix(len));
+    message.encode(&mut out).unwrap();
+    out.freeze()
 }

@@ -5,11 +5,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bytes::{Buf, BufMut, Bytes, BytesMut};
+use bytes::{Buf, Bytes, BytesMut};
 use futures::{StreamExt, future, stream};
 use h2::client::SendRequest;
 use prost::Message;
-use sds_agent::grpc::{PREFIX, prefix};
+use sds_agent::grpc::PREFIX;
 use tokio::{
     net::UnixStream,
     sync::{
@@ -20,7 +20,7 @@ use tokio::{
     time::timeout,
 };
 
-use super::client::{Ask, Reply, STREAM};
+use super::client::{Ask, Reply, STREAM, framed};
 
 /// So many connect at once.
 const AT_ONCE: usize = 64;
@@ -106,14 +106,6 @@ async fn watch(sender: SendRequest<Bytes>, first: Ask, told: UnboundedSender<Ins
             buffer = BytesMut::new();
         }
     }
-}
-
-fn framed(message: &impl Message) -> Bytes {
-    let len = message.encoded_len();
-    let mut out = BytesMut::with_capacity(PREFIX + len);
-    out.put_slice(&prefix(len));
-    message.encode(&mut out).unwrap();
-    out.freeze()
 }
 
 fn unframed(buffer: &mut BytesMut) -> Option<Bytes> {

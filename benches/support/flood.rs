@@ -10,16 +10,14 @@ use std::{
     time::Duration,
 };
 
-use bytes::{BufMut, Bytes, BytesMut};
+use bytes::Bytes;
 use h2::{
     RecvStream, SendStream,
     client::{ResponseFuture, SendRequest},
 };
-use prost::Message;
-use sds_agent::grpc::{PREFIX, prefix};
 use tokio::{net::UnixStream, task::JoinSet};
 
-use super::client::{Ask, STREAM};
+use super::client::{Ask, STREAM, framed};
 
 /// So many of each kind try at once.
 const WORKERS: usize = 32;
@@ -138,12 +136,4 @@ fn ask(mut sender: SendRequest<Bytes>) -> Option<(ResponseFuture, SendStream<Byt
     let (response, mut requests) = sender.send_request(request, false).ok()?;
     requests.send_data(framed(&Ask::small("default")), false).ok()?;
     Some((response, requests))
-}
-
-fn framed(message: &impl Message) -> Bytes {
-    let len = message.encoded_len();
-    let mut out = BytesMut::with_capacity(PREFIX + len);
-    out.put_slice(&prefix(len));
-    message.encode(&mut out).unwrap();
-    out.freeze()
 }

@@ -3,10 +3,9 @@
 //! It stays where it is for as long as the agent runs: a name that somebody has taken away is bound again, as an old agent on its way out
 //! may do. At the end only our own inode is removed.
 
-use std::{convert::Infallible, io, path::PathBuf, sync::Arc, time::Duration};
+use std::{io, path::PathBuf, sync::Arc, time::Duration};
 
-use http::{Request, Response};
-use hyper::{body::Incoming, server::conn::http2, service::service_fn};
+use hyper::{server::conn::http2, service::service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::{
     net::UnixStream,
@@ -14,11 +13,11 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 use tokio_util::sync::CancellationToken;
-use tonic::{Status, server::NamedService};
-use tower::{Service, ServiceExt, util::BoxCloneSyncService};
+use tonic::Status;
+use tower::ServiceExt;
 use tracing::{debug, error, info, warn};
 
-use crate::{authority::Unnamed, listener};
+use crate::{authority::Unnamed, grpc::table::Table, listener};
 
 /// For root alone: the kubelet is root.
 const MODE: u32 = 0o600;
@@ -31,60 +30,20 @@ const AGAIN: Duration = Duration::from_secs(10);
 /// Between two attempts to accept.
 const PAUSE: Duration = Duration::from_millis(200);
 
-type Unary = BoxCloneSyncService<Request<Incoming>, Response<tonic::body::Body>, Infallible>;
-
-/// The services of a socket, by their names.
-#[derive(Clone, Default)]
-pub struct Services(Vec<(&'static str, Unary)>);
-
-impl std::fmt::Debug for Services {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_list().entries(self.0.iter().map(|(name, _)| name)).finish()
-    }
-}
-
-impl Services {
-    /// And this one.
-    pub fn with<S>(mut self, service: S) -> Self
-    where
-        S: NamedService
-            + Service<Request<Incoming>, Response = Response<tonic::body::Body>, Error = Infallible>
-            + Clone
-            + Send
-            + Sync
-            + 'static,
-        S::Future: Send,
-    {
-        self.0.push((S::NAME, BoxCloneSyncService::new(service)));
-        self
-    }
-
-    async fn call(&self, request: Request<Incoming>) -> Response<tonic::body::Body> {
-        let name = request.uri().path().strip_prefix('/').and_then(|path| path.split_once('/')).map_or("", |(service, _)| service);
-        match self.0.iter().find(|(known, _)| *known == name) {
-            Some((_, service)) => {
-                let Ok(response) = service.clone().oneshot(request).await;
-                response
-            }
-            None => Status::unimplemented("this socket serves the kubelet").into_http(),
-        }
-    }
-}
-
 /// A bound socket and what it serves.
 #[derive(Debug)]
 pub struct Server {
     field: &'static str,
     path: PathBuf,
     bound: listener::Bound,
-    services: Arc<Services>,
+    services: Arc<Table>,
     again: Arc<Notify>,
     places: Arc<Semaphore>,
 }
 
 impl Server {
     /// Binds `path`, which comes from `field` of the configuration. `again` has it bound anew after a while.
-    pub fn bind(field: &'static str, path: PathBuf, services: Services, again: Arc<Notify>) -> Result<Self, listener::Error> {
+    pub fn bind(field: &'static str, path: PathBuf, services: Table, again: Arc<Notify>) -> Result<Self, listener::Error> {
         let bound = listener::bind_for(field, &path, MODE)?;
         Ok(Self { field, path, bound, services: Arc::new(services), again, places: Arc::new(Semaphore::new(CONNECTIONS)) })
     }
@@ -140,10 +99,15 @@ impl Server {
     }
 }
 
-async fn connection(stream: UnixStream, services: Arc<Services>, last: CancellationToken, _place: OwnedSemaphorePermit) {
+async fn connection(stream: UnixStream, services: Arc<Table>, last: CancellationToken, _place: OwnedSemaphorePermit) {
     let service = service_fn(move |request| {
         let services = services.clone();
-        async move { Ok::<_, Infallible>(services.call(request).await) }
+        async move {
+            match services.find(&request) {
+                Some(service) => service.oneshot(request).await,
+                None => Ok(Status::unimplemented("this socket serves the kubelet").into_http()),
+            }
+        }
     });
     let served = http2::Builder::new(TokioExecutor::new())
         .timer(TokioTimer::new())

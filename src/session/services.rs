@@ -1,32 +1,30 @@
 //! What a socket serves, by the service's name in the request's path: SDS by framing of our own, health and reflection by tonic.
 
-use std::{convert::Infallible, fmt, sync::Arc};
+use std::{fmt, sync::Arc};
 
 use futures::future::BoxFuture;
 use http::{Request, Response};
 use hyper::body::Incoming;
-use tonic::{Status, server::NamedService};
+use tonic::Status;
 use tonic_health::{
     ServingStatus,
     pb::health_server::HealthServer,
     server::{HealthReporter, HealthService},
 };
-use tower::{Service, ServiceExt, util::BoxCloneSyncService};
+use tower::ServiceExt;
 
 use crate::{
     caller::Connection,
-    grpc::{self, Body},
+    grpc::{self, Body, table::Table},
     proto::DESCRIPTORS,
     sds,
 };
-
-type Unary = BoxCloneSyncService<Request<Incoming>, Response<tonic::body::Body>, Infallible>;
 
 /// Every service of a socket.
 #[derive(Clone)]
 pub struct Services {
     sds: Arc<sds::service::Service>,
-    others: Arc<[(&'static str, Unary)]>,
+    others: Arc<Table>,
     health: HealthReporter,
 }
 
@@ -46,12 +44,11 @@ impl Services {
         };
         let health = HealthReporter::new();
         health.set_service_status(sds::service::SERVICE, ServingStatus::Serving).await;
-        let others = [
-            named(HealthServer::new(HealthService::from_health_reporter(health.clone()))),
-            named(reflection().build_v1()?),
-            named(reflection().build_v1alpha()?),
-        ];
-        Ok(Self { sds, others: others.into(), health })
+        let others = Table::default()
+            .with(HealthServer::new(HealthService::from_health_reporter(health.clone())))
+            .with(reflection().build_v1()?)
+            .with(reflection().build_v1alpha()?);
+        Ok(Self { sds, others: Arc::new(others), health })
     }
 
     /// Tells health checks that the agent is about to go.
@@ -63,11 +60,8 @@ impl Services {
 
     /// Answers one call. Boxed: a connection keeps as much room for each open stream as the largest of all calls' futures needs.
     pub fn call(&self, connection: &Arc<Connection>, request: Request<Incoming>) -> BoxFuture<'static, Response<Body>> {
-        let path = request.uri().path();
-        let service = path.strip_prefix('/').and_then(|p| p.split_once('/')).map_or("", |(service, _)| service);
         let sds = self.sds.clone();
-        if let Some((_, other)) = self.others.iter().find(|(name, _)| *name == service) {
-            let other = other.clone();
+        if let Some(other) = self.others.find(&request) {
             return Box::pin(async move {
                 let Ok(response) = other.oneshot(request).await;
                 response.map(|body| Body::tonic(body, sds.drain.clone()))
@@ -79,17 +73,4 @@ impl Services {
             sds.call(&connection, request).await.unwrap_or_else(|| grpc::unary(Err(unknown())))
         })
     }
-}
-
-fn named<S>(service: S) -> (&'static str, Unary)
-where
-    S: NamedService
-        + Service<Request<Incoming>, Response = Response<tonic::body::Body>, Error = Infallible>
-        + Clone
-        + Send
-        + Sync
-        + 'static,
-    S::Future: Send,
-{
-    (S::NAME, BoxCloneSyncService::new(service))
 }

@@ -12,7 +12,7 @@ use crate::{
     cert_manager::{keys, naming::Agent},
     clock::TestClock,
     config::{IssuerRef, NodeEnvironment, RequestNamespace},
-    identity::{Identity, IssuerName, KeyType, Profile, SpiffeId},
+    identity::{Identity, IssuerName, Profile, SpiffeId, tests::profile},
     issuer::{Progress, Stage},
     kubernetes::{
         self,
@@ -131,19 +131,8 @@ fn pod() -> PodRef {
 }
 
 fn identity(account: &str) -> Identity {
-    let profile = Profile {
-        name: "default".into(),
-        issuer: IssuerName("default".into()),
-        authority: "mesh-ca".into(),
-        key: KeyType::EcdsaP256,
-        lifetime: Duration::from_secs(3600),
-        renew_at: 0.5,
-        jitter: 0.1,
-        spiffe_id: "spiffe://cluster.local/ns/{namespace}/sa/{serviceAccount}".into(),
-        dns_names: Vec::new(),
-        per_pod: false,
-        epoch: 0,
-    };
+    let template = "spiffe://cluster.local/ns/{namespace}/sa/{serviceAccount}";
+    let profile = Profile { issuer: IssuerName("default".into()), ..profile(template) };
     let spiffe_id = SpiffeId::new(&format!("spiffe://cluster.local/ns/shop/sa/{account}")).unwrap();
     Identity { spiffe_id, dns_names: Arc::new([]), profile: Arc::new(profile), pod_uid: None, account: None }
 }

@@ -1,6 +1,6 @@
 //! What is in a request, as another parser reads it.
 
-use std::{future::Future, task::Poll, time::Duration};
+use std::{future::Future, task::Poll};
 
 use futures::{FutureExt, future::poll_fn};
 use x509_parser::{
@@ -10,24 +10,12 @@ use x509_parser::{
 };
 
 use super::*;
-use crate::identity::{IssuerName, Profile, SpiffeId};
+use crate::identity::{Profile, SpiffeId, tests::profile};
 
 const ID: &str = "spiffe://cluster.local/ns/shop/sa/cart";
 
 fn identity(key: KeyType, dns_names: &[&str]) -> Identity {
-    let profile = Profile {
-        name: "default".into(),
-        issuer: IssuerName("mesh".into()),
-        authority: "mesh-ca".into(),
-        key,
-        lifetime: Duration::from_secs(3600),
-        renew_at: 0.5,
-        jitter: 0.1,
-        spiffe_id: ID.into(),
-        dns_names: Vec::new(),
-        per_pod: false,
-        epoch: 0,
-    };
+    let profile = Profile { key, ..profile(ID) };
     Identity {
         spiffe_id: SpiffeId::new(ID).unwrap(),
         dns_names: dns_names.iter().map(|&name| name.to_owned()).collect(),

@@ -7,7 +7,7 @@ use x509_parser::prelude::{FromDer, X509Certificate};
 use super::*;
 use crate::{
     clock::TestClock,
-    identity::{Identity, IssuerName, KeyType, Profile, SpiffeId},
+    identity::{Identity, KeyType, Profile, SpiffeId, tests::profile},
     issuer::{Progress, verify::verify},
     material::CertificateChain,
 };
@@ -16,19 +16,7 @@ const NOW: Duration = Duration::from_secs(1_800_000_000);
 
 fn identity(key: KeyType, lifetime: Duration) -> Arc<Identity> {
     let id = "spiffe://example.org/uid/1000";
-    let profile = Profile {
-        name: "default".into(),
-        issuer: IssuerName("embedded".into()),
-        authority: "mesh-ca".into(),
-        key,
-        lifetime,
-        renew_at: 0.5,
-        jitter: 0.1,
-        spiffe_id: id.into(),
-        dns_names: Vec::new(),
-        per_pod: false,
-        epoch: 0,
-    };
+    let profile = Profile { key, lifetime, ..profile(id) };
     let dns_names = ["one.example".to_owned(), "two.example".to_owned()].into();
     Arc::new(Identity { spiffe_id: SpiffeId::new(id).unwrap(), dns_names, profile: Arc::new(profile), pod_uid: None, account: None })
 }

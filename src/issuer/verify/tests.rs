@@ -13,7 +13,7 @@ use rustls::pki_types::CertificateSigningRequestDer;
 
 use super::*;
 use crate::{
-    identity::{IssuerName, Profile, SpiffeId},
+    identity::{Profile, SpiffeId, tests::profile},
     issuer::csr::{self, KeyAndCsr},
 };
 
@@ -68,19 +68,7 @@ impl Ca {
 }
 
 fn identity(key: KeyType) -> Identity {
-    let profile = Profile {
-        name: "default".into(),
-        issuer: IssuerName("mesh".into()),
-        authority: "mesh-ca".into(),
-        key,
-        lifetime: HOUR,
-        renew_at: 0.5,
-        jitter: 0.1,
-        spiffe_id: ID.into(),
-        dns_names: Vec::new(),
-        per_pod: false,
-        epoch: 0,
-    };
+    let profile = Profile { key, lifetime: HOUR, ..profile(ID) };
     Identity {
         spiffe_id: SpiffeId::new(ID).unwrap(),
         dns_names: [DNS.to_owned()].into(),
