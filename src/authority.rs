@@ -12,6 +12,7 @@
 use std::{
     io,
     mem::MaybeUninit,
+    ops::Range,
     pin::Pin,
     sync::{
         Arc,
@@ -20,7 +21,7 @@ use std::{
     task::{Context, Poll, ready},
 };
 
-use bytes::{Buf, BytesMut};
+use bytes::Bytes;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 /// What a client says first.
@@ -41,61 +42,92 @@ const SPELLED: &[u8] = b":authority";
 const SPELLED_SHORT: &[u8] = &[0xb8, 0x3b, 0x53, 0x39, 0xec, 0x32, 0x7d, 0x7f];
 /// Valid, and as short as can be.
 const NAME: u8 = b'-';
-/// Read at once.
+/// Read at once where there is no room.
 const CHUNK: usize = 4096;
 
 /// A stream whose HTTP/2 client calls by no name that could be wrong.
 #[derive(Debug)]
 pub struct Unnamed<S> {
     stream: S,
-    filter: Filter,
-    ready: BytesMut,
+    frames: Frames,
+    /// The beginning of a frame that is not whole yet.
+    held: Vec<u8>,
+    /// What was read before there was room for it.
+    ready: Bytes,
     spoke: Arc<AtomicBool>,
 }
 
 impl<S> Unnamed<S> {
     /// Wraps the server's end of a fresh connection.
     pub fn new(stream: S) -> Self {
-        Self { stream, filter: Filter::default(), ready: BytesMut::new(), spoke: Arc::default() }
+        Self { stream, frames: Frames::default(), held: Vec::new(), ready: Bytes::new(), spoke: Arc::default() }
     }
 
     /// Whether the client has ever said anything, now and later.
     pub fn spoke(&self) -> Arc<AtomicBool> {
         self.spoke.clone()
     }
+
+    /// Takes what is wanted of `ready`.
+    fn take(&mut self, buf: &mut ReadBuf<'_>) {
+        let some = self.ready.len().min(buf.remaining());
+        buf.put_slice(&self.ready.split_to(some));
+        if self.ready.is_empty() {
+            // Idle connections are many, and hold nothing.
+            self.ready = Bytes::new();
+        }
+    }
+}
+
+impl<S: AsyncRead + Unpin> Unnamed<S> {
+    /// Reads to where it is wanted and works there; whether there is anything to tell.
+    fn poll_in_place(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<bool>> {
+        let before = buf.filled().len();
+        buf.put_slice(&self.held);
+        let read = Pin::new(&mut self.stream).poll_read(cx, buf);
+        let came = &mut buf.filled_mut()[before..];
+        if !matches!(read, Poll::Ready(Ok(()))) || came.len() == self.held.len() {
+            // At the end, what was held back of an unfinished frame is of no use to anybody.
+            buf.set_filled(before);
+            return read.map_ok(|()| true);
+        }
+        self.spoke.store(true, Ordering::Relaxed);
+        let Passed { out, from } = self.frames.pass(came);
+        self.held = came[from..].to_vec();
+        buf.set_filled(before + out);
+        Poll::Ready(Ok(out > 0))
+    }
+
+    /// The same where there is less room than is held; whether the client has more to say.
+    fn poll_aside(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<bool>> {
+        let mut chunk = [MaybeUninit::uninit(); CHUNK];
+        let mut read = ReadBuf::uninit(&mut chunk);
+        ready!(Pin::new(&mut self.stream).poll_read(cx, &mut read))?;
+        if read.filled().is_empty() {
+            return Poll::Ready(Ok(false));
+        }
+        self.spoke.store(true, Ordering::Relaxed);
+        self.held.extend_from_slice(read.filled());
+        let Passed { out, from } = self.frames.pass(&mut self.held);
+        self.ready = Bytes::copy_from_slice(&self.held[..out]);
+        self.held = self.held[from..].to_vec();
+        Poll::Ready(Ok(true))
+    }
 }
 
 impl<S: AsyncRead + Unpin> AsyncRead for Unnamed<S> {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = &mut *self;
-        let direct = this.filter.through.min(buf.remaining());
-        if this.ready.is_empty() && direct >= CHUNK {
-            // The inside of a large frame goes where it is wanted.
-            let mut read = ReadBuf::new(buf.initialize_unfilled_to(direct));
-            ready!(Pin::new(&mut this.stream).poll_read(cx, &mut read))?;
-            let some = read.filled().len();
-            buf.advance(some);
-            this.filter.through -= some;
-            return Poll::Ready(Ok(()));
-        }
-        while this.ready.is_empty() {
-            let mut chunk = [MaybeUninit::uninit(); CHUNK];
-            let mut read = ReadBuf::uninit(&mut chunk);
-            ready!(Pin::new(&mut this.stream).poll_read(cx, &mut read))?;
-            if read.filled().is_empty() {
-                // The end; what was held back of an unfinished frame is of no use to anybody.
+        while this.ready.is_empty() && buf.remaining() > 0 {
+            if buf.remaining() > this.held.len() {
+                if ready!(this.poll_in_place(cx, buf))? {
+                    return Poll::Ready(Ok(()));
+                }
+            } else if !ready!(this.poll_aside(cx))? {
                 return Poll::Ready(Ok(()));
             }
-            this.spoke.store(true, Ordering::Relaxed);
-            this.filter.pass(read.filled(), &mut this.ready);
         }
-        let some = this.ready.len().min(buf.remaining());
-        buf.put_slice(&this.ready[..some]);
-        this.ready.advance(some);
-        if this.ready.is_empty() {
-            // Idle connections are many, and hold nothing.
-            this.ready = BytesMut::new();
-        }
+        this.take(buf);
         Poll::Ready(Ok(()))
     }
 }
@@ -122,64 +154,52 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Unnamed<S> {
     }
 }
 
-/// The client's bytes, in whatever pieces they come.
+/// Where in its frames a client is.
 #[derive(Debug)]
-struct Filter {
+struct Frames {
     /// Bytes that pass as they are.
     through: usize,
-    /// The beginning of a frame that is not whole yet.
-    held: BytesMut,
 }
 
-impl Default for Filter {
+impl Default for Frames {
     fn default() -> Self {
-        Self { through: PREFACE, held: BytesMut::new() }
+        Self { through: PREFACE }
     }
 }
 
-impl Filter {
-    fn pass(&mut self, mut bytes: &[u8], out: &mut BytesMut) {
-        while !bytes.is_empty() {
-            if self.through > 0 {
-                let some = self.through.min(bytes.len());
-                out.extend_from_slice(&bytes[..some]);
-                self.through -= some;
-                bytes.advance(some);
+/// What has become of some bytes.
+struct Passed {
+    /// So many at the front go on.
+    out: usize,
+    /// From here on they are the beginning of a frame that is not whole.
+    from: usize,
+}
+
+impl Frames {
+    /// Takes the names out of `bytes`, which begin where the last ones have ended, and closes the gaps.
+    fn pass(&mut self, bytes: &mut [u8]) -> Passed {
+        let (mut out, mut from) = (0, 0);
+        loop {
+            let some = self.through.min(bytes.len() - from);
+            if out != from {
+                bytes.copy_within(from..from + some, out);
+            }
+            self.through -= some;
+            (out, from) = (out + some, from + some);
+            let [a, b, c, kind, _, _, _, _, _, rest @ ..] = &bytes[from..] else { return Passed { out, from } };
+            let len = length([*a, *b, *c]);
+            if *kind != HEADERS || len > LONGEST {
+                self.through = FRAME_HEADER + len;
                 continue;
             }
-            let wanted = match *self.held {
-                [a, b, c, HEADERS, ..] if self.held.len() >= FRAME_HEADER => FRAME_HEADER + length([a, b, c]),
-                _ => FRAME_HEADER,
-            };
-            let some = (wanted - self.held.len()).min(bytes.len());
-            self.held.extend_from_slice(&bytes[..some]);
-            bytes.advance(some);
-            self.release(out);
-        }
-    }
-
-    /// Passes the held frame on once it is known what it is.
-    fn release(&mut self, out: &mut BytesMut) {
-        let [a, b, c, kind, flags, s0, s1, s2, s3, payload @ ..] = &*self.held else { return };
-        let len = length([*a, *b, *c]);
-        if *kind != HEADERS || len > LONGEST {
-            self.through = len;
-            out.extend_from_slice(&self.held);
-            self.held.clear();
-            return;
-        }
-        if payload.len() < len {
-            return;
-        }
-        match unnamed(payload, *flags) {
-            Some(payload) => {
-                let [_, a, b, c] = u32::try_from(payload.len()).unwrap_or_default().to_be_bytes();
-                out.extend_from_slice(&[a, b, c, *kind, *flags, *s0, *s1, *s2, *s3]);
-                out.extend_from_slice(&payload);
+            if rest.len() < len {
+                return Passed { out, from };
             }
-            None => out.extend_from_slice(&self.held),
+            let end = from + FRAME_HEADER + len;
+            bytes.copy_within(from..end, out);
+            out += unname(&mut bytes[out..out + FRAME_HEADER + len]);
+            from = end;
         }
-        self.held.clear();
     }
 }
 
@@ -187,25 +207,32 @@ fn length([a, b, c]: [u8; 3]) -> usize {
     usize::from(a) << 16 | usize::from(b) << 8 | usize::from(c)
 }
 
-/// A HEADERS frame's payload with the authority replaced; none where it cannot be read, or is not whole.
-fn unnamed(payload: &[u8], flags: u8) -> Option<Vec<u8>> {
+/// Replaces the authority in a whole HEADERS frame and says how long the frame is now. What cannot be read, and a block that goes on in
+/// another frame, stays as it is.
+fn unname(frame: &mut [u8]) -> usize {
+    let len = frame.len();
+    let Some(value) = authority(&frame[FRAME_HEADER..], frame[4]) else { return len };
+    let (start, end) = (FRAME_HEADER + value.start, FRAME_HEADER + value.end);
+    // Its length, not compressed, and itself.
+    frame[start..start + 2].copy_from_slice(&[1, NAME]);
+    frame.copy_within(end.., start + 2);
+    let len = len - (end - start - 2);
+    let [.., a, b, c] = (len - FRAME_HEADER).to_be_bytes();
+    frame[..3].copy_from_slice(&[a, b, c]);
+    len
+}
+
+/// Where in a HEADERS frame's payload the authority's value is, with its length: two bytes at least.
+fn authority(payload: &[u8], flags: u8) -> Option<Range<usize>> {
     if flags & END_HEADERS == 0 {
         return None;
     }
     let padding = if flags & PADDED != 0 { usize::from(*payload.first()?) } else { 0 };
     let before = usize::from(flags & PADDED != 0) + if flags & PRIORITY != 0 { 5 } else { 0 };
-    let end = payload.len().checked_sub(padding)?;
-    let mut out = payload.get(..before)?.to_vec();
-    rewrite(payload.get(before..end)?, &mut out)?;
-    out.extend_from_slice(payload.get(end..)?);
-    (out.len() <= LONGEST).then_some(out)
-}
-
-/// RFC 7541, section 6: one representation after the other.
-fn rewrite(block: &[u8], out: &mut Vec<u8>) -> Option<()> {
+    let block = payload.get(before..payload.len().checked_sub(padding)?)?;
     let mut rest = block;
+    // RFC 7541, section 6: one representation after the other.
     while let Some(first) = rest.first() {
-        let from = rest;
         let (bits, is_literal) = match first.leading_zeros() {
             0 => (7, false),
             1 => (6, true),
@@ -213,26 +240,24 @@ fn rewrite(block: &[u8], out: &mut Vec<u8>) -> Option<()> {
             _ => (4, true),
         };
         let name = integer(&mut rest, bits)?;
-        if is_literal {
-            let is_authority = match name {
-                0 => match string(&mut rest)? {
-                    Text { short: false, bytes } => bytes == SPELLED,
-                    Text { short: true, bytes } => bytes == SPELLED_SHORT,
-                },
-                name => name == AUTHORITY,
-            };
-            let value_at = from.len() - rest.len();
-            let value = string(&mut rest)?;
-            if is_authority && !value.bytes.is_empty() {
-                out.extend_from_slice(&from[..value_at]);
-                // Its length, not compressed, and itself.
-                out.extend_from_slice(&[1, NAME]);
-                continue;
-            }
+        if !is_literal {
+            continue;
         }
-        out.extend_from_slice(&from[..from.len() - rest.len()]);
+        let is_authority = match name {
+            0 => match string(&mut rest)? {
+                Text { short: false, bytes } => bytes == SPELLED,
+                Text { short: true, bytes } => bytes == SPELLED_SHORT,
+            },
+            name => name == AUTHORITY,
+        };
+        let start = block.len() - rest.len();
+        let value = string(&mut rest)?;
+        if is_authority {
+            let end = block.len() - rest.len();
+            return (!value.bytes.is_empty()).then_some(before + start..before + end);
+        }
     }
-    Some(())
+    None
 }
 
 /// Section 5.1: a number that begins in the last `bits` of the first byte.
@@ -291,12 +316,16 @@ mod tests {
         [&[a, b, c, kind, flags, 0, 0, 0, 1], payload].concat()
     }
 
+    /// What goes on of `bytes` that come in pieces.
     fn passed(bytes: &[u8], piece: usize) -> Vec<u8> {
-        let (mut filter, mut out) = (Filter::default(), BytesMut::new());
+        let (mut frames, mut held, mut all) = (Frames::default(), Vec::new(), Vec::new());
         for bytes in bytes.chunks(piece) {
-            filter.pass(bytes, &mut out);
+            held.extend_from_slice(bytes);
+            let Passed { out, from } = frames.pass(&mut held);
+            all.extend_from_slice(&held[..out]);
+            held.drain(..from);
         }
-        out.to_vec()
+        all
     }
 
     /// `:method POST`, `:scheme http`, a path, and an authority as literals of every kind.
@@ -360,7 +389,7 @@ mod tests {
         let whole = block(b"/a/b", 0x40);
         for (flags, payload) in [
             (0, &*whole),
-            (END_HEADERS, &whole[..whole.len() - 1]),
+            (END_HEADERS, &whole[..14]),
             (END_HEADERS, &[0x41, 0x7f, 0xff, 0xff, 0xff, 0xff, 0x01]),
             (END_HEADERS | PADDED, &[200, 0x83]),
             (END_HEADERS | PADDED, &[]),
@@ -421,7 +450,7 @@ mod tests {
         assert_eq!(seen, ["http://-/a.B/C", "http://-/a.B/C"]);
     }
 
-    /// Most of it does not go through the filter's own buffer, and what follows it does.
+    /// With room for all of it, for less than is held, and for a little.
     #[tokio::test]
     async fn the_inside_of_a_large_frame_keeps_its_place() {
         let bytes: Vec<u8> = (0..=250).cycle().take(LONGEST).collect();
@@ -430,7 +459,7 @@ mod tests {
             [PRI, &*headers, &frame(0, 0, &bytes), &headers, &frame(0, 0, &bytes[..CHUNK - 1]), &headers].concat()
         };
         let (came, meant) = (around(b"/a/b"), around(&[NAME]));
-        for (pipe, room) in [(1 << 16, 1 << 16), (1 << 16, 5000), (6000, 1 << 16), (700, CHUNK), (1 << 16, 100)] {
+        for (pipe, room) in [(1 << 16, 1 << 16), (1 << 16, 5000), (6000, 1 << 16), (700, CHUNK), (1 << 16, 100), (300, 7), (1 << 16, 1)] {
             let (mut client, server) = tokio::io::duplex(pipe);
             let sent = came.clone();
             let sending = tokio::spawn(async move { client.write_all(&sent).await });
