@@ -7,7 +7,8 @@
 //! it.
 //!
 //! The compression's state stays in step: an entry keeps its kind and its name, so both ends count the same entries, and the new value is
-//! the shortest there is, so an entry lives in the library's table for at least as long as in the client's.
+//! the shortest there is, so an entry lives in the library's table for at least as long as in the client's. The frame keeps its length:
+//! what the value no longer takes becomes padding, so every other byte stays where the client has put it.
 
 use std::{
     io,
@@ -42,6 +43,8 @@ const SPELLED: &[u8] = b":authority";
 const SPELLED_SHORT: &[u8] = &[0xb8, 0x3b, 0x53, 0x39, 0xec, 0x32, 0x7d, 0x7f];
 /// Valid, and as short as can be.
 const NAME: u8 = b'-';
+/// A string of it as it travels: its length, not compressed, and itself.
+const NAMED: [u8; 2] = [1, NAME];
 /// Read at once where there is no room.
 const CHUNK: usize = 4096;
 
@@ -92,10 +95,10 @@ impl<S: AsyncRead + Unpin> Unnamed<S> {
             return read.map_ok(|()| true);
         }
         self.spoke.store(true, Ordering::Relaxed);
-        let Passed { out, from } = self.frames.pass(came);
-        self.held = came[from..].to_vec();
-        buf.set_filled(before + out);
-        Poll::Ready(Ok(out > 0))
+        let passed = self.frames.pass(came);
+        self.held = came[passed..].to_vec();
+        buf.set_filled(before + passed);
+        Poll::Ready(Ok(passed > 0))
     }
 
     /// The same where there is less room than is held; whether the client has more to say.
@@ -108,9 +111,9 @@ impl<S: AsyncRead + Unpin> Unnamed<S> {
         }
         self.spoke.store(true, Ordering::Relaxed);
         self.held.extend_from_slice(read.filled());
-        let Passed { out, from } = self.frames.pass(&mut self.held);
-        self.ready = Bytes::copy_from_slice(&self.held[..out]);
-        self.held = self.held[from..].to_vec();
+        let passed = self.frames.pass(&mut self.held);
+        self.ready = Bytes::copy_from_slice(&self.held[..passed]);
+        self.held = self.held[passed..].to_vec();
         Poll::Ready(Ok(true))
     }
 }
@@ -167,38 +170,27 @@ impl Default for Frames {
     }
 }
 
-/// What has become of some bytes.
-struct Passed {
-    /// So many at the front go on.
-    out: usize,
-    /// From here on they are the beginning of a frame that is not whole.
-    from: usize,
-}
-
 impl Frames {
-    /// Takes the names out of `bytes`, which begin where the last ones have ended, and closes the gaps.
-    fn pass(&mut self, bytes: &mut [u8]) -> Passed {
-        let (mut out, mut from) = (0, 0);
+    /// Takes the names out of `bytes`, which begin where the last ones have ended, and says how many go on: the others are the beginning
+    /// of a frame that is not whole.
+    fn pass(&mut self, bytes: &mut [u8]) -> usize {
+        let mut passed = 0;
         loop {
-            let some = self.through.min(bytes.len() - from);
-            if out != from {
-                bytes.copy_within(from..from + some, out);
-            }
+            let some = self.through.min(bytes.len() - passed);
             self.through -= some;
-            (out, from) = (out + some, from + some);
-            let [a, b, c, kind, _, _, _, _, _, rest @ ..] = &bytes[from..] else { return Passed { out, from } };
+            passed += some;
+            let [a, b, c, kind, _, _, _, _, _, rest @ ..] = &bytes[passed..] else { return passed };
             let len = length([*a, *b, *c]);
             if *kind != HEADERS || len > LONGEST {
                 self.through = FRAME_HEADER + len;
                 continue;
             }
             if rest.len() < len {
-                return Passed { out, from };
+                return passed;
             }
-            let end = from + FRAME_HEADER + len;
-            bytes.copy_within(from..end, out);
-            out += unname(&mut bytes[out..out + FRAME_HEADER + len]);
-            from = end;
+            let end = passed + FRAME_HEADER + len;
+            unname(&mut bytes[passed..end]);
+            passed = end;
         }
     }
 }
@@ -207,19 +199,31 @@ fn length([a, b, c]: [u8; 3]) -> usize {
     usize::from(a) << 16 | usize::from(b) << 8 | usize::from(c)
 }
 
-/// Replaces the authority in a whole HEADERS frame and says how long the frame is now. What cannot be read, and a block that goes on in
-/// another frame, stays as it is.
-fn unname(frame: &mut [u8]) -> usize {
-    let len = frame.len();
-    let Some(value) = authority(&frame[FRAME_HEADER..], frame[4]) else { return len };
+/// Replaces the authority in a whole HEADERS frame. What cannot be read stays as it is, and so do a block that goes on in another frame and
+/// a value that is longer than padding can be: no socket has such a path.
+fn unname(frame: &mut [u8]) {
+    let flags = frame[4];
+    let Some(value) = authority(&frame[FRAME_HEADER..], flags) else { return };
     let (start, end) = (FRAME_HEADER + value.start, FRAME_HEADER + value.end);
-    // Its length, not compressed, and itself.
-    frame[start..start + 2].copy_from_slice(&[1, NAME]);
-    frame.copy_within(end.., start + 2);
-    let len = len - (end - start - 2);
-    let [.., a, b, c] = (len - FRAME_HEADER).to_be_bytes();
-    frame[..3].copy_from_slice(&[a, b, c]);
-    len
+    let spare = end - start - NAMED.len();
+    let is_padded = flags & PADDED != 0;
+    // Where there was no padding, its length takes the first byte of what becomes free.
+    let (shift, padding) = match spare.checked_sub(1) {
+        None => (0, None),
+        Some(rest) if !is_padded => (1, Some(rest)),
+        Some(_) => (0, Some(usize::from(frame[FRAME_HEADER]) + spare)),
+    };
+    if let Some(padding) = padding {
+        let Ok(padding) = u8::try_from(padding) else { return };
+        frame.copy_within(FRAME_HEADER..start, FRAME_HEADER + shift);
+        frame[FRAME_HEADER] = padding;
+        frame[4] |= PADDED;
+    }
+    let start = start + shift;
+    frame[start..start + NAMED.len()].copy_from_slice(&NAMED);
+    frame.copy_within(end.., start + NAMED.len());
+    let free = frame.len() - (spare - shift);
+    frame[free..].fill(0);
 }
 
 /// Where in a HEADERS frame's payload the authority's value is, with its length: two bytes at least.
@@ -316,14 +320,18 @@ mod tests {
         [&[a, b, c, kind, flags, 0, 0, 0, 1], payload].concat()
     }
 
+    /// A frame with a block that ends in it, with `padding` behind it.
+    fn padded(flags: u8, block: &[u8], padding: u8) -> Vec<u8> {
+        frame(HEADERS, flags | PADDED, &[&[padding], block, &vec![0; padding.into()]].concat())
+    }
+
     /// What goes on of `bytes` that come in pieces.
     fn passed(bytes: &[u8], piece: usize) -> Vec<u8> {
         let (mut frames, mut held, mut all) = (Frames::default(), Vec::new(), Vec::new());
         for bytes in bytes.chunks(piece) {
             held.extend_from_slice(bytes);
-            let Passed { out, from } = frames.pass(&mut held);
-            all.extend_from_slice(&held[..out]);
-            held.drain(..from);
+            let passed = frames.pass(&mut held);
+            all.extend(held.drain(..passed));
         }
         all
     }
@@ -356,7 +364,8 @@ mod tests {
             let settings = frame(4, 0, &[]);
             let data = frame(0, 1, b"\0\0\0\0\0");
             let came = [PRI, &*settings, &frame(HEADERS, END_HEADERS, &block(path, kind)), &data].concat();
-            let meant = [PRI, &*settings, &frame(HEADERS, END_HEADERS, &block(&[NAME], kind)), &data].concat();
+            let headers = padded(END_HEADERS, &block(&[NAME], kind), u8::try_from(path.len()).unwrap() - 2);
+            let meant = [PRI, &*settings, &headers, &data].concat();
             for piece in [1, 2, 7, came.len()] {
                 assert_eq!(passed(&came, piece), meant);
             }
@@ -366,8 +375,9 @@ mod tests {
     #[test]
     fn a_name_that_is_spelled_out_is_known() {
         for (kind, short) in [(0x40, false), (0x00, false), (0x10, true), (0x40, true)] {
-            let around = |value: &[u8]| [PRI, &*frame(HEADERS, END_HEADERS, &block_with(&spelled(kind, short), value))].concat();
-            assert_eq!(passed(&around(b"/run/a.sock"), 3), around(&[NAME]));
+            let block = |value: &[u8]| block_with(&spelled(kind, short), value);
+            let came = [PRI, &*frame(HEADERS, END_HEADERS, &block(b"/run/a.sock"))].concat();
+            assert_eq!(passed(&came, 3), [PRI, &*padded(END_HEADERS, &block(&[NAME]), 9)].concat());
         }
         // Neither is another name of that length.
         let other = [&[0x40], &*text(b":authoritx")].concat();
@@ -376,12 +386,24 @@ mod tests {
     }
 
     #[test]
-    fn padding_and_priority_stay_where_they_are() {
-        let flags = END_HEADERS | PADDED | PRIORITY;
-        let around = |block: &[u8]| [&[3, 0x80, 0, 0, 0, 9][..], block, &[0, 0, 0]].concat();
-        let came = [&PRI[..], &frame(HEADERS, flags, &around(&block(b"/a/b", 0x40)))].concat();
-        let meant = [&PRI[..], &frame(HEADERS, flags, &around(&block(&[NAME], 0x40)))].concat();
-        assert_eq!(passed(&came, came.len()), meant);
+    fn what_becomes_free_is_padding() {
+        let priority = [0x80, 0, 0, 0, 9];
+        let named = block(&[NAME], 0x40);
+        let with = |block: &[u8]| [&priority, block].concat();
+        let there = END_HEADERS | PRIORITY;
+        for (came, meant) in [
+            (padded(there, &with(&block(b"/a/b", 0x40)), 3), padded(there, &with(&named), 6)),
+            (padded(there, &with(&block(b"a", 0x40)), 3), padded(there, &with(&named), 3)),
+            (frame(HEADERS, there, &with(&block(b"/a/b", 0x40))), padded(there, &with(&named), 2)),
+            (frame(HEADERS, END_HEADERS, &block(b"/a", 0x40)), padded(END_HEADERS, &named, 0)),
+            (frame(HEADERS, END_HEADERS, &block(b"a", 0x40)), frame(HEADERS, END_HEADERS, &named)),
+        ] {
+            let (came, meant) = ([PRI, &*came].concat(), [PRI, &*meant].concat());
+            assert_eq!(passed(&came, came.len()), meant);
+        }
+        // There is no more padding than this.
+        let came = [PRI, &*padded(there, &with(&block(b"/a/b", 0x40)), 253)].concat();
+        assert_eq!(passed(&came, came.len()), came);
     }
 
     #[test]
@@ -454,11 +476,9 @@ mod tests {
     #[tokio::test]
     async fn the_inside_of_a_large_frame_keeps_its_place() {
         let bytes: Vec<u8> = (0..=250).cycle().take(LONGEST).collect();
-        let around = |name: &[u8]| {
-            let headers = frame(HEADERS, END_HEADERS, &block(name, 0x40));
-            [PRI, &*headers, &frame(0, 0, &bytes), &headers, &frame(0, 0, &bytes[..CHUNK - 1]), &headers].concat()
-        };
-        let (came, meant) = (around(b"/a/b"), around(&[NAME]));
+        let around = |headers: &[u8]| [PRI, headers, &frame(0, 0, &bytes), headers, &frame(0, 0, &bytes[..CHUNK - 1]), headers].concat();
+        let came = around(&frame(HEADERS, END_HEADERS, &block(b"/a/b", 0x40)));
+        let meant = around(&padded(END_HEADERS, &block(&[NAME], 0x40), 2));
         for (pipe, room) in [(1 << 16, 1 << 16), (1 << 16, 5000), (6000, 1 << 16), (700, CHUNK), (1 << 16, 100), (300, 7), (1 << 16, 1)] {
             let (mut client, server) = tokio::io::duplex(pipe);
             let sent = came.clone();
