@@ -1,8 +1,8 @@
 //! Probes, metrics and what the agent holds, over HTTP/1.
 //!
 //! Two listeners serve the same few paths: the metrics address is for kubelet and Prometheus, which come from outside the pod; the admin
-//! address is for people on the node and has `/certs`, `/reissue` and `/log-level` too. Nothing here asks the upstream: liveness says that this process answers, and
-//! nothing more. No key ever passes here; what `/certs` shows is the caller's closure's duty.
+//! address is for people on the node and has `/log-level` too, and an agent's has `/certs` and `/reissue`. Nothing here asks the upstream:
+//! liveness says that this process answers, and nothing more. No key ever passes here; what `/certs` shows is the caller's closure's duty.
 //!
 //! A connection carries one request and then closes, so that idle or slow clients cannot keep the probes out for long.
 
@@ -22,7 +22,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
 use crate::{
-    metrics::{self, Exposition},
+    metrics::{Exposition, Format},
     readiness::Readiness,
     shutdown::{self, Shutdown},
 };
@@ -61,11 +61,12 @@ pub struct Routes {
     readiness: Readiness,
     exposition: Arc<Exposition>,
     controls: Option<Controls>,
+    log: Option<LogLevel>,
 }
 
 impl fmt::Debug for Routes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Routes").field("controls", &self.controls).finish_non_exhaustive()
+        f.debug_struct("Routes").field("controls", &self.controls).field("log", &self.log).finish_non_exhaustive()
     }
 }
 
@@ -74,17 +75,22 @@ type Answer = Response<Full<Bytes>>;
 impl Routes {
     /// `/livez`, `/readyz` and `/metrics`: for the metrics address.
     pub fn new(readiness: Readiness, exposition: Arc<Exposition>) -> Self {
-        Self { readiness, exposition, controls: None }
+        Self { readiness, exposition, controls: None, log: None }
     }
 
-    /// And those of the admin address.
+    /// And `/certs` and `/reissue`, for the admin address.
     pub fn with_controls(self, controls: Controls) -> Self {
         Self { controls: Some(controls), ..self }
     }
 
+    /// And `/log-level`, for the admin address, where the log's filter can be changed.
+    pub fn with_log(self, log: Option<LogLevel>) -> Self {
+        Self { log, ..self }
+    }
+
     /// The same, as seen from outside the pod.
     pub fn without_controls(self) -> Self {
-        Self { controls: None, ..self }
+        Self { controls: None, log: None, ..self }
     }
 
     async fn answer<B>(&self, request: Request<B>) -> Answer
@@ -92,22 +98,23 @@ impl Routes {
         B: http_body::Body<Data = Bytes>,
         B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
     {
-        match (request.uri().path(), &self.controls) {
-            ("/livez", _) => page(&request, || answer(StatusCode::OK, TEXT, "ok\n")),
-            ("/readyz", _) => page(&request, || self.readyz(request.uri().query())),
-            ("/metrics", _) => page(&request, || self.metrics()),
-            ("/certs", Some(controls)) => page(&request, || controls.certs()),
-            ("/reissue", Some(controls)) => controls.reissue(&request).await,
-            ("/log-level", Some(controls @ Controls { log: Some(log), .. })) => controls.log_level(log, request).await,
+        match (request.uri().path(), &self.controls, &self.log) {
+            ("/livez", ..) => page(&request, || answer(StatusCode::OK, TEXT, "ok\n")),
+            ("/readyz", ..) => page(&request, || self.readyz(request.uri().query())),
+            ("/metrics", ..) => page(&request, || self.metrics(Format::of(request.headers()))),
+            ("/certs", Some(controls), _) => page(&request, || controls.certs()),
+            ("/reissue", Some(controls), _) => controls.reissue(&request).await,
+            ("/log-level", _, Some(log)) => log.answer(request).await,
             _ => answer(StatusCode::NOT_FOUND, TEXT, format!("not found; here are {}\n", self.paths())),
         }
     }
 
     fn paths(&self) -> &'static str {
-        match &self.controls {
-            Some(Controls { log: Some(_), .. }) => "/livez, /readyz, /metrics, /certs, /reissue and /log-level",
-            Some(_) => "/livez, /readyz, /metrics, /certs and /reissue",
-            None => "/livez, /readyz and /metrics",
+        match (&self.controls, &self.log) {
+            (Some(_), Some(_)) => "/livez, /readyz, /metrics, /certs, /reissue and /log-level",
+            (Some(_), None) => "/livez, /readyz, /metrics, /certs and /reissue",
+            (None, Some(_)) => "/livez, /readyz, /metrics and /log-level",
+            (None, None) => "/livez, /readyz and /metrics",
         }
     }
 
@@ -127,9 +134,9 @@ impl Routes {
         answer(status, TEXT, text)
     }
 
-    fn metrics(&self) -> Answer {
-        match self.exposition.encode() {
-            Ok(page) => answer(StatusCode::OK, metrics::CONTENT_TYPE, page),
+    fn metrics(&self, format: Format) -> Answer {
+        match self.exposition.encode(format) {
+            Ok(page) => answer(StatusCode::OK, format.content_type(), page),
             Err(_) => answer(StatusCode::INTERNAL_SERVER_ERROR, TEXT, "the metrics cannot be encoded\n"),
         }
     }

@@ -217,11 +217,9 @@ pub async fn build_with(config: &Config, base: Base, deps: Deps) -> anyhow::Resu
     let inventory = inventory::Inventory::new(store, plan, deps.clock).per_workload(config.metrics_per_workload);
     registry.register_collector(Box::new(inventory.clone()));
     let certificates = Arc::new(move || inventory.rows());
-    let routes = admin::Routes::new(readiness.clone(), Arc::new(exposition)).with_controls(admin::Controls {
-        certificates,
-        reissue,
-        log: log.map(admin::LogLevel::new),
-    });
+    let routes = admin::Routes::new(readiness.clone(), Arc::new(exposition))
+        .with_controls(admin::Controls { certificates, reissue })
+        .with_log(log.map(admin::LogLevel::new));
     // Last of all that can fail, as they take names from a predecessor that may be serving well.
     let csi = match (&config.per_pod, deps.pods, csi_metrics) {
         (Some(per_pod), Some(pods), Some(metrics)) => {

@@ -1,6 +1,6 @@
 //! The metrics page: our own metrics under one prefix, and the standard ones about the process.
 //!
-//! Owns the registry and its encoding as OpenMetrics text. Each module registers its own metrics through [`Exposition::registry`], with
+//! Owns the registry and its encoding, see [`Format`]. Each module registers its own metrics through [`Exposition::registry`], with
 //! names that lack the prefix and, for counters, the `_total` that the encoder adds.
 
 use std::fmt;
@@ -11,6 +11,7 @@ use prometheus_client::{
     registry::Registry,
 };
 
+mod format;
 mod process;
 #[cfg(test)]
 mod reference;
@@ -26,6 +27,7 @@ macro_rules! every {
     }};
 }
 pub(crate) use every;
+pub use format::Format;
 
 /// The value of a label that anything can stand for, in the reference.
 #[cfg(test)]
@@ -33,8 +35,6 @@ pub(crate) const ANY: &str = "*";
 
 /// What every metric of ours begins with.
 pub const PREFIX: &str = "sds_agent";
-/// The page's media type.
-pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
 /// The version as built.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -76,12 +76,15 @@ impl Exposition {
     }
 
     /// The page, read now.
-    pub fn encode(&self) -> Result<String, fmt::Error> {
+    pub fn encode(&self, format: Format) -> Result<String, fmt::Error> {
         let mut page = String::with_capacity(16 << 10);
         text::encode_registry(&mut page, &self.ours)?;
         text::encode_registry(&mut page, &self.standard)?;
         text::encode_eof(&mut page)?;
-        Ok(page)
+        Ok(match format {
+            Format::OpenMetrics => page,
+            Format::Text => format::as_text(&page),
+        })
     }
 }
 
@@ -102,7 +105,7 @@ mod tests {
         let mut exposition = Exposition::new();
         let attestations = attest::Metrics::register(exposition.registry());
         attestations.observe(attest::Method::unix, Ok(()), 0.001);
-        let page = exposition.encode().unwrap();
+        let page = exposition.encode(Format::OpenMetrics).unwrap();
         for expected in [
             &format!("sds_agent_build_info{{version=\"{VERSION}\",revision=\"{REVISION}\"}} 1\n"),
             "sds_agent_attestations_total{method=\"unix\",result=\"ok\",reason=\"none\"} 1\n",

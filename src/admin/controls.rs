@@ -34,20 +34,18 @@ const LONGEST: Duration = Duration::from_secs(7 * 86_400);
 /// A log filter is shorter than this.
 const MAX_FILTER_BYTES: usize = 4096;
 
-/// What the admin address has beside probes and metrics.
+/// What an agent's admin address has beside probes, metrics and the log.
 #[derive(Clone)]
 pub struct Controls {
     /// What the agent holds.
     pub certificates: Certificates,
     /// Who reissues.
     pub reissue: mpsc::Sender<Reissue>,
-    /// The log, where its filter can be changed.
-    pub log: Option<LogLevel>,
 }
 
 impl fmt::Debug for Controls {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Controls").field("log", &self.log).finish_non_exhaustive()
+        f.debug_struct("Controls").finish_non_exhaustive()
     }
 }
 
@@ -83,15 +81,31 @@ impl Controls {
         let body = serde_json::json!({ "matched": counts.matched, "just_done": counts.just_done, "retried": counts.retried, "over": over });
         answer(StatusCode::OK, JSON, body.to_string() + "\n")
     }
+}
+
+/// The log's filter, and the way back from a change that is for a time only.
+#[derive(Debug, Clone)]
+pub struct LogLevel {
+    filter: Filter,
+    usual: Arc<std::sync::Mutex<String>>,
+    changes: Arc<AtomicU64>,
+}
+
+impl LogLevel {
+    /// Of this filter; what it says now is what a change for a time goes back to.
+    pub fn new(filter: Filter) -> Self {
+        let usual = Arc::new(std::sync::Mutex::new(filter.current()));
+        Self { filter, usual, changes: Arc::default() }
+    }
 
     /// `GET /log-level`, and `PUT` or `POST` with the filter as the body, `[?for=10m]`.
-    pub(super) async fn log_level<B>(&self, log: &LogLevel, request: Request<B>) -> Answer
+    pub(super) async fn answer<B>(&self, request: Request<B>) -> Answer
     where
         B: http_body::Body<Data = Bytes>,
         B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
     {
         match *request.method() {
-            Method::GET | Method::HEAD => return answer(StatusCode::OK, TEXT, log.filter.current() + "\n"),
+            Method::GET | Method::HEAD => return answer(StatusCode::OK, TEXT, self.filter.current() + "\n"),
             Method::PUT | Method::POST => {}
             _ => return refuse_method("GET, HEAD, PUT, POST"),
         }
@@ -120,26 +134,10 @@ impl Controls {
                 "write a filter as the body, such as `debug` or `sds_agent::rotation=debug,info`\n",
             );
         };
-        match log.change(text, time) {
-            Ok(()) => answer(StatusCode::OK, TEXT, log.filter.current() + "\n"),
+        match self.change(text, time) {
+            Ok(()) => answer(StatusCode::OK, TEXT, self.filter.current() + "\n"),
             Err(error) => answer(StatusCode::BAD_REQUEST, TEXT, format!("{error}\n")),
         }
-    }
-}
-
-/// The log's filter, and the way back from a change that is for a time only.
-#[derive(Debug, Clone)]
-pub struct LogLevel {
-    filter: Filter,
-    usual: Arc<std::sync::Mutex<String>>,
-    changes: Arc<AtomicU64>,
-}
-
-impl LogLevel {
-    /// Of this filter; what it says now is what a change for a time goes back to.
-    pub fn new(filter: Filter) -> Self {
-        let usual = Arc::new(std::sync::Mutex::new(filter.current()));
-        Self { filter, usual, changes: Arc::default() }
     }
 
     pub(super) fn change(&self, directives: &str, time: Option<Duration>) -> Result<(), crate::telemetry::Error> {

@@ -38,10 +38,10 @@ fn routes() -> (Routes, readiness::Guard) {
     (Routes::new(readiness, Arc::new(Exposition::new())), start)
 }
 
-/// Controls without a log, and the calls that they take.
+/// Controls, and the calls that they take.
 fn controls(certificates: Certificates) -> (Controls, mpsc::Receiver<Reissue>) {
     let (reissue, calls) = mpsc::channel(1);
-    (Controls { certificates, reissue, log: None }, calls)
+    (Controls { certificates, reissue }, calls)
 }
 
 /// The whole answer: the server closes after one.
@@ -78,12 +78,17 @@ async fn liveness_is_unconditional_and_readiness_names_what_is_awaited() {
 }
 
 #[tokio::test]
-async fn the_metrics_page_is_openmetrics() {
+async fn the_metrics_page_comes_in_the_format_that_is_asked_for() {
     let server = served(LIMITS, routes().0).await;
-    let text = ask(server.address, "GET /metrics").await;
-    let body = text.split_once("\r\n\r\n").unwrap().1;
-    assert_answer(&text, 200, "application/openmetrics-text; version=1.0.0; charset=utf-8", body);
-    assert!(body.starts_with("# HELP sds_agent_build_info ") && body.ends_with("# EOF\n"), "{body}");
+    for (accept, content_type, end) in [
+        ("application/openmetrics-text;version=1.0.0,text/plain;q=0.5", "application/openmetrics-text; version=1.0.0; charset=utf-8", true),
+        ("*/*", "text/plain; version=0.0.4; charset=utf-8", false),
+    ] {
+        let text = say(server.address, &format!("GET /metrics HTTP/1.1\r\nhost: test\r\naccept: {accept}\r\n\r\n")).await;
+        let body = text.split_once("\r\n\r\n").unwrap().1;
+        assert_answer(&text, 200, content_type, body);
+        assert!(body.starts_with("# HELP sds_agent_build_info ") && body.ends_with("# EOF\n") == end, "{body}");
+    }
 }
 
 #[tokio::test]
@@ -144,9 +149,11 @@ async fn tell(address: SocketAddr, request_line: &str, body: &str) -> String {
 #[tokio::test]
 async fn the_logs_filter_is_shown_changed_and_goes_back() {
     let (_guard, filter) = telemetry::capture("info", telemetry::Format::Json, std::io::sink).unwrap();
-    let (mut controls, _calls) = controls(Arc::new(Vec::new));
-    controls.log = Some(LogLevel::new(filter.clone()));
-    let server = served(LIMITS, routes().0.with_controls(controls)).await;
+    let routes = routes().0.with_log(Some(LogLevel::new(filter.clone())));
+    let metrics = served(LIMITS, routes.clone().without_controls()).await;
+    let expected = "not found; here are /livez, /readyz and /metrics\n";
+    assert_answer(&ask(metrics.address, "GET /log-level").await, 404, TEXT, expected);
+    let server = served(LIMITS, routes).await;
     assert_answer(&ask(server.address, "GET /log-level").await, 200, TEXT, "info\n");
     let wrong = tell(server.address, "PUT /log-level", "sds_agent=loud").await;
     assert!(wrong.starts_with("HTTP/1.1 400 ") && wrong.contains("sds_agent=loud"), "{wrong}");

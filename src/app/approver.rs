@@ -36,7 +36,7 @@ pub struct BoundApprover {
 
 /// Binds the addresses and finds the way to the API; nothing waits for the API itself. `file` is where `settings` were read.
 pub async fn build_approver(settings: &Settings, file: reload::File, base: Base) -> anyhow::Result<BoundApprover> {
-    let Base { mut exposition, readiness, shutdown, start, .. } = base;
+    let Base { mut exposition, readiness, shutdown, start, log, .. } = base;
     let config = &settings.config;
     let admin = admin::bind("admin.address", config.admin).await?;
     let metrics = admin::bind("metrics.address", config.metrics).await?;
@@ -54,7 +54,7 @@ pub async fn build_approver(settings: &Settings, file: reload::File, base: Base)
         kube_metrics,
         metrics: approver::Metrics::register(exposition.registry()),
     });
-    let routes = admin::Routes::new(readiness.clone(), Arc::new(exposition));
+    let routes = admin::Routes::new(readiness.clone(), Arc::new(exposition)).with_log(log.map(admin::LogLevel::new));
     Ok(BoundApprover { approver, pods, admin, metrics, routes, readiness, shutdown, start, reload })
 }
 
@@ -78,7 +78,7 @@ impl BoundApprover {
             });
         }
         tokio::spawn(admin::serve(admin, routes.clone(), shutdown.clone()));
-        tokio::spawn(admin::serve(metrics, routes, shutdown.clone()));
+        tokio::spawn(admin::serve(metrics, routes.without_controls(), shutdown.clone()));
         info!("approving");
         drop(start);
         tokio::spawn(async move {

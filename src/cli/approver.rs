@@ -55,21 +55,23 @@ impl Args {
 
 /// Sets up the log, and runs the approver until it is told to stop.
 pub fn start(ready: Ready, env: Env<'static>) -> anyhow::Result<ExitCode> {
-    telemetry::init(env(telemetry::VARIABLE).as_deref())?;
+    let log = telemetry::init(env(telemetry::VARIABLE).as_deref())?;
     for warning in &ready.settings.warnings {
         warn!("{warning}");
     }
     let runtime = Builder::new_multi_thread().worker_threads(ready.settings.config.worker_threads).enable_all().build()?;
-    let code = runtime.block_on(run(ready, env));
+    let code = runtime.block_on(run(ready, log, env));
     runtime.shutdown_background();
     code
 }
 
-async fn run(ready: Ready, env: Env<'static>) -> anyhow::Result<ExitCode> {
+async fn run(ready: Ready, log: telemetry::Filter, env: Env<'static>) -> anyhow::Result<ExitCode> {
     let Ready { settings, path } = ready;
     let shutdown = Shutdown::new(settings.config.drain);
     shutdown.follow_signals()?;
-    let bound = app::build_approver(&settings, reload::File { path, env }, Base::new(shutdown)).await?;
+    let mut base = Base::new(shutdown);
+    base.log = Some(log);
+    let bound = app::build_approver(&settings, reload::File { path, env }, base).await?;
     Ok(match bound.run().await? {
         Drained::Complete | Drained::TimedOut { .. } => ExitCode::SUCCESS,
         Drained::Aborted => Exit::Failed.into(),

@@ -97,7 +97,7 @@ fn described(page: &str) -> Vec<Described> {
 
 fn sampled(module: &Module) -> Vec<Described> {
     let page = if module.file.is_none() {
-        Exposition::new().encode().unwrap()
+        Exposition::new().encode(Format::OpenMetrics).unwrap()
     } else {
         let mut registry = Registry::with_prefix(PREFIX);
         (module.sample)(&mut registry);

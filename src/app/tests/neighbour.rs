@@ -160,7 +160,7 @@ impl World {
 
     /// The value of a metric, labels included, as the exposition writes it.
     fn metric(&self, line: &str) -> f64 {
-        let text = self.exposition.encode().unwrap();
+        let text = self.exposition.encode(crate::metrics::Format::OpenMetrics).unwrap();
         let found = text.lines().find_map(|l| l.strip_prefix(line)?.trim().parse().ok());
         found.unwrap_or_else(|| panic!("{line} is not in {text}"))
     }
