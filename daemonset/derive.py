@@ -217,12 +217,14 @@ def templates():
 
 def monitoring():
     enabled = ".Values.monitoring.enabled"
-    for kind in ("podmonitor", "prometheusrule"):
-        name = f"monitoring/{kind}.yaml"
-        body = replaced(text(load(name)), IN_NAMESPACE)
-        if kind == "podmonitor":
-            body = replaced(body, ("[sds-agent]", f"[{NAMESPACE}]"))
-        yield f"{kind}.yaml", when(enabled, body)
+    scraped = ("[sds-agent]", f"[{NAMESPACE}]")
+    for kind, condition, further in (
+        ("podmonitor", enabled, [scraped]),
+        ("podmonitor-approver", f"and {enabled} .Values.approver.enabled", [scraped]),
+        ("prometheusrule", enabled, []),
+    ):
+        body = replaced(text(load(f"monitoring/{kind}.yaml")), IN_NAMESPACE, *further)
+        yield f"{kind}.yaml", when(condition, body)
     dashboard = [
         "apiVersion: v1", "kind: ConfigMap", "metadata:", "  name: sds-agent-dashboard", f"  namespace: {NAMESPACE}", "  labels:",
         '    grafana_dashboard: "1"', "data:", "  dashboard.json: |", '    {{- .Files.Get "dashboard.json" | nindent 4 }}', "",

@@ -83,6 +83,20 @@ pub mod denied {
     pub const INVALID_SPEC: &str = "InvalidSpec";
     /// The request has annotations of others, from which an issuer may take orders.
     pub const INVALID_ANNOTATION: &str = "InvalidAnnotation";
+
+    /// All of them.
+    pub const ALL: [&str; 10] = [
+        POD_GONE,
+        PROFILE_MISMATCH,
+        WRONG_IDENTITY,
+        NOT_THE_AGENT,
+        WRONG_NODE,
+        NO_EVIDENCE,
+        NO_SERVICE_ACCOUNT,
+        INVALID_CSR,
+        INVALID_SPEC,
+        INVALID_ANNOTATION,
+    ];
 }
 
 /// `spec`; immutable once created. `username`, `uid`, `groups` and `extra` are the webhook's: whatever a creator writes is replaced.

@@ -6,6 +6,8 @@ use prometheus_client::{
     registry::Registry,
 };
 
+use crate::cert_manager::denied;
+
 /// What was decided, as a metric label.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
 #[allow(non_camel_case_types, reason = "the names are the label's values")]
@@ -71,6 +73,10 @@ impl Metrics {
     /// Registers the module's metrics.
     pub fn register(registry: &mut Registry) -> Self {
         let metrics = Self::default();
+        // The first denial is the one to be woken for.
+        for reason in denied::ALL {
+            drop(metrics.decisions.get_or_create(&Decision { decision: Decided::denied, reason }));
+        }
         registry.register(
             "approver_decisions",
             "Requests that this replica has decided, by the denial's reason",
@@ -104,11 +110,9 @@ impl Metrics {
     /// Registers and counts one of everything, for the reference.
     #[cfg(test)]
     pub(crate) fn sample(registry: &mut Registry) {
-        use crate::metrics::{ANY, every};
+        use crate::metrics::every;
         let metrics = Self::register(registry);
-        for decision in every!(Decided: approved, denied) {
-            metrics.decided(decision, ANY, 1.0);
-        }
+        metrics.decided(Decided::approved, "none", 1.0);
         for step in every!(Step: read_pod, read_request, write, event) {
             metrics.failed(step);
         }

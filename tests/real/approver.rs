@@ -8,4 +8,4 @@ mod ask;
 mod outages;
 mod policy;
 mod together;
-mod world;
+pub mod world;

@@ -10,17 +10,18 @@ use tokio::{
     time::timeout,
 };
 
+use crate::approver::world::{GUARDED, World};
 use crate::support::{
     self,
-    agent::Launch,
+    agent::{Agent, Launch},
     cgroups::PodCgroup,
     child,
     cluster::Cluster,
     envoy::Sds,
     eventually, http,
     pair::{End, Pair},
-    prometheus::{self, Prometheus, Target},
-    scene::{PATIENCE, Scene, Workload},
+    prometheus::{self, AGENTS, APPROVERS, Prometheus, Target},
+    scene::{PATIENCE, Scene, Stream, Workload},
     tools,
 };
 
@@ -86,7 +87,12 @@ async fn every_panel_shows_data_of_real_agents() {
     let agent = scene.agent_pod.launch(scene.dir.path(), "certificate: { lifetime: 20s }").start().await;
     let dev_dir = tempfile::tempdir().unwrap();
     let dev = Launch::dev(dev_dir.path()).start().await;
-    let targets = [Target { address: agent.admin(), node: &scene.node }, Target { address: dev.admin(), node: "laptop" }];
+    let guarded = Guarded::start().await;
+    let targets = [
+        Target { monitor: AGENTS, address: agent.admin(), node: &scene.node },
+        Target { monitor: AGENTS, address: dev.admin(), node: "laptop" },
+        Target { monitor: APPROVERS, address: guarded.approver.admin(), node: "elsewhere" },
+    ];
     let prometheus = Prometheus::start(dev_dir.path(), &targets).await;
 
     let [server, client] = [scene.workload("server").await, scene.workload("client").await];
@@ -117,9 +123,12 @@ async fn every_panel_shows_data_of_real_agents() {
     eprintln!("figure: {count} queries of the dashboard, each with data of a real Prometheus");
 
     // The labels that the rules' words use are those of the scrape.
-    let ready = prometheus.query("sum by (node) (sds_agent_ready)").await.unwrap();
+    let ready = prometheus.query("sum by (node) (sds_agent_ready{job=\"sds-agent\"})").await.unwrap();
     let nodes: BTreeSet<_> = ready.iter().map(|(labels, _)| labels["node"].as_str().unwrap()).collect();
     assert_eq!(nodes, [scene.node.as_str(), "laptop"].into());
+    let jobs = prometheus.query("count by (job) (sds_agent_ready)").await.unwrap();
+    let jobs: BTreeSet<_> = jobs.iter().map(|(labels, count)| format!("{} {count}", labels["job"].as_str().unwrap())).collect();
+    assert_eq!(jobs, ["sds-agent 2", "sds-agent-approver 1"].map(str::to_owned).into());
 
     // Every rule can be evaluated on real series, and the one thing that is wrong is told.
     let firing = "ALERTS{alertname=\"SdsAgentSecretsRejected\", alertstate=\"firing\"}";
@@ -138,7 +147,7 @@ async fn every_panel_shows_data_of_real_agents() {
     let about = prometheus.get("/api/v1/metadata?metric=sds_agent_issuance_duration_seconds").await.unwrap();
     assert_eq!(about["sds_agent_issuance_duration_seconds"][0]["unit"], "seconds", "{about}");
 
-    for agent in [&agent, &dev] {
+    for agent in [&agent, &dev, &guarded.approver] {
         let page = http::get_ok(agent.admin(), "/metrics").await.unwrap();
         lint(&page).await;
         described(&page);
@@ -157,6 +166,29 @@ async fn every_panel_shows_data_of_real_agents() {
     })
     .await;
     assert_eq!(prometheus.query(&of(&server)).await.unwrap().len(), 1);
+}
+
+/// A cluster of its own with the approver, and an agent with a client, so that there is something to decide.
+struct Guarded {
+    approver: Agent,
+    _client: Stream,
+    _workload: Workload,
+    _agent: Agent,
+    _world: World,
+}
+
+impl Guarded {
+    async fn start() -> Self {
+        const LIFETIME: &str = "20s";
+        let world = World::start(GUARDED).await;
+        let approver = world.approver("approver-0", LIFETIME).await;
+        let (node, namespace) = (world.cluster.node().await, world.cluster.namespace().await);
+        let actor = world.actor("agent-0", "sds-agent", &node).await;
+        let agent = world.agent(&actor, LIFETIME).await.start().await;
+        let workload = Workload::of(world.cluster.pod(&namespace, "guarded", &node).await);
+        let client = workload.watch(agent.socket());
+        Self { approver, _client: client, _workload: workload, _agent: agent, _world: world }
+    }
 }
 
 /// Takes a certificate as a pod's process and says that it cannot use it.
@@ -216,7 +248,7 @@ async fn lint(page: &str) {
     let (passed, words) = check_metrics(page).await;
     assert!(passed, "{words}");
     // It does look.
-    let (passed, words) = check_metrics(&page.replace("sds_agent_issuances_total", "sds_agent_issuances")).await;
+    let (passed, words) = check_metrics(&page.replace("process_cpu_seconds_total", "process_cpu_seconds")).await;
     assert!(!passed && words.contains("_total"), "{words}");
 }
 

@@ -31,11 +31,16 @@ pub fn rules() -> Value {
     read("daemonset/monitoring/prometheusrule.yaml")["spec"].take()
 }
 
-/// An agent to scrape, and its node.
+/// What to scrape.
 pub struct Target<'a> {
+    /// A file of `daemonset/monitoring`: what is scraped, and how.
+    pub monitor: &'static str,
     pub address: SocketAddr,
     pub node: &'a str,
 }
+
+pub const AGENTS: &str = "podmonitor.yaml";
+pub const APPROVERS: &str = "podmonitor-approver.yaml";
 
 /// A running Prometheus. Killed when dropped.
 pub struct Prometheus {
@@ -63,7 +68,7 @@ impl Prometheus {
         })
         .await;
         let prometheus = Self { address, _process: process };
-        eventually("every agent is scraped", PATIENCE, async || {
+        eventually("everything is scraped", PATIENCE, async || {
             let found = prometheus.get("/api/v1/targets").await?;
             let up = found["activeTargets"].as_array().expect("a list").iter().filter(|target| target["health"] == "up").count();
             if up == targets.len() { Ok(()) } else { Err(found["activeTargets"].to_string()) }
@@ -89,34 +94,40 @@ impl Prometheus {
     }
 }
 
-/// The operator's labels come from the pod: they are given as they would be discovered, and relabelled as the PodMonitor says.
+/// The operator's labels come from the pod: they are given as they would be discovered, and relabelled as the PodMonitors say.
 fn configuration(rules: &Path, targets: &[Target<'_>]) -> Value {
-    let monitor = read("daemonset/monitoring/podmonitor.yaml");
+    let scrapes = [AGENTS, APPROVERS].map(|monitor| scrape(monitor, targets));
+    json!({
+        "global": {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"},
+        "rule_files": [rules],
+        "scrape_configs": scrapes,
+    })
+}
+
+fn scrape(file: &str, targets: &[Target<'_>]) -> Value {
+    let monitor = read(&format!("daemonset/monitoring/{file}"));
     let endpoint = &monitor["spec"]["podMetricsEndpoints"][0];
-    let relabelings = endpoint["relabelings"].as_array().expect("relabelings").iter().map(|rule| {
+    let relabelings = endpoint["relabelings"].as_array().map(Vec::as_slice).unwrap_or_default().iter().map(|rule| {
         let unknown = rule.as_object().expect("a rule").keys().find(|key| !["sourceLabels", "targetLabel"].contains(&key.as_str()));
         assert_eq!(unknown, None, "this part of a relabeling is not translated here");
         json!({"source_labels": rule["sourceLabels"], "target_label": rule["targetLabel"]})
     });
-    let groups = targets.iter().map(|target| {
+    // What `jobLabel` takes from the pods.
+    let job = monitor["spec"]["selector"]["matchLabels"]["app.kubernetes.io/name"].as_str().expect("the pods' name");
+    let groups = targets.iter().filter(|target| target.monitor == file).map(|target| {
         json!({
             "targets": [target.address.to_string()],
             "labels": {
                 "__meta_kubernetes_pod_node_name": target.node,
-                "namespace": monitor["spec"]["namespaceSelector"]["matchNames"][0], "pod": format!("sds-agent-{}", target.node),
+                "namespace": monitor["spec"]["namespaceSelector"]["matchNames"][0], "pod": format!("{job}-{}", target.node),
             },
         })
     });
     json!({
-        "global": {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"},
-        "rule_files": [rules],
-        "scrape_configs": [{
-            // What `jobLabel` takes from the pods.
-            "job_name": monitor["spec"]["selector"]["matchLabels"]["app.kubernetes.io/name"],
-            "metrics_path": endpoint["path"],
-            "static_configs": groups.collect::<Value>(),
-            "relabel_configs": relabelings.collect::<Value>(),
-        }],
+        "job_name": job,
+        "metrics_path": endpoint["path"],
+        "static_configs": groups.collect::<Value>(),
+        "relabel_configs": relabelings.collect::<Value>(),
     })
 }
 
