@@ -23,10 +23,12 @@ import (
 	"time"
 
 	admissionregistration "k8s.io/api/admissionregistration/v1"
+	appsv1 "k8s.io/api/apps/v1"
 	authenticationv1 "k8s.io/api/authentication/v1"
 	corev1 "k8s.io/api/core/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
@@ -449,6 +451,42 @@ func TestClusterBehavesLikeARealOne(t *testing.T) {
 		t.Fatal(err)
 	}
 	c.end(t)
+}
+
+// A DaemonSet's pod is made and bound, which needs the scheduler, and a Deployment's as well, by way of a ReplicaSet.
+func TestWorkloadsAreMadeAndBound(t *testing.T) {
+	c := start(t, t.TempDir(), "--workloads", "--controllers", "")
+	ctx := context.Background()
+	node := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: testNode}}
+	if _, err := c.kube.CoreV1().Nodes().Create(ctx, node, metav1.CreateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	node.Status.Allocatable = corev1.ResourceList{corev1.ResourcePods: resource.MustParse("10")}
+	if _, err := c.kube.CoreV1().Nodes().UpdateStatus(ctx, node, metav1.UpdateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	template := corev1.PodTemplateSpec{
+		ObjectMeta: metav1.ObjectMeta{Labels: map[string]string{"app": "x"}},
+		Spec: corev1.PodSpec{
+			Containers:  []corev1.Container{{Name: "main", Image: "none"}},
+			Tolerations: []corev1.Toleration{{Operator: corev1.TolerationOpExists}},
+		},
+	}
+	selector := &metav1.LabelSelector{MatchLabels: template.Labels}
+	daemons := &appsv1.DaemonSet{ObjectMeta: metav1.ObjectMeta{Name: "x"}, Spec: appsv1.DaemonSetSpec{Selector: selector, Template: template}}
+	if _, err := c.kube.AppsV1().DaemonSets("default").Create(ctx, daemons, metav1.CreateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	deployment := &appsv1.Deployment{ObjectMeta: metav1.ObjectMeta{Name: "x"}, Spec: appsv1.DeploymentSpec{Selector: selector, Template: template}}
+	if _, err := c.kube.AppsV1().Deployments(agentNamespace).Create(ctx, deployment, metav1.CreateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	for _, namespace := range []string{"default", agentNamespace} {
+		eventually(t, "a pod of "+namespace+" is bound", 30*time.Second, func() bool {
+			pods, err := c.kube.CoreV1().Pods(namespace).List(ctx, metav1.ListOptions{})
+			return err == nil && len(pods.Items) == 1 && pods.Items[0].Spec.NodeName == testNode
+		})
+	}
 }
 
 func TestTwoAtATime(t *testing.T) {

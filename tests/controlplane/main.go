@@ -39,6 +39,7 @@ type settings struct {
 	controllers    []string
 	apiserverArgs  []string
 	audit          bool
+	workloads      bool
 	stay           bool
 	verbosity      int
 }
@@ -83,6 +84,7 @@ func parseFlags(args []string) (settings, error) {
 		return nil
 	})
 	fs.BoolVar(&opts.audit, "audit", false, "log every finished request with its user to DIR/audit.log, one JSON object a line")
+	fs.BoolVar(&opts.workloads, "workloads", false, "run the DaemonSet, Deployment and ReplicaSet controllers and the scheduler")
 	fs.BoolVar(&opts.stay, "stay", false, "keep running when standard input ends")
 	fs.IntVar(&opts.verbosity, "v", 2, "verbosity of the logs in DIR")
 

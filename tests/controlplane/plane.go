@@ -68,6 +68,9 @@ func (p *plane) start() error {
 	if err != nil {
 		return err
 	}
+	if err := p.startWorkloads(); err != nil {
+		return err
+	}
 	if err := p.startCertManager(); err != nil {
 		return err
 	}

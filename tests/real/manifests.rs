@@ -18,6 +18,7 @@ mod equal;
 mod istio;
 mod node;
 mod rights;
+mod rollout;
 mod site;
 
 /// cert-manager's own approver keeps away from the ClusterIssuers, of which the mesh's is one: what is approved, ours approves.

@@ -1,4 +1,5 @@
-//! A node with the real kubelet, on which what was installed runs: pods as the controllers of DaemonSet and Deployment would make them.
+//! A node with the real kubelet, on which what was installed runs: pods as the controllers of DaemonSet and Deployment
+//! would make them, or make them.
 
 use std::{net::SocketAddr, path::Path, sync::Mutex, time::Duration};
 
@@ -16,6 +17,10 @@ use crate::support::{
 };
 
 pub const PATIENCE: Duration = Duration::from_secs(60);
+/// Until a new version runs and the old one has ended, with its time to drain.
+const ROLL_OUT: Duration = Duration::from_secs(120);
+/// What the controllers make pods of.
+const CONTROLLED: [&str; 2] = ["DaemonSet", "Deployment"];
 /// As the manifests name it.
 const IMAGE: &str = concat!("sds-agent:", env!("CARGO_PKG_VERSION"));
 
@@ -48,53 +53,101 @@ pub struct Ours {
 impl Site {
     /// Applies a mode's folder, all of it, and starts the node.
     pub async fn start(mode: &str) -> Self {
-        let (cluster, plane) = Cluster::own(GUARDED).await;
+        Self::begin(mode, GUARDED, |_| true).await
+    }
+
+    /// The same with the controllers of DaemonSet and Deployment and the scheduler: those two kinds are left to [`release`](Self::release).
+    pub async fn controlled(mode: &str) -> Self {
+        Self::begin(mode, &[GUARDED, &["--workloads"]].concat(), |object| !CONTROLLED.iter().any(|kind| object["kind"] == *kind)).await
+    }
+
+    async fn begin(mode: &str, flags: &[&str], installs: impl Fn(&Value) -> bool) -> Self {
+        let (cluster, plane) = Cluster::own(flags).await;
         let dir = tempfile::tempdir().unwrap();
         let image = Image::of_programs(IMAGE, &dir.path().join("image"), &[agent::program()]).await;
         let objects = rendered(mode).await;
-        install(&cluster, &objects).await;
+        let installed: Vec<_> = objects.iter().filter(|object| installs(object)).cloned().collect();
+        install(&cluster, &installed).await;
         let node = Node::start(&cluster, dir.path(), &[image]).await;
         let shop = cluster.namespace().await;
         Self { objects, shop, ours: Mutex::default(), node, cluster, _plane: plane, _dir: dir }
     }
 
     /// A pod of a DaemonSet or Deployment on the node, running and ready; `keys` is the configuration's `keys`.
-    ///
-    /// The template is the one that the API server has. What is changed is what this node lacks: pods have no network of their own, so they
-    /// take the host's, where each needs ports of its own; and no service has an address, so they are told the API server's. The image, the
-    /// account, the token, all of the security context, mounts, probes and resources are the manifest's.
     pub async fn run(&self, kind: &str, workload: &str, name: &str, keys: &str) -> Ours {
-        let ours = self.bind(kind, workload, name, keys).await;
-        self.node.until_running(&ours.pod).await;
-        ours
-    }
-
-    async fn bind(&self, kind: &str, workload: &str, name: &str, keys: &str) -> Ours {
-        let (metrics, admin) = (free_port(), free_port());
-        let mut map = named(&self.objects, "ConfigMap", "sds-agent").clone();
-        map["metadata"]["name"] = json!(name);
-        let text = map["data"]["config.yaml"].as_str().unwrap();
-        let addresses = format!("metrics: {{ address: 0.0.0.0:{metrics} }}\nadmin: {{ address: 127.0.0.1:{admin} }}\n");
-        map["data"]["config.yaml"] = json!(format!("{text}{addresses}keys: {keys}\n"));
-        self.cluster.apply(&manifests::path(&map), &map).await;
-
+        let metrics = self.configure(name, &format!("keys: {keys}\n")).await;
         let controller = self.cluster.get(&manifests::path(named(&self.objects, kind, workload))).await;
         let mut pod = controller["spec"]["template"].clone();
+        self.move_to_the_host(&mut pod, name, metrics.port());
         pod["metadata"]["name"] = json!(name);
-        let spec = &mut pod["spec"];
-        spec["nodeName"] = json!(self.node.name());
-        spec["hostNetwork"] = json!(true);
-        let volumes = spec["volumes"].as_array_mut().unwrap();
-        volumes.iter_mut().find(|volume| volume["name"] == "config").unwrap()["configMap"]["name"] = json!(name);
-        let container = &mut spec["containers"][0];
-        container["ports"][0]["containerPort"] = json!(metrics);
-        let server = self.cluster.address()["server"].as_str().unwrap().trim_start_matches("https://").to_owned();
-        let (host, port) = server.rsplit_once(':').expect("an address with a port");
-        let env = container["env"].as_array_mut().unwrap();
-        for (name, value) in [("KUBERNETES_SERVICE_HOST", host), ("KUBERNETES_SERVICE_PORT", port)] {
-            env.push(json!({"name": name, "value": value}));
-        }
+        pod["spec"]["nodeName"] = json!(self.node.name());
         let made = self.cluster.create(&format!("/api/v1/namespaces/{NAMESPACE}/pods"), &pod).await;
+        let pod = self.ours(&made, kind, workload);
+        self.node.until_running(&pod).await;
+        Ours { pod, metrics }
+    }
+
+    /// Makes a DaemonSet or Deployment run a version of its template, or another one than before. A version is a configuration of its own,
+    /// as where its name has a hash of its content; `more` is added to it. Gives where that version's pods expose their metrics.
+    pub async fn release(&self, kind: &str, workload: &str, version: &str, more: &str) -> SocketAddr {
+        let metrics = self.configure(&format!("{workload}-{version}"), more).await;
+        self.release_again(kind, workload, version, metrics).await;
+        metrics
+    }
+
+    /// The same for a version that was there before.
+    pub async fn release_again(&self, kind: &str, workload: &str, version: &str, metrics: SocketAddr) {
+        let mut object = named(&self.objects, kind, workload).clone();
+        self.move_to_the_host(&mut object["spec"]["template"], &format!("{workload}-{version}"), metrics.port());
+        if kind == "Deployment" {
+            // There is one node, and it never says that it is ready: its pods have no network of their own.
+            object["spec"]["replicas"] = json!(1);
+            object["spec"]["template"]["spec"]["tolerations"] = json!([{"operator": "Exists"}]);
+        }
+        self.cluster.apply(&manifests::path(&object), &object).await;
+    }
+
+    /// Waits until the controller says that all pods are of the last version, and available.
+    pub async fn until_rolled_out(&self, kind: &str, workload: &str) {
+        let path = manifests::path(named(&self.objects, kind, workload));
+        let [updated, available, all] = match kind {
+            "DaemonSet" => ["updatedNumberScheduled", "numberAvailable", "currentNumberScheduled"],
+            _ => ["updatedReplicas", "availableReplicas", "replicas"],
+        };
+        eventually(&format!("{workload} is rolled out"), ROLL_OUT, async || {
+            let seen = self.cluster.get(&path).await;
+            let status = &seen["status"];
+            let is_seen = status["observedGeneration"] == seen["metadata"]["generation"];
+            if is_seen && [updated, available, all].iter().all(|field| status[field] == 1) && self.pods(workload).await.len() == 1 {
+                Ok(())
+            } else {
+                Err(format!("{status}\n{}", self.node.log("kubelet")))
+            }
+        })
+        .await;
+    }
+
+    /// The pods that a controller has made, the oldest first, as the API server has them.
+    pub async fn pods(&self, workload: &str) -> Vec<Value> {
+        let path = format!("/api/v1/namespaces/{NAMESPACE}/pods?labelSelector=app.kubernetes.io/name%3D{workload}");
+        let mut pods = self.cluster.get(&path).await["items"].take();
+        let pods = pods.as_array_mut().map(std::mem::take).unwrap_or_default();
+        let mut pods: Vec<_> = pods.into_iter().map(|pod| (pod["metadata"]["creationTimestamp"].to_string(), pod)).collect();
+        pods.sort_by(|(one, _), (other, _)| one.cmp(other));
+        pods.into_iter().map(|(_, pod)| pod).collect()
+    }
+
+    /// A pod as tests know it.
+    pub fn pod(&self, made: &Value) -> Pod {
+        let text = |value: &Value| value.as_str().unwrap().to_owned();
+        let (uid, service_account) = (text(&made["metadata"]["uid"]), text(&made["spec"]["serviceAccountName"]));
+        let pod = Pod { namespace: NAMESPACE.to_owned(), name: name_of(made), uid, service_account };
+        self.ours.lock().unwrap().push(pod.clone());
+        pod
+    }
+
+    /// The same, with all that the manifest says.
+    pub fn ours(&self, made: &Value, kind: &str, workload: &str) -> Pod {
         let manifest = &named(&self.objects, kind, workload)["spec"]["template"]["spec"];
         let (wanted, got) = (&manifest["containers"][0], &made["spec"]["containers"][0]);
         for key in ["securityContext", "image", "args", "livenessProbe"] {
@@ -103,11 +156,37 @@ impl Site {
         for key in ["securityContext", "hostPID", "serviceAccountName", "priorityClassName"] {
             assert_holds(&made["spec"][key], &manifest[key], key);
         }
-        let text = |value: &Value| value.as_str().unwrap().to_owned();
-        let (uid, service_account) = (text(&made["metadata"]["uid"]), text(&made["spec"]["serviceAccountName"]));
-        let pod = Pod { namespace: NAMESPACE.to_owned(), name: name_of(&made), uid, service_account };
-        self.ours.lock().unwrap().push(pod.clone());
-        Ours { pod, metrics: SocketAddr::from(([127, 0, 0, 1], metrics)) }
+        self.pod(made)
+    }
+
+    /// The configuration as it is installed, under another name, with addresses of its own and `more`.
+    async fn configure(&self, name: &str, more: &str) -> SocketAddr {
+        let (metrics, admin) = (free_port(), free_port());
+        let mut map = named(&self.objects, "ConfigMap", "sds-agent").clone();
+        map["metadata"]["name"] = json!(name);
+        let text = map["data"]["config.yaml"].as_str().unwrap();
+        let addresses = format!("metrics: {{ address: 0.0.0.0:{metrics} }}\nadmin: {{ address: 127.0.0.1:{admin} }}\n");
+        map["data"]["config.yaml"] = json!(format!("{text}{addresses}{more}"));
+        self.cluster.apply(&manifests::path(&map), &map).await;
+        SocketAddr::from(([127, 0, 0, 1], metrics))
+    }
+
+    /// Changes what this node lacks, and nothing else: pods have no network of their own, so they take the host's, where each needs ports of its
+    /// own, and a configuration that names them; and no service has an address, so they are told the API server's. The image, the account,
+    /// the token, all of the security context, mounts, probes and resources are the manifest's.
+    fn move_to_the_host(&self, template: &mut Value, map: &str, metrics: u16) {
+        let spec = &mut template["spec"];
+        spec["hostNetwork"] = json!(true);
+        let volumes = spec["volumes"].as_array_mut().unwrap();
+        volumes.iter_mut().find(|volume| volume["name"] == "config").unwrap()["configMap"]["name"] = json!(map);
+        let container = &mut spec["containers"][0];
+        container["ports"][0]["containerPort"] = json!(metrics);
+        let server = self.cluster.address()["server"].as_str().unwrap().trim_start_matches("https://").to_owned();
+        let (host, port) = server.rsplit_once(':').expect("an address with a port");
+        let env = container["env"].as_array_mut().unwrap();
+        for (name, value) in [("KUBERNETES_SERVICE_HOST", host), ("KUBERNETES_SERVICE_PORT", port)] {
+            env.push(json!({"name": name, "value": value}));
+        }
     }
 
     /// A workload that follows its certificate and its roots on each of these sockets, each in a container of its own.
@@ -173,8 +252,13 @@ impl Site {
 
     /// What a pod of ours exposes.
     pub async fn metrics(&self, ours: &Ours) -> String {
-        http::get_ok(ours.metrics, "/metrics").await.unwrap()
+        exposed(ours.metrics).await.unwrap()
     }
+}
+
+/// A page of metrics.
+pub async fn exposed(from: SocketAddr) -> Result<String, String> {
+    http::get_ok(from, "/metrics").await
 }
 
 fn container(way: Way) -> String {

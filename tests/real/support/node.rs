@@ -249,10 +249,13 @@ impl Node {
         self.run(&words).await
     }
 
-    /// What a container has written, and when.
+    /// What a container has written, and when, in all of its starts that the kubelet still keeps.
     pub fn container_log(&self, pod: &Pod, container: &str) -> String {
-        let place = format!("/var/log/pods/{}_{}_{}/{container}/0.log", pod.namespace, pod.name, pod.uid);
-        fs::read_to_string(self.path(&place)).unwrap_or_default()
+        let place = self.path(&format!("/var/log/pods/{}_{}_{}/{container}", pod.namespace, pod.name, pod.uid));
+        let starts = fs::read_dir(place).into_iter().flatten().flatten().map(|entry| entry.path());
+        let mut starts: Vec<_> = starts.filter(|path| path.extension().is_some_and(|extension| extension == "log")).collect();
+        starts.sort_by_key(|path| path.file_stem().and_then(|stem| stem.to_str()?.parse::<u32>().ok()));
+        starts.into_iter().map(|path| fs::read_to_string(path).unwrap_or_default()).collect()
     }
 
     /// The last lines of `containerd`'s or the `kubelet`'s log.
