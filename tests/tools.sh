@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Gets the programs that the tests need, at pinned versions, into target/tools:
 #
-#   tests/tools.sh [envoy] [grpcurl] [controlplane] [vault] [node] [render] [prometheus] [system] [cargo-deny]
+#   tests/tools.sh [envoy] [grpcurl] [controlplane] [vault] [oldest] [node] [render] [prometheus] [system] [cargo-deny]
 #
 # Without arguments: all that `make test` needs, which is all but cargo-deny. What is there already is left alone, so a second call
 # takes no time. Set SDS_AGENT_TOOLS to keep them elsewhere.
@@ -72,6 +72,19 @@ vault() {
     need go "install Go 1.26 or newer"
     echo "tests/tools.sh: building Vault's engines (the first time takes minutes)"
     (cd "$root/tests/vault" && CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '-s -w' -o "$program" .)
+    stamp "$program" "$sources"
+}
+
+# The API server of the oldest Kubernetes that is supported.
+oldest() {
+    local program=$tools/kube-apiserver-oldest sources version
+    sources=$(cd "$root/tests/oldest" && sha256sum go.mod go.sum | sha256sum)
+    ! present "$program" "$sources" || return 0
+    need go "install Go 1.26 or newer"
+    version=$(cd "$root/tests/oldest" && go list -m -f '{{.Version}}' k8s.io/kubernetes)
+    echo "tests/tools.sh: building the API server of Kubernetes $version (the first time takes minutes)"
+    (cd "$root/tests/oldest" && CGO_ENABLED=0 go build -trimpath -buildvcs=false \
+        -ldflags "-s -w -X k8s.io/component-base/version.gitVersion=$version" -o "$program" k8s.io/kubernetes/cmd/kube-apiserver)
     stamp "$program" "$sources"
 }
 
@@ -154,10 +167,10 @@ cargo-deny() {
     stamp "$program" "$cargo_deny_version"
 }
 
-[ $# -gt 0 ] || set -- system envoy grpcurl controlplane vault node render prometheus
+[ $# -gt 0 ] || set -- system envoy grpcurl controlplane vault oldest node render prometheus
 for tool; do
     case $tool in
-    envoy | grpcurl | controlplane | vault | node | render | prometheus | system | cargo-deny) "$tool" ;;
-    *) fail "unknown tool $tool; known: envoy grpcurl controlplane vault node render prometheus system cargo-deny" ;;
+    envoy | grpcurl | controlplane | vault | oldest | node | render | prometheus | system | cargo-deny) "$tool" ;;
+    *) fail "unknown tool $tool; known: envoy grpcurl controlplane vault oldest node render prometheus system cargo-deny" ;;
     esac
 done

@@ -7,7 +7,10 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"os/exec"
+	"runtime"
 	"strconv"
+	"syscall"
 	"time"
 
 	"github.com/spf13/pflag"
@@ -63,6 +66,9 @@ func (p *plane) startAPIServer(etcd string) error {
 		args = append(args, "--audit-policy-file="+policy, "--audit-log-path="+p.path("audit.log"))
 	}
 	args = append(args, p.apiserverArgs...)
+	if p.apiserver != "" {
+		return p.startOtherAPIServer(listener, args)
+	}
 
 	server := options.NewServerRunOptions()
 	flags := pflag.NewFlagSet("kube-apiserver", pflag.ContinueOnError)
@@ -84,6 +90,41 @@ func (p *plane) startAPIServer(etcd string) error {
 		return fmt.Errorf("kube-apiserver refuses its configuration: %w", utilerrors.NewAggregate(errs))
 	}
 	p.run("kube-apiserver", func(ctx context.Context) error { return app.Run(ctx, completed) })
+	return nil
+}
+
+// startOtherAPIServer runs a program that cannot be given a listener: it takes the port that is free now.
+func (p *plane) startOtherAPIServer(listener net.Listener, args []string) error {
+	_, port, err := net.SplitHostPort(listener.Addr().String())
+	if err != nil {
+		return fmt.Errorf("cannot read the API server's address: %w", err)
+	}
+	if err := listener.Close(); err != nil {
+		return fmt.Errorf("cannot free the API server's port: %w", err)
+	}
+	log, err := os.Create(p.path("apiserver-program.log"))
+	if err != nil {
+		return fmt.Errorf("cannot write the API server's log: %w", err)
+	}
+	command := exec.CommandContext(p.ctx, p.apiserver, append(args, "--secure-port="+port)...)
+	command.Stdout, command.Stderr = log, log
+	// It ends with this process, however that ends.
+	command.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	started := make(chan error, 1)
+	p.run(p.apiserver, func(context.Context) error {
+		// The kernel sends the signal when the thread ends that has started it.
+		runtime.LockOSThread()
+		defer log.Close()
+		err := command.Start()
+		started <- err
+		if err != nil {
+			return err
+		}
+		return command.Wait()
+	})
+	if err := <-started; err != nil {
+		return fmt.Errorf("--apiserver %s cannot be started: %w", p.apiserver, err)
+	}
 	return nil
 }
 

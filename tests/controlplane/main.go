@@ -37,6 +37,7 @@ type settings struct {
 	port           int
 	approveSigners []string
 	controllers    []string
+	apiserver      string
 	apiserverArgs  []string
 	audit          bool
 	workloads      bool
@@ -79,6 +80,7 @@ func parseFlags(args []string) (settings, error) {
 		"signer names that cert-manager's approver may approve, as in its chart; empty means every signer")
 	fs.StringVar(&controllers, "controllers", "*",
 		"cert-manager controllers to run: names, '*' for all, '-name' to take one out; known: "+strings.Join(certManagerControllers, " "))
+	fs.StringVar(&opts.apiserver, "apiserver", "", "run this kube-apiserver, of another version, instead of the one inside")
 	fs.Func("apiserver-arg", "a further flag for kube-apiserver, such as --feature-gates=…; may be repeated", func(arg string) error {
 		opts.apiserverArgs = append(opts.apiserverArgs, arg)
 		return nil

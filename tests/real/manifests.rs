@@ -17,6 +17,7 @@ mod applied;
 mod equal;
 mod istio;
 mod node;
+mod oldest;
 mod rights;
 mod rollout;
 mod site;

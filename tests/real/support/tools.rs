@@ -20,6 +20,11 @@ pub fn controlplane() -> PathBuf {
     fetched("CONTROLPLANE", "controlplane")
 }
 
+/// The API server of the oldest Kubernetes that is supported.
+pub fn oldest_apiserver() -> PathBuf {
+    fetched("OLDEST_APISERVER", "kube-apiserver-oldest")
+}
+
 /// Vault's PKI engine and Kubernetes auth method.
 pub fn vault() -> PathBuf {
     fetched("VAULT", "vault")
