@@ -67,7 +67,7 @@ fn parts(c: &mut Criterion) {
 
     let resolver = config.resolver();
     let (_sender, resolver) = watch::channel(Arc::new(resolver));
-    let desk = Desk { attestor: Arc::new(UnixAttestor), resolver, metrics: attest::Metrics::default() };
+    let desk = Desk { attestor: Arc::new(UnixAttestor), resolver, metrics: attest::Metrics::default(), witness: None };
     let (_theirs, socket) = UnixStream::pair().unwrap();
     c.bench_function("attest and name", |b| {
         b.to_async(&runtime).iter(|| async { Connection::new(Peer::of(&socket).unwrap(), desk.clone()).caller().await.unwrap() });

@@ -78,6 +78,8 @@ pub struct Deps {
     pub await_bundle: bool,
     /// Who is told how it goes with identities.
     pub witness: Option<Arc<dyn rotation::Witness>>,
+    /// Who hears of pods that are not served.
+    pub doorman: Option<Arc<dyn attest::Witness>>,
     /// What must run beside: watches, sweeps. They end by themselves when `last` is cancelled.
     pub tasks: Vec<BoxFuture<'static, ()>>,
     /// Cancelled when the streams have ended.
@@ -190,7 +192,7 @@ pub async fn build_with(config: &Config, base: Base, deps: Deps) -> anyhow::Resu
         let starts = Starts::new(warmer.clone(), Rule::new(warm_up, &socket.path), deps.clock.clone(), pods);
         tasks.push(Box::pin(starts.run(shutdown.drain.clone())));
     }
-    let desk = Desk { attestor: deps.attestor, resolver, metrics: attest::Metrics::register(registry) };
+    let desk = Desk { attestor: deps.attestor, resolver, metrics: attest::Metrics::register(registry), witness: deps.doorman };
     let ending = CancellationToken::new();
     let sds = sds::service::Service {
         store: store.clone(),

@@ -13,7 +13,10 @@ use prometheus_client::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::{identity::Workload, peer::Peer};
+use crate::{
+    identity::{PodRef, Workload},
+    peer::Peer,
+};
 
 pub mod cgroup;
 pub mod kubernetes;
@@ -99,17 +102,24 @@ pub struct Error {
     pub detail: String,
     /// Whether asking again later can help (UNAVAILABLE) or never (PERMISSION_DENIED).
     pub temporary: bool,
+    /// Whose process it was, where that was proven before it was refused.
+    pub pod: Option<PodRef>,
 }
 
 impl Error {
     /// A caller that can never be served.
     pub fn refused(reason: Reason, detail: impl Into<String>) -> Self {
-        Self { reason, detail: detail.into(), temporary: false }
+        Self { reason, detail: detail.into(), temporary: false, pod: None }
     }
 
     /// A caller that cannot be judged now.
     pub fn temporary(reason: Reason, detail: impl Into<String>) -> Self {
-        Self { reason, detail: detail.into(), temporary: true }
+        Self { reason, detail: detail.into(), temporary: true, pod: None }
+    }
+
+    /// The same, by a process of this pod.
+    pub fn by(self, pod: &PodRef) -> Self {
+        Self { pod: Some(pod.clone()), ..self }
     }
 }
 
@@ -120,6 +130,15 @@ impl fmt::Display for Error {
 }
 
 impl std::error::Error for Error {}
+
+/// Hears which pods are not served, and which are after all. It never waits.
+pub trait Witness: fmt::Debug + Send + Sync {
+    /// A process of the pod got nothing.
+    fn refused(&self, pod: &PodRef, error: &Error);
+
+    /// A process of the pod has been given a name.
+    fn served(&self, pod: &PodRef);
+}
 
 /// Tells who a peer is.
 pub trait Attestor: fmt::Debug + Send + Sync + 'static {

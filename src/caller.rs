@@ -36,6 +36,8 @@ pub struct Desk {
     pub resolver: watch::Receiver<Arc<Resolver>>,
     /// What is counted.
     pub metrics: attest::Metrics,
+    /// Who hears of pods that are not served.
+    pub witness: Option<Arc<dyn attest::Witness>>,
 }
 
 /// One connection's caller, not yet known or known.
@@ -90,6 +92,9 @@ impl Connection {
         self.known.notify_waiters();
         attested.and_then(|attested| self.named(attested)).map_err(|error| {
             self.log(&error);
+            if let Some((witness, pod)) = self.desk.witness.as_ref().zip(error.pod.as_ref()) {
+                witness.refused(pod, &error);
+            }
             if error.temporary { Status::unavailable(LATER) } else { Status::permission_denied(REFUSED) }
         })
     }
@@ -115,11 +120,18 @@ impl Connection {
         {
             return Ok(caller.clone());
         }
-        let identity =
-            resolver.resolve(&attested.workload).map_err(|error| attest::Error::refused(Reason::no_identity, error.to_string()))?;
+        let pod = attested.workload.pod();
+        let identity = resolver.resolve(&attested.workload).map_err(|error| {
+            let refused = attest::Error::refused(Reason::no_identity, error.to_string());
+            attest::Error { pod: pod.cloned(), ..refused }
+        })?;
         debug!(peer = ?self.peer, workload = %attested.workload, %identity, again = named.is_some(), "caller named");
         let caller = Arc::new(Caller { attested: attested.clone(), identity: Arc::new(identity) });
         *named = Some((resolver, caller.clone()));
+        drop(named);
+        if let Some((witness, pod)) = self.desk.witness.as_ref().zip(pod) {
+            witness.served(pod);
+        }
         Ok(caller)
     }
 
@@ -192,7 +204,12 @@ mod tests {
         let config = config::dev(config::Dev::default(), &|_| None).unwrap();
         let resolver = config.resolver();
         let attestor = Arc::new(Fickle(AtomicBool::new(true)));
-        let desk = Desk { attestor: attestor.clone(), resolver: watch::channel(Arc::new(resolver)).1, metrics: attest::Metrics::default() };
+        let desk = Desk {
+            attestor: attestor.clone(),
+            resolver: watch::channel(Arc::new(resolver)).1,
+            metrics: attest::Metrics::default(),
+            witness: None,
+        };
         let (ours, _theirs) = UnixStream::pair().unwrap();
         let connection = Connection::new(Peer::of(&ours).unwrap(), desk);
         let caller = connection.caller().await.unwrap();

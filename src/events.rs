@@ -1,7 +1,7 @@
 //! Kubernetes Events on pods: what `kubectl describe pod` shows of a certificate that does not come.
 //!
 //! One Warning when it begins to go wrong for a pod's identity, one Normal when it is over, and nothing in between: a retry is no news
-//! ([`ledger`] decides). Events are a courtesy. What hears of the troubles never waits; what cannot be written, or would be too much, is
+//! ([`ledger`] decides). The same where a pod asks and may have nothing ([`refusals`]). Events are a courtesy. What hears of the troubles never waits; what cannot be written, or would be too much, is
 //! counted and dropped. Who reads an event is not trusted with keys, and there are none in it: only what the log says too.
 
 use std::{
@@ -25,9 +25,12 @@ use prometheus_client::{
 use tokio::{sync::mpsc, time::Instant};
 use tokio_util::sync::CancellationToken;
 
-use self::ledger::{Ledger, Note, Reason};
+use self::{
+    ledger::{Ledger, Note, Reason},
+    refusals::Refusals,
+};
 use crate::{
-    clock,
+    attest, clock,
     config::NodeEnvironment,
     identity::PodRef,
     issuer::Error,
@@ -39,6 +42,7 @@ use crate::{
 };
 
 pub mod ledger;
+pub mod refusals;
 
 /// Who says so.
 const CONTROLLER: &str = "sds-agent.io/agent";
@@ -53,7 +57,7 @@ const MOST_NOTE: usize = 1024;
 pub fn new(client: Client, node: &NodeEnvironment, metrics: Metrics) -> (Reporter, Writer) {
     let (sender, receiver) = mpsc::channel(QUEUE);
     let instance = node.pod.as_ref().map(|pod| pod.name.clone()).or_else(|| node.node_name.clone());
-    let reporter = Reporter { ledger: Mutex::default(), notes: sender, metrics: metrics.clone() };
+    let reporter = Reporter { ledger: Mutex::default(), refusals: Mutex::default(), notes: sender, metrics: metrics.clone() };
     let instance = instance.unwrap_or_else(|| "sds-agent".into());
     (reporter, Writer { client, instance, notes: receiver, metrics, budget: Budget::default(), hush: Hush::default() })
 }
@@ -96,9 +100,10 @@ impl Metrics {
     }
 }
 
-/// Hears of rotation's troubles.
+/// Hears of rotation's troubles, and of pods that are not served.
 pub struct Reporter {
     ledger: Mutex<Ledger>,
+    refusals: Mutex<Refusals>,
     notes: mpsc::Sender<Note>,
     metrics: Metrics,
 }
@@ -112,10 +117,28 @@ impl fmt::Debug for Reporter {
 impl Reporter {
     fn tell(&self, judge: impl FnOnce(&mut Ledger) -> Vec<Note>) {
         let notes = judge(&mut self.ledger.lock().unwrap_or_else(PoisonError::into_inner));
-        for note in notes {
-            if self.notes.try_send(note).is_err() {
-                self.metrics.count(Written::dropped);
-            }
+        notes.into_iter().for_each(|note| self.send(note));
+    }
+
+    fn send(&self, note: Note) {
+        if self.notes.try_send(note).is_err() {
+            self.metrics.count(Written::dropped);
+        }
+    }
+}
+
+impl attest::Witness for Reporter {
+    fn refused(&self, pod: &PodRef, error: &attest::Error) {
+        if self.refusals.lock().unwrap_or_else(PoisonError::into_inner).refused(&pod.uid, error.reason) {
+            let words = format!("A process of this pod asks for a certificate and may have none: {error}");
+            self.send(Note { pod: pod.clone(), reason: Reason::CallerRefused, words });
+        }
+    }
+
+    fn served(&self, pod: &PodRef) {
+        if self.refusals.lock().unwrap_or_else(PoisonError::into_inner).served(&pod.uid) {
+            let words = "Processes of this pod are served now".to_owned();
+            self.send(Note { pod: pod.clone(), reason: Reason::CallerServed, words });
         }
     }
 }
@@ -214,7 +237,7 @@ impl Writer {
 
 fn event(note: &Note, instance: &str, now: jiff::Timestamp) -> Event {
     let PodRef { namespace, name, uid } = &note.pod;
-    let kind = if note.reason == Reason::CertificateIssued { "Normal" } else { "Warning" };
+    let kind = if matches!(note.reason, Reason::CertificateIssued | Reason::CallerServed) { "Normal" } else { "Warning" };
     let mut words = note.words.clone();
     if words.len() > MOST_NOTE {
         let mut end = MOST_NOTE - '…'.len_utf8();

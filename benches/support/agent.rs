@@ -102,6 +102,7 @@ pub async fn start_as(config: &Config, attestor: Arc<dyn Attestor>, issuer: Time
         trust,
         await_bundle: false,
         witness: None,
+        doorman: None,
         tasks: Vec::new(),
         last: CancellationToken::new(),
     };

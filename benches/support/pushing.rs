@@ -50,8 +50,12 @@ impl Pushing {
             drain: ending.clone(),
         };
         let resolver = config.resolver();
-        let desk =
-            Desk { attestor: Arc::new(UnixAttestor), resolver: watch::channel(Arc::new(resolver)).1, metrics: attest::Metrics::default() };
+        let desk = Desk {
+            attestor: Arc::new(UnixAttestor),
+            resolver: watch::channel(Arc::new(resolver)).1,
+            metrics: attest::Metrics::default(),
+            witness: None,
+        };
         let sessions = Sessions {
             services: Services::new(Arc::new(service)).await.unwrap(),
             desk,

@@ -37,10 +37,12 @@ pub(super) async fn make(config: &Config, base: &mut Base) -> anyhow::Result<Dep
     let trust = Trust::new(trust::Metrics::register(base.exposition.registry()));
     let await_bundle = sources(config, base, &trust, cluster.as_ref(), &mut tasks, &last)?;
     let upstreams = upstream::issuers(config, base, &trust, cluster.as_ref(), &clock, &mut tasks, &last)?;
-    let witness = cluster.as_ref().filter(|_| config.events).and_then(|cluster| events(config, base, cluster, &mut tasks, &last));
+    let reporter = cluster.as_ref().filter(|_| config.events).and_then(|cluster| events(config, base, cluster, &mut tasks, &last));
+    let witness = reporter.clone().map(|reporter| reporter as Arc<dyn rotation::Witness>);
+    let doorman = reporter.map(|reporter| reporter as Arc<dyn attest::Witness>);
     let pods = cluster.and_then(|cluster| cluster.pods);
     let attestor = attestor(config, pods.clone())?;
-    Ok(Deps { clock, attestor, pods, upstreams, trust, await_bundle, witness, tasks, last })
+    Ok(Deps { clock, attestor, pods, upstreams, trust, await_bundle, witness, doorman, tasks, last })
 }
 
 fn needs_cluster(config: &Config) -> bool {
@@ -85,13 +87,13 @@ fn events(
     cluster: &Cluster,
     tasks: &mut Vec<BoxFuture<'static, ()>>,
     last: &CancellationToken,
-) -> Option<Arc<dyn rotation::Witness>> {
+) -> Option<Arc<events::Reporter>> {
     cluster.pods.as_ref()?;
     let metrics = events::Metrics::register(base.exposition.registry());
-    let (witness, writer) = events::new(cluster.client.clone(), &config.node, metrics);
+    let (reporter, writer) = events::new(cluster.client.clone(), &config.node, metrics);
     let last = last.clone();
     tasks.push(Box::pin(async move { writer.run(last).await }));
-    Some(Arc::new(witness))
+    Some(Arc::new(reporter))
 }
 
 /// What the configuration names, and nothing in its place: by user id, every pod's root would be one workload.

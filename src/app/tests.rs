@@ -24,6 +24,7 @@ fn deps(tasks: Vec<BoxFuture<'static, ()>>) -> Deps {
         trust: Trust::new(trust::Metrics::default()),
         await_bundle: false,
         witness: None,
+        doorman: None,
         tasks,
         last: CancellationToken::new(),
     }

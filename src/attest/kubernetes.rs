@@ -82,7 +82,9 @@ impl KubernetesAttestor {
         let pod = &known.pod;
         if pod.service_account.is_none() {
             let kind = if pod.mirror { "static pod" } else { "pod" };
-            return Err(Error::refused(Reason::no_service_account, format!("{kind} {} has no service account", pod.pod)));
+            // A static pod is told by the UID that the kubelet knows it by, as the kubelet tells it, and not by its mirror's.
+            let told = PodRef { uid: place.pod.as_str().into(), ..pod.pod.clone() };
+            return Err(Error::refused(Reason::no_service_account, format!("{kind} {} has no service account", pod.pod)).by(&told));
         }
         self.allow(peer, &place, &known).await?;
         let gone = known.gone.child_token();
@@ -110,21 +112,21 @@ impl KubernetesAttestor {
         let (pod, pid) = (&known.pod.pod, peer.pid);
         if !uids.is_empty() && !uids.contains(&peer.uid) {
             let detail = format!("process {pid} of pod {pod} runs as user {}, who is not among attestationPolicy.uids", peer.uid);
-            return Err(Error::refused(Reason::uid_not_allowed, detail));
+            return Err(Error::refused(Reason::uid_not_allowed, detail).by(pod));
         }
         if containers.is_empty() {
             return Ok(());
         }
         let Some(id) = &place.container else {
             let detail = format!("process {pid} is in no single container of pod {pod}, and attestationPolicy.containers names containers");
-            return Err(Error::refused(Reason::container_not_allowed, detail));
+            return Err(Error::refused(Reason::container_not_allowed, detail).by(pod));
         };
         let name = self.pods.wait_for_container(&pod.uid, id).await?;
         if containers.iter().any(|allowed| **allowed == *name) {
             return Ok(());
         }
         let detail = format!("process {pid} is in container {name} of pod {pod}, which is not among attestationPolicy.containers");
-        Err(Error::refused(Reason::container_not_allowed, detail))
+        Err(Error::refused(Reason::container_not_allowed, detail).by(pod))
     }
 
     async fn place(&self, peer: &Peer) -> Result<Place, Error> {

@@ -109,7 +109,7 @@ impl MountAttestor {
             claim.check(pod, &self.volume)?;
         }
         if pod.service_account.is_none() {
-            return Err(Error::refused(Reason::no_service_account, format!("pod {} has no service account", pod.pod)));
+            return Err(Error::refused(Reason::no_service_account, format!("pod {} has no service account", pod.pod)).by(&pod.pod));
         }
         Ok(pod.workload_at(&self.volume))
     }

@@ -30,6 +30,10 @@ pub enum Reason {
     CertificateWithheld,
     /// It is over.
     CertificateIssued,
+    /// A process of it asks, and may have nothing.
+    CallerRefused,
+    /// It may have something after all.
+    CallerServed,
 }
 
 impl Reason {
@@ -41,6 +45,8 @@ impl Reason {
             Self::CertificatePending => "CertificatePending",
             Self::CertificateWithheld => "CertificateWithheld",
             Self::CertificateIssued => "CertificateIssued",
+            Self::CallerRefused => "CallerRefused",
+            Self::CallerServed => "CallerServed",
         }
     }
 }

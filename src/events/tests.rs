@@ -90,6 +90,30 @@ async fn a_denial_is_one_warning_on_the_pod_and_its_end_one_event_more() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_pod_that_may_have_nothing_is_told_once_and_that_it_may_once() {
+    use attest::{Reason, Witness as _};
+    let b = Bench::new();
+    let error = attest::Error::refused(Reason::no_identity, "it picks profile \"gold\", which is not there");
+    for _ in 0..20 {
+        b.reporter.refused(&pod("a"), &error);
+    }
+    let warning = b.api.until_count("events", 1).await.remove(0);
+    assert_eq!(
+        (&warning["type"], &warning["reason"], &warning["regarding"]["uid"]),
+        (&json!("Warning"), &json!("CallerRefused"), &json!("uid-a"))
+    );
+    assert!(warning["note"].as_str().is_some_and(|note| note.contains("no_identity: it picks profile")), "{warning}");
+    for _ in 0..20 {
+        b.reporter.served(&pod("a"));
+        b.reporter.served(&pod("b"));
+    }
+    let normal = b.api.until("its end", |api| api.objects("events").into_iter().find(|event| event["type"] == "Normal")).await;
+    assert_eq!(normal["reason"], "CallerServed");
+    tokio::time::sleep(Duration::from_secs(3600)).await;
+    assert_eq!((b.api.objects("events").len(), b.counted(Written::written)), (2, 2));
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_flood_is_bounded_and_nobody_waits_for_it() {
     let b = Bench::new();
     let entries: Vec<_> = (0..200).map(|n| b.entry(&format!("s{n}"))).collect();

@@ -59,6 +59,32 @@ fn path(path: &Path) -> &str {
     path.to_str().expect("temporary folders have plain names")
 }
 
+/// A static pod may have nothing, and asks again and again; a process that the policy does not let is told of, too.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pod_that_may_have_nothing_is_told_once() {
+    let scene = Scene::new(&Cluster::connect().await).await;
+    let settings = "attestationPolicy: { uids: [4242] }\n";
+    let agent = scene.agent_pod.launch(scene.dir.path(), settings).start().await;
+    let hash = "0123456789abcdef0123456789abcdea";
+    let unnamed = Workload::of(scene.cluster.mirror_pod(&scene.namespace, "static", &scene.node, hash).await);
+    let (root, quiet) = (scene.workload("root").await, scene.workload("quiet").await);
+    for _ in 0..4 {
+        for workload in [&unnamed, &root] {
+            assert_eq!(workload.refusal(&agent, "10s").await.code, 77);
+        }
+    }
+    let own = scene.agent_pod.pod.clone();
+    for (workload, reason) in [(&unnamed, "no_service_account"), (&root, "uid_not_allowed")] {
+        let told = event(&scene, workload, 1).await;
+        assert_eq!((&told["type"], &told["reason"]), (&"Warning".into(), &"CallerRefused".into()));
+        assert!(told["note"].as_str().is_some_and(|note| note.contains(&format!("may have none: {reason}: "))), "{told}");
+        assert_eq!(told["reportingInstance"], own.name.as_str());
+    }
+    let written = agent.metric_of("sds_agent_pod_events_total", &["result=\"written\""]).await;
+    assert!((written - 2.0).abs() < 0.5, "{written}");
+    assert_eq!((events(&scene, &unnamed).await.len(), events(&scene, &root).await.len(), events(&scene, &quiet).await.len()), (1, 1, 0));
+}
+
 /// The agent's events on a pod, oldest first.
 async fn events(scene: &Scene, workload: &Workload) -> Vec<Value> {
     let list = scene.cluster.get(&format!("/apis/events.k8s.io/v1/namespaces/{}/events", workload.pod.namespace)).await;

@@ -416,8 +416,8 @@ pub const GROUPS: &[Group] = &[
                 "events",
                 Boolean,
                 Value("true"),
-                "Tell pods of trouble with their certificates by Kubernetes Events: one Warning when it begins, one Normal when it is \
-                 over, never one for each try; at most 30 a minute in all. Needs the verb `create` on `events` of `events.k8s.io` in the \
+                "Tell pods of trouble with their certificates, and that they may have none, by Kubernetes Events: one Warning when it \
+                 begins, one Normal when it is over, never one for each try; at most 30 a minute in all. Needs the verb `create` on `events` of `events.k8s.io` in the \
                  pods' namespaces; without it nothing else changes.",
             ),
             field(

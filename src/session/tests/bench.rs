@@ -126,7 +126,7 @@ impl Agent {
         let attestor = Arc::new(Doorman { open, let_in: let_in.clone() });
         let mut sessions = Sessions {
             services: Services::new(sds.clone()).await.unwrap(),
-            desk: Desk { attestor, resolver: watch::channel(Arc::new(resolver)).1, metrics: attest::Metrics::default() },
+            desk: Desk { attestor, resolver: watch::channel(Arc::new(resolver)).1, metrics: attest::Metrics::default(), witness: None },
             quotas: quotas::Quotas::new(&limits),
             refusals: Arc::default(),
             limits,

@@ -169,7 +169,7 @@ impl Bench {
         let (resolver, resolver_now) = watch::channel(Arc::new(resolver));
         let holds = Arc::new(AtomicBool::new(true));
         let attestor = Arc::new(Told { verdict: verdict_now, holds: holds.clone() });
-        let desk = Desk { attestor, resolver: resolver_now, metrics: attest::Metrics::default() };
+        let desk = Desk { attestor, resolver: resolver_now, metrics: attest::Metrics::default(), witness: None };
         Self {
             service: Arc::new(service),
             clock,
@@ -246,7 +246,7 @@ impl Bench {
     }
 
     pub(super) fn refuse(&self, temporary: bool) {
-        let error = attest::Error { reason: Reason::unknown_pod, detail: "the evidence, for the log".into(), temporary };
+        let error = attest::Error { reason: Reason::unknown_pod, detail: "the evidence, for the log".into(), temporary, pod: None };
         self.verdict.send_replace(Some(Err(error)));
     }
 
