@@ -3,18 +3,34 @@
 #   docker build -t sds-agent .            (or: buildah bud -t sds-agent .)
 #   docker buildx build --platform linux/amd64,linux/arm64 -t REGISTRY/sds-agent --push .
 #
-# Each platform is built on itself (natively, or by the emulation that buildx sets up): both base images exist for amd64 and arm64, and
-# nothing below names an architecture. No BuildKit syntax is needed.
+# The builder is always of the machine that builds, and compiles for the platform that is asked for: under emulation an optimised build
+# would take hours. Both base images exist for amd64 and arm64. A buildah that does not know BUILDPLATFORM (1.28) is told it:
+#
+#   buildah bud --platform linux/arm64 --build-arg BUILDPLATFORM=linux/amd64 -t sds-agent .
 
 # A C compiler is all that aws-lc-rs wants beside Rust. Same Debian as below: the binary needs a C library that is no older than the builder's.
 ARG RUST_IMAGE=docker.io/library/rust:1.95-slim-bookworm
 # `cc`: the binary is linked to libc, libm and libgcc_s. The roots in it are for a kubeconfig that names no authority.
 ARG RUNTIME_IMAGE=gcr.io/distroless/cc-debian12:nonroot
 
-FROM ${RUST_IMAGE} AS builder
+FROM --platform=${BUILDPLATFORM} ${RUST_IMAGE} AS builder
 WORKDIR /src
-# `release`, or `dev` for a try that is built sooner.
-ARG PROFILE=release
+
+# The compiler for the platform: where it is not the builder's own, Rust's library and a C compiler with its library are got.
+ARG TARGETARCH
+RUN case "${TARGETARCH:-$(dpkg --print-architecture)}" in \
+        amd64) machine=x86_64 package=x86-64 library=amd64 ;; \
+        arm64) machine=aarch64 package=aarch64 library=arm64 ;; \
+        *) echo "no build for TARGETARCH=\"${TARGETARCH}\": amd64 and arm64 are known" >&2; exit 1 ;; \
+    esac \
+    && target="$machine-unknown-linux-gnu" linker="$machine-linux-gnu-gcc" \
+    && { [ -d "$(rustc --print target-libdir --target "$target")" ] || rustup target add "$target"; } \
+    && { command -v "$linker" || { apt-get update \
+        && apt-get install -y --no-install-recommends "gcc-$package-linux-gnu" "libc6-dev-$library-cross"; }; } \
+    && printf '[build]\ntarget = "%s"\n[target.%s]\nlinker = "%s"\n' "$target" "$target" "$linker" >>"${CARGO_HOME}/config.toml"
+
+# `dist`; or `release` or `dev`, which are built sooner.
+ARG PROFILE=dist
 
 # The dependencies: built again only when a manifest changes. In place of each target stands a stub, which cargo wants to be there; those of
 # tests and benches stay, so that a change to them builds nothing. What is built of the stubs themselves is thrown away, or files older than
@@ -32,9 +48,10 @@ COPY src src
 # Told by `sds_agent_build_info`. Below the dependencies: a new revision builds the agent alone.
 ARG REVISION=unknown
 RUN SDS_AGENT_REVISION="${REVISION}" cargo build --locked --bin sds-agent --profile "${PROFILE}" \
-    && install -D -t /out target/*/sds-agent
+    && install -D -t /out target/*-linux-gnu/*/sds-agent
 
-FROM ${RUNTIME_IMAGE}
+# Said, because the same buildah goes on with the first stage's platform otherwise.
+FROM --platform=${TARGETPLATFORM} ${RUNTIME_IMAGE}
 COPY LICENSE /usr/share/doc/sds-agent/LICENSE
 COPY --from=builder /out/sds-agent /usr/local/bin/sds-agent
 

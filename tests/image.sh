@@ -1,21 +1,24 @@
 #!/usr/bin/env bash
 # Builds the Dockerfile for real, without a registry, and looks at what comes out:
 #
-#   tests/image.sh [dev | release]
+#   tests/image.sh [dev | dist] [amd64 | arm64]
 #
-# Both base images are made here: the builder of Debian 12 with a C compiler and this machine's Rust, the runtime of the few files that
+# Both base images are made here: the builder of Debian 12 with C compilers and this machine's Rust, the runtime of the few files that
 # distroless/cc has and the agent needs. What is left of the work for the real bases is to pull them. It takes minutes, root, buildah,
-# debootstrap and cargo; the bases and the layers stay among buildah's images until `buildah rmi` takes them.
+# debootstrap and cargo; the bases and the layers stay among buildah's images until `buildah rmi` takes them. The architecture is this
+# machine's unless told; another one is compiled for here, and run with qemu-user.
 set -euo pipefail
 
 profile=${1-dev}
+own=$(dpkg --print-architecture)
+arch=${2-$own}
 root=$(cd "$(dirname "$0")/.." && pwd)
-builder=localhost/sds-agent-test/builder
-runtime=localhost/sds-agent-test/runtime
-image=localhost/sds-agent-test/agent
+builder=localhost/sds-agent-test/builder-for-$arch
+runtime=localhost/sds-agent-test/runtime-$arch
+image=localhost/sds-agent-test/agent-$arch
 work=$(mktemp -d)
-container=
-trap '[ -z "$container" ] || buildah rm "$container" >/dev/null; rm -rf "$work"' EXIT
+container= served=
+trap '[ -z "$served" ] || kill "$served"; [ -z "$container" ] || buildah rm "$container" >/dev/null; rm -rf "$work"' EXIT
 
 fail() {
     echo "tests/image.sh: $*" >&2
@@ -27,47 +30,61 @@ is() {
     [ "$2" = "$3" ] || fail "$1 is \"$2\" and should be \"$3\""
 }
 
-# commit FOLDER IMAGE [OPTION OF buildah config...]
+case $arch in
+amd64) machine=x86_64 compiler=gcc-x86-64-linux-gnu loader=ld-linux-x86-64.so.2 ;;
+arm64) machine=aarch64 compiler=gcc-aarch64-linux-gnu loader=ld-linux-aarch64.so.1 ;;
+*) fail "\"$arch\" is no architecture of the image: amd64 or arm64" ;;
+esac
+target=$machine-unknown-linux-gnu
+
+# commit FOLDER IMAGE ARCHITECTURE [OPTION OF buildah config...]
 commit() {
     local made
-    made=$(buildah from scratch)
+    made=$(buildah from --arch "$3" scratch)
     buildah add -q "$made" "$1" / >/dev/null
-    [ $# -lt 3 ] || buildah config "${@:3}" "$made"
+    buildah config --arch "$3" "${@:4}" "$made"
     buildah commit -q --rm "$made" "$2" >/dev/null
 }
 
-bases() {
-    local rootfs=$work/builder files=$work/runtime library
-    echo "tests/image.sh: making the base images"
-    debootstrap --variant=minbase --include=gcc,libc6-dev,ca-certificates bookworm "$rootfs" http://deb.debian.org/debian >"$work/log" ||
-        { tail -n 5 "$work/log" >&2 && fail "debootstrap failed"; }
-
-    # Each library that the agent is linked to, and its loader; the roots; two users.
-    mkdir -p "$files/etc/ssl/certs"
-    for library in libc.so.6 libm.so.6 libgcc_s.so.1 ld-linux-x86-64.so.2 ld-linux-aarch64.so.1; do
-        library=$(find "$rootfs/usr/lib" "$rootfs"/lib* -name "$library" -print -quit)
-        [ -z "$library" ] || install -D "$(readlink -f "$library")" "$files/lib/$(basename "$library")"
-    done
-    ln -s lib "$files/lib64"
-    cp "$rootfs/etc/ssl/certs/ca-certificates.crt" "$files/etc/ssl/certs/"
-    printf 'root:x:0:0::/root:/sbin/nologin\nnonroot:x:65532:65532::/:/sbin/nologin\n' >"$files/etc/passwd"
-
+# Debian 12 with what the Dockerfile gets otherwise, so that it has nothing to get here.
+make_builder() {
+    local rootfs=$work/builder other=
+    [ "$arch" = "$own" ] || other=,$compiler,libc6-dev-$arch-cross
+    echo "tests/image.sh: making the builder's base"
+    debootstrap --variant=minbase --include="gcc,libc6-dev,ca-certificates$other" bookworm "$rootfs" http://deb.debian.org/debian \
+        >"$work/log" || { tail -n 5 "$work/log" >&2 && fail "debootstrap failed"; }
     # The crates come with the toolchain: whatever the build lacks, it cannot get.
     (cd "$root" && cargo fetch --quiet --locked)
     mkdir -p "$rootfs/usr/local/rust" "$rootfs/usr/local/cargo"
     cp -a "$(rustc --print sysroot)"/{bin,lib} "$rootfs/usr/local/rust/"
     cp -a "${CARGO_HOME:-$HOME/.cargo}/registry" "$rootfs/usr/local/cargo/"
-
-    commit "$rootfs" "$builder" --env CARGO_HOME=/usr/local/cargo --env CARGO_NET_OFFLINE=true \
+    commit "$rootfs" "$builder" "$own" --env CARGO_HOME=/usr/local/cargo --env CARGO_NET_OFFLINE=true \
         --env PATH=/usr/local/rust/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
-    commit "$files" "$runtime"
-    rm -rf "$rootfs" "$files"
+    make_runtime "$rootfs"
+    rm -rf "$rootfs"
+}
+
+# make_runtime ROOTFS: each library that the agent is linked to, and its loader; the roots; two users.
+make_runtime() {
+    local files=$work/runtime library found
+    mkdir -p "$files/etc/ssl/certs"
+    for library in libc.so.6 libm.so.6 libgcc_s.so.1 "$loader"; do
+        found=$(find "$1/usr/$machine-linux-gnu" "$1/usr/lib/$machine-linux-gnu" "$1/lib/$machine-linux-gnu" \
+            -name "$library" -print -quit 2>/dev/null)
+        [ -n "$found" ] || fail "the builder's base has no $library"
+        install -D "$(readlink -f "$found")" "$files/lib/$library"
+    done
+    ln -s lib "$files/lib64"
+    cp "$1/etc/ssl/certs/ca-certificates.crt" "$files/etc/ssl/certs/"
+    printf 'root:x:0:0::/root:/sbin/nologin\nnonroot:x:65532:65532::/:/sbin/nologin\n' >"$files/etc/passwd"
+    commit "$files" "$runtime" "$arch"
+    rm -rf "$files"
 }
 
 # build REVISION: by the Dockerfile as it is, with a layer for each instruction.
 build() {
     local start=$SECONDS
-    buildah bud --isolation chroot --layers --build-arg RUST_IMAGE="$builder" --build-arg RUNTIME_IMAGE="$runtime" \
+    buildah bud --isolation chroot --layers --pull-never --platform "linux/$arch" --build-arg BUILDPLATFORM="linux/$own" --build-arg RUST_IMAGE="$builder" --build-arg RUNTIME_IMAGE="$runtime" \
         --build-arg PROFILE="$profile" --build-arg REVISION="$1" -t "$image" "$root" >"$work/log" 2>&1 ||
         { tail -n 30 "$work/log" >&2 && fail "the image does not build"; }
     echo "figure: profile $profile, revision $1: built in $((SECONDS - start)) s"
@@ -82,7 +99,11 @@ for program in buildah debootstrap cargo; do
     command -v "$program" >/dev/null || fail "$program is not on PATH: apt-get install buildah debootstrap, and a Rust toolchain"
 done
 [ "$(id -u)" = 0 ] || fail "debootstrap wants root"
-{ [ -n "$(buildah images -q "$builder" 2>/dev/null)" ] && [ -n "$(buildah images -q "$runtime" 2>/dev/null)" ]; } || bases
+if [ "$arch" != "$own" ]; then
+    command -v "qemu-$machine-static" >/dev/null || fail "qemu-$machine-static is not on PATH: apt-get install qemu-user-static"
+    [ -d "$(rustc --print target-libdir --target "$target")" ] || fail "this Rust has no library for $arch: rustup target add $target"
+fi
+{ [ -n "$(buildah images -q "$builder" 2>/dev/null)" ] && [ -n "$(buildah images -q "$runtime" 2>/dev/null)" ]; } || make_builder
 
 build "first-$$"
 build "second-$$"
@@ -101,5 +122,28 @@ files=$(buildah mount "$container")
 grep -qa "second-$$" "$files/usr/local/bin/sds-agent" || fail "the agent was built without its revision"
 ! grep -qa "first-$$" "$files/usr/local/bin/sds-agent" || fail "the agent is that of the first revision"
 version=$(inspect '{{index .OCIv1.Config.Labels "org.opencontainers.image.version"}}')
-is "what the agent says in the image" "$(buildah run --isolation chroot "$container" -- /usr/local/bin/sds-agent --version)" "sds-agent $version"
+is "the architecture" "$(inspect '{{.OCIv1.Architecture}}')" "$arch"
+# The image's own loader and libraries, whatever this machine has: it needs no others.
+if [ "$arch" = "$own" ]; then
+    socket=/run/sds.sock seen=$files$socket agent=(chroot "$files" /usr/local/bin/sds-agent)
+else
+    socket=$work/sds.sock seen=$socket agent=("qemu-$machine-static" -L "$files" "$files/usr/local/bin/sds-agent")
+fi
+is "what the agent says in the image" "$("${agent[@]}" --version)" "sds-agent $version"
+# And it works: keys, signatures, the caller's credentials, a stream.
+mkdir -p "$files/run"
+"${agent[@]}" dev --socket "$socket" --admin 127.0.0.1:0 >"$work/log" 2>&1 &
+served=$!
+for _ in $(seq 300); do
+    [ ! -S "$seen" ] || break
+    sleep 0.1
+done
+"${agent[@]}" fetch --socket "$socket" --name default --name ROOTCA -o json >"$work/fetched" ||
+    { tail -n 30 "$work/log" >&2 && fail "the agent of the image serves nobody"; }
+for field in spiffe_id chain_pem trusted_ca_pem; do
+    grep -q "\"$field\"" "$work/fetched" || fail "fetch has got no $field: $(head -c 500 "$work/fetched")"
+done
+kill "$served" && wait "$served" || fail "the agent of the image does not end as it is told to"
+served=
+echo "figure: $arch serves a certificate and its roots"
 echo "figure: the binary has $(stat -c %s "$files/usr/local/bin/sds-agent") bytes, all files of the image $(du -sb "$files" | cut -f 1)"
