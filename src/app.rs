@@ -181,6 +181,7 @@ pub async fn build_with(config: &Config, base: Base, deps: Deps) -> anyhow::Resu
         plan: plan.clone(),
         reissues,
         trust: deps.trust.subscribe(),
+        authorities: Some(deps.trust.clone()),
         await_bundle: deps.await_bundle,
         clock: deps.clock.clone(),
         claims,

@@ -44,6 +44,14 @@ pub enum Error {
     /// Broken PEM.
     #[error("is not valid PEM: {0}")]
     Pem(String),
+    /// Broken DER in the n-th revocation list, or one of a kind that is not served.
+    #[error("revocation list {index} cannot be used: {why}")]
+    RevocationList {
+        /// Its place, from 1.
+        index: usize,
+        /// What is wrong with it.
+        why: String,
+    },
     /// Broken DER in the n-th certificate, counted from 1.
     #[error("certificate {index} is not valid X.509: {why}")]
     X509 {
@@ -359,13 +367,13 @@ fn to_pem(certificates: &[CertificateDer<'_>]) -> Vec<u8> {
 /// Bytes of DER on one line of PEM: 64 characters.
 const DER_PER_LINE: usize = 48;
 
-fn pem_len(label: &str, der: usize) -> usize {
+pub(crate) fn pem_len(label: &str, der: usize) -> usize {
     let lines = der.div_ceil(DER_PER_LINE);
     2 * label.len() + "-----BEGIN -----\n-----END -----\n".len() + der.div_ceil(3) * 4 + lines
 }
 
 /// Appends one PEM block; never reallocates when `out` has room, so that a key leaves no copy behind.
-fn push_pem(label: &str, der: &[u8], out: &mut Vec<u8>) {
+pub(crate) fn push_pem(label: &str, der: &[u8], out: &mut Vec<u8>) {
     out.extend_from_slice(b"-----BEGIN ");
     out.extend_from_slice(label.as_bytes());
     out.extend_from_slice(b"-----\n");

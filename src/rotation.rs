@@ -32,7 +32,7 @@ use crate::{
     issuer::{Error, Issued, Retry, verify},
     material::{self, Svid},
     store::{Entry, Event, Status, Store},
-    trust::BundleSet,
+    trust::{BundleSet, Trust},
 };
 
 pub mod metrics;
@@ -86,6 +86,8 @@ pub struct Parts {
     pub reissues: mpsc::Receiver<Reissue>,
     /// The bundles that chains are checked against.
     pub trust: watch::Receiver<Arc<BundleSet>>,
+    /// Who hears of the authorities in chains; none where nobody asks.
+    pub authorities: Option<Trust>,
     /// Whether a bundle will come from elsewhere than the issuers: nothing is verified before it has.
     pub await_bundle: bool,
     /// The time.
@@ -113,6 +115,8 @@ struct Rotation {
     marks: HashMap<Id, Mark>,
     /// Answers whose chain leads to no root that is known so far: judged again when the bundle changes.
     unproven: HashMap<Id, Issued>,
+    /// Whether a certificate was renewed for the sake of its chain.
+    has_looked: bool,
     submitted: (mpsc::UnboundedSender<Submitted>, mpsc::UnboundedReceiver<Submitted>),
     /// Issuers that answer nobody.
     silent: BTreeSet<IssuerName>,
@@ -137,6 +141,7 @@ pub async fn run(parts: Parts, shutdown: CancellationToken) {
         spent: HashMap::new(),
         marks: HashMap::new(),
         unproven: HashMap::new(),
+        has_looked: false,
         submitted: mpsc::unbounded_channel(),
         silent: BTreeSet::new(),
         counted: BTreeSet::new(),
@@ -288,6 +293,7 @@ impl Rotation {
                 self.planner.retire(now, id, true);
             }
         }
+        self.look_for_a_chain();
         // Who wanted it may have left meanwhile, and a new subscriber may have come: the state counts, not the event.
         if !is_leased {
             self.planner.idle(now, id);
@@ -303,6 +309,9 @@ impl Rotation {
         let occasion = self.planner.occasion(now, id);
         let renew_at = schedule::renew_at(&validity, now.wall, profile, occasion, self.planner.draw());
         let authority = material::authority_digest(&profile.fingerprint(), verified.anchor.as_ref());
+        if let Some(trust) = &self.parts.authorities {
+            trust.met(&verified.chain, now.wall);
+        }
         if validity.lifetime() < profile.lifetime / 2 {
             warn!(%identity, asked = ?profile.lifetime, got = ?validity.lifetime(), "the issuer shortens certificates: more renewals than configured");
         }

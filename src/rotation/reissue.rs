@@ -2,12 +2,15 @@
 //! replacement is there, and calls that are repeated while one of them is at work add no orders. What had failed and waits for its next
 //! attempt is tried again within the same time: whoever calls has mended something.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use tokio::{sync::oneshot, time::Instant};
 use tracing::info;
 
-use super::{Id, Rotation};
+use super::{Id, Now, Rotation};
 use crate::store::Entry;
 
 /// So long after a certificate was reissued another call leaves it alone, at the least.
@@ -78,11 +81,8 @@ impl Rotation {
                 None => drop(self.marks.insert(id, Mark { until, replaced: false })),
             }
             let at = now.wall + over.mul_f64(self.planner.draw());
-            entry.hurry(at);
-            self.planner.wanted_by(now, id, entry.demand());
-            self.planner.expedite(now, id, at);
+            self.bring_forward(now, id, &entry, at);
             counts.retried += usize::from(self.planner.hasten(now, id, over));
-            entry.set_status(|status| status.next_attempt = status.next_attempt.map(|planned| planned.min(at)));
         }
         info!(
             ?which,
@@ -94,6 +94,14 @@ impl Rotation {
         );
         // Who asked may have gone.
         let _ = answer.send(counts);
+    }
+
+    /// A certificate that is there, or that clients have, is renewed at `at`, unless it is sooner.
+    pub(super) fn bring_forward(&mut self, now: Now, id: Id, entry: &Arc<Entry>, at: SystemTime) {
+        entry.hurry(at);
+        self.planner.wanted_by(now, id, entry.demand());
+        self.planner.expedite(now, id, at);
+        entry.set_status(|status| status.next_attempt = status.next_attempt.map(|planned| planned.min(at)));
     }
 
     fn is_about(&self, which: &Which, id: Id, entry: &Arc<Entry>) -> bool {

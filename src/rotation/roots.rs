@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use rustls::pki_types::CertificateDer;
-use tracing::warn;
+use tracing::{info, warn};
 
 use super::{Id, Rotation};
 use crate::{
@@ -20,6 +20,19 @@ impl Rotation {
             let profile = entry.identity.profile.fingerprint();
             material::is_current_authority(&material::authority_digest(&profile, anchor), &profile, bundle)
         })
+    }
+
+    /// Where revocation lists wait for a chain, one certificate that a client has brought along is renewed now: what a former process
+    /// knew of it is lost. Once; what is issued anyway comes by itself.
+    pub(super) fn look_for_a_chain(&mut self) {
+        if self.has_looked || !self.parts.trust.borrow().wants_chain {
+            return;
+        }
+        let Some((id, entry)) = self.entries.iter().find(|(_, entry)| entry.is_leased() && entry.is_held()) else { return };
+        let (id, entry, now) = (*id, entry.clone(), self.now());
+        info!(identity = %entry.identity, "renewed early: revocation lists wait for a chain");
+        self.bring_forward(now, id, &entry, now.wall);
+        self.has_looked = true;
     }
 
     /// Certificates of an authority that is no longer trusted are renewed soon, and not published where they still settle; answers that
@@ -58,6 +71,7 @@ impl Rotation {
                 Err(_) => drop(self.unproven.insert(id, issued)),
             }
         }
+        self.look_for_a_chain();
     }
 }
 

@@ -161,6 +161,7 @@ impl Bench {
             plan: plan_now,
             reissues,
             trust: trust.subscribe(),
+            authorities: Some(trust.clone()),
             await_bundle,
             clock: Arc::new(clock.clone()),
             claims: Some(Arc::new(present.clone())),
@@ -294,6 +295,25 @@ async fn what_is_at_rest_can_be_taken_in_passing_and_what_is_due_cannot() {
     b.source.take(b.foreign.bundle().unwrap());
     settle().await;
     assert!(passing(b.clock.now() + Duration::from_secs(60)).is_none());
+    assert_eq!(b.orders(), 1);
+}
+
+/// Only a chain shows which authorities sign, and what a former process knew of them is lost.
+#[tokio::test(start_paused = true)]
+async fn where_revocation_lists_wait_one_held_certificate_is_renewed_at_once_and_one_alone() {
+    let b = Bench::new([]);
+    let now = b.clock.now();
+    let held = Demand::Held { renew_at: now + Duration::from_secs(6000), not_after: now + Duration::from_secs(12_000) };
+    let leases = ["a", "b", "c"].map(|who| b.store.lease(&identity(who), held, None));
+    settle().await;
+    assert_eq!(b.orders(), 0);
+    let list = crate::trust::crl::tests::Authority::new("another").list(0, 0);
+    b.source.offer(list.as_bytes()).unwrap();
+    settle().await;
+    assert_eq!(b.orders(), 1);
+    assert_eq!(leases.iter().filter(|lease| lease.current().is_some()).count(), 1);
+    b.source.offer(crate::trust::crl::tests::Authority::new("yet another").list(0, 0).as_bytes()).unwrap();
+    tokio::time::sleep(Duration::from_secs(600)).await;
     assert_eq!(b.orders(), 1);
 }
 

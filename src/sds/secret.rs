@@ -69,6 +69,7 @@ mod tag {
     pub(super) const TLS_CERTIFICATE_CHAIN: u32 = 1;
     pub(super) const TLS_PRIVATE_KEY: u32 = 2;
     pub(super) const VALIDATION_TRUSTED_CA: u32 = 1;
+    pub(super) const VALIDATION_CRL: u32 = 7;
     pub(super) const DATA_SOURCE_INLINE_BYTES: u32 = 2;
 }
 
@@ -87,12 +88,14 @@ pub fn certificate(svid: &Svid, face: Face, name: &str) -> Bytes {
     })
 }
 
-/// The roots of `bundle` under `name`. Never with matchers: a client merges them into its own, and they would weaken its check.
+/// The roots of `bundle` and its revocation lists under `name`. Never with matchers: a client merges them into its own, and they would weaken its check.
 pub fn bundle(bundle: &Bundle, face: Face, name: &str) -> Bytes {
     bundle.encodings.once(face, name, || {
-        let roots = bundle.roots.to_pem();
-        let trusted = Field::Message(tag::VALIDATION_TRUSTED_CA, vec![Field::Bytes(tag::DATA_SOURCE_INLINE_BYTES, &roots)]);
-        resource(face, name, bundle.roots.version(), Field::Message(tag::SECRET_VALIDATION_CONTEXT, vec![trusted]))
+        let (roots, crls) = (bundle.roots.to_pem(), bundle.crls_pem());
+        let inline = |tag, pem| Field::Message(tag, vec![Field::Bytes(tag::DATA_SOURCE_INLINE_BYTES, pem)]);
+        let trusted = inline(tag::VALIDATION_TRUSTED_CA, &roots);
+        let context = [trusted].into_iter().chain(crls.as_deref().map(|pem| inline(tag::VALIDATION_CRL, pem)));
+        resource(face, name, bundle.version(), Field::Message(tag::SECRET_VALIDATION_CONTEXT, context.collect()))
     })
 }
 
@@ -160,12 +163,12 @@ mod tests {
         clock::SystemClock,
         identity::tests::identity,
         issuer::{Issuer, Order, Progress, embedded::Embedded, verify},
-        material::Encodings,
         proto::envoy::{
             config::core::v3::data_source::Specifier,
             extensions::transport_sockets::tls::v3::{Secret, secret::Type},
             service::discovery::v3::{DeltaDiscoveryResponse, DiscoveryResponse},
         },
+        trust::crl::{self, tests::Authority},
     };
 
     async fn material() -> (Svid, Bundle) {
@@ -178,7 +181,7 @@ mod tests {
         let verified = verify::verify(&identity, &issued.key, &issued.chain_pem, Some(&roots), std::time::SystemTime::now()).unwrap();
         let validity = verified.chain.validity;
         let svid = Svid::new(identity, verified.chain, issued.key, validity.not_after, validity.not_before, "0123456789abcdef".into());
-        (svid, Bundle { roots, encodings: Encodings::default() })
+        (svid, Bundle::new(roots, Vec::new()))
     }
 
     fn join(pieces: VecDeque<Bytes>) -> Bytes {
@@ -210,7 +213,7 @@ mod tests {
                     let versions: Vec<_> = response.resources.iter().map(|r| (r.name.clone(), r.version.clone())).collect();
                     assert_eq!(
                         versions,
-                        [("default".to_owned(), svid.version().to_owned()), ("ROOTCA".to_owned(), roots.roots.version().to_owned())]
+                        [("default".to_owned(), svid.version().to_owned()), ("ROOTCA".to_owned(), roots.version().to_owned())]
                     );
                     response.resources.iter().map(|r| secret(r.resource.as_ref().unwrap())).collect()
                 }
@@ -226,6 +229,19 @@ mod tests {
             assert_eq!(inline(&context.trusted_ca), roots.roots.to_pem());
             assert_eq!((&*secrets[0].name, &*secrets[1].name), ("default", "ROOTCA"));
         }
+    }
+
+    #[test]
+    fn revocation_lists_go_beside_the_roots() {
+        let authority = Authority::new("a");
+        let roots = crate::material::TrustBundle::from_pem(authority.certificate.pem().as_bytes()).unwrap();
+        let crls = crl::from_pem(authority.list(2, 0).as_bytes()).unwrap();
+        let served = Bundle::new(roots, crls);
+        let message = join(response(Face::StateOfTheWorld, "v7", "12", [bundle(&served, Face::StateOfTheWorld, "ROOTCA")]));
+        let secret = secret(&DiscoveryResponse::decode(message).unwrap().resources[0]);
+        let Some(Type::ValidationContext(context)) = secret.r#type else { panic!("{secret:?}") };
+        let Some(Specifier::InlineBytes(pem)) = context.crl.unwrap().specifier else { panic!("not inline") };
+        assert_eq!(crl::from_pem(&pem).unwrap(), served.crls());
     }
 
     #[tokio::test]

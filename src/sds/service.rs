@@ -74,7 +74,7 @@ impl View {
     fn version(&self, target: &Target) -> Option<&str> {
         match target {
             Target::Certificate => self.svid.as_ref().map(|svid| svid.version()),
-            target => self.bundle(target).map(|bundle| bundle.roots.version()),
+            target => self.bundle(target).map(|bundle| bundle.version()),
         }
     }
 

@@ -150,7 +150,7 @@ mod tests {
         let source = ConfigMapSource::new(api.client(&metrics), "cert-manager", "mesh-roots", "ca.crt", source, metrics);
         tokio::spawn(source.run(CancellationToken::new()));
         let mut bundles = trust.subscribe();
-        let own = |set: &Arc<crate::trust::BundleSet>| set.own.as_ref().map(|b| b.roots.version().to_owned());
+        let own = |set: &Arc<crate::trust::BundleSet>| set.own.as_ref().map(|b| b.version().to_owned());
         let changed =
             async |bundles: &mut tokio::sync::watch::Receiver<_>| timeout(Duration::from_secs(60), bundles.changed()).await.is_ok();
         api.until("the watch", |api| (api.count("watch", "configmaps") == 1).then_some(())).await;

@@ -34,6 +34,7 @@ mod no_disk;
 mod ops;
 mod profiles;
 mod reload;
+mod revocation;
 mod upgrade;
 mod vault;
 mod warm_up;

@@ -112,6 +112,7 @@ impl World {
             plan: plan_now,
             reissues: tokio::sync::mpsc::channel(1).1,
             trust: trust.subscribe(),
+            authorities: None,
             await_bundle: true,
             clock: Arc::new(clock),
             claims: None,

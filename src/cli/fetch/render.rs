@@ -13,6 +13,7 @@ use crate::{
     cli::output::printable,
     clock::{from_unix_seconds, rfc3339},
     material::{CertificateChain, TrustBundle},
+    trust::crl::RevocationList,
 };
 
 /// The contract: the same keys in the same order for every resource, but for the last, which is of its kind.
@@ -32,6 +33,8 @@ struct Object<'a> {
     chain_pem: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     trusted_ca_pem: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    crl_pem: Option<String>,
 }
 
 /// One object on one line.
@@ -50,6 +53,7 @@ pub fn json(resource: &Resource) -> String {
             not_after: rfc3339(chain.validity.not_after),
             chain_pem: Some(text(chain.to_pem())),
             trusted_ca_pem: None,
+            crl_pem: None,
         },
         Material::Bundle(bundle) => Object {
             name,
@@ -60,9 +64,10 @@ pub fn json(resource: &Resource) -> String {
             serial: None,
             fingerprint_sha256: None,
             not_before: None,
-            not_after: rfc3339(bundle.earliest_expiry),
+            not_after: rfc3339(bundle.roots.earliest_expiry),
             chain_pem: None,
-            trusted_ca_pem: Some(text(bundle.to_pem())),
+            trusted_ca_pem: Some(text(bundle.roots.to_pem())),
+            crl_pem: bundle.crls_pem().map(text),
         },
     };
     // Strings and lists of them: there is nothing in it that JSON cannot say.
@@ -75,7 +80,7 @@ pub fn json(resource: &Resource) -> String {
 pub fn pem(resource: &Resource) -> String {
     match &resource.material {
         Material::Certificate { chain, .. } => text(chain.to_pem()),
-        Material::Bundle(bundle) => text(bundle.to_pem()),
+        Material::Bundle(bundle) => text(bundle.roots.to_pem()),
     }
 }
 
@@ -97,7 +102,8 @@ pub fn block(resource: &Resource, now: SystemTime) -> String {
             "certificate"
         }
         Material::Bundle(bundle) => {
-            fields.extend(roots(bundle).map(|root| ("root", root.in_words(now))));
+            fields.extend(roots(&bundle.roots).map(|root| ("root", root.in_words(now))));
+            fields.extend(bundle.crls().iter().map(|list| ("revoked", in_words(list, now))));
             "trust bundle"
         }
     };
@@ -120,8 +126,9 @@ pub fn line(resource: &Resource, now: SystemTime) -> String {
             format!("{time} {name} {id} serial {} until {} ({})\n", chain.serial, rfc3339(not_after), expiry(not_after, now))
         }
         Material::Bundle(bundle) => {
-            let roots: Vec<String> = roots(bundle).map(|root| root.in_words(now)).collect();
-            format!("{time} {name} {}: {}\n", count(roots.len(), "root"), roots.join("; "))
+            let roots: Vec<String> = roots(&bundle.roots).map(|root| root.in_words(now)).collect();
+            let lists: String = bundle.crls().iter().map(|list| format!("; revoked {}", in_words(list, now))).collect();
+            format!("{time} {name} {}: {}{lists}\n", count(roots.len(), "root"), roots.join("; "))
         }
     }
 }
@@ -135,6 +142,11 @@ impl Root {
     fn in_words(&self, now: SystemTime) -> String {
         format!("{}, until {} ({})", self.subject, rfc3339(self.not_after), expiry(self.not_after, now))
     }
+}
+
+fn in_words(list: &RevocationList, now: SystemTime) -> String {
+    let number = count(list.revoked, "certificate");
+    list.next_update.map_or_else(|| number.clone(), |end| format!("{number}, by a list until {} ({})", rfc3339(end), expiry(end, now)))
 }
 
 fn roots(bundle: &TrustBundle) -> impl Iterator<Item = Root> + '_ {

@@ -13,6 +13,7 @@ use crate::{
         config::core::v3::{DataSource, data_source::Specifier},
         extensions::transport_sockets::tls::v3::{Secret, secret::Type},
     },
+    trust::{Bundle, crl},
 };
 
 /// The only type of resource that SDS has.
@@ -39,8 +40,8 @@ pub enum Material {
         /// PEM.
         key: Option<Key>,
     },
-    /// Roots.
-    Bundle(TrustBundle),
+    /// Roots, and revocation lists where there are any.
+    Bundle(Bundle),
 }
 
 /// A private key in PEM, as received.
@@ -114,7 +115,9 @@ pub fn read(any: &Any, version: &str) -> Result<Resource, Error> {
         }
         Some(Type::ValidationContext(context)) => {
             let pem = inline(context.trusted_ca).ok_or_else(|| Error::Kind(name.clone()))?;
-            Material::Bundle(TrustBundle::from_pem(&pem).map_err(wrong("trust bundle"))?)
+            let roots = TrustBundle::from_pem(&pem).map_err(wrong("trust bundle"))?;
+            let crls = inline(context.crl).map_or_else(|| Ok(Vec::new()), |pem| crl::from_pem(&pem)).map_err(wrong("revocation list"))?;
+            Material::Bundle(Bundle::new(roots, crls))
         }
         None => return Err(Error::Kind(name)),
     };

@@ -45,7 +45,7 @@ fn certificate(name: &str, chain: &str) -> Any {
 }
 
 fn bundle(name: &str, roots: &str) -> Any {
-    secret(name, Some(Type::ValidationContext(CertificateValidationContext { trusted_ca: inline(roots) })))
+    secret(name, Some(Type::ValidationContext(CertificateValidationContext { trusted_ca: inline(roots), crl: None })))
 }
 
 fn response(version: &str, resources: Vec<Any>) -> DiscoveryResponse {

@@ -287,7 +287,8 @@ pub const GROUPS: &[Group] = &[
                 Sections,
                 Value("[]"),
                 "Where the roots of the agent's own trust domain come from; the bundle is the union. A source that offers nothing usable \
-                 changes nothing: the last good roots stay. With cert-manager, no source and no `trustStatusCA`, nobody gets a bundle.",
+                 changes nothing: the last good roots stay. With cert-manager, no source and no `trustStatusCA`, nobody gets a bundle. \
+                 A source may hold revocation lists (`X509 CRL`) too, beside roots or alone, see security.md.",
             ),
             field("trust.sources[].configMap", Section, Nothing, "A ConfigMap, as trust-manager writes it."),
             field("trust.sources[].configMap.namespace", Text, Required, "Its namespace."),

@@ -99,6 +99,7 @@ impl Agent {
             plan,
             reissues,
             trust: trust.subscribe(),
+            authorities: None,
             await_bundle: false,
             clock: clock.clone(),
             claims: None,

@@ -82,6 +82,7 @@ impl World {
                 plan: watch::channel(Arc::new(plan)).1,
                 reissues: tokio::sync::mpsc::channel(1).1,
                 trust: trust.subscribe(),
+                authorities: None,
                 await_bundle: false,
                 clock: Arc::new(clock.clone()),
                 claims: None,

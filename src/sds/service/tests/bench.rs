@@ -143,6 +143,7 @@ impl Bench {
             plan: plan_now,
             reissues,
             trust: trust.subscribe(),
+            authorities: None,
             await_bundle: false,
             clock: Arc::new(clock.clone()),
             claims: None,

@@ -1,0 +1,140 @@
+//! Revocation lists beside the roots: Envoys refuse a certificate that is on one, and take the next.
+
+use std::{fs, path::Path, time::Duration};
+
+use rcgen::{CertificateRevocationListParams, Issuer, KeyIdMethod, KeyPair, RevokedCertParams, SerialNumber};
+use time::OffsetDateTime;
+use x509_parser::extensions::ParsedExtension;
+
+use crate::support::{
+    self,
+    agent::Agent,
+    cluster::Cluster,
+    envoy::Sds,
+    eventually,
+    pair::{End, Pair},
+    scene::{PATIENCE, Scene, Workload},
+};
+
+/// A new certificate settles for a while where there is another: a twentieth of its life.
+const ARRIVES: Duration = Duration::from_secs(60);
+const SETTINGS: &str = "certificate: { lifetime: 5m }\nreissueOver: 1s\n";
+
+/// The list of the cluster's authority with these serial numbers, which are hexadecimal.
+async fn list(cluster: &Cluster, serials: &[&str]) -> String {
+    let (certificate, key) = cluster.authority_with_key().await;
+    let issuer = Issuer::from_ca_cert_pem(&certificate, KeyPair::from_pem(&key).unwrap()).unwrap();
+    let now = OffsetDateTime::now_utc() - Duration::from_secs(5);
+    let revoked = serials.iter().map(|serial| {
+        let digits: Vec<_> =
+            serial.as_bytes().chunks(2).map(|pair| u8::from_str_radix(str::from_utf8(pair).unwrap(), 16).unwrap()).collect();
+        RevokedCertParams {
+            serial_number: SerialNumber::from_slice(&digits),
+            revocation_time: now,
+            reason_code: None,
+            invalidity_date: None,
+        }
+    });
+    let params = CertificateRevocationListParams {
+        this_update: now,
+        next_update: now + Duration::from_secs(3600),
+        crl_number: SerialNumber::from(1_u64),
+        issuing_distribution_point: None,
+        revoked_certs: revoked.collect(),
+        key_identifier_method: KeyIdMethod::PreSpecified(key_id(&certificate)),
+    };
+    params.signed_by(&issuer).unwrap().pem().unwrap()
+}
+
+/// How an authority's certificate calls its key. Envoy looks a list up by it.
+fn key_id(pem: &str) -> Vec<u8> {
+    let (_, pem) = x509_parser::pem::parse_x509_pem(pem.as_bytes()).expect("PEM");
+    let certificate = pem.parse_x509().expect("a certificate");
+    let id = certificate.extensions().iter().find_map(|extension| match extension.parsed_extension() {
+        ParsedExtension::SubjectKeyIdentifier(id) => Some(id.0.to_vec()),
+        _ => None,
+    });
+    id.expect("a key identifier")
+}
+
+async fn serial(agent: &Agent, workload: &Workload) -> String {
+    let row = agent.certificate(&workload.id()).await.expect("a certificate");
+    row["serial"].as_str().expect("a serial number").to_owned()
+}
+
+/// As an editor does.
+fn replace(file: &Path, text: &str) {
+    let beside = file.with_extension("next");
+    fs::write(&beside, text).unwrap();
+    fs::rename(&beside, file).unwrap();
+}
+
+#[tokio::test]
+async fn a_revoked_certificate_is_refused_by_its_peers_and_the_next_one_is_taken() {
+    let _turn = support::turn().await;
+    let cluster = Cluster::connect().await;
+    let mut scene = Scene::new(&cluster).await;
+    let file = scene.dir.path().join("crl.pem");
+    fs::write(&file, list(&cluster, &[]).await).unwrap();
+    scene.agent_pod.more_roots = vec![file.clone()];
+    let launch = scene.agent_pod.launch(scene.dir.path(), SETTINGS);
+    let agent = launch.start().await;
+    let [server, client] = [scene.workload("server").await, scene.workload("client").await];
+    let (server_id, client_id) = (server.id(), client.id());
+    let pair = Pair::start(
+        agent.socket(),
+        End { id: &server_id, sds: Sds::StateOfTheWorld, cgroup: Some(&server.cgroup) },
+        End { id: &client_id, sds: Sds::Delta, cgroup: Some(&client.cgroup) },
+    )
+    .await;
+    // After the first certificate.
+    let roots = eventually("the list is served", PATIENCE, async || {
+        let served = agent.metric_of("sds_agent_crls", &["state=\"served\""]).await;
+        if served > 0.5 { Ok(client.fetch_roots(&agent).await) } else { Err(served.to_string()) }
+    })
+    .await;
+    assert!(roots["crl_pem"].as_str().is_some_and(|pem| pem.contains("BEGIN X509 CRL")), "{roots}");
+    pair.request().await.expect("nobody is revoked");
+
+    let revoked = serial(&agent, &server).await;
+    replace(&file, &list(&cluster, &[&revoked]).await);
+    eventually("the client refuses the revoked certificate", PATIENCE, async || match pair.request().await {
+        Ok(()) => Err("it is taken".to_owned()),
+        Err(words) if words.contains("503") => Ok(()),
+        Err(words) => Err(words),
+    })
+    .await;
+    assert!(pair.client.stats().await.sum(".ssl.fail_verify_error") > 0);
+
+    // What the operator does next.
+    let answer = agent.post(&format!("/reissue?over=0s&spiffe_id={server_id}")).await;
+    assert_eq!(answer.status, 200, "{}", answer.body);
+    eventually("the next certificate is taken", ARRIVES, async || pair.request().await).await;
+    assert_ne!(serial(&agent, &server).await, revoked);
+
+    // The next agent knows none of the chains that this one has seen: it has one certificate issued, and serves the lists.
+    let mut agent = agent;
+    agent.terminate();
+    assert!(agent.exit(PATIENCE).await.success());
+    let agent = launch.start().await;
+    eventually("the lists are served again", ARRIVES, async || {
+        let served = agent.metric_of("sds_agent_crls", &["state=\"served\""]).await;
+        if served > 0.5 { Ok(()) } else { Err(served.to_string()) }
+    })
+    .await;
+    pair.request().await.unwrap();
+
+    // A list that is none changes nothing: the one before stands, and goes on being served.
+    let before = client.fetch_roots(&agent).await;
+    replace(&file, "-----BEGIN X509 CRL-----\nAAAA\n-----END X509 CRL-----\n");
+    eventually("it is refused", PATIENCE, async || {
+        let name = format!("source=\"file {}\"", file.display());
+        let refused = agent.metric_of("sds_agent_bundles_refused_total", &[&name]).await;
+        if refused > 0.5 { Ok(()) } else { Err(refused.to_string()) }
+    })
+    .await;
+    pair.request().await.unwrap();
+    let after = client.fetch_roots(&agent).await;
+    assert!(after["crl_pem"].is_string() && after["crl_pem"] == before["crl_pem"], "{after}");
+    assert!(agent.metric_of("sds_agent_crls", &["state=\"withheld\""]).await < 0.5);
+}
