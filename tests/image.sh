@@ -70,7 +70,7 @@ make_runtime() {
     mkdir -p "$files/etc/ssl/certs"
     for library in libc.so.6 libm.so.6 libgcc_s.so.1 "$loader"; do
         found=$(find "$1/usr/$machine-linux-gnu" "$1/usr/lib/$machine-linux-gnu" "$1/lib/$machine-linux-gnu" \
-            -name "$library" -print -quit 2>/dev/null)
+            -name "$library" -print -quit 2>/dev/null || true)
         [ -n "$found" ] || fail "the builder's base has no $library"
         install -D "$(readlink -f "$found")" "$files/lib/$library"
     done
