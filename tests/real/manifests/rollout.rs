@@ -3,6 +3,7 @@
 use std::{fs, net::SocketAddr, os::unix::fs::MetadataExt, path::Path, time::Duration};
 
 use serde_json::{Value, json};
+use tokio::net::UnixStream;
 
 use super::site::{PATIENCE, Site, Way, exposed};
 use crate::support::{
@@ -11,7 +12,7 @@ use crate::support::{
     envoy::{Envoy, Sds, Side},
     eventually,
     manifests::NAMESPACE,
-    node::PAUSE,
+    node::{Node, PAUSE},
     pair::Pair,
 };
 
@@ -25,27 +26,45 @@ const WATCHED: Duration = Duration::from_secs(15);
 /// `EX_USAGE`: the configuration cannot be used.
 const USAGE: i64 = 64;
 
-/// Envoys in pods of their own, which demand each other's identity.
-async fn pair(site: &Site) -> Pair {
-    let mut pods = Vec::new();
-    for name in ["server", "client"] {
-        let pause = json!({"containers": [{"name": "main", "image": PAUSE, "command": ["/pause"]}]});
-        pods.push(site.node.pod(&site.shop, name, &pause).await);
-    }
-    let (server, client) = (&pods[0], &pods[1]);
-    let start = async |pod: &Pod, side: Side<'_>, sds| {
-        Envoy::start_under(&site.node.words_as(pod).await, side, Path::new(SHARED.socket), sds).await
-    };
+/// A pod in which an Envoy can be.
+async fn place(node: &Node, namespace: &str, name: &str) -> Pod {
+    let pause = json!({"containers": [{"name": "main", "image": PAUSE, "command": ["/pause"]}]});
+    node.pod(namespace, name, &pause).await
+}
+
+async fn envoy(node: &Node, pod: &Pod, side: Side<'_>, sds: Sds) -> Envoy {
+    Envoy::start_under(&node.words_as(pod).await, side, Path::new(SHARED.socket), sds).await
+}
+
+/// Envoys in pods of their own on these nodes, which demand each other's identity.
+async fn pair(site: &Site, [for_server, for_client]: [&Node; 2]) -> Pair {
+    let [server, client] = [place(for_server, &site.shop, "server").await, place(for_client, &site.shop, "client").await];
     let (server_id, client_id) = (server.spiffe_id(), client.spiffe_id());
-    let server = start(server, Side::Server { client: &client_id }, Sds::StateOfTheWorld).await;
+    let server = envoy(for_server, &server, Side::Server { client: &client_id }, Sds::StateOfTheWorld).await;
     let tls = server.live().await;
-    let client = start(client, Side::Client { server: &server_id, at: tls }, Sds::Delta).await;
+    let client = envoy(for_client, &client, Side::Client { server: &server_id, at: tls }, Sds::Delta).await;
     let entrance = client.live().await;
     Pair { server, client, tls, entrance }
 }
 
-fn inode(site: &Site) -> u64 {
-    fs::metadata(site.node.path(SHARED.socket)).expect("the socket is there").ino()
+/// Agents of version `one` and the approver, and a pair that has all it needs.
+async fn begin(site: &Site, nodes: [&Node; 2]) -> Pair {
+    site.release("Deployment", "sds-agent-approver", "one", "").await;
+    site.until_rolled_out("Deployment", "sds-agent-approver").await;
+    site.release("DaemonSet", "sds-agent", "one", "").await;
+    site.until_rolled_out("DaemonSet", "sds-agent").await;
+    let pair = pair(site, nodes).await;
+    pair.request().await.unwrap();
+    eventually("the first requests are consumed", PATIENCE, async || {
+        let left = site.cluster.requests(NAMESPACE).await;
+        if left.is_empty() { Ok(()) } else { Err(format!("{left:?}")) }
+    })
+    .await;
+    pair
+}
+
+fn inode(node: &Node) -> u64 {
+    fs::metadata(node.path(SHARED.socket)).expect("the socket is there").ino()
 }
 
 async fn until_streams(agent: SocketAddr, least: f64) {
@@ -70,33 +89,22 @@ fn is_ready(pod: &Value) -> bool {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_daemonset_rolls_out_without_a_gap_and_a_broken_version_stops_it() {
     let _turn = support::turn().await;
-    let site = Site::controlled("shared").await;
-    site.release("Deployment", "sds-agent-approver", "one", "").await;
-    site.until_rolled_out("Deployment", "sds-agent-approver").await;
-    site.release("DaemonSet", "sds-agent", "one", "").await;
-    site.until_rolled_out("DaemonSet", "sds-agent").await;
+    let site = Site::controlled("shared", 1).await;
+    let pair = begin(&site, [&site.node, &site.node]).await;
     for (kind, workload) in [("Deployment", "sds-agent-approver"), ("DaemonSet", "sds-agent")] {
         site.ours(&site.pods(workload).await[0], kind, workload);
     }
-
-    let pair = pair(&site).await;
-    pair.request().await.unwrap();
-    eventually("the first requests are consumed", PATIENCE, async || {
-        let left = site.cluster.requests(NAMESPACE).await;
-        if left.is_empty() { Ok(()) } else { Err(format!("{left:?}")) }
-    })
-    .await;
     let recorder = site.cluster.record_requests(NAMESPACE).await;
     let load = pair.load();
 
     // As a new release of ours is installed.
-    let first = inode(&site);
+    let first = inode(&site.node);
     let two = site.release("DaemonSet", "sds-agent", "two", "").await;
     site.until_rolled_out("DaemonSet", "sds-agent").await;
     let good = site.pods("sds-agent").await.remove(0);
     site.ours(&good, "DaemonSet", "sds-agent");
     until_streams(two, 4.0).await;
-    let second = inode(&site);
+    let second = inode(&site.node);
     assert_ne!(second, first, "the successor has the socket");
 
     // One that cannot be used: every start of it ends.
@@ -123,7 +131,7 @@ async fn a_daemonset_rolls_out_without_a_gap_and_a_broken_version_stops_it() {
         let old = pods.iter().find(|pod| text(pod, "/metadata/uid") == text(&good, "/metadata/uid")).expect("the old pod stays");
         assert!(is_ready(old) && old["metadata"]["deletionTimestamp"].is_null(), "{old}");
         assert!(!pods.iter().any(|pod| text(pod, "/metadata/uid") == text(&broken, "/metadata/uid") && is_ready(pod)));
-        assert_eq!(inode(&site), second, "the socket is the old one's");
+        assert_eq!(inode(&site.node), second, "the socket is the old one's");
         tokio::time::sleep(Duration::from_millis(500)).await;
     }
     let status = site.cluster.get(&format!("/apis/apps/v1/namespaces/{NAMESPACE}/daemonsets/sds-agent")).await["status"].take();
@@ -134,10 +142,93 @@ async fn a_daemonset_rolls_out_without_a_gap_and_a_broken_version_stops_it() {
     site.assert_served(&late, SHARED).await;
 
     // And back: the one that serves is what is wanted again, and nobody notices.
-    site.release_again("DaemonSet", "sds-agent", "two", two).await;
+    site.release_again("DaemonSet", "sds-agent", "two", two, |_| {}).await;
     site.until_rolled_out("DaemonSet", "sds-agent").await;
     assert_eq!(text(&site.pods("sds-agent").await[0], "/metadata/uid"), text(&good, "/metadata/uid"));
-    assert_eq!(inode(&site), second);
+    assert_eq!(inode(&site.node), second);
+
+    let tally = load.stop().await;
+    pair.assert_clean(&tally, 500).await;
+    let ordered: Vec<_> = recorder.seen().into_iter().flat_map(|request| request.uris).collect();
+    assert_eq!(ordered, [late.spiffe_id()], "for the Envoys nothing was due");
+}
+
+/// Runs, never comes into sync, and reaches one node of two. Then the old agent's program ends there, and with it its pod.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_version_that_waits_in_vain_reaches_one_node_and_is_mended_by_the_next() {
+    let _turn = support::turn().await;
+    let site = Site::controlled("shared", 2).await;
+    let nodes: Vec<_> = site.nodes().collect();
+    let pair = begin(&site, [nodes[0], nodes[1]]).await;
+    let recorder = site.cluster.record_requests(NAMESPACE).await;
+    let load = pair.load();
+    let first = site.pods("sds-agent").await;
+    assert_eq!(first.len(), 2);
+    let before: Vec<_> = nodes.iter().map(|node| inode(node)).collect();
+    let is_first = |pod: &Value| first.iter().any(|old| text(old, "/metadata/uid") == text(pod, "/metadata/uid"));
+
+    // The API server is not where it is looked for.
+    let two = site.configure("sds-agent-two", "").await;
+    let nowhere = support::free_port().to_string();
+    let breaks = |container: &mut Value| {
+        let env = container["env"].as_array_mut().unwrap();
+        env.iter_mut().find(|row| row["name"] == "KUBERNETES_SERVICE_PORT").expect("it is told")["value"] = json!(nowhere);
+    };
+    site.release_again("DaemonSet", "sds-agent", "two", two, breaks).await;
+    let broken = eventually("a new pod is bound", PATIENCE, async || {
+        let pods = site.pods("sds-agent").await;
+        let new = pods.into_iter().find(|pod| !is_first(pod)).ok_or("there is no new pod")?;
+        if new["spec"]["nodeName"].is_string() { Ok(new) } else { Err(new.to_string()) }
+    })
+    .await;
+    let (hit, broken) = (site.node_of(&broken), site.pod(&broken));
+    eventually("it runs, and tries in vain", PATIENCE, async || {
+        let words = hit.container_log(&broken, "sds-agent");
+        if words.contains("a predecessor serves") && words.contains("the watch does not work") { Ok(()) } else { Err(words) }
+    })
+    .await;
+    let until = tokio::time::Instant::now() + WATCHED;
+    while tokio::time::Instant::now() < until {
+        let pods = site.pods("sds-agent").await;
+        assert_eq!(pods.len(), 3, "the other node gets no new one: {pods:?}");
+        for pod in &pods {
+            assert!(pod["metadata"]["deletionTimestamp"].is_null(), "{pod}");
+            assert_eq!(is_ready(pod), is_first(pod), "{pod}");
+            assert_eq!(pod["status"]["containerStatuses"][0]["restartCount"], 0, "{pod}");
+        }
+        assert_eq!(nodes.iter().map(|node| inode(node)).collect::<Vec<_>>(), before, "the sockets are the old ones'");
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    }
+    let status = site.cluster.get(&format!("/apis/apps/v1/namespaces/{NAMESPACE}/daemonsets/sds-agent")).await["status"].take();
+    let seen = ["desiredNumberScheduled", "numberAvailable", "numberUnavailable"].map(|field| status[field].as_u64().unwrap_or(0));
+    assert_eq!(seen, [2, 2, 0], "{status}");
+    // Beside it a new Envoy has all its secrets.
+    let late = place(hit, &site.shop, "late").await;
+    let late_envoy = envoy(hit, &late, Side::Server { client: &late.spiffe_id() }, Sds::Delta).await;
+    late_envoy.live().await;
+
+    // The controller keeps an old pod only while it is ready: once its program has ended, it is gone for good.
+    let old = first.iter().find(|pod| pod["spec"]["nodeName"] == hit.name()).expect("each node has one");
+    hit.kill(&site.pod(old)).await;
+    eventually("the controller has taken the old pod away", PATIENCE, async || {
+        let pods = site.pods("sds-agent").await;
+        let there = pods.iter().filter(|pod| pod["spec"]["nodeName"] == hit.name());
+        let there: Vec<_> = there.map(|pod| text(pod, "/metadata/uid").to_owned()).collect();
+        if there == [broken.uid.as_str()] { Ok(()) } else { Err(format!("{there:?}")) }
+    })
+    .await;
+    eventually("the one that is left has the socket", PATIENCE, async || {
+        UnixStream::connect(hit.path(SHARED.socket)).await.map(drop).map_err(|e| e.to_string())
+    })
+    .await;
+
+    let three = site.release("DaemonSet", "sds-agent", "three", "").await;
+    site.until_rolled_out("DaemonSet", "sds-agent").await;
+    for (node, before) in nodes.iter().zip(before) {
+        let agent = SocketAddr::new(node.name().parse().expect("a node's name is its address"), three.port());
+        until_streams(agent, if node.name() == hit.name() { 4.0 } else { 2.0 }).await;
+        assert_ne!(inode(node), before);
+    }
 
     let tally = load.stop().await;
     pair.assert_clean(&tally, 500).await;

@@ -39,6 +39,8 @@ pub struct Site {
     pub shop: String,
     ours: Mutex<Vec<Pod>>,
     pub node: Node,
+    /// Beside it, where there are several.
+    others: Vec<Node>,
     pub cluster: Cluster,
     _plane: Plane,
     _dir: TempDir,
@@ -53,24 +55,40 @@ pub struct Ours {
 impl Site {
     /// Applies a mode's folder, all of it, and starts the node.
     pub async fn start(mode: &str) -> Self {
-        Self::begin(mode, GUARDED, |_| true).await
+        Self::begin(mode, GUARDED, 1, |_| true).await
     }
 
     /// The same with the controllers of DaemonSet and Deployment and the scheduler: those two kinds are left to [`release`](Self::release).
-    pub async fn controlled(mode: &str) -> Self {
-        Self::begin(mode, &[GUARDED, &["--workloads"]].concat(), |object| !CONTROLLED.iter().any(|kind| object["kind"] == *kind)).await
+    pub async fn controlled(mode: &str, nodes: usize) -> Self {
+        let flags = [GUARDED, &["--workloads"]].concat();
+        Self::begin(mode, &flags, nodes, |object| !CONTROLLED.iter().any(|kind| object["kind"] == *kind)).await
     }
 
-    async fn begin(mode: &str, flags: &[&str], installs: impl Fn(&Value) -> bool) -> Self {
+    async fn begin(mode: &str, flags: &[&str], nodes: usize, installs: impl Fn(&Value) -> bool) -> Self {
         let (cluster, plane) = Cluster::own(flags).await;
         let dir = tempfile::tempdir().unwrap();
         let image = Image::of_programs(IMAGE, &dir.path().join("image"), &[agent::program()]).await;
         let objects = rendered(mode).await;
         let installed: Vec<_> = objects.iter().filter(|object| installs(object)).cloned().collect();
         install(&cluster, &installed).await;
-        let node = Node::start(&cluster, dir.path(), &[image]).await;
+        let images = [image];
+        let node = Node::start(&cluster, dir.path(), &images).await;
+        let mut others = Vec::new();
+        for _ in 1..nodes {
+            others.push(Node::start(&cluster, dir.path(), &images).await);
+        }
         let shop = cluster.namespace().await;
-        Self { objects, shop, ours: Mutex::default(), node, cluster, _plane: plane, _dir: dir }
+        Self { objects, shop, ours: Mutex::default(), node, others, cluster, _plane: plane, _dir: dir }
+    }
+
+    /// All nodes.
+    pub fn nodes(&self) -> impl Iterator<Item = &Node> {
+        std::iter::once(&self.node).chain(&self.others)
+    }
+
+    /// The node of a pod, as the API server has it.
+    pub fn node_of(&self, pod: &Value) -> &Node {
+        self.nodes().find(|node| pod["spec"]["nodeName"] == node.name()).unwrap_or_else(|| panic!("it is on no node: {pod}"))
     }
 
     /// A pod of a DaemonSet or Deployment on the node, running and ready; `keys` is the configuration's `keys`.
@@ -91,14 +109,15 @@ impl Site {
     /// as where its name has a hash of its content; `more` is added to it. Gives where that version's pods expose their metrics.
     pub async fn release(&self, kind: &str, workload: &str, version: &str, more: &str) -> SocketAddr {
         let metrics = self.configure(&format!("{workload}-{version}"), more).await;
-        self.release_again(kind, workload, version, metrics).await;
+        self.release_again(kind, workload, version, metrics, |_| {}).await;
         metrics
     }
 
-    /// The same for a version that was there before.
-    pub async fn release_again(&self, kind: &str, workload: &str, version: &str, metrics: SocketAddr) {
+    /// The same for a version whose configuration is there, with a `change` of the container.
+    pub async fn release_again(&self, kind: &str, workload: &str, version: &str, metrics: SocketAddr, change: impl FnOnce(&mut Value)) {
         let mut object = named(&self.objects, kind, workload).clone();
         self.move_to_the_host(&mut object["spec"]["template"], &format!("{workload}-{version}"), metrics.port());
+        change(&mut object["spec"]["template"]["spec"]["containers"][0]);
         if kind == "Deployment" {
             // There is one node, and it never says that it is ready: its pods have no network of their own.
             object["spec"]["replicas"] = json!(1);
@@ -107,21 +126,22 @@ impl Site {
         self.cluster.apply(&manifests::path(&object), &object).await;
     }
 
-    /// Waits until the controller says that all pods are of the last version, and available.
+    /// Waits until the controller says that all pods are of the last version, and available, and there are no others.
     pub async fn until_rolled_out(&self, kind: &str, workload: &str) {
         let path = manifests::path(named(&self.objects, kind, workload));
-        let [updated, available, all] = match kind {
-            "DaemonSet" => ["updatedNumberScheduled", "numberAvailable", "currentNumberScheduled"],
-            _ => ["updatedReplicas", "availableReplicas", "replicas"],
+        let (wanted, [updated, available, all]) = match kind {
+            "DaemonSet" => (self.nodes().count(), ["updatedNumberScheduled", "numberAvailable", "currentNumberScheduled"]),
+            _ => (1, ["updatedReplicas", "availableReplicas", "replicas"]),
         };
         eventually(&format!("{workload} is rolled out"), ROLL_OUT, async || {
             let seen = self.cluster.get(&path).await;
             let status = &seen["status"];
             let is_seen = status["observedGeneration"] == seen["metadata"]["generation"];
-            if is_seen && [updated, available, all].iter().all(|field| status[field] == 1) && self.pods(workload).await.len() == 1 {
+            let is_wanted = |field: &&str| status[field] == wanted;
+            if is_seen && [updated, available, all].iter().all(is_wanted) && self.pods(workload).await.len() == wanted {
                 Ok(())
             } else {
-                Err(format!("{status}\n{}", self.node.log("kubelet")))
+                Err(format!("{status}\n{}", self.nodes().map(|node| node.log("kubelet")).collect::<Vec<_>>().join("\n")))
             }
         })
         .await;
@@ -159,14 +179,22 @@ impl Site {
         self.pod(made)
     }
 
-    /// The configuration as it is installed, under another name, with addresses of its own and `more`.
-    async fn configure(&self, name: &str, more: &str) -> SocketAddr {
+    /// The configuration as it is installed, under another name, with addresses of its own and `more`. Several nodes have one network:
+    /// for each of their agents there is one more, which listens on its node's address.
+    pub async fn configure(&self, name: &str, more: &str) -> SocketAddr {
         let (metrics, admin) = (free_port(), free_port());
         let mut map = named(&self.objects, "ConfigMap", "sds-agent").clone();
         map["metadata"]["name"] = json!(name);
-        let text = map["data"]["config.yaml"].as_str().unwrap();
-        let addresses = format!("metrics: {{ address: 0.0.0.0:{metrics} }}\nadmin: {{ address: 127.0.0.1:{admin} }}\n");
-        map["data"]["config.yaml"] = json!(format!("{text}{addresses}{more}"));
+        let text = map["data"]["config.yaml"].as_str().unwrap().to_owned();
+        let on = |all: &str, own: &str| {
+            json!(format!("{text}metrics: {{ address: {all}:{metrics} }}\nadmin: {{ address: {own}:{admin} }}\n{more}"))
+        };
+        map["data"]["config.yaml"] = on("0.0.0.0", "127.0.0.1");
+        if !self.others.is_empty() {
+            for node in self.nodes() {
+                map["data"][node.name()] = on(node.name(), node.name());
+            }
+        }
         self.cluster.apply(&manifests::path(&map), &map).await;
         SocketAddr::from(([127, 0, 0, 1], metrics))
     }
@@ -177,9 +205,16 @@ impl Site {
     fn move_to_the_host(&self, template: &mut Value, map: &str, metrics: u16) {
         let spec = &mut template["spec"];
         spec["hostNetwork"] = json!(true);
-        let volumes = spec["volumes"].as_array_mut().unwrap();
-        volumes.iter_mut().find(|volume| volume["name"] == "config").unwrap()["configMap"]["name"] = json!(map);
+        let config = |rows: &Value| rows.as_array().unwrap().iter().position(|row| row["name"] == "config").expect("it has one");
+        let mut files = json!({"name": map});
         let container = &mut spec["containers"][0];
+        if !self.others.is_empty() && container["env"].as_array().unwrap().iter().any(|row| row["name"] == "NODE_NAME") {
+            let own = |node: &Node| json!({"key": node.name(), "path": format!("{}/config.yaml", node.name())});
+            files["items"] = self.nodes().map(own).collect();
+            let mounts = &mut container["volumeMounts"];
+            let position = config(mounts);
+            mounts[position]["subPathExpr"] = json!("$(NODE_NAME)");
+        }
         container["ports"][0]["containerPort"] = json!(metrics);
         let server = self.cluster.address()["server"].as_str().unwrap().trim_start_matches("https://").to_owned();
         let (host, port) = server.rsplit_once(':').expect("an address with a port");
@@ -187,6 +222,9 @@ impl Site {
         for (name, value) in [("KUBERNETES_SERVICE_HOST", host), ("KUBERNETES_SERVICE_PORT", port)] {
             env.push(json!({"name": name, "value": value}));
         }
+        let position = config(&spec["volumes"]);
+        let volume = spec["volumes"][position]["configMap"].as_object_mut().unwrap();
+        volume.extend(files.as_object_mut().map(std::mem::take).unwrap_or_default());
     }
 
     /// A workload that follows its certificate and its roots on each of these sockets, each in a container of its own.
@@ -289,7 +327,8 @@ impl Drop for Site {
     fn drop(&mut self) {
         if std::thread::panicking() {
             for pod in self.ours.lock().unwrap().iter() {
-                let log = ["sds-agent", "approver"].map(|container| self.node.container_log(pod, container)).concat();
+                let log = |node: &Node| ["sds-agent", "approver"].map(|container| node.container_log(pod, container)).concat();
+                let log: String = self.nodes().map(log).collect();
                 eprintln!("--- {} wrote:\n{log}---", pod.name);
             }
         }

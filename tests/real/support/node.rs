@@ -249,6 +249,14 @@ impl Node {
         self.run(&words).await
     }
 
+    /// Kills a pod's first container. The kubelet starts it anew.
+    pub async fn kill(&self, pod: &Pod) {
+        let (ctr, id) = (tools::node().join("ctr"), self.container(pod).await);
+        let output =
+            self.run(&[ctr.to_str().expect("a plain path"), "--namespace", "k8s.io", "tasks", "kill", "--signal", "KILL", &id]).await;
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    }
+
     /// What a container has written, and when, in all of its starts that the kubelet still keeps.
     pub fn container_log(&self, pod: &Pod, container: &str) -> String {
         let place = self.path(&format!("/var/log/pods/{}_{}_{}/{container}", pod.namespace, pod.name, pod.uid));
