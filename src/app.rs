@@ -2,7 +2,8 @@
 //!
 //! [`build`] makes the real dependencies from a configuration, [`build_with`] joins any; both return a [`Bound`], whose sockets are open.
 //! The workload socket is bound before anything upstream is asked: a client that comes early waits in an open stream, not before a
-//! closed door. Only from a healthy predecessor it is taken later, once all is in sync ([`handover`](crate::handover)). [`Bound::run`] serves until the shutdown begins and has drained.
+//! closed door. Only from a healthy predecessor it is taken later, once all is in sync ([`handover`](crate::handover)). [`Bound::run`] serves
+//! until the shutdown begins and has drained.
 
 use std::{
     net::SocketAddr,
@@ -28,7 +29,6 @@ use crate::{
     config::{Config, SharedSocket, reloads},
     csi,
     handover::Claim,
-    listener,
     metrics::Exposition,
     readiness::{self, Readiness},
     rotation, sds,
@@ -135,11 +135,10 @@ pub struct Bound {
     start: readiness::Guard,
 }
 
-/// The shared socket: it listens, and has its name or will take it.
+/// The shared socket: it has its name or will take it.
 #[derive(Debug)]
 struct Door {
     path: PathBuf,
-    listener: UnixListener,
     claim: Claim,
 }
 
@@ -233,10 +232,7 @@ pub async fn build_with(config: &Config, base: Base, deps: Deps) -> anyhow::Resu
         (None, ..) => None,
     };
     let socket = match &config.shared_socket {
-        Some(SharedSocket { path, mode, .. }) => {
-            let (listener, prepared) = listener::prepare("sockets.shared.path", path, *mode)?;
-            Some(Door { path: path.clone(), listener, claim: Claim::make(prepared, &readiness).await? })
-        }
+        Some(SharedSocket { path, mode, .. }) => Some(Door { path: path.clone(), claim: Claim::make(path, *mode, &readiness).await? }),
         None => None,
     };
     Ok(Bound {
@@ -287,9 +283,9 @@ impl Bound {
         tokio::spawn(admin::serve(admin, routes.clone(), shutdown.clone()));
         tokio::spawn(admin::serve(metrics, routes.without_controls(), shutdown.clone()));
         let services = sessions.services.clone();
-        let (claim, listener) = socket.map(|door| (door.claim, door.listener)).unzip();
-        let accepting = listener.map(|listener| tokio::spawn(sessions.accept(listener)));
-        let holding = claim.map(|claim| tokio::spawn(claim.hold(shutdown.drain.clone())));
+        let (open, opened) = mpsc::channel(1);
+        let accepting = tokio::spawn(accept(sessions, opened));
+        let holding = socket.map(|door| tokio::spawn(door.claim.keep(shutdown.drain.clone(), open)));
         drop(start);
         tokio::spawn(async move {
             readiness.reached().await;
@@ -313,9 +309,7 @@ impl Bound {
             name.release();
             info!(socket = %name.path().display(), "the socket is released");
         }
-        if let Some(accepting) = accepting {
-            let _ = accepting.await;
-        }
+        let _ = accepting.await;
         services.leaving().await;
         ending.cancel();
         let drained = shutdown.drained().await;
@@ -334,6 +328,17 @@ impl Bound {
             Some(cause) => Err(anyhow::anyhow!("a part of the agent has failed: {cause}")),
         }
     }
+}
+
+/// Accepts from what is opened last, until the drain begins.
+async fn accept(sessions: Sessions, mut opened: mpsc::Receiver<UnixListener>) {
+    let mut accepting = JoinSet::new();
+    while let Some(listener) = opened.recv().await {
+        // The one before lost its name some time ago: nobody has come to it since.
+        accepting.abort_all();
+        accepting.spawn(sessions.clone().accept(listener));
+    }
+    while accepting.join_next().await.is_some() {}
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! Waiting for an owned file descriptor: timers and pidfds.
+//! Waiting for an owned file descriptor: timers, pidfds and what the kernel tells of files.
 
 use std::{io, os::fd::OwnedFd, sync::Arc};
 

@@ -1,109 +1,180 @@
-//! Taking the shared socket's name: at once where nobody serves it, and from a healthy predecessor only once this process is in sync.
+//! Having the shared socket's name: it is taken at once where nobody serves it, from a healthy predecessor only once this process is in
+//! sync, and again when whoever has taken it from us goes.
 //!
 //! So a new version that cannot serve never takes the socket from an old one that can, and during a surge there is no moment in which a
-//! client finds nobody. A predecessor is healthy while it answers `grpc.health.v1` on the socket. Nothing polls: the connection on which
-//! it was asked is kept, and its end says that the predecessor has gone.
+//! client finds nobody. Two agents may change places more than once: the program of an old pod that ends is started again beside the new
+//! pod, takes the socket, and has it when the controller takes the old pod away. Whoever is left then has it again.
+//!
+//! A predecessor is healthy while it answers `grpc.health.v1` on the socket. Nothing polls: the connection on which it was asked is kept, and
+//! its end says that the predecessor has gone; and the kernel tells when the name leads elsewhere.
 
-use std::{path::Path, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
-use futures::future::BoxFuture;
-use tokio::time::timeout;
+use futures::future::{BoxFuture, OptionFuture};
+use tokio::{net::UnixListener, sync::mpsc, time::timeout};
 use tokio_util::sync::CancellationToken;
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
 use tracing::{error, info};
 
 use crate::{
     grpc::client,
-    listener::{Name, Prepared},
+    listener::{self, Bound, Name, Prepared},
     readiness::{Guard, Readiness},
 };
 
+/// Where the socket's path comes from.
+const FIELD: &str = "sockets.shared.path";
 /// A predecessor that does not answer within this time serves nobody.
 const PATIENCE: Duration = Duration::from_secs(2);
 /// What is awaited, in the answer to `/readyz?verbose`.
 const AWAITED: &str = "the socket, which a healthy predecessor serves until all else is in sync";
 
-/// A predecessor that serves.
-struct Predecessor {
+/// Another process that serves.
+struct Other {
     gone: BoxFuture<'static, ()>,
 }
 
 /// Our claim on the name.
 #[derive(Debug)]
-pub struct Claim(State);
+pub struct Claim {
+    place: Place,
+    readiness: Readiness,
+    turn: Turn,
+}
 
-enum State {
-    Held(Name),
-    Waiting(Waiting),
+/// The name and its mode.
+#[derive(Debug)]
+struct Place {
+    path: PathBuf,
+    mode: u32,
+}
+
+/// Whose turn it is.
+enum Turn {
+    Ours(Bound),
+    Others(Waiting),
 }
 
 struct Waiting {
-    prepared: Prepared,
-    predecessor: Predecessor,
-    readiness: Readiness,
-    guard: Guard,
+    other: Other,
+    /// What was bound at the start, where errors end the process. Later on it is bound when its turn has come.
+    prepared: Option<(UnixListener, Prepared)>,
+    /// Of a readiness that has not been reached. Who has reached it, and lost the name, does not go before the one that has it.
+    guard: Option<Guard>,
 }
 
-impl std::fmt::Debug for State {
+impl std::fmt::Debug for Turn {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Self::Held(name) => f.debug_tuple("Held").field(name).finish(),
-            Self::Waiting(waiting) => f.debug_tuple("Waiting").field(&waiting.prepared).finish(),
+            Self::Ours(bound) => f.debug_tuple("Ours").field(bound).finish(),
+            Self::Others(waiting) => f.debug_tuple("Others").field(&waiting.prepared).finish(),
         }
     }
 }
 
 impl Claim {
-    /// Takes the name of `prepared`, unless a healthy predecessor serves it. `readiness` is not reached before the name is taken.
-    pub async fn make(prepared: Prepared, readiness: &Readiness) -> Result<Self, crate::listener::Error> {
-        match find(prepared.path()).await {
-            None => Ok(Self(State::Held(prepared.take()?))),
-            Some(predecessor) => {
-                info!(socket = %prepared.path().display(), "a predecessor serves the socket; it is taken over once all else is in sync");
-                let guard = readiness.guard(AWAITED);
-                Ok(Self(State::Waiting(Waiting { prepared, predecessor, readiness: readiness.clone(), guard })))
+    /// Binds beside `path`, with permission bits `mode`, and takes the name unless a healthy predecessor serves it. `readiness` is not
+    /// reached before the name is taken.
+    pub async fn make(path: &Path, mode: u32, readiness: &Readiness) -> Result<Self, listener::Error> {
+        let (listener, prepared) = listener::prepare(FIELD, path, mode)?;
+        let turn = match find(path).await {
+            None => Turn::Ours(Bound { listener, name: prepared.take()? }),
+            Some(other) => {
+                info!(socket = %path.display(), "a predecessor serves the socket; it is taken over once all else is in sync");
+                let guard = Some(readiness.guard(AWAITED));
+                Turn::Others(Waiting { other, prepared: Some((listener, prepared)), guard })
             }
-        }
+        };
+        Ok(Self { place: Place { path: path.to_owned(), mode }, readiness: readiness.clone(), turn })
     }
 
-    /// Returns once the name is held; none where `end` came first, or it cannot be had.
-    pub async fn hold(self, end: CancellationToken) -> Option<Name> {
-        let Waiting { prepared, mut predecessor, readiness, guard } = match self.0 {
-            State::Held(name) => return Some(name),
-            State::Waiting(waiting) => waiting,
-        };
+    /// Whether the name is held.
+    pub fn is_held(&self) -> bool {
+        matches!(self.turn, Turn::Ours(_))
+    }
+
+    /// Has the name, whenever it is our turn, until `end`; gives it if it is ours then. What is to be accepted from is sent to `open` each
+    /// time the name is taken; nobody new comes to an earlier one.
+    pub async fn keep(self, end: CancellationToken, open: mpsc::Sender<UnixListener>) -> Option<Name> {
+        let Self { place, readiness, mut turn } = self;
         loop {
+            let bound = match turn {
+                Turn::Ours(bound) => bound,
+                Turn::Others(waiting) => end.run_until_cancelled(waiting.hold(&place, &readiness)).await??,
+            };
+            let Bound { listener, name } = bound;
+            // Who accepts ends with the process.
+            let _ = open.send(listener).await;
+            end.run_until_cancelled(name.lost()).await;
+            if end.is_cancelled() {
+                return Some(name);
+            }
+            turn = end.run_until_cancelled(place.lost(&readiness)).await??;
+        }
+    }
+}
+
+impl Place {
+    /// What is next when the name leads elsewhere.
+    async fn lost(&self, readiness: &Readiness) -> Option<Turn> {
+        let Some(other) = find(&self.path).await else {
+            info!(socket = %self.path.display(), "the socket has lost its name, and nobody serves it");
+            return self.bind().map(Turn::Ours);
+        };
+        info!(socket = %self.path.display(), "another agent has taken the socket; it is taken back when that one goes");
+        let guard = (!readiness.is_ready()).then(|| readiness.guard(AWAITED));
+        Some(Turn::Others(Waiting { other, prepared: None, guard }))
+    }
+
+    fn bind(&self) -> Option<Bound> {
+        self.told(listener::bind_for(FIELD, &self.path, self.mode))
+    }
+
+    fn told(&self, bound: Result<Bound, listener::Error>) -> Option<Bound> {
+        match &bound {
+            Ok(_) => info!(socket = %self.path.display(), "the socket is ours"),
+            Err(cause) => error!(%cause, "the socket cannot be taken over"),
+        }
+        bound.ok()
+    }
+}
+
+impl Waiting {
+    /// Takes the name when it is our turn; none where it cannot be had.
+    async fn hold(self, place: &Place, readiness: &Readiness) -> Option<Bound> {
+        let Self { mut other, prepared, guard } = self;
+        loop {
+            let in_sync = OptionFuture::from(guard.as_ref().map(|guard| readiness.awaits_only(guard)));
             tokio::select! {
                 biased;
-                () = end.cancelled() => return None,
-                () = readiness.awaits_only(&guard) => break,
-                () = &mut predecessor.gone => match find(prepared.path()).await {
-                    Some(next) => predecessor = next,
+                Some(()) = in_sync => break,
+                () = &mut other.gone => match find(&place.path).await {
+                    Some(next) => other = next,
                     None => {
-                        info!("the predecessor has gone; taking the socket before all else is in sync");
+                        info!("the predecessor has gone; taking the socket");
                         break;
                     }
                 },
             }
         }
-        match prepared.take() {
-            Ok(name) => {
-                info!(socket = %name.path().display(), "the socket is ours");
-                drop(guard);
-                Some(name)
-            }
-            Err(cause) => {
-                // Never ready: the rollout stops, and the predecessor goes on.
-                error!(%cause, "the socket cannot be taken over");
-                guard.abandon();
-                None
-            }
+        let bound = match prepared {
+            Some((listener, prepared)) => place.told(prepared.take().map(|name| Bound { listener, name })),
+            None => place.bind(),
+        };
+        match (guard, &bound) {
+            // Never ready: the rollout stops, and the predecessor goes on.
+            (Some(guard), None) => guard.abandon(),
+            (guard, _) => drop(guard),
         }
+        bound
     }
 }
 
 /// Who serves the socket at `path`, if anybody does.
-async fn find(path: &Path) -> Option<Predecessor> {
+async fn find(path: &Path) -> Option<Other> {
     let ask = async {
         let (connection, driver) = client::connect(path).await.ok()?;
         let driver = tokio::spawn(driver);
@@ -115,7 +186,7 @@ async fn find(path: &Path) -> Option<Predecessor> {
             let _held = health;
             let _ = driver.await;
         });
-        serves.then_some(Predecessor { gone })
+        serves.then_some(Other { gone })
     };
     timeout(PATIENCE, ask).await.ok().flatten()
 }

@@ -5,16 +5,21 @@
 //! and inode); a successor's stays. The directory is never removed: workloads have it mounted.
 
 use std::{
+    future::pending,
     io,
-    os::fd::AsRawFd,
+    mem::MaybeUninit,
+    os::fd::{AsRawFd, OwnedFd},
     path::{Path, PathBuf},
 };
 
 use rustix::{
-    fs::{AtFlags, CWD, Mode, OFlags, RenameFlags},
+    fs::{AtFlags, CWD, Mode, OFlags, RenameFlags, inotify},
     net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType},
 };
-use tokio::net::UnixListener;
+use tokio::{io::unix::AsyncFd, net::UnixListener};
+use tracing::warn;
+
+use crate::fd;
 
 /// Connections that wait to be accepted: a node's worth of proxies that reconnect at once.
 const BACKLOG: i32 = 4096;
@@ -161,6 +166,40 @@ impl Name {
         self.leads_from(&self.path)
     }
 
+    /// Returns once the name no longer leads to our socket, as the kernel tells; never where it cannot.
+    pub async fn lost(&self) {
+        let events = match self.watch() {
+            Ok(events) => events,
+            // The name may have gone before it was watched.
+            Err(_) if !self.is_ours() => return,
+            Err(error) => {
+                warn!(%error, socket = %self.path.display(), "cannot watch the socket's name; where somebody takes it, it is not taken back");
+                return pending().await;
+            }
+        };
+        // Looked at after it is watched, so that nothing falls between.
+        while self.is_ours() {
+            match events.readable().await {
+                Ok(mut ready) => {
+                    // What has happened is told by the name itself.
+                    let mut buffer = [const { MaybeUninit::uninit() }; 1024];
+                    let mut told = inotify::Reader::new(events.get_ref(), &mut buffer);
+                    while told.next().is_ok() {}
+                    ready.clear_ready();
+                }
+                Err(_) => return pending().await,
+            }
+        }
+    }
+
+    /// Of the inode: its links change when another one is moved over it.
+    fn watch(&self) -> io::Result<AsyncFd<OwnedFd>> {
+        let events = inotify::init(inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK)?;
+        let what = inotify::WatchFlags::ATTRIB | inotify::WatchFlags::MOVE_SELF | inotify::WatchFlags::DONT_FOLLOW;
+        inotify::add_watch(&events, &self.path, what)?;
+        fd::watched(events)
+    }
+
     fn leads_from(&self, path: &Path) -> bool {
         rustix::fs::statat(CWD, path, AtFlags::SYMLINK_NOFOLLOW).is_ok_and(|stat| stat.st_dev == self.device && stat.st_ino == self.inode)
     }
@@ -193,6 +232,8 @@ mod tests {
 
     use super::*;
 
+    const PATIENCE: std::time::Duration = std::time::Duration::from_secs(20);
+
     #[tokio::test]
     async fn a_socket_gets_its_mode_and_its_missing_directories() {
         let dir = tempfile::tempdir().unwrap();
@@ -216,6 +257,34 @@ mod tests {
         assert!(!old.name.is_ours() && new.name.is_ours());
         old.name.release();
         UnixStream::connect(&path).unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_name_that_is_taken_away_is_noticed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("sds.sock");
+        for way in ["replaced", "removed", "moved", "before"] {
+            let bound = bind(&path, 0o666).unwrap();
+            if way == "before" {
+                std::fs::remove_file(&path).unwrap();
+                tokio::time::timeout(PATIENCE, bound.name.lost()).await.unwrap();
+                continue;
+            }
+            let mut lost = std::pin::pin!(bound.name.lost());
+            assert!(futures::poll!(lost.as_mut()).is_pending(), "{way}");
+            // Nothing of this takes it away.
+            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
+            std::fs::write(dir.path().join("beside"), "").unwrap();
+            tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+            assert!(futures::poll!(lost.as_mut()).is_pending(), "{way}");
+            match way {
+                "replaced" => drop(bind(&path, 0o666).unwrap()),
+                "removed" => std::fs::remove_file(&path).unwrap(),
+                _ => std::fs::rename(&path, dir.path().join("elsewhere")).unwrap(),
+            }
+            tokio::time::timeout(PATIENCE, lost).await.unwrap();
+            assert!(!bound.name.is_ours(), "{way}");
+        }
     }
 
     /// Each container has a process 1: two that wait for the name at once bind beside it under one name.

@@ -1,15 +1,15 @@
 //! Layer three: real sockets, and predecessors that serve, hang or go.
 
-use std::{os::unix::net::UnixListener as StdListener, path::PathBuf};
+use std::os::unix::net::UnixListener as StdListener;
 
-use tokio::net::UnixListener;
+use tokio::task::JoinHandle;
 
 use super::*;
 use crate::{
-    app::{Base, Bound},
+    app::{self, Base},
     config::{self, Config},
-    listener, readiness,
-    shutdown::Shutdown,
+    readiness,
+    shutdown::{Drained, Shutdown},
 };
 
 fn config(socket: PathBuf) -> Config {
@@ -17,15 +17,52 @@ fn config(socket: PathBuf) -> Config {
     config::dev(flags, &|_| None).unwrap()
 }
 
-/// A whole agent on `socket`.
-async fn agent(socket: &Path) -> (Shutdown, Bound) {
-    let shutdown = Shutdown::new(Duration::from_secs(5));
-    let bound = crate::app::build(&config(socket.to_owned()), Base::new(shutdown.clone())).await.unwrap();
-    (shutdown, bound)
+/// A whole agent, running.
+struct Agent {
+    shutdown: Shutdown,
+    running: JoinHandle<anyhow::Result<Drained>>,
 }
 
-fn prepare(path: &Path) -> (UnixListener, Prepared) {
-    listener::prepare("sockets.shared.path", path, 0o666).unwrap()
+impl Agent {
+    async fn start(socket: &Path) -> Self {
+        let shutdown = Shutdown::new(Duration::from_secs(5));
+        let bound = app::build(&config(socket.to_owned()), Base::new(shutdown.clone())).await.unwrap();
+        Self { shutdown, running: tokio::spawn(bound.run()) }
+    }
+
+    async fn end(self) {
+        self.shutdown.begin();
+        self.running.await.unwrap().unwrap();
+    }
+}
+
+/// A claim that is kept.
+struct Kept {
+    end: CancellationToken,
+    opened: mpsc::Receiver<UnixListener>,
+    keeping: JoinHandle<Option<Name>>,
+}
+
+impl Kept {
+    fn of(claim: Claim) -> Self {
+        let (end, (open, opened)) = (CancellationToken::new(), mpsc::channel(1));
+        Self { keeping: tokio::spawn(claim.keep(end.clone(), open)), end, opened }
+    }
+
+    /// Waits until the name is held.
+    async fn opened(&mut self) -> UnixListener {
+        timeout(Duration::from_secs(20), self.opened.recv()).await.unwrap().unwrap()
+    }
+
+    async fn end(self) -> Option<Name> {
+        self.end.cancel();
+        self.keeping.await.unwrap()
+    }
+}
+
+/// Enough for a handover that would not wait.
+async fn a_while() {
+    tokio::time::sleep(Duration::from_millis(200)).await;
 }
 
 fn inode(path: &Path) -> u64 {
@@ -39,78 +76,119 @@ async fn a_name_that_nobody_serves_is_taken_at_once() {
     let (readiness, start) = Readiness::new(readiness::Metrics::default());
     // Left by a process that was killed, and then by one that accepts nobody.
     drop(StdListener::bind(&path).unwrap());
-    let (_listener, prepared) = prepare(&path);
-    let claim = Claim::make(prepared, &readiness).await.unwrap();
-    assert!(matches!(claim.0, State::Held(_)), "{claim:?}");
+    let claim = Claim::make(&path, 0o666, &readiness).await.unwrap();
+    assert!(claim.is_held(), "{claim:?}");
     let before = inode(&path);
-    let (_second, prepared) = prepare(&path);
-    let claim = Claim::make(prepared, &readiness).await.unwrap();
-    assert!(claim.hold(CancellationToken::new()).await.unwrap().is_ours());
+    let mut kept = Kept::of(Claim::make(&path, 0o666, &readiness).await.unwrap());
+    let _listener = kept.opened().await;
     assert_ne!(inode(&path), before, "one that does not answer is no predecessor");
     drop(start);
     assert!(readiness.is_ready());
+    assert!(kept.end().await.unwrap().is_ours());
 }
 
 #[tokio::test]
 async fn a_healthy_predecessor_serves_until_all_else_is_in_sync() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("sds.sock");
-    let (old, bound) = agent(&path).await;
-    let running = tokio::spawn(bound.run());
+    let old = Agent::start(&path).await;
     let before = inode(&path);
 
     let (readiness, start) = Readiness::new(readiness::Metrics::default());
     let index = readiness.guard("the pod index");
-    let (_listener, prepared) = prepare(&path);
-    let claim = Claim::make(prepared, &readiness).await.unwrap();
-    let holding = tokio::spawn(claim.hold(CancellationToken::new()));
+    let mut kept = Kept::of(Claim::make(&path, 0o666, &readiness).await.unwrap());
     drop(start);
-    // Enough for a handover that would not wait.
-    tokio::time::sleep(Duration::from_millis(200)).await;
+    a_while().await;
     assert_eq!(inode(&path), before);
     assert!(find(&path).await.is_some(), "the predecessor still answers");
 
     drop(index);
-    let name = holding.await.unwrap().unwrap();
-    assert!(name.is_ours() && inode(&path) != before && readiness.is_ready());
+    let _listener = kept.opened().await;
+    assert_ne!(inode(&path), before);
+    timeout(Duration::from_secs(20), readiness.reached()).await.unwrap();
     // The predecessor's end leaves its successor alone.
-    old.begin();
-    running.await.unwrap().unwrap();
-    assert!(name.is_ours());
+    old.end().await;
+    assert!(kept.end().await.unwrap().is_ours());
 }
 
 #[tokio::test]
 async fn a_predecessor_that_goes_is_succeeded_before_all_else_is_in_sync() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("sds.sock");
-    let (old, bound) = agent(&path).await;
-    let running = tokio::spawn(bound.run());
+    let old = Agent::start(&path).await;
     let (readiness, _start) = Readiness::new(readiness::Metrics::default());
-    let (_listener, prepared) = prepare(&path);
-    let claim = Claim::make(prepared, &readiness).await.unwrap();
-    let holding = tokio::spawn(claim.hold(CancellationToken::new()));
-    old.begin();
-    running.await.unwrap().unwrap();
-    let name = timeout(Duration::from_secs(20), holding).await.unwrap().unwrap().unwrap();
-    assert!(name.is_ours() && !readiness.is_ready());
+    let mut kept = Kept::of(Claim::make(&path, 0o666, &readiness).await.unwrap());
+    old.end().await;
+    let _listener = kept.opened().await;
+    assert!(!readiness.is_ready());
+    assert!(kept.end().await.unwrap().is_ours());
 }
 
 #[tokio::test]
 async fn a_successor_that_never_gets_in_sync_leaves_nothing_behind() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("sds.sock");
-    let (old, bound) = agent(&path).await;
-    let running = tokio::spawn(bound.run());
+    let old = Agent::start(&path).await;
     let before = inode(&path);
     let (readiness, _start) = Readiness::new(readiness::Metrics::default());
-    let (_listener, prepared) = prepare(&path);
-    let claim = Claim::make(prepared, &readiness).await.unwrap();
-    let end = CancellationToken::new();
-    let holding = tokio::spawn(claim.hold(end.clone()));
-    end.cancel();
-    assert!(holding.await.unwrap().is_none());
+    let kept = Kept::of(Claim::make(&path, 0o666, &readiness).await.unwrap());
+    assert!(kept.end().await.is_none());
     assert_eq!(inode(&path), before);
     assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1, "nothing is left beside it");
-    old.begin();
-    running.await.unwrap().unwrap();
+    old.end().await;
+}
+
+#[tokio::test]
+async fn a_name_that_was_lost_is_taken_back_once_whoever_has_it_goes() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("sds.sock");
+    let (readiness, start) = Readiness::new(readiness::Metrics::default());
+    let mut kept = Kept::of(Claim::make(&path, 0o666, &readiness).await.unwrap());
+    let _first = kept.opened().await;
+    drop(start);
+    assert!(readiness.is_ready());
+
+    // Nobody here answers on that socket: the other one takes the name. Being in sync is no reason to take it back from one that serves.
+    let other = Agent::start(&path).await;
+    let theirs = inode(&path);
+    a_while().await;
+    assert_eq!(inode(&path), theirs);
+    assert!(kept.opened.is_empty());
+    other.end().await;
+    let _second = kept.opened().await;
+    assert!(path.exists());
+
+    // Whoever removes it does not keep it from being there.
+    std::fs::remove_file(&path).unwrap();
+    let _third = kept.opened().await;
+    assert!(kept.end().await.unwrap().is_ours());
+    assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1, "nothing is left beside it");
+}
+
+/// It has stepped in for a predecessor, whose restarted program takes the name: what it has not reached, it reaches with the name alone.
+#[tokio::test]
+async fn one_that_has_stepped_in_is_not_ready_without_the_name() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("sds.sock");
+    let (readiness, start) = Readiness::new(readiness::Metrics::default());
+    let index = readiness.guard("the pod index");
+    let mut kept = Kept::of(Claim::make(&path, 0o666, &readiness).await.unwrap());
+    drop(start);
+    let _first = kept.opened().await;
+    let other = Agent::start(&path).await;
+    let theirs = inode(&path);
+    timeout(Duration::from_secs(20), async {
+        while !readiness.awaited().iter().any(|awaited| **awaited == *AWAITED) {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await
+    .unwrap();
+    assert_eq!(inode(&path), theirs);
+    drop(index);
+    let _second = kept.opened().await;
+    timeout(Duration::from_secs(20), readiness.reached()).await.unwrap();
+    assert_ne!(inode(&path), theirs);
+    other.end().await;
+    assert!(kept.end().await.unwrap().is_ours());
 }

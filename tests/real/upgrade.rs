@@ -2,7 +2,9 @@
 
 use std::{fs, os::unix::fs::MetadataExt, path::Path, time::Duration};
 
+use serde_json::{Value, json};
 use tempfile::TempDir;
+use tokio::net::UnixStream;
 
 use crate::support::{
     self,
@@ -40,9 +42,26 @@ impl Node {
 
     /// An agent of another pod on the same socket.
     async fn successor(&self, dir: &Path) -> Launch {
-        let pod = self.agent_pod.successor(dir).await;
+        self.launch(&self.agent_pod.successor(dir).await, dir)
+    }
+
+    fn launch(&self, pod: &AgentPod, dir: &Path) -> Launch {
         let sockets = format!("{{ shared: {{ path: {}, mode: \"0666\" }} }}", self.agent.socket().display());
         pod.launch_on(dir, &sockets, SETTINGS)
+    }
+
+    /// The same, which never finds the API server; whose pod it is in does not matter then.
+    fn broken(&self, dir: &Path) -> Launch {
+        let port = support::free_port();
+        let nowhere = json!({
+            "apiVersion": "v1", "kind": "Config", "current-context": "agent",
+            "clusters": [{"name": "test", "cluster": {"server": format!("http://127.0.0.1:{port}")}}],
+            "users": [{"name": "agent", "user": {"token": "none"}}],
+            "contexts": [{"name": "agent", "context": {"cluster": "test", "user": "agent"}}],
+        });
+        let access = dir.join("nowhere");
+        fs::write(&access, nowhere.to_string()).unwrap();
+        self.launch(&self.agent_pod, dir).env("KUBECONFIG", access.to_str().unwrap())
     }
 
     async fn pair(&self) -> Pair {
@@ -100,16 +119,7 @@ async fn a_broken_successor_never_takes_the_socket() {
     let node = Node::start().await;
     let (socket, dir) = (node.agent.socket().to_owned(), tempfile::tempdir().unwrap());
     let before = inode(&socket);
-    let port = support::free_port();
-    let nowhere = serde_json::json!({
-        "apiVersion": "v1", "kind": "Config", "current-context": "agent",
-        "clusters": [{"name": "test", "cluster": {"server": format!("http://127.0.0.1:{port}")}}],
-        "users": [{"name": "agent", "user": {"token": "none"}}],
-        "contexts": [{"name": "agent", "context": {"cluster": "test", "user": "agent"}}],
-    });
-    let access = dir.path().join("nowhere");
-    fs::write(&access, nowhere.to_string()).unwrap();
-    let launch = node.successor(dir.path()).await.env("KUBECONFIG", access.to_str().unwrap());
+    let launch = node.broken(dir.path());
     let mut broken = launch.spawn();
     broken.logs("it has tried", PATIENCE, |line| line["message"].as_str().is_some_and(|m| m.contains("the watch does not work"))).await;
 
@@ -137,4 +147,58 @@ async fn a_broken_successor_never_takes_the_socket() {
     assert_ne!(inode(&socket), before);
     broken.terminate();
     broken.exit(PATIENCE).await;
+}
+
+/// The program of an old pod ends while a new pod waits, and the kubelet starts it again before the controller takes the old pod away: it
+/// takes the socket, and takes it along.
+#[tokio::test]
+async fn whoever_is_left_has_the_socket() {
+    let node = Node::start().await;
+    let (socket, dirs) = (node.agent.socket().to_owned(), [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()]);
+    let (next, broken) = (node.successor(dirs[0].path()).await, node.broken(dirs[1].path()));
+    // A number is given again as soon as it is free: the time tells the two apart.
+    let look = || fs::metadata(&socket).map(|meta| (meta.ino(), meta.ctime(), meta.ctime_nsec()));
+    let mut last = look().unwrap();
+    let mut changed = async |what: &str| {
+        last = eventually(what, PATIENCE, async || match look() {
+            Ok(now) if now != last => Ok(now),
+            other => Err(format!("{other:?}")),
+        })
+        .await;
+        UnixStream::connect(&socket).await.expect("it is served");
+    };
+    let taken = |line: &Value| line["message"].as_str().is_some_and(|m| m.contains("another agent has taken the socket"));
+
+    // Killed, the next one leaves its name behind; told to end, it takes it along.
+    for is_killed in [true, false] {
+        let mut next = next.start().await;
+        changed("the next one has taken the socket").await;
+        node.agent.logs("the one before knows", PATIENCE, taken).await;
+        if is_killed {
+            next.kill().await;
+        } else {
+            next.terminate();
+            assert!(next.exit(PATIENCE).await.success());
+        }
+        changed("the one before has it again").await;
+        let answer = support::fetch::ask(Some(&node.server.1), &socket, &support::fetch::BOTH, "10s").await;
+        assert!(answer.is_ok(), "{answer:?}");
+    }
+
+    // One that never gets ready and has stepped in stands back, and steps in again.
+    let mut broken = broken.spawn();
+    broken.logs("it waits", PATIENCE, |line| line["message"].as_str().is_some_and(|m| m.contains("a predecessor serves"))).await;
+    node.agent.kill().await;
+    changed("it steps in").await;
+    let mut next = next.start().await;
+    changed("one that can serve has taken the socket").await;
+    broken.logs("it knows", PATIENCE, taken).await;
+    let readiness = broken.readiness().await.expect_err("it is not ready");
+    assert!(readiness.contains("a healthy predecessor"), "{readiness}");
+    next.terminate();
+    assert!(next.exit(PATIENCE).await.success());
+    changed("it steps in again").await;
+    broken.terminate();
+    assert!(broken.exit(PATIENCE).await.success());
+    assert!(!socket.exists(), "the last one takes the name along");
 }
