@@ -4,6 +4,8 @@ use serde_json::{Value, json};
 
 use crate::support::{cluster::Cluster, kubelet::DRIVER, manifests};
 
+/// The variable that names the socket. A proxy that has it, and not the socket, ends.
+const VARIABLE: &str = "WORKLOAD_IDENTITY_SOCKET_FILE";
 /// Where istio-proxy looks for the socket.
 const PLACE: &str = "/var/run/secrets/workload-spiffe-uds";
 
@@ -12,20 +14,20 @@ async fn the_templates_replace_the_socket_of_sidecars_and_gateways() {
     let cluster = Cluster::connect().await;
     let namespace = cluster.namespace().await;
     let values: Value = serde_saphyr::from_str(&manifests::read("istio/values.yaml")).unwrap();
-    let socket = &values["meshConfig"]["defaultConfig"]["proxyMetadata"]["WORKLOAD_IDENTITY_SOCKET_FILE"];
-    assert_ne!(socket, "socket", "with Istio's own name a proxy that comes too early asks another authority");
-
     for (template, list, other) in [("sds-agent", "initContainers", "containers"), ("sds-agent-container", "containers", "initContainers")]
     {
         let text = values["sidecarInjectorWebhook"]["templates"][template].as_str().unwrap();
         let overlay: Value = serde_saphyr::from_str(text).unwrap();
-        // What the injector's own templates leave: a proxy with the volume, an emptyDir, mounted where it can write.
+        // What the injector's own templates leave: a proxy with the volume, an emptyDir, mounted where it can write, and variables.
         let mut spec = json!({
             "containers": [{"name": "app", "image": "none"}],
             "initContainers": [{"name": "istio-init", "image": "none"}],
             "volumes": [{"name": "workload-socket", "emptyDir": {}}, {"name": "istio-data", "emptyDir": {}}],
         });
-        let mut proxy = json!({"name": "istio-proxy", "image": "none", "volumeMounts": [{"name": "workload-socket", "mountPath": PLACE}]});
+        let mut proxy = json!({
+            "name": "istio-proxy", "image": "none", "volumeMounts": [{"name": "workload-socket", "mountPath": PLACE}],
+            "env": [{"name": "CA_ADDR", "value": "istiod.istio-system.svc:15012"}],
+        });
         if list == "initContainers" {
             proxy["restartPolicy"] = json!("Always");
         }
@@ -41,12 +43,29 @@ async fn the_templates_replace_the_socket_of_sidecars_and_gateways() {
         let spec = &merged["spec"]["template"]["spec"];
 
         let named = |list: &Value, name: &str| list.as_array().unwrap().iter().find(|item| item["name"] == name).cloned();
+        let proxy = named(&spec[list], "istio-proxy").unwrap();
+        let socket = named(&proxy["env"], VARIABLE).unwrap_or_else(|| panic!("{template}: no {VARIABLE}: {proxy}"))["value"].clone();
+        assert_ne!(socket, "socket", "with Istio's own name a proxy that comes too early asks another authority");
+        assert!(named(&proxy["env"], "CA_ADDR").is_some(), "{template}: {proxy}");
         let volume = named(&spec["volumes"], "workload-socket").unwrap();
         let attributes = json!({"sds-agent.io/socket-name": socket});
         assert_eq!(volume["csi"], json!({"driver": DRIVER, "readOnly": true, "volumeAttributes": attributes}), "{template}");
         assert!(volume["emptyDir"].is_null(), "{template}: {volume}");
-        let proxy = named(&spec[list], "istio-proxy").unwrap();
         assert_eq!(proxy["volumeMounts"], json!([{"name": "workload-socket", "mountPath": PLACE, "readOnly": true}]), "{template}");
         assert_eq!(named(&spec[other], "istio-proxy"), None, "{template} makes no second proxy");
     }
+}
+
+/// What stands in `meshConfig` is every proxy's, with a template of ours or without: there is nothing there that a proxy without our
+/// volume could fail by. Of the values, only the templates and the trust domain are set.
+#[test]
+fn a_pod_that_chooses_no_template_is_left_as_it_is() {
+    let values: Value = serde_saphyr::from_str(&manifests::read("istio/values.yaml")).unwrap();
+    assert_eq!(values["meshConfig"], json!({"trustDomain": "cluster.local"}));
+    let injector = values["sidecarInjectorWebhook"].as_object().unwrap();
+    assert_eq!(injector.keys().collect::<Vec<_>>(), ["templates"]);
+    let templates = injector["templates"].as_object().unwrap();
+    // A template of another name than Istio's own changes nothing until a pod names it.
+    assert_eq!(templates.keys().collect::<Vec<_>>(), ["sds-agent", "sds-agent-container"]);
+    assert_eq!(values.as_object().unwrap().len(), 2);
 }
