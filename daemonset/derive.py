@@ -158,9 +158,45 @@ def when(condition, body):
 
 IN_NAMESPACE = ("namespace: sds-agent", f"namespace: {NAMESPACE}")
 
+# Kustomize has none of it: there, one more account is one more binding.
+APPROVERS = """\
+# The accounts of `policy.approvers`, which may set Approved and Denied beside the approver.
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRole
+metadata:
+  name: sds-agent-approvals
+rules:
+  - apiGroups: [sds-agent.io]
+    resources: [guardedissuers]
+    verbs: [approve]
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRoleBinding
+metadata:
+  name: sds-agent-approvals
+roleRef: { apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: sds-agent-approvals }
+subjects:
+  {{- range include "sds-agent.approvers" . | splitList "\\n" }}
+  - { kind: User, apiGroup: rbac.authorization.k8s.io, name: {{ toJson . }} }
+  {{- end }}
+"""
+
+
+def rollout(root, several, none):
+    """How many nodes are updated at once, and the key of the other of the two limits."""
+    strategy = find(root, ["spec", "updateStrategy"])
+    find(strategy, ["type"]).text = "    type: {{ .Values.updateStrategy.type }}"
+    limits = find(strategy, ["rollingUpdate"])
+    find(limits, [several]).text = f"      {several}: {{{{ .Values.updateStrategy.nodesAtOnce }}}}"
+    if find(limits, [none]).text.strip() != f"{none}: 0":
+        fail(f"{none} is not 0")
+    limits.comments.append('    {{- if eq .Values.updateStrategy.type "RollingUpdate" }}')
+    limits.children.append(Node("    {{- end }}", []))
+
 
 def agent(mode, *patches):
     documents = load("base/daemonset.yaml", *patches)
+    rollout(documents[0], *(("maxSurge", "maxUnavailable") if mode == "shared" else ("maxUnavailable", "maxSurge")))
     spec = pod(documents[0], ".Values")
     guarded(find(spec, ["tolerations"]), ".Values.tolerations")
     selinux(spec)
@@ -206,8 +242,23 @@ def templates():
         spec.children.append(node)
     yield "approver-deployment.yaml", when(".Values.approver.enabled", replaced(text(deployment), IN_NAMESPACE))
 
-    policy = replaced(text(load("approver/policy.yaml")), IN_NAMESPACE, ("sds-agent/sds-agent", NAMESPACE + "/sds-agent"))
-    yield "approver-policy.yaml", when(".Values.approver.enabled", policy)
+    policy = replaced(
+        text(load("approver/policy.yaml")),
+        IN_NAMESPACE,
+        ("sds-agent/sds-agent", NAMESPACE + "/sds-agent"),
+        ('        ).exists(issuer, """ClusterIssuer/mesh-ca\n', '        ).exists(issuer, """{{ include "sds-agent.issuers" . | nindent 8 | trim }}\n'),
+        ('        """ClusterIssuer/mesh-ca\n', '        """{{ include "sds-agent.issuers" . | nindent 8 | trim }}\n'),
+        ('["sds-agent:break-glass"]', "{{ toJson .Values.policy.breakGlassGroups }}"),
+        ("[clusterissuers.cert-manager.io/mesh-ca]", '{{ include "sds-agent.signers" . }}'),
+        (
+            '  - { kind: Group, apiGroup: rbac.authorization.k8s.io, name: "sds-agent:break-glass" }\n',
+            "  {{- range .Values.policy.breakGlassGroups }}\n"
+            "  - { kind: Group, apiGroup: rbac.authorization.k8s.io, name: {{ toJson . }} }\n"
+            "  {{- end }}\n",
+        ),
+    )
+    yield "approver-policy.yaml", when(".Values.policy.enabled", policy)
+    yield "policy-approvers.yaml", when("and .Values.policy.enabled (include \"sds-agent.approvers\" .)", APPROVERS)
 
     requests = replaced(text(load("workload-requests/rbac.yaml")), IN_NAMESPACE)
     yield "workload-requests.yaml", when('include "sds-agent.workloadRequests" .', requests)

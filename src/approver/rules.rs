@@ -157,7 +157,11 @@ mod tests {
     fn what_is_installed_says_the_same_in_all_places() {
         let map = objects(include_str!("../../daemonset/base/config.yaml")).remove(0);
         let told = |key: &str| map["data"][key].as_str().unwrap();
-        let env = |name: &str| matches!(name, "NODE_NAME" | "POD_NAMESPACE" | "POD_NAME" | "POD_UID").then(|| "x".to_owned());
+        let env = |name: &str| match name {
+            "POD_NAMESPACE" => map["metadata"]["namespace"].as_str().map(str::to_owned),
+            "NODE_NAME" | "POD_NAME" | "POD_UID" => Some("x".to_owned()),
+            _ => None,
+        };
         let loaded = Config::parse(told("config.yaml"), &env).unwrap();
         assert_eq!(loaded.warnings, []);
         let rules = Rules::of(&loaded.config).unwrap();

@@ -24,4 +24,6 @@ for file in "$source"/*.yaml; do
 done
 
 mkdir -p "$(dirname "$out")"
-CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '-s -w' -o "$out" .
+# Helm asks the API server for its version.
+kubernetes=$(go list -m -f '{{.Version}}' k8s.io/kubernetes)
+CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags "-s -w -X k8s.io/component-base/version.gitVersion=$kubernetes" -o "$out" .

@@ -4,7 +4,8 @@
 //! rights than `daemonset/` gives.
 
 mod alone;
-mod ask;
+pub mod ask;
+mod changes;
 mod outages;
 mod policy;
 mod together;

@@ -18,6 +18,8 @@ mod equal;
 mod istio;
 mod node;
 mod oldest;
+mod parameters;
+mod readme;
 mod rights;
 mod rollout;
 mod site;

@@ -15,8 +15,7 @@ system:serviceaccount:{{ .Release.Namespace }}:sds-agent
 {{- if ne .Values.issuer.group "cert-manager.io" }}
 {{- $_ := set $issuer "group" .Values.issuer.group }}
 {{- end }}
-{{- $agents := list (include "sds-agent.agents" .) }}
-{{- $config := dict "issuer" (dict "certManager" (dict "issuerRef" $issuer "namespace" .Release.Namespace)) "approver" (dict "agents" $agents) }}
+{{- $config := dict "issuer" (dict "certManager" (dict "issuerRef" $issuer)) "approver" (dict "annotations" list) }}
 {{- with .Values.trust.configMap }}
 {{- $source := dict "namespace" .namespace "name" .name }}
 {{- if ne .key "ca.crt" }}
@@ -36,14 +35,24 @@ system:serviceaccount:{{ .Release.Namespace }}:sds-agent
 {{- define "sds-agent.guarded" -}}
 {{- $config := include "sds-agent.config" . | fromYaml }}
 {{- $default := $config.issuer.certManager }}
-{{- $all := list (dict "ref" $default.issuerRef "namespace" $default.namespace) }}
+{{- $namespace := $default.namespace | default .Release.Namespace }}
+{{- $all := list (dict "ref" $default.issuerRef "namespace" $namespace) }}
 {{- range $config.profiles }}
-{{- $all = append $all (dict "ref" (.issuerRef | default $default.issuerRef) "namespace" (.namespace | default $default.namespace)) }}
+{{- $all = append $all (dict "ref" (.issuerRef | default $default.issuerRef) "namespace" (.namespace | default $namespace)) }}
 {{- end }}
 {{- toJson (uniq $all) }}
 {{- end }}
 
-{{/* The policy's lines. */}}
+{{/* The user names that may approve beside the approver's, one a line. Without an approver of ours it is cert-manager's own. */}}
+{{- define "sds-agent.approvers" -}}
+{{- $names := .Values.policy.approvers }}
+{{- if not (or .Values.approver.enabled $names) }}
+{{- $names = list "system:serviceaccount:cert-manager:cert-manager" }}
+{{- end }}
+{{- join "\n" $names }}
+{{- end }}
+
+{{/* The policies' lines. */}}
 {{- define "sds-agent.issuers" -}}
 {{- $lines := list }}
 {{- range include "sds-agent.guarded" . | fromJsonArray }}

@@ -106,8 +106,17 @@ impl Ask {
         self.create_in(&actor.cluster).await
     }
 
+    /// What the API server says to it, which makes nothing.
+    pub async fn try_dry_run(&self, actor: &Actor) -> kube::Result<String> {
+        self.send(&actor.cluster, "?dryRun=All").await
+    }
+
     /// The same as whoever has this view of the cluster.
     pub async fn create_in(&self, cluster: &Cluster) -> kube::Result<String> {
+        self.send(cluster, "").await
+    }
+
+    async fn send(&self, cluster: &Cluster, query: &str) -> kube::Result<String> {
         let mut params = CertificateParams::default();
         (params.distinguished_name, params.subject_alt_names) = (self.subject.clone(), self.names.clone());
         params.custom_extensions.clone_from(&self.extensions);
@@ -116,7 +125,7 @@ impl Ask {
         let mut object = self.object.clone();
         object["spec"]["request"] = json!(BASE64_STANDARD.encode(csr));
         let requests = format!("/apis/cert-manager.io/v1/namespaces/{}/certificaterequests", self.namespace);
-        let made = cluster.try_create(&requests, &object).await?;
+        let made = cluster.try_create(&format!("{requests}{query}"), &object).await?;
         Ok(format!("{requests}/{}", name_of(&made)))
     }
 

@@ -1,4 +1,4 @@
-//! The policy without an approver: cert-manager's own approves whatever gets as far as it.
+//! The policy without an approver: cert-manager's own approves whatever gets as far as it, where it is named as the approver.
 
 use serde_json::{Value, json};
 
@@ -24,6 +24,7 @@ async fn the_policy_alone_stops_what_it_is_there_for() {
     // Without the policy, all of it goes through.
     issued(cluster, &good().label(&b).create(&agent).await.unwrap()).await;
     world.install_policy().await;
+    world.let_cert_manager_approve().await;
 
     let other = json!({"name": "other", "kind": "ClusterIssuer", "group": "cert-manager.io"});
     let without_kind = json!({"name": "mesh-ca"});

@@ -28,6 +28,8 @@ const LIFETIME: &str = "lifetime: 24h";
 pub struct World {
     pub cluster: Cluster,
     pub plane: Plane,
+    /// Where agents and approver run.
+    pub namespace: String,
     dir: TempDir,
 }
 
@@ -42,12 +44,17 @@ pub struct Actor {
 impl World {
     /// A control plane of its own, with the accounts, rights and configuration of agents and approver. Nothing of it runs yet.
     pub async fn start(flags: &[&str]) -> Self {
+        let files = ["base/namespace.yaml", "base/rbac.yaml", "base/config.yaml", "approver/rbac.yaml", "approver/deployment.yaml"];
+        Self::start_in(flags, NAMESPACE, &files.map(objects).concat()).await
+    }
+
+    /// The same, of all that is rendered for a namespace.
+    pub async fn start_in(flags: &[&str], namespace: &str, rendered: &[Value]) -> Self {
         let (cluster, plane) = Cluster::own(flags).await;
-        let world = Self { cluster, plane, dir: tempfile::tempdir().unwrap() };
-        for file in ["base/namespace.yaml", "base/rbac.yaml", "base/config.yaml", "approver/rbac.yaml", "approver/deployment.yaml"] {
-            world.install(file).await;
+        for object in rendered {
+            cluster.apply(&manifests::path(object), object).await;
         }
-        world
+        Self { cluster, plane, namespace: namespace.to_owned(), dir: tempfile::tempdir().unwrap() }
     }
 
     /// Applies every object of a file of `daemonset/`.
@@ -74,6 +81,14 @@ impl World {
             }
         })
         .await;
+        eventually("the policy of limits is enforced", PATIENCE, async || {
+            let asked = super::ask::Ask::of(&probe, &target).spec("duration", json!("10000h"));
+            match asked.try_dry_run(&probe).await {
+                Err(_) => Ok(()),
+                Ok(_) => Err("a request for a longer life was accepted".to_owned()),
+            }
+        })
+        .await;
         eventually("the policy of deletions is enforced", PATIENCE, async || {
             let made = super::ask::Ask::of(&probe, &target).create(&probe).await.unwrap();
             match other.cluster.try_delete(&made).await {
@@ -87,9 +102,19 @@ impl World {
         .await;
     }
 
+    /// Names cert-manager's own approver as the one that decides, as the chart does where `approver.enabled` is false.
+    pub async fn let_cert_manager_approve(&self) {
+        let mut objects = manifests::helm(NAMESPACE, &["--set", "approver.enabled=false"]).await;
+        objects.retain(|object| object["metadata"]["name"] == "sds-agent-approvals");
+        assert_eq!(objects.len(), 2);
+        for object in objects {
+            self.cluster.apply(&manifests::path(&object), &object).await;
+        }
+    }
+
     /// A pod of an account of the agents' namespace, on `node`, with a token bound to it.
     pub async fn actor(&self, name: &str, account: &str, node: &str) -> Actor {
-        let pod = self.cluster.pod_of(NAMESPACE, account, name, node).await;
+        let pod = self.cluster.pod_of(&self.namespace, account, name, node).await;
         self.log_in(pod, node, true).await
     }
 
@@ -104,7 +129,7 @@ impl World {
 
     /// The configuration that is installed, with another lifetime.
     async fn configuration(&self, lifetime: &str) -> String {
-        let map = self.cluster.get(&format!("/api/v1/namespaces/{NAMESPACE}/configmaps/sds-agent")).await;
+        let map = self.cluster.get(&format!("/api/v1/namespaces/{}/configmaps/sds-agent", self.namespace)).await;
         let text = map["data"]["config.yaml"].as_str().unwrap().to_owned();
         assert!(text.contains(LIFETIME), "{text}");
         text.replace(LIFETIME, &format!("lifetime: {lifetime}"))
@@ -128,7 +153,7 @@ impl World {
 
     /// A pod as the Deployment makes it.
     async fn replica(&self, name: &str) -> Actor {
-        let (node, pods) = (self.cluster.node().await, format!("/api/v1/namespaces/{NAMESPACE}/pods"));
+        let (node, pods) = (self.cluster.node().await, format!("/api/v1/namespaces/{}/pods", self.namespace));
         let deployment = objects("approver/deployment.yaml").into_iter().find(|object| object["kind"] == "Deployment").unwrap();
         let mut pod = deployment["spec"]["template"].clone();
         pod["metadata"]["name"] = json!(name);
@@ -136,7 +161,7 @@ impl World {
         let pod = self.cluster.create(&pods, &pod).await;
         let text = |value: &Value| value.as_str().unwrap().to_owned();
         let (uid, account) = (text(&pod["metadata"]["uid"]), text(&pod["spec"]["serviceAccountName"]));
-        let pod = Pod { namespace: NAMESPACE.to_owned(), name: name.to_owned(), uid, service_account: account };
+        let pod = Pod { namespace: self.namespace.clone(), name: name.to_owned(), uid, service_account: account };
         self.log_in(pod, &node, true).await
     }
 
@@ -157,6 +182,21 @@ impl World {
         });
         self.cluster.create(&format!("/apis/rbac.authorization.k8s.io/v1/namespaces/{namespace}/rolebindings"), &binding).await;
         self.log_in(pod, &node, true).await
+    }
+
+    /// The cluster as a user with these groups sees it, by an administrator who impersonates that user.
+    pub async fn impersonate(&self, user: &str, groups: &[&str]) -> Cluster {
+        let kubeconfig = self.dir.path().join(format!("as-{user}"));
+        fs::write(&kubeconfig, self.cluster.access_as(user, groups).to_string()).unwrap();
+        Cluster::at(&kubeconfig).await
+    }
+
+    /// A namespace in which cert-manager's validating webhook looks at nothing.
+    pub async fn unvalidated_namespace(&self) -> String {
+        let namespace = self.cluster.namespace().await;
+        let labels = json!({"metadata": {"labels": {"cert-manager.io/disable-validation": "true"}}});
+        self.cluster.patch(&format!("/api/v1/namespaces/{namespace}"), &labels).await;
+        namespace
     }
 
     /// The paths of the requests in a namespace.

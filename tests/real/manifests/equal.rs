@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, fs, time::Duration};
 
 use serde_json::{Value, json};
 
-use super::{MODES, rendered, rendered_with};
+use super::{MODES, rendered, rendered_with, up_from};
 use crate::support::{
     child,
     manifests::{self, NAMESPACE, helm, named, try_helm},
@@ -59,13 +59,39 @@ async fn helm_and_kustomize_give_the_same_objects() {
 
 #[tokio::test]
 async fn the_chart_without_an_approver_is_the_same_without_its_objects() {
-    let mut own = Vec::new();
-    for file in ["rbac", "deployment", "policy"] {
-        own.extend(by_name(manifests::documents(&manifests::read(&format!("approver/{file}.yaml")))).into_keys());
-    }
-    let mut objects = rendered("shared").await;
-    objects.retain(|object| !by_name(vec![object.clone()]).keys().all(|name| own.contains(name)));
-    assert_same(helm(NAMESPACE, &["--set", "approver.enabled=false"]).await, objects, "without approver");
+    let names = |files: &[&str]| {
+        let of = |file: &&str| by_name(manifests::documents(&manifests::read(&format!("approver/{file}.yaml")))).into_keys();
+        files.iter().flat_map(of).collect::<Vec<_>>()
+    };
+    let without = async |own: &[String]| {
+        let mut objects = rendered("shared").await;
+        objects.retain(|object| !by_name(vec![object.clone()]).keys().all(|name| own.contains(name)));
+        objects
+    };
+    // cert-manager's own approver decides then, and the policy lets it.
+    let mut made = helm(NAMESPACE, &["--set", "approver.enabled=false"]).await;
+    assert_eq!(approvals(&mut made), ["system:serviceaccount:cert-manager:cert-manager"]);
+    assert_same(made, without(&names(&["rbac", "deployment"])).await, "without approver");
+    // Or another one, if the values say so.
+    let named = r#"policy.approvers=["system:serviceaccount:approvers:policy","jane"]"#;
+    let mut made = helm(NAMESPACE, &["--set", "approver.enabled=false", "--set-json", named]).await;
+    assert_eq!(approvals(&mut made), ["system:serviceaccount:approvers:policy", "jane"]);
+    let mut made = helm(NAMESPACE, &["--set-json", named]).await;
+    assert_eq!(approvals(&mut made), ["system:serviceaccount:approvers:policy", "jane"]);
+    assert_same(made, rendered("shared").await, "with more approvers");
+
+    assert_same(helm(NAMESPACE, &["--set", "policy.enabled=false"]).await, without(&names(&["policy"])).await, "without policies");
+}
+
+/// The names of the accounts that may approve beside the approver; takes the objects that say so away.
+fn approvals(objects: &mut Vec<Value>) -> Vec<String> {
+    let binding = named(objects, "ClusterRoleBinding", "sds-agent-approvals");
+    let users = binding["subjects"].as_array().unwrap().iter();
+    let users = users.inspect(|user| assert_eq!(user["kind"], "User")).map(|user| user["name"].as_str().unwrap().to_owned()).collect();
+    let role = named(objects, "ClusterRole", "sds-agent-approvals");
+    assert_eq!(role["rules"], json!([{"apiGroups": ["sds-agent.io"], "resources": ["guardedissuers"], "verbs": ["approve"]}]));
+    objects.retain(|object| object["metadata"]["name"] != "sds-agent-approvals");
+    users
 }
 
 /// The one who forgot to derive is told.
@@ -103,6 +129,54 @@ async fn modes_differ_in_sockets_and_privileges_alone() {
     }
     assert_eq!(configurations[0], configurations[1]);
     assert_eq!(configurations[0], configurations[2]);
+}
+
+/// How fast a version reaches the nodes is a value; what the mode needs of the rollout is not.
+#[tokio::test]
+async fn the_speed_of_a_rollout_is_a_value() {
+    let strategy = async |mode: &str, more: &[&str]| {
+        let objects = helm(NAMESPACE, &[&["--set", mode], more].concat()).await;
+        named(&objects, "DaemonSet", "sds-agent")["spec"]["updateStrategy"].clone()
+    };
+    for (mode, key, other) in
+        [("shared", "maxSurge", "maxUnavailable"), ("perPod", "maxUnavailable", "maxSurge"), ("both", "maxUnavailable", "maxSurge")]
+    {
+        let mode = format!("mode={mode}");
+        let limits = |nodes: Value| json!({"type": "RollingUpdate", "rollingUpdate": {key: nodes, other: 0}});
+        assert_eq!(strategy(&mode, &[]).await, limits(json!(1)), "{mode}");
+        assert_eq!(strategy(&mode, &["--set", "updateStrategy.nodesAtOnce=10%"]).await, limits(json!("10%")), "{mode}");
+        assert_eq!(strategy(&mode, &["--set", "updateStrategy.nodesAtOnce=25"]).await, limits(json!(25)), "{mode}");
+        assert_eq!(strategy(&mode, &["--set", "updateStrategy.type=OnDelete"]).await, json!({"type": "OnDelete"}), "{mode}");
+    }
+}
+
+/// An overlay that changes the list of guarded issuers, with the block that daemonset/README.md names, and the chart with the same list.
+#[tokio::test]
+async fn the_guarded_issuers_stand_in_the_policies() {
+    let list = "ClusterIssuer/mesh-ca\nIssuer/authority/own-ca\n";
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let component: Value = serde_saphyr::from_str(&manifests::read("approver/kustomization.yaml")).unwrap();
+    let patch = json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "sds-agent", "namespace": NAMESPACE}, "data": {"issuers": list}});
+    let kustomization = json!({
+        "apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization",
+        "resources": [format!("{}/daemonset/shared", up_from(folder.path()))],
+        "patches": [{"patch": patch.to_string()}], "replacements": component["replacements"],
+    });
+    fs::write(folder.path().join("kustomization.yaml"), kustomization.to_string()).unwrap();
+    let overlay = manifests::kustomize(folder.path()).await;
+    let profile = r#"config.profiles=[{"name":"own","match":{"namespaces":["own"]},"namespace":"authority","issuerRef":{"name":"own-ca","kind":"Issuer"}}]"#;
+    let chart = helm(NAMESPACE, &["--set-json", profile]).await;
+    for objects in [&overlay, &chart] {
+        assert_eq!(named(objects, "ConfigMap", "sds-agent")["data"]["issuers"], list);
+    }
+    for policy in ["sds-agent-requests", "sds-agent-limits"] {
+        let [overlay, chart] = [&overlay, &chart].map(|objects| named(objects, "ValidatingAdmissionPolicy", policy)["spec"].clone());
+        assert!(
+            overlay.to_string().contains(&serde_json::to_string(&format!("\"\"\"{list}\"\"\"")).unwrap().trim_matches('"').to_owned()),
+            "{overlay}"
+        );
+        assert_eq!(overlay, chart, "{policy}");
+    }
 }
 
 /// What is said once is in all the places that have to know it, and the program takes the file.
@@ -168,6 +242,9 @@ async fn values_that_nobody_knows_are_refused_by_name() {
         ("config.limits.connections=many", "connections"),
         ("config.attestation=unix", "attestation"),
         ("approver.replicas=0", "replicas"),
+        ("updateStrategy.nodesAtOnce=0", "nodesAtOnce"),
+        ("updateStrategy.nodesAtOnce=0%", "nodesAtOnce"),
+        ("policy.approver=jane", "approver"),
         ("image.pullPolicy=Sometimes", "pullPolicy"),
         ("issuer.group=example.com", "approver.signers"),
     ] {

@@ -13,7 +13,8 @@ use crate::support::{
 };
 
 /// In every namespace.
-const AGENT: [&str; 4] = ["create events.events.k8s.io", "get clusterissuers.cert-manager.io", "list pods", "watch pods"];
+const AGENT: [&str; 5] =
+    ["create events.events.k8s.io", "get clusterissuers.cert-manager.io", "list pods", "request guardedissuers.sds-agent.io", "watch pods"];
 /// In their own, for requests.
 const AGENT_OWN: [&str; 6] = [
     "create certificaterequests.cert-manager.io",
@@ -26,7 +27,8 @@ const AGENT_OWN: [&str; 6] = [
 /// Where the roots are.
 const AGENT_ROOTS: [&str; 3] = ["get configmaps mesh-roots", "list configmaps mesh-roots", "watch configmaps mesh-roots"];
 /// In every namespace.
-const APPROVER: [&str; 9] = [
+const APPROVER: [&str; 10] = [
+    "approve guardedissuers.sds-agent.io",
     "approve signers.cert-manager.io clusterissuers.cert-manager.io/mesh-ca",
     "create events",
     "get certificaterequests.cert-manager.io",

@@ -38,6 +38,20 @@ pub struct Cluster {
     kubeconfig: Kubeconfig,
 }
 
+/// The ways in which a client can change an object.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Write {
+    MergePatch,
+    JsonPatch,
+    Update,
+    Apply,
+}
+
+impl Write {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::MergePatch, Self::JsonPatch, Self::Update, Self::Apply];
+}
+
 /// A pod that runs as far as the API server knows.
 #[derive(Debug, Clone)]
 pub struct Pod {
@@ -224,6 +238,37 @@ impl Cluster {
         self.send("PATCH", path, "application/strategic-merge-patch+json", change).await
     }
 
+    /// Sets one field of the CertificateRequest at `path`, or of its subresource, by `write`; that may be refused. A list is set as a whole, except by
+    /// [`Write::Apply`], which merges one with keys.
+    pub async fn try_set(&self, write: Write, path: &str, field: &[&str], value: &Value) -> kube::Result<Value> {
+        let nested = field.iter().rev().fold(value.clone(), |inner, key| json!({(*key): inner}));
+        match write {
+            Write::MergePatch => self.try_send("PATCH", path, "application/merge-patch+json", &nested).await,
+            Write::JsonPatch => {
+                // A parent that is missing is made: JSON patch makes none.
+                let current = self.try_get(path).await?;
+                let depth = (1..field.len()).find(|depth| current.pointer(&pointer(&field[..*depth])).is_none()).unwrap_or(field.len());
+                let rest = field[depth..].iter().rev().fold(value.clone(), |inner, key| json!({(*key): inner}));
+                let patch = json!([{"op": "add", "path": pointer(&field[..depth]), "value": rest}]);
+                self.try_send("PATCH", path, "application/json-patch+json", &patch).await
+            }
+            Write::Update => {
+                let mut object = self.try_get(path).await?;
+                let place = field.iter().fold(&mut object, |inner, key| &mut inner[*key]);
+                value.clone_into(place);
+                self.try_send("PUT", path, "application/json", &object).await
+            }
+            Write::Apply => {
+                let mut object = nested;
+                object["apiVersion"] = json!("cert-manager.io/v1");
+                object["kind"] = json!("CertificateRequest");
+                object["metadata"]["name"] = json!(path.trim_end_matches("/status").rsplit('/').next());
+                let path = format!("{path}?fieldManager=test-apply&force=true");
+                self.try_send("PATCH", &path, "application/apply-patch+yaml", &object).await
+            }
+        }
+    }
+
     /// Reads an object.
     pub async fn get(&self, path: &str) -> Value {
         self.send("GET", path, "application/json", &Value::Null).await
@@ -283,6 +328,11 @@ fn spec(account: &str, node: Option<&str>) -> Value {
         "tolerations": [{"operator": "Exists"}],
         "containers": [{"name": "main", "image": "none"}],
     })
+}
+
+/// A JSON pointer.
+fn pointer(field: &[&str]) -> String {
+    field.iter().map(|key| format!("/{}", key.replace('~', "~0").replace('/', "~1"))).collect()
 }
 
 /// The name that the API server has given.

@@ -1,0 +1,156 @@
+//! What the policy alone keeps from being changed, where cert-manager's own webhook looks away: a request's spec and its decision.
+
+use serde_json::{Value, json};
+
+use super::{
+    ask::{Ask, condition, issued},
+    world::{GUARDED, NAMESPACE, PATIENCE, World},
+};
+use crate::support::{
+    cluster::{Cluster, Write},
+    eventually,
+};
+
+/// cert-manager's own approver approves a request for a foreign issuer; the request then may not become one for the mesh's issuer.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_approved_request_is_not_changed_into_one_for_a_guarded_issuer() {
+    let world = World::start(&[]).await;
+    world.install_policy().await;
+    world.install("workload-requests/rbac.yaml").await;
+    let cluster = &world.cluster;
+    let shop = world.unvalidated_namespace().await;
+    let editor = world.editor(&shop).await;
+    let node = cluster.node().await;
+    let victim = cluster.pod(&shop, "victim", &node).await;
+    let agent = world.actor("agent", "sds-agent", &node).await;
+    let none = json!({"name": "none", "kind": "Issuer", "group": "cert-manager.io"});
+    let foreign = Ask::of(&agent, &victim).in_namespace(&shop).spec("issuerRef", none.clone());
+    let guarded = json!({"name": "mesh-ca", "kind": "ClusterIssuer", "group": "cert-manager.io"});
+    for write in Write::ALL {
+        let path = foreign.create(&editor).await.unwrap();
+        eventually("cert-manager approves it", PATIENCE, async || {
+            let request = cluster.get(&path).await;
+            if condition(&request, "Approved").is_some() { Ok(()) } else { Err(request["status"].to_string()) }
+        })
+        .await;
+        for (who, account) in [("an editor", &editor.cluster), ("an administrator", cluster)] {
+            let refusal = refused(account.try_set(write, &path, &["spec", "issuerRef"], &guarded).await, &format!("{write:?} by {who}"));
+            assert!(refusal.contains("the spec of a request cannot be changed"), "{write:?} by {who}: {refusal}");
+        }
+        // What is no part of the spec is the editor's, and so is a request for a foreign issuer.
+        editor.cluster.try_set(write, &path, &["metadata", "annotations", "example.com/note"], &json!("mine")).await.unwrap();
+        let other = json!({"name": "other", "kind": "Issuer", "group": "cert-manager.io"});
+        editor.cluster.try_set(write, &path, &["spec", "issuerRef"], &other).await.unwrap();
+        assert!(cluster.get(&path).await["status"]["certificate"].is_null());
+    }
+
+    // Neither may a request for the mesh's issuer become another one, approved or not: it was judged as it was.
+    let own = Ask::of(&agent, &victim).in_namespace(&shop).create(&agent).await.unwrap();
+    for write in Write::ALL {
+        for (field, value) in [("issuerRef", none.clone()), ("duration", json!("8760h")), ("isCA", json!(true))] {
+            let refusal = refused(cluster.try_set(write, &own, &["spec", field], &value).await, field);
+            assert!(refusal.contains("the spec of a request cannot be changed"), "{write:?} of {field}: {refusal}");
+        }
+    }
+}
+
+/// Who holds every right but the named ones still decides nothing; the approver and the members of the break-glass group do.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn only_named_accounts_decide_about_a_guarded_issuer() {
+    let world = World::start(GUARDED).await;
+    world.install_policy().await;
+    world.install("workload-requests/rbac.yaml").await;
+    let cluster = &world.cluster;
+    let shop = world.unvalidated_namespace().await;
+    let node = cluster.node().await;
+    let agent = world.actor("agent", "sds-agent", &node).await;
+    let pod = cluster.pod(&shop, "app", &node).await;
+    let ask = |namespace: &str| Ask::of(&agent, &pod).in_namespace(namespace);
+    grant_all_but_the_permission(cluster, "mallory").await;
+    let mallory = world.impersonate("mallory", &[]).await;
+    // As docs/runbook.md has it: an administrator in the name of that group.
+    let break_glass = world.impersonate("jane", &["sds-agent:break-glass"]).await;
+
+    let own = [Write::MergePatch, Write::Update].map(|write| (NAMESPACE, write));
+    for (namespace, write) in Write::ALL.map(|write| (shop.as_str(), write)).into_iter().chain(own) {
+        let path = ask(namespace).create(&agent).await.unwrap();
+        let status = format!("{path}/status");
+        for kind in ["Approved", "Denied"] {
+            for (who, account) in [("an account with all rights on requests", &mallory), ("an administrator", cluster)] {
+                let answer = account.try_set(write, &status, &["status", "conditions"], &decision(kind)).await;
+                let refusal = refused(answer, &format!("{kind} by {who}, {write:?}"));
+                assert!(refusal.contains("only the approver may change the conditions"), "{kind} by {who}, {write:?}: {refusal}");
+            }
+        }
+        // Conditions that are not decisions are not the policy's.
+        let note = json!([{"type": "Note", "status": "True", "reason": "Noted"}]);
+        mallory.try_set(write, &status, &["status", "conditions"], &note).await.unwrap();
+        break_glass.try_set(write, &status, &["status", "conditions"], &decision("Approved")).await.unwrap();
+        // cert-manager writes its own conditions beside that one.
+        let request = issued(cluster, &path).await;
+        assert_eq!(condition(&request, "Approved").unwrap()["reason"], "ByHand", "{write:?}");
+
+        // Nor is a decision taken back or reworded.
+        let conditions = request["status"]["conditions"].as_array().unwrap();
+        let others: Vec<_> = conditions.iter().filter(|c| c["type"] != "Approved").cloned().collect();
+        let reworded = json!([{"type": "Approved", "status": "True", "reason": "cert-manager.io", "message": "approved"}]);
+        let changes = [("taken back", json!(others)), ("reworded", reworded)];
+        // To apply less than before takes away only what the same manager has applied.
+        for (what, conditions) in changes.into_iter().filter(|(what, _)| write != Write::Apply || *what != "taken back") {
+            let refusal = refused(mallory.try_set(write, &status, &["status", "conditions"], &conditions).await, what);
+            assert!(refusal.contains("only the approver may change the conditions"), "{what}, {write:?}: {refusal}");
+        }
+    }
+
+    let path = ask(NAMESPACE).create(&agent).await.unwrap();
+    let _approver = world.approver("approver-0", "24h").await;
+    assert_eq!(condition(&issued(cluster, &path).await, "Approved").unwrap()["reason"], "approver.sds-agent.io");
+}
+
+/// cert-manager's own approver may approve every signer, and the webhook that would ask is switched off: the policy refuses it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn cert_managers_own_approver_does_not_decide_about_a_guarded_issuer() {
+    let world = World::start(&["--audit"]).await;
+    world.install_policy().await;
+    let node = world.cluster.node().await;
+    let agent = world.actor("agent", "sds-agent", &node).await;
+    let pod = world.cluster.pod(&world.cluster.namespace().await, "app", &node).await;
+    let path = Ask::of(&agent, &pod).create(&agent).await.unwrap();
+    let name = path.rsplit_once('/').unwrap().1;
+    eventually("cert-manager's approver has tried", PATIENCE, async || {
+        let tried = |line: &Value| line["objectRef"]["name"] == name && line["objectRef"]["subresource"] == "status";
+        let codes: Vec<_> = world.audit().iter().filter(|line| tried(line)).map(|line| line["responseStatus"]["code"].clone()).collect();
+        if codes.contains(&json!(403)) { Ok(()) } else { Err(format!("{codes:?}")) }
+    })
+    .await;
+    assert!(condition(&world.cluster.get(&path).await, "Approved").is_none());
+    let _approver = world.approver("approver-0", "24h").await;
+    assert_eq!(condition(&issued(&world.cluster, &path).await, "Approved").unwrap()["reason"], "approver.sds-agent.io");
+}
+
+/// The conditions of a request with a decision as the only one.
+fn decision(kind: &str) -> Value {
+    let time = "2026-01-02T03:04:05Z";
+    json!([{"type": kind, "status": "True", "reason": "ByHand", "message": "looked at", "lastTransitionTime": time}])
+}
+
+/// Gives `user` all verbs on requests, their status and every signer.
+async fn grant_all_but_the_permission(cluster: &Cluster, user: &str) {
+    let rbac = "/apis/rbac.authorization.k8s.io/v1";
+    let rules = json!([{"apiGroups": ["cert-manager.io"], "resources": ["*"], "verbs": ["*"]}]);
+    cluster.create(&format!("{rbac}/clusterroles"), &json!({"metadata": {"name": user}, "rules": rules})).await;
+    let binding = json!({
+        "metadata": {"name": user},
+        "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": user},
+        "subjects": [{"apiGroup": "rbac.authorization.k8s.io", "kind": "User", "name": user}],
+    });
+    cluster.create(&format!("{rbac}/clusterrolebindings"), &binding).await;
+}
+
+/// The words of a policy's refusal.
+fn refused(answer: kube::Result<Value>, what: &str) -> String {
+    match answer {
+        Err(kube::Error::Api(status)) if status.code == 403 || status.code == 422 => status.message.clone(),
+        other => panic!("{what} was not refused: {other:?}"),
+    }
+}
