@@ -68,3 +68,6 @@ pub mod process;
 pub mod readiness;
 pub mod shutdown;
 pub mod telemetry;
+
+#[cfg(test)]
+mod interfaces;

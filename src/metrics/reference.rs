@@ -108,6 +108,17 @@ fn sampled(module: &Module) -> Vec<Described> {
     described(&page)
 }
 
+/// Every metric with its type, its labels and their values; what is no closed set is `*`.
+pub(crate) fn series() -> Vec<String> {
+    let metrics = MODULES.iter().flat_map(sampled);
+    let shown = metrics.map(|metric| {
+        let labels = metric.labels.iter().map(|(name, values)| format!(" {name}={}", values.join(",")));
+        let labels: String = labels.collect();
+        format!("{} {}{labels}", shown_name(&metric), metric.kind)
+    });
+    shown.collect()
+}
+
 /// Every metric's name as it is asked for, with its type.
 fn names() -> BTreeMap<String, String> {
     MODULES.iter().flat_map(sampled).map(|metric| (shown_name(&metric), metric.kind)).collect()

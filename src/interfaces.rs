@@ -1,0 +1,336 @@
+//! What other programs rely on, against `tests/interfaces.txt`: metrics, JSON, reasons, log fields, exit codes, services, configuration,
+//! command line.
+//!
+//! Some of these words are made of names in the code, such as the variants of a label's type. A rename that changes one of them fails here.
+//! A change that is meant is committed with `UPDATE_INTERFACES=1 cargo test --lib interfaces` and described in CHANGELOG.md.
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    path::{Path, PathBuf},
+};
+
+use clap::CommandFactory;
+use proc_macro2::{Delimiter, TokenStream, TokenTree};
+use quote::ToTokens;
+use syn::{Attribute, Expr, Fields, Item, Lit, Meta};
+
+use crate::{
+    cert_manager::denied,
+    cli::{Cli, Exit},
+    config::reference::GROUPS,
+    metrics, sds,
+};
+
+/// The levels of a log line, and the spans whose fields it carries.
+const LOG_MACROS: [&str; 10] =
+    ["error", "warn", "info", "debug", "trace", "error_span", "warn_span", "info_span", "debug_span", "trace_span"];
+
+#[test]
+fn interfaces_stay_as_they_are() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/interfaces.txt");
+    let now = snapshot();
+    if std::env::var_os("UPDATE_INTERFACES").is_some() {
+        fs::write(&path, now.iter().map(|line| format!("{line}\n")).collect::<String>()).unwrap();
+        return;
+    }
+    let written = fs::read_to_string(&path).unwrap();
+    let written: BTreeSet<_> = written.lines().map(str::to_owned).collect();
+    let gone: Vec<_> = written.difference(&now).map(|line| format!("- {line}")).collect();
+    let new: Vec<_> = now.difference(&written).map(|line| format!("+ {line}")).collect();
+    assert!(
+        gone.is_empty() && new.is_empty(),
+        "interfaces have changed; if that is meant, run UPDATE_INTERFACES=1 cargo test --lib interfaces\n{}",
+        [gone, new].concat().join("\n")
+    );
+}
+
+/// The rest would pass over an empty snapshot.
+#[test]
+fn the_snapshot_has_every_kind_of_interface() {
+    let lines = snapshot();
+    for expected in [
+        "metric sds_agent_issuances_total counter issuer=* result=",
+        "config certificate.renewAt ",
+        "cli sds-agent fetch --write-key <FILE>",
+        "exit 64 Usage",
+        "health envoy.service.secret.v3.SecretDiscoveryService",
+        "denial ProfileMismatch",
+        "event CertificateDenied",
+        "json keys healthy steps",
+        "json value held_by_client",
+        "json value failed",
+        "doctor step pod",
+        "log warn sds_agent::sds::service::drive ",
+    ] {
+        assert!(lines.iter().any(|line| line.starts_with(expected)), "nothing begins with {expected:?}");
+    }
+}
+
+fn snapshot() -> BTreeSet<String> {
+    let mut lines: BTreeSet<String> = metrics::reference::series().into_iter().map(|series| format!("metric {series}")).collect();
+    for field in GROUPS.iter().flat_map(|group| group.fields) {
+        lines.insert(format!("config {} {:?}, {:?}", field.path, field.kind, field.default));
+    }
+    let mut cli = Cli::command();
+    cli.build();
+    command(&cli, "", &mut lines);
+    for exit in [Exit::Ok, Exit::Failed, Exit::Usage, Exit::Unavailable, Exit::NotPermitted] {
+        lines.insert(format!("exit {} {exit:?}", exit.code()));
+    }
+    lines.insert(format!("health {}", sds::service::SERVICE));
+    lines.extend(denied::ALL.iter().map(|reason| format!("denial {reason}")));
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    for (path, target) in sources(&source, "sds_agent") {
+        let file = syn::parse_file(&fs::read_to_string(&path).unwrap()).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+        items(file.items, &target, &mut lines);
+    }
+    lines
+}
+
+fn command(command: &clap::Command, parent: &str, lines: &mut BTreeSet<String>) {
+    let name = format!("{parent}{}", command.get_name());
+    lines.insert(format!("cli {name}"));
+    for argument in command.get_arguments() {
+        let flag = argument.get_long().map_or_else(|| format!("[{}]", argument.get_id()), |long| format!("--{long}"));
+        let short = argument.get_short().map(|short| format!(" -{short}")).unwrap_or_default();
+        let values: Vec<_> = argument.get_possible_values().iter().map(|value| value.get_name().to_owned()).collect();
+        let value = match (argument.get_action().takes_values(), argument.get_value_names()) {
+            (true, Some(names)) if values.is_empty() => format!(" <{}>", names.join(" ")),
+            (true, _) => format!(" {}", values.join("|")),
+            (false, _) => String::new(),
+        };
+        let default: Vec<_> = argument.get_default_values().iter().map(|value| value.to_string_lossy().into_owned()).collect();
+        let default = if default.is_empty() { String::new() } else { format!(" = {}", default.join(" ")) };
+        lines.insert(format!("cli {name} {flag}{short}{value}{default}"));
+    }
+    for subcommand in command.get_subcommands() {
+        self::command(subcommand, &format!("{name} "), lines);
+    }
+}
+
+/// Every source file that is not a test's, with its log target.
+fn sources(folder: &Path, target: &str) -> Vec<(PathBuf, String)> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        let stem = path.file_stem().unwrap().to_str().unwrap().to_owned();
+        if matches!(stem.as_str(), "tests" | "fake" | "wire" | "captured" | "reference" | "interfaces") {
+            continue;
+        }
+        let inner = if matches!(stem.as_str(), "lib" | "main") { target.to_owned() } else { format!("{target}::{stem}") };
+        if path.is_dir() {
+            found.extend(sources(&path, &inner));
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            found.push((path, inner));
+        }
+    }
+    found
+}
+
+fn items(list: Vec<Item>, target: &str, lines: &mut BTreeSet<String>) {
+    for item in list {
+        match item {
+            Item::Mod(module) if is_test(&module.attrs) => {}
+            Item::Mod(module) => {
+                if let Some((_, inner)) = module.content {
+                    items(inner, &format!("{target}::{}", module.ident), lines);
+                }
+            }
+            Item::Fn(function) if is_test(&function.attrs) => {}
+            Item::Impl(block) if is_test(&block.attrs) => {}
+            other => {
+                match &other {
+                    Item::Struct(record) if derives(&record.attrs, "Serialize") => keys(&record.attrs, &record.fields, lines),
+                    Item::Enum(choice) if derives(&choice.attrs, "Serialize") => {
+                        for variant in &choice.variants {
+                            lines
+                                .insert(format!("json value {}", renamed(&choice.attrs, &variant.attrs, &variant.ident.to_string(), true)));
+                        }
+                    }
+                    _ => {}
+                }
+                scan(other.to_token_stream(), target, lines);
+            }
+        }
+    }
+}
+
+fn is_test(attributes: &[Attribute]) -> bool {
+    attributes.iter().any(|attribute| attribute.to_token_stream().to_string().contains("test"))
+}
+
+fn derives(attributes: &[Attribute], name: &str) -> bool {
+    attributes.iter().any(|attribute| {
+        attribute.path().is_ident("derive")
+            && attribute.to_token_stream().to_string().split(|c: char| !c.is_alphanumeric()).any(|word| word == name)
+    })
+}
+
+/// The keys of a record, as serde writes them.
+fn keys(attributes: &[Attribute], fields: &Fields, lines: &mut BTreeSet<String>) {
+    let Fields::Named(named) = fields else { return };
+    let mut keys: Vec<_> = named
+        .named
+        .iter()
+        .filter(|field| !serde(&field.attrs).iter().any(|(key, _)| key == "skip"))
+        .map(|field| renamed(attributes, &field.attrs, &field.ident.as_ref().unwrap().to_string(), false))
+        .collect();
+    keys.sort_unstable();
+    lines.insert(format!("json keys {}", keys.join(" ")));
+}
+
+/// What serde calls a field or a variant.
+fn renamed(container: &[Attribute], own: &[Attribute], name: &str, is_variant: bool) -> String {
+    let value = |attributes: &[Attribute], key: &str| serde(attributes).into_iter().find(|(found, _)| found == key).map(|(_, value)| value);
+    if let Some(name) = value(own, "rename") {
+        return name;
+    }
+    let words: Vec<String> = if is_variant {
+        let mut words: Vec<String> = Vec::new();
+        for c in name.chars() {
+            match words.last_mut() {
+                Some(word) if !c.is_uppercase() => word.push(c),
+                _ => words.push(c.to_lowercase().to_string()),
+            }
+        }
+        words
+    } else {
+        name.split('_').map(str::to_owned).collect()
+    };
+    let capital = |word: &String| word[..1].to_uppercase() + &word[1..];
+    match value(container, "rename_all").as_deref() {
+        None => name.to_owned(),
+        Some("lowercase") => words.concat(),
+        Some("snake_case") => words.join("_"),
+        Some("kebab-case") => words.join("-"),
+        Some("camelCase") => words[..1].iter().cloned().chain(words[1..].iter().map(capital)).collect(),
+        Some("PascalCase") => words.iter().map(capital).collect(),
+        Some(other) => panic!("this test does not know rename_all = {other:?}"),
+    }
+}
+
+/// The keys of serde's attributes, and their values where they are text.
+fn serde(attributes: &[Attribute]) -> Vec<(String, String)> {
+    let mut found = Vec::new();
+    for attribute in attributes.iter().filter(|attribute| attribute.path().is_ident("serde")) {
+        let metas = attribute.parse_args_with(syn::punctuated::Punctuated::<Meta, syn::Token![,]>::parse_terminated).unwrap();
+        for meta in metas {
+            let key = meta.path().to_token_stream().to_string();
+            let value = match &meta {
+                Meta::NameValue(pair) => match &pair.value {
+                    Expr::Lit(literal) => match &literal.lit {
+                        Lit::Str(text) => text.value(),
+                        _ => String::new(),
+                    },
+                    _ => String::new(),
+                },
+                _ => String::new(),
+            };
+            found.push((key, value));
+        }
+    }
+    found
+}
+
+/// Log lines, JSON, and words that stand in tables of names.
+fn scan(tokens: TokenStream, target: &str, lines: &mut BTreeSet<String>) {
+    let tokens: Vec<TokenTree> = tokens.into_iter().collect();
+    for (at, token) in tokens.iter().enumerate() {
+        if let TokenTree::Group(group) = token {
+            scan(group.stream(), target, lines);
+            let before = |back: usize| at.checked_sub(back).map(|at| tokens[at].to_string()).unwrap_or_default();
+            let (name, is_macro) = if before(1) == "!" { (before(2), true) } else { (before(1), false) };
+            if is_macro && LOG_MACROS.contains(&name.as_str()) {
+                lines.insert(logged(&name, target, group.stream()));
+            } else if is_macro && name == "json" {
+                let mut keys = BTreeSet::new();
+                json_keys(group.stream(), &mut keys);
+                if !keys.is_empty() {
+                    lines.insert(format!("json keys {}", keys.into_iter().collect::<Vec<_>>().join(" ")));
+                }
+            } else if before(4) == "Step" && matches!(name.as_str(), "ok" | "warning" | "failed" | "unknown") {
+                if let Some(step) = group.stream().into_iter().next().and_then(text) {
+                    lines.insert(format!("doctor step {step}"));
+                }
+            } else if group.delimiter() == Delimiter::Parenthesis && before(1) != "!" {
+                // `(State::Valid, "valid")` in a table of words.
+                let inner: Vec<_> = group.stream().into_iter().collect();
+                if inner.len() == 6
+                    && inner[0].to_string() == "State"
+                    && let Some(word) = text(inner[5].clone())
+                {
+                    lines.insert(format!("json value {word}"));
+                }
+            }
+        }
+        // `let name = "pod"` and `let (agent, ready) = ("agent", "readiness")` of the doctor.
+        if token.to_string() == "=" && at >= 2 && tokens[at - 2].to_string() == "let" && target.starts_with("sds_agent::cli::doctor") {
+            let names = tokens[at - 1].to_string();
+            let value = match tokens.get(at + 1) {
+                Some(TokenTree::Group(group)) => group.stream().into_iter().filter_map(text).collect(),
+                Some(other) => text(other.clone()).into_iter().collect::<Vec<_>>(),
+                None => Vec::new(),
+            };
+            if names.split(|c: char| !c.is_alphanumeric()).any(|word| matches!(word, "name" | "agent" | "ready")) {
+                lines.extend(value.into_iter().map(|step| format!("doctor step {step}")));
+            }
+        }
+        // `Self::CertificateDenied => "CertificateDenied"`
+        if let Some(word) = text(token.clone())
+            && at >= 3
+            && tokens[at - 1].to_string() == ">"
+            && tokens[at - 3].to_string() == word
+            && target.starts_with("sds_agent::events")
+        {
+            lines.insert(format!("event {word}"));
+        }
+    }
+}
+
+fn text(token: TokenTree) -> Option<String> {
+    match token {
+        TokenTree::Literal(literal) => match Lit::new(literal) {
+            Lit::Str(text) => Some(text.value()),
+            _ => None,
+        },
+        _ => None,
+    }
+}
+
+fn json_keys(tokens: TokenStream, keys: &mut BTreeSet<String>) {
+    let tokens: Vec<TokenTree> = tokens.into_iter().collect();
+    for (at, token) in tokens.iter().enumerate() {
+        match token {
+            TokenTree::Group(group) if group.delimiter() != Delimiter::Parenthesis => json_keys(group.stream(), keys),
+            TokenTree::Punct(colon) if colon.as_char() == ':' && at > 0 => keys.extend(text(tokens[at - 1].clone())),
+            _ => {}
+        }
+    }
+}
+
+/// A line of the log, without its message: the level, the target and the names of its fields.
+fn logged(name: &str, target: &str, arguments: TokenStream) -> String {
+    let (mut fields, mut target, mut span) = (BTreeSet::new(), target.to_owned(), String::new());
+    let tokens: Vec<TokenTree> = arguments.into_iter().collect();
+    let is_comma = |token: &TokenTree| matches!(token, TokenTree::Punct(punct) if punct.as_char() == ',');
+    for argument in tokens.split(is_comma) {
+        let words: Vec<String> = argument.iter().map(ToString::to_string).collect();
+        let end = words.iter().position(|word| word == "=" || word == ":").unwrap_or(words.len());
+        let path: String = words[..end].iter().filter(|word| !matches!(word.as_str(), "%" | "?")).map(String::as_str).collect();
+        match (path.as_str(), words.get(end).map(String::as_str)) {
+            ("target", Some(":")) => target = argument.last().cloned().and_then(text).unwrap_or_else(|| "?".to_owned()),
+            ("parent" | "name", Some(":")) | ("", _) => {}
+            (_, None) if argument.len() == 1 && text(argument[0].clone()).is_some() => {
+                if name.ends_with("_span") && fields.is_empty() && span.is_empty() {
+                    span = text(argument[0].clone()).unwrap_or_default() + " ";
+                }
+            }
+            // An expression in the place of the message.
+            (path, None) if !path.chars().all(|c| c.is_alphanumeric() || matches!(c, '_' | '.')) => {}
+            (path, _) => drop(fields.insert(path.to_owned())),
+        }
+    }
+    let fields: Vec<_> = fields.into_iter().collect();
+    format!("log {name} {target} {span}{}", fields.join(" "))
+}
