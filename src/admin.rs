@@ -16,7 +16,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::{OwnedSemaphorePermit, Semaphore},
-    time::timeout,
+    time::{Instant, timeout},
 };
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
@@ -25,6 +25,7 @@ use crate::{
     metrics::{Exposition, Format},
     readiness::Readiness,
     shutdown::{self, Shutdown},
+    telemetry::hush::Hush,
 };
 
 mod controls;
@@ -180,6 +181,7 @@ pub async fn serve(listener: TcpListener, routes: Routes, shutdown: Shutdown) {
 
 async fn serve_within(limits: Limits, listener: TcpListener, routes: Routes, shutdown: Shutdown) {
     let slots = Arc::new(Semaphore::new(limits.connections));
+    let refusals = Hush::default();
     let accepting = async {
         // The semaphore is never closed.
         while let Ok(slot) = slots.clone().acquire_owned().await {
@@ -190,7 +192,9 @@ async fn serve_within(limits: Limits, listener: TcpListener, routes: Routes, shu
                 }
                 Err(error) if is_the_clients(&error) => {}
                 Err(error) => {
-                    tracing::warn!(%error, "cannot accept HTTP connections; trying again");
+                    if let Some(left_out) = refusals.tells("accept", Instant::now()) {
+                        tracing::warn!(%error, left_out, "cannot accept HTTP connections; trying again");
+                    }
                     tokio::time::sleep(ACCEPT_PAUSE).await;
                 }
             }

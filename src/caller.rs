@@ -12,10 +12,10 @@ use tonic::Status;
 use tracing::{debug, warn};
 
 use crate::{
-    attest::{self, Attested, Attestor, Reason, origin::Origin},
+    attest::{self, Attested, Attestor, Method, Reason, origin::Origin},
     identity::{Identity, Resolver},
     peer::Peer,
-    telemetry::hush::Hush,
+    telemetry::hush::{self, Hush},
 };
 
 /// A proven caller and what it may have.
@@ -40,6 +40,16 @@ pub struct Desk {
     pub witness: Option<Arc<dyn attest::Witness>>,
 }
 
+impl Desk {
+    /// What makes lines about callers from `origin` the same; `is_proven` where the caller has been attested. Callers that are in no pod,
+    /// or have ended, are one where pods are served: their user ids are theirs to choose.
+    pub fn cause(&self, origin: &Origin, what: &'static str, is_proven: bool) -> Cause {
+        let is_proven = is_proven || self.attestor.method() == Method::unix;
+        let is_known = is_proven || matches!(origin, Origin::Pod(_));
+        Cause { origin: is_known.then(|| origin.clone()), what, is_proven }
+    }
+}
+
 /// One connection's caller, not yet known or known.
 #[derive(Debug)]
 pub struct Connection {
@@ -53,8 +63,30 @@ pub struct Connection {
     refusals: Arc<Refusals>,
 }
 
-/// What the log has been told about callers that are refused, by where they come from and why.
-pub type Refusals = Hush<(Origin, &'static str)>;
+/// What the log has been told about callers that are refused, and about clients that refuse what they get.
+pub type Refusals = Hush<Cause>;
+
+/// What makes two lines about callers the same.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Cause {
+    /// None where callers cannot be told apart.
+    origin: Option<Origin>,
+    what: &'static str,
+    is_proven: bool,
+}
+
+impl Cause {
+    /// About no caller in particular.
+    pub fn of_nobody(what: &'static str) -> Self {
+        Self { origin: None, what, is_proven: false }
+    }
+}
+
+impl hush::Cause for Cause {
+    fn is_proven(&self) -> bool {
+        self.is_proven
+    }
+}
 
 /// What a caller that can never be served is told. The cause goes to the log.
 const REFUSED: &str = "no identity is available to this caller";
@@ -145,9 +177,18 @@ impl Connection {
         gone.is_cancelled()
     }
 
-    /// One line for each cause, origin and minute: a caller that tries again and again does not fill the log.
+    /// Whether to tell the log of `what` this caller does, and how many like it were left out: one line for each cause, origin and minute.
+    pub fn tells(&self, what: &'static str) -> Option<u64> {
+        self.told(what, self.attested.get().is_some())
+    }
+
+    fn told(&self, what: &'static str, is_proven: bool) -> Option<u64> {
+        self.refusals.tells(self.desk.cause(&self.origin, what, is_proven), tokio::time::Instant::now())
+    }
+
+    /// A caller that tries again and again does not fill the log.
     fn log(&self, error: &attest::Error) {
-        match self.refusals.tells((self.origin.clone(), error.reason.as_str()), tokio::time::Instant::now()) {
+        match self.told(error.reason.as_str(), error.pod.is_some() || self.attested.get().is_some()) {
             Some(0) => warn!(peer = ?self.peer, cause = %error, "caller not served"),
             Some(left_out) => warn!(peer = ?self.peer, origin = %self.origin, left_out, cause = %error, "caller not served"),
             None => debug!(peer = ?self.peer, cause = %error, "caller not served, again"),
@@ -178,7 +219,11 @@ mod tests {
     use tokio_util::sync::CancellationToken;
 
     use super::*;
-    use crate::{attest::Method, config};
+    use crate::{
+        config,
+        identity::PodRef,
+        telemetry::{Format, capture, captured::Captured},
+    };
 
     /// Knows everybody, until told that it does not.
     #[derive(Debug)]
@@ -219,5 +264,73 @@ mod tests {
         connection.gone().await;
         attestor.0.store(true, Ordering::SeqCst);
         assert!(connection.has_ended(&caller), "nobody comes back");
+    }
+
+    /// Refuses everybody: processes that have ended, and pods by what is known of them.
+    #[derive(Debug)]
+    struct Refusing(attest::Error);
+
+    impl Attestor for Refusing {
+        fn method(&self) -> Method {
+            Method::kubernetes
+        }
+
+        fn attest<'a>(&'a self, _: &'a Peer) -> BoxFuture<'a, Result<Attested, attest::Error>> {
+            Box::pin(std::future::ready(Err(self.0.clone())))
+        }
+    }
+
+    /// One call of a caller from `origin`, which is refused.
+    async fn refused(origin: Origin, error: attest::Error, refusals: &Arc<Refusals>) {
+        let resolver = config::dev(config::Dev::default(), &|_| None).unwrap().resolver();
+        let desk = Desk {
+            attestor: Arc::new(Refusing(error)),
+            resolver: watch::channel(Arc::new(resolver)).1,
+            metrics: attest::Metrics::default(),
+            witness: None,
+        };
+        let connection = Connection::new(Peer::without_process(0), desk).coming_from(origin, refusals.clone());
+        connection.caller().await.unwrap_err();
+    }
+
+    fn of_a_pod(number: usize) -> (Origin, attest::Error) {
+        let uid: Arc<str> = format!("u{number}").into();
+        let pod = PodRef { namespace: "shop".into(), name: "cart-1".into(), uid: uid.clone() };
+        (Origin::Pod(uid), attest::Error::refused(Reason::no_service_account, "it has none").by(&pod))
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn callers_that_have_ended_are_one_cause_and_do_not_silence_a_pod() {
+        let log = Captured::default();
+        let (_guard, _filter) = capture("info", Format::Json, log.clone()).unwrap();
+        let refusals = Arc::<Refusals>::default();
+        let ended = attest::Error::refused(Reason::process_gone, "it has ended");
+        for uid in 0..5000 {
+            refused(Origin::User(uid), ended.clone(), &refusals).await;
+        }
+        assert_eq!(log.count("caller not served"), 1);
+        for number in 0..2 {
+            let (pod, error) = of_a_pod(number);
+            refused(pod, error, &refusals).await;
+        }
+        assert_eq!(log.count("no_service_account"), 2);
+        tokio::time::advance(std::time::Duration::from_secs(60)).await;
+        refused(Origin::User(7), ended, &refusals).await;
+        assert_eq!(log.lines("caller not served")[3]["left_out"], 4999);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn pods_that_nobody_knows_leave_places_for_those_that_are_known_and_are_reported() {
+        let log = Captured::default();
+        let (_guard, _filter) = capture("info", Format::Json, log.clone()).unwrap();
+        let refusals = Arc::<Refusals>::default();
+        for number in 0..5000 {
+            let uid = format!("made up {number}").as_str().into();
+            refused(Origin::Pod(uid), attest::Error::refused(Reason::unknown_pod, "no such pod"), &refusals).await;
+        }
+        assert_eq!(log.count("too many different causes"), 1);
+        let (pod, error) = of_a_pod(1);
+        refused(pod, error, &refusals).await;
+        assert_eq!(log.count("no_service_account"), 1);
     }
 }

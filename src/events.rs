@@ -7,6 +7,7 @@
 use std::{
     collections::BTreeMap,
     fmt,
+    mem::{Discriminant, discriminant},
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -34,11 +35,11 @@ use crate::{
     config::NodeEnvironment,
     identity::PodRef,
     issuer::Error,
-    kubernetes::{Call, Failure},
+    kubernetes::{self, Call, Failure},
     material::Svid,
     rotation::Witness,
     store::Entry,
-    telemetry::hush::Hush,
+    telemetry::hush::{self, Hush},
 };
 
 pub mod ledger;
@@ -188,8 +189,19 @@ pub struct Writer {
     notes: mpsc::Receiver<Note>,
     metrics: Metrics,
     budget: Budget,
-    hush: Hush<String>,
+    hush: Hush<NotWritten>,
 }
+
+/// What makes two lines about events that are not written the same: their texts may name each event.
+#[derive(Debug, PartialEq, Eq, Hash)]
+enum NotWritten {
+    /// There are too many.
+    OverBudget,
+    /// The API server did not take it.
+    Failed(Discriminant<kubernetes::failure::Cause>),
+}
+
+impl hush::Cause for NotWritten {}
 
 impl fmt::Debug for Writer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -206,7 +218,7 @@ impl Writer {
                     self.write(&note).await;
                 } else {
                     self.metrics.count(Written::dropped);
-                    if let Some(left_out) = self.hush.tells("budget".to_owned(), Instant::now()) {
+                    if let Some(left_out) = self.hush.tells(NotWritten::OverBudget, Instant::now()) {
                         tracing::warn!(pod = %note.pod, left_out, "an event on a pod is left out: there are too many");
                     }
                 }
@@ -227,7 +239,7 @@ impl Writer {
             Err(error) => {
                 self.metrics.count(Written::failed);
                 let failure = Failure::of(&error, &call);
-                if let Some(left_out) = self.hush.tells(failure.message.clone(), Instant::now()) {
+                if let Some(left_out) = self.hush.tells(NotWritten::Failed(discriminant(&failure.cause)), Instant::now()) {
                     tracing::warn!(pod = %note.pod, cause = %failure, left_out, "cannot write an event on a pod");
                 }
             }

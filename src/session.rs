@@ -35,7 +35,7 @@ use self::{
 use crate::{
     attest::origin::Origin,
     authority::Unnamed,
-    caller::{Connection, Desk, Refusals},
+    caller::{Cause, Connection, Desk, Refusals},
     config::Limits,
     grpc::{self, UntilEnd},
     peer::Peer,
@@ -124,8 +124,11 @@ impl Sessions {
                 Err(error) if is_the_clients(&error) => debug!(%error, "a connection ended before it was accepted"),
                 Err(error) => {
                     let wait = pause.next();
-                    warn!(%error, wait_milliseconds = wait.as_millis(), "cannot accept connections; trying again (out of file descriptors?)");
                     sessions.metrics.rejected(Rejection::accept_error);
+                    if let Some(left_out) = sessions.refusals.tells(Cause::of_nobody("accept"), Instant::now()) {
+                        let wait_milliseconds = wait.as_millis();
+                        warn!(%error, wait_milliseconds, left_out, "cannot accept connections; trying again (out of file descriptors?)");
+                    }
                     tokio::select! {
                         () = sessions.shutdown.drain.cancelled() => return,
                         () = tokio::time::sleep(wait) => {}
@@ -147,7 +150,9 @@ impl Sessions {
             Ok(peer) => peer,
             Err(error) => {
                 self.metrics.rejected(Rejection::no_credentials);
-                warn!(%error, "connection closed: the kernel does not tell who it is");
+                if let Some(left_out) = self.refusals.tells(Cause::of_nobody("no credentials"), Instant::now()) {
+                    warn!(%error, left_out, "connection closed: the kernel does not tell who it is");
+                }
                 return;
             }
         };
@@ -187,7 +192,7 @@ impl Sessions {
 
     /// One line for each caller, limit and minute.
     fn tell(&self, origin: &Origin, limit: &'static str, what: &str) {
-        if let Some(left_out) = self.refusals.tells((origin.clone(), limit), Instant::now()) {
+        if let Some(left_out) = self.refusals.tells(self.desk.cause(origin, limit, false), Instant::now()) {
             warn!(%origin, limit, left_out, "{what}: over quota; raise the limit if the caller needs more");
         }
     }

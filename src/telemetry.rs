@@ -7,13 +7,13 @@
 use std::{
     fmt,
     io::{self, IsTerminal},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, LazyLock, Mutex, PoisonError},
 };
 
 use tracing::{
-    Metadata, Subscriber,
+    Dispatch, Metadata, Subscriber,
     level_filters::LevelFilter,
-    subscriber::{DefaultGuard, set_default},
+    subscriber::{DefaultGuard, NoSubscriber, set_default},
 };
 use tracing_subscriber::{
     EnvFilter, Layer, Registry,
@@ -108,6 +108,10 @@ pub fn capture<W>(directives: &str, format: Format, writer: W) -> Result<(Defaul
 where
     W: for<'w> MakeWriter<'w> + Send + Sync + 'static,
 {
+    // While there is one subscriber alone, `tracing` asks only the thread that reaches an event first whether it is wanted: where that is
+    // another test's thread, without a subscriber, this one would never get the event.
+    static ANOTHER: LazyLock<Dispatch> = LazyLock::new(|| Dispatch::new(NoSubscriber::default()));
+    LazyLock::force(&ANOTHER);
     let (subscriber, filter) = subscriber(directives, format, writer)?;
     Ok((set_default(subscriber), filter))
 }

@@ -17,7 +17,7 @@ use tonic::Status;
 use tower::ServiceExt;
 use tracing::{debug, error, info, warn};
 
-use crate::{authority::Unnamed, grpc::table::Table, listener};
+use crate::{authority::Unnamed, grpc::table::Table, listener, telemetry::hush::Hush};
 
 /// For root alone: the kubelet is root.
 const MODE: u32 = 0o600;
@@ -39,13 +39,15 @@ pub struct Server {
     services: Arc<Table>,
     again: Arc<Notify>,
     places: Arc<Semaphore>,
+    refusals: Hush<&'static str>,
 }
 
 impl Server {
     /// Binds `path`, which comes from `field` of the configuration. `again` has it bound anew after a while.
     pub fn bind(field: &'static str, path: PathBuf, services: Table, again: Arc<Notify>) -> Result<Self, listener::Error> {
         let bound = listener::bind_for(field, &path, MODE)?;
-        Ok(Self { field, path, bound, services: Arc::new(services), again, places: Arc::new(Semaphore::new(CONNECTIONS)) })
+        let (services, places) = (Arc::new(services), Arc::new(Semaphore::new(CONNECTIONS)));
+        Ok(Self { field, path, bound, services, again, places, refusals: Hush::default() })
     }
 
     /// Serves until `last`.
@@ -59,7 +61,9 @@ impl Server {
                 accepted = self.bound.listener.accept() => match accepted {
                     Ok((stream, _)) => self.welcome(stream, &last),
                     Err(error) => {
-                        warn!(%error, socket = %self.path.display(), "cannot accept connections; trying again");
+                        if let Some(left_out) = self.refusals.tells("accept", Instant::now()) {
+                            warn!(%error, socket = %self.path.display(), left_out, "cannot accept connections; trying again");
+                        }
                         tokio::time::sleep(PAUSE).await;
                     }
                 },
@@ -92,7 +96,9 @@ impl Server {
 
     fn welcome(&self, stream: UnixStream, last: &CancellationToken) {
         let Ok(place) = self.places.clone().try_acquire_owned() else {
-            warn!(socket = %self.path.display(), "connection closed: there are {CONNECTIONS} already");
+            if let Some(left_out) = self.refusals.tells("connections", Instant::now()) {
+                warn!(socket = %self.path.display(), left_out, "connection closed: there are {CONNECTIONS} already");
+            }
             return;
         };
         tokio::spawn(connection(stream, self.services.clone(), last.clone(), place));

@@ -5,7 +5,10 @@
 
 use std::{sync::Arc, time::Duration};
 
-use tokio::{sync::watch, time::timeout};
+use tokio::{
+    sync::watch,
+    time::{Instant, timeout},
+};
 use tonic::{Code, Request, Response, Status};
 use tracing::warn;
 
@@ -25,6 +28,7 @@ use crate::{
         NodePublishVolumeResponse, NodeUnpublishVolumeRequest, NodeUnpublishVolumeResponse, ProbeRequest, ProbeResponse,
         identity_server::Identity, node_server::Node,
     },
+    telemetry::hush::Hush,
 };
 
 /// How long the index may take to say that a pod does not exist. When it cannot tell by then, the socket is published all the same: no
@@ -44,6 +48,8 @@ pub struct Driver {
     pub resolver: watch::Receiver<Arc<Resolver>>,
     /// What is counted.
     pub metrics: Metrics,
+    /// What the log has been told about calls that are refused, by target.
+    pub refusals: Arc<Hush<String>>,
 }
 
 impl Driver {
@@ -72,7 +78,10 @@ impl Driver {
         self.metrics.called(call, result.as_ref().map_or_else(Status::code, |()| Code::Ok));
         if let Err(status) = &result {
             let target: String = target.chars().take(300).collect();
-            warn!(?call, ?target, code = ?status.code(), cause = status.message(), "refused a call of the kubelet");
+            // The kubelet tries again for as long as the pod exists.
+            if let Some(left_out) = self.refusals.tells(format!("{call:?} {target}"), Instant::now()) {
+                warn!(?call, ?target, code = ?status.code(), cause = status.message(), left_out, "refused a call of the kubelet");
+            }
         }
         result.map(|()| Response::new(done))
     }

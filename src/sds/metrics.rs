@@ -136,6 +136,12 @@ impl Metrics {
         self.nacks[kind as usize].inc();
     }
 
+    /// How many resources of this kind were rejected.
+    #[cfg(test)]
+    pub(super) fn nacks(&self, kind: Kind) -> u64 {
+        self.nacks[kind as usize].get()
+    }
+
     /// A stream got its first resource; `hit` when it was there already.
     pub fn first_secret(&self, hit: bool, after: Duration) {
         self.first_secret[usize::from(!hit)].observe(after.as_secs_f64());

@@ -77,6 +77,16 @@ pub enum Violation {
     TooManyNames(usize),
 }
 
+impl Violation {
+    /// Its kind, which holds nothing of the request.
+    pub fn as_str(&self) -> &'static str {
+        match self {
+            Self::TypeUrl(_) => "type_url",
+            Self::TooManyNames(_) => "too many names",
+        }
+    }
+}
+
 /// What a request was.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Received {

@@ -1,7 +1,8 @@
-//! One line for each cause and minute: who does the same wrong thing in a loop does not fill the log.
+//! One line for each cause and minute: a caller that does the same wrong thing in a loop does not fill the log.
 //!
 //! The caller logs when it is given a number, and puts that number into the line: how many like it were left out before. Metrics count
-//! them all.
+//! them all. The number of causes is bounded, too. A quarter of it is kept for causes that are [proven](Cause::is_proven), so that callers
+//! that invent causes do not silence the others; and one line a minute tells that lines about further causes are left out.
 
 use std::{
     collections::HashMap,
@@ -11,13 +12,28 @@ use std::{
 };
 
 use tokio::time::Instant;
+use tracing::warn;
 
 /// Between two lines about the same.
 const PACE: Duration = Duration::from_secs(60);
 /// After this time a cause is forgotten.
 const FORGOTTEN: Duration = Duration::from_secs(600);
-/// Causes at once. What comes beyond them is not told.
+/// Causes at once. Lines about further ones are left out.
 const CAUSES: usize = 4096;
+/// Of these, the ones that only proven causes may take.
+const PROVEN_CAUSES: usize = CAUSES / 4;
+
+/// What makes two lines the same.
+pub trait Cause: Hash + Eq {
+    /// Whether it is about an object that is known, and not only about what a caller says of itself or can make up.
+    fn is_proven(&self) -> bool {
+        true
+    }
+}
+
+impl Cause for String {}
+impl Cause for &'static str {}
+impl Cause for (&'static str, String, String) {}
 
 /// What has been told, by cause.
 #[derive(Debug)]
@@ -25,28 +41,48 @@ pub struct Hush<K>(Mutex<Told<K>>);
 
 #[derive(Debug)]
 struct Told<K> {
-    causes: HashMap<K, Cause>,
+    causes: HashMap<K, Record>,
     swept: Option<Instant>,
+    further: Further,
 }
 
 #[derive(Debug)]
-struct Cause {
+struct Record {
     told: Instant,
+    left_out: u64,
+}
+
+/// Lines about causes for which there was no place.
+#[derive(Debug, Default)]
+struct Further {
+    told: Option<Instant>,
     left_out: u64,
 }
 
 impl<K> Default for Hush<K> {
     fn default() -> Self {
-        Self(Mutex::new(Told { causes: HashMap::new(), swept: None }))
+        Self(Mutex::new(Told { causes: HashMap::new(), swept: None, further: Further::default() }))
     }
 }
 
-impl<K: Hash + Eq> Hush<K> {
+impl<K: Cause> Hush<K> {
     /// Whether to tell of `cause` now, and how many like it were left out since the last line about it.
     pub fn tells(&self, cause: K, now: Instant) -> Option<u64> {
         let mut told = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        told.sweep(now);
-        if let Some(known) = told.causes.get_mut(&cause) {
+        let answer = told.tells(cause, now);
+        let further = told.further.due(now);
+        drop(told);
+        if let Some(left_out) = further {
+            warn!(causes = CAUSES, left_out, "too many different causes in the log: lines about further ones are left out");
+        }
+        answer
+    }
+}
+
+impl<K: Cause> Told<K> {
+    fn tells(&mut self, cause: K, now: Instant) -> Option<u64> {
+        self.sweep(now);
+        if let Some(known) = self.causes.get_mut(&cause) {
             if now.duration_since(known.told) < PACE {
                 known.left_out += 1;
                 return None;
@@ -54,15 +90,15 @@ impl<K: Hash + Eq> Hush<K> {
             known.told = now;
             return Some(std::mem::take(&mut known.left_out));
         }
-        if told.causes.len() >= CAUSES {
+        let places = if cause.is_proven() { CAUSES } else { CAUSES - PROVEN_CAUSES };
+        if self.causes.len() >= places {
+            self.further.left_out += 1;
             return None;
         }
-        told.causes.insert(cause, Cause { told: now, left_out: 0 });
+        self.causes.insert(cause, Record { told: now, left_out: 0 });
         Some(0)
     }
-}
 
-impl<K: Hash + Eq> Told<K> {
     fn sweep(&mut self, now: Instant) {
         if self.swept.is_some_and(|at| now.duration_since(at) < PACE) {
             return;
@@ -73,9 +109,21 @@ impl<K: Hash + Eq> Told<K> {
     }
 }
 
+impl Further {
+    /// The number of lines that were left out, where it is time to tell it: at once, and then once a minute.
+    fn due(&mut self, now: Instant) -> Option<u64> {
+        if self.left_out == 0 || self.told.is_some_and(|at| now.duration_since(at) < PACE) {
+            return None;
+        }
+        self.told = Some(now);
+        Some(std::mem::take(&mut self.left_out))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::telemetry::{Format, capture, captured::Captured};
 
     #[test]
     fn a_loop_is_told_once_a_minute_with_what_was_left_out() {
@@ -90,12 +138,40 @@ mod tests {
         assert_eq!(hush.tells("a", at(2000)), Some(0));
     }
 
+    /// A number that somebody made up, or that is proven.
+    #[derive(Debug, PartialEq, Eq, Hash)]
+    struct Number(usize, bool);
+
+    impl Cause for Number {
+        fn is_proven(&self) -> bool {
+            self.1
+        }
+    }
+
     #[test]
-    fn what_is_remembered_is_bounded() {
+    fn causes_that_are_made_up_leave_places_for_those_that_are_proven() {
         let (hush, start) = (Hush::default(), Instant::now());
-        let told = (0..10_000).filter(|number| hush.tells(*number, start).is_some()).count();
-        assert_eq!(told, CAUSES);
-        assert_eq!(hush.tells(20_000, start + PACE), Some(0));
-        assert_eq!(hush.0.lock().unwrap().causes.len(), 1);
+        let told = |proven| (0..10_000).filter(|number| hush.tells(Number(*number, proven), start).is_some()).count();
+        assert_eq!(told(false), CAUSES - PROVEN_CAUSES);
+        assert_eq!(told(true), PROVEN_CAUSES);
+        assert_eq!(hush.tells(Number(20_000, false), start + PACE), Some(0));
+        assert_eq!(hush.0.lock().unwrap().causes.len(), 1, "they are forgotten");
+    }
+
+    #[test]
+    fn lines_about_further_causes_are_counted_and_told_once_a_minute() {
+        let log = Captured::default();
+        let (_guard, _filter) = capture("info", Format::Json, log.clone()).unwrap();
+        let (hush, start) = (Hush::default(), Instant::now());
+        for number in 0..CAUSES + 100 {
+            hush.tells(Number(number, true), start);
+        }
+        let left_out = |log: &Captured| -> Vec<_> {
+            log.lines("too many different causes").iter().map(|line| line["left_out"].as_u64().unwrap()).collect()
+        };
+        assert_eq!(left_out(&log), [1], "at once");
+        // Whatever comes next pays the rest.
+        hush.tells(Number(0, true), start + PACE);
+        assert_eq!(left_out(&log), [1, 99]);
     }
 }

@@ -170,7 +170,10 @@ impl Stream<'_> {
 
     fn request(&mut self, request: StreamRequest) -> Result<(), Status> {
         let received = self.state.request(request).map_err(|error| {
-            warn!(identity = %self.caller.identity, workload = %self.caller.attested.workload, cause = %error, "stream refused");
+            if let Some(left_out) = self.connection.tells(error.as_str()) {
+                let (identity, workload) = (&self.caller.identity, &self.caller.attested.workload);
+                warn!(%identity, %workload, cause = %error, left_out, "stream refused");
+            }
             violation(&error)
         })?;
         let (nonce, error) = match received {
@@ -189,8 +192,20 @@ impl Stream<'_> {
             }
             Some(error) => {
                 kinds.iter().for_each(|kind| metrics.nacked(*kind));
-                let cause: String = error.chars().map(|c| if c.is_control() { ' ' } else { c }).take(500).collect();
-                warn!(%identity, %workload, nonce, ?kinds, cause, "rejected by the client; it keeps what it has until there is a newer version");
+                // A client may ask for the same again, and reject that, in a loop.
+                let what = if kinds.contains(&Kind::certificate) { "certificate rejected" } else { "bundle rejected" };
+                if let Some(left_out) = self.connection.tells(what) {
+                    let cause: String = error.chars().map(|c| if c.is_control() { ' ' } else { c }).take(500).collect();
+                    warn!(
+                        %identity,
+                        %workload,
+                        nonce,
+                        ?kinds,
+                        cause,
+                        left_out,
+                        "rejected by the client; it keeps what it has until there is a newer version"
+                    );
+                }
             }
         }
         Ok(())

@@ -7,6 +7,7 @@ mod client;
 mod ends;
 mod fetch;
 mod held;
+mod log;
 mod outages;
 mod subscriptions;
 mod swaps;

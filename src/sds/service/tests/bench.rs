@@ -10,8 +10,8 @@ use futures::future::BoxFuture;
 
 use super::*;
 use crate::{
-    attest::{self, Attested, Attestor, Method, Reason},
-    caller::Desk,
+    attest::{self, Attested, Attestor, Method, Reason, origin::Origin},
+    caller::{Desk, Refusals},
     clock::TestClock,
     config,
     identity::{IssuerName, PodRef, Profile, Resolver, TrustDomain, Workload, tests::identity},
@@ -194,6 +194,12 @@ impl Bench {
     /// A connection of its own.
     pub(super) fn connection(&self) -> Arc<Connection> {
         Arc::new(Connection::new(Peer::without_process(1000), self.desk.clone()))
+    }
+
+    /// A connection of its own, from this pod.
+    pub(super) fn connection_of(&self, pod: &str, refusals: &Arc<Refusals>) -> Arc<Connection> {
+        let connection = Connection::new(Peer::without_process(1000), self.desk.clone());
+        Arc::new(connection.coming_from(Origin::Pod(pod.into()), refusals.clone()))
     }
 
     /// From now on callers get another profile: what was issued before is foreign.

@@ -206,6 +206,13 @@ impl Client {
         self.say(&[name.to_owned()], &[], Default::default(), Some("bad certificate"), &reply.nonce);
     }
 
+    /// Rejects `reply` and wants the same names anew, in one message.
+    pub(super) fn nack_and_ask_again(&mut self, reply: &Reply) {
+        self.nonce.clone_from(&reply.nonce);
+        let names = self.names.clone();
+        self.say(&names, &names, Default::default(), Some("bad certificate"), &reply.nonce);
+    }
+
     fn say(
         &self,
         added: &[String],
