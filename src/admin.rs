@@ -161,6 +161,13 @@ fn refuse_method(allowed: &'static str) -> Answer {
     refused
 }
 
+/// Tells the log where metrics and probes are.
+pub fn tell(metrics: &TcpListener) {
+    if let Ok(address) = metrics.local_addr() {
+        tracing::info!(%address, "serving metrics and probes");
+    }
+}
+
 /// What a listener takes on.
 #[derive(Debug, Clone, Copy)]
 struct Limits {

@@ -272,6 +272,7 @@ impl Bound {
     pub async fn run(self) -> anyhow::Result<Drained> {
         let Self { socket, admin, metrics, sessions, csi, rotation, routes, readiness, tasks, ending, last, shutdown, start } = self;
         info!(socket = socket.as_ref().map(|door| tracing::field::display(door.path.display())), "serving");
+        admin::tell(&metrics);
         let mut beside = JoinSet::new();
         for task in tasks.0 {
             beside.spawn(task);

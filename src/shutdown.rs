@@ -88,23 +88,26 @@ impl Shutdown {
         }
     }
 
-    /// Takes over SIGTERM and SIGINT from here on: the first begins the drain, the second ends the process with [`EXIT_ABORTED`].
+    /// Takes over SIGTERM and SIGINT from here on: the first begins the drain, the second ends the process with [`EXIT_ABORTED`], after
+    /// `before_exit`, which must be bounded in time.
     ///
     /// Call it inside the runtime, before anything is bound: until then a signal kills the process as usual.
-    pub fn follow_signals(&self) -> io::Result<()> {
+    pub fn follow_signals(&self, before_exit: impl FnOnce() + Send + 'static) -> io::Result<()> {
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
         let shutdown = self.clone();
         tokio::spawn(async move {
             let name = either(&mut terminate, &mut interrupt).await;
-            tracing::info!(signal = name, deadline_seconds = shutdown.deadline.as_secs_f64(), "draining; a second signal aborts");
             let begun = Instant::now();
+            // Before anything is logged about it: nothing may stand between a signal and its effect.
             shutdown.begin();
+            tracing::info!(signal = name, deadline_seconds = shutdown.deadline.as_secs_f64(), "draining; a second signal aborts");
 
             let name = either(&mut terminate, &mut interrupt).await;
             let (holders, after) = (shutdown.holders.len(), begun.elapsed().as_secs_f64());
             tracing::warn!(signal = name, holders, seconds_after_the_first = after, "aborting");
             shutdown.abort.cancel();
+            before_exit();
             // From here, and not from `main`: whatever hangs there is what the second signal is against.
             std::process::exit(EXIT_ABORTED);
         });
@@ -208,7 +211,14 @@ mod tests {
         // A failed assertion makes the test binary's exit code 101.
         let shutdown = Shutdown::new(DEADLINE);
         let _held = shutdown.guard();
-        shutdown.follow_signals().unwrap();
+        // Whatever a line of the log costs, the drain has begun before it.
+        let has_begun = shutdown.drain.clone();
+        let written = move || {
+            assert!(has_begun.is_cancelled(), "a signal is logged before it has an effect");
+            std::io::sink()
+        };
+        let (_guard, _filter) = crate::telemetry::capture("info", crate::telemetry::Format::Json, written).unwrap();
+        shutdown.follow_signals(|| {}).unwrap();
         raise(Signal::SIGTERM).unwrap();
         tokio::time::timeout(DEADLINE, shutdown.drain.cancelled()).await.unwrap();
         raise(Signal::SIGINT).unwrap();

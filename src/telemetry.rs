@@ -1,13 +1,17 @@
 //! The log: text on a terminal, JSON lines otherwise, always to standard error and never to a file.
 //!
-//! Owns the subscriber and its filter, which can be replaced while the agent runs. The caller reads [`VARIABLE`] (the configuration is the
-//! only reader of the environment) and owes every spawned task a span. No key, token or CSR is ever passed to a log macro; and because
-//! other crates print what crosses the wire at `trace`, that level is cut off for them whatever the filter says.
+//! Owns the subscriber and its filter, which can be replaced while the agent runs, and the [writer](writer) that never blocks. The caller
+//! reads [`VARIABLE`] (the configuration is the only reader of the environment), owes every spawned task a span, and [ends](Log::end) the
+//! log before the process. No key, token or CSR is ever passed to a log macro; and because other crates print what crosses the wire at
+//! `trace`, that level is cut off for them whatever the filter says.
 
 use std::{
     fmt,
-    io::{self, IsTerminal},
+    io::{self, IsTerminal, Write},
+    panic::{self, PanicHookInfo},
     sync::{Arc, LazyLock, Mutex, PoisonError},
+    thread,
+    time::Duration,
 };
 
 use tracing::{
@@ -27,6 +31,13 @@ use tracing_subscriber::{
 #[cfg(test)]
 pub(crate) mod captured;
 pub mod hush;
+mod lines;
+mod metrics;
+pub mod writer;
+
+use lines::Lines;
+pub use metrics::Metrics;
+use writer::{LogWriter, StandardError};
 
 /// The environment variable of the filter.
 pub const VARIABLE: &str = "SDS_AGENT_LOG";
@@ -34,6 +45,8 @@ pub const VARIABLE: &str = "SDS_AGENT_LOG";
 pub const DEFAULT_FILTER: &str = "info";
 /// This crate's targets begin with it.
 const OURS: &str = "sds_agent";
+/// The longest time that the end of the process waits for the reader of the log.
+const FLUSH: Duration = Duration::from_secs(1);
 
 /// Why there is no log, or no other filter.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -49,6 +62,9 @@ pub enum Error {
     /// The process has a log already.
     #[error("the log is set up already")]
     SetUp,
+    /// The thread that writes cannot be started.
+    #[error("the thread that writes the log cannot be started: {0}")]
+    Thread(io::ErrorKind),
 }
 
 /// How a line looks.
@@ -96,11 +112,52 @@ impl Filter {
     }
 }
 
-/// Sets up the process's log on standard error; `directives` is the value of [`VARIABLE`], where it is set.
-pub fn init(directives: Option<&str>) -> Result<Filter, Error> {
-    let (subscriber, filter) = subscriber(directives.unwrap_or(DEFAULT_FILTER), Format::of_stderr(), io::stderr)?;
+/// The process's log. Clones are the same log.
+#[derive(Debug, Clone)]
+pub struct Log {
+    /// What is logged.
+    pub filter: Filter,
+    writer: LogWriter,
+}
+
+impl Log {
+    /// Writes a line as it is, for the last words of the process.
+    pub fn tell(&self, message: fmt::Arguments<'_>) {
+        // It does not fail.
+        let _ = writeln!(self.writer.clone(), "{message}");
+    }
+
+    /// Waits for the lines to be written, but not for a reader that stalls. Call it before the process ends.
+    pub fn end(&self) {
+        self.writer.flush(FLUSH);
+    }
+
+    /// Ends the log when it is dropped: also where a panic ends the process.
+    pub fn until_dropped(&self) -> impl Drop {
+        struct End(Log);
+        impl Drop for End {
+            fn drop(&mut self) {
+                self.0.end();
+            }
+        }
+        End(self.clone())
+    }
+}
+
+/// Sets up the process's log on standard error; `directives` is the value of [`VARIABLE`], where it is set. From here on a panic is logged,
+/// too: the usual hook writes to standard error itself, and would wait for its reader.
+pub fn init(directives: Option<&str>, metrics: &Metrics) -> Result<Log, Error> {
+    let format = Format::of_stderr();
+    let writer = LogWriter::start(StandardError, format, metrics.lines_dropped.clone()).map_err(|error| Error::Thread(error.kind()))?;
+    let (subscriber, filter) = subscriber(directives.unwrap_or(DEFAULT_FILTER), format, writer.clone())?;
     subscriber.try_init().map_err(|_| Error::SetUp)?;
-    Ok(filter)
+    panic::set_hook(Box::new(log_panic));
+    Ok(Log { filter, writer })
+}
+
+fn log_panic(panic: &PanicHookInfo<'_>) {
+    let (thread, cause) = (thread::current(), panic.payload_as_str());
+    tracing::error!(thread = thread.name(), location = panic.location().map(tracing::field::display), cause, "a thread has panicked");
 }
 
 /// Logs to `writer` on this thread for as long as the guard lives: for tests that look at the log.
@@ -121,7 +178,7 @@ where
     W: for<'w> MakeWriter<'w> + Send + Sync + 'static,
 {
     let (env_filter, handle) = reload::Layer::new(parse(directives)?);
-    let lines = tracing_subscriber::fmt::layer().with_writer(writer);
+    let lines = tracing_subscriber::fmt::layer().with_writer(Lines::new(writer, format));
     let lines = match format {
         Format::Text => lines.with_ansi(io::stderr().is_terminal()).boxed(),
         Format::Json => lines.json().flatten_event(true).with_current_span(true).with_span_list(false).boxed(),
@@ -141,8 +198,16 @@ fn parse(directives: &str) -> Result<EnvFilter, Error> {
 /// What other crates print at `trace` crosses the wire; and kube's print whole answers, with CSRs in them, when they cannot be read. What
 /// matters of the latter is told by our own watches.
 fn no_wire_dump(metadata: &Metadata<'_>) -> bool {
-    let of = |name: &str| metadata.target().strip_prefix(name).is_some_and(|rest| rest.is_empty() || rest.starts_with("::"));
-    of(OURS) || (*metadata.level() <= LevelFilter::DEBUG && !of("kube_client") && !of("kube_runtime"))
+    is_ours(metadata) || (*metadata.level() <= LevelFilter::DEBUG && !is_of(metadata, "kube_client") && !is_of(metadata, "kube_runtime"))
+}
+
+/// Whether this crate logs it.
+fn is_ours(metadata: &Metadata<'_>) -> bool {
+    is_of(metadata, OURS)
+}
+
+fn is_of(metadata: &Metadata<'_>, name: &str) -> bool {
+    metadata.target().strip_prefix(name).is_some_and(|rest| rest.is_empty() || rest.starts_with("::"))
 }
 
 #[cfg(test)]
@@ -217,5 +282,54 @@ mod tests {
         tracing::debug!(target: "h2::codec", "about a frame");
         tracing::trace!("ours");
         assert_eq!(lines.take().lines().count(), 2);
+    }
+
+    /// Set for the child, so that `--include-ignored` does not take over everybody's log.
+    const CHILD: &str = "SDS_AGENT_TEST_CHILD";
+
+    #[test]
+    fn a_panic_does_not_wait_for_the_reader_of_the_log() {
+        let (_reader, writer) = io::pipe().unwrap();
+        // Written to its last byte.
+        (&writer)
+            .write_all(&vec![b'\n'; nix::fcntl::fcntl(&writer, nix::fcntl::FcntlArg::F_GETPIPE_SZ).unwrap().try_into().unwrap()])
+            .unwrap();
+        let mut command = std::process::Command::new(std::env::current_exe().unwrap());
+        command.args(["--exact", "telemetry::tests::child_panics", "--ignored", "--nocapture"]).env(CHILD, "1");
+        let mut child = command.stdout(std::process::Stdio::null()).stderr(writer).spawn().unwrap();
+        let (tell, told) = std::sync::mpsc::channel();
+        let pid = nix::unistd::Pid::from_raw(child.id().try_into().unwrap());
+        thread::spawn(move || tell.send(child.wait().unwrap()));
+        let status = told.recv_timeout(Duration::from_secs(60));
+        if status.is_err() {
+            nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
+        }
+        assert!(status.expect("the child hangs").success());
+    }
+
+    #[test]
+    #[ignore = "runs in a process of its own"]
+    fn child_panics() {
+        if std::env::var_os(CHILD).is_none() {
+            return;
+        }
+        let log = init(None, &Metrics::default()).unwrap();
+        for _ in 0..1000 {
+            thread::spawn(|| panic!("as a part of the agent might")).join().unwrap_err();
+        }
+        log.tell(format_args!("sds-agent: last words"));
+        log.end();
+    }
+
+    #[test]
+    fn a_panic_is_a_line_of_the_log() {
+        let lines = Captured::default();
+        let (_guard, _filter) = capture("info", Format::Json, lines.clone()).unwrap();
+        let hook = panic::take_hook();
+        panic::set_hook(Box::new(log_panic));
+        let caught = panic::catch_unwind(|| panic!("as a part of the agent might"));
+        panic::set_hook(hook);
+        caught.unwrap_err();
+        assert!(lines.lines("a thread has panicked").iter().any(|line| line["cause"] == "as a part of the agent might"));
     }
 }

@@ -1,8 +1,16 @@
 //! The command line as a script sees it: exit codes, and every error of a configuration at once. Needs no other program.
 
-#![allow(clippy::disallowed_methods, clippy::expect_used, reason = "tests write files for the agent to read, and fail loudly")]
+#![allow(
+    clippy::disallowed_methods,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "tests write files for the agent to read, and fail loudly"
+)]
 
 use std::{fs, process::Command};
+
+#[path = "cli/stalled_reader.rs"]
+mod stalled_reader;
 
 /// One mistake in each place; the good lines between them are not complained about.
 const BAD: &str = r#"

@@ -77,9 +77,10 @@ impl BoundApprover {
                 }
             });
         }
+        info!("approving");
+        admin::tell(&metrics);
         tokio::spawn(admin::serve(admin, routes.clone(), shutdown.clone()));
         tokio::spawn(admin::serve(metrics, routes.without_controls(), shutdown.clone()));
-        info!("approving");
         drop(start);
         tokio::spawn(async move {
             readiness.reached().await;

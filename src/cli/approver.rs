@@ -2,16 +2,15 @@
 
 use std::{path::PathBuf, process::ExitCode};
 
-use tokio::runtime::Builder;
 use tracing::warn;
 
-use super::{Exit, output};
+use super::{Exit, output, run::serve};
 use crate::{
     app::{self, Base},
     approver::{Settings, reload},
     config::Env,
     shutdown::{Drained, Shutdown},
-    telemetry,
+    telemetry::{self, Log},
 };
 
 /// The flags of `approver`.
@@ -55,22 +54,20 @@ impl Args {
 
 /// Sets up the log, and runs the approver until it is told to stop.
 pub fn start(ready: Ready, env: Env<'static>) -> anyhow::Result<ExitCode> {
-    let log = telemetry::init(env(telemetry::VARIABLE).as_deref())?;
+    let config = &ready.settings.config;
+    let mut base = Base::new(Shutdown::new(config.drain));
+    let log = telemetry::init(env(telemetry::VARIABLE).as_deref(), &telemetry::Metrics::register(base.exposition.registry()))?;
     for warning in &ready.settings.warnings {
         warn!("{warning}");
     }
-    let runtime = Builder::new_multi_thread().worker_threads(ready.settings.config.worker_threads).enable_all().build()?;
-    let code = runtime.block_on(run(ready, log, env));
-    runtime.shutdown_background();
-    code
+    base.log = Some(log.filter.clone());
+    let worker_threads = config.worker_threads;
+    Ok(serve(&log, worker_threads, run(ready, base, log.clone(), env)))
 }
 
-async fn run(ready: Ready, log: telemetry::Filter, env: Env<'static>) -> anyhow::Result<ExitCode> {
+async fn run(ready: Ready, base: Base, log: Log, env: Env<'static>) -> anyhow::Result<ExitCode> {
     let Ready { settings, path } = ready;
-    let shutdown = Shutdown::new(settings.config.drain);
-    shutdown.follow_signals()?;
-    let mut base = Base::new(shutdown);
-    base.log = Some(log);
+    base.shutdown.follow_signals(move || log.end())?;
     let bound = app::build_approver(&settings, reload::File { path, env }, base).await?;
     Ok(match bound.run().await? {
         Drained::Complete | Drained::TimedOut { .. } => ExitCode::SUCCESS,

@@ -1,6 +1,6 @@
 //! `sds-agent run`: the agent as it runs on a node. `dev` starts here too.
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{path::PathBuf, process::ExitCode, thread};
 
 use tokio::runtime::Builder;
 use tracing::warn;
@@ -11,7 +11,7 @@ use crate::{
     config::{Config, Env, Loaded},
     process,
     shutdown::{Drained, Shutdown},
-    telemetry,
+    telemetry::{self, Log},
 };
 
 /// A person at a terminal sees every issue, push and acknowledgement.
@@ -67,39 +67,47 @@ pub enum Style {
 
 /// Hardens the process, sets up the log, and runs the agent until it is told to stop.
 pub fn start(loaded: &Loaded, file: Option<app::File>, style: Style, env: Env<'_>) -> anyhow::Result<ExitCode> {
-    // Before the runtime's threads and before the first key.
+    // Before the first other thread, which is the log's, and before the first key.
     let hardened = process::harden(loaded.config.lock_memory)?;
+    let mut base = Base::new(Shutdown::new(loaded.config.drain));
     let filter = env(telemetry::VARIABLE).or((style == Style::Dev).then(|| DEV_FILTER.to_owned()));
-    let log = telemetry::init(filter.as_deref())?;
+    let log = telemetry::init(filter.as_deref(), &telemetry::Metrics::register(base.exposition.registry()))?;
     hardened.log();
     for warning in &loaded.warnings {
         warn!(field = %warning.path, "{}", warning.message);
     }
-    let runtime = Builder::new_multi_thread().worker_threads(loaded.config.worker_threads).enable_all().build()?;
-    let code = runtime.block_on(run(&loaded.config, file, log, style, &hardened));
-    // What still runs has had its time.
-    runtime.shutdown_background();
-    code
+    process::Metrics::register(base.exposition.registry()).observe(&hardened);
+    (base.file, base.log) = (file, Some(log.filter.clone()));
+    Ok(serve(&log, loaded.config.worker_threads, run(&loaded.config, base, log.clone(), style)))
 }
 
-async fn run(
-    config: &Config,
-    file: Option<app::File>,
-    log: telemetry::Filter,
-    style: Style,
-    hardened: &process::Hardened,
-) -> anyhow::Result<ExitCode> {
-    let shutdown = Shutdown::new(config.drain);
-    shutdown.follow_signals()?;
-    let mut base = Base::new(shutdown);
-    (base.file, base.log) = (file, Some(log));
-    process::Metrics::register(base.exposition.registry()).observe(hardened);
+async fn run(config: &Config, base: Base, log: Log, style: Style) -> anyhow::Result<ExitCode> {
+    base.shutdown.follow_signals(move || log.end())?;
     let bound = app::build(config, base).await?;
     if let (Style::Dev, Some(socket)) = (style, bound.socket()) {
-        output::say(&dev::greeting(socket, bound.admin()?, config))?;
+        let greeting = dev::greeting(socket, bound.admin()?, config);
+        // The terminal may be paused, and a pipe full: the agent does not wait for its reader.
+        thread::spawn(move || output::say(&greeting));
     }
     Ok(match bound.run().await? {
         Drained::Complete | Drained::TimedOut { .. } => ExitCode::SUCCESS,
         Drained::Aborted => Exit::Failed.into(),
+    })
+}
+
+/// Runs `work` to its end. An error is told through the log, as standard error may have a reader that stalls; for the same reason nothing
+/// is waited for without a bound.
+pub(super) fn serve(log: &Log, worker_threads: usize, work: impl Future<Output = anyhow::Result<ExitCode>>) -> ExitCode {
+    let _end = log.until_dropped();
+    let runtime = Builder::new_multi_thread().worker_threads(worker_threads).enable_all().build();
+    let done = runtime.map_err(anyhow::Error::from).and_then(|runtime| {
+        let done = runtime.block_on(work);
+        // What still runs has had its time.
+        runtime.shutdown_background();
+        done
+    });
+    done.unwrap_or_else(|error| {
+        log.tell(format_args!("sds-agent: {error:#}"));
+        Exit::Failed.into()
     })
 }

@@ -11,7 +11,9 @@ use std::{
 };
 
 use super::*;
-use crate::{app, approver, attest, config, csi, events, issuer, kubernetes, process, readiness, rotation, sds, session, trust, warm};
+use crate::{
+    app, approver, attest, config, csi, events, issuer, kubernetes, process, readiness, rotation, sds, session, telemetry, trust, warm,
+};
 
 mod monitoring;
 
@@ -44,6 +46,7 @@ const MODULES: &[Module] = &[
     module("config/reloads.rs", "The configuration file", config::reloads::Metrics::sample),
     module("readiness.rs", "The agent", readiness::Metrics::sample),
     module("process.rs", "Its memory", process::Metrics::sample),
+    module("telemetry/metrics.rs", "Its log", telemetry::Metrics::sample),
     Module { file: None, title: "Its build and its process", sample: |_| {} },
 ];
 

@@ -12,7 +12,7 @@ use std::{
 };
 
 use tokio::time::Instant;
-use tracing::warn;
+use tracing::{callsite::Identifier, warn};
 
 /// Between two lines about the same.
 const PACE: Duration = Duration::from_secs(60);
@@ -33,6 +33,7 @@ pub trait Cause: Hash + Eq {
 
 impl Cause for String {}
 impl Cause for &'static str {}
+impl Cause for Identifier {}
 impl Cause for (&'static str, String, String) {}
 
 /// What has been told, by cause.

@@ -3,11 +3,12 @@
 use std::path::{Path, PathBuf};
 
 use futures::future::BoxFuture;
-use tokio::io::AsyncReadExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tonic::Code;
 
 use super::{
     super::{calls::MOST_REFUSED, *},
+    arrivals::PREFACE,
     bench::{Agent, soon, until},
     link::{Link, names},
 };
@@ -172,4 +173,21 @@ async fn a_caller_that_is_refused_in_a_loop_does_not_fill_the_log() {
         is_turned_away(&agent.path).await;
     }
     assert_eq!(log.count("connection closed: over quota"), 1);
+}
+
+#[tokio::test]
+async fn what_a_library_says_about_a_clients_bytes_does_not_fill_the_log() {
+    let log = Captured::default();
+    let (_guard, _filter) = telemetry::capture("info", Format::Json, log.clone()).unwrap();
+    let agent = Agent::start().await;
+    let mut stream = UnixStream::connect(&agent.path).await.unwrap();
+    // An acknowledgement of a PING that was never sent; and one PING that is one, so that its answer comes after them.
+    let ping = |flags: u8| [&[0, 0, 8, 6, flags, 0, 0, 0, 0][..], b"whatever"].concat();
+    let told = [PREFACE, &ping(1).repeat(1000), &ping(0)].concat();
+    stream.write_all(&told).await.unwrap();
+    let mut heard = Vec::new();
+    while !heard.windows(ping(1).len()).any(|frame| frame == ping(1)) {
+        assert_ne!(soon("the answer", stream.read_buf(&mut heard)).await.unwrap(), 0);
+    }
+    assert_eq!(log.count("recv PING ack that we never sent"), 1);
 }

@@ -1,0 +1,211 @@
+//! What every line of the log passes last: a bound on its length, and a bound on how often other crates repeat a line.
+//!
+//! Our own lines that a caller can cause are limited where they are written, by caller and cause ([`hush`](super::hush)). Lines of other
+//! crates are not ours to change, and some of them come from a client's bytes: `h2` warns of each PING acknowledgement that nobody asked
+//! for. Each of their lines is written once a minute, with `left_out` saying how many were not.
+
+use std::{
+    borrow::Cow,
+    io::{self, Write},
+    sync::Arc,
+};
+
+use serde_json::{Map, Value};
+use tokio::time::Instant;
+use tracing::{Level, Metadata, callsite::Identifier};
+use tracing_subscriber::fmt::MakeWriter;
+
+use super::{Format, hush::Hush, is_ours};
+
+/// The most bytes of a line, with its end. A pipe takes a line of this length as a whole (`PIPE_BUF`).
+const MAX_LINE_BYTES: usize = 4096;
+/// The most bytes of one text in a line that is too long; half as many where that is not enough, and so on.
+const MAX_TEXT_BYTES: usize = 1024;
+/// The end of a text that was cut.
+const MARK: &str = "… [cut]";
+
+/// Makes a writer for each event, which gets the event's whole line at once.
+#[derive(Debug, Clone)]
+pub(super) struct Lines<W> {
+    out: W,
+    format: Format,
+    repeated: Arc<Hush<Identifier>>,
+}
+
+impl<W> Lines<W> {
+    pub(super) fn new(out: W, format: Format) -> Self {
+        Self { out, format, repeated: Arc::default() }
+    }
+}
+
+impl<'a, W: MakeWriter<'a>> MakeWriter<'a> for Lines<W> {
+    type Writer = Line<W::Writer>;
+
+    fn make_writer(&'a self) -> Self::Writer {
+        Line { out: Some(self.out.make_writer()), format: self.format, left_out: 0 }
+    }
+
+    fn make_writer_for(&'a self, metadata: &Metadata<'_>) -> Self::Writer {
+        if is_ours(metadata) || *metadata.level() > Level::INFO {
+            return self.make_writer();
+        }
+        match self.repeated.tells(metadata.callsite(), Instant::now()) {
+            Some(left_out) => Line { left_out, ..self.make_writer() },
+            None => Line { out: None, ..self.make_writer() },
+        }
+    }
+}
+
+/// Writes one line, or none.
+#[derive(Debug)]
+pub(super) struct Line<W> {
+    out: Option<W>,
+    format: Format,
+    left_out: u64,
+}
+
+impl<W: Write> Write for Line<W> {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        if let Some(out) = &mut self.out {
+            out.write_all(&bounded(line, self.format, self.left_out))?;
+        }
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.out.as_mut().map_or(Ok(()), Write::flush)
+    }
+}
+
+/// The line within its bound, with the number of its repetitions.
+fn bounded(line: &[u8], format: Format, left_out: u64) -> Cow<'_, [u8]> {
+    let body = line.strip_suffix(b"\n").unwrap_or(line);
+    if line.len() <= MAX_LINE_BYTES && left_out == 0 && !body.contains(&b'\n') {
+        return Cow::Borrowed(line);
+    }
+    // One event is one line: a text of a client must not look like another event.
+    let text = String::from_utf8_lossy(body).replace('\n', "\\n");
+    let fields = match format {
+        Format::Json => serde_json::from_str::<Map<String, Value>>(&text).ok(),
+        Format::Text => None,
+    };
+    let bounded = match fields {
+        Some(fields) => bounded_json(fields, line.len(), left_out),
+        None => bounded_text(&text, left_out),
+    };
+    Cow::Owned((bounded + "\n").into_bytes())
+}
+
+/// A line in JSON stays one: its texts are cut, and `line_bytes` says how long it was.
+fn bounded_json(mut fields: Map<String, Value>, line_bytes: usize, left_out: u64) -> String {
+    if left_out > 0 {
+        fields.insert("left_out".to_owned(), left_out.into());
+    }
+    if line_bytes > MAX_LINE_BYTES {
+        fields.insert("line_bytes".to_owned(), line_bytes.into());
+    }
+    let mut most = MAX_TEXT_BYTES;
+    loop {
+        let line = Value::Object(fields.clone()).to_string();
+        if line.len() < MAX_LINE_BYTES {
+            return line;
+        }
+        if most < MARK.len() {
+            // So many fields that even without their texts they are too long.
+            fields.retain(|name, _| ["timestamp", "level", "target", "message", "line_bytes"].contains(&name.as_str()));
+            return Value::Object(fields).to_string();
+        }
+        fields.values_mut().for_each(|value| cut_texts(value, most));
+        most /= 2;
+    }
+}
+
+fn cut_texts(value: &mut Value, most: usize) {
+    match value {
+        Value::String(text) if text.len() > most => *text = cut(text, most),
+        Value::Array(values) => values.iter_mut().for_each(|value| cut_texts(value, most)),
+        Value::Object(fields) => fields.values_mut().for_each(|value| cut_texts(value, most)),
+        _ => {}
+    }
+}
+
+fn bounded_text(line: &str, left_out: u64) -> String {
+    let suffix = if left_out > 0 { format!(" left_out={left_out}") } else { String::new() };
+    let most = MAX_LINE_BYTES - 1 - suffix.len();
+    if line.len() <= most { line.to_owned() + &suffix } else { cut(line, most) + &suffix }
+}
+
+/// At most `most` bytes of `text`, mark included.
+fn cut(text: &str, most: usize) -> String {
+    text[..text.floor_char_boundary(most.saturating_sub(MARK.len()))].to_owned() + MARK
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::telemetry::{capture, captured::Captured};
+
+    #[test]
+    fn a_line_is_bounded_whatever_its_fields_hold_and_json_stays_json() {
+        for format in [Format::Json, Format::Text] {
+            let lines = Captured::default();
+            let (_guard, _filter) = capture("info", format, lines.clone()).unwrap();
+            for unit in ["x", "\n", "ü", "\u{1b}", "\\\""] {
+                let huge = unit.repeat(1 << 16);
+                tracing::info!(cause = huge, other = ?huge, n = 7, "huge {huge}");
+            }
+            // As many fields as a line may have.
+            let long = "y".repeat(500);
+            tracing::info!(a = long, b = long, c = long, d = long, e = long, f = long, g = long, h = long, i = long, "many");
+            let text = lines.take();
+            let lines: Vec<_> = text.lines().collect();
+            assert_eq!(lines.len(), 6, "{format:?}");
+            for line in lines {
+                assert!(line.len() < MAX_LINE_BYTES, "{format:?}: {} bytes", line.len());
+                assert!(line.contains(MARK), "{line}");
+                if format == Format::Json {
+                    let line: Value = serde_json::from_str(line).unwrap();
+                    assert!(line["line_bytes"].as_u64().unwrap() > 4096);
+                    assert_eq!(line["level"], "INFO");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_line_within_the_bound_is_left_alone() {
+        for format in [Format::Json, Format::Text] {
+            assert_eq!(bounded(b"{\"a\": 1}\n", format, 0), Cow::Borrowed(b"{\"a\": 1}\n"));
+        }
+        assert_eq!(&*bounded(b"one\ntwo\n", Format::Text, 0), b"one\\ntwo\n", "an event is a line");
+        let long = "z".repeat(MAX_LINE_BYTES - 1) + "\n";
+        assert_eq!(&*bounded(long.as_bytes(), Format::Text, 0), long.as_bytes());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn other_crates_repeat_a_line_once_a_minute_and_ours_are_limited_where_they_are_written() {
+        for format in [Format::Json, Format::Text] {
+            let lines = Captured::default();
+            let (_guard, _filter) = capture("debug", format, lines.clone()).unwrap();
+            let flood = || {
+                for number in 0..1000 {
+                    tracing::warn!(target: "h2::proto::ping_pong", number, "recv PING ack that we never sent");
+                }
+            };
+            flood();
+            tracing::warn!(target: "h2::proto::ping_pong", "another line");
+            assert_eq!(lines.take().lines().count(), 2);
+            tokio::time::advance(std::time::Duration::from_secs(60)).await;
+            flood();
+            let text = lines.take();
+            assert_eq!(text.lines().count(), 1);
+            let told = if format == Format::Json { "\"left_out\":999" } else { "left_out=999" };
+            assert!(text.contains(told), "{text}");
+            for _ in 0..3 {
+                tracing::debug!(target: "h2::proto::ping_pong", "for a person who asks");
+                tracing::info!("ours");
+            }
+            assert_eq!(lines.take().lines().count(), 6);
+        }
+    }
+}

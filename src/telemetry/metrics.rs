@@ -1,0 +1,28 @@
+//! What the log tells about itself.
+
+use prometheus_client::{metrics::counter::Counter, registry::Registry};
+
+/// The log's metrics. Clones count together.
+#[derive(Debug, Clone, Default)]
+pub struct Metrics {
+    pub(super) lines_dropped: Counter,
+}
+
+impl Metrics {
+    /// Registers the module's metrics.
+    pub fn register(registry: &mut Registry) -> Self {
+        let metrics = Self::default();
+        registry.register(
+            "log_lines_dropped",
+            "Lines of the log that were not written: the reader of standard error was too slow, or writing failed",
+            metrics.lines_dropped.clone(),
+        );
+        metrics
+    }
+
+    /// Registers and shows them all, for the reference.
+    #[cfg(test)]
+    pub(crate) fn sample(registry: &mut Registry) {
+        Self::register(registry);
+    }
+}

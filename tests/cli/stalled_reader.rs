@@ -1,0 +1,246 @@
+//! Programs whose standard error is read by a reader that stalls: they serve, and they end, all the same.
+
+use std::{
+    fs,
+    io::{BufRead, BufReader, ErrorKind, PipeReader, PipeWriter, Read, Write},
+    net::TcpStream,
+    os::{fd::AsRawFd, unix::fs::OpenOptionsExt},
+    path::{Path, PathBuf},
+    process::{Child, Command, Output, Stdio},
+    sync::mpsc,
+    thread,
+    time::{Duration, Instant},
+};
+
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+
+/// Longer than anything takes on a busy machine; what is waited for here never came before.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// The metric of dropped lines.
+const DROPPED: &str = "sds_agent_log_lines_dropped_total ";
+
+/// A program, the pipe that is its standard error, and both its ends.
+struct Program {
+    child: Option<Child>,
+    pid: Pid,
+    /// The address of `/metrics`, `/livez` and more.
+    address: String,
+    reader: Option<PipeReader>,
+    writer: PipeWriter,
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            // It may have ended.
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+fn command(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_sds-agent"));
+    for variable in ["NODE_NAME", "POD_NAMESPACE", "POD_NAME", "POD_UID", "KUBECONFIG", "XDG_RUNTIME_DIR"] {
+        command.env_remove(variable);
+    }
+    command.args(arguments).stdin(Stdio::null());
+    command
+}
+
+/// Fills the pipe to its last byte, beside a program that may do the same.
+fn fill(writer: &PipeWriter) {
+    // Opened anew, so that the program's end of it goes on to block.
+    let path = format!("/proc/self/fd/{}", writer.as_raw_fd());
+    let mut again = fs::OpenOptions::new().write(true).custom_flags(nix::libc::O_NONBLOCK).open(path).expect("the pipe is opened");
+    for bytes in [&[b'\n'; 4096][..], b"\n"] {
+        loop {
+            match again.write(bytes) {
+                Ok(_) => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+                Err(error) => panic!("the pipe cannot be filled: {error}"),
+            }
+        }
+    }
+}
+
+/// Lines as they come, from a thread of its own: so that waiting for one has an end.
+fn lines(reader: impl Read + Send + 'static) -> mpsc::Receiver<String> {
+    let (tell, told) = mpsc::channel();
+    thread::spawn(move || BufReader::new(reader).lines().map_while(Result::ok).try_for_each(|line| tell.send(line)));
+    told
+}
+
+/// Waits for a line that `take` takes.
+fn line<T>(lines: &mpsc::Receiver<String>, take: impl Fn(&str) -> Option<T>) -> T {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if let Some(taken) = take(&lines.recv_timeout(left).expect("the line comes in time")) {
+            return taken;
+        }
+    }
+}
+
+impl Program {
+    /// The agent with an authority of its own, whose log nobody reads from its first line on.
+    fn agent(directory: &Path) -> Self {
+        let socket = socket(directory);
+        let (reader, writer) = std::io::pipe().expect("a pipe");
+        fill(&writer);
+        let mut command = command(&["dev", "--socket", socket.to_str().expect("a plain path"), "--admin", "127.0.0.1:0"]);
+        // Enough of it for a queue of any size to be full in the end.
+        command.env("SDS_AGENT_LOG", "debug").stderr(writer.try_clone().expect("the pipe's end")).stdout(Stdio::piped());
+        let mut child = command.spawn().expect("the agent starts");
+        let told = lines(child.stdout.take().expect("a pipe"));
+        let address = line(&told, |line| Some(line.split_once("http://")?.1.split_once("/certs")?.0.to_owned()));
+        Self::started(child, address, Some(reader), writer)
+    }
+
+    fn started(child: Child, address: String, reader: Option<PipeReader>, writer: PipeWriter) -> Self {
+        let pid = Pid::from_raw(child.id().try_into().expect("a pid"));
+        Self { child: Some(child), pid, address, reader, writer }
+    }
+
+    fn get(&self, path: &str) -> String {
+        let mut stream = TcpStream::connect(&self.address).expect("a connection");
+        stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+        write!(stream, "GET {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n").expect("the request is sent");
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).expect("an answer in time");
+        answer
+    }
+
+    fn is_alive(&self) {
+        assert!(self.get("/livez").starts_with("HTTP/1.1 200"));
+    }
+
+    fn dropped(&self) -> u64 {
+        let page = self.get("/metrics");
+        page.lines().find_map(|line| line.strip_prefix(DROPPED)).expect("the metric is there").parse().expect("a number")
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill(self.pid, signal).expect("the program is there");
+    }
+
+    /// How it ends, which it has to do by itself.
+    fn ended(&mut self) -> Option<i32> {
+        let mut child = self.child.take().expect("it has not ended before");
+        let (tell, told) = mpsc::channel();
+        thread::spawn(move || tell.send(child.wait().expect("a child").code()));
+        told.recv_timeout(PATIENCE).unwrap_or_else(|_| {
+            let _ = kill(self.pid, Signal::SIGKILL);
+            panic!("it does not end");
+        })
+    }
+}
+
+fn socket(directory: &Path) -> PathBuf {
+    directory.join("sds.sock")
+}
+
+fn fetch(directory: &Path) -> Output {
+    let socket = socket(directory);
+    let arguments = ["fetch", "--socket", socket.to_str().expect("a plain path"), "-o", "json", "--timeout", "60s"];
+    command(&arguments).output().expect("fetch runs")
+}
+
+#[test]
+fn an_agent_whose_log_is_not_read_serves_and_ends() {
+    let directory = tempfile::tempdir().expect("a temporary folder");
+    let mut agent = Program::agent(directory.path());
+    // Each is a new connection, and the first of them an issue.
+    for _ in 0..3 {
+        let fetched = fetch(directory.path());
+        assert!(fetched.status.success(), "{fetched:?}");
+    }
+    agent.is_alive();
+    agent.signal(Signal::SIGTERM);
+    assert_eq!(agent.ended(), Some(0));
+}
+
+#[test]
+fn a_second_signal_ends_an_agent_whose_log_is_not_read() {
+    let directory = tempfile::tempdir().expect("a temporary folder");
+    let mut agent = Program::agent(directory.path());
+    agent.is_alive();
+    agent.signal(Signal::SIGTERM);
+    // The two may come as one: then the first is the only one, and its end is as good.
+    agent.signal(Signal::SIGINT);
+    assert!(matches!(agent.ended(), Some(0 | 1)));
+}
+
+#[test]
+fn lines_that_nobody_reads_are_counted_and_the_log_goes_on_where_somebody_does() {
+    let directory = tempfile::tempdir().expect("a temporary folder");
+    let mut agent = Program::agent(directory.path());
+    let deadline = Instant::now() + 2 * PATIENCE;
+    while agent.dropped() == 0 {
+        assert!(fetch(directory.path()).status.success());
+        assert!(Instant::now() < deadline, "no line is dropped");
+    }
+    let told = lines(agent.reader.take().expect("taken once"));
+    let reported: u64 = line(&told, |line| {
+        let line: serde_json::Value = serde_json::from_str(line).ok()?;
+        line["message"].as_str()?.starts_with("log lines were dropped").then(|| line["lines"].as_u64())?
+    });
+    assert!(reported > 0);
+    assert!(fetch(directory.path()).status.success());
+    line(&told, |line| line.contains("caller named").then_some(()));
+    agent.signal(Signal::SIGTERM);
+    // The last line is written before the end.
+    line(&told, |line| line.contains("\"message\":\"stopped\"").then_some(()));
+    assert_eq!(agent.ended(), Some(0));
+}
+
+/// Its cluster is not there, which it bears with.
+#[test]
+fn an_approver_whose_log_is_not_read_any_more_answers_and_ends() {
+    const KUBECONFIG: &str = r#"
+apiVersion: v1
+kind: Config
+clusters: [ { name: none, cluster: { server: "http://127.0.0.1:1" } } ]
+contexts: [ { name: none, context: { cluster: none, user: none } } ]
+users: [ { name: none, user: { token: none } } ]
+current-context: none
+"#;
+    let directory = tempfile::tempdir().expect("a temporary folder");
+    let write = |name: &str, text: &str| {
+        let path = directory.path().join(name);
+        fs::write(&path, text).expect("a file");
+        path
+    };
+    let config = write(
+        "config.yaml",
+        "issuer: { certManager: { issuerRef: { name: mesh-ca, kind: ClusterIssuer } } }\nadmin: { address: \"127.0.0.1:0\" }\n\
+         metrics: { address: \"127.0.0.1:0\" }\n",
+    );
+    let kubeconfig = write("kubeconfig", KUBECONFIG);
+    let (reader, writer) = std::io::pipe().expect("a pipe");
+    let mut command = command(&["approver", "--config", config.to_str().expect("a plain path")]);
+    command.env("KUBECONFIG", kubeconfig).env("POD_NAMESPACE", "mesh").env("POD_NAME", "approver-1").env("SDS_AGENT_LOG", "debug");
+    let child = command.stderr(writer.try_clone().expect("the pipe's end")).stdout(Stdio::null()).spawn().expect("the approver starts");
+    let mut approver = Program::started(child, String::new(), None, writer);
+
+    // Reads up to the address, and no further: the reader is kept, so that the pipe stays one.
+    let mut reader = BufReader::new(reader);
+    while approver.address.is_empty() {
+        let mut line = String::new();
+        assert_ne!(reader.read_line(&mut line).expect("a log"), 0, "it has ended");
+        let line: serde_json::Value = serde_json::from_str(&line).expect("a line in JSON");
+        if line["message"] == "serving metrics and probes" {
+            approver.address = line["address"].as_str().expect("an address").to_owned();
+        }
+    }
+    fill(&approver.writer);
+    for _ in 0..3 {
+        approver.is_alive();
+    }
+    approver.dropped();
+    approver.signal(Signal::SIGTERM);
+    assert_eq!(approver.ended(), Some(0));
+}
