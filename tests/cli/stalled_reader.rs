@@ -1,4 +1,4 @@
-//! Programs whose standard error is read by a reader that stalls: they serve, and they end, all the same.
+//! Programs whose output is read by a reader that stalls: they serve, and they end, all the same.
 
 use std::{
     fs,
@@ -83,6 +83,12 @@ fn line<T>(lines: &mpsc::Receiver<String>, take: impl Fn(&str) -> Option<T>) -> 
             return taken;
         }
     }
+}
+
+/// Where metrics and probes are served, in the line that says so.
+fn address(line: &str) -> Option<String> {
+    let line: serde_json::Value = serde_json::from_str(line).ok()?;
+    (line["message"] == "serving metrics and probes").then(|| line["address"].as_str().map(str::to_owned))?
 }
 
 impl Program {
@@ -197,6 +203,23 @@ fn lines_that_nobody_reads_are_counted_and_the_log_goes_on_where_somebody_does()
     assert_eq!(agent.ended(), Some(0));
 }
 
+#[test]
+fn an_agent_whose_greeting_is_not_read_serves_and_ends() {
+    let directory = tempfile::tempdir().expect("a temporary folder");
+    let socket = socket(directory.path());
+    let (reader, writer) = std::io::pipe().expect("a pipe");
+    fill(&writer);
+    let mut command = command(&["dev", "--socket", socket.to_str().expect("a plain path"), "--admin", "127.0.0.1:0"]);
+    let mut child = command.stdout(writer.try_clone().expect("the pipe's end")).stderr(Stdio::piped()).spawn().expect("the agent starts");
+    let log = lines(child.stderr.take().expect("a pipe"));
+    let mut agent = Program::started(child, String::new(), Some(reader), writer);
+    agent.address = line(&log, address);
+    agent.is_alive();
+    assert!(fetch(directory.path()).status.success());
+    agent.signal(Signal::SIGTERM);
+    assert_eq!(agent.ended(), Some(0));
+}
+
 /// Its cluster is not there, which it bears with.
 #[test]
 fn an_approver_whose_log_is_not_read_any_more_answers_and_ends() {
@@ -231,10 +254,7 @@ current-context: none
     while approver.address.is_empty() {
         let mut line = String::new();
         assert_ne!(reader.read_line(&mut line).expect("a log"), 0, "it has ended");
-        let line: serde_json::Value = serde_json::from_str(&line).expect("a line in JSON");
-        if line["message"] == "serving metrics and probes" {
-            approver.address = line["address"].as_str().expect("an address").to_owned();
-        }
+        approver.address = address(&line).unwrap_or_default();
     }
     fill(&approver.writer);
     for _ in 0..3 {
