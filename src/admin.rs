@@ -29,6 +29,7 @@ use crate::{
 };
 
 mod controls;
+mod listen;
 
 pub use controls::{Certificates, Controls, LogLevel};
 
@@ -51,9 +52,10 @@ pub struct Error {
     pub cause: io::Error,
 }
 
-/// Listens on `address`, the value of the configuration's `field`. Port 0 takes a free one.
+/// Listens on `address`, the value of the configuration's `field`. Port 0 takes a free one. `[::]` is every address of both families, or
+/// of IPv4 where the node has no IPv6.
 pub async fn bind(field: &'static str, address: SocketAddr) -> Result<TcpListener, Error> {
-    TcpListener::bind(address).await.map_err(|cause| Error { field, address, cause })
+    listen::listen(address).await.map_err(|cause| Error { field, address, cause })
 }
 
 /// What a listener answers.

@@ -1,6 +1,6 @@
 //! Over real sockets: a server that is slow to close is as wrong as one that answers badly.
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use serde_json::json;
 use tokio::{
@@ -237,4 +237,22 @@ async fn a_taken_address_is_named_with_its_field() {
     let address = taken.local_addr().unwrap();
     let error = bind("metrics.address", address).await.unwrap_err().to_string();
     assert!(error.starts_with(&format!("metrics.address {address}: cannot listen: ")), "{error}");
+}
+
+#[tokio::test]
+async fn the_unspecified_address_of_ipv6_is_both_families_and_that_of_ipv4_is_one() {
+    let served = async |address: &str| {
+        let listener = bind("metrics.address", address.parse().unwrap()).await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let (shutdown, (routes, _start)) = (Shutdown::new(BOUND), routes());
+        tokio::spawn(serve_within(LIMITS, listener, routes, shutdown));
+        port
+    };
+    let both = served("[::]:0").await;
+    for address in [SocketAddr::from((Ipv4Addr::LOCALHOST, both)), SocketAddr::from((Ipv6Addr::LOCALHOST, both))] {
+        assert_answer(&ask(address, "GET /livez").await, 200, TEXT, "ok\n");
+    }
+    let one = served("0.0.0.0:0").await;
+    assert_answer(&ask(SocketAddr::from((Ipv4Addr::LOCALHOST, one)), "GET /livez").await, 200, TEXT, "ok\n");
+    assert!(TcpStream::connect(SocketAddr::from((Ipv6Addr::LOCALHOST, one))).await.is_err(), "IPv4 alone was asked for");
 }

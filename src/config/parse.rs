@@ -9,7 +9,7 @@ use std::{
     collections::BTreeMap,
     fs::File,
     io::{self, Read},
-    net::SocketAddr,
+    net::{Ipv6Addr, SocketAddr},
     path::Path,
     time::Duration,
 };
@@ -335,7 +335,7 @@ fn addresses(root: &Section<'_>) -> Option<(SocketAddr, (SocketAddr, bool))> {
         address
     });
     let metrics = root.section("metrics", |metrics| {
-        let address = metrics.read("address", SocketAddr::from(([0, 0, 0, 0], 15091)), values::socket_address);
+        let address = metrics.read("address", SocketAddr::from((Ipv6Addr::UNSPECIFIED, 15091)), values::socket_address);
         let per_workload = metrics.read("perWorkload", false, values::boolean);
         let clash = |admin: SocketAddr, metrics: SocketAddr| {
             metrics.port() != 0 && metrics.port() == admin.port() && (metrics.ip() == admin.ip() || metrics.ip().is_unspecified())

@@ -35,7 +35,7 @@ trust:
   sources: [ { configMap: { namespace: cert-manager, name: mesh-roots, key: ca.crt } } ]
   federated: { partner.example: { file: /etc/sds-agent/partner.pem } }
 admin: { address: 127.0.0.1:15090 }
-metrics: { address: 0.0.0.0:15091, perWorkload: false }
+metrics: { address: "[::]:15091", perWorkload: false }
 "#;
 
 /// What every configuration of a pod needs, and nothing else.

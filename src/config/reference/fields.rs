@@ -442,8 +442,9 @@ pub const GROUPS: &[Group] = &[
             field(
                 "metrics.address",
                 Address,
-                Value("0.0.0.0:15091"),
-                "Metrics and probes: kubelet and Prometheus come by the pod's address.",
+                Value("\"[::]:15091\""),
+                "Metrics and probes: kubelet and Prometheus come by the pod's address. `[::]` is every address, of IPv6 and of IPv4, and \
+                 of IPv4 alone on a node without IPv6; `0.0.0.0` is IPv4 alone.",
             ),
             field(
                 "metrics.perWorkload",

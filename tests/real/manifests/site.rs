@@ -187,9 +187,9 @@ impl Site {
         map["metadata"]["name"] = json!(name);
         let text = map["data"]["config.yaml"].as_str().unwrap().to_owned();
         let on = |all: &str, own: &str| {
-            json!(format!("{text}metrics: {{ address: {all}:{metrics} }}\nadmin: {{ address: {own}:{admin} }}\n{more}"))
+            json!(format!("{text}metrics: {{ address: \"{all}:{metrics}\" }}\nadmin: {{ address: {own}:{admin} }}\n{more}"))
         };
-        map["data"]["config.yaml"] = on("0.0.0.0", "127.0.0.1");
+        map["data"]["config.yaml"] = on("[::]", "127.0.0.1");
         if !self.others.is_empty() {
             for node in self.nodes() {
                 map["data"][node.name()] = on(node.name(), node.name());

@@ -58,6 +58,16 @@ impl Launch {
         Self { wrapper: Vec::new(), program: program().to_owned(), arguments, environment: Vec::new(), socket, admin }
     }
 
+    /// The same with this `metrics.address`.
+    pub fn metrics_on(self, address: &str) -> Self {
+        let config = self.arguments.last().expect("the configuration");
+        let yaml = fs::read_to_string(config).expect("the configuration");
+        let (before, after) = yaml.split_once("metrics: { address: ").expect("an address");
+        let (_, after) = after.split_once(',').expect("more than an address");
+        fs::write(config, format!("{before}metrics: {{ address: \"{address}\",{after}")).expect("the configuration is written");
+        self
+    }
+
     /// `sds-agent approver` with its configuration in `dir`. `settings` is YAML without addresses, which are added.
     pub fn approver(dir: &Path, settings: &str) -> Self {
         let mut launch = Self::run_on(dir, "{}", settings);

@@ -195,6 +195,10 @@ fn each_mistake_has_its_sentence() {
             r#"admin.address: "localhost:1" is not an IP address with a port; write, for example, 127.0.0.1:15090 or "[::1]:15090""#,
         ),
         (
+            "metrics: { address: \"[::]:15090\" }",
+            r#"metrics.address: "[::]:15090" takes the port of admin.address; give it a port of its own"#,
+        ),
+        (
             "metrics: { address: 0.0.0.0:15090 }",
             r#"metrics.address: "0.0.0.0:15090" takes the port of admin.address; give it a port of its own"#,
         ),

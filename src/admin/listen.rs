@@ -1,0 +1,90 @@
+//! Opens the addresses of probes and metrics.
+//!
+//! The kubelet and Prometheus come by the pod's address, which is of either family. `[::]` therefore means every address of both families,
+//! whatever `net.ipv6.bindv6only` says, and every IPv4 address on a node that has no IPv6. Any other address means itself.
+
+use std::{
+    io,
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
+};
+
+use rustix::{
+    io::Errno,
+    net::{self, AddressFamily, SocketFlags, SocketType, sockopt},
+};
+use tokio::net::TcpListener;
+
+/// Connections that the kernel keeps until they are accepted, as tokio's listeners do.
+const BACKLOG: i32 = 1024;
+
+/// Listens on `address`.
+pub(super) async fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    if address.ip() == Ipv6Addr::UNSPECIFIED {
+        TcpListener::from_std(both_families(address.port(), open)?)
+    } else {
+        TcpListener::bind(address).await
+    }
+}
+
+/// Every address of both families by one listener, or of IPv4 alone where the node has no other.
+fn both_families<L>(port: u16, open: impl Fn(SocketAddr) -> io::Result<L>) -> io::Result<L> {
+    match open((Ipv6Addr::UNSPECIFIED, port).into()) {
+        Err(error) if is_without_ipv6(&error) => open((Ipv4Addr::UNSPECIFIED, port).into()),
+        opened => opened,
+    }
+}
+
+/// Whether the kernel was built or booted without IPv6, or has it switched off.
+fn is_without_ipv6(error: &io::Error) -> bool {
+    let without = [Errno::AFNOSUPPORT, Errno::PROTONOSUPPORT, Errno::ADDRNOTAVAIL, Errno::NOPROTOOPT];
+    Errno::from_io_error(error).is_some_and(|errno| without.contains(&errno))
+}
+
+/// A listener that does not block; of IPv6, it takes IPv4 too.
+fn open(address: SocketAddr) -> io::Result<std::net::TcpListener> {
+    let family = if address.is_ipv6() { AddressFamily::INET6 } else { AddressFamily::INET };
+    let socket = net::socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK, None)?;
+    sockopt::set_socket_reuseaddr(&socket, true)?;
+    if address.is_ipv6() {
+        sockopt::set_ipv6_v6only(&socket, false)?;
+    }
+    net::bind(&socket, &address)?;
+    net::listen(&socket, BACKLOG)?;
+    Ok(socket.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+
+    use super::*;
+
+    fn of(errno: Errno) -> io::Error {
+        errno.into()
+    }
+
+    #[test]
+    fn a_node_without_ipv6_is_served_over_ipv4() {
+        let (v6, v4): (SocketAddr, SocketAddr) = ("[::]:15091".parse().unwrap(), "0.0.0.0:15091".parse().unwrap());
+        for errno in [Errno::AFNOSUPPORT, Errno::ADDRNOTAVAIL] {
+            let tried = RefCell::default();
+            let opened = both_families(15091, |address| {
+                Vec::push(&mut tried.borrow_mut(), address);
+                if address.is_ipv6() { Err(of(errno)) } else { Ok(address) }
+            });
+            assert_eq!((opened.unwrap(), tried.into_inner()), (v4, vec![v6, v4]));
+        }
+        assert_eq!(both_families(15091, Ok).unwrap(), v6);
+    }
+
+    #[test]
+    fn another_trouble_is_no_reason_to_leave_a_family_out() {
+        for errno in [Errno::ADDRINUSE, Errno::ACCESS, Errno::MFILE] {
+            let error = both_families(15091, |address| {
+                assert!(address.is_ipv6(), "{errno}");
+                Err::<(), _>(of(errno))
+            });
+            assert_eq!(error.unwrap_err().kind(), of(errno).kind());
+        }
+    }
+}
