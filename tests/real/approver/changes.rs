@@ -44,10 +44,18 @@ async fn an_approved_request_is_not_changed_into_one_for_a_guarded_issuer() {
         assert!(cluster.get(&path).await["status"]["certificate"].is_null());
     }
 
+    // A client that writes a request back in its own notation changes nothing.
+    let own = Ask::of(&agent, &victim).in_namespace(&shop).spec("duration", json!("86400s")).spec("isCA", json!(false));
+    let own = own.create(&agent).await.unwrap();
+    let mut spec = cluster.get(&own).await["spec"].clone();
+    spec["duration"] = json!("24h0m0s");
+    spec.as_object_mut().unwrap().remove("isCA");
+    cluster.try_set(Write::Update, &own, &["spec"], &spec).await.unwrap();
+
     // Neither may a request for the mesh's issuer become another one, approved or not: it was judged as it was.
-    let own = Ask::of(&agent, &victim).in_namespace(&shop).create(&agent).await.unwrap();
     for write in Write::ALL {
-        for (field, value) in [("issuerRef", none.clone()), ("duration", json!("8760h")), ("isCA", json!(true))] {
+        let usages = json!(["cert sign"]);
+        for (field, value) in [("issuerRef", none.clone()), ("duration", json!("8760h")), ("isCA", json!(true)), ("usages", usages)] {
             let refusal = refused(cluster.try_set(write, &own, &["spec", field], &value).await, field);
             assert!(refusal.contains("the spec of a request cannot be changed"), "{write:?} of {field}: {refusal}");
         }
@@ -66,7 +74,7 @@ async fn only_named_accounts_decide_about_a_guarded_issuer() {
     let agent = world.actor("agent", "sds-agent", &node).await;
     let pod = cluster.pod(&shop, "app", &node).await;
     let ask = |namespace: &str| Ask::of(&agent, &pod).in_namespace(namespace);
-    grant_all_but_the_permission(cluster, "mallory").await;
+    grant_all_by_wildcards(cluster, "mallory").await;
     let mallory = world.impersonate("mallory", &[]).await;
     // As docs/runbook.md has it: an administrator in the name of that group.
     let break_glass = world.impersonate("jane", &["sds-agent:break-glass"]).await;
@@ -102,6 +110,15 @@ async fn only_named_accounts_decide_about_a_guarded_issuer() {
         }
     }
 
+    // In other words that mean the same to cert-manager, which writes all conditions back in its own.
+    for (field, value) in [("message", json!("")), ("lastTransitionTime", json!("2026-01-02T04:04:05+01:00"))] {
+        let path = ask(&shop).create(&agent).await.unwrap();
+        let mut conditions = decision("Approved");
+        conditions[0][field] = value;
+        break_glass.try_set(Write::MergePatch, &format!("{path}/status"), &["status", "conditions"], &conditions).await.unwrap();
+        issued(cluster, &path).await;
+    }
+
     let path = ask(NAMESPACE).create(&agent).await.unwrap();
     let _approver = world.approver("approver-0", "24h").await;
     assert_eq!(condition(&issued(cluster, &path).await, "Approved").unwrap()["reason"], "approver.sds-agent.io");
@@ -134,10 +151,13 @@ fn decision(kind: &str) -> Value {
     json!([{"type": kind, "status": "True", "reason": "ByHand", "message": "looked at", "lastTransitionTime": time}])
 }
 
-/// Gives `user` all verbs on requests, their status and every signer.
-async fn grant_all_but_the_permission(cluster: &Cluster, user: &str) {
+/// Gives `user` all verbs on requests, their status and every signer, and on everything else the verbs that count, spelled out.
+async fn grant_all_by_wildcards(cluster: &Cluster, user: &str) {
     let rbac = "/apis/rbac.authorization.k8s.io/v1";
-    let rules = json!([{"apiGroups": ["cert-manager.io"], "resources": ["*"], "verbs": ["*"]}]);
+    let rules = json!([
+        {"apiGroups": ["cert-manager.io"], "resources": ["*"], "verbs": ["*"]},
+        {"apiGroups": ["*"], "resources": ["*"], "verbs": ["get", "approve", "request"]},
+    ]);
     cluster.create(&format!("{rbac}/clusterroles"), &json!({"metadata": {"name": user}, "rules": rules})).await;
     let binding = json!({
         "metadata": {"name": user},

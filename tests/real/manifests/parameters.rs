@@ -118,6 +118,22 @@ impl Scene {
             self.assert_only_the_mesh_is_guarded(&state).await;
             self.assert_the_mesh_is_served(&state).await;
         }
+        // An issuer that stands there alone is nobody's until the policies are rendered again.
+        self.publish(&whole, &[("issuers", Some("ClusterIssuer/mesh-ca\nClusterIssuer/added\n"))]).await;
+        let added = json!({"name": "added", "kind": "ClusterIssuer", "group": "cert-manager.io"});
+        let ask = self.ask().in_namespace(&self.shop).spec("issuerRef", added);
+        eventually("an issuer of the ConfigMap alone is refused", PATIENCE, async || match ask.try_dry_run(&self.editor).await {
+            Err(kube::Error::Api(status)) if status.message.contains("stands in issuers of ConfigMap") => Ok(()),
+            answer => Err(format!("{answer:?}")),
+        })
+        .await;
+        // As much as a ConfigMap holds.
+        let names = "\n".repeat(900_000);
+        self.publish(&whole, &[("agentUsernames", Some(&names)), ("maxDuration", Some("24h9s"))]).await;
+        self.until_bounded("agentUsernames is huge", Some("above 24h9s,")).await;
+        self.assert_only_the_mesh_is_guarded("agentUsernames is huge").await;
+        self.assert_the_mesh_is_served("agentUsernames is huge").await;
+
         self.publish(&whole, &[("maxDuration", Some("a day"))]).await;
         self.until_bounded("maxDuration is no duration", Some("is no duration such as 24h")).await;
         self.assert_only_the_mesh_is_guarded("maxDuration is no duration").await;
@@ -226,8 +242,13 @@ async fn assert_the_list_is_the_charts(scene: &Scene) {
     let profiles = json!([
         {"name": "pay", "match": {"namespaces": ["pay"]}, "issuerRef": {"name": "pay-ca", "kind": "ClusterIssuer"}},
         {"name": "own", "match": {"namespaces": ["own"]}, "namespace": scene.shop, "issuerRef": {"name": "own", "kind": "Issuer"}},
+        {
+            "name": "step", "match": {"namespaces": ["step"]},
+            "issuerRef": {"name": "step", "kind": "StepClusterIssuer", "group": "certmanager.step.sm"},
+        },
     ]);
-    let objects = helm(NAMESPACE, &["--set-json", &format!("config.profiles={profiles}")]).await;
+    let signers = r#"approver.signers=["stepclusterissuers.certmanager.step.sm/step"]"#;
+    let objects = helm(NAMESPACE, &["--set-json", &format!("config.profiles={profiles}"), "--set-json", signers]).await;
     let policies: Vec<_> =
         objects.into_iter().filter(|object| object["kind"].as_str().unwrap().starts_with("ValidatingAdmissionPolicy")).collect();
     assert_eq!(policies.len(), 6);
@@ -242,6 +263,19 @@ async fn assert_the_list_is_the_charts(scene: &Scene) {
             answer => Err(format!("{answer:?}")),
         })
         .await;
+    }
+    // External issuers take a request for theirs that names no group, where cert-manager's webhook lets it pass.
+    let unvalidated = scene.world.unvalidated_namespace().await;
+    let tenant = scene.world.editor(&unvalidated).await;
+    for (reference, is_guarded) in [
+        (json!({"name": "step", "kind": "StepClusterIssuer", "group": "certmanager.step.sm"}), true),
+        (json!({"name": "step", "kind": "StepClusterIssuer"}), true),
+        (json!({"name": "step", "kind": "StepClusterIssuer", "group": ""}), true),
+        (json!({"name": "other", "kind": "StepClusterIssuer"}), false),
+        (json!({"name": "step", "kind": "Issuer"}), false),
+    ] {
+        let answer = scene.ask().in_namespace(&unvalidated).spec("issuerRef", reference.clone()).try_dry_run(&tenant).await;
+        assert_eq!(answer.is_err(), is_guarded, "{reference}: {answer:?}");
     }
     for (kind, name) in [("Issuer", "own"), ("ClusterIssuer", "own"), ("Issuer", "pay-ca")] {
         scene.ask().in_namespace(&elsewhere).spec("issuerRef", issuer(kind, name)).try_dry_run(&neighbour).await.unwrap();

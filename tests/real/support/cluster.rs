@@ -252,12 +252,16 @@ impl Cluster {
                 let patch = json!([{"op": "add", "path": pointer(&field[..depth]), "value": rest}]);
                 self.try_send("PATCH", path, "application/json-patch+json", &patch).await
             }
-            Write::Update => {
+            // Again where a controller has changed the object meanwhile.
+            Write::Update => loop {
                 let mut object = self.try_get(path).await?;
                 let place = field.iter().fold(&mut object, |inner, key| &mut inner[*key]);
                 value.clone_into(place);
-                self.try_send("PUT", path, "application/json", &object).await
-            }
+                match self.try_send("PUT", path, "application/json", &object).await {
+                    Err(kube::Error::Api(status)) if status.code == 409 => {}
+                    answer => return answer,
+                }
+            },
             Write::Apply => {
                 let mut object = nested;
                 object["apiVersion"] = json!("cert-manager.io/v1");
