@@ -16,7 +16,7 @@ use tokio::{sync::watch, task::JoinSet, time::Instant};
 use tokio_util::time::DelayQueue;
 
 use crate::{
-    cert_manager::CertificateRequest,
+    cert_manager::{REQUESTS_PER_PAGE, Request},
     clock::Clock,
     config::RequestRate,
     kubernetes::{
@@ -53,8 +53,6 @@ const WORKERS: usize = 16;
 const MOST_HESITATING: usize = 512;
 /// Requests approved by others that are remembered, so that each is told once.
 const REMEMBERED: usize = 1024;
-/// Requests in one page of a list: they carry their CSRs and certificates.
-const PAGE: u32 = 250;
 
 /// What an approver is made of.
 pub struct Parts {
@@ -156,18 +154,18 @@ impl Approver {
     }
 
     /// The requests of everywhere: an issuer of the whole cluster can be asked from any namespace, by anybody who may create requests.
-    fn watch(&self) -> impl Stream<Item = Signal<CertificateRequest>> + Send + use<> {
-        let api: Api<CertificateRequest> = Api::all(self.client.clone());
+    fn watch(&self) -> impl Stream<Item = Signal<Request>> + Send + use<> {
+        let api: Api<Request> = Api::all(self.client.clone());
         let selection = Selection {
             resource: Resource::certificaterequests,
             name: "certificaterequests.cert-manager.io".to_owned(),
             namespace: None,
-            config: watcher::Config::default().page_size(PAGE),
+            config: watcher::Config::default().page_size(REQUESTS_PER_PAGE),
         };
         kubernetes::watch::watch(api, selection, self.kube_metrics.clone())
     }
 
-    fn note(&self, queue: &mut Queue, event: watcher::Event<CertificateRequest>) {
+    fn note(&self, queue: &mut Queue, event: watcher::Event<Request>) {
         match event {
             watcher::Event::Init => queue.list_begins(),
             watcher::Event::InitApply(request) => {
@@ -189,7 +187,7 @@ impl Approver {
     }
 
     /// Whoever else approves makes all of this worth nothing: the operator has to know. Approvals of before the start are not told.
-    fn look_for_others(&self, request: &CertificateRequest) {
+    fn look_for_others(&self, request: &Request) {
         let Some(by) = judge::approved_by_another(request, &self.in_force.borrow().rules).map(str::to_owned) else { return };
         let Some(uid) = request.metadata.uid.clone() else { return };
         let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
@@ -211,7 +209,7 @@ impl Approver {
         );
     }
 
-    fn seen(&self, queue: &mut Queue, request: CertificateRequest) {
+    fn seen(&self, queue: &mut Queue, request: Request) {
         if judge::is_ours(&request, &self.in_force.borrow().rules) {
             queue.seen(request, Instant::now());
         } else {

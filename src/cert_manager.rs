@@ -7,9 +7,12 @@ use std::{collections::BTreeMap, fmt};
 
 use base64::{Engine, engine::general_purpose::STANDARD};
 use kube::CustomResource;
-use serde::{Deserialize, Deserializer, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, de::Visitor};
 
-use crate::config::IssuerRef;
+use crate::{
+    config::IssuerRef,
+    kubernetes::object::{Kind, Observed},
+};
 
 pub mod csr;
 pub mod naming;
@@ -19,6 +22,10 @@ pub mod verdict;
 pub const GROUP: &str = "cert-manager.io";
 /// The resource's plural.
 pub const PLURAL: &str = "certificaterequests";
+/// Requests in one page of a list. A single request can be as large as etcd allows, 1.5 MiB, whoever made it.
+pub const REQUESTS_PER_PAGE: u32 = 20;
+/// The longest CSR that is kept, in characters of base64. An agent's largest, with an RSA key, has about 2,000.
+const MAX_CSR_CHARACTERS: usize = 64 << 10;
 
 /// Labels and annotations of a request. They carry evidence and help people; none of them authorises anything.
 pub mod keys {
@@ -134,6 +141,28 @@ pub struct CertificateRequestSpec {
     pub extra: BTreeMap<String, Vec<String>>,
 }
 
+/// A request as the approver reads it: the annotations all count, the labels do not.
+pub type Request = Observed<RequestKind, CertificateRequestSpec, Status>;
+
+/// What the approver keeps of a request's metadata.
+#[derive(Debug, Clone)]
+pub struct RequestKind;
+
+impl Kind for RequestKind {
+    const GROUP: &'static str = GROUP;
+    const VERSION: &'static str = "v1";
+    const KIND: &'static str = "CertificateRequest";
+    const PLURAL: &'static str = PLURAL;
+
+    fn keeps_label(_key: &str) -> bool {
+        false
+    }
+
+    fn keeps_annotation(_key: &str) -> bool {
+        true
+    }
+}
+
 /// `spec.issuerRef`. Empty fields mean cert-manager's defaults.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
@@ -152,10 +181,31 @@ impl From<&IssuerRef> for Reference {
     }
 }
 
-/// A PEM CSR in base64, as JSON carries it. It is never printed.
-#[derive(Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+/// A PEM CSR in base64, as JSON carries it. It is never printed. One that is longer than 64 KiB is read as none: it is no agent's, and
+/// a list of such requests must not fill the reader's memory.
+#[derive(Clone, Default, PartialEq, Eq, Serialize)]
 #[serde(transparent)]
-pub struct Csr(String);
+pub struct Csr(Option<String>);
+
+impl<'de> Deserialize<'de> for Csr {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_str(CsrVisitor)
+    }
+}
+
+struct CsrVisitor;
+
+impl Visitor<'_> for CsrVisitor {
+    type Value = Csr;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("base64")
+    }
+
+    fn visit_str<E>(self, text: &str) -> Result<Csr, E> {
+        Ok(Csr((text.len() <= MAX_CSR_CHARACTERS).then(|| text.to_owned())))
+    }
+}
 
 impl Csr {
     /// Wraps PKCS#10 DER.
@@ -169,12 +219,12 @@ impl Csr {
             pem.push('\n');
         }
         pem.push_str("-----END CERTIFICATE REQUEST-----\n");
-        Self(STANDARD.encode(pem))
+        Self(Some(STANDARD.encode(pem)))
     }
 
-    /// The PEM bytes; none where it is no base64.
+    /// The PEM bytes; none where it is no base64, or was too long to be kept.
     pub fn pem(&self) -> Option<Vec<u8>> {
-        STANDARD.decode(&self.0).ok()
+        STANDARD.decode(self.0.as_ref()?).ok()
     }
 }
 
@@ -267,6 +317,17 @@ mod tests {
                 },
             })
         );
+    }
+
+    #[test]
+    fn a_csr_that_is_no_agents_is_not_kept() {
+        let read = |length: usize| -> Request {
+            let text = "QUFB".repeat(length / 4);
+            serde_json::from_str(&json!({"spec": {"request": text}}).to_string()).unwrap()
+        };
+        assert_eq!(read(MAX_CSR_CHARACTERS).spec.request.pem().map(|pem| pem.len()), Some(MAX_CSR_CHARACTERS / 4 * 3));
+        let long = read(MAX_CSR_CHARACTERS + 4);
+        assert_eq!((long.spec.request.pem(), long.spec.request), (None, Csr(None)));
     }
 
     #[test]

@@ -21,6 +21,7 @@ pub mod failure;
 pub mod fake;
 pub mod layer;
 pub mod metrics;
+pub mod object;
 mod retry_after;
 mod throttle;
 pub mod watch;

@@ -24,7 +24,7 @@ use crate::{
         pods::Pods,
         queue::Case,
     },
-    cert_manager::{CertificateRequest, Condition, PLURAL, claims, denied},
+    cert_manager::{Condition, PLURAL, Request, claims, denied},
     clock::{self, Clock},
     kubernetes::{Call, Cause, Failure},
     telemetry::hush::Hush,
@@ -138,7 +138,7 @@ impl Desk {
         Outcome::Failed
     }
 
-    async fn decide(&self, request: &CertificateRequest) -> Result<Judged, Outcome> {
+    async fn decide(&self, request: &Request) -> Result<Judged, Outcome> {
         let in_force = self.in_force.borrow().clone();
         let watched = evidence(request).and_then(|pod| self.pods.watched(&pod.uid));
         let (decision, by_former) = match decide(request, Sight::Watched(watched.as_deref()), &in_force, Instant::now()) {
@@ -165,7 +165,7 @@ impl Desk {
         }
     }
 
-    async fn write(&self, request: &CertificateRequest, condition: Condition) -> Result<(), Failure> {
+    async fn write(&self, request: &Request, condition: Condition) -> Result<(), Failure> {
         let call = call("patch", request);
         let mut conditions = request.status.as_ref().map(|status| status.conditions.clone()).unwrap_or_default();
         conditions.push(condition);
@@ -180,7 +180,7 @@ impl Desk {
     }
 
     /// The request as it is now; none where it is another one, or gone.
-    async fn again(&self, request: &CertificateRequest) -> Result<Option<CertificateRequest>, Outcome> {
+    async fn again(&self, request: &Request) -> Result<Option<Request>, Outcome> {
         let call = call("get", request);
         match self.api(request).get(call.name.unwrap_or_default()).await {
             Ok(newer) => Ok(Some(newer).filter(|newer| newer.metadata.uid == request.metadata.uid)),
@@ -191,7 +191,7 @@ impl Desk {
         }
     }
 
-    async fn decided(&self, request: &CertificateRequest, decision: &Decision, since: Instant) {
+    async fn decided(&self, request: &Request, decision: &Decision, since: Instant) {
         if let Some(trouble) = self.told.lock().unwrap_or_else(PoisonError::into_inner).take() {
             tracing::info!(trouble, "decisions can be written again");
         }
@@ -212,7 +212,7 @@ impl Desk {
     }
 
     /// Tells the log of a request that is left undecided for now.
-    fn put_off(&self, request: &CertificateRequest, denial: &Denial, left: Duration) {
+    fn put_off(&self, request: &Request, denial: &Denial, left: Duration) {
         let Some(left_out) = self.hesitations.tells(cause(request, denial), Instant::now()) else { return };
         let ((namespace, name), seconds) = (place(request), left.as_secs());
         let (reason, why) = (denial.code, &denial.sentence);
@@ -228,7 +228,7 @@ impl Desk {
     }
 
     /// One line a minute for each reason, requester and node.
-    fn log(&self, request: &CertificateRequest, denial: &Denial) {
+    fn log(&self, request: &Request, denial: &Denial) {
         let (namespace, request_name) = place(request);
         let Some(left_out) = self.denials.tells(cause(request, denial), Instant::now()) else { return };
         let (reason, why) = (denial.code, &denial.sentence);
@@ -252,25 +252,25 @@ impl Desk {
         Outcome::Failed
     }
 
-    fn api(&self, request: &CertificateRequest) -> Api<CertificateRequest> {
+    fn api(&self, request: &Request) -> Api<Request> {
         Api::namespaced(self.client.clone(), place(request).0)
     }
 }
 
 /// What makes two denials the same for the log: reason, requester and node.
-fn cause(request: &CertificateRequest, denial: &Denial) -> (&'static str, String, String) {
+fn cause(request: &Request, denial: &Denial) -> (&'static str, String, String) {
     let spec = &request.spec;
     let node = spec.extra.get(claims::NODE_NAME).and_then(|names| names.first()).cloned().unwrap_or_default();
     (denial.code, spec.username.clone().unwrap_or_default(), node)
 }
 
 /// Namespace and name.
-pub(super) fn place(request: &CertificateRequest) -> (&str, &str) {
+pub(super) fn place(request: &Request) -> (&str, &str) {
     let metadata = &request.metadata;
     (metadata.namespace.as_deref().unwrap_or_default(), metadata.name.as_deref().unwrap_or_default())
 }
 
-fn call<'a>(verb: &'static str, request: &'a CertificateRequest) -> Call<'a> {
+fn call<'a>(verb: &'static str, request: &'a Request) -> Call<'a> {
     debug_assert!(RESOURCE.starts_with(PLURAL));
     let (namespace, name) = place(request);
     Call {

@@ -19,7 +19,7 @@ use crate::{
         judge::{Denial, evidence},
         metrics::{Metrics, Step},
     },
-    cert_manager::{CertificateRequest, GROUP, denied},
+    cert_manager::{GROUP, Request, denied},
     kubernetes::{Call, Failure},
 };
 
@@ -46,7 +46,7 @@ impl Events {
     }
 
     /// Tells of a denial, at a time in RFC 3339.
-    pub async fn tell(&self, request: &CertificateRequest, denial: &Denial, now: &str) {
+    pub async fn tell(&self, request: &Request, denial: &Denial, now: &str) {
         let (namespace, _) = place(request);
         let Some(event) = self.event(request, denial, now).filter(|_| self.spend(Instant::now())) else { return };
         let api: Api<Event> = Api::namespaced(self.client.clone(), namespace);
@@ -65,7 +65,7 @@ impl Events {
         count < BUDGET
     }
 
-    fn event(&self, request: &CertificateRequest, denial: &Denial, now: &str) -> Option<Event> {
+    fn event(&self, request: &Request, denial: &Denial, now: &str) -> Option<Event> {
         let (namespace, name) = place(request);
         let pod = evidence(request)
             .map(|pod| json!({"apiVersion": "v1", "kind": "Pod", "namespace": &*pod.namespace, "name": &*pod.name, "uid": &*pod.uid}));

@@ -15,7 +15,7 @@ use crate::{
         rules::{Expectation, Rules},
     },
     attest::pods::Pod,
-    cert_manager::{CertificateRequest, GROUP, USAGES, claims, csr, denied, keys},
+    cert_manager::{GROUP, Request, USAGES, claims, csr, denied, keys},
     config::IssuerRef,
     identity::PodRef,
 };
@@ -55,21 +55,21 @@ pub struct Denial {
 }
 
 /// Whether the approver has to decide about a request at all.
-pub fn is_ours(request: &CertificateRequest, rules: &Rules) -> bool {
+pub fn is_ours(request: &Request, rules: &Rules) -> bool {
     let decided = |kind: &str| request.status.iter().flat_map(|s| &s.conditions).any(|c| c.kind == kind && c.status == "True");
     let over = decided("Approved") || decided("Denied") || decided("InvalidRequest") || request.metadata.deletion_timestamp.is_some();
     !over && rules.guard(&issuer(request), namespace(request))
 }
 
 /// Who else has approved a request that was the approver's to decide: the reason of the condition.
-pub fn approved_by_another<'a>(request: &'a CertificateRequest, rules: &Rules) -> Option<&'a str> {
+pub fn approved_by_another<'a>(request: &'a Request, rules: &Rules) -> Option<&'a str> {
     let approval = request.status.as_ref()?.conditions.iter().find(|c| c.kind == "Approved" && c.status == "True")?;
     let reason = approval.reason.as_deref().unwrap_or_default();
     (reason != APPROVER && rules.guard(&issuer(request), namespace(request))).then_some(reason)
 }
 
 /// The pod that a request names as its evidence; none where the annotations do not say.
-pub fn evidence(request: &CertificateRequest) -> Option<PodRef> {
+pub fn evidence(request: &Request) -> Option<PodRef> {
     let annotation = |key: &str| request.metadata.annotations.as_ref()?.get(key).filter(|value| !value.is_empty());
     Some(PodRef {
         namespace: annotation(keys::POD_NAMESPACE)?.as_str().into(),
@@ -80,7 +80,7 @@ pub fn evidence(request: &CertificateRequest) -> Option<PodRef> {
 
 /// Decides about `request` by the newest rules, and where these do not approve it, by the former ones that still count at `now`; whether
 /// it is by those that it is approved. What no rule approves is denied in the words of the newest.
-pub fn decide(request: &CertificateRequest, sight: Sight<'_>, in_force: &InForce, now: Instant) -> (Decision, bool) {
+pub fn decide(request: &Request, sight: Sight<'_>, in_force: &InForce, now: Instant) -> (Decision, bool) {
     let newest = judge(request, sight, &in_force.rules);
     if matches!(newest, Decision::Approve(_) | Decision::Ignore) {
         return (newest, false);
@@ -96,7 +96,7 @@ pub fn decide(request: &CertificateRequest, sight: Sight<'_>, in_force: &InForce
 }
 
 /// Decides about `request` by these rules.
-pub fn judge(request: &CertificateRequest, sight: Sight<'_>, rules: &Rules) -> Decision {
+pub fn judge(request: &Request, sight: Sight<'_>, rules: &Rules) -> Decision {
     if !is_ours(request, rules) {
         return Decision::Ignore;
     }
@@ -125,7 +125,7 @@ struct Asked<'a> {
 }
 
 /// All that needs no pod.
-fn request_alone<'a>(request: &'a CertificateRequest, rules: &Rules) -> Result<Asked<'a>, Denial> {
+fn request_alone<'a>(request: &'a Request, rules: &Rules) -> Result<Asked<'a>, Denial> {
     let spec = &request.spec;
     let username = spec.username.as_deref().unwrap_or_default();
     if !rules.agents.contains(username) {
@@ -156,7 +156,7 @@ fn request_alone<'a>(request: &'a CertificateRequest, rules: &Rules) -> Result<A
         );
         return deny(denied::INVALID_ANNOTATION, sentence);
     }
-    let pem = spec.request.pem().ok_or_else(|| invalid_csr("is not in base64"))?;
+    let pem = spec.request.pem().ok_or_else(|| invalid_csr("is not in base64, or is longer than 64 KiB"))?;
     let csr = csr::read(&pem).map_err(invalid_csr)?;
     let Some(evidence) = evidence(request) else {
         let keys = [keys::POD_NAMESPACE, keys::POD_NAME, keys::POD_UID].join(", ");
@@ -170,7 +170,7 @@ fn request_alone<'a>(request: &'a CertificateRequest, rules: &Rules) -> Result<A
 }
 
 /// A claim of the requester's token, which stands there exactly once.
-fn claim<'a>(request: &'a CertificateRequest, name: &str) -> Result<&'a str, Denial> {
+fn claim<'a>(request: &'a Request, name: &str) -> Result<&'a str, Denial> {
     match request.spec.extra.get(name).map(Vec::as_slice) {
         Some([value]) if !value.is_empty() => Ok(value),
         found => {
@@ -280,13 +280,13 @@ fn go_duration(text: &str) -> Option<Duration> {
 }
 
 /// The issuer of a request, with cert-manager's defaults for what it leaves out.
-fn issuer(request: &CertificateRequest) -> IssuerRef {
+fn issuer(request: &Request) -> IssuerRef {
     let told = &request.spec.issuer_ref;
     let or = |text: &str, default: &str| if text.is_empty() { default.to_owned() } else { text.to_owned() };
     IssuerRef { name: told.name.clone(), kind: or(&told.kind, "Issuer"), group: or(&told.group, GROUP) }
 }
 
-fn namespace(request: &CertificateRequest) -> &str {
+fn namespace(request: &Request) -> &str {
     request.metadata.namespace.as_deref().unwrap_or_default()
 }
 

@@ -12,8 +12,7 @@ use std::{
 };
 
 use futures::StreamExt;
-use k8s_openapi::api::core::v1::Pod as ApiPod;
-use kube::{Api, Client, core::ApiResource, runtime::watcher};
+use kube::{Api, Client, runtime::watcher};
 use tokio::sync::watch;
 
 use crate::{
@@ -25,6 +24,12 @@ use crate::{
         watch::{Selection, Signal},
     },
 };
+
+/// Pods in one page of a list. A consistent read in pages is answered by every API server; an answer from its cache has none in older ones.
+const PODS_PER_PAGE: u32 = 500;
+/// The labels and picks of a pod that is held, in bytes. The API bounds labels by the object's size alone, and the index is for good: a pod
+/// that has more is read live.
+const MAX_HELD_BYTES: usize = 16 << 10;
 
 /// The index. Clones share everything.
 #[derive(Clone)]
@@ -49,8 +54,14 @@ impl fmt::Debug for Pods {
 impl Pods {
     /// Empty until [`run`](Self::run) runs. `driver` is the CSI driver whose volumes pick profiles.
     pub fn new(client: Client, driver: Option<String>, metrics: kubernetes::Metrics) -> Self {
-        let synced = watch::Sender::new(false);
-        Self(Arc::new(Shared { client, driver, metrics, known: Mutex::default(), synced, stale: AtomicBool::new(true) }))
+        Self(Arc::new(Shared {
+            client,
+            driver,
+            metrics,
+            known: Mutex::default(),
+            synced: watch::Sender::new(false),
+            stale: AtomicBool::new(true),
+        }))
     }
 
     /// Becomes true when the index has been complete for the first time, and stays so.
@@ -65,8 +76,7 @@ impl Pods {
 
     /// Reads the pod of this namespace and name live; none where there is none.
     pub async fn read(&self, pod: &PodRef) -> Result<Option<Pod>, Failure> {
-        let resource = ApiResource::erase::<ApiPod>(&());
-        let api: Api<Slim> = Api::namespaced_with(self.0.client.clone(), &pod.namespace, &resource);
+        let api: Api<Slim> = Api::namespaced(self.0.client.clone(), &pod.namespace);
         let call = Call { verb: "get", resource: "pods", name: Some(&pod.name), namespace: None };
         match api.get(&pod.name).await {
             Ok(slim) => Ok(Pod::of(&slim, self.0.driver.as_deref())),
@@ -79,9 +89,8 @@ impl Pods {
 
     /// Watches for ever.
     pub async fn run(&self) {
-        let api: Api<Slim> = Api::all_with(self.0.client.clone(), &ApiResource::erase::<ApiPod>(&()));
-        // From the API server's cache: what it lacks is read live before it counts.
-        let config = watcher::Config { page_size: None, ..watcher::Config::default().any_semantic() };
+        let api: Api<Slim> = Api::all(self.0.client.clone());
+        let config = watcher::Config::default().page_size(PODS_PER_PAGE);
         let selection = Selection { resource: Resource::pods, name: "pods".to_owned(), namespace: None, config };
         let mut signals = Box::pin(kubernetes::watch::watch(api, selection, self.0.metrics.clone()));
         let mut list = HashSet::new();
@@ -126,7 +135,18 @@ impl Pods {
     fn applied(&self, slim: &Slim) -> Option<Arc<str>> {
         let pod = Pod::of(slim, self.0.driver.as_deref())?;
         let uid = pod.pod.uid.clone();
-        self.known().insert(uid.clone(), Arc::new(pod));
+        if held_bytes(&pod) <= MAX_HELD_BYTES {
+            self.known().insert(uid.clone(), Arc::new(pod));
+        } else {
+            self.known().remove(&uid);
+        }
         Some(uid)
     }
+}
+
+/// The bytes of what a pod's author can make as long as an object may be.
+fn held_bytes(pod: &Pod) -> usize {
+    let labels = pod.labels.iter().map(|(key, value)| key.len() + value.len());
+    let picks = pod.picks.iter().map(|(volume, profile)| volume.len() + profile.len());
+    labels.chain(picks).sum()
 }

@@ -10,7 +10,7 @@ use std::{
 
 use tokio::time::Instant;
 
-use crate::cert_manager::CertificateRequest;
+use crate::cert_manager::Request;
 
 /// After the first trouble with a request; it doubles.
 const SHORTEST_PAUSE: Duration = Duration::from_millis(500);
@@ -24,7 +24,7 @@ pub type Key = (String, String);
 #[derive(Debug, Clone)]
 pub struct Case {
     /// As it was last seen.
-    pub request: Arc<CertificateRequest>,
+    pub request: Arc<Request>,
     /// When it was first seen.
     pub since: Instant,
 }
@@ -68,7 +68,7 @@ pub struct Queue {
 }
 
 /// The key of a request.
-pub fn key(request: &CertificateRequest) -> Key {
+pub fn key(request: &Request) -> Key {
     let metadata = &request.metadata;
     (metadata.namespace.clone().unwrap_or_default(), metadata.name.clone().unwrap_or_default())
 }
@@ -85,7 +85,7 @@ impl Queue {
     }
 
     /// A request that has to be decided, as it is now.
-    pub fn seen(&mut self, request: CertificateRequest, now: Instant) {
+    pub fn seen(&mut self, request: Request, now: Instant) {
         let key = key(&request);
         let request = Arc::new(request);
         match self.entries.get_mut(&key) {
@@ -216,8 +216,8 @@ impl Queue {
 mod tests {
     use super::*;
 
-    fn request(name: &str, version: &str) -> CertificateRequest {
-        let mut request = CertificateRequest::new(name, crate::cert_manager::CertificateRequestSpec::default());
+    fn request(name: &str, version: &str) -> Request {
+        let mut request = Request::new(name, crate::cert_manager::CertificateRequestSpec::default());
         request.metadata.namespace = Some("n".into());
         request.metadata.resource_version = Some(version.into());
         request

@@ -17,11 +17,13 @@ use crate::{
 };
 
 mod changes;
+mod memory;
 
 const CR: &str = "certificaterequests";
 
 struct Replica {
     metrics: Metrics,
+    pods: Pods,
     in_force: watch::Sender<Arc<InForce>>,
     tasks: Vec<JoinHandle<()>>,
 }
@@ -55,9 +57,10 @@ impl Replica {
         });
         let mut tasks = vec![tokio::spawn(approver.run())];
         if watches_pods {
+            let pods = pods.clone();
             tasks.push(tokio::spawn(async move { pods.run().await }));
         }
-        Self { metrics, in_force, tasks }
+        Self { metrics, pods, in_force, tasks }
     }
 
     /// As a new file does.

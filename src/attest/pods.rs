@@ -13,8 +13,7 @@ use std::{
 };
 
 use futures::StreamExt;
-use k8s_openapi::api::core::v1::Pod as ApiPod;
-use kube::{Api, Client, api::ListParams, core::ApiResource, runtime::watcher};
+use kube::{Api, Client, api::ListParams, runtime::watcher};
 use tokio::{
     sync::{mpsc, oneshot, watch},
     time::{Instant, timeout},
@@ -76,7 +75,7 @@ impl Pods {
     /// The pods of `node`; empty until [`run`](Self::run) runs.
     pub fn new(client: Client, node: &str, metrics: kubernetes::Metrics) -> Self {
         Self(Arc::new(Shared {
-            api: Api::all_with(client, &ApiResource::erase::<ApiPod>(&())),
+            api: Api::all(client),
             node: node.to_owned(),
             metrics,
             index: Mutex::default(),

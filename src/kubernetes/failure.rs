@@ -4,7 +4,7 @@ use std::{error::Error as StdError, fmt, io, time::Duration};
 
 use kube::core::Status;
 
-use crate::kubernetes::layer::TimedOut;
+use crate::kubernetes::layer::{TimedOut, TooLarge};
 
 /// What was asked of the API.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -65,6 +65,8 @@ pub enum Cause {
     Server,
     /// No answer in time.
     Timeout,
+    /// The answer is larger than any that is read.
+    TooLarge,
     /// No connection.
     Unreachable,
     /// Something else.
@@ -74,7 +76,7 @@ pub enum Cause {
 impl Cause {
     /// Whether the request may have been carried out all the same.
     pub fn is_ambiguous(&self) -> bool {
-        matches!(self, Self::Server | Self::Timeout | Self::Unreachable | Self::Other)
+        matches!(self, Self::Server | Self::Timeout | Self::TooLarge | Self::Unreachable | Self::Other)
     }
 }
 
@@ -132,6 +134,9 @@ impl Failure {
         while let Some(error) = next {
             if error.is::<TimedOut>() {
                 return Self { cause: Cause::Timeout, message: error.to_string() };
+            }
+            if error.is::<TooLarge>() {
+                return Self { cause: Cause::TooLarge, message: error.to_string() };
             }
             if let Some(io) = error.downcast_ref::<io::Error>() {
                 match io.kind() {

@@ -44,6 +44,8 @@ pub enum Fault {
     Refuse,
     /// 200, with this JSON body, after this time.
     Late(Duration, Value),
+    /// A list without a limit, or with one above this, is answered with more than any client reads.
+    LargeAbove(u64),
 }
 
 /// Whom a fault meets.
@@ -80,6 +82,10 @@ struct State {
     watchers: Vec<Watcher>,
     faults: Vec<Planned>,
     seen: Vec<String>,
+    queries: Vec<(String, BTreeMap<String, String>)>,
+    delays: Vec<(&'static str, &'static str, Duration)>,
+    /// Of each kind of request: how many are being served, and how many were at most.
+    at_once: BTreeMap<String, (usize, usize)>,
     created: Vec<String>,
 }
 
@@ -143,6 +149,23 @@ impl FakeApi {
         self.lock().faults.push(Planned { verb, plural, fault, times });
     }
 
+    /// Every request of this kind takes so long from now on, and then has its effect.
+    pub fn delay(&self, verb: &'static str, plural: &'static str, time: Duration) {
+        let mut state = self.lock();
+        state.delays.retain(|(v, p, _)| (*v, *p) != (verb, plural));
+        state.delays.push((verb, plural, time));
+    }
+
+    /// How many requests of this kind were served at once, at most.
+    pub fn most_at_once(&self, verb: &str, plural: &str) -> usize {
+        self.lock().at_once.get(&format!("{verb} {plural}")).map_or(0, |(_, most)| *most)
+    }
+
+    /// Counts anew how many are served at once.
+    pub fn forget_at_once(&self) {
+        self.lock().at_once.values_mut().for_each(|(now, most)| *most = *now);
+    }
+
     /// No planned fault stays.
     pub fn heal(&self) {
         self.lock().faults.clear();
@@ -170,6 +193,12 @@ impl FakeApi {
     pub fn count(&self, verb: &str, plural: &str) -> usize {
         let wanted = format!("{verb} {plural}");
         self.lock().seen.iter().filter(|s| **s == wanted).count()
+    }
+
+    /// The parameters of the requests so far of a verb and a plural.
+    pub fn queries(&self, verb: &str, plural: &str) -> Vec<BTreeMap<String, String>> {
+        let wanted = format!("{verb} {plural}");
+        self.lock().queries.iter().filter(|(kind, _)| *kind == wanted).map(|(_, query)| query.clone()).collect()
     }
 
     /// Changes whenever anything does.
@@ -236,7 +265,11 @@ impl FakeApi {
             let body = body.collect_bytes().await?;
             let query: BTreeMap<String, String> = parts.uri.query().map(parse_query).unwrap_or_default();
             let (plural, namespace, name) = parse_path(parts.uri.path());
-            let fault = self.lock().meet(verb, &plural);
+            let fault = {
+                let mut state = self.lock();
+                state.queries.push((format!("{verb} {plural}"), query.clone()));
+                state.meet(verb, &plural)
+            };
             self.moved.send_replace(());
             match fault {
                 Some(Fault::Status(code, body)) => return Ok(answer(code, body.to_string())),
@@ -246,9 +279,16 @@ impl FakeApi {
                     return Ok(answer(200, body.to_string()));
                 }
                 Some(Fault::Hang) => std::future::pending().await,
+                Some(Fault::LargeAbove(most)) if limit(&query).is_none_or(|limit| limit > most) => return Ok(endless()),
                 Some(Fault::Refuse) => return Err(std::io::Error::from(std::io::ErrorKind::ConnectionRefused).into()),
-                Some(Fault::LoseAnswer | Fault::CarryOutAndHang) | None => {}
+                Some(Fault::LoseAnswer | Fault::CarryOutAndHang | Fault::LargeAbove(_)) | None => {}
             }
+            let serving = Serving::begin(&self, format!("{verb} {plural}"));
+            let delay = self.lock().delays.iter().find(|(v, p, _)| *v == verb && *p == plural).map(|(_, _, time)| *time);
+            if let Some(time) = delay {
+                tokio::time::sleep(time).await;
+            }
+            drop(serving);
             let response = self.carry_out(verb, plural, namespace, name, &query, &body);
             self.moved.send_replace(());
             match fault {
@@ -310,9 +350,19 @@ impl FakeApi {
             }
             "list" => {
                 let selector = Selector::of(namespace, query);
-                let items: Vec<_> = state.objects.iter().filter(|(k, o)| k.0 == plural && selector.matches(o)).map(|(_, o)| o).collect();
-                let list =
-                    json!({"kind": "List", "apiVersion": "v1", "metadata": {"resourceVersion": state.version.to_string()}, "items": items});
+                let items = state.objects.iter().filter(|(k, o)| k.0 == plural && selector.matches(o)).map(|(_, o)| o);
+                // An answer from the cache has no pages.
+                let cached = query.get("resourceVersion").is_some_and(|version| version == "0");
+                let limit = limit(query).filter(|_| !cached).map_or(usize::MAX, |limit| limit.try_into().unwrap());
+                let begin: usize = query.get("continue").map_or(0, |token| token.parse().unwrap());
+                let mut items: Vec<_> = items.skip(begin).take(limit.saturating_add(1)).collect();
+                let more = items.len() > limit;
+                items.truncate(limit);
+                let mut metadata = json!({"resourceVersion": state.version.to_string()});
+                if more {
+                    metadata["continue"] = json!((begin + limit).to_string());
+                }
+                let list = json!({"kind": "List", "apiVersion": "v1", "metadata": metadata, "items": items});
                 answer(200, list.to_string())
             }
             "watch" => {
@@ -331,6 +381,28 @@ impl FakeApi {
                 Response::new(body.boxed_unsync())
             }
             _ => status(405, "MethodNotAllowed", &plural),
+        }
+    }
+}
+
+/// A request that is being served.
+struct Serving(FakeApi, String);
+
+impl Serving {
+    fn begin(api: &FakeApi, kind: String) -> Self {
+        let mut state = api.lock();
+        let (now, most) = state.at_once.entry(kind.clone()).or_default();
+        *now += 1;
+        *most = (*most).max(*now);
+        drop(state);
+        Self(api.clone(), kind)
+    }
+}
+
+impl Drop for Serving {
+    fn drop(&mut self) {
+        if let Some((now, _)) = self.0.lock().at_once.get_mut(&self.1) {
+            *now -= 1;
         }
     }
 }
@@ -429,6 +501,17 @@ fn answer(code: u16, body: String) -> Answer {
     let mut response = Response::new(body);
     *response.status_mut() = StatusCode::from_u16(code).unwrap();
     response
+}
+
+/// An answer of a megabyte, and again, for ever.
+fn endless() -> Answer {
+    let part = Bytes::from(vec![b' '; 1 << 20]);
+    let body = StreamBody::new(futures::stream::repeat(part).map(|part| Ok(Frame::data(part))));
+    Response::new(body.boxed_unsync())
+}
+
+fn limit(query: &BTreeMap<String, String>) -> Option<u64> {
+    query.get("limit").map(|limit| limit.parse().unwrap())
 }
 
 fn status(code: u16, reason: &str, plural: &str) -> Answer {

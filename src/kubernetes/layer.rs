@@ -1,6 +1,6 @@
 //! What every request to the API passes: the process's pace, time-outs, metrics, and a pace for each watch.
 //!
-//! An answer is read whole before it is passed on, within [`ANSWER_TIMEOUT`]; a watch that runs is passed on with its headers. A server
+//! An answer is read whole before it is passed on, within [`ANSWER_TIMEOUT`] and up to [`MAX_ANSWER_BYTES`]; a watch that runs is passed on with its headers. A server
 //! that ends each watch at once is asked again once a second, not as fast as it can end them. Nothing is sent twice here, and `kube`'s own
 //! retries are not in this client: an answer of 429 or 5xx goes to who asked, and what it asks for holds back all others of its kind.
 
@@ -14,7 +14,7 @@ use std::{
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use http::{Request, Response, StatusCode, header};
-use http_body_util::{BodyExt, Full, combinators::UnsyncBoxBody};
+use http_body_util::{BodyExt, Full, LengthLimitError, Limited, combinators::UnsyncBoxBody};
 use kube::client::Body;
 use tokio::time::{Instant, sleep_until, timeout};
 use tower::{BoxError, Service};
@@ -32,10 +32,19 @@ use crate::{
 /// Between two starts of the same watch.
 const WATCH_PACE: Duration = Duration::from_secs(1);
 
+/// The largest body of an answer that is read. It is in memory twice until it has been parsed, and the smallest container that reads lists
+/// has 512 MiB.
+pub const MAX_ANSWER_BYTES: usize = 128 << 20;
+
 /// The API did not answer in time.
 #[derive(Debug, thiserror::Error)]
 #[error("no answer within {} s", ANSWER_TIMEOUT.as_secs())]
 pub struct TimedOut;
+
+/// The API's answer was not read to its end.
+#[derive(Debug, thiserror::Error)]
+#[error("the answer is larger than {} MiB", MAX_ANSWER_BYTES >> 20)]
+pub struct TooLarge;
 
 /// Makes [`Observed`] services.
 #[derive(Debug, Clone)]
@@ -106,7 +115,7 @@ where
                 if kind.0 == Verb::watch && parts.status.is_success() {
                     return Ok(Response::from_parts(parts, body.map_err(Into::into).boxed_unsync()));
                 }
-                let mut bytes = body.collect().await.map_err(Into::into)?.to_bytes();
+                let mut bytes = Limited::new(body, MAX_ANSWER_BYTES).collect().await.map_err(too_large)?.to_bytes();
                 if let Some(after) = retry_after::asked(parts.status, &parts.headers, &bytes) {
                     shared.asked_to_wait(kind, after, parts.status);
                     bytes = retry_after::body(parts.status, after, &bytes).into();
@@ -161,6 +170,11 @@ fn in_its_stead(left: Duration) -> Response<UnsyncBoxBody<Bytes, BoxError>> {
     let mut response = Response::new(full(body.into()));
     *response.status_mut() = status;
     response
+}
+
+/// Names the one error that is the layer's own.
+fn too_large(error: BoxError) -> BoxError {
+    if error.is::<LengthLimitError>() { TooLarge.into() } else { error }
 }
 
 fn full(bytes: Bytes) -> UnsyncBoxBody<Bytes, BoxError> {

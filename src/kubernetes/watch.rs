@@ -27,6 +27,8 @@ const SHORTEST_PAUSE: Duration = Duration::from_millis(500);
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 /// And while a right is missing.
 const LONGEST_PAUSE_WITHOUT_RIGHT: Duration = Duration::from_secs(30);
+/// Objects in a page after a list without pages was too large to be read.
+const FIRST_PAGE: u32 = 64;
 /// A watch that broke or could not be started is believed to run when it has told something, or no more trouble for so long: longer than
 /// its start may be held back and the answer to it may take.
 const PROOF: Duration = ANSWER_TIMEOUT.saturating_add(LONGEST_STAY).saturating_add(Duration::from_secs(5));
@@ -151,17 +153,28 @@ where
         };
         let expired = failure.cause == Cause::Expired;
         self.metrics.watch_ended(self.selection.resource, if expired { Ended::expired } else { reason });
+        let too_large = failure.cause == Cause::TooLarge;
+        if too_large {
+            self.selection.config = smaller(&self.selection.config);
+            tracing::warn!(
+                resource = %self.selection.name,
+                error = %failure,
+                page_size = self.selection.config.page_size,
+                "the list cannot be read; it is asked for in smaller pages from now on"
+            );
+        }
         let stuck = reason == Ended::start_failed && matches!(failure.cause, Cause::Expired | Cause::Rbac);
         let skipped = matches!(error, watcher::Error::WatchFailed(kube::Error::SerdeError(_)));
         let refused = matches!(error, watcher::Error::WatchError(_)) && !expired;
-        if stuck || skipped || refused {
+        if stuck || skipped || refused || too_large {
             // The library would ask for the same version for ever, and only a new list can show that a right has come back; it would go on
-            // behind an event that it could not read; and it would stay on a stream on which the server has said that it is over.
+            // behind an event that it could not read; it would stay on a stream on which the server has said that it is over; and it would
+            // ask for the same page again.
             self.events = Box::pin(watcher(self.api.clone(), self.selection.config.clone()));
         }
         self.unproven = reason != Ended::list_failed && !expired;
-        if expired {
-            // The server answers again, only its history has gone: a list brings everything back at once.
+        if expired || too_large {
+            // The server answers: another list brings everything back at once.
             self.next_pause = SHORTEST_PAUSE;
         }
         let asked = if let Cause::TooManyRequests(Some(after)) = failure.cause { after } else { Duration::ZERO };
@@ -169,7 +182,7 @@ where
         // A right that is missing comes back by a person's hand: no hurry.
         let longest = if failure.cause == Cause::Rbac { LONGEST_PAUSE_WITHOUT_RIGHT } else { LONGEST_PAUSE };
         self.next_pause = (self.next_pause * 2).min(longest);
-        if !expired && self.told.as_ref() != Some(&failure) {
+        if !expired && !too_large && self.told.as_ref() != Some(&failure) {
             tracing::warn!(resource = %self.selection.name, error = %failure, "the watch does not work; trying again");
             self.told = Some(failure.clone());
         }
@@ -178,6 +191,13 @@ where
         }
         (reason, failure)
     }
+}
+
+/// The same selection in smaller pages: an answer was too large to be read. An answer from the server's cache has no pages in older
+/// servers, so that it becomes a consistent read.
+fn smaller(config: &watcher::Config) -> watcher::Config {
+    let page_size = config.page_size.map_or(FIRST_PAGE, |size| (size / 2).max(1));
+    watcher::Config { page_size: Some(page_size), list_semantic: watcher::ListSemantic::MostRecent, ..config.clone() }
 }
 
 #[cfg(test)]
@@ -243,6 +263,39 @@ mod tests {
         let restarts = metrics.restarts(Resource::configmaps, Ended::expired);
         assert!(restarts >= 1 && api.count("list", "configmaps") as u64 == 1 + restarts, "{restarts}");
         assert_eq!(metrics.broken(Resource::configmaps), 0, "a server that forgets is no trouble");
+    }
+
+    /// One page holds more than the client reads, until it is small enough.
+    #[tokio::test(start_paused = true)]
+    async fn a_list_that_is_too_large_to_be_read_is_asked_for_in_smaller_pages() {
+        for (page_size, first) in [(Some(500), Some("500")), (None, None)] {
+            let (api, metrics) = (FakeApi::new(), Metrics::default());
+            for n in 0..100 {
+                put(&api, &format!("n{n:03}"));
+            }
+            api.fail("list", "configmaps", Fault::LargeAbove(40), usize::MAX);
+            let config = watcher::Config { page_size, ..watcher::Config::default().any_semantic() };
+            let selection = Selection { resource: Resource::configmaps, name: "configmaps".into(), namespace: Some("a".into()), config };
+            let start = Instant::now();
+            let mut signals = Box::pin(watch::<ConfigMap>(Api::namespaced(api.client(&metrics), "a"), selection, metrics.clone()));
+            let (mut listed, mut failures) = (Vec::new(), Vec::new());
+            loop {
+                match timeout(Duration::from_secs(60), signals.next()).await.unwrap().unwrap() {
+                    Signal::Event(Event::InitApply(object)) => listed.push(object.metadata.name.unwrap()),
+                    Signal::Event(Event::InitDone) => break,
+                    Signal::Event(_) => {}
+                    Signal::Trouble(ended, failure) => failures.push((ended, failure.cause, failure.message)),
+                }
+            }
+            let expected = (Ended::list_failed, Cause::TooLarge, "the answer is larger than 128 MiB".to_owned());
+            assert!(!failures.is_empty() && failures.iter().all(|failure| *failure == expected), "{failures:?}");
+            assert_eq!((listed.len(), listed.first().map(String::as_str)), (100, Some("n000")), "{listed:?}");
+            assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
+            let queries = api.queries("list", "configmaps");
+            assert_eq!(queries[0].get("limit").map(String::as_str), first);
+            let last = queries.last().unwrap();
+            assert!(last["limit"].parse::<u64>().unwrap() <= 40 && !last.contains_key("resourceVersion"), "{last:?}");
+        }
     }
 
     #[tokio::test(start_paused = true)]

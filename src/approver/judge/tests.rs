@@ -65,7 +65,7 @@ fn csr(spiffe_id: &str, dns_names: &[&str], algorithm: &'static rcgen::Signature
 }
 
 /// What the agent on `n1` asks for [`pod`].
-pub(crate) fn request() -> CertificateRequest {
+pub(crate) fn request() -> Request {
     let extra = [(claims::NODE_NAME, "n1"), (claims::NODE_UID, "node-uid"), (claims::POD_NAME, "sds-agent-x"), (claims::POD_UID, "a-1")];
     let spec = CertificateRequestSpec {
         issuer_ref: Reference::from(&issuer_ref()),
@@ -77,7 +77,7 @@ pub(crate) fn request() -> CertificateRequest {
         extra: extra.map(|(key, value)| (key.to_owned(), vec![value.to_owned()])).into(),
         ..CertificateRequestSpec::default()
     };
-    let mut request = CertificateRequest::new("sds-1", spec);
+    let mut request = Request::new("sds-1", spec);
     request.metadata.namespace = Some("sds-agent".into());
     request.metadata.uid = Some("cr-1".into());
     let pod = [(keys::POD_NAMESPACE, "shop"), (keys::POD_NAME, "cart-1"), (keys::POD_UID, "u-1")];
@@ -85,12 +85,12 @@ pub(crate) fn request() -> CertificateRequest {
     request
 }
 
-fn decide(request: &CertificateRequest, pod: Option<&Pod>) -> Decision {
+fn decide(request: &Request, pod: Option<&Pod>) -> Decision {
     judge(request, Sight::Live(pod), &rules())
 }
 
 /// The denial of a request with one change, which needs no pod to be seen.
-fn denied_at_once(change: impl Fn(&mut CertificateRequest)) -> Denial {
+fn denied_at_once(change: impl Fn(&mut Request)) -> Denial {
     let mut request = request();
     change(&mut request);
     let decisions = [Sight::Watched(None), Sight::Watched(Some(&pod())), Sight::Live(None)].map(|sight| judge(&request, sight, &rules()));
@@ -101,7 +101,7 @@ fn denied_at_once(change: impl Fn(&mut CertificateRequest)) -> Denial {
 }
 
 /// The denial of a request with one change, which rests on the pod: it is not made before a live read.
-fn denied(change: impl Fn(&mut CertificateRequest), pod: Option<&Pod>) -> Denial {
+fn denied(change: impl Fn(&mut Request), pod: Option<&Pod>) -> Denial {
     let mut request = request();
     change(&mut request);
     let uid = request.metadata.annotations.as_ref().unwrap()[keys::POD_UID].clone();
@@ -113,11 +113,11 @@ fn denied(change: impl Fn(&mut CertificateRequest), pod: Option<&Pod>) -> Denial
     }
 }
 
-fn annotate(key: &'static str, value: &'static str) -> impl Fn(&mut CertificateRequest) {
+fn annotate(key: &'static str, value: &'static str) -> impl Fn(&mut Request) {
     move |request| drop(request.metadata.annotations.as_mut().unwrap().insert(key.into(), value.into()))
 }
 
-fn asks(spiffe_id: &'static str, dns_names: &'static [&'static str]) -> impl Fn(&mut CertificateRequest) {
+fn asks(spiffe_id: &'static str, dns_names: &'static [&'static str]) -> impl Fn(&mut Request) {
     move |request| request.spec.request = csr(spiffe_id, dns_names, &rcgen::PKCS_ECDSA_P256_SHA256)
 }
 
@@ -135,19 +135,19 @@ fn what_an_agent_asks_for_a_pod_of_its_node_is_approved_by_the_watch_or_a_live_r
 
 #[test]
 fn what_is_not_ours_or_decided_is_left_alone() {
-    let with = |change: &dyn Fn(&mut CertificateRequest)| {
+    let with = |change: &dyn Fn(&mut Request)| {
         let mut request = request();
         change(&mut request);
         decide(&request, Some(&pod()))
     };
     let condition = |kind: &'static str, status: &'static str| {
-        move |request: &mut CertificateRequest| {
+        move |request: &mut Request| {
             let condition = Condition { kind: kind.into(), status: status.into(), ..Condition::default() };
             request.status = Some(Status { conditions: vec![condition], ..Status::default() });
         }
     };
     for change in [
-        &(|r: &mut CertificateRequest| r.spec.issuer_ref.name = "other".into()) as &dyn Fn(&mut CertificateRequest),
+        &(|r: &mut Request| r.spec.issuer_ref.name = "other".into()) as &dyn Fn(&mut Request),
         &|r| r.spec.issuer_ref.kind = "Issuer".into(),
         &|r| r.spec.issuer_ref.kind = String::new(),
         &|r| r.spec.issuer_ref.group = "example.com".into(),
@@ -159,7 +159,7 @@ fn what_is_not_ours_or_decided_is_left_alone() {
         assert_eq!(with(change), Decision::Ignore);
     }
     for change in [
-        &(|r: &mut CertificateRequest| r.spec.issuer_ref.group = String::new()) as &dyn Fn(&mut CertificateRequest),
+        &(|r: &mut Request| r.spec.issuer_ref.group = String::new()) as &dyn Fn(&mut Request),
         &condition("Ready", "False"),
         &condition("Approved", "False"),
     ] {
@@ -247,7 +247,10 @@ fn the_requests_own_fields_are_an_agents() {
     let invalid = denied_at_once(|request| request.spec.request = serde_json::from_str("\"no base64\"").unwrap());
     assert_eq!(
         invalid,
-        Denial { code: denied::INVALID_CSR, sentence: "the CSR is not in base64. No agent asks like this: see who uses its token".into() }
+        Denial {
+            code: denied::INVALID_CSR,
+            sentence: "the CSR is not in base64, or is longer than 64 KiB. No agent asks like this: see who uses its token".into()
+        }
     );
     assert_eq!(denied_at_once(|request| request.spec.request = Csr::from_der(&[0x30, 0])).code, denied::INVALID_CSR);
     for key in [keys::POD_NAMESPACE, keys::POD_NAME, keys::POD_UID] {
@@ -276,7 +279,7 @@ fn annotations_of_others_are_no_agents() {
 
 #[test]
 fn a_pod_that_is_not_there_any_more_is_gone_whichever_way() {
-    let same = |_: &mut CertificateRequest| {};
+    let same = |_: &mut Request| {};
     assert_eq!(
         denied(same, None),
         Denial {
@@ -296,7 +299,7 @@ fn a_pod_that_is_not_there_any_more_is_gone_whichever_way() {
 
 #[test]
 fn a_pod_of_another_node_or_without_an_account_is_nobodys() {
-    let same = |_: &mut CertificateRequest| {};
+    let same = |_: &mut Request| {};
     let elsewhere = denied(same, Some(&Pod { node_name: Some("n2".into()), ..pod() }));
     assert_eq!(elsewhere.code, denied::WRONG_NODE);
     assert!(elsewhere.sentence.starts_with("pod \"shop/cart-1\" is on node n2, and the requester on node \"n1\""), "{elsewhere:?}");
@@ -338,7 +341,7 @@ fn another_configuration_is_told_by_field_and_by_both_values() {
         let expected = format!("the duration is {:?}, and by the approver's profile default \"3600s\": give", duration.unwrap_or_default());
         assert!(denial.sentence.starts_with(&expected), "{denial:?}");
     }
-    let p384 = |request: &mut CertificateRequest| {
+    let p384 = |request: &mut Request| {
         let names = &["cart.shop.svc", "cart.shop"];
         request.spec.request = csr("spiffe://cluster.local/ns/shop/sa/cart", names, &rcgen::PKCS_ECDSA_P384_SHA384);
     };

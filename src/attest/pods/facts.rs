@@ -5,21 +5,43 @@ use std::{
     sync::Arc,
 };
 
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 
-use crate::identity::{
-    PodRef, Workload,
-    picks::{Volume, picks},
+use crate::{
+    identity::{
+        PodRef, Workload,
+        picks::{Volume, picks},
+    },
+    kubernetes::object::{Kind, Observed},
 };
 
 /// The annotation of a static pod's mirror. Its value is the UID by which the kubelet knows the pod, and which its cgroups bear.
 pub(super) const MIRROR: &str = "kubernetes.io/config.mirror";
 
-/// A pod as the API tells it, without what nobody here needs.
-pub type Slim = kube::api::Object<Spec, Status>;
+/// A pod as agents and approver read it.
+pub type Slim = Observed<PodKind, Spec, Status>;
+
+/// Pods: their labels, by which profiles match, and the one annotation that is read.
+#[derive(Debug, Clone)]
+pub struct PodKind;
+
+impl Kind for PodKind {
+    const GROUP: &'static str = "";
+    const VERSION: &'static str = "v1";
+    const KIND: &'static str = "Pod";
+    const PLURAL: &'static str = "pods";
+
+    fn keeps_label(_key: &str) -> bool {
+        true
+    }
+
+    fn keeps_annotation(key: &str) -> bool {
+        key == MIRROR
+    }
+}
 
 /// `spec`
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, Deserialize)]
 #[serde(default, rename_all = "camelCase")]
 pub struct Spec {
     node_name: Option<String>,
@@ -29,7 +51,7 @@ pub struct Spec {
 }
 
 /// `status`
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, Deserialize)]
 #[serde(default, rename_all = "camelCase")]
 pub struct Status {
     phase: Option<String>,
@@ -41,7 +63,7 @@ pub struct Status {
 }
 
 /// `status.containerStatuses[]`, and its like for init and ephemeral containers
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, Deserialize)]
 #[serde(default)]
 pub struct Container {
     name: Option<String>,

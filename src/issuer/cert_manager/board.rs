@@ -9,15 +9,19 @@ use std::{
     time::Duration,
 };
 
+use kube::core::NotUsed;
 use tokio::{
     sync::{Notify, mpsc, watch},
     time::Instant,
 };
 
 use crate::{
-    cert_manager::{Status, keys, naming::identity_digest, verdict::Verdict},
+    cert_manager::{RequestKind, Status, keys, naming::identity_digest, verdict::Verdict},
     identity::Identity,
-    kubernetes::watch::Ended,
+    kubernetes::{
+        object::{Kind, Observed},
+        watch::Ended,
+    },
 };
 
 /// A refused request stays so long for people to read.
@@ -26,7 +30,26 @@ pub(super) const KEPT_FOR: Duration = Duration::from_secs(600);
 const MOST_KEPT: usize = 32;
 
 /// A request as the watch reads it: without its CSR.
-pub(super) type Watched = kube::api::Object<kube::core::NotUsed, Status>;
+pub(super) type Watched = Observed<WatchedKind, NotUsed, Status>;
+
+/// What the agent keeps of a request's metadata: the labels that say whose it is.
+#[derive(Debug, Clone)]
+pub(super) struct WatchedKind;
+
+impl Kind for WatchedKind {
+    const GROUP: &'static str = RequestKind::GROUP;
+    const VERSION: &'static str = RequestKind::VERSION;
+    const KIND: &'static str = RequestKind::KIND;
+    const PLURAL: &'static str = RequestKind::PLURAL;
+
+    fn keeps_label(key: &str) -> bool {
+        matches!(key, keys::AGENT | keys::INSTANCE)
+    }
+
+    fn keeps_annotation(_key: &str) -> bool {
+        false
+    }
+}
 
 /// Namespace and name.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]

@@ -11,14 +11,14 @@ use std::{
 };
 
 use futures::{StreamExt, future::BoxFuture};
-use kube::{Api, Client, Resource as _, core::ApiResource, runtime::watcher};
+use kube::{Api, Client, runtime::watcher};
 use prometheus_client::{metrics::counter::Counter, registry::Registry};
 use tokio::{sync::mpsc, time::timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     cert_manager::{
-        CertificateRequest, keys,
+        REQUESTS_PER_PAGE, keys,
         naming::{Agent, node_label},
     },
     clock::{self, Clock},
@@ -181,18 +181,18 @@ impl Requests {
     }
 
     async fn watch(&self) {
-        let resource = ApiResource::erase::<CertificateRequest>(&());
-        debug_assert_eq!(CertificateRequest::plural(&()), crate::cert_manager::PLURAL);
         let api: Api<Watched> = match self.namespace() {
-            Some(namespace) => Api::namespaced_with(self.0.client.clone(), namespace, &resource),
-            None => Api::all_with(self.0.client.clone(), &resource),
+            Some(namespace) => Api::namespaced(self.0.client.clone(), namespace),
+            None => Api::all(self.0.client.clone()),
         };
         let selection = Selection {
             resource: Resource::certificaterequests,
             name: RESOURCE.to_owned(),
             namespace: self.namespace().map(str::to_owned),
             // A quorum list: what was created before it and is not in it has gone.
-            config: watcher::Config::default().labels(&format!("{}={}", keys::NODE, node_label(&self.0.agent.node_name))),
+            config: watcher::Config::default()
+                .labels(&format!("{}={}", keys::NODE, node_label(&self.0.agent.node_name)))
+                .page_size(REQUESTS_PER_PAGE),
         };
         let mut signals = Box::pin(kubernetes::watch::watch(api, selection, self.0.kube_metrics.clone()));
         let board = self.board();

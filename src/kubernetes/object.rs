@@ -1,0 +1,261 @@
+//! Objects as the program reads them: a few fields of the metadata, and the spec and status that the reader names.
+//!
+//! The API server sends `metadata.managedFields` with every object, and as a tree of values it takes several times the memory of the
+//! rest. [`Observed`] skips it while the text is read, and with it owner references and finalizers; of labels and annotations it keeps
+//! those that its [`Kind`] names. It is for reading only: an object that is sent back to the server would lose what was skipped.
+
+use std::{borrow::Cow, collections::BTreeMap, fmt, marker::PhantomData};
+
+use k8s_openapi::{
+    NamespaceResourceScope,
+    apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time},
+};
+use kube::Resource;
+use serde::{
+    Deserialize, Deserializer,
+    de::{IgnoredAny, MapAccess, Visitor},
+};
+
+/// A kind of namespaced object, and what is kept of its metadata.
+pub trait Kind: Clone + fmt::Debug + Send + Sync + 'static {
+    /// The API group; empty for the core.
+    const GROUP: &'static str;
+    /// The version of the group.
+    const VERSION: &'static str;
+    /// The kind.
+    const KIND: &'static str;
+    /// The plural, as paths have it.
+    const PLURAL: &'static str;
+
+    /// Whether the label with this key is kept.
+    fn keeps_label(key: &str) -> bool;
+
+    /// Whether the annotation with this key is kept.
+    fn keeps_annotation(key: &str) -> bool;
+}
+
+/// An object of the kind `K`, with what is read of its spec and its status.
+#[derive(Debug, Clone, Deserialize)]
+#[cfg_attr(test, derive(serde::Serialize), serde(bound(serialize = "P: serde::Serialize, U: serde::Serialize")))]
+#[serde(bound(deserialize = "P: Default + Deserialize<'de>, U: Deserialize<'de>"))]
+pub struct Observed<K: Kind, P, U> {
+    /// Name, namespace, UID, version, the times of creation and deletion, and the labels and annotations that are kept.
+    #[serde(default, deserialize_with = "metadata::<K, _>")]
+    pub metadata: ObjectMeta,
+    /// `spec`
+    #[serde(default)]
+    pub spec: P,
+    /// `status`
+    pub status: Option<U>,
+    #[serde(skip)]
+    kind: PhantomData<K>,
+}
+
+#[cfg(test)]
+impl<K: Kind, P, U> Observed<K, P, U> {
+    /// An object of this name with this spec, for tests.
+    pub fn new(name: &str, spec: P) -> Self {
+        let metadata = ObjectMeta { name: Some(name.to_owned()), ..ObjectMeta::default() };
+        Self { metadata, spec, status: None, kind: PhantomData }
+    }
+}
+
+impl<K: Kind, P, U> Resource for Observed<K, P, U> {
+    type DynamicType = ();
+    type Scope = NamespaceResourceScope;
+
+    fn kind(_: &()) -> Cow<'_, str> {
+        K::KIND.into()
+    }
+
+    fn group(_: &()) -> Cow<'_, str> {
+        K::GROUP.into()
+    }
+
+    fn version(_: &()) -> Cow<'_, str> {
+        K::VERSION.into()
+    }
+
+    fn plural(_: &()) -> Cow<'_, str> {
+        K::PLURAL.into()
+    }
+
+    fn meta(&self) -> &ObjectMeta {
+        &self.metadata
+    }
+
+    fn meta_mut(&mut self) -> &mut ObjectMeta {
+        &mut self.metadata
+    }
+}
+
+/// The metadata that is read. What is not named here is skipped without a value of it being built.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase", bound(deserialize = ""))]
+struct Metadata<K: Kind> {
+    name: Option<String>,
+    namespace: Option<String>,
+    uid: Option<String>,
+    resource_version: Option<String>,
+    creation_timestamp: Option<Time>,
+    deletion_timestamp: Option<Time>,
+    labels: Option<Kept<Labels<K>>>,
+    annotations: Option<Kept<Annotations<K>>>,
+}
+
+fn metadata<'de, K: Kind, D: Deserializer<'de>>(deserializer: D) -> Result<ObjectMeta, D::Error> {
+    let read = Metadata::<K>::deserialize(deserializer)?;
+    Ok(ObjectMeta {
+        name: read.name,
+        namespace: read.namespace,
+        uid: read.uid,
+        resource_version: read.resource_version,
+        creation_timestamp: read.creation_timestamp,
+        deletion_timestamp: read.deletion_timestamp,
+        labels: read.labels.and_then(Kept::into_map),
+        annotations: read.annotations.and_then(Kept::into_map),
+        ..ObjectMeta::default()
+    })
+}
+
+/// Says which entries of a map are kept.
+trait Filter {
+    fn keeps(key: &str) -> bool;
+}
+
+struct Labels<K>(PhantomData<K>);
+
+impl<K: Kind> Filter for Labels<K> {
+    fn keeps(key: &str) -> bool {
+        K::keeps_label(key)
+    }
+}
+
+struct Annotations<K>(PhantomData<K>);
+
+impl<K: Kind> Filter for Annotations<K> {
+    fn keeps(key: &str) -> bool {
+        K::keeps_annotation(key)
+    }
+}
+
+/// A map of which some entries are kept.
+struct Kept<F>(BTreeMap<String, String>, PhantomData<F>);
+
+impl<F> Kept<F> {
+    fn into_map(self) -> Option<BTreeMap<String, String>> {
+        Some(self.0).filter(|map| !map.is_empty())
+    }
+}
+
+impl<'de, F: Filter> Deserialize<'de> for Kept<F> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_map(Entries(PhantomData))
+    }
+}
+
+struct Entries<F>(PhantomData<F>);
+
+impl<'de, F: Filter> Visitor<'de> for Entries<F> {
+    type Value = Kept<F>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a map of strings")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<Kept<F>, A::Error> {
+        let mut map = BTreeMap::new();
+        while let Some(key) = entries.next_key::<String>()? {
+            if F::keeps(&key) {
+                map.insert(key, entries.next_value()?);
+            } else {
+                entries.next_value::<IgnoredAny>()?;
+            }
+        }
+        Ok(Kept(map, PhantomData))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use kube::core::{NotUsed, ObjectList, WatchEvent};
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    #[derive(Debug, Clone)]
+    struct Example;
+
+    impl Kind for Example {
+        const GROUP: &'static str = "example.com";
+        const VERSION: &'static str = "v2";
+        const KIND: &'static str = "Example";
+        const PLURAL: &'static str = "examples";
+
+        fn keeps_label(key: &str) -> bool {
+            key == "kept"
+        }
+
+        fn keeps_annotation(key: &str) -> bool {
+            key.starts_with("kept/")
+        }
+    }
+
+    type Read = Observed<Example, NotUsed, NotUsed>;
+
+    fn object() -> Value {
+        json!({
+            "apiVersion": "example.com/v2", "kind": "Example",
+            "metadata": {
+                "name": "a", "namespace": "n", "uid": "u", "resourceVersion": "7", "generation": 3, "generateName": "a-",
+                "creationTimestamp": "2026-01-02T03:04:05Z", "deletionTimestamp": "2026-01-02T03:04:06Z", "deletionGracePeriodSeconds": 30,
+                "labels": {"kept": "1", "other": "2"}, "annotations": {"kept/x": "1", "other": "2"},
+                "finalizers": ["f"], "ownerReferences": [{"apiVersion": "v1", "kind": "Pod", "name": "p", "uid": "x"}],
+                "managedFields": [{
+                    "manager": "kubelet", "operation": "Update", "apiVersion": "v1", "time": "2026-01-02T03:04:05Z", "fieldsType": "FieldsV1",
+                    "fieldsV1": {"f:status": {"f:conditions": {"k:{\"type\":\"Ready\"}": {".": {}, "f:status": {}}}}}, "subresource": "status",
+                }],
+            },
+            "spec": {"a": [1, {"b": null}]}, "status": {"c": "d"},
+        })
+    }
+
+    fn check(read: &Read) {
+        let expected = ObjectMeta {
+            name: Some("a".into()),
+            namespace: Some("n".into()),
+            uid: Some("u".into()),
+            resource_version: Some("7".into()),
+            creation_timestamp: read.metadata.creation_timestamp.clone(),
+            deletion_timestamp: read.metadata.deletion_timestamp.clone(),
+            labels: Some([("kept".to_owned(), "1".to_owned())].into()),
+            annotations: Some([("kept/x".to_owned(), "1".to_owned())].into()),
+            ..ObjectMeta::default()
+        };
+        assert_eq!(read.metadata, expected);
+        assert!(read.metadata.creation_timestamp < read.metadata.deletion_timestamp);
+    }
+
+    #[test]
+    fn of_the_metadata_only_what_is_read_is_kept_in_every_answer() {
+        check(&serde_json::from_str(&object().to_string()).unwrap());
+        let list =
+            json!({"kind": "ExampleList", "apiVersion": "example.com/v2", "metadata": {"resourceVersion": "9"}, "items": [object()]});
+        check(&serde_json::from_str::<ObjectList<Read>>(&list.to_string()).unwrap().items[0]);
+        // The server writes the type first.
+        let event = format!("{{\"type\":\"MODIFIED\",\"object\":{}}}", object());
+        match serde_json::from_str(&event).unwrap() {
+            WatchEvent::Modified(read) => check(&read),
+            other => panic!("{other:?}"),
+        }
+        let bare: Read = serde_json::from_str("{\"metadata\":{\"labels\":null,\"annotations\":{}}}").unwrap();
+        assert_eq!(bare.metadata, ObjectMeta::default());
+        assert!(bare.status.is_none());
+    }
+
+    #[test]
+    fn its_paths_are_those_of_its_kind() {
+        assert_eq!(Read::url_path(&(), Some("n")), "/apis/example.com/v2/namespaces/n/examples");
+        assert_eq!(Read::url_path(&(), None), "/apis/example.com/v2/examples");
+    }
+}
