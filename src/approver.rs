@@ -24,6 +24,7 @@ use crate::{
         metrics::Resource,
         watch::{Selection, Signal},
     },
+    text,
 };
 
 pub mod desk;
@@ -188,7 +189,10 @@ impl Approver {
 
     /// Whoever else approves makes all of this worth nothing: the operator has to know. Approvals of before the start are not told.
     fn look_for_others(&self, request: &Request) {
-        let Some(by) = judge::approved_by_another(request, &self.in_force.borrow().rules).map(str::to_owned) else { return };
+        let Some(by) = judge::approved_by_another(request, &self.in_force.borrow().rules).map(|by| text::excerpt(by, text::MAX_NAME_CHARS))
+        else {
+            return;
+        };
         let Some(uid) = request.metadata.uid.clone() else { return };
         let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
         if told.contains(&uid) {

@@ -40,6 +40,7 @@ use crate::{
     rotation::Witness,
     store::Entry,
     telemetry::hush::{self, Hush},
+    text,
 };
 
 pub mod ledger;
@@ -250,7 +251,8 @@ impl Writer {
 fn event(note: &Note, instance: &str, now: jiff::Timestamp) -> Event {
     let PodRef { namespace, name, uid } = &note.pod;
     let kind = if matches!(note.reason, Reason::CertificateIssued | Reason::CallerServed) { "Normal" } else { "Warning" };
-    let mut words = note.words.clone();
+    // Who reads events is trusted with less than who reads the log.
+    let mut words = text::excerpt(&note.words, MOST_NOTE);
     if words.len() > MOST_NOTE {
         let mut end = MOST_NOTE - '…'.len_utf8();
         while !words.is_char_boundary(end) {

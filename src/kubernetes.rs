@@ -31,7 +31,7 @@ pub mod wire;
 pub use failure::{Call, Cause, Failure};
 pub use metrics::Metrics;
 
-use crate::config::RequestRate;
+use crate::{config::RequestRate, text};
 
 /// For the TCP connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -45,10 +45,31 @@ const KEEPALIVE: Duration = Duration::from_secs(15);
 pub enum Error {
     /// Neither a kubeconfig nor a pod's environment.
     #[error("no way to the Kubernetes API: set KUBECONFIG, or run in a pod with a service account token: {0}")]
-    Infer(#[from] kube::config::InferConfigError),
+    Infer(String),
     /// The configuration cannot be used.
     #[error("the Kubernetes API's configuration cannot be used: {0}")]
-    Build(#[from] kube::Error),
+    Build(String),
+}
+
+impl From<kube::config::InferConfigError> for Error {
+    fn from(error: kube::config::InferConfigError) -> Self {
+        use kube::config::KubeconfigError;
+        let source = std::error::Error::source(&error).and_then(|source| source.downcast_ref());
+        Self::Infer(match source {
+            // Its text shows the lines around the mistake: a kubeconfig holds keys and tokens.
+            Some(KubeconfigError::Parse(error)) => match error.location() {
+                Some(at) => format!("the kubeconfig is not valid: line {}, column {}", at.line(), at.column()),
+                None => "the kubeconfig is not valid".to_owned(),
+            },
+            _ => text::excerpt(&error.to_string(), text::MAX_MESSAGE_CHARS),
+        })
+    }
+}
+
+impl From<kube::Error> for Error {
+    fn from(error: kube::Error) -> Self {
+        Self::Build(text::excerpt(&error.to_string(), text::MAX_MESSAGE_CHARS))
+    }
 }
 
 /// A client from `KUBECONFIG`, the user's kubeconfig, or the pod's service account, whichever is found first. What one process sends

@@ -68,6 +68,7 @@ pub mod process;
 pub mod readiness;
 pub mod shutdown;
 pub mod telemetry;
+pub mod text;
 
 #[cfg(test)]
 mod interfaces;

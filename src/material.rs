@@ -12,10 +12,14 @@ use std::{
 use aws_lc_rs::digest;
 use base64::{Engine, engine::general_purpose::STANDARD};
 use bytes::Bytes;
-use rustls::pki_types::{CertificateDer, pem::PemObject};
+use rustls::pki_types::{
+    CertificateDer,
+    pem::{self, PemObject},
+};
 use x509_parser::{
     extensions::GeneralName,
-    prelude::{FromDer, X509Certificate},
+    nom,
+    prelude::{FromDer, X509Certificate, X509Error},
 };
 use zeroize::Zeroizing;
 
@@ -26,6 +30,8 @@ use crate::{
 
 /// No PEM input larger than this is read: a bundle or chain of this size is a mistake or an attack.
 pub const MAX_PEM_BYTES: usize = 1 << 20;
+/// A marker of a PEM block that is longer is no marker alone.
+const MAX_MARK_BYTES: usize = 64;
 /// No more certificates than this in one PEM input.
 pub const MAX_CERTIFICATES: usize = 500;
 
@@ -43,7 +49,10 @@ pub enum Error {
     TooMany,
     /// Broken PEM.
     #[error("is not valid PEM: {0}")]
-    Pem(String),
+    Pem(BrokenPem),
+    /// No base64 where PEM in base64 is to be.
+    #[error("is not base64")]
+    Base64,
     /// Broken DER in the n-th revocation list, or one of a kind that is not served.
     #[error("revocation list {index} cannot be used: {why}")]
     RevocationList {
@@ -57,9 +66,72 @@ pub enum Error {
     X509 {
         /// Its place, from 1.
         index: usize,
-        /// The parser's words.
+        /// What is wrong with it.
         why: String,
     },
+}
+
+/// What is wrong with a PEM text, and where. It holds nothing of the text, which may hold a private key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BrokenPem {
+    /// What is wrong.
+    pub fault: PemFault,
+    /// The blocks of the wanted kind that are before it.
+    pub after: usize,
+    /// The line of the BEGIN, from 1, where that is known.
+    pub line: Option<usize>,
+}
+
+/// What can be wrong with a PEM text.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PemFault {
+    /// A BEGIN and something else on one line.
+    Begin,
+    /// A BEGIN without its END.
+    End,
+    /// Something else than base64 in a block.
+    Base64,
+    /// A block that is too large, or cannot be read.
+    Block,
+}
+
+impl BrokenPem {
+    /// Says where `pem` is broken, of which `after` blocks and the rest behind them were read before.
+    pub(crate) fn of(error: &pem::Error, pem: &[u8], rest: &[u8], after: usize) -> Self {
+        let line_at = |at: usize| 1 + pem[..at].iter().filter(|byte| **byte == b'\n').count();
+        let find = |from: usize, what: &[u8]| {
+            let place = pem[from..].windows(what.len().max(1)).position(|window| window == what)?;
+            Some(from + place)
+        };
+        let begin = find(pem.len() - rest.len(), b"-----BEGIN");
+        let (fault, begin) = match error {
+            pem::Error::IllegalSectionStart { line } => (PemFault::Begin, find(0, line)),
+            // That of the last block. Its END may be there, on the same line.
+            pem::Error::MissingSectionEnd { end_marker } => {
+                let last = pem.windows(b"-----BEGIN".len()).rposition(|window| window == b"-----BEGIN");
+                (if end_marker.len() > MAX_MARK_BYTES { PemFault::Begin } else { PemFault::End }, last)
+            }
+            pem::Error::Base64Decode(_) => (PemFault::Base64, begin),
+            _ => (PemFault::Block, begin),
+        };
+        Self { fault, after, line: begin.map(line_at) }
+    }
+}
+
+impl fmt::Display for BrokenPem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let what = match self.fault {
+            PemFault::Begin => "BEGIN, the base64 and END need lines of their own",
+            PemFault::End => "a BEGIN has no END of its kind",
+            PemFault::Base64 => "a block is not base64",
+            PemFault::Block => "a block cannot be read",
+        };
+        f.write_str(what)?;
+        match self.line {
+            Some(line) => write!(f, " (line {line}, after {} good ones)", self.after),
+            None => write!(f, " (after {} good ones)", self.after),
+        }
+    }
 }
 
 /// A private key as PKCS#8 DER. Wiped when dropped, never printed.
@@ -145,8 +217,8 @@ impl CertificateChain {
             parse(certificate, index + 1)?;
         }
         let (mut uris, mut dns_names, mut other_names) = (Vec::new(), Vec::new(), false);
-        let broken = |why: String| Error::X509 { index: 1, why };
-        if let Some(san) = leaf.subject_alternative_name().map_err(|e| broken(e.to_string()))? {
+        let broken = |error: X509Error| Error::X509 { index: 1, why: fault(&error).to_owned() };
+        if let Some(san) = leaf.subject_alternative_name().map_err(broken)? {
             for name in &san.value.general_names {
                 match name {
                     GeneralName::URI(uri) => uris.push((*uri).to_owned()),
@@ -341,18 +413,52 @@ fn certificates_from_pem(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, Err
         return Err(Error::TooLarge(pem.len()));
     }
     let mut certificates = Vec::new();
-    for certificate in CertificateDer::pem_slice_iter(pem) {
+    let mut blocks = CertificateDer::pem_slice_iter(pem);
+    let mut rest = blocks.remainder();
+    while let Some(certificate) = blocks.next() {
         if certificates.len() == MAX_CERTIFICATES {
             return Err(Error::TooMany);
         }
-        certificates.push(certificate.map_err(|e| Error::Pem(e.to_string()))?);
+        certificates.push(certificate.map_err(|error| Error::Pem(BrokenPem::of(&error, pem, rest, certificates.len())))?);
+        rest = blocks.remainder();
     }
     if certificates.is_empty() { Err(Error::Empty) } else { Ok(certificates) }
 }
 
+/// What is wrong with DER, in words that hold nothing of it.
+pub(crate) fn fault(error: &X509Error) -> &'static str {
+    match error {
+        X509Error::InvalidVersion => "invalid version",
+        X509Error::InvalidSerial => "invalid serial number",
+        X509Error::InvalidAlgorithmIdentifier => "invalid algorithm",
+        X509Error::InvalidX509Name => "invalid name",
+        X509Error::InvalidDate => "invalid date",
+        X509Error::InvalidSPKI => "invalid public key",
+        X509Error::InvalidSubjectUID | X509Error::InvalidIssuerUID => "invalid unique identifier",
+        X509Error::InvalidExtensions => "invalid extensions",
+        X509Error::DuplicateExtensions => "an extension stands in it twice",
+        X509Error::InvalidAttributes | X509Error::DuplicateAttributes => "invalid attributes",
+        X509Error::InvalidSignatureValue => "invalid signature value",
+        X509Error::InvalidTbsCertificate | X509Error::InvalidCertificate => "it is no certificate",
+        X509Error::InvalidUserCertificate => "invalid revoked certificate",
+        X509Error::SignatureVerificationError => "the signature is wrong",
+        X509Error::SignatureUnsupportedAlgorithm => "the signature's algorithm is not supported",
+        X509Error::InvalidNumber => "invalid number",
+        X509Error::Generic | X509Error::Der(_) | X509Error::NomError(_) => "broken DER",
+    }
+}
+
+/// The same of a parser's error.
+pub(crate) fn fault_of(error: &nom::Err<X509Error>) -> &'static str {
+    match error {
+        nom::Err::Error(error) | nom::Err::Failure(error) => fault(error),
+        nom::Err::Incomplete(_) => "it is not complete",
+    }
+}
+
 fn parse<'a>(certificate: &'a CertificateDer<'_>, index: usize) -> Result<X509Certificate<'a>, Error> {
     let broken = |why: String| Error::X509 { index, why };
-    let (rest, parsed) = X509Certificate::from_der(certificate).map_err(|e| broken(e.to_string()))?;
+    let (rest, parsed) = X509Certificate::from_der(certificate).map_err(|error| broken(fault_of(&error).to_owned()))?;
     if rest.is_empty() { Ok(parsed) } else { Err(broken(format!("{} bytes follow it", rest.len()))) }
 }
 

@@ -32,6 +32,7 @@ use crate::{
     issuer::{Error, Issued, Retry, verify},
     material::{self, Svid},
     store::{Entry, Event, Status, Store},
+    text,
     trust::{BundleSet, Trust},
 };
 
@@ -45,6 +46,8 @@ pub mod schedule;
 
 /// A difference between the two clocks that is a step and no drift.
 const STEP: Duration = Duration::from_secs(2);
+/// Characters of an order's error that the log and the status show.
+const MAX_CAUSE_CHARS: usize = 1200;
 
 /// Who may still ask for an identity. Keys outlive their last subscriber for the retention, but not the last who may have them.
 pub trait Claims: fmt::Debug + Send + Sync {
@@ -364,12 +367,14 @@ impl Rotation {
         // Of the certificate that is in use.
         let serial = renewal.as_ref().map(|svid| tracing::field::display(&svid.chain.serial));
         let pod = pod.as_ref().map(tracing::field::display);
+        // Its parts were bounded where they came in; this bounds the whole.
+        let cause = text::excerpt(&error.to_string(), MAX_CAUSE_CHARS);
         warn!(
             identity = %entry.identity,
             %issuer,
             pod,
             serial,
-            cause = %error,
+            cause,
             retry_in_seconds = wait.as_secs(),
             valid_for_seconds = left,
             "no new certificate; {}",
@@ -380,7 +385,7 @@ impl Rotation {
         }
         let next = self.planner.next_attempt(now, id);
         entry.set_status(|status| {
-            (status.last_error, status.next_attempt) = (Some(error.to_string()), next);
+            (status.last_error, status.next_attempt) = (Some(cause), next);
             (status.request, status.waits_for) = (None, None);
         });
     }

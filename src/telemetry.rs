@@ -28,6 +28,8 @@ use tracing_subscriber::{
     util::SubscriberInitExt,
 };
 
+use crate::text;
+
 #[cfg(test)]
 pub(crate) mod captured;
 pub mod hush;
@@ -54,7 +56,7 @@ pub enum Error {
     /// The filter cannot be read.
     #[error("log filter {filter:?} is not valid: {why}; use a level, such as `debug`, or `sds_agent::rotation=debug,info`")]
     Filter {
-        /// What was given.
+        /// The beginning of what was given.
         filter: String,
         /// The parser's words.
         why: String,
@@ -106,7 +108,7 @@ impl Filter {
     pub fn replace(&self, directives: &str) -> Result<(), Error> {
         let filter = parse(directives)?;
         let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
-        self.handle.reload(filter).map_err(|e| Error::Filter { filter: directives.to_owned(), why: e.to_string() })?;
+        self.handle.reload(filter).map_err(|error| refused(directives, &error))?;
         directives.clone_into(&mut current);
         Ok(())
     }
@@ -156,7 +158,9 @@ pub fn init(directives: Option<&str>, metrics: &Metrics) -> Result<Log, Error> {
 }
 
 fn log_panic(panic: &PanicHookInfo<'_>) {
-    let (thread, cause) = (thread::current(), panic.payload_as_str());
+    let thread = thread::current();
+    // Whatever a mistake of ours has quoted.
+    let cause = panic.payload_as_str().map(|cause| text::excerpt(cause, text::MAX_MESSAGE_CHARS));
     tracing::error!(thread = thread.name(), location = panic.location().map(tracing::field::display), cause, "a thread has panicked");
 }
 
@@ -189,10 +193,12 @@ where
 
 fn parse(directives: &str) -> Result<EnvFilter, Error> {
     // No default directive: `off` must mean off.
-    EnvFilter::builder()
-        .with_default_directive(LevelFilter::OFF.into())
-        .parse(directives)
-        .map_err(|e| Error::Filter { filter: directives.to_owned(), why: e.to_string() })
+    EnvFilter::builder().with_default_directive(LevelFilter::OFF.into()).parse(directives).map_err(|error| refused(directives, &error))
+}
+
+fn refused(directives: &str, error: &dyn fmt::Display) -> Error {
+    let shown = |text: &str| text::excerpt(text, text::MAX_NAME_CHARS);
+    Error::Filter { filter: shown(directives), why: shown(&error.to_string()) }
 }
 
 /// What other crates print at `trace` crosses the wire; and kube's print whole answers, with CSRs in them, when they cannot be read. What

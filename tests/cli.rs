@@ -94,3 +94,33 @@ fn what_cannot_be_read_or_understood_is_64() {
         assert!(!output.trim().is_empty(), "{arguments:?} says nothing");
     }
 }
+
+/// A kubeconfig holds keys and tokens. Where it cannot be read, its lines are not shown.
+#[test]
+fn a_kubeconfig_that_cannot_be_read_is_not_repeated() {
+    const SECRET: &str = "LS0tLS1CRUdJTiBQUklWQVRFIEtFWS0tLS0tCk1JR0hBZ0VBTUJNR0J5cUdTTTQ5QWdFR0NDcUdTTTQ5";
+    const TOKEN: &str = "s3cr3t-t0ken";
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let write = |name: &str, text: &str| {
+        let path = dir.path().join(name);
+        fs::write(&path, text).expect("a file");
+        path
+    };
+    let config = write("config.yaml", "issuer: { certManager: { issuerRef: { name: mesh-ca, kind: ClusterIssuer } } }\n");
+    let users = format!("users:\n- name: a\n  user:\n    client-key-data: {SECRET}\n    token: {TOKEN}\n");
+    for broken in ["contexts: [ {\n", "current-context: { a: b }\n", "  wrong: 1\n", "clusters: 7\n"] {
+        let kubeconfig = write("kubeconfig", &format!("apiVersion: v1\nkind: Config\n{users}{broken}"));
+        for subcommand in ["run", "approver", "doctor"] {
+            let mut command = Command::new(env!("CARGO_BIN_EXE_sds-agent"));
+            command.args([subcommand, "--config"]).arg(&config).env("KUBECONFIG", &kubeconfig);
+            for (name, value) in [("NODE_NAME", "n1"), ("POD_NAMESPACE", "mesh"), ("POD_NAME", "a-1"), ("POD_UID", "u-1")] {
+                command.env(name, value);
+            }
+            let output = command.output().expect("the agent can be started");
+            let told = [output.stdout, output.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).concat();
+            assert!(!output.status.success(), "{subcommand}: {told}");
+            assert!(told.contains("kubeconfig"), "{subcommand}: {told}");
+            assert!(!told.contains(&SECRET[..12]) && !told.contains(TOKEN), "{subcommand}: {told}");
+        }
+    }
+}

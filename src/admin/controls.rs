@@ -22,6 +22,7 @@ use super::{Answer, JSON, TEXT, answer, refuse_method};
 use crate::{
     rotation::reissue::{Reissue, Which},
     telemetry::Filter,
+    text,
 };
 
 /// One JSON object for each certificate that the agent holds, without its key.
@@ -146,7 +147,7 @@ impl LogLevel {
         let change = self.changes.fetch_add(1, Ordering::Relaxed) + 1;
         let for_seconds = time.map(|time| time.as_secs());
         // Said under either filter, as far as one of them lets it through.
-        info!(before, now = directives, for_seconds, "the log's filter was changed");
+        info!(before = shown(&before), now = shown(directives), for_seconds, "the log's filter was changed");
         let Some(time) = time else {
             directives.clone_into(&mut self.usual.lock().unwrap_or_else(std::sync::PoisonError::into_inner));
             return Ok(());
@@ -158,7 +159,7 @@ impl LogLevel {
             if log.changes.load(Ordering::Relaxed) == change {
                 let usual = log.usual.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone();
                 if log.filter.replace(&usual).is_ok() {
-                    info!(now = usual, "the log's filter is the usual one again");
+                    info!(now = shown(&usual), "the log's filter is the usual one again");
                 }
             }
         });
@@ -169,12 +170,16 @@ impl LogLevel {
 fn duration(name: &str, value: &str) -> Result<Duration, String> {
     match humantime::parse_duration(value) {
         Ok(told) if told <= LONGEST => Ok(told),
-        _ => Err(format!("{name}: {value:?} is not a time of at most seven days; write, for example, {name}=5m\n")),
+        _ => Err(format!("{name}: {:?} is not a time of at most seven days; write, for example, {name}=5m\n", shown(value))),
     }
 }
 
 fn unknown(name: &str, known: &str) -> Answer {
-    answer(StatusCode::BAD_REQUEST, TEXT, format!("{name:?} is not known here; known: {known}\n"))
+    answer(StatusCode::BAD_REQUEST, TEXT, format!("{:?} is not known here; known: {known}\n", shown(name)))
+}
+
+fn shown(told: &str) -> String {
+    text::excerpt(told, text::MAX_NAME_CHARS)
 }
 
 /// The names and values of a query, decoded.

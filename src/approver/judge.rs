@@ -18,6 +18,7 @@ use crate::{
     cert_manager::{GROUP, Request, USAGES, claims, csr, denied, keys},
     config::IssuerRef,
     identity::PodRef,
+    text,
 };
 
 /// No sentence of a denial repeats more of what others wrote than this, in characters.
@@ -307,11 +308,8 @@ fn quoted(text: &str) -> String {
 }
 
 fn cut(text: &str) -> String {
-    match text.char_indices().nth(SHOWN) {
-        Some((end, _)) => format!("{}…", &text[..end]),
-        None => text.to_owned(),
-    }
+    text::excerpt(text, SHOWN)
 }
 
 #[cfg(test)]
-pub(super) mod tests;
+pub(crate) mod tests;

@@ -1,6 +1,14 @@
 //! What a request's status says: one pure reading, shared by all who look.
+//!
+//! A condition's words are an issuer's, and may repeat what it was given. They lose what looks like a key here; they keep their lines, by
+//! which some are read, and are still foreign: who shows them takes an [`excerpt`](text::excerpt).
 
-use crate::cert_manager::{Condition, Status};
+use std::borrow::Cow;
+
+use crate::{
+    cert_manager::{Condition, Status},
+    text,
+};
 
 /// How far a request is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -50,7 +58,7 @@ impl Verdict {
             Some(condition) => match condition.reason.as_deref() {
                 Some("Failed") => Self::Failed(Why::of(condition)),
                 Some("Denied") => Self::Denied(Why::of(condition)),
-                _ => Self::Pending { approved, message: condition.message.clone().unwrap_or_default() },
+                _ => Self::Pending { approved, message: message(condition) },
             },
             None => Self::Pending { approved, message: String::new() },
         }
@@ -64,8 +72,14 @@ impl Verdict {
 
 impl Why {
     fn of(condition: &Condition) -> Self {
-        Self { reason: condition.reason.clone().unwrap_or_default(), message: condition.message.clone().unwrap_or_default() }
+        let reason = condition.reason.as_deref().unwrap_or_default();
+        Self { reason: text::excerpt(reason, text::MAX_NAME_CHARS), message: message(condition) }
     }
+}
+
+/// A condition's message, without keys.
+fn message(condition: &Condition) -> String {
+    condition.message.as_deref().map(text::redact).map(Cow::into_owned).unwrap_or_default()
 }
 
 #[cfg(test)]

@@ -7,6 +7,8 @@ use std::fmt;
 use serde::Serialize;
 use serde_json::Value;
 
+use crate::text;
+
 /// No value is shown with more characters than this.
 const LONGEST_VALUE: usize = 80;
 
@@ -82,7 +84,7 @@ impl Wrong {
     }
 }
 
-/// The value as it is shown: on one line, bounded, and never a private key that was pasted into the wrong place.
+/// The value as it is shown: on one line, bounded, and never a private key, or a part of one, that was pasted into the wrong place.
 pub fn shown(value: &Value) -> String {
     match value {
         Value::Null => "null".to_owned(),
@@ -98,6 +100,7 @@ pub fn quoted(text: &str) -> String {
     if text.contains("PRIVATE KEY") {
         return "(a private key, not shown)".to_owned();
     }
+    let text = text::redact(text);
     match text.char_indices().nth(LONGEST_VALUE) {
         Some((end, _)) => format!("{:?}", format!("{}…", &text[..end])),
         None => format!("{text:?}"),

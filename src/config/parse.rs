@@ -24,7 +24,10 @@ use super::{
     reader::{Report, Section},
     sockets, values, warm_up,
 };
-use crate::identity::{IssuerName, TrustDomain};
+use crate::{
+    identity::{IssuerName, TrustDomain},
+    text,
+};
 
 /// A configuration file larger than this is a mistake.
 pub const MAX_FILE_BYTES: usize = 1 << 20;
@@ -83,7 +86,9 @@ fn tree(text: &str) -> Result<Value, Errors> {
     // `0666` is a mode and `yes` a name: neither is to become a number or a truth behind the operator's back.
     let options = serde_saphyr::options! { leading_zero_numbers_as_strings: true, strict_booleans: true };
     serde_saphyr::from_str_with_options(text, options).map_err(|error| {
+        // Without the lines around it, and without keys in what it quotes.
         let message = error.without_snippet().render_with_formatter(&serde_saphyr::UserMessageFormatter);
+        let message = text::excerpt(&message, text::MAX_MESSAGE_CHARS);
         let (path, what) = match error.location() {
             Some(at) => {
                 let suffix = format!(" at line {}, column {}", at.line(), at.column());

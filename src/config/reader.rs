@@ -12,6 +12,7 @@ use std::{
 use serde_json::{Map, Value};
 
 use super::error::{Problem, Warning, Wrong, quoted, shown};
+use crate::text;
 
 /// What the walk has found so far.
 #[derive(Debug, Default)]
@@ -35,13 +36,15 @@ struct Stray {
 impl Report {
     /// Notes an error about `path`.
     pub fn problem(&self, path: &str, value: Option<String>, wrong: Wrong) {
-        let Wrong { what, remedy } = wrong;
+        // Both may quote a value. The path quotes keys, see `plain`.
+        let [what, remedy] = [wrong.what, wrong.remedy].map(|words| text::redact(&words).into_owned());
         self.problems.borrow_mut().push(Problem { path: path.to_owned(), value, what, remedy });
     }
 
     /// Notes something that the operator should know.
     pub fn warn(&self, path: &str, message: impl Into<String>) {
-        self.warnings.borrow_mut().push(Warning { path: path.to_owned(), message: message.into() });
+        let message = text::redact(&message.into()).into_owned();
+        self.warnings.borrow_mut().push(Warning { path: path.to_owned(), message });
     }
 
     /// Walks `tree` as the file's top level.
@@ -214,8 +217,9 @@ impl<'a> Section<'a> {
         self.free_keys.set(true);
         let generic = join(&self.generic, "<name>");
         let entries = self.map.into_iter().flatten();
-        let walked = entries
-            .map(|(key, value)| Section::enter(self.report, self.path(key), generic.clone(), Some(value), |section| walk(key, section)));
+        let walked = entries.map(|(key, value)| {
+            Section::enter(self.report, self.path(&plain(key)), generic.clone(), Some(value), |section| walk(key, section))
+        });
         walked.collect::<Vec<_>>().into_iter().collect()
     }
 
@@ -278,6 +282,7 @@ fn join(path: &str, field: &str) -> String {
 /// A key as part of a path: in quotes where it is no plain word.
 fn plain(key: &str) -> String {
     let fine = !key.is_empty() && key.len() <= 64 && key.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'));
+    let fine = fine && text::redact(key) == key;
     if fine { key.to_owned() } else { quoted(key) }
 }
 

@@ -11,6 +11,7 @@ use crate::{
     proto::pluginregistration::{
         InfoRequest, PluginInfo, RegistrationStatus, RegistrationStatusResponse, registration_server::Registration,
     },
+    text,
 };
 
 /// The kind of plugin.
@@ -47,7 +48,7 @@ impl Registration for Registrar {
         if plugin_registered {
             info!(%driver, "the kubelet has registered the CSI driver");
         } else {
-            let cause: String = error.chars().filter(|c| !c.is_control()).take(500).collect();
+            let cause = text::excerpt(&error, text::MAX_MESSAGE_CHARS);
             error!(%driver, %cause, "the kubelet does not register the CSI driver; it will be offered again");
             self.refused.notify_one();
         }

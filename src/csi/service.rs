@@ -29,11 +29,15 @@ use crate::{
         identity_server::Identity, node_server::Node,
     },
     telemetry::hush::Hush,
+    text,
 };
 
 /// How long the index may take to say that a pod does not exist. When it cannot tell by then, the socket is published all the same: no
 /// key leaves on the kubelet's word.
 const CONFIRMATION: Duration = Duration::from_secs(3);
+
+/// Characters of a call's target path that the log shows.
+const MAX_TARGET_CHARS: usize = 300;
 
 /// Both services.
 #[derive(Debug, Clone)]
@@ -77,10 +81,10 @@ impl Driver {
     fn tell<T>(&self, call: Call, target: &str, result: Result<(), Status>, done: T) -> Result<Response<T>, Status> {
         self.metrics.called(call, result.as_ref().map_or_else(Status::code, |()| Code::Ok));
         if let Err(status) = &result {
-            let target: String = target.chars().take(300).collect();
+            let target = text::excerpt(target, MAX_TARGET_CHARS);
             // The kubelet tries again for as long as the pod exists.
             if let Some(left_out) = self.refusals.tells(format!("{call:?} {target}"), Instant::now()) {
-                warn!(?call, ?target, code = ?status.code(), cause = status.message(), left_out, "refused a call of the kubelet");
+                warn!(?call, ?target, code = ?status.code(), cause = text::excerpt(status.message(), text::MAX_MESSAGE_CHARS), left_out, "refused a call of the kubelet");
             }
         }
         result.map(|()| Response::new(done))

@@ -20,6 +20,7 @@ use crate::{
         picks::{PROFILE, picked},
     },
     proto::csi::v1::{NodePublishVolumeRequest, VolumeCapability, volume_capability::AccessType},
+    text,
 };
 
 /// Attributes that belong to Kubernetes.
@@ -151,7 +152,7 @@ fn attributes<'a>(names: impl Iterator<Item = &'a String>) -> Result<(), Status>
             SOCKET_NAME | PROFILE => {}
             name if name.starts_with(KUBERNETES) => {}
             name => {
-                let name: String = name.chars().filter(|c| !c.is_control()).take(100).collect();
+                let name = text::excerpt(name, text::MAX_NAME_CHARS);
                 let known = format!("this driver knows {SOCKET_NAME} and {PROFILE}");
                 return Err(Status::invalid_argument(format!("volume attribute {name:?} is not known; {known}")));
             }

@@ -20,7 +20,7 @@ use crate::{
     issuer::{Error, Issued, Issuer, Order, Phase, Retry, csr, verify},
     kubernetes::{Call, Cause, Failure},
     material::{self, CertificateChain},
-    trust,
+    text, trust,
 };
 
 mod board;
@@ -38,8 +38,6 @@ pub use requests::{LivePods, Metrics, Requests};
 const AFTER_DENIAL: Duration = Duration::from_secs(300);
 /// A request that has waited for longer is told of: somebody should look.
 const LONG_WAIT: Duration = Duration::from_secs(60);
-/// Characters of an issuer's message that are passed on.
-const MOST_SAID: usize = 400;
 /// The plural with its group, for people.
 const RESOURCE: &str = "certificaterequests.cert-manager.io";
 
@@ -234,20 +232,13 @@ impl Inner {
                 _ => tracing::debug!(identity = %order.identity, "the issuer names no root in status.ca"),
             }
         }
-        decode_pem(field(|s| s.certificate.as_ref())).ok_or_else(|| {
-            let broken = material::Error::Pem("status.certificate is not base64".to_owned());
-            Error::InvalidCertificate(verify::Error::Chain(broken))
-        })
+        decode_pem(field(|s| s.certificate.as_ref())).ok_or(Error::InvalidCertificate(verify::Error::Chain(material::Error::Base64)))
     }
 }
 
 /// What a request waits for, in words.
 fn waiting(approved: bool, message: &str) -> String {
-    let mut said = message.split_whitespace().collect::<Vec<_>>().join(" ");
-    if let Some((end, _)) = said.char_indices().nth(MOST_SAID) {
-        said.truncate(end);
-        said.push('…');
-    }
+    let said = text::excerpt(message, text::MAX_MESSAGE_CHARS);
     match (approved, said.as_str()) {
         (false, _) => "an approver: nobody has approved or denied it".to_owned(),
         (true, "") => "the issuer: it is approved and not signed".to_owned(),
@@ -271,24 +262,27 @@ fn owner(pod: &PodRef) -> OwnerReference {
 fn refused(order: &Order, namespace: &str, request: &str, verdict: Verdict) -> Error {
     let more = format!("(more by: kubectl describe certificaterequest -n {namespace} {request})");
     let request = request.to_owned();
+    let excerpt = |message: &str| text::excerpt(message, text::MAX_MESSAGE_CHARS);
     match verdict {
         Verdict::Denied(Why { reason, message }) => {
             let retry = after_denial(&reason);
-            Error::Denied { request, reason, message: format!("{message} {more}"), retry }
+            Error::Denied { request, reason, message: format!("{} {more}", excerpt(&message)), retry }
         }
         Verdict::Invalid(Why { reason, message }) => {
-            let message = format!("cert-manager does not accept the request: {message} {more}");
+            let message = format!("cert-manager does not accept the request: {} {more}", excerpt(&message));
             Error::Failed { request, reason, message, retry: Retry::Configuration }
         }
         Verdict::Failed(Why { reason, message }) => {
             // Whatever cannot be told apart may have been the network: a failed request is never tried again, but a new one may do.
             let finding = vault::explain(&message, order.identity.spiffe_id.trust_domain());
             let retry = finding.as_ref().map_or(Retry::Backoff, |finding| finding.retry);
-            let message = finding.map_or(message, |finding| finding.to_string());
+            let message = finding.map_or_else(|| excerpt(&message), |finding| finding.to_string());
             Error::Failed { request, reason, message: format!("{message} {more}"), retry }
         }
         // Not refusals; the caller does not pass them.
-        Verdict::Pending { message, .. } => Error::Failed { request, reason: "Pending".into(), message, retry: Retry::Backoff },
+        Verdict::Pending { message, .. } => {
+            Error::Failed { request, reason: "Pending".into(), message: excerpt(&message), retry: Retry::Backoff }
+        }
         Verdict::Issued => {
             Error::Failed { request, reason: "Issued".into(), message: "issued without a certificate".into(), retry: Retry::Backoff }
         }

@@ -23,10 +23,13 @@ use crate::{
     clock,
     identity::{Identity, KeyType},
     material::{self, CertificateChain, PrivateKey, TrustBundle, Validity},
+    text,
 };
 
 /// How far the signer's clock may be ahead of ours.
 pub const ALLOWED_SKEW: Duration = Duration::from_secs(60);
+/// Names of a certificate that an error shows.
+const MAX_SHOWN_NAMES: usize = 8;
 
 /// Why a certificate must not be served. The caller keeps what it has.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -103,10 +106,10 @@ pub fn verify(identity: &Identity, key: &PrivateKey, pem: &[u8], bundle: Option<
     let chain = CertificateChain::from_pem(pem)?;
     is_for(&chain, &public_key(identity.profile.key, key).ok_or(Error::Key)?)?;
     if !matches!(&chain.uris[..], [uri] if uri == identity.spiffe_id.as_str()) {
-        return Err(Error::SpiffeId { expected: identity.spiffe_id.to_string(), found: chain.uris });
+        return Err(Error::SpiffeId { expected: identity.spiffe_id.to_string(), found: shown(&chain.uris) });
     }
     if !same_names(&chain.dns_names, &identity.dns_names) {
-        return Err(Error::DnsNames { expected: identity.dns_names.to_vec(), found: chain.dns_names });
+        return Err(Error::DnsNames { expected: identity.dns_names.to_vec(), found: shown(&chain.dns_names) });
     }
     if chain.other_names {
         return Err(Error::OtherNames);
@@ -145,7 +148,7 @@ fn in_time(validity: Validity, now: SystemTime) -> Result<(), Error> {
 
 /// An end entity's certificate for both sides of TLS. The path's verifier looks at extended key usages only, and only if there is a path.
 fn usages(leaf: &CertificateDer<'_>) -> Result<(), Error> {
-    let broken = |why: X509Error| Error::Chain(material::Error::X509 { index: 1, why: why.to_string() });
+    let broken = |why: X509Error| Error::Chain(material::Error::X509 { index: 1, why: material::fault(&why).to_owned() });
     let (_, leaf) = X509Certificate::from_der(leaf).map_err(|why| broken(why.into()))?;
     if leaf.basic_constraints().map_err(broken)?.is_some_and(|constraints| constraints.value.ca) {
         return Err(Error::Usage("is a certificate authority's"));
@@ -176,7 +179,7 @@ fn path(
     bundle: Option<&TrustBundle>,
     at: SystemTime,
 ) -> Result<Option<CertificateDer<'static>>, Error> {
-    let unreadable = |why: webpki::Error| Error::Path { what: "the leaf cannot be read", why: format!("{why:?}") };
+    let unreadable = |why: webpki::Error| Error::Path { what: "the leaf cannot be read", why: kind(&why) };
     let leaf = EndEntityCert::try_from(leaf).map_err(unreadable)?;
     let (roots, what) = match (bundle, others) {
         (Some(bundle), _) => (bundle.roots(), "the chain does not lead to the trust bundle"),
@@ -221,8 +224,18 @@ fn in_words(error: &webpki::Error) -> String {
         webpki::Error::CertNotValidYet { .. } => "an intermediate is not valid yet".to_owned(),
         webpki::Error::EndEntityUsedAsCa => "an intermediate is not a certificate authority's".to_owned(),
         webpki::Error::RequiredEkuNotFoundContext(_) => "an intermediate's extended key usage forbids TLS servers or clients".to_owned(),
-        other => format!("{other:?}"),
+        other => kind(other),
     }
+}
+
+/// The verifier's name for a finding, without what it quotes of a certificate.
+fn kind(error: &webpki::Error) -> String {
+    format!("{error:?}").chars().take_while(char::is_ascii_alphanumeric).collect()
+}
+
+/// Names of a certificate: a few of them, as they may be shown.
+fn shown(names: &[String]) -> Vec<String> {
+    names.iter().take(MAX_SHOWN_NAMES).map(|name| text::excerpt(name, text::MAX_NAME_CHARS)).collect()
 }
 
 fn same_names(a: &[String], b: &[String]) -> bool {

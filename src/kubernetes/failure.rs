@@ -4,7 +4,10 @@ use std::{error::Error as StdError, fmt, io, time::Duration};
 
 use kube::core::Status;
 
-use crate::kubernetes::layer::{TimedOut, TooLarge};
+use crate::{
+    kubernetes::layer::{TimedOut, TooLarge},
+    text,
+};
 
 /// What was asked of the API.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -101,7 +104,8 @@ impl Failure {
     /// Explains a status of the API server.
     pub fn of_status(status: &Status, call: &Call<'_>) -> Self {
         let cause = cause(status, call);
-        let said = &status.message;
+        // The server repeats what it was asked for, and so do webhooks.
+        let said = text::excerpt(&status.message, text::MAX_MESSAGE_CHARS);
         let message = match &cause {
             Cause::Unauthorized => "the API server does not accept the agent's token: is it mounted, and is its audience right?".to_owned(),
             Cause::Rbac => {
@@ -159,7 +163,7 @@ impl Failure {
         // What cannot be read is not repeated: it may be anything.
         let message = match error {
             kube::Error::SerdeError(_) => "the answer could not be read".to_owned(),
-            _ => format!("the API server could not be reached: {last}"),
+            _ => format!("the API server could not be reached: {}", text::excerpt(&last, text::MAX_MESSAGE_CHARS)),
         };
         Self { cause, message }
     }

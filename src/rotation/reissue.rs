@@ -11,7 +11,7 @@ use tokio::{sync::oneshot, time::Instant};
 use tracing::info;
 
 use super::{Id, Now, Rotation};
-use crate::store::Entry;
+use crate::{store::Entry, text};
 
 /// So long after a certificate was reissued another call leaves it alone, at the least.
 const PAUSE: Duration = Duration::from_secs(60);
@@ -84,8 +84,10 @@ impl Rotation {
             self.bring_forward(now, id, &entry, at);
             counts.retried += usize::from(self.planner.hasten(now, id, over));
         }
+        let shown = |told: &Option<String>| told.as_ref().map(|told| text::excerpt(told, text::MAX_NAME_CHARS));
         info!(
-            ?which,
+            spiffe_id = shown(&which.spiffe_id),
+            profile = shown(&which.profile),
             ?over,
             matched = counts.matched,
             just_done = counts.just_done,

@@ -8,11 +8,6 @@ use crate::{
 /// The explicit wildcard of the xDS protocol.
 pub const WILDCARD: &str = "*";
 
-/// The beginning of a text that a client sent, for messages and the log: a client may send half a megabyte.
-pub fn excerpt(text: &str) -> &str {
-    text.char_indices().nth(100).map_or(text, |(end, _)| &text[..end])
-}
-
 /// What a name stands for, for one caller.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Target {
@@ -65,12 +60,6 @@ mod tests {
 
     use super::*;
     use crate::identity::{IssuerName, KeyType, Profile, SpiffeId};
-
-    #[test]
-    fn an_excerpt_is_short_and_whole_characters() {
-        assert_eq!(excerpt("default"), "default");
-        assert_eq!(excerpt(&"ü".repeat(1000)), "ü".repeat(100));
-    }
 
     #[test]
     fn names_select_only_what_the_caller_may_have() {

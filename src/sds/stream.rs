@@ -15,10 +15,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use crate::{
-    material::Face,
-    sds::names::{self, WILDCARD},
-};
+use crate::{material::Face, sds::names::WILDCARD, text};
 
 /// The only type of resource that is served.
 pub const TYPE_URL: &str = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret";
@@ -70,7 +67,7 @@ impl Default for Names {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Violation {
     /// Another resource type.
-    #[error("type_url {:?} is not served here; this socket serves {TYPE_URL}", names::excerpt(.0))]
+    #[error("type_url {:?} is not served here; this socket serves {TYPE_URL}", text::excerpt(.0, text::MAX_NAME_CHARS))]
     TypeUrl(String),
     /// More names than the limit.
     #[error("more than {0} resource names on one stream")]

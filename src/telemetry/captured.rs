@@ -25,7 +25,8 @@ impl Captured {
         lines.filter(|line: &Value| line["message"].as_str().is_some_and(|m| m.contains(message))).collect()
     }
 
-    fn text(&self) -> String {
+    /// All of it.
+    pub(crate) fn text(&self) -> String {
         String::from_utf8(self.0.lock().unwrap().clone()).unwrap()
     }
 

@@ -1,4 +1,4 @@
-//! What every line of the log passes last: a bound on its length, and a bound on how often other crates repeat a line.
+//! What every line of the log passes last: a bound on its length, a bound on how often other crates repeat a line, and a last look for PEM.
 //!
 //! Our own lines that a caller can cause are limited where they are written, by caller and cause ([`hush`](super::hush)). Lines of other
 //! crates are not ours to change, and some of them come from a client's bytes: `h2` warns of each PING acknowledgement that nobody asked
@@ -16,6 +16,7 @@ use tracing::{Level, Metadata, callsite::Identifier};
 use tracing_subscriber::fmt::MakeWriter;
 
 use super::{Format, hush::Hush, is_ours};
+use crate::text;
 
 /// The most bytes of a line, with its end. A pipe takes a line of this length as a whole (`PIPE_BUF`).
 const MAX_LINE_BYTES: usize = 4096;
@@ -80,7 +81,8 @@ impl<W: Write> Write for Line<W> {
 /// The line within its bound, with the number of its repetitions.
 fn bounded(line: &[u8], format: Format, left_out: u64) -> Cow<'_, [u8]> {
     let body = line.strip_suffix(b"\n").unwrap_or(line);
-    if line.len() <= MAX_LINE_BYTES && left_out == 0 && !body.contains(&b'\n') {
+    let has_pem = str::from_utf8(body).is_ok_and(text::has_pem);
+    if line.len() <= MAX_LINE_BYTES && left_out == 0 && !has_pem && !body.contains(&b'\n') {
         return Cow::Borrowed(line);
     }
     // One event is one line: a text of a client must not look like another event.
@@ -90,7 +92,13 @@ fn bounded(line: &[u8], format: Format, left_out: u64) -> Cow<'_, [u8]> {
         Format::Text => None,
     };
     let bounded = match fields {
-        Some(fields) => bounded_json(fields, line.len(), left_out),
+        Some(mut fields) => {
+            if has_pem {
+                fields.values_mut().for_each(|value| each_text(value, &|text| *text = text::redact(text).into_owned()));
+            }
+            bounded_json(fields, line.len(), left_out)
+        }
+        None if has_pem => bounded_text(&text::redact(&text), left_out),
         None => bounded_text(&text, left_out),
     };
     Cow::Owned((bounded + "\n").into_bytes())
@@ -115,16 +123,22 @@ fn bounded_json(mut fields: Map<String, Value>, line_bytes: usize, left_out: u64
             fields.retain(|name, _| ["timestamp", "level", "target", "message", "line_bytes"].contains(&name.as_str()));
             return Value::Object(fields).to_string();
         }
-        fields.values_mut().for_each(|value| cut_texts(value, most));
+        fields.values_mut().for_each(|value| {
+            each_text(value, &|text| {
+                if text.len() > most {
+                    *text = cut(text, most);
+                }
+            });
+        });
         most /= 2;
     }
 }
 
-fn cut_texts(value: &mut Value, most: usize) {
+fn each_text(value: &mut Value, change: &impl Fn(&mut String)) {
     match value {
-        Value::String(text) if text.len() > most => *text = cut(text, most),
-        Value::Array(values) => values.iter_mut().for_each(|value| cut_texts(value, most)),
-        Value::Object(fields) => fields.values_mut().for_each(|value| cut_texts(value, most)),
+        Value::String(text) => change(text),
+        Value::Array(values) => values.iter_mut().for_each(|value| each_text(value, change)),
+        Value::Object(fields) => fields.values_mut().for_each(|value| each_text(value, change)),
         _ => {}
     }
 }

@@ -17,6 +17,7 @@ use crate::{
         metrics::Resource,
         watch::{Selection, Signal},
     },
+    text,
     trust::Source,
 };
 
@@ -95,7 +96,8 @@ impl ConfigMapSource {
     fn read(&self, object: &ConfigMap, last: Option<Found>) -> Found {
         let Some(pem) = object.data.as_ref().and_then(|data| data.get(&*self.key)) else {
             if last != Some(Found::NoKey) {
-                let keys: Vec<&str> = object.data.iter().flat_map(|data| data.keys().map(String::as_str)).take(10).collect();
+                let keys = object.data.iter().flat_map(|data| data.keys()).take(10);
+                let keys: Vec<String> = keys.map(|key| text::excerpt(key, text::MAX_NAME_CHARS)).collect();
                 self.source
                     .missing(format_args!("the ConfigMap has no such key, only {keys:?}: correct the key, or write the roots there"));
             }

@@ -13,7 +13,8 @@ use x509_parser::{
 
 use crate::{
     clock,
-    material::{Error, MAX_CERTIFICATES},
+    material::{BrokenPem, Error, MAX_CERTIFICATES, fault_of},
+    text,
 };
 
 /// One authority's list.
@@ -33,13 +34,14 @@ pub struct RevocationList {
 impl RevocationList {
     fn parse(der: &[u8], index: usize) -> Result<Self, Error> {
         let broken = |why: String| Error::RevocationList { index, why };
-        let (rest, list) = CertificateRevocationList::from_der(der).map_err(|e| broken(e.to_string()))?;
+        let (rest, list) = CertificateRevocationList::from_der(der).map_err(|error| broken(fault_of(&error).to_owned()))?;
         if !rest.is_empty() {
             return Err(broken(format!("{} bytes follow it", rest.len())));
         }
         // A part of a list, or changes to one, are not what they look like to who does not know the extension.
         if let Some(extension) = list.extensions().iter().find(|extension| extension.critical) {
-            return Err(broken(format!("it has the critical extension {}; only complete lists can be served", extension.oid)));
+            let oid = text::excerpt(&extension.oid.to_string(), text::MAX_NAME_CHARS);
+            return Err(broken(format!("it has the critical extension {oid}; only complete lists can be served")));
         }
         Ok(Self {
             issuer: list.issuer().as_raw().to_vec(),
@@ -73,14 +75,18 @@ impl RevocationList {
 /// Reads the lists in PEM; there may be none, beside certificates.
 pub fn from_pem(pem: &[u8]) -> Result<Vec<RevocationList>, Error> {
     let mut lists: Vec<RevocationList> = Vec::new();
-    for list in CertificateRevocationListDer::pem_slice_iter(pem) {
+    let mut blocks = CertificateRevocationListDer::pem_slice_iter(pem);
+    let mut rest = blocks.remainder();
+    while let Some(list) = blocks.next() {
         if lists.len() == MAX_CERTIFICATES {
             return Err(Error::TooMany);
         }
-        let list = RevocationList::parse(&list.map_err(|e| Error::Pem(e.to_string()))?, lists.len() + 1)?;
+        let list = list.map_err(|error| Error::Pem(BrokenPem::of(&error, pem, rest, lists.len())))?;
+        let list = RevocationList::parse(&list, lists.len() + 1)?;
         if !lists.contains(&list) {
             lists.push(list);
         }
+        rest = blocks.remainder();
     }
     Ok(lists)
 }
@@ -98,11 +104,11 @@ pub fn fit<'a>(
     let mut known = Vec::new();
     for authority in authorities {
         let Ok((_, authority)) = X509Certificate::from_der(authority) else { continue };
-        let name = authority.subject();
+        let (name, raw) = (text::excerpt(&authority.subject().to_string(), text::MAX_NAME_CHARS), authority.subject().as_raw());
         if authority.key_usage().ok().flatten().is_some_and(|usage| !usage.value.crl_sign()) {
             return Err(format!("{name} may not sign revocation lists: its key usage has no cRLSign"));
         }
-        let own = || lists.iter().filter(|list| list.issuer == name.as_raw());
+        let own = || lists.iter().filter(|list| list.issuer == raw);
         let newest = own().filter(|list| list.is_of(&authority)).max_by_key(|list| list.this_update);
         match newest {
             Some(list) if fitting.contains(list) => {}
@@ -112,7 +118,7 @@ pub fn fit<'a>(
             }
             None => return Err(format!("there is no revocation list of {name}")),
         }
-        known.push(name.as_raw().to_vec());
+        known.push(raw.to_vec());
     }
     fitting.extend(lists.iter().filter(|list| !known.contains(&list.issuer)).cloned());
     Ok(fitting)

@@ -34,6 +34,7 @@ use crate::{
 
 mod creates;
 mod issuers;
+mod keys;
 mod watches;
 
 const CR: &str = "certificaterequests";
@@ -48,8 +49,10 @@ struct World {
     exposition: Exposition,
     /// Issuers that answer nobody, by their names in the cluster.
     dead: Arc<Mutex<HashSet<String>>>,
-    /// What cert-manager does with the next requests instead of signing them.
+    /// What cert-manager does with the next requests instead of signing them: a condition, or a whole status.
     refusals: Arc<Mutex<Vec<Value>>>,
+    /// What `/certs` tells.
+    inventory: inventory::Inventory,
     log: Captured,
     _log: DefaultGuard,
     tasks: Vec<JoinHandle<()>>,
@@ -106,6 +109,10 @@ impl World {
         let profiles = [identity("a").profile.clone(), of_other("a").profile.clone()];
         let plan = Plan::new(issuers.into_iter().collect(), profiles, Duration::from_secs(300));
         let (plan, plan_now) = tokio::sync::watch::channel(Arc::new(plan));
+        let inventory = inventory::Inventory::new(store.clone(), plan_now.clone(), Arc::new(clock.clone()));
+        let node = NodeEnvironment { node_name: Some("n1".into()), pod: None };
+        let event_metrics = crate::events::Metrics::register(exposition.registry());
+        let (reporter, writer) = crate::events::new(wire.client(&kube_metrics, RequestRate::default()), &node, event_metrics);
         let parts = rotation::Parts {
             store: store.clone(),
             events,
@@ -116,7 +123,7 @@ impl World {
             await_bundle: true,
             clock: Arc::new(clock),
             claims: None,
-            witness: None,
+            witness: Some(Arc::new(reporter)),
             metrics: rotation::metrics::Metrics::register(exposition.registry()),
         };
         let (dead, refusals) = (Arc::default(), Arc::default());
@@ -128,8 +135,9 @@ impl World {
                 drop((trust, plan));
             }),
             tokio::spawn(cert_manager),
+            tokio::spawn(writer.run(CancellationToken::new())),
         ];
-        Self { wire, store, kube_metrics, exposition, dead, refusals, log, _log: guard, tasks }
+        Self { wire, store, kube_metrics, exposition, dead, refusals, inventory, log, _log: guard, tasks }
     }
 
     /// Returns when the agent watches its requests.
@@ -206,8 +214,11 @@ async fn cert_manager(api: FakeApi, authority: Arc<Embedded>, dead: Arc<Mutex<Ha
         };
         let [namespace, name] = ["namespace", "name"].map(|field| request["metadata"][field].as_str().unwrap());
         let refusal = refusals.lock().unwrap().pop();
-        if let Some(condition) = refusal {
-            api.change(CR, namespace, name, |object| object["status"]["conditions"] = json!([condition]));
+        if let Some(refusal) = refusal {
+            api.change(CR, namespace, name, |object| match refusal.get("status").filter(|status| status.is_object()) {
+                Some(status) => object["status"] = status.clone(),
+                None => object["status"]["conditions"] = json!([refusal]),
+            });
             continue;
         }
         let pem = STANDARD.decode(request["spec"]["request"].as_str().unwrap()).unwrap();

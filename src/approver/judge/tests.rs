@@ -90,7 +90,7 @@ fn decide(request: &Request, pod: Option<&Pod>) -> Decision {
 }
 
 /// The denial of a request with one change, which needs no pod to be seen.
-fn denied_at_once(change: impl Fn(&mut Request)) -> Denial {
+pub(crate) fn denied_at_once(change: impl Fn(&mut Request)) -> Denial {
     let mut request = request();
     change(&mut request);
     let decisions = [Sight::Watched(None), Sight::Watched(Some(&pod())), Sight::Live(None)].map(|sight| judge(&request, sight, &rules()));

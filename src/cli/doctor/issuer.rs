@@ -20,6 +20,7 @@ use crate::{
         cert_manager::{self, vault},
     },
     kubernetes::{self, Call, Cause, Failure},
+    text,
 };
 
 /// No more requests than this are shown.
@@ -250,7 +251,7 @@ impl Trouble {
 }
 
 fn one_line(message: &str) -> String {
-    message.split_whitespace().collect::<Vec<_>>().join(" ")
+    text::excerpt(message, text::MAX_MESSAGE_CHARS)
 }
 
 #[cfg(test)]

@@ -6,7 +6,10 @@ use proptest::prelude::*;
 use tonic::Code;
 
 use super::*;
-use crate::proto::csi::v1::volume_capability::{BlockVolume, MountVolume};
+use crate::{
+    proto::csi::v1::volume_capability::{BlockVolume, MountVolume},
+    text::tests::Key,
+};
 
 const UID: &str = "2b1fb2f4-4b5a-4b9a-9a4e-0c5a1b2c3d4e";
 const OTHER: &str = "99999999-8888-7777-6666-555555555555";
@@ -183,5 +186,20 @@ proptest! {
             prop_assert_eq!(Path::new(&name).components().count(), 1);
             prop_assert_eq!(Path::new(&name).file_name().and_then(|n| n.to_str()), Some(&*name));
         }
+    }
+}
+
+#[test]
+fn a_key_in_what_a_pod_writes_on_its_volume_is_not_in_the_answer() {
+    let key = Key::ecdsa();
+    for (name, text) in key.texts() {
+        let named = |name: &str| (name.to_owned(), text.clone());
+        let unknown = (text.clone(), "x".to_owned());
+        for attribute in [unknown, named(SOCKET_NAME), named(POD_NAME), named(SERVICE_ACCOUNT), named(EPHEMERAL)] {
+            let (_, told) = refusal(|request| request.volume_context.extend([attribute]));
+            assert_eq!(key.leak_in(&told), None, "{name}: {told}");
+        }
+        let (_, told) = refusal(|request| request.target_path.clone_from(&text));
+        assert_eq!(key.leak_in(&told), None, "{name}: {told}");
     }
 }

@@ -20,6 +20,7 @@ use crate::{
     config::IssuerRef,
     issuer::{Error, Retry, cert_manager::api_error},
     kubernetes::{Call, Cause, Failure},
+    text,
 };
 
 /// A verdict stands at least so long: orders that fail together ask together.
@@ -149,6 +150,7 @@ fn judge(kind: Kind, name: &str, found: &AnyIssuer) -> Result<(), Error> {
         }
         other => {
             let why = other.and_then(|c| c.message.as_deref()).unwrap_or("it has no Ready condition yet");
+            let why = text::excerpt(why, text::MAX_MESSAGE_CHARS);
             tracing::warn!(issuer = name, kind = kind.as_str(), why, "the issuer is not ready; requests will wait for it");
         }
     }

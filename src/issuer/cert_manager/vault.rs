@@ -6,8 +6,10 @@
 
 use std::fmt;
 
-use crate::issuer::Retry;
+use crate::{issuer::Retry, text};
 
+/// A mount or a role with a longer path is not named.
+const MAX_PATH_BYTES: usize = 100;
 /// How cert-manager begins when signing failed, for good.
 const SIGNING: &str = "Vault failed to sign certificate";
 /// And when it could not log in: of a request, and of the issuer itself. It goes on trying.
@@ -134,11 +136,11 @@ fn trouble(message: &str, words: &str, at_login: bool) -> Option<(String, String
         (quoted(), "bind the auth role to cert-manager's service account (bound_service_account_names and …_namespaces)".to_owned())
     } else if message.contains("while requesting a token for the service account") {
         (
-            last_words(message).to_owned(),
+            last_words(message),
             "allow cert-manager to create serviceaccounts/token of the account that the issuer's serviceAccountRef names".to_owned(),
         )
     } else if message.contains("which is not a Vault error response") {
-        (last_words(message).to_owned(), "something before Vault answered in its place; this is tried again".to_owned())
+        (last_words(message), "something before Vault answered in its place; this is tried again".to_owned())
     } else if ["connection refused", "connection reset", "no such host", "i/o timeout", "deadline exceeded", "EOF", "no route to host"]
         .iter()
         .any(|sign| message.contains(sign))
@@ -148,7 +150,7 @@ fn trouble(message: &str, words: &str, at_login: bool) -> Option<(String, String
             "is it up, and is spec.vault.server right? This is tried again".to_owned(),
         )
     } else if message.contains("x509:") || message.contains("tls:") {
-        (last_words(message).to_owned(), "set spec.vault.caBundle or caBundleSecretRef to the CA of Vault's own certificate".to_owned())
+        (last_words(message), "set spec.vault.caBundle or caBundleSecretRef to the CA of Vault's own certificate".to_owned())
     } else if let Some(code @ 500..) = code(message) {
         (format!("status {code}, {words:?}"), "see Vault's log; this is tried again".to_owned())
     } else {
@@ -171,7 +173,9 @@ impl Role {
         let (_, path) = url.split_once("/v1/")?;
         let (mount, name) = path.rsplit_once("/sign/")?;
         let mount = mount.rsplit_once("/issuer/").map_or(mount, |(mount, _)| mount);
-        let is_plain = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"/_-.".contains(&b));
+        let is_plain = |text: &str| {
+            !text.is_empty() && text.len() <= MAX_PATH_BYTES && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"/_-.".contains(&b))
+        };
         (is_plain(mount) && is_plain(name)).then(|| Self { mount: mount.to_owned(), name: name.to_owned() })
     }
 
@@ -183,7 +187,8 @@ impl Role {
 /// What stands in Vault's list of errors, without the envelope of its client: `Code: 400. Errors:`, an empty line, and `* ` before each.
 fn errors(message: &str) -> String {
     let Some((_, list)) = message.split_once("Errors:") else { return String::new() };
-    list.lines().filter_map(|line| line.trim().strip_prefix("* ")).collect::<Vec<_>>().join("; ")
+    let list = list.lines().filter_map(|line| line.trim().strip_prefix("* ")).collect::<Vec<_>>().join("; ");
+    text::excerpt(&list, text::MAX_MESSAGE_CHARS)
 }
 
 fn code(message: &str) -> Option<u16> {
@@ -191,10 +196,10 @@ fn code(message: &str) -> Option<u16> {
 }
 
 /// The end of a Go error's chain, on one line.
-fn last_words(message: &str) -> &str {
+fn last_words(message: &str) -> String {
     let line = message.lines().next_back().unwrap_or_default().trim();
     let start = line.rmatch_indices(": ").nth(2).map_or(0, |(at, separator)| at + separator.len());
-    &line[start..]
+    text::excerpt(&line[start..], text::MAX_MESSAGE_CHARS)
 }
 
 #[cfg(test)]

@@ -28,6 +28,7 @@ use crate::{
         stream::{Due, Names, Received, Request as StreamRequest, StreamState},
     },
     store::{Demand, Lease},
+    text,
     trust::BundleSet,
 };
 
@@ -195,7 +196,7 @@ impl Stream<'_> {
                 // A client may ask for the same again, and reject that, in a loop.
                 let what = if kinds.contains(&Kind::certificate) { "certificate rejected" } else { "bundle rejected" };
                 if let Some(left_out) = self.connection.tells(what) {
-                    let cause: String = error.chars().map(|c| if c.is_control() { ' ' } else { c }).take(500).collect();
+                    let cause = text::excerpt(&error, text::MAX_MESSAGE_CHARS);
                     warn!(
                         %identity,
                         %workload,

@@ -17,11 +17,12 @@ use crate::{
     proto::envoy::service::discovery::v3::DiscoveryRequest,
     sds::{
         metrics::Trigger,
-        names::{self, Target, WILDCARD},
+        names::{Target, WILDCARD},
         secret,
         stream::{TYPE_URL, Violation},
     },
     store::{Demand, Lease},
+    text,
     trust::BundleSet,
 };
 
@@ -86,7 +87,7 @@ impl Service {
         let bundles = self.trust.borrow().clone();
         let known = self.known(asked, &caller.identity, &bundles);
         if known.is_empty() {
-            let asked: Vec<_> = asked.iter().map(|name| names::excerpt(name).escape_debug().to_string()).collect();
+            let asked: Vec<_> = asked.iter().map(|name| text::excerpt(name, text::MAX_NAME_CHARS).escape_debug().to_string()).collect();
             return Err(Status::not_found(format!("none of these names is known here: {}", asked.join(", "))));
         }
         let wants_certificate = known.iter().any(|(_, target)| *target == Target::Certificate);

@@ -9,7 +9,9 @@ use super::{
 };
 use crate::{
     caller::Refusals,
+    proto::google::rpc::Status as RpcStatus,
     telemetry::{self, Format, captured::Captured},
+    text::tests::Key,
 };
 
 /// The times that a client does it.
@@ -88,4 +90,45 @@ async fn streams_that_are_refused_in_a_loop_are_one_line_for_each_cause() {
     }
     assert_eq!(log.count("stream refused"), 2);
     assert_eq!(log.take().lines().count(), 3, "and the certificate that was issued is a line");
+}
+
+/// Of a name, of a type, of what the client says about itself, and of its words about what it rejects.
+#[tokio::test(start_paused = true)]
+async fn a_key_in_what_a_client_says_is_neither_logged_nor_answered() {
+    let key = Key::ecdsa();
+    let log = Captured::default();
+    let (_guard, _filter) = telemetry::capture("debug", Format::Json, log.clone()).unwrap();
+    let bench = Bench::new();
+    for (name, text) in key.some_texts() {
+        let mut told = String::new();
+        // A caller of its own each time, so that every line is written.
+        let mut client = Client::open(&bench, Face::StateOfTheWorld).await;
+        client.ask(&["default"]);
+        let reply = client.reply().await;
+        let error_detail = Some(RpcStatus { code: 13, message: text.clone() });
+        let nack = DiscoveryRequest {
+            resource_names: vec!["default".into(), text.clone()],
+            response_nonce: reply.nonce.clone(),
+            version_info: text.clone(),
+            error_detail,
+            ..Default::default()
+        };
+        client.send(framed(&nack));
+        settle().await;
+        for request in [
+            DiscoveryRequest { type_url: text.clone(), ..Default::default() },
+            DiscoveryRequest {
+                resource_names: [text.clone(); 1].into_iter().cycle().enumerate().map(|(at, text)| format!("{at}{text}")).take(5).collect(),
+                ..Default::default()
+            },
+        ] {
+            let mut client = Client::open(&bench, Face::StateOfTheWorld).await;
+            client.send(framed(&request));
+            told += &client.end().await.1;
+        }
+        told += &log.take();
+        assert_eq!(key.leak_in(&told), None, "{name}: {told}");
+        told.lines().for_each(|line| assert!(line.len() < 4096, "{name}: {} bytes", line.len()));
+        assert!(told.contains("rejected by the client") && told.contains("stream refused"), "{told}");
+    }
 }

@@ -1,0 +1,166 @@
+//! Every place where a text of others comes in, as a function of that text: what it makes of a text with a key in it may be shown.
+
+use serde_json::json;
+
+use super::*;
+use crate::{
+    approver::judge::tests::denied_at_once,
+    cert_manager::{Condition, Status, verdict::Verdict},
+    config::Config,
+    kubernetes::{Call, Failure},
+    material::{self, CertificateChain, TrustBundle},
+    telemetry::{self, Format, captured::Captured},
+    trust::{self, Trust, crl},
+};
+
+/// The longest text that may be shown of one mistake.
+const MAX_BYTES: usize = 4096;
+
+fn assert_tame(key: &Key, what: &str, shown: &str) {
+    assert_eq!(key.leak_in(shown), None, "{what}: {shown}");
+    assert!(shown.len() < MAX_BYTES, "{what}: {} bytes", shown.len());
+}
+
+#[test]
+fn a_key_in_pem_that_is_read_is_not_shown() {
+    let key = Key::ecdsa();
+    for (name, input) in key.inputs() {
+        let pem = input.as_bytes();
+        let errors = [TrustBundle::from_pem(pem).err(), CertificateChain::from_pem(pem).err(), crl::from_pem(pem).err()];
+        for error in errors.into_iter().flatten() {
+            assert_tame(&key, name, &format!("{error} {error:?}"));
+        }
+    }
+}
+
+#[test]
+fn a_key_in_a_trust_source_is_not_logged() {
+    let key = Key::ecdsa();
+    for (name, input) in key.inputs() {
+        let log = Captured::default();
+        let (_guard, _filter) = telemetry::capture("debug", Format::Json, log.clone()).unwrap();
+        let source = Trust::new(trust::Metrics::default()).source(None, "file /roots.pem");
+        let refused = source.offer(input.as_bytes()).err().map(|error| error.to_string()).unwrap_or_default();
+        assert_tame(&key, name, &(log.take() + &refused));
+    }
+}
+
+/// A mistake is told with its place, so that nobody has to look at the whole of the file.
+#[test]
+fn broken_pem_is_told_with_its_line() {
+    let root = rcgen::CertificateParams::new(Vec::new()).unwrap().self_signed(&rcgen::KeyPair::generate().unwrap()).unwrap().pem();
+    let lines = root.lines().count();
+    let told = |pem: &str| TrustBundle::from_pem(pem.as_bytes()).unwrap_err().to_string();
+    let one_line = root.replace('\n', " ");
+    assert_eq!(
+        told(&format!("{root}# a comment\n{one_line}")),
+        format!("is not valid PEM: BEGIN, the base64 and END need lines of their own (line {}, after 1 good ones)", lines + 2)
+    );
+    let endless = root.lines().take(4).collect::<Vec<_>>().join("\n");
+    assert_eq!(
+        told(&format!("{root}{root}{endless}")),
+        format!("is not valid PEM: a BEGIN has no END of its kind (line {}, after 2 good ones)", 2 * lines + 1)
+    );
+    let broken = root.replacen("MII", "M!I", 1);
+    let place = format!("(line {}, after 1 good ones)", lines + 2);
+    assert_eq!(told(&format!("{root}\n{broken}")), format!("is not valid PEM: a block is not base64 {place}"));
+    assert_eq!(CertificateChain::from_pem(b"").unwrap_err(), material::Error::Empty);
+}
+
+#[test]
+fn a_key_in_the_words_of_a_server_is_not_shown() {
+    let key = Key::ecdsa();
+    let call = Call { verb: "create", resource: "certificaterequests.cert-manager.io", name: None, namespace: Some("shop") };
+    for (name, text) in key.texts() {
+        for code in [400, 403, 409, 418, 422, 500] {
+            let status = serde_json::from_value(json!({"code": code, "reason": text, "message": text})).unwrap();
+            assert_tame(&key, name, &format!("{:?}", Failure::of_status(&status, &call)));
+        }
+        let transport = kube::Error::Service(std::io::Error::other(text.clone()).into());
+        assert_tame(&key, name, &format!("{:?}", Failure::of(&transport, &call)));
+
+        for (kind, status, reason) in [("Denied", "True", &*text), ("InvalidRequest", "True", &*text), ("Ready", "False", "Failed")] {
+            let (kind, status, reason, message) = (kind.into(), status.into(), Some(reason.into()), Some(text.clone()));
+            let condition = Condition { kind, status, reason, message, last_transition_time: None };
+            let verdict = Verdict::of(Some(&Status { conditions: vec![condition], ..Status::default() }));
+            assert_eq!(key.leak_in(&format!("{verdict:?}")), None, "{name}: {verdict:?}");
+        }
+    }
+}
+
+#[test]
+fn a_key_in_a_request_is_not_in_its_denial() {
+    let key = Key::ecdsa();
+    for (name, text) in key.some_texts() {
+        let in_each = [
+            denied_at_once(|request| request.spec.username = Some(text.clone())),
+            denied_at_once(|request| request.spec.usages = vec![text.clone()]),
+            denied_at_once(|request| drop(request.metadata.annotations.get_or_insert_default().insert(text.clone(), text.clone()))),
+            denied_at_once(|request| request.spec.request = serde_json::from_value(json!(STANDARD.encode(&text))).unwrap()),
+            denied_at_once(|request| request.spec.request = serde_json::from_value(json!(text)).unwrap()),
+        ];
+        for denial in in_each {
+            assert_tame(&key, name, &format!("{denial:?}"));
+        }
+    }
+}
+
+#[test]
+fn a_key_in_the_configuration_is_not_shown() {
+    let key = Key::ecdsa();
+    let env = |_: &str| None;
+    for (name, text) in key.texts().into_iter().filter(|(name, _)| !name.contains("megabyte")) {
+        let written = json!(text);
+        for yaml in [
+            text.clone(),
+            format!("trustDomain: {text}"),
+            format!("trustDomain: {written}"),
+            format!("{written}: 1"),
+            format!("issuer: {{ {written}: 1 }}"),
+            format!("issuer: {{ certManager: {{ issuerRef: {{ name: {written}, kind: {written} }} }} }}"),
+            format!("identity: {{ spiffeId: {written}, dnsNames: [ {written} ] }}"),
+            format!("certificate: {{ lifetime: {written}, key: {written}, renewAt: {written} }}"),
+            format!("trust: {{ sources: [ {{ file: {written} }} ], federated: {{ {written}: {{ file: /a }} }} }}"),
+            format!("admin: {{ address: {written} }}\nmetrics: {{ address: {written} }}\ndrain: {written}"),
+            format!("a: &x {text}\nb: *y"),
+        ] {
+            if let Err(errors) = Config::parse(&yaml, &env) {
+                for problem in &errors.0 {
+                    assert_tame(&key, name, &format!("{problem}"));
+                }
+                assert_eq!(key.leak_in(&errors.to_string()), None, "{name}: {errors}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_key_in_a_log_filter_is_not_repeated() {
+    let key = Key::ecdsa();
+    for (name, text) in key.texts() {
+        let (_guard, filter) = telemetry::capture("info", Format::Text, std::io::sink).unwrap();
+        if let Err(error) = filter.replace(&text) {
+            assert_tame(&key, name, &error.to_string());
+        }
+    }
+}
+
+/// Whatever was forgotten above: PEM never gets into a line of the log.
+#[test]
+fn a_key_in_pem_that_is_logged_by_mistake_is_not_in_the_line() {
+    let key = Key::ecdsa();
+    let list = format!("{:?}", key.pem.as_bytes());
+    let one_line = key.pem.replace('\n', " ");
+    for format in [Format::Json, Format::Text] {
+        for text in [&key.pem, &one_line, &list, &one_line.repeat(1000)] {
+            let log = Captured::default();
+            let (_guard, _filter) = telemetry::capture("info", format, log.clone()).unwrap();
+            tracing::warn!(cause = %text, serial = "00aa", "{text}");
+            tracing::warn!(cause = ?text, "as it is");
+            let log = log.take();
+            assert_eq!(log.lines().count(), 2);
+            assert!(format == Format::Text || log.contains("00aa"), "{log}");
+            log.lines().for_each(|line| assert_tame(&key, "a line", line));
+        }
+    }
+}
