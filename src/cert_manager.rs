@@ -106,7 +106,8 @@ pub mod denied {
     ];
 }
 
-/// `spec`; immutable once created. `username`, `uid`, `groups` and `extra` are the webhook's: whatever a creator writes is replaced.
+/// `spec`. `username`, `uid`, `groups` and `extra` are the webhook's: whatever a creator writes is replaced. cert-manager's webhook refuses
+/// later changes, but not in namespaces with `cert-manager.io/disable-validation`; the policy of `daemonset/approver` refuses them everywhere.
 #[derive(CustomResource, Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[kube(group = "cert-manager.io", version = "v1", kind = "CertificateRequest", plural = "certificaterequests", namespaced)]
 #[kube(status = "Status", schema = "disabled", derive = "PartialEq")]
