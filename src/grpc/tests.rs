@@ -34,12 +34,11 @@ async fn messages_are_read_however_they_are_cut() {
 fn a_message_in_crumbs_is_kept_in_few_pieces() {
     let bytes: Vec<u8> = (0..=250).cycle().take(300_000).collect();
     let mut pieces = Pieces::default();
-    let (shared, begun) = (Bytes::from(bytes.clone()), std::time::Instant::now());
+    let shared = Bytes::from(bytes.clone());
     for at in 0..shared.len() {
         pieces.push(shared.slice(at..=at));
     }
     assert!(pieces.pieces.len() <= bytes.len() / JOINED + 1, "{} pieces", pieces.pieces.len());
-    assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
     let mut read = vec![0; bytes.len()];
     pieces.copy_to_slice(&mut read);
     assert_eq!(read, bytes);

@@ -14,7 +14,7 @@ mod scene;
 
 const METHODS: [&str; 3] = ["StreamSecrets", "DeltaSecrets", "FetchSecrets"];
 /// Ends are told at once; this is for a busy machine.
-const PROMPT: Duration = Duration::from_secs(5);
+const PROMPT: Duration = Duration::from_secs(60);
 
 #[tokio::test]
 async fn a_pod_never_gets_anothers_secret_by_any_name_or_call() {

@@ -24,7 +24,7 @@ mod restarts;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Publishing and unpublishing wait for nobody.
-const PROMPT: Duration = Duration::from_secs(5);
+const PROMPT: Duration = Duration::from_secs(25);
 
 /// A node whose kubelet knows the agent as a driver; nothing is served but sockets of pods.
 struct Node {

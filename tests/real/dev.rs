@@ -8,7 +8,7 @@ use tokio::{io::AsyncWriteExt, net::UnixStream};
 use crate::support::{agent::Launch, child, eventually, fetch, tools};
 
 /// Signals are obeyed at once; this is for a busy machine.
-const PROMPT: Duration = Duration::from_secs(5);
+const PROMPT: Duration = Duration::from_secs(60);
 
 #[tokio::test]
 async fn fetch_shows_a_certificate_and_the_bundle_that_it_chains_to() {
@@ -66,6 +66,8 @@ async fn a_signal_ends_it_with_a_stream_open() {
     agent.terminate();
     let status = agent.exit(PROMPT).await;
     assert!(status.success(), "{status}");
+    let late = |line: &serde_json::Value| line["message"].as_str().is_some_and(|message| message.contains("within the drain's deadline"));
+    assert!(!agent.log().iter().any(late), "the stream was told to end, and did: {:?}", agent.log());
     assert!(!agent.socket().exists(), "it takes its socket along");
 }
 

@@ -183,10 +183,10 @@ async fn certificates_of_30_seconds_rotate_under_load() {
     let before = pair.taken().await;
 
     let load = pair.load();
-    pair.rotated(before, ROTATIONS, Duration::from_secs(180)).await;
+    pair.rotated_under(&load, before, ROTATIONS, Duration::from_secs(180)).await;
     let tally = load.stop().await;
 
-    pair.assert_clean(&tally, 1000).await;
+    pair.assert_clean(&tally).await;
     for envoy in [&pair.server, &pair.client] {
         assert!(envoy.stats().await.sum("ssl_context_update_by_sds") >= ROTATIONS);
     }
@@ -204,7 +204,19 @@ async fn certificates_of_30_seconds_rotate_under_load() {
 #[tokio::test]
 async fn a_restart_costs_no_handshake_and_no_early_request() {
     let _turn = support::turn().await;
-    let mut node = Node::start("{ lifetime: 90s }").await;
+    // Nothing may be due before the restart is over; how long that takes is the machine's business.
+    for lifetime in ["90s", "5m", "20m"] {
+        if restart_before_the_renewal(lifetime).await {
+            return;
+        }
+        eprintln!("a renewal of certificates of {lifetime} was due before the restart was over: once more, with longer ones");
+    }
+    panic!("the machine is too slow for this test to mean anything");
+}
+
+/// Whether the restart was over before anything was due.
+async fn restart_before_the_renewal(lifetime: &str) -> bool {
+    let mut node = Node::start(&format!("{{ lifetime: {lifetime} }}")).await;
     let pair = node.pair().await;
     let (server, client) = node.ids();
     let planned = [
@@ -216,22 +228,27 @@ async fn a_restart_costs_no_handshake_and_no_early_request() {
     let before = pair.taken().await;
 
     let load = pair.load();
+    load.passes("before the restart").await;
     node.agent.kill().await;
+    load.passes("without an agent").await;
     node.agent = node.launch.start().await;
     let now = std::time::UNIX_EPOCH.elapsed().unwrap().as_secs();
-    for (id, at) in &planned {
-        assert!(now < *at, "{id} was due at {at} and it is {now}: the machine is too slow for this test to mean anything");
+    if planned.iter().any(|(_, at)| now >= *at) {
+        return false;
     }
-    pair.rotated(before, 1, Duration::from_secs(120)).await;
+    // As long as the longest of the lifetimes.
+    pair.rotated(before, 1, Duration::from_secs(1200)).await;
+    load.passes("after the renewal").await;
     let tally = load.stop().await;
 
-    pair.assert_clean(&tally, 200).await;
+    pair.assert_clean(&tally).await;
     let requests = recorder.seen();
     for (id, at) in &planned {
         let first = requests.iter().find(|request| request.uris == [id.as_str()]).unwrap_or_else(|| panic!("no request for {id}"));
         let created = u64::try_from(first.created).unwrap();
         assert!(created >= *at, "{id}: {} came at {created}, {} s before its renewal time", first.name, at - created);
     }
+    true
 }
 
 /// The renewal time in a certificate's version, `<notAfter>-<renewAt>-…`, in unix seconds.

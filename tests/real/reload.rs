@@ -78,6 +78,7 @@ async fn an_authority_is_added_a_file_is_broken_and_certificates_are_reissued_un
     )
     .await;
     let load = pair.load();
+    load.passes("before the change").await;
     let chain = async |workload: &Workload| workload.fetch(&agent).await["chain_pem"].as_str().unwrap().to_owned();
     assert!(leads_to(scene.dir.path(), &chain(&server).await, &first_root).await);
     let before = (streams(&pair.server).await, streams(&pair.client).await, pair.taken().await, serial(&agent, &client).await);
@@ -107,6 +108,8 @@ async fn an_authority_is_added_a_file_is_broken_and_certificates_are_reissued_un
     assert_eq!(serial(&agent, &client).await, before.3, "whom the change is not about keeps what it has");
     assert_eq!(pair.taken().await, [before.2[0] + 1, before.2[1]]);
 
+    load.passes("with another authority").await;
+
     // A broken file changes nothing, and is told of.
     replace(&file, &format!("{with_profile}retention: soon\n"));
     until_read(&agent, "invalid", 1.0).await;
@@ -120,6 +123,8 @@ async fn an_authority_is_added_a_file_is_broken_and_certificates_are_reissued_un
     agent.logs("what needs a restart", PATIENCE, |line| line["fields"] == "workerThreads").await;
     let orders = agent.metric_of("sds_agent_issuances_total", &["result=\"ok\""]).await;
     assert_eq!(orders, 3.0, "two at the start and one that moved");
+
+    load.passes("with a broken file, and a good one").await;
 
     // By hand, and as somebody who is not sure that it was heard.
     let taken = pair.taken().await;
@@ -136,6 +141,7 @@ async fn an_authority_is_added_a_file_is_broken_and_certificates_are_reissued_un
     row(&agent, &server, "moved").await.unwrap();
 
     assert_eq!((streams(&pair.server).await, streams(&pair.client).await), (before.0, before.1), "no stream was closed");
-    pair.assert_clean(&load.stop().await, 1000).await;
+    load.passes("reissued").await;
+    pair.assert_clean(&load.stop().await).await;
     second.remove(&cluster).await;
 }

@@ -93,9 +93,11 @@ async fn a_rolling_restart_loses_nothing_and_orders_nothing() {
     let before = inode(&socket);
 
     let load = pair.load();
+    load.passes("before the restart").await;
     let successor = node.successor(dir.path()).await.start().await;
     assert_ne!(inode(&socket), before, "who is ready has the socket");
     successor.logs("it waited", PATIENCE, |line| line["message"].as_str().is_some_and(|m| m.contains("a predecessor serves"))).await;
+    load.passes("with two agents").await;
     node.agent.terminate();
     assert!(node.agent.exit(PATIENCE).await.success());
     eventually("both Envoys have come over, with two streams each", PATIENCE, async || {
@@ -105,9 +107,10 @@ async fn a_rolling_restart_loses_nothing_and_orders_nothing() {
     .await;
     // And a pod that starts now is served by the successor.
     assert_ne!(inode(&socket), before);
+    load.passes("after the restart").await;
     let tally = load.stop().await;
 
-    pair.assert_clean(&tally, 100).await;
+    pair.assert_clean(&tally).await;
     let seen = recorder.seen();
     assert!(seen.is_empty(), "nothing was due, and yet there were requests: {seen:?}");
     let held = successor.metric_of("sds_agent_certificates", &["state=\"held_by_client\""]).await;

@@ -103,9 +103,9 @@ async fn a_chain_of_three_from_vault_serves_two_envoys() {
     // Vault dates back by half a minute, so these renewals come early; each of them is pushed.
     let before = pair.taken().await;
     let load = pair.load();
-    pair.rotated(before, ROTATIONS, Duration::from_secs(180)).await;
+    pair.rotated_under(&load, before, ROTATIONS, Duration::from_secs(180)).await;
     let tally = load.stop().await;
-    pair.assert_clean(&tally, 500).await;
+    pair.assert_clean(&tally).await;
     assert_ne!(server.fetch(&agent).await["serial"], certificate["serial"]);
 
     let (code, steps) = doctor(&launch, &[]).await;

@@ -63,6 +63,8 @@ async fn on_an_old_kernel_the_agent_starts_only_where_the_risk_was_accepted() {
 #[tokio::test]
 async fn a_caller_is_known_within_milliseconds() {
     const ROUNDS: usize = 5000;
+    /// An attestation costs less than so many reads of a file in `/proc`.
+    const MOST_READS: u32 = 100;
     let _turn = support::turn().await;
     let scene = Scene::start("certificate: { lifetime: 1h }").await;
     let metrics = Metrics::default();
@@ -79,17 +81,23 @@ async fn a_caller_is_known_within_milliseconds() {
     let mut command = scene.a.cgroup.command(caller());
     let _caller = Child::spawn("test-caller", command.arg("watch").arg(&path).arg("default"));
     let (stream, _) = listener.accept().await.unwrap();
-    let mut times = Vec::with_capacity(ROUNDS);
+    let (mut times, mut reads) = (Vec::with_capacity(ROUNDS), Vec::with_capacity(ROUNDS));
     for _ in 0..ROUNDS {
         let start = Instant::now();
         let peer = Peer::of(&stream).unwrap();
         let attested = attestor.attest(&peer).await.unwrap();
         times.push(start.elapsed());
         assert_eq!(*attested.workload.pod().unwrap().uid, *scene.a.pod.uid);
+        // In the same run, what no attestation can do without.
+        let start = Instant::now();
+        std::fs::read(format!("/proc/{}/cgroup", peer.pid)).unwrap();
+        reads.push(start.elapsed());
     }
     running.abort();
     times.sort_unstable();
-    let (p50, p99) = (times[ROUNDS / 2], times[ROUNDS * 99 / 100]);
-    eprintln!("figure: attestation, warm: p50 {} µs, p99 {} µs of {ROUNDS}", p50.as_micros(), p99.as_micros());
-    assert!(p50.as_millis() < 20, "{p50:?}");
+    reads.sort_unstable();
+    let (p50, p99, read) = (times[ROUNDS / 2], times[ROUNDS * 99 / 100], reads[ROUNDS / 2]);
+    let [in_the_middle, most, of_a_read] = [p50, p99, read].map(|time| time.as_micros());
+    eprintln!("figure: attestation, warm: p50 {in_the_middle} µs, p99 {most} µs of {ROUNDS}; one read of its cgroups {of_a_read} µs");
+    assert!(p50 < read * MOST_READS, "{p50:?} for what takes {read:?} to read");
 }

@@ -21,8 +21,9 @@ const SHARED: Way = Way {
     socket: "/run/sds-agent/sds.sock",
     volume: || json!({"hostPath": {"path": "/run/sds-agent", "type": "Directory"}}),
 };
-/// So long a bad version is watched: several of its starts.
-const WATCHED: Duration = Duration::from_secs(15);
+/// So often a bad version is looked at, and so long it is left alone in between.
+const LOOKS: usize = 30;
+const BETWEEN_LOOKS: Duration = Duration::from_millis(500);
 /// `EX_USAGE`: the configuration cannot be used.
 const USAGE: i64 = 64;
 
@@ -96,6 +97,7 @@ async fn a_daemonset_rolls_out_without_a_gap_and_a_broken_version_stops_it() {
     }
     let recorder = site.cluster.record_requests(NAMESPACE).await;
     let load = pair.load();
+    load.passes("before the release").await;
 
     // As a new release of ours is installed.
     let first = inode(&site.node);
@@ -106,6 +108,8 @@ async fn a_daemonset_rolls_out_without_a_gap_and_a_broken_version_stops_it() {
     until_streams(two, 4.0).await;
     let second = inode(&site.node);
     assert_ne!(second, first, "the successor has the socket");
+
+    load.passes("after the release").await;
 
     // One that cannot be used: every start of it ends.
     site.release("DaemonSet", "sds-agent", "three", "keys: { lockMemory: perhaps }\n").await;
@@ -125,15 +129,15 @@ async fn a_daemonset_rolls_out_without_a_gap_and_a_broken_version_stops_it() {
         }
     })
     .await;
-    let until = tokio::time::Instant::now() + WATCHED;
-    while tokio::time::Instant::now() < until {
+    for _ in 0..LOOKS {
         let pods = site.pods("sds-agent").await;
         let old = pods.iter().find(|pod| text(pod, "/metadata/uid") == text(&good, "/metadata/uid")).expect("the old pod stays");
         assert!(is_ready(old) && old["metadata"]["deletionTimestamp"].is_null(), "{old}");
         assert!(!pods.iter().any(|pod| text(pod, "/metadata/uid") == text(&broken, "/metadata/uid") && is_ready(pod)));
         assert_eq!(inode(&site.node), second, "the socket is the old one's");
-        tokio::time::sleep(Duration::from_millis(500)).await;
+        tokio::time::sleep(BETWEEN_LOOKS).await;
     }
+    load.passes("beside the version that cannot be used").await;
     let status = site.cluster.get(&format!("/apis/apps/v1/namespaces/{NAMESPACE}/daemonsets/sds-agent")).await["status"].take();
     assert_eq!((&status["numberAvailable"], &status["desiredNumberScheduled"]), (&json!(1), &json!(1)), "{status}");
     let words = site.node.container_log(&site.pod(&broken), "sds-agent");
@@ -147,8 +151,9 @@ async fn a_daemonset_rolls_out_without_a_gap_and_a_broken_version_stops_it() {
     assert_eq!(text(&site.pods("sds-agent").await[0], "/metadata/uid"), text(&good, "/metadata/uid"));
     assert_eq!(inode(&site.node), second);
 
+    load.passes("back at the version before").await;
     let tally = load.stop().await;
-    pair.assert_clean(&tally, 500).await;
+    pair.assert_clean(&tally).await;
     let ordered: Vec<_> = recorder.seen().into_iter().flat_map(|request| request.uris).collect();
     assert_eq!(ordered, [late.spiffe_id()], "for the Envoys nothing was due");
 }
@@ -162,6 +167,7 @@ async fn a_version_that_waits_in_vain_reaches_one_node_and_is_mended_by_the_next
     let pair = begin(&site, [nodes[0], nodes[1]]).await;
     let recorder = site.cluster.record_requests(NAMESPACE).await;
     let load = pair.load();
+    load.passes("before the release").await;
     let first = site.pods("sds-agent").await;
     assert_eq!(first.len(), 2);
     let before: Vec<_> = nodes.iter().map(|node| inode(node)).collect();
@@ -187,8 +193,7 @@ async fn a_version_that_waits_in_vain_reaches_one_node_and_is_mended_by_the_next
         if words.contains("a predecessor serves") && words.contains("the watch does not work") { Ok(()) } else { Err(words) }
     })
     .await;
-    let until = tokio::time::Instant::now() + WATCHED;
-    while tokio::time::Instant::now() < until {
+    for _ in 0..LOOKS {
         let pods = site.pods("sds-agent").await;
         assert_eq!(pods.len(), 3, "the other node gets no new one: {pods:?}");
         for pod in &pods {
@@ -197,8 +202,9 @@ async fn a_version_that_waits_in_vain_reaches_one_node_and_is_mended_by_the_next
             assert_eq!(pod["status"]["containerStatuses"][0]["restartCount"], 0, "{pod}");
         }
         assert_eq!(nodes.iter().map(|node| inode(node)).collect::<Vec<_>>(), before, "the sockets are the old ones'");
-        tokio::time::sleep(Duration::from_millis(500)).await;
+        tokio::time::sleep(BETWEEN_LOOKS).await;
     }
+    load.passes("beside the version that waits").await;
     let status = site.cluster.get(&format!("/apis/apps/v1/namespaces/{NAMESPACE}/daemonsets/sds-agent")).await["status"].take();
     let seen = ["desiredNumberScheduled", "numberAvailable", "numberUnavailable"].map(|field| status[field].as_u64().unwrap_or(0));
     assert_eq!(seen, [2, 2, 0], "{status}");
@@ -222,6 +228,7 @@ async fn a_version_that_waits_in_vain_reaches_one_node_and_is_mended_by_the_next
     })
     .await;
 
+    load.passes("with one that waits alone on a node").await;
     let three = site.release("DaemonSet", "sds-agent", "three", "").await;
     site.until_rolled_out("DaemonSet", "sds-agent").await;
     for (node, before) in nodes.iter().zip(before) {
@@ -230,8 +237,9 @@ async fn a_version_that_waits_in_vain_reaches_one_node_and_is_mended_by_the_next
         assert_ne!(inode(node), before);
     }
 
+    load.passes("with the next version").await;
     let tally = load.stop().await;
-    pair.assert_clean(&tally, 500).await;
+    pair.assert_clean(&tally).await;
     let ordered: Vec<_> = recorder.seen().into_iter().flat_map(|request| request.uris).collect();
     assert_eq!(ordered, [late.spiffe_id()], "for the Envoys nothing was due");
 }

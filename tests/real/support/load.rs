@@ -1,8 +1,14 @@
-//! A steady flow of requests, and a count of those that failed.
+//! A steady flow of requests, and a count of those that failed. It is measured in requests and not in time: a slow machine takes longer,
+//! and proves as much.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{
+    net::SocketAddr,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
 
 use tokio::{
+    sync::watch,
     task::JoinSet,
     time::{MissedTickBehavior, interval, timeout},
 };
@@ -10,67 +16,83 @@ use tokio_util::sync::CancellationToken;
 
 use super::http;
 
-/// Requests that run side by side, and the pace of each.
+/// Requests that run side by side, and the pace of each at most.
 const WORKERS: usize = 2;
 const PACE: Duration = Duration::from_millis(10);
-/// A request that takes longer has failed.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// A request that takes longer has failed. Where nobody serves, the answer comes at once.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// Requests of a phase.
+const PHASE: u64 = 50;
+/// A phase in which they take longer is hopeless.
+const PHASE_PATIENCE: Duration = Duration::from_secs(300);
+/// Failures that are told in words.
+const MOST_TOLD: usize = 5;
 
 /// Requests going on in the background.
 pub struct Load {
-    workers: JoinSet<Tally>,
+    workers: JoinSet<()>,
     end: CancellationToken,
+    tally: Arc<watch::Sender<Tally>>,
+    phases: Mutex<Vec<String>>,
 }
 
 /// What came of them.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct Tally {
+    /// Requests that have been answered or have failed.
     pub requests: u64,
     pub failed: u64,
     /// The first few failures, each a sentence.
     pub failures: Vec<String>,
+    /// What was waited for, and its share of the requests, each at least [`PHASE`].
+    pub phases: Vec<String>,
 }
 
 impl Load {
     /// Asks `target` until stopped; only an answer of 200 with `expected` in it counts as good.
     pub fn start(target: SocketAddr, expected: &'static str) -> Self {
-        let end = CancellationToken::new();
+        let (end, tally) = (CancellationToken::new(), Arc::new(watch::channel(Tally::default()).0));
         let mut workers = JoinSet::new();
         for _ in 0..WORKERS {
-            workers.spawn(work(target, expected, end.clone()));
+            workers.spawn(work(target, expected, end.clone(), tally.clone()));
         }
-        Self { workers, end }
+        Self { workers, end, tally, phases: Mutex::default() }
+    }
+
+    /// Waits until [`PHASE`] requests have begun and ended in this phase of the test, however long they take.
+    pub async fn passes(&self, phase: &str) {
+        let mut tally = self.tally.subscribe();
+        let since = tally.borrow().requests;
+        // Those that are under way began before.
+        let goal = since + PHASE + WORKERS as u64;
+        let passed = timeout(PHASE_PATIENCE, tally.wait_for(|tally| tally.requests >= goal)).await.is_ok();
+        let made = self.tally.borrow().requests - since;
+        assert!(passed, "{phase}: only {made} requests in {PHASE_PATIENCE:?}: {:?}", self.tally.borrow());
+        self.phases.lock().expect("not poisoned").push(format!("{phase}: {made}"));
     }
 
     /// Lets the requests under way finish and counts.
     pub async fn stop(self) -> Tally {
         self.end.cancel();
-        let mut total = Tally::default();
-        for tally in self.workers.join_all().await {
-            total.requests += tally.requests;
-            total.failed += tally.failed;
-            total.failures.extend(tally.failures);
-        }
-        total
+        self.workers.join_all().await;
+        Tally { phases: self.phases.into_inner().expect("not poisoned"), ..self.tally.borrow().clone() }
     }
 }
 
-async fn work(target: SocketAddr, expected: &str, end: CancellationToken) -> Tally {
-    let mut tally = Tally::default();
+async fn work(target: SocketAddr, expected: &str, end: CancellationToken, tally: Arc<watch::Sender<Tally>>) {
     let mut pace = interval(PACE);
     pace.set_missed_tick_behavior(MissedTickBehavior::Skip);
     while end.run_until_cancelled(pace.tick()).await.is_some() {
-        tally.requests += 1;
         let failure = match timeout(PATIENCE, http::get_ok(target, "/")).await {
-            Ok(Ok(body)) if body.contains(expected) => continue,
-            Ok(Ok(body)) => format!("unexpected answer {body:?}"),
-            Ok(Err(reason)) => reason,
-            Err(_) => format!("no answer within {PATIENCE:?}"),
+            Ok(Ok(body)) if body.contains(expected) => None,
+            Ok(Ok(body)) => Some(format!("unexpected answer {body:?}")),
+            Ok(Err(reason)) => Some(reason),
+            Err(_) => Some(format!("no answer within {PATIENCE:?}")),
         };
-        tally.failed += 1;
-        if tally.failures.len() < 5 {
-            tally.failures.push(failure);
-        }
+        tally.send_modify(|tally| {
+            tally.requests += 1;
+            tally.failed += u64::from(failure.is_some());
+            tally.failures.extend(failure.filter(|_| tally.failures.len() < MOST_TOLD));
+        });
     }
-    tally
 }
