@@ -1,8 +1,9 @@
 //! The node-aware approver: it decides about the CertificateRequests of the agents' issuers, and nobody else does.
 //!
 //! An agent may ask cert-manager for any name; what keeps a stolen node from other nodes' identities is that the approver derives every
-//! name anew from the pod, and asks where that pod runs ([`judge`]). All replicas are active: a decision is written with the version of
-//! the request that was judged, so that the first one counts. The caller runs [`Approver::run`] and [`Pods::run`] side by side.
+//! name anew from the pod, and asks where that pod runs ([`judge`]). Of several replicas one decides and the others are on standby ([`role`]); a
+//! decision is written with the version of the request that was judged, so that of two the first counts. The caller runs
+//! [`Approver::run`] and [`Pods::run`] side by side.
 
 use std::{
     collections::VecDeque,
@@ -12,7 +13,11 @@ use std::{
 
 use futures::{Stream, StreamExt};
 use kube::{Api, Client, runtime::watcher};
-use tokio::{sync::watch, task::JoinSet, time::Instant};
+use tokio::{
+    sync::watch,
+    task::JoinSet,
+    time::{Instant, sleep_until},
+};
 use tokio_util::time::DelayQueue;
 
 use crate::{
@@ -30,11 +35,15 @@ use crate::{
 pub mod desk;
 pub mod events;
 pub mod force;
+pub mod gate;
 pub mod judge;
+pub mod limit;
 pub mod metrics;
 pub mod pods;
 pub mod queue;
 pub mod reload;
+pub mod replicas;
+pub mod role;
 pub mod rules;
 pub mod settings;
 
@@ -45,6 +54,8 @@ pub use settings::Settings;
 
 use desk::{Desk, Outcome};
 use queue::{Key, Queue, key};
+use replicas::Standing;
+use role::{Cause, Role};
 
 /// Requests to the API: one approver works for a thousand agents, and what an agent may do is no measure for it.
 pub const RATE: RequestRate = RequestRate { per_second: 200, burst: 400 };
@@ -78,6 +89,8 @@ pub struct Approver {
     client: Client,
     in_force: watch::Receiver<Arc<InForce>>,
     desk: Arc<Desk>,
+    standing: watch::Receiver<Standing>,
+    may_have_others: bool,
     kube_metrics: kubernetes::Metrics,
     metrics: Metrics,
     /// The UIDs of requests that others have approved, as far as the log has told of them.
@@ -95,8 +108,19 @@ impl Approver {
     /// An approver that does nothing before it [runs](Self::run).
     pub fn new(parts: Parts) -> Self {
         let Parts { client, in_force, pods, clock, instance, kube_metrics, metrics } = parts;
+        let (standing, may_have_others) = (pods.standing(), pods.may_have_replicas());
         let desk = Arc::new(Desk::new(client.clone(), in_force.clone(), pods, clock, instance, metrics.clone()));
-        Self { client, in_force, desk, kube_metrics, metrics, told: Mutex::default(), synced: watch::Sender::new(false) }
+        Self {
+            client,
+            in_force,
+            desk,
+            standing,
+            may_have_others,
+            kube_metrics,
+            metrics,
+            told: Mutex::default(),
+            synced: watch::Sender::new(false),
+        }
     }
 
     /// Becomes true when every request there is has been seen once, and stays so.
@@ -104,13 +128,18 @@ impl Approver {
         self.synced.subscribe()
     }
 
-    /// Decides for ever.
+    /// Decides for ever, or is on standby.
     pub async fn run(self) {
-        let (mut signals, mut changes) = (Box::pin(self.watch()), self.in_force.clone());
+        let (mut signals, mut changes, mut standing) = (Box::pin(self.watch()), self.in_force.clone(), self.standing.clone());
         let (mut queue, mut workers, mut resting) = (Queue::default(), JoinSet::<(Key, Outcome)>::new(), DelayQueue::<Key>::new());
         let mut issuers = changes.borrow_and_update().rules.issuers.clone();
+        let mut role = Role::new(self.may_have_others);
         loop {
-            while workers.len() < WORKERS
+            role.stands_at(*standing.borrow_and_update(), Instant::now());
+            let takeover = role.next(queue.has_ready(), Instant::now(), fastrand::f64());
+            self.apply_role(role.decides());
+            while role.decides().is_some()
+                && workers.len() < WORKERS
                 && let Some((key, case)) = queue.pop()
             {
                 let (desk, may_hesitate) = (self.desk.clone(), resting.len() < MOST_HESITATING);
@@ -119,12 +148,18 @@ impl Approver {
             self.metrics.pending.set(i64::try_from(queue.len()).unwrap_or(i64::MAX));
             tokio::select! {
                 signal = signals.next() => match signal {
-                    Some(Signal::Event(event)) => self.note(&mut queue, event),
+                    Some(Signal::Event(event)) => self.note(&mut queue, &mut role, event),
                     Some(Signal::Trouble(..)) => {}
                     None => return,
                 },
                 Some(done) = workers.join_next(), if !workers.is_empty() => match done {
                     Ok((key, Outcome::Settled)) => queue.settled(&key),
+                    Ok((key, Outcome::Conflict)) => {
+                        queue.settled(&key);
+                        self.metrics.conflicts.inc();
+                        role.lost_conflict(Instant::now());
+                    }
+                    Ok((key, Outcome::Yielded)) => queue.given_back(&key),
                     Ok((key, Outcome::Failed)) => {
                         if let Some(pause) = queue.failed(&key) {
                             resting.insert(key, pause.mul_f64(0.5 + 0.5 * fastrand::f64()));
@@ -141,6 +176,8 @@ impl Approver {
                     }
                 },
                 Some(rested) = resting.next(), if !resting.is_empty() => queue.rested(rested.get_ref()),
+                () = sleep_until(takeover.unwrap_or_else(Instant::now)), if takeover.is_some() => {}
+                Ok(()) = standing.changed() => {}
                 Ok(()) = changes.changed() => {
                     resting.clear();
                     queue.wake();
@@ -166,7 +203,19 @@ impl Approver {
         kubernetes::watch::watch(api, selection, self.kube_metrics.clone())
     }
 
-    fn note(&self, queue: &mut Queue, event: watcher::Event<Request>) {
+    /// Opens or shuts the gate for writes, and logs a change of the role.
+    fn apply_role(&self, decides: Option<Cause>) {
+        self.desk.set_deciding(decides.is_some());
+        if self.metrics.active.set(decides.is_some().into()) == i64::from(decides.is_some()) {
+            return;
+        }
+        match decides {
+            Some(cause) => tracing::info!(cause = cause.as_str(), "this replica decides now"),
+            None => tracing::info!("another replica decides; this one is on standby"),
+        }
+    }
+
+    fn note(&self, queue: &mut Queue, role: &mut Role, event: watcher::Event<Request>) {
         match event {
             watcher::Event::Init => queue.list_begins(),
             watcher::Event::InitApply(request) => {
@@ -181,6 +230,9 @@ impl Approver {
             }
             watcher::Event::Apply(request) => {
                 self.look_for_others(&request);
+                if judge::decided_by_a_replica(&request) {
+                    role.other_decided();
+                }
                 self.seen(queue, request);
             }
             watcher::Event::Delete(request) => queue.gone(&key(&request)),

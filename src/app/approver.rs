@@ -43,7 +43,7 @@ pub async fn build_approver(settings: &Settings, file: reload::File, base: Base)
     let kube_metrics = kubernetes::Metrics::register(exposition.registry());
     let client = kubernetes::connect(&kube_metrics, approver::RATE).await?;
     let driver = config.per_pod.as_ref().map(|per_pod| per_pod.driver_name.clone());
-    let pods = Pods::new(client.clone(), driver, kube_metrics.clone());
+    let pods = Pods::new(client.clone(), config.node.pod.clone(), driver, kube_metrics.clone());
     let reload = Reload::new(file, settings, reloads::Metrics::register(exposition.registry()));
     let approver = Approver::new(approver::Parts {
         client,

@@ -19,13 +19,16 @@ use crate::{
     approver::{
         events::Events,
         force::InForce,
-        judge::{Decision, Denial, Sight, decide, evidence},
+        gate::{Slot, WriteGate},
+        judge::{self, Decision, Denial, Sight, decide, evidence},
         metrics::{Decided, Metrics, Step},
         pods::Pods,
         queue::Case,
     },
+    attest::pods::Pod,
     cert_manager::{Condition, PLURAL, Request, claims, denied},
     clock::{self, Clock},
+    identity::PodRef,
     kubernetes::{Call, Cause, Failure},
     telemetry::hush::Hush,
 };
@@ -37,6 +40,9 @@ const RESOURCE: &str = "certificaterequests.cert-manager.io";
 /// How often a request that others keep changing is judged in one go.
 const ROUNDS: usize = 4;
 
+/// A live read of a pod that is older is made again before the decision that rests on it is written.
+const MAX_LIVE_READ_AGE: Duration = Duration::from_secs(1);
+
 /// How a worker's attempt ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
@@ -44,6 +50,10 @@ pub enum Outcome {
     Settled,
     /// It is to be tried again.
     Failed,
+    /// Another replica has decided it first.
+    Conflict,
+    /// It is left undecided, because this replica is on standby now.
+    Yielded,
     /// It is left undecided for so long: it differs from the configuration, and the agent's file may be newer than the approver's.
     Hesitates(Duration),
 }
@@ -55,6 +65,13 @@ struct Judged {
     in_force: Arc<InForce>,
 }
 
+/// What a live read of a pod has told.
+struct LiveRead {
+    asked: PodRef,
+    begun: Instant,
+    found: Option<Pod>,
+}
+
 /// What the workers share.
 pub struct Desk {
     client: Client,
@@ -62,6 +79,7 @@ pub struct Desk {
     pods: Pods,
     clock: Arc<dyn Clock>,
     events: Events,
+    gate: WriteGate,
     metrics: Metrics,
     /// Denials that the log has been told of, by reason, requester and node.
     denials: Hush<(&'static str, String, String)>,
@@ -89,28 +107,25 @@ impl Desk {
     ) -> Self {
         let events = Events::new(client.clone(), instance, metrics.clone());
         let (denials, hesitations) = (Hush::default(), Hush::default());
-        Self { client, in_force, pods, clock, events, metrics, denials, hesitations, told: Mutex::default() }
+        Self { client, in_force, pods, clock, events, gate: WriteGate::default(), metrics, denials, hesitations, told: Mutex::default() }
+    }
+
+    /// Whether decisions are written. On standby, whatever waits to be written ends as [`Outcome::Yielded`].
+    pub fn set_deciding(&self, deciding: bool) {
+        self.gate.set_open(deciding);
     }
 
     /// Decides about one request, and writes it. `may_hesitate` is whether there is room for one more that is left undecided.
     pub async fn settle(&self, case: Case, may_hesitate: bool) -> Outcome {
-        let mut request = case.request;
+        let (mut request, mut live) = (case.request.clone(), None);
         for _ in 0..ROUNDS {
-            let Judged { decision, by_former, in_force } = match self.decide(&request).await {
-                Ok(judged) => judged,
+            let (judged, slot) = match self.judge_for_writing(&request, &mut live, &case, may_hesitate).await {
+                Ok(ready) => ready,
                 Err(outcome) => return outcome,
             };
+            let Judged { decision, by_former, in_force } = judged;
             if !Arc::ptr_eq(&in_force, &self.in_force.borrow()) {
                 continue;
-            }
-            if let Decision::Deny(denial) = &decision
-                && may_hesitate
-                && matches!(denial.code, denied::PROFILE_MISMATCH | denied::WRONG_IDENTITY)
-                && let left = in_force.hesitation().saturating_sub(case.since.elapsed())
-                && !left.is_zero()
-            {
-                self.put_off(&request, denial, left);
-                return Outcome::Hesitates(left);
             }
             let condition = match &decision {
                 Decision::Approve(sentence) => self.condition("Approved", APPROVER, sentence),
@@ -118,7 +133,7 @@ impl Desk {
                 // A live read leaves nothing to look at.
                 Decision::Ignore | Decision::Look(_) => return Outcome::Settled,
             };
-            match self.write(&request, condition).await {
+            match slot.write(self.write(&request, condition), Result::is_ok).await {
                 Ok(()) => {
                     if by_former {
                         self.metrics.by_former.inc();
@@ -127,6 +142,7 @@ impl Desk {
                     return Outcome::Settled;
                 }
                 Err(failure) if failure.cause == Cause::Conflict => match self.again(&request).await {
+                    Ok(Some(newer)) if judge::decided_by_a_replica(&newer) => return Outcome::Conflict,
                     Ok(Some(newer)) => request = Arc::new(newer),
                     Ok(None) => return Outcome::Settled,
                     Err(outcome) => return outcome,
@@ -138,21 +154,76 @@ impl Desk {
         Outcome::Failed
     }
 
-    async fn decide(&self, request: &Request) -> Result<Judged, Outcome> {
+    /// A decision, and the slot to write it. After a wait for the slot the request is judged again, because its pod may have gone meanwhile.
+    /// The slot is held for that: without it, a decision that rests on a live read could be out of date each time that its slot comes.
+    async fn judge_for_writing(
+        &self,
+        request: &Request,
+        live: &mut Option<LiveRead>,
+        case: &Case,
+        may_hesitate: bool,
+    ) -> Result<(Judged, Slot<'_>), Outcome> {
+        let judged = self.judge(request, live).await?;
+        self.is_to_be_written(request, &judged, case, may_hesitate)?;
+        let slot = self.gate.slot().await.ok_or(Outcome::Yielded)?;
+        if !slot.waited {
+            return Ok((judged, slot));
+        }
+        let judged = self.judge(request, live).await?;
+        self.is_to_be_written(request, &judged, case, may_hesitate)?;
+        Ok((judged, slot))
+    }
+
+    /// # Errors
+    ///
+    /// The outcome, where nothing is to be written now.
+    fn is_to_be_written(&self, request: &Request, judged: &Judged, case: &Case, may_hesitate: bool) -> Result<(), Outcome> {
+        match &judged.decision {
+            Decision::Deny(denial)
+                if may_hesitate
+                    && matches!(denial.code, denied::PROFILE_MISMATCH | denied::WRONG_IDENTITY)
+                    && Arc::ptr_eq(&judged.in_force, &self.in_force.borrow())
+                    && let left = judged.in_force.hesitation().saturating_sub(case.since.elapsed())
+                    && !left.is_zero() =>
+            {
+                self.put_off(request, denial, left);
+                Err(Outcome::Hesitates(left))
+            }
+            Decision::Ignore => Err(Outcome::Settled),
+            Decision::Approve(_) | Decision::Deny(_) | Decision::Look(_) => Ok(()),
+        }
+    }
+
+    /// Judges by the watch, and where that does not do, by a live read: the one in `live`, if it is fresh, or a new one.
+    async fn judge(&self, request: &Request, live: &mut Option<LiveRead>) -> Result<Judged, Outcome> {
         let in_force = self.in_force.borrow().clone();
         let watched = evidence(request).and_then(|pod| self.pods.watched(&pod.uid));
         let (decision, by_former) = match decide(request, Sight::Watched(watched.as_deref()), &in_force, Instant::now()) {
-            (Decision::Look(pod), _) => {
-                self.metrics.live_reads.inc();
-                let live = self.pods.read(&pod).await.map_err(|failure| {
-                    let call = Call { verb: "get", resource: "pods", name: Some(&pod.name), namespace: Some(&pod.namespace) };
-                    self.trouble(Step::read_pod, &call, &failure)
-                })?;
-                decide(request, Sight::Live(live.as_ref()), &in_force, Instant::now())
+            (Decision::Look(asked), _) => {
+                let fresh = live.take().filter(|read| read.asked == asked && read.begun.elapsed() < MAX_LIVE_READ_AGE);
+                let read = match fresh {
+                    Some(read) => read,
+                    None => self.read_live(asked).await?,
+                };
+                let decision = decide(request, Sight::Live(read.found.as_ref()), &in_force, Instant::now());
+                *live = Some(read);
+                decision
             }
             decided => decided,
         };
         Ok(Judged { decision, by_former, in_force })
+    }
+
+    async fn read_live(&self, asked: PodRef) -> Result<LiveRead, Outcome> {
+        self.metrics.live_reads.inc();
+        let begun = Instant::now();
+        match self.pods.read(&asked).await {
+            Ok(found) => Ok(LiveRead { asked, begun, found }),
+            Err(failure) => {
+                let call = Call { verb: "get", resource: "pods", name: Some(&asked.name), namespace: Some(&asked.namespace) };
+                Err(self.trouble(Step::read_pod, &call, &failure))
+            }
+        }
     }
 
     fn condition(&self, kind: &str, reason: &str, message: &str) -> Condition {

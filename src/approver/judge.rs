@@ -15,7 +15,7 @@ use crate::{
         rules::{Expectation, Rules},
     },
     attest::pods::Pod,
-    cert_manager::{GROUP, Request, USAGES, claims, csr, denied, keys},
+    cert_manager::{Condition, GROUP, Request, USAGES, claims, csr, denied, keys},
     config::IssuerRef,
     identity::PodRef,
     text,
@@ -67,6 +67,16 @@ pub fn approved_by_another<'a>(request: &'a Request, rules: &Rules) -> Option<&'
     let approval = request.status.as_ref()?.conditions.iter().find(|c| c.kind == "Approved" && c.status == "True")?;
     let reason = approval.reason.as_deref().unwrap_or_default();
     (reason != APPROVER && rules.guard(&issuer(request), namespace(request))).then_some(reason)
+}
+
+/// Whether an approver of this kind has decided about a request, as its reasons tell.
+pub fn decided_by_a_replica(request: &Request) -> bool {
+    let is_ours = |condition: &Condition| match (&*condition.kind, condition.reason.as_deref()) {
+        ("Approved", Some(reason)) => reason == APPROVER,
+        ("Denied", Some(reason)) => denied::ALL.contains(&reason),
+        _ => false,
+    };
+    request.status.iter().flat_map(|status| &status.conditions).any(|condition| condition.status == "True" && is_ours(condition))
 }
 
 /// The pod that a request names as its evidence; none where the annotations do not say.

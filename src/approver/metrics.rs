@@ -50,6 +50,8 @@ pub struct Metrics {
     duration: Histogram,
     errors: Family<Error, Counter>,
     pub(super) pending: Gauge,
+    pub(super) active: Gauge,
+    pub(super) conflicts: Counter,
     pub(super) live_reads: Counter,
     pub(super) foreign: Counter,
     pub(super) by_former: Counter,
@@ -62,6 +64,8 @@ impl Default for Metrics {
             duration: Histogram::new([0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0]),
             errors: Family::default(),
             pending: Gauge::default(),
+            active: Gauge::default(),
+            conflicts: Counter::default(),
             live_reads: Counter::default(),
             foreign: Counter::default(),
             by_former: Counter::default(),
@@ -88,7 +92,17 @@ impl Metrics {
             metrics.duration.clone(),
         );
         registry.register("approver_errors", "Calls to the API that failed, and are made again (Events are not)", metrics.errors.clone());
-        registry.register("approver_pending", "Requests that wait for this replica", metrics.pending.clone());
+        registry.register(
+            "approver_pending",
+            "Requests that wait for a decision; a replica on standby counts those that wait for the other",
+            metrics.pending.clone(),
+        );
+        registry.register("approver_active", "1 while this replica decides, 0 while it is on standby", metrics.active.clone());
+        registry.register(
+            "approver_conflicts",
+            "Decisions of this replica that were not written, because another one had decided",
+            metrics.conflicts.clone(),
+        );
         registry.register(
             "approver_pod_reads",
             "Pods that were read live, because the watch did not tell enough",

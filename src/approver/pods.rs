@@ -15,6 +15,7 @@ use futures::StreamExt;
 use kube::{Api, Client, runtime::watcher};
 use tokio::sync::watch;
 
+use super::replicas::{Replicas, Standing};
 use crate::{
     attest::pods::{Pod, Slim},
     identity::PodRef,
@@ -40,6 +41,8 @@ struct Shared {
     driver: Option<String>,
     metrics: kubernetes::Metrics,
     known: Mutex<HashMap<Arc<str>, Arc<Pod>>>,
+    replicas: Mutex<Replicas>,
+    standing: watch::Sender<Standing>,
     synced: watch::Sender<bool>,
     /// The watch is broken, or has told nothing since it was: what it knows may be old.
     stale: AtomicBool,
@@ -52,16 +55,29 @@ impl fmt::Debug for Pods {
 }
 
 impl Pods {
-    /// Empty until [`run`](Self::run) runs. `driver` is the CSI driver whose volumes pick profiles.
-    pub fn new(client: Client, driver: Option<String>, metrics: kubernetes::Metrics) -> Self {
+    /// Empty until [`run`](Self::run) runs. `own` is the pod of this replica; `driver` is the CSI driver whose volumes pick profiles.
+    pub fn new(client: Client, own: Option<PodRef>, driver: Option<String>, metrics: kubernetes::Metrics) -> Self {
+        let replicas = Replicas::new(own);
         Self(Arc::new(Shared {
             client,
             driver,
             metrics,
             known: Mutex::default(),
+            standing: watch::Sender::new(replicas.standing()),
+            replicas: Mutex::new(replicas),
             synced: watch::Sender::new(false),
             stale: AtomicBool::new(true),
         }))
+    }
+
+    /// Where this replica stands among the approver's pods.
+    pub fn standing(&self) -> watch::Receiver<Standing> {
+        self.0.standing.subscribe()
+    }
+
+    /// Whether this replica is a pod, and so may have others beside it.
+    pub fn may_have_replicas(&self) -> bool {
+        self.replicas().is_one()
     }
 
     /// Becomes true when the index has been complete for the first time, and stays so.
@@ -106,7 +122,9 @@ impl Pods {
                 }
                 Signal::Event(watcher::Event::InitDone) => {
                     self.known().retain(|uid, _| list.contains(uid));
+                    self.replicas().retain(&list);
                     list = HashSet::new();
+                    self.stand_again();
                     if !self.0.synced.send_replace(true) {
                         tracing::info!(pods = self.known().len(), "the index of the cluster's pods is complete");
                     }
@@ -114,11 +132,14 @@ impl Pods {
                 }
                 Signal::Event(watcher::Event::Apply(pod)) => {
                     self.applied(&pod);
+                    self.stand_again();
                     true
                 }
                 Signal::Event(watcher::Event::Delete(pod)) => {
                     if let Some(uid) = pod.metadata.uid.as_deref() {
                         self.known().remove(uid);
+                        self.replicas().deleted(uid);
+                        self.stand_again();
                     }
                     true
                 }
@@ -132,9 +153,19 @@ impl Pods {
         self.0.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn replicas(&self) -> MutexGuard<'_, Replicas> {
+        self.0.replicas.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn stand_again(&self) {
+        let standing = self.replicas().standing();
+        self.0.standing.send_if_modified(|before| std::mem::replace(before, standing) != standing);
+    }
+
     fn applied(&self, slim: &Slim) -> Option<Arc<str>> {
         let pod = Pod::of(slim, self.0.driver.as_deref())?;
         let uid = pod.pod.uid.clone();
+        self.replicas().applied(slim, &pod);
         if held_bytes(&pod) <= MAX_HELD_BYTES {
             self.known().insert(uid.clone(), Arc::new(pod));
         } else {

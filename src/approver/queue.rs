@@ -189,6 +189,30 @@ impl Queue {
         }
     }
 
+    /// Its worker gives it back undecided: it is the next to be worked on.
+    pub fn given_back(&mut self, key: &Key) {
+        let Some(entry) = self.entries.get_mut(key) else { return };
+        match entry.state {
+            State::Working { .. } => {
+                entry.state = State::Ready;
+                self.ready.push_front(key.clone());
+            }
+            State::Leaving => drop(self.entries.remove(key)),
+            State::Ready | State::Resting => {}
+        }
+    }
+
+    /// Whether there is one to work on.
+    pub fn has_ready(&mut self) -> bool {
+        while let Some(key) = self.ready.front() {
+            if self.entries.get(key).is_some_and(|entry| entry.state == State::Ready) {
+                return true;
+            }
+            self.ready.pop_front();
+        }
+        false
+    }
+
     /// The rules have changed: what rests is looked at again at once, and what is being worked on once more.
     pub fn wake(&mut self) {
         for (key, entry) in &mut self.entries {
@@ -280,6 +304,26 @@ mod tests {
         assert_eq!(next(&mut queue), Some(("b".into(), "1".into())));
         queue.gone(&a);
         assert!(!queue.waits(&a), "it is gone");
+    }
+
+    #[test]
+    fn what_is_given_back_is_the_next_and_what_is_gone_meanwhile_is_not() {
+        let (mut queue, now) = (Queue::default(), Instant::now());
+        assert!(!queue.has_ready());
+        for name in ["a", "b", "c"] {
+            queue.seen(request(name, "1"), now);
+        }
+        let a = ("n".to_owned(), "a".to_owned());
+        assert!(next(&mut queue).is_some());
+        queue.seen(request("a", "2"), now);
+        queue.given_back(&a);
+        assert_eq!(next(&mut queue), Some(("a".into(), "2".into())));
+        queue.gone(&a);
+        queue.given_back(&a);
+        queue.gone(&("n".to_owned(), "b".to_owned()));
+        assert!(queue.has_ready());
+        assert_eq!(next(&mut queue), Some(("c".into(), "1".into())));
+        assert!(!queue.has_ready() && queue.len() == 1, "c is being worked on");
     }
 
     /// Such as by rules that leave its issuer out and take it in again.

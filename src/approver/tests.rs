@@ -13,11 +13,14 @@ use crate::{
         rules::Rules,
     },
     clock::TestClock,
+    identity::PodRef,
     kubernetes::fake::{FakeApi, Fault},
 };
 
 mod changes;
+mod gate;
 mod memory;
+mod replicas;
 
 const CR: &str = "certificaterequests";
 
@@ -42,9 +45,14 @@ impl Replica {
 
     /// The same by these rules.
     fn by(api: &FakeApi, watches_pods: bool, rules: Rules) -> Self {
+        Self::of(api, None, watches_pods, rules)
+    }
+
+    /// The same in its own pod.
+    fn of(api: &FakeApi, own: Option<PodRef>, watches_pods: bool, rules: Rules) -> Self {
         let (kube_metrics, metrics) = (kubernetes::Metrics::default(), Metrics::default());
         let client = api.client_at(&kube_metrics, RATE);
-        let pods = Pods::new(client.clone(), None, kube_metrics.clone());
+        let pods = Pods::new(client.clone(), own, None, kube_metrics.clone());
         let in_force = watch::Sender::new(Arc::new(InForce::new(rules)));
         let approver = Approver::new(Parts {
             client,

@@ -44,6 +44,7 @@ func (p *plane) startEtcd() (string, error) {
 	case <-p.ctx.Done():
 		return "", p.ctx.Err()
 	}
+	p.etcd = etcd.Server
 	p.run("etcd", func(ctx context.Context) error {
 		select {
 		case err := <-etcd.Err():

@@ -41,6 +41,7 @@ type settings struct {
 	apiserverArgs  []string
 	audit          bool
 	workloads      bool
+	pods           int
 	stay           bool
 	verbosity      int
 }
@@ -87,6 +88,7 @@ func parseFlags(args []string) (settings, error) {
 	})
 	fs.BoolVar(&opts.audit, "audit", false, "log every finished request with its user to DIR/audit.log, one JSON object a line")
 	fs.BoolVar(&opts.workloads, "workloads", false, "run the DaemonSet, Deployment and ReplicaSet controllers and the scheduler")
+	fs.IntVar(&opts.pods, "pods", 0, "make so many pods of some 10 KB in the namespace "+crowdNamespace)
 	fs.BoolVar(&opts.stay, "stay", false, "keep running when standard input ends")
 	fs.IntVar(&opts.verbosity, "v", 2, "verbosity of the logs in DIR")
 
@@ -106,6 +108,9 @@ func parseFlags(args []string) (settings, error) {
 	}
 	if opts.port < 0 || opts.port > 65535 {
 		return opts, fmt.Errorf("--port %d is not a port number", opts.port)
+	}
+	if opts.pods < 0 || opts.pods > crowdPods {
+		return opts, fmt.Errorf("--pods %d is not between 0 and %d", opts.pods, crowdPods)
 	}
 	dir, err := filepath.Abs(opts.dir)
 	if err != nil {

@@ -11,6 +11,7 @@ import (
 	"runtime/debug"
 	"syscall"
 
+	"go.etcd.io/etcd/server/v3/etcdserver"
 	"k8s.io/klog/v2"
 )
 
@@ -20,6 +21,7 @@ type plane struct {
 	ctx  context.Context
 	fail context.CancelCauseFunc
 
+	etcd   *etcdserver.EtcdServer
 	locked *os.File // open for as long as the directory is ours
 	keys   *keys    // the cluster's certificate authority and token key
 	server string   // https://127.0.0.1:port
@@ -78,6 +80,9 @@ func (p *plane) start() error {
 		return err
 	}
 	if err := p.awaitAll(admin, collector); err != nil {
+		return err
+	}
+	if err := p.makeCrowd(admin, p.pods); err != nil {
 		return err
 	}
 	return p.writeKubeconfig(p.adminKubeconfig(), administrator)

@@ -6,6 +6,8 @@
 mod alone;
 pub mod ask;
 mod changes;
+mod crowd;
+mod load;
 mod outages;
 mod policy;
 mod together;

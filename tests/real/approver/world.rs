@@ -16,6 +16,7 @@ use crate::support::{
     cluster::{Cluster, Pod},
     eventually, manifests,
     plane::Plane,
+    relay::Relay,
 };
 
 pub const NAMESPACE: &str = "sds-agent";
@@ -140,6 +141,23 @@ impl World {
         let actor = self.replica(name).await;
         let configuration = overlapping(&self.configuration(lifetime).await, "0s");
         actor.environment(Launch::approver(&actor.dir, &configuration)).start().await
+    }
+
+    /// The same, with all of its connections to the API server through `relay`.
+    pub async fn approver_through(&self, name: &str, lifetime: &str, relay: &Relay) -> Agent {
+        let actor = self.replica(name).await;
+        let configuration = overlapping(&self.configuration(lifetime).await, "0s");
+        let kubeconfig = actor.dir.join("kubeconfig");
+        let direct = fs::read_to_string(&kubeconfig).unwrap();
+        let relayed = actor.dir.join("relayed");
+        fs::write(&relayed, direct.replace(&self.server(), &relay.address().to_string())).unwrap();
+        let launch = actor.environment(Launch::approver(&actor.dir, &configuration));
+        launch.env("KUBECONFIG", relayed.to_str().unwrap()).start().await
+    }
+
+    /// Where the API server listens: a host and a port.
+    pub fn server(&self) -> String {
+        self.cluster.address()["server"].as_str().unwrap().trim_start_matches("https://").to_owned()
     }
 
     /// The same with an overlap, and its configuration as a mounted ConfigMap.

@@ -1,4 +1,5 @@
-//! A look into another process's memory: whether some bytes are anywhere in what it can write to. Needs root.
+//! A look at another process's memory: how much it has had, and whether some bytes are anywhere in what it can write to. The latter needs
+//! root.
 
 use std::{
     fs::{self, File},
@@ -9,6 +10,14 @@ use nix::unistd::Pid;
 
 /// The part of a mapping that is read at a time.
 const CHUNK: usize = 1 << 20;
+
+/// The most that `process` has had resident so far, in bytes.
+pub fn peak(process: Pid) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{process}/status")).expect("the process runs");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("the kernel tells it");
+    let kibibytes: u64 = line.trim().trim_end_matches(" kB").parse().expect("a number");
+    kibibytes << 10
+}
 
 /// Whether all of `needle` stands somewhere in the writable memory of `process`.
 pub fn holds(process: Pid, needle: &[u8]) -> bool {

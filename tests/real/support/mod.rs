@@ -26,6 +26,7 @@ pub mod pair;
 pub mod plane;
 pub mod prometheus;
 pub mod recorder;
+pub mod relay;
 pub mod scene;
 pub mod signer;
 pub mod tools;

@@ -1,0 +1,209 @@
+//! The approver's own pods, and which of them is the first: the one that decides while the others stand by. No I/O.
+//!
+//! The replicas need no election: each of them watches the cluster's pods anyway, and so sees the others. The first is the oldest pod of
+//! the own namespace and service account that runs on a node and is not being deleted. An old pod that is deleted hands over at that
+//! moment, which is before its process ends; a new pod never takes precedence over those that run.
+
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+};
+
+use crate::{
+    attest::pods::{Pod, Slim},
+    identity::PodRef,
+};
+
+/// Where this replica stands among the others.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rank {
+    /// It does not know: its own pod has not been seen.
+    Unknown,
+    /// Before all others.
+    First,
+    /// Behind another one.
+    Later,
+    /// Its own pod is being deleted, and there is another one.
+    Leaving,
+}
+
+/// What the pods say.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Standing {
+    /// Its place.
+    pub rank: Rank,
+    /// How many others have left so far, or are on their way out.
+    pub departures: u64,
+}
+
+/// See the module. It holds the pods of the own namespace.
+#[derive(Debug)]
+pub struct Replicas {
+    own: Option<PodRef>,
+    pods: HashMap<Arc<str>, Replica>,
+    departures: u64,
+}
+
+#[derive(Debug)]
+struct Replica {
+    account: Arc<str>,
+    deleting: bool,
+    /// Seconds since the epoch.
+    created: i64,
+}
+
+impl Replicas {
+    /// Without `own` there are no replicas, and the rank stays unknown.
+    pub fn new(own: Option<PodRef>) -> Self {
+        Self { own, pods: HashMap::new(), departures: 0 }
+    }
+
+    /// Whether the own pod is known by its name.
+    pub fn is_one(&self) -> bool {
+        self.own.is_some()
+    }
+
+    /// A pod is there, or has changed. `slim` is the object of `pod`.
+    pub fn applied(&mut self, slim: &Slim, pod: &Pod) {
+        if self.own.as_ref().is_none_or(|own| own.namespace != pod.pod.namespace) {
+            return;
+        }
+        let Some(account) = pod.service_account.clone().filter(|_| !pod.ended && pod.node_name.is_some()) else {
+            return self.deleted(&pod.pod.uid);
+        };
+        let metadata = &slim.metadata;
+        let created = metadata.creation_timestamp.as_ref().map_or(0, |time| time.0.as_second());
+        let replica = Replica { account, deleting: metadata.deletion_timestamp.is_some(), created };
+        let begins_to_leave = replica.deleting && self.pods.get(&pod.pod.uid).is_some_and(|before| !before.deleting);
+        if begins_to_leave {
+            self.count_departure(&pod.pod.uid);
+        }
+        self.pods.insert(pod.pod.uid.clone(), replica);
+    }
+
+    /// A pod has gone.
+    pub fn deleted(&mut self, uid: &str) {
+        if self.pods.get(uid).is_some_and(|replica| !replica.deleting) {
+            self.count_departure(uid);
+        }
+        self.pods.remove(uid);
+    }
+
+    /// The pod with this UID leaves: counted where it is another replica.
+    fn count_departure(&mut self, uid: &str) {
+        let account = |uid: &str| self.pods.get(uid).map(|replica| &replica.account);
+        let own = self.own.as_ref().filter(|own| *own.uid != *uid);
+        if own.and_then(|own| account(&own.uid)).is_some_and(|own| account(uid) == Some(own)) {
+            self.departures += 1;
+        }
+    }
+
+    /// What a whole list lacks has gone.
+    pub fn retain(&mut self, list: &HashSet<Arc<str>>) {
+        let gone: Vec<_> = self.pods.keys().filter(|uid| !list.contains(*uid)).cloned().collect();
+        gone.iter().for_each(|uid| self.deleted(uid));
+    }
+
+    /// Where this replica stands.
+    pub fn standing(&self) -> Standing {
+        Standing { rank: self.rank(), departures: self.departures }
+    }
+
+    fn rank(&self) -> Rank {
+        let Some((uid, own)) = self.own.as_ref().and_then(|own| self.pods.get_key_value(&own.uid)) else { return Rank::Unknown };
+        let order = |uid: &Arc<str>, replica: &Replica| (replica.deleting, replica.created, uid.clone());
+        let mine = order(uid, own);
+        let mut others = self.pods.iter().filter(|(other, replica)| *other != uid && replica.account == own.account);
+        if own.deleting && others.clone().any(|(_, other)| !other.deleting) {
+            Rank::Leaving
+        } else if others.any(|(uid, other)| order(uid, other) < mine) {
+            Rank::Later
+        } else {
+            Rank::First
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn own() -> Option<PodRef> {
+        Some(PodRef { namespace: "mesh".into(), name: "b".into(), uid: "u-b".into() })
+    }
+
+    /// A pod of the approver, created at this second.
+    fn pod(name: &str, second: u8) -> Value {
+        json!({
+            "metadata": {
+                "namespace": "mesh", "name": name, "uid": format!("u-{name}"), "creationTimestamp": format!("2026-01-01T00:00:{second:02}Z"),
+            },
+            "spec": {"nodeName": "n1", "serviceAccountName": "approver"}, "status": {"phase": "Running"},
+        })
+    }
+
+    fn apply(replicas: &mut Replicas, object: &Value) -> Rank {
+        let slim: Slim = serde_json::from_value(object.clone()).unwrap();
+        replicas.applied(&slim, &Pod::of(&slim, None).unwrap());
+        replicas.standing().rank
+    }
+
+    #[test]
+    fn the_oldest_that_is_not_being_deleted_is_the_first() {
+        let mut replicas = Replicas::new(own());
+        assert_eq!(replicas.standing().rank, Rank::Unknown);
+        assert_eq!(apply(&mut replicas, &pod("a", 7)), Rank::Unknown, "its own pod has not been seen");
+        assert_eq!(apply(&mut replicas, &pod("b", 7)), Rank::Later, "of two that are equally old the UID decides");
+        assert_eq!(apply(&mut replicas, &pod("c", 8)), Rank::Later);
+        let mut leaving = pod("a", 7);
+        leaving["metadata"]["deletionTimestamp"] = json!("2026-01-01T00:10:00Z");
+        assert_eq!(apply(&mut replicas, &leaving), Rank::First, "the older one is on its way out");
+
+        // Its own role comes to be deleted: it hands over where there is another one.
+        let mut own = pod("b", 7);
+        own["metadata"]["deletionTimestamp"] = json!("2026-01-01T00:20:00Z");
+        assert_eq!(apply(&mut replicas, &own), Rank::Leaving);
+        assert_eq!(replicas.standing().departures, 1);
+        replicas.deleted("u-c");
+        replicas.deleted("u-a");
+        assert_eq!(replicas.standing().departures, 2, "one of them had been counted when it began to leave");
+        assert_eq!(replicas.standing().rank, Rank::First, "there is nobody to hand over to");
+        replicas.retain(&HashSet::new());
+        assert_eq!(replicas.standing().rank, Rank::Unknown);
+    }
+
+    #[test]
+    fn pods_that_are_no_replicas_do_not_count() {
+        let changes: [fn(&mut Value); 5] = [
+            |pod| pod["metadata"]["namespace"] = json!("other"),
+            |pod| pod["spec"]["serviceAccountName"] = json!("agent"),
+            |pod| pod["spec"]["nodeName"] = Value::Null,
+            |pod| pod["status"]["phase"] = json!("Failed"),
+            |pod| pod["status"]["phase"] = json!("Succeeded"),
+        ];
+        for change in changes {
+            let mut replicas = Replicas::new(own());
+            apply(&mut replicas, &pod("b", 7));
+            assert_eq!(apply(&mut replicas, &pod("a", 1)), Rank::Later);
+            let mut other = pod("a", 1);
+            change(&mut other);
+            if other["metadata"]["namespace"] == "other" {
+                replicas.deleted("u-a");
+            }
+            assert_eq!(apply(&mut replicas, &other), Rank::First, "{other}");
+        }
+        // Agents, of which there are many, come and go in the same namespace.
+        let mut replicas = Replicas::new(own());
+        apply(&mut replicas, &pod("b", 7));
+        let mut agent = pod("agent", 1);
+        agent["spec"]["serviceAccountName"] = json!("agent");
+        apply(&mut replicas, &agent);
+        replicas.deleted("u-agent");
+        assert_eq!(replicas.standing(), Standing { rank: Rank::First, departures: 0 });
+        let mut alone = Replicas::new(None);
+        assert_eq!(apply(&mut alone, &pod("b", 7)), Rank::Unknown);
+        assert!(alone.pods.is_empty());
+    }
+}

@@ -1,0 +1,96 @@
+//! A cluster with many pods: what the approver needs for them.
+
+use serde_json::json;
+
+use super::{
+    ask::{Ask, condition},
+    world::{PATIENCE, World},
+};
+use crate::support::{agent::Agent, eventually, manifests, memory, relay::Relay};
+
+/// Pods of the cluster, as `tests/controlplane` makes them, and their least size in bytes: as the API server sends one, and of its managed
+/// fields alone.
+const PODS: usize = 10_000;
+const POD_BYTES: usize = 10_000;
+const MANAGED_BYTES: usize = 4_000;
+/// How often they fit the memory limit of the Deployment.
+const TIMES: u64 = 3;
+/// Nobody else approves, and nobody signs.
+const WITHOUT: &str = "*,-certificaterequests-approver,-certificaterequests-issuer-ca";
+const ROLE: &str = "/apis/rbac.authorization.k8s.io/v1/clusterroles/sds-agent-approver";
+
+/// The memory limit in `daemonset/approver/deployment.yaml`, in bytes.
+fn limit() -> u64 {
+    let deployment = manifests::documents(&manifests::read("approver/deployment.yaml"));
+    let deployment = deployment.into_iter().find(|object| object["kind"] == "Deployment").expect("a Deployment");
+    let text = &deployment["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"]["memory"];
+    let mebibytes: Option<u64> = text.as_str().and_then(|text| text.strip_suffix("Mi")?.parse().ok());
+    mebibytes.unwrap_or_else(|| panic!("a limit in Mi: {text}")) << 20
+}
+
+async fn pages(approver: &Agent) -> f64 {
+    approver.metric_of("sds_agent_kube_requests_total", &["verb=\"list\"", "resource=\"pods\"", "code=\"200\""]).await
+}
+
+/// At the start, and once more when all is listed again, into a heap that is in pieces.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ten_thousand_pods_fit_the_shipped_limit_three_times() {
+    let world = World::start(&["--controllers", WITHOUT, "--pods", &PODS.to_string()]).await;
+    let cluster = &world.cluster;
+    let one = cluster.get("/api/v1/namespaces/crowd/pods/crowd-000000-pod").await;
+    let (size, managed) = (one.to_string().len(), one["metadata"]["managedFields"].to_string().len());
+    assert!(size >= POD_BYTES && managed >= MANAGED_BYTES, "{size} bytes, {managed} of them managed fields");
+
+    let relay = Relay::to(&world.server()).await;
+    let approver = world.approver_through("approver-0", "24h", &relay).await;
+    let index = approver.logs("the index", PATIENCE, |line| line["message"] == "the index of the cluster's pods is complete").await;
+    assert!(index["pods"].as_u64().is_some_and(|pods| pods >= PODS as u64), "{index}");
+    let at_first = memory::peak(approver.process().pid());
+    let node = cluster.node().await;
+    let agent = world.actor("agent", "sds-agent", &node).await;
+    let pod = cluster.pod(&cluster.namespace().await, "app", &node).await;
+    let answered = async || {
+        let path = Ask::of(&agent, &pod).create(&agent).await.expect("a request is created");
+        eventually("the request is approved", PATIENCE, async || {
+            let request = cluster.get(&path).await;
+            condition(&request, "Approved").map(drop).ok_or_else(|| request["status"].to_string())
+        })
+        .await;
+    };
+    answered().await;
+    let listed = pages(&approver).await;
+    assert!(listed >= (PODS / 500) as f64, "{listed} pages");
+
+    // A watch that may not be started any more: only a list shows that it may again.
+    let rules = cluster.get(ROLE).await["rules"].clone();
+    let mut fewer = rules.clone();
+    for rule in fewer.as_array_mut().expect("rules").iter_mut().filter(|rule| rule["resources"] == json!(["pods"])) {
+        rule["verbs"] = json!(["get", "list"]);
+    }
+    cluster.patch(ROLE, &json!({"rules": fewer})).await;
+    eventually("the watch is refused", PATIENCE, async || {
+        let refused = approver.metric_of("sds_agent_kube_requests_total", &["verb=\"watch\"", "resource=\"pods\"", "code=\"403\""]).await;
+        if refused > 0.5 {
+            return Ok(());
+        }
+        relay.cut();
+        Err("it is accepted".to_owned())
+    })
+    .await;
+    eventually("all pods are listed again", PATIENCE, async || {
+        let now = pages(&approver).await;
+        if now >= 2.0 * listed { Ok(()) } else { Err(format!("{listed} pages, then {now}")) }
+    })
+    .await;
+    cluster.patch(ROLE, &json!({"rules": rules})).await;
+    answered().await;
+    let peak = memory::peak(approver.process().pid());
+    let limit = limit();
+    println!(
+        "figure: {PODS} pods of {size} bytes: at most {} MiB after the first list, {} MiB after more; the limit is {} MiB",
+        at_first >> 20,
+        peak >> 20,
+        limit >> 20
+    );
+    assert!(peak * TIMES <= limit, "{peak} bytes, and the limit is {limit}");
+}
