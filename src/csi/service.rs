@@ -83,7 +83,7 @@ impl Driver {
         if let Err(status) = &result {
             let target = text::excerpt(target, MAX_TARGET_CHARS);
             // The kubelet tries again for as long as the pod exists.
-            if let Some(left_out) = self.refusals.tells(format!("{call:?} {target}"), Instant::now()) {
+            if let Some(left_out) = self.refusals.tells(format!("{call:?} {:?} {target}", status.code()), Instant::now()) {
                 warn!(?call, ?target, code = ?status.code(), cause = text::excerpt(status.message(), text::MAX_MESSAGE_CHARS), left_out, "refused a call of the kubelet");
             }
         }
