@@ -63,13 +63,13 @@ pub struct Connection {
     refusals: Arc<Refusals>,
 }
 
-/// What the log has been told about callers that are refused, and about clients that refuse what they get.
+/// Lines of the log about callers that are refused, and about clients that refuse what they get.
 pub type Refusals = Hush<Cause>;
 
 /// What makes two lines about callers the same.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Cause {
-    /// None where callers cannot be told apart.
+    /// None where callers cannot be distinguished.
     origin: Option<Origin>,
     what: &'static str,
     is_proven: bool,
@@ -77,7 +77,7 @@ pub struct Cause {
 
 impl Cause {
     /// About no caller in particular.
-    pub fn of_nobody(what: &'static str) -> Self {
+    pub fn unattributed(what: &'static str) -> Self {
         Self { origin: None, what, is_proven: false }
     }
 }
@@ -179,16 +179,16 @@ impl Connection {
 
     /// Whether to tell the log of `what` this caller does, and how many like it were left out: one line for each cause, origin and minute.
     pub fn tells(&self, what: &'static str) -> Option<u64> {
-        self.told(what, self.attested.get().is_some())
+        self.line_is_due(what, self.attested.get().is_some())
     }
 
-    fn told(&self, what: &'static str, is_proven: bool) -> Option<u64> {
+    fn line_is_due(&self, what: &'static str, is_proven: bool) -> Option<u64> {
         self.refusals.tells(self.desk.cause(&self.origin, what, is_proven), tokio::time::Instant::now())
     }
 
     /// A caller that tries again and again does not fill the log.
     fn log(&self, error: &attest::Error) {
-        match self.told(error.reason.as_str(), error.pod.is_some() || self.attested.get().is_some()) {
+        match self.line_is_due(error.reason.as_str(), error.pod.is_some() || self.attested.get().is_some()) {
             Some(0) => warn!(peer = ?self.peer, cause = %error, "caller not served"),
             Some(left_out) => warn!(peer = ?self.peer, origin = %self.origin, left_out, cause = %error, "caller not served"),
             None => debug!(peer = ?self.peer, cause = %error, "caller not served, again"),
@@ -320,7 +320,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn pods_that_nobody_knows_leave_places_for_those_that_are_known_and_are_reported() {
+    async fn unknown_pods_leave_places_for_known_ones_and_are_reported() {
         let log = Captured::default();
         let (_guard, _filter) = capture("info", Format::Json, log.clone()).unwrap();
         let refusals = Arc::<Refusals>::default();

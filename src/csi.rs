@@ -88,8 +88,7 @@ impl Driver {
         let sockets = Sockets::open(&config, pods, sessions, warmer, metrics.clone())?;
         let config = Arc::new(config);
         let name = node.node_name.unwrap_or_default();
-        let refusals = Arc::default();
-        let driver = service::Driver { config: config.clone(), node: name, sockets: sockets.clone(), resolver, metrics, refusals };
+        let driver = service::Driver { config: config.clone(), node: name, sockets: sockets.clone(), resolver, metrics };
         let services = Table::default().with(IdentityServer::new(driver.clone())).with(NodeServer::new(driver));
         let calls = Server::bind(FIELD, config.driver_socket(), services, Arc::default())?;
         let refused = Arc::new(Notify::new());

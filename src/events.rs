@@ -251,7 +251,7 @@ impl Writer {
 fn event(note: &Note, instance: &str, now: jiff::Timestamp) -> Event {
     let PodRef { namespace, name, uid } = &note.pod;
     let kind = if matches!(note.reason, Reason::CertificateIssued | Reason::CallerServed) { "Normal" } else { "Warning" };
-    // Who reads events is trusted with less than who reads the log.
+    // Readers of events are trusted with less than readers of the log.
     let mut words = text::excerpt(&note.words, MOST_NOTE);
     if words.len() > MOST_NOTE {
         let mut end = MOST_NOTE - '…'.len_utf8();

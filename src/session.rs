@@ -125,7 +125,7 @@ impl Sessions {
                 Err(error) => {
                     let wait = pause.next();
                     sessions.metrics.rejected(Rejection::accept_error);
-                    if let Some(left_out) = sessions.refusals.tells(Cause::of_nobody("accept"), Instant::now()) {
+                    if let Some(left_out) = sessions.refusals.tells(Cause::unattributed("accept"), Instant::now()) {
                         let wait_milliseconds = wait.as_millis();
                         warn!(%error, wait_milliseconds, left_out, "cannot accept connections; trying again (out of file descriptors?)");
                     }
@@ -150,7 +150,7 @@ impl Sessions {
             Ok(peer) => peer,
             Err(error) => {
                 self.metrics.rejected(Rejection::no_credentials);
-                if let Some(left_out) = self.refusals.tells(Cause::of_nobody("no credentials"), Instant::now()) {
+                if let Some(left_out) = self.refusals.tells(Cause::unattributed("no credentials"), Instant::now()) {
                     warn!(%error, left_out, "connection closed: the kernel does not tell who it is");
                 }
                 return;

@@ -1,7 +1,7 @@
 //! What a request's status says: one pure reading, shared by all who look.
 //!
 //! A condition's words are an issuer's, and may repeat what it was given. They lose what looks like a key here; they keep their lines, by
-//! which some are read, and are still foreign: who shows them takes an [`excerpt`](text::excerpt).
+//! which some are read, and are still foreign: they are shown by an [`excerpt`](text::excerpt).
 
 use std::borrow::Cow;
 

@@ -95,8 +95,8 @@ async fn run(config: &Config, base: Base, log: Log, style: Style) -> anyhow::Res
     })
 }
 
-/// Runs `work` to its end. An error is told through the log, as standard error may have a reader that stalls; for the same reason nothing
-/// is waited for without a bound.
+/// Runs `work` to its end. An error goes through the log: the reader of standard error may stall, and nothing waits for it
+/// without a bound.
 pub(super) fn serve(log: &Log, worker_threads: usize, work: impl Future<Output = anyhow::Result<ExitCode>>) -> ExitCode {
     let _end = log.until_dropped();
     let runtime = Builder::new_multi_thread().worker_threads(worker_threads).enable_all().build();

@@ -5,10 +5,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use tokio::{
-    sync::watch,
-    time::{Instant, timeout},
-};
+use tokio::{sync::watch, time::timeout};
 use tonic::{Code, Request, Response, Status};
 use tracing::warn;
 
@@ -28,7 +25,6 @@ use crate::{
         NodePublishVolumeResponse, NodeUnpublishVolumeRequest, NodeUnpublishVolumeResponse, ProbeRequest, ProbeResponse,
         identity_server::Identity, node_server::Node,
     },
-    telemetry::hush::Hush,
     text,
 };
 
@@ -52,8 +48,6 @@ pub struct Driver {
     pub resolver: watch::Receiver<Arc<Resolver>>,
     /// What is counted.
     pub metrics: Metrics,
-    /// What the log has been told about calls that are refused, by target.
-    pub refusals: Arc<Hush<String>>,
 }
 
 impl Driver {
@@ -82,10 +76,9 @@ impl Driver {
         self.metrics.called(call, result.as_ref().map_or_else(Status::code, |()| Code::Ok));
         if let Err(status) = &result {
             let target = text::excerpt(target, MAX_TARGET_CHARS);
-            // The kubelet tries again for as long as the pod exists.
-            if let Some(left_out) = self.refusals.tells(format!("{call:?} {:?} {target}", status.code()), Instant::now()) {
-                warn!(?call, ?target, code = ?status.code(), cause = text::excerpt(status.message(), text::MAX_MESSAGE_CHARS), left_out, "refused a call of the kubelet");
-            }
+            let cause = text::excerpt(status.message(), text::MAX_MESSAGE_CHARS);
+            // Each time: the kubelet backs off, up to two minutes for each volume.
+            warn!(?call, ?target, code = ?status.code(), cause, "refused a call of the kubelet");
         }
         result.map(|()| Response::new(done))
     }

@@ -31,7 +31,6 @@ pub trait Cause: Hash + Eq {
     }
 }
 
-impl Cause for String {}
 impl Cause for &'static str {}
 impl Cause for Identifier {}
 impl Cause for (&'static str, String, String) {}
@@ -139,7 +138,7 @@ mod tests {
         assert_eq!(hush.tells("a", at(2000)), Some(0));
     }
 
-    /// A number that somebody made up, or that is proven.
+    /// A number that is made up, or proven.
     #[derive(Debug, PartialEq, Eq, Hash)]
     struct Number(usize, bool);
 

@@ -1,8 +1,8 @@
 //! What every line of the log passes last: a bound on its length, a bound on how often other crates repeat a line, and a last look for PEM.
 //!
 //! Our own lines that a caller can cause are limited where they are written, by caller and cause ([`hush`](super::hush)). Lines of other
-//! crates are not ours to change, and some of them come from a client's bytes: `h2` warns of each PING acknowledgement that nobody asked
-//! for. Each of their lines is written once a minute, with `left_out` saying how many were not.
+//! crates are not ours to change, and some of them come from a client's bytes: `h2` warns of each unsolicited PING
+//! acknowledgement. Each of their lines is written once a minute, with `left_out` saying how many were not.
 
 use std::{
     borrow::Cow,
@@ -216,7 +216,7 @@ mod tests {
             let told = if format == Format::Json { "\"left_out\":999" } else { "left_out=999" };
             assert!(text.contains(told), "{text}");
             for _ in 0..3 {
-                tracing::debug!(target: "h2::proto::ping_pong", "for a person who asks");
+                tracing::debug!(target: "h2::proto::ping_pong", "for an operator who asks");
                 tracing::info!("ours");
             }
             assert_eq!(lines.take().lines().count(), 6);

@@ -10,7 +10,7 @@ use super::*;
 
 mod sources;
 
-/// A private key, and every form in which it may stand in somebody's text.
+/// A private key, and every form in which it may stand in a text.
 pub(crate) struct Key {
     pub(crate) pem: String,
     der: Vec<u8>,
@@ -78,7 +78,7 @@ impl Key {
         ]
     }
 
-    /// The same in somebody's words.
+    /// The same in the words of a server or a client.
     pub(crate) fn texts(&self) -> Vec<(&'static str, String)> {
         let list = |bytes: &[u8], format: fn(u8) -> String, between: &str| {
             bytes.iter().map(|byte| format(*byte)).collect::<Vec<_>>().join(between)

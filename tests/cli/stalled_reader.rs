@@ -92,7 +92,7 @@ fn address(line: &str) -> Option<String> {
 }
 
 impl Program {
-    /// The agent with an authority of its own, whose log nobody reads from its first line on.
+    /// The agent with an authority of its own, whose log is not read from its first line on.
     fn agent(directory: &Path) -> Self {
         let socket = socket(directory);
         let (reader, writer) = std::io::pipe().expect("a pipe");
@@ -181,7 +181,7 @@ fn a_second_signal_ends_an_agent_whose_log_is_not_read() {
 }
 
 #[test]
-fn lines_that_nobody_reads_are_counted_and_the_log_goes_on_where_somebody_does() {
+fn unread_lines_are_counted_and_the_log_goes_on_after_them() {
     let directory = tempfile::tempdir().expect("a temporary folder");
     let mut agent = Program::agent(directory.path());
     let deadline = Instant::now() + 2 * PATIENCE;

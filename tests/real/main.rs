@@ -27,6 +27,7 @@ mod envoy_cert_manager;
 mod envoy_embedded;
 mod grpcurl;
 mod guides;
+mod harness;
 mod ipv6;
 mod kubelet;
 mod manifests;

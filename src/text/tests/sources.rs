@@ -45,7 +45,7 @@ fn a_key_in_a_trust_source_is_not_logged() {
     }
 }
 
-/// A mistake is told with its place, so that nobody has to look at the whole of the file.
+/// An error names the place of the mistake.
 #[test]
 fn broken_pem_is_told_with_its_line() {
     let root = rcgen::CertificateParams::new(Vec::new()).unwrap().self_signed(&rcgen::KeyPair::generate().unwrap()).unwrap().pem();

@@ -3,23 +3,23 @@
 use super::*;
 use crate::text::tests::Key;
 
-/// So long an identity waits, so that its order is tried several times at the longest backoff, and its pod is told.
+/// The time an identity waits: its order is tried more than once at the longest backoff, and its pod gets an Event.
 const A_WHILE: Duration = Duration::from_secs(320);
 
 impl World {
-    /// A pod asks, for [`A_WHILE`]; whatever went wrong is told by then.
+    /// A pod asks, for [`A_WHILE`]; whatever went wrong is shown by then.
     async fn asked_for_a_while(&self) {
         self.watching().await;
         let pod = PodRef { namespace: "shop".into(), name: "cart-1".into(), uid: "pod-1".into() };
         let _lease = self.store.lease(&identity("a"), Demand::Now, Some(pod));
         tokio::time::sleep(A_WHILE).await;
-        // Told to somebody, or nothing would have been looked at.
+        // The guard against a test that looks at nothing.
         assert!(self.log.count("no new certificate") + self.log.count("still waits") > 0, "{}", self.log.text());
         assert_eq!(self.inventory.rows().len(), 1);
         assert!(!self.wire.api.objects("events").is_empty(), "no Event: {}", self.log.text());
     }
 
-    /// No part of `key` in anything that was told.
+    /// No part of `key` in any sink.
     fn assert_tame(&self, key: &Key, what: &str) {
         let log = self.log.text();
         for line in log.lines() {
@@ -36,7 +36,7 @@ impl World {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_key_in_an_issuers_answer_is_told_to_nobody() {
+async fn a_key_in_an_issuers_answer_is_not_shown() {
     let key = Key::ecdsa();
     for (name, input) in key.inputs() {
         let world = World::new();
@@ -52,7 +52,7 @@ async fn a_key_in_an_issuers_answer_is_told_to_nobody() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_key_in_a_conditions_words_is_told_to_nobody() {
+async fn a_key_in_a_conditions_words_is_not_shown() {
     let key = Key::ecdsa();
     let conditions = [("Denied", "True", ""), ("InvalidRequest", "True", ""), ("Ready", "False", "Failed"), ("Ready", "False", "Pending")];
     for (at, (name, input)) in key.some_texts().enumerate() {
@@ -71,7 +71,7 @@ async fn a_key_in_a_conditions_words_is_told_to_nobody() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_key_in_the_api_servers_words_is_told_to_nobody() {
+async fn a_key_in_the_api_servers_words_is_not_shown() {
     let key = Key::ecdsa();
     for (at, (name, text)) in key.some_texts().enumerate() {
         let code = [403, 409, 422, 500][at % 4];
