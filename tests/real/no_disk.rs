@@ -79,7 +79,7 @@ async fn a_finite_limit_is_not_trusted() {
     let nobody = Nobody::new();
     let agent = nobody.launch("auto").under_swap(&nobody).start().await;
     assert_eq!(fetch::once(agent.socket()).await.len(), 2);
-    assert!(agent.process().output().contains(&format!("RLIMIT_MEMLOCK is {MEMLOCK} bytes")), "it does not say why");
+    agent.wrote(&format!("RLIMIT_MEMLOCK is {MEMLOCK} bytes"), 1).await;
     assert!(agent.metric("sds_agent_memory_locked").await < 0.5);
     let smaps = fs::read_to_string(format!("/proc/{}/smaps", agent.process().pid())).unwrap();
     assert!(!trace::unlocked_writable(&smaps).is_empty(), "it has locked memory under a limit");

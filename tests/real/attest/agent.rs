@@ -56,7 +56,7 @@ async fn on_an_old_kernel_the_agent_starts_only_where_the_risk_was_accepted() {
     let accepting = fs::read_to_string(&config).unwrap().replace("mode: \"0666\"", "mode: \"0666\", acceptPidReuse: true");
     fs::write(&config, accepting).unwrap();
     let agent = old.start().await;
-    assert!(agent.process().output().contains("takes over the pid"), "{}", agent.process().output());
+    agent.wrote("takes over the pid", 1).await;
 }
 
 /// The figure of the note: all that stands between a connection and the name of its pod.

@@ -58,7 +58,7 @@ async fn envoys_that_see_one_mounted_directory_talk_and_survive_a_killed_agent()
         node.kubelet.unpublish(&pod.uid, "sds").await;
     }
     node.assert_nothing_left();
-    assert!(agent.process().output().contains("sockets of pods are served again"));
+    agent.wrote("sockets of pods are served again", 1).await;
 }
 
 #[tokio::test]

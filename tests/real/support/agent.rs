@@ -180,6 +180,15 @@ impl Agent {
         values.filter_map(|line| line.rsplit_once(' ')?.1.parse::<f64>().ok()).sum()
     }
 
+    /// Waits until it has written these words so many times: its log is written beside its answers.
+    pub async fn wrote(&self, words: &str, times: usize) -> String {
+        eventually(&format!("the agent writes {words:?} {times} times"), START, async || {
+            let output = self.child.output();
+            if output.matches(words).count() >= times { Ok(output) } else { Err(output) }
+        })
+        .await
+    }
+
     /// Its answer to a POST on the admin address.
     pub async fn post(&self, path: &str) -> http::Response {
         http::post(self.admin, path).await.expect("the agent answers")
