@@ -36,7 +36,7 @@ ARG PROFILE=dist
 # tests and benches stay, so that a change to them builds nothing. What is built of the stubs themselves is thrown away, or files older than
 # this layer would look built already.
 COPY Cargo.toml Cargo.lock ./
-RUN for target in build.rs src/lib.rs src/main.rs tests/real/main.rs tests/flood/main.rs tests/real/caller/main.rs examples/fleet/main.rs benches/path.rs benches/ratios.rs benches/flood.rs; do \
+RUN for target in build.rs src/lib.rs src/main.rs tests/real/main.rs tests/flood/main.rs tests/long_scale/main.rs tests/real/caller/main.rs examples/fleet/main.rs benches/path.rs benches/ratios.rs benches/flood.rs; do \
         mkdir -p "$(dirname "$target")" && echo 'fn main() {}' >"$target"; \
     done \
     && cargo build --locked --bin sds-agent --profile "${PROFILE}" \

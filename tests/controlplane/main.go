@@ -22,8 +22,12 @@ import (
 	"time"
 )
 
-// startLimit bounds the whole start; a slow, busy machine needs far less.
-const startLimit = 3 * time.Minute
+// startLimit bounds the whole start; a slow, busy machine needs far less. Each pod
+// of a crowd adds to it.
+const (
+	startLimit  = 3 * time.Minute
+	limitPerPod = 10 * time.Millisecond
+)
 
 // The two ways in which callers end it.
 var (
@@ -147,7 +151,8 @@ func run(opts settings, stdout io.Writer) error {
 
 	started := make(chan error, 1)
 	go func() { started <- plane.start() }()
-	limit := time.NewTimer(startLimit)
+	allowed := startLimit + time.Duration(opts.pods)*limitPerPod
+	limit := time.NewTimer(allowed)
 	defer limit.Stop()
 
 	select {
@@ -159,7 +164,7 @@ func run(opts settings, stdout io.Writer) error {
 			return fmt.Errorf("not started: %w", context.Cause(ctx))
 		}
 	case <-limit.C:
-		return fmt.Errorf("not ready after %v; the logs in %s say where it stopped", startLimit, opts.dir)
+		return fmt.Errorf("not ready after %v; the logs in %s say where it stopped", allowed, opts.dir)
 	case <-ctx.Done():
 		return fmt.Errorf("not started: %w", context.Cause(ctx))
 	}

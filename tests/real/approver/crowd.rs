@@ -19,15 +19,6 @@ const TIMES: u64 = 3;
 const WITHOUT: &str = "*,-certificaterequests-approver,-certificaterequests-issuer-ca";
 const ROLE: &str = "/apis/rbac.authorization.k8s.io/v1/clusterroles/sds-agent-approver";
 
-/// The memory limit in `daemonset/approver/deployment.yaml`, in bytes.
-fn limit() -> u64 {
-    let deployment = manifests::documents(&manifests::read("approver/deployment.yaml"));
-    let deployment = deployment.into_iter().find(|object| object["kind"] == "Deployment").expect("a Deployment");
-    let text = &deployment["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"]["memory"];
-    let mebibytes: Option<u64> = text.as_str().and_then(|text| text.strip_suffix("Mi")?.parse().ok());
-    mebibytes.unwrap_or_else(|| panic!("a limit in Mi: {text}")) << 20
-}
-
 async fn pages(approver: &Agent) -> f64 {
     approver.metric_of("sds_agent_kube_requests_total", &["verb=\"list\"", "resource=\"pods\"", "code=\"200\""]).await
 }
@@ -85,7 +76,7 @@ async fn ten_thousand_pods_fit_the_shipped_limit_three_times() {
     cluster.patch(ROLE, &json!({"rules": rules})).await;
     answered().await;
     let peak = memory::peak(approver.process().pid());
-    let limit = limit();
+    let limit = manifests::memory_limit("approver/deployment.yaml", "Deployment");
     println!(
         "figure: {PODS} pods of {size} bytes: at most {} MiB after the first list, {} MiB after more; the limit is {} MiB",
         at_first >> 20,

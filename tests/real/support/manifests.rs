@@ -45,6 +45,15 @@ pub fn documents(text: &str) -> Vec<Value> {
     documents.map(|document| serde_saphyr::from_str(document).unwrap_or_else(|e| panic!("{e}:\n{document}"))).collect()
 }
 
+/// The memory limit of the first container of the first object of a kind in a file of the folder, in bytes.
+pub fn memory_limit(file: &str, kind: &str) -> u64 {
+    let objects = documents(&read(file));
+    let object = objects.iter().find(|object| object["kind"] == kind).unwrap_or_else(|| panic!("no {kind} in {file}"));
+    let text = &object["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"]["memory"];
+    let mebibytes: Option<u64> = text.as_str().and_then(|text| text.strip_suffix("Mi")?.parse().ok());
+    mebibytes.unwrap_or_else(|| panic!("{file}: a limit in Mi: {text}")) << 20
+}
+
 /// What kustomize builds of a folder.
 pub async fn kustomize(folder: &Path) -> Vec<Value> {
     documents(&child::succeed(&tools::kustomize(), &["build", plain(folder)], PATIENCE).await)

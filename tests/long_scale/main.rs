@@ -1,0 +1,22 @@
+//! Loads that take minutes: `make test-long GROUP=scale`. The harness is that of `tests/real`, and so are the rules: no limit depends on how
+//! fast the machine is.
+
+#![allow(
+    clippy::disallowed_methods,
+    clippy::expect_used,
+    clippy::cast_precision_loss,
+    clippy::panic,
+    clippy::print_stderr,
+    clippy::print_stdout,
+    clippy::unwrap_used,
+    dead_code,
+    reason = "tests write files for other programs, wait for those, and fail loudly; of the harness they need a part"
+)]
+
+#[path = "../real/support/mod.rs"]
+mod support;
+
+mod approver;
+mod cold_start;
+mod large_requests;
+mod many_pods;

@@ -1,0 +1,54 @@
+//! The approver in a cluster of many pods, and a restart of the API server.
+
+use crate::{
+    approver::{
+        ask::{Ask, condition},
+        world::{PATIENCE, World},
+    },
+    support::{agent::Agent, eventually, manifests, memory, turn},
+};
+
+const PODS: usize = 30_000;
+/// How often they fit the memory limit of the Deployment.
+const TIMES: u64 = 3;
+const WITHOUT: &str = "*,-certificaterequests-approver,-certificaterequests-issuer-ca";
+
+async fn pages(approver: &Agent) -> f64 {
+    approver.metric_of("sds_agent_kube_requests_total", &["verb=\"list\"", "resource=\"pods\"", "code=\"200\""]).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn thirty_thousand_pods_fit_the_shipped_limit_three_times_and_again_after_a_restart_of_the_api_server() {
+    let _turn = turn().await;
+    let world = World::start(&["--controllers", WITHOUT, "--pods", &PODS.to_string()]).await;
+    let approver = world.approver("approver-0", "24h").await;
+    let peak = || memory::peak(approver.process().pid());
+    let at_first = peak();
+    let listed = pages(&approver).await;
+    assert!(listed >= (PODS / 500) as f64, "{listed} pages");
+
+    let node = world.cluster.node().await;
+    let agent = world.actor("agent", "sds-agent", &node).await;
+    let pod = world.cluster.pod(&world.cluster.namespace().await, "app", &node).await;
+    let World { cluster, plane, .. } = world;
+    let _plane = plane.kill().start().await;
+    eventually("all pods are listed again", 5 * PATIENCE, async || {
+        let now = pages(&approver).await;
+        if now >= 2.0 * listed { Ok(()) } else { Err(format!("{listed} pages, then {now}")) }
+    })
+    .await;
+    let path = Ask::of(&agent, &pod).create(&agent).await.expect("a request is created");
+    eventually("it is approved", PATIENCE, async || {
+        let request = cluster.get(&path).await;
+        condition(&request, "Approved").map(drop).ok_or_else(|| request["status"].to_string())
+    })
+    .await;
+    let (after, limit) = (peak(), manifests::memory_limit("approver/deployment.yaml", "Deployment"));
+    println!(
+        "figure: {PODS} pods: at most {} MiB after the first list, {} MiB after the second; the limit is {} MiB",
+        at_first >> 20,
+        after >> 20,
+        limit >> 20
+    );
+    assert!(after * TIMES <= limit, "{after} bytes, and the limit is {limit}");
+}
