@@ -4,7 +4,10 @@ use std::{
     fs,
     io::{BufRead, BufReader, ErrorKind, PipeReader, PipeWriter, Read, Write},
     net::TcpStream,
-    os::{fd::AsRawFd, unix::fs::OpenOptionsExt},
+    os::{
+        fd::AsRawFd,
+        unix::{fs::OpenOptionsExt, net::UnixStream},
+    },
     path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
     sync::mpsc,
@@ -155,6 +158,19 @@ fn fetch(directory: &Path) -> Output {
     command(&arguments).output().expect("fetch runs")
 }
 
+/// Some thousand PINGs on a connection, each of which is a line or two at this level, and their answers.
+fn pings(directory: &Path) {
+    const PINGS: usize = 2000;
+    const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
+    const PING: &[u8] = b"\0\0\x08\x06\0\0\0\0\0whatever";
+    let mut stream = UnixStream::connect(socket(directory)).expect("a connection");
+    stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+    let mut writer = stream.try_clone().expect("its other half");
+    let writing = thread::spawn(move || writer.write_all(&[PREFACE, &PING.repeat(PINGS)].concat()));
+    stream.read_exact(&mut vec![0; PING.len() * PINGS]).expect("an answer to each");
+    writing.join().expect("no panic").expect("they are sent");
+}
+
 #[test]
 fn an_agent_whose_log_is_not_read_serves_and_ends() {
     let directory = tempfile::tempdir().expect("a temporary folder");
@@ -186,7 +202,7 @@ fn unread_lines_are_counted_and_the_log_goes_on_after_them() {
     let mut agent = Program::agent(directory.path());
     let deadline = Instant::now() + 2 * PATIENCE;
     while agent.dropped() == 0 {
-        assert!(fetch(directory.path()).status.success());
+        pings(directory.path());
         assert!(Instant::now() < deadline, "no line is dropped");
     }
     let told = lines(agent.reader.take().expect("taken once"));
