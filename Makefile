@@ -1,5 +1,8 @@
 # What people type. `make test` is everything; `cargo test` alone is everything that needs no other program.
-.PHONY: dev test test-long test-tools lint
+.PHONY: dev test test-long long-group long-groups test-tools lint
+
+# Each is a test target `long_…` of its own, which takes at most 20 minutes.
+LONG_GROUPS := scale
 
 dev:
 	cargo run --release -- dev
@@ -9,8 +12,14 @@ test: test-tools
 	cargo test --locked --features real-tests --no-fail-fast
 
 # Tests that take minutes, by group: `make test-long GROUP=scale`. One at a time: they measure.
-test-long: test-tools
+test-long: long-group test-tools
 	cargo test --locked --features long-tests --test long_$(GROUP) -- --nocapture --test-threads 1
+
+long-groups:
+	@echo $(LONG_GROUPS)
+
+long-group:
+	@test -n "$(filter $(GROUP),$(LONG_GROUPS))" || { echo "make test-long GROUP=…: one of $(LONG_GROUPS)" >&2; exit 2; }
 
 # Envoy, grpcurl and the control plane of the tests, pinned, into target/tools.
 test-tools:
