@@ -210,7 +210,7 @@ pub async fn build_with(config: &Config, base: Base, deps: Deps) -> anyhow::Resu
         limits: config.limits.clone(),
         quotas: session::quotas::Quotas::new(&config.limits),
         refusals: Arc::default(),
-        patience: session::Patience::default(),
+        timeouts: session::Timeouts::default(),
         metrics: session::metrics::Metrics::register(registry),
         shutdown: shutdown.clone(),
         ending: ending.clone(),

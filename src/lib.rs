@@ -50,7 +50,7 @@ pub mod trust;
 
 pub mod app;
 
-pub mod authority;
+pub mod authority_rewrite;
 pub mod cli;
 pub mod clock;
 pub mod config;

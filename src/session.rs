@@ -27,14 +27,14 @@ use tracing::{debug, warn};
 
 use self::{
     calls::{Call, Calls},
-    door::Door,
     metrics::{Metrics, Rejection},
+    origin_cache::OriginCache,
     quotas::Quotas,
     services::Services,
 };
 use crate::{
     attest::origin::Origin,
-    authority::Unnamed,
+    authority_rewrite::AuthorityNormalizer,
     caller::{Cause, Connection, Desk, Refusals},
     config::Limits,
     grpc::{self, UntilEnd},
@@ -43,8 +43,8 @@ use crate::{
 };
 
 mod calls;
-mod door;
 pub mod metrics;
+mod origin_cache;
 pub mod quotas;
 pub mod services;
 
@@ -60,18 +60,18 @@ const ACCEPTED_AT_ONCE: usize = 16;
 
 /// How long connections are borne with.
 #[derive(Debug, Clone)]
-pub struct Patience {
+pub struct Timeouts {
     /// A connection that has said nothing by then never will.
-    pub silent: Duration,
+    pub first_byte: Duration,
     /// What a connection gets for its last words: its workload has ended, or it was idle.
-    pub last_words: Duration,
+    pub graceful_close: Duration,
     /// How long a refused stream waits for its answer.
-    pub refusal: Duration,
+    pub refusal_delay: Duration,
 }
 
-impl Default for Patience {
+impl Default for Timeouts {
     fn default() -> Self {
-        Self { silent: Duration::from_secs(10), last_words: Duration::from_secs(1), refusal: Duration::from_millis(100) }
+        Self { first_byte: Duration::from_secs(10), graceful_close: Duration::from_secs(1), refusal_delay: Duration::from_millis(100) }
     }
 }
 
@@ -89,7 +89,7 @@ pub struct Sessions {
     /// What the log has been told about callers that are refused.
     pub refusals: Arc<Refusals>,
     /// What is borne with.
-    pub patience: Patience,
+    pub timeouts: Timeouts,
     /// What is counted.
     pub metrics: Metrics,
     /// The end of accepting, and the drain that connections hold up.
@@ -102,8 +102,8 @@ impl Sessions {
     /// Accepts connections until the drain begins. Connections outlive this; each holds a guard of the drain.
     pub async fn accept(self, listener: UnixListener) {
         let sessions = Arc::new(self);
-        let door = Door::new(sessions.desk.attestor.origins());
-        let mut pause = Pause::default();
+        let origin_cache = OriginCache::new(sessions.desk.attestor.origins());
+        let mut pause = AcceptBackoff::default();
         let mut accepted_at_once = 0;
         loop {
             // A queue that never empties is no reason to let those wait who are inside.
@@ -118,10 +118,10 @@ impl Sessions {
             };
             match accepted {
                 Ok((stream, _)) => {
-                    pause = Pause::default();
-                    sessions.welcome(stream, &door).await;
+                    pause = AcceptBackoff::default();
+                    sessions.accept_connection(stream, &origin_cache).await;
                 }
-                Err(error) if is_the_clients(&error) => debug!(%error, "a connection ended before it was accepted"),
+                Err(error) if is_connection_error(&error) => debug!(%error, "a connection ended before it was accepted"),
                 Err(error) => {
                     let wait = pause.next();
                     sessions.metrics.rejected(Rejection::accept_error);
@@ -139,8 +139,8 @@ impl Sessions {
     }
 
     /// Takes a connection on or turns it away; waits only where it is not known whose it is and many others are being asked about.
-    async fn welcome(self: &Arc<Self>, stream: UnixStream, door: &Door) {
-        if self.quotas.are_used_up() {
+    async fn accept_connection(self: &Arc<Self>, stream: UnixStream, origin_cache: &OriginCache) {
+        if self.quotas.are_exhausted() {
             self.metrics.rejected(Rejection::connection_limit);
             debug!("connection closed: there are as many as limits.connections allows");
             return;
@@ -158,16 +158,16 @@ impl Sessions {
         };
         // Held from here: a drain that begins before the task has run waits for it all the same.
         let guard = self.shutdown.guard();
-        if let Some(origin) = door.recognise(&peer) {
+        if let Some(origin) = origin_cache.cached(&peer) {
             if let Some(session) = self.admit(peer, &origin, guard) {
                 tokio::spawn(session.run(stream));
             }
             return;
         }
-        let turn = door.turn().await;
-        let (sessions, door) = (self.clone(), door.clone());
+        let read_permit = origin_cache.read_permit().await;
+        let (sessions, origin_cache) = (self.clone(), origin_cache.clone());
         tokio::spawn(async move {
-            let Some(origin) = door.look(&peer, turn).await else { return };
+            let Some(origin) = origin_cache.resolve(&peer, read_permit).await else { return };
             if let Some(session) = sessions.admit(peer, &origin, guard) {
                 session.run(stream).await;
             }
@@ -178,10 +178,10 @@ impl Sessions {
     fn admit(self: &Arc<Self>, peer: Peer, origin: &Origin, guard: Guard) -> Option<Session> {
         let place = match self.quotas.admit(origin, Instant::now()) {
             Ok(place) => place,
-            Err(over) => {
-                let (reason, limit) = over.of_connections();
+            Err(exceeded) => {
+                let (reason, limit) = exceeded.of_connections();
                 self.metrics.rejected(reason);
-                self.tell(origin, limit, "connection closed");
+                self.log_over_quota(origin, limit, "connection closed");
                 return None;
             }
         };
@@ -191,7 +191,7 @@ impl Sessions {
     }
 
     /// One line for each caller, limit and minute.
-    fn tell(&self, origin: &Origin, limit: &'static str, what: &str) {
+    fn log_over_quota(&self, origin: &Origin, limit: &'static str, what: &str) {
         if let Some(left_out) = self.refusals.tells(self.desk.cause(origin, limit, false), Instant::now()) {
             warn!(%origin, limit, left_out, "{what}: over quota; raise the limit if the caller needs more");
         }
@@ -199,15 +199,15 @@ impl Sessions {
 }
 
 /// Errors of the one connection, not of the socket.
-fn is_the_clients(error: &io::Error) -> bool {
+fn is_connection_error(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset | io::ErrorKind::Interrupted)
 }
 
 /// The rest between two attempts to accept: neither spinning nor giving up.
 #[derive(Default)]
-struct Pause(u32);
+struct AcceptBackoff(u32);
 
-impl Pause {
+impl AcceptBackoff {
     fn next(&mut self) -> Duration {
         let wait = Duration::from_millis(50 << self.0.min(5)).min(Duration::from_secs(1));
         self.0 += 1;
@@ -225,11 +225,11 @@ struct Session {
 impl Session {
     async fn run(self, stream: UnixStream) {
         let _open = self.sessions.metrics.connected();
-        let io = Unnamed::new(stream);
+        let io = AuthorityNormalizer::new(stream);
         let spoke = io.spoke();
-        let pause = self.sessions.patience.refusal;
+        let pause = self.sessions.timeouts.refusal_delay;
         let service = service_fn(|request| {
-            let call = self.begin().map(|call| (call, self.sessions.services.call(&self.connection, request)));
+            let call = self.begin_call().map(|call| (call, self.sessions.services.call(&self.connection, request)));
             async move {
                 Ok::<_, Infallible>(match call {
                     Ok((call, answer)) => answer.await.until_end(call),
@@ -257,26 +257,26 @@ impl Session {
             ended = served.as_mut() => Some(ended),
             () = self.connection.gone() => {
                 served.as_mut().graceful_shutdown();
-                tokio::time::timeout(self.sessions.patience.last_words, served).await.ok()
+                tokio::time::timeout(self.sessions.timeouts.graceful_close, served).await.ok()
             }
-            () = self.calls.are_too_many() => {
+            () = self.calls.too_many_refused() => {
                 self.sessions.metrics.rejected(Rejection::refused_streams);
                 None
             }
             () = self.idle(&spoke) => {
                 served.as_mut().graceful_shutdown();
-                tokio::time::timeout(self.sessions.patience.last_words, served).await.ok()
+                tokio::time::timeout(self.sessions.timeouts.graceful_close, served).await.ok()
             }
             () = self.sessions.ending.cancelled() => {
                 // The streams end by themselves; whoever does not read is left at the drain's deadline. Without a call there is nothing
                 // to wait for: a client may be silent, or not answer the goodbye.
                 served.as_mut().graceful_shutdown();
-                let last_words = self.sessions.patience.last_words;
+                let graceful_close = self.sessions.timeouts.graceful_close;
                 tokio::select! {
                     ended = served => Some(ended),
                     () = async {
-                        tokio::time::sleep(last_words).await;
-                        self.without_calls(last_words).await;
+                        tokio::time::sleep(graceful_close).await;
+                        self.without_calls(graceful_close).await;
                     } => None,
                     () = shutdown.abort.cancelled() => None,
                 }
@@ -290,18 +290,18 @@ impl Session {
     }
 
     /// Begins a call, or says why there is no place for it.
-    fn begin(&self) -> Result<Call, Status> {
-        self.calls.begin().map_err(|over| {
-            let (reason, limit) = over.of_streams();
+    fn begin_call(&self) -> Result<Call, Status> {
+        self.calls.begin().map_err(|exceeded| {
+            let (reason, limit) = exceeded.of_streams();
             self.sessions.metrics.refused(reason);
-            self.sessions.tell(self.calls.origin(), limit, "stream refused");
+            self.sessions.log_over_quota(self.calls.origin(), limit, "stream refused");
             Status::resource_exhausted("there are as many streams as this workload may have")
         })
     }
 
     /// Returns when the connection never spoke, or has had no call for the idle time.
     async fn idle(&self, spoke: &AtomicBool) {
-        tokio::time::sleep(self.sessions.patience.silent).await;
+        tokio::time::sleep(self.sessions.timeouts.first_byte).await;
         if !spoke.load(Ordering::Relaxed) {
             self.sessions.metrics.rejected(Rejection::silent);
             return;

@@ -65,7 +65,7 @@ impl Pushing {
             metrics: session::metrics::Metrics::default(),
             shutdown: Shutdown::new(config.drain),
             ending,
-            patience: session::Patience::default(),
+            timeouts: session::Timeouts::default(),
         };
         let socket = listener::bind(socket, 0o666).unwrap();
         tokio::spawn(async move {

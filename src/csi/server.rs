@@ -17,7 +17,7 @@ use tonic::Status;
 use tower::ServiceExt;
 use tracing::{debug, error, info, warn};
 
-use crate::{authority::Unnamed, grpc::table::Table, listener, telemetry::hush::Hush};
+use crate::{authority_rewrite::AuthorityNormalizer, grpc::table::Table, listener, telemetry::hush::Hush};
 
 /// For root alone: the kubelet is root.
 const MODE: u32 = 0o600;
@@ -118,7 +118,7 @@ async fn connection(stream: UnixStream, services: Arc<Table>, last: Cancellation
     let served = http2::Builder::new(TokioExecutor::new())
         .timer(TokioTimer::new())
         .max_header_list_size(16_384)
-        .serve_connection(TokioIo::new(Unnamed::new(stream)), service);
+        .serve_connection(TokioIo::new(AuthorityNormalizer::new(stream)), service);
     let mut served = std::pin::pin!(served);
     let ended = tokio::select! {
         ended = served.as_mut() => ended,

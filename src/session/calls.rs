@@ -8,16 +8,16 @@ use std::sync::{
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::quotas::{CallPlace, Over, Place};
+use super::quotas::{CallSlot, ConnectionSlot, Exceeded};
 use crate::attest::origin::Origin;
 
 /// Calls that are refused in a row on one connection before it is closed: who goes on is made to come back, and that has a rate.
-pub(super) const MOST_REFUSED: usize = 32;
+pub(super) const MAX_REFUSED_STREAMS: usize = 32;
 
 /// The calls of one connection, and its place.
 #[derive(Debug)]
 pub(super) struct Calls {
-    place: Place,
+    slot: ConnectionSlot,
     in_progress: Mutex<(usize, Instant)>,
     refused: AtomicUsize,
     too_many: CancellationToken,
@@ -25,30 +25,30 @@ pub(super) struct Calls {
 
 impl Calls {
     /// None, in this place.
-    pub(super) fn new(place: Place) -> Self {
+    pub(super) fn new(slot: ConnectionSlot) -> Self {
         let in_progress = Mutex::new((0, Instant::now()));
-        Self { place, in_progress, refused: AtomicUsize::new(0), too_many: CancellationToken::new() }
+        Self { slot, in_progress, refused: AtomicUsize::new(0), too_many: CancellationToken::new() }
     }
 
     /// Whose they are.
     pub(super) fn origin(&self) -> &Origin {
-        self.place.origin()
+        self.slot.origin()
     }
 
     /// Begins one, where there is a place for it.
-    pub(super) fn begin(self: &Arc<Self>) -> Result<Call, Over> {
-        let place = self.place.call().inspect_err(|_| {
-            if self.refused.fetch_add(1, Ordering::Relaxed) + 1 >= MOST_REFUSED {
+    pub(super) fn begin(self: &Arc<Self>) -> Result<Call, Exceeded> {
+        let slot = self.slot.call().inspect_err(|_| {
+            if self.refused.fetch_add(1, Ordering::Relaxed) + 1 >= MAX_REFUSED_STREAMS {
                 self.too_many.cancel();
             }
         })?;
         self.refused.store(0, Ordering::Relaxed);
         self.in_progress().0 += 1;
-        Ok(Call { calls: self.clone(), _place: place })
+        Ok(Call { calls: self.clone(), _place: slot })
     }
 
     /// Returns when too many calls have been refused.
-    pub(super) async fn are_too_many(&self) {
+    pub(super) async fn too_many_refused(&self) {
         self.too_many.cancelled().await;
     }
 
@@ -67,7 +67,7 @@ impl Calls {
 #[derive(Debug)]
 pub(super) struct Call {
     calls: Arc<Calls>,
-    _place: CallPlace,
+    _place: CallSlot,
 }
 
 impl Drop for Call {

@@ -20,11 +20,11 @@ use super::metrics::{Refusal, Rejection};
 use crate::{attest::origin::Origin, config::Limits};
 
 /// Who holds fewer is served from the reserve. An Envoy has one connection, and a stream for each secret.
-const LITTLE: usize = 4;
+const RESERVE_ELIGIBLE_BELOW: usize = 4;
 /// The reserve is so large a part of all.
-const RESERVE: usize = 8;
+const RESERVE_DIVISOR: usize = 8;
 /// Between two looks for what can be forgotten.
-const SWEEP: Duration = Duration::from_secs(1);
+const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The quotas of an agent. Clones share the counts.
 #[derive(Debug, Clone)]
@@ -32,23 +32,23 @@ pub struct Quotas(Arc<Shared>);
 
 #[derive(Debug)]
 struct Shared {
-    connections: Share,
-    streams: Share,
+    connections: Capacity,
+    streams: Capacity,
     rate: Rate,
     /// Calls of everybody.
     calls: AtomicUsize,
-    book: Mutex<Book>,
+    counts: Mutex<Counts>,
 }
 
 /// How much there is of something.
 #[derive(Debug, Clone, Copy)]
-struct Share {
+struct Capacity {
     all: usize,
     of_one: usize,
 }
 
 #[derive(Debug, Default)]
-struct Book {
+struct Counts {
     connections: usize,
     accounts: HashMap<Origin, Account>,
     swept: Option<Instant>,
@@ -63,7 +63,7 @@ struct Account {
 
 /// Why there is nothing left.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Over {
+pub enum Exceeded {
     /// This caller has its share.
     Own,
     /// Others have all that is not kept for callers with little.
@@ -72,7 +72,7 @@ pub enum Over {
     Rate,
 }
 
-impl Over {
+impl Exceeded {
     /// What it is called where it was about a connection: in metrics, and in the configuration.
     pub fn of_connections(self) -> (Rejection, &'static str) {
         match self {
@@ -91,19 +91,19 @@ impl Over {
     }
 }
 
-impl Share {
+impl Capacity {
     /// One caller never has all of it, whatever it is allowed.
     fn of(all: usize, of_one: usize) -> Self {
-        Self { all, of_one: of_one.min(all - all / RESERVE).max(1) }
+        Self { all, of_one: of_one.min(all - all / RESERVE_DIVISOR).max(1) }
     }
 
     /// Whether a caller that holds `own` of the `taken` may have one more.
-    fn one_more(self, own: usize, taken: usize) -> Result<(), Over> {
+    fn admit_one(self, own: usize, taken: usize) -> Result<(), Exceeded> {
         if own >= self.of_one {
-            return Err(Over::Own);
+            return Err(Exceeded::Own);
         }
-        let open_to = if own < LITTLE { self.all } else { self.all - self.all / RESERVE };
-        if taken < open_to { Ok(()) } else { Err(Over::All) }
+        let open_to = if own < RESERVE_ELIGIBLE_BELOW { self.all } else { self.all - self.all / RESERVE_DIVISOR };
+        if taken < open_to { Ok(()) } else { Err(Exceeded::All) }
     }
 }
 
@@ -111,58 +111,58 @@ impl Quotas {
     /// Fresh counts.
     pub fn new(limits: &Limits) -> Self {
         Self(Arc::new(Shared {
-            connections: Share::of(limits.connections, limits.connections_per_pod),
-            streams: Share::of(limits.streams, limits.streams_per_pod),
+            connections: Capacity::of(limits.connections, limits.connections_per_pod),
+            streams: Capacity::of(limits.streams, limits.streams_per_pod),
             rate: Rate { per_second: limits.new_connections_per_second_per_pod.into(), burst: limits.new_connections_burst_per_pod.into() },
             calls: AtomicUsize::new(0),
-            book: Mutex::default(),
+            counts: Mutex::default(),
         }))
     }
 
     /// Whether there is no place for anybody: the answer that costs least.
-    pub fn are_used_up(&self) -> bool {
-        self.book().connections >= self.0.connections.all
+    pub fn are_exhausted(&self) -> bool {
+        self.counts().connections >= self.0.connections.all
     }
 
     /// Takes a place for a connection from `origin`. A caller that is refused pays nothing for having asked.
-    pub fn admit(&self, origin: &Origin, now: Instant) -> Result<Place, Over> {
+    pub fn admit(&self, origin: &Origin, now: Instant) -> Result<ConnectionSlot, Exceeded> {
         let rate = self.0.rate;
-        let mut book = self.book();
-        book.sweep(rate, now);
-        let taken = book.connections;
-        let account = match book.accounts.get_mut(origin) {
+        let mut counts = self.counts();
+        counts.sweep(rate, now);
+        let taken = counts.connections;
+        let account = match counts.accounts.get_mut(origin) {
             Some(account) => account,
             // Nobody is remembered for having been refused by a full house.
             None => {
-                self.0.connections.one_more(0, taken)?;
-                book.accounts.entry(origin.clone()).or_insert_with(|| Account::new(rate, now))
+                self.0.connections.admit_one(0, taken)?;
+                counts.accounts.entry(origin.clone()).or_insert_with(|| Account::new(rate, now))
             }
         };
-        self.0.connections.one_more(account.connections, taken)?;
+        self.0.connections.admit_one(account.connections, taken)?;
         if !account.bucket.take(rate, now) {
-            return Err(Over::Rate);
+            return Err(Exceeded::Rate);
         }
         account.connections += 1;
         let calls = account.calls.clone();
-        book.connections += 1;
-        drop(book);
-        Ok(Place { quotas: self.clone(), origin: origin.clone(), calls })
+        counts.connections += 1;
+        drop(counts);
+        Ok(ConnectionSlot { quotas: self.clone(), origin: origin.clone(), calls })
     }
 
-    fn book(&self) -> MutexGuard<'_, Book> {
-        self.0.book.lock().unwrap_or_else(PoisonError::into_inner)
+    fn counts(&self) -> MutexGuard<'_, Counts> {
+        self.0.counts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// How many callers are remembered.
     #[cfg(test)]
     pub(super) fn remembered(&self) -> usize {
-        self.book().accounts.len()
+        self.counts().accounts.len()
     }
 }
 
-impl Book {
+impl Counts {
     fn sweep(&mut self, rate: Rate, now: Instant) {
-        if self.swept.is_none_or(|at| now.duration_since(at) >= SWEEP) {
+        if self.swept.is_none_or(|at| now.duration_since(at) >= SWEEP_INTERVAL) {
             self.swept = Some(now);
             self.accounts.retain(|_, account| !account.is_forgettable(rate, now));
         }
@@ -181,38 +181,38 @@ impl Account {
 
 /// A connection's place. Dropping it frees it.
 #[derive(Debug)]
-pub struct Place {
+pub struct ConnectionSlot {
     quotas: Quotas,
     origin: Origin,
     calls: Arc<AtomicUsize>,
 }
 
-impl Place {
+impl ConnectionSlot {
     /// Whose it is.
     pub fn origin(&self) -> &Origin {
         &self.origin
     }
 
     /// Takes a place for a call on this connection.
-    pub fn call(&self) -> Result<CallPlace, Over> {
+    pub fn call(&self) -> Result<CallSlot, Exceeded> {
         let shared = &self.quotas.0;
         // Counted first and looked at afterwards: two that come at once never both take the last.
         let own = self.calls.fetch_add(1, Ordering::Relaxed);
-        let place = CallPlace { quotas: self.quotas.clone(), calls: self.calls.clone() };
+        let slot = CallSlot { quotas: self.quotas.clone(), calls: self.calls.clone() };
         let taken = shared.calls.fetch_add(1, Ordering::Relaxed);
-        shared.streams.one_more(own, taken).map(|()| place)
+        shared.streams.admit_one(own, taken).map(|()| slot)
     }
 }
 
-impl Drop for Place {
+impl Drop for ConnectionSlot {
     fn drop(&mut self) {
-        let mut book = self.quotas.book();
-        book.connections -= 1;
+        let mut counts = self.quotas.counts();
+        counts.connections -= 1;
         let (rate, now) = (self.quotas.0.rate, Instant::now());
-        if let Some(account) = book.accounts.get_mut(&self.origin) {
+        if let Some(account) = counts.accounts.get_mut(&self.origin) {
             account.connections -= 1;
             if account.is_forgettable(rate, now) {
-                book.accounts.remove(&self.origin);
+                counts.accounts.remove(&self.origin);
             }
         }
     }
@@ -220,12 +220,12 @@ impl Drop for Place {
 
 /// A call's place. Dropping it frees it.
 #[derive(Debug)]
-pub struct CallPlace {
+pub struct CallSlot {
     quotas: Quotas,
     calls: Arc<AtomicUsize>,
 }
 
-impl Drop for CallPlace {
+impl Drop for CallSlot {
     fn drop(&mut self) {
         self.calls.fetch_sub(1, Ordering::Relaxed);
         self.quotas.0.calls.fetch_sub(1, Ordering::Relaxed);

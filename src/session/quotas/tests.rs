@@ -21,12 +21,12 @@ fn pod(number: usize) -> Origin {
     Origin::Pod(number.to_string().into())
 }
 
-fn fill(quotas: &Quotas, origin: &Origin) -> (Vec<Place>, Over) {
-    let mut places = Vec::new();
+fn fill(quotas: &Quotas, origin: &Origin) -> (Vec<ConnectionSlot>, Exceeded) {
+    let mut slots = Vec::new();
     loop {
         match quotas.admit(origin, Instant::now()) {
-            Ok(place) => places.push(place),
-            Err(over) => return (places, over),
+            Ok(slot) => slots.push(slot),
+            Err(exceeded) => return (slots, exceeded),
         }
     }
 }
@@ -34,10 +34,10 @@ fn fill(quotas: &Quotas, origin: &Origin) -> (Vec<Place>, Over) {
 #[tokio::test(start_paused = true)]
 async fn a_caller_has_its_share_and_takes_nothing_from_another() {
     let quotas = Quotas::new(&limits());
-    let (mut mine, over) = fill(&quotas, &pod(1));
-    assert_eq!((mine.len(), over), (10, Over::Own));
-    let (others, over) = fill(&quotas, &pod(2));
-    assert_eq!((others.len(), over), (10, Over::Own));
+    let (mut mine, exceeded) = fill(&quotas, &pod(1));
+    assert_eq!((mine.len(), exceeded), (10, Exceeded::Own));
+    let (others, exceeded) = fill(&quotas, &pod(2));
+    assert_eq!((others.len(), exceeded), (10, Exceeded::Own));
     mine.pop();
     assert!(quotas.admit(&pod(1), Instant::now()).is_ok(), "a place that was given back is free");
 }
@@ -50,34 +50,34 @@ async fn connecting_again_and_again_is_bounded_and_recovers() {
         taken += 1;
     }
     assert_eq!(taken, 20, "the burst, one connection after the other");
-    assert_eq!(quotas.admit(&pod(1), Instant::now()).unwrap_err(), Over::Rate);
+    assert_eq!(quotas.admit(&pod(1), Instant::now()).unwrap_err(), Exceeded::Rate);
     assert!(quotas.admit(&pod(2), Instant::now()).is_ok(), "the rate is each caller's own");
     advance(Duration::from_millis(499)).await;
-    assert_eq!(quotas.admit(&pod(1), Instant::now()).unwrap_err(), Over::Rate, "asking does not help");
+    assert_eq!(quotas.admit(&pod(1), Instant::now()).unwrap_err(), Exceeded::Rate, "asking does not help");
     advance(Duration::from_millis(1)).await;
     assert!(quotas.admit(&pod(1), Instant::now()).is_ok());
-    assert_eq!(quotas.admit(&pod(1), Instant::now()).unwrap_err(), Over::Rate);
+    assert_eq!(quotas.admit(&pod(1), Instant::now()).unwrap_err(), Exceeded::Rate);
 }
 
 #[tokio::test(start_paused = true)]
 async fn however_many_flood_another_still_finds_a_place() {
     let quotas = Quotas::new(&limits());
     let floods: Vec<_> = (0..20).map(|number| fill(&quotas, &pod(number))).collect();
-    let held: usize = floods.iter().map(|(places, _)| places.len()).sum();
-    assert!(floods.iter().any(|(_, over)| *over == Over::All));
+    let held: usize = floods.iter().map(|(slots, _)| slots.len()).sum();
+    assert!(floods.iter().any(|(_, exceeded)| *exceeded == Exceeded::All));
     assert!(held <= 80);
     // Those that came late hold little, and the reserve was theirs; before that, the greedy were stopped at seven eighths.
-    let greedy: usize = floods.iter().map(|(places, _)| places.len()).take_while(|count| *count == 10).sum();
+    let greedy: usize = floods.iter().map(|(slots, _)| slots.len()).take_while(|count| *count == 10).sum();
     assert!(greedy <= 70, "{greedy}");
 
     let quotas = Quotas::new(&Limits { connections_per_pod: 1000, new_connections_burst_per_pod: 1000, ..limits() });
-    let (alone, over) = fill(&quotas, &pod(1));
-    assert_eq!((alone.len(), over), (70, Over::Own), "one caller never has all, whatever it is allowed");
-    assert!(!quotas.are_used_up());
+    let (alone, exceeded) = fill(&quotas, &pod(1));
+    assert_eq!((alone.len(), exceeded), (70, Exceeded::Own), "one caller never has all, whatever it is allowed");
+    assert!(!quotas.are_exhausted());
     assert!(quotas.admit(&pod(2), Instant::now()).is_ok());
     let full: Vec<_> = (2..5).map(|number| fill(&quotas, &pod(number))).collect();
-    assert_eq!(full.iter().map(|(places, _)| places.len()).collect::<Vec<_>>(), [4, 4, 2]);
-    assert!(quotas.are_used_up());
+    assert_eq!(full.iter().map(|(slots, _)| slots.len()).collect::<Vec<_>>(), [4, 4, 2]);
+    assert!(quotas.are_exhausted());
 }
 
 #[tokio::test(start_paused = true)]
@@ -87,7 +87,7 @@ async fn calls_are_counted_over_all_connections_of_a_caller() {
     let two = quotas.admit(&pod(1), Instant::now()).unwrap();
     let mut calls: Vec<_> = (0..20).map(|n| if n % 2 == 0 { one.call() } else { two.call() }.unwrap()).collect();
     for _ in 0..3 {
-        assert_eq!(one.call().unwrap_err(), Over::Own, "a refusal takes nothing");
+        assert_eq!(one.call().unwrap_err(), Exceeded::Own, "a refusal takes nothing");
     }
     let other = quotas.admit(&pod(2), Instant::now()).unwrap();
     assert!(other.call().is_ok());
@@ -100,10 +100,10 @@ async fn calls_are_counted_over_all_connections_of_a_caller() {
 #[tokio::test(start_paused = true)]
 async fn a_caller_is_forgotten_when_it_holds_nothing_and_its_rate_has_recovered() {
     let quotas = Quotas::new(&limits());
-    let place = quotas.admit(&pod(1), Instant::now()).unwrap();
+    let slot = quotas.admit(&pod(1), Instant::now()).unwrap();
     advance(Duration::from_secs(10)).await;
     assert_eq!(quotas.remembered(), 1);
-    drop(place);
+    drop(slot);
     assert_eq!(quotas.remembered(), 0, "with the last connection");
 
     drop(quotas.admit(&pod(1), Instant::now()).unwrap());
@@ -118,7 +118,7 @@ async fn who_is_turned_away_by_a_full_house_leaves_no_trace() {
     let quotas = Quotas::new(&Limits { connections: 1, ..limits() });
     let _only = quotas.admit(&pod(0), Instant::now()).unwrap();
     for number in 1..1000 {
-        assert_eq!(quotas.admit(&pod(number), Instant::now()).unwrap_err(), Over::All);
+        assert_eq!(quotas.admit(&pod(number), Instant::now()).unwrap_err(), Exceeded::All);
     }
     assert_eq!(quotas.remembered(), 1);
 }
@@ -129,21 +129,21 @@ proptest! {
     fn the_counts_hold(steps in proptest::collection::vec((0..12_usize, any::<bool>(), 0..400_u64), 1..300)) {
         let limits = Limits { connections: 40, connections_per_pod: 7, ..limits() };
         let quotas = Quotas::new(&limits);
-        let mut held: Vec<Place> = Vec::new();
+        let mut held: Vec<ConnectionSlot> = Vec::new();
         let mut now = Instant::now();
         for (number, leaves, milliseconds) in steps {
             now += Duration::from_millis(milliseconds);
             if leaves {
-                held.retain(|place| *place.origin() != pod(number));
-            } else if let Ok(place) = quotas.admit(&pod(number), now) {
-                held.push(place);
+                held.retain(|slot| *slot.origin() != pod(number));
+            } else if let Ok(slot) = quotas.admit(&pod(number), now) {
+                held.push(slot);
             }
-            let own = held.iter().filter(|place| *place.origin() == pod(number)).count();
+            let own = held.iter().filter(|slot| *slot.origin() == pod(number)).count();
             prop_assert!(own <= 7 && held.len() <= 40);
-            prop_assert_eq!(quotas.book().connections, held.len());
+            prop_assert_eq!(quotas.counts().connections, held.len());
         }
         held.clear();
-        prop_assert_eq!(quotas.book().connections, 0);
+        prop_assert_eq!(quotas.counts().connections, 0);
         let _last = quotas.admit(&pod(99), now + Duration::from_secs(60)).unwrap();
         prop_assert_eq!(quotas.remembered(), 1);
     }

@@ -31,7 +31,7 @@ async fn closed(mut stream: UnixStream) {
 #[tokio::test]
 async fn settings_come_before_anybody_asks_who_it_is() {
     let agent = Agent::start().await;
-    agent.door.send_replace(false);
+    agent.origin_cache.send_replace(false);
     let mut stream = UnixStream::connect(&agent.path).await.unwrap();
     stream.write_all(PREFACE).await.unwrap();
     assert_eq!(first_frame(&mut stream).await, Some(SETTINGS));
@@ -46,7 +46,7 @@ async fn settings_come_before_anybody_asks_who_it_is() {
 
 #[tokio::test]
 async fn who_says_nothing_is_dropped_and_who_has_spoken_is_not() {
-    let agent = Agent::with(|sessions| sessions.patience.silent = Duration::from_millis(100)).await;
+    let agent = Agent::with(|sessions| sessions.timeouts.first_byte = Duration::from_millis(100)).await;
     let mut spoke = Link::connect(&agent.path).await;
     let mut stream = spoke.asking(&["ROOTCA"]).await;
     stream.reply().await;
@@ -59,8 +59,8 @@ async fn who_says_nothing_is_dropped_and_who_has_spoken_is_not() {
 #[tokio::test]
 async fn an_idle_connection_is_closed_and_one_with_an_open_stream_is_not() {
     let agent = Agent::with(|sessions| {
-        sessions.patience.silent = Duration::from_millis(50);
-        sessions.patience.last_words = Duration::from_millis(50);
+        sessions.timeouts.first_byte = Duration::from_millis(50);
+        sessions.timeouts.graceful_close = Duration::from_millis(50);
         sessions.limits.idle = Duration::from_millis(200);
     })
     .await;

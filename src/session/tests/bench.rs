@@ -42,12 +42,12 @@ pub(super) async fn until(what: &str, condition: impl Fn() -> bool) {
 
 /// Lets callers in when it is open, each with a token of its own.
 #[derive(Debug)]
-struct Doorman {
+struct TestAttestor {
     open: watch::Receiver<bool>,
     let_in: Arc<Mutex<Vec<CancellationToken>>>,
 }
 
-impl Attestor for Doorman {
+impl Attestor for TestAttestor {
     fn method(&self) -> Method {
         Method::unix
     }
@@ -67,7 +67,7 @@ pub(super) struct Agent {
     pub path: PathBuf,
     pub sessions: Sessions,
     pub sds: Arc<sds::service::Service>,
-    pub door: watch::Sender<bool>,
+    pub origin_cache: watch::Sender<bool>,
     /// One token for each connection that was attested, in that order.
     pub let_in: Arc<Mutex<Vec<CancellationToken>>>,
     pub source: trust::Source,
@@ -122,16 +122,16 @@ impl Agent {
             drain: ending.clone(),
         });
         let resolver = Resolver::single(domain, identity("a").profile.clone());
-        let (door, open) = watch::channel(true);
+        let (origin_cache, open) = watch::channel(true);
         let let_in: Arc<Mutex<Vec<CancellationToken>>> = Arc::default();
-        let attestor = Arc::new(Doorman { open, let_in: let_in.clone() });
+        let attestor = Arc::new(TestAttestor { open, let_in: let_in.clone() });
         let mut sessions = Sessions {
             services: Services::new(sds.clone()).await.unwrap(),
             desk: Desk { attestor, resolver: watch::channel(Arc::new(resolver)).1, metrics: attest::Metrics::default(), witness: None },
             quotas: quotas::Quotas::new(&limits),
             refusals: Arc::default(),
             limits,
-            patience: Patience::default(),
+            timeouts: Timeouts::default(),
             metrics: Metrics::default(),
             shutdown: Shutdown::new(DRAIN),
             ending,
@@ -142,7 +142,7 @@ impl Agent {
         let path = directory.path().join("sds.sock");
         let bound = listener::bind(&path, 0o666).unwrap();
         let accepting = tokio::spawn(sessions.clone().accept(bound.listener));
-        Self { path, sessions, sds, door, let_in, source, accepting, _directory: directory }
+        Self { path, sessions, sds, origin_cache, let_in, source, accepting, _directory: directory }
     }
 
     /// Subscriptions to any certificate.

@@ -45,13 +45,13 @@ async fn a_common_grpc_client_is_served() {
 #[tokio::test]
 async fn two_requests_as_large_as_an_envoys_arrive_while_the_caller_is_still_unknown() {
     let agent = Agent::start().await;
-    agent.door.send_replace(false);
+    agent.origin_cache.send_replace(false);
     let mut link = Link::connect(&agent.path).await;
     let (mut certificate, mut bundle) = (link.stream().await, link.stream().await);
     // More than the connection's window: the second gets through only when the first has been read.
     certificate.send_through(request(&["default"], 61_440)).await;
     bundle.send_through(request(&["ROOTCA"], 61_440)).await;
-    agent.door.send_replace(true);
+    agent.origin_cache.send_replace(true);
     assert_eq!(names(&certificate.reply().await), ["default"]);
     assert_eq!(names(&bundle.reply().await), ["ROOTCA"]);
     assert_eq!(agent.let_in.lock().unwrap().len(), 1, "a connection is attested once");
@@ -61,8 +61,8 @@ async fn two_requests_as_large_as_an_envoys_arrive_while_the_caller_is_still_unk
 async fn a_client_that_does_not_read_holds_up_nobody_else() {
     let agent = Agent::start().await;
     let mut deaf = Link::with(&agent.path, h2::client::Builder::new().initial_window_size(0)).await;
-    let mut silent = deaf.asking(&["default", "ROOTCA"]).await;
-    silent.headers().await;
+    let mut first_byte = deaf.asking(&["default", "ROOTCA"]).await;
+    first_byte.headers().await;
     for _ in 0..3 {
         agent.change_bundle();
         let mut link = Link::connect(&agent.path).await;

@@ -36,7 +36,7 @@ async fn a_workloads_end_ends_its_connection_and_no_other() {
 
 #[tokio::test]
 async fn a_client_that_does_not_read_is_dropped_when_its_workload_has_ended() {
-    let agent = Agent::with(|sessions| sessions.patience.last_words = Duration::from_millis(100)).await;
+    let agent = Agent::with(|sessions| sessions.timeouts.graceful_close = Duration::from_millis(100)).await;
     let mut deaf = Link::with(&agent.path, h2::client::Builder::new().initial_window_size(0)).await;
     let mut stream = deaf.asking(&["default"]).await;
     stream.headers().await;
@@ -89,8 +89,8 @@ async fn who_does_not_read_is_dropped_at_the_drains_end_and_leaves_nothing() {
 
 #[tokio::test]
 async fn who_has_no_call_holds_up_no_drain_whatever_it_does_not_say() {
-    let agent = Agent::with(|sessions| sessions.patience.last_words = Duration::from_millis(20)).await;
-    let silent = UnixStream::connect(&agent.path).await.unwrap();
+    let agent = Agent::with(|sessions| sessions.timeouts.graceful_close = Duration::from_millis(20)).await;
+    let first_byte = UnixStream::connect(&agent.path).await.unwrap();
     let mut rude = UnixStream::connect(&agent.path).await.unwrap();
     rude.write_all(PREFACE).await.unwrap();
     // Accepted in order: when this one is served, the others have been.
@@ -99,7 +99,7 @@ async fn who_has_no_call_holds_up_no_drain_whatever_it_does_not_say() {
     agent.sessions.shutdown.begin();
     agent.sessions.ending.cancel();
     assert_eq!(soon("the drain", agent.sessions.shutdown.drained()).await, Drained::Complete);
-    drop((silent, rude));
+    drop((first_byte, rude));
 }
 
 #[tokio::test]

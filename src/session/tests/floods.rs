@@ -7,7 +7,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tonic::Code;
 
 use super::{
-    super::{calls::MOST_REFUSED, *},
+    super::{calls::MAX_REFUSED_STREAMS, *},
     arrivals::PREFACE,
     bench::{Agent, soon, until},
     link::{Link, names},
@@ -123,7 +123,7 @@ async fn streams_are_counted_over_all_connections_and_one_too_many_is_told_so() 
 async fn who_goes_on_with_refused_streams_loses_the_connection_and_only_that() {
     let agent = Agent::with(|sessions| {
         sessions.limits.streams_per_pod = 1;
-        sessions.patience.refusal = Duration::from_millis(5);
+        sessions.timeouts.refusal_delay = Duration::from_millis(5);
     })
     .await;
     let greedy = socket_of(&agent, "greedy");
@@ -131,7 +131,7 @@ async fn who_goes_on_with_refused_streams_loses_the_connection_and_only_that() {
     let mut stream = good.asking(&["ROOTCA"]).await;
     stream.reply().await;
     let mut bad = Link::connect(&greedy).await;
-    for _ in 1..MOST_REFUSED {
+    for _ in 1..MAX_REFUSED_STREAMS {
         assert_eq!(bad.asking(&["ROOTCA"]).await.end().await.0, Code::ResourceExhausted);
     }
     assert!(bad.is_open());

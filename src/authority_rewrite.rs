@@ -2,7 +2,7 @@
 //!
 //! The kubelet registers plugins so (`%2Fvar%2Flib%2Fkubelet%2F…`), and older ones call drivers so; so do several gRPC libraries, and an
 //! Envoy whose cluster for SDS has a `|` or a `/` in its name. That is no authority as URIs have it, and the HTTP/2 library resets such a
-//! stream before any of our code runs. On a Unix socket the name means nothing: [`Unnamed`] sits below the library and replaces it in every
+//! stream before any of our code runs. On a Unix socket the name means nothing: [`AuthorityNormalizer`] sits below the library and replaces it in every
 //! block of headers, whatever it was. Everything else passes as it came, and so does a block that cannot be read here: the library judges
 //! it.
 //!
@@ -34,22 +34,22 @@ const END_HEADERS: u8 = 0x4;
 const PADDED: u8 = 0x8;
 const PRIORITY: u8 = 0x20;
 /// No frame is longer unless the server says that it may be.
-const LONGEST: usize = 16_384;
+const MAX_FRAME_BYTES: usize = 16_384;
 /// The static table's entry of that name.
 const AUTHORITY: usize = 1;
 /// The same as text, for clients that spell it out, as gRPC's C++ library does.
-const SPELLED: &[u8] = b":authority";
+const NAME_LITERAL: &[u8] = b":authority";
 /// The same in the code of RFC 7541, appendix B.
-const SPELLED_SHORT: &[u8] = &[0xb8, 0x3b, 0x53, 0x39, 0xec, 0x32, 0x7d, 0x7f];
+const NAME_HUFFMAN: &[u8] = &[0xb8, 0x3b, 0x53, 0x39, 0xec, 0x32, 0x7d, 0x7f];
 /// `-`, which is valid and as short as can be, as it travels: in the code of appendix B, one byte long. A value that is not in that code
 /// would be a part of the library's read buffer, all of which its table would keep for as long as the connection is there.
-const NAMED: [u8; 2] = [0x81, 0x5b];
+const REPLACEMENT: [u8; 2] = [0x81, 0x5b];
 /// Read at once where there is no room.
 const CHUNK: usize = 4096;
 
 /// A stream whose HTTP/2 client calls by no name that could be wrong.
 #[derive(Debug)]
-pub struct Unnamed<S> {
+pub struct AuthorityNormalizer<S> {
     stream: S,
     frames: Frames,
     /// The beginning of a frame that is not whole yet.
@@ -59,7 +59,7 @@ pub struct Unnamed<S> {
     spoke: Arc<AtomicBool>,
 }
 
-impl<S> Unnamed<S> {
+impl<S> AuthorityNormalizer<S> {
     /// Wraps the server's end of a fresh connection.
     pub fn new(stream: S) -> Self {
         Self { stream, frames: Frames::default(), held: Vec::new(), ready: Bytes::new(), spoke: Arc::default() }
@@ -81,7 +81,7 @@ impl<S> Unnamed<S> {
     }
 }
 
-impl<S: AsyncRead + Unpin> Unnamed<S> {
+impl<S: AsyncRead + Unpin> AuthorityNormalizer<S> {
     /// Reads to where it is wanted and works there; whether there is anything to tell.
     fn poll_in_place(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<bool>> {
         let before = buf.filled().len();
@@ -117,7 +117,7 @@ impl<S: AsyncRead + Unpin> Unnamed<S> {
     }
 }
 
-impl<S: AsyncRead + Unpin> AsyncRead for Unnamed<S> {
+impl<S: AsyncRead + Unpin> AsyncRead for AuthorityNormalizer<S> {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = &mut *self;
         while this.ready.is_empty() && buf.remaining() > 0 {
@@ -134,7 +134,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Unnamed<S> {
     }
 }
 
-impl<S: AsyncWrite + Unpin> AsyncWrite for Unnamed<S> {
+impl<S: AsyncWrite + Unpin> AsyncWrite for AuthorityNormalizer<S> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.stream).poll_write(cx, buf)
     }
@@ -180,7 +180,7 @@ impl Frames {
             passed += some;
             let [a, b, c, kind, _, _, _, _, _, rest @ ..] = &bytes[passed..] else { return passed };
             let len = length([*a, *b, *c]);
-            if *kind != HEADERS || len > LONGEST {
+            if *kind != HEADERS || len > MAX_FRAME_BYTES {
                 self.through = FRAME_HEADER + len;
                 continue;
             }
@@ -188,7 +188,7 @@ impl Frames {
                 return passed;
             }
             let end = passed + FRAME_HEADER + len;
-            unname(&mut bytes[passed..end]);
+            rewrite_authority(&mut bytes[passed..end]);
             passed = end;
         }
     }
@@ -200,11 +200,11 @@ fn length([a, b, c]: [u8; 3]) -> usize {
 
 /// Replaces the authority in a whole HEADERS frame. What cannot be read stays as it is, and so do a block that goes on in another frame and
 /// a value that is longer than padding can be: no socket has such a path.
-fn unname(frame: &mut [u8]) {
+fn rewrite_authority(frame: &mut [u8]) {
     let flags = frame[4];
     let Some(value) = authority(&frame[FRAME_HEADER..], flags) else { return };
     let (start, end) = (FRAME_HEADER + value.start, FRAME_HEADER + value.end);
-    let spare = end - start - NAMED.len();
+    let spare = end - start - REPLACEMENT.len();
     let is_padded = flags & PADDED != 0;
     // Where there was no padding, its length takes the first byte of what becomes free.
     let (shift, padding) = match spare.checked_sub(1) {
@@ -219,8 +219,8 @@ fn unname(frame: &mut [u8]) {
         frame[4] |= PADDED;
     }
     let start = start + shift;
-    frame[start..start + NAMED.len()].copy_from_slice(&NAMED);
-    frame.copy_within(end.., start + NAMED.len());
+    frame[start..start + REPLACEMENT.len()].copy_from_slice(&REPLACEMENT);
+    frame.copy_within(end.., start + REPLACEMENT.len());
     let free = frame.len() - (spare - shift);
     frame[free..].fill(0);
 }
@@ -248,8 +248,8 @@ fn authority(payload: &[u8], flags: u8) -> Option<Range<usize>> {
         }
         let is_authority = match name {
             0 => match string(&mut rest)? {
-                Text { short: false, bytes } => bytes == SPELLED,
-                Text { short: true, bytes } => bytes == SPELLED_SHORT,
+                Text { short: false, bytes } => bytes == NAME_LITERAL,
+                Text { short: true, bytes } => bytes == NAME_HUFFMAN,
             },
             name => name == AUTHORITY,
         };
@@ -346,7 +346,7 @@ mod tests {
 
     /// The same, renamed.
     fn named(kind: u8) -> Vec<u8> {
-        block_of(&[kind | 1], &NAMED)
+        block_of(&[kind | 1], &REPLACEMENT)
     }
 
     fn block_of(name: &[u8], authority: &[u8]) -> Vec<u8> {
@@ -360,7 +360,7 @@ mod tests {
 
     /// A literal's beginning that spells its name.
     fn spelled(kind: u8, short: bool) -> Vec<u8> {
-        let mut name = text(if short { SPELLED_SHORT } else { SPELLED });
+        let mut name = text(if short { NAME_HUFFMAN } else { NAME_LITERAL });
         name[0] |= u8::from(short) << 7;
         [&[kind], &*name].concat()
     }
@@ -385,7 +385,7 @@ mod tests {
         for (kind, short) in [(0x40, false), (0x00, false), (0x10, true), (0x40, true)] {
             let block = |value: &[u8]| block_with(&spelled(kind, short), value);
             let came = [PRI, &*frame(HEADERS, END_HEADERS, &block(b"/run/a.sock"))].concat();
-            assert_eq!(passed(&came, 3), [PRI, &*padded(END_HEADERS, &block_of(&spelled(kind, short), &NAMED), 9)].concat());
+            assert_eq!(passed(&came, 3), [PRI, &*padded(END_HEADERS, &block_of(&spelled(kind, short), &REPLACEMENT), 9)].concat());
         }
         // Neither is another name of that length.
         let other = [&[0x40], &*text(b":authoritx")].concat();
@@ -457,7 +457,7 @@ mod tests {
         let (mut client, server) = tokio::io::duplex(1 << 16);
         let serving = tokio::spawn(async move {
             let mut seen = Vec::new();
-            let mut connection = h2::server::handshake(Unnamed::new(server)).await.unwrap();
+            let mut connection = h2::server::handshake(AuthorityNormalizer::new(server)).await.unwrap();
             while let Some(request) = connection.accept().await {
                 let (request, mut respond) = request.unwrap();
                 seen.push(request.uri().to_string());
@@ -483,7 +483,7 @@ mod tests {
     /// With room for all of it, for less than is held, and for a little.
     #[tokio::test]
     async fn the_inside_of_a_large_frame_keeps_its_place() {
-        let bytes: Vec<u8> = (0..=250).cycle().take(LONGEST).collect();
+        let bytes: Vec<u8> = (0..=250).cycle().take(MAX_FRAME_BYTES).collect();
         let around = |headers: &[u8]| [PRI, headers, &frame(0, 0, &bytes), headers, &frame(0, 0, &bytes[..CHUNK - 1]), headers].concat();
         let came = around(&frame(HEADERS, END_HEADERS, &block(b"/a/b", 0x40)));
         let meant = around(&padded(END_HEADERS, &named(0x40), 2));
@@ -491,7 +491,7 @@ mod tests {
             let (mut client, server) = tokio::io::duplex(pipe);
             let sent = came.clone();
             let sending = tokio::spawn(async move { client.write_all(&sent).await });
-            let (mut server, mut seen, mut buffer) = (Unnamed::new(server), Vec::new(), vec![0; room]);
+            let (mut server, mut seen, mut buffer) = (AuthorityNormalizer::new(server), Vec::new(), vec![0; room]);
             loop {
                 let some = tokio::time::timeout(Duration::from_secs(20), server.read(&mut buffer)).await.unwrap().unwrap();
                 if some == 0 {

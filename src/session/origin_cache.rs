@@ -21,15 +21,15 @@ use crate::{
 };
 
 /// Reads at once. They share a lock in the kernel: more would only wait.
-const READS: usize = 8;
+const MAX_CONCURRENT_READS: usize = 8;
 /// How long a process is believed to be where it was: an older kernel's handles do not tell a pid's owners apart.
-const BELIEVED: Duration = Duration::from_secs(1);
+const MAX_AGE: Duration = Duration::from_secs(1);
 /// Processes that are remembered. When there are more, all are forgotten: the next look is cheap.
-const REMEMBERED: usize = 1024;
+const MAX_PROCESSES: usize = 1024;
 
 /// Tells the connections of one socket apart. Clones share what they know.
 #[derive(Debug, Clone)]
-pub(super) struct Door {
+pub(super) struct OriginCache {
     origins: Origins,
     reads: Arc<Semaphore>,
     seen: Arc<Mutex<HashMap<Process, (Origin, Instant)>>>,
@@ -38,31 +38,31 @@ pub(super) struct Door {
 /// A pid, and the number of its handle, which newer kernels never give twice.
 type Process = (i32, u64);
 
-impl Door {
+impl OriginCache {
     pub(super) fn new(origins: Origins) -> Self {
-        Self { origins, reads: Arc::new(Semaphore::new(READS)), seen: Arc::default() }
+        Self { origins, reads: Arc::new(Semaphore::new(MAX_CONCURRENT_READS)), seen: Arc::default() }
     }
 
     /// The origin of `peer`, where it is known without a look.
-    pub(super) fn recognise(&self, peer: &Peer) -> Option<Origin> {
+    pub(super) fn cached(&self, peer: &Peer) -> Option<Origin> {
         self.origins.at_once(peer).or_else(|| {
             let seen = self.seen();
             let (origin, at) = seen.get(&process(peer)?)?;
-            (at.elapsed() < BELIEVED).then(|| origin.clone())
+            (at.elapsed() < MAX_AGE).then(|| origin.clone())
         })
     }
 
     /// Waits for the turn to look.
-    pub(super) async fn turn(&self) -> OwnedSemaphorePermit {
+    pub(super) async fn read_permit(&self) -> OwnedSemaphorePermit {
         match self.reads.clone().acquire_owned().await {
-            Ok(turn) => turn,
+            Ok(read_permit) => read_permit,
             // Nobody closes it.
             Err(_) => std::future::pending().await,
         }
     }
 
     /// Looks where `peer` belongs. None when the agent is ending.
-    pub(super) async fn look(&self, peer: &Peer, _turn: OwnedSemaphorePermit) -> Option<Origin> {
+    pub(super) async fn resolve(&self, peer: &Peer, _permit: OwnedSemaphorePermit) -> Option<Origin> {
         let (origins, pid, uid) = (self.origins.clone(), peer.pid, peer.uid);
         let origin = tokio::task::spawn_blocking(move || origins.read(pid, uid)).await.ok()?;
         // Only of one that lives: then what was read is about it, and about no later owner of its pid, who is not to pay for it.
@@ -71,7 +71,7 @@ impl Door {
         }
         if let Some(process) = process(peer) {
             let mut seen = self.seen();
-            if seen.len() >= REMEMBERED {
+            if seen.len() >= MAX_PROCESSES {
                 seen.clear();
             }
             seen.insert(process, (origin.clone(), Instant::now()));
@@ -107,16 +107,16 @@ mod tests {
         let file = proc.path().join(peer.pid.to_string()).join("cgroup");
         fs::create_dir(file.parent().unwrap()).unwrap();
         fs::write(&file, format!("0::/kubepods/pod{UID}/a")).unwrap();
-        let door = Door::new(Origins::ByPod(ByPod::new(proc.path().to_owned(), Arc::default())));
-        assert_eq!(door.recognise(&peer), None);
+        let origin_cache = OriginCache::new(Origins::ByPod(ByPod::new(proc.path().to_owned(), Arc::default())));
+        assert_eq!(origin_cache.cached(&peer), None);
         let pod = Some(Origin::Pod(UID.into()));
         pause();
-        assert_eq!(door.look(&peer, door.turn().await).await, pod);
+        assert_eq!(origin_cache.resolve(&peer, origin_cache.read_permit().await).await, pod);
         fs::remove_file(file).unwrap();
-        assert_eq!(door.clone().recognise(&Peer::of(&ours).unwrap()), pod, "of another connection of the same process");
-        advance(BELIEVED).await;
-        assert_eq!(door.recognise(&peer), None);
-        assert_eq!(door.look(&peer, door.turn().await).await, Some(Origin::User(peer.uid)));
+        assert_eq!(origin_cache.clone().cached(&Peer::of(&ours).unwrap()), pod, "of another connection of the same process");
+        advance(MAX_AGE).await;
+        assert_eq!(origin_cache.cached(&peer), None);
+        assert_eq!(origin_cache.resolve(&peer, origin_cache.read_permit().await).await, Some(Origin::User(peer.uid)));
     }
 
     #[tokio::test]
@@ -128,18 +128,18 @@ mod tests {
         let file = proc.path().join(peer.pid.to_string()).join("cgroup");
         fs::create_dir(file.parent().unwrap()).unwrap();
         fs::write(&file, format!("0::/kubepods/pod{UID}/a")).unwrap();
-        let door = Door::new(Origins::ByPod(ByPod::new(proc.path().to_owned(), Arc::default())));
-        assert_eq!(door.look(&peer, door.turn().await).await, Some(Origin::User(peer.uid)));
+        let origin_cache = OriginCache::new(Origins::ByPod(ByPod::new(proc.path().to_owned(), Arc::default())));
+        assert_eq!(origin_cache.resolve(&peer, origin_cache.read_permit().await).await, Some(Origin::User(peer.uid)));
     }
 
     #[tokio::test]
     async fn what_is_remembered_is_bounded() {
-        let door = Door::new(Origins::ByUser);
-        for number in 0..u64::try_from(REMEMBERED).unwrap() {
-            door.seen().insert((1, number), (Origin::User(0), Instant::now()));
+        let origin_cache = OriginCache::new(Origins::ByUser);
+        for number in 0..u64::try_from(MAX_PROCESSES).unwrap() {
+            origin_cache.seen().insert((1, number), (Origin::User(0), Instant::now()));
         }
         let (ours, _theirs) = UnixStream::pair().unwrap();
-        door.look(&Peer::of(&ours).unwrap(), door.turn().await).await.unwrap();
-        assert_eq!(door.seen().len(), 1);
+        origin_cache.resolve(&Peer::of(&ours).unwrap(), origin_cache.read_permit().await).await.unwrap();
+        assert_eq!(origin_cache.seen().len(), 1);
     }
 }
