@@ -28,7 +28,7 @@ use crate::{
     clock::Clock,
     config::{Config, SharedSocket, reloads},
     csi,
-    handover::Claim,
+    handover::SocketLease,
     metrics::Exposition,
     readiness::{self, Readiness},
     rotation, sds,
@@ -120,7 +120,7 @@ impl Base {
 /// An agent whose sockets are open.
 #[derive(Debug)]
 pub struct Bound {
-    socket: Option<Door>,
+    socket: Option<LeasedSocket>,
     admin: TcpListener,
     metrics: TcpListener,
     sessions: Sessions,
@@ -137,9 +137,9 @@ pub struct Bound {
 
 /// The shared socket: it has its name or will take it.
 #[derive(Debug)]
-struct Door {
+struct LeasedSocket {
     path: PathBuf,
-    claim: Claim,
+    lease: SocketLease,
 }
 
 struct Tasks(Vec<BoxFuture<'static, ()>>);
@@ -232,7 +232,9 @@ pub async fn build_with(config: &Config, base: Base, deps: Deps) -> anyhow::Resu
         (None, ..) => None,
     };
     let socket = match &config.shared_socket {
-        Some(SharedSocket { path, mode, .. }) => Some(Door { path: path.clone(), claim: Claim::make(path, *mode, &readiness).await? }),
+        Some(SharedSocket { path, mode, .. }) => {
+            Some(LeasedSocket { path: path.clone(), lease: SocketLease::acquire(path, *mode, &readiness).await? })
+        }
         None => None,
     };
     Ok(Bound {
@@ -255,7 +257,7 @@ pub async fn build_with(config: &Config, base: Base, deps: Deps) -> anyhow::Resu
 impl Bound {
     /// The shared socket's path, where there is one.
     pub fn socket(&self) -> Option<&Path> {
-        self.socket.as_ref().map(|door| &*door.path)
+        self.socket.as_ref().map(|socket| &*socket.path)
     }
 
     /// The admin listener's address.
@@ -271,7 +273,7 @@ impl Bound {
     /// Serves until the shutdown has begun and has drained; an error where a part of the agent was what began it.
     pub async fn run(self) -> anyhow::Result<Drained> {
         let Self { socket, admin, metrics, sessions, csi, rotation, routes, readiness, tasks, ending, last, shutdown, start } = self;
-        info!(socket = socket.as_ref().map(|door| tracing::field::display(door.path.display())), "serving");
+        info!(socket = socket.as_ref().map(|socket| tracing::field::display(socket.path.display())), "serving");
         admin::tell(&metrics);
         let mut beside = JoinSet::new();
         for task in tasks.0 {
@@ -286,7 +288,7 @@ impl Bound {
         let services = sessions.services.clone();
         let (open, opened) = mpsc::channel(1);
         let accepting = tokio::spawn(accept(sessions, opened));
-        let holding = socket.map(|door| tokio::spawn(door.claim.keep(shutdown.drain.clone(), open)));
+        let holding = socket.map(|socket| tokio::spawn(socket.lease.keep(shutdown.drain.clone(), open)));
         drop(start);
         tokio::spawn(async move {
             readiness.reached().await;
@@ -307,7 +309,7 @@ impl Bound {
         if let Some(holding) = holding
             && let Ok(Some(name)) = holding.await
         {
-            name.release();
+            name.unlink_if_owned();
             info!(socket = %name.path().display(), "the socket is released");
         }
         let _ = accepting.await;

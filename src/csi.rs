@@ -103,7 +103,7 @@ impl Driver {
         let Self { sockets, own, calls, registration } = self;
         let cleared = last.run_until_cancelled(clear(&sockets, own.as_ref()));
         tokio::join!(calls.run(last.clone()), registration.run(last.clone()), cleared);
-        sockets.release().await;
+        sockets.unlink_if_owned().await;
     }
 }
 

@@ -21,119 +21,119 @@ use tracing::{error, info};
 
 use crate::{
     grpc::client,
-    listener::{self, Bound, Name, Prepared},
+    listener::{self, Bound, BoundPath, Prepared},
     readiness::{Guard, Readiness},
 };
 
 /// Where the socket's path comes from.
 const FIELD: &str = "sockets.shared.path";
 /// A predecessor that does not answer within this time serves nobody.
-const PATIENCE: Duration = Duration::from_secs(2);
+const HEALTH_TIMEOUT: Duration = Duration::from_secs(2);
 /// What is awaited, in the answer to `/readyz?verbose`.
-const AWAITED: &str = "the socket, which a healthy predecessor serves until all else is in sync";
+const AWAITED_REASON: &str = "the socket, which a healthy predecessor serves until all else is in sync";
 
 /// Another process that serves.
-struct Other {
+struct Predecessor {
     gone: BoxFuture<'static, ()>,
 }
 
 /// Our claim on the name.
 #[derive(Debug)]
-pub struct Claim {
-    place: Place,
+pub struct SocketLease {
+    spec: SocketSpec,
     readiness: Readiness,
-    turn: Turn,
+    role: Role,
 }
 
 /// The name and its mode.
 #[derive(Debug)]
-struct Place {
+struct SocketSpec {
     path: PathBuf,
     mode: u32,
 }
 
 /// Whose turn it is.
-enum Turn {
-    Ours(Bound),
-    Others(Waiting),
+enum Role {
+    Active(Bound),
+    Standby(Waiting),
 }
 
 struct Waiting {
-    other: Other,
+    predecessor: Predecessor,
     /// What was bound at the start, where errors end the process. Later on it is bound when its turn has come.
     prepared: Option<(UnixListener, Prepared)>,
     /// Of a readiness that has not been reached. Who has reached it, and lost the name, does not go before the one that has it.
     guard: Option<Guard>,
 }
 
-impl std::fmt::Debug for Turn {
+impl std::fmt::Debug for Role {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Self::Ours(bound) => f.debug_tuple("Ours").field(bound).finish(),
-            Self::Others(waiting) => f.debug_tuple("Others").field(&waiting.prepared).finish(),
+            Self::Active(bound) => f.debug_tuple("Ours").field(bound).finish(),
+            Self::Standby(waiting) => f.debug_tuple("Others").field(&waiting.prepared).finish(),
         }
     }
 }
 
-impl Claim {
+impl SocketLease {
     /// Binds beside `path`, with permission bits `mode`, and takes the name unless a healthy predecessor serves it. `readiness` is not
     /// reached before the name is taken.
-    pub async fn make(path: &Path, mode: u32, readiness: &Readiness) -> Result<Self, listener::Error> {
+    pub async fn acquire(path: &Path, mode: u32, readiness: &Readiness) -> Result<Self, listener::Error> {
         let (listener, prepared) = listener::prepare(FIELD, path, mode)?;
-        let turn = match find(path).await {
-            None => Turn::Ours(Bound { listener, name: prepared.take()? }),
-            Some(other) => {
+        let role = match find_predecessor(path).await {
+            None => Role::Active(Bound { listener, name: prepared.publish()? }),
+            Some(predecessor) => {
                 info!(socket = %path.display(), "a predecessor serves the socket; it is taken over once all else is in sync");
-                let guard = Some(readiness.guard(AWAITED));
-                Turn::Others(Waiting { other, prepared: Some((listener, prepared)), guard })
+                let guard = Some(readiness.guard(AWAITED_REASON));
+                Role::Standby(Waiting { predecessor, prepared: Some((listener, prepared)), guard })
             }
         };
-        Ok(Self { place: Place { path: path.to_owned(), mode }, readiness: readiness.clone(), turn })
+        Ok(Self { spec: SocketSpec { path: path.to_owned(), mode }, readiness: readiness.clone(), role })
     }
 
     /// Whether the name is held.
     pub fn is_held(&self) -> bool {
-        matches!(self.turn, Turn::Ours(_))
+        matches!(self.role, Role::Active(_))
     }
 
     /// Has the name, whenever it is our turn, until `end`; gives it if it is ours then. What is to be accepted from is sent to `open` each
     /// time the name is taken; nobody new comes to an earlier one.
-    pub async fn keep(self, end: CancellationToken, open: mpsc::Sender<UnixListener>) -> Option<Name> {
-        let Self { place, readiness, mut turn } = self;
+    pub async fn keep(self, end: CancellationToken, open: mpsc::Sender<UnixListener>) -> Option<BoundPath> {
+        let Self { spec, readiness, mut role } = self;
         loop {
-            let bound = match turn {
-                Turn::Ours(bound) => bound,
-                Turn::Others(waiting) => end.run_until_cancelled(waiting.hold(&place, &readiness)).await??,
+            let bound = match role {
+                Role::Active(bound) => bound,
+                Role::Standby(waiting) => end.run_until_cancelled(waiting.take_over(&spec, &readiness)).await??,
             };
             let Bound { listener, name } = bound;
             // Who accepts ends with the process.
             let _ = open.send(listener).await;
-            end.run_until_cancelled(name.lost()).await;
+            end.run_until_cancelled(name.superseded()).await;
             if end.is_cancelled() {
                 return Some(name);
             }
-            turn = end.run_until_cancelled(place.lost(&readiness)).await??;
+            role = end.run_until_cancelled(spec.superseded(&readiness)).await??;
         }
     }
 }
 
-impl Place {
+impl SocketSpec {
     /// What is next when the name leads elsewhere.
-    async fn lost(&self, readiness: &Readiness) -> Option<Turn> {
-        let Some(other) = find(&self.path).await else {
+    async fn superseded(&self, readiness: &Readiness) -> Option<Role> {
+        let Some(predecessor) = find_predecessor(&self.path).await else {
             info!(socket = %self.path.display(), "the socket has lost its name, and nobody serves it");
-            return self.bind().map(Turn::Ours);
+            return self.bind().map(Role::Active);
         };
         info!(socket = %self.path.display(), "another agent has taken the socket; it is taken back when that one goes");
-        let guard = (!readiness.is_ready()).then(|| readiness.guard(AWAITED));
-        Some(Turn::Others(Waiting { other, prepared: None, guard }))
+        let guard = (!readiness.is_ready()).then(|| readiness.guard(AWAITED_REASON));
+        Some(Role::Standby(Waiting { predecessor, prepared: None, guard }))
     }
 
     fn bind(&self) -> Option<Bound> {
-        self.told(listener::bind_for(FIELD, &self.path, self.mode))
+        self.log_outcome(listener::bind_for(FIELD, &self.path, self.mode))
     }
 
-    fn told(&self, bound: Result<Bound, listener::Error>) -> Option<Bound> {
+    fn log_outcome(&self, bound: Result<Bound, listener::Error>) -> Option<Bound> {
         match &bound {
             Ok(_) => info!(socket = %self.path.display(), "the socket is ours"),
             Err(cause) => error!(%cause, "the socket cannot be taken over"),
@@ -144,15 +144,15 @@ impl Place {
 
 impl Waiting {
     /// Takes the name when it is our turn; none where it cannot be had.
-    async fn hold(self, place: &Place, readiness: &Readiness) -> Option<Bound> {
-        let Self { mut other, prepared, guard } = self;
+    async fn take_over(self, spec: &SocketSpec, readiness: &Readiness) -> Option<Bound> {
+        let Self { mut predecessor, prepared, guard } = self;
         loop {
             let in_sync = OptionFuture::from(guard.as_ref().map(|guard| readiness.awaits_only(guard)));
             tokio::select! {
                 biased;
                 Some(()) = in_sync => break,
-                () = &mut other.gone => match find(&place.path).await {
-                    Some(next) => other = next,
+                () = &mut predecessor.gone => match find_predecessor(&spec.path).await {
+                    Some(next) => predecessor = next,
                     None => {
                         info!("the predecessor has gone; taking the socket");
                         break;
@@ -161,8 +161,8 @@ impl Waiting {
             }
         }
         let bound = match prepared {
-            Some((listener, prepared)) => place.told(prepared.take().map(|name| Bound { listener, name })),
-            None => place.bind(),
+            Some((listener, prepared)) => spec.log_outcome(prepared.publish().map(|name| Bound { listener, name })),
+            None => spec.bind(),
         };
         match (guard, &bound) {
             // Never ready: the rollout stops, and the predecessor goes on.
@@ -174,7 +174,7 @@ impl Waiting {
 }
 
 /// Who serves the socket at `path`, if anybody does.
-async fn find(path: &Path) -> Option<Other> {
+async fn find_predecessor(path: &Path) -> Option<Predecessor> {
     let ask = async {
         let (connection, driver) = client::connect(path).await.ok()?;
         let driver = tokio::spawn(driver);
@@ -186,9 +186,9 @@ async fn find(path: &Path) -> Option<Other> {
             let _held = health;
             let _ = driver.await;
         });
-        serves.then_some(Other { gone })
+        serves.then_some(Predecessor { gone })
     };
-    timeout(PATIENCE, ask).await.ok().flatten()
+    timeout(HEALTH_TIMEOUT, ask).await.ok().flatten()
 }
 
 #[cfg(test)]

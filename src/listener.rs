@@ -1,7 +1,7 @@
 //! The socket's name in the file system: bound beside it, given its mode, and moved into place in one step.
 //!
 //! There is no moment without a socket under the public name, and no moment with the wrong mode. Binding ([`prepare`]) and taking the name
-//! ([`Prepared::take`]) are two steps, so that a predecessor can go on in between. At the end only our own socket is removed (same device
+//! ([`Prepared::publish`]) are two steps, so that a predecessor can go on in between. At the end only our own socket is removed (same device
 //! and inode); a successor's stays. The directory is never removed: workloads have it mounted.
 
 use std::{
@@ -41,12 +41,12 @@ pub struct Bound {
     /// For the accept loop.
     pub listener: UnixListener,
     /// Its name.
-    pub name: Name,
+    pub name: BoundPath,
 }
 
 /// The public name, which led to our socket when it was taken.
 #[derive(Debug)]
-pub struct Name {
+pub struct BoundPath {
     path: PathBuf,
     device: u64,
     inode: u64,
@@ -57,7 +57,7 @@ pub struct Name {
 pub struct Prepared {
     field: &'static str,
     beside: PathBuf,
-    name: Name,
+    name: BoundPath,
     taken: bool,
 }
 
@@ -70,7 +70,7 @@ pub fn bind(path: &Path, mode: u32) -> Result<Bound, Error> {
 /// The same for a path that comes from `field` of the configuration.
 pub fn bind_for(field: &'static str, path: &Path, mode: u32) -> Result<Bound, Error> {
     let (listener, prepared) = prepare(field, path, mode)?;
-    Ok(Bound { listener, name: prepared.take()? })
+    Ok(Bound { listener, name: prepared.publish()? })
 }
 
 /// Binds and listens beside `path`, which comes from `field` of the configuration, and leaves the name itself alone.
@@ -94,7 +94,7 @@ pub fn prepare(field: &'static str, path: &Path, mode: u32) -> Result<(UnixListe
     rustix::net::bind(&socket, &address).map_err(failed("bind beside it", ""))?;
     // From here on what is dropped is removed.
     let stat = rustix::fs::statat(CWD, &beside, AtFlags::SYMLINK_NOFOLLOW).map_err(failed("look at it", ""))?;
-    let name = Name { path: path.to_owned(), device: stat.st_dev, inode: stat.st_ino };
+    let name = BoundPath { path: path.to_owned(), device: stat.st_dev, inode: stat.st_ino };
     let prepared = Prepared { field, beside, name, taken: false };
     rustix::fs::chmodat(CWD, &prepared.beside, Mode::from_raw_mode(mode), AtFlags::empty()).map_err(failed("set its mode", ""))?;
     rustix::net::listen(&socket, BACKLOG).map_err(failed("listen", ""))?;
@@ -115,23 +115,23 @@ impl Prepared {
     }
 
     /// Moves the socket into place, over whatever is there.
-    pub fn take(mut self) -> Result<Name, Error> {
+    pub fn publish(mut self) -> Result<BoundPath, Error> {
         let failed = |cause, hint| Error { field: self.field, path: self.name.path.clone(), action: "move it into place", cause, hint };
-        if !self.name.leads_from(&self.beside) {
+        if !self.name.is_socket_at(&self.beside) {
             let hint = "; another process has prepared to take it since";
             return Err(failed(io::ErrorKind::NotFound.into(), hint));
         }
         rustix::fs::rename(&self.beside, &self.name.path).map_err(|cause| failed(cause.into(), "; is there a directory of that name?"))?;
         self.taken = true;
-        let Name { path, device, inode } = &mut self.name;
-        Ok(Name { path: std::mem::take(path), device: *device, inode: *inode })
+        let BoundPath { path, device, inode } = &mut self.name;
+        Ok(BoundPath { path: std::mem::take(path), device: *device, inode: *inode })
     }
 }
 
 impl Drop for Prepared {
     fn drop(&mut self) {
         // In another container there may be a process of the same id, which has bound its own under this name since.
-        if !self.taken && self.name.leads_from(&self.beside) {
+        if !self.taken && self.name.is_socket_at(&self.beside) {
             let _ = rustix::fs::unlink(&self.beside);
         }
     }
@@ -155,30 +155,30 @@ fn make_directory(directory: &Path) -> rustix::io::Result<()> {
     }
 }
 
-impl Name {
+impl BoundPath {
     /// The public name.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
     /// Whether the name still leads to our socket.
-    pub fn is_ours(&self) -> bool {
-        self.leads_from(&self.path)
+    pub fn is_owned(&self) -> bool {
+        self.is_socket_at(&self.path)
     }
 
     /// Returns once the name no longer leads to our socket, as the kernel tells; never where it cannot.
-    pub async fn lost(&self) {
+    pub async fn superseded(&self) {
         let events = match self.watch() {
             Ok(events) => events,
             // The name may have gone before it was watched.
-            Err(_) if !self.is_ours() => return,
+            Err(_) if !self.is_owned() => return,
             Err(error) => {
                 warn!(%error, socket = %self.path.display(), "cannot watch the socket's name; where somebody takes it, it is not taken back");
                 return pending().await;
             }
         };
         // Looked at after it is watched, so that nothing falls between.
-        while self.is_ours() {
+        while self.is_owned() {
             match events.readable().await {
                 Ok(mut ready) => {
                     // What has happened is told by the name itself.
@@ -200,14 +200,14 @@ impl Name {
         fd::watched(events)
     }
 
-    fn leads_from(&self, path: &Path) -> bool {
+    fn is_socket_at(&self, path: &Path) -> bool {
         rustix::fs::statat(CWD, path, AtFlags::SYMLINK_NOFOLLOW).is_ok_and(|stat| stat.st_dev == self.device && stat.st_ino == self.inode)
     }
 
     /// Removes the name, if it is still ours. A successor may take it in this very moment, so that it is moved aside first and looked at
     /// once more there: a successor's goes back.
-    pub fn release(&self) {
-        if !self.is_ours() {
+    pub fn unlink_if_owned(&self) {
+        if !self.is_owned() {
             return;
         }
         let name = self.path.file_name().map(|n| n.to_string_lossy()).unwrap_or_default();
@@ -215,7 +215,7 @@ impl Name {
         if rustix::fs::rename(&self.path, &aside).is_err() {
             return;
         }
-        if !self.leads_from(&aside) {
+        if !self.is_socket_at(&aside) {
             let _ = rustix::fs::renameat_with(CWD, &aside, CWD, &self.path, RenameFlags::NOREPLACE);
         }
         // Ours, or one that yet another has replaced meanwhile.
@@ -244,7 +244,7 @@ mod tests {
         assert_eq!(meta.permissions().mode() & 0o777, 0o640);
         assert_eq!(std::fs::read_dir(path.parent().unwrap()).unwrap().count(), 1, "nothing is left beside it");
         UnixStream::connect(&path).unwrap();
-        bound.name.release();
+        bound.name.unlink_if_owned();
         assert!(!path.exists() && path.parent().unwrap().exists());
     }
 
@@ -254,8 +254,8 @@ mod tests {
         let path = dir.path().join("sds.sock");
         let old = bind(&path, 0o666).unwrap();
         let new = bind(&path, 0o666).unwrap();
-        assert!(!old.name.is_ours() && new.name.is_ours());
-        old.name.release();
+        assert!(!old.name.is_owned() && new.name.is_owned());
+        old.name.unlink_if_owned();
         UnixStream::connect(&path).unwrap();
     }
 
@@ -267,23 +267,23 @@ mod tests {
             let bound = bind(&path, 0o666).unwrap();
             if way == "before" {
                 std::fs::remove_file(&path).unwrap();
-                tokio::time::timeout(PATIENCE, bound.name.lost()).await.unwrap();
+                tokio::time::timeout(PATIENCE, bound.name.superseded()).await.unwrap();
                 continue;
             }
-            let mut lost = std::pin::pin!(bound.name.lost());
-            assert!(futures::poll!(lost.as_mut()).is_pending(), "{way}");
+            let mut superseded = std::pin::pin!(bound.name.superseded());
+            assert!(futures::poll!(superseded.as_mut()).is_pending(), "{way}");
             // Nothing of this takes it away.
             std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
             std::fs::write(dir.path().join("beside"), "").unwrap();
             tokio::time::sleep(std::time::Duration::from_millis(50)).await;
-            assert!(futures::poll!(lost.as_mut()).is_pending(), "{way}");
+            assert!(futures::poll!(superseded.as_mut()).is_pending(), "{way}");
             match way {
                 "replaced" => drop(bind(&path, 0o666).unwrap()),
                 "removed" => std::fs::remove_file(&path).unwrap(),
                 _ => std::fs::rename(&path, dir.path().join("elsewhere")).unwrap(),
             }
-            tokio::time::timeout(PATIENCE, lost).await.unwrap();
-            assert!(!bound.name.is_ours(), "{way}");
+            tokio::time::timeout(PATIENCE, superseded).await.unwrap();
+            assert!(!bound.name.is_owned(), "{way}");
         }
     }
 
@@ -297,10 +297,10 @@ mod tests {
         let (_second, superseded) = prepare("sockets.shared.path", &path, 0o666).unwrap();
         let (_third, prepared) = prepare("sockets.shared.path", &path, 0o666).unwrap();
         drop(given_up);
-        let error = superseded.take().unwrap_err().to_string();
+        let error = superseded.publish().unwrap_err().to_string();
         assert!(error.contains("another process"), "{error}");
-        assert!(serving.name.is_ours(), "nobody takes the name with another's socket");
-        assert!(prepared.take().unwrap().is_ours());
+        assert!(serving.name.is_owned(), "nobody takes the name with another's socket");
+        assert!(prepared.publish().unwrap().is_owned());
     }
 
     #[tokio::test]
@@ -309,9 +309,9 @@ mod tests {
         let deep = dir.path().join("d".repeat(60)).join("e".repeat(60));
         let path = deep.join("sds.sock");
         let bound = bind(&path, 0o666).unwrap();
-        assert!(bound.name.is_ours() && bound.name.path() == path);
+        assert!(bound.name.is_owned() && bound.name.path() == path);
         assert_eq!(std::fs::read_dir(&deep).unwrap().count(), 1, "nothing is left beside it");
-        bound.name.release();
+        bound.name.unlink_if_owned();
         assert!(!path.exists());
     }
 

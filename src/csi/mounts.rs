@@ -232,8 +232,8 @@ impl Mounts {
         if !is_mounted(fd.as_fd(), &path)? {
             return Ok(Target::Plain);
         }
-        let is_ours = leaf.is_some() && leaf == Some(identity(fd.as_fd(), &path)?) && is_guarded(fd.as_fd(), &path)?;
-        Ok(if is_ours { Target::Ours } else { Target::Other })
+        let is_owned = leaf.is_some() && leaf == Some(identity(fd.as_fd(), &path)?) && is_guarded(fd.as_fd(), &path)?;
+        Ok(if is_owned { Target::Ours } else { Target::Other })
     }
 }
 

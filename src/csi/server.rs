@@ -76,7 +76,7 @@ impl Server {
                 }
             }
         }
-        self.bound.name.release();
+        self.bound.name.unlink_if_owned();
     }
 
     /// Whether nobody has the name. Who else has it may be our successor.

@@ -91,10 +91,10 @@ struct Shared {
     metrics: Metrics,
 }
 
-/// A socket that is served. Dropping it ends it; its name goes by `release`.
+/// A socket that is served. Dropping it ends it; its name goes by `unlink_if_owned`.
 #[derive(Debug)]
 struct Live {
-    name: listener::Name,
+    name: listener::BoundPath,
     leaf: (u64, u64),
     attestor: Arc<MountAttestor>,
     shutdown: Shutdown,
@@ -108,7 +108,7 @@ impl Live {
     fn is(&self, volume: &Volume) -> bool {
         self.attestor.claim().as_ref() == Some(&volume.claim)
             && self.name.path().file_name().is_some_and(|name| name == &*volume.socket)
-            && self.name.is_ours()
+            && self.name.is_owned()
     }
 }
 
@@ -199,10 +199,10 @@ impl Sockets {
     }
 
     /// Takes the names away at the very end. Directories and mounts stay: pods have them mounted.
-    pub async fn release(&self) {
+    pub async fn unlink_if_owned(&self) {
         let released = self.in_turn(|shared| {
             for (_, live) in shared.book().drain() {
-                live.name.release();
+                live.name.unlink_if_owned();
             }
             shared.mounts.finish();
             Ok(())
@@ -252,7 +252,7 @@ impl Shared {
         let (attestor, is_known) = {
             let mut book = self.book();
             // One whose name or directory somebody has taken away is bound anew.
-            let live = book.get_mut(place).filter(|live| live.name.is_ours() && live.leaf == leaf.id);
+            let live = book.get_mut(place).filter(|live| live.name.is_owned() && live.leaf == leaf.id);
             match live {
                 Some(live) => {
                     live.attestor.set_claim(volume.claim.clone());
@@ -330,6 +330,6 @@ impl Shared {
         let live = book.remove(place);
         self.metrics.sockets(book.len());
         drop(book);
-        live.inspect(|live| live.name.release()).is_some()
+        live.inspect(|live| live.name.unlink_if_owned()).is_some()
     }
 }

@@ -40,13 +40,13 @@ impl Agent {
 struct Kept {
     end: CancellationToken,
     opened: mpsc::Receiver<UnixListener>,
-    keeping: JoinHandle<Option<Name>>,
+    keeping: JoinHandle<Option<BoundPath>>,
 }
 
 impl Kept {
-    fn of(claim: Claim) -> Self {
+    fn of(lease: SocketLease) -> Self {
         let (end, (open, opened)) = (CancellationToken::new(), mpsc::channel(1));
-        Self { keeping: tokio::spawn(claim.keep(end.clone(), open)), end, opened }
+        Self { keeping: tokio::spawn(lease.keep(end.clone(), open)), end, opened }
     }
 
     /// Waits until the name is held.
@@ -54,7 +54,7 @@ impl Kept {
         timeout(Duration::from_secs(20), self.opened.recv()).await.unwrap().unwrap()
     }
 
-    async fn end(self) -> Option<Name> {
+    async fn end(self) -> Option<BoundPath> {
         self.end.cancel();
         self.keeping.await.unwrap()
     }
@@ -76,15 +76,15 @@ async fn a_name_that_nobody_serves_is_taken_at_once() {
     let (readiness, start) = Readiness::new(readiness::Metrics::default());
     // Left by a process that was killed, and then by one that accepts nobody.
     drop(StdListener::bind(&path).unwrap());
-    let claim = Claim::make(&path, 0o666, &readiness).await.unwrap();
-    assert!(claim.is_held(), "{claim:?}");
+    let lease = SocketLease::acquire(&path, 0o666, &readiness).await.unwrap();
+    assert!(lease.is_held(), "{lease:?}");
     let before = inode(&path);
-    let mut kept = Kept::of(Claim::make(&path, 0o666, &readiness).await.unwrap());
+    let mut kept = Kept::of(SocketLease::acquire(&path, 0o666, &readiness).await.unwrap());
     let _listener = kept.opened().await;
     assert_ne!(inode(&path), before, "one that does not answer is no predecessor");
     drop(start);
     assert!(readiness.is_ready());
-    assert!(kept.end().await.unwrap().is_ours());
+    assert!(kept.end().await.unwrap().is_owned());
 }
 
 #[tokio::test]
@@ -96,11 +96,11 @@ async fn a_healthy_predecessor_serves_until_all_else_is_in_sync() {
 
     let (readiness, start) = Readiness::new(readiness::Metrics::default());
     let index = readiness.guard("the pod index");
-    let mut kept = Kept::of(Claim::make(&path, 0o666, &readiness).await.unwrap());
+    let mut kept = Kept::of(SocketLease::acquire(&path, 0o666, &readiness).await.unwrap());
     drop(start);
     a_while().await;
     assert_eq!(inode(&path), before);
-    assert!(find(&path).await.is_some(), "the predecessor still answers");
+    assert!(find_predecessor(&path).await.is_some(), "the predecessor still answers");
 
     drop(index);
     let _listener = kept.opened().await;
@@ -108,7 +108,7 @@ async fn a_healthy_predecessor_serves_until_all_else_is_in_sync() {
     timeout(Duration::from_secs(20), readiness.reached()).await.unwrap();
     // The predecessor's end leaves its successor alone.
     old.end().await;
-    assert!(kept.end().await.unwrap().is_ours());
+    assert!(kept.end().await.unwrap().is_owned());
 }
 
 #[tokio::test]
@@ -117,11 +117,11 @@ async fn a_predecessor_that_goes_is_succeeded_before_all_else_is_in_sync() {
     let path = directory.path().join("sds.sock");
     let old = Agent::start(&path).await;
     let (readiness, _start) = Readiness::new(readiness::Metrics::default());
-    let mut kept = Kept::of(Claim::make(&path, 0o666, &readiness).await.unwrap());
+    let mut kept = Kept::of(SocketLease::acquire(&path, 0o666, &readiness).await.unwrap());
     old.end().await;
     let _listener = kept.opened().await;
     assert!(!readiness.is_ready());
-    assert!(kept.end().await.unwrap().is_ours());
+    assert!(kept.end().await.unwrap().is_owned());
 }
 
 #[tokio::test]
@@ -131,7 +131,7 @@ async fn a_successor_that_never_gets_in_sync_leaves_nothing_behind() {
     let old = Agent::start(&path).await;
     let before = inode(&path);
     let (readiness, _start) = Readiness::new(readiness::Metrics::default());
-    let kept = Kept::of(Claim::make(&path, 0o666, &readiness).await.unwrap());
+    let kept = Kept::of(SocketLease::acquire(&path, 0o666, &readiness).await.unwrap());
     assert!(kept.end().await.is_none());
     assert_eq!(inode(&path), before);
     assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1, "nothing is left beside it");
@@ -143,25 +143,25 @@ async fn a_name_that_was_lost_is_taken_back_once_whoever_has_it_goes() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("sds.sock");
     let (readiness, start) = Readiness::new(readiness::Metrics::default());
-    let mut kept = Kept::of(Claim::make(&path, 0o666, &readiness).await.unwrap());
+    let mut kept = Kept::of(SocketLease::acquire(&path, 0o666, &readiness).await.unwrap());
     let _first = kept.opened().await;
     drop(start);
     assert!(readiness.is_ready());
 
     // Nobody here answers on that socket: the other one takes the name. Being in sync is no reason to take it back from one that serves.
-    let other = Agent::start(&path).await;
+    let predecessor = Agent::start(&path).await;
     let theirs = inode(&path);
     a_while().await;
     assert_eq!(inode(&path), theirs);
     assert!(kept.opened.is_empty());
-    other.end().await;
+    predecessor.end().await;
     let _second = kept.opened().await;
     assert!(path.exists());
 
     // Whoever removes it does not keep it from being there.
     std::fs::remove_file(&path).unwrap();
     let _third = kept.opened().await;
-    assert!(kept.end().await.unwrap().is_ours());
+    assert!(kept.end().await.unwrap().is_owned());
     assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1, "nothing is left beside it");
 }
 
@@ -172,13 +172,13 @@ async fn one_that_has_stepped_in_is_not_ready_without_the_name() {
     let path = directory.path().join("sds.sock");
     let (readiness, start) = Readiness::new(readiness::Metrics::default());
     let index = readiness.guard("the pod index");
-    let mut kept = Kept::of(Claim::make(&path, 0o666, &readiness).await.unwrap());
+    let mut kept = Kept::of(SocketLease::acquire(&path, 0o666, &readiness).await.unwrap());
     drop(start);
     let _first = kept.opened().await;
-    let other = Agent::start(&path).await;
+    let predecessor = Agent::start(&path).await;
     let theirs = inode(&path);
     timeout(Duration::from_secs(20), async {
-        while !readiness.awaited().iter().any(|awaited| **awaited == *AWAITED) {
+        while !readiness.awaited().iter().any(|awaited| **awaited == *AWAITED_REASON) {
             tokio::task::yield_now().await;
         }
     })
@@ -189,6 +189,6 @@ async fn one_that_has_stepped_in_is_not_ready_without_the_name() {
     let _second = kept.opened().await;
     timeout(Duration::from_secs(20), readiness.reached()).await.unwrap();
     assert_ne!(inode(&path), theirs);
-    other.end().await;
-    assert!(kept.end().await.unwrap().is_ours());
+    predecessor.end().await;
+    assert!(kept.end().await.unwrap().is_owned());
 }
