@@ -164,7 +164,7 @@ pub async fn build_with(config: &Config, base: Base, deps: Deps) -> anyhow::Resu
     let registry = exposition.registry();
 
     let outlets = Outlets::new(config, &deps.upstreams, &*deps.clock);
-    let (resolver, plan, spread) = (outlets.resolver.subscribe(), outlets.plan.subscribe(), outlets.spread.subscribe());
+    let (resolver, plan, reissue_window) = (outlets.resolver.subscribe(), outlets.plan.subscribe(), outlets.reissue_window.subscribe());
     let mut tasks = deps.tasks;
     if let Some(file) = file {
         let metrics = reloads::Metrics::register(registry);
@@ -201,8 +201,8 @@ pub async fn build_with(config: &Config, base: Base, deps: Deps) -> anyhow::Resu
         clock: deps.clock.clone(),
         limits: config.limits.clone(),
         metrics: sds::metrics::Metrics::register(registry),
-        spread,
-        drain: ending.clone(),
+        reissue_window,
+        ending: ending.clone(),
     };
     let sessions = Sessions {
         services: Services::new(Arc::new(sds)).await?,

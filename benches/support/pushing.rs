@@ -11,7 +11,7 @@ use sds_agent::{
     caller::Desk,
     clock::SystemClock,
     listener,
-    sds::{self, names::Directory, service::Service, spread::Spread},
+    sds::{self, names::Directory, reissue_window::ReissueWindow, service::Service},
     session::{self, Sessions, services::Services},
     shutdown::Shutdown,
     store::{Entry, Event, Store},
@@ -46,8 +46,8 @@ impl Pushing {
             clock: Arc::new(SystemClock),
             limits: config.limits.clone(),
             metrics: sds::metrics::Metrics::default(),
-            spread: watch::channel(Spread::new(SystemTime::now(), Duration::ZERO, 0)).1,
-            drain: ending.clone(),
+            reissue_window: watch::channel(ReissueWindow::new(SystemTime::now(), Duration::ZERO, 0)).1,
+            ending: ending.clone(),
         };
         let resolver = config.resolver();
         let desk = Desk {

@@ -22,7 +22,7 @@ use crate::{
     file::Followed,
     identity::Resolver,
     rotation::plan::Plan,
-    sds::spread::Spread,
+    sds::reissue_window::ReissueWindow,
 };
 
 /// The file that the agent was configured by, and what it is read with.
@@ -39,7 +39,7 @@ pub(super) struct Outlets {
     /// Rotation.
     pub(super) plan: watch::Sender<Arc<Plan>>,
     /// Streams: over which time they move to other certificates.
-    pub(super) spread: watch::Sender<Spread>,
+    pub(super) reissue_window: watch::Sender<ReissueWindow>,
     /// Whoever names callers.
     pub(super) resolver: watch::Sender<Arc<Resolver>>,
 }
@@ -49,7 +49,7 @@ impl Outlets {
     pub(super) fn new(config: &Config, upstreams: &Upstreams, clock: &dyn Clock) -> Self {
         Self {
             plan: watch::Sender::new(Arc::new(plan(config, upstreams))),
-            spread: watch::Sender::new(spread(config, clock)),
+            reissue_window: watch::Sender::new(reissue_window(config, clock)),
             resolver: watch::Sender::new(Arc::new(config.resolver())),
         }
     }
@@ -60,8 +60,8 @@ fn plan(config: &Config, upstreams: &Upstreams) -> Plan {
     Plan::new(upstreams.issuers(), profiles, config.retention)
 }
 
-fn spread(config: &Config, clock: &dyn Clock) -> Spread {
-    Spread::new(clock.now(), config.reissue_over, fastrand::u64(..))
+fn reissue_window(config: &Config, clock: &dyn Clock) -> ReissueWindow {
+    ReissueWindow::new(clock.now(), config.reissue_over, fastrand::u64(..))
 }
 
 /// Follows the file.
@@ -215,7 +215,7 @@ impl Reload {
         self.outlets.plan.send_replace(Arc::new(plan(&self.in_force, &self.upstreams)));
         let resolver = self.in_force.resolver();
         if **self.outlets.resolver.borrow() != resolver {
-            self.outlets.spread.send_replace(spread(&self.in_force, &*self.clock));
+            self.outlets.reissue_window.send_replace(reissue_window(&self.in_force, &*self.clock));
             self.outlets.resolver.send_replace(Arc::new(resolver));
         }
         cause

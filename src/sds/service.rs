@@ -15,8 +15,8 @@ use tonic::Status;
 use super::{
     metrics::{Kind, Metrics},
     names::{Directory, Target},
+    reissue_window::ReissueWindow,
     secret,
-    spread::Spread,
     stream::Violation,
 };
 use crate::{
@@ -51,9 +51,9 @@ pub struct Service {
     /// What is counted.
     pub metrics: Metrics,
     /// Over which time certificates are issued anew that a change of the configuration has made foreign.
-    pub spread: watch::Receiver<Spread>,
+    pub reissue_window: watch::Receiver<ReissueWindow>,
     /// Ends every stream.
-    pub drain: CancellationToken,
+    pub ending: CancellationToken,
 }
 
 /// What exists now, for one caller.
@@ -131,12 +131,12 @@ fn is_known(target: &Target, bundles: &BundleSet) -> bool {
 }
 
 /// The first three parts of a certificate's version.
-fn stem(version: &str) -> &str {
-    version.rsplit_once('-').map_or(version, |(stem, _)| stem)
+fn version_prefix(version: &str) -> &str {
+    version.rsplit_once('-').map_or(version, |(version_prefix, _)| version_prefix)
 }
 
 /// Returns when there is something new; never without something to watch.
-async fn news(material: Option<&mut watch::Receiver<Option<Arc<Svid>>>>) {
+async fn changed(material: Option<&mut watch::Receiver<Option<Arc<Svid>>>>) {
     let ended = match material {
         Some(material) => material.changed().await.is_err(),
         None => true,

@@ -103,7 +103,7 @@ pub struct Watch {
     /// The name as the client said it.
     pub name: Box<str>,
     /// The version that the client says it has, of the stream's first request.
-    pub brought: Option<Box<str>>,
+    pub client_reported: Option<Box<str>>,
     /// The version last sent.
     sent: Option<Box<str>>,
     /// The version that the client rejected.
@@ -111,13 +111,13 @@ pub struct Watch {
 }
 
 impl Watch {
-    fn new(name: &str, brought: Option<&str>) -> Self {
-        Self { name: name.into(), brought: brought.map(Into::into), sent: None, rejected: None }
+    fn new(name: &str, client_reported: Option<&str>) -> Self {
+        Self { name: name.into(), client_reported: client_reported.map(Into::into), sent: None, rejected: None }
     }
 
     /// Whether `version` is news for the client.
     fn wants(&self, version: &str) -> bool {
-        self.sent.as_deref() != Some(version) && self.brought.as_deref() != Some(version) && self.may_get(version)
+        self.sent.as_deref() != Some(version) && self.client_reported.as_deref() != Some(version) && self.may_get(version)
     }
 
     fn may_get(&self, version: &str) -> bool {
@@ -208,7 +208,7 @@ impl StreamState {
     }
 
     fn replace(&mut self, first: bool, names: &[String], version: &str) -> Result<(), Violation> {
-        let brought = Some(version).filter(|v| first && !v.is_empty());
+        let client_reported = Some(version).filter(|v| first && !v.is_empty());
         let names = if first && names.is_empty() { vec![WILDCARD.to_owned()] } else { names.to_vec() };
         let mut next: Vec<Watch> = Vec::new();
         for name in self.expand(&names) {
@@ -219,7 +219,7 @@ impl StreamState {
             if next.len() >= self.limit {
                 return Err(Violation::TooManyNames(self.limit));
             }
-            next.push(self.watches.iter().find(|w| w.name == name).cloned().unwrap_or_else(|| Watch::new(&name, brought)));
+            next.push(self.watches.iter().find(|w| w.name == name).cloned().unwrap_or_else(|| Watch::new(&name, client_reported)));
         }
         self.watches = next;
         Ok(())
@@ -241,11 +241,11 @@ impl StreamState {
             let full = self.watches.len() >= self.limit;
             match self.watches.iter_mut().find(|w| w.name == name) {
                 // Delta: subscribing again asks for the resource again (a client that has lost it does so).
-                Some(watch) => (watch.sent, watch.brought) = (None, None),
+                Some(watch) => (watch.sent, watch.client_reported) = (None, None),
                 None if full => return Err(Violation::TooManyNames(self.limit)),
                 None => {
-                    let brought = versions.get(&*name).map(String::as_str).filter(|v| first && !v.is_empty());
-                    self.watches.push(Watch::new(&name, brought));
+                    let client_reported = versions.get(&*name).map(String::as_str).filter(|v| first && !v.is_empty());
+                    self.watches.push(Watch::new(&name, client_reported));
                 }
             }
         }
@@ -268,9 +268,9 @@ impl StreamState {
         let mut names = Vec::new();
         for watch in &self.watches {
             let Some(version) = version(&watch.name) else { continue };
-            let news = watch.wants(&version);
-            any |= news;
-            if news || (self.face == Face::StateOfTheWorld && watch.may_get(&version)) {
+            let changed = watch.wants(&version);
+            any |= changed;
+            if changed || (self.face == Face::StateOfTheWorld && watch.may_get(&version)) {
                 names.push((watch.name.clone(), version.into_boxed_str()));
             }
         }
@@ -280,7 +280,7 @@ impl StreamState {
         for (name, version) in &names {
             if let Some(watch) = self.watches.iter_mut().find(|w| w.name == *name) {
                 watch.sent = Some(version.clone());
-                watch.brought = None;
+                watch.client_reported = None;
             }
         }
         self.last_nonce += 1;

@@ -64,7 +64,7 @@ impl Services {
         if let Some(other) = self.others.find(&request) {
             return Box::pin(async move {
                 let Ok(response) = other.oneshot(request).await;
-                response.map(|body| Body::tonic(body, sds.drain.clone()))
+                response.map(|body| Body::tonic(body, sds.ending.clone()))
             });
         }
         let connection = connection.clone();

@@ -41,7 +41,7 @@ struct World {
     reload: Reload,
     plan: watch::Receiver<Arc<Plan>>,
     resolver: watch::Receiver<Arc<Resolver>>,
-    spread: watch::Receiver<Spread>,
+    reissue_window: watch::Receiver<ReissueWindow>,
 }
 
 impl World {
@@ -54,11 +54,11 @@ impl World {
         let (trust, last, mut tasks) = (Trust::new(trust::Metrics::default()), CancellationToken::new(), Vec::new());
         let upstreams = upstream::issuers(&config, &mut base, &trust, Some(&cluster), &clock, &mut tasks, &last).unwrap();
         let outlets = Outlets::new(&config, &upstreams, &*clock);
-        let (plan, resolver, spread) = (outlets.plan.subscribe(), outlets.resolver.subscribe(), outlets.spread.subscribe());
+        let (plan, resolver, reissue_window) = (outlets.plan.subscribe(), outlets.resolver.subscribe(), outlets.reissue_window.subscribe());
         let file = File { path: path.to_owned(), env };
         let mut reload = Reload::new(file, &config, upstreams, outlets, clock, Metrics::default(), last);
         reload.take(parse(text), true);
-        Self { reload, plan, resolver, spread }
+        Self { reload, plan, resolver, reissue_window }
     }
 
     /// Reads `text`; whether rotation, streams and their window have heard of another.
@@ -68,10 +68,10 @@ impl World {
     }
 
     fn heard(&mut self) -> (bool, bool, bool) {
-        let heard = (self.plan.has_changed().unwrap(), self.resolver.has_changed().unwrap(), self.spread.has_changed().unwrap());
+        let heard = (self.plan.has_changed().unwrap(), self.resolver.has_changed().unwrap(), self.reissue_window.has_changed().unwrap());
         self.plan.mark_unchanged();
         self.resolver.mark_unchanged();
-        self.spread.mark_unchanged();
+        self.reissue_window.mark_unchanged();
         heard
     }
 

@@ -12,7 +12,7 @@ use tokio::{sync::watch, time::Instant};
 use tonic::Status;
 use tracing::{debug, warn};
 
-use super::{Service, View, ended, is_known, news, stem, violation};
+use super::{Service, View, changed, ended, is_known, version_prefix, violation};
 use crate::{
     caller::{Caller, Connection},
     clock::Clock,
@@ -21,7 +21,7 @@ use crate::{
     material::{Face, Svid},
     proto::envoy::service::discovery::v3::{DeltaDiscoveryRequest, DiscoveryRequest},
     sds::{
-        held::{Held, Standing},
+        client_version::{ClientVersion, Provenance},
         metrics::{Kind, Trigger},
         names::Target,
         secret,
@@ -40,7 +40,7 @@ impl Service {
         B::Error: std::fmt::Display,
     {
         let first = tokio::select! {
-            () = self.drain.cancelled() => return grpc::closing(),
+            () = self.ending.cancelled() => return grpc::closing(),
             first = read(incoming, face) => first,
         };
         let first = match first {
@@ -53,7 +53,7 @@ impl Service {
         // Before the caller is named: what changes from here on is noticed.
         rules.mark_unchanged();
         let caller = tokio::select! {
-            () = self.drain.cancelled() => return grpc::closing(),
+            () = self.ending.cancelled() => return grpc::closing(),
             caller = connection.caller() => caller,
         };
         let caller = match caller {
@@ -69,9 +69,9 @@ impl Service {
             face,
             state,
             lease: None,
-            moved: false,
+            identity_changed: false,
             former: None,
-            pushed: None,
+            last_sent: None,
             started,
             answered: false,
             sent: VecDeque::new(),
@@ -97,10 +97,10 @@ struct Stream<'a> {
     state: StreamState,
     lease: Option<(Lease, watch::Receiver<Option<Arc<Svid>>>)>,
     /// The lease is of an identity that the caller had before.
-    moved: bool,
-    former: Option<Former>,
+    identity_changed: bool,
+    former: Option<PreviousEpoch>,
     /// The certificate that was sent last.
-    pushed: Option<Arc<Svid>>,
+    last_sent: Option<Arc<Svid>>,
     started: Instant,
     answered: bool,
     sent: VecDeque<(u64, Instant, Vec<Kind>)>,
@@ -108,22 +108,22 @@ struct Stream<'a> {
 }
 
 /// The certificate of an identity that the caller had before: it is served until that of its identity is there, and not renewed.
-struct Former {
+struct PreviousEpoch {
     identity: Arc<Identity>,
     /// None where the client has it from before a restart.
     svid: Option<Arc<Svid>>,
-    cover: Cover,
+    held_certificate: HeldCertificate,
 }
 
 /// What the client has that is still good.
 #[derive(Clone)]
-struct Cover {
+struct HeldCertificate {
     /// When it is to be replaced.
     renew_at: SystemTime,
     /// When it ends.
     not_after: SystemTime,
     /// Its version's first three parts.
-    stem: String,
+    version_prefix: String,
 }
 
 impl Stream<'_> {
@@ -137,9 +137,9 @@ impl Stream<'_> {
         let mut trigger = Trigger::subscribe;
         loop {
             if self.rules.has_changed().unwrap_or(false) {
-                self.rename().await?;
+                self.reidentify().await?;
             }
-            let (view, held_until) = self.look(&mut trust);
+            let (view, held_until) = self.snapshot(&mut trust);
             if self.connection.has_ended(&self.caller) {
                 return Err(ended());
             }
@@ -150,7 +150,7 @@ impl Stream<'_> {
             let caller = self.caller.clone();
             tokio::select! {
                 () = caller.attested.gone.cancelled() => return Err(ended()),
-                () = self.service.drain.cancelled() => return Err(grpc::closing()),
+                () = self.service.ending.cancelled() => return Err(grpc::closing()),
                 request = read(incoming, self.face), if asking => {
                     trigger = Trigger::subscribe;
                     match request? {
@@ -158,7 +158,7 @@ impl Stream<'_> {
                         None => asking = false,
                     }
                 }
-                () = news(self.lease.as_mut().map(|(_, material)| material)) => trigger = Trigger::rotate,
+                () = changed(self.lease.as_mut().map(|(_, material)| material)) => trigger = Trigger::rotate,
                 Ok(()) = trust.changed() => trigger = Trigger::rotate,
                 Ok(()) = self.rules.changed() => {
                     self.rules.mark_changed();
@@ -213,29 +213,34 @@ impl Stream<'_> {
     }
 
     /// Names the caller by the rules as they are now. The stream goes on under another identity, and ends where there is none any more.
-    async fn rename(&mut self) -> Result<(), Status> {
+    async fn reidentify(&mut self) -> Result<(), Status> {
         self.rules.mark_unchanged();
         let caller = self.connection.caller().await?;
         if *caller.identity != *self.caller.identity {
             let (before, now, workload) = (&self.caller.identity, &caller.identity, &caller.attested.workload);
             debug!(%workload, identity = %now, profile = %now.profile.name, %before, "the stream goes on under another identity");
-            self.former = self.kept();
-            self.moved = true;
+            self.former = self.retain_current();
+            self.identity_changed = true;
         }
         self.caller = caller;
         Ok(())
     }
 
     /// What the client has of the identity that is about to be another one.
-    fn kept(&mut self) -> Option<Former> {
+    fn retain_current(&mut self) -> Option<PreviousEpoch> {
         let now = self.service.clock.now();
-        if let Some(svid) = self.pushed.as_ref().filter(|svid| svid.chain.validity.is_live(now)) {
-            let (renew_at, not_after, stem) = (svid.renew_at, svid.chain.validity.not_after, stem(svid.version()).to_owned());
-            return Some(Former { identity: svid.identity.clone(), svid: Some(svid.clone()), cover: Cover { renew_at, not_after, stem } });
+        if let Some(svid) = self.last_sent.as_ref().filter(|svid| svid.chain.validity.is_live(now)) {
+            let (renew_at, not_after, version_prefix) =
+                (svid.renew_at, svid.chain.validity.not_after, version_prefix(svid.version()).to_owned());
+            return Some(PreviousEpoch {
+                identity: svid.identity.clone(),
+                svid: Some(svid.clone()),
+                held_certificate: HeldCertificate { renew_at, not_after, version_prefix },
+            });
         }
         let bundles = self.service.trust.borrow().clone();
-        match self.brought(&bundles) {
-            Some(cover) => Some(Former { identity: self.caller.identity.clone(), svid: None, cover }),
+        match self.client_reported(&bundles) {
+            Some(held_certificate) => Some(PreviousEpoch { identity: self.caller.identity.clone(), svid: None, held_certificate }),
             // An identity of before the last one.
             None => self.former.take(),
         }
@@ -243,14 +248,14 @@ impl Stream<'_> {
 
     /// Keeps the lease in step with what is watched, and looks at what exists: also until when it is withheld, because a client that still
     /// holds a good certificate gets a fresh one only when slow clocks take it.
-    fn look(&mut self, trust: &mut watch::Receiver<Arc<BundleSet>>) -> (View, Option<SystemTime>) {
+    fn snapshot(&mut self, trust: &mut watch::Receiver<Arc<BundleSet>>) -> (View, Option<SystemTime>) {
         let bundles = trust.borrow_and_update().clone();
-        let cover = self.cover(&bundles);
-        self.subscribe(cover.as_ref());
+        let held_certificate = self.held_certificate(&bundles);
+        self.subscribe(held_certificate.as_ref());
         let now = self.service.clock.now();
         let current = self.lease.as_ref().and_then(|(lease, _)| lease.current()).filter(|svid| svid.chain.validity.is_live(now));
-        let settles_at = current.as_ref().zip(cover).and_then(|(svid, cover)| {
-            let margin = cover.not_after.duration_since(now).unwrap_or_default() / 2;
+        let settles_at = current.as_ref().zip(held_certificate).and_then(|(svid, held_certificate)| {
+            let margin = held_certificate.not_after.duration_since(now).unwrap_or_default() / 2;
             (now < svid.settled_at && svid.settled_at < now + margin).then_some(svid.settled_at)
         });
         let former = || self.former.as_ref()?.svid.clone().filter(|svid| svid.chain.validity.is_live(now));
@@ -258,17 +263,17 @@ impl Stream<'_> {
         (View { svid, bundles }, settles_at)
     }
 
-    fn subscribe(&mut self, cover: Option<&Cover>) {
+    fn subscribe(&mut self, held_certificate: Option<&HeldCertificate>) {
         if !self.state.watches().iter().any(|w| self.target(&w.name) == Target::Certificate) {
             self.lease = None;
             return;
         }
-        let demand = match cover {
-            Some(Cover { renew_at, not_after, .. }) => Demand::Held { renew_at: *renew_at, not_after: *not_after },
+        let demand = match held_certificate {
+            Some(HeldCertificate { renew_at, not_after, .. }) => Demand::Held { renew_at: *renew_at, not_after: *not_after },
             None => Demand::Now,
         };
         match &mut self.lease {
-            Some((lease, material)) if !self.moved => {
+            Some((lease, material)) if !self.identity_changed => {
                 lease.demand(demand);
                 material.mark_unchanged();
             }
@@ -279,42 +284,42 @@ impl Stream<'_> {
                 material.mark_unchanged();
                 // Only now the one before ends.
                 self.lease = Some((lease, material));
-                self.moved = false;
+                self.identity_changed = false;
             }
         }
     }
 
     /// What the client has, and when it is to be replaced: for what a change of the configuration has made foreign, within the time that
     /// was chosen for that.
-    fn cover(&self, bundles: &BundleSet) -> Option<Cover> {
-        let Some(former) = self.former.as_ref().filter(|former| self.service.clock.now() < former.cover.not_after) else {
-            return self.brought(bundles);
+    fn held_certificate(&self, bundles: &BundleSet) -> Option<HeldCertificate> {
+        let Some(former) = self.former.as_ref().filter(|former| self.service.clock.now() < former.held_certificate.not_after) else {
+            return self.client_reported(bundles);
         };
-        let mut cover = former.cover.clone();
+        let mut held_certificate = former.held_certificate.clone();
         // Where the configuration went back meanwhile, it is simply its own.
         if *former.identity != *self.caller.identity {
-            cover.renew_at = cover.renew_at.min(self.moment());
+            held_certificate.renew_at = held_certificate.renew_at.min(self.due_at());
         }
-        Some(cover)
+        Some(held_certificate)
     }
 
-    fn moment(&self) -> SystemTime {
-        self.service.spread.borrow().moment(&self.caller.identity)
+    fn due_at(&self) -> SystemTime {
+        self.service.reissue_window.borrow().due_at(&self.caller.identity)
     }
 
     /// The good certificate that the client says it has. One name only: a version of a SotW response tells nothing about which of
     /// several names the client has an answer for.
-    fn brought(&self, bundles: &BundleSet) -> Option<Cover> {
+    fn client_reported(&self, bundles: &BundleSet) -> Option<HeldCertificate> {
         let mut certificates = self.state.watches().iter().filter(|w| self.target(&w.name) == Target::Certificate);
         let (Some(watch), None) = (certificates.next(), certificates.next()) else { return None };
         let identity = &self.caller.identity;
-        let held = Held::read(watch.brought.as_deref()?, identity, self.service.clock.now())?;
-        let renew_at = match held.standing(identity, bundles.own.as_ref().map(|b| &b.roots)) {
-            Standing::Current => held.renew_at,
-            Standing::Former => held.renew_at.min(self.moment()),
-            Standing::Foreign => return None,
+        let held = ClientVersion::read(watch.client_reported.as_deref()?, identity, self.service.clock.now())?;
+        let renew_at = match held.provenance(identity, bundles.own.as_ref().map(|b| &b.roots)) {
+            Provenance::Current => held.renew_at,
+            Provenance::PreviousEpoch => held.renew_at.min(self.due_at()),
+            Provenance::Unknown => return None,
         };
-        Some(Cover { renew_at, not_after: held.not_after, stem: held.stem() })
+        Some(HeldCertificate { renew_at, not_after: held.not_after, version_prefix: held.version_prefix() })
     }
 
     fn target(&self, name: &str) -> Target {
@@ -329,7 +334,7 @@ impl Stream<'_> {
 
     /// Sends what is due. A workload that ends meanwhile does not get the rest of it.
     async fn answer(&mut self, view: &View, trigger: Trigger) -> Result<(), Status> {
-        let kept = self.cover(&view.bundles);
+        let retain_current = self.held_certificate(&view.bundles);
         let (directory, caller) = (&self.service.directory, &self.caller);
         let Some(Due { nonce, names }) = self.state.due(|name| view.version(&directory.target(name, &caller.identity)).map(str::to_owned))
         else {
@@ -349,16 +354,18 @@ impl Stream<'_> {
         }
         // Of the certificate that is in this response, or that the client keeps. One that it rejected is neither.
         let sent = names.iter().find(|(name, _)| self.target(name) == Target::Certificate);
-        let stem = sent.map(|(_, version)| stem(version).to_owned()).or_else(|| kept.map(|cover| cover.stem));
+        let version_prefix = sent
+            .map(|(_, version)| version_prefix(version).to_owned())
+            .or_else(|| retain_current.map(|held_certificate| held_certificate.version_prefix));
         if sent.is_some() {
-            self.pushed.clone_from(&view.svid);
+            self.last_sent.clone_from(&view.svid);
             let is_own = |svid: &Arc<Svid>| svid.identity == self.caller.identity;
             if view.svid.as_ref().is_some_and(is_own) {
                 self.former = None;
             }
         }
         let versions: Vec<_> = names.iter().map(|(name, version)| (&**name, &**version)).collect();
-        let version = secret::response_version(stem.as_deref(), &versions);
+        let version = secret::response_version(version_prefix.as_deref(), &versions);
         let identity = &self.caller.identity;
         debug!(%identity, workload = %self.caller.attested.workload, nonce, ?kinds, version, "pushed to the client");
         if self.sent.len() == 16 {

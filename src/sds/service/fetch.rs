@@ -8,7 +8,7 @@ use http_body::Body as HttpBody;
 use tokio::{sync::watch, time::Instant};
 use tonic::Status;
 
-use super::{Service, View, ended, is_known, news, stem, violation};
+use super::{Service, View, changed, ended, is_known, version_prefix, violation};
 use crate::{
     caller::{Caller, Connection},
     grpc::{self, Incoming},
@@ -44,7 +44,7 @@ impl Service {
         tokio::select! {
             biased;
             result = self.answer_by(end, connection, request.into_body()) => result,
-            () = self.drain.cancelled() => Err(grpc::closing()),
+            () = self.ending.cancelled() => Err(grpc::closing()),
             // Later than what is answered at the end itself.
             () = tokio::time::sleep_until(end + HEADROOM / 2) => Err(Status::unavailable("the caller is not yet known")),
         }
@@ -108,7 +108,7 @@ impl Service {
             }
             tokio::select! {
                 () = caller.attested.gone.cancelled() => return Err(ended()),
-                () = news(material.as_mut()) => {}
+                () = changed(material.as_mut()) => {}
                 Ok(()) = trust.changed() => {}
                 Ok(()) = rules.changed() => return Ok(None),
                 () = tokio::time::sleep_until(end) => {}
@@ -149,8 +149,9 @@ impl Service {
         if resources.is_empty() {
             return Err(Status::unavailable("not yet available; the certificate is being issued"));
         }
-        let stem = view.svid.as_ref().map(|svid| stem(svid.version())).filter(|_| known.iter().any(|(_, t)| *t == Target::Certificate));
-        let version = secret::response_version(stem, &versions);
+        let version_prefix =
+            view.svid.as_ref().map(|svid| version_prefix(svid.version())).filter(|_| known.iter().any(|(_, t)| *t == Target::Certificate));
+        let version = secret::response_version(version_prefix, &versions);
         Ok(secret::response(Face::StateOfTheWorld, &version, "", resources))
     }
 

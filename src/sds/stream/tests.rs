@@ -198,7 +198,7 @@ fn a_name_without_an_answer_yet_follows_when_it_has_one() {
 fn what_a_reconnecting_client_brings_is_not_sent_again_and_anything_else_is() {
     let mut s = stream(SOTW);
     s.request(sotw(&["default"], "v1", "")).unwrap();
-    assert_eq!(s.watches()[0].brought.as_deref(), Some("v1"));
+    assert_eq!(s.watches()[0].client_reported.as_deref(), Some("v1"));
     assert_eq!(due(&mut s, "v1"), None);
     assert_eq!(due(&mut s, "v2"), Some((1, strings(&["default"]))));
 

@@ -118,8 +118,8 @@ impl Agent {
             clock: clock.clone(),
             limits: limits.clone(),
             metrics: sds::metrics::Metrics::default(),
-            spread: watch::channel(sds::spread::Spread::new(clock.now(), Duration::ZERO, 1)).1,
-            drain: ending.clone(),
+            reissue_window: watch::channel(sds::reissue_window::ReissueWindow::new(clock.now(), Duration::ZERO, 1)).1,
+            ending: ending.clone(),
         });
         let resolver = Resolver::single(domain, identity("a").profile.clone());
         let (origin_cache, open) = watch::channel(true);

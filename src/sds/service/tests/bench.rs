@@ -96,7 +96,7 @@ pub(super) struct Bench {
     resolver: watch::Sender<Arc<Resolver>>,
     issuers: BTreeMap<IssuerName, Arc<dyn Issuer>>,
     plan: watch::Sender<Arc<Plan>>,
-    spread: watch::Sender<Spread>,
+    reissue_window: watch::Sender<ReissueWindow>,
     pub reissue: mpsc::Sender<Reissue>,
 }
 
@@ -153,7 +153,7 @@ impl Bench {
         tokio::spawn(rotation::run(parts, CancellationToken::new()));
 
         let domain = TrustDomain::new("cluster.local").unwrap();
-        let (spread, spread_now) = watch::channel(Spread::new(clock.now(), SPREAD, 1));
+        let (reissue_window, spread_now) = watch::channel(ReissueWindow::new(clock.now(), SPREAD, 1));
         let service = Service {
             store,
             trust: trust.subscribe(),
@@ -161,8 +161,8 @@ impl Bench {
             clock: Arc::new(clock.clone()),
             limits: Limits { message_bytes: 4096, names_per_stream: 4, ..Limits::default() },
             metrics: Metrics::default(),
-            spread: spread_now,
-            drain: CancellationToken::new(),
+            reissue_window: spread_now,
+            ending: CancellationToken::new(),
         };
         let gone = CancellationToken::new();
         let (verdict, verdict_now) = watch::channel(Some(Ok(attested("a", &gone))));
@@ -186,7 +186,7 @@ impl Bench {
             resolver,
             issuers,
             plan,
-            spread,
+            reissue_window,
             reissue,
         }
     }
@@ -220,7 +220,7 @@ impl Bench {
     pub(super) fn reload(&self, next: Resolver) {
         let profiles = next.rules.iter().map(|rule| &rule.profile).chain([&next.default_profile]).cloned();
         self.plan.send_replace(Arc::new(Plan::new(self.issuers.clone(), profiles, RETENTION)));
-        self.spread.send_replace(Spread::new(self.clock.now(), SPREAD, 1));
+        self.reissue_window.send_replace(ReissueWindow::new(self.clock.now(), SPREAD, 1));
         self.resolver.send_replace(Arc::new(next));
     }
 

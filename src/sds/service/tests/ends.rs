@@ -96,7 +96,7 @@ async fn a_drain_ends_every_stream_whatever_it_waits_for() {
         b.know_nobody();
         let unknown = Client::asking(&b, face, &["default"]).await;
         settle().await;
-        b.service.drain.cancel();
+        b.service.ending.cancel();
         for mut client in [served, silent, unknown] {
             assert_eq!(client.end().await, (Code::Unavailable, "the agent is shutting down".into()));
         }

@@ -71,7 +71,7 @@ async fn what_is_there_is_answered_at_once() {
     let reply = answer.unwrap();
     assert_eq!(reply.names(), ["default", "ROOTCA"]);
     assert!(reply.carries("default", &b.material()));
-    assert!(reply.version.starts_with(stem(b.material().version())) && reply.nonce.is_empty());
+    assert!(reply.version.starts_with(version_prefix(b.material().version())) && reply.nonce.is_empty());
     assert_eq!(took, Duration::ZERO);
     let (answer, _) = call(&b, &["default"]).within("99999999H").answer().await;
     assert_eq!(answer.unwrap().only_version(), b.material().version());
@@ -223,7 +223,7 @@ async fn refusals_ends_and_drains_end_a_fetch() {
     b.upstream.send_replace(Upstream::Slow);
     let (drained, ()) = tokio::join!(call(&b, &["default"]).answer(), async {
         tokio::time::sleep(Duration::from_secs(1)).await;
-        b.service.drain.cancel();
+        b.service.ending.cancel();
     });
     assert_eq!(drained.0, Err((Code::Unavailable, "the agent is shutting down".into())));
     assert_eq!(drained.1, Duration::from_secs(1));
@@ -242,7 +242,7 @@ async fn a_request_that_does_not_end_holds_up_neither_its_deadline_nor_the_drain
     let (_say, pieces) = mpsc::unbounded_channel();
     let (answer, ()) = tokio::join!(fetch(&b, pieces, None), async {
         tokio::time::sleep(Duration::from_secs(1)).await;
-        b.service.drain.cancel();
+        b.service.ending.cancel();
     });
     assert_eq!(answer, Err((Code::Unavailable, "the agent is shutting down".into())));
 }

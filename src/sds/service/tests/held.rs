@@ -47,12 +47,12 @@ async fn who_holds_a_good_certificate_gets_the_next_one_when_that_was_due_and_no
 #[tokio::test(start_paused = true)]
 async fn the_bundle_does_not_wait_with_the_certificate_and_its_version_keeps_the_hint() {
     let (b, svid) = restarted().await;
-    let stem = stem(svid.version()).to_owned();
-    let combined = format!("{stem}-0000000000000000");
+    let version_prefix = version_prefix(svid.version()).to_owned();
+    let combined = format!("{version_prefix}-0000000000000000");
     let mut client = Client::returning(&b, Face::StateOfTheWorld, &["default", "ROOTCA"], &combined).await;
     let reply = client.accepted().await;
     assert_eq!(reply.names(), ["ROOTCA"]);
-    assert!(reply.version.starts_with(&format!("{stem}-")), "{}", reply.version);
+    assert!(reply.version.starts_with(&format!("{version_prefix}-")), "{}", reply.version);
     client.quiet(MINUTE).await;
     assert_eq!(b.orders(), 0);
 

@@ -12,25 +12,25 @@ use crate::{
 };
 
 /// A lifetime that an issuer may give beyond twice what was asked for.
-const SLACK: Duration = Duration::from_secs(3600);
+const LIFETIME_SLACK: Duration = Duration::from_secs(3600);
 
 /// An epoch that was raised by no more than this is known as one.
-const FORMER_EPOCHS: u64 = 16;
+const MAX_PREVIOUS_EPOCHS: u64 = 16;
 
 /// Whose the certificate is that a client holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Standing {
+pub enum Provenance {
     /// Of the profile as it is, by a root of the bundle; or nobody can tell, because there is no bundle yet.
     Current,
     /// The same but for the epoch, which has been raised since: it is good, and is to be replaced.
-    Former,
+    PreviousEpoch,
     /// Of anybody else.
-    Foreign,
+    Unknown,
 }
 
 /// The parts of a certificate's version (see `material::Svid::version`).
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Held {
+pub struct ClientVersion {
     /// When the client's certificate was to be renewed.
     pub renew_at: SystemTime,
     /// When it ends.
@@ -38,14 +38,14 @@ pub struct Held {
     authority: String,
 }
 
-impl Held {
+impl ClientVersion {
     /// Reads `version`; none unless it is well-formed and plausible for `identity` at `now`.
     pub fn read(version: &str, identity: &Identity, now: SystemTime) -> Option<Self> {
         let mut parts = version.split('-');
         let (not_after, renew_at) = (seconds(parts.next()?)?, seconds(parts.next()?)?);
         let (authority, content) = (parts.next()?, parts.next()?);
         let digest = |text: &str| text.len() == 16 && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
-        let latest = now + identity.profile.lifetime * 2 + SLACK;
+        let latest = now + identity.profile.lifetime * 2 + LIFETIME_SLACK;
         let plausible = parts.next().is_none()
             && digest(authority)
             && digest(content)
@@ -56,18 +56,22 @@ impl Held {
     }
 
     /// Whose it is, as far as its version tells.
-    pub fn standing(&self, identity: &Identity, bundle: Option<&TrustBundle>) -> Standing {
+    pub fn provenance(&self, identity: &Identity, bundle: Option<&TrustBundle>) -> Provenance {
         let is_of = |profile: &Profile| material::is_current_authority(&self.authority, &profile.fingerprint(), bundle);
         let profile = &identity.profile;
         if bundle.is_none() || is_of(profile) {
-            return Standing::Current;
+            return Provenance::Current;
         }
-        let former = profile.epoch.saturating_sub(FORMER_EPOCHS)..profile.epoch;
-        if former.rev().any(|epoch| is_of(&Profile { epoch, ..(**profile).clone() })) { Standing::Former } else { Standing::Foreign }
+        let former = profile.epoch.saturating_sub(MAX_PREVIOUS_EPOCHS)..profile.epoch;
+        if former.rev().any(|epoch| is_of(&Profile { epoch, ..(**profile).clone() })) {
+            Provenance::PreviousEpoch
+        } else {
+            Provenance::Unknown
+        }
     }
 
     /// The version's first three parts, for responses that leave the certificate with the client.
-    pub fn stem(&self) -> String {
+    pub fn version_prefix(&self) -> String {
         format!("{}-{}-{}", clock::unix_seconds(self.not_after), clock::unix_seconds(self.renew_at), self.authority)
     }
 }
@@ -91,12 +95,12 @@ mod tests {
     fn only_a_plausible_version_is_believed() {
         let id = identity("a");
         let now = clock::from_unix_seconds(NOW);
-        let read = |version: &str| Held::read(version, &id, now);
+        let read = |version: &str| ClientVersion::read(version, &id, now);
         let tail = "0123456789abcdef-fedcba9876543210";
 
         let good = read(&format!("{}-{}-{tail}", NOW + 3600, NOW + 1800)).unwrap();
         assert_eq!(good.renew_at, clock::from_unix_seconds(NOW + 1800));
-        assert_eq!(good.stem(), format!("{}-{}-0123456789abcdef", NOW + 3600, NOW + 1800));
+        assert_eq!(good.version_prefix(), format!("{}-{}-0123456789abcdef", NOW + 3600, NOW + 1800));
         assert!(read(&format!("{}-{}-{tail}", NOW + 60, NOW - 60)).is_some(), "overdue, and still good");
 
         for bad in [
@@ -131,17 +135,21 @@ mod tests {
         };
         let (ours, theirs) = (bundle("ours"), bundle("theirs"));
         let authority = material::authority_digest(&id.profile.fingerprint(), Some(&ours.roots()[0]));
-        let held = Held::read(&format!("{}-{}-{authority}-fedcba9876543210", NOW + 3600, NOW + 1800), &id, now).unwrap();
-        assert_eq!(held.standing(&id, Some(&ours)), Standing::Current);
-        assert_eq!(held.standing(&id, Some(&theirs)), Standing::Foreign);
-        assert_eq!(held.standing(&id, None), Standing::Current, "nobody can tell yet");
+        let held = ClientVersion::read(&format!("{}-{}-{authority}-fedcba9876543210", NOW + 3600, NOW + 1800), &id, now).unwrap();
+        assert_eq!(held.provenance(&id, Some(&ours)), Provenance::Current);
+        assert_eq!(held.provenance(&id, Some(&theirs)), Provenance::Unknown);
+        assert_eq!(held.provenance(&id, None), Provenance::Current, "nobody can tell yet");
 
         let raised = |by: u64| Identity { profile: Arc::new(Profile { epoch: by, ..(*id.profile).clone() }), ..(*id).clone() };
-        for (by, expected) in [(1, Standing::Former), (FORMER_EPOCHS, Standing::Former), (FORMER_EPOCHS + 1, Standing::Foreign)] {
-            assert_eq!(held.standing(&raised(by), Some(&ours)), expected, "{by}");
-            assert_eq!(held.standing(&raised(by), Some(&theirs)), Standing::Foreign, "{by}");
+        for (by, expected) in [
+            (1, Provenance::PreviousEpoch),
+            (MAX_PREVIOUS_EPOCHS, Provenance::PreviousEpoch),
+            (MAX_PREVIOUS_EPOCHS + 1, Provenance::Unknown),
+        ] {
+            assert_eq!(held.provenance(&raised(by), Some(&ours)), expected, "{by}");
+            assert_eq!(held.provenance(&raised(by), Some(&theirs)), Provenance::Unknown, "{by}");
         }
         let other = Identity { profile: Arc::new(Profile { epoch: 1, per_pod: true, ..(*id.profile).clone() }), ..(*id).clone() };
-        assert_eq!(held.standing(&other, Some(&ours)), Standing::Foreign);
+        assert_eq!(held.provenance(&other, Some(&ours)), Provenance::Unknown);
     }
 }

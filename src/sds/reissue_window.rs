@@ -10,20 +10,20 @@ use crate::identity::Identity;
 
 /// The time over which certificates are issued anew.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Spread {
+pub struct ReissueWindow {
     since: SystemTime,
     over: Duration,
     seed: u64,
 }
 
-impl Spread {
+impl ReissueWindow {
     /// From `since` on, over so long; agents with other seeds draw other moments.
     pub fn new(since: SystemTime, over: Duration, seed: u64) -> Self {
         Self { since, over, seed }
     }
 
     /// The moment of `identity`.
-    pub fn moment(&self, identity: &Identity) -> SystemTime {
+    pub fn due_at(&self, identity: &Identity) -> SystemTime {
         let mut hash = DefaultHasher::new();
         (self.seed, identity).hash(&mut hash);
         self.since + self.over.mul_f64(fastrand::Rng::with_seed(hash.finish()).f64())
@@ -40,14 +40,14 @@ mod tests {
     #[test]
     fn an_identity_has_one_moment_and_many_are_spread_evenly() {
         let over = Duration::from_secs(1000);
-        let spread = Spread::new(UNIX_EPOCH, over, 7);
-        let moments: Vec<_> = (0..1000).map(|n| spread.moment(&identity(&format!("sa-{n}")))).collect();
+        let reissue_window = ReissueWindow::new(UNIX_EPOCH, over, 7);
+        let moments: Vec<_> = (0..1000).map(|n| reissue_window.due_at(&identity(&format!("sa-{n}")))).collect();
         for tenth in 0..10_u32 {
             let begin = UNIX_EPOCH + over / 10 * tenth;
             let within = moments.iter().filter(|m| **m >= begin && **m < begin + over / 10).count();
             assert!((60..140).contains(&within), "{within} in tenth {tenth}");
         }
-        assert_eq!(spread.moment(&identity("sa-3")), moments[3]);
-        assert_ne!(Spread::new(UNIX_EPOCH, over, 8).moment(&identity("sa-3")), moments[3]);
+        assert_eq!(reissue_window.due_at(&identity("sa-3")), moments[3]);
+        assert_ne!(ReissueWindow::new(UNIX_EPOCH, over, 8).due_at(&identity("sa-3")), moments[3]);
     }
 }
