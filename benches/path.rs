@@ -8,7 +8,7 @@ use std::{hint::black_box, os::unix::net::UnixStream, path::Path, sync::Arc, tim
 use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
 use sds_agent::{
     attest::{self, unix::UnixAttestor},
-    caller::{Connection, Desk},
+    caller::{Authenticator, Connection},
     issuer::{csr, verify},
     material::{CertificateChain, Face, PrivateKey, Svid},
     peer::Peer,
@@ -67,10 +67,10 @@ fn parts(c: &mut Criterion) {
 
     let resolver = config.resolver();
     let (_sender, resolver) = watch::channel(Arc::new(resolver));
-    let desk = Desk { attestor: Arc::new(UnixAttestor), resolver, metrics: attest::Metrics::default(), witness: None };
+    let authenticator = Authenticator { attestor: Arc::new(UnixAttestor), resolver, metrics: attest::Metrics::default(), observer: None };
     let (_theirs, socket) = UnixStream::pair().unwrap();
     c.bench_function("attest and name", |b| {
-        b.to_async(&runtime).iter(|| async { Connection::new(Peer::of(&socket).unwrap(), desk.clone()).caller().await.unwrap() });
+        b.to_async(&runtime).iter(|| async { Connection::new(Peer::of(&socket).unwrap(), authenticator.clone()).caller().await.unwrap() });
     });
 
     c.bench_function("key and CSR, P-256", |b| b.to_async(&runtime).iter(|| csr::generate(&identity)));

@@ -24,7 +24,7 @@ use tracing::{error, info, warn};
 use crate::{
     admin,
     attest::{self, Attestor, pods::Pods},
-    caller::Desk,
+    caller::Authenticator,
     clock::Clock,
     config::{Config, SharedSocket, reloads},
     csi,
@@ -77,9 +77,9 @@ pub struct Deps {
     /// Whether a bundle comes from elsewhere than the issuers, so that nothing is verified before it has come.
     pub await_bundle: bool,
     /// Who is told how it goes with identities.
-    pub witness: Option<Arc<dyn rotation::Witness>>,
+    pub observer: Option<Arc<dyn rotation::Witness>>,
     /// Who hears of pods that are not served.
-    pub doorman: Option<Arc<dyn attest::Witness>>,
+    pub caller_observer: Option<Arc<dyn attest::CallerObserver>>,
     /// What must run beside: watches, sweeps. They end by themselves when `last` is cancelled.
     pub tasks: Vec<BoxFuture<'static, ()>>,
     /// Cancelled when the streams have ended.
@@ -184,7 +184,7 @@ pub async fn build_with(config: &Config, base: Base, deps: Deps) -> anyhow::Resu
         await_bundle: deps.await_bundle,
         clock: deps.clock.clone(),
         claims,
-        witness: deps.witness,
+        observer: deps.observer,
         metrics: rotation::metrics::Metrics::register(registry),
     };
     let warmer = Warmer { store: store.clone(), resolver: resolver.clone(), metrics: warm::metrics::Metrics::register(registry) };
@@ -192,7 +192,8 @@ pub async fn build_with(config: &Config, base: Base, deps: Deps) -> anyhow::Resu
         let starts = Starts::new(warmer.clone(), Rule::new(warm_up, &socket.path), deps.clock.clone(), pods);
         tasks.push(Box::pin(starts.run(shutdown.drain.clone())));
     }
-    let desk = Desk { attestor: deps.attestor, resolver, metrics: attest::Metrics::register(registry), witness: deps.doorman };
+    let authenticator =
+        Authenticator { attestor: deps.attestor, resolver, metrics: attest::Metrics::register(registry), observer: deps.caller_observer };
     let ending = CancellationToken::new();
     let sds = sds::service::Service {
         store: store.clone(),
@@ -206,7 +207,7 @@ pub async fn build_with(config: &Config, base: Base, deps: Deps) -> anyhow::Resu
     };
     let sessions = Sessions {
         services: Services::new(Arc::new(sds)).await?,
-        desk,
+        authenticator,
         limits: config.limits.clone(),
         quotas: session::quotas::Quotas::new(&config.limits),
         refusals: Arc::default(),

@@ -31,7 +31,7 @@ pub struct Attested {
     /// Who it is.
     pub workload: Workload,
     /// Cancelled when the workload has ended: its streams end, and no key leaves any more.
-    pub gone: CancellationToken,
+    pub terminated: CancellationToken,
 }
 
 /// Why a caller is not served, as a metric label and for the log.
@@ -132,7 +132,7 @@ impl fmt::Display for Error {
 impl std::error::Error for Error {}
 
 /// Hears which pods are not served, and which are after all. It never waits.
-pub trait Witness: fmt::Debug + Send + Sync {
+pub trait CallerObserver: fmt::Debug + Send + Sync {
     /// A process of the pod got nothing.
     fn refused(&self, pod: &PodRef, error: &Error);
 
@@ -153,7 +153,7 @@ pub trait Attestor: fmt::Debug + Send + Sync + 'static {
     /// Proves who `peer` is; waits while the answer can still come.
     fn attest<'a>(&'a self, peer: &'a Peer) -> BoxFuture<'a, Result<Attested, Error>>;
 
-    /// Whether what was proven of `peer` still holds. Asked whenever a key is about to leave: [`Attested::gone`] tells a moment later.
+    /// Whether what was proven of `peer` still holds. Asked whenever a key is about to leave: [`Attested::terminated`] tells a moment later.
     fn still_holds(&self, _peer: &Peer) -> bool {
         true
     }

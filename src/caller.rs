@@ -21,7 +21,7 @@ use crate::{
 /// A proven caller and what it may have.
 #[derive(Debug)]
 pub struct Caller {
-    /// Who it is; `attested.gone` ends its streams.
+    /// Who it is; `attested.terminated` ends its streams.
     pub attested: Attested,
     /// What it may have, by the rules of the moment in which it was named.
     pub identity: Arc<Identity>,
@@ -29,7 +29,7 @@ pub struct Caller {
 
 /// Attests and names callers; one for each socket.
 #[derive(Debug, Clone)]
-pub struct Desk {
+pub struct Authenticator {
     /// How callers of this socket are known.
     pub attestor: Arc<dyn Attestor>,
     /// How they are named.
@@ -37,10 +37,10 @@ pub struct Desk {
     /// What is counted.
     pub metrics: attest::Metrics,
     /// Who hears of pods that are not served.
-    pub witness: Option<Arc<dyn attest::Witness>>,
+    pub observer: Option<Arc<dyn attest::CallerObserver>>,
 }
 
-impl Desk {
+impl Authenticator {
     /// What makes lines about callers from `origin` the same; `is_proven` where the caller has been attested. Callers that are in no pod,
     /// or have ended, are one where pods are served: their user ids are theirs to choose.
     pub fn cause(&self, origin: &Origin, what: &'static str, is_proven: bool) -> Cause {
@@ -54,7 +54,7 @@ impl Desk {
 #[derive(Debug)]
 pub struct Connection {
     peer: Peer,
-    desk: Desk,
+    authenticator: Authenticator,
     attested: OnceCell<Attested>,
     /// The name, and the rules that gave it.
     named: Mutex<Option<(Arc<Resolver>, Arc<Caller>)>>,
@@ -89,15 +89,23 @@ impl hush::Cause for Cause {
 }
 
 /// What a caller that can never be served is told. The cause goes to the log.
-const REFUSED: &str = "no identity is available to this caller";
+const REFUSED_MESSAGE: &str = "no identity is available to this caller";
 /// What a caller that cannot be judged now is told.
-const LATER: &str = "the caller cannot be identified right now";
+const RETRY_MESSAGE: &str = "the caller cannot be identified right now";
 
 impl Connection {
     /// A fresh connection of `peer`.
-    pub fn new(peer: Peer, desk: Desk) -> Self {
+    pub fn new(peer: Peer, authenticator: Authenticator) -> Self {
         let origin = Origin::User(peer.uid);
-        Self { peer, desk, attested: OnceCell::new(), named: Mutex::default(), known: Notify::new(), origin, refusals: Arc::default() }
+        Self {
+            peer,
+            authenticator,
+            attested: OnceCell::new(),
+            named: Mutex::default(),
+            known: Notify::new(),
+            origin,
+            refusals: Arc::default(),
+        }
     }
 
     /// The same, one of several that come from `origin` and are told of in one place.
@@ -116,7 +124,11 @@ impl Connection {
         let attested = self.attested.get_or_try_init(|| async {
             let start = Instant::now();
             let result = self.identify().await;
-            self.desk.metrics.observe(self.desk.attestor.method(), result.as_ref().map(|_| ()), start.elapsed().as_secs_f64());
+            self.authenticator.metrics.observe(
+                self.authenticator.attestor.method(),
+                result.as_ref().map(|_| ()),
+                start.elapsed().as_secs_f64(),
+            );
             result
         });
         let attested = attested.await;
@@ -124,28 +136,28 @@ impl Connection {
         self.known.notify_waiters();
         attested.and_then(|attested| self.named(attested)).map_err(|error| {
             self.log(&error);
-            if let Some((witness, pod)) = self.desk.witness.as_ref().zip(error.pod.as_ref()) {
-                witness.refused(pod, &error);
+            if let Some((observer, pod)) = self.authenticator.observer.as_ref().zip(error.pod.as_ref()) {
+                observer.refused(pod, &error);
             }
-            if error.temporary { Status::unavailable(LATER) } else { Status::permission_denied(REFUSED) }
+            if error.temporary { Status::unavailable(RETRY_MESSAGE) } else { Status::permission_denied(REFUSED_MESSAGE) }
         })
     }
 
     /// The rules as they come: a caller that was named before another set has to be named again.
     pub fn rules(&self) -> watch::Receiver<Arc<Resolver>> {
-        self.desk.resolver.clone()
+        self.authenticator.resolver.clone()
     }
 
     /// Attests, and is content only with who has a name.
     async fn identify(&self) -> Result<Attested, attest::Error> {
-        let attested = self.desk.attestor.attest(&self.peer).await?;
+        let attested = self.authenticator.attestor.attest(&self.peer).await?;
         self.named(&attested)?;
         Ok(attested)
     }
 
     /// Who has been attested, named by the rules as they are now. An identity that these do not give is refused.
     fn named(&self, attested: &Attested) -> Result<Arc<Caller>, attest::Error> {
-        let resolver = self.desk.resolver.borrow().clone();
+        let resolver = self.authenticator.resolver.borrow().clone();
         let mut named = self.named.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((by, caller)) = &*named
             && Arc::ptr_eq(by, &resolver)
@@ -161,29 +173,29 @@ impl Connection {
         let caller = Arc::new(Caller { attested: attested.clone(), identity: Arc::new(identity) });
         *named = Some((resolver, caller.clone()));
         drop(named);
-        if let Some((witness, pod)) = self.desk.witness.as_ref().zip(pod) {
-            witness.served(pod);
+        if let Some((observer, pod)) = self.authenticator.observer.as_ref().zip(pod) {
+            observer.served(pod);
         }
         Ok(caller)
     }
 
-    /// Whether the workload of `caller`, who has this connection, has ended. Asked before a key leaves: what `gone` awaits is only about
+    /// Whether the workload of `caller`, who has this connection, has ended. Asked before a key leaves: what `terminated` awaits is only about
     /// to be told when the process that connected has just ended and another holds the connection.
     pub fn has_ended(&self, caller: &Caller) -> bool {
-        let gone = &caller.attested.gone;
-        if !gone.is_cancelled() && !self.desk.attestor.still_holds(&self.peer) {
-            gone.cancel();
+        let terminated = &caller.attested.terminated;
+        if !terminated.is_cancelled() && !self.authenticator.attestor.still_holds(&self.peer) {
+            terminated.cancel();
         }
-        gone.is_cancelled()
+        terminated.is_cancelled()
     }
 
     /// Whether to tell the log of `what` this caller does, and how many like it were left out: one line for each cause, origin and minute.
-    pub fn tells(&self, what: &'static str) -> Option<u64> {
+    pub fn permit_log(&self, what: &'static str) -> Option<u64> {
         self.line_is_due(what, self.attested.get().is_some())
     }
 
     fn line_is_due(&self, what: &'static str, is_proven: bool) -> Option<u64> {
-        self.refusals.tells(self.desk.cause(&self.origin, what, is_proven), tokio::time::Instant::now())
+        self.refusals.tells(self.authenticator.cause(&self.origin, what, is_proven), tokio::time::Instant::now())
     }
 
     /// A caller that tries again and again does not fill the log.
@@ -196,11 +208,11 @@ impl Connection {
     }
 
     /// Returns when the workload of this connection has ended; never while the caller is unknown.
-    pub async fn gone(&self) {
+    pub async fn terminated(&self) {
         loop {
             let known = self.known.notified();
             if let Some(attested) = self.attested.get() {
-                attested.gone.cancelled().await;
+                attested.terminated.cancelled().await;
                 return;
             }
             known.await;
@@ -236,7 +248,7 @@ mod tests {
 
         fn attest<'a>(&'a self, peer: &'a Peer) -> BoxFuture<'a, Result<Attested, attest::Error>> {
             let workload = crate::identity::Workload::Unix { uid: peer.uid };
-            Box::pin(std::future::ready(Ok(Attested { workload, gone: CancellationToken::new() })))
+            Box::pin(std::future::ready(Ok(Attested { workload, terminated: CancellationToken::new() })))
         }
 
         fn still_holds(&self, _peer: &Peer) -> bool {
@@ -249,19 +261,19 @@ mod tests {
         let config = config::dev(config::Dev::default(), &|_| None).unwrap();
         let resolver = config.resolver();
         let attestor = Arc::new(Fickle(AtomicBool::new(true)));
-        let desk = Desk {
+        let authenticator = Authenticator {
             attestor: attestor.clone(),
             resolver: watch::channel(Arc::new(resolver)).1,
             metrics: attest::Metrics::default(),
-            witness: None,
+            observer: None,
         };
         let (ours, _theirs) = UnixStream::pair().unwrap();
-        let connection = Connection::new(Peer::of(&ours).unwrap(), desk);
+        let connection = Connection::new(Peer::of(&ours).unwrap(), authenticator);
         let caller = connection.caller().await.unwrap();
         assert!(!connection.has_ended(&caller));
         attestor.0.store(false, Ordering::SeqCst);
         assert!(connection.has_ended(&caller));
-        connection.gone().await;
+        connection.terminated().await;
         attestor.0.store(true, Ordering::SeqCst);
         assert!(connection.has_ended(&caller), "nobody comes back");
     }
@@ -283,13 +295,13 @@ mod tests {
     /// One call of a caller from `origin`, which is refused.
     async fn refused(origin: Origin, error: attest::Error, refusals: &Arc<Refusals>) {
         let resolver = config::dev(config::Dev::default(), &|_| None).unwrap().resolver();
-        let desk = Desk {
+        let authenticator = Authenticator {
             attestor: Arc::new(Refusing(error)),
             resolver: watch::channel(Arc::new(resolver)).1,
             metrics: attest::Metrics::default(),
-            witness: None,
+            observer: None,
         };
-        let connection = Connection::new(Peer::without_process(0), desk).coming_from(origin, refusals.clone());
+        let connection = Connection::new(Peer::without_process(0), authenticator).coming_from(origin, refusals.clone());
         connection.caller().await.unwrap_err();
     }
 

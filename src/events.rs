@@ -129,7 +129,7 @@ impl Reporter {
     }
 }
 
-impl attest::Witness for Reporter {
+impl attest::CallerObserver for Reporter {
     fn refused(&self, pod: &PodRef, error: &attest::Error) {
         if self.refusals.lock().unwrap_or_else(PoisonError::into_inner).refused(&pod.uid, error.reason) {
             let words = format!("A process of this pod asks for a certificate and may have none: {error}");

@@ -69,8 +69,8 @@ struct Waiting {
 impl std::fmt::Debug for Role {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Self::Active(bound) => f.debug_tuple("Ours").field(bound).finish(),
-            Self::Standby(waiting) => f.debug_tuple("Others").field(&waiting.prepared).finish(),
+            Self::Active(bound) => f.debug_tuple("Active").field(bound).finish(),
+            Self::Standby(waiting) => f.debug_tuple("Standby").field(&waiting.prepared).finish(),
         }
     }
 }

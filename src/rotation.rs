@@ -98,7 +98,7 @@ pub struct Parts {
     /// Who may ask; none where that is not known.
     pub claims: Option<Arc<dyn Claims>>,
     /// Who is told; none where nobody asks.
-    pub witness: Option<Arc<dyn Witness>>,
+    pub observer: Option<Arc<dyn Witness>>,
     /// What is counted.
     pub metrics: Metrics,
 }
@@ -272,13 +272,13 @@ impl Rotation {
             let (identity, serial) = (&entry.identity, &svid.chain.serial);
             if was_good && !is_good {
                 warn!(%identity, %serial, not_after = %clock::rfc3339(svid.chain.validity.not_after), "certificate withheld: by the clock it is not valid now");
-                if let Some(witness) = &self.parts.witness {
-                    witness.withheld(entry);
+                if let Some(observer) = &self.parts.observer {
+                    observer.withheld(entry);
                 }
             } else if is_good && !was_good {
                 info!(%identity, %serial, "certificate served again: by the clock it is valid now");
-                if let Some(witness) = &self.parts.witness {
-                    witness.issued(entry, &svid);
+                if let Some(observer) = &self.parts.observer {
+                    observer.issued(entry, &svid);
                 }
             }
         }
@@ -380,8 +380,8 @@ impl Rotation {
             "no new certificate; {}",
             if left.is_some_and(|left| left > 0) { "the one in use stays" } else { "its clients wait" }
         );
-        if let Some(witness) = &self.parts.witness {
-            witness.failed(entry, error);
+        if let Some(observer) = &self.parts.observer {
+            observer.failed(entry, error);
         }
         let next = self.planner.next_attempt(now, id);
         entry.set_status(|status| {
@@ -400,8 +400,8 @@ impl Rotation {
         debug!(
             identity = %entry.identity, serial = %svid.chain.serial, version = svid.version(), renewal = old.is_some(), "certificate published"
         );
-        if let Some(witness) = &self.parts.witness {
-            witness.issued(entry, &svid);
+        if let Some(observer) = &self.parts.observer {
+            observer.issued(entry, &svid);
         }
         let next_attempt = Some(svid.renew_at);
         entry.publish(svid);
@@ -432,8 +432,8 @@ impl Rotation {
             debug!(identity = %entry.identity, ?retention, "certificate forgotten: nobody asks for it");
             self.planner.forgotten(id);
             let forgotten = self.entries.remove(&id);
-            if let (Some(witness), Some(entry)) = (&self.parts.witness, forgotten) {
-                witness.forgotten(&entry);
+            if let (Some(observer), Some(entry)) = (&self.parts.observer, forgotten) {
+                observer.forgotten(&entry);
             }
             self.ready.remove(&id);
             self.unproven.remove(&id);

@@ -35,7 +35,7 @@ use self::{
 use crate::{
     attest::origin::Origin,
     authority_rewrite::AuthorityNormalizer,
-    caller::{Cause, Connection, Desk, Refusals},
+    caller::{Authenticator, Cause, Connection, Refusals},
     config::Limits,
     grpc::{self, UntilEnd},
     peer::Peer,
@@ -81,7 +81,7 @@ pub struct Sessions {
     /// What is served.
     pub services: Services,
     /// How callers are known.
-    pub desk: Desk,
+    pub authenticator: Authenticator,
     /// What is taken on.
     pub limits: Limits,
     /// Who may take how much of it; the same for all sockets.
@@ -102,7 +102,7 @@ impl Sessions {
     /// Accepts connections until the drain begins. Connections outlive this; each holds a guard of the drain.
     pub async fn accept(self, listener: UnixListener) {
         let sessions = Arc::new(self);
-        let origin_cache = OriginCache::new(sessions.desk.attestor.origins());
+        let origin_cache = OriginCache::new(sessions.authenticator.attestor.origins());
         let mut pause = AcceptBackoff::default();
         let mut accepted_at_once = 0;
         loop {
@@ -185,14 +185,14 @@ impl Sessions {
                 return None;
             }
         };
-        let connection = Arc::new(Connection::new(peer, self.desk.clone()).coming_from(origin.clone(), self.refusals.clone()));
+        let connection = Arc::new(Connection::new(peer, self.authenticator.clone()).coming_from(origin.clone(), self.refusals.clone()));
         let calls = Arc::new(Calls::new(place));
         Some(Session { sessions: self.clone(), connection, calls, _guard: guard })
     }
 
     /// One line for each caller, limit and minute.
     fn log_over_quota(&self, origin: &Origin, limit: &'static str, what: &str) {
-        if let Some(left_out) = self.refusals.tells(self.desk.cause(origin, limit, false), Instant::now()) {
+        if let Some(left_out) = self.refusals.tells(self.authenticator.cause(origin, limit, false), Instant::now()) {
             warn!(%origin, limit, left_out, "{what}: over quota; raise the limit if the caller needs more");
         }
     }
@@ -255,7 +255,7 @@ impl Session {
         let shutdown = &self.sessions.shutdown;
         let ended = tokio::select! {
             ended = served.as_mut() => Some(ended),
-            () = self.connection.gone() => {
+            () = self.connection.terminated() => {
                 served.as_mut().graceful_shutdown();
                 tokio::time::timeout(self.sessions.timeouts.graceful_close, served).await.ok()
             }

@@ -47,9 +47,9 @@ pub struct Warmer {
 struct Held<'a> {
     workload: &'a Workload,
     /// Cancelled once it has called.
-    called: &'a CancellationToken,
+    first_call: &'a CancellationToken,
     /// Cancelled when it has ended.
-    gone: &'a CancellationToken,
+    terminated: &'a CancellationToken,
     /// How long it may take to call.
     patience: Duration,
 }
@@ -59,22 +59,22 @@ impl Warmer {
     pub fn published(&self, attestor: Arc<MountAttestor>, issued: CancellationToken) {
         let warmer = self.clone();
         tokio::spawn(async move {
-            let (gone, called) = (attestor.gone(), attestor.called());
-            let known = gone.run_until_cancelled(timeout(PATIENCE, known(&attestor))).await;
+            let (terminated, first_call) = (attestor.terminated(), attestor.first_call());
+            let known = terminated.run_until_cancelled(timeout(PATIENCE, known(&attestor))).await;
             let Some(Ok(Some(workload))) = known else { return };
             // The kubelet may wait for each of them.
             let unlimited = Semaphore::new(1);
-            warmer.hold(&Held { workload: &workload, called, gone, patience: PATIENCE }, &unlimited, &issued).await;
+            warmer.hold(&Held { workload: &workload, first_call, terminated, patience: PATIENCE }, &unlimited, &issued).await;
         });
     }
 
     /// Holds a lease, from the moment that `turns` lets it: until then another one's certificate is being made.
     async fn hold(&self, held: &Held<'_>, turns: &Semaphore, issued: &CancellationToken) {
-        let Held { workload, called, gone, patience } = *held;
+        let Held { workload, first_call, terminated, patience } = *held;
         let ended = tokio::select! {
             biased;
-            () = gone.cancelled() => Ended::gone,
-            () = async { called.cancelled().await; sleep(HANDOVER).await } => Ended::called,
+            () = terminated.cancelled() => Ended::gone,
+            () = async { first_call.cancelled().await; sleep(HANDOVER).await } => Ended::called,
             () = sleep(patience) => Ended::unused,
             () = self.keep(workload, turns, issued) => return,
         };

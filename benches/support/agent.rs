@@ -37,7 +37,7 @@ impl Attestor for Everybody {
 
     fn attest<'a>(&'a self, _: &'a Peer) -> BoxFuture<'a, Result<Attested, Error>> {
         let workload = Workload::Unix { uid: self.0.fetch_add(1, Ordering::Relaxed) };
-        Box::pin(std::future::ready(Ok(Attested { workload, gone: CancellationToken::new() })))
+        Box::pin(std::future::ready(Ok(Attested { workload, terminated: CancellationToken::new() })))
     }
 }
 
@@ -101,8 +101,8 @@ pub async fn start_as(config: &Config, attestor: Arc<dyn Attestor>, issuer: Time
         upstreams: issuers.into(),
         trust,
         await_bundle: false,
-        witness: None,
-        doorman: None,
+        observer: None,
+        caller_observer: None,
         tasks: Vec::new(),
         last: CancellationToken::new(),
     };

@@ -8,7 +8,7 @@ use std::{
 
 use sds_agent::{
     attest::{self, unix::UnixAttestor},
-    caller::Desk,
+    caller::Authenticator,
     clock::SystemClock,
     listener,
     sds::{self, names::Directory, reissue_window::ReissueWindow, service::Service},
@@ -50,15 +50,15 @@ impl Pushing {
             ending: ending.clone(),
         };
         let resolver = config.resolver();
-        let desk = Desk {
+        let authenticator = Authenticator {
             attestor: Arc::new(UnixAttestor),
             resolver: watch::channel(Arc::new(resolver)).1,
             metrics: attest::Metrics::default(),
-            witness: None,
+            observer: None,
         };
         let sessions = Sessions {
             services: Services::new(Arc::new(service)).await.unwrap(),
-            desk,
+            authenticator,
             limits: config.limits.clone(),
             quotas: session::quotas::Quotas::new(&config.limits),
             refusals: Arc::default(),

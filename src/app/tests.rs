@@ -23,8 +23,8 @@ fn deps(tasks: Vec<BoxFuture<'static, ()>>) -> Deps {
         upstreams: std::collections::BTreeMap::new().into(),
         trust: Trust::new(trust::Metrics::default()),
         await_bundle: false,
-        witness: None,
-        doorman: None,
+        observer: None,
+        caller_observer: None,
         tasks,
         last: CancellationToken::new(),
     }

@@ -87,23 +87,23 @@ impl KubernetesAttestor {
             return Err(Error::refused(Reason::no_service_account, format!("{kind} {} has no service account", pod.pod)).by(&told));
         }
         self.allow(peer, &place, &known).await?;
-        let gone = known.gone.child_token();
+        let terminated = known.terminated.child_token();
         let ended = peer.ended().map_err(|e| Error::temporary(Reason::unreadable, format!("cannot watch the caller's process: {e}")))?;
         // Last: all that was read above is about the process that connected.
         if !peer.is_alive() {
             return Err(Error::refused(Reason::process_gone, format!("process {} ended while it was being attested", peer.pid)));
         }
         tokio::spawn({
-            let gone = gone.clone();
+            let terminated = terminated.clone();
             async move {
                 tokio::select! {
-                    () = gone.cancelled() => {}
-                    ended = ended => if ended { gone.cancel() },
+                    () = terminated.cancelled() => {}
+                    ended = ended => if ended { terminated.cancel() },
                 }
             }
         });
-        known.called.cancel();
-        Ok(Attested { workload: pod.workload(), gone })
+        known.first_call.cancel();
+        Ok(Attested { workload: pod.workload(), terminated })
     }
 
     /// Asks the policy.

@@ -2,7 +2,7 @@
 //!
 //! What the kubelet said at publish is a claim, for it can be forged. The pod index has to know the UID, and to say the same of it as the
 //! claim does, before anybody is served; after a restart there is no claim any more, and what the index says of the UID is enough: the
-//! UID was in the kubelet's own path. The caller cancels `gone` when the volume is unpublished.
+//! UID was in the kubelet's own path. The caller cancels `terminated` when the volume is unpublished.
 
 use std::sync::{
     Arc, Mutex, PoisonError,
@@ -63,16 +63,24 @@ pub struct MountAttestor {
     uid: Arc<str>,
     volume: Arc<str>,
     claim: Mutex<Option<Claim>>,
-    gone: CancellationToken,
+    terminated: CancellationToken,
     follows_pod: AtomicBool,
-    called: CancellationToken,
+    first_call: CancellationToken,
 }
 
 impl MountAttestor {
-    /// For the socket in `volume` of the pod with this UID. `claim` is none for one that was published before a restart; `gone` ends with
+    /// For the socket in `volume` of the pod with this UID. `claim` is none for one that was published before a restart; `terminated` ends with
     /// the socket.
-    pub fn new(pods: Pods, uid: Arc<str>, volume: Arc<str>, claim: Option<Claim>, gone: CancellationToken) -> Self {
-        Self { pods, uid, volume, claim: Mutex::new(claim), gone, follows_pod: AtomicBool::new(false), called: CancellationToken::new() }
+    pub fn new(pods: Pods, uid: Arc<str>, volume: Arc<str>, claim: Option<Claim>, terminated: CancellationToken) -> Self {
+        Self {
+            pods,
+            uid,
+            volume,
+            claim: Mutex::new(claim),
+            terminated,
+            follows_pod: AtomicBool::new(false),
+            first_call: CancellationToken::new(),
+        }
     }
 
     /// What was said at publish.
@@ -86,13 +94,13 @@ impl MountAttestor {
     }
 
     /// Cancelled with the socket, and when its pod has ended.
-    pub fn gone(&self) -> &CancellationToken {
-        &self.gone
+    pub fn terminated(&self) -> &CancellationToken {
+        &self.terminated
     }
 
     /// Cancelled once somebody has called and been served.
-    pub fn called(&self) -> &CancellationToken {
-        &self.called
+    pub fn first_call(&self) -> &CancellationToken {
+        &self.first_call
     }
 
     /// Who everybody on this socket is; waits for the pod as the index does.
@@ -100,7 +108,7 @@ impl MountAttestor {
         let unpublished = || Error::refused(Reason::pod_ended, format!("pod UID {}: it has ended, or its volume is unpublished", self.uid));
         let known = tokio::select! {
             biased;
-            () = self.gone.cancelled() => return Err(unpublished()),
+            () = self.terminated.cancelled() => return Err(unpublished()),
             known = self.pods.wait_for(&self.uid) => known?,
         };
         self.follow(&known);
@@ -117,11 +125,11 @@ impl MountAttestor {
     /// From now on the pod's end is the end of this, too. A UID never comes back, so once is enough.
     fn follow(&self, known: &Known) {
         if !self.follows_pod.swap(true, Ordering::Relaxed) {
-            let (pod, gone) = (known.gone.clone(), self.gone.clone());
+            let (pod, terminated) = (known.terminated.clone(), self.terminated.clone());
             tokio::spawn(async move {
                 tokio::select! {
-                    () = pod.cancelled() => gone.cancel(),
-                    () = gone.cancelled() => {}
+                    () = pod.cancelled() => terminated.cancel(),
+                    () = terminated.cancelled() => {}
                 }
             });
         }
@@ -141,8 +149,8 @@ impl Attestor for MountAttestor {
     fn attest<'a>(&'a self, _peer: &'a Peer) -> BoxFuture<'a, Result<Attested, Error>> {
         Box::pin(async {
             let workload = self.workload().await?;
-            self.called.cancel();
-            Ok(Attested { workload, gone: self.gone.child_token() })
+            self.first_call.cancel();
+            Ok(Attested { workload, terminated: self.terminated.child_token() })
         })
     }
 }
@@ -243,10 +251,10 @@ mod tests {
         let attested = world.attest(&attestor).await.unwrap();
         let Workload::Pod { pod, service_account, .. } = &attested.workload else { panic!("{:?}", attested.workload) };
         assert_eq!((pod.to_string().as_str(), service_account.as_deref()), ("shop/cart-1", Some("cart")));
-        assert!(attestor.called().is_cancelled());
+        assert!(attestor.first_call().is_cancelled());
         assert!(matches!(attestor.origins(), Origins::Fixed(Origin::Pod(uid)) if &*uid == UID), "its quotas are the pod's, not its user's");
         world.api.remove("pods", "shop", "cart-1");
-        timeout(SOON, attested.gone.cancelled()).await.unwrap();
+        timeout(SOON, attested.terminated.cancelled()).await.unwrap();
         assert_eq!(world.attest(&attestor).await.unwrap_err().reason, Reason::pod_ended);
     }
 
@@ -258,7 +266,7 @@ mod tests {
             let attestor = world.attestor(Some(forged));
             let error = world.attest(&attestor).await.unwrap_err();
             assert_eq!((error.reason, error.temporary), (Reason::other_pod, false), "{error}");
-            assert!(!attestor.called().is_cancelled());
+            assert!(!attestor.first_call().is_cancelled());
         }
         // After a restart the index alone counts; and a claim that comes later counts, too.
         let attestor = world.attestor(None);
@@ -283,8 +291,8 @@ mod tests {
         world.put(Some("cart"));
         let attestor = world.attestor(None);
         let attested = world.attest(&attestor).await.unwrap();
-        attestor.gone().cancel();
-        assert!(attested.gone.is_cancelled());
+        attestor.terminated().cancel();
+        assert!(attested.terminated.is_cancelled());
 
         let metrics = kubernetes::Metrics::default();
         // An index that nobody runs is never complete.
@@ -296,7 +304,7 @@ mod tests {
         });
         tokio::task::yield_now().await;
         assert!(!waiting.is_finished());
-        attestor.gone().cancel();
+        attestor.terminated().cancel();
         assert_eq!(timeout(SOON, waiting).await.unwrap().unwrap().unwrap_err().reason, Reason::pod_ended);
     }
 }

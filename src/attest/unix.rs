@@ -22,7 +22,7 @@ impl Attestor for UnixAttestor {
 
     fn attest<'a>(&'a self, peer: &'a Peer) -> BoxFuture<'a, Result<Attested, Error>> {
         // The uid is what is attested, not the process: a connection handed to a child of the same user stays that user's.
-        let attested = Attested { workload: Workload::Unix { uid: peer.uid }, gone: CancellationToken::new() };
+        let attested = Attested { workload: Workload::Unix { uid: peer.uid }, terminated: CancellationToken::new() };
         Box::pin(std::future::ready(Ok(attested)))
     }
 }

@@ -26,7 +26,7 @@ use crate::{
         mount::{Claim, MountAttestor},
         pods::Pods,
     },
-    caller::Desk,
+    caller::Authenticator,
     config::PerPod,
     listener,
     session::Sessions,
@@ -115,7 +115,7 @@ impl Live {
 impl Drop for Live {
     fn drop(&mut self) {
         self.shutdown.drain.cancel();
-        self.attestor.gone().cancel();
+        self.attestor.terminated().cancel();
         self.ending.cancel();
         // Its pod's containers have ended: nobody is left for last words.
         self.shutdown.abort.cancel();
@@ -297,7 +297,7 @@ impl Shared {
         let attestor =
             Arc::new(MountAttestor::new(self.pods.clone(), place.uid.clone(), place.volume.clone(), claim, CancellationToken::new()));
         let mut sessions = Sessions {
-            desk: Desk { attestor: attestor.clone(), ..template.desk.clone() },
+            authenticator: Authenticator { attestor: attestor.clone(), ..template.authenticator.clone() },
             shutdown: shutdown.clone(),
             ending: ending.clone(),
             ..template.clone()

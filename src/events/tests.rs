@@ -91,7 +91,7 @@ async fn a_denial_is_one_warning_on_the_pod_and_its_end_one_event_more() {
 
 #[tokio::test(start_paused = true)]
 async fn a_pod_that_may_have_nothing_is_told_once_and_that_it_may_once() {
-    use attest::{Reason, Witness as _};
+    use attest::{CallerObserver as _, Reason};
     let b = Bench::new();
     let error = attest::Error::refused(Reason::no_identity, "it picks profile \"gold\", which is not there");
     for _ in 0..20 {

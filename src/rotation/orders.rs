@@ -79,8 +79,8 @@ impl Rotation {
             self.planner.submitted(now, id);
             let Some(entry) = self.entries.get(&id) else { return };
             let Pending { request, waits_for, is_late } = pending;
-            if let (true, Some(witness), Some(why)) = (is_late, &self.parts.witness, &waits_for) {
-                witness.waits(entry, &request, why);
+            if let (true, Some(observer), Some(why)) = (is_late, &self.parts.observer, &waits_for) {
+                observer.waits(entry, &request, why);
             }
             entry.set_status(|status| (status.request, status.waits_for) = (Some(request), waits_for));
         }

@@ -165,7 +165,7 @@ impl Bench {
             await_bundle,
             clock: Arc::new(clock.clone()),
             claims: Some(Arc::new(present.clone())),
-            witness: None,
+            observer: None,
             metrics: Metrics::default(),
         };
         let shutdown = CancellationToken::new();

@@ -110,7 +110,7 @@ impl Starts {
         let (warmer, turns) = (self.warmer.clone(), self.turns.clone());
         held.spawn(async move {
             let (workload, nobody) = (known.pod.workload(), CancellationToken::new());
-            let whom = Held { workload: &workload, called: &known.called, gone: &known.gone, patience };
+            let whom = Held { workload: &workload, first_call: &known.first_call, terminated: &known.terminated, patience };
             warmer.hold(&whom, &turns, &nobody).await;
         });
     }

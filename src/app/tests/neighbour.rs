@@ -123,7 +123,7 @@ impl World {
             await_bundle: true,
             clock: Arc::new(clock),
             claims: None,
-            witness: Some(Arc::new(reporter)),
+            observer: Some(Arc::new(reporter)),
             metrics: rotation::metrics::Metrics::register(exposition.registry()),
         };
         let (dead, refusals) = (Arc::default(), Arc::default());

@@ -79,10 +79,10 @@ async fn a_process_in_a_pods_cgroup_is_that_pod_until_the_pod_goes() {
     let Workload::Pod { pod, service_account, .. } = &attested.workload else { panic!("{:?}", attested.workload) };
     assert_eq!((pod.to_string().as_str(), service_account.as_deref()), ("shop/cart-1", Some("cart")));
     let other = world.attest().await.unwrap();
-    other.gone.cancel();
-    assert!(!attested.gone.is_cancelled(), "a connection's token is its own");
+    other.terminated.cancel();
+    assert!(!attested.terminated.is_cancelled(), "a connection's token is its own");
     world.api.remove("pods", "shop", "cart-1");
-    timeout(Duration::from_secs(20), attested.gone.cancelled()).await.unwrap();
+    timeout(Duration::from_secs(20), attested.terminated.cancelled()).await.unwrap();
 }
 
 #[tokio::test]
@@ -109,11 +109,11 @@ async fn who_cannot_be_proven_is_refused_with_the_reason() {
     let unknown = World::new(&cgroup(UID), &[]);
     assert_eq!(unknown.refusal().await, (Reason::unknown_pod, true));
 
-    let mut gone = World::new(&cgroup(UID), &[pod(UID, Some("cart"))]);
-    fs::remove_dir_all(gone.proc.path().join(gone.peer.pid.to_string())).unwrap();
-    assert_eq!(gone.refusal().await, (Reason::process_gone, false));
-    gone.peer.pid = 0;
-    let invisible = gone.attest().await.unwrap_err();
+    let mut terminated = World::new(&cgroup(UID), &[pod(UID, Some("cart"))]);
+    fs::remove_dir_all(terminated.proc.path().join(terminated.peer.pid.to_string())).unwrap();
+    assert_eq!(terminated.refusal().await, (Reason::process_gone, false));
+    terminated.peer.pid = 0;
+    let invisible = terminated.attest().await.unwrap_err();
     assert_eq!(invisible.reason, Reason::pid_invisible);
     assert!(invisible.detail.contains("hostPID: true"));
 }
@@ -189,8 +189,8 @@ async fn what_was_proven_holds_for_as_long_as_the_process_runs() {
     let world = World::new(&cgroup(UID), &[pod(UID, Some("cart"))]);
     assert!(world.attestor.still_holds(&world.peer));
     let nowhere = tempfile::tempdir().unwrap();
-    let gone = Peer::recorded(&world.socket, nowhere.path()).unwrap();
-    assert!(!world.attestor.still_holds(&gone));
+    let terminated = Peer::recorded(&world.socket, nowhere.path()).unwrap();
+    assert!(!world.attestor.still_holds(&terminated));
 }
 
 #[test]

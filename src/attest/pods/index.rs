@@ -25,9 +25,9 @@ pub struct Known {
     /// The facts.
     pub pod: Arc<Pod>,
     /// Cancelled when it has been deleted or its phase is terminal.
-    pub gone: CancellationToken,
+    pub terminated: CancellationToken,
     /// Cancelled once one of its processes has been served on the shared socket.
-    pub called: CancellationToken,
+    pub first_call: CancellationToken,
 }
 
 /// A pod that was first seen before any of its containers had started.
@@ -77,7 +77,7 @@ impl Index {
 
     /// Whether a pod with this UID was here and was deleted.
     pub(super) fn has_gone(&self, uid: &str) -> bool {
-        self.deleted.iter().any(|gone| &**gone == uid)
+        self.deleted.iter().any(|terminated| &**terminated == uid)
     }
 
     /// Whether a live read has lately found that there is no pod with this UID.
@@ -154,13 +154,13 @@ impl Index {
         self.doubtful.remove(&uid);
         let before = self.pods.get(&uid);
         let is_new = before.is_none();
-        let (gone, called) = before.map_or_else(Default::default, |known| (known.gone.clone(), known.called.clone()));
-        if pod.ended && !gone.is_cancelled() {
-            gone.cancel();
+        let (terminated, first_call) = before.map_or_else(Default::default, |known| (known.terminated.clone(), known.first_call.clone()));
+        if pod.ended && !terminated.is_cancelled() {
+            terminated.cancel();
             self.departures += 1;
         }
         if before.is_none_or(|known| *known.pod != pod) {
-            self.pods.insert(uid.clone(), Known { pod: Arc::new(pod), gone, called });
+            self.pods.insert(uid.clone(), Known { pod: Arc::new(pod), terminated, first_call });
         }
         if is_new && has_not_begun(slim) {
             self.tell_of_start(slim, &uid);
@@ -218,7 +218,7 @@ impl Index {
 
     fn remove(&mut self, uid: &str) {
         let Some((uid, known)) = self.pods.remove_entry(uid) else { return };
-        known.gone.cancel();
+        known.terminated.cancel();
         self.departures += 1;
         self.doubtful.remove(&uid);
         self.mirrors.retain(|_, real| *real != uid);

@@ -67,7 +67,7 @@ async fn a_pod_is_known_by_its_uid_with_its_facts() {
     assert_eq!((known.pod.pod.to_string().as_str(), known.pod.service_account.as_deref()), ("shop/a", Some("cart")));
     assert_eq!(known.pod.labels["app"], "a");
     assert_eq!((known.pod.host_network, known.pod.mirror, known.pod.ended), (false, false, false));
-    assert!(!known.gone.is_cancelled());
+    assert!(!known.terminated.is_cancelled());
     assert_eq!((world.api.count("list", "pods"), world.api.count("watch", "pods")), (1, 1));
 }
 
@@ -179,9 +179,9 @@ async fn the_token_is_cancelled_when_the_pod_is_deleted_or_terminal_but_not_whil
     let (a, b) = (soon(world.pods.wait_for("u-a")).await.unwrap(), soon(world.pods.wait_for("u-b")).await.unwrap());
 
     world.api.change("pods", "shop", "a", |o| o["metadata"]["deletionTimestamp"] = json!("2026-01-01T00:00:00Z"));
-    assert!(timeout(MINUTE, a.gone.cancelled()).await.is_err());
+    assert!(timeout(MINUTE, a.terminated.cancelled()).await.is_err());
     world.api.remove("pods", "shop", "a");
-    soon(a.gone.cancelled()).await;
+    soon(a.terminated.cancelled()).await;
     let lists = world.api.count("list", "pods");
     let error = soon(world.pods.wait_for("u-a")).await.unwrap_err();
     assert_eq!((error.reason, error.temporary), (Reason::pod_ended, false));
@@ -192,7 +192,7 @@ async fn the_token_is_cancelled_when_the_pod_is_deleted_or_terminal_but_not_whil
     );
 
     world.api.change("pods", "shop", "b", |o| o["status"]["phase"] = json!("Succeeded"));
-    soon(b.gone.cancelled()).await;
+    soon(b.terminated.cancelled()).await;
     let error = soon(world.pods.wait_for("u-b")).await.unwrap_err();
     assert_eq!((error.reason, error.temporary), (Reason::pod_ended, false));
     assert_eq!(soon(world.pods.live()).await.unwrap(), HashSet::new());
@@ -212,7 +212,7 @@ async fn a_list_that_lacks_pods_is_confirmed_before_a_stream_ends() {
     world.api.forget_history();
     world.api.cut_watches(false);
     world.api.until("relist and confirmation", |api| (api.count("list", "pods") >= 3).then_some(())).await;
-    assert!(timeout(MINUTE, a.gone.cancelled()).await.is_err());
+    assert!(timeout(MINUTE, a.terminated.cancelled()).await.is_err());
 
     // One has really gone, but the store cannot be asked for a while.
     world.api.cut_watches(false);
@@ -220,8 +220,8 @@ async fn a_list_that_lacks_pods_is_confirmed_before_a_stream_ends() {
     world.api.forget_history();
     world.api.fail("list", "pods", list(&[pod("b", "u-b", "n1")]), 1);
     world.api.fail("list", "pods", Fault::Refuse, 3);
-    soon(a.gone.cancelled()).await;
-    assert!(!b.gone.is_cancelled());
+    soon(a.terminated.cancelled()).await;
+    assert!(!b.terminated.is_cancelled());
 }
 
 #[tokio::test(start_paused = true)]
@@ -231,17 +231,17 @@ async fn a_deleted_pod_does_not_come_back_with_an_old_list_and_its_name_may() {
     let world = World::synced(api).await;
     let first = soon(world.pods.wait_for("u-1")).await.unwrap();
     world.api.remove("pods", "shop", "a");
-    soon(first.gone.cancelled()).await;
+    soon(first.terminated.cancelled()).await;
     world.api.put("pods", pod("a", "u-2", "n1"));
     let second = soon(world.pods.wait_for("u-2")).await.unwrap();
-    assert!(!second.gone.is_cancelled());
+    assert!(!second.terminated.is_cancelled());
 
     world.api.fail("list", "pods", list(&[pod("a", "u-1", "n1")]), 1);
     world.api.forget_history();
     world.api.cut_watches(false);
     world.api.until("relist and confirmation", |api| (api.count("list", "pods") >= 3).then_some(())).await;
     assert_eq!(soon(world.pods.wait_for("u-1")).await.unwrap_err().reason, Reason::pod_ended);
-    assert!(!second.gone.is_cancelled());
+    assert!(!second.terminated.is_cancelled());
 }
 
 #[tokio::test(start_paused = true)]
@@ -320,6 +320,6 @@ async fn a_live_read_that_is_older_than_the_doubt_ends_nobody() {
     world.api.forget_history();
     world.api.cut_watches(false);
     assert_eq!(soon(other).await.unwrap().unwrap_err().reason, Reason::unknown_pod);
-    assert!(timeout(MINUTE, a.gone.cancelled()).await.is_err());
+    assert!(timeout(MINUTE, a.terminated.cancelled()).await.is_err());
     soon(world.pods.wait_for("u-a")).await.unwrap();
 }

@@ -149,7 +149,7 @@ impl Stream<'_> {
             }
             let caller = self.caller.clone();
             tokio::select! {
-                () = caller.attested.gone.cancelled() => return Err(ended()),
+                () = caller.attested.terminated.cancelled() => return Err(ended()),
                 () = self.service.ending.cancelled() => return Err(grpc::closing()),
                 request = read(incoming, self.face), if asking => {
                     trigger = Trigger::subscribe;
@@ -171,7 +171,7 @@ impl Stream<'_> {
 
     fn request(&mut self, request: StreamRequest) -> Result<(), Status> {
         let received = self.state.request(request).map_err(|error| {
-            if let Some(left_out) = self.connection.tells(error.as_str()) {
+            if let Some(left_out) = self.connection.permit_log(error.as_str()) {
                 let (identity, workload) = (&self.caller.identity, &self.caller.attested.workload);
                 warn!(%identity, %workload, cause = %error, left_out, "stream refused");
             }
@@ -195,7 +195,7 @@ impl Stream<'_> {
                 kinds.iter().for_each(|kind| metrics.nacked(*kind));
                 // A client may ask for the same again, and reject that, in a loop.
                 let what = if kinds.contains(&Kind::certificate) { "certificate rejected" } else { "bundle rejected" };
-                if let Some(left_out) = self.connection.tells(what) {
+                if let Some(left_out) = self.connection.permit_log(what) {
                     let cause = text::excerpt(&error, text::MAX_MESSAGE_CHARS);
                     warn!(
                         %identity,
@@ -374,7 +374,7 @@ impl Stream<'_> {
         self.sent.push_back((nonce, Instant::now(), kinds));
         tokio::select! {
             biased;
-            () = self.caller.attested.gone.cancelled() => {
+            () = self.caller.attested.terminated.cancelled() => {
                 self.sender.take_back();
                 Err(ended())
             }

@@ -107,7 +107,7 @@ impl Service {
                 return self.fetched(connection, caller, &known, &view).map(Some);
             }
             tokio::select! {
-                () = caller.attested.gone.cancelled() => return Err(ended()),
+                () = caller.attested.terminated.cancelled() => return Err(ended()),
                 () = changed(material.as_mut()) => {}
                 Ok(()) = trust.changed() => {}
                 Ok(()) = rules.changed() => return Ok(None),

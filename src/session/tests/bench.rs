@@ -55,10 +55,13 @@ impl Attestor for TestAttestor {
     fn attest<'a>(&'a self, _peer: &'a Peer) -> BoxFuture<'a, Result<Attested, attest::Error>> {
         Box::pin(async move {
             self.open.clone().wait_for(|open| *open).await.unwrap();
-            let gone = CancellationToken::new();
-            self.let_in.lock().unwrap().push(gone.clone());
+            let terminated = CancellationToken::new();
+            self.let_in.lock().unwrap().push(terminated.clone());
             let pod = PodRef { namespace: "shop".into(), name: "cart-1".into(), uid: "u1".into() };
-            Ok(Attested { workload: Workload::Pod { pod, service_account: Some("a".into()), labels: Arc::default(), picked: None }, gone })
+            Ok(Attested {
+                workload: Workload::Pod { pod, service_account: Some("a".into()), labels: Arc::default(), picked: None },
+                terminated,
+            })
         })
     }
 }
@@ -103,7 +106,7 @@ impl Agent {
             await_bundle: false,
             clock: clock.clone(),
             claims: None,
-            witness: None,
+            observer: None,
             metrics: rotation::metrics::Metrics::default(),
         };
         tokio::spawn(rotation::run(parts, CancellationToken::new()));
@@ -127,7 +130,12 @@ impl Agent {
         let attestor = Arc::new(TestAttestor { open, let_in: let_in.clone() });
         let mut sessions = Sessions {
             services: Services::new(sds.clone()).await.unwrap(),
-            desk: Desk { attestor, resolver: watch::channel(Arc::new(resolver)).1, metrics: attest::Metrics::default(), witness: None },
+            authenticator: Authenticator {
+                attestor,
+                resolver: watch::channel(Arc::new(resolver)).1,
+                metrics: attest::Metrics::default(),
+                observer: None,
+            },
             quotas: quotas::Quotas::new(&limits),
             refusals: Arc::default(),
             limits,

@@ -39,7 +39,7 @@ impl Attestor for OfOnePod {
 /// A further socket of the same agent, which belongs to `pod`.
 fn socket_of(agent: &Agent, pod: &'static str) -> PathBuf {
     let mut sessions = agent.sessions.clone();
-    sessions.desk.attestor = Arc::new(OfOnePod(sessions.desk.attestor, pod));
+    sessions.authenticator.attestor = Arc::new(OfOnePod(sessions.authenticator.attestor, pod));
     let path = agent.path.with_file_name(pod);
     let bound = listener::bind(&path, 0o666).unwrap();
     tokio::spawn(sessions.accept(bound.listener));
@@ -161,7 +161,7 @@ async fn a_caller_that_is_refused_in_a_loop_does_not_fill_the_log() {
     let log = Captured::default();
     let (_guard, _filter) = telemetry::capture("info", Format::Json, log.clone()).unwrap();
     let agent = Agent::with(|sessions| {
-        sessions.desk.attestor = Arc::new(Closed);
+        sessions.authenticator.attestor = Arc::new(Closed);
         sessions.limits.new_connections_burst_per_pod = 20;
         sessions.limits.new_connections_per_second_per_pod = 1;
     })

@@ -86,7 +86,7 @@ impl World {
                 await_bundle: false,
                 clock: Arc::new(clock.clone()),
                 claims: None,
-                witness: None,
+                observer: None,
                 metrics: rotation::metrics::Metrics::default(),
             },
             drain.clone(),
@@ -159,7 +159,7 @@ async fn a_pod_that_starts_is_warmed_up_until_it_has_called_and_one_that_ran_bef
     // It runs, which is no second start; and it calls.
     world.api.put("pods", running("cart"));
     sleep(Duration::from_secs(1)).await;
-    world.pods.wait_for("u-cart").await.unwrap().called.cancel();
+    world.pods.wait_for("u-cart").await.unwrap().first_call.cancel();
     sleep(HANDOVER / 2).await;
     assert_eq!(world.held(), ["cart"], "its own lease has time to come");
     sleep(HANDOVER).await;
@@ -171,7 +171,7 @@ async fn a_new_list_warms_up_who_starts_and_nobody_else() {
     let world = World::start(FakeApi::new(), "").await;
     world.api.put("pods", starting("cart"));
     sleep(Duration::from_secs(1)).await;
-    world.pods.wait_for("u-cart").await.unwrap().called.cancel();
+    world.pods.wait_for("u-cart").await.unwrap().first_call.cancel();
     sleep(2 * HANDOVER).await;
     assert_eq!(world.held(), [""; 0]);
 
@@ -260,7 +260,7 @@ async fn a_node_that_boots_orders_few_at_once() {
     assert_eq!((silent.held().len(), silent.orders()), (AT_ONCE, AT_ONCE));
     assert_eq!((answering.held().len(), answering.orders() >= 100), (100, true));
     // Who calls before its turn needs none any more.
-    silent.pods.wait_for("u-p99").await.unwrap().called.cancel();
+    silent.pods.wait_for("u-p99").await.unwrap().first_call.cancel();
     sleep(2 * HANDOVER).await;
     assert_eq!(silent.ended(), [1, 0, 0]);
     sleep(PATIENCE).await;

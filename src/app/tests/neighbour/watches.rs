@@ -83,9 +83,9 @@ async fn an_event_that_cannot_be_read_is_made_up_for_by_a_list() {
 
 #[tokio::test(start_paused = true)]
 async fn a_410_in_the_head_or_in_an_event_is_answered_by_one_list() {
-    let gone = json!({"kind": "Status", "code": 410, "reason": "Expired", "message": "too old resource version"});
-    let event = format!("{}\n", json!({"type": "ERROR", "object": gone}));
-    let head = http(410, &["content-type: application/json"], &gone.to_string());
+    let terminated = json!({"kind": "Status", "code": 410, "reason": "Expired", "message": "too old resource version"});
+    let event = format!("{}\n", json!({"type": "ERROR", "object": terminated}));
+    let head = http(410, &["content-type: application/json"], &terminated.to_string());
     let stream = format!("HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n{:x}\r\n{event}\r\n0\r\n\r\n", event.len());
     for answer in [head, stream] {
         let world = World::new();

@@ -11,7 +11,7 @@ use futures::future::BoxFuture;
 use super::*;
 use crate::{
     attest::{self, Attested, Attestor, Method, Reason, origin::Origin},
-    caller::{Desk, Refusals},
+    caller::{Authenticator, Refusals},
     clock::TestClock,
     config,
     identity::{IssuerName, PodRef, Profile, Resolver, TrustDomain, Workload, tests::identity},
@@ -88,11 +88,11 @@ pub(super) struct Bench {
     pub federated: trust::Source,
     pub upstream: watch::Sender<Upstream>,
     pub verdict: watch::Sender<Verdict>,
-    pub gone: CancellationToken,
+    pub terminated: CancellationToken,
     holds: Arc<AtomicBool>,
     pub embedded: Arc<Embedded>,
     orders: Arc<AtomicUsize>,
-    desk: Desk,
+    authenticator: Authenticator,
     resolver: watch::Sender<Arc<Resolver>>,
     issuers: BTreeMap<IssuerName, Arc<dyn Issuer>>,
     plan: watch::Sender<Arc<Plan>>,
@@ -147,7 +147,7 @@ impl Bench {
             await_bundle: false,
             clock: Arc::new(clock.clone()),
             claims: None,
-            witness: None,
+            observer: None,
             metrics: rotation::metrics::Metrics::default(),
         };
         tokio::spawn(rotation::run(parts, CancellationToken::new()));
@@ -164,13 +164,13 @@ impl Bench {
             reissue_window: spread_now,
             ending: CancellationToken::new(),
         };
-        let gone = CancellationToken::new();
-        let (verdict, verdict_now) = watch::channel(Some(Ok(attested("a", &gone))));
+        let terminated = CancellationToken::new();
+        let (verdict, verdict_now) = watch::channel(Some(Ok(attested("a", &terminated))));
         let resolver = Resolver::single(domain, identity("a").profile.clone());
         let (resolver, resolver_now) = watch::channel(Arc::new(resolver));
         let holds = Arc::new(AtomicBool::new(true));
         let attestor = Arc::new(Told { verdict: verdict_now, holds: holds.clone() });
-        let desk = Desk { attestor, resolver: resolver_now, metrics: attest::Metrics::default(), witness: None };
+        let authenticator = Authenticator { attestor, resolver: resolver_now, metrics: attest::Metrics::default(), observer: None };
         Self {
             service: Arc::new(service),
             clock,
@@ -178,11 +178,11 @@ impl Bench {
             federated,
             upstream,
             verdict,
-            gone,
+            terminated,
             holds,
             embedded,
             orders,
-            desk,
+            authenticator,
             resolver,
             issuers,
             plan,
@@ -193,12 +193,12 @@ impl Bench {
 
     /// A connection of its own.
     pub(super) fn connection(&self) -> Arc<Connection> {
-        Arc::new(Connection::new(Peer::without_process(1000), self.desk.clone()))
+        Arc::new(Connection::new(Peer::without_process(1000), self.authenticator.clone()))
     }
 
     /// A connection of its own, from this pod.
     pub(super) fn connection_of(&self, pod: &str, refusals: &Arc<Refusals>) -> Arc<Connection> {
-        let connection = Connection::new(Peer::without_process(1000), self.desk.clone());
+        let connection = Connection::new(Peer::without_process(1000), self.authenticator.clone());
         Arc::new(connection.coming_from(Origin::Pod(pod.into()), refusals.clone()))
     }
 
@@ -236,7 +236,7 @@ impl Bench {
 
     /// The caller picks this profile by its volume.
     pub(super) fn pick(&self, profile: &str) {
-        let mut attested = attested("a", &self.gone);
+        let mut attested = attested("a", &self.terminated);
         if let Workload::Pod { picked, .. } = &mut attested.workload {
             *picked = Some(profile.into());
         }
@@ -244,7 +244,7 @@ impl Bench {
     }
 
     pub(super) fn know_everybody(&self) {
-        self.verdict.send_replace(Some(Ok(attested("a", &self.gone))));
+        self.verdict.send_replace(Some(Ok(attested("a", &self.terminated))));
     }
 
     /// The process that connected has ended a moment ago, and nobody has been told yet.
@@ -275,11 +275,11 @@ impl Bench {
     }
 }
 
-fn attested(service_account: &str, gone: &CancellationToken) -> Attested {
+fn attested(service_account: &str, terminated: &CancellationToken) -> Attested {
     let pod = PodRef { namespace: "shop".into(), name: "cart-1".into(), uid: "u1".into() };
     Attested {
         workload: Workload::Pod { pod, service_account: Some(service_account.into()), labels: Arc::default(), picked: None },
-        gone: gone.clone(),
+        terminated: terminated.clone(),
     }
 }
 

@@ -23,7 +23,7 @@ async fn a_workloads_end_ends_its_streams_and_no_key_leaves_after_it() {
             client.accepted().await;
             open.push(client);
         }
-        b.gone.cancel();
+        b.terminated.cancel();
         for mut client in open {
             assert_eq!(client.end().await, (Code::PermissionDenied, "the workload has ended".into()));
         }
@@ -42,7 +42,7 @@ async fn a_workload_that_ends_while_its_certificate_is_issued_never_gets_it() {
         b.upstream.send_replace(Upstream::Slow);
         let mut client = Client::asking(&b, face, &["default"]).await;
         client.quiet(MINUTE).await;
-        b.gone.cancel();
+        b.terminated.cancel();
         b.upstream.send_replace(Upstream::Up);
         assert_eq!(client.end().await.0, Code::PermissionDenied);
     }
@@ -58,7 +58,7 @@ async fn no_key_leaves_when_the_process_has_ended_though_nobody_has_been_told() 
         b.end_process();
         b.upstream.send_replace(Upstream::Up);
         assert_eq!(client.end().await, (Code::PermissionDenied, "the workload has ended".into()));
-        assert!(b.gone.is_cancelled(), "now everybody is told");
+        assert!(b.terminated.is_cancelled(), "now everybody is told");
     }
 }
 
@@ -70,7 +70,7 @@ async fn what_the_transport_has_not_taken_when_a_workload_ends_stays_here() {
     let (said, mut body) = by_hand(&b, "default").await;
     let head = bytes(body.frame().await.unwrap().unwrap().into_data().unwrap());
     assert!(head.len() < 500, "the key is in the next piece");
-    b.gone.cancel();
+    b.terminated.cancel();
     let next = body.frame().await.unwrap().unwrap();
     assert_eq!(status(next.trailers_ref().expect("the status, and no key")).0, Code::PermissionDenied);
     assert!(body.frame().await.is_none());

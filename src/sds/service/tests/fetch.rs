@@ -49,8 +49,8 @@ async fn fetch(bench: &Bench, pieces: mpsc::UnboundedReceiver<Bytes>, deadline: 
         request = request.header("grpc-timeout", deadline);
     }
     let connection = bench.connection();
-    let called = bench.service.call(&connection, request.body(body(pieces)).unwrap());
-    let response = tokio::time::timeout(PATIENCE, called).await.expect("an answer in time").unwrap();
+    let first_call = bench.service.call(&connection, request.body(body(pieces)).unwrap());
+    let response = tokio::time::timeout(PATIENCE, first_call).await.expect("an answer in time").unwrap();
     if response.headers().contains_key("grpc-status") {
         return Err(status(response.headers()));
     }
@@ -210,7 +210,7 @@ async fn refusals_ends_and_drains_end_a_fetch() {
     b.upstream.send_replace(Upstream::Slow);
     let (ended, ()) = tokio::join!(call(&b, &["default"]).answer(), async {
         tokio::time::sleep(Duration::from_secs(1)).await;
-        b.gone.cancel();
+        b.terminated.cancel();
     });
     assert_eq!(ended.0.unwrap_err().0, Code::PermissionDenied);
 
