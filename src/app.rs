@@ -46,7 +46,7 @@ use crate::{
 use reload::{Outlets, Reload};
 
 mod approver;
-mod claims;
+mod identity_users;
 mod inventory;
 mod parts;
 mod reload;
@@ -77,7 +77,7 @@ pub struct Deps {
     /// Whether a bundle comes from elsewhere than the issuers, so that nothing is verified before it has come.
     pub await_bundle: bool,
     /// Who is told how it goes with identities.
-    pub observer: Option<Arc<dyn rotation::Witness>>,
+    pub observer: Option<Arc<dyn rotation::IssuanceObserver>>,
     /// Who hears of pods that are not served.
     pub caller_observer: Option<Arc<dyn attest::CallerObserver>>,
     /// What must run beside: watches, sweeps. They end by themselves when `last` is cancelled.
@@ -173,7 +173,10 @@ pub async fn build_with(config: &Config, base: Base, deps: Deps) -> anyhow::Resu
     }
     let (reissue, reissues) = mpsc::channel(1);
     let (store, events) = Store::new();
-    let claims = deps.pods.clone().map(|pods| Arc::new(claims::NodeClaims::new(pods, resolver.clone())) as Arc<dyn rotation::Claims>);
+    let identity_users = deps
+        .pods
+        .clone()
+        .map(|pods| Arc::new(identity_users::PodsByIdentity::new(pods, resolver.clone())) as Arc<dyn rotation::IdentityUsers>);
     let rotation = rotation::Parts {
         store: store.clone(),
         events,
@@ -183,7 +186,7 @@ pub async fn build_with(config: &Config, base: Base, deps: Deps) -> anyhow::Resu
         authorities: Some(deps.trust.clone()),
         await_bundle: deps.await_bundle,
         clock: deps.clock.clone(),
-        claims,
+        identity_users,
         observer: deps.observer,
         metrics: rotation::metrics::Metrics::register(registry),
     };

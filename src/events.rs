@@ -37,7 +37,7 @@ use crate::{
     issuer::Error,
     kubernetes::{self, Call, Failure},
     material::Svid,
-    rotation::Witness,
+    rotation::IssuanceObserver,
     store::Entry,
     telemetry::hush::{self, Hush},
     text,
@@ -145,7 +145,7 @@ impl attest::CallerObserver for Reporter {
     }
 }
 
-impl Witness for Reporter {
+impl IssuanceObserver for Reporter {
     fn failed(&self, entry: &Entry, error: &Error) {
         let (reason, at_once) = match error {
             Error::Denied { .. } => (Reason::CertificateDenied, true),

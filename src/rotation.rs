@@ -45,21 +45,21 @@ mod roots;
 pub mod schedule;
 
 /// A difference between the two clocks that is a step and no drift.
-const STEP: Duration = Duration::from_secs(2);
+const MIN_CLOCK_STEP: Duration = Duration::from_secs(2);
 /// Characters of an order's error that the log and the status show.
 const MAX_CAUSE_CHARS: usize = 1200;
 
 /// Who may still ask for an identity. Keys outlive their last subscriber for the retention, but not the last who may have them.
-pub trait Claims: fmt::Debug + Send + Sync {
+pub trait IdentityUsers: fmt::Debug + Send + Sync {
     /// Whether anybody here has `identity`.
-    fn is_claimed(&self, identity: &Identity) -> bool;
+    fn is_used(&self, identity: &Identity) -> bool;
 
     /// Changes when somebody has gone.
-    fn departures(&self) -> watch::Receiver<u64>;
+    fn pod_terminations(&self) -> watch::Receiver<u64>;
 }
 
 /// Who is told how it goes with identities, to tell others. Nothing of it may block.
-pub trait Witness: fmt::Debug + Send + Sync {
+pub trait IssuanceObserver: fmt::Debug + Send + Sync {
     /// There is no new certificate for the entry, for now.
     fn failed(&self, entry: &Entry, error: &Error);
 
@@ -96,9 +96,9 @@ pub struct Parts {
     /// The time.
     pub clock: Arc<dyn Clock>,
     /// Who may ask; none where that is not known.
-    pub claims: Option<Arc<dyn Claims>>,
+    pub identity_users: Option<Arc<dyn IdentityUsers>>,
     /// Who is told; none where nobody asks.
-    pub observer: Option<Arc<dyn Witness>>,
+    pub observer: Option<Arc<dyn IssuanceObserver>>,
     /// What is counted.
     pub metrics: Metrics,
 }
@@ -111,18 +111,18 @@ struct Rotation {
     orders: HashMap<Id, Running>,
     tasks: JoinSet<Answer>,
     /// Verified, not yet published.
-    ready: HashMap<Id, Arc<Svid>>,
+    verified: HashMap<Id, Arc<Svid>>,
     /// Evidence that an approver found to be gone: a sibling stands in.
-    spent: HashMap<Id, PodRef>,
+    rejected_evidence: HashMap<Id, PodRef>,
     /// What calls to reissue have done lately.
-    marks: HashMap<Id, Mark>,
+    reissue_marks: HashMap<Id, Mark>,
     /// Answers whose chain leads to no root that is known so far: judged again when the bundle changes.
-    unproven: HashMap<Id, Issued>,
+    awaiting_anchor: HashMap<Id, Issued>,
     /// Whether a certificate was renewed for the sake of its chain.
     has_looked: bool,
     submitted: (mpsc::UnboundedSender<Submitted>, mpsc::UnboundedReceiver<Submitted>),
     /// Issuers that answer nobody.
-    silent: BTreeSet<IssuerName>,
+    unresponsive: BTreeSet<IssuerName>,
     /// Issuers that have series in the metrics.
     counted: BTreeSet<IssuerName>,
     last_seen: Now,
@@ -133,20 +133,20 @@ pub async fn run(parts: Parts, shutdown: CancellationToken) {
     let now = Now { wall: parts.clock.now(), mono: Instant::now() };
     let planner = Planner::new(parts.plan.borrow().retention(), fastrand::u64(..));
     let clock = parts.clock.clone();
-    let mut departures = parts.claims.as_ref().map(|claims| claims.departures());
+    let mut pod_terminations = parts.identity_users.as_ref().map(|identity_users| identity_users.pod_terminations());
     let mut rotation = Rotation {
         parts,
         planner,
         entries: HashMap::new(),
         orders: HashMap::new(),
         tasks: JoinSet::new(),
-        ready: HashMap::new(),
-        spent: HashMap::new(),
-        marks: HashMap::new(),
-        unproven: HashMap::new(),
+        verified: HashMap::new(),
+        rejected_evidence: HashMap::new(),
+        reissue_marks: HashMap::new(),
+        awaiting_anchor: HashMap::new(),
         has_looked: false,
         submitted: mpsc::unbounded_channel(),
-        silent: BTreeSet::new(),
+        unresponsive: BTreeSet::new(),
         counted: BTreeSet::new(),
         last_seen: now,
     };
@@ -180,7 +180,7 @@ pub async fn run(parts: Parts, shutdown: CancellationToken) {
             Ok(()) = rotation.parts.trust.changed() => rotation.bundle_changed(),
             Ok(()) = rotation.parts.plan.changed() => rotation.reconfigured(),
             Some(call) = rotation.parts.reissues.recv() => rotation.reissue(call),
-            () = departure(departures.as_mut()) => rotation.purge(),
+            () = pod_termination(pod_terminations.as_mut()) => rotation.purge(),
             () = &mut wall_sleep => wall_sleep = clock.sleep_until(wall_at),
             () = mono_sleep => {}
         }
@@ -189,9 +189,9 @@ pub async fn run(parts: Parts, shutdown: CancellationToken) {
 }
 
 /// Returns when somebody has gone; never where that is not known.
-async fn departure(departures: Option<&mut watch::Receiver<u64>>) {
-    let told = match departures {
-        Some(departures) => departures.changed().await.is_ok(),
+async fn pod_termination(pod_terminations: Option<&mut watch::Receiver<u64>>) {
+    let told = match pod_terminations {
+        Some(pod_terminations) => pod_terminations.changed().await.is_ok(),
         None => false,
     };
     if !told {
@@ -229,21 +229,21 @@ impl Rotation {
         for class in [Class::Ending, Class::Waiting, Class::Routine] {
             metrics.queued(class, self.planner.queued(class));
         }
-        self.tell_silence();
+        self.log_unresponsive();
         self.planner.next_wake()
     }
 
     /// Tells which issuers answer nobody, once for each.
-    fn tell_silence(&mut self) {
+    fn log_unresponsive(&mut self) {
         let now = self.now();
-        let silent: BTreeSet<IssuerName> = self.planner.silent(now).cloned().collect();
-        for issuer in silent.difference(&self.silent) {
+        let unresponsive: BTreeSet<IssuerName> = self.planner.unresponsive(now).cloned().collect();
+        for issuer in unresponsive.difference(&self.unresponsive) {
             warn!(%issuer, "the issuer answers nobody; what it has stays there, and it gets one more request a minute");
         }
-        for issuer in self.silent.difference(&silent) {
+        for issuer in self.unresponsive.difference(&unresponsive) {
             info!(%issuer, "the issuer gets requests as usual again");
         }
-        self.silent = silent;
+        self.unresponsive = unresponsive;
     }
 
     /// Compares the clocks: the wall clock may have been stepped, or the machine suspended.
@@ -255,7 +255,7 @@ impl Rotation {
             Ok(by) => (true, by),
             Err(error) => (false, error.duration()),
         };
-        if by < STEP {
+        if by < MIN_CLOCK_STEP {
             return;
         }
         warn!(
@@ -309,8 +309,8 @@ impl Rotation {
         let now = self.now();
         let profile = &identity.profile;
         let validity = verified.chain.validity;
-        let occasion = self.planner.occasion(now, id);
-        let renew_at = schedule::renew_at(&validity, now.wall, profile, occasion, self.planner.draw());
+        let renewal_jitter = self.planner.renewal_jitter(now, id);
+        let renew_at = schedule::renew_at(&validity, now.wall, profile, renewal_jitter, self.planner.draw());
         let authority = material::authority_digest(&profile.fingerprint(), verified.anchor.as_ref());
         if let Some(trust) = &self.parts.authorities {
             trust.met(&verified.chain, now.wall);
@@ -331,9 +331,9 @@ impl Rotation {
             "certificate issued"
         );
         let svid = Svid::new(identity.clone(), verified.chain, issued.key, renew_at, schedule::settled_at(&validity), authority);
-        self.ready.insert(id, Arc::new(svid));
-        self.unproven.remove(&id);
-        self.spent.remove(&id);
+        self.verified.insert(id, Arc::new(svid));
+        self.awaiting_anchor.remove(&id);
+        self.rejected_evidence.remove(&id);
         self.planner.issued(now, id, validity, renew_at);
     }
 
@@ -347,12 +347,12 @@ impl Rotation {
             // A sibling's pod stands in; without one there is nothing else to show.
             (Retry::Now, None) => Retry::Backoff,
             (Retry::Now, Some(pod)) => {
-                self.spent.insert(id, pod);
+                self.rejected_evidence.insert(id, pod);
                 Retry::Now
             }
             // The denial may be about this pod alone, such as one whose labels have changed: the next try is in another's name.
             (retry, Some(pod)) if matches!(error, Error::Denied { .. }) => {
-                self.spent.insert(id, pod);
+                self.rejected_evidence.insert(id, pod);
                 retry
             }
             (retry, _) => retry,
@@ -391,7 +391,7 @@ impl Rotation {
     }
 
     fn publish(&mut self, id: Id) {
-        let (Some(entry), Some(svid)) = (self.entries.get(&id), self.ready.remove(&id)) else { return };
+        let (Some(entry), Some(svid)) = (self.entries.get(&id), self.verified.remove(&id)) else { return };
         let now = self.now();
         let old = entry.current();
         if let Some(old) = &old {
@@ -418,10 +418,12 @@ impl Rotation {
 
     /// Forgets an entry whose key nobody uses and nobody here may have. A record of failures is no key: it stays for the retention.
     fn forget_orphan(&mut self, id: Id) {
-        let (Some(claims), Some(entry)) = (&self.parts.claims, self.entries.get(&id)) else { return };
-        let has_key =
-            entry.current().is_some() || self.orders.contains_key(&id) || self.ready.contains_key(&id) || self.unproven.contains_key(&id);
-        if has_key && !entry.is_leased() && !claims.is_claimed(&entry.identity) {
+        let (Some(identity_users), Some(entry)) = (&self.parts.identity_users, self.entries.get(&id)) else { return };
+        let has_key = entry.current().is_some()
+            || self.orders.contains_key(&id)
+            || self.verified.contains_key(&id)
+            || self.awaiting_anchor.contains_key(&id);
+        if has_key && !entry.is_leased() && !identity_users.is_used(&entry.identity) {
             self.forget(id, Duration::ZERO);
         }
     }
@@ -435,10 +437,10 @@ impl Rotation {
             if let (Some(observer), Some(entry)) = (&self.parts.observer, forgotten) {
                 observer.forgotten(&entry);
             }
-            self.ready.remove(&id);
-            self.unproven.remove(&id);
-            self.spent.remove(&id);
-            self.marks.remove(&id);
+            self.verified.remove(&id);
+            self.awaiting_anchor.remove(&id);
+            self.rejected_evidence.remove(&id);
+            self.reissue_marks.remove(&id);
             if let Some(order) = self.orders.remove(&id) {
                 order.task.abort();
             }

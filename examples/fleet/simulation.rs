@@ -290,8 +290,8 @@ impl Run<'_> {
             return;
         }
         let validity = Validity { not_before: now.wall, not_after: now.wall + self.profile.lifetime };
-        let occasion = planner.occasion(now, id);
-        let renew_at = schedule::renew_at(&validity, now.wall, &self.profile, occasion, planner.draw());
+        let renewal_jitter = planner.renewal_jitter(now, id);
+        let renew_at = schedule::renew_at(&validity, now.wall, &self.profile, renewal_jitter, planner.draw());
         ready[id as usize] = Some((validity, renew_at));
         planner.issued(now, id, validity, renew_at);
     }

@@ -38,7 +38,7 @@ pub(super) async fn make(config: &Config, base: &mut Base) -> anyhow::Result<Dep
     let await_bundle = sources(config, base, &trust, cluster.as_ref(), &mut tasks, &last)?;
     let upstreams = upstream::issuers(config, base, &trust, cluster.as_ref(), &clock, &mut tasks, &last)?;
     let reporter = cluster.as_ref().filter(|_| config.events).and_then(|cluster| events(config, base, cluster, &mut tasks, &last));
-    let observer = reporter.clone().map(|reporter| reporter as Arc<dyn rotation::Witness>);
+    let observer = reporter.clone().map(|reporter| reporter as Arc<dyn rotation::IssuanceObserver>);
     let caller_observer = reporter.map(|reporter| reporter as Arc<dyn attest::CallerObserver>);
     let pods = cluster.and_then(|cluster| cluster.pods);
     let attestor = attestor(config, pods.clone())?;

@@ -57,7 +57,7 @@ struct Shared {
     metrics: kubernetes::Metrics,
     index: Mutex<Index>,
     changed: watch::Sender<()>,
-    departures: watch::Sender<u64>,
+    pod_terminations: watch::Sender<u64>,
     synced: watch::Sender<bool>,
     /// How many live reads were asked for.
     asked: watch::Sender<u64>,
@@ -80,7 +80,7 @@ impl Pods {
             metrics,
             index: Mutex::default(),
             changed: watch::Sender::new(()),
-            departures: watch::Sender::new(0),
+            pod_terminations: watch::Sender::new(0),
             synced: watch::Sender::new(false),
             asked: watch::Sender::new(0),
             answered: watch::Sender::new((0, Ok(()))),
@@ -191,8 +191,8 @@ impl Pods {
     }
 
     /// How many pods have ended so far; changes when another has.
-    pub fn departures(&self) -> watch::Receiver<u64> {
-        self.0.departures.subscribe()
+    pub fn pod_terminations(&self) -> watch::Receiver<u64> {
+        self.0.pod_terminations.subscribe()
     }
 
     /// The UIDs of the node's pods that have not ended, confirmed by a live read that begins after this call; none where that failed.
@@ -264,8 +264,8 @@ impl Pods {
 
     /// Wakes those who wait for a change of what is known.
     fn announce(&self) {
-        let now = self.index().departures;
-        self.0.departures.send_if_modified(|departures| std::mem::replace(departures, now) != now);
+        let now = self.index().pod_terminations;
+        self.0.pod_terminations.send_if_modified(|pod_terminations| std::mem::replace(pod_terminations, now) != now);
         self.0.changed.send_replace(());
     }
 

@@ -42,7 +42,7 @@ impl Rotation {
             ));
             return self.failed(id, None, &error);
         };
-        let evidence = entry.evidence(self.spent.get(&id));
+        let evidence = entry.evidence(self.rejected_evidence.get(&id));
         let (progress, stage) = Progress::new();
         let order = Order { identity: identity.clone(), evidence: evidence.clone(), progress };
         debug!(%identity, issuer = %identity.profile.issuer, "certificate ordered");
@@ -69,7 +69,7 @@ impl Rotation {
                 answer = tell => answer,
             }
         });
-        self.unproven.remove(&id);
+        self.awaiting_anchor.remove(&id);
         self.orders.insert(id, Running { task, started: Instant::now(), evidence });
     }
 
@@ -99,12 +99,12 @@ impl Rotation {
                 self.issued(id, issued, verified, order.started.elapsed());
             }
             Ok((issued, _)) => {
-                self.unproven.insert(id, issued);
+                self.awaiting_anchor.insert(id, issued);
                 self.failed(id, order.evidence, &bundle_moved_on());
             }
             Err((error, issued)) => {
                 if let (Error::InvalidCertificate(verify::Error::Path { .. }), Some(issued)) = (&error, issued) {
-                    self.unproven.insert(id, issued);
+                    self.awaiting_anchor.insert(id, issued);
                 }
                 self.failed(id, order.evidence, &error);
             }

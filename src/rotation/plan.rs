@@ -84,8 +84,8 @@ impl Rotation {
                 if let Some(order) = self.orders.remove(id) {
                     order.task.abort();
                 }
-                self.ready.remove(id);
-                self.unproven.remove(id);
+                self.verified.remove(id);
+                self.awaiting_anchor.remove(id);
             }
             if self.planner.retire(now, *id, is_retired) {
                 debug!(identity = %entry.identity, profile = %entry.identity.profile.name, is_retired, "judged by another plan");

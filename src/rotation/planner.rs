@@ -11,7 +11,7 @@ use std::{
 
 use tokio::time::Instant;
 
-use super::schedule::{self, Occasion};
+use super::schedule::{self, RenewalJitter};
 use crate::{identity::IssuerName, issuer::Retry, material::Validity, store::Demand};
 
 mod job;
@@ -176,8 +176,8 @@ impl Planner {
     }
 
     /// Which draw the certificate that has just been issued gets.
-    pub fn occasion(&self, now: Now, id: Id) -> Occasion {
-        let Some(job) = self.jobs.get(&id) else { return Occasion::Spread };
+    pub fn renewal_jitter(&self, now: Now, id: Id) -> RenewalJitter {
+        let Some(job) = self.jobs.get(&id) else { return RenewalJitter::FullCycle };
         let in_time = match (&job.in_use, job.demand) {
             (Some(c), _) => now.wall <= c.renew_at + c.validity.lifetime().mul_f64(0.1),
             // Its place in the cycle was drawn before this process began; drawing it again would make a restarted fleet ask for more. Half
@@ -187,12 +187,12 @@ impl Planner {
             }
             (None, _) => false,
         };
-        if job.failures == 0 && in_time { Occasion::Regular } else { Occasion::Spread }
+        if job.failures == 0 && in_time { RenewalJitter::Configured } else { RenewalJitter::FullCycle }
     }
 
     /// An order was answered with a verified certificate.
     pub fn issued(&mut self, now: Now, id: Id, validity: Validity, renew_at: SystemTime) {
-        self.heard(now, id);
+        self.last_answer(now, id);
         self.leave_phase(id);
         let Some(job) = self.jobs.get_mut(&id) else { return };
         (job.failures, job.swift_retries, job.not_before, job.by_clock) = (0, 0, None, false);
@@ -207,7 +207,7 @@ impl Planner {
 
     /// An order failed. `by_clock` says that a mended clock would mend it. Returns the wait before the next attempt.
     pub fn failed(&mut self, now: Now, id: Id, retry: Retry, by_clock: bool) -> Duration {
-        self.heard(now, id);
+        self.last_answer(now, id);
         self.leave_phase(id);
         let draw = self.draw();
         let Some(job) = self.jobs.get_mut(&id) else { return Duration::ZERO };
@@ -222,10 +222,10 @@ impl Planner {
             Retry::Now if swift => Duration::ZERO,
             Retry::Now | Retry::Backoff => schedule::backoff(job.failures, left, draw),
             // A little late rather than all at once.
-            Retry::After(wait) => wait.min(schedule::LONGEST_BACKOFF).mul_f64(1.0 + draw / 5.0),
-            Retry::Configuration => schedule::LONGEST_BACKOFF.mul_f64(1.0 - draw / 5.0),
+            Retry::After(wait) => wait.min(schedule::MAX_BACKOFF).mul_f64(1.0 + draw / 5.0),
+            Retry::Configuration => schedule::MAX_BACKOFF.mul_f64(1.0 - draw / 5.0),
         };
-        let wait = schedule::before_expiry(wait, left);
+        let wait = schedule::capped_by_expiry(wait, left);
         job.not_before = Some(now.mono + wait);
         job.by_clock = by_clock;
         job.phase = Phase::Resting;
@@ -290,8 +290,8 @@ impl Planner {
     }
 
     /// Issuers that hold many orders and have long answered none.
-    pub fn silent(&self, now: Now) -> impl Iterator<Item = &IssuerName> {
-        self.queues.iter().filter(move |(_, queue)| queue.is_silent(now.mono)).map(|(issuer, _)| issuer)
+    pub fn unresponsive(&self, now: Now) -> impl Iterator<Item = &IssuerName> {
+        self.queues.iter().filter(move |(_, queue)| queue.is_unresponsive(now.mono)).map(|(issuer, _)| issuer)
     }
 
     /// The next thing to do now.
@@ -352,12 +352,12 @@ impl Planner {
             }
             Phase::Resting | Phase::Queued(..) => {
                 let waits = job.not_before.is_some_and(|at| at > now.mono);
-                let mut ready = false;
+                let mut verified = false;
                 match due(job, now) {
                     Some(_) if waits => mono = job.not_before,
                     Some(at) if at > now.wall => wall = Some(at),
                     Some(_) => {
-                        ready = true;
+                        verified = true;
                         // Its class changes when its certificate nears its end, and again when that has come.
                         wall = turning_point(job, now);
                     }
@@ -366,13 +366,13 @@ impl Planner {
                 let queue = self.queues.entry(job.issuer.clone()).or_default();
                 let class = class(job, now);
                 if let Phase::Queued(old, rank) = job.phase
-                    && (!ready || old != class)
+                    && (!verified || old != class)
                 {
                     // Its class has changed; or it is no longer due: its subscribers have gone, or the clock was set back.
                     queue.waiting[old as usize].remove(&(rank, id));
                     job.phase = Phase::Resting;
                 }
-                if ready && job.phase == Phase::Resting {
+                if verified && job.phase == Phase::Resting {
                     self.sequence += 1;
                     let deadline = end(job).filter(|end| *end > now.wall).unwrap_or(SystemTime::UNIX_EPOCH);
                     let rank = Rank { retry: job.failures > 0, deadline, sequence: self.sequence };
@@ -414,11 +414,11 @@ impl Planner {
     }
 
     /// What the upstream had has been answered.
-    fn heard(&mut self, now: Now, id: Id) {
+    fn last_answer(&mut self, now: Now, id: Id) {
         if let Some(Job { phase: Phase::Running { submitted: true, .. }, issuer, .. }) = self.jobs.get(&id)
             && let Some(queue) = self.queues.get_mut(issuer)
         {
-            queue.heard = Some(now.mono);
+            queue.last_answer = Some(now.mono);
         }
     }
 

@@ -58,7 +58,7 @@ impl Rotation {
     pub(super) fn reissue(&mut self, call: Reissue) {
         let Reissue { which, over, answer } = call;
         let now = self.now();
-        self.marks.retain(|_, mark| mark.until > now.mono);
+        self.reissue_marks.retain(|_, mark| mark.until > now.mono);
         let mut counts = Reissued { matched: 0, just_done: 0, retried: 0 };
         for (id, entry) in self.entries.iter().map(|(id, entry)| (*id, entry.clone())).collect::<Vec<_>>() {
             if !self.is_about(&which, id, &entry) {
@@ -71,14 +71,14 @@ impl Rotation {
             }
             counts.matched += 1;
             let until = now.mono + over.max(PAUSE);
-            match self.marks.get(&id) {
+            match self.reissue_marks.get(&id) {
                 Some(mark) if mark.replaced => {
                     counts.just_done += 1;
                     continue;
                 }
                 // Sooner, if it says so; but once.
-                Some(mark) => drop(self.marks.insert(id, Mark { until: mark.until.max(until), replaced: false })),
-                None => drop(self.marks.insert(id, Mark { until, replaced: false })),
+                Some(mark) => drop(self.reissue_marks.insert(id, Mark { until: mark.until.max(until), replaced: false })),
+                None => drop(self.reissue_marks.insert(id, Mark { until, replaced: false })),
             }
             let at = now.wall + over.mul_f64(self.planner.draw());
             self.bring_forward(now, id, &entry, at);
@@ -114,7 +114,7 @@ impl Rotation {
 
     /// A certificate was published.
     pub(super) fn replaced(&mut self, id: Id) {
-        if let Some(mark) = self.marks.get_mut(&id) {
+        if let Some(mark) = self.reissue_marks.get_mut(&id) {
             mark.replaced = true;
         }
     }

@@ -45,8 +45,8 @@ impl Rotation {
             let current = material::is_current_authority(&svid.authority, &svid.identity.profile.fingerprint(), bundle);
             (!current).then_some(*id)
         };
-        for id in self.ready.iter().filter_map(settling).collect::<Vec<_>>() {
-            self.ready.remove(&id);
+        for id in self.verified.iter().filter_map(settling).collect::<Vec<_>>() {
+            self.verified.remove(&id);
             self.failed(id, None, &bundle_moved_on());
         }
         for (id, entry) in &self.entries {
@@ -59,7 +59,7 @@ impl Rotation {
                 entry.set_status(|status| status.next_attempt = status.next_attempt.map(|planned| planned.min(at)));
             }
         }
-        for (id, issued) in std::mem::take(&mut self.unproven) {
+        for (id, issued) in std::mem::take(&mut self.awaiting_anchor) {
             let Some(entry) = self.entries.get(&id) else { continue };
             match verify::verify(&entry.identity, &issued.key, &issued.chain_pem, bundle, now.wall) {
                 Ok(verified) => {
@@ -68,7 +68,7 @@ impl Rotation {
                     }
                     self.issued(id, issued, verified, Duration::ZERO);
                 }
-                Err(_) => drop(self.unproven.insert(id, issued)),
+                Err(_) => drop(self.awaiting_anchor.insert(id, issued)),
             }
         }
         self.look_for_a_chain();

@@ -53,23 +53,23 @@ impl std::fmt::Debug for Script {
 #[derive(Debug, Clone, Default)]
 struct Present {
     left: Arc<Mutex<Vec<Arc<Identity>>>>,
-    departures: watch::Sender<u64>,
+    pod_terminations: watch::Sender<u64>,
 }
 
 impl Present {
     fn leaves(&self, who: &str) {
         self.left.lock().unwrap().push(identity(who));
-        self.departures.send_modify(|departures| *departures += 1);
+        self.pod_terminations.send_modify(|pod_terminations| *pod_terminations += 1);
     }
 }
 
-impl Claims for Present {
-    fn is_claimed(&self, identity: &Identity) -> bool {
+impl IdentityUsers for Present {
+    fn is_used(&self, identity: &Identity) -> bool {
         !self.left.lock().unwrap().iter().any(|left| **left == *identity)
     }
 
-    fn departures(&self) -> watch::Receiver<u64> {
-        self.departures.subscribe()
+    fn pod_terminations(&self) -> watch::Receiver<u64> {
+        self.pod_terminations.subscribe()
     }
 }
 
@@ -164,7 +164,7 @@ impl Bench {
             authorities: Some(trust.clone()),
             await_bundle,
             clock: Arc::new(clock.clone()),
-            claims: Some(Arc::new(present.clone())),
+            identity_users: Some(Arc::new(present.clone())),
             observer: None,
             metrics: Metrics::default(),
         };

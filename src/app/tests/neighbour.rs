@@ -122,7 +122,7 @@ impl World {
             authorities: None,
             await_bundle: true,
             clock: Arc::new(clock),
-            claims: None,
+            identity_users: None,
             observer: Some(Arc::new(reporter)),
             metrics: rotation::metrics::Metrics::register(exposition.registry()),
         };

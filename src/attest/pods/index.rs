@@ -60,7 +60,7 @@ pub(super) struct Index {
     /// The CSI driver whose volumes pick profiles.
     pub(super) driver: Option<String>,
     /// How many pods have ended so far.
-    pub(super) departures: u64,
+    pub(super) pod_terminations: u64,
     /// Who is told of pods that start.
     pub(super) starts: Option<mpsc::UnboundedSender<Starting>>,
 }
@@ -157,7 +157,7 @@ impl Index {
         let (terminated, first_call) = before.map_or_else(Default::default, |known| (known.terminated.clone(), known.first_call.clone()));
         if pod.ended && !terminated.is_cancelled() {
             terminated.cancel();
-            self.departures += 1;
+            self.pod_terminations += 1;
         }
         if before.is_none_or(|known| *known.pod != pod) {
             self.pods.insert(uid.clone(), Known { pod: Arc::new(pod), terminated, first_call });
@@ -219,7 +219,7 @@ impl Index {
     fn remove(&mut self, uid: &str) {
         let Some((uid, known)) = self.pods.remove_entry(uid) else { return };
         known.terminated.cancel();
-        self.departures += 1;
+        self.pod_terminations += 1;
         self.doubtful.remove(&uid);
         self.mirrors.retain(|_, real| *real != uid);
         if self.deleted.len() == REMEMBERED {

@@ -292,15 +292,15 @@ async fn each_end_of_a_pod_is_a_departure_and_nothing_else_is() {
         api.put("pods", pod(name, &format!("u-{name}"), "n1"));
     }
     let world = World::synced(api).await;
-    let mut departures = world.pods.departures();
-    assert_eq!((*departures.borrow(), world.pods.workloads().len()), (0, 2));
+    let mut pod_terminations = world.pods.pod_terminations();
+    assert_eq!((*pod_terminations.borrow(), world.pods.workloads().len()), (0, 2));
     world.api.change("pods", "shop", "a", |o| o["metadata"]["deletionTimestamp"] = json!("2026-01-01T00:00:00Z"));
-    assert!(timeout(MINUTE, departures.changed()).await.is_err(), "it still drains");
+    assert!(timeout(MINUTE, pod_terminations.changed()).await.is_err(), "it still drains");
     world.api.change("pods", "shop", "b", |o| o["status"]["phase"] = json!("Succeeded"));
-    soon(departures.wait_for(|count| *count == 1)).await.unwrap();
+    soon(pod_terminations.wait_for(|count| *count == 1)).await.unwrap();
     assert_eq!(world.pods.workloads().len(), 1);
     world.api.remove("pods", "shop", "a");
-    soon(departures.wait_for(|count| *count >= 2)).await.unwrap();
+    soon(pod_terminations.wait_for(|count| *count >= 2)).await.unwrap();
     assert_eq!(world.pods.workloads().len(), 0);
 }
 

@@ -11,13 +11,13 @@ pub const SLOTS: usize = 8;
 /// Of these, kept for certificates that are about to end.
 pub const RESERVED: usize = 2;
 /// An order may stay with its upstream for ever, and its key is kept: so there is a bound to what is left with one that is dead. With so
-/// many parked and [`SILENCE`] since it answered anybody, it gets one more in each [`PROBE`] and no more: a thousand requests that nobody
+/// many parked and [`UNRESPONSIVE_AFTER`] since it answered anybody, it gets one more in each [`PROBE_INTERVAL`] and no more: a thousand requests that nobody
 /// works off help no identity, and all of them would be worked off by an issuer that comes back. One order still goes through now and
 /// then, because what is parked may be stuck for a reason of its own, such as requests of one namespace that no approver takes, and the
 /// next one would be answered. Any answer ends it at once, a refusal too.
-pub(super) const MOST_PARKED: usize = 32;
-const SILENCE: Duration = Duration::from_secs(60);
-pub(super) const PROBE: Duration = Duration::from_secs(60);
+pub(super) const MAX_PARKED: usize = 32;
+const UNRESPONSIVE_AFTER: Duration = Duration::from_secs(60);
+pub(super) const PROBE_INTERVAL: Duration = Duration::from_secs(60);
 
 /// An issuer's orders that are due, and what it has.
 #[derive(Debug, Default)]
@@ -29,7 +29,7 @@ pub(super) struct Queue {
     /// Orders without a slot that the upstream has.
     pub(super) parked: usize,
     /// When the upstream last answered, or got the first of the parked.
-    pub(super) heard: Option<Instant>,
+    pub(super) last_answer: Option<Instant>,
     /// When an order was last started.
     pub(super) started: Option<Instant>,
 }
@@ -37,23 +37,23 @@ pub(super) struct Queue {
 impl Queue {
     pub(super) fn park(&mut self, now: Instant) {
         if self.parked == 0 {
-            self.heard = Some(now);
+            self.last_answer = Some(now);
         }
         self.parked += 1;
     }
 
-    pub(super) fn is_silent(&self, now: Instant) -> bool {
-        self.parked >= MOST_PARKED && self.heard.is_some_and(|heard| now >= heard + SILENCE)
+    pub(super) fn is_unresponsive(&self, now: Instant) -> bool {
+        self.parked >= MAX_PARKED && self.last_answer.is_some_and(|last_answer| now >= last_answer + UNRESPONSIVE_AFTER)
     }
 
     pub(super) fn is_open(&self, now: Instant) -> bool {
-        !self.is_silent(now) || self.started.is_none_or(|last| now >= last + PROBE)
+        !self.is_unresponsive(now) || self.started.is_none_or(|last| now >= last + PROBE_INTERVAL)
     }
 
     /// When the next order goes to an upstream that has so many, where one waits for that.
     pub(super) fn probe_at(&self) -> Option<Instant> {
-        let is_held = self.parked >= MOST_PARKED && self.next().is_some();
-        self.started.filter(|_| is_held).map(|last| last + PROBE)
+        let is_held = self.parked >= MAX_PARKED && self.next().is_some();
+        self.started.filter(|_| is_held).map(|last| last + PROBE_INTERVAL)
     }
 
     /// What may start now: waiting clients first, all but one of the general slots at the most while there are renewals too, and the

@@ -356,19 +356,19 @@ fn the_first_certificate_and_the_one_after_trouble_are_spread() {
     let mut b = Bench::new();
     b.want(1);
     b.actions();
-    assert_eq!(b.planner.occasion(b.now, 1), Occasion::Spread);
+    assert_eq!(b.planner.renewal_jitter(b.now, 1), RenewalJitter::FullCycle);
     b.issued(1, 1000);
     b.actions();
     b.pass(500.0);
     b.actions();
-    assert_eq!(b.planner.occasion(b.now, 1), Occasion::Regular);
+    assert_eq!(b.planner.renewal_jitter(b.now, 1), RenewalJitter::Configured);
     b.planner.failed(b.now, 1, Retry::Backoff, false);
-    assert_eq!(b.planner.occasion(b.now, 1), Occasion::Spread);
+    assert_eq!(b.planner.renewal_jitter(b.now, 1), RenewalJitter::FullCycle);
     b.issued(1, 1000);
     b.pass(60.0);
     b.actions();
     b.pass(600.0);
-    assert_eq!(b.planner.occasion(b.now, 1), Occasion::Spread, "it came a tenth of a life too late");
+    assert_eq!(b.planner.renewal_jitter(b.now, 1), RenewalJitter::FullCycle, "it came a tenth of a life too late");
 }
 
 #[test]

@@ -105,7 +105,7 @@ impl Agent {
             authorities: None,
             await_bundle: false,
             clock: clock.clone(),
-            claims: None,
+            identity_users: None,
             observer: None,
             metrics: rotation::metrics::Metrics::default(),
         };

@@ -85,7 +85,7 @@ impl World {
                 authorities: None,
                 await_bundle: false,
                 clock: Arc::new(clock.clone()),
-                claims: None,
+                identity_users: None,
                 observer: None,
                 metrics: rotation::metrics::Metrics::default(),
             },

@@ -1,7 +1,7 @@
 //! Issuers that answer nobody.
 
 use super::{
-    super::queue::{MOST_PARKED, PROBE},
+    super::queue::{MAX_PARKED, PROBE_INTERVAL},
     *,
 };
 
@@ -25,13 +25,13 @@ fn a_dead_issuer_gets_few_requests_and_then_one_a_minute_and_all_when_it_is_back
         b.want(id);
     }
     let first = unanswered(&mut b, 120);
-    assert!((MOST_PARKED..=2 * MOST_PARKED).contains(&first), "{first} in two minutes");
+    assert!((MAX_PARKED..=2 * MAX_PARKED).contains(&first), "{first} in two minutes");
     assert_eq!(unanswered(&mut b, 3600), 60, "one a minute");
-    assert_eq!(b.planner.silent(b.now).collect::<Vec<_>>(), [&b.issuer]);
+    assert_eq!(b.planner.unresponsive(b.now).collect::<Vec<_>>(), [&b.issuer]);
     assert_eq!(b.planner.parked() + b.planner.queued(Class::Waiting), 1000, "nobody is forgotten");
     assert_eq!(unanswered(&mut b, 11), 1);
     let (_, wake) = b.planner.next_wake();
-    assert!(wake.is_some_and(|at| at > b.now.mono && at <= b.now.mono + PROBE), "and nobody looks before");
+    assert!(wake.is_some_and(|at| at > b.now.mono && at <= b.now.mono + PROBE_INTERVAL), "and nobody looks before");
 
     // Another issuer of the same agent is as quick as ever.
     let other = IssuerName("other".into());
@@ -42,7 +42,7 @@ fn a_dead_issuer_gets_few_requests_and_then_one_a_minute_and_all_when_it_is_back
 
     // One answer, and a refusal will do.
     b.planner.failed(b.now, 0, Retry::Backoff, false);
-    assert_eq!(b.planner.silent(b.now).count(), 0);
+    assert_eq!(b.planner.unresponsive(b.now).count(), 0);
     assert_eq!(b.starts().len(), SLOTS - RESERVED);
     for id in 1..1000 {
         b.issued(id, 3600);

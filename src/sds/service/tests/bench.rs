@@ -146,7 +146,7 @@ impl Bench {
             authorities: None,
             await_bundle: false,
             clock: Arc::new(clock.clone()),
-            claims: None,
+            identity_users: None,
             observer: None,
             metrics: rotation::metrics::Metrics::default(),
         };

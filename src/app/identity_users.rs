@@ -7,31 +7,31 @@ use tokio::sync::watch;
 use crate::{
     attest::pods::Pods,
     identity::{Identity, Resolver},
-    rotation::Claims,
+    rotation::IdentityUsers,
 };
 
 /// Who of the node's pods has an identity.
 #[derive(Debug)]
-pub(super) struct NodeClaims {
+pub(super) struct PodsByIdentity {
     pods: Pods,
     resolver: watch::Receiver<Arc<Resolver>>,
 }
 
-impl NodeClaims {
+impl PodsByIdentity {
     /// Of `pods`, as `resolver` names them.
     pub(super) fn new(pods: Pods, resolver: watch::Receiver<Arc<Resolver>>) -> Self {
         Self { pods, resolver }
     }
 }
 
-impl Claims for NodeClaims {
-    fn is_claimed(&self, identity: &Identity) -> bool {
+impl IdentityUsers for PodsByIdentity {
+    fn is_used(&self, identity: &Identity) -> bool {
         let resolver = self.resolver.borrow().clone();
         self.pods.workloads().iter().any(|workload| resolver.resolve(workload).is_ok_and(|theirs| theirs == *identity))
     }
 
-    fn departures(&self) -> watch::Receiver<u64> {
-        self.pods.departures()
+    fn pod_terminations(&self) -> watch::Receiver<u64> {
+        self.pods.pod_terminations()
     }
 }
 
@@ -68,9 +68,9 @@ mod tests {
 
         let workload = known.pod.workload();
         let (_sender, receiver) = watch::channel(Arc::new(resolver.clone()));
-        let claims = NodeClaims::new(pods, receiver);
-        let is_claimed = |profile| claims.is_claimed(&resolver.identity(profile, &workload).unwrap());
-        assert!(is_claimed(&resolver.default_profile) && is_claimed(&resolver.rules[0].profile));
-        assert!(!is_claimed(&resolver.rules[1].profile));
+        let identity_users = PodsByIdentity::new(pods, receiver);
+        let is_used = |profile| identity_users.is_used(&resolver.identity(profile, &workload).unwrap());
+        assert!(is_used(&resolver.default_profile) && is_used(&resolver.rules[0].profile));
+        assert!(!is_used(&resolver.rules[1].profile));
     }
 }
