@@ -23,21 +23,21 @@ use crate::{
     text, trust,
 };
 
-mod board;
 mod create;
 mod deleter;
 mod preflight;
 mod requests;
 mod sweep;
+mod tracker;
 pub mod vault;
 
 pub use preflight::check;
 pub use requests::{LivePods, Metrics, Requests};
 
 /// After a denial that does not say otherwise.
-const AFTER_DENIAL: Duration = Duration::from_secs(300);
+const DENIAL_BACKOFF: Duration = Duration::from_secs(300);
 /// A request that has waited for longer is told of: somebody should look.
-const LONG_WAIT: Duration = Duration::from_secs(60);
+const PENDING_LOG_AFTER: Duration = Duration::from_secs(60);
 /// The plural with its group, for people.
 const RESOURCE: &str = "certificaterequests.cert-manager.io";
 
@@ -87,14 +87,14 @@ impl Issuer for CertManager {
 }
 
 /// Why one request did not lead to a certificate.
-enum Miss {
+enum Attempt {
     /// Somebody deleted or relabelled it.
     Lost(Arc<str>),
     /// Anything else.
     Error(Error),
 }
 
-impl From<Error> for Miss {
+impl From<Error> for Attempt {
     fn from(error: Error) -> Self {
         Self::Error(error)
     }
@@ -106,8 +106,8 @@ impl Inner {
         self.checked().await?;
         // A lost request is ordered anew by the caller, in its turn: when somebody deletes them all, they do not come back all at once.
         self.request(order).await.map_err(|miss| match miss {
-            Miss::Error(error) => error,
-            Miss::Lost(request) => Error::Failed {
+            Attempt::Error(error) => error,
+            Attempt::Lost(request) => Error::Failed {
                 request: request.to_string(),
                 reason: "Lost".into(),
                 message: "somebody deleted or relabelled the request".into(),
@@ -125,40 +125,40 @@ impl Inner {
     }
 
     /// One request, from the key to the end.
-    async fn request(&self, order: &Order) -> Result<Issued, Miss> {
+    async fn request(&self, order: &Order) -> Result<Issued, Attempt> {
         let start = Instant::now();
         let namespace = self.namespace(order)?;
         let made = csr::generate(&order.identity).await.map_err(Error::Csr)?;
         let object = self.object(order, &namespace, &made.csr_der);
         let name: Arc<str> = object.metadata.name.as_deref().unwrap_or_default().into();
-        let mut ticket = self.requests.board().open(&namespace, &name);
-        create::create(self.requests.client(), &mut ticket, &object).await?;
+        let mut handle = self.requests.tracker().open(&namespace, &name);
+        create::create(self.requests.client(), &mut handle, &object).await?;
         let created = Instant::now();
         order.progress.submitted(&name);
         let pod = order.evidence.as_ref().map(tracing::field::display);
         tracing::info!(identity = %order.identity, pod, request = %name, "certificate requested");
 
         let (mut approved, mut told) = (None, None);
-        let (mut waits_for, mut late) = (waiting(false, ""), false);
+        let (mut waits_for, mut late) = (pending_reason(false, ""), false);
         order.progress.waits(&waits_for, late);
         loop {
             let next = tokio::select! {
-                next = ticket.next() => next,
-                () = sleep_until(created + LONG_WAIT), if !late => {
+                next = handle.next() => next,
+                () = sleep_until(created + PENDING_LOG_AFTER), if !late => {
                     late = true;
                     order.progress.waits(&waits_for, late);
                     tracing::warn!(
-                        identity = %order.identity, pod, request = %name, %namespace, cause = waits_for, seconds = LONG_WAIT.as_secs(),
+                        identity = %order.identity, pod, request = %name, %namespace, cause = waits_for, seconds = PENDING_LOG_AFTER.as_secs(),
                         "the request still waits"
                     );
                     continue;
                 }
             };
-            let Some(sighting) = next else { return Err(Miss::Lost(name)) };
-            let verdict = Verdict::of(sighting.status.as_ref());
+            let Some(observation) = next else { return Err(Attempt::Lost(name)) };
+            let verdict = Verdict::of(observation.status.as_ref());
             if let Verdict::Pending { approved, message } = &verdict {
                 let finding = vault::explain(message, order.identity.spiffe_id.trust_domain());
-                waits_for = waiting(*approved, finding.as_ref().map_or(message, |finding| &finding.said));
+                waits_for = pending_reason(*approved, finding.as_ref().map_or(message, |finding| &finding.said));
                 order.progress.waits(&waits_for, late);
             }
             match verdict {
@@ -174,16 +174,16 @@ impl Inner {
                     }
                 }
                 Verdict::Issued => {
-                    let chain_pem = self.take(order, sighting.status.as_ref())?;
+                    let chain_pem = self.take(order, observation.status.as_ref())?;
                     let approved = approved.unwrap_or_else(Instant::now);
                     let serial = CertificateChain::from_pem(&chain_pem).map(|c| c.serial).unwrap_or_default();
-                    tracing::info!(identity = %order.identity, pod, request = %name, uid = %sighting.uid, serial, "certificate signed");
+                    tracing::info!(identity = %order.identity, pod, request = %name, uid = %observation.uid, serial, "certificate signed");
                     let phases =
                         vec![(Phase::Create, created - start), (Phase::Approve, approved - created), (Phase::Sign, approved.elapsed())];
                     return Ok(Issued { key: made.key, chain_pem, phases });
                 }
                 refusal => {
-                    ticket.keep(&order.identity);
+                    handle.keep(&order.identity);
                     return Err(refused(order, &namespace, &name, refusal).into());
                 }
             }
@@ -237,7 +237,7 @@ impl Inner {
 }
 
 /// What a request waits for, in words.
-fn waiting(approved: bool, message: &str) -> String {
+fn pending_reason(approved: bool, message: &str) -> String {
     let said = text::excerpt(message, text::MAX_MESSAGE_CHARS);
     match (approved, said.as_str()) {
         (false, _) => "an approver: nobody has approved or denied it".to_owned(),
@@ -294,7 +294,7 @@ fn after_denial(reason: &str) -> Retry {
     match reason {
         denied::POD_GONE => Retry::Now,
         denied::PROFILE_MISMATCH | denied::WRONG_IDENTITY => Retry::Backoff,
-        _ => Retry::After(AFTER_DENIAL),
+        _ => Retry::After(DENIAL_BACKOFF),
     }
 }
 

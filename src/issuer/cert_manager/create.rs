@@ -12,21 +12,21 @@ use crate::{
     cert_manager::CertificateRequest,
     issuer::{
         Error, Retry,
-        cert_manager::{RESOURCE, api_error, board::Ticket},
+        cert_manager::{RESOURCE, api_error, tracker::RequestHandle},
     },
     kubernetes::{Call, Cause, Failure},
 };
 
 /// Tries with an uncertain end before the order fails.
-const TRIES: u32 = 4;
+const MAX_TRIES: u32 = 4;
 /// Before the second try; it doubles.
-const FIRST_PAUSE: Duration = Duration::from_millis(500);
+const INITIAL_BACKOFF: Duration = Duration::from_millis(500);
 /// How long an answer may stay out once the watch has shown the request.
-const GRACE: Duration = Duration::from_secs(2);
+const LATE_ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Creates `object` under `ticket`.
-pub(super) async fn create(client: &Client, ticket: &mut Ticket, object: &CertificateRequest) -> Result<(), Error> {
-    let key = ticket.key().clone();
+/// Creates `object` under `handle`.
+pub(super) async fn create(client: &Client, handle: &mut RequestHandle, object: &CertificateRequest) -> Result<(), Error> {
+    let key = handle.key().clone();
     let api: Api<CertificateRequest> = Api::namespaced(client.clone(), &key.namespace);
     let call = Call { verb: "create", resource: RESOURCE, name: None, namespace: Some(&key.namespace) };
     let mut uncertain = false;
@@ -36,49 +36,49 @@ pub(super) async fn create(client: &Client, ticket: &mut Ticket, object: &Certif
         let answer = tokio::select! {
             biased;
             answer = api.create(&parameters, object) => answer,
-            () = shown_for(ticket, GRACE) => {
-                ticket.created(None);
+            () = shown_for(handle, LATE_ANSWER_TIMEOUT) => {
+                handle.created(None);
                 return Ok(());
             }
         };
         let failure = match answer {
             Ok(created) => {
-                ticket.created(created.metadata.uid);
+                handle.created(created.metadata.uid);
                 return Ok(());
             }
             Err(error) => Failure::of(&error, &call),
         };
         if failure.cause == Cause::AlreadyExists {
-            return resolve(&api, ticket, object).await;
+            return resolve(&api, handle, object).await;
         }
         uncertain |= failure.cause.is_ambiguous();
-        if !failure.cause.is_ambiguous() || tries == TRIES {
+        if !failure.cause.is_ambiguous() || tries == MAX_TRIES {
             if !uncertain {
-                ticket.leave();
+                handle.leave();
             }
             return Err(api_error(&call, failure));
         }
         tracing::debug!(request = %key.name, error = %failure, tries, "no sure answer to a create; asking again under the same name");
         tokio::select! {
-            () = sleep(jittered(FIRST_PAUSE * 2_u32.pow(tries - 1))) => {}
-            () = ticket.shown() => {}
+            () = sleep(jittered(INITIAL_BACKOFF * 2_u32.pow(tries - 1))) => {}
+            () = handle.shown() => {}
         }
         tries += 1;
     }
 }
 
 /// The name is taken: by an earlier try of ours, or by somebody who guessed it.
-async fn resolve(api: &Api<CertificateRequest>, ticket: &mut Ticket, object: &CertificateRequest) -> Result<(), Error> {
-    let key = ticket.key().clone();
+async fn resolve(api: &Api<CertificateRequest>, handle: &mut RequestHandle, object: &CertificateRequest) -> Result<(), Error> {
+    let key = handle.key().clone();
     let call = Call { verb: "get", resource: RESOURCE, name: Some(&key.name), namespace: Some(&key.namespace) };
     match api.get(&key.name).await {
         Ok(found) if found.spec.request == object.spec.request => {
             tracing::info!(request = %key.name, "an earlier create had arrived; going on with it");
-            ticket.created(found.metadata.uid);
+            handle.created(found.metadata.uid);
             Ok(())
         }
         Ok(_) => {
-            ticket.leave();
+            handle.leave();
             let message = "a request of this name exists that the agent did not make".to_owned();
             Err(Error::Api { action: call.to_string(), message, retry: Retry::Backoff })
         }
@@ -86,8 +86,8 @@ async fn resolve(api: &Api<CertificateRequest>, ticket: &mut Ticket, object: &Ce
     }
 }
 
-async fn shown_for(ticket: &Ticket, grace: Duration) {
-    ticket.shown().await;
+async fn shown_for(handle: &RequestHandle, grace: Duration) {
+    handle.shown().await;
     sleep(grace).await;
 }
 

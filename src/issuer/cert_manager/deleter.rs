@@ -16,8 +16,8 @@ use crate::{
     cert_manager::CertificateRequest,
     issuer::cert_manager::{
         RESOURCE,
-        board::{Board, Deletion},
         create::jittered,
+        tracker::{Deletion, RequestTracker},
     },
     kubernetes::{Call, Cause, Failure},
 };
@@ -25,25 +25,25 @@ use crate::{
 /// At once.
 const CONCURRENCY: usize = 4;
 /// Tries for one request; the rest is the sweep's.
-const TRIES: u32 = 8;
-/// Before the second try; it doubles up to [`LONGEST_PAUSE`].
-const FIRST_PAUSE: Duration = Duration::from_millis(500);
-const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+const MAX_TRIES: u32 = 8;
+/// Before the second try; it doubles up to [`MAX_BACKOFF`].
+const INITIAL_BACKOFF: Duration = Duration::from_millis(500);
+const MAX_BACKOFF: Duration = Duration::from_secs(30);
 /// How long the end may take.
-pub(super) const LAST_EFFORT: Duration = Duration::from_secs(5);
+pub(super) const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The worker.
 pub(super) struct Deleter {
     client: Client,
-    board: Arc<Board>,
+    tracker: Arc<RequestTracker>,
     queue: mpsc::UnboundedReceiver<Deletion>,
     running: FuturesUnordered<BoxFuture<'static, ()>>,
     orphans: Counter,
 }
 
 impl Deleter {
-    pub(super) fn new(client: Client, board: Arc<Board>, queue: mpsc::UnboundedReceiver<Deletion>, orphans: Counter) -> Self {
-        Self { client, board, queue, running: FuturesUnordered::new(), orphans }
+    pub(super) fn new(client: Client, tracker: Arc<RequestTracker>, queue: mpsc::UnboundedReceiver<Deletion>, orphans: Counter) -> Self {
+        Self { client, tracker, queue, running: FuturesUnordered::new(), orphans }
     }
 
     /// Works for ever. Cancelling it loses nothing: what was begun goes on with the next call.
@@ -54,11 +54,11 @@ impl Deleter {
     /// Works until nothing is left and no order can add anything, or until time is up.
     pub(super) async fn finish(&mut self) {
         let rest = async {
-            while !(self.running.is_empty() && self.queue.is_empty() && !self.board.has_orders()) {
+            while !(self.running.is_empty() && self.queue.is_empty() && !self.tracker.has_orders()) {
                 self.step().await;
             }
         };
-        if timeout(LAST_EFFORT, rest).await.is_err() {
+        if timeout(SHUTDOWN_TIMEOUT, rest).await.is_err() {
             let left = self.running.len() + self.queue.len();
             tracing::warn!(left, "requests are left to the next agent's sweep");
         }
@@ -69,7 +69,7 @@ impl Deleter {
             Some(()) = self.running.next() => true,
             next = self.queue.recv(), if self.running.len() < CONCURRENCY => match next {
                 Some(deletion) => {
-                    let work = delete(self.client.clone(), self.board.clone(), deletion, self.orphans.clone());
+                    let work = delete(self.client.clone(), self.tracker.clone(), deletion, self.orphans.clone());
                     self.running.push(Box::pin(work));
                     true
                 }
@@ -79,14 +79,14 @@ impl Deleter {
     }
 }
 
-async fn delete(client: Client, board: Arc<Board>, deletion: Deletion, orphans: Counter) {
+async fn delete(client: Client, tracker: Arc<RequestTracker>, deletion: Deletion, orphans: Counter) {
     let Deletion { key, uid, orphan } = deletion;
     let api: Api<CertificateRequest> = Api::namespaced(client, &key.namespace);
     let preconditions = uid.map(|uid| Preconditions { uid: Some(uid), resource_version: None });
     let parameters = DeleteParams { preconditions, ..DeleteParams::default() };
     let call = Call { verb: "delete", resource: RESOURCE, name: Some(&key.name), namespace: Some(&key.namespace) };
-    let (mut pause, mut gone) = (FIRST_PAUSE, true);
-    for tries in 1..=TRIES {
+    let (mut pause, mut gone) = (INITIAL_BACKOFF, true);
+    for tries in 1..=MAX_TRIES {
         let failure = match api.delete(&key.name, &parameters).await {
             Ok(_) => {
                 if orphan {
@@ -100,18 +100,18 @@ async fn delete(client: Client, board: Arc<Board>, deletion: Deletion, orphans: 
         match failure.cause {
             // Gone already; or another object has taken the name, which is not ours to delete.
             Cause::NotFound | Cause::NoSuchKind | Cause::NoNamespace | Cause::Conflict => break,
-            _ if tries == TRIES => {
+            _ if tries == MAX_TRIES => {
                 gone = false;
                 tracing::warn!(action = %call, error = %failure, "left to the next sweep");
             }
             _ if tries == 1 => tracing::info!(action = %call, error = %failure, "cannot delete a request; trying again"),
             _ => {}
         }
-        if tries < TRIES {
+        if tries < MAX_TRIES {
             let asked = if let Cause::TooManyRequests(Some(after)) = failure.cause { after } else { Duration::ZERO };
             tokio::time::sleep(jittered(pause).max(asked)).await;
-            pause = (pause * 2).min(LONGEST_PAUSE);
+            pause = (pause * 2).min(MAX_BACKOFF);
         }
     }
-    board.done(&key, gone);
+    tracker.done(&key, gone);
 }

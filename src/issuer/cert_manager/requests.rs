@@ -27,10 +27,10 @@ use crate::{
         Error, Retry,
         cert_manager::{
             RESOURCE,
-            board::{Board, Deletion, Watched, Watching},
             create::jittered,
             deleter::Deleter,
             sweep,
+            tracker::{Deletion, RequestTracker, Watched, Watching},
         },
     },
     kubernetes::{
@@ -43,9 +43,9 @@ use crate::{
 /// Between sweeps.
 const SWEEP_EVERY: Duration = Duration::from_secs(600);
 /// Until the next sweep, where the pods could not be read.
-const SWEEP_AGAIN: Duration = Duration::from_secs(30);
+const SWEEP_RETRY_INTERVAL: Duration = Duration::from_secs(30);
 /// How long an order waits for the watch before it fails with the watch's trouble.
-const WATCH_PATIENCE: Duration = Duration::from_secs(10);
+const WATCH_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Who of this node's pods lives. Asked by the sweep, rarely.
 pub trait LivePods: fmt::Debug + Send + Sync + 'static {
@@ -94,7 +94,7 @@ struct Shared {
     agent: Arc<Agent>,
     pods: Option<Arc<dyn LivePods>>,
     clock: Arc<dyn Clock>,
-    board: Arc<Board>,
+    tracker: Arc<RequestTracker>,
     queue: Mutex<Option<mpsc::UnboundedReceiver<Deletion>>>,
     kube_metrics: kubernetes::Metrics,
     metrics: Metrics,
@@ -119,9 +119,9 @@ impl Requests {
         metrics: Metrics,
     ) -> Self {
         let (deletions, queue) = mpsc::unbounded_channel();
-        let board = Arc::new(Board::new(agent.instance.clone(), deletions));
+        let tracker = Arc::new(RequestTracker::new(agent.instance.clone(), deletions));
         let queue = Mutex::new(Some(queue));
-        Self(Arc::new(Shared { client, scope, agent, pods, clock, board, queue, kube_metrics, metrics }))
+        Self(Arc::new(Shared { client, scope, agent, pods, clock, tracker, queue, kube_metrics, metrics }))
     }
 
     /// Watches, deletes and sweeps until `shutdown`, and then for as long as the last deletions take, at most five seconds.
@@ -131,12 +131,12 @@ impl Requests {
             tracing::error!("the requests are run twice; the second run does nothing");
             return;
         };
-        let mut deleter = Deleter::new(self.0.client.clone(), self.board().clone(), queue, self.0.metrics.orphans.clone());
+        let mut deleter = Deleter::new(self.0.client.clone(), self.tracker().clone(), queue, self.0.metrics.orphans.clone());
         tokio::select! {
             () = shutdown.cancelled() => {}
             () = self.watch() => {}
             () = self.sweep() => {}
-            () = self.board().expire_kept() => {}
+            () = self.tracker().expire_kept() => {}
             () = deleter.work() => {}
         }
         deleter.finish().await;
@@ -144,20 +144,20 @@ impl Requests {
 
     /// Returns when the watch has listed everything for the first time.
     pub async fn synced(&self) {
-        let mut watching = self.board().watching();
+        let mut watching = self.tracker().watching();
         let _ = watching.wait_for(|w| *w == Watching::Running).await;
     }
 
     /// An order may create a request only where its answer would be seen.
     pub(super) async fn ready(&self) -> Result<(), Error> {
-        let mut watching = self.board().watching();
-        if timeout(WATCH_PATIENCE, watching.wait_for(|w| *w == Watching::Running)).await.is_ok() {
+        let mut watching = self.tracker().watching();
+        if timeout(WATCH_TIMEOUT, watching.wait_for(|w| *w == Watching::Running)).await.is_ok() {
             return Ok(());
         }
         let call = Call { verb: "watch", resource: RESOURCE, name: None, namespace: self.namespace() };
         Err(match &*watching.borrow() {
             Watching::Trouble(why) => Error::Api { action: call.to_string(), message: why.to_string(), retry: Retry::Backoff },
-            _ => Error::Timeout { action: call.to_string(), after: WATCH_PATIENCE },
+            _ => Error::Timeout { action: call.to_string(), after: WATCH_TIMEOUT },
         })
     }
 
@@ -169,8 +169,8 @@ impl Requests {
         &self.0.agent
     }
 
-    pub(super) fn board(&self) -> &Arc<Board> {
-        &self.0.board
+    pub(super) fn tracker(&self) -> &Arc<RequestTracker> {
+        &self.0.tracker
     }
 
     fn namespace(&self) -> Option<&str> {
@@ -195,15 +195,15 @@ impl Requests {
                 .page_size(REQUESTS_PER_PAGE),
         };
         let mut signals = Box::pin(kubernetes::watch::watch(api, selection, self.0.kube_metrics.clone()));
-        let board = self.board();
+        let tracker = self.tracker();
         while let Some(signal) = signals.next().await {
             match signal {
-                Signal::Event(watcher::Event::Init) => board.list_begins(),
-                Signal::Event(watcher::Event::InitApply(object)) => board.listed(&object),
-                Signal::Event(watcher::Event::InitDone) => board.list_ends(),
-                Signal::Event(watcher::Event::Apply(object)) => board.applied(&object),
-                Signal::Event(watcher::Event::Delete(object)) => board.deleted(&object),
-                Signal::Trouble(ended, failure) => board.trouble(ended, &failure.message, failure.cause == Cause::Rbac),
+                Signal::Event(watcher::Event::Init) => tracker.list_begins(),
+                Signal::Event(watcher::Event::InitApply(object)) => tracker.listed(&object),
+                Signal::Event(watcher::Event::InitDone) => tracker.list_ends(),
+                Signal::Event(watcher::Event::Apply(object)) => tracker.applied(&object),
+                Signal::Event(watcher::Event::Delete(object)) => tracker.deleted(&object),
+                Signal::Trouble(ended, failure) => tracker.trouble(ended, &failure.message, failure.cause == Cause::Rbac),
             }
         }
     }
@@ -211,7 +211,7 @@ impl Requests {
     async fn sweep(&self) {
         self.synced().await;
         loop {
-            let unclaimed = self.board().unclaimed();
+            let unclaimed = self.tracker().unclaimed();
             let mut pause = SWEEP_EVERY;
             if !unclaimed.is_empty() {
                 // After the requests were read: a pod exists before its first request does.
@@ -220,13 +220,13 @@ impl Requests {
                     None => None,
                 };
                 if live.is_none() && self.0.pods.is_some() {
-                    pause = SWEEP_AGAIN;
+                    pause = SWEEP_RETRY_INTERVAL;
                 }
                 let now = i64::try_from(clock::unix_seconds(self.0.clock.now())).unwrap_or(i64::MAX);
                 let orphans = sweep::orphans(&self.0.agent, unclaimed, live.as_ref(), now);
                 if !orphans.is_empty() {
                     tracing::info!(requests = orphans.len(), "sweeping requests whose agents have gone");
-                    self.board().delete_orphans(orphans);
+                    self.tracker().delete_orphans(orphans);
                 }
             }
             tokio::time::sleep(jittered(pause)).await;

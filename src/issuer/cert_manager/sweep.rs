@@ -4,7 +4,7 @@ use std::{collections::HashSet, sync::Arc, time::Duration};
 
 use crate::{
     cert_manager::naming::{Agent, PROCESS_PREFIX},
-    issuer::cert_manager::board::{KEPT_FOR, Key, Record},
+    issuer::cert_manager::tracker::{KEPT_FOR, Key, Record},
 };
 
 /// The request of an agent outside of a pod is an orphan after this time: whether its process lives cannot be known.

@@ -344,5 +344,5 @@ async fn the_end_deletes_what_is_open_and_takes_five_seconds_at_most() {
     world.api.fail("delete", CR, Fault::Hang, usize::MAX);
     task.abort();
     world.shutdown.cancel();
-    timeout(deleter::LAST_EFFORT + Duration::from_millis(1), world.running).await.unwrap().unwrap();
+    timeout(deleter::SHUTDOWN_TIMEOUT + Duration::from_millis(1), world.running).await.unwrap().unwrap();
 }

@@ -27,7 +27,7 @@ use crate::{
 /// A refused request stays so long for people to read.
 pub(super) const KEPT_FOR: Duration = Duration::from_secs(600);
 /// No more refused requests than this stay.
-const MOST_KEPT: usize = 32;
+const MAX_KEPT: usize = 32;
 
 /// A request as the watch reads it: without its CSR.
 pub(super) type Watched = Observed<WatchedKind, NotUsed, Status>;
@@ -70,7 +70,7 @@ pub(super) struct Deletion {
 
 /// One look at a request.
 #[derive(Debug)]
-pub(super) struct Sighting {
+pub(super) struct Observation {
     pub(super) uid: String,
     pub(super) status: Option<Status>,
 }
@@ -106,13 +106,13 @@ struct State {
     orders: HashMap<Key, Waiter>,
     kept: HashMap<String, Kept>,
     deleting: HashSet<Key>,
-    list: HashMap<Key, (Record, Sighting)>,
+    list: HashMap<Key, (Record, Observation)>,
 }
 
 #[derive(Debug)]
 struct Waiter {
     /// None: nothing seen yet. A closed channel: lost.
-    sightings: watch::Sender<Option<Arc<Sighting>>>,
+    sightings: watch::Sender<Option<Arc<Observation>>>,
     created: bool,
     /// Created before the list that is being read was asked for: it must be in it.
     expected: bool,
@@ -127,7 +127,7 @@ struct Kept {
 
 /// See the module.
 #[derive(Debug)]
-pub(super) struct Board {
+pub(super) struct RequestTracker {
     instance: String,
     state: Mutex<State>,
     deletions: mpsc::UnboundedSender<Deletion>,
@@ -135,7 +135,7 @@ pub(super) struct Board {
     kept_changed: Notify,
 }
 
-impl Board {
+impl RequestTracker {
     pub(super) fn new(instance: String, deletions: mpsc::UnboundedSender<Deletion>) -> Self {
         let watching = watch::Sender::new(Watching::Starting);
         Self { instance, state: Mutex::default(), deletions, watching, kept_changed: Notify::new() }
@@ -150,11 +150,11 @@ impl Board {
     }
 
     /// Announces an order's request before it is created, so that no event can be missed.
-    pub(super) fn open(self: &Arc<Self>, namespace: &Arc<str>, name: &Arc<str>) -> Ticket {
+    pub(super) fn open(self: &Arc<Self>, namespace: &Arc<str>, name: &Arc<str>) -> RequestHandle {
         let key = Key { namespace: namespace.clone(), name: name.clone() };
         let (sightings, receiver) = watch::channel(None);
         self.lock().orders.insert(key.clone(), Waiter { sightings, created: false, expected: false });
-        Ticket { board: self.clone(), key, receiver, uid: None, fate: Fate::Delete }
+        RequestHandle { tracker: self.clone(), key, receiver, uid: None, on_drop: OnDrop::Delete }
     }
 
     /// A list is about to be asked for.
@@ -166,8 +166,8 @@ impl Board {
 
     /// One object of the list.
     pub(super) fn listed(&self, object: &Watched) {
-        if let Some((key, record, sighting)) = read(object) {
-            self.lock().list.insert(key, (record, sighting));
+        if let Some((key, record, observation)) = read(object) {
+            self.lock().list.insert(key, (record, observation));
         }
     }
 
@@ -179,8 +179,8 @@ impl Board {
         state.deleting.retain(|key| list.contains_key(key));
         state.kept.retain(|_, kept| list.contains_key(&kept.key));
         state.orders.retain(|key, waiter| !waiter.expected || list.contains_key(key));
-        for (key, (record, sighting)) in list {
-            self.seen(&mut state, key, record, sighting);
+        for (key, (record, observation)) in list {
+            self.seen(&mut state, key, record, observation);
         }
         drop(state);
         self.watching.send_replace(Watching::Running);
@@ -188,8 +188,8 @@ impl Board {
 
     /// A request is new or has changed.
     pub(super) fn applied(&self, object: &Watched) {
-        if let Some((key, record, sighting)) = read(object) {
-            self.seen(&mut self.lock(), key, record, sighting);
+        if let Some((key, record, observation)) = read(object) {
+            self.seen(&mut self.lock(), key, record, observation);
         }
     }
 
@@ -213,12 +213,12 @@ impl Board {
         }
     }
 
-    fn seen(&self, state: &mut State, key: Key, record: Record, sighting: Sighting) {
-        let uid = sighting.uid.clone();
+    fn seen(&self, state: &mut State, key: Key, record: Record, observation: Observation) {
+        let uid = observation.uid.clone();
         let ours = record.instance == self.instance;
         state.records.insert(key.clone(), record);
         if let Some(waiter) = state.orders.get(&key) {
-            waiter.sightings.send_replace(Some(Arc::new(sighting)));
+            waiter.sightings.send_replace(Some(Arc::new(observation)));
         } else if ours && !state.kept.values().any(|kept| kept.key == key) {
             self.delete(state, Deletion { key, uid: Some(uid), orphan: false });
         }
@@ -283,20 +283,20 @@ impl Board {
         }
     }
 
-    fn close(&self, ticket: &mut Ticket) {
-        let key = ticket.key.clone();
-        let uid = ticket.uid.take().or_else(|| ticket.receiver.borrow().as_ref().map(|s| s.uid.clone()));
+    fn close(&self, handle: &mut RequestHandle) {
+        let key = handle.key.clone();
+        let uid = handle.uid.take().or_else(|| handle.receiver.borrow().as_ref().map(|s| s.uid.clone()));
         let mut state = self.lock();
         let lost = state.orders.remove(&key).is_none();
-        match std::mem::take(&mut ticket.fate) {
-            Fate::Leave => {}
+        match std::mem::take(&mut handle.on_drop) {
+            OnDrop::Leave => {}
             // Already with the deleter, or gone.
-            Fate::Delete if lost && state.deleting.contains(&key) => {}
-            Fate::Delete => self.delete(&mut state, Deletion { key, uid, orphan: false }),
-            Fate::Keep(identity) => {
+            OnDrop::Delete if lost && state.deleting.contains(&key) => {}
+            OnDrop::Delete => self.delete(&mut state, Deletion { key, uid, orphan: false }),
+            OnDrop::Keep(identity) => {
                 let kept = Kept { key, uid, until: Instant::now() + KEPT_FOR };
                 let mut surplus: Vec<Kept> = state.kept.insert(identity, kept).into_iter().collect();
-                if state.kept.len() > MOST_KEPT {
+                if state.kept.len() > MAX_KEPT {
                     let oldest = state.kept.iter().min_by_key(|(_, kept)| kept.until).map(|(identity, _)| identity.clone());
                     surplus.extend(oldest.and_then(|identity| state.kept.remove(&identity)));
                 }
@@ -311,7 +311,7 @@ impl Board {
 }
 
 #[derive(Debug, Default)]
-enum Fate {
+enum OnDrop {
     #[default]
     Delete,
     Keep(String),
@@ -320,15 +320,15 @@ enum Fate {
 
 /// An order's hold on its request. Dropping it lets the request be deleted, unless it is kept for people or was never made.
 #[derive(Debug)]
-pub(super) struct Ticket {
-    board: Arc<Board>,
+pub(super) struct RequestHandle {
+    tracker: Arc<RequestTracker>,
     key: Key,
-    receiver: watch::Receiver<Option<Arc<Sighting>>>,
+    receiver: watch::Receiver<Option<Arc<Observation>>>,
     uid: Option<String>,
-    fate: Fate,
+    on_drop: OnDrop,
 }
 
-impl Ticket {
+impl RequestHandle {
     pub(super) fn key(&self) -> &Key {
         &self.key
     }
@@ -336,18 +336,18 @@ impl Ticket {
     /// The API server has answered that the request exists.
     pub(super) fn created(&mut self, uid: Option<String>) {
         self.uid = uid;
-        if let Some(waiter) = self.board.lock().orders.get_mut(&self.key) {
+        if let Some(waiter) = self.tracker.lock().orders.get_mut(&self.key) {
             waiter.created = true;
         }
     }
 
     /// The next look at the request; none when it has been lost.
-    pub(super) async fn next(&mut self) -> Option<Arc<Sighting>> {
+    pub(super) async fn next(&mut self) -> Option<Arc<Observation>> {
         loop {
             self.receiver.changed().await.ok()?;
-            let sighting = self.receiver.borrow_and_update().clone();
-            if sighting.is_some() {
-                return sighting;
+            let observation = self.receiver.borrow_and_update().clone();
+            if observation.is_some() {
+                return observation;
             }
         }
     }
@@ -360,23 +360,23 @@ impl Ticket {
 
     /// Leaves the request for a person to read, in the place of an earlier one of this identity.
     pub(super) fn keep(&mut self, identity: &Identity) {
-        self.fate = Fate::Keep(identity_digest(identity));
+        self.on_drop = OnDrop::Keep(identity_digest(identity));
     }
 
     /// There is nothing of ours to delete.
     pub(super) fn leave(&mut self) {
-        self.fate = Fate::Leave;
+        self.on_drop = OnDrop::Leave;
     }
 }
 
-impl Drop for Ticket {
+impl Drop for RequestHandle {
     fn drop(&mut self) {
-        let board = self.board.clone();
-        board.close(self);
+        let tracker = self.tracker.clone();
+        tracker.close(self);
     }
 }
 
-fn read(object: &Watched) -> Option<(Key, Record, Sighting)> {
+fn read(object: &Watched) -> Option<(Key, Record, Observation)> {
     let metadata = &object.metadata;
     let key = Key { namespace: metadata.namespace.as_deref()?.into(), name: metadata.name.as_deref()?.into() };
     let label = |key: &str| metadata.labels.as_ref().and_then(|l| l.get(key)).cloned().unwrap_or_default();
@@ -388,5 +388,5 @@ fn read(object: &Watched) -> Option<(Key, Record, Sighting)> {
         created: metadata.creation_timestamp.as_ref().map_or(0, |time| time.0.as_second()),
         refused: Verdict::of(object.status.as_ref()).is_refusal(),
     };
-    Some((key, record, Sighting { uid, status: object.status.clone() }))
+    Some((key, record, Observation { uid, status: object.status.clone() }))
 }
