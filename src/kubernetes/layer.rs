@@ -25,12 +25,12 @@ use crate::{
         ANSWER_TIMEOUT,
         metrics::{Code, Metrics, Resource, Verb, Wait},
         retry_after,
-        throttle::{Held, Kind, Throttle, Waits},
+        throttle::{Kind, RetryAfter, Throttle, Waits},
     },
 };
 
 /// Between two starts of the same watch.
-const WATCH_PACE: Duration = Duration::from_secs(1);
+const WATCH_RESTART_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The largest body of an answer that is read. It is in memory twice until it has been parsed, and the smallest container that reads lists
 /// has 512 MiB.
@@ -54,7 +54,7 @@ pub struct Layer(Shared);
 #[derive(Debug, Clone)]
 struct Shared {
     metrics: Metrics,
-    pace: Arc<Pace>,
+    pace: Arc<WatchRestartPacer>,
     throttle: Arc<Throttle>,
 }
 
@@ -99,14 +99,14 @@ where
     fn call(&mut self, request: Request<Body>) -> Self::Future {
         let kind = (verb(&request), Resource::of(request.uri().path()));
         let shared = self.shared.clone();
-        let turn = (kind.0 == Verb::watch).then(|| shared.pace.turn(request.uri()));
+        let slot = (kind.0 == Verb::watch).then(|| shared.pace.slot(request.uri()));
         let answer = self.inner.call(request);
         Box::pin(async move {
-            if let Some(turn) = turn {
-                sleep_until(turn).await;
+            if let Some(slot) = slot {
+                sleep_until(slot).await;
             }
             if let Err(left) = shared.admitted(kind).await {
-                return Ok(in_its_stead(left));
+                return Ok(synthetic_429(left));
             }
             let start = Instant::now();
             let whole = async {
@@ -140,7 +140,7 @@ impl Shared {
     async fn admitted(&self, kind: Kind) -> Result<(), Duration> {
         let (result, waits) = match self.throttle.admit(kind).await {
             Ok(waits) => (Ok(()), waits),
-            Err(Held { left, waits }) => (Err(left), waits),
+            Err(RetryAfter { left, waits }) => (Err(left), waits),
         };
         let Waits { rate_limit, retry_after } = waits;
         self.metrics.waited(Wait::rate_limit, rate_limit);
@@ -164,7 +164,7 @@ impl Shared {
 }
 
 /// The answer that the server has asked not to be asked for.
-fn in_its_stead(left: Duration) -> Response<UnsyncBoxBody<Bytes, BoxError>> {
+fn synthetic_429(left: Duration) -> Response<UnsyncBoxBody<Bytes, BoxError>> {
     let status = StatusCode::TOO_MANY_REQUESTS;
     let body = retry_after::body(status, left, b"the API server has asked to wait, and the agent does");
     let mut response = Response::new(full(body.into()));
@@ -196,17 +196,17 @@ fn verb(request: &Request<Body>) -> Verb {
 
 /// When each watch was last started.
 #[derive(Debug, Default)]
-struct Pace(Mutex<HashMap<String, Instant>>);
+struct WatchRestartPacer(Mutex<HashMap<String, Instant>>);
 
-impl Pace {
+impl WatchRestartPacer {
     /// The moment at which a watch of `uri` may start. There are as many kinds of them as the agent has watches.
-    fn turn(&self, uri: &http::Uri) -> Instant {
+    fn slot(&self, uri: &http::Uri) -> Instant {
         let selectors = uri.query().unwrap_or_default().split('&').filter(|p| !p.starts_with("resourceVersion="));
         let key = format!("{}?{}", uri.path(), selectors.collect::<Vec<_>>().join("&"));
         let now = Instant::now();
         let mut starts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let turn = starts.get(&key).map_or(now, |last| now.max(*last + WATCH_PACE));
-        starts.insert(key, turn);
-        turn
+        let slot = starts.get(&key).map_or(now, |last| now.max(*last + WATCH_RESTART_INTERVAL));
+        starts.insert(key, slot);
+        slot
     }
 }

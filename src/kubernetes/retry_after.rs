@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use time::{OffsetDateTime, format_description::well_known::Rfc2822};
 
 /// Where a server is busy and does not say for how long.
-const UNTOLD: Duration = Duration::from_secs(1);
+const DEFAULT_RETRY_AFTER: Duration = Duration::from_secs(1);
 
 /// What `status` asks for; none where it asks for nothing.
 pub(super) fn asked(status: StatusCode, headers: &HeaderMap, body: &[u8]) -> Option<Duration> {
@@ -21,7 +21,7 @@ pub(super) fn asked(status: StatusCode, headers: &HeaderMap, body: &[u8]) -> Opt
     let body: Option<Value> = serde_json::from_slice(body).ok();
     let told = body.as_ref().and_then(|body| body.pointer("/details/retryAfterSeconds")).and_then(Value::as_u64).filter(|s| *s > 0);
     let asked = told.map(Duration::from_secs).max(in_header(headers));
-    asked.or(busy.then_some(UNTOLD))
+    asked.or(busy.then_some(DEFAULT_RETRY_AFTER))
 }
 
 fn in_header(headers: &HeaderMap) -> Option<Duration> {

@@ -25,9 +25,9 @@ use crate::{
 
 /// A request that would be held back for longer than this in all is answered in the server's stead, so that who asks can do something
 /// else meanwhile: an order gives back its slot.
-pub(super) const LONGEST_STAY: Duration = Duration::from_secs(30);
+pub(super) const MAX_QUEUE_TIME: Duration = Duration::from_secs(30);
 /// Nobody is held back for longer, whatever a server or a proxy asks for: the agent would be blind.
-const LONGEST_HOLD: Duration = Duration::from_secs(300);
+const MAX_RETRY_AFTER: Duration = Duration::from_secs(300);
 
 /// What a hold is about. The server does not tell how far its own trouble reaches: a webhook or a cache that is being filled concerns one
 /// kind; its fair queues concern every kind, and each finds that out for the price of one request.
@@ -42,7 +42,7 @@ pub(super) struct Waits {
 
 /// The server has asked for more time than a request waits here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Held {
+pub(super) struct RetryAfter {
     /// How long it goes on.
     pub(super) left: Duration,
     pub(super) waits: Waits,
@@ -93,7 +93,7 @@ struct State {
     tickets: u64,
     holds: HashMap<Kind, Instant>,
     /// Kinds whose hold was told and that have not been answered otherwise since.
-    told: HashSet<Kind>,
+    announced: HashSet<Kind>,
 }
 
 #[derive(Debug, Default)]
@@ -112,7 +112,7 @@ impl Throttle {
             served: 0,
             tickets: 0,
             holds: HashMap::new(),
-            told: HashSet::new(),
+            announced: HashSet::new(),
         };
         Self { interval, tolerance: interval * rate.burst.saturating_sub(1), state: Mutex::new(state) }
     }
@@ -122,15 +122,15 @@ impl Throttle {
     }
 
     /// Returns when a request of this kind may be sent.
-    pub(super) async fn admit(&self, kind: Kind) -> Result<Waits, Held> {
+    pub(super) async fn admit(&self, kind: Kind) -> Result<Waits, RetryAfter> {
         let mut waits = Waits::default();
-        let patience = Instant::now() + LONGEST_STAY;
+        let deadline = Instant::now() + MAX_QUEUE_TIME;
         loop {
             let begun = Instant::now();
             while let Some(until) = self.held_until(kind) {
-                if until > patience {
+                if until > deadline {
                     waits.retry_after += begun.elapsed();
-                    return Err(Held { left: until.saturating_duration_since(Instant::now()), waits });
+                    return Err(RetryAfter { left: until.saturating_duration_since(Instant::now()), waits });
                 }
                 sleep_until(until).await;
             }
@@ -149,16 +149,16 @@ impl Throttle {
     /// The server has asked to wait for `after`. Returns whether that is news.
     pub(super) fn hold(&self, kind: Kind, after: Duration) -> bool {
         // A little longer than asked: the server told the same to all nodes.
-        let until = Instant::now() + after.min(LONGEST_HOLD).mul_f64(1.0 + fastrand::f64() / 2.0);
+        let until = Instant::now() + after.min(MAX_RETRY_AFTER).mul_f64(1.0 + fastrand::f64() / 2.0);
         let mut state = self.lock();
         let hold = state.holds.entry(kind).or_insert(until);
         *hold = until.max(*hold);
-        state.told.insert(kind)
+        state.announced.insert(kind)
     }
 
     /// The server has answered a request of this kind. Returns whether that is news, after a hold.
     pub(super) fn answered(&self, kind: Kind) -> bool {
-        self.lock().told.remove(&kind)
+        self.lock().announced.remove(&kind)
     }
 
     fn held_until(&self, kind: Kind) -> Option<Instant> {
@@ -172,22 +172,22 @@ impl Throttle {
     }
 
     async fn token(&self, class: Class) {
-        let Some(place) = self.enter(class) else { return };
+        let Some(ticket_in_queue) = self.enter(class) else { return };
         // Only the first of all looks at the clock; it wakes the next one when it goes, whichever way.
         loop {
-            match self.turn(&place) {
-                Turn::Come => return,
-                Turn::At(at) => tokio::select! {
+            match self.slot(&ticket_in_queue) {
+                Slot::Ready => return,
+                Slot::At(at) => tokio::select! {
                     () = sleep_until(at) => {}
-                    () = place.wake.notified() => {}
+                    () = ticket_in_queue.wake.notified() => {}
                 },
-                Turn::Behind => place.wake.notified().await,
+                Slot::Behind => ticket_in_queue.wake.notified().await,
             }
         }
     }
 
     /// A token at once, where nobody waits and there is one; or a place in the queue.
-    fn enter(&self, class: Class) -> Option<Place<'_>> {
+    fn enter(&self, class: Class) -> Option<QueueTicket<'_>> {
         let mut state = self.lock();
         if state.first().is_none() && self.take(&mut state).is_ok() {
             return None;
@@ -200,24 +200,24 @@ impl Throttle {
             queue.pass = queue.pass.max(served);
         }
         queue.waiting.push_back((ticket, wake.clone()));
-        Some(Place { throttle: self, class, ticket, wake })
+        Some(QueueTicket { throttle: self, class, ticket, wake })
     }
 
-    fn turn(&self, place: &Place<'_>) -> Turn {
+    fn slot(&self, ticket_in_queue: &QueueTicket<'_>) -> Slot {
         let mut state = self.lock();
-        if state.first().map(|(_, ticket, _)| ticket) != Some(place.ticket) {
-            return Turn::Behind;
+        if state.first().map(|(_, ticket, _)| ticket) != Some(ticket_in_queue.ticket) {
+            return Slot::Behind;
         }
         if let Err(at) = self.take(&mut state) {
-            return Turn::At(at);
+            return Slot::At(at);
         }
-        let queue = &mut state.queues[place.class as usize];
+        let queue = &mut state.queues[ticket_in_queue.class as usize];
         let pass = queue.pass;
         queue.waiting.pop_front();
-        queue.pass += STRIDES[place.class as usize];
+        queue.pass += STRIDES[ticket_in_queue.class as usize];
         state.served = pass;
         state.wake_first();
-        Turn::Come
+        Slot::Ready
     }
 
     /// A token, or when there will be one.
@@ -254,21 +254,21 @@ impl State {
     }
 }
 
-enum Turn {
-    Come,
+enum Slot {
+    Ready,
     At(Instant),
     Behind,
 }
 
 /// A place in the queue. Dropping it gives it up.
-struct Place<'a> {
+struct QueueTicket<'a> {
     throttle: &'a Throttle,
     class: Class,
     ticket: u64,
     wake: Arc<Notify>,
 }
 
-impl Drop for Place<'_> {
+impl Drop for QueueTicket<'_> {
     fn drop(&mut self) {
         let mut state = self.throttle.lock();
         let waiting = &mut state.queues[self.class as usize].waiting;

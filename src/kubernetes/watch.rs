@@ -18,20 +18,20 @@ use crate::kubernetes::{
     ANSWER_TIMEOUT,
     failure::{Call, Cause, Failure},
     metrics::{Broken, Metrics, Resource},
-    throttle::LONGEST_STAY,
+    throttle::MAX_QUEUE_TIME,
 };
 
 /// After the first trouble; it doubles, and up to a half of it is taken off at random.
-const SHORTEST_PAUSE: Duration = Duration::from_millis(500);
+const MIN_BACKOFF: Duration = Duration::from_millis(500);
 /// Certificates may wait for the watch: it is back soon after the server is.
-const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+const MAX_BACKOFF: Duration = Duration::from_secs(10);
 /// And while a right is missing.
-const LONGEST_PAUSE_WITHOUT_RIGHT: Duration = Duration::from_secs(30);
+const MAX_BACKOFF_WITHOUT_PERMISSION: Duration = Duration::from_secs(30);
 /// Objects in a page after a list without pages was too large to be read.
 const FIRST_PAGE: u32 = 64;
 /// A watch that broke or could not be started is believed to run when it has told something, or no more trouble for so long: longer than
 /// its start may be held back and the answer to it may take.
-const PROOF: Duration = ANSWER_TIMEOUT.saturating_add(LONGEST_STAY).saturating_add(Duration::from_secs(5));
+const HEALTHY_AFTER: Duration = ANSWER_TIMEOUT.saturating_add(MAX_QUEUE_TIME).saturating_add(Duration::from_secs(5));
 
 /// Why a watch broke, as a metric label.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
@@ -78,11 +78,11 @@ struct State<K> {
     /// Before the next try.
     pause: Option<Duration>,
     next_pause: Duration,
-    told: Option<Failure>,
+    announced: Option<Failure>,
     /// Counts it as broken.
     broken: Option<Broken>,
     /// It is the watch that broke or did not start: a list that works is no proof.
-    unproven: bool,
+    recovering: bool,
 }
 
 /// Watches `selection` of `api`, for as long as the stream is polled.
@@ -93,7 +93,7 @@ where
     metrics.watch_begun(selection.resource);
     let events = Box::pin(watcher(api.clone(), selection.config.clone()));
     let state =
-        State { api, selection, metrics, events, pause: None, next_pause: SHORTEST_PAUSE, told: None, broken: None, unproven: false };
+        State { api, selection, metrics, events, pause: None, next_pause: MIN_BACKOFF, announced: None, broken: None, recovering: false };
     stream::unfold(state, |mut state| async move {
         if let Some(pause) = state.pause.take() {
             tokio::time::sleep(pause).await;
@@ -103,7 +103,7 @@ where
                 match event {
                     // It only says that a list is about to be asked for.
                     Event::Init => {}
-                    Event::InitApply(_) | Event::InitDone if state.unproven => {}
+                    Event::InitApply(_) | Event::InitDone if state.recovering => {}
                     _ => state.recovered(),
                 }
                 Signal::Event(event)
@@ -122,8 +122,8 @@ where
     K: KubeResource + Clone + DeserializeOwned + fmt::Debug + Send + 'static,
 {
     async fn next(&mut self) -> Option<watcher::Result<Event<K>>> {
-        if self.unproven {
-            match timeout(PROOF, self.events.next()).await {
+        if self.recovering {
+            match timeout(HEALTHY_AFTER, self.events.next()).await {
                 Ok(next) => return next,
                 Err(_) => self.recovered(),
             }
@@ -132,10 +132,10 @@ where
     }
 
     fn recovered(&mut self) {
-        self.next_pause = SHORTEST_PAUSE;
-        self.unproven = false;
+        self.next_pause = MIN_BACKOFF;
+        self.recovering = false;
         self.broken = None;
-        if self.told.take().is_some() {
+        if self.announced.take().is_some() {
             tracing::info!(resource = %self.selection.name, "the watch works again");
         }
     }
@@ -172,19 +172,19 @@ where
             // ask for the same page again.
             self.events = Box::pin(watcher(self.api.clone(), self.selection.config.clone()));
         }
-        self.unproven = reason != Ended::list_failed && !expired;
+        self.recovering = reason != Ended::list_failed && !expired;
         if expired || too_large {
             // The server answers: another list brings everything back at once.
-            self.next_pause = SHORTEST_PAUSE;
+            self.next_pause = MIN_BACKOFF;
         }
         let asked = if let Cause::TooManyRequests(Some(after)) = failure.cause { after } else { Duration::ZERO };
         self.pause = Some(self.next_pause.mul_f64(0.5 + 0.5 * fastrand::f64()).max(asked));
         // A right that is missing comes back by a person's hand: no hurry.
-        let longest = if failure.cause == Cause::Rbac { LONGEST_PAUSE_WITHOUT_RIGHT } else { LONGEST_PAUSE };
+        let longest = if failure.cause == Cause::Rbac { MAX_BACKOFF_WITHOUT_PERMISSION } else { MAX_BACKOFF };
         self.next_pause = (self.next_pause * 2).min(longest);
-        if !expired && !too_large && self.told.as_ref() != Some(&failure) {
+        if !expired && !too_large && self.announced.as_ref() != Some(&failure) {
             tracing::warn!(resource = %self.selection.name, error = %failure, "the watch does not work; trying again");
-            self.told = Some(failure.clone());
+            self.announced = Some(failure.clone());
         }
         if !expired && self.broken.is_none() {
             self.broken = Some(self.metrics.watch_broken(self.selection.resource));
@@ -224,7 +224,7 @@ mod tests {
     }
 
     /// Reads on until an object of this name is told.
-    async fn told(signals: &mut (impl Stream<Item = Signal<ConfigMap>> + Unpin), name: &str) {
+    async fn announced(signals: &mut (impl Stream<Item = Signal<ConfigMap>> + Unpin), name: &str) {
         let reading = async {
             while let Some(signal) = signals.next().await {
                 if let Signal::Event(Event::Apply(object) | Event::InitApply(object)) = signal
@@ -243,9 +243,9 @@ mod tests {
         api.fail("watch", "configmaps", Fault::Text(200, ""), 60);
         let (start, mut signals) = (Instant::now(), signals(&api, &metrics));
         put(&api, "x");
-        told(&mut signals, "x").await;
+        announced(&mut signals, "x").await;
         put(&api, "y");
-        told(&mut signals, "y").await;
+        announced(&mut signals, "y").await;
         assert_eq!(start.elapsed().as_secs(), 60);
         assert_eq!((api.count("list", "configmaps"), api.count("watch", "configmaps")), (1, 61));
     }
@@ -257,9 +257,9 @@ mod tests {
         api.fail("watch", "configmaps", Fault::Status(410, gone), 3);
         let mut signals = signals(&api, &metrics);
         put(&api, "x");
-        told(&mut signals, "x").await;
+        announced(&mut signals, "x").await;
         put(&api, "y");
-        told(&mut signals, "y").await;
+        announced(&mut signals, "y").await;
         let restarts = metrics.restarts(Resource::configmaps, Ended::expired);
         assert!(restarts >= 1 && api.count("list", "configmaps") as u64 == 1 + restarts, "{restarts}");
         assert_eq!(metrics.broken(Resource::configmaps), 0, "a server that forgets is no trouble");
@@ -316,7 +316,7 @@ mod tests {
             }
         }
         put(&api, "x");
-        told(&mut signals, "x").await;
+        announced(&mut signals, "x").await;
         assert_eq!(metrics.broken(Resource::configmaps), 0);
         assert_eq!(metrics.restarts(Resource::configmaps, Ended::start_failed), 2);
     }
@@ -334,15 +334,15 @@ mod tests {
                 tries += 1;
             }
         }
-        assert!(start.elapsed() > 14 * LONGEST_PAUSE / 2, "20 lists in {:?}", start.elapsed());
+        assert!(start.elapsed() > 14 * MAX_BACKOFF / 2, "20 lists in {:?}", start.elapsed());
 
         // Then it is allowed, and says nothing for long. Its next trouble is another story.
-        assert!(timeout(PROOF * 2, async { while signals.next().await.is_some() {} }).await.is_err());
+        assert!(timeout(HEALTHY_AFTER * 2, async { while signals.next().await.is_some() {} }).await.is_err());
         let resumed = Instant::now();
         api.fail("watch", "configmaps", Fault::Refuse, 1);
         api.cut_watches(true);
         put(&api, "y");
-        told(&mut signals, "y").await;
+        announced(&mut signals, "y").await;
         assert!(resumed.elapsed() < Duration::from_secs(4), "after {:?}", resumed.elapsed());
 
         // What is not watched any more is not broken.
