@@ -25,7 +25,7 @@ use crate::{
     metrics::{Exposition, Format},
     readiness::Readiness,
     shutdown::{self, Shutdown},
-    telemetry::hush::Hush,
+    telemetry::hush::LogLimiter,
 };
 
 mod controls;
@@ -190,7 +190,7 @@ pub async fn serve(listener: TcpListener, routes: Routes, shutdown: Shutdown) {
 
 async fn serve_within(limits: Limits, listener: TcpListener, routes: Routes, shutdown: Shutdown) {
     let slots = Arc::new(Semaphore::new(limits.connections));
-    let refusals = Hush::default();
+    let refusals = LogLimiter::default();
     let accepting = async {
         // The semaphore is never closed.
         while let Ok(slot) = slots.clone().acquire_owned().await {
@@ -201,7 +201,7 @@ async fn serve_within(limits: Limits, listener: TcpListener, routes: Routes, shu
                 }
                 Err(error) if is_the_clients(&error) => {}
                 Err(error) => {
-                    if let Some(left_out) = refusals.tells("accept", Instant::now()) {
+                    if let Some(left_out) = refusals.permit("accept", Instant::now()) {
                         tracing::warn!(%error, left_out, "cannot accept HTTP connections; trying again");
                     }
                     tokio::time::sleep(ACCEPT_PAUSE).await;

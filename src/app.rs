@@ -38,12 +38,12 @@ use crate::{
     telemetry,
     trust::Trust,
     warm::{
-        self, Warmer,
+        self, Prefetcher,
         starts::{Rule, Starts},
     },
 };
 
-use reload::{Outlets, Reload};
+use reload::{ConfigChannels, Reload};
 
 mod approver;
 mod identity_users;
@@ -57,7 +57,7 @@ pub use approver::{BoundApprover, build_approver};
 pub(crate) use inventory::sample as sample_inventory;
 pub(crate) use parts::attestor;
 pub use reload::File;
-pub use upstream::Upstreams;
+pub use upstream::IssuerSet;
 
 /// How long the parts that end last may take: rotation, and then the deletions upstream, which give up by themselves after five seconds.
 const LAST_STEPS: Duration = Duration::from_secs(6);
@@ -71,7 +71,7 @@ pub struct Deps {
     /// This node's pods, where they are known: sockets of pods need them, and keys go with the last pod that may have them.
     pub pods: Option<Pods>,
     /// The upstreams.
-    pub upstreams: Upstreams,
+    pub issuer_set: IssuerSet,
     /// The bundles; its sources are fed by `tasks`.
     pub trust: Trust,
     /// Whether a bundle comes from elsewhere than the issuers, so that nothing is verified before it has come.
@@ -88,7 +88,7 @@ pub struct Deps {
 
 impl std::fmt::Debug for Deps {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Deps").field("attestor", &self.attestor).field("upstreams", &self.upstreams).finish_non_exhaustive()
+        f.debug_struct("Deps").field("attestor", &self.attestor).field("upstreams", &self.issuer_set).finish_non_exhaustive()
     }
 }
 
@@ -163,12 +163,12 @@ pub async fn build_with(config: &Config, base: Base, deps: Deps) -> anyhow::Resu
     let metrics = admin::bind("metrics.address", config.metrics).await?;
     let registry = exposition.registry();
 
-    let outlets = Outlets::new(config, &deps.upstreams, &*deps.clock);
-    let (resolver, plan, reissue_window) = (outlets.resolver.subscribe(), outlets.plan.subscribe(), outlets.reissue_window.subscribe());
+    let channels = ConfigChannels::new(config, &deps.issuer_set, &*deps.clock);
+    let (resolver, plan, reissue_window) = (channels.resolver.subscribe(), channels.plan.subscribe(), channels.reissue_window.subscribe());
     let mut tasks = deps.tasks;
     if let Some(file) = file {
         let metrics = reloads::Metrics::register(registry);
-        let reload = Reload::new(file, config, deps.upstreams, outlets, deps.clock.clone(), metrics, deps.last.clone());
+        let reload = Reload::new(file, config, deps.issuer_set, channels, deps.clock.clone(), metrics, deps.last.clone());
         tasks.push(Box::pin(reload.run()));
     }
     let (reissue, reissues) = mpsc::channel(1);
@@ -190,7 +190,7 @@ pub async fn build_with(config: &Config, base: Base, deps: Deps) -> anyhow::Resu
         observer: deps.observer,
         metrics: rotation::metrics::Metrics::register(registry),
     };
-    let warmer = Warmer { store: store.clone(), resolver: resolver.clone(), metrics: warm::metrics::Metrics::register(registry) };
+    let warmer = Prefetcher { store: store.clone(), resolver: resolver.clone(), metrics: warm::metrics::Metrics::register(registry) };
     if let Some(((warm_up, socket), pods)) = config.warm_up.as_ref().zip(config.shared_socket.as_ref()).zip(deps.pods.as_ref()) {
         let starts = Starts::new(warmer.clone(), Rule::new(warm_up, &socket.path), deps.clock.clone(), pods);
         tasks.push(Box::pin(starts.run(shutdown.drain.clone())));

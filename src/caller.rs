@@ -15,7 +15,7 @@ use crate::{
     attest::{self, Attested, Attestor, Method, Reason, origin::Origin},
     identity::{Identity, Resolver},
     peer::Peer,
-    telemetry::hush::{self, Hush},
+    telemetry::hush::{self, LogLimiter},
 };
 
 /// A proven caller and what it may have.
@@ -64,7 +64,7 @@ pub struct Connection {
 }
 
 /// Lines of the log about callers that are refused, and about clients that refuse what they get.
-pub type Refusals = Hush<Cause>;
+pub type Refusals = LogLimiter<Cause>;
 
 /// What makes two lines about callers the same.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -195,7 +195,7 @@ impl Connection {
     }
 
     fn line_is_due(&self, what: &'static str, is_proven: bool) -> Option<u64> {
-        self.refusals.tells(self.authenticator.cause(&self.origin, what, is_proven), tokio::time::Instant::now())
+        self.refusals.permit(self.authenticator.cause(&self.origin, what, is_proven), tokio::time::Instant::now())
     }
 
     /// A caller that tries again and again does not fill the log.

@@ -27,7 +27,7 @@ use crate::{
         pluginregistration::registration_server::RegistrationServer,
     },
     session::Sessions,
-    warm::Warmer,
+    warm::Prefetcher,
 };
 
 pub mod directory;
@@ -66,7 +66,7 @@ pub struct Parts {
     /// What every socket serves; its attestor is replaced by each socket's own.
     pub sessions: Sessions,
     /// Starts issues.
-    pub warmer: Warmer,
+    pub warmer: Prefetcher,
     /// What is counted.
     pub metrics: Metrics,
 }

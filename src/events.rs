@@ -39,7 +39,7 @@ use crate::{
     material::Svid,
     rotation::IssuanceObserver,
     store::Entry,
-    telemetry::hush::{self, Hush},
+    telemetry::hush::{self, LogLimiter},
     text,
 };
 
@@ -61,7 +61,7 @@ pub fn new(client: Client, node: &NodeEnvironment, metrics: Metrics) -> (Reporte
     let instance = node.pod.as_ref().map(|pod| pod.name.clone()).or_else(|| node.node_name.clone());
     let reporter = Reporter { ledger: Mutex::default(), refusals: Mutex::default(), notes: sender, metrics: metrics.clone() };
     let instance = instance.unwrap_or_else(|| "sds-agent".into());
-    (reporter, Writer { client, instance, notes: receiver, metrics, budget: Budget::default(), hush: Hush::default() })
+    (reporter, Writer { client, instance, notes: receiver, metrics, budget: Budget::default(), hush: LogLimiter::default() })
 }
 
 /// What events count.
@@ -190,7 +190,7 @@ pub struct Writer {
     notes: mpsc::Receiver<Note>,
     metrics: Metrics,
     budget: Budget,
-    hush: Hush<NotWritten>,
+    hush: LogLimiter<NotWritten>,
 }
 
 /// What makes two lines about events that are not written the same: their texts may name each event.
@@ -219,7 +219,7 @@ impl Writer {
                     self.write(&note).await;
                 } else {
                     self.metrics.count(Written::dropped);
-                    if let Some(left_out) = self.hush.tells(NotWritten::OverBudget, Instant::now()) {
+                    if let Some(left_out) = self.hush.permit(NotWritten::OverBudget, Instant::now()) {
                         tracing::warn!(pod = %note.pod, left_out, "an event on a pod is left out: there are too many");
                     }
                 }
@@ -240,7 +240,7 @@ impl Writer {
             Err(error) => {
                 self.metrics.count(Written::failed);
                 let failure = Failure::of(&error, &call);
-                if let Some(left_out) = self.hush.tells(NotWritten::Failed(discriminant(&failure.cause)), Instant::now()) {
+                if let Some(left_out) = self.hush.permit(NotWritten::Failed(discriminant(&failure.cause)), Instant::now()) {
                     tracing::warn!(pod = %note.pod, cause = %failure, left_out, "cannot write an event on a pod");
                 }
             }

@@ -125,7 +125,7 @@ impl Sessions {
                 Err(error) => {
                     let wait = pause.next();
                     sessions.metrics.rejected(Rejection::accept_error);
-                    if let Some(left_out) = sessions.refusals.tells(Cause::unattributed("accept"), Instant::now()) {
+                    if let Some(left_out) = sessions.refusals.permit(Cause::unattributed("accept"), Instant::now()) {
                         let wait_milliseconds = wait.as_millis();
                         warn!(%error, wait_milliseconds, left_out, "cannot accept connections; trying again (out of file descriptors?)");
                     }
@@ -150,7 +150,7 @@ impl Sessions {
             Ok(peer) => peer,
             Err(error) => {
                 self.metrics.rejected(Rejection::no_credentials);
-                if let Some(left_out) = self.refusals.tells(Cause::unattributed("no credentials"), Instant::now()) {
+                if let Some(left_out) = self.refusals.permit(Cause::unattributed("no credentials"), Instant::now()) {
                     warn!(%error, left_out, "connection closed: the kernel does not tell who it is");
                 }
                 return;
@@ -192,7 +192,7 @@ impl Sessions {
 
     /// One line for each caller, limit and minute.
     fn log_over_quota(&self, origin: &Origin, limit: &'static str, what: &str) {
-        if let Some(left_out) = self.refusals.tells(self.authenticator.cause(origin, limit, false), Instant::now()) {
+        if let Some(left_out) = self.refusals.permit(self.authenticator.cause(origin, limit, false), Instant::now()) {
             warn!(%origin, limit, left_out, "{what}: over quota; raise the limit if the caller needs more");
         }
     }

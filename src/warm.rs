@@ -26,15 +26,15 @@ pub mod starts;
 use metrics::{Ended, Metrics};
 
 /// From the start to the first call: images are pulled in between.
-const PATIENCE: Duration = Duration::from_secs(600);
+const FIRST_CALL_TIMEOUT: Duration = Duration::from_secs(600);
 /// While the index cannot say who the pod is.
-const ASK_AGAIN: Duration = Duration::from_secs(5);
+const INDEX_RETRY_INTERVAL: Duration = Duration::from_secs(5);
 /// From the first call to its own lease.
-const HANDOVER: Duration = Duration::from_secs(10);
+const LEASE_HANDOVER: Duration = Duration::from_secs(10);
 
 /// Holds leases for pods that have not called.
 #[derive(Debug, Clone)]
-pub struct Warmer {
+pub struct Prefetcher {
     /// Where certificates are.
     pub store: Arc<Store>,
     /// How callers are named.
@@ -44,7 +44,7 @@ pub struct Warmer {
 }
 
 /// For whom a lease is held, and until when.
-struct Held<'a> {
+struct Prefetch<'a> {
     workload: &'a Workload,
     /// Cancelled once it has called.
     first_call: &'a CancellationToken,
@@ -54,36 +54,36 @@ struct Held<'a> {
     patience: Duration,
 }
 
-impl Warmer {
+impl Prefetcher {
     /// Has the certificate of a published socket's pod issued; `issued` is cancelled once it is there.
     pub fn published(&self, attestor: Arc<MountAttestor>, issued: CancellationToken) {
         let warmer = self.clone();
         tokio::spawn(async move {
             let (terminated, first_call) = (attestor.terminated(), attestor.first_call());
-            let known = terminated.run_until_cancelled(timeout(PATIENCE, known(&attestor))).await;
-            let Some(Ok(Some(workload))) = known else { return };
+            let identified = terminated.run_until_cancelled(timeout(FIRST_CALL_TIMEOUT, identified(&attestor))).await;
+            let Some(Ok(Some(workload))) = identified else { return };
             // The kubelet may wait for each of them.
             let unlimited = Semaphore::new(1);
-            warmer.hold(&Held { workload: &workload, first_call, terminated, patience: PATIENCE }, &unlimited, &issued).await;
+            warmer.hold(&Prefetch { workload: &workload, first_call, terminated, patience: FIRST_CALL_TIMEOUT }, &unlimited, &issued).await;
         });
     }
 
-    /// Holds a lease, from the moment that `turns` lets it: until then another one's certificate is being made.
-    async fn hold(&self, held: &Held<'_>, turns: &Semaphore, issued: &CancellationToken) {
-        let Held { workload, first_call, terminated, patience } = *held;
+    /// Holds a lease, from the moment that `permits` lets it: until then another one's certificate is being made.
+    async fn hold(&self, held: &Prefetch<'_>, permits: &Semaphore, issued: &CancellationToken) {
+        let Prefetch { workload, first_call, terminated, patience } = *held;
         let ended = tokio::select! {
             biased;
             () = terminated.cancelled() => Ended::gone,
-            () = async { first_call.cancelled().await; sleep(HANDOVER).await } => Ended::called,
+            () = async { first_call.cancelled().await; sleep(LEASE_HANDOVER).await } => Ended::called,
             () = sleep(patience) => Ended::unused,
-            () = self.keep(workload, turns, issued) => return,
+            () = self.keep(workload, permits, issued) => return,
         };
         self.metrics.ended(ended);
         debug!(%workload, ?ended, "no longer held ahead of the first call");
     }
 
     /// Holds the lease that the rules give to `workload`, whatever these become; returns only when they give none.
-    async fn keep(&self, workload: &Workload, turns: &Semaphore, issued: &CancellationToken) {
+    async fn keep(&self, workload: &Workload, permits: &Semaphore, issued: &CancellationToken) {
         let mut rules = self.resolver.clone();
         let mut held = None;
         loop {
@@ -95,7 +95,7 @@ impl Warmer {
                     return;
                 }
             };
-            let turn = turns.acquire().await;
+            let turn = permits.acquire().await;
             debug!(%workload, %identity, "a certificate is issued ahead of the first call");
             // The one before ends when the new one is held.
             let lease = held.insert(self.store.lease(&identity, Demand::Now, workload.pod().cloned()));
@@ -115,13 +115,13 @@ impl Warmer {
 }
 
 /// Who it is, as soon as the index can say so.
-async fn known(attestor: &MountAttestor) -> Option<Workload> {
+async fn identified(attestor: &MountAttestor) -> Option<Workload> {
     loop {
         match attestor.workload().await {
             Ok(workload) => return Some(workload),
             Err(cause) if cause.temporary => {
                 debug!(%cause, "a published socket's pod is not known yet");
-                sleep(ASK_AGAIN).await;
+                sleep(INDEX_RETRY_INTERVAL).await;
             }
             Err(cause) => {
                 warn!(%cause, "no certificate is issued for a published socket");

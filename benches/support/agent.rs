@@ -98,7 +98,7 @@ pub async fn start_as(config: &Config, attestor: Arc<dyn Attestor>, issuer: Time
         clock: Arc::new(SystemClock),
         attestor,
         pods: None,
-        upstreams: issuers.into(),
+        issuer_set: issuers.into(),
         trust,
         await_bundle: false,
         observer: None,

@@ -36,13 +36,13 @@ pub(super) async fn make(config: &Config, base: &mut Base) -> anyhow::Result<Dep
 
     let trust = Trust::new(trust::Metrics::register(base.exposition.registry()));
     let await_bundle = sources(config, base, &trust, cluster.as_ref(), &mut tasks, &last)?;
-    let upstreams = upstream::issuers(config, base, &trust, cluster.as_ref(), &clock, &mut tasks, &last)?;
+    let issuer_set = upstream::issuers(config, base, &trust, cluster.as_ref(), &clock, &mut tasks, &last)?;
     let reporter = cluster.as_ref().filter(|_| config.events).and_then(|cluster| events(config, base, cluster, &mut tasks, &last));
     let observer = reporter.clone().map(|reporter| reporter as Arc<dyn rotation::IssuanceObserver>);
     let caller_observer = reporter.map(|reporter| reporter as Arc<dyn attest::CallerObserver>);
     let pods = cluster.and_then(|cluster| cluster.pods);
     let attestor = attestor(config, pods.clone())?;
-    Ok(Deps { clock, attestor, pods, upstreams, trust, await_bundle, observer, caller_observer, tasks, last })
+    Ok(Deps { clock, attestor, pods, issuer_set, trust, await_bundle, observer, caller_observer, tasks, last })
 }
 
 fn needs_cluster(config: &Config) -> bool {

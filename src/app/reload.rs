@@ -12,7 +12,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
-use super::upstream::{Begun, Upstreams};
+use super::upstream::{IssuerSet, Started};
 use crate::{
     clock::Clock,
     config::{
@@ -35,7 +35,7 @@ pub struct File {
 }
 
 /// Where those listen who go by the configuration.
-pub(super) struct Outlets {
+pub(super) struct ConfigChannels {
     /// Rotation.
     pub(super) plan: watch::Sender<Arc<Plan>>,
     /// Streams: over which time they move to other certificates.
@@ -44,20 +44,20 @@ pub(super) struct Outlets {
     pub(super) resolver: watch::Sender<Arc<Resolver>>,
 }
 
-impl Outlets {
+impl ConfigChannels {
     /// The channels, with what `config` says in them.
-    pub(super) fn new(config: &Config, upstreams: &Upstreams, clock: &dyn Clock) -> Self {
+    pub(super) fn new(config: &Config, issuer_set: &IssuerSet, clock: &dyn Clock) -> Self {
         Self {
-            plan: watch::Sender::new(Arc::new(plan(config, upstreams))),
+            plan: watch::Sender::new(Arc::new(plan(config, issuer_set))),
             reissue_window: watch::Sender::new(reissue_window(config, clock)),
             resolver: watch::Sender::new(Arc::new(config.resolver())),
         }
     }
 }
 
-fn plan(config: &Config, upstreams: &Upstreams) -> Plan {
+fn plan(config: &Config, issuer_set: &IssuerSet) -> Plan {
     let profiles = config.profiles.iter().map(|rule| &rule.profile).chain([&config.default_profile]).cloned();
-    Plan::new(upstreams.issuers(), profiles, config.retention)
+    Plan::new(issuer_set.issuers(), profiles, config.retention)
 }
 
 fn reissue_window(config: &Config, clock: &dyn Clock) -> ReissueWindow {
@@ -67,8 +67,8 @@ fn reissue_window(config: &Config, clock: &dyn Clock) -> ReissueWindow {
 /// Follows the file.
 pub(super) struct Reload {
     file: File,
-    upstreams: Upstreams,
-    outlets: Outlets,
+    issuer_set: IssuerSet,
+    channels: ConfigChannels,
     clock: Arc<dyn Clock>,
     metrics: Metrics,
     /// What the agent goes by.
@@ -87,16 +87,16 @@ impl Reload {
     pub(super) fn new(
         file: File,
         config: &Config,
-        upstreams: Upstreams,
-        outlets: Outlets,
+        issuer_set: IssuerSet,
+        channels: ConfigChannels,
         clock: Arc<dyn Clock>,
         metrics: Metrics,
         last: CancellationToken,
     ) -> Self {
         Self {
             file,
-            upstreams,
-            outlets,
+            issuer_set,
+            channels,
             clock,
             metrics,
             in_force: config.clone(),
@@ -201,10 +201,10 @@ impl Reload {
         let cause = if (&config.trust_domain, config.attestation) != (&next.trust_domain, next.attestation) {
             Some("identities depend on trustDomain and attestation".to_owned())
         } else {
-            match self.upstreams.change(&issuance) {
-                Ok(begun) => {
+            match self.issuer_set.change(&issuance) {
+                Ok(started) => {
                     next = issuance;
-                    self.begin(begun);
+                    self.begin(started);
                     None
                 }
                 Err(cause) => Some(cause.to_string()),
@@ -212,17 +212,17 @@ impl Reload {
         };
         self.in_force = next;
         // In this order: who is named anew finds an order that can be made, and when it should be.
-        self.outlets.plan.send_replace(Arc::new(plan(&self.in_force, &self.upstreams)));
+        self.channels.plan.send_replace(Arc::new(plan(&self.in_force, &self.issuer_set)));
         let resolver = self.in_force.resolver();
-        if **self.outlets.resolver.borrow() != resolver {
-            self.outlets.reissue_window.send_replace(reissue_window(&self.in_force, &*self.clock));
-            self.outlets.resolver.send_replace(Arc::new(resolver));
+        if **self.channels.resolver.borrow() != resolver {
+            self.channels.reissue_window.send_replace(reissue_window(&self.in_force, &*self.clock));
+            self.channels.resolver.send_replace(Arc::new(resolver));
         }
         cause
     }
 
-    fn begin(&mut self, begun: Begun) {
-        for task in begun.tasks(&self.last) {
+    fn begin(&mut self, started: Started) {
+        for task in started.tasks(&self.last) {
             self.beside.spawn(task);
         }
     }

@@ -20,7 +20,7 @@ fn deps(tasks: Vec<BoxFuture<'static, ()>>) -> Deps {
         clock: Arc::new(SystemClock),
         attestor: Arc::new(UnixAttestor),
         pods: None,
-        upstreams: std::collections::BTreeMap::new().into(),
+        issuer_set: std::collections::BTreeMap::new().into(),
         trust: Trust::new(trust::Metrics::default()),
         await_bundle: false,
         observer: None,

@@ -38,30 +38,30 @@ use crate::{
 };
 
 /// The issuers in force, and what makes others.
-pub struct Upstreams {
+pub struct IssuerSet {
     issuers: BTreeMap<IssuerName, Arc<dyn Issuer>>,
     /// Every one that was made: one that comes back is the same.
     made: Vec<(IssuerConfig, Arc<dyn Issuer>)>,
     wanted: Vec<IssuerConfig>,
-    maker: Option<Maker>,
+    maker: Option<IssuerFactory>,
 }
 
-impl fmt::Debug for Upstreams {
+impl fmt::Debug for IssuerSet {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_tuple("Upstreams").field(&self.issuers).finish()
     }
 }
 
 /// Issuers that stay as they are.
-impl From<BTreeMap<IssuerName, Arc<dyn Issuer>>> for Upstreams {
+impl From<BTreeMap<IssuerName, Arc<dyn Issuer>>> for IssuerSet {
     fn from(issuers: BTreeMap<IssuerName, Arc<dyn Issuer>>) -> Self {
         Self { issuers, made: Vec::new(), wanted: Vec::new(), maker: None }
     }
 }
 
 /// What issuers are made of.
-struct Maker {
-    asked: Option<Asked>,
+struct IssuerFactory {
+    asked: Option<ClusterDeps>,
     scopes: Vec<(RequestNamespace, Requests)>,
     trust: Trust,
     clock: Arc<dyn Clock>,
@@ -69,7 +69,7 @@ struct Maker {
 }
 
 /// The cluster that is asked, and as whom.
-struct Asked {
+struct ClusterDeps {
     client: kube::Client,
     kube_metrics: kubernetes::Metrics,
     metrics: Metrics,
@@ -79,13 +79,13 @@ struct Asked {
 
 /// What runs beside new issuers. It ends when the agent does.
 #[derive(Default)]
-pub(super) struct Begun {
+pub(super) struct Started {
     /// Watches, with their names.
     watches: Vec<(String, Requests)>,
     checks: Vec<BoxFuture<'static, ()>>,
 }
 
-impl Begun {
+impl Started {
     /// All of it, to be run.
     pub(super) fn tasks(self, last: &CancellationToken) -> impl Iterator<Item = BoxFuture<'static, ()>> {
         let watches = self.watches.into_iter().map(|(_, requests)| {
@@ -105,27 +105,27 @@ pub(super) fn issuers(
     clock: &Arc<dyn Clock>,
     tasks: &mut Vec<BoxFuture<'static, ()>>,
     last: &CancellationToken,
-) -> anyhow::Result<Upstreams> {
-    let asked = cluster.map(|cluster| Asked {
+) -> anyhow::Result<IssuerSet> {
+    let asked = cluster.map(|cluster| ClusterDeps {
         client: cluster.client.clone(),
         kube_metrics: cluster.metrics.clone(),
         metrics: Metrics::register(base.exposition.registry()),
         agent: Arc::new(Agent::new(&config.node, fastrand::u64(..))),
         pods: cluster.pods.clone().map(|pods| Arc::new(NodePods(pods)) as Arc<dyn LivePods>),
     });
-    let maker = Maker { asked, scopes: Vec::new(), trust: trust.clone(), clock: clock.clone(), last: last.clone() };
-    let mut upstreams = Upstreams { issuers: BTreeMap::new(), made: Vec::new(), wanted: Vec::new(), maker: Some(maker) };
-    let begun = upstreams.change(config)?;
-    for (name, requests) in begun.watches {
+    let maker = IssuerFactory { asked, scopes: Vec::new(), trust: trust.clone(), clock: clock.clone(), last: last.clone() };
+    let mut issuer_set = IssuerSet { issuers: BTreeMap::new(), made: Vec::new(), wanted: Vec::new(), maker: Some(maker) };
+    let started = issuer_set.change(config)?;
+    for (name, requests) in started.watches {
         let (running, last) = (requests.clone(), last.clone());
         let come = async move { requests.synced().await };
         tasks.push(guarded(&base.readiness, &name, come, async move { running.run(last).await }));
     }
-    tasks.extend(begun.checks);
-    Ok(upstreams)
+    tasks.extend(started.checks);
+    Ok(issuer_set)
 }
 
-impl Upstreams {
+impl IssuerSet {
     /// Those in force, by the names that profiles use.
     pub(super) fn issuers(&self) -> BTreeMap<IssuerName, Arc<dyn Issuer>> {
         self.issuers.clone()
@@ -138,15 +138,15 @@ impl Upstreams {
     }
 
     /// Goes over to those of `config`; an error says what cannot be had while the agent runs, and then nothing has changed.
-    pub(super) fn change(&mut self, config: &Config) -> anyhow::Result<Begun> {
-        let mut begun = Begun::default();
+    pub(super) fn change(&mut self, config: &Config) -> anyhow::Result<Started> {
+        let mut started = Started::default();
         let Some(maker) = &mut self.maker else { anyhow::bail!("these issuers were given to the agent, and stay") };
         let watches = maker.scopes.len();
-        maker.watch(config, &mut begun)?;
+        maker.watch(config, &mut started)?;
         let (mut issuers, mut made) = (BTreeMap::new(), Vec::new());
         for (name, wanted) in &config.issuers {
             let known = self.made.iter().find(|(known, _)| known == wanted).map(|(_, issuer)| issuer.clone());
-            let issuer = match known.map_or_else(|| maker.make(name, wanted, config, &mut begun), Ok) {
+            let issuer = match known.map_or_else(|| maker.make(name, wanted, config, &mut started), Ok) {
                 Ok(issuer) => issuer,
                 Err(error) => {
                     // Nobody will run them.
@@ -163,18 +163,18 @@ impl Upstreams {
             }
         }
         let wanted: Vec<_> = config.issuers.values().cloned().collect();
-        for gone in self.wanted.iter().filter(|known| !wanted.contains(known)).filter_map(root_teller) {
+        for gone in self.wanted.iter().filter(|known| !wanted.contains(known)).filter_map(self_vouching) {
             // Peers hold its certificates for a while, and nobody but the operator knows for how long.
             warn!(issuer = %gone, "roots that an issuer brought stay in the bundle until a restart, though it is trusted for them no more");
         }
         (self.issuers, self.wanted) = (issuers, wanted);
-        Ok(begun)
+        Ok(started)
     }
 }
 
-impl Maker {
+impl IssuerFactory {
     /// Adds the watches that `config` needs and that there are not.
-    fn watch(&mut self, config: &Config, begun: &mut Begun) -> anyhow::Result<()> {
+    fn watch(&mut self, config: &Config, started: &mut Started) -> anyhow::Result<()> {
         let missing: Vec<_> = scopes(config).into_iter().filter(|scope| !self.scopes.iter().any(|(have, _)| holds(have, scope))).collect();
         if missing.is_empty() {
             return Ok(());
@@ -189,16 +189,16 @@ impl Maker {
                 RequestNamespace::Fixed(namespace) => format!("the watch of requests in namespace {namespace}"),
                 RequestNamespace::Workload => "the watch of requests".to_owned(),
             };
-            let Asked { client, kube_metrics, metrics, agent, pods } = asked;
+            let ClusterDeps { client, kube_metrics, metrics, agent, pods } = asked;
             let (agent, pods, clock) = (agent.clone(), pods.clone(), self.clock.clone());
             let requests = Requests::new(client.clone(), scope.clone(), agent, pods, clock, kube_metrics.clone(), metrics.clone());
-            begun.watches.push((name, requests.clone()));
+            started.watches.push((name, requests.clone()));
             self.scopes.push((scope, requests));
         }
         Ok(())
     }
 
-    fn make(&self, name: &IssuerName, wanted: &IssuerConfig, config: &Config, begun: &mut Begun) -> anyhow::Result<Arc<dyn Issuer>> {
+    fn make(&self, name: &IssuerName, wanted: &IssuerConfig, config: &Config, started: &mut Started) -> anyhow::Result<Arc<dyn Issuer>> {
         match wanted {
             IssuerConfig::Embedded => {
                 let embedded = Embedded::new(config.trust_domain.as_str(), self.clock.clone())?;
@@ -208,17 +208,17 @@ impl Maker {
             IssuerConfig::CertManager(cert_manager) => {
                 let scope = self.scopes.iter().find(|(scope, _)| holds(scope, &cert_manager.namespace));
                 let Some((_, requests)) = scope else { anyhow::bail!("issuer {name}: cert-manager needs a cluster") };
-                Ok(Arc::new(self.ask_cert_manager(name, cert_manager, requests.clone(), begun)))
+                Ok(Arc::new(self.ask_cert_manager(name, cert_manager, requests.clone(), started)))
             }
         }
     }
 
-    fn ask_cert_manager(&self, name: &IssuerName, config: &config::CertManager, requests: Requests, begun: &mut Begun) -> CertManager {
+    fn ask_cert_manager(&self, name: &IssuerName, config: &config::CertManager, requests: Requests, started: &mut Started) -> CertManager {
         let status_ca = config.trust_status_ca.then(|| self.trust.source(None, &format!("status.ca of issuer {name}")));
         let issuer = CertManager::new(requests, config.clone(), status_ca);
         // The log tells early what the first order would run into.
         let (check, name, last) = (issuer.preflight(), name.clone(), self.last.clone());
-        begun.checks.push(Box::pin(async move {
+        started.checks.push(Box::pin(async move {
             tokio::select! {
                 () = last.cancelled() => return,
                 checked = check => if let Err(cause) = checked {
@@ -245,7 +245,7 @@ fn scopes(config: &Config) -> Vec<RequestNamespace> {
 }
 
 /// The issuer's name, where its word on its own roots is taken.
-fn root_teller(issuer: &IssuerConfig) -> Option<&str> {
+fn self_vouching(issuer: &IssuerConfig) -> Option<&str> {
     match issuer {
         IssuerConfig::CertManager(config::CertManager { trust_status_ca: true, issuer_ref, .. }) => Some(&issuer_ref.name),
         IssuerConfig::CertManager(_) | IssuerConfig::Embedded => None,

@@ -30,7 +30,7 @@ use crate::{
     clock::{self, Clock},
     identity::PodRef,
     kubernetes::{Call, Cause, Failure},
-    telemetry::hush::Hush,
+    telemetry::hush::LogLimiter,
 };
 
 /// The reason of the condition `Approved`, and who reports Events.
@@ -82,9 +82,9 @@ pub struct Desk {
     gate: WriteGate,
     metrics: Metrics,
     /// Denials that the log has been told of, by reason, requester and node.
-    denials: Hush<(&'static str, String, String)>,
+    denials: LogLimiter<(&'static str, String, String)>,
     /// The same of those that are put off.
-    hesitations: Hush<(&'static str, String, String)>,
+    hesitations: LogLimiter<(&'static str, String, String)>,
     /// The trouble that the log has been told of.
     told: Mutex<Option<String>>,
 }
@@ -106,7 +106,7 @@ impl Desk {
         metrics: Metrics,
     ) -> Self {
         let events = Events::new(client.clone(), instance, metrics.clone());
-        let (denials, hesitations) = (Hush::default(), Hush::default());
+        let (denials, hesitations) = (LogLimiter::default(), LogLimiter::default());
         Self { client, in_force, pods, clock, events, gate: WriteGate::default(), metrics, denials, hesitations, told: Mutex::default() }
     }
 
@@ -284,7 +284,7 @@ impl Desk {
 
     /// Tells the log of a request that is left undecided for now.
     fn put_off(&self, request: &Request, denial: &Denial, left: Duration) {
-        let Some(left_out) = self.hesitations.tells(cause(request, denial), Instant::now()) else { return };
+        let Some(left_out) = self.hesitations.permit(cause(request, denial), Instant::now()) else { return };
         let ((namespace, name), seconds) = (place(request), left.as_secs());
         let (reason, why) = (denial.code, &denial.sentence);
         tracing::warn!(
@@ -301,7 +301,7 @@ impl Desk {
     /// One line a minute for each reason, requester and node.
     fn log(&self, request: &Request, denial: &Denial) {
         let (namespace, request_name) = place(request);
-        let Some(left_out) = self.denials.tells(cause(request, denial), Instant::now()) else { return };
+        let Some(left_out) = self.denials.permit(cause(request, denial), Instant::now()) else { return };
         let (reason, why) = (denial.code, &denial.sentence);
         if reason == denied::POD_GONE {
             tracing::info!(namespace, request = request_name, reason, why, left_out, "denied");

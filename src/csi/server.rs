@@ -17,7 +17,7 @@ use tonic::Status;
 use tower::ServiceExt;
 use tracing::{debug, error, info, warn};
 
-use crate::{authority_rewrite::AuthorityNormalizer, grpc::table::Table, listener, telemetry::hush::Hush};
+use crate::{authority_rewrite::AuthorityNormalizer, grpc::table::Table, listener, telemetry::hush::LogLimiter};
 
 /// For root alone: the kubelet is root.
 const MODE: u32 = 0o600;
@@ -39,7 +39,7 @@ pub struct Server {
     services: Arc<Table>,
     again: Arc<Notify>,
     places: Arc<Semaphore>,
-    refusals: Hush<&'static str>,
+    refusals: LogLimiter<&'static str>,
 }
 
 impl Server {
@@ -47,7 +47,7 @@ impl Server {
     pub fn bind(field: &'static str, path: PathBuf, services: Table, again: Arc<Notify>) -> Result<Self, listener::Error> {
         let bound = listener::bind_for(field, &path, MODE)?;
         let (services, places) = (Arc::new(services), Arc::new(Semaphore::new(CONNECTIONS)));
-        Ok(Self { field, path, bound, services, again, places, refusals: Hush::default() })
+        Ok(Self { field, path, bound, services, again, places, refusals: LogLimiter::default() })
     }
 
     /// Serves until `last`.
@@ -61,7 +61,7 @@ impl Server {
                 accepted = self.bound.listener.accept() => match accepted {
                     Ok((stream, _)) => self.welcome(stream, &last),
                     Err(error) => {
-                        if let Some(left_out) = self.refusals.tells("accept", Instant::now()) {
+                        if let Some(left_out) = self.refusals.permit("accept", Instant::now()) {
                             warn!(%error, socket = %self.path.display(), left_out, "cannot accept connections; trying again");
                         }
                         tokio::time::sleep(PAUSE).await;
@@ -96,7 +96,7 @@ impl Server {
 
     fn welcome(&self, stream: UnixStream, last: &CancellationToken) {
         let Ok(place) = self.places.clone().try_acquire_owned() else {
-            if let Some(left_out) = self.refusals.tells("connections", Instant::now()) {
+            if let Some(left_out) = self.refusals.permit("connections", Instant::now()) {
                 warn!(socket = %self.path.display(), left_out, "connection closed: there are {CONNECTIONS} already");
             }
             return;

@@ -31,7 +31,7 @@ use crate::{
     listener,
     session::Sessions,
     shutdown::Shutdown,
-    warm::Warmer,
+    warm::Prefetcher,
 };
 
 const FIELD: &str = "sockets.perPod.directory";
@@ -87,7 +87,7 @@ struct Shared {
     turn: Arc<Semaphore>,
     pods: Pods,
     sessions: Sessions,
-    warmer: Warmer,
+    warmer: Prefetcher,
     metrics: Metrics,
 }
 
@@ -131,7 +131,7 @@ pub struct Published {
 
 impl Sockets {
     /// Opens the directory and serves again what is published in it. `sessions` is what every socket serves, apart from the attestor.
-    pub fn open(config: &PerPod, pods: Pods, sessions: Sessions, warmer: Warmer, metrics: Metrics) -> Result<Self, Error> {
+    pub fn open(config: &PerPod, pods: Pods, sessions: Sessions, warmer: Prefetcher, metrics: Metrics) -> Result<Self, Error> {
         let root = Root::open(&config.directory)?;
         let mounts = Mounts::new(&config.directory, &config.kubelet_directory);
         mounts.prepare()?;

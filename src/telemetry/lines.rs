@@ -15,7 +15,7 @@ use tokio::time::Instant;
 use tracing::{Level, Metadata, callsite::Identifier};
 use tracing_subscriber::fmt::MakeWriter;
 
-use super::{Format, hush::Hush, is_ours};
+use super::{Format, hush::LogLimiter, is_ours};
 use crate::text;
 
 /// The most bytes of a line, with its end. A pipe takes a line of this length as a whole (`PIPE_BUF`).
@@ -30,7 +30,7 @@ const MARK: &str = "… [cut]";
 pub(super) struct Lines<W> {
     out: W,
     format: Format,
-    repeated: Arc<Hush<Identifier>>,
+    repeated: Arc<LogLimiter<Identifier>>,
 }
 
 impl<W> Lines<W> {
@@ -50,7 +50,7 @@ impl<'a, W: MakeWriter<'a>> MakeWriter<'a> for Lines<W> {
         if is_ours(metadata) || *metadata.level() > Level::INFO {
             return self.make_writer();
         }
-        match self.repeated.tells(metadata.callsite(), Instant::now()) {
+        match self.repeated.permit(metadata.callsite(), Instant::now()) {
             Some(left_out) => Line { left_out, ..self.make_writer() },
             None => Line { out: None, ..self.make_writer() },
         }

@@ -15,7 +15,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{Held, PATIENCE, Warmer};
+use super::{FIRST_CALL_TIMEOUT, Prefetch, Prefetcher};
 use crate::{
     attest::pods::{Pod, Pods, Starting},
     clock::Clock,
@@ -24,7 +24,7 @@ use crate::{
 
 /// Certificates that are made ahead of calls at once: half of what rotation makes at once, so that on a node that boots nobody who has
 /// called stands behind all those who have not.
-pub const AT_ONCE: usize = 4;
+pub const MAX_CONCURRENT: usize = 4;
 
 /// Who is warmed up.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -69,7 +69,7 @@ fn plain(path: &Path) -> PathBuf {
 /// See the module.
 #[derive(Debug)]
 pub struct Starts {
-    warmer: Warmer,
+    warmer: Prefetcher,
     rule: Rule,
     clock: Arc<dyn Clock>,
     told: mpsc::UnboundedReceiver<Starting>,
@@ -78,8 +78,8 @@ pub struct Starts {
 
 impl Starts {
     /// Of those of `pods` whom `rule` takes. To be made before `pods` run.
-    pub fn new(warmer: Warmer, rule: Rule, clock: Arc<dyn Clock>, pods: &Pods) -> Self {
-        Self { warmer, rule, clock, told: pods.starts(), turns: Arc::new(Semaphore::new(AT_ONCE)) }
+    pub fn new(warmer: Prefetcher, rule: Rule, clock: Arc<dyn Clock>, pods: &Pods) -> Self {
+        Self { warmer, rule, clock, told: pods.starts(), turns: Arc::new(Semaphore::new(MAX_CONCURRENT)) }
     }
 
     /// Warms them up until `drain`, and then nobody any more.
@@ -102,7 +102,7 @@ impl Starts {
     fn begin(&self, held: &mut JoinSet<()>, starting: Starting) {
         let Starting { known, host_paths, since } = starting;
         let waited = since.map_or_else(Default::default, |since| self.clock.now().duration_since(since).unwrap_or_default());
-        let patience = PATIENCE.saturating_sub(waited);
+        let patience = FIRST_CALL_TIMEOUT.saturating_sub(waited);
         // A pod that cannot start is not warmed up again by each start of the agent.
         if patience.is_zero() || !self.rule.takes(&known.pod, &host_paths) {
             return;
@@ -110,7 +110,7 @@ impl Starts {
         let (warmer, turns) = (self.warmer.clone(), self.turns.clone());
         held.spawn(async move {
             let (workload, nobody) = (known.pod.workload(), CancellationToken::new());
-            let whom = Held { workload: &workload, first_call: &known.first_call, terminated: &known.terminated, patience };
+            let whom = Prefetch { workload: &workload, first_call: &known.first_call, terminated: &known.terminated, patience };
             warmer.hold(&whom, &turns, &nobody).await;
         });
     }

@@ -52,11 +52,12 @@ impl World {
         let clock: Arc<dyn Clock> = Arc::new(TestClock::new(UNIX_EPOCH + Duration::from_secs(1_800_000_000)));
         let mut base = Base::new(Shutdown::new(Duration::ZERO));
         let (trust, last, mut tasks) = (Trust::new(trust::Metrics::default()), CancellationToken::new(), Vec::new());
-        let upstreams = upstream::issuers(&config, &mut base, &trust, Some(&cluster), &clock, &mut tasks, &last).unwrap();
-        let outlets = Outlets::new(&config, &upstreams, &*clock);
-        let (plan, resolver, reissue_window) = (outlets.plan.subscribe(), outlets.resolver.subscribe(), outlets.reissue_window.subscribe());
+        let issuer_set = upstream::issuers(&config, &mut base, &trust, Some(&cluster), &clock, &mut tasks, &last).unwrap();
+        let channels = ConfigChannels::new(&config, &issuer_set, &*clock);
+        let (plan, resolver, reissue_window) =
+            (channels.plan.subscribe(), channels.resolver.subscribe(), channels.reissue_window.subscribe());
         let file = File { path: path.to_owned(), env };
-        let mut reload = Reload::new(file, &config, upstreams, outlets, clock, Metrics::default(), last);
+        let mut reload = Reload::new(file, &config, issuer_set, channels, clock, Metrics::default(), last);
         reload.take(parse(text), true);
         Self { reload, plan, resolver, reissue_window }
     }
@@ -84,11 +85,11 @@ impl World {
     }
 
     fn issuers(&self) -> Vec<String> {
-        self.reload.upstreams.issuers().keys().map(ToString::to_string).collect()
+        self.reload.issuer_set.issuers().keys().map(ToString::to_string).collect()
     }
 
     fn scopes(&self) -> usize {
-        self.reload.upstreams.scopes()
+        self.reload.issuer_set.scopes()
     }
 }
 
@@ -141,22 +142,22 @@ async fn identities_stay_while_what_they_depend_on_waits_for_a_restart() {
 #[tokio::test]
 async fn issuers_come_and_go_and_one_that_stays_is_the_same() {
     let mut w = world("");
-    let known = w.reload.upstreams.issuers()[&IssuerName("default".into())].clone();
+    let known = w.reload.issuer_set.issuers()[&IssuerName("default".into())].clone();
     let profile = |namespace: &str| {
         let issuer = "issuerRef: { name: shop-ca, kind: ClusterIssuer }";
         format!("profiles: [ {{ name: shop, match: {{ namespaces: [shop] }}, {issuer}, namespace: {namespace} }} ]")
     };
     assert_eq!(w.read(&profile("sds-agent")), (true, true, true));
     assert_eq!((w.issuers(), w.scopes()), (vec!["default".into(), "shop".into()], 1));
-    assert!(Arc::ptr_eq(&known, &w.reload.upstreams.issuers()[&IssuerName("default".into())]));
-    let of_shop = w.reload.upstreams.issuers()[&IssuerName("shop".into())].clone();
+    assert!(Arc::ptr_eq(&known, &w.reload.issuer_set.issuers()[&IssuerName("default".into())]));
+    let of_shop = w.reload.issuer_set.issuers()[&IssuerName("shop".into())].clone();
     // A namespace of its own is watched by a watch of its own.
     w.read(&profile("elsewhere"));
     assert_eq!((w.issuers().len(), w.scopes()), (2, 2));
     w.read("");
     assert_eq!((w.issuers(), w.scopes()), (vec!["default".into()], 2));
     w.read(&profile("sds-agent"));
-    assert!(Arc::ptr_eq(&of_shop, &w.reload.upstreams.issuers()[&IssuerName("shop".into())]), "its queue and its memory are as they were");
+    assert!(Arc::ptr_eq(&of_shop, &w.reload.issuer_set.issuers()[&IssuerName("shop".into())]), "its queue and its memory are as they were");
 
     // One watch of all namespaces would meet the others: nothing of who signs what changes, the rest does.
     let before = w.reload.in_force.clone();

@@ -66,7 +66,7 @@ fn the_scopes_of_watches_never_meet() {
 struct World {
     api: FakeApi,
     config: Config,
-    upstreams: Upstreams,
+    issuer_set: IssuerSet,
     last: CancellationToken,
     running: Vec<JoinHandle<()>>,
 }
@@ -81,9 +81,9 @@ impl World {
         let clock: Arc<dyn Clock> = Arc::new(TestClock::new(SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000)));
         let mut base = Base::new(Shutdown::new(Duration::ZERO));
         let (trust, last, mut tasks) = (Trust::new(trust::Metrics::default()), CancellationToken::new(), Vec::new());
-        let upstreams = issuers(&config, &mut base, &trust, Some(&cluster), &clock, &mut tasks, &last).unwrap();
+        let issuer_set = issuers(&config, &mut base, &trust, Some(&cluster), &clock, &mut tasks, &last).unwrap();
         let running = tasks.into_iter().map(tokio::spawn).collect();
-        Self { api, config, upstreams, last, running }
+        Self { api, config, issuer_set, last, running }
     }
 
     /// Orders a certificate for a pod in `namespace`, as its profile says.
@@ -92,7 +92,7 @@ impl World {
         let account = Some("s".into());
         let workload = Workload::Pod { pod: pod.clone(), service_account: account, labels: Arc::default(), picked: None };
         let identity = Arc::new(self.config.resolver().resolve(&workload).unwrap());
-        let issuer = &self.upstreams.issuers[&identity.profile.issuer];
+        let issuer = &self.issuer_set.issuers[&identity.profile.issuer];
         let (progress, _) = Progress::new();
         tokio::spawn(issuer.issue(Order { identity, evidence: Some(pod), progress }))
     }
@@ -156,10 +156,10 @@ async fn an_issuer_that_is_taken_out_leaves_its_roots_and_says_so() {
     };
     let mut world = World::start(told(true));
     let words = "roots that an issuer brought stay";
-    world.upstreams.change(&told(true)).unwrap();
+    world.issuer_set.change(&told(true)).unwrap();
     assert_eq!(log.count(words), 0, "nothing has changed");
-    world.upstreams.change(&told(false)).unwrap();
-    world.upstreams.change(&told(false)).unwrap();
+    world.issuer_set.change(&told(false)).unwrap();
+    world.issuer_set.change(&told(false)).unwrap();
     assert_eq!(log.lines(words).iter().map(|line| &line["issuer"]).collect::<Vec<_>>(), ["mesh-ca"]);
     world.last.cancel();
 }

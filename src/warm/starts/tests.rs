@@ -20,7 +20,7 @@ use crate::{
     store::Store,
     trust::{self, Trust},
     warm::{
-        HANDOVER,
+        LEASE_HANDOVER,
         metrics::{Ended, Metrics},
     },
 };
@@ -94,7 +94,7 @@ impl World {
         let kube_metrics = kubernetes::Metrics::default();
         let pods = Pods::new(api.client(&kube_metrics), "n1", kube_metrics);
         let metrics = Metrics::default();
-        let warmer = Warmer { store: store.clone(), resolver, metrics: metrics.clone() };
+        let warmer = Prefetcher { store: store.clone(), resolver, metrics: metrics.clone() };
         let rule = Rule::new(config.warm_up.as_ref().unwrap(), &config.shared_socket.unwrap().path);
         tokio::spawn(Starts::new(warmer, rule, Arc::new(clock.clone()), &pods).run(drain.clone()));
         let (running, ending) = (pods.clone(), drain.clone());
@@ -160,9 +160,9 @@ async fn a_pod_that_starts_is_warmed_up_until_it_has_called_and_one_that_ran_bef
     world.api.put("pods", running("cart"));
     sleep(Duration::from_secs(1)).await;
     world.pods.wait_for("u-cart").await.unwrap().first_call.cancel();
-    sleep(HANDOVER / 2).await;
+    sleep(LEASE_HANDOVER / 2).await;
     assert_eq!(world.held(), ["cart"], "its own lease has time to come");
-    sleep(HANDOVER).await;
+    sleep(LEASE_HANDOVER).await;
     assert_eq!((world.held(), world.ended()), (vec![], [1, 0, 0]));
 }
 
@@ -172,7 +172,7 @@ async fn a_new_list_warms_up_who_starts_and_nobody_else() {
     world.api.put("pods", starting("cart"));
     sleep(Duration::from_secs(1)).await;
     world.pods.wait_for("u-cart").await.unwrap().first_call.cancel();
-    sleep(2 * HANDOVER).await;
+    sleep(2 * LEASE_HANDOVER).await;
     assert_eq!(world.held(), [""; 0]);
 
     // While the watch is away, pods come up, run, and one is about to start; `cart` is as it was.
@@ -212,7 +212,7 @@ async fn a_restart_finds_pods_that_still_start_but_not_for_longer_than_they_have
     api.put("pods", leaves);
     let world = World::start(api, "").await;
     assert_eq!(world.held(), ["new"]);
-    sleep(PATIENCE - 2 * MINUTE).await;
+    sleep(FIRST_CALL_TIMEOUT - 2 * MINUTE).await;
     assert_eq!((world.held(), world.ended()), (vec![], [0, 1, 0]));
     assert!(clock::unix_seconds(world.clock.now()) < 1_800_000_000 + 600);
 }
@@ -221,7 +221,7 @@ async fn a_restart_finds_pods_that_still_start_but_not_for_longer_than_they_have
 async fn who_never_calls_is_renewed_for_a_while_and_then_no_more() {
     let world = World::start(FakeApi::new(), "").await;
     world.api.put("pods", starting("cart"));
-    sleep(PATIENCE - MINUTE).await;
+    sleep(FIRST_CALL_TIMEOUT - MINUTE).await;
     assert_eq!(world.held(), ["cart"]);
     let renewed = world.orders();
     assert!(renewed > 9, "{renewed} orders of certificates that live for a minute");
@@ -257,13 +257,13 @@ async fn a_node_that_boots_orders_few_at_once() {
         answering.api.put("pods", starting(&format!("p{n}")));
     }
     sleep(Duration::from_secs(5)).await;
-    assert_eq!((silent.held().len(), silent.orders()), (AT_ONCE, AT_ONCE));
+    assert_eq!((silent.held().len(), silent.orders()), (MAX_CONCURRENT, MAX_CONCURRENT));
     assert_eq!((answering.held().len(), answering.orders() >= 100), (100, true));
     // Who calls before its turn needs none any more.
     silent.pods.wait_for("u-p99").await.unwrap().first_call.cancel();
-    sleep(2 * HANDOVER).await;
+    sleep(2 * LEASE_HANDOVER).await;
     assert_eq!(silent.ended(), [1, 0, 0]);
-    sleep(PATIENCE).await;
+    sleep(FIRST_CALL_TIMEOUT).await;
     assert_eq!((silent.held(), silent.ended()), (vec![], [1, 99, 0]));
 }
 
