@@ -32,9 +32,9 @@ use crate::{
     text,
 };
 
+pub mod active_rules;
 pub mod desk;
 pub mod events;
-pub mod force;
 pub mod gate;
 pub mod judge;
 pub mod limit;
@@ -47,12 +47,12 @@ pub mod role;
 pub mod rules;
 pub mod settings;
 
-pub use force::InForce;
+pub use active_rules::ActiveRules;
 pub use metrics::Metrics;
 pub use pods::Pods;
 pub use settings::Settings;
 
-use desk::{Desk, Outcome};
+use desk::{Outcome, Reconciler};
 use queue::{Key, Queue, key};
 use replicas::Standing;
 use role::{Cause, Role};
@@ -62,16 +62,16 @@ pub const RATE: RequestRate = RequestRate { per_second: 200, burst: 400 };
 /// Requests that are worked on at once.
 const WORKERS: usize = 16;
 /// Requests that are left undecided at once, because a newer file may allow them. What comes beyond them is decided at once.
-const MOST_HESITATING: usize = 512;
+const MAX_DEFERRED: usize = 512;
 /// Requests approved by others that are remembered, so that each is told once.
-const REMEMBERED: usize = 1024;
+const MAX_REPORTED: usize = 1024;
 
 /// What an approver is made of.
 pub struct Parts {
     /// The way to the API.
     pub client: Client,
     /// The rules, the newest of which count. When they change, undecided requests are looked at again, even those that were none of theirs.
-    pub in_force: watch::Receiver<Arc<InForce>>,
+    pub active_rules: watch::Receiver<Arc<ActiveRules>>,
     /// The cluster's pods.
     pub pods: Pods,
     /// The time.
@@ -87,14 +87,14 @@ pub struct Parts {
 /// One replica.
 pub struct Approver {
     client: Client,
-    in_force: watch::Receiver<Arc<InForce>>,
-    desk: Arc<Desk>,
+    active_rules: watch::Receiver<Arc<ActiveRules>>,
+    desk: Arc<Reconciler>,
     standing: watch::Receiver<Standing>,
     may_have_others: bool,
     kube_metrics: kubernetes::Metrics,
     metrics: Metrics,
     /// The UIDs of requests that others have approved, as far as the log has told of them.
-    told: Mutex<VecDeque<String>>,
+    reported: Mutex<VecDeque<String>>,
     synced: watch::Sender<bool>,
 }
 
@@ -107,18 +107,18 @@ impl fmt::Debug for Approver {
 impl Approver {
     /// An approver that does nothing before it [runs](Self::run).
     pub fn new(parts: Parts) -> Self {
-        let Parts { client, in_force, pods, clock, instance, kube_metrics, metrics } = parts;
+        let Parts { client, active_rules, pods, clock, instance, kube_metrics, metrics } = parts;
         let (standing, may_have_others) = (pods.standing(), pods.may_have_replicas());
-        let desk = Arc::new(Desk::new(client.clone(), in_force.clone(), pods, clock, instance, metrics.clone()));
+        let desk = Arc::new(Reconciler::new(client.clone(), active_rules.clone(), pods, clock, instance, metrics.clone()));
         Self {
             client,
-            in_force,
+            active_rules,
             desk,
             standing,
             may_have_others,
             kube_metrics,
             metrics,
-            told: Mutex::default(),
+            reported: Mutex::default(),
             synced: watch::Sender::new(false),
         }
     }
@@ -130,7 +130,7 @@ impl Approver {
 
     /// Decides for ever, or is on standby.
     pub async fn run(self) {
-        let (mut signals, mut changes, mut standing) = (Box::pin(self.watch()), self.in_force.clone(), self.standing.clone());
+        let (mut signals, mut changes, mut standing) = (Box::pin(self.watch()), self.active_rules.clone(), self.standing.clone());
         let (mut queue, mut workers, mut resting) = (Queue::default(), JoinSet::<(Key, Outcome)>::new(), DelayQueue::<Key>::new());
         let mut issuers = changes.borrow_and_update().rules.issuers.clone();
         let mut role = Role::new(self.may_have_others);
@@ -140,10 +140,10 @@ impl Approver {
             self.apply_role(role.decides());
             while role.decides().is_some()
                 && workers.len() < WORKERS
-                && let Some((key, case)) = queue.pop()
+                && let Some((key, item)) = queue.pop()
             {
-                let (desk, may_hesitate) = (self.desk.clone(), resting.len() < MOST_HESITATING);
-                workers.spawn(async move { (key, desk.settle(case, may_hesitate).await) });
+                let (desk, may_defer) = (self.desk.clone(), resting.len() < MAX_DEFERRED);
+                workers.spawn(async move { (key, desk.reconcile(item, may_defer).await) });
             }
             self.metrics.pending.set(i64::try_from(queue.len()).unwrap_or(i64::MAX));
             tokio::select! {
@@ -165,7 +165,7 @@ impl Approver {
                             resting.insert(key, pause.mul_f64(0.5 + 0.5 * fastrand::f64()));
                         }
                     }
-                    Ok((key, Outcome::Hesitates(pause))) => {
+                    Ok((key, Outcome::Deferred(pause))) => {
                         if queue.waits(&key) {
                             resting.insert(key, pause);
                         }
@@ -241,19 +241,20 @@ impl Approver {
 
     /// Whoever else approves makes all of this worth nothing: the operator has to know. Approvals of before the start are not told.
     fn look_for_others(&self, request: &Request) {
-        let Some(by) = judge::approved_by_another(request, &self.in_force.borrow().rules).map(|by| text::excerpt(by, text::MAX_NAME_CHARS))
+        let Some(by) =
+            judge::approved_by_another(request, &self.active_rules.borrow().rules).map(|by| text::excerpt(by, text::MAX_NAME_CHARS))
         else {
             return;
         };
         let Some(uid) = request.metadata.uid.clone() else { return };
-        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
-        if told.contains(&uid) {
+        let mut reported = self.reported.lock().unwrap_or_else(PoisonError::into_inner);
+        if reported.contains(&uid) {
             return;
         }
-        if told.len() == REMEMBERED {
-            told.pop_front();
+        if reported.len() == MAX_REPORTED {
+            reported.pop_front();
         }
-        told.push_back(uid);
+        reported.push_back(uid);
         self.metrics.foreign.inc();
         let (namespace, name) = key(request);
         tracing::error!(
@@ -266,7 +267,7 @@ impl Approver {
     }
 
     fn seen(&self, queue: &mut Queue, request: Request) {
-        if judge::is_ours(&request, &self.in_force.borrow().rules) {
+        if judge::is_ours(&request, &self.active_rules.borrow().rules) {
             queue.seen(request, Instant::now());
         } else {
             queue.gone(&key(&request));

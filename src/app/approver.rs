@@ -47,7 +47,7 @@ pub async fn build_approver(settings: &Settings, file: reload::File, base: Base)
     let reload = Reload::new(file, settings, reloads::Metrics::register(exposition.registry()));
     let approver = Approver::new(approver::Parts {
         client,
-        in_force: reload.in_force(),
+        active_rules: reload.active_rules(),
         pods: pods.clone(),
         clock: Arc::new(SystemClock),
         instance: config.node.pod.as_ref().map_or_else(|| "sds-agent-approver".to_owned(), |pod| pod.name.to_string()),

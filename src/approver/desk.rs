@@ -17,13 +17,13 @@ use tokio::{sync::watch, time::Instant};
 
 use crate::{
     approver::{
+        active_rules::ActiveRules,
         events::Events,
-        force::InForce,
         gate::{Slot, WriteGate},
-        judge::{self, Decision, Denial, Sight, decide, evidence},
+        judge::{self, Decision, Denial, PodView, decide, evidence},
         metrics::{Decided, Metrics, Step},
         pods::Pods,
-        queue::Case,
+        queue::WorkItem,
     },
     attest::pods::Pod,
     cert_manager::{Condition, PLURAL, Request, claims, denied},
@@ -38,7 +38,7 @@ pub const APPROVER: &str = "approver.sds-agent.io";
 /// The plural with its group, for people.
 const RESOURCE: &str = "certificaterequests.cert-manager.io";
 /// How often a request that others keep changing is judged in one go.
-const ROUNDS: usize = 4;
+const MAX_ROUNDS: usize = 4;
 
 /// A live read of a pod that is older is made again before the decision that rests on it is written.
 const MAX_LIVE_READ_AGE: Duration = Duration::from_secs(1);
@@ -55,14 +55,14 @@ pub enum Outcome {
     /// It is left undecided, because this replica is on standby now.
     Yielded,
     /// It is left undecided for so long: it differs from the configuration, and the agent's file may be newer than the approver's.
-    Hesitates(Duration),
+    Deferred(Duration),
 }
 
 /// A decision and what it rests on.
 struct Judged {
     decision: Decision,
-    by_former: bool,
-    in_force: Arc<InForce>,
+    by_superseded: bool,
+    active_rules: Arc<ActiveRules>,
 }
 
 /// What a live read of a pod has told.
@@ -73,9 +73,9 @@ struct LiveRead {
 }
 
 /// What the workers share.
-pub struct Desk {
+pub struct Reconciler {
     client: Client,
-    in_force: watch::Receiver<Arc<InForce>>,
+    active_rules: watch::Receiver<Arc<ActiveRules>>,
     pods: Pods,
     clock: Arc<dyn Clock>,
     events: Events,
@@ -84,30 +84,41 @@ pub struct Desk {
     /// Denials that the log has been told of, by reason, requester and node.
     denials: LogLimiter<(&'static str, String, String)>,
     /// The same of those that are put off.
-    hesitations: LogLimiter<(&'static str, String, String)>,
+    deferrals: LogLimiter<(&'static str, String, String)>,
     /// The trouble that the log has been told of.
-    told: Mutex<Option<String>>,
+    logged_trouble: Mutex<Option<String>>,
 }
 
-impl std::fmt::Debug for Desk {
+impl std::fmt::Debug for Reconciler {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Desk").field("pods", &self.pods).finish_non_exhaustive()
     }
 }
 
-impl Desk {
-    /// Decides by what is `in_force`.
+impl Reconciler {
+    /// Decides by what is `active_rules`.
     pub fn new(
         client: Client,
-        in_force: watch::Receiver<Arc<InForce>>,
+        active_rules: watch::Receiver<Arc<ActiveRules>>,
         pods: Pods,
         clock: Arc<dyn Clock>,
         instance: String,
         metrics: Metrics,
     ) -> Self {
         let events = Events::new(client.clone(), instance, metrics.clone());
-        let (denials, hesitations) = (LogLimiter::default(), LogLimiter::default());
-        Self { client, in_force, pods, clock, events, gate: WriteGate::default(), metrics, denials, hesitations, told: Mutex::default() }
+        let (denials, deferrals) = (LogLimiter::default(), LogLimiter::default());
+        Self {
+            client,
+            active_rules,
+            pods,
+            clock,
+            events,
+            gate: WriteGate::default(),
+            metrics,
+            denials,
+            deferrals,
+            logged_trouble: Mutex::default(),
+        }
     }
 
     /// Whether decisions are written. On standby, whatever waits to be written ends as [`Outcome::Yielded`].
@@ -115,33 +126,33 @@ impl Desk {
         self.gate.set_open(deciding);
     }
 
-    /// Decides about one request, and writes it. `may_hesitate` is whether there is room for one more that is left undecided.
-    pub async fn settle(&self, case: Case, may_hesitate: bool) -> Outcome {
-        let (mut request, mut live) = (case.request.clone(), None);
-        for _ in 0..ROUNDS {
-            let (judged, slot) = match self.judge_for_writing(&request, &mut live, &case, may_hesitate).await {
+    /// Decides about one request, and writes it. `may_defer` is whether there is room for one more that is left undecided.
+    pub async fn reconcile(&self, item: WorkItem, may_defer: bool) -> Outcome {
+        let (mut request, mut live) = (item.request.clone(), None);
+        for _ in 0..MAX_ROUNDS {
+            let (judged, slot) = match self.judge_for_writing(&request, &mut live, &item, may_defer).await {
                 Ok(ready) => ready,
                 Err(outcome) => return outcome,
             };
-            let Judged { decision, by_former, in_force } = judged;
-            if !Arc::ptr_eq(&in_force, &self.in_force.borrow()) {
+            let Judged { decision, by_superseded, active_rules } = judged;
+            if !Arc::ptr_eq(&active_rules, &self.active_rules.borrow()) {
                 continue;
             }
             let condition = match &decision {
                 Decision::Approve(sentence) => self.condition("Approved", APPROVER, sentence),
                 Decision::Deny(denial) => self.condition("Denied", denial.code, &denial.sentence),
                 // A live read leaves nothing to look at.
-                Decision::Ignore | Decision::Look(_) => return Outcome::Settled,
+                Decision::Ignore | Decision::NeedsLiveRead(_) => return Outcome::Settled,
             };
             match slot.write(self.write(&request, condition), Result::is_ok).await {
                 Ok(()) => {
-                    if by_former {
-                        self.metrics.by_former.inc();
+                    if by_superseded {
+                        self.metrics.by_superseded.inc();
                     }
-                    self.decided(&request, &decision, case.since).await;
+                    self.decided(&request, &decision, item.since).await;
                     return Outcome::Settled;
                 }
-                Err(failure) if failure.cause == Cause::Conflict => match self.again(&request).await {
+                Err(failure) if failure.cause == Cause::Conflict => match self.reread(&request).await {
                     Ok(Some(newer)) if judge::decided_by_a_replica(&newer) => return Outcome::Conflict,
                     Ok(Some(newer)) => request = Arc::new(newer),
                     Ok(None) => return Outcome::Settled,
@@ -160,58 +171,58 @@ impl Desk {
         &self,
         request: &Request,
         live: &mut Option<LiveRead>,
-        case: &Case,
-        may_hesitate: bool,
+        item: &WorkItem,
+        may_defer: bool,
     ) -> Result<(Judged, Slot<'_>), Outcome> {
         let judged = self.judge(request, live).await?;
-        self.is_to_be_written(request, &judged, case, may_hesitate)?;
+        self.is_to_be_written(request, &judged, item, may_defer)?;
         let slot = self.gate.slot().await.ok_or(Outcome::Yielded)?;
         if !slot.waited {
             return Ok((judged, slot));
         }
         let judged = self.judge(request, live).await?;
-        self.is_to_be_written(request, &judged, case, may_hesitate)?;
+        self.is_to_be_written(request, &judged, item, may_defer)?;
         Ok((judged, slot))
     }
 
     /// # Errors
     ///
     /// The outcome, where nothing is to be written now.
-    fn is_to_be_written(&self, request: &Request, judged: &Judged, case: &Case, may_hesitate: bool) -> Result<(), Outcome> {
+    fn is_to_be_written(&self, request: &Request, judged: &Judged, item: &WorkItem, may_defer: bool) -> Result<(), Outcome> {
         match &judged.decision {
             Decision::Deny(denial)
-                if may_hesitate
+                if may_defer
                     && matches!(denial.code, denied::PROFILE_MISMATCH | denied::WRONG_IDENTITY)
-                    && Arc::ptr_eq(&judged.in_force, &self.in_force.borrow())
-                    && let left = judged.in_force.hesitation().saturating_sub(case.since.elapsed())
+                    && Arc::ptr_eq(&judged.active_rules, &self.active_rules.borrow())
+                    && let left = judged.active_rules.deferral().saturating_sub(item.since.elapsed())
                     && !left.is_zero() =>
             {
-                self.put_off(request, denial, left);
-                Err(Outcome::Hesitates(left))
+                self.defer(request, denial, left);
+                Err(Outcome::Deferred(left))
             }
             Decision::Ignore => Err(Outcome::Settled),
-            Decision::Approve(_) | Decision::Deny(_) | Decision::Look(_) => Ok(()),
+            Decision::Approve(_) | Decision::Deny(_) | Decision::NeedsLiveRead(_) => Ok(()),
         }
     }
 
     /// Judges by the watch, and where that does not do, by a live read: the one in `live`, if it is fresh, or a new one.
     async fn judge(&self, request: &Request, live: &mut Option<LiveRead>) -> Result<Judged, Outcome> {
-        let in_force = self.in_force.borrow().clone();
+        let active_rules = self.active_rules.borrow().clone();
         let watched = evidence(request).and_then(|pod| self.pods.watched(&pod.uid));
-        let (decision, by_former) = match decide(request, Sight::Watched(watched.as_deref()), &in_force, Instant::now()) {
-            (Decision::Look(asked), _) => {
+        let (decision, by_superseded) = match decide(request, PodView::Cached(watched.as_deref()), &active_rules, Instant::now()) {
+            (Decision::NeedsLiveRead(asked), _) => {
                 let fresh = live.take().filter(|read| read.asked == asked && read.begun.elapsed() < MAX_LIVE_READ_AGE);
                 let read = match fresh {
                     Some(read) => read,
                     None => self.read_live(asked).await?,
                 };
-                let decision = decide(request, Sight::Live(read.found.as_ref()), &in_force, Instant::now());
+                let decision = decide(request, PodView::Live(read.found.as_ref()), &active_rules, Instant::now());
                 *live = Some(read);
                 decision
             }
             decided => decided,
         };
-        Ok(Judged { decision, by_former, in_force })
+        Ok(Judged { decision, by_superseded, active_rules })
     }
 
     async fn read_live(&self, asked: PodRef) -> Result<LiveRead, Outcome> {
@@ -251,7 +262,7 @@ impl Desk {
     }
 
     /// The request as it is now; none where it is another one, or gone.
-    async fn again(&self, request: &Request) -> Result<Option<Request>, Outcome> {
+    async fn reread(&self, request: &Request) -> Result<Option<Request>, Outcome> {
         let call = call("get", request);
         match self.api(request).get(call.name.unwrap_or_default()).await {
             Ok(newer) => Ok(Some(newer).filter(|newer| newer.metadata.uid == request.metadata.uid)),
@@ -263,7 +274,7 @@ impl Desk {
     }
 
     async fn decided(&self, request: &Request, decision: &Decision, since: Instant) {
-        if let Some(trouble) = self.told.lock().unwrap_or_else(PoisonError::into_inner).take() {
+        if let Some(trouble) = self.logged_trouble.lock().unwrap_or_else(PoisonError::into_inner).take() {
             tracing::info!(trouble, "decisions can be written again");
         }
         let (namespace, name) = place(request);
@@ -278,13 +289,13 @@ impl Desk {
                 self.log(request, denial);
                 self.events.tell(request, denial, &clock::rfc3339(self.clock.now())).await;
             }
-            Decision::Ignore | Decision::Look(_) => {}
+            Decision::Ignore | Decision::NeedsLiveRead(_) => {}
         }
     }
 
     /// Tells the log of a request that is left undecided for now.
-    fn put_off(&self, request: &Request, denial: &Denial, left: Duration) {
-        let Some(left_out) = self.hesitations.permit(cause(request, denial), Instant::now()) else { return };
+    fn defer(&self, request: &Request, denial: &Denial, left: Duration) {
+        let Some(left_out) = self.deferrals.permit(cause(request, denial), Instant::now()) else { return };
         let ((namespace, name), seconds) = (place(request), left.as_secs());
         let (reason, why) = (denial.code, &denial.sentence);
         tracing::warn!(
@@ -315,10 +326,10 @@ impl Desk {
         self.metrics.failed(step);
         // Without the request's name: the same trouble meets all of them.
         let text = format!("{} {}: {failure}", call.verb, call.resource);
-        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
-        if told.as_ref() != Some(&text) {
+        let mut logged_trouble = self.logged_trouble.lock().unwrap_or_else(PoisonError::into_inner);
+        if logged_trouble.as_ref() != Some(&text) {
             tracing::error!(call = %call, error = %failure, "cannot decide about a request; trying again");
-            *told = Some(text);
+            *logged_trouble = Some(text);
         }
         Outcome::Failed
     }

@@ -10,8 +10,8 @@ use tokio::time::Instant;
 
 use crate::{
     approver::{
+        active_rules::ActiveRules,
         desk::APPROVER,
-        force::InForce,
         rules::{Expectation, Rules},
     },
     attest::pods::Pod,
@@ -26,9 +26,9 @@ const SHOWN: usize = 200;
 
 /// What is known of the pod that a request names.
 #[derive(Debug, Clone, Copy)]
-pub enum Sight<'a> {
+pub enum PodView<'a> {
     /// What the watch tells; none where it has not seen the pod.
-    Watched(Option<&'a Pod>),
+    Cached(Option<&'a Pod>),
     /// What a read that began after the request was seen told; none where there is no such pod.
     Live(Option<&'a Pod>),
 }
@@ -43,7 +43,7 @@ pub enum Decision {
     /// It is none of ours, or decided already.
     Ignore,
     /// Only a live read of this pod can tell.
-    Look(PodRef),
+    NeedsLiveRead(PodRef),
 }
 
 /// Why not.
@@ -91,23 +91,23 @@ pub fn evidence(request: &Request) -> Option<PodRef> {
 
 /// Decides about `request` by the newest rules, and where these do not approve it, by the former ones that still count at `now`; whether
 /// it is by those that it is approved. What no rule approves is denied in the words of the newest.
-pub fn decide(request: &Request, sight: Sight<'_>, in_force: &InForce, now: Instant) -> (Decision, bool) {
-    let newest = judge(request, sight, &in_force.rules);
+pub fn decide(request: &Request, view: PodView<'_>, active_rules: &ActiveRules, now: Instant) -> (Decision, bool) {
+    let newest = judge(request, view, &active_rules.rules);
     if matches!(newest, Decision::Approve(_) | Decision::Ignore) {
         return (newest, false);
     }
-    let by_former = in_force.former(now).find_map(|rules| match judge(request, sight, rules) {
+    let by_superseded = active_rules.superseded(now).find_map(|rules| match judge(request, view, rules) {
         Decision::Approve(sentence) => Some(Decision::Approve(format!("{sentence}, by a configuration that was replaced lately"))),
         _ => None,
     });
-    match by_former {
+    match by_superseded {
         Some(approval) => (approval, true),
         None => (newest, false),
     }
 }
 
 /// Decides about `request` by these rules.
-pub fn judge(request: &Request, sight: Sight<'_>, rules: &Rules) -> Decision {
+pub fn judge(request: &Request, view: PodView<'_>, rules: &Rules) -> Decision {
     if !is_ours(request, rules) {
         return Decision::Ignore;
     }
@@ -115,13 +115,13 @@ pub fn judge(request: &Request, sight: Sight<'_>, rules: &Rules) -> Decision {
         Ok(asked) => asked,
         Err(denial) => return Decision::Deny(denial),
     };
-    let pod = match sight {
-        Sight::Watched(pod) | Sight::Live(pod) => pod.filter(|pod| pod.pod == asked.evidence),
+    let pod = match view {
+        PodView::Cached(pod) | PodView::Live(pod) => pod.filter(|pod| pod.pod == asked.evidence),
     };
-    match (with_pod(&asked, pod, rules), sight) {
+    match (with_pod(&asked, pod, rules), view) {
         (Ok(sentence), _) => Decision::Approve(sentence),
-        (Err(_), Sight::Watched(_)) => Decision::Look(asked.evidence),
-        (Err(denial), Sight::Live(_)) => Decision::Deny(denial),
+        (Err(_), PodView::Cached(_)) => Decision::NeedsLiveRead(asked.evidence),
+        (Err(denial), PodView::Live(_)) => Decision::Deny(denial),
     }
 }
 

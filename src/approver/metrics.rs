@@ -54,7 +54,7 @@ pub struct Metrics {
     pub(super) conflicts: Counter,
     pub(super) live_reads: Counter,
     pub(super) foreign: Counter,
-    pub(super) by_former: Counter,
+    pub(super) by_superseded: Counter,
 }
 
 impl Default for Metrics {
@@ -68,7 +68,7 @@ impl Default for Metrics {
             conflicts: Counter::default(),
             live_reads: Counter::default(),
             foreign: Counter::default(),
-            by_former: Counter::default(),
+            by_superseded: Counter::default(),
         }
     }
 }
@@ -116,7 +116,7 @@ impl Metrics {
         registry.register(
             "approver_former_approvals",
             "Requests that were approved by a configuration which has been replaced, within approver.overlap",
-            metrics.by_former.clone(),
+            metrics.by_superseded.clone(),
         );
         metrics
     }

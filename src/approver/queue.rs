@@ -13,16 +13,16 @@ use tokio::time::Instant;
 use crate::cert_manager::Request;
 
 /// After the first trouble with a request; it doubles.
-const SHORTEST_PAUSE: Duration = Duration::from_millis(500);
+const MIN_BACKOFF: Duration = Duration::from_millis(500);
 /// A right that is missing comes back by a person's hand; a server that is away, sooner than that.
-const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+const MAX_BACKOFF: Duration = Duration::from_secs(30);
 
 /// Namespace and name.
 pub type Key = (String, String);
 
 /// One request to decide about.
 #[derive(Debug, Clone)]
-pub struct Case {
+pub struct WorkItem {
     /// As it was last seen.
     pub request: Arc<Request>,
     /// When it was first seen.
@@ -31,7 +31,7 @@ pub struct Case {
 
 #[derive(Debug)]
 struct Entry {
-    case: Case,
+    item: WorkItem,
     state: State,
     /// In a row.
     failures: u32,
@@ -90,15 +90,15 @@ impl Queue {
         let request = Arc::new(request);
         match self.entries.get_mut(&key) {
             Some(entry) => {
-                entry.case.request = request;
+                entry.item.request = request;
                 match &mut entry.state {
                     State::Working { changed } => *changed = true,
-                    State::Leaving => (entry.case.since, entry.state) = (now, State::Working { changed: true }),
+                    State::Leaving => (entry.item.since, entry.state) = (now, State::Working { changed: true }),
                     State::Ready | State::Resting => {}
                 }
             }
             None => {
-                self.entries.insert(key.clone(), Entry { case: Case { request, since: now }, state: State::Ready, failures: 0 });
+                self.entries.insert(key.clone(), Entry { item: WorkItem { request, since: now }, state: State::Ready, failures: 0 });
                 self.ready.push_back(key);
             }
         }
@@ -131,12 +131,12 @@ impl Queue {
     }
 
     /// The next to work on, oldest first.
-    pub fn pop(&mut self) -> Option<(Key, Case)> {
+    pub fn pop(&mut self) -> Option<(Key, WorkItem)> {
         while let Some(key) = self.ready.pop_front() {
             // Others were gone before it was their turn, or came back meanwhile and stand in the line again.
             if let Some(entry) = self.entries.get_mut(&key).filter(|entry| entry.state == State::Ready) {
                 entry.state = State::Working { changed: false };
-                return Some((key, entry.case.clone()));
+                return Some((key, entry.item.clone()));
             }
         }
         None
@@ -162,7 +162,7 @@ impl Queue {
             self.entries.remove(key);
         }
         let entry = self.entries.get_mut(key).filter(|entry| matches!(entry.state, State::Working { .. }))?;
-        let pause = (SHORTEST_PAUSE * 2_u32.pow(entry.failures.min(10))).min(LONGEST_PAUSE);
+        let pause = (MIN_BACKOFF * 2_u32.pow(entry.failures.min(10))).min(MAX_BACKOFF);
         entry.failures += 1;
         entry.state = State::Resting;
         Some(pause)
@@ -248,7 +248,7 @@ mod tests {
     }
 
     fn next(queue: &mut Queue) -> Option<(String, String)> {
-        queue.pop().map(|(key, case)| (key.1, case.request.metadata.resource_version.clone().unwrap()))
+        queue.pop().map(|(key, item)| (key.1, item.request.metadata.resource_version.clone().unwrap()))
     }
 
     #[test]

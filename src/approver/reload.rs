@@ -8,7 +8,7 @@ use tokio::{sync::watch, time::Instant};
 use tracing::{error, info, warn};
 
 use super::{
-    force::InForce,
+    active_rules::ActiveRules,
     settings::{Refused, Settings},
 };
 use crate::{
@@ -31,7 +31,7 @@ pub struct File {
 /// Follows the file.
 pub struct Reload {
     file: File,
-    in_force: watch::Sender<Arc<InForce>>,
+    active_rules: watch::Sender<Arc<ActiveRules>>,
     metrics: Metrics,
     started: Config,
     is_first: bool,
@@ -51,7 +51,7 @@ impl Reload {
     pub fn new(file: File, settings: &Settings, metrics: Metrics) -> Self {
         Self {
             file,
-            in_force: watch::Sender::new(Arc::new(InForce::new(settings.rules.clone()))),
+            active_rules: watch::Sender::new(Arc::new(ActiveRules::new(settings.rules.clone()))),
             metrics,
             started: settings.config.clone(),
             is_first: true,
@@ -62,8 +62,8 @@ impl Reload {
     }
 
     /// What is in force, now and later.
-    pub fn in_force(&self) -> watch::Receiver<Arc<InForce>> {
-        self.in_force.subscribe()
+    pub fn active_rules(&self) -> watch::Receiver<Arc<ActiveRules>> {
+        self.active_rules.subscribe()
     }
 
     /// Follows it for ever.
@@ -83,7 +83,7 @@ impl Reload {
             info!(file, "the configuration file is good again");
         }
         self.tell(&settings);
-        let before = self.in_force.borrow().clone();
+        let before = self.active_rules.borrow().clone();
         if settings.rules == before.rules {
             // What is read first is what was read a moment ago, at the start.
             if !is_first {
@@ -97,7 +97,7 @@ impl Reload {
             file,
             overlap, "the rules have changed; for the overlap, what the former ones allow to agents and issuers that stay is approved too"
         );
-        self.in_force.send_replace(Arc::new(before.replaced(settings.rules, Instant::now())));
+        self.active_rules.send_replace(Arc::new(before.replaced(settings.rules, Instant::now())));
     }
 
     /// What the log should have once.
@@ -156,18 +156,18 @@ mod tests {
         [Outcome::ok, Outcome::invalid, Outcome::unchanged].map(|result| metrics.counts(result).0)
     }
 
-    fn lifetime(in_force: &InForce) -> u64 {
-        in_force.rules.resolver.default_profile.lifetime.as_secs() / 3600
+    fn lifetime(active_rules: &ActiveRules) -> u64 {
+        active_rules.rules.resolver.default_profile.lifetime.as_secs() / 3600
     }
 
     #[test]
     fn a_good_file_counts_and_a_bad_one_changes_nothing() {
         let mut reload = reload("config.yaml".into());
-        let (rules, metrics) = (reload.in_force(), reload.metrics.clone());
+        let (rules, metrics) = (reload.active_rules(), reload.metrics.clone());
         let now = |hours| {
-            let in_force = rules.borrow();
-            assert_eq!(lifetime(&in_force), hours);
-            in_force.former(Instant::now()).count()
+            let active_rules = rules.borrow();
+            assert_eq!(lifetime(&active_rules), hours);
+            active_rules.superseded(Instant::now()).count()
         };
         reload.take(settings(&text("1h")));
         assert_eq!((now(1), counted(&metrics)), (0, [0, 0, 0]));
@@ -201,13 +201,13 @@ mod tests {
         publish("..1", &text("1h"));
         symlink("..data/config.yaml", at("config.yaml")).unwrap();
         let reload = reload(at("config.yaml"));
-        let (mut rules, metrics) = (reload.in_force(), reload.metrics.clone());
+        let (mut rules, metrics) = (reload.active_rules(), reload.metrics.clone());
         let task = tokio::spawn(reload.run());
         publish("..2", &text("2h"));
         fs::remove_dir_all(at("..1")).unwrap();
         publish("..3", "no: configuration\n");
         publish("..4", &text("3h"));
-        let changed = rules.wait_for(|in_force| lifetime(in_force) == 3);
+        let changed = rules.wait_for(|active_rules| lifetime(active_rules) == 3);
         timeout(Duration::from_secs(20), changed).await.expect("no change").unwrap();
         assert_eq!(metrics.counts(Outcome::ok).1, 1);
         task.abort();

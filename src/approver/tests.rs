@@ -27,7 +27,7 @@ const CR: &str = "certificaterequests";
 struct Replica {
     metrics: Metrics,
     pods: Pods,
-    in_force: watch::Sender<Arc<InForce>>,
+    active_rules: watch::Sender<Arc<ActiveRules>>,
     tasks: Vec<JoinHandle<()>>,
 }
 
@@ -53,10 +53,10 @@ impl Replica {
         let (kube_metrics, metrics) = (kubernetes::Metrics::default(), Metrics::default());
         let client = api.client_at(&kube_metrics, RATE);
         let pods = Pods::new(client.clone(), own, None, kube_metrics.clone());
-        let in_force = watch::Sender::new(Arc::new(InForce::new(rules)));
+        let active_rules = watch::Sender::new(Arc::new(ActiveRules::new(rules)));
         let approver = Approver::new(Parts {
             client,
-            in_force: in_force.subscribe(),
+            active_rules: active_rules.subscribe(),
             pods: pods.clone(),
             clock: Arc::new(TestClock::new(SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000))),
             instance: "approver-0".into(),
@@ -68,13 +68,13 @@ impl Replica {
             let pods = pods.clone();
             tasks.push(tokio::spawn(async move { pods.run().await }));
         }
-        Self { metrics, pods, in_force, tasks }
+        Self { metrics, pods, active_rules, tasks }
     }
 
     /// As a new file does.
     fn change(&self, rules: Rules) {
-        let newer = self.in_force.borrow().replaced(rules, Instant::now());
-        self.in_force.send_replace(Arc::new(newer));
+        let newer = self.active_rules.borrow().replaced(rules, Instant::now());
+        self.active_rules.send_replace(Arc::new(newer));
     }
 }
 

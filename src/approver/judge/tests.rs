@@ -86,14 +86,14 @@ pub(crate) fn request() -> Request {
 }
 
 fn decide(request: &Request, pod: Option<&Pod>) -> Decision {
-    judge(request, Sight::Live(pod), &rules())
+    judge(request, PodView::Live(pod), &rules())
 }
 
 /// The denial of a request with one change, which needs no pod to be seen.
 pub(crate) fn denied_at_once(change: impl Fn(&mut Request)) -> Denial {
     let mut request = request();
     change(&mut request);
-    let decisions = [Sight::Watched(None), Sight::Watched(Some(&pod())), Sight::Live(None)].map(|sight| judge(&request, sight, &rules()));
+    let decisions = [PodView::Cached(None), PodView::Cached(Some(&pod())), PodView::Live(None)].map(|view| judge(&request, view, &rules()));
     match &decisions {
         [Decision::Deny(denial), b, c] if decisions[0] == *b && decisions[0] == *c => denial.clone(),
         _ => panic!("{decisions:?}"),
@@ -105,7 +105,7 @@ fn denied(change: impl Fn(&mut Request), pod: Option<&Pod>) -> Denial {
     let mut request = request();
     change(&mut request);
     let uid = request.metadata.annotations.as_ref().unwrap()[keys::POD_UID].clone();
-    let Decision::Look(asked) = judge(&request, Sight::Watched(pod), &rules()) else { panic!("denied without a live read") };
+    let Decision::NeedsLiveRead(asked) = judge(&request, PodView::Cached(pod), &rules()) else { panic!("denied without a live read") };
     assert_eq!(&*asked.uid, uid);
     match decide(&request, pod) {
         Decision::Deny(denial) => denial,
@@ -124,10 +124,10 @@ fn asks(spiffe_id: &'static str, dns_names: &'static [&'static str]) -> impl Fn(
 #[test]
 fn what_an_agent_asks_for_a_pod_of_its_node_is_approved_by_the_watch_or_a_live_read() {
     let approved = Decision::Approve("pod \"shop/cart-1\" on node \"n1\" may have spiffe://cluster.local/ns/shop/sa/cart".into());
-    for sight in [Sight::Watched(Some(&pod())), Sight::Live(Some(&pod()))] {
-        assert_eq!(judge(&request(), sight, &rules()), approved);
+    for view in [PodView::Cached(Some(&pod())), PodView::Live(Some(&pod()))] {
+        assert_eq!(judge(&request(), view, &rules()), approved);
     }
-    assert_eq!(judge(&request(), Sight::Watched(None), &rules()), Decision::Look(pod().pod));
+    assert_eq!(judge(&request(), PodView::Cached(None), &rules()), Decision::NeedsLiveRead(pod().pod));
     let mut seconds = request();
     seconds.spec.duration = Some("3600s".into());
     assert_eq!(decide(&seconds, Some(&pod())), approved);
@@ -191,11 +191,11 @@ fn an_issuer_of_a_namespace_is_another_one_elsewhere() {
     rules.issuers[0].issuer.kind = "Issuer".into();
     let mut request = request();
     request.spec.issuer_ref.kind = String::new();
-    assert!(matches!(judge(&request, Sight::Live(Some(&pod())), &rules), Decision::Approve(_)));
+    assert!(matches!(judge(&request, PodView::Live(Some(&pod())), &rules), Decision::Approve(_)));
     request.metadata.namespace = Some("elsewhere".into());
-    assert_eq!(judge(&request, Sight::Live(Some(&pod())), &rules), Decision::Ignore);
+    assert_eq!(judge(&request, PodView::Live(Some(&pod())), &rules), Decision::Ignore);
     rules.issuers[0].namespace = RequestNamespace::Workload;
-    let Decision::Deny(denial) = judge(&request, Sight::Live(Some(&pod())), &rules) else { panic!() };
+    let Decision::Deny(denial) = judge(&request, PodView::Live(Some(&pod())), &rules) else { panic!() };
     assert!(
         denial.sentence.starts_with("the namespace is \"elsewhere\", and by the approver's profile default \"shop\": give"),
         "{denial:?}"
@@ -272,9 +272,9 @@ fn annotations_of_others_are_no_agents() {
 
     let told = Rules { annotations: [Pattern::parse("policies.example/*").unwrap()].into(), ..rules() };
     annotate("policies.example/mutated", "yes")(&mut request);
-    assert!(matches!(judge(&request, Sight::Live(Some(&pod())), &told), Decision::Approve(_)));
+    assert!(matches!(judge(&request, PodView::Live(Some(&pod())), &told), Decision::Approve(_)));
     annotate("other.example/mutated", "yes")(&mut request);
-    assert!(matches!(judge(&request, Sight::Live(Some(&pod())), &told), Decision::Deny(_)));
+    assert!(matches!(judge(&request, PodView::Live(Some(&pod())), &told), Decision::Deny(_)));
 }
 
 #[test]
@@ -359,7 +359,7 @@ fn another_configuration_is_told_by_field_and_by_both_values() {
     rules.issuers.push(payments);
     let mut request = request();
     request.spec.issuer_ref.name = "payments-ca".into();
-    let Decision::Deny(denial) = judge(&request, Sight::Live(Some(&pod())), &rules) else { panic!() };
+    let Decision::Deny(denial) = judge(&request, PodView::Live(Some(&pod())), &rules) else { panic!() };
     let expected = "the issuer is \"ClusterIssuer.cert-manager.io/payments-ca\", and by the approver's profile default \
                     \"ClusterIssuer.cert-manager.io/mesh-ca\": give agents and approver the same configuration";
     assert_eq!(denial, Denial { code: denied::PROFILE_MISMATCH, sentence: expected.into() });

@@ -37,7 +37,7 @@ async fn agents_that_have_the_former_file_are_approved_for_the_overlap_and_not_f
         api.put(CR, asked(name, hours));
         assert_eq!(decided(&api, name).await["type"], "Approved", "{name}");
     }
-    assert_eq!(replica.metrics.by_former.get(), 1);
+    assert_eq!(replica.metrics.by_superseded.get(), 1);
     tokio::time::sleep(OVERLAP).await;
     api.put(CR, asked("late", 1));
     let start = Instant::now();
@@ -59,7 +59,7 @@ async fn agents_that_have_the_new_file_first_wait_for_the_approvers() {
     replica.change(lasting(2));
     assert_eq!(decided(&api, "ahead").await["type"], "Approved");
     assert!(start.elapsed() < Duration::from_secs(1), "{:?}", start.elapsed());
-    assert_eq!((replica.metrics.by_former.get(), replica.metrics.pending.get()), (0, 0));
+    assert_eq!((replica.metrics.by_superseded.get(), replica.metrics.pending.get()), (0, 0));
 }
 
 #[tokio::test(start_paused = true)]
@@ -127,7 +127,7 @@ async fn no_more_than_so_many_requests_wait_for_a_file() {
     put_pod(&api);
     let replica = Replica::by(&api, true, lasting(1));
     tokio::time::sleep(Duration::from_secs(1)).await;
-    for n in 0..MOST_HESITATING + 100 {
+    for n in 0..MAX_DEFERRED + 100 {
         api.put(CR, asked(&format!("r{n}"), 2));
     }
     tokio::time::sleep(Duration::from_secs(60)).await;
@@ -139,5 +139,5 @@ async fn no_more_than_so_many_requests_wait_for_a_file() {
     assert_eq!(decided(&api, "good").await["type"], "Approved");
     assert!(start.elapsed() < Duration::from_secs(1));
     tokio::time::sleep(Duration::from_secs(120)).await;
-    assert_eq!(replica.metrics.count(Decided::denied, "ProfileMismatch"), MOST_HESITATING as u64 + 100);
+    assert_eq!(replica.metrics.count(Decided::denied, "ProfileMismatch"), MAX_DEFERRED as u64 + 100);
 }

@@ -14,52 +14,52 @@ use tokio::time::Instant;
 use super::rules::Rules;
 
 /// Former rules that are remembered: changes come by a person's hand, and each reaches the agents within a minute or two.
-const MOST_FORMER: usize = 8;
+const MAX_SUPERSEDED: usize = 8;
 /// By so much may the approver's file be behind an agent's: a kubelet looks at a mounted ConfigMap every 60 to 90 seconds.
-const LONGEST_HESITATION: Duration = Duration::from_secs(120);
+const MAX_DEFERRAL: Duration = Duration::from_secs(120);
 
 /// See the module.
 #[derive(Debug, Clone)]
-pub struct InForce {
+pub struct ActiveRules {
     /// The newest.
     pub rules: Rules,
-    former: Vec<Former>,
+    superseded: Vec<Superseded>,
 }
 
 #[derive(Debug, Clone)]
-struct Former {
+struct Superseded {
     rules: Rules,
     until: Instant,
 }
 
-impl InForce {
+impl ActiveRules {
     /// These, and none before them.
     pub fn new(rules: Rules) -> Self {
-        Self { rules, former: Vec::new() }
+        Self { rules, superseded: Vec::new() }
     }
 
     /// What is in force when `rules` replace these at `now`. How long the former count is for the new ones to say.
     pub fn replaced(&self, rules: Rules, now: Instant) -> Self {
         let until = now + rules.overlap;
-        let replaced = iter::once(Former { rules: self.rules.clone(), until });
-        let before = self.former.iter().map(|former| Former { until: former.until.min(until), ..former.clone() });
-        let mut former: Vec<_> = replaced.chain(before).filter(|former| now < former.until).take(MOST_FORMER).collect();
-        for Former { rules: former, .. } in &mut former {
-            former.agents.clone_from(&rules.agents);
-            former.annotations.clone_from(&rules.annotations);
-            former.issuers.retain(|guarded| rules.issuers.iter().any(|still| still.issuer == guarded.issuer));
+        let replaced = iter::once(Superseded { rules: self.rules.clone(), until });
+        let before = self.superseded.iter().map(|superseded| Superseded { until: superseded.until.min(until), ..superseded.clone() });
+        let mut superseded: Vec<_> = replaced.chain(before).filter(|superseded| now < superseded.until).take(MAX_SUPERSEDED).collect();
+        for Superseded { rules: superseded, .. } in &mut superseded {
+            superseded.agents.clone_from(&rules.agents);
+            superseded.annotations.clone_from(&rules.annotations);
+            superseded.issuers.retain(|guarded| rules.issuers.iter().any(|still| still.issuer == guarded.issuer));
         }
-        Self { rules, former }
+        Self { rules, superseded }
     }
 
     /// The former rules that still count at `now`, the latest first.
-    pub fn former(&self, now: Instant) -> impl Iterator<Item = &Rules> {
-        self.former.iter().filter(move |former| now < former.until).map(|former| &former.rules)
+    pub fn superseded(&self, now: Instant) -> impl Iterator<Item = &Rules> {
+        self.superseded.iter().filter(move |superseded| now < superseded.until).map(|superseded| &superseded.rules)
     }
 
     /// For how long after its first sight a request that differs from the configuration is not denied: the agent's file may be newer.
-    pub fn hesitation(&self) -> Duration {
-        self.rules.overlap.min(LONGEST_HESITATION)
+    pub fn deferral(&self) -> Duration {
+        self.rules.overlap.min(MAX_DEFERRAL)
     }
 }
 
@@ -69,7 +69,7 @@ mod tests {
     use crate::{
         approver::{
             judge::{
-                self, Decision, Sight,
+                self, Decision, PodView,
                 tests::{pod, request, rules},
             },
             rules::Guarded,
@@ -90,25 +90,25 @@ mod tests {
     }
 
     /// Why not, or nothing.
-    fn denial(in_force: &InForce, now: Instant) -> Option<&'static str> {
+    fn denial(active_rules: &ActiveRules, now: Instant) -> Option<&'static str> {
         let pod = pod();
-        match judge::decide(&request(), Sight::Live(Some(&pod)), in_force, now).0 {
+        match judge::decide(&request(), PodView::Live(Some(&pod)), active_rules, now).0 {
             Decision::Approve(_) => None,
             Decision::Deny(denial) => Some(denial.code),
             Decision::Ignore => Some("ignored"),
-            Decision::Look(_) => panic!("a live read leaves nothing to look at"),
+            Decision::NeedsLiveRead(_) => panic!("a live read leaves nothing to look at"),
         }
     }
 
     #[test]
     fn what_the_former_rules_allow_is_allowed_for_the_overlap_and_not_for_longer() {
         let now = Instant::now();
-        let (one, two) = (InForce::new(lasting(1)), InForce::new(lasting(1)).replaced(lasting(2), now));
+        let (one, two) = (ActiveRules::new(lasting(1)), ActiveRules::new(lasting(1)).replaced(lasting(2), now));
         assert_eq!((denial(&one, now), denial(&two, now)), (None, None));
         let pod = pod();
-        let (decision, by_former) = judge::decide(&request(), Sight::Watched(Some(&pod)), &two, now);
-        assert!(by_former && matches!(decision, Decision::Approve(_)), "{decision:?}");
-        assert!(!judge::decide(&request(), Sight::Watched(Some(&pod)), &one, now).1);
+        let (decision, by_superseded) = judge::decide(&request(), PodView::Cached(Some(&pod)), &two, now);
+        assert!(by_superseded && matches!(decision, Decision::Approve(_)), "{decision:?}");
+        assert!(!judge::decide(&request(), PodView::Cached(Some(&pod)), &one, now).1);
         assert_eq!(denial(&two, now + OVERLAP - Duration::from_millis(1)), None);
         assert_eq!(denial(&two, now + OVERLAP), Some(denied::PROFILE_MISMATCH));
 
@@ -117,16 +117,16 @@ mod tests {
         let three = two.replaced(lasting(3), later);
         assert_eq!(denial(&three, later), None);
         assert_eq!(denial(&three, now + OVERLAP), Some(denied::PROFILE_MISMATCH));
-        assert_eq!(three.former(now + OVERLAP).count(), 1);
+        assert_eq!(three.superseded(now + OVERLAP).count(), 1);
     }
 
     #[test]
     fn without_an_overlap_nothing_former_counts_and_one_that_runs_ends() {
         let now = Instant::now();
         let at_once = |rules: Rules| Rules { overlap: Duration::ZERO, ..rules };
-        let two = InForce::new(lasting(1)).replaced(lasting(2), now);
-        for ended in [InForce::new(lasting(1)).replaced(at_once(lasting(2)), now), two.replaced(at_once(lasting(2)), now)] {
-            assert_eq!((denial(&ended, now), ended.hesitation()), (Some(denied::PROFILE_MISMATCH), Duration::ZERO));
+        let two = ActiveRules::new(lasting(1)).replaced(lasting(2), now);
+        for ended in [ActiveRules::new(lasting(1)).replaced(at_once(lasting(2)), now), two.replaced(at_once(lasting(2)), now)] {
+            assert_eq!((denial(&ended, now), ended.deferral()), (Some(denied::PROFILE_MISMATCH), Duration::ZERO));
         }
     }
 
@@ -136,12 +136,12 @@ mod tests {
         let agents = |name: &str, hours| Rules { agents: [name.to_owned()].into(), ..lasting(hours) };
         let agent = rules().agents.pop_first().unwrap();
         for hours in [1, 2] {
-            let removed = InForce::new(lasting(1)).replaced(agents("system:serviceaccount:a:b", hours), now);
+            let removed = ActiveRules::new(lasting(1)).replaced(agents("system:serviceaccount:a:b", hours), now);
             assert_eq!(denial(&removed, now), Some(denied::NOT_THE_AGENT));
             let twice = removed.replaced(agents("system:serviceaccount:a:c", hours), now);
             assert_eq!(denial(&twice, now), Some(denied::NOT_THE_AGENT));
         }
-        let added = InForce::new(agents("system:serviceaccount:a:b", 1)).replaced(agents(&agent, 2), now);
+        let added = ActiveRules::new(agents("system:serviceaccount:a:b", 1)).replaced(agents(&agent, 2), now);
         assert_eq!(denial(&added, now), None);
     }
 
@@ -151,19 +151,19 @@ mod tests {
         let named = |name: &str| IssuerRef { name: name.into(), kind: "ClusterIssuer".into(), group: "cert-manager.io".into() };
         let guarded =
             |profile: &str, issuer: &str| Guarded { name: IssuerName(profile.into()), issuer: named(issuer), ..rules().issuers.remove(0) };
-        let removed = InForce::new(lasting(1)).replaced(Rules { issuers: vec![guarded("default", "new-ca")], ..lasting(1) }, now);
+        let removed = ActiveRules::new(lasting(1)).replaced(Rules { issuers: vec![guarded("default", "new-ca")], ..lasting(1) }, now);
         assert_eq!(denial(&removed, now), Some("ignored"));
-        assert!(removed.former(now).all(|rules| rules.issuers.is_empty()));
+        assert!(removed.superseded(now).all(|rules| rules.issuers.is_empty()));
         // One that still signs for others does so for those who had it, as long as the overlap lasts.
         let moved = vec![guarded("default", "new-ca"), guarded("payments", "mesh-ca")];
-        let moved = InForce::new(lasting(1)).replaced(Rules { issuers: moved, ..lasting(1) }, now);
+        let moved = ActiveRules::new(lasting(1)).replaced(Rules { issuers: moved, ..lasting(1) }, now);
         assert_eq!((denial(&moved, now), denial(&moved, now + OVERLAP)), (None, Some(denied::PROFILE_MISMATCH)));
     }
 
     #[test]
     fn what_is_remembered_is_bounded() {
         let now = Instant::now();
-        let many = (2..100).fold(InForce::new(lasting(1)), |in_force, hours| in_force.replaced(lasting(hours), now));
-        assert_eq!((many.former(now).count(), many.hesitation()), (MOST_FORMER, LONGEST_HESITATION));
+        let many = (2..100).fold(ActiveRules::new(lasting(1)), |active_rules, hours| active_rules.replaced(lasting(hours), now));
+        assert_eq!((many.superseded(now).count(), many.deferral()), (MAX_SUPERSEDED, MAX_DEFERRAL));
     }
 }
