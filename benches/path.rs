@@ -10,7 +10,7 @@ use sds_agent::{
     attest::{self, unix::UnixAttestor},
     caller::{Authenticator, Connection},
     issuer::{csr, verify},
-    material::{CertificateChain, Face, PrivateKey, Svid},
+    material::{CertificateChain, PrivateKey, Svid, Variant},
     peer::Peer,
     sds::secret,
 };
@@ -87,13 +87,13 @@ fn parts(c: &mut Criterion) {
         Svid::new(identity.clone(), chain.clone(), key, validity.not_after, validity.not_before, "0123456789abcdef".into())
     };
     c.bench_function("encode, first time", |b| {
-        b.iter_batched_ref(fresh, |svid| secret::certificate(svid, Face::StateOfTheWorld, "default"), BatchSize::SmallInput);
+        b.iter_batched_ref(fresh, |svid| secret::certificate(svid, Variant::Sotw, "default"), BatchSize::SmallInput);
     });
     let svid = fresh();
     c.bench_function("encode, again", |b| {
         b.iter(|| {
-            let resource = secret::certificate(&svid, Face::StateOfTheWorld, "default");
-            secret::response(Face::StateOfTheWorld, svid.version(), "", [resource])
+            let resource = secret::certificate(&svid, Variant::Sotw, "default");
+            secret::response(Variant::Sotw, svid.version(), "", [resource])
         });
     });
 }

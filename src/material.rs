@@ -299,31 +299,31 @@ impl TrustBundle {
 
 /// Which protocol a resource is encoded for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Face {
+pub enum Variant {
     /// SotW SDS: `DiscoveryResponse.resources`.
-    StateOfTheWorld,
+    Sotw,
     /// Incremental SDS: `DeltaDiscoveryResponse.resources`.
     Delta,
 }
 
 /// The encoded forms of one piece of material: each is made once, shared by all its receivers and wiped with its last reference.
 #[derive(Default)]
-pub struct Encodings(Mutex<Vec<(Face, Box<str>, Bytes)>>);
+pub struct EncodedCache(Mutex<Vec<(Variant, Box<str>, Bytes)>>);
 
-impl Encodings {
-    /// The buffer for (`face`, `name`), made by `encode` at its first use.
-    pub fn once(&self, face: Face, name: &str, encode: impl FnOnce() -> Zeroizing<Vec<u8>>) -> Bytes {
+impl EncodedCache {
+    /// The buffer for (`variant`, `name`), made by `encode` at its first use.
+    pub fn get_or_encode(&self, variant: Variant, name: &str, encode: impl FnOnce() -> Zeroizing<Vec<u8>>) -> Bytes {
         let mut forms = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, _, bytes)) = forms.iter().find(|(f, n, _)| *f == face && &**n == name) {
+        if let Some((_, _, bytes)) = forms.iter().find(|(f, n, _)| *f == variant && &**n == name) {
             return bytes.clone();
         }
         let bytes = Bytes::from_owner(encode());
-        forms.push((face, name.into(), bytes.clone()));
+        forms.push((variant, name.into(), bytes.clone()));
         bytes
     }
 }
 
-impl fmt::Debug for Encodings {
+impl fmt::Debug for EncodedCache {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Encodings(redacted)")
     }
@@ -346,7 +346,7 @@ pub struct Svid {
     pub authority: String,
     version: OnceLock<String>,
     /// Its encoded forms.
-    pub encodings: Encodings,
+    pub encoded: EncodedCache,
 }
 
 impl Svid {
@@ -359,7 +359,7 @@ impl Svid {
         settled_at: SystemTime,
         authority: String,
     ) -> Self {
-        Self { identity, chain, key, renew_at, settled_at, authority, version: OnceLock::new(), encodings: Encodings::default() }
+        Self { identity, chain, key, renew_at, settled_at, authority, version: OnceLock::new(), encoded: EncodedCache::default() }
     }
 
     /// The leaf's SPIFFE ID.
@@ -538,10 +538,10 @@ mod tests {
 
     #[test]
     fn an_encoding_is_made_once_for_each_face_and_name() {
-        let encodings = Encodings::default();
+        let encoded = EncodedCache::default();
         let mut made = 0;
-        for (face, name) in [(Face::Delta, "a"), (Face::Delta, "a"), (Face::StateOfTheWorld, "a"), (Face::Delta, "b")] {
-            encodings.once(face, name, || {
+        for (variant, name) in [(Variant::Delta, "a"), (Variant::Delta, "a"), (Variant::Sotw, "a"), (Variant::Delta, "b")] {
+            encoded.get_or_encode(variant, name, || {
                 made += 1;
                 Zeroizing::new(vec![1])
             });

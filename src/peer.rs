@@ -24,10 +24,10 @@ use nix::{
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-use self::record::Record;
+use self::procfs_handle::ProcfsHandle;
 use crate::fd;
 
-pub mod record;
+pub mod procfs_handle;
 
 /// Whether this kernel gives a handle on a peer (`SO_PEERPIDFD`, Linux 6.5).
 pub fn kernel_pins() -> io::Result<bool> {
@@ -48,7 +48,7 @@ pub struct Peer {
     /// The effective group id.
     pub gid: u32,
     pidfd: Option<Arc<OwnedFd>>,
-    record: Option<Record>,
+    procfs_handle: Option<ProcfsHandle>,
     dropped: CancellationToken,
     _drop: DropGuard,
 }
@@ -68,8 +68,8 @@ impl Peer {
     /// What [`of`](Self::of) does on kernels before 6.5. `proc` is where procfs is mounted.
     pub fn recorded(socket: &impl AsFd, proc: &Path) -> io::Result<Self> {
         let mut peer = Self::with(socket, None)?;
-        peer.record = Record::take(proc, peer.pid, peer.uid, peer.gid).ok();
-        peer.pidfd = peer.record.as_ref().and_then(|record| record.pidfd(peer.pid)).map(Arc::new);
+        peer.procfs_handle = ProcfsHandle::take(proc, peer.pid, peer.uid, peer.gid).ok();
+        peer.pidfd = peer.procfs_handle.as_ref().and_then(|procfs_handle| procfs_handle.pidfd(peer.pid)).map(Arc::new);
         Ok(peer)
     }
 
@@ -78,7 +78,7 @@ impl Peer {
         let dropped = CancellationToken::new();
         let guard = dropped.clone().drop_guard();
         let (pid, uid, gid) = (credentials.pid(), credentials.uid(), credentials.gid());
-        Ok(Self { pid, uid, gid, pidfd: pidfd.map(Arc::new), record: None, dropped, _drop: guard })
+        Ok(Self { pid, uid, gid, pidfd: pidfd.map(Arc::new), procfs_handle: None, dropped, _drop: guard })
     }
 
     /// A process that has not connected, for a look at how it would be judged.
@@ -91,7 +91,7 @@ impl Peer {
         let (uid, gid) = (effective("Uid:").ok_or_else(no_such)?, effective("Gid:").ok_or_else(no_such)?);
         let dropped = CancellationToken::new();
         let guard = dropped.clone().drop_guard();
-        Ok(Self { pid, uid, gid, pidfd: Some(Arc::new(handle)), record: None, dropped, _drop: guard })
+        Ok(Self { pid, uid, gid, pidfd: Some(Arc::new(handle)), procfs_handle: None, dropped, _drop: guard })
     }
 
     /// A peer for tests that have no socket: no process, no handle.
@@ -99,22 +99,22 @@ impl Peer {
     pub(crate) fn without_process(uid: u32) -> Self {
         let dropped = CancellationToken::new();
         let guard = dropped.clone().drop_guard();
-        Self { pid: 0, uid, gid: uid, pidfd: None, record: None, dropped, _drop: guard }
+        Self { pid: 0, uid, gid: uid, pidfd: None, procfs_handle: None, dropped, _drop: guard }
     }
 
     /// Whether there is a handle at all.
     pub fn has_handle(&self) -> bool {
-        self.pidfd.is_some() || self.record.is_some()
+        self.pidfd.is_some() || self.procfs_handle.is_some()
     }
 
     /// Whether the handle is the kernel's, on the very process that connected.
     pub fn is_pinned(&self) -> bool {
-        self.pidfd.is_some() && self.record.is_none()
+        self.pidfd.is_some() && self.procfs_handle.is_none()
     }
 
     /// The process's directory in `/proc`, where it was opened with the connection.
     pub fn directory(&self) -> Option<&OwnedFd> {
-        self.record.as_ref().map(Record::directory)
+        self.procfs_handle.as_ref().map(ProcfsHandle::directory)
     }
 
     /// The number of the handle. From Linux 6.9 on, no two processes ever have the same one; before, all have.
@@ -131,7 +131,7 @@ impl Peer {
     /// descriptor of its own; on kernels without pidfds (before 5.3) only the drop is noticed.
     pub fn ended(&self) -> io::Result<impl Future<Output = bool> + Send + use<>> {
         let watched = match self.pidfd.clone() {
-            None if self.record.is_some() => None,
+            None if self.procfs_handle.is_some() => None,
             None => return Err(io::ErrorKind::Unsupported.into()),
             Some(pidfd) => Some(match fd::watched_shared(pidfd.clone()) {
                 // A descriptor is registered once.
@@ -160,7 +160,7 @@ impl Peer {
             // A pidfd becomes readable when its process ends.
             matches!(poll(&mut fds, PollTimeout::ZERO), Ok(0))
         };
-        self.has_handle() && self.pidfd.as_ref().is_none_or(runs) && self.record.as_ref().is_none_or(Record::is_alive)
+        self.has_handle() && self.pidfd.as_ref().is_none_or(runs) && self.procfs_handle.as_ref().is_none_or(ProcfsHandle::is_alive)
     }
 }
 

@@ -24,7 +24,7 @@ use self::crl::RevocationList;
 use crate::{
     clock,
     identity::TrustDomain,
-    material::{self, CertificateChain, Encodings, TrustBundle},
+    material::{self, CertificateChain, EncodedCache, TrustBundle},
 };
 
 pub mod config_map;
@@ -45,7 +45,7 @@ pub struct Bundle {
     crls: Vec<RevocationList>,
     version: String,
     /// Its encoded forms.
-    pub encodings: Encodings,
+    pub encoded: EncodedCache,
 }
 
 impl Bundle {
@@ -58,7 +58,7 @@ impl Bundle {
             crls.iter().for_each(|list| hash.update(list.der()));
             version = format!("b-{}", material::hex(&hash.finish().as_ref()[..8]));
         }
-        Self { roots, crls, version, encodings: Encodings::default() }
+        Self { roots, crls, version, encoded: EncodedCache::default() }
     }
 
     /// `b-` and a digest of the content: of the roots alone where there are no lists.

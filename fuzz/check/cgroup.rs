@@ -1,6 +1,6 @@
 //! What must hold for any two cgroup files: the agent's own and a caller's. An input is the agent's file, a line `--`, and the caller's.
 
-use sds_agent::attest::cgroup::{Error, Own, Place, place};
+use sds_agent::attest::cgroup::{Error, HostPrefix, PodCgroup, place};
 
 const AGENT: &str = "11111111-2222-3333-4444-555555555555";
 const VICTIM: &str = "99999999-8888-7777-6666-555555555555";
@@ -10,12 +10,12 @@ pub fn check(data: &[u8]) {
     let text = String::from_utf8_lossy(data);
     let (own, file) = text.split_once("\n--\n").unwrap_or(("", &text));
     for pod in [None, Some(AGENT)] {
-        let own = Own::of(own, pod).unwrap_or_default();
+        let own = HostPrefix::of(own, pod).unwrap_or_default();
         judge(file, &own);
     }
 }
 
-fn judge(file: &str, own: &Own) {
+fn judge(file: &str, own: &HostPrefix) {
     let Ok(first) = place(file, own) else { return };
     assert!(is_evident(first.pod.as_str(), file), "{first:?} stands nowhere in {file:?}");
     assert!(first.container.as_ref().is_none_or(|id| file.contains(id.as_str())), "{first:?} stands nowhere in {file:?}");
@@ -31,7 +31,7 @@ fn judge(file: &str, own: &Own) {
         };
         let deeper: String = file.lines().map(|line| if line.is_empty() { String::new() } else { format!("{line}{below}\n") }).collect();
         match place(&deeper, own) {
-            Ok(Place { pod, .. }) => assert_eq!(pod, first.pod, "gained by {below}"),
+            Ok(PodCgroup { pod, .. }) => assert_eq!(pod, first.pod, "gained by {below}"),
             Err(Error::Conflicting { .. }) => {}
             Err(error) => panic!("{error} by {below}"),
         }

@@ -27,7 +27,7 @@ impl fmt::Display for PodUid {
 
 /// Where a process runs.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Place {
+pub struct PodCgroup {
     /// Its pod.
     pub pod: PodUid,
     /// The id of its container, as the runtime knows it; none for what a runtime runs beside its containers, and where the hierarchies
@@ -56,9 +56,9 @@ pub enum Error {
 
 /// The agent's own place in each hierarchy, as a prefix of what it sees of others.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Own(Vec<(String, String)>);
+pub struct HostPrefix(Vec<(String, String)>);
 
-impl Own {
+impl HostPrefix {
     /// Reads the agent's own cgroup file. In a pod (`pod_uid`), the prefix is what lies above its kubelet's cgroups: the container that is
     /// the node, or nothing. Outside of any pod the agent runs where the node's processes run, and all of its path is the prefix.
     pub fn of(cgroup_file: &str, pod_uid: Option<&str>) -> Result<Self, Error> {
@@ -88,7 +88,7 @@ impl Own {
     }
 }
 
-impl fmt::Display for Own {
+impl fmt::Display for HostPrefix {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut prefixes: Vec<&str> = self.0.iter().map(|(_, prefix)| prefix.as_str()).filter(|prefix| !prefix.is_empty()).collect();
         prefixes.sort_unstable();
@@ -99,12 +99,12 @@ impl fmt::Display for Own {
 }
 
 /// The pod that the process of `cgroup_file` runs in.
-pub fn pod_uid(cgroup_file: &str, own: &Own) -> Result<PodUid, Error> {
+pub fn pod_uid(cgroup_file: &str, own: &HostPrefix) -> Result<PodUid, Error> {
     place(cgroup_file, own).map(|place| place.pod)
 }
 
 /// The pod that the process of `cgroup_file` runs in, and the container.
-pub fn place(cgroup_file: &str, own: &Own) -> Result<Place, Error> {
+pub fn place(cgroup_file: &str, own: &HostPrefix) -> Result<PodCgroup, Error> {
     let mut pod: Option<PodUid> = None;
     let mut containers: Vec<&str> = Vec::new();
     for line in lines(cgroup_file) {
@@ -119,7 +119,7 @@ pub fn place(cgroup_file: &str, own: &Own) -> Result<Place, Error> {
     }
     containers.dedup();
     let container = if let [one] = containers[..] { Some(one.to_owned()) } else { None };
-    pod.map(|pod| Place { pod, container }).ok_or_else(|| Error::NotInPod(evidence(cgroup_file)))
+    pod.map(|pod| PodCgroup { pod, container }).ok_or_else(|| Error::NotInPod(evidence(cgroup_file)))
 }
 
 /// (hierarchy, path) of each line. A path may hold colons, a hierarchy may not.

@@ -17,7 +17,7 @@ use rustix::fs::{Mode, OFlags, openat};
 use crate::{
     attest::{
         Attested, Attestor, Error, Method, Reason,
-        cgroup::{self, Own, Place},
+        cgroup::{self, HostPrefix, PodCgroup},
         origin::{ByPod, Origins},
         pods::{Known, Pods},
     },
@@ -33,7 +33,7 @@ const MAX_CGROUP_BYTES: u64 = 64 << 10;
 pub struct KubernetesAttestor {
     pods: Pods,
     proc: PathBuf,
-    own: Own,
+    own: HostPrefix,
     policy: AttestationPolicy,
     accepts_pid_reuse: bool,
 }
@@ -49,7 +49,7 @@ impl KubernetesAttestor {
     /// agent's pod, where it runs in one.
     pub fn new(pods: Pods, proc: PathBuf, own_pod: Option<&PodRef>) -> io::Result<Self> {
         let file = read_cgroup(File::open(proc.join("self/cgroup")))?;
-        let own = Own::of(&file, own_pod.map(|pod| &*pod.uid)).map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))?;
+        let own = HostPrefix::of(&file, own_pod.map(|pod| &*pod.uid)).map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))?;
         Ok(Self { pods, proc, own, policy: AttestationPolicy::default(), accepts_pid_reuse: false })
     }
 
@@ -107,7 +107,7 @@ impl KubernetesAttestor {
     }
 
     /// Asks the policy.
-    async fn allow(&self, peer: &Peer, place: &Place, known: &Known) -> Result<(), Error> {
+    async fn allow(&self, peer: &Peer, place: &PodCgroup, known: &Known) -> Result<(), Error> {
         let AttestationPolicy { containers, uids } = &self.policy;
         let (pod, pid) = (&known.pod.pod, peer.pid);
         if !uids.is_empty() && !uids.contains(&peer.uid) {
@@ -129,7 +129,7 @@ impl KubernetesAttestor {
         Err(Error::refused(Reason::container_not_allowed, detail).by(pod))
     }
 
-    async fn place(&self, peer: &Peer) -> Result<Place, Error> {
+    async fn place(&self, peer: &Peer) -> Result<PodCgroup, Error> {
         let pid = peer.pid;
         let opened = peer.directory().map(|directory| openat(directory, "cgroup", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()));
         let path = self.proc.join(pid.to_string()).join("cgroup");

@@ -8,7 +8,7 @@
 use std::{fmt, path::PathBuf, sync::Arc};
 
 use super::{
-    cgroup::{self, Own},
+    cgroup::{self, HostPrefix},
     kubernetes::read_cgroup,
 };
 use crate::peer::Peer;
@@ -70,12 +70,12 @@ pub struct ByPod {
     /// Where procfs is mounted.
     proc: Arc<PathBuf>,
     /// The agent's own place.
-    own: Arc<Own>,
+    own: Arc<HostPrefix>,
 }
 
 impl ByPod {
     /// By what `proc` says, seen from the agent's `own` place.
-    pub fn new(proc: PathBuf, own: Arc<Own>) -> Self {
+    pub fn new(proc: PathBuf, own: Arc<HostPrefix>) -> Self {
         Self { proc: Arc::new(proc), own }
     }
 

@@ -14,7 +14,7 @@ use self::{
 };
 use super::{Exit, output};
 use crate::{
-    attest::cgroup::Own,
+    attest::cgroup::HostPrefix,
     config::{self, Attestation, Config, Env, IssuerConfig, Loaded},
     peer::Peer,
 };
@@ -212,7 +212,7 @@ fn without_shared_socket() -> Step {
 }
 
 /// Whom this very process would be taken for.
-async fn myself(config: &Config, cluster: Option<(&Cluster, Option<&Own>)>) -> Step {
+async fn myself(config: &Config, cluster: Option<(&Cluster, Option<&HostPrefix>)>) -> Step {
     let name = "verdict";
     let peer = i32::try_from(std::process::id()).map_err(std::io::Error::other).and_then(Peer::of_process);
     let peer = match peer {
@@ -296,7 +296,7 @@ async fn examine(config: Option<&Config>, target: Target) -> Vec<Step> {
     steps
 }
 
-fn read_cgroups(pid: i32, own: &Own, steps: &mut Vec<Step>) -> Option<String> {
+fn read_cgroups(pid: i32, own: &HostPrefix, steps: &mut Vec<Step>) -> Option<String> {
     let (step, uid) = process::cgroups(pid, own);
     steps.push(step);
     uid.map(|uid| uid.to_string())

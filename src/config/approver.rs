@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use super::{
     environment::PodEnvironment,
-    error::Wrong,
+    error::FieldError,
     reader::Section,
     values::{self, is_dns_name},
 };
@@ -36,7 +36,7 @@ impl Approver {
 }
 
 /// Walks the section.
-pub(super) fn walk(section: &Section<'_>, pod: Option<&PodEnvironment>) -> Option<Approver> {
+pub(super) fn decode(section: &Section<'_>, pod: Option<&PodEnvironment>) -> Option<Approver> {
     let namespace = pod.and_then(|pod| pod.namespace.as_deref()).unwrap_or("sds-agent");
     let told = section.has("agents");
     let agents = section.list("agents", agent);
@@ -57,24 +57,25 @@ pub(super) fn walk(section: &Section<'_>, pod: Option<&PodEnvironment>) -> Optio
     }
 }
 
-fn annotation(value: &Value) -> Result<Pattern, Wrong> {
+fn annotation(value: &Value) -> Result<Pattern, FieldError> {
     let remedy = "write a key such as example.com/owner, or a part of one with '*' at its beginning or at its end";
-    let pattern = Pattern::parse(values::text(value)?).ok_or_else(|| Wrong::new("has a '*' elsewhere than at one end of it", remedy))?;
+    let pattern =
+        Pattern::parse(values::text(value)?).ok_or_else(|| FieldError::new("has a '*' elsewhere than at one end of it", remedy))?;
     let is_part = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.' | b'/');
     if pattern.part().len() > 317 || !pattern.part().bytes().all(is_part) {
-        return Err(Wrong::new("can match no key of an annotation", remedy));
+        return Err(FieldError::new("can match no key of an annotation", remedy));
     }
     Ok(pattern)
 }
 
-fn agent(value: &Value) -> Result<String, Wrong> {
+fn agent(value: &Value) -> Result<String, FieldError> {
     let name = values::text(value)?;
     let account = name.strip_prefix(SERVICE_ACCOUNT).and_then(|rest| rest.split_once(':'));
     match account {
         Some((namespace, account)) if is_dns_name(namespace) && is_dns_name(account) => Ok(name.to_owned()),
         _ => {
             let remedy = format!("write {SERVICE_ACCOUNT}<namespace>:<name>: only the tokens of service accounts name a node");
-            Err(Wrong::new("is not the user name of a service account", remedy))
+            Err(FieldError::new("is not the user name of a service account", remedy))
         }
     }
 }

@@ -13,7 +13,7 @@ use serde_json::Value;
 use super::{
     Approver, Attestation, AttestationPolicy, Config, Env, IssuerConfig, Limits, LockMemory, Names, NodeEnvironment, RequestRate,
     SharedSocket,
-    error::{Errors, Wrong},
+    error::{Errors, FieldError},
     issuance::LIFETIMES,
     reader::Report,
     template, values,
@@ -52,13 +52,13 @@ pub fn dev(flags: Dev, env: Env<'_>) -> Result<Config, Errors> {
     let name = flags.trust_domain.unwrap_or_else(|| "example.org".to_owned());
     let trust_domain = checked(&report, "--trust-domain", &name, |_| {
         let remedy = "use 1 to 255 lower-case letters, digits, '.', '-' or '_'";
-        TrustDomain::new(&name).map_err(|_| Wrong::new("is not a trust domain", remedy))
+        TrustDomain::new(&name).map_err(|_| FieldError::new("is not a trust domain", remedy))
     });
     let lifetime = humantime::format_duration(flags.lifetime.unwrap_or(LIFETIME)).to_string();
     let lifetime = checked(&report, "--lifetime", &lifetime, values::duration(LIFETIMES));
     let admin = flags.admin.unwrap_or_else(|| SocketAddr::from(([127, 0, 0, 1], 15090)));
     let admin = checked(&report, "--admin", &admin.to_string(), |_| {
-        let wrong = || Wrong::new("is not a loopback address", "use 127.0.0.1 or [::1]");
+        let wrong = || FieldError::new("is not a loopback address", "use 127.0.0.1 or [::1]");
         admin.ip().is_loopback().then_some(admin).ok_or_else(wrong)
     });
     let (problems, _) = report.finish();
@@ -68,7 +68,7 @@ pub fn dev(flags: Dev, env: Env<'_>) -> Result<Config, Errors> {
     }
 }
 
-fn checked<T>(report: &Report, flag: &str, value: &str, parse: impl FnOnce(&Value) -> Result<T, Wrong>) -> Option<T> {
+fn checked<T>(report: &Report, flag: &str, value: &str, parse: impl FnOnce(&Value) -> Result<T, FieldError>) -> Option<T> {
     let value = Value::String(value.to_owned());
     parse(&value).map_err(|wrong| report.problem(flag, Some(super::error::shown(&value)), wrong)).ok()
 }

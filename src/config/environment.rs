@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use super::{
     Attestation, NodeEnvironment,
-    error::{Wrong, shown},
+    error::{FieldError, shown},
     reader::Report,
     values,
 };
@@ -29,7 +29,7 @@ pub(super) struct PodEnvironment {
 
 /// Reads what the downward API tells. `attestation` decides what has to be there; `None` needs nothing.
 pub(super) fn pod(report: &Report, attestation: Option<Attestation>, env: Env<'_>) -> Option<PodEnvironment> {
-    let read = |name: &str, check: fn(&Value) -> Result<String, Wrong>| -> Result<Option<String>, ()> {
+    let read = |name: &str, check: fn(&Value) -> Result<String, FieldError>| -> Result<Option<String>, ()> {
         let Some(text) = env(name).filter(|text| !text.is_empty()) else { return Ok(None) };
         let value = Value::String(text);
         check(&value).map(Some).map_err(|wrong| report.problem(name, Some(shown(&value)), wrong))
@@ -41,7 +41,7 @@ pub(super) fn pod(report: &Report, attestation: Option<Attestation>, env: Env<'_
 
     if attestation == Some(Attestation::Kubernetes) && node_name == Ok(None) {
         let what = "is not set, and `attestation: kubernetes` serves the pods of one node";
-        report.problem("NODE_NAME", None, Wrong::new(what, format!("add to the container {}", snippet("NODE_NAME", "spec.nodeName"))));
+        report.problem("NODE_NAME", None, FieldError::new(what, format!("add to the container {}", snippet("NODE_NAME", "spec.nodeName"))));
     }
     let (node_name, namespace, name, uid) = (node_name.ok()?, namespace.ok()?, name.ok()?, uid.ok()?);
     let pod = match (namespace.clone(), name, uid) {

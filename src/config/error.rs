@@ -70,14 +70,14 @@ impl fmt::Display for Warning {
 
 /// What a value parser says: the sentence without its subject, and the way out.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Wrong {
+pub struct FieldError {
     /// What is wrong.
     pub what: String,
     /// The way out.
     pub remedy: String,
 }
 
-impl Wrong {
+impl FieldError {
     /// Joins the two halves.
     pub fn new(what: impl Into<String>, remedy: impl Into<String>) -> Self {
         Self { what: what.into(), remedy: remedy.into() }

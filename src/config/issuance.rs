@@ -13,7 +13,7 @@ mod issuer;
 mod profiles;
 
 use certificate::{Certificate, Identity};
-use profiles::Draft;
+use profiles::UnresolvedProfile;
 
 /// The profile of whom no other takes, and its issuer.
 pub const DEFAULT: &str = "default";
@@ -44,7 +44,7 @@ pub struct Issuance {
 }
 
 /// Walks the sections.
-pub fn walk(root: &Section<'_>, context: &Context<'_>) -> Option<Issuance> {
+pub fn decode(root: &Section<'_>, context: &Context<'_>) -> Option<Issuance> {
     let identity = root.section("identity", |section| certificate::identity(section, context, None));
     let certificate = root.section("certificate", |section| certificate::certificate(section, context, Certificate::default()));
     let issuer = issuer::issuer(root, context);
@@ -54,18 +54,18 @@ pub fn walk(root: &Section<'_>, context: &Context<'_>) -> Option<Issuance> {
         certificate: certificate.unwrap_or_default(),
         issuer: issuer.as_ref(),
     };
-    let drafts = profiles::walk(root, context, &base);
+    let drafts = profiles::decode(root, context, &base);
     let epoch = root.read("authorityEpoch", 0, values::integer(0..=u64::MAX));
 
     let (identity, certificate, issuer) = (identity?, certificate?, issuer?);
     warn_of_load(root, &certificate, &issuer);
-    Some(joined(Draft::default_of(identity, certificate, issuer), drafts?, epoch?))
+    Some(joined(UnresolvedProfile::default_of(identity, certificate, issuer), drafts?, epoch?))
 }
 
 /// Names the issuers, each once, and makes profiles of drafts. The global epoch counts for all, beside a profile's own.
-fn joined(default: Draft, drafts: Vec<Draft>, epoch: u64) -> Issuance {
+fn joined(default: UnresolvedProfile, drafts: Vec<UnresolvedProfile>, epoch: u64) -> Issuance {
     let mut issuers: BTreeMap<IssuerName, IssuerConfig> = BTreeMap::new();
-    let mut rule = |draft: Draft| {
+    let mut rule = |draft: UnresolvedProfile| {
         let known = issuers.iter().find(|(_, issuer)| **issuer == draft.issuer).map(|(name, _)| name.clone());
         let name = known.unwrap_or_else(|| IssuerName(draft.name.as_str().into()));
         let authority = issuer::authority(&draft.issuer).into();

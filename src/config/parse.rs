@@ -19,7 +19,7 @@ use serde_json::Value;
 use super::{
     Attestation, AttestationPolicy, Config, IssuerConfig, Limits, LockMemory, Names, RequestRate, TrustSource, approver,
     environment::{self, Env},
-    error::{Errors, Problem, Warning, Wrong},
+    error::{Errors, FieldError, Problem, Warning},
     issuance,
     reader::{Report, Section},
     sockets, values, warm_up,
@@ -73,7 +73,7 @@ impl Config {
     pub fn parse(text: &str, env: Env<'_>) -> Result<Loaded, Errors> {
         let tree = tree(text)?;
         let report = Report::default();
-        let config = report.root(&tree, |root| walk(root, &report, env));
+        let config = report.root(&tree, |root| decode(root, &report, env));
         let (problems, warnings) = report.finish();
         match config {
             Some(config) if problems.is_empty() => Ok(Loaded { config, warnings }),
@@ -102,7 +102,7 @@ fn tree(text: &str) -> Result<Value, Errors> {
 }
 
 /// Walks the whole file. Every section is read before the first `?`, so that every error is found.
-pub(super) fn walk(root: &Section<'_>, report: &Report, env: Env<'_>) -> Option<Config> {
+pub(super) fn decode(root: &Section<'_>, report: &Report, env: Env<'_>) -> Option<Config> {
     let trust_domain = root.read("trustDomain", "cluster.local".into(), |v| values::text(v).map(str::to_owned));
     let trust_domain = trust_domain.and_then(|name| domain(root, &name));
     let attestation = root.read(
@@ -111,7 +111,7 @@ pub(super) fn walk(root: &Section<'_>, report: &Report, env: Env<'_>) -> Option<
         values::choice(&[("kubernetes", Attestation::Kubernetes), ("unix", Attestation::Unix)]),
     );
     let attestation_policy = root.section("attestationPolicy", policy);
-    let sockets = root.section("sockets", |section| sockets::walk(section, attestation));
+    let sockets = root.section("sockets", |section| sockets::decode(section, attestation));
     if attestation_policy.as_ref().is_some_and(|told| *told != AttestationPolicy::default()) {
         if attestation == Some(Attestation::Unix) {
             root.wrong("attestationPolicy", "is about pods, which `attestation: unix` does not know", "remove it");
@@ -123,10 +123,10 @@ pub(super) fn walk(root: &Section<'_>, report: &Report, env: Env<'_>) -> Option<
         }
     }
     let shared = sockets.as_ref().map(|(shared, _)| shared.as_ref());
-    let warm_up = root.section("warmUp", |section| warm_up::walk(section, attestation, shared));
+    let warm_up = root.section("warmUp", |section| warm_up::decode(section, attestation, shared));
     let pod = environment::pod(report, attestation, env);
     let context = issuance::Context { attestation, trust_domain: trust_domain.as_ref(), pod: pod.as_ref() };
-    let issuance = issuance::walk(root, &context);
+    let issuance = issuance::decode(root, &context);
     let trust_sources = root.section("trust", |trust| (trust.sections("sources", source), federated(trust, trust_domain.as_ref())));
     let names = root.section("names", names);
     let lock_memory = root.section("keys", |keys| {
@@ -140,7 +140,7 @@ pub(super) fn walk(root: &Section<'_>, report: &Report, env: Env<'_>) -> Option<
     let reissue_over = root.read("reissueOver", Duration::from_secs(600), values::duration(Duration::ZERO..=7 * DAY));
     let drain = root.read("drain", Duration::from_secs(10), values::duration(Duration::ZERO..=Duration::from_secs(600)));
     let addresses = addresses(root);
-    let approver = root.section("approver", |section| approver::walk(section, pod.as_ref()));
+    let approver = root.section("approver", |section| approver::decode(section, pod.as_ref()));
     let worker_threads = root.read("workerThreads", 2, values::integer(1..=512));
 
     if retention.is_some_and(|time| time < ENVOY_RECONNECT) {
@@ -224,7 +224,7 @@ fn policy(policy: &Section<'_>) -> Option<AttestationPolicy> {
 fn source(source: &Section<'_>) -> Option<TrustSource> {
     let config_map = source.has("configMap").then(|| {
         source.section("configMap", |map| {
-            let absent = |what: &'static str| move || Wrong::new("is missing", what);
+            let absent = |what: &'static str| move || FieldError::new("is missing", what);
             let namespace = map.require("namespace", absent("name the namespace of the ConfigMap"), values::namespace);
             let name = map.require("name", absent("name the ConfigMap that holds the roots"), values::object_name);
             let key = map.read("key", "ca.crt".into(), values::config_map_key);
@@ -232,7 +232,7 @@ fn source(source: &Section<'_>) -> Option<TrustSource> {
         })
     });
     let file = source.has("file").then(|| {
-        let absent = || Wrong::new("is missing", "name a PEM file");
+        let absent = || FieldError::new("is missing", "name a PEM file");
         source.require("file", absent, values::absolute_path).map(|path| TrustSource::File { path })
     });
     match (config_map, file) {
@@ -272,9 +272,9 @@ fn names(names: &Section<'_>) -> Option<Names> {
     let well_known = |v: &Value| {
         let name = values::text(v)?;
         match name {
-            "ALL" => Err(Wrong::new("is the name for every bundle at once", "choose another name")),
-            _ if name.starts_with("spiffe://") => Err(Wrong::new("is a SPIFFE ID, and those name themselves", "choose another name")),
-            _ if name.len() > 256 => Err(Wrong::new("is longer than 256 bytes", "choose a shorter name")),
+            "ALL" => Err(FieldError::new("is the name for every bundle at once", "choose another name")),
+            _ if name.starts_with("spiffe://") => Err(FieldError::new("is a SPIFFE ID, and those name themselves", "choose another name")),
+            _ if name.len() > 256 => Err(FieldError::new("is longer than 256 bytes", "choose a shorter name")),
             _ => Ok(name.to_owned()),
         }
     };
@@ -365,7 +365,7 @@ pub(super) fn known_fields() -> BTreeSet<String> {
     let env = |name: &str| (name == "NODE_NAME").then(|| "n1".to_owned());
     let walked = files.into_iter().flat_map(|text| {
         let (report, tree) = (Report::default(), tree(text).unwrap_or_default());
-        report.root(&tree, |root| walk(root, &report, &env));
+        report.root(&tree, |root| decode(root, &report, &env));
         report.known()
     });
     walked.collect()

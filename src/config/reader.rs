@@ -11,7 +11,7 @@ use std::{
 
 use serde_json::{Map, Value};
 
-use super::error::{Problem, Warning, Wrong, quoted, shown};
+use super::error::{FieldError, Problem, Warning, quoted, shown};
 use crate::text;
 
 /// What the walk has found so far.
@@ -35,7 +35,7 @@ struct Stray {
 
 impl Report {
     /// Notes an error about `path`.
-    pub fn problem(&self, path: &str, value: Option<String>, wrong: Wrong) {
+    pub fn problem(&self, path: &str, value: Option<String>, wrong: FieldError) {
         // Both may quote a value. The path quotes keys, see `plain`.
         let [what, remedy] = [wrong.what, wrong.remedy].map(|words| text::redact(&words).into_owned());
         self.problems.borrow_mut().push(Problem { path: path.to_owned(), value, what, remedy });
@@ -48,8 +48,8 @@ impl Report {
     }
 
     /// Walks `tree` as the file's top level.
-    pub fn root<T>(&self, tree: &Value, walk: impl FnOnce(&Section<'_>) -> T) -> T {
-        Section::enter(self, String::new(), String::new(), Some(tree), walk)
+    pub fn root<T>(&self, tree: &Value, decode: impl FnOnce(&Section<'_>) -> T) -> T {
+        Section::enter(self, String::new(), String::new(), Some(tree), decode)
     }
 
     /// The errors and warnings, in the order in which they were found.
@@ -83,18 +83,18 @@ pub struct Section<'a> {
 }
 
 impl<'a> Section<'a> {
-    fn enter<T>(report: &'a Report, path: String, generic: String, value: Option<&'a Value>, walk: impl FnOnce(&Section<'a>) -> T) -> T {
+    fn enter<T>(report: &'a Report, path: String, generic: String, value: Option<&'a Value>, decode: impl FnOnce(&Section<'a>) -> T) -> T {
         let map = match value {
             None | Some(Value::Null) => None,
             Some(Value::Object(map)) => Some(map),
             Some(other) => {
                 let place = if path.is_empty() { "the file" } else { &path };
-                report.problem(place, Some(shown(other)), Wrong::new("is not a mapping", "write its fields as `name: value`"));
+                report.problem(place, Some(shown(other)), FieldError::new("is not a mapping", "write its fields as `name: value`"));
                 None
             }
         };
         let section = Section { report, path, generic, map, asked: RefCell::default(), free_keys: Cell::new(false) };
-        let result = walk(&section);
+        let result = decode(&section);
         section.report_unknown();
         result
     }
@@ -129,7 +129,7 @@ impl<'a> Section<'a> {
     }
 
     /// `field` by `parse`, or `default` where it is absent.
-    pub fn read<T>(&self, field: &'static str, default: T, parse: impl FnOnce(&Value) -> Result<T, Wrong>) -> Option<T> {
+    pub fn read<T>(&self, field: &'static str, default: T, parse: impl FnOnce(&Value) -> Result<T, FieldError>) -> Option<T> {
         match self.value(field) {
             None => Some(default),
             Some(value) => self.parsed(field, value, parse),
@@ -140,8 +140,8 @@ impl<'a> Section<'a> {
     pub fn require<T>(
         &self,
         field: &'static str,
-        absent: impl FnOnce() -> Wrong,
-        parse: impl FnOnce(&Value) -> Result<T, Wrong>,
+        absent: impl FnOnce() -> FieldError,
+        parse: impl FnOnce(&Value) -> Result<T, FieldError>,
     ) -> Option<T> {
         match self.value(field) {
             None => {
@@ -152,28 +152,28 @@ impl<'a> Section<'a> {
         }
     }
 
-    fn parsed<T>(&self, field: &'static str, value: &Value, parse: impl FnOnce(&Value) -> Result<T, Wrong>) -> Option<T> {
+    fn parsed<T>(&self, field: &'static str, value: &Value, parse: impl FnOnce(&Value) -> Result<T, FieldError>) -> Option<T> {
         parse(value).map_err(|wrong| self.report.problem(&self.path(field), Some(shown(value)), wrong)).ok()
     }
 
     /// Walks the mapping in `field`.
-    pub fn section<T>(&self, field: &'static str, walk: impl FnOnce(&Section<'a>) -> T) -> T {
+    pub fn section<T>(&self, field: &'static str, decode: impl FnOnce(&Section<'a>) -> T) -> T {
         let value = self.value(field);
-        Section::enter(self.report, self.path(field), join(&self.generic, field), value, walk)
+        Section::enter(self.report, self.path(field), join(&self.generic, field), value, decode)
     }
 
     /// Walks each mapping of the list in `field`; `None` where one of them is wrong.
-    pub fn sections<T>(&self, field: &'static str, walk: impl Fn(&Section<'a>) -> Option<T>) -> Option<Vec<T>> {
+    pub fn sections<T>(&self, field: &'static str, decode: impl Fn(&Section<'a>) -> Option<T>) -> Option<Vec<T>> {
         let items = self.items(field)?.iter().enumerate();
         let generic = format!("{}[]", join(&self.generic, field));
         let walked =
-            items.map(|(i, item)| Section::enter(self.report, format!("{}[{i}]", self.path(field)), generic.clone(), Some(item), &walk));
+            items.map(|(i, item)| Section::enter(self.report, format!("{}[{i}]", self.path(field)), generic.clone(), Some(item), &decode));
         // Every item is walked, so that every error is found.
         walked.collect::<Vec<_>>().into_iter().collect()
     }
 
     /// Parses each item of the list in `field`; `None` where one of them is wrong.
-    pub fn list<T>(&self, field: &'static str, parse: impl Fn(&Value) -> Result<T, Wrong>) -> Option<Vec<T>> {
+    pub fn list<T>(&self, field: &'static str, parse: impl Fn(&Value) -> Result<T, FieldError>) -> Option<Vec<T>> {
         let items = self.items(field)?.iter().enumerate();
         let parsed = items.map(|(i, item)| {
             let path = format!("{}[{i}]", self.path(field));
@@ -187,7 +187,7 @@ impl<'a> Section<'a> {
             None => Some(&[]),
             Some(Value::Array(items)) => Some(items),
             Some(other) => {
-                let wrong = Wrong::new("is not a list", "write `[a, b]`, or one `- ` line for each item");
+                let wrong = FieldError::new("is not a list", "write `[a, b]`, or one `- ` line for each item");
                 self.report.problem(&self.path(field), Some(shown(other)), wrong);
                 None
             }
@@ -195,12 +195,12 @@ impl<'a> Section<'a> {
     }
 
     /// Parses each value of the mapping in `field`, whose keys the operator chooses; `None` where one of them is wrong.
-    pub fn map<T>(&self, field: &'static str, parse: impl Fn(&str, &Value) -> Result<T, Wrong>) -> Option<BTreeMap<String, T>> {
+    pub fn map<T>(&self, field: &'static str, parse: impl Fn(&str, &Value) -> Result<T, FieldError>) -> Option<BTreeMap<String, T>> {
         let map = match self.value(field) {
             None => return Some(BTreeMap::new()),
             Some(Value::Object(map)) => map,
             Some(other) => {
-                let wrong = Wrong::new("is not a mapping", "write its fields as `name: value`");
+                let wrong = FieldError::new("is not a mapping", "write its fields as `name: value`");
                 self.report.problem(&self.path(field), Some(shown(other)), wrong);
                 return None;
             }
@@ -213,12 +213,12 @@ impl<'a> Section<'a> {
     }
 
     /// Walks each mapping of this one, whose keys the operator chooses.
-    pub fn entries<T>(&self, walk: impl Fn(&'a str, &Section<'a>) -> Option<T>) -> Option<Vec<T>> {
+    pub fn entries<T>(&self, decode: impl Fn(&'a str, &Section<'a>) -> Option<T>) -> Option<Vec<T>> {
         self.free_keys.set(true);
         let generic = join(&self.generic, "<name>");
         let entries = self.map.into_iter().flatten();
         let walked = entries.map(|(key, value)| {
-            Section::enter(self.report, self.path(&plain(key)), generic.clone(), Some(value), |section| walk(key, section))
+            Section::enter(self.report, self.path(&plain(key)), generic.clone(), Some(value), |section| decode(key, section))
         });
         walked.collect::<Vec<_>>().into_iter().collect()
     }
@@ -226,12 +226,12 @@ impl<'a> Section<'a> {
     /// Notes an error about `field` that concerns more than its own value.
     pub fn wrong(&self, field: &str, what: impl Into<String>, remedy: impl Into<String>) {
         let value = self.map.and_then(|map| map.get(field)).filter(|value| !value.is_null()).map(shown);
-        self.report.problem(&self.path(field), value, Wrong::new(what, remedy));
+        self.report.problem(&self.path(field), value, FieldError::new(what, remedy));
     }
 
     /// Notes an error about this section as a whole.
     pub fn wrong_here(&self, what: impl Into<String>, remedy: impl Into<String>) {
-        self.report.problem(&self.path, None, Wrong::new(what, remedy));
+        self.report.problem(&self.path, None, FieldError::new(what, remedy));
     }
 
     /// Notes something about `field` that the operator should know.
@@ -250,7 +250,7 @@ impl<'a> Section<'a> {
         for key in map.keys().filter(|key| !asked.contains(&key.as_str())) {
             let of = if self.path.is_empty() { "the configuration".to_owned() } else { self.path.clone() };
             let problem = self.report.problems.borrow().len();
-            self.report.problem(&self.path(&plain(key)), None, Wrong::new(format!("is not a field of {of}"), ""));
+            self.report.problem(&self.path(&plain(key)), None, FieldError::new(format!("is not a field of {of}"), ""));
             self.report.strays.borrow_mut().push(Stray { problem, key: key.clone(), asked: asked.clone() });
         }
     }

@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use super::{
     Attestation, PerPod, SharedSocket,
-    error::Wrong,
+    error::FieldError,
     reader::Section,
     values::{self, LONGEST_SOCKET_PATH},
 };
@@ -24,7 +24,7 @@ const LONGEST_WAIT: Duration = Duration::from_secs(60);
 pub type Sockets = (Option<SharedSocket>, Option<PerPod>);
 
 /// Walks the section.
-pub fn walk(sockets: &Section<'_>, attestation: Option<Attestation>) -> Option<Sockets> {
+pub fn decode(sockets: &Section<'_>, attestation: Option<Attestation>) -> Option<Sockets> {
     let shared = sockets.section("shared", |shared| {
         let enabled = shared.read("enabled", true, values::boolean);
         let path = shared.read("path", "/run/sds-agent/sds.sock".into(), values::socket_path);
@@ -79,20 +79,20 @@ fn per_pod(section: &Section<'_>, attestation: Option<Attestation>, shared: Opti
 }
 
 /// An absolute path without a step back or sideways.
-fn plain_path(value: &Value) -> Result<PathBuf, Wrong> {
+fn plain_path(value: &Value) -> Result<PathBuf, FieldError> {
     let path = values::absolute_path(value)?;
     let plain: PathBuf = path.components().collect();
     // Components leave out `.` and doubled slashes; what differs then has them.
     let is_plain = plain.as_os_str() == path.as_os_str() && !path.components().any(|c| c.as_os_str() == "..");
     match path.parent() {
-        None => Err(Wrong::new("is the whole file system", "choose a directory")),
+        None => Err(FieldError::new("is the whole file system", "choose a directory")),
         Some(_) if is_plain => Ok(path),
-        Some(_) => Err(Wrong::new("is not written plainly", "leave out '.', '..' and doubled or final slashes")),
+        Some(_) => Err(FieldError::new("is not written plainly", "leave out '.', '..' and doubled or final slashes")),
     }
 }
 
 /// A name that the Container Storage Interface takes.
-fn driver_name(value: &Value) -> Result<String, Wrong> {
+fn driver_name(value: &Value) -> Result<String, FieldError> {
     let name = values::object_name(value)?;
-    if name.len() > 63 { Err(Wrong::new("is longer than 63 bytes", "choose a shorter name")) } else { Ok(name) }
+    if name.len() > 63 { Err(FieldError::new("is longer than 63 bytes", "choose a shorter name")) } else { Ok(name) }
 }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use super::{
     Attestation,
-    error::Wrong,
+    error::FieldError,
     values::{DNS_NAME_RULE, is_dns_name, one_of},
 };
 use crate::identity::{PodRef, SpiffeId, TrustDomain, Workload, placeholder, render};
@@ -45,26 +45,26 @@ fn placeholders(attestation: Attestation) -> &'static [&'static str] {
 }
 
 /// Checks a SPIFFE ID's template.
-pub fn spiffe_id(template: &str, attestation: Attestation, trust_domain: &TrustDomain) -> Result<(), Wrong> {
+pub fn spiffe_id(template: &str, attestation: Attestation, trust_domain: &TrustDomain) -> Result<(), FieldError> {
     let example = default_spiffe_id(attestation);
     let id = filled(template, attestation, trust_domain)?;
     let domain = trust_domain.id();
     if !id.strip_prefix(&domain).is_some_and(|rest| rest.starts_with('/')) {
-        return Err(Wrong::new(format!("does not begin with {domain}/"), format!("write, for example, {example}")));
+        return Err(FieldError::new(format!("does not begin with {domain}/"), format!("write, for example, {example}")));
     }
     match SpiffeId::new(&id) {
         Ok(_) => Ok(()),
         Err(crate::identity::Error::SpiffeId { why, .. }) => {
-            Err(Wrong::new(format!("makes no valid SPIFFE ID: {why}"), format!("write, for example, {example}")))
+            Err(FieldError::new(format!("makes no valid SPIFFE ID: {why}"), format!("write, for example, {example}")))
         }
-        Err(error) => Err(Wrong::new(format!("makes no valid SPIFFE ID: {error}"), format!("write, for example, {example}"))),
+        Err(error) => Err(FieldError::new(format!("makes no valid SPIFFE ID: {error}"), format!("write, for example, {example}"))),
     }
 }
 
 /// Checks a DNS name's template.
-pub fn dns_name(template: &str, attestation: Attestation, trust_domain: &TrustDomain) -> Result<(), Wrong> {
+pub fn dns_name(template: &str, attestation: Attestation, trust_domain: &TrustDomain) -> Result<(), FieldError> {
     let name = filled(template, attestation, trust_domain)?;
-    if is_dns_name(&name) { Ok(()) } else { Err(Wrong::new("makes no valid DNS name", DNS_NAME_RULE)) }
+    if is_dns_name(&name) { Ok(()) } else { Err(FieldError::new("makes no valid DNS name", DNS_NAME_RULE)) }
 }
 
 /// Whether the template gives different workloads different names.
@@ -76,12 +76,12 @@ pub fn distinguishes(template: &str, attestation: Attestation) -> bool {
     }
 }
 
-fn filled(template: &str, attestation: Attestation, trust_domain: &TrustDomain) -> Result<String, Wrong> {
+fn filled(template: &str, attestation: Attestation, trust_domain: &TrustDomain) -> Result<String, FieldError> {
     let names = placeholders(attestation);
     let offered: Vec<String> = names.iter().map(|name| format!("{{{name}}}")).collect();
     let remedy = || format!("use {}", one_of(&offered));
     if !balanced(template) {
-        return Err(Wrong::new("has a brace without its counterpart", remedy()));
+        return Err(FieldError::new("has a brace without its counterpart", remedy()));
     }
     let workload = sample(attestation);
     render(template, |field| placeholder(field, trust_domain, &workload)).map_err(|error| match error {
@@ -90,9 +90,9 @@ fn filled(template: &str, attestation: Attestation, trust_domain: &TrustDomain) 
                 Attestation::Kubernetes => "kubernetes",
                 Attestation::Unix => "unix",
             };
-            Wrong::new(format!("has the placeholder {{{field}}}, which `attestation: {kind}` does not know"), remedy())
+            FieldError::new(format!("has the placeholder {{{field}}}, which `attestation: {kind}` does not know"), remedy())
         }
-        other => Wrong::new(other.to_string(), remedy()),
+        other => FieldError::new(other.to_string(), remedy()),
     })
 }
 

@@ -4,39 +4,39 @@ use std::{net::SocketAddr, ops::RangeInclusive, path::PathBuf, time::Duration};
 
 use serde_json::Value;
 
-use super::error::Wrong;
+use super::error::FieldError;
 
 /// The longest socket path: the kernel takes 107 bytes, and the socket is bound under a temporary name beside it.
 pub const LONGEST_SOCKET_PATH: usize = 100;
 
 /// Text that is not empty and has no control characters.
-pub fn text(value: &Value) -> Result<&str, Wrong> {
+pub fn text(value: &Value) -> Result<&str, FieldError> {
     match value {
-        Value::String(text) if text.is_empty() => Err(Wrong::new("is empty", "give it a value or leave the field out")),
-        Value::String(text) if text.chars().any(char::is_control) => Err(Wrong::new("has control characters", "write it on one line")),
+        Value::String(text) if text.is_empty() => Err(FieldError::new("is empty", "give it a value or leave the field out")),
+        Value::String(text) if text.chars().any(char::is_control) => Err(FieldError::new("has control characters", "write it on one line")),
         Value::String(text) => Ok(text),
-        Value::Number(_) | Value::Bool(_) => Err(Wrong::new("is not text", "put it in quotes")),
-        _ => Err(Wrong::new("is not text", "write one value")),
+        Value::Number(_) | Value::Bool(_) => Err(FieldError::new("is not text", "put it in quotes")),
+        _ => Err(FieldError::new("is not text", "write one value")),
     }
 }
 
 /// `true` or `false`.
-pub fn boolean(value: &Value) -> Result<bool, Wrong> {
+pub fn boolean(value: &Value) -> Result<bool, FieldError> {
     match value {
         Value::Bool(flag) => Ok(*flag),
         Value::String(text) if text == "true" => Ok(true),
         Value::String(text) if text == "false" => Ok(false),
-        _ => Err(Wrong::new("is neither true nor false", "write true or false")),
+        _ => Err(FieldError::new("is neither true nor false", "write true or false")),
     }
 }
 
 /// One of `names`.
-pub fn choice<T: Copy>(names: &[(&str, T)]) -> impl Fn(&Value) -> Result<T, Wrong> {
+pub fn choice<T: Copy>(names: &[(&str, T)]) -> impl Fn(&Value) -> Result<T, FieldError> {
     move |value| {
         let found = value.as_str().and_then(|text| names.iter().find(|(name, _)| *name == text));
         found.map(|(_, choice)| *choice).ok_or_else(|| {
             let names: Vec<&str> = names.iter().map(|(name, _)| *name).collect();
-            Wrong::new("is not known here", format!("use {}", one_of(&names)))
+            FieldError::new("is not known here", format!("use {}", one_of(&names)))
         })
     }
 }
@@ -52,26 +52,26 @@ pub fn one_of(names: &[impl AsRef<str>]) -> String {
 }
 
 /// A time with its unit.
-pub fn duration(range: RangeInclusive<Duration>) -> impl Fn(&Value) -> Result<Duration, Wrong> {
+pub fn duration(range: RangeInclusive<Duration>) -> impl Fn(&Value) -> Result<Duration, FieldError> {
     move |value| {
         let example = "write a duration such as 24h, 5m or 90s";
         let text = match value {
             Value::String(text) => text,
-            Value::Number(_) => return Err(Wrong::new("has no unit", example)),
-            _ => return Err(Wrong::new("is not a duration", example)),
+            Value::Number(_) => return Err(FieldError::new("has no unit", example)),
+            _ => return Err(FieldError::new("is not a duration", example)),
         };
-        let duration = humantime::parse_duration(text).map_err(|_| Wrong::new("is not a duration", example))?;
+        let duration = humantime::parse_duration(text).map_err(|_| FieldError::new("is not a duration", example))?;
         let say = |bound: &Duration| humantime::format_duration(*bound).to_string();
         match () {
-            () if duration < *range.start() => Err(Wrong::new("is too short", format!("use at least {}", say(range.start())))),
-            () if duration > *range.end() => Err(Wrong::new("is too long", format!("use at most {}", say(range.end())))),
+            () if duration < *range.start() => Err(FieldError::new("is too short", format!("use at least {}", say(range.start())))),
+            () if duration > *range.end() => Err(FieldError::new("is too long", format!("use at most {}", say(range.end())))),
             () => Ok(duration),
         }
     }
 }
 
 /// A whole number; quotes around it are no harm.
-pub fn integer(range: RangeInclusive<u64>) -> impl Fn(&Value) -> Result<u64, Wrong> {
+pub fn integer(range: RangeInclusive<u64>) -> impl Fn(&Value) -> Result<u64, FieldError> {
     move |value| {
         let number = match value {
             Value::Number(number) => number.as_u64(),
@@ -82,13 +82,13 @@ pub fn integer(range: RangeInclusive<u64>) -> impl Fn(&Value) -> Result<u64, Wro
             (first, u64::MAX) => format!("use a whole number of at least {first}"),
             (first, last) => format!("use a whole number from {first} to {last}"),
         };
-        let number = number.ok_or_else(|| Wrong::new("is not a whole number that fits", remedy()))?;
-        if range.contains(&number) { Ok(number) } else { Err(Wrong::new("is out of range", remedy())) }
+        let number = number.ok_or_else(|| FieldError::new("is not a whole number that fits", remedy()))?;
+        if range.contains(&number) { Ok(number) } else { Err(FieldError::new("is out of range", remedy())) }
     }
 }
 
 /// A share, such as 0.5; quotes around it are no harm.
-pub fn fraction(range: RangeInclusive<f64>) -> impl Fn(&Value) -> Result<f64, Wrong> {
+pub fn fraction(range: RangeInclusive<f64>) -> impl Fn(&Value) -> Result<f64, FieldError> {
     move |value| {
         let number = match value {
             Value::Number(number) => number.as_f64(),
@@ -96,70 +96,70 @@ pub fn fraction(range: RangeInclusive<f64>) -> impl Fn(&Value) -> Result<f64, Wr
             _ => None,
         };
         let remedy = || format!("use a number from {} to {}", range.start(), range.end());
-        let number = number.ok_or_else(|| Wrong::new("is not a number", remedy()))?;
-        if range.contains(&number) { Ok(number) } else { Err(Wrong::new("is out of range", remedy())) }
+        let number = number.ok_or_else(|| FieldError::new("is not a number", remedy()))?;
+        if range.contains(&number) { Ok(number) } else { Err(FieldError::new("is out of range", remedy())) }
     }
 }
 
 /// Permission bits in octal.
-pub fn mode(value: &Value) -> Result<u32, Wrong> {
+pub fn mode(value: &Value) -> Result<u32, FieldError> {
     let example = "write it in octal and in quotes, such as \"0666\" or \"0660\"";
-    let Value::String(text) = value else { return Err(Wrong::new("is not a file mode", example)) };
+    let Value::String(text) = value else { return Err(FieldError::new("is not a file mode", example)) };
     let digits = text.strip_prefix("0o").unwrap_or(text);
     let fine = (3..=4).contains(&digits.len()) && digits.bytes().all(|b| b.is_ascii_digit());
     let mode = u32::from_str_radix(digits, 8).ok().filter(|mode| fine && *mode <= 0o777);
-    mode.ok_or_else(|| Wrong::new("is not a file mode", example))
+    mode.ok_or_else(|| FieldError::new("is not a file mode", example))
 }
 
 /// An absolute path.
-pub fn absolute_path(value: &Value) -> Result<PathBuf, Wrong> {
+pub fn absolute_path(value: &Value) -> Result<PathBuf, FieldError> {
     let path = PathBuf::from(text(value)?);
-    if path.is_absolute() { Ok(path) } else { Err(Wrong::new("is not an absolute path", "begin it with /")) }
+    if path.is_absolute() { Ok(path) } else { Err(FieldError::new("is not an absolute path", "begin it with /")) }
 }
 
 /// An absolute path at which a socket can be bound.
-pub fn socket_path(value: &Value) -> Result<PathBuf, Wrong> {
+pub fn socket_path(value: &Value) -> Result<PathBuf, FieldError> {
     let path = absolute_path(value)?;
     let text = path.as_os_str();
     if text.len() > LONGEST_SOCKET_PATH {
         let what = format!("is {} bytes long, and the kernel's limit leaves {LONGEST_SOCKET_PATH}", text.len());
-        return Err(Wrong::new(what, "choose a shorter path"));
+        return Err(FieldError::new(what, "choose a shorter path"));
     }
     if path.file_name().is_none() || text.as_encoded_bytes().ends_with(b"/") {
-        return Err(Wrong::new("names no file", "add the socket's file name, such as sds.sock"));
+        return Err(FieldError::new("names no file", "add the socket's file name, such as sds.sock"));
     }
     Ok(path)
 }
 
 /// An IP address and a port.
-pub fn socket_address(value: &Value) -> Result<SocketAddr, Wrong> {
-    let wrong = || Wrong::new("is not an IP address with a port", "write, for example, 127.0.0.1:15090 or \"[::1]:15090\"");
+pub fn socket_address(value: &Value) -> Result<SocketAddr, FieldError> {
+    let wrong = || FieldError::new("is not an IP address with a port", "write, for example, 127.0.0.1:15090 or \"[::1]:15090\"");
     value.as_str().and_then(|text| text.parse().ok()).ok_or_else(wrong)
 }
 
 /// The name of a namespace: a DNS label.
-pub fn namespace(value: &Value) -> Result<String, Wrong> {
+pub fn namespace(value: &Value) -> Result<String, FieldError> {
     let name = text(value)?;
-    if is_dns_label(name) { Ok(name.to_owned()) } else { Err(Wrong::new("is not the name of a namespace", DNS_LABEL_RULE)) }
+    if is_dns_label(name) { Ok(name.to_owned()) } else { Err(FieldError::new("is not the name of a namespace", DNS_LABEL_RULE)) }
 }
 
 /// The name of a container: a DNS label.
-pub fn container(value: &Value) -> Result<String, Wrong> {
+pub fn container(value: &Value) -> Result<String, FieldError> {
     let name = text(value)?;
-    if is_dns_label(name) { Ok(name.to_owned()) } else { Err(Wrong::new("is not the name of a container", DNS_LABEL_RULE)) }
+    if is_dns_label(name) { Ok(name.to_owned()) } else { Err(FieldError::new("is not the name of a container", DNS_LABEL_RULE)) }
 }
 
 /// The name of a Kubernetes object: a DNS subdomain.
-pub fn object_name(value: &Value) -> Result<String, Wrong> {
+pub fn object_name(value: &Value) -> Result<String, FieldError> {
     let name = text(value)?;
-    if is_dns_name(name) { Ok(name.to_owned()) } else { Err(Wrong::new("is not the name of a Kubernetes object", DNS_NAME_RULE)) }
+    if is_dns_name(name) { Ok(name.to_owned()) } else { Err(FieldError::new("is not the name of a Kubernetes object", DNS_NAME_RULE)) }
 }
 
 /// A key of a ConfigMap.
-pub fn config_map_key(value: &Value) -> Result<String, Wrong> {
+pub fn config_map_key(value: &Value) -> Result<String, FieldError> {
     let key = text(value)?;
     let fine = key.len() <= 253 && key.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'_'));
-    let wrong = || Wrong::new("cannot be a key of a ConfigMap", "use letters, digits, '.', '-' and '_'");
+    let wrong = || FieldError::new("cannot be a key of a ConfigMap", "use letters, digits, '.', '-' and '_'");
     if fine { Ok(key.to_owned()) } else { Err(wrong()) }
 }
 
@@ -169,7 +169,7 @@ pub const DNS_LABEL_RULE: &str = "use 1 to 63 lower-case letters, digits and '-'
 pub const DNS_NAME_RULE: &str = "use lower-case letters, digits, '-' and '.', with a letter or digit at both ends of each part";
 
 /// A label of a pod and its value, which may be empty.
-pub fn pod_label(key: &str, value: &Value) -> Result<String, Wrong> {
+pub fn pod_label(key: &str, value: &Value) -> Result<String, FieldError> {
     let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.');
     let edges = |text: &str| {
         let (first, last) = (text.bytes().next(), text.bytes().last());
@@ -178,16 +178,16 @@ pub fn pod_label(key: &str, value: &Value) -> Result<String, Wrong> {
     let fine = |text: &str| text.len() <= 63 && text.bytes().all(plain) && edges(text);
     let (prefix, name) = key.split_once('/').map_or((None, key), |(prefix, name)| (Some(prefix), name));
     if name.is_empty() || !fine(name) || !prefix.is_none_or(is_dns_name) {
-        return Err(Wrong::new("is under a key that no label can have", "write it as the pods do, such as app or example.com/tier"));
+        return Err(FieldError::new("is under a key that no label can have", "write it as the pods do, such as app or example.com/tier"));
     }
     match value {
         Value::String(text) if fine(text) => Ok(text.clone()),
         Value::String(_) => {
             let rule = "use at most 63 letters, digits, '-', '_' and '.', with a letter or digit at both ends; there are no patterns here";
-            Err(Wrong::new("is not the value of a label", rule))
+            Err(FieldError::new("is not the value of a label", rule))
         }
-        Value::Number(_) | Value::Bool(_) => Err(Wrong::new("is not text", "put it in quotes")),
-        _ => Err(Wrong::new("is not text", "write one value")),
+        Value::Number(_) | Value::Bool(_) => Err(FieldError::new("is not text", "put it in quotes")),
+        _ => Err(FieldError::new("is not text", "write one value")),
     }
 }
 

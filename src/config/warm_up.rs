@@ -14,7 +14,7 @@ pub struct WarmUp {
 }
 
 /// Walks the section; the inner `None` is: nobody. `shared` is the shared socket, as far as it is known.
-pub(super) fn walk(
+pub(super) fn decode(
     section: &Section<'_>,
     attestation: Option<Attestation>,
     shared: Option<Option<&SharedSocket>>,

@@ -8,11 +8,11 @@ use tonic::server::NamedService;
 use tower::{Service, util::BoxCloneSyncService};
 
 /// A service whose calls have one answer.
-pub type Unary = BoxCloneSyncService<Request<Incoming>, Response<tonic::body::Body>, Infallible>;
+pub type TonicService = BoxCloneSyncService<Request<Incoming>, Response<tonic::body::Body>, Infallible>;
 
 /// The services of a socket, by their names.
 #[derive(Clone, Default)]
-pub struct Table(Vec<(&'static str, Unary)>);
+pub struct Table(Vec<(&'static str, TonicService)>);
 
 impl fmt::Debug for Table {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -37,7 +37,7 @@ impl Table {
     }
 
     /// The service that `request` is for.
-    pub fn find<B>(&self, request: &Request<B>) -> Option<Unary> {
+    pub fn find<B>(&self, request: &Request<B>) -> Option<TonicService> {
         let (service, _) = request.uri().path().strip_prefix('/')?.split_once('/')?;
         self.0.iter().find(|(name, _)| *name == service).map(|(_, service)| service.clone())
     }

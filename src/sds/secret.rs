@@ -12,7 +12,7 @@ use zeroize::Zeroizing;
 
 use crate::{
     grpc,
-    material::{Face, Svid, hex},
+    material::{Svid, Variant, hex},
     sds::stream::TYPE_URL,
     trust::Bundle,
 };
@@ -74,8 +74,8 @@ mod tag {
 }
 
 /// The certificate and key of `svid` under `name`, as one entry of a response's `resources`.
-pub fn certificate(svid: &Svid, face: Face, name: &str) -> Bytes {
-    svid.encodings.once(face, name, || {
+pub fn certificate(svid: &Svid, variant: Variant, name: &str) -> Bytes {
+    svid.encoded.get_or_encode(variant, name, || {
         let (chain, key) = (svid.chain.to_pem(), svid.key.to_pem());
         let certificate = Field::Message(
             tag::SECRET_TLS_CERTIFICATE,
@@ -84,27 +84,27 @@ pub fn certificate(svid: &Svid, face: Face, name: &str) -> Bytes {
                 Field::Message(tag::TLS_PRIVATE_KEY, vec![Field::Bytes(tag::DATA_SOURCE_INLINE_BYTES, &key)]),
             ],
         );
-        resource(face, name, svid.version(), certificate)
+        resource(variant, name, svid.version(), certificate)
     })
 }
 
 /// The roots of `bundle` and its revocation lists under `name`. Never with matchers: a client merges them into its own, and they would weaken its check.
-pub fn bundle(bundle: &Bundle, face: Face, name: &str) -> Bytes {
-    bundle.encodings.once(face, name, || {
+pub fn bundle(bundle: &Bundle, variant: Variant, name: &str) -> Bytes {
+    bundle.encoded.get_or_encode(variant, name, || {
         let (roots, crls) = (bundle.roots.to_pem(), bundle.crls_pem());
         let inline = |tag, pem| Field::Message(tag, vec![Field::Bytes(tag::DATA_SOURCE_INLINE_BYTES, pem)]);
         let trusted = inline(tag::VALIDATION_TRUSTED_CA, &roots);
         let context = [trusted].into_iter().chain(crls.as_deref().map(|pem| inline(tag::VALIDATION_CRL, pem)));
-        resource(face, name, bundle.version(), Field::Message(tag::SECRET_VALIDATION_CONTEXT, context.collect()))
+        resource(variant, name, bundle.version(), Field::Message(tag::SECRET_VALIDATION_CONTEXT, context.collect()))
     })
 }
 
-fn resource(face: Face, name: &str, version: &str, secret: Field<'_>) -> Zeroizing<Vec<u8>> {
+fn resource(variant: Variant, name: &str, version: &str, secret: Field<'_>) -> Zeroizing<Vec<u8>> {
     let secret = Field::Message(tag::ANY_VALUE, vec![Field::Bytes(tag::SECRET_NAME, name.as_bytes()), secret]);
     let any = vec![Field::Bytes(tag::ANY_TYPE_URL, TYPE_URL.as_bytes()), secret];
-    let resource = match face {
-        Face::StateOfTheWorld => Field::Message(tag::RESPONSE_RESOURCES, any),
-        Face::Delta => Field::Message(
+    let resource = match variant {
+        Variant::Sotw => Field::Message(tag::RESPONSE_RESOURCES, any),
+        Variant::Delta => Field::Message(
             tag::RESPONSE_RESOURCES,
             vec![
                 Field::Bytes(tag::RESOURCE_VERSION, version.as_bytes()),
@@ -119,10 +119,10 @@ fn resource(face: Face, name: &str, version: &str, secret: Field<'_>) -> Zeroizi
 }
 
 /// A whole message: prefix, head and resources. `version` is the response's (SotW only), `nonce` is empty for a unary answer.
-pub fn response(face: Face, version: &str, nonce: &str, resources: impl IntoIterator<Item = Bytes>) -> VecDeque<Bytes> {
+pub fn response(variant: Variant, version: &str, nonce: &str, resources: impl IntoIterator<Item = Bytes>) -> VecDeque<Bytes> {
     let mut pieces: VecDeque<Bytes> = resources.into_iter().collect();
     let mut head = Vec::with_capacity(160);
-    if face == Face::StateOfTheWorld {
+    if variant == Variant::Sotw {
         Field::Bytes(tag::DISCOVERY_RESPONSE_VERSION, version.as_bytes()).write(&mut head);
     }
     Field::Bytes(tag::RESPONSE_TYPE_URL, TYPE_URL.as_bytes()).write(&mut head);
@@ -198,16 +198,16 @@ mod tests {
     #[tokio::test]
     async fn the_written_bytes_are_the_messages_that_a_client_reads() {
         let (svid, roots) = material().await;
-        for face in [Face::StateOfTheWorld, Face::Delta] {
-            let resources = [certificate(&svid, face, "default"), bundle(&roots, face, "ROOTCA")];
-            let message = join(response(face, "v7", "12", resources));
-            let secrets = match face {
-                Face::StateOfTheWorld => {
+        for variant in [Variant::Sotw, Variant::Delta] {
+            let resources = [certificate(&svid, variant, "default"), bundle(&roots, variant, "ROOTCA")];
+            let message = join(response(variant, "v7", "12", resources));
+            let secrets = match variant {
+                Variant::Sotw => {
                     let response = DiscoveryResponse::decode(message).unwrap();
                     assert_eq!((&*response.version_info, &*response.nonce, &*response.type_url), ("v7", "12", TYPE_URL));
                     response.resources.iter().map(secret).collect::<Vec<_>>()
                 }
-                Face::Delta => {
+                Variant::Delta => {
                     let response = DeltaDiscoveryResponse::decode(message).unwrap();
                     assert_eq!((&*response.nonce, &*response.type_url), ("12", TYPE_URL));
                     let versions: Vec<_> = response.resources.iter().map(|r| (r.name.clone(), r.version.clone())).collect();
@@ -237,7 +237,7 @@ mod tests {
         let roots = crate::material::TrustBundle::from_pem(authority.certificate.pem().as_bytes()).unwrap();
         let crls = crl::from_pem(authority.list(2, 0).as_bytes()).unwrap();
         let served = Bundle::new(roots, crls);
-        let message = join(response(Face::StateOfTheWorld, "v7", "12", [bundle(&served, Face::StateOfTheWorld, "ROOTCA")]));
+        let message = join(response(Variant::Sotw, "v7", "12", [bundle(&served, Variant::Sotw, "ROOTCA")]));
         let secret = secret(&DiscoveryResponse::decode(message).unwrap().resources[0]);
         let Some(Type::ValidationContext(context)) = secret.r#type else { panic!("{secret:?}") };
         let Some(Specifier::InlineBytes(pem)) = context.crl.unwrap().specifier else { panic!("not inline") };
@@ -247,9 +247,9 @@ mod tests {
     #[tokio::test]
     async fn equal_requests_share_one_buffer() {
         let (svid, _) = material().await;
-        let first = certificate(&svid, Face::Delta, "default");
-        assert_eq!(first.as_ptr(), certificate(&svid, Face::Delta, "default").as_ptr());
-        assert_ne!(first.as_ptr(), certificate(&svid, Face::Delta, "spiffe://td/a").as_ptr());
+        let first = certificate(&svid, Variant::Delta, "default");
+        assert_eq!(first.as_ptr(), certificate(&svid, Variant::Delta, "default").as_ptr());
+        assert_ne!(first.as_ptr(), certificate(&svid, Variant::Delta, "spiffe://td/a").as_ptr());
     }
 
     #[test]

@@ -24,7 +24,7 @@ use crate::{
     clock::Clock,
     config::Limits,
     grpc::{self, Body, Incoming},
-    material::{Face, Svid},
+    material::{Svid, Variant},
     store::Store,
     trust::{Bundle, BundleSet},
 };
@@ -82,10 +82,10 @@ impl View {
         known.iter().all(|(_, target)| self.version(target).is_some())
     }
 
-    fn resource(&self, target: &Target, face: Face, name: &str) -> Option<(Kind, Bytes)> {
+    fn resource(&self, target: &Target, variant: Variant, name: &str) -> Option<(Kind, Bytes)> {
         match target {
-            Target::Certificate => self.svid.as_ref().map(|svid| (Kind::certificate, secret::certificate(svid, face, name))),
-            target => self.bundle(target).map(|bundle| (Kind::bundle, secret::bundle(bundle, face, name))),
+            Target::Certificate => self.svid.as_ref().map(|svid| (Kind::certificate, secret::certificate(svid, variant, name))),
+            target => self.bundle(target).map(|bundle| (Kind::bundle, secret::bundle(bundle, variant, name))),
         }
     }
 }
@@ -99,14 +99,14 @@ impl Service {
     {
         let method = request.uri().path().strip_prefix('/')?.strip_prefix(SERVICE)?.strip_prefix('/')?;
         match method {
-            "StreamSecrets" => Some(self.stream(connection, request, Face::StateOfTheWorld)),
-            "DeltaSecrets" => Some(self.stream(connection, request, Face::Delta)),
+            "StreamSecrets" => Some(self.stream(connection, request, Variant::Sotw)),
+            "DeltaSecrets" => Some(self.stream(connection, request, Variant::Delta)),
             "FetchSecrets" => Some(grpc::unary(self.fetch(connection, request).await)),
             _ => None,
         }
     }
 
-    fn stream<B>(self: &Arc<Self>, connection: &Arc<Connection>, request: Request<B>, face: Face) -> Response<Body>
+    fn stream<B>(self: &Arc<Self>, connection: &Arc<Connection>, request: Request<B>, variant: Variant) -> Response<Body>
     where
         B: HttpBody<Data = Bytes> + Send + Unpin + 'static,
         B::Error: std::fmt::Display,
@@ -116,7 +116,7 @@ impl Service {
         grpc::streaming(move |sender| async move {
             service.metrics.streams.inc();
             let _open = scopeguard(&service.metrics);
-            service.drive(&connection, &mut incoming, face, sender).await
+            service.drive(&connection, &mut incoming, variant, sender).await
         })
     }
 }

@@ -15,7 +15,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use crate::{material::Face, sds::names::WILDCARD, text};
+use crate::{material::Variant, sds::names::WILDCARD, text};
 
 /// The only type of resource that is served.
 pub const TYPE_URL: &str = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret";
@@ -137,7 +137,7 @@ pub struct Due {
 /// The state of one stream.
 #[derive(Debug)]
 pub struct StreamState {
-    face: Face,
+    variant: Variant,
     wildcard_names: [Box<str>; 2],
     limit: usize,
     started: bool,
@@ -148,8 +148,8 @@ pub struct StreamState {
 
 impl StreamState {
     /// A stream without subscriptions. `wildcard_names` is what a wildcard stands for; `limit` bounds the names.
-    pub fn new(face: Face, wildcard_names: [Box<str>; 2], limit: usize) -> Self {
-        Self { face, wildcard_names, limit, started: false, watches: Vec::new(), last_nonce: 0, outstanding: VecDeque::new() }
+    pub fn new(variant: Variant, wildcard_names: [Box<str>; 2], limit: usize) -> Self {
+        Self { variant, wildcard_names, limit, started: false, watches: Vec::new(), last_nonce: 0, outstanding: VecDeque::new() }
     }
 
     /// What is watched, in the order of subscription.
@@ -165,7 +165,7 @@ impl StreamState {
         let first = !std::mem::replace(&mut self.started, true);
         // A nonce in a stream's first request is of another stream: it answers nothing, and its names count.
         let received = if first { Received::Subscription } else { self.answer(&request.nonce, request.error) };
-        if received == Received::Stale && self.face == Face::StateOfTheWorld {
+        if received == Received::Stale && self.variant == Variant::Sotw {
             return Ok(received);
         }
         match request.names {
@@ -187,12 +187,12 @@ impl StreamState {
                 _ => Received::Stale,
             };
         };
-        let superseded = self.face == Face::StateOfTheWorld && index + 1 != self.outstanding.len();
+        let superseded = self.variant == Variant::Sotw && index + 1 != self.outstanding.len();
         if superseded {
             return Received::Stale;
         }
         let Some(due) = self.outstanding.remove(index) else { return Received::Stale };
-        if self.face == Face::StateOfTheWorld {
+        if self.variant == Variant::Sotw {
             self.outstanding.clear();
         }
         let Some(error) = error else { return Received::Ack(due.nonce) };
@@ -270,7 +270,7 @@ impl StreamState {
             let Some(version) = version(&watch.name) else { continue };
             let changed = watch.wants(&version);
             any |= changed;
-            if changed || (self.face == Face::StateOfTheWorld && watch.may_get(&version)) {
+            if changed || (self.variant == Variant::Sotw && watch.may_get(&version)) {
                 names.push((watch.name.clone(), version.into_boxed_str()));
             }
         }

@@ -16,7 +16,7 @@ fn fill(text: &str) -> String {
     text.replace("{A}", A).replace("{B}", B).replace("{a}", &under(A)).replace("{b}", &under(B)).replace("{S}", STATIC).replace("{C}", C)
 }
 
-fn judge(file: &str, own: &Own) -> Result<String, Error> {
+fn judge(file: &str, own: &HostPrefix) -> Result<String, Error> {
     pod_uid(&fill(file), own).map(|uid| uid.to_string())
 }
 
@@ -51,10 +51,10 @@ const SHAPES: &[(&str, &str)] = &[
 #[test]
 fn every_shape_that_occurs() {
     for (name, file) in SHAPES {
-        let place = place(&fill(file), &Own::default()).unwrap();
+        let place = place(&fill(file), &HostPrefix::default()).unwrap();
         assert_eq!((place.pod.as_str(), place.container.as_deref()), (A, Some(C)), "{name}");
     }
-    let static_pod = place(&fill("0::/kubepods/burstable/pod{S}/{C}"), &Own::default()).unwrap();
+    let static_pod = place(&fill("0::/kubepods/burstable/pod{S}/{C}"), &HostPrefix::default()).unwrap();
     assert_eq!((static_pod.pod.as_str(), static_pod.container.as_deref()), (STATIC, Some(C)));
 }
 
@@ -71,7 +71,7 @@ fn what_is_in_the_pod_and_in_no_container_of_it() {
         ("a container of another runtime", "0::/kubepods-pod{a}.slice:x:{C}"),
         ("two containers", "2:memory:/kubepods/pod{A}/{C}\n1:cpu:/kubepods/pod{A}/cc{C}\n0::/kubepods/pod{A}/{S}{S}"),
     ] {
-        let place = place(&fill(file), &Own::default()).unwrap();
+        let place = place(&fill(file), &HostPrefix::default()).unwrap();
         assert_eq!((place.pod.as_str(), place.container.as_deref()), (A, None), "{name}");
     }
 }
@@ -106,7 +106,11 @@ fn what_is_in_no_pod() {
         "0::/docker/f00/kubepods/pod{A}/x",
         "0::/kubepods.slice/mykubepods-pod{a}.slice/x",
     ] {
-        assert!(matches!(judge(file, &Own::default()), Err(Error::NotInPod(_))), "{file}: {:?}", judge(file, &Own::default()));
+        assert!(
+            matches!(judge(file, &HostPrefix::default()), Err(Error::NotInPod(_))),
+            "{file}: {:?}",
+            judge(file, &HostPrefix::default())
+        );
     }
 }
 
@@ -119,16 +123,16 @@ fn the_first_pod_decides_whatever_is_made_below_it() {
         "0::/../../pod{A}/f00/pod{B}",
         "0::/kubepods-burstable-pod{a}.slice:cri-containerd:f00/kubepods-burstable-pod{b}.slice",
     ] {
-        assert_eq!(judge(file, &Own::default()).as_deref(), Ok(A), "{file}");
+        assert_eq!(judge(file, &HostPrefix::default()).as_deref(), Ok(A), "{file}");
     }
 }
 
 #[test]
 fn contradictions_and_broken_lines_are_errors() {
-    let conflict = judge("2:memory:/kubepods/pod{A}/x\n1:cpu:/kubepods/pod{B}/x", &Own::default()).unwrap_err();
+    let conflict = judge("2:memory:/kubepods/pod{A}/x\n1:cpu:/kubepods/pod{B}/x", &HostPrefix::default()).unwrap_err();
     assert_eq!(conflict.to_string(), format!("its cgroups contradict each other: pod {A} and pod {B}"));
     for (file, line) in [("nonsense", 1), ("0::/\n0:x", 2), ("0::relative", 1), ("x::/", 1)] {
-        assert_eq!(judge(file, &Own::default()), Err(Error::Malformed(line)), "{file}");
+        assert_eq!(judge(file, &HostPrefix::default()), Err(Error::Malformed(line)), "{file}");
     }
 }
 
@@ -138,7 +142,7 @@ fn a_node_in_a_container_is_taken_off_by_the_agents_own_place() {
     let outer = "/kubepods/burstable/pod{B}/c0de";
     let agent = "11111111-2222-3333-4444-555555555555";
     let own = fill(&format!("0::{outer}/kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-pod{}.slice/x", agent.replace('-', "_")));
-    let own = Own::of(&own, Some(agent)).unwrap();
+    let own = HostPrefix::of(&own, Some(agent)).unwrap();
     let inner = format!("0::{outer}/kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-pod{{a}}.slice/x");
     assert_eq!(judge(&inner, &own).as_deref(), Ok(A));
     assert_eq!(judge(&format!("0::{outer}/kubelet/kubepods/burstable/pod{{A}}/x"), &own).as_deref(), Ok(A));
@@ -146,21 +150,21 @@ fn a_node_in_a_container_is_taken_off_by_the_agents_own_place() {
     assert!(matches!(judge(&format!("0::{outer}/init.scope"), &own), Err(Error::NotInPod(_))));
 
     // An agent that is a plain process of such a node.
-    let own = Own::of(&fill(&format!("0::{outer}\n1:memory:/")), None).unwrap();
+    let own = HostPrefix::of(&fill(&format!("0::{outer}\n1:memory:/")), None).unwrap();
     assert_eq!(judge(&format!("0::{outer}/kubepods/pod{{A}}/x\n1:memory:/kubepods/pod{{A}}/x"), &own).as_deref(), Ok(A));
     // The prefix ends at a segment's end, and counts for its own hierarchy only.
     assert_eq!(judge(&format!("1:memory:{outer}/kubepods/pod{{A}}/x"), &own).as_deref(), Ok(B));
 
     // The ordinary cases: nothing is taken off.
-    let own = Own::of(&fill("0::/kubepods/burstable/pod{B}/x"), Some(B)).unwrap();
-    assert_eq!(own, Own(vec![(String::new(), String::new())]));
+    let own = HostPrefix::of(&fill("0::/kubepods/burstable/pod{B}/x"), Some(B)).unwrap();
+    assert_eq!(own, HostPrefix(vec![(String::new(), String::new())]));
     assert_eq!(judge("0::/kubepods/burstable/pod{A}/x", &own).as_deref(), Ok(A));
     assert_eq!(judge("0::/kubepods/burstable/pod{B}/x/kubepods/pod{A}", &own).as_deref(), Ok(B));
 }
 
 #[test]
 fn names_in_the_log_are_tame_and_bounded() {
-    let error = place(&format!("0::/\u{1b}[31m{}", "x".repeat(4000)), &Own::default()).unwrap_err().to_string();
+    let error = place(&format!("0::/\u{1b}[31m{}", "x".repeat(4000)), &HostPrefix::default()).unwrap_err().to_string();
     assert!(error.contains("/?[31mxx") && error.len() < 400, "{error}");
 }
 
@@ -196,21 +200,21 @@ proptest! {
     #[test]
     fn no_bytes_make_it_panic(bytes in any::<Vec<u8>>(), own in any::<Vec<u8>>()) {
         let (file, own) = (String::from_utf8_lossy(&bytes), String::from_utf8_lossy(&own));
-        let own = Own::of(&own, Some(A)).or_else(|_| Own::of(&own, None)).unwrap_or_default();
+        let own = HostPrefix::of(&own, Some(A)).or_else(|_| HostPrefix::of(&own, None)).unwrap_or_default();
         let _ = place(&file, &own);
     }
 
     #[test]
     fn no_lines_make_it_panic(paths in prop::collection::vec(prop::collection::vec(segment(), 0..6), 0..6), pod in prop::option::of(Just(B))) {
         let file: String = paths.iter().enumerate().map(|(i, path)| format!("{i}:h{i}:/{}\n", path.join("/"))).collect();
-        let own = Own::of(&file, pod).unwrap_or_default();
-        let _ = (place(&file, &own), place(&file, &Own::default()));
+        let own = HostPrefix::of(&file, pod).unwrap_or_default();
+        let _ = (place(&file, &own), place(&file, &HostPrefix::default()));
     }
 
     #[test]
     fn nothing_below_a_pods_own_path_changes_the_answer(file in shape(), below in prop::collection::vec(segment(), 1..8)) {
         let below = format!("/{}", below.join("/"));
-        let place = place(&deeper(&file, &below), &Own::default()).unwrap();
+        let place = place(&deeper(&file, &below), &HostPrefix::default()).unwrap();
         prop_assert_eq!(place.pod.as_str(), A);
         // Where a hierarchy has no container's segment of its own, nobody vouches for what stands in its place.
         prop_assert!(place.container.is_none_or(|id| id == C));
@@ -221,9 +225,9 @@ proptest! {
         let other = other.replace(A, B).replace(&A.replace('-', "_"), &B.replace('-', "_"));
         for file in [file.clone(), format!("{}7:other:/{below}\n", deeper(&file, "")), format!("{}{other}", deeper(&file, ""))] {
             let mut lines: Vec<&str> = file.lines().collect();
-            let before = place(&file, &Own::default());
+            let before = place(&file, &HostPrefix::default());
             fastrand::Rng::with_seed(seed).shuffle(&mut lines);
-            let after = place(&lines.join("\n"), &Own::default());
+            let after = place(&lines.join("\n"), &HostPrefix::default());
             prop_assert!(before == after || (before.is_err() && after.is_err()), "{before:?} {after:?}");
         }
     }
@@ -239,6 +243,6 @@ proptest! {
             let (head, path) = line.split_once(":/").map(|(head, path)| (head, path.trim_start_matches("../")))?;
             Some(format!("{head}:/{}{between}/{path}\n", fill(base)))
         }).collect();
-        prop_assert!(matches!(place(&file, &Own::default()), Err(Error::NotInPod(_))), "{file}");
+        prop_assert!(matches!(place(&file, &HostPrefix::default()), Err(Error::NotInPod(_))), "{file}");
     }
 }

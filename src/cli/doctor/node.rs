@@ -7,7 +7,7 @@ use nix::sys::resource::{Resource, getrlimit};
 use super::report::Step;
 use crate::{
     attest::{
-        cgroup::{self, Own},
+        cgroup::{self, HostPrefix},
         kubernetes::read_cgroup,
     },
     cli::Exit,
@@ -44,7 +44,7 @@ pub(super) fn kernel(config: &Config) -> Step {
 }
 
 /// Whether other pods' processes are visible here.
-pub(super) fn host_pids(own: Option<&Own>) -> Step {
+pub(super) fn host_pids(own: Option<&HostPrefix>) -> Step {
     let Some(own) = own else { return Step::unknown("host pids", "this process's own place is not known", Some("mount /proc")) };
     let read = |entry: &Path| read_cgroup(fs::File::open(entry.join("cgroup"))).ok();
     let uid = |file: &str| cgroup::pod_uid(file, own).ok().map(|uid| uid.to_string());

@@ -5,7 +5,7 @@ use std::{fs, path::Path};
 use super::report::Step;
 use crate::{
     attest::{
-        cgroup::{self, Own, PodUid},
+        cgroup::{self, HostPrefix, PodUid},
         kubernetes::read_cgroup,
     },
     cli::Exit,
@@ -77,16 +77,16 @@ pub(super) fn process(pid: i32) -> (Vec<Step>, Option<Peer>) {
 }
 
 /// The agent's own place, as this process has it: run it where the agent runs.
-pub(super) fn own(pod_uid: Option<&str>) -> (Step, Option<Own>) {
+pub(super) fn own(pod_uid: Option<&str>) -> (Step, Option<HostPrefix>) {
     let read = read_cgroup(fs::File::open("/proc/self/cgroup")).map_err(|error| error.to_string());
-    match read.and_then(|file| Own::of(&file, pod_uid).map_err(|error| error.to_string())) {
+    match read.and_then(|file| HostPrefix::of(&file, pod_uid).map_err(|error| error.to_string())) {
         Ok(own) => (Step::ok("own prefix", format!("taken off every path: {own}")), Some(own)),
         Err(error) => (Step::failed("own prefix", Exit::Failed, error, "mount /proc"), None),
     }
 }
 
 /// The lines of the process's cgroup file, each with what it says, and what they say together.
-pub(super) fn cgroups(pid: i32, own: &Own) -> (Step, Option<PodUid>) {
+pub(super) fn cgroups(pid: i32, own: &HostPrefix) -> (Step, Option<PodUid>) {
     match read_cgroup(fs::File::open(Path::new("/proc").join(pid.to_string()).join("cgroup"))) {
         Ok(file) => judge(&file, own),
         Err(error) => {
@@ -96,7 +96,7 @@ pub(super) fn cgroups(pid: i32, own: &Own) -> (Step, Option<PodUid>) {
     }
 }
 
-fn judge(file: &str, own: &Own) -> (Step, Option<PodUid>) {
+fn judge(file: &str, own: &HostPrefix) -> (Step, Option<PodUid>) {
     let mut detail: Vec<String> = file.lines().map(|line| format!("{line}  [{}]", verdict(line, own))).collect();
     match cgroup::pod_uid(file, own) {
         Ok(uid) => {
@@ -118,10 +118,10 @@ fn judge(file: &str, own: &Own) -> (Step, Option<PodUid>) {
 }
 
 /// What one line says, by the judgement of a file that has only this line.
-fn verdict(line: &str, own: &Own) -> String {
+fn verdict(line: &str, own: &HostPrefix) -> String {
     match cgroup::pod_uid(line, own) {
         Ok(uid) => {
-            let names_it = |segment: &&str| cgroup::pod_uid(&format!("0::/{segment}"), &Own::default()).as_ref() == Ok(&uid);
+            let names_it = |segment: &&str| cgroup::pod_uid(&format!("0::/{segment}"), &HostPrefix::default()).as_ref() == Ok(&uid);
             format!("decided by {}", line.split('/').find(names_it).unwrap_or("it"))
         }
         Err(cgroup::Error::NotInPod(_)) => "no pod".to_owned(),
@@ -130,7 +130,7 @@ fn verdict(line: &str, own: &Own) -> String {
 }
 
 /// The processes of a pod, by the same judgement.
-pub(super) fn of_pod(uid: &str, own: &Own) -> Vec<i32> {
+pub(super) fn of_pod(uid: &str, own: &HostPrefix) -> Vec<i32> {
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
     let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
     pids.filter(|pid| {
@@ -153,12 +153,12 @@ mod tests {
 
     #[test]
     fn each_line_tells_what_decided_and_why_none_did() {
-        let (step, uid) = judge(&format!("2:memory:/kubepods/burstable/pod{A}/f00/kubepods/podx\n0::/\n"), &Own::default());
+        let (step, uid) = judge(&format!("2:memory:/kubepods/burstable/pod{A}/f00/kubepods/podx\n0::/\n"), &HostPrefix::default());
         assert_eq!(uid.unwrap().as_str(), A);
         let expected = format!("pod {A}\n2:memory:/kubepods/burstable/pod{A}/f00/kubepods/podx  [decided by pod{A}]\n0::/  [no pod]");
         assert_eq!((step.result, step.detail), (Outcome::Ok, expected));
 
-        let (step, uid) = judge("0::/user.slice/x", &Own::default());
+        let (step, uid) = judge("0::/user.slice/x", &HostPrefix::default());
         assert_eq!((step.result, uid), (Outcome::Failed, None));
         assert!(step.detail.starts_with("its cgroups lead through no pod") && step.remedy.is_some(), "{step:?}");
     }

@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use super::{Context, LIFETIMES};
 use crate::{
-    config::{Attestation, error::Wrong, reader::Section, template, values},
+    config::{Attestation, error::FieldError, reader::Section, template, values},
     identity::KeyType,
 };
 
@@ -111,13 +111,13 @@ pub fn certificate(section: &Section<'_>, context: &Context<'_>, base: Certifica
     Some(Certificate { lifetime: lifetime?, key: key?, renew_at: renew_at?, jitter: jitter?, per_pod: per_pod? })
 }
 
-fn key(value: &Value) -> Result<KeyType, Wrong> {
+fn key(value: &Value) -> Result<KeyType, FieldError> {
     let text = value.as_str().unwrap_or_default();
     KeyType::ALL.into_iter().find(|key| key.as_str() == text).ok_or_else(|| {
         let remedy = format!("use {}", values::one_of(&KeyType::ALL.map(KeyType::as_str)));
         match text {
-            "ed25519" => Wrong::new("is not supported for SDS: Envoy refuses it", remedy),
-            _ => Wrong::new("is not a key type", remedy),
+            "ed25519" => FieldError::new("is not supported for SDS: Envoy refuses it", remedy),
+            _ => FieldError::new("is not a key type", remedy),
         }
     })
 }

@@ -1,7 +1,7 @@
 //! Who signs: `issuer`, and the parts of it that a profile may say.
 
 use crate::config::{
-    Attestation, CertManager, IssuerConfig, IssuerRef, RequestNamespace, environment::snippet, error::Wrong, reader::Section, values,
+    Attestation, CertManager, IssuerConfig, IssuerRef, RequestNamespace, environment::snippet, error::FieldError, reader::Section, values,
 };
 
 use super::Context;
@@ -104,18 +104,19 @@ fn namespace(
 
 /// Reads an `issuerRef`.
 pub fn issuer_ref(section: &Section<'_>) -> Option<IssuerRef> {
-    let name = section.require("name", || Wrong::new("is missing", "name the Issuer or ClusterIssuer that signs"), values::object_name);
+    let name =
+        section.require("name", || FieldError::new("is missing", "name the Issuer or ClusterIssuer that signs"), values::object_name);
     let group = section.read("group", CERT_MANAGER.to_owned(), values::object_name);
     let own_group = group.as_deref() == Some(CERT_MANAGER);
     let absent = || {
         let what = "is missing, and without it cert-manager looks for an Issuer in the namespace of the request, never for a ClusterIssuer";
-        Wrong::new(what, "write kind: ClusterIssuer for one that serves the whole cluster, or kind: Issuer")
+        FieldError::new(what, "write kind: ClusterIssuer for one that serves the whole cluster, or kind: Issuer")
     };
     let kind = section.require("kind", absent, |value| {
         let kind = values::text(value)?;
         if own_group && !matches!(kind, "Issuer" | "ClusterIssuer") {
             let remedy = "use ClusterIssuer or Issuer, or set issuerRef.group to the group of an external issuer";
-            return Err(Wrong::new(format!("is not a kind of {CERT_MANAGER}"), remedy));
+            return Err(FieldError::new(format!("is not a kind of {CERT_MANAGER}"), remedy));
         }
         Ok(kind.to_owned())
     });

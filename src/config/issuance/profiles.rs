@@ -10,7 +10,7 @@ use super::{
     issuer, warn_of_load,
 };
 use crate::{
-    config::{Attestation, IssuerConfig, error::Wrong, reader::Section, values},
+    config::{Attestation, IssuerConfig, error::FieldError, reader::Section, values},
     identity::{Match, Pattern, picks},
 };
 
@@ -26,7 +26,7 @@ pub struct Base<'a> {
 
 /// A profile whose issuer has no name yet.
 #[derive(Debug)]
-pub struct Draft {
+pub struct UnresolvedProfile {
     /// `name`
     pub name: String,
     /// `match`
@@ -43,7 +43,7 @@ pub struct Draft {
     pub epoch: u64,
 }
 
-impl Draft {
+impl UnresolvedProfile {
     /// The profile of whom no other takes.
     pub fn default_of(identity: Identity, certificate: Certificate, issuer: IssuerConfig) -> Self {
         Self { name: DEFAULT.to_owned(), matches: Match::default(), selectable: false, identity, certificate, issuer, epoch: 0 }
@@ -54,7 +54,7 @@ impl Draft {
 type Seen = (Option<String>, Option<Match>, bool);
 
 /// Reads the list.
-pub fn walk(root: &Section<'_>, context: &Context<'_>, base: &Base<'_>) -> Option<Vec<Draft>> {
+pub fn decode(root: &Section<'_>, context: &Context<'_>, base: &Base<'_>) -> Option<Vec<UnresolvedProfile>> {
     let seen = RefCell::new(Vec::new());
     let drafts = root.sections("profiles", |section| profile(section, context, base, &seen));
     if context.attestation == Some(Attestation::Unix) && drafts.as_ref().is_none_or(|drafts| !drafts.is_empty()) {
@@ -64,8 +64,8 @@ pub fn walk(root: &Section<'_>, context: &Context<'_>, base: &Base<'_>) -> Optio
     drafts
 }
 
-fn profile(section: &Section<'_>, context: &Context<'_>, base: &Base<'_>, seen: &RefCell<Vec<Seen>>) -> Option<Draft> {
-    let absent = || Wrong::new("is missing: metrics, requests and volumes call the profile by it", "give it a name such as payments");
+fn profile(section: &Section<'_>, context: &Context<'_>, base: &Base<'_>, seen: &RefCell<Vec<Seen>>) -> Option<UnresolvedProfile> {
+    let absent = || FieldError::new("is missing: metrics, requests and volumes call the profile by it", "give it a name such as payments");
     let name = section.require("name", absent, name);
     let has_match = section.has("match");
     let matches = section.section("match", matches);
@@ -88,7 +88,7 @@ fn profile(section: &Section<'_>, context: &Context<'_>, base: &Base<'_>, seen: 
         warn_of_load(section, &certificate, &issuer);
     }
     let (name, matches, selectable) = (name?, matches.filter(|_| has_match)?, selectable?);
-    Some(Draft { name, matches, selectable, identity: identity?, certificate, issuer, epoch: epoch? })
+    Some(UnresolvedProfile { name, matches, selectable, identity: identity?, certificate, issuer, epoch: epoch? })
 }
 
 /// Two of one name, and one that is never reached, are mistakes.
@@ -105,11 +105,11 @@ fn compare(section: &Section<'_>, name: Option<&str>, matches: Option<&Match>, s
     }
 }
 
-fn name(value: &Value) -> Result<String, Wrong> {
+fn name(value: &Value) -> Result<String, FieldError> {
     match values::text(value)? {
-        DEFAULT => Err(Wrong::new("is the name of whom no profile takes", "choose another name")),
+        DEFAULT => Err(FieldError::new("is the name of whom no profile takes", "choose another name")),
         name if picks::is_name(name) => Ok(name.to_owned()),
-        _ => Err(Wrong::new("is not the name of a profile", values::DNS_LABEL_RULE)),
+        _ => Err(FieldError::new("is not the name of a profile", values::DNS_LABEL_RULE)),
     }
 }
 
@@ -132,12 +132,12 @@ fn in_names(b: u8) -> bool {
     b.is_ascii_lowercase() || b.is_ascii_digit() || matches!(b, b'-' | b'.')
 }
 
-fn pattern(value: &Value, kind: &str, is_part: fn(u8) -> bool) -> Result<Pattern, Wrong> {
+fn pattern(value: &Value, kind: &str, is_part: fn(u8) -> bool) -> Result<Pattern, FieldError> {
     let text = values::text(value)?;
     let remedy = "write a name, or a part of one with '*' at its beginning or at its end";
-    let pattern = Pattern::parse(text).ok_or_else(|| Wrong::new("has a '*' elsewhere than at one end of it", remedy))?;
+    let pattern = Pattern::parse(text).ok_or_else(|| FieldError::new("has a '*' elsewhere than at one end of it", remedy))?;
     if pattern.part().len() > 253 || !pattern.part().bytes().all(is_part) {
-        return Err(Wrong::new(format!("can match no {kind}"), "use lower-case letters, digits and '-', as such names have"));
+        return Err(FieldError::new(format!("can match no {kind}"), "use lower-case letters, digits and '-', as such names have"));
     }
     Ok(pattern)
 }

@@ -18,7 +18,7 @@ use crate::{
     clock::Clock,
     grpc::{self, Incoming, Sender},
     identity::{Identity, Resolver},
-    material::{Face, Svid},
+    material::{Svid, Variant},
     proto::envoy::service::discovery::v3::{DeltaDiscoveryRequest, DiscoveryRequest},
     sds::{
         client_version::{ClientVersion, Provenance},
@@ -34,14 +34,14 @@ use crate::{
 
 impl Service {
     /// A stream's life. The first request is read before the caller is attested: a large one must not block the connection's window.
-    pub(super) async fn drive<B>(&self, connection: &Connection, incoming: &mut Incoming<B>, face: Face, sender: Sender) -> Status
+    pub(super) async fn drive<B>(&self, connection: &Connection, incoming: &mut Incoming<B>, variant: Variant, sender: Sender) -> Status
     where
         B: HttpBody<Data = Bytes> + Unpin,
         B::Error: std::fmt::Display,
     {
         let first = tokio::select! {
             () = self.ending.cancelled() => return grpc::closing(),
-            first = read(incoming, face) => first,
+            first = read(incoming, variant) => first,
         };
         let first = match first {
             Ok(Some(first)) => first,
@@ -60,13 +60,13 @@ impl Service {
             Ok(caller) => caller,
             Err(status) => return status,
         };
-        let state = StreamState::new(face, self.directory.wildcard(), self.limits.names_per_stream);
+        let state = StreamState::new(variant, self.directory.wildcard(), self.limits.names_per_stream);
         let mut stream = Stream {
             service: self,
             connection,
             caller,
             rules,
-            face,
+            variant,
             state,
             lease: None,
             identity_changed: false,
@@ -93,7 +93,7 @@ struct Stream<'a> {
     connection: &'a Connection,
     caller: Arc<Caller>,
     rules: watch::Receiver<Arc<Resolver>>,
-    face: Face,
+    variant: Variant,
     state: StreamState,
     lease: Option<(Lease, watch::Receiver<Option<Arc<Svid>>>)>,
     /// The lease is of an identity that the caller had before.
@@ -151,7 +151,7 @@ impl Stream<'_> {
             tokio::select! {
                 () = caller.attested.terminated.cancelled() => return Err(ended()),
                 () = self.service.ending.cancelled() => return Err(grpc::closing()),
-                request = read(incoming, self.face), if asking => {
+                request = read(incoming, self.variant), if asking => {
                     trigger = Trigger::subscribe;
                     match request? {
                         Some(request) => self.request(request)?,
@@ -343,7 +343,7 @@ impl Stream<'_> {
         let mut resources = Vec::with_capacity(names.len());
         let mut kinds = Vec::with_capacity(names.len());
         for (name, _) in &names {
-            if let Some((kind, bytes)) = view.resource(&self.target(name), self.face, name) {
+            if let Some((kind, bytes)) = view.resource(&self.target(name), self.variant, name) {
                 self.service.metrics.sent(kind, trigger);
                 kinds.push(kind);
                 resources.push(bytes);
@@ -378,25 +378,25 @@ impl Stream<'_> {
                 self.sender.take_back();
                 Err(ended())
             }
-            () = self.sender.send(secret::response(self.face, &version, &nonce.to_string(), resources)) => Ok(()),
+            () = self.sender.send(secret::response(self.variant, &version, &nonce.to_string(), resources)) => Ok(()),
         }
     }
 }
 
 /// Reads a request of either face.
-async fn read<B>(incoming: &mut Incoming<B>, face: Face) -> Result<Option<StreamRequest>, Status>
+async fn read<B>(incoming: &mut Incoming<B>, variant: Variant) -> Result<Option<StreamRequest>, Status>
 where
     B: HttpBody<Data = Bytes> + Unpin,
     B::Error: std::fmt::Display,
 {
-    Ok(match face {
-        Face::StateOfTheWorld => incoming.next::<DiscoveryRequest>().await?.map(|r| StreamRequest {
+    Ok(match variant {
+        Variant::Sotw => incoming.next::<DiscoveryRequest>().await?.map(|r| StreamRequest {
             type_url: r.type_url,
             nonce: r.response_nonce,
             error: r.error_detail.map(|e| e.message),
             names: Names::All { names: r.resource_names, version: r.version_info },
         }),
-        Face::Delta => incoming.next::<DeltaDiscoveryRequest>().await?.map(|r| StreamRequest {
+        Variant::Delta => incoming.next::<DeltaDiscoveryRequest>().await?.map(|r| StreamRequest {
             type_url: r.type_url,
             nonce: r.response_nonce,
             error: r.error_detail.map(|e| e.message),

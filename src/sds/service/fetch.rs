@@ -13,7 +13,7 @@ use crate::{
     caller::{Caller, Connection},
     grpc::{self, Incoming},
     identity::{Identity, Resolver},
-    material::Face,
+    material::Variant,
     proto::envoy::service::discovery::v3::DiscoveryRequest,
     sds::{
         metrics::Trigger,
@@ -140,7 +140,7 @@ impl Service {
         let mut resources = Vec::with_capacity(known.len());
         let mut versions = Vec::with_capacity(known.len());
         for (name, target) in known {
-            if let (Some((kind, bytes)), Some(version)) = (view.resource(target, Face::StateOfTheWorld, name), view.version(target)) {
+            if let (Some((kind, bytes)), Some(version)) = (view.resource(target, Variant::Sotw, name), view.version(target)) {
                 self.metrics.sent(kind, Trigger::subscribe);
                 resources.push(bytes);
                 versions.push((name.as_str(), version));
@@ -152,7 +152,7 @@ impl Service {
         let version_prefix =
             view.svid.as_ref().map(|svid| version_prefix(svid.version())).filter(|_| known.iter().any(|(_, t)| *t == Target::Certificate));
         let version = secret::response_version(version_prefix, &versions);
-        Ok(secret::response(Face::StateOfTheWorld, &version, "", resources))
+        Ok(secret::response(Variant::Sotw, &version, "", resources))
     }
 
     /// What exists now. Material that looks expired is withheld.

@@ -1,10 +1,10 @@
 use super::*;
 
-const SOTW: Face = Face::StateOfTheWorld;
-const DELTA: Face = Face::Delta;
+const SOTW: Variant = Variant::Sotw;
+const DELTA: Variant = Variant::Delta;
 
-fn stream(face: Face) -> StreamState {
-    StreamState::new(face, ["default".into(), "ROOTCA".into()], 4)
+fn stream(variant: Variant) -> StreamState {
+    StreamState::new(variant, ["default".into(), "ROOTCA".into()], 4)
 }
 
 fn strings(names: &[&str]) -> Vec<String> {
@@ -36,8 +36,8 @@ fn due(stream: &mut StreamState, v: &str) -> Option<(u64, Vec<String>)> {
 
 #[test]
 fn a_name_is_answered_once_for_each_version() {
-    for (face, first) in [(SOTW, sotw(&["default"], "", "")), (DELTA, delta(&["default"], &[], ""))] {
-        let mut s = stream(face);
+    for (variant, first) in [(SOTW, sotw(&["default"], "", "")), (DELTA, delta(&["default"], &[], ""))] {
+        let mut s = stream(variant);
         assert_eq!(s.request(first), Ok(Received::Subscription));
         assert_eq!(due(&mut s, "v1"), Some((1, strings(&["default"]))));
         assert_eq!(due(&mut s, "v1"), None, "nothing new");
@@ -155,13 +155,13 @@ fn delta_answers_a_repeated_subscription_and_sotw_does_not() {
 
 #[test]
 fn a_first_empty_list_is_a_wildcard_and_a_later_one_is_nothing() {
-    for (face, first, later) in [
+    for (variant, first, later) in [
         (SOTW, sotw(&[], "", ""), sotw(&[], "v1", "1")),
         (DELTA, delta(&[], &[], ""), delta(&[], &["default", "ROOTCA"], "1")),
         (SOTW, sotw(&["*"], "", ""), sotw(&[], "v1", "1")),
         (DELTA, delta(&["*"], &[], ""), delta(&[], &["*"], "1")),
     ] {
-        let mut s = stream(face);
+        let mut s = stream(variant);
         s.request(first).unwrap();
         assert_eq!(due(&mut s, "v1"), Some((1, strings(&["default", "ROOTCA"]))));
         s.request(later).unwrap();
@@ -172,9 +172,10 @@ fn a_first_empty_list_is_a_wildcard_and_a_later_one_is_nothing() {
 
 #[test]
 fn an_unknown_name_stays_silent_and_the_others_are_answered() {
-    for (face, first) in [(SOTW, sotw(&["file-root:system", "default"], "", "")), (DELTA, delta(&["file-root:system", "default"], &[], ""))]
+    for (variant, first) in
+        [(SOTW, sotw(&["file-root:system", "default"], "", "")), (DELTA, delta(&["file-root:system", "default"], &[], ""))]
     {
-        let mut s = stream(face);
+        let mut s = stream(variant);
         s.request(first).unwrap();
         assert_eq!(due(&mut s, "v1"), Some((1, strings(&["default"]))));
     }
@@ -182,11 +183,11 @@ fn an_unknown_name_stays_silent_and_the_others_are_answered() {
 
 #[test]
 fn a_name_without_an_answer_yet_follows_when_it_has_one() {
-    for (face, first, second) in [
+    for (variant, first, second) in [
         (SOTW, sotw(&["default", "ROOTCA"], "", ""), vec!["default", "ROOTCA"]),
         (DELTA, delta(&["default", "ROOTCA"], &[], ""), vec!["default"]),
     ] {
-        let mut s = stream(face);
+        let mut s = stream(variant);
         s.request(first).unwrap();
         let bundle_only = |name: &str| (name == "ROOTCA").then(|| "v1".to_owned());
         assert_eq!(s.due(bundle_only).unwrap().names.len(), 1);
@@ -220,8 +221,8 @@ fn a_version_counts_only_in_the_first_request() {
 
 #[test]
 fn a_nonce_of_another_stream_does_not_hide_the_first_request() {
-    for (face, first) in [(SOTW, sotw(&["default"], "", "41")), (DELTA, delta(&["default"], &[], "41"))] {
-        let mut s = stream(face);
+    for (variant, first) in [(SOTW, sotw(&["default"], "", "41")), (DELTA, delta(&["default"], &[], "41"))] {
+        let mut s = stream(variant);
         assert_eq!(s.request(first), Ok(Received::Subscription));
         assert_eq!(due(&mut s, "v1"), Some((1, strings(&["default"]))));
     }
@@ -294,20 +295,20 @@ mod properties {
         /// Whatever a client says: nonces grow, nothing unwatched is sent, a rejected version never returns, and in the end everything
         /// that is watched was sent, is what the client brought, or was rejected.
         #[test]
-        fn a_stream_converges(face in prop_oneof![Just(SOTW), Just(DELTA)], steps in steps()) {
-            let mut s = stream(face);
+        fn a_stream_converges(variant in prop_oneof![Just(SOTW), Just(DELTA)], steps in steps()) {
+            let mut s = stream(variant);
             let (mut nonce, mut version) = (0, 0u8);
             let mut rejected: std::collections::BTreeSet<(Box<str>, Box<str>)> = Default::default();
             let mut last: Vec<Due> = Vec::new();
-            s.request(if face == SOTW { sotw(&["default"], "", "") } else { delta(&["default"], &[], "") }).unwrap();
+            s.request(if variant == SOTW { sotw(&["default"], "", "") } else { delta(&["default"], &[], "") }).unwrap();
             for step in steps {
                 match step {
                     Step::Names(picks) => {
                         let names: Vec<&str> = picks.iter().map(|i| NAMES[*i]).collect();
                         let current = if nonce == 0 { String::new() } else { nonce.to_string() };
-                        let request = if face == SOTW { sotw(&names, "", &current) } else { delta(&names, &["ROOTCA"], "") };
+                        let request = if variant == SOTW { sotw(&names, "", &current) } else { delta(&names, &["ROOTCA"], "") };
                         s.request(request).unwrap();
-                        if face == DELTA {
+                        if variant == DELTA {
                             // Unsubscribed, and perhaps subscribed anew by the same request.
                             rejected.retain(|(name, _)| &**name != "ROOTCA");
                         }
@@ -316,7 +317,7 @@ mod properties {
                         let n = u64::saturating_sub(nonce, offset);
                         let watched: Vec<String> = s.watches().iter().map(|w| w.name.to_string()).collect();
                         let watched: Vec<&str> = watched.iter().map(String::as_str).collect();
-                        let mut request = if face == SOTW { sotw(&watched, "", &n.to_string()) } else { delta(&[], &[], &n.to_string()) };
+                        let mut request = if variant == SOTW { sotw(&watched, "", &n.to_string()) } else { delta(&[], &[], &n.to_string()) };
                         if error { request = nack(request); }
                         if let Received::Nack(n, _) = s.request(request).unwrap() {
                             let due = last.iter().find(|d| d.nonce == n).unwrap();

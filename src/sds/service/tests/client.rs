@@ -21,7 +21,7 @@ use crate::proto::{
     google::rpc::Status as RpcStatus,
 };
 
-pub(super) const FACES: [Face; 2] = [Face::StateOfTheWorld, Face::Delta];
+pub(super) const FACES: [Variant; 2] = [Variant::Sotw, Variant::Delta];
 /// Longer than anything takes that is not to be waited for; on paused time it costs nothing.
 const PATIENCE: Duration = Duration::from_secs(24 * 3600);
 
@@ -73,15 +73,15 @@ impl Reply {
         self.resources.iter().any(|r| r.name == name && r.content == Content::Certificate(svid.chain.to_pem()))
     }
 
-    pub(super) fn of_message(face: Face, message: &[u8]) -> Self {
-        match face {
-            Face::StateOfTheWorld => {
+    pub(super) fn of_message(variant: Variant, message: &[u8]) -> Self {
+        match variant {
+            Variant::Sotw => {
                 let response = DiscoveryResponse::decode(message).unwrap();
                 assert_eq!(response.type_url, TYPE_URL);
                 let resources = response.resources.iter().map(|any| resource(any, None)).collect();
                 Self { version: response.version_info, nonce: response.nonce, resources }
             }
-            Face::Delta => {
+            Variant::Delta => {
                 let response = DeltaDiscoveryResponse::decode(message).unwrap();
                 assert_eq!((&*response.type_url, response.removed_resources.len()), (TYPE_URL, 0));
                 let resources =
@@ -137,7 +137,7 @@ pub(super) fn status(trailers: &http::HeaderMap) -> (Code, String) {
 
 /// A stream and its client.
 pub(super) struct Client {
-    face: Face,
+    variant: Variant,
     said: Option<mpsc::UnboundedSender<Bytes>>,
     seen: mpsc::UnboundedReceiver<Seen>,
     transport: tokio::task::JoinHandle<()>,
@@ -148,30 +148,30 @@ pub(super) struct Client {
 
 impl Client {
     /// Opens a stream on a connection of its own, and says nothing yet.
-    pub(super) async fn open(bench: &Bench, face: Face) -> Self {
-        Self::on(bench, &bench.connection(), face).await
+    pub(super) async fn open(bench: &Bench, variant: Variant) -> Self {
+        Self::on(bench, &bench.connection(), variant).await
     }
 
-    pub(super) async fn on(bench: &Bench, connection: &Arc<Connection>, face: Face) -> Self {
+    pub(super) async fn on(bench: &Bench, connection: &Arc<Connection>, variant: Variant) -> Self {
         let (said, pieces) = mpsc::unbounded_channel();
-        let method = if face == Face::Delta { "DeltaSecrets" } else { "StreamSecrets" };
+        let method = if variant == Variant::Delta { "DeltaSecrets" } else { "StreamSecrets" };
         let request = Request::post(format!("/{SERVICE}/{method}")).body(body(pieces)).unwrap();
         let response = bench.service.call(connection, request).await.expect("a method of the service");
         let (tell, seen) = mpsc::unbounded_channel();
-        let transport = tokio::spawn(carry(face, response.into_body(), tell));
-        Self { face, said: Some(said), seen, transport, names: Vec::new(), nonce: String::new(), version: String::new() }
+        let transport = tokio::spawn(carry(variant, response.into_body(), tell));
+        Self { variant, said: Some(said), seen, transport, names: Vec::new(), nonce: String::new(), version: String::new() }
     }
 
     /// Opens a stream that asks for `names`.
-    pub(super) async fn asking(bench: &Bench, face: Face, names: &[&str]) -> Self {
-        let mut client = Self::open(bench, face).await;
+    pub(super) async fn asking(bench: &Bench, variant: Variant, names: &[&str]) -> Self {
+        let mut client = Self::open(bench, variant).await;
         client.ask(names);
         client
     }
 
     /// Opens a stream as a client that comes back: it brings `version` along for each of `names`.
-    pub(super) async fn returning(bench: &Bench, face: Face, names: &[&str], version: &str) -> Self {
-        let mut client = Self::open(bench, face).await;
+    pub(super) async fn returning(bench: &Bench, variant: Variant, names: &[&str], version: &str) -> Self {
+        let mut client = Self::open(bench, variant).await;
         client.version = version.to_owned();
         client.names = names.iter().map(|n| (*n).to_owned()).collect();
         let (subscribe, names) = (client.names.clone(), client.names.clone());
@@ -185,7 +185,7 @@ impl Client {
         let added: Vec<String> = next.iter().filter(|n| !self.names.contains(n)).cloned().collect();
         let dropped: Vec<String> = self.names.iter().filter(|n| !next.contains(n)).cloned().collect();
         self.names = next;
-        let nonce = if self.face == Face::Delta { String::new() } else { self.nonce.clone() };
+        let nonce = if self.variant == Variant::Delta { String::new() } else { self.nonce.clone() };
         self.say(&added, &dropped, Default::default(), None, &nonce);
     }
 
@@ -223,15 +223,15 @@ impl Client {
     ) {
         let error_detail = error.map(|message| RpcStatus { code: 3, message: message.to_owned() });
         let (type_url, response_nonce) = (TYPE_URL.to_owned(), nonce.to_owned());
-        self.send(match self.face {
-            Face::StateOfTheWorld => framed(&DiscoveryRequest {
+        self.send(match self.variant {
+            Variant::Sotw => framed(&DiscoveryRequest {
                 version_info: self.version.clone(),
                 resource_names: self.names.clone(),
                 type_url,
                 response_nonce,
                 error_detail,
             }),
-            Face::Delta => framed(&DeltaDiscoveryRequest {
+            Variant::Delta => framed(&DeltaDiscoveryRequest {
                 type_url,
                 resource_names_subscribe: added.to_vec(),
                 resource_names_unsubscribe: dropped.to_vec(),
@@ -296,7 +296,7 @@ pub fn bytes(mut data: grpc::Pieces) -> Bytes {
 }
 
 /// Reads a response as a transport does: piece by piece, at once.
-async fn carry(face: Face, mut response: Body, tell: mpsc::UnboundedSender<Seen>) {
+async fn carry(variant: Variant, mut response: Body, tell: mpsc::UnboundedSender<Seen>) {
     let mut pending = Vec::new();
     while let Some(frame) = response.frame().await {
         let frame = match frame.unwrap().into_data() {
@@ -308,7 +308,7 @@ async fn carry(face: Face, mut response: Body, tell: mpsc::UnboundedSender<Seen>
                         break;
                     }
                     let message: Vec<u8> = pending.drain(..grpc::PREFIX + len).skip(grpc::PREFIX).collect();
-                    let _ = tell.send(Seen::Reply(Reply::of_message(face, &message)));
+                    let _ = tell.send(Seen::Reply(Reply::of_message(variant, &message)));
                 }
                 continue;
             }

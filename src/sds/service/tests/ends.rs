@@ -14,11 +14,11 @@ const MINUTE: Duration = Duration::from_secs(60);
 
 #[tokio::test(start_paused = true)]
 async fn a_workloads_end_ends_its_streams_and_no_key_leaves_after_it() {
-    for face in FACES {
+    for variant in FACES {
         let b = Bench::new();
         let (connection, mut open) = (b.connection(), Vec::new());
         for _ in 0..3 {
-            let mut client = Client::on(&b, &connection, face).await;
+            let mut client = Client::on(&b, &connection, variant).await;
             client.ask(&["default"]);
             client.accepted().await;
             open.push(client);
@@ -27,7 +27,7 @@ async fn a_workloads_end_ends_its_streams_and_no_key_leaves_after_it() {
         for mut client in open {
             assert_eq!(client.end().await, (Code::PermissionDenied, "the workload has ended".into()));
         }
-        let mut late = Client::on(&b, &connection, face).await;
+        let mut late = Client::on(&b, &connection, variant).await;
         late.ask(&["default"]);
         assert_eq!(late.end().await.0, Code::PermissionDenied, "although the certificate is there");
         settle().await;
@@ -37,10 +37,10 @@ async fn a_workloads_end_ends_its_streams_and_no_key_leaves_after_it() {
 
 #[tokio::test(start_paused = true)]
 async fn a_workload_that_ends_while_its_certificate_is_issued_never_gets_it() {
-    for face in FACES {
+    for variant in FACES {
         let b = Bench::new();
         b.upstream.send_replace(Upstream::Slow);
-        let mut client = Client::asking(&b, face, &["default"]).await;
+        let mut client = Client::asking(&b, variant, &["default"]).await;
         client.quiet(MINUTE).await;
         b.terminated.cancel();
         b.upstream.send_replace(Upstream::Up);
@@ -50,10 +50,10 @@ async fn a_workload_that_ends_while_its_certificate_is_issued_never_gets_it() {
 
 #[tokio::test(start_paused = true)]
 async fn no_key_leaves_when_the_process_has_ended_though_nobody_has_been_told() {
-    for face in FACES {
+    for variant in FACES {
         let b = Bench::new();
         b.upstream.send_replace(Upstream::Slow);
-        let mut client = Client::asking(&b, face, &["default"]).await;
+        let mut client = Client::asking(&b, variant, &["default"]).await;
         client.quiet(MINUTE).await;
         b.end_process();
         b.upstream.send_replace(Upstream::Up);
@@ -65,7 +65,7 @@ async fn no_key_leaves_when_the_process_has_ended_though_nobody_has_been_told() 
 #[tokio::test(start_paused = true)]
 async fn what_the_transport_has_not_taken_when_a_workload_ends_stays_here() {
     let b = Bench::new();
-    let mut before = Client::asking(&b, Face::Delta, &["default"]).await;
+    let mut before = Client::asking(&b, Variant::Delta, &["default"]).await;
     before.accepted().await;
     let (said, mut body) = by_hand(&b, "default").await;
     let head = bytes(body.frame().await.unwrap().unwrap().into_data().unwrap());
@@ -88,13 +88,13 @@ async fn by_hand(b: &Bench, name: &str) -> (mpsc::UnboundedSender<Bytes>, Body) 
 
 #[tokio::test(start_paused = true)]
 async fn a_drain_ends_every_stream_whatever_it_waits_for() {
-    for face in FACES {
+    for variant in FACES {
         let b = Bench::new();
-        let mut served = Client::asking(&b, face, &["default"]).await;
+        let mut served = Client::asking(&b, variant, &["default"]).await;
         served.accepted().await;
-        let silent = Client::open(&b, face).await;
+        let silent = Client::open(&b, variant).await;
         b.know_nobody();
-        let unknown = Client::asking(&b, face, &["default"]).await;
+        let unknown = Client::asking(&b, variant, &["default"]).await;
         settle().await;
         b.service.ending.cancel();
         for mut client in [served, silent, unknown] {
@@ -107,20 +107,20 @@ async fn a_drain_ends_every_stream_whatever_it_waits_for() {
 
 #[tokio::test(start_paused = true)]
 async fn a_client_that_has_said_its_last_is_answered_once_and_then_done() {
-    for face in FACES {
+    for variant in FACES {
         let b = Bench::new();
         b.upstream.send_replace(Upstream::Slow);
-        let mut client = Client::asking(&b, face, &["default", "file-root:system"]).await;
+        let mut client = Client::asking(&b, variant, &["default", "file-root:system"]).await;
         client.close();
         client.quiet(MINUTE).await;
         b.upstream.send_replace(Upstream::Up);
         assert_eq!(client.reply().await.names(), ["default"]);
         assert_eq!(client.end().await.0, Code::Ok);
 
-        let mut nothing = Client::open(&b, face).await;
+        let mut nothing = Client::open(&b, variant).await;
         nothing.close();
         assert_eq!(nothing.end().await.0, Code::Ok);
-        let mut unknown = Client::asking(&b, face, &["file-root:system", "spiffe://nobody.example"]).await;
+        let mut unknown = Client::asking(&b, variant, &["file-root:system", "spiffe://nobody.example"]).await;
         unknown.close();
         assert_eq!(unknown.end().await.0, Code::Ok, "for a name that is not ours nothing will come");
         settle().await;
@@ -130,18 +130,18 @@ async fn a_client_that_has_said_its_last_is_answered_once_and_then_done() {
 
 #[tokio::test(start_paused = true)]
 async fn a_refused_caller_is_told_flatly_and_one_who_cannot_be_judged_now_may_come_again() {
-    for face in FACES {
+    for variant in FACES {
         let b = Bench::new();
         b.refuse(false);
-        let mut client = Client::asking(&b, face, &["default"]).await;
+        let mut client = Client::asking(&b, variant, &["default"]).await;
         assert_eq!(client.end().await, (Code::PermissionDenied, "no identity is available to this caller".into()));
         b.refuse(true);
         let connection = b.connection();
-        let mut client = Client::on(&b, &connection, face).await;
+        let mut client = Client::on(&b, &connection, variant).await;
         client.ask(&["default"]);
         assert_eq!(client.end().await, (Code::Unavailable, "the caller cannot be identified right now".into()));
         b.know_everybody();
-        let mut client = Client::on(&b, &connection, face).await;
+        let mut client = Client::on(&b, &connection, variant).await;
         client.ask(&["default"]);
         client.accepted().await;
     }
@@ -149,11 +149,11 @@ async fn a_refused_caller_is_told_flatly_and_one_who_cannot_be_judged_now_may_co
 
 #[tokio::test(start_paused = true)]
 async fn a_stream_that_ends_leaves_its_subscription_and_nothing_is_renewed_for_nobody() {
-    for face in FACES {
+    for variant in FACES {
         let b = Bench::new();
         // Twice within the retention: the second end counts as well as the first.
         for _ in 0..2 {
-            let mut client = Client::asking(&b, face, &["default"]).await;
+            let mut client = Client::asking(&b, variant, &["default"]).await;
             client.accepted().await;
             assert_eq!(b.leases(), 1);
             client.reset().await;
@@ -171,7 +171,7 @@ async fn a_stream_that_ends_leaves_its_subscription_and_nothing_is_renewed_for_n
 #[tokio::test(start_paused = true)]
 async fn a_key_is_dropped_with_the_last_stream_and_the_retention() {
     let b = Bench::new();
-    let mut client = Client::asking(&b, Face::StateOfTheWorld, &["default"]).await;
+    let mut client = Client::asking(&b, Variant::Sotw, &["default"]).await;
     client.accepted().await;
     let weak = Arc::downgrade(&b.material());
     client.reset().await;
@@ -198,7 +198,7 @@ async fn a_client_that_does_not_read_misses_nothing_but_what_was_overtaken() {
     for _ in 0..2 {
         message.extend(bytes(body.frame().await.unwrap().unwrap().into_data().unwrap()));
     }
-    let reply = Reply::of_message(Face::StateOfTheWorld, &message[grpc::PREFIX..]);
+    let reply = Reply::of_message(Variant::Sotw, &message[grpc::PREFIX..]);
     assert_eq!(reply.resources[0].content, Content::Bundle(last.unwrap().to_pem()));
     assert!(tokio::time::timeout(MINUTE, body.frame()).await.is_err());
 }

@@ -56,11 +56,11 @@ async fn fetch(bench: &Bench, pieces: mpsc::UnboundedReceiver<Bytes>, deadline: 
     }
     let collected = response.into_body().collect().await.unwrap();
     assert_eq!(status(collected.trailers().unwrap()).0, Code::Ok);
-    Ok(Reply::of_message(Face::StateOfTheWorld, &collected.to_bytes()[grpc::PREFIX..]))
+    Ok(Reply::of_message(Variant::Sotw, &collected.to_bytes()[grpc::PREFIX..]))
 }
 
 async fn warm(bench: &Bench) {
-    Client::asking(bench, Face::Delta, &["default"]).await.accepted().await;
+    Client::asking(bench, Variant::Delta, &["default"]).await.accepted().await;
 }
 
 #[tokio::test(start_paused = true)]

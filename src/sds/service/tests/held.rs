@@ -18,7 +18,7 @@ async fn restarted() -> (Bench, Arc<Svid>) {
 
 async fn restarted_without_bundle() -> (Bench, Arc<Svid>) {
     let before = Bench::new();
-    let mut client = Client::asking(&before, Face::Delta, &["default"]).await;
+    let mut client = Client::asking(&before, Variant::Delta, &["default"]).await;
     client.accepted().await;
     let svid = before.material();
     (before.restarted(), svid)
@@ -31,9 +31,9 @@ fn renew_at(svid: &Svid) -> SystemTime {
 
 #[tokio::test(start_paused = true)]
 async fn who_holds_a_good_certificate_gets_the_next_one_when_that_was_due_and_not_before() {
-    for face in FACES {
+    for variant in FACES {
         let (b, svid) = restarted().await;
-        let mut client = Client::returning(&b, face, &["default"], svid.version()).await;
+        let mut client = Client::returning(&b, variant, &["default"], svid.version()).await;
         let due = renew_at(&svid).duration_since(b.clock.now()).unwrap();
         client.quiet(due - Duration::from_secs(1)).await;
         assert_eq!(b.orders(), 0);
@@ -49,7 +49,7 @@ async fn the_bundle_does_not_wait_with_the_certificate_and_its_version_keeps_the
     let (b, svid) = restarted().await;
     let version_prefix = version_prefix(svid.version()).to_owned();
     let combined = format!("{version_prefix}-0000000000000000");
-    let mut client = Client::returning(&b, Face::StateOfTheWorld, &["default", "ROOTCA"], &combined).await;
+    let mut client = Client::returning(&b, Variant::Sotw, &["default", "ROOTCA"], &combined).await;
     let reply = client.accepted().await;
     assert_eq!(reply.names(), ["ROOTCA"]);
     assert!(reply.version.starts_with(&format!("{version_prefix}-")), "{}", reply.version);
@@ -59,13 +59,13 @@ async fn the_bundle_does_not_wait_with_the_certificate_and_its_version_keeps_the
     // With that version it may come back once more.
     let again = b.restarted();
     again.source.take(again.embedded.bundle().unwrap());
-    let mut client = Client::returning(&again, Face::StateOfTheWorld, &["default", "ROOTCA"], &reply.version).await;
+    let mut client = Client::returning(&again, Variant::Sotw, &["default", "ROOTCA"], &reply.version).await;
     assert_eq!(client.accepted().await.version, reply.version);
     client.quiet(MINUTE).await;
     assert_eq!(again.orders(), 0);
 
     let (b, svid) = restarted().await;
-    let mut client = Client::returning(&b, Face::Delta, &["default", "ROOTCA"], svid.version()).await;
+    let mut client = Client::returning(&b, Variant::Delta, &["default", "ROOTCA"], svid.version()).await;
     assert_eq!(client.accepted().await.names(), ["ROOTCA"]);
     client.quiet(MINUTE).await;
     assert_eq!(b.orders(), 0);
@@ -84,9 +84,9 @@ async fn a_hint_that_is_odd_foreign_or_over_is_no_hint() {
         format!("{}-{}-{authority}-{tail}", now + 30 * 86_400, now + 1800),
         format!("{}-{}-{authority}-{tail}", 1_600_000_000, 1_500_000_000),
     ] {
-        for face in FACES {
+        for variant in FACES {
             let (b, _) = restarted().await;
-            let mut client = Client::returning(&b, face, &["default"], &version).await;
+            let mut client = Client::returning(&b, variant, &["default"], &version).await;
             let begun = Instant::now();
             client.accepted().await;
             assert!(begun.elapsed() < Duration::from_secs(1), "{version}");
@@ -98,7 +98,7 @@ async fn a_hint_that_is_odd_foreign_or_over_is_no_hint() {
 async fn another_profile_makes_every_hint_foreign() {
     let (b, svid) = restarted().await;
     b.change_profile(|profile| profile.lifetime *= 2);
-    let mut client = Client::returning(&b, Face::Delta, &["default"], svid.version()).await;
+    let mut client = Client::returning(&b, Variant::Delta, &["default"], svid.version()).await;
     let begun = Instant::now();
     client.accepted().await;
     assert!(begun.elapsed() < Duration::from_secs(1));
@@ -106,11 +106,11 @@ async fn another_profile_makes_every_hint_foreign() {
 
 #[tokio::test(start_paused = true)]
 async fn who_holds_one_gets_what_another_clients_demand_brought_once_it_has_settled() {
-    for face in FACES {
+    for variant in FACES {
         let (b, svid) = restarted().await;
-        let mut held = Client::returning(&b, face, &["default"], svid.version()).await;
+        let mut held = Client::returning(&b, variant, &["default"], svid.version()).await;
         held.quiet(MINUTE).await;
-        let mut other = Client::asking(&b, face, &["default"]).await;
+        let mut other = Client::asking(&b, variant, &["default"]).await;
         let begun = Instant::now();
         assert!(other.accepted().await.carries("default", &b.material()));
         assert!(begun.elapsed() < Duration::from_secs(1), "who has nothing is held up by nobody");
@@ -127,9 +127,9 @@ async fn who_holds_one_gets_what_another_clients_demand_brought_once_it_has_sett
 
 #[tokio::test(start_paused = true)]
 async fn a_bundle_that_comes_later_and_shows_the_hint_to_be_foreign_ends_the_waiting() {
-    for face in FACES {
+    for variant in FACES {
         let (b, svid) = restarted_without_bundle().await;
-        let mut client = Client::returning(&b, face, &["default"], svid.version()).await;
+        let mut client = Client::returning(&b, variant, &["default"], svid.version()).await;
         client.quiet(MINUTE).await;
         assert_eq!(b.orders(), 0, "nobody can tell yet, and the client is believed");
         b.source.take(foreign_bundle(&b));
@@ -144,7 +144,7 @@ async fn a_bundle_that_comes_later_and_shows_the_hint_to_be_foreign_ends_the_wai
 #[tokio::test(start_paused = true)]
 async fn a_hint_that_is_overtaken_by_the_clock_is_a_demand() {
     let (b, svid) = restarted().await;
-    let mut client = Client::returning(&b, Face::Delta, &["default"], svid.version()).await;
+    let mut client = Client::returning(&b, Variant::Delta, &["default"], svid.version()).await;
     client.quiet(MINUTE).await;
     b.clock.step(7200);
     let begun = Instant::now();
@@ -156,7 +156,7 @@ async fn a_hint_that_is_overtaken_by_the_clock_is_a_demand() {
 async fn a_version_under_two_names_tells_nothing_about_either() {
     let (b, svid) = restarted().await;
     let names = ["default", "spiffe://cluster.local/ns/shop/sa/a"];
-    let mut client = Client::returning(&b, Face::StateOfTheWorld, &names, svid.version()).await;
+    let mut client = Client::returning(&b, Variant::Sotw, &names, svid.version()).await;
     let begun = Instant::now();
     assert_eq!(client.accepted().await.names(), names);
     assert!(begun.elapsed() < Duration::from_secs(1));
@@ -164,12 +164,12 @@ async fn a_version_under_two_names_tells_nothing_about_either() {
 
 #[tokio::test(start_paused = true)]
 async fn who_comes_back_to_the_same_agent_with_the_same_version_is_sent_nothing() {
-    for face in FACES {
+    for variant in FACES {
         let b = Bench::new();
-        let mut client = Client::asking(&b, face, &["default"]).await;
+        let mut client = Client::asking(&b, variant, &["default"]).await;
         let version = client.accepted().await.only_version().to_owned();
         client.reset().await;
-        let mut client = Client::returning(&b, face, &["default"], &version).await;
+        let mut client = Client::returning(&b, variant, &["default"], &version).await;
         client.quiet(5 * MINUTE).await;
         assert_ne!(client.accepted().await.only_version(), version);
     }

@@ -22,7 +22,7 @@ async fn a_client_that_rejects_in_a_loop_is_one_line_and_every_time_is_counted()
     let log = Captured::default();
     let (_guard, _filter) = telemetry::capture("info", Format::Json, log.clone()).unwrap();
     let bench = Bench::new();
-    let mut client = Client::asking(&bench, Face::Delta, &["ROOTCA"]).await;
+    let mut client = Client::asking(&bench, Variant::Delta, &["ROOTCA"]).await;
     for _ in 0..TIMES {
         let reply = client.reply().await;
         client.nack_and_ask_again(&reply);
@@ -32,7 +32,7 @@ async fn a_client_that_rejects_in_a_loop_is_one_line_and_every_time_is_counted()
     assert_eq!(log.count("rejected by the client"), 1);
     // The next one tells how many there were.
     tokio::time::advance(Duration::from_secs(60)).await;
-    let mut other = Client::asking(&bench, Face::Delta, &["ROOTCA"]).await;
+    let mut other = Client::asking(&bench, Variant::Delta, &["ROOTCA"]).await;
     let reply = other.reply().await;
     other.nack(&reply);
     settle().await;
@@ -46,7 +46,7 @@ async fn rejections_of_one_pod_are_told_once_a_minute_with_their_number_and_apar
     let (_guard, _filter) = telemetry::capture("info", Format::Json, log.clone()).unwrap();
     let (bench, refusals) = (Bench::new(), Arc::<Refusals>::default());
     let reject = async |pod: &str, names: &[&str]| {
-        let mut client = Client::on(&bench, &bench.connection_of(pod, &refusals), Face::StateOfTheWorld).await;
+        let mut client = Client::on(&bench, &bench.connection_of(pod, &refusals), Variant::Sotw).await;
         client.ask(names);
         let reply = client.reply().await;
         client.nack(&reply);
@@ -71,19 +71,19 @@ async fn streams_that_are_refused_in_a_loop_are_one_line_for_each_cause() {
     let (_guard, _filter) = telemetry::capture("info", Format::Json, log.clone()).unwrap();
     let (bench, refusals) = (Bench::new(), Arc::<Refusals>::default());
     let connection = bench.connection_of("u1", &refusals);
-    for face in FACES {
+    for variant in FACES {
         for _ in 0..TIMES {
-            let mut client = Client::on(&bench, &connection, face).await;
+            let mut client = Client::on(&bench, &connection, variant).await;
             client.ask(&["a", "b", "c", "d", "e"]);
             assert_eq!(client.end().await.0, Code::ResourceExhausted);
         }
         for number in 0..TIMES {
-            let mut client = Client::on(&bench, &connection, face).await;
+            let mut client = Client::on(&bench, &connection, variant).await;
             // The same field in both faces' messages.
             let type_url = format!("another type {number}");
-            client.send(match face {
-                Face::StateOfTheWorld => framed(&DiscoveryRequest { type_url, ..Default::default() }),
-                Face::Delta => framed(&DeltaDiscoveryRequest { type_url, ..Default::default() }),
+            client.send(match variant {
+                Variant::Sotw => framed(&DiscoveryRequest { type_url, ..Default::default() }),
+                Variant::Delta => framed(&DeltaDiscoveryRequest { type_url, ..Default::default() }),
             });
             assert_eq!(client.end().await.0, Code::InvalidArgument);
         }
@@ -102,7 +102,7 @@ async fn a_key_in_what_a_client_says_is_neither_logged_nor_answered() {
     for (name, text) in key.some_texts() {
         let mut told = String::new();
         // A caller of its own each time, so that every line is written.
-        let mut client = Client::open(&bench, Face::StateOfTheWorld).await;
+        let mut client = Client::open(&bench, Variant::Sotw).await;
         client.ask(&["default"]);
         let reply = client.reply().await;
         let error_detail = Some(RpcStatus { code: 13, message: text.clone() });
@@ -122,7 +122,7 @@ async fn a_key_in_what_a_client_says_is_neither_logged_nor_answered() {
                 ..Default::default()
             },
         ] {
-            let mut client = Client::open(&bench, Face::StateOfTheWorld).await;
+            let mut client = Client::open(&bench, Variant::Sotw).await;
             client.send(framed(&request));
             told += &client.end().await.1;
         }

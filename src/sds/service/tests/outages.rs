@@ -10,14 +10,14 @@ const MINUTE: Duration = Duration::from_secs(60);
 
 #[tokio::test(start_paused = true)]
 async fn what_a_forward_jump_makes_look_expired_is_withheld_and_served_again_when_the_clock_is_set_back() {
-    for face in FACES {
+    for variant in FACES {
         let b = Bench::new();
-        let mut before = Client::asking(&b, face, &["default"]).await;
+        let mut before = Client::asking(&b, variant, &["default"]).await;
         before.accepted().await;
         let svid = b.material();
         b.upstream.send_replace(Upstream::Slow);
         b.clock.step(86_400);
-        let mut during = Client::asking(&b, face, &["default", "ROOTCA"]).await;
+        let mut during = Client::asking(&b, variant, &["default", "ROOTCA"]).await;
         assert_eq!(during.accepted().await.names(), ["ROOTCA"], "an expired identity is never served");
         during.quiet(10 * MINUTE).await;
         b.clock.step(-86_400);
@@ -29,20 +29,20 @@ async fn what_a_forward_jump_makes_look_expired_is_withheld_and_served_again_whe
 
 #[tokio::test(start_paused = true)]
 async fn with_the_upstream_down_streams_stay_and_a_good_certificate_is_served_until_it_ends() {
-    for face in FACES {
+    for variant in FACES {
         let b = Bench::new();
-        let mut old = Client::asking(&b, face, &["default"]).await;
+        let mut old = Client::asking(&b, variant, &["default"]).await;
         old.accepted().await;
         let svid = b.material();
         b.upstream.send_replace(Upstream::Down);
         old.quiet(50 * MINUTE).await;
         assert!(b.orders() > 1, "a renewal was tried");
 
-        let mut new = Client::asking(&b, face, &["default"]).await;
+        let mut new = Client::asking(&b, variant, &["default"]).await;
         assert!(new.accepted().await.carries("default", &svid), "what is good is served while its renewal fails");
         old.quiet(20 * MINUTE).await;
         assert!(b.clock.now() > svid.chain.validity.not_after);
-        let mut late = Client::asking(&b, face, &["default"]).await;
+        let mut late = Client::asking(&b, variant, &["default"]).await;
         late.quiet(20 * MINUTE).await;
 
         b.upstream.send_replace(Upstream::Up);
@@ -55,12 +55,12 @@ async fn with_the_upstream_down_streams_stay_and_a_good_certificate_is_served_un
 
 #[tokio::test(start_paused = true)]
 async fn a_caller_who_is_not_known_yet_waits_in_the_stream() {
-    for face in FACES {
+    for variant in FACES {
         let b = Bench::new();
         b.know_nobody();
         let connection = b.connection();
-        let mut first = Client::on(&b, &connection, face).await;
-        let mut second = Client::on(&b, &connection, face).await;
+        let mut first = Client::on(&b, &connection, variant).await;
+        let mut second = Client::on(&b, &connection, variant).await;
         first.ask(&["default"]);
         second.ask(&["ROOTCA"]);
         first.quiet(60 * MINUTE).await;

@@ -16,10 +16,10 @@ fn version_of(reply: &Reply, name: &str) -> String {
 
 #[tokio::test(start_paused = true)]
 async fn the_first_secret_is_held_until_it_is_issued() {
-    for face in FACES {
+    for variant in FACES {
         let b = Bench::new();
         b.upstream.send_replace(Upstream::Slow);
-        let mut client = Client::asking(&b, face, &["default"]).await;
+        let mut client = Client::asking(&b, variant, &["default"]).await;
         client.quiet(10 * MINUTE).await;
         assert_eq!(b.orders(), 1);
         b.upstream.send_replace(Upstream::Up);
@@ -33,9 +33,9 @@ async fn the_first_secret_is_held_until_it_is_issued() {
 
 #[tokio::test(start_paused = true)]
 async fn a_bundle_is_pushed_when_it_comes_and_needs_no_certificate() {
-    for face in FACES {
+    for variant in FACES {
         let b = Bench::without_bundle();
-        let mut client = Client::asking(&b, face, &["ROOTCA"]).await;
+        let mut client = Client::asking(&b, variant, &["ROOTCA"]).await;
         client.quiet(MINUTE).await;
         let bundle = b.embedded.bundle().unwrap();
         b.source.take(bundle.clone());
@@ -49,9 +49,9 @@ async fn a_bundle_is_pushed_when_it_comes_and_needs_no_certificate() {
 
 #[tokio::test(start_paused = true)]
 async fn every_rotation_is_pushed_once_before_the_old_certificate_ends() {
-    for face in FACES {
+    for variant in FACES {
         let b = Bench::new();
-        let mut client = Client::asking(&b, face, &["default"]).await;
+        let mut client = Client::asking(&b, variant, &["default"]).await;
         client.accepted().await;
         for rotation in 1..=4 {
             let old = b.material();
@@ -66,10 +66,10 @@ async fn every_rotation_is_pushed_once_before_the_old_certificate_ends() {
 
 #[tokio::test(start_paused = true)]
 async fn nothing_is_sent_again_after_an_answer_of_either_kind() {
-    for face in FACES {
+    for variant in FACES {
         for accept in [true, false] {
             let b = Bench::new();
-            let mut client = Client::asking(&b, face, &["default"]).await;
+            let mut client = Client::asking(&b, variant, &["default"]).await;
             let reply = client.reply().await;
             let answer = if accept { Client::ack } else { Client::nack };
             answer(&mut client, &reply);
@@ -82,9 +82,9 @@ async fn nothing_is_sent_again_after_an_answer_of_either_kind() {
 
 #[tokio::test(start_paused = true)]
 async fn a_rejection_that_adds_a_name_gets_the_name_and_not_the_rejected_version() {
-    for face in FACES {
+    for variant in FACES {
         let b = Bench::new();
-        let mut client = Client::asking(&b, face, &["default"]).await;
+        let mut client = Client::asking(&b, variant, &["default"]).await;
         let reply = client.reply().await;
         client.nack_and_add(&reply, "ROOTCA");
         assert_eq!(client.accepted().await.names(), ["ROOTCA"]);
@@ -95,7 +95,7 @@ async fn a_rejection_that_adds_a_name_gets_the_name_and_not_the_rejected_version
 #[tokio::test(start_paused = true)]
 async fn a_rejected_certificate_leaves_no_hint_in_a_later_version() {
     let b = Bench::new();
-    let mut client = Client::asking(&b, Face::StateOfTheWorld, &["ROOTCA", "default"]).await;
+    let mut client = Client::asking(&b, Variant::Sotw, &["ROOTCA", "default"]).await;
     let mut first = client.reply().await;
     while first.resources.len() < 2 {
         client.ack(&first);
@@ -116,15 +116,15 @@ async fn a_rejected_certificate_leaves_no_hint_in_a_later_version() {
 
 #[tokio::test(start_paused = true)]
 async fn an_answer_to_a_superseded_response_is_ignored_and_the_names_of_a_delta_count() {
-    for face in FACES {
+    for variant in FACES {
         let b = Bench::new();
-        let mut client = Client::asking(&b, face, &["ROOTCA"]).await;
+        let mut client = Client::asking(&b, variant, &["ROOTCA"]).await;
         let first = client.reply().await;
         b.source.take(grown_bundle(&b));
         let second = client.reply().await;
         assert_ne!(first.nonce, second.nonce);
         client.nack_and_add(&first, "default");
-        if face == Face::StateOfTheWorld {
+        if variant == Variant::Sotw {
             client.quiet(MINUTE).await;
             assert_eq!(b.orders(), 0, "the names of a stale request are stale");
             // Its sender sees the newer response, and answers that.
@@ -138,7 +138,7 @@ async fn an_answer_to_a_superseded_response_is_ignored_and_the_names_of_a_delta_
 #[tokio::test(start_paused = true)]
 async fn several_names_share_a_response_and_a_version_that_tells_what_the_client_holds() {
     let b = Bench::new();
-    let mut client = Client::asking(&b, Face::StateOfTheWorld, &["default", "spiffe://cluster.local/ns/shop/sa/a", "ROOTCA"]).await;
+    let mut client = Client::asking(&b, Variant::Sotw, &["default", "spiffe://cluster.local/ns/shop/sa/a", "ROOTCA"]).await;
     let mut reply = client.accepted().await;
     while reply.resources.len() < 3 {
         reply = client.accepted().await;
@@ -148,7 +148,7 @@ async fn several_names_share_a_response_and_a_version_that_tells_what_the_client
     assert!(reply.version.starts_with(version_prefix(svid.version())) && reply.version != svid.version(), "{}", reply.version);
     client.quiet(MINUTE).await;
 
-    let mut client = Client::asking(&b, Face::Delta, &["default", "ROOTCA"]).await;
+    let mut client = Client::asking(&b, Variant::Delta, &["default", "ROOTCA"]).await;
     let reply = client.accepted().await;
     assert_eq!(version_of(&reply, "default"), svid.version());
     assert_eq!(version_of(&reply, "ROOTCA"), b.embedded.bundle().unwrap().version().to_owned());
@@ -157,26 +157,26 @@ async fn several_names_share_a_response_and_a_version_that_tells_what_the_client
 
 #[tokio::test(start_paused = true)]
 async fn what_is_known_does_not_wait_for_what_is_not() {
-    for face in FACES {
+    for variant in FACES {
         let b = Bench::new();
         b.upstream.send_replace(Upstream::Slow);
-        let mut client = Client::asking(&b, face, &["default", "ROOTCA"]).await;
+        let mut client = Client::asking(&b, variant, &["default", "ROOTCA"]).await;
         assert_eq!(client.accepted().await.names(), ["ROOTCA"]);
         client.quiet(MINUTE).await;
         b.upstream.send_replace(Upstream::Up);
         let reply = client.accepted().await;
-        match face {
-            Face::StateOfTheWorld => assert_eq!(reply.names(), ["default", "ROOTCA"], "all of the state, each name once"),
-            Face::Delta => assert_eq!(reply.names(), ["default"]),
+        match variant {
+            Variant::Sotw => assert_eq!(reply.names(), ["default", "ROOTCA"], "all of the state, each name once"),
+            Variant::Delta => assert_eq!(reply.names(), ["default"]),
         }
     }
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_name_that_is_added_is_answered_and_one_that_is_dropped_is_not_any_more() {
-    for face in FACES {
+    for variant in FACES {
         let b = Bench::new();
-        let mut client = Client::asking(&b, face, &["ROOTCA"]).await;
+        let mut client = Client::asking(&b, variant, &["ROOTCA"]).await;
         let first = client.accepted().await;
         client.ask(&["ROOTCA", "default"]);
         let mut reply = client.accepted().await;
@@ -198,9 +198,9 @@ async fn a_name_that_is_added_is_answered_and_one_that_is_dropped_is_not_any_mor
 
 #[tokio::test(start_paused = true)]
 async fn unsubscribing_from_everything_is_silence_and_no_wildcard_and_subscribing_again_is_answered() {
-    for face in FACES {
+    for variant in FACES {
         let b = Bench::new();
-        let mut client = Client::asking(&b, face, &["default"]).await;
+        let mut client = Client::asking(&b, variant, &["default"]).await;
         client.accepted().await;
         client.ask(&[]);
         client.quiet(120 * MINUTE).await;
@@ -212,14 +212,14 @@ async fn unsubscribing_from_everything_is_silence_and_no_wildcard_and_subscribin
 
 #[tokio::test(start_paused = true)]
 async fn names_that_are_not_ours_are_left_out_and_fail_nothing() {
-    for face in FACES {
+    for variant in FACES {
         let b = Bench::new();
         let foreign = ["file-root:system", "spiffe://cluster.local/ns/shop/sa/other", "default"];
-        let mut client = Client::asking(&b, face, &foreign).await;
+        let mut client = Client::asking(&b, variant, &foreign).await;
         assert_eq!(client.accepted().await.names(), ["default"]);
         client.ask(&["file-root:system", "ROOTCA"]);
         let mut reply = client.accepted().await;
-        if face == Face::StateOfTheWorld && reply.names() != ["ROOTCA"] {
+        if variant == Variant::Sotw && reply.names() != ["ROOTCA"] {
             reply = client.accepted().await;
         }
         assert_eq!(reply.names(), ["ROOTCA"]);
@@ -229,9 +229,9 @@ async fn names_that_are_not_ours_are_left_out_and_fail_nothing() {
 
 #[tokio::test(start_paused = true)]
 async fn a_bundle_of_another_domain_is_served_by_its_name_when_it_is_there() {
-    for face in FACES {
+    for variant in FACES {
         let b = Bench::new();
-        let mut client = Client::asking(&b, face, &["spiffe://partner.example", "spiffe://nobody.example"]).await;
+        let mut client = Client::asking(&b, variant, &["spiffe://partner.example", "spiffe://nobody.example"]).await;
         client.quiet(MINUTE).await;
         let bundle = foreign_bundle(&b);
         b.federated.take(bundle.clone());
@@ -243,10 +243,10 @@ async fn a_bundle_of_another_domain_is_served_by_its_name_when_it_is_there() {
 
 #[tokio::test(start_paused = true)]
 async fn a_wildcard_is_the_certificate_and_the_bundle() {
-    for face in FACES {
+    for variant in FACES {
         for names in [&[][..], &["*"]] {
             let b = Bench::new();
-            let mut client = Client::asking(&b, face, names).await;
+            let mut client = Client::asking(&b, variant, names).await;
             let mut all = client.accepted().await.resources;
             while all.len() < 2 {
                 all.extend(client.accepted().await.resources);
@@ -260,49 +260,49 @@ async fn a_wildcard_is_the_certificate_and_the_bundle() {
 }
 
 /// A request for `count` names, none of which is ours.
-fn typed(face: Face, type_url: &str, count: usize) -> Bytes {
-    named(face, type_url, (0..count).map(|n| format!("name-{n}")).collect())
+fn typed(variant: Variant, type_url: &str, count: usize) -> Bytes {
+    named(variant, type_url, (0..count).map(|n| format!("name-{n}")).collect())
 }
 
-fn named(face: Face, type_url: &str, names: Vec<String>) -> Bytes {
+fn named(variant: Variant, type_url: &str, names: Vec<String>) -> Bytes {
     let type_url = type_url.to_owned();
-    match face {
-        Face::StateOfTheWorld => framed(&DiscoveryRequest { type_url, resource_names: names, ..Default::default() }),
-        Face::Delta => framed(&DeltaDiscoveryRequest { type_url, resource_names_subscribe: names, ..Default::default() }),
+    match variant {
+        Variant::Sotw => framed(&DiscoveryRequest { type_url, resource_names: names, ..Default::default() }),
+        Variant::Delta => framed(&DeltaDiscoveryRequest { type_url, resource_names_subscribe: names, ..Default::default() }),
     }
 }
 
 #[tokio::test(start_paused = true)]
 async fn another_type_of_resource_is_an_invalid_argument_and_none_is_ours() {
-    for face in FACES {
+    for variant in FACES {
         let b = Bench::new();
-        let mut client = Client::open(&b, face).await;
-        client.send(typed(face, "type.googleapis.com/envoy.config.cluster.v3.Cluster", 1));
+        let mut client = Client::open(&b, variant).await;
+        client.send(typed(variant, "type.googleapis.com/envoy.config.cluster.v3.Cluster", 1));
         let (code, message) = client.end().await;
         assert_eq!(code, Code::InvalidArgument);
         assert!(message.contains("envoy.config.cluster.v3.Cluster") && message.contains(TYPE_URL), "{message}");
 
-        let mut client = Client::open(&b, face).await;
-        client.send(named(face, "", vec!["ROOTCA".into()]));
+        let mut client = Client::open(&b, variant).await;
+        client.send(named(variant, "", vec!["ROOTCA".into()]));
         client.accepted().await;
-        client.send(typed(face, "type.googleapis.com/other", 0));
+        client.send(typed(variant, "type.googleapis.com/other", 0));
         assert_eq!(client.end().await.0, Code::InvalidArgument, "every request is looked at, not only the first");
     }
 }
 
 #[tokio::test(start_paused = true)]
 async fn what_is_too_much_is_exhausted_and_says_the_limit() {
-    for face in FACES {
+    for variant in FACES {
         let b = Bench::new();
-        let mut client = Client::open(&b, face).await;
-        client.send(typed(face, TYPE_URL, 4));
+        let mut client = Client::open(&b, variant).await;
+        client.send(typed(variant, TYPE_URL, 4));
         client.quiet(MINUTE).await;
-        client.send(typed(face, TYPE_URL, 5));
+        client.send(typed(variant, TYPE_URL, 5));
         let (code, message) = client.end().await;
         assert_eq!((code, &*message), (Code::ResourceExhausted, "more than 4 resource names on one stream"));
 
-        let mut client = Client::open(&b, face).await;
-        client.send(typed(face, &"x".repeat(4096), 0));
+        let mut client = Client::open(&b, variant).await;
+        client.send(typed(variant, &"x".repeat(4096), 0));
         let (code, message) = client.end().await;
         assert!(code == Code::ResourceExhausted && message.contains("4096"), "{message}");
     }
@@ -311,8 +311,8 @@ async fn what_is_too_much_is_exhausted_and_says_the_limit() {
 #[tokio::test(start_paused = true)]
 async fn a_refusal_says_enough_and_no_more_of_what_the_client_said() {
     let b = Bench::new();
-    let mut client = Client::open(&b, Face::StateOfTheWorld).await;
-    client.send(typed(Face::StateOfTheWorld, &format!("evil\n{}", "x".repeat(3000)), 0));
+    let mut client = Client::open(&b, Variant::Sotw).await;
+    client.send(typed(Variant::Sotw, &format!("evil\n{}", "x".repeat(3000)), 0));
     let (code, message) = client.end().await;
     assert_eq!(code, Code::InvalidArgument);
     assert!(message.len() < 500 && !message.contains('\n'), "{} bytes", message.len());
@@ -322,13 +322,13 @@ async fn a_refusal_says_enough_and_no_more_of_what_the_client_said() {
 async fn broken_messages_end_their_stream_only() {
     let b = Bench::new();
     let connection = b.connection();
-    let mut good = Client::on(&b, &connection, Face::Delta).await;
+    let mut good = Client::on(&b, &connection, Variant::Delta).await;
     good.ask(&["default"]);
     good.accepted().await;
-    let mut broken = Client::on(&b, &connection, Face::StateOfTheWorld).await;
+    let mut broken = Client::on(&b, &connection, Variant::Sotw).await;
     broken.send([&grpc::prefix(3)[..], &[0xff; 3]].concat().into());
     assert_eq!(broken.end().await.0, Code::InvalidArgument);
-    let mut cut = Client::on(&b, &connection, Face::StateOfTheWorld).await;
+    let mut cut = Client::on(&b, &connection, Variant::Sotw).await;
     cut.send(Bytes::from_static(&[0, 0, 0]));
     cut.close();
     assert_eq!(cut.end().await.0, Code::Internal);

@@ -25,9 +25,9 @@ fn current(b: &Bench) -> Option<Arc<Svid>> {
 
 #[tokio::test(start_paused = true)]
 async fn a_raised_epoch_replaces_within_the_window_and_the_old_certificate_stays_until_then() {
-    for face in FACES {
+    for variant in FACES {
         let b = Bench::new();
-        let mut client = Client::asking(&b, face, &["default"]).await;
+        let mut client = Client::asking(&b, variant, &["default"]).await;
         client.accepted().await;
         let old = b.material();
         let begun = Instant::now();
@@ -39,7 +39,7 @@ async fn a_raised_epoch_replaces_within_the_window_and_the_old_certificate_stays
         client.ask(&["default", "ROOTCA"]);
         let reply = client.accepted().await;
         assert!(reply.names().contains(&"ROOTCA"));
-        assert!(face == Face::Delta || reply.carries("default", &old));
+        assert!(variant == Variant::Delta || reply.carries("default", &old));
 
         let reply = client.accepted().await;
         let new = current(&b).unwrap();
@@ -56,9 +56,9 @@ async fn a_raised_epoch_replaces_within_the_window_and_the_old_certificate_stays
 
 #[tokio::test(start_paused = true)]
 async fn while_the_new_issuer_is_down_the_old_certificate_is_served_and_not_renewed() {
-    for face in FACES {
+    for variant in FACES {
         let b = Bench::new();
-        let mut client = Client::asking(&b, face, &["default"]).await;
+        let mut client = Client::asking(&b, variant, &["default"]).await;
         client.accepted().await;
         let old = b.material();
         b.upstream.send_replace(Upstream::Down);
@@ -76,9 +76,9 @@ async fn while_the_new_issuer_is_down_the_old_certificate_is_served_and_not_rene
 
 #[tokio::test(start_paused = true)]
 async fn another_schedule_reissues_nothing_and_counts_from_the_next_renewal_on() {
-    for face in FACES {
+    for variant in FACES {
         let b = Bench::new();
-        let mut client = Client::asking(&b, face, &["default"]).await;
+        let mut client = Client::asking(&b, variant, &["default"]).await;
         client.accepted().await;
         let first = b.material();
         b.change_profile(|profile| (profile.renew_at, profile.jitter, profile.name) = (0.8, 0.0, "other".into()));
@@ -95,9 +95,9 @@ async fn another_schedule_reissues_nothing_and_counts_from_the_next_renewal_on()
 
 #[tokio::test(start_paused = true)]
 async fn going_back_before_the_new_certificate_was_ordered_costs_nothing() {
-    for face in FACES {
+    for variant in FACES {
         let b = Bench::new();
-        let mut client = Client::asking(&b, face, &["default"]).await;
+        let mut client = Client::asking(&b, variant, &["default"]).await;
         client.accepted().await;
         let old = b.material();
         b.raise_epoch();
@@ -113,11 +113,11 @@ async fn going_back_before_the_new_certificate_was_ordered_costs_nothing() {
 
 #[tokio::test(start_paused = true)]
 async fn all_streams_of_an_identity_move_by_one_order_and_many_connections_share_it() {
-    for face in FACES {
+    for variant in FACES {
         let b = Bench::new();
         let mut clients = Vec::new();
         for _ in 0..20 {
-            let mut client = Client::asking(&b, face, &["default"]).await;
+            let mut client = Client::asking(&b, variant, &["default"]).await;
             client.accepted().await;
             clients.push(client);
         }
@@ -140,10 +140,10 @@ fn shop(b: &Bench, change: impl FnOnce(&mut Profile), selectable: bool) -> Rule 
 
 #[tokio::test(start_paused = true)]
 async fn another_name_is_taken_on_too_and_new_calls_on_the_connection_see_it_at_once() {
-    for face in FACES {
+    for variant in FACES {
         let b = Bench::new();
         let connection = b.connection();
-        let mut client = Client::on(&b, &connection, face).await;
+        let mut client = Client::on(&b, &connection, variant).await;
         client.ask(&["default"]);
         client.accepted().await;
         let other = "spiffe://cluster.local/shop/{serviceAccount}";
@@ -151,7 +151,7 @@ async fn another_name_is_taken_on_too_and_new_calls_on_the_connection_see_it_at_
         b.reload(Resolver { rules: [rule].into(), ..b.rules() });
         settle().await;
         // Who has nothing does not wait for the window, and brings it forward for the other.
-        let mut late = Client::on(&b, &connection, face).await;
+        let mut late = Client::on(&b, &connection, variant).await;
         late.ask(&["default"]);
         let reply = late.accepted().await;
         let of = |name: &str| b.service.store.snapshot().iter().find(|e| e.identity.spiffe_id.as_str() == name).and_then(|e| e.current());
@@ -165,17 +165,17 @@ async fn another_name_is_taken_on_too_and_new_calls_on_the_connection_see_it_at_
 
 #[tokio::test(start_paused = true)]
 async fn an_identity_that_was_taken_away_ends_its_streams_and_is_not_renewed() {
-    for face in FACES {
+    for variant in FACES {
         let b = Bench::new();
         b.reload(Resolver { rules: [shop(&b, |_| {}, true)].into(), ..b.rules() });
         b.pick("shop");
         let connection = b.connection();
-        let mut client = Client::on(&b, &connection, face).await;
+        let mut client = Client::on(&b, &connection, variant).await;
         client.ask(&["default"]);
         client.accepted().await;
         b.reload(Resolver { rules: [shop(&b, |_| {}, false)].into(), ..b.rules() });
         assert_eq!(client.end().await, (Code::PermissionDenied, "no identity is available to this caller".into()));
-        let mut late = Client::on(&b, &connection, face).await;
+        let mut late = Client::on(&b, &connection, variant).await;
         late.ask(&["default"]);
         assert_eq!(late.end().await.0, Code::PermissionDenied);
         settle().await;
@@ -184,7 +184,7 @@ async fn an_identity_that_was_taken_away_ends_its_streams_and_is_not_renewed() {
         assert_eq!((b.leases(), b.orders()), (0, orders));
 
         b.reload(Resolver { rules: [shop(&b, |_| {}, true)].into(), ..b.rules() });
-        let mut back = Client::on(&b, &connection, face).await;
+        let mut back = Client::on(&b, &connection, variant).await;
         back.ask(&["default"]);
         back.accepted().await;
     }
@@ -192,11 +192,11 @@ async fn an_identity_that_was_taken_away_ends_its_streams_and_is_not_renewed() {
 
 #[tokio::test(start_paused = true)]
 async fn who_is_held_from_before_a_restart_is_spread_over_the_window_when_the_epoch_was_raised() {
-    for face in FACES {
+    for variant in FACES {
         // Raised while the agent was away, and raised while the client is held.
         for raised_before in [true, false] {
             let before = Bench::new();
-            Client::asking(&before, face, &["default"]).await.accepted().await;
+            Client::asking(&before, variant, &["default"]).await.accepted().await;
             let svid = before.material();
             let b = before.restarted();
             b.source.take(b.embedded.bundle().unwrap());
@@ -204,7 +204,7 @@ async fn who_is_held_from_before_a_restart_is_spread_over_the_window_when_the_ep
                 b.raise_epoch();
             }
             let begun = Instant::now();
-            let mut client = Client::returning(&b, face, &["default"], svid.version()).await;
+            let mut client = Client::returning(&b, variant, &["default"], svid.version()).await;
             settle().await;
             if !raised_before {
                 b.raise_epoch();
@@ -226,9 +226,9 @@ async fn reissue(b: &Bench, which: Which, over: Duration) -> Reissued {
 
 #[tokio::test(start_paused = true)]
 async fn a_call_to_reissue_replaces_once_within_its_time_and_nothing_is_closed_or_lost() {
-    for face in FACES {
+    for variant in FACES {
         let b = Bench::new();
-        let mut client = Client::asking(&b, face, &["default"]).await;
+        let mut client = Client::asking(&b, variant, &["default"]).await;
         let first = client.accepted().await.only_version().to_owned();
         let over = 2 * MINUTE;
         let begun = Instant::now();
@@ -256,11 +256,11 @@ async fn a_call_to_reissue_replaces_once_within_its_time_and_nothing_is_closed_o
 #[tokio::test(start_paused = true)]
 async fn a_call_to_reissue_is_about_what_clients_hold_too() {
     let before = Bench::new();
-    Client::asking(&before, Face::Delta, &["default"]).await.accepted().await;
+    Client::asking(&before, Variant::Delta, &["default"]).await.accepted().await;
     let svid = before.material();
     let b = before.restarted();
     b.source.take(b.embedded.bundle().unwrap());
-    let mut client = Client::returning(&b, Face::Delta, &["default"], svid.version()).await;
+    let mut client = Client::returning(&b, Variant::Delta, &["default"], svid.version()).await;
     settle().await;
     let begun = Instant::now();
     assert_eq!(reissue(&b, Which::default(), MINUTE).await.matched, 1);

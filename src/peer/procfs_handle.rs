@@ -21,12 +21,12 @@ const MAX_BYTES: u64 = 16 << 10;
 
 /// A process, and when it started.
 #[derive(Debug)]
-pub struct Record {
+pub struct ProcfsHandle {
     directory: OwnedFd,
     started: u64,
 }
 
-impl Record {
+impl ProcfsHandle {
     /// Of the process that has the number now; `NotFound` where it is none, or another user's. `proc` is where procfs is mounted.
     pub fn take(proc: &Path, pid: i32, uid: u32, gid: u32) -> io::Result<Self> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
@@ -95,24 +95,24 @@ mod tests {
         let (uid, gid) = ids();
         let mut child = Command::new("sleep").arg("60").spawn().unwrap();
         let pid = i32::try_from(child.id()).unwrap();
-        let record = Record::take(Path::new("/proc"), pid, uid, gid).unwrap();
-        assert!(record.is_alive() && record.pidfd(pid).is_some());
-        let pidfd = record.pidfd(pid).unwrap();
+        let procfs_handle = ProcfsHandle::take(Path::new("/proc"), pid, uid, gid).unwrap();
+        assert!(procfs_handle.is_alive() && procfs_handle.pidfd(pid).is_some());
+        let pidfd = procfs_handle.pidfd(pid).unwrap();
         child.kill().unwrap();
         poll(&mut [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)], PollTimeout::NONE).unwrap();
-        assert!(!record.is_alive(), "it has ended, and nobody has asked for its status yet");
+        assert!(!procfs_handle.is_alive(), "it has ended, and nobody has asked for its status yet");
         child.wait().unwrap();
-        assert!(!record.is_alive() && record.pidfd(pid).is_none());
-        assert!(Record::take(Path::new("/proc"), pid, uid, gid).is_err());
+        assert!(!procfs_handle.is_alive() && procfs_handle.pidfd(pid).is_none());
+        assert!(ProcfsHandle::take(Path::new("/proc"), pid, uid, gid).is_err());
     }
 
     #[test]
     fn another_users_process_is_not_the_one_that_connected() {
         let (uid, gid) = ids();
         let pid = i32::try_from(std::process::id()).unwrap();
-        assert!(Record::take(Path::new("/proc"), pid, uid, gid).unwrap().is_alive());
+        assert!(ProcfsHandle::take(Path::new("/proc"), pid, uid, gid).unwrap().is_alive());
         for (uid, gid) in [(uid + 1, gid), (uid, gid + 1)] {
-            assert_eq!(Record::take(Path::new("/proc"), pid, uid, gid).unwrap_err().kind(), io::ErrorKind::NotFound);
+            assert_eq!(ProcfsHandle::take(Path::new("/proc"), pid, uid, gid).unwrap_err().kind(), io::ErrorKind::NotFound);
         }
     }
 
@@ -124,15 +124,15 @@ mod tests {
         fs::create_dir(&directory).unwrap();
         fs::write(directory.join("status"), "Name:\tx\nUid:\t1\t2\t3\t4\nGid:\t5\t6\t7\t8\n").unwrap();
         fs::write(directory.join("stat"), stat("S", 4711)).unwrap();
-        let record = Record::take(proc.path(), 7, 2, 6).unwrap();
-        assert!(record.is_alive());
+        let procfs_handle = ProcfsHandle::take(proc.path(), 7, 2, 6).unwrap();
+        assert!(procfs_handle.is_alive());
         for (state, ticks) in [("S", 4712), ("Z", 4711)] {
             fs::write(directory.join("stat"), stat(state, ticks)).unwrap();
-            assert!(!record.is_alive(), "{state} {ticks}");
+            assert!(!procfs_handle.is_alive(), "{state} {ticks}");
         }
         for broken in ["", "7 (x", "7 (x) S 1 2 3"] {
             fs::write(directory.join("stat"), broken).unwrap();
-            assert!(!record.is_alive() && Record::take(proc.path(), 7, 2, 6).is_err(), "{broken}");
+            assert!(!procfs_handle.is_alive() && ProcfsHandle::take(proc.path(), 7, 2, 6).is_err(), "{broken}");
         }
     }
 }
