@@ -23,14 +23,14 @@ use tokio::{sync::watch, time::Instant};
 use crate::fd;
 
 /// No sleep lasts longer, so that a step that the kernel does not report is noticed all the same.
-pub const LONGEST_SLEEP: Duration = Duration::from_secs(60);
+pub const MAX_SLEEP: Duration = Duration::from_secs(60);
 
 /// The time of day and waiting for it.
 pub trait Clock: fmt::Debug + Send + Sync + 'static {
     /// The wall clock's time.
     fn now(&self) -> SystemTime;
 
-    /// Returns at `until`, when the clock is stepped, or after [`LONGEST_SLEEP`]. The caller reads [`Clock::now`] again.
+    /// Returns at `until`, when the clock is stepped, or after [`MAX_SLEEP`]. The caller reads [`Clock::now`] again.
     fn sleep_until(&self, until: SystemTime) -> BoxFuture<'_, ()>;
 }
 
@@ -65,13 +65,13 @@ impl Clock for SystemClock {
             if wait.is_zero() {
                 return;
             }
-            let bound = tokio::time::sleep(wait.min(LONGEST_SLEEP));
+            let bound = tokio::time::sleep(wait.min(MAX_SLEEP));
             tokio::select! {
                 () = bound => {}
                 result = stepped(until) => if let Err(error) = result {
                     // Without a timer the bound above still wakes the waiter.
                     tracing::warn!(%error, "cannot watch the clock for steps; looking once a minute instead");
-                    tokio::time::sleep(wait.min(LONGEST_SLEEP)).await;
+                    tokio::time::sleep(wait.min(MAX_SLEEP)).await;
                 },
             }
         })
@@ -128,7 +128,7 @@ impl Clock for TestClock {
     }
 
     fn sleep_until(&self, until: SystemTime) -> BoxFuture<'_, ()> {
-        let wait = until.duration_since(self.now()).unwrap_or_default().min(LONGEST_SLEEP);
+        let wait = until.duration_since(self.now()).unwrap_or_default().min(MAX_SLEEP);
         let mut steps = self.steps.subscribe();
         Box::pin(async move {
             tokio::select! {
@@ -157,7 +157,7 @@ mod tests {
         let far = clock.now() + Duration::from_secs(86_400);
         let before = Instant::now();
         clock.sleep_until(far).await;
-        assert_eq!(before.elapsed(), LONGEST_SLEEP);
+        assert_eq!(before.elapsed(), MAX_SLEEP);
 
         let sleeper = tokio::spawn({
             let clock = clock.clone();

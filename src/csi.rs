@@ -41,7 +41,7 @@ pub mod volume;
 
 const FIELD: &str = "sockets.perPod.kubeletDirectory";
 /// Between two attempts to learn which pods have gone.
-const ASK_AGAIN: Duration = Duration::from_secs(30);
+const REGISTRATION_RETRY_INTERVAL: Duration = Duration::from_secs(30);
 
 /// Why the driver cannot be started.
 #[derive(Debug, thiserror::Error)]
@@ -138,7 +138,7 @@ async fn clear(sockets: &Sockets, own: Option<&PodRef>) {
         if unclear == 0 {
             return;
         }
-        tokio::time::sleep(ASK_AGAIN).await;
+        tokio::time::sleep(REGISTRATION_RETRY_INTERVAL).await;
     }
 }
 

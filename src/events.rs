@@ -27,7 +27,7 @@ use tokio::{sync::mpsc, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 use self::{
-    ledger::{Ledger, Note, Reason},
+    ledger::{PodEvent, PodTransitions, Reason},
     refusals::Refusals,
 };
 use crate::{
@@ -51,9 +51,9 @@ const CONTROLLER: &str = "sds-agent.io/agent";
 /// Notes that wait to be written.
 const QUEUE: usize = 64;
 /// Events of one agent in a minute.
-const A_MINUTE: u32 = 30;
+const MAX_EVENTS_PER_MINUTE: u32 = 30;
 /// Bytes of a note that the API server takes.
-const MOST_NOTE: usize = 1024;
+const MAX_NOTE_BYTES: usize = 1024;
 
 /// A witness of rotation, and what writes down what it has to say.
 pub fn new(client: Client, node: &NodeEnvironment, metrics: Metrics) -> (Reporter, Writer) {
@@ -104,9 +104,9 @@ impl Metrics {
 
 /// Hears of rotation's troubles, and of pods that are not served.
 pub struct Reporter {
-    ledger: Mutex<Ledger>,
+    ledger: Mutex<PodTransitions>,
     refusals: Mutex<Refusals>,
-    notes: mpsc::Sender<Note>,
+    notes: mpsc::Sender<PodEvent>,
     metrics: Metrics,
 }
 
@@ -117,12 +117,12 @@ impl fmt::Debug for Reporter {
 }
 
 impl Reporter {
-    fn tell(&self, judge: impl FnOnce(&mut Ledger) -> Vec<Note>) {
+    fn tell(&self, judge: impl FnOnce(&mut PodTransitions) -> Vec<PodEvent>) {
         let notes = judge(&mut self.ledger.lock().unwrap_or_else(PoisonError::into_inner));
         notes.into_iter().for_each(|note| self.send(note));
     }
 
-    fn send(&self, note: Note) {
+    fn send(&self, note: PodEvent) {
         if self.notes.try_send(note).is_err() {
             self.metrics.count(Written::dropped);
         }
@@ -132,15 +132,15 @@ impl Reporter {
 impl attest::CallerObserver for Reporter {
     fn refused(&self, pod: &PodRef, error: &attest::Error) {
         if self.refusals.lock().unwrap_or_else(PoisonError::into_inner).refused(&pod.uid, error.reason) {
-            let words = format!("A process of this pod asks for a certificate and may have none: {error}");
-            self.send(Note { pod: pod.clone(), reason: Reason::CallerRefused, words });
+            let message = format!("A process of this pod asks for a certificate and may have none: {error}");
+            self.send(PodEvent { pod: pod.clone(), reason: Reason::CallerRefused, message });
         }
     }
 
     fn served(&self, pod: &PodRef) {
         if self.refusals.lock().unwrap_or_else(PoisonError::into_inner).served(&pod.uid) {
-            let words = "Processes of this pod are served now".to_owned();
-            self.send(Note { pod: pod.clone(), reason: Reason::CallerServed, words });
+            let message = "Processes of this pod are served now".to_owned();
+            self.send(PodEvent { pod: pod.clone(), reason: Reason::CallerServed, message });
         }
     }
 }
@@ -154,25 +154,26 @@ impl IssuanceObserver for Reporter {
         };
         let left = entry.current().map(|svid| clock::rfc3339(svid.chain.validity.not_after));
         let rest = left.map_or_else(|| "its clients wait".to_owned(), |end| format!("the one in use ends {end}"));
-        let words = format!("No new certificate for {}: {error}; {rest}", entry.identity);
-        self.tell(|ledger| ledger.failed(Instant::now(), entry.id, &entry.pods(), reason, at_once, &words));
+        let message = format!("No new certificate for {}: {error}; {rest}", entry.identity);
+        self.tell(|ledger| ledger.failed(Instant::now(), entry.id, &entry.pods(), reason, at_once, &message));
     }
 
     fn waits(&self, entry: &Entry, request: &str, why: &str) {
-        let words = format!("CertificateRequest {request} for {} still waits for {why}", entry.identity);
-        self.tell(|ledger| ledger.failed(Instant::now(), entry.id, &entry.pods(), Reason::CertificatePending, true, &words));
+        let message = format!("CertificateRequest {request} for {} still waits for {why}", entry.identity);
+        self.tell(|ledger| ledger.failed(Instant::now(), entry.id, &entry.pods(), Reason::CertificatePending, true, &message));
     }
 
     fn withheld(&self, entry: &Entry) {
-        let words = format!("The certificate of {} is withheld: by this node's clock, which was set, it is not valid now", entry.identity);
-        self.tell(|ledger| ledger.failed(Instant::now(), entry.id, &entry.pods(), Reason::CertificateWithheld, true, &words));
+        let message =
+            format!("The certificate of {} is withheld: by this node's clock, which was set, it is not valid now", entry.identity);
+        self.tell(|ledger| ledger.failed(Instant::now(), entry.id, &entry.pods(), Reason::CertificateWithheld, true, &message));
     }
 
     fn issued(&self, entry: &Entry, svid: &Svid) {
-        let words = format!("{} has a certificate: serial {}, until {}", entry.identity, svid.chain.serial, {
+        let message = format!("{} has a certificate: serial {}, until {}", entry.identity, svid.chain.serial, {
             clock::rfc3339(svid.chain.validity.not_after)
         });
-        self.tell(|ledger| ledger.issued(entry.id, &words));
+        self.tell(|ledger| ledger.issued(entry.id, &message));
     }
 
     fn forgotten(&self, entry: &Entry) {
@@ -187,7 +188,7 @@ impl IssuanceObserver for Reporter {
 pub struct Writer {
     client: Client,
     instance: Arc<str>,
-    notes: mpsc::Receiver<Note>,
+    notes: mpsc::Receiver<PodEvent>,
     metrics: Metrics,
     budget: Budget,
     hush: LogLimiter<NotWritten>,
@@ -230,7 +231,7 @@ impl Writer {
         end.run_until_cancelled(running).await;
     }
 
-    async fn write(&self, note: &Note) {
+    async fn write(&self, note: &PodEvent) {
         let namespace = &*note.pod.namespace;
         let event = event(note, &self.instance, jiff::Timestamp::now());
         let call = Call { verb: "create", resource: "events.events.k8s.io", name: None, namespace: Some(namespace) };
@@ -248,18 +249,18 @@ impl Writer {
     }
 }
 
-fn event(note: &Note, instance: &str, now: jiff::Timestamp) -> Event {
+fn event(note: &PodEvent, instance: &str, now: jiff::Timestamp) -> Event {
     let PodRef { namespace, name, uid } = &note.pod;
     let kind = if matches!(note.reason, Reason::CertificateIssued | Reason::CallerServed) { "Normal" } else { "Warning" };
     // Readers of events are trusted with less than readers of the log.
-    let mut words = text::excerpt(&note.words, MOST_NOTE);
-    if words.len() > MOST_NOTE {
-        let mut end = MOST_NOTE - '…'.len_utf8();
-        while !words.is_char_boundary(end) {
+    let mut message = text::excerpt(&note.message, MAX_NOTE_BYTES);
+    if message.len() > MAX_NOTE_BYTES {
+        let mut end = MAX_NOTE_BYTES - '…'.len_utf8();
+        while !message.is_char_boundary(end) {
             end -= 1;
         }
-        words.truncate(end);
-        words.push('…');
+        message.truncate(end);
+        message.push('…');
     }
     Event {
         metadata: ObjectMeta {
@@ -271,7 +272,7 @@ fn event(note: &Note, instance: &str, now: jiff::Timestamp) -> Event {
         },
         action: Some("IssueCertificate".to_owned()),
         event_time: Some(MicroTime(now)),
-        note: Some(words),
+        note: Some(message),
         reason: Some(note.reason.as_str().to_owned()),
         regarding: Some(ObjectReference {
             api_version: Some("v1".to_owned()),
@@ -297,7 +298,7 @@ struct Budget {
 impl Budget {
     fn take(&mut self, now: Instant) -> bool {
         let minute = Duration::from_secs(60);
-        let full_at = self.full_at.map_or(now, |at| at.max(now)) + minute / A_MINUTE;
+        let full_at = self.full_at.map_or(now, |at| at.max(now)) + minute / MAX_EVENTS_PER_MINUTE;
         let has_one = full_at <= now + minute;
         if has_one {
             self.full_at = Some(full_at);

@@ -17,7 +17,7 @@ use tokio::{io::AsyncReadExt, sync::mpsc, time::timeout};
 /// Changes come in bursts: the file is read when they have paused for so long.
 const DEBOUNCE: Duration = Duration::from_millis(100);
 /// Where the directory itself is missing, it is looked for again after this time.
-const LOOK_AGAIN: Duration = Duration::from_secs(30);
+const RECHECK_INTERVAL: Duration = Duration::from_secs(30);
 
 /// A watched file.
 #[derive(Debug)]
@@ -57,7 +57,7 @@ impl Followed {
                     // A directory in which something always changes must not hide the file.
                     let _ = timeout(10 * DEBOUNCE, settled).await;
                 }
-                Err(_) => tokio::time::sleep(LOOK_AGAIN).await,
+                Err(_) => tokio::time::sleep(RECHECK_INTERVAL).await,
             }
         }
     }

@@ -110,9 +110,9 @@ where
 }
 
 /// A piece that is smaller is joined to the one before it …
-const CRUMB: usize = 512;
+const COALESCE_BELOW_BYTES: usize = 512;
 /// … until that is this large.
-const JOINED: usize = 16 << 10;
+const MAX_COALESCED_BYTES: usize = 16 << 10;
 
 /// Bytes in several pieces, read as one buffer: received ones as they came, or a message's that is to be sent.
 #[derive(Debug, Default)]
@@ -129,7 +129,7 @@ impl Pieces {
         self.len += piece.len();
         match self.pieces.back_mut() {
             // A message that comes in crumbs costs what it has bytes, and not a buffer's handle for each.
-            Some(last) if piece.len() < CRUMB && last.len() < JOINED => {
+            Some(last) if piece.len() < COALESCE_BELOW_BYTES && last.len() < MAX_COALESCED_BYTES => {
                 let mut joined = std::mem::take(last).try_into_mut().unwrap_or_else(|shared| BytesMut::from(&shared[..]));
                 joined.extend_from_slice(&piece);
                 *last = joined.freeze();

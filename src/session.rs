@@ -56,7 +56,7 @@ const HEADER_LIST: u32 = 16_384;
 /// Bytes buffered for each stream of a client that reads slowly.
 const SEND_BUFFER: usize = 64 << 10;
 /// Connections that are taken or turned away before others have their turn.
-const ACCEPTED_AT_ONCE: usize = 16;
+const MAX_ACCEPTED_IN_A_ROW: usize = 16;
 
 /// How long connections are borne with.
 #[derive(Debug, Clone)]
@@ -108,7 +108,7 @@ impl Sessions {
         loop {
             // A queue that never empties is no reason to let those wait who are inside.
             accepted_at_once += 1;
-            if accepted_at_once > ACCEPTED_AT_ONCE {
+            if accepted_at_once > MAX_ACCEPTED_IN_A_ROW {
                 accepted_at_once = 0;
                 tokio::task::yield_now().await;
             }

@@ -34,7 +34,7 @@ pub mod file;
 /// Why lists wait after the start.
 const FIRST_CHAIN: &str = "no certificate has been issued since the start: it is not known which authorities sign";
 /// Authorities below the roots that are remembered; more are not needed to see that there are many.
-const MOST_INTERMEDIATES: usize = 64;
+const MAX_INTERMEDIATES: usize = 64;
 
 /// A bundle and its encoded forms.
 #[derive(Debug)]
@@ -174,7 +174,7 @@ impl Trust {
         known.retain(|_, until| *until > now);
         let mut changed = first || known.len() != before;
         for authority in intermediates {
-            let room = known.len() < MOST_INTERMEDIATES;
+            let room = known.len() < MAX_INTERMEDIATES;
             match known.get_mut(authority) {
                 Some(until) => *until = chain.validity.not_after.max(*until),
                 None if room => {

@@ -31,7 +31,7 @@ pub type Certificates = Arc<dyn Fn() -> Vec<serde_json::Value> + Send + Sync>;
 /// Over which time certificates are reissued unless told.
 const REISSUE_OVER: Duration = Duration::from_secs(300);
 /// The longest time, for that and for another log filter.
-const LONGEST: Duration = Duration::from_secs(7 * 86_400);
+const MAX_REISSUE_WINDOW: Duration = Duration::from_secs(7 * 86_400);
 /// A log filter is shorter than this.
 const MAX_FILTER_BYTES: usize = 4096;
 
@@ -169,7 +169,7 @@ impl LogLevel {
 
 fn duration(name: &str, value: &str) -> Result<Duration, String> {
     match humantime::parse_duration(value) {
-        Ok(told) if told <= LONGEST => Ok(told),
+        Ok(told) if told <= MAX_REISSUE_WINDOW => Ok(told),
         _ => Err(format!("{name}: {:?} is not a time of at most seven days; write, for example, {name}=5m\n", shown(value))),
     }
 }

@@ -38,14 +38,14 @@ use index::Index;
 pub use index::{Known, Starting};
 
 /// Between live reads.
-const LIVE_PACE: Duration = Duration::from_secs(1);
+const LIVE_READ_INTERVAL: Duration = Duration::from_secs(1);
 /// A pod is in the API before its containers run on the node: what a live read did not find is not there, or it is a static pod whose
 /// mirror comes late, and of that the watch tells.
 const UNKNOWN_FOR: Duration = Duration::from_secs(30);
 /// After a live read that failed, where pods wait to be confirmed.
-const LIVE_AGAIN: Duration = Duration::from_secs(5);
+const LIVE_READ_RETRY_INTERVAL: Duration = Duration::from_secs(5);
 /// The kubelet tells of a container some time after it has started it.
-const CONTAINER_PATIENCE: Duration = Duration::from_secs(30);
+const CONTAINER_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The node's pods. Clones share everything.
 #[derive(Clone)]
@@ -132,7 +132,7 @@ impl Pods {
         let was_unknown = self.index().is_unknown(uid, Instant::now());
         if was_unknown {
             // No read; but the watch has as long as one would have taken.
-            return match timeout(LIVE_PACE, &mut arrival).await {
+            return match timeout(LIVE_READ_INTERVAL, &mut arrival).await {
                 Ok(_) => self.arrived(uid),
                 Err(_) => Err(self.unknown(uid)),
             };
@@ -179,7 +179,7 @@ impl Pods {
                 }
             }
         };
-        timeout(CONTAINER_PATIENCE, told).await.unwrap_or_else(|_| {
+        timeout(CONTAINER_TIMEOUT, told).await.unwrap_or_else(|_| {
             let detail = format!("the status of the pod with UID {uid} tells of no container {id}");
             Err(Error::temporary(Reason::unknown_container, detail))
         })
@@ -288,10 +288,10 @@ impl Pods {
             let failed = answer.is_err();
             self.0.answered.send_modify(|answered| *answered = (upto, answer));
             if failed && !doubts.is_empty() {
-                tokio::time::sleep(LIVE_AGAIN).await;
+                tokio::time::sleep(LIVE_READ_RETRY_INTERVAL).await;
                 self.0.asked.send_modify(|asked| *asked += 1);
             } else {
-                tokio::time::sleep(LIVE_PACE).await;
+                tokio::time::sleep(LIVE_READ_INTERVAL).await;
             }
         }
     }

@@ -10,9 +10,9 @@ use hyper_util::rt::TokioIo;
 use tokio::{net::TcpStream, time::timeout};
 
 /// For the whole answer.
-const PATIENCE: Duration = Duration::from_secs(10);
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 /// An inventory of 16,000 identities takes ten megabytes.
-const MOST: usize = 64 << 20;
+const MAX_ANSWER_BYTES: usize = 64 << 20;
 
 /// Where an agent answers: `host:port`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -64,7 +64,7 @@ pub enum Error {
         cause: Box<dyn std::error::Error + Send + Sync>,
     },
     /// Nothing in time.
-    #[error("{address} does not answer within {} s", PATIENCE.as_secs())]
+    #[error("{address} does not answer within {} s", REQUEST_TIMEOUT.as_secs())]
     Timeout {
         /// Where.
         address: Address,
@@ -73,7 +73,7 @@ pub enum Error {
 
 /// Asks for `path`; gives the answer whatever its status.
 pub async fn get(address: &Address, path: &str) -> Result<(StatusCode, String), Error> {
-    let asked = timeout(PATIENCE, ask(address, path)).await;
+    let asked = timeout(REQUEST_TIMEOUT, ask(address, path)).await;
     asked.unwrap_or_else(|_| Err(Error::Timeout { address: address.clone() }))
 }
 
@@ -85,7 +85,7 @@ async fn ask(address: &Address, path: &str) -> Result<(StatusCode, String), Erro
     let answer = async {
         let response = sender.send_request(request).await?;
         let status = response.status();
-        let body = Limited::new(response.into_body(), MOST).collect().await?.to_bytes();
+        let body = Limited::new(response.into_body(), MAX_ANSWER_BYTES).collect().await?.to_bytes();
         Ok((status, String::from_utf8_lossy(&body).into_owned()))
     };
     let driven = async {

@@ -36,7 +36,7 @@ mod watch;
 /// How long the server's own answer to a deadline may take to arrive.
 const GRACE: Duration = Duration::from_secs(1);
 /// Nobody waits longer for one answer.
-const LONGEST_WAIT: Duration = Duration::from_secs(86_400);
+const MAX_WAIT: Duration = Duration::from_secs(86_400);
 
 /// The flags of `fetch`.
 #[derive(Debug, clap::Args)]
@@ -132,7 +132,7 @@ async fn ask(args: Args, env: Env<'_>, out: Out<'_>) -> Result<(), Failure> {
     if args.watch {
         return watch::watch(&socket, &mut subscription, &mut show).await;
     }
-    let timeout = LONGEST_WAIT.min(args.timeout.into());
+    let timeout = MAX_WAIT.min(args.timeout.into());
     let mut client = client::connect(&socket).await?;
     let first_problem = match tokio::time::timeout(timeout + GRACE, once(&mut client, &mut subscription, &mut show, timeout)).await {
         Ok(result) => result?,

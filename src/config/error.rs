@@ -10,7 +10,7 @@ use serde_json::Value;
 use crate::text;
 
 /// No value is shown with more characters than this.
-const LONGEST_VALUE: usize = 80;
+const MAX_VALUE_CHARS: usize = 80;
 
 /// One error: `{path}: {value} {what}; {remedy}`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -101,7 +101,7 @@ pub fn quoted(text: &str) -> String {
         return "(a private key, not shown)".to_owned();
     }
     let text = text::redact(text);
-    match text.char_indices().nth(LONGEST_VALUE) {
+    match text.char_indices().nth(MAX_VALUE_CHARS) {
         Some((end, _)) => format!("{:?}", format!("{}…", &text[..end])),
         None => format!("{text:?}"),
     }

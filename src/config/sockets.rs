@@ -14,11 +14,11 @@ use super::{
     Attestation, PerPod, SharedSocket,
     error::FieldError,
     reader::Section,
-    values::{self, LONGEST_SOCKET_PATH},
+    values::{self, MAX_SOCKET_PATH_BYTES},
 };
 
 /// The kubelet gives a call two minutes.
-const LONGEST_WAIT: Duration = Duration::from_secs(60);
+const MAX_WAIT: Duration = Duration::from_secs(60);
 
 /// What is served, of either kind.
 pub type Sockets = (Option<SharedSocket>, Option<PerPod>);
@@ -54,7 +54,7 @@ fn per_pod(section: &Section<'_>, attestation: Option<Attestation>, shared: Opti
     let directory = section.read("directory", "/run/sds-agent-pods".into(), plain_path);
     let driver_name = section.read("driverName", "csi.sds-agent.io".to_owned(), driver_name);
     let kubelet_directory = section.read("kubeletDirectory", "/var/lib/kubelet".into(), plain_path);
-    let wait = section.read("waitForCertificate", Duration::ZERO, values::duration(Duration::ZERO..=LONGEST_WAIT));
+    let wait = section.read("waitForCertificate", Duration::ZERO, values::duration(Duration::ZERO..=MAX_WAIT));
     if enabled != Some(true) {
         return enabled.map(|_| None);
     }
@@ -70,8 +70,8 @@ fn per_pod(section: &Section<'_>, attestation: Option<Attestation>, shared: Opti
     let per_pod =
         PerPod { directory: directory?, driver_name: driver_name?, kubelet_directory: kubelet_directory?, wait_for_certificate: wait? };
     let longest = [per_pod.driver_socket(), per_pod.registration_socket()].map(|path| path.as_os_str().len()).into_iter().max();
-    if longest.is_some_and(|len| len > LONGEST_SOCKET_PATH) {
-        let what = format!("leads to sockets whose paths have more than the {LONGEST_SOCKET_PATH} bytes that the kernel's limit leaves");
+    if longest.is_some_and(|len| len > MAX_SOCKET_PATH_BYTES) {
+        let what = format!("leads to sockets whose paths have more than the {MAX_SOCKET_PATH_BYTES} bytes that the kernel's limit leaves");
         section.wrong("kubeletDirectory", what, "shorten it, or sockets.perPod.driverName");
         return None;
     }

@@ -7,7 +7,7 @@ use serde_json::Value;
 use super::error::FieldError;
 
 /// The longest socket path: the kernel takes 107 bytes, and the socket is bound under a temporary name beside it.
-pub const LONGEST_SOCKET_PATH: usize = 100;
+pub const MAX_SOCKET_PATH_BYTES: usize = 100;
 
 /// Text that is not empty and has no control characters.
 pub fn text(value: &Value) -> Result<&str, FieldError> {
@@ -121,8 +121,8 @@ pub fn absolute_path(value: &Value) -> Result<PathBuf, FieldError> {
 pub fn socket_path(value: &Value) -> Result<PathBuf, FieldError> {
     let path = absolute_path(value)?;
     let text = path.as_os_str();
-    if text.len() > LONGEST_SOCKET_PATH {
-        let what = format!("is {} bytes long, and the kernel's limit leaves {LONGEST_SOCKET_PATH}", text.len());
+    if text.len() > MAX_SOCKET_PATH_BYTES {
+        let what = format!("is {} bytes long, and the kernel's limit leaves {MAX_SOCKET_PATH_BYTES}", text.len());
         return Err(FieldError::new(what, "choose a shorter path"));
     }
     if path.file_name().is_none() || text.as_encoded_bytes().ends_with(b"/") {

@@ -26,9 +26,9 @@ const CONNECTIONS: usize = 512;
 /// Between two looks at the name.
 const LOOK: Duration = Duration::from_secs(30);
 /// Before the name is offered again to a kubelet that has refused.
-const AGAIN: Duration = Duration::from_secs(10);
+const BIND_RETRY_INTERVAL: Duration = Duration::from_secs(10);
 /// Between two attempts to accept.
-const PAUSE: Duration = Duration::from_millis(200);
+const ACCEPT_RETRY_INTERVAL: Duration = Duration::from_millis(200);
 
 /// A bound socket and what it serves.
 #[derive(Debug)]
@@ -64,10 +64,10 @@ impl Server {
                         if let Some(left_out) = self.refusals.permit("accept", Instant::now()) {
                             warn!(%error, socket = %self.path.display(), left_out, "cannot accept connections; trying again");
                         }
-                        tokio::time::sleep(PAUSE).await;
+                        tokio::time::sleep(ACCEPT_RETRY_INTERVAL).await;
                     }
                 },
-                () = again.notified() => offer_at = Some(Instant::now() + AGAIN),
+                () = again.notified() => offer_at = Some(Instant::now() + BIND_RETRY_INTERVAL),
                 () = sleep_until(offer_at.unwrap_or(look)) => {
                     if offer_at.take().is_some() || self.is_missing() {
                         self.rebind();

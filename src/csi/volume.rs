@@ -35,11 +35,11 @@ pub const SOCKET_NAME: &str = "sds-agent.io/socket-name";
 /// The socket's file where the volume names none.
 pub const DEFAULT_SOCKET: &str = "socket";
 /// So that a directory's name can hold it beside the volume's.
-const LONGEST_SOCKET: usize = 40;
+const MAX_SOCKET_NAME_BYTES: usize = 40;
 /// What the kernel takes.
-const LONGEST_PATH: usize = 4095;
+const MAX_PATH_BYTES: usize = 4095;
 /// A volume's name is a DNS label.
-const LONGEST_VOLUME: usize = 63;
+const MAX_VOLUME_NAME_BYTES: usize = 63;
 /// Where the kubelet has the volumes of CSI drivers.
 const PLUGIN: &str = "kubernetes.io~csi";
 
@@ -67,8 +67,8 @@ impl Place {
         if path.is_empty() {
             return Err(Status::invalid_argument("target_path is missing"));
         }
-        if path.len() > LONGEST_PATH {
-            return wrong(&format!("has {} bytes and the kernel takes {LONGEST_PATH}", path.len()));
+        if path.len() > MAX_PATH_BYTES {
+            return wrong(&format!("has {} bytes and the kernel takes {MAX_PATH_BYTES}", path.len()));
         }
         // Compared as text, too: components would forgive `.` and doubled slashes.
         let Some(rest) = Path::new(path).strip_prefix(kubelet).ok().filter(|rest| kubelet.join(rest).as_os_str() == path) else {
@@ -175,7 +175,7 @@ fn claim<'a>(place: &Place, config: &PerPod, told: impl Fn(&str) -> Option<&'a s
     if uid != &*place.uid {
         return Err(Status::permission_denied(format!("{POD_UID} is not the pod of target_path, {}", place.uid)));
     }
-    if !is_dns(namespace, LONGEST_VOLUME, false) || !is_dns(name, 253, true) || !is_dns(account, 253, true) {
+    if !is_dns(namespace, MAX_VOLUME_NAME_BYTES, false) || !is_dns(name, 253, true) || !is_dns(account, 253, true) {
         return Err(Status::invalid_argument("the pod's namespace, name or service account is not a name that Kubernetes gives"));
     }
     let pod = PodRef { namespace: namespace.into(), name: name.into(), uid: place.uid.clone() };
@@ -186,19 +186,19 @@ fn socket(name: &str) -> Result<Arc<str>, Status> {
     if is_socket(name) {
         return Ok(name.into());
     }
-    let form = format!("use 1 to {LONGEST_SOCKET} letters, digits, '-', '_' and '.', and no '.' in front");
+    let form = format!("use 1 to {MAX_SOCKET_NAME_BYTES} letters, digits, '-', '_' and '.', and no '.' in front");
     Err(Status::invalid_argument(format!("volume attribute {SOCKET_NAME} is not the plain name of a file; {form}")))
 }
 
 /// Whether a socket may be called so: a plain name, and not one of those under which sockets are bound before they are in place.
 pub fn is_socket(name: &str) -> bool {
     let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.');
-    (1..=LONGEST_SOCKET).contains(&name.len()) && name.bytes().all(plain) && !name.starts_with('.')
+    (1..=MAX_SOCKET_NAME_BYTES).contains(&name.len()) && name.bytes().all(plain) && !name.starts_with('.')
 }
 
 /// Whether a pod's volume may be called so.
 pub fn is_volume(name: &str) -> bool {
-    is_dns(name, LONGEST_VOLUME, false)
+    is_dns(name, MAX_VOLUME_NAME_BYTES, false)
 }
 
 /// A UUID, or the 32 digits by which the kubelet knows a static pod.

@@ -11,11 +11,11 @@ use tokio::time::Instant;
 use crate::identity::PodRef;
 
 /// So many failures in a row are trouble, whatever time they took.
-const FAILURES: u32 = 3;
+const TROUBLE_AFTER_FAILURES: u32 = 3;
 /// So long without success is trouble, however few the failures.
-const PATIENCE: Duration = Duration::from_secs(30);
+const TROUBLE_AFTER: Duration = Duration::from_secs(30);
 /// Pods of one identity that are told: the rest of a node's replicas have the same to say.
-const PODS: usize = 8;
+const MAX_PODS_PER_IDENTITY: usize = 8;
 
 /// Why a pod is told; one word for programs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -53,18 +53,18 @@ impl Reason {
 
 /// One event to be.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Note {
+pub struct PodEvent {
     /// On which pod.
     pub pod: PodRef,
     /// Why.
     pub reason: Reason,
     /// The operator's sentence.
-    pub words: String,
+    pub message: String,
 }
 
 /// How it goes with each identity that is in trouble, by the entry's id.
 #[derive(Debug, Default)]
-pub struct Ledger(HashMap<u64, Trouble>);
+pub struct PodTransitions(HashMap<u64, Trouble>);
 
 #[derive(Debug)]
 struct Trouble {
@@ -76,30 +76,30 @@ struct Trouble {
     pods: Vec<PodRef>,
 }
 
-impl Ledger {
+impl PodTransitions {
     /// It went wrong, for these `pods`. What goes wrong `at_once` is trouble the first time.
-    pub fn failed(&mut self, now: Instant, id: u64, pods: &[PodRef], reason: Reason, at_once: bool, words: &str) -> Vec<Note> {
+    pub fn failed(&mut self, now: Instant, id: u64, pods: &[PodRef], reason: Reason, at_once: bool, message: &str) -> Vec<PodEvent> {
         let fresh = || Trouble { since: now, failures: 0, is_told: false, told: HashSet::new(), pods: Vec::new() };
         let trouble = self.0.entry(id).or_insert_with(fresh);
         trouble.failures = trouble.failures.saturating_add(1);
-        trouble.is_told |= at_once || trouble.failures >= FAILURES || now.duration_since(trouble.since) > PATIENCE;
+        trouble.is_told |= at_once || trouble.failures >= TROUBLE_AFTER_FAILURES || now.duration_since(trouble.since) > TROUBLE_AFTER;
         if !trouble.is_told {
             return Vec::new();
         }
         let mut notes = Vec::new();
         for pod in pods {
-            if trouble.pods.len() < PODS && trouble.told.insert(pod.uid.clone()) {
+            if trouble.pods.len() < MAX_PODS_PER_IDENTITY && trouble.told.insert(pod.uid.clone()) {
                 trouble.pods.push(pod.clone());
-                notes.push(Note { pod: pod.clone(), reason, words: words.to_owned() });
+                notes.push(PodEvent { pod: pod.clone(), reason, message: message.to_owned() });
             }
         }
         notes
     }
 
     /// It went well: whoever was told of trouble is told that it is over.
-    pub fn issued(&mut self, id: u64, words: &str) -> Vec<Note> {
+    pub fn issued(&mut self, id: u64, message: &str) -> Vec<PodEvent> {
         let pods = self.0.remove(&id).map(|trouble| trouble.pods).unwrap_or_default();
-        pods.into_iter().map(|pod| Note { pod, reason: Reason::CertificateIssued, words: words.to_owned() }).collect()
+        pods.into_iter().map(|pod| PodEvent { pod, reason: Reason::CertificateIssued, message: message.to_owned() }).collect()
     }
 
     /// Nobody asks for it any more.
@@ -116,14 +116,14 @@ mod tests {
         PodRef { namespace: "shop".into(), name: name.into(), uid: name.into() }
     }
 
-    fn fails(ledger: &mut Ledger, now: Instant, pods: &[PodRef]) -> Vec<String> {
+    fn fails(ledger: &mut PodTransitions, now: Instant, pods: &[PodRef]) -> Vec<String> {
         let notes = ledger.failed(now, 1, pods, Reason::CertificateNotIssued, false, "no");
         notes.into_iter().map(|note| note.pod.name.to_string()).collect()
     }
 
     #[test]
     fn trouble_is_told_once_and_its_end_once() {
-        let (mut ledger, now) = (Ledger::default(), Instant::now());
+        let (mut ledger, now) = (PodTransitions::default(), Instant::now());
         let pods = [pod("a"), pod("b")];
         assert!(fails(&mut ledger, now, &pods).is_empty() && fails(&mut ledger, now, &pods).is_empty());
         assert_eq!(fails(&mut ledger, now, &pods), ["a", "b"]);
@@ -133,13 +133,13 @@ mod tests {
         assert_eq!(fails(&mut ledger, now, &[pod("a"), pod("late")]), ["late"], "who comes later is told too");
         let over = ledger.issued(1, "yes");
         assert_eq!(over.iter().map(|note| &*note.pod.name).collect::<Vec<_>>(), ["a", "b", "late"]);
-        assert!(over.iter().all(|note| note.reason == Reason::CertificateIssued && note.words == "yes"));
+        assert!(over.iter().all(|note| note.reason == Reason::CertificateIssued && note.message == "yes"));
         assert!(ledger.issued(1, "yes").is_empty() && ledger.0.is_empty());
     }
 
     #[test]
     fn a_hiccup_is_no_news_and_a_long_one_is() {
-        let (mut ledger, now) = (Ledger::default(), Instant::now());
+        let (mut ledger, now) = (PodTransitions::default(), Instant::now());
         assert!(fails(&mut ledger, now, &[pod("a")]).is_empty());
         assert!(ledger.issued(1, "yes").is_empty(), "nobody was told of trouble");
         assert!(fails(&mut ledger, now, &[pod("a")]).is_empty());
@@ -148,8 +148,8 @@ mod tests {
 
     #[test]
     fn a_denial_is_told_at_once_and_what_nobody_asks_for_is_forgotten() {
-        let (mut ledger, now) = (Ledger::default(), Instant::now());
-        let denied = |ledger: &mut Ledger| ledger.failed(now, 7, &[pod("a")], Reason::CertificateDenied, true, "no").len();
+        let (mut ledger, now) = (PodTransitions::default(), Instant::now());
+        let denied = |ledger: &mut PodTransitions| ledger.failed(now, 7, &[pod("a")], Reason::CertificateDenied, true, "no").len();
         assert_eq!((denied(&mut ledger), denied(&mut ledger)), (1, 0));
         ledger.forgotten(7);
         assert!(ledger.issued(7, "yes").is_empty());
@@ -158,10 +158,10 @@ mod tests {
 
     #[test]
     fn an_identity_of_many_pods_tells_some_of_them() {
-        let (mut ledger, now) = (Ledger::default(), Instant::now());
+        let (mut ledger, now) = (PodTransitions::default(), Instant::now());
         let many: Vec<_> = (0..50).map(|n| pod(&n.to_string())).collect();
-        assert_eq!(ledger.failed(now, 1, &many, Reason::CertificateDenied, true, "no").len(), PODS);
+        assert_eq!(ledger.failed(now, 1, &many, Reason::CertificateDenied, true, "no").len(), MAX_PODS_PER_IDENTITY);
         assert!(ledger.failed(now, 1, &many, Reason::CertificateDenied, true, "no").is_empty());
-        assert_eq!(ledger.issued(1, "yes").len(), PODS);
+        assert_eq!(ledger.issued(1, "yes").len(), MAX_PODS_PER_IDENTITY);
     }
 }

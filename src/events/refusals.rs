@@ -5,7 +5,7 @@ use std::{collections::VecDeque, sync::Arc};
 use crate::attest::Reason;
 
 /// Pods and reasons at once: about as many as a node has pods.
-const MOST: usize = 256;
+const MAX_PODS: usize = 256;
 
 /// What has been told, by pod and reason.
 #[derive(Debug, Default)]
@@ -16,7 +16,7 @@ impl Refusals {
     pub fn refused(&mut self, uid: &Arc<str>, reason: Reason) -> bool {
         let is_news = is_told(reason) && !self.0.iter().any(|(told, why)| (told, *why) == (uid, reason));
         if is_news {
-            if self.0.len() == MOST {
+            if self.0.len() == MAX_PODS {
                 self.0.pop_front();
             }
             self.0.push_back((uid.clone(), reason));
@@ -70,10 +70,10 @@ mod tests {
         for reason in [Reason::process_gone, Reason::unknown_pod, Reason::pod_ended, Reason::unreadable] {
             assert!(!refusals.refused(&Arc::from("a"), reason));
         }
-        for pod in 0..MOST + 1 {
+        for pod in 0..MAX_PODS + 1 {
             assert!(refusals.refused(&Arc::from(pod.to_string()), Reason::no_identity));
         }
-        assert_eq!(refusals.0.len(), MOST);
+        assert_eq!(refusals.0.len(), MAX_PODS);
         assert!(refusals.refused(&Arc::from("0"), Reason::no_identity), "the oldest is forgotten");
     }
 }

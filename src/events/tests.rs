@@ -77,8 +77,8 @@ async fn a_denial_is_one_warning_on_the_pod_and_its_end_one_event_more() {
     let regarding = json!({"apiVersion": "v1", "kind": "Pod", "namespace": "shop", "name": "a", "uid": "uid-a"});
     assert_eq!((&warning["regarding"], &warning["metadata"]["namespace"]), (&regarding, &json!("shop")));
     assert_eq!((&warning["reportingInstance"], warning["eventTime"].is_string()), (&json!("sds-agent-x"), true));
-    let words = warning["note"].as_str().unwrap();
-    assert!(words.contains("request r-1 was denied: Policy: not on my watch; its clients wait"), "{words}");
+    let message = warning["note"].as_str().unwrap();
+    assert!(message.contains("request r-1 was denied: Policy: not on my watch; its clients wait"), "{message}");
 
     let svid = svid(&entry.identity).await;
     b.reporter.issued(&entry, &svid);
@@ -120,7 +120,7 @@ async fn a_flood_is_bounded_and_nobody_waits_for_it() {
     entries.iter().for_each(|(_, entry)| b.reporter.failed(entry, &denied()));
     tokio::time::sleep(Duration::from_secs(30)).await;
     let (written, dropped) = (b.counted(Written::written), b.counted(Written::dropped));
-    assert_eq!((written, written + dropped), (u64::from(A_MINUTE), 200));
+    assert_eq!((written, written + dropped), (u64::from(MAX_EVENTS_PER_MINUTE), 200));
 }
 
 #[tokio::test(start_paused = true)]
@@ -135,7 +135,7 @@ async fn what_cannot_be_written_is_counted_and_not_tried_again() {
 
 #[test]
 fn a_long_story_is_cut_where_a_character_ends() {
-    let note = Note { pod: pod("a"), reason: Reason::CertificatePending, words: "ü".repeat(2000) };
-    let words = event(&note, "x", jiff::Timestamp::UNIX_EPOCH).note.unwrap();
-    assert!(words.len() <= MOST_NOTE && words.ends_with("ü…"), "{} bytes", words.len());
+    let note = PodEvent { pod: pod("a"), reason: Reason::CertificatePending, message: "ü".repeat(2000) };
+    let message = event(&note, "x", jiff::Timestamp::UNIX_EPOCH).note.unwrap();
+    assert!(message.len() <= MAX_NOTE_BYTES && message.ends_with("ü…"), "{} bytes", message.len());
 }

@@ -38,7 +38,7 @@ fn a_message_in_crumbs_is_kept_in_few_pieces() {
     for at in 0..shared.len() {
         pieces.push(shared.slice(at..=at));
     }
-    assert!(pieces.pieces.len() <= bytes.len() / JOINED + 1, "{} pieces", pieces.pieces.len());
+    assert!(pieces.pieces.len() <= bytes.len() / MAX_COALESCED_BYTES + 1, "{} pieces", pieces.pieces.len());
     let mut read = vec![0; bytes.len()];
     pieces.copy_to_slice(&mut read);
     assert_eq!(read, bytes);

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 /// The attribute that picks a profile.
 pub const PROFILE: &str = "sds-agent.io/profile";
 /// A profile is called by a DNS label.
-const LONGEST_NAME: usize = 63;
+const MAX_NAME_CHARS: usize = 63;
 
 /// `spec.volumes[]` of a pod, without what nobody needs here.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -75,7 +75,7 @@ pub fn picked(value: &str) -> Option<Arc<str>> {
 pub fn is_name(name: &str) -> bool {
     let edge = |b: Option<&u8>| b.is_some_and(|b| *b != b'-');
     let bytes = name.as_bytes();
-    bytes.len() <= LONGEST_NAME
+    bytes.len() <= MAX_NAME_CHARS
         && bytes.iter().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || *b == b'-')
         && edge(bytes.first())
         && edge(bytes.last())

@@ -14,7 +14,7 @@ use super::{Id, Now, Rotation};
 use crate::{store::Entry, text};
 
 /// So long after a certificate was reissued another call leaves it alone, at the least.
-const PAUSE: Duration = Duration::from_secs(60);
+const JUST_DONE_WINDOW: Duration = Duration::from_secs(60);
 
 /// Whose certificates.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -70,7 +70,7 @@ impl Rotation {
                 continue;
             }
             counts.matched += 1;
-            let until = now.mono + over.max(PAUSE);
+            let until = now.mono + over.max(JUST_DONE_WINDOW);
             match self.reissue_marks.get(&id) {
                 Some(mark) if mark.replaced => {
                     counts.just_done += 1;

@@ -16,9 +16,9 @@ use super::facts::{MIRROR, Pod, Slim, facts, has_not_begun};
 use crate::identity::Workload;
 
 /// UIDs of deleted pods that are remembered, so that an older list does not bring them back.
-const REMEMBERED: usize = 1024;
+const MAX_ENDED_PODS: usize = 1024;
 /// UIDs that the API server does not know, and which are believed to be unknown for a while.
-const MOST_UNKNOWN: usize = 256;
+const MAX_UNKNOWN_PODS: usize = 256;
 /// A pod and the token of its end.
 #[derive(Debug, Clone)]
 pub struct Known {
@@ -93,7 +93,7 @@ impl Index {
         if self.unknown.iter().any(|(_, unknown)| unknown == uid) {
             return;
         }
-        if self.unknown.len() == MOST_UNKNOWN {
+        if self.unknown.len() == MAX_UNKNOWN_PODS {
             self.unknown.pop_front();
         }
         self.unknown.push_back((until, uid.to_owned()));
@@ -222,7 +222,7 @@ impl Index {
         self.pod_terminations += 1;
         self.doubtful.remove(&uid);
         self.mirrors.retain(|_, real| *real != uid);
-        if self.deleted.len() == REMEMBERED {
+        if self.deleted.len() == MAX_ENDED_PODS {
             self.deleted.pop_front();
         }
         self.deleted.push_back(uid);

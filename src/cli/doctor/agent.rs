@@ -17,7 +17,7 @@ use crate::{
 };
 
 /// For the health of a socket.
-const PATIENCE: Duration = Duration::from_secs(5);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Whether who listens at `socket` serves: `grpc.health.v1`, as the agent's successor asks too.
 pub(super) async fn health(socket: &Path) -> Step {
@@ -30,11 +30,11 @@ pub(super) async fn health(socket: &Path) -> Step {
         driver.abort();
         answer.map(|answer| answer.into_inner().status()).map_err(|status| status.message().to_owned())
     };
-    match timeout(PATIENCE, ask).await {
+    match timeout(ANSWER_TIMEOUT, ask).await {
         Ok(Ok(ServingStatus::Serving)) => Step::ok(name, "it serves (grpc.health.v1)"),
         Ok(Ok(status)) => Step::failed(name, Exit::Unavailable, format!("it answers {}", status.as_str_name()), remedy),
         Ok(Err(error)) => Step::failed(name, Exit::Unavailable, error, remedy),
-        Err(_) => Step::failed(name, Exit::Unavailable, format!("no answer within {} s", PATIENCE.as_secs()), remedy),
+        Err(_) => Step::failed(name, Exit::Unavailable, format!("no answer within {} s", ANSWER_TIMEOUT.as_secs()), remedy),
     }
 }
 

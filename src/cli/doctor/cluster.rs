@@ -22,7 +22,7 @@ use crate::{
 };
 
 /// For the index of pods, and for a verdict.
-const PATIENCE: Duration = Duration::from_secs(20);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(20);
 
 const AS_THE_AGENT: &str = "run it in the agent's pod, or set KUBECONFIG and NODE_NAME as the agent has them";
 
@@ -90,7 +90,7 @@ impl Cluster {
 
     /// What the index of this node's pods knows of a UID: the pod, its phase, its service account, and the profile that follows.
     pub(super) async fn known(&self, config: &Config, uid: &str) -> Vec<Step> {
-        let Ok(known) = timeout(PATIENCE, self.pods.wait_for(uid)).await else {
+        let Ok(known) = timeout(ANSWER_TIMEOUT, self.pods.wait_for(uid)).await else {
             let remedy = "see the step before; the index needs the verbs list and watch on pods";
             return vec![Step::failed("index", Exit::Unavailable, "the index of this node's pods did not become complete", remedy)];
         };
@@ -130,7 +130,7 @@ pub(super) fn attestor(config: &Config, pods: Option<Pods>) -> Result<Arc<dyn At
 
 /// What the agent would say to this process, and the identity that it would give.
 pub(super) async fn verdict(config: &Config, attestor: &dyn Attestor, peer: &Peer) -> Step {
-    match timeout(PATIENCE, attestor.attest(peer)).await {
+    match timeout(ANSWER_TIMEOUT, attestor.attest(peer)).await {
         Ok(Ok(attested)) => identity(config, &attested.workload),
         Ok(Err(error)) => refused("verdict", &error),
         Err(_) => Step::failed("verdict", Exit::Unavailable, "no verdict in time", "see the steps before"),

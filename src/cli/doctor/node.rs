@@ -17,7 +17,7 @@ use crate::{
 };
 
 /// Above this share of the limit, descriptors are few.
-const MOST_FILES: f64 = 0.8;
+const MAX_FILES_SHARE: f64 = 0.8;
 /// Descriptors beside those of connections.
 const OTHER_FILES: u64 = 256;
 
@@ -85,7 +85,7 @@ pub(super) fn open_files(config: &Config, agent: Option<(u64, u64)>) -> Step {
     let remedy = "raise the limit of open files of the container runtime or the unit (LimitNOFILE), or lower limits.connections";
     #[expect(clippy::cast_precision_loss, reason = "a share")]
     let share = open as f64 / most.max(1) as f64;
-    if share > MOST_FILES {
+    if share > MAX_FILES_SHARE {
         Step::failed(name, Exit::Failed, format!("{detail}: nearly all"), remedy)
     } else if most < needed {
         Step::warning(name, format!("{detail}; limits.connections may take {needed}"), remedy)

@@ -10,8 +10,8 @@ use super::{
 use crate::cli::output;
 
 /// Envoy's own bounds.
-const SHORTEST: Duration = Duration::from_millis(500);
-const LONGEST: Duration = Duration::from_secs(30);
+const MIN_RECONNECT_DELAY: Duration = Duration::from_millis(500);
+const MAX_RECONNECT_DELAY: Duration = Duration::from_secs(30);
 
 /// Shows updates for ever. Returns what no new connection can mend; a server that has never been reached is such a thing.
 pub async fn watch(socket: &Path, subscription: &mut Subscription, show: &mut Show<'_>) -> Result<(), Failure> {
@@ -67,8 +67,8 @@ impl Backoff {
     /// The next wait; `random` is uniform over 0 to 1.
     fn next(&mut self, random: f64) -> Duration {
         self.attempts = self.attempts.saturating_add(1);
-        let ceiling = LONGEST.min(SHORTEST * 2_u32.saturating_pow(self.attempts.min(8)));
-        SHORTEST + (ceiling - SHORTEST).mul_f64(random)
+        let ceiling = MAX_RECONNECT_DELAY.min(MIN_RECONNECT_DELAY * 2_u32.saturating_pow(self.attempts.min(8)));
+        MIN_RECONNECT_DELAY + (ceiling - MIN_RECONNECT_DELAY).mul_f64(random)
     }
 
     fn reset(&mut self) {
@@ -85,7 +85,7 @@ mod tests {
         let mut backoff = Backoff::default();
         let waits: Vec<u64> = (0..8).map(|_| u64::try_from(backoff.next(1.0).as_millis()).unwrap()).collect();
         assert_eq!(waits, [1000, 2000, 4000, 8000, 16_000, 30_000, 30_000, 30_000]);
-        assert_eq!(backoff.next(0.0), SHORTEST);
+        assert_eq!(backoff.next(0.0), MIN_RECONNECT_DELAY);
         backoff.reset();
         assert_eq!(backoff.next(1.0), Duration::from_secs(1));
     }

@@ -13,7 +13,7 @@ use crate::{
 /// From here on somebody should ask whether this is meant.
 const LONG_LIFETIME: Duration = Duration::from_secs(366 * 86_400);
 /// A renewal later than this share of a certificate's life leaves no time to try again.
-const LATEST_RENEWAL: f64 = 0.95;
+const MAX_RENEW_AT: f64 = 0.95;
 
 /// `identity`
 #[derive(Debug, Clone)]
@@ -95,7 +95,7 @@ pub fn certificate(section: &Section<'_>, context: &Context<'_>, base: Certifica
         section.warn("key", message);
     }
     if let Some((renew_at, jitter)) = renew_at.zip(jitter)
-        && renew_at * (1.0 + jitter) > LATEST_RENEWAL
+        && renew_at * (1.0 + jitter) > MAX_RENEW_AT
     {
         let latest = renew_at * (1.0 + jitter);
         let (what, field) = if section.is_set("jitter") || !section.is_set("renewAt") {
@@ -103,7 +103,7 @@ pub fn certificate(section: &Section<'_>, context: &Context<'_>, base: Certifica
         } else {
             (format!("with jitter {jitter} puts a renewal as late as {latest:.2} of the lifetime"), "renewAt")
         };
-        section.wrong(field, what, format!("keep renewAt × (1 + jitter) at or below {LATEST_RENEWAL}"));
+        section.wrong(field, what, format!("keep renewAt × (1 + jitter) at or below {MAX_RENEW_AT}"));
     }
     if per_pod == Some(true) && context.attestation == Some(Attestation::Unix) {
         section.wrong("perPod", "needs pods, which `attestation: unix` does not know", "set it to false");
