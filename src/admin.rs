@@ -33,6 +33,9 @@ mod listen;
 
 pub use controls::{Certificates, Controls, LogLevel};
 
+/// Of the log's lines.
+const LOG_TARGET: &str = "sds_agent::admin";
+
 const TEXT: &str = "text/plain; charset=utf-8";
 const JSON: &str = "application/json";
 /// How long the accept loop rests when the machine is out of descriptors.
@@ -166,7 +169,7 @@ fn refuse_method(allowed: &'static str) -> Answer {
 /// Tells the log where metrics and probes are.
 pub fn tell(metrics: &TcpListener) {
     if let Ok(address) = metrics.local_addr() {
-        tracing::info!(%address, "serving metrics and probes");
+        tracing::info!(target: LOG_TARGET, %address, "serving metrics and probes");
     }
 }
 
@@ -202,7 +205,7 @@ async fn serve_within(limits: Limits, listener: TcpListener, routes: Routes, shu
                 Err(error) if is_the_clients(&error) => {}
                 Err(error) => {
                     if let Some(left_out) = refusals.permit("accept", Instant::now()) {
-                        tracing::warn!(%error, left_out, "cannot accept HTTP connections; trying again");
+                        tracing::warn!(target: LOG_TARGET, %error, left_out, "cannot accept HTTP connections; trying again");
                     }
                     tokio::time::sleep(ACCEPT_PAUSE).await;
                 }
@@ -244,8 +247,8 @@ async fn connection(
     };
     match bounded.await {
         Ok(Ok(())) => {}
-        Ok(Err(error)) => tracing::debug!(%error, "HTTP connection failed"),
-        Err(_) => tracing::debug!("HTTP connection took too long"),
+        Ok(Err(error)) => tracing::debug!(target: LOG_TARGET, %error, "HTTP connection failed"),
+        Err(_) => tracing::debug!(target: LOG_TARGET, "HTTP connection took too long"),
     }
 }
 

@@ -53,6 +53,9 @@ mod reload;
 mod upstream;
 
 pub use approver::{BoundApprover, build_approver};
+
+/// Of the log's lines.
+const LOG_TARGET: &str = "sds_agent::app";
 #[cfg(test)]
 pub(crate) use inventory::sample as sample_inventory;
 pub(crate) use parts::attestor;
@@ -277,7 +280,7 @@ impl Bound {
     /// Serves until the shutdown has begun and has drained; an error where a part of the agent was what began it.
     pub async fn run(self) -> anyhow::Result<Drained> {
         let Self { socket, admin, metrics, sessions, csi, rotation, routes, readiness, tasks, ending, last, shutdown, start } = self;
-        info!(socket = socket.as_ref().map(|socket| tracing::field::display(socket.path.display())), "serving");
+        info!(target: LOG_TARGET, socket = socket.as_ref().map(|socket| tracing::field::display(socket.path.display())), "serving");
         admin::tell(&metrics);
         let mut beside = JoinSet::new();
         for task in tasks.0 {
@@ -296,7 +299,7 @@ impl Bound {
         drop(start);
         tokio::spawn(async move {
             readiness.reached().await;
-            info!("ready");
+            info!(target: LOG_TARGET, "ready");
         });
 
         // A part that ends before the shutdown has failed.
@@ -306,7 +309,7 @@ impl Bound {
             Some(ended) = beside.join_next() => Some(ended.err().map_or_else(|| "it ended".to_owned(), |error| error.to_string())),
         };
         if let Some(cause) = &failed {
-            error!(cause, "a part of the agent has failed; shutting down so that it is started anew");
+            error!(target: LOG_TARGET, cause, "a part of the agent has failed; shutting down so that it is started anew");
             shutdown.begin();
         }
         // Nobody new comes in, the name is free, and only then the streams end: clients find the successor, not us.
@@ -314,22 +317,22 @@ impl Bound {
             && let Ok(Some(name)) = holding.await
         {
             name.unlink_if_owned();
-            info!(socket = %name.path().display(), "the socket is released");
+            info!(target: LOG_TARGET, socket = %name.path().display(), "the socket is released");
         }
         let _ = accepting.await;
         services.leaving().await;
         ending.cancel();
         let drained = shutdown.drained().await;
         if let Drained::TimedOut { holders } = drained {
-            warn!(holders, "not everything ended within the drain's deadline; dropping the rest");
+            warn!(target: LOG_TARGET, holders, "not everything ended within the drain's deadline; dropping the rest");
             shutdown.abort.cancel();
         }
         last.cancel();
         let finish = async { while beside.join_next().await.is_some() {} };
         if tokio::time::timeout(LAST_STEPS, finish).await.is_err() {
-            warn!("the last steps did not end in time");
+            warn!(target: LOG_TARGET, "the last steps did not end in time");
         }
-        info!("stopped");
+        info!(target: LOG_TARGET, "stopped");
         match failed {
             None => Ok(drained),
             Some(cause) => Err(anyhow::anyhow!("a part of the agent has failed: {cause}")),

@@ -57,6 +57,9 @@ use queue::{Key, Queue, key};
 use replicas::Standing;
 use role::{Cause, Role};
 
+/// Of the log's lines.
+const LOG_TARGET: &str = "sds_agent::approver";
+
 /// Requests to the API: one approver works for a thousand agents, and what an agent may do is no measure for it.
 pub const RATE: RequestRate = RequestRate { per_second: 200, burst: 400 };
 /// Requests that are worked on at once.
@@ -171,7 +174,7 @@ impl Approver {
                         }
                     }
                     Err(error) => {
-                        tracing::error!(%error, "a worker of the approver has failed");
+                        tracing::error!(target: LOG_TARGET, %error, "a worker of the approver has failed");
                         return;
                     }
                 },
@@ -210,8 +213,8 @@ impl Approver {
             return;
         }
         match decides {
-            Some(cause) => tracing::info!(cause = cause.as_str(), "this replica decides now"),
-            None => tracing::info!("another replica decides; this one is on standby"),
+            Some(cause) => tracing::info!(target: LOG_TARGET, cause = cause.as_str(), "this replica decides now"),
+            None => tracing::info!(target: LOG_TARGET, "another replica decides; this one is on standby"),
         }
     }
 
@@ -225,7 +228,7 @@ impl Approver {
             watcher::Event::InitDone => {
                 queue.list_ends();
                 if !self.synced.send_replace(true) {
-                    tracing::info!(undecided = queue.len(), "every request has been seen once");
+                    tracing::info!(target: LOG_TARGET, undecided = queue.len(), "every request has been seen once");
                 }
             }
             watcher::Event::Apply(request) => {
@@ -258,7 +261,7 @@ impl Approver {
         self.metrics.foreign.inc();
         let (namespace, name) = key(request);
         tracing::error!(
-            namespace,
+            target: LOG_TARGET, namespace,
             request = name,
             by,
             "somebody else has approved a request of the agents' issuer: take the issuer out of cert-manager's own approver \

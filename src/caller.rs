@@ -18,6 +18,9 @@ use crate::{
     telemetry::hush::{self, LogLimiter},
 };
 
+/// Of the log's lines.
+const LOG_TARGET: &str = "sds_agent::caller";
+
 /// A proven caller and what it may have.
 #[derive(Debug)]
 pub struct Caller {
@@ -169,7 +172,7 @@ impl Connection {
             let refused = attest::Error::refused(Reason::no_identity, error.to_string());
             attest::Error { pod: pod.cloned(), ..refused }
         })?;
-        debug!(peer = ?self.peer, workload = %attested.workload, %identity, again = named.is_some(), "caller named");
+        debug!(target: LOG_TARGET, peer = ?self.peer, workload = %attested.workload, %identity, again = named.is_some(), "caller named");
         let caller = Arc::new(Caller { attested: attested.clone(), identity: Arc::new(identity) });
         *named = Some((resolver, caller.clone()));
         drop(named);
@@ -201,9 +204,11 @@ impl Connection {
     /// A caller that tries again and again does not fill the log.
     fn log(&self, error: &attest::Error) {
         match self.line_is_due(error.reason.as_str(), error.pod.is_some() || self.attested.get().is_some()) {
-            Some(0) => warn!(peer = ?self.peer, cause = %error, "caller not served"),
-            Some(left_out) => warn!(peer = ?self.peer, origin = %self.origin, left_out, cause = %error, "caller not served"),
-            None => debug!(peer = ?self.peer, cause = %error, "caller not served, again"),
+            Some(0) => warn!(target: LOG_TARGET, peer = ?self.peer, cause = %error, "caller not served"),
+            Some(left_out) => {
+                warn!(target: LOG_TARGET, peer = ?self.peer, origin = %self.origin, left_out, cause = %error, "caller not served")
+            }
+            None => debug!(target: LOG_TARGET, peer = ?self.peer, cause = %error, "caller not served, again"),
         }
     }
 

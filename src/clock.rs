@@ -22,6 +22,9 @@ use tokio::{sync::watch, time::Instant};
 
 use crate::fd;
 
+/// Of the log's lines.
+const LOG_TARGET: &str = "sds_agent::clock";
+
 /// No sleep lasts longer, so that a step that the kernel does not report is noticed all the same.
 pub const MAX_SLEEP: Duration = Duration::from_secs(60);
 
@@ -70,7 +73,7 @@ impl Clock for SystemClock {
                 () = bound => {}
                 result = stepped(until) => if let Err(error) = result {
                     // Without a timer the bound above still wakes the waiter.
-                    tracing::warn!(%error, "cannot watch the clock for steps; looking once a minute instead");
+                    tracing::warn!(target: LOG_TARGET, %error, "cannot watch the clock for steps; looking once a minute instead");
                     tokio::time::sleep(wait.min(MAX_SLEEP)).await;
                 },
             }

@@ -30,6 +30,9 @@ use crate::{
     warm::Prefetcher,
 };
 
+/// Of the log's lines.
+const LOG_TARGET: &str = "sds_agent::csi";
+
 pub mod directory;
 pub mod metrics;
 pub mod mounts;
@@ -117,7 +120,7 @@ async fn clear(sockets: &Sockets, own: Option<&PodRef>) {
     if let Some(own) = own
         && let Err(cause) = sockets.pods().wait_for(&own.uid).await
     {
-        warn!(pod = %own, %cause, "the agent's own pod is not on NODE_NAME; sockets of pods that seem gone are kept");
+        warn!(target: LOG_TARGET, pod = %own, %cause, "the agent's own pod is not on NODE_NAME; sockets of pods that seem gone are kept");
         return;
     }
     loop {
@@ -145,7 +148,7 @@ async fn clear(sockets: &Sockets, own: Option<&PodRef>) {
 async fn remove(sockets: &Sockets, place: Place) {
     let Place { uid, volume } = place.clone();
     match sockets.unpublish(place).await {
-        Ok(()) => info!(pod_uid = %uid, %volume, "removed the socket of a pod that is gone"),
-        Err(cause) => warn!(pod_uid = %uid, %volume, %cause, "cannot remove the socket of a pod that is gone"),
+        Ok(()) => info!(target: LOG_TARGET, pod_uid = %uid, %volume, "removed the socket of a pod that is gone"),
+        Err(cause) => warn!(target: LOG_TARGET, pod_uid = %uid, %volume, %cause, "cannot remove the socket of a pod that is gone"),
     }
 }

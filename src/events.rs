@@ -43,6 +43,9 @@ use crate::{
     text,
 };
 
+/// Of the log's lines.
+const LOG_TARGET: &str = "sds_agent::events";
+
 pub mod ledger;
 pub mod refusals;
 
@@ -221,7 +224,7 @@ impl Writer {
                 } else {
                     self.metrics.count(Written::dropped);
                     if let Some(left_out) = self.hush.permit(NotWritten::OverBudget, Instant::now()) {
-                        tracing::warn!(pod = %note.pod, left_out, "an event on a pod is left out: there are too many");
+                        tracing::warn!(target: LOG_TARGET, pod = %note.pod, left_out, "an event on a pod is left out: there are too many");
                     }
                 }
             }
@@ -242,7 +245,7 @@ impl Writer {
                 self.metrics.count(Written::failed);
                 let failure = Failure::of(&error, &call);
                 if let Some(left_out) = self.hush.permit(NotWritten::Failed(discriminant(&failure.cause)), Instant::now()) {
-                    tracing::warn!(pod = %note.pod, cause = %failure, left_out, "cannot write an event on a pod");
+                    tracing::warn!(target: LOG_TARGET, pod = %note.pod, cause = %failure, left_out, "cannot write an event on a pod");
                 }
             }
         }

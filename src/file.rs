@@ -14,6 +14,9 @@ use std::{
 use notify::{RecommendedWatcher, RecursiveMode, Watcher};
 use tokio::{io::AsyncReadExt, sync::mpsc, time::timeout};
 
+/// Of the log's lines.
+const LOG_TARGET: &str = "sds_agent::file";
+
 /// Changes come in bursts: the file is read when they have paused for so long.
 const DEBOUNCE: Duration = Duration::from_millis(100);
 /// Where the directory itself is missing, it is looked for again after this time.
@@ -42,7 +45,7 @@ impl Followed {
             let watcher = Self::watch(self.directories().await, changes);
             if let Err(error) = &watcher {
                 let path = self.path.display();
-                tracing::warn!(file = %path, %error, "cannot watch the file's directory; looking again in half a minute");
+                tracing::warn!(target: LOG_TARGET, file = %path, %error, "cannot watch the file's directory; looking again in half a minute");
             }
             let now = self.content().await;
             let comparable = now.as_ref().map(Vec::clone).map_err(io::Error::kind);

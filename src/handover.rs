@@ -25,6 +25,9 @@ use crate::{
     readiness::{Guard, Readiness},
 };
 
+/// Of the log's lines.
+const LOG_TARGET: &str = "sds_agent::handover";
+
 /// Where the socket's path comes from.
 const FIELD: &str = "sockets.shared.path";
 /// A predecessor that does not answer within this time serves nobody.
@@ -83,7 +86,7 @@ impl SocketLease {
         let role = match find_predecessor(path).await {
             None => Role::Active(Bound { listener, name: prepared.publish()? }),
             Some(predecessor) => {
-                info!(socket = %path.display(), "a predecessor serves the socket; it is taken over once all else is in sync");
+                info!(target: LOG_TARGET, socket = %path.display(), "a predecessor serves the socket; it is taken over once all else is in sync");
                 let guard = Some(readiness.guard(AWAITED_REASON));
                 Role::Standby(Waiting { predecessor, prepared: Some((listener, prepared)), guard })
             }
@@ -121,10 +124,10 @@ impl SocketSpec {
     /// What is next when the name leads elsewhere.
     async fn superseded(&self, readiness: &Readiness) -> Option<Role> {
         let Some(predecessor) = find_predecessor(&self.path).await else {
-            info!(socket = %self.path.display(), "the socket has lost its name, and nobody serves it");
+            info!(target: LOG_TARGET, socket = %self.path.display(), "the socket has lost its name, and nobody serves it");
             return self.bind().map(Role::Active);
         };
-        info!(socket = %self.path.display(), "another agent has taken the socket; it is taken back when that one goes");
+        info!(target: LOG_TARGET, socket = %self.path.display(), "another agent has taken the socket; it is taken back when that one goes");
         let guard = (!readiness.is_ready()).then(|| readiness.guard(AWAITED_REASON));
         Some(Role::Standby(Waiting { predecessor, prepared: None, guard }))
     }
@@ -135,8 +138,8 @@ impl SocketSpec {
 
     fn log_outcome(&self, bound: Result<Bound, listener::Error>) -> Option<Bound> {
         match &bound {
-            Ok(_) => info!(socket = %self.path.display(), "the socket is ours"),
-            Err(cause) => error!(%cause, "the socket cannot be taken over"),
+            Ok(_) => info!(target: LOG_TARGET, socket = %self.path.display(), "the socket is ours"),
+            Err(cause) => error!(target: LOG_TARGET, %cause, "the socket cannot be taken over"),
         }
         bound.ok()
     }
@@ -154,7 +157,7 @@ impl Waiting {
                 () = &mut predecessor.gone => match find_predecessor(&spec.path).await {
                     Some(next) => predecessor = next,
                     None => {
-                        info!("the predecessor has gone; taking the socket");
+                        info!(target: LOG_TARGET, "the predecessor has gone; taking the socket");
                         break;
                     }
                 },

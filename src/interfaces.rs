@@ -80,10 +80,10 @@ fn snapshot() -> BTreeSet<String> {
     }
     lines.insert(format!("health {}", sds::service::SERVICE));
     lines.extend(denied::ALL.iter().map(|reason| format!("denial {reason}")));
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
-    for (path, target) in sources(&source, "sds_agent") {
+    for path in sources(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src")) {
         let file = syn::parse_file(&fs::read_to_string(&path).unwrap()).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
-        items(file.items, &target, &mut lines);
+        let source = Source { log_target: log_target(&file.items), path: path.display().to_string() };
+        items(file.items, &source, &mut lines);
     }
     lines
 }
@@ -109,32 +109,51 @@ fn command(command: &clap::Command, parent: &str, lines: &mut BTreeSet<String>) 
     }
 }
 
-/// Every source file that is not a test's, with its log target.
-fn sources(folder: &Path, target: &str) -> Vec<(PathBuf, String)> {
+/// A source file.
+struct Source {
+    path: String,
+    /// Of its constant `LOG_TARGET`. A module that logs has one, so that log filters survive a move of the module.
+    log_target: Option<String>,
+}
+
+/// Every source file that is not a test's.
+fn sources(folder: &Path) -> Vec<PathBuf> {
     let mut found = Vec::new();
     for entry in fs::read_dir(folder).unwrap() {
         let path = entry.unwrap().path();
-        let stem = path.file_stem().unwrap().to_str().unwrap().to_owned();
-        if matches!(stem.as_str(), "tests" | "fake" | "wire" | "captured" | "reference" | "interfaces") {
+        let stem = path.file_stem().unwrap().to_str().unwrap();
+        if matches!(stem, "tests" | "fake" | "wire" | "captured" | "reference" | "interfaces") {
             continue;
         }
-        let inner = if matches!(stem.as_str(), "lib" | "main") { target.to_owned() } else { format!("{target}::{stem}") };
         if path.is_dir() {
-            found.extend(sources(&path, &inner));
+            found.extend(sources(&path));
         } else if path.extension().is_some_and(|extension| extension == "rs") {
-            found.push((path, inner));
+            found.push(path);
         }
     }
     found
 }
 
-fn items(list: Vec<Item>, target: &str, lines: &mut BTreeSet<String>) {
+fn log_target(items: &[Item]) -> Option<String> {
+    items.iter().find_map(|item| match item {
+        Item::Const(constant) if constant.ident == "LOG_TARGET" => match &*constant.expr {
+            Expr::Lit(literal) => match &literal.lit {
+                Lit::Str(target) => Some(target.value()),
+                _ => None,
+            },
+            _ => None,
+        },
+        _ => None,
+    })
+}
+
+fn items(list: Vec<Item>, source: &Source, lines: &mut BTreeSet<String>) {
     for item in list {
         match item {
             Item::Mod(module) if is_test(&module.attrs) => {}
             Item::Mod(module) => {
                 if let Some((_, inner)) = module.content {
-                    items(inner, &format!("{target}::{}", module.ident), lines);
+                    items(inner, source, lines);
                 }
             }
             Item::Fn(function) if is_test(&function.attrs) => {}
@@ -150,7 +169,7 @@ fn items(list: Vec<Item>, target: &str, lines: &mut BTreeSet<String>) {
                     }
                     _ => {}
                 }
-                scan(other.to_token_stream(), target, lines);
+                scan(other.to_token_stream(), source, lines);
             }
         }
     }
@@ -234,15 +253,15 @@ fn serde(attributes: &[Attribute]) -> Vec<(String, String)> {
 }
 
 /// Log lines, JSON, and words that stand in tables of names.
-fn scan(tokens: TokenStream, target: &str, lines: &mut BTreeSet<String>) {
+fn scan(tokens: TokenStream, source: &Source, lines: &mut BTreeSet<String>) {
     let tokens: Vec<TokenTree> = tokens.into_iter().collect();
     for (at, token) in tokens.iter().enumerate() {
         if let TokenTree::Group(group) = token {
-            scan(group.stream(), target, lines);
+            scan(group.stream(), source, lines);
             let before = |back: usize| at.checked_sub(back).map(|at| tokens[at].to_string()).unwrap_or_default();
             let (name, is_macro) = if before(1) == "!" { (before(2), true) } else { (before(1), false) };
             if is_macro && LOG_MACROS.contains(&name.as_str()) {
-                lines.insert(logged(&name, target, group.stream()));
+                lines.insert(logged(&name, source, group.stream()));
             } else if is_macro && name == "json" {
                 let mut keys = BTreeSet::new();
                 json_keys(group.stream(), &mut keys);
@@ -265,7 +284,7 @@ fn scan(tokens: TokenStream, target: &str, lines: &mut BTreeSet<String>) {
             }
         }
         // `let name = "pod"` and `let (agent, ready) = ("agent", "readiness")` of the doctor.
-        if token.to_string() == "=" && at >= 2 && tokens[at - 2].to_string() == "let" && target.starts_with("sds_agent::cli::doctor") {
+        if token.to_string() == "=" && at >= 2 && tokens[at - 2].to_string() == "let" && source.path.contains("/cli/doctor") {
             let names = tokens[at - 1].to_string();
             let value = match tokens.get(at + 1) {
                 Some(TokenTree::Group(group)) => group.stream().into_iter().filter_map(text).collect(),
@@ -281,7 +300,7 @@ fn scan(tokens: TokenStream, target: &str, lines: &mut BTreeSet<String>) {
             && at >= 3
             && tokens[at - 1].to_string() == ">"
             && tokens[at - 3].to_string() == word
-            && target.starts_with("sds_agent::events")
+            && source.path.contains("/src/events")
         {
             lines.insert(format!("event {word}"));
         }
@@ -310,8 +329,8 @@ fn json_keys(tokens: TokenStream, keys: &mut BTreeSet<String>) {
 }
 
 /// A line of the log, without its message: the level, the target and the names of its fields.
-fn logged(name: &str, target: &str, arguments: TokenStream) -> String {
-    let (mut fields, mut target, mut span) = (BTreeSet::new(), target.to_owned(), String::new());
+fn logged(name: &str, source: &Source, arguments: TokenStream) -> String {
+    let (mut fields, mut target, mut span) = (BTreeSet::new(), None, String::new());
     let tokens: Vec<TokenTree> = arguments.into_iter().collect();
     let is_comma = |token: &TokenTree| matches!(token, TokenTree::Punct(punct) if punct.as_char() == ',');
     for argument in tokens.split(is_comma) {
@@ -319,7 +338,12 @@ fn logged(name: &str, target: &str, arguments: TokenStream) -> String {
         let end = words.iter().position(|word| word == "=" || word == ":").unwrap_or(words.len());
         let path: String = words[..end].iter().filter(|word| !matches!(word.as_str(), "%" | "?")).map(String::as_str).collect();
         match (path.as_str(), words.get(end).map(String::as_str)) {
-            ("target", Some(":")) => target = argument.last().cloned().and_then(text).unwrap_or_else(|| "?".to_owned()),
+            ("target", Some(":")) => {
+                target = match words.last().map(String::as_str) {
+                    Some("LOG_TARGET") => source.log_target.clone(),
+                    _ => argument.last().cloned().and_then(text),
+                };
+            }
             ("parent" | "name", Some(":")) | ("", _) => {}
             (_, None) if argument.len() == 1 && text(argument[0].clone()).is_some() => {
                 if name.ends_with("_span") && fields.is_empty() && span.is_empty() {
@@ -332,5 +356,6 @@ fn logged(name: &str, target: &str, arguments: TokenStream) -> String {
         }
     }
     let fields: Vec<_> = fields.into_iter().collect();
+    let target = target.unwrap_or_else(|| panic!("{}: a {name} without `target: LOG_TARGET` and that constant", source.path));
     format!("log {name} {target} {span}{}", fields.join(" "))
 }

@@ -21,6 +21,9 @@ use tracing::warn;
 
 use crate::fd;
 
+/// Of the log's lines.
+const LOG_TARGET: &str = "sds_agent::listener";
+
 /// Connections that wait to be accepted: a node's worth of proxies that reconnect at once.
 const BACKLOG: i32 = 4096;
 
@@ -173,7 +176,7 @@ impl BoundPath {
             // The name may have gone before it was watched.
             Err(_) if !self.is_owned() => return,
             Err(error) => {
-                warn!(%error, socket = %self.path.display(), "cannot watch the socket's name; where somebody takes it, it is not taken back");
+                warn!(target: LOG_TARGET, %error, socket = %self.path.display(), "cannot watch the socket's name; where somebody takes it, it is not taken back");
                 return pending().await;
             }
         };

@@ -21,6 +21,9 @@ pub mod memory;
 
 pub use memory::{Locked, Unlocked};
 
+/// Of the log's lines.
+const LOG_TARGET: &str = "sds_agent::process";
+
 /// Why the process must not go on to hold keys.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
@@ -81,7 +84,7 @@ impl Hardened {
             Locked::No(reason) => (false, Some(reason.to_string())),
         };
         tracing::info!(
-            memory_locked = locked,
+            target: LOG_TARGET, memory_locked = locked,
             why_not,
             dumpable = false,
             core_dumps = false,

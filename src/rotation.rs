@@ -36,6 +36,9 @@ use crate::{
     trust::{BundleSet, Trust},
 };
 
+/// Of the log's lines.
+const LOG_TARGET: &str = "sds_agent::rotation";
+
 pub mod metrics;
 mod orders;
 pub mod plan;
@@ -238,10 +241,10 @@ impl Rotation {
         let now = self.now();
         let unresponsive: BTreeSet<IssuerName> = self.planner.unresponsive(now).cloned().collect();
         for issuer in unresponsive.difference(&self.unresponsive) {
-            warn!(%issuer, "the issuer answers nobody; what it has stays there, and it gets one more request a minute");
+            warn!(target: LOG_TARGET, %issuer, "the issuer answers nobody; what it has stays there, and it gets one more request a minute");
         }
         for issuer in self.unresponsive.difference(&unresponsive) {
-            info!(%issuer, "the issuer gets requests as usual again");
+            info!(target: LOG_TARGET, %issuer, "the issuer gets requests as usual again");
         }
         self.unresponsive = unresponsive;
     }
@@ -259,7 +262,7 @@ impl Rotation {
             return;
         }
         warn!(
-            seconds = by.as_secs(),
+            target: LOG_TARGET, seconds = by.as_secs(),
             direction = if forward { "forward" } else { "backward" },
             "the clock was stepped; every certificate is judged again"
         );
@@ -271,12 +274,12 @@ impl Rotation {
             let (was_good, is_good) = (svid.chain.validity.is_live(expected), svid.chain.validity.is_live(now.wall));
             let (identity, serial) = (&entry.identity, &svid.chain.serial);
             if was_good && !is_good {
-                warn!(%identity, %serial, not_after = %clock::rfc3339(svid.chain.validity.not_after), "certificate withheld: by the clock it is not valid now");
+                warn!(target: LOG_TARGET, %identity, %serial, not_after = %clock::rfc3339(svid.chain.validity.not_after), "certificate withheld: by the clock it is not valid now");
                 if let Some(observer) = &self.parts.observer {
                     observer.withheld(entry);
                 }
             } else if is_good && !was_good {
-                info!(%identity, %serial, "certificate served again: by the clock it is valid now");
+                info!(target: LOG_TARGET, %identity, %serial, "certificate served again: by the clock it is valid now");
                 if let Some(observer) = &self.parts.observer {
                     observer.issued(entry, &svid);
                 }
@@ -316,11 +319,11 @@ impl Rotation {
             trust.met(&verified.chain, now.wall);
         }
         if validity.lifetime() < profile.lifetime / 2 {
-            warn!(%identity, asked = ?profile.lifetime, got = ?validity.lifetime(), "the issuer shortens certificates: more renewals than configured");
+            warn!(target: LOG_TARGET, %identity, asked = ?profile.lifetime, got = ?validity.lifetime(), "the issuer shortens certificates: more renewals than configured");
         }
         self.parts.metrics.issued(&profile.issuer, &issued.phases);
         info!(
-            %identity,
+            target: LOG_TARGET, %identity,
             issuer = %profile.issuer,
             request = entry.status().request.as_deref(),
             serial = %verified.chain.serial,
@@ -370,7 +373,7 @@ impl Rotation {
         // Its parts were bounded where they came in; this bounds the whole.
         let cause = text::excerpt(&error.to_string(), MAX_CAUSE_CHARS);
         warn!(
-            identity = %entry.identity,
+            target: LOG_TARGET, identity = %entry.identity,
             %issuer,
             pod,
             serial,
@@ -398,7 +401,7 @@ impl Rotation {
             self.parts.metrics.renewed(now.wall.duration_since(old.renew_at).unwrap_or_default());
         }
         debug!(
-            identity = %entry.identity, serial = %svid.chain.serial, version = svid.version(), renewal = old.is_some(), "certificate published"
+            target: LOG_TARGET, identity = %entry.identity, serial = %svid.chain.serial, version = svid.version(), renewal = old.is_some(), "certificate published"
         );
         if let Some(observer) = &self.parts.observer {
             observer.issued(entry, &svid);
@@ -431,7 +434,7 @@ impl Rotation {
     fn forget(&mut self, id: Id, retention: Duration) {
         let Some(entry) = self.entries.get(&id) else { return self.planner.forgotten(id) };
         if self.parts.store.forget(entry, retention) {
-            debug!(identity = %entry.identity, ?retention, "certificate forgotten: nobody asks for it");
+            debug!(target: LOG_TARGET, identity = %entry.identity, ?retention, "certificate forgotten: nobody asks for it");
             self.planner.forgotten(id);
             let forgotten = self.entries.remove(&id);
             if let (Some(observer), Some(entry)) = (&self.parts.observer, forgotten) {

@@ -42,6 +42,9 @@ use crate::{
     shutdown::{Guard, Shutdown},
 };
 
+/// Of the log's lines.
+const LOG_TARGET: &str = "sds_agent::session";
+
 mod calls;
 pub mod metrics;
 mod origin_cache;
@@ -121,13 +124,15 @@ impl Sessions {
                     pause = AcceptBackoff::default();
                     sessions.accept_connection(stream, &origin_cache).await;
                 }
-                Err(error) if is_connection_error(&error) => debug!(%error, "a connection ended before it was accepted"),
+                Err(error) if is_connection_error(&error) => {
+                    debug!(target: LOG_TARGET, %error, "a connection ended before it was accepted")
+                }
                 Err(error) => {
                     let wait = pause.next();
                     sessions.metrics.rejected(Rejection::accept_error);
                     if let Some(left_out) = sessions.refusals.permit(Cause::unattributed("accept"), Instant::now()) {
                         let wait_milliseconds = wait.as_millis();
-                        warn!(%error, wait_milliseconds, left_out, "cannot accept connections; trying again (out of file descriptors?)");
+                        warn!(target: LOG_TARGET, %error, wait_milliseconds, left_out, "cannot accept connections; trying again (out of file descriptors?)");
                     }
                     tokio::select! {
                         () = sessions.shutdown.drain.cancelled() => return,
@@ -142,7 +147,7 @@ impl Sessions {
     async fn accept_connection(self: &Arc<Self>, stream: UnixStream, origin_cache: &OriginCache) {
         if self.quotas.are_exhausted() {
             self.metrics.rejected(Rejection::connection_limit);
-            debug!("connection closed: there are as many as limits.connections allows");
+            debug!(target: LOG_TARGET, "connection closed: there are as many as limits.connections allows");
             return;
         }
         // The handle is taken now, while the process that connected is most surely there.
@@ -151,7 +156,7 @@ impl Sessions {
             Err(error) => {
                 self.metrics.rejected(Rejection::no_credentials);
                 if let Some(left_out) = self.refusals.permit(Cause::unattributed("no credentials"), Instant::now()) {
-                    warn!(%error, left_out, "connection closed: the kernel does not tell who it is");
+                    warn!(target: LOG_TARGET, %error, left_out, "connection closed: the kernel does not tell who it is");
                 }
                 return;
             }
@@ -193,7 +198,7 @@ impl Sessions {
     /// One line for each caller, limit and minute.
     fn log_over_quota(&self, origin: &Origin, limit: &'static str, what: &str) {
         if let Some(left_out) = self.refusals.permit(self.authenticator.cause(origin, limit, false), Instant::now()) {
-            warn!(%origin, limit, left_out, "{what}: over quota; raise the limit if the caller needs more");
+            warn!(target: LOG_TARGET, %origin, limit, left_out, "{what}: over quota; raise the limit if the caller needs more");
         }
     }
 }
@@ -284,8 +289,8 @@ impl Session {
         };
         match ended {
             Some(Ok(())) => {}
-            Some(Err(error)) => debug!(peer = ?self.connection.peer(), %error, "connection ended with an error"),
-            None => debug!(peer = ?self.connection.peer(), "connection dropped"),
+            Some(Err(error)) => debug!(target: LOG_TARGET, peer = ?self.connection.peer(), %error, "connection ended with an error"),
+            None => debug!(target: LOG_TARGET, peer = ?self.connection.peer(), "connection dropped"),
         }
     }
 

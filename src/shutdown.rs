@@ -15,6 +15,9 @@ use tokio_util::{
     task::{TaskTracker, task_tracker::TaskTrackerToken},
 };
 
+/// Of the log's lines.
+const LOG_TARGET: &str = "sds_agent::shutdown";
+
 /// The exit code of an aborted process.
 pub const EXIT_ABORTED: i32 = 1;
 
@@ -101,11 +104,11 @@ impl Shutdown {
             let begun = Instant::now();
             // Before anything is logged about it: nothing may stand between a signal and its effect.
             shutdown.begin();
-            tracing::info!(signal = name, deadline_seconds = shutdown.deadline.as_secs_f64(), "draining; a second signal aborts");
+            tracing::info!(target: LOG_TARGET, signal = name, deadline_seconds = shutdown.deadline.as_secs_f64(), "draining; a second signal aborts");
 
             let name = either(&mut terminate, &mut interrupt).await;
             let (holders, after) = (shutdown.holders.len(), begun.elapsed().as_secs_f64());
-            tracing::warn!(signal = name, holders, seconds_after_the_first = after, "aborting");
+            tracing::warn!(target: LOG_TARGET, signal = name, holders, seconds_after_the_first = after, "aborting");
             shutdown.abort.cancel();
             before_exit();
             // From here, and not from `main`: whatever hangs there is what the second signal is against.

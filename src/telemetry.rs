@@ -41,6 +41,9 @@ use lines::Lines;
 pub use metrics::Metrics;
 use writer::{LogWriter, StandardError};
 
+/// Of the log's lines.
+const LOG_TARGET: &str = "sds_agent::telemetry";
+
 /// The environment variable of the filter.
 pub const VARIABLE: &str = "SDS_AGENT_LOG";
 /// The filter where there is none.
@@ -161,7 +164,7 @@ fn log_panic(panic: &PanicHookInfo<'_>) {
     let thread = thread::current();
     // Whatever a mistake of ours has quoted.
     let cause = panic.payload_as_str().map(|cause| text::excerpt(cause, text::MAX_MESSAGE_CHARS));
-    tracing::error!(thread = thread.name(), location = panic.location().map(tracing::field::display), cause, "a thread has panicked");
+    tracing::error!(target: LOG_TARGET, thread = thread.name(), location = panic.location().map(tracing::field::display), cause, "a thread has panicked");
 }
 
 /// Logs to `writer` on this thread for as long as the guard lives: for tests that look at the log.

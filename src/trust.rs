@@ -27,6 +27,9 @@ use crate::{
     material::{self, CertificateChain, EncodedCache, TrustBundle},
 };
 
+/// Of the log's lines.
+const LOG_TARGET: &str = "sds_agent::trust";
+
 pub mod config_map;
 pub mod crl;
 pub mod file;
@@ -220,17 +223,17 @@ impl Trust {
                 Ok(fitting) => {
                     counts.0 += fitting.len();
                     if withheld.remove(&domain).is_some() {
-                        tracing::info!(lists = fitting.len(), "revocation lists are served again");
+                        tracing::info!(target: LOG_TARGET, lists = fitting.len(), "revocation lists are served again");
                     }
                     fitting
                 }
                 Err(why) => {
                     counts.1 += crls.len();
                     if next.wants_chain {
-                        tracing::info!(why, lists = crls.len(), "revocation lists are not served yet");
+                        tracing::info!(target: LOG_TARGET, why, lists = crls.len(), "revocation lists are not served yet");
                     } else if withheld.get(&domain) != Some(&why) {
                         tracing::warn!(
-                            why,
+                            target: LOG_TARGET, why,
                             lists = crls.len(),
                             "revocation lists are not served: clients would refuse all peers of an authority without a list of its own"
                         );
@@ -293,7 +296,7 @@ impl Source {
             Err(cause) => {
                 let refused = Refused { origin: self.name.clone(), cause };
                 self.trust.0.metrics.refused.get_or_create(&self.label()).inc();
-                tracing::warn!(source = %self.name, error = %refused, "trust bundle refused");
+                tracing::warn!(target: LOG_TARGET, source = %self.name, error = %refused, "trust bundle refused");
                 Err(refused)
             }
         }
@@ -302,7 +305,7 @@ impl Source {
     /// There is nothing to offer, and `why` says so: counted and logged like a refused offer, and changes nothing either.
     pub fn missing(&self, why: impl fmt::Display) {
         self.trust.0.metrics.refused.get_or_create(&self.label()).inc();
-        tracing::warn!(source = %self.name, error = %why, "no trust bundle there; the last good one stays in use");
+        tracing::warn!(target: LOG_TARGET, source = %self.name, error = %why, "no trust bundle there; the last good one stays in use");
     }
 
     /// Takes a bundle that has been read already.
@@ -319,14 +322,14 @@ impl Source {
         if let Some(bundle) = bundle {
             metrics.expiry.get_or_create(&self.label()).set(seconds(bundle.earliest_expiry));
             if slot.bundle.as_ref() != Some(&bundle) {
-                tracing::info!(source = %self.name, roots = bundle.roots().len(), version, "trust bundle taken");
+                tracing::info!(target: LOG_TARGET, source = %self.name, roots = bundle.roots().len(), version, "trust bundle taken");
                 slot.bundle = Some(bundle);
                 changed = true;
             }
         }
         if let Some(crls) = crls.filter(|crls| *crls != slot.crls) {
             let revoked: usize = crls.iter().map(|list| list.revoked).sum();
-            tracing::info!(source = %self.name, lists = crls.len(), revoked, "revocation lists taken");
+            tracing::info!(target: LOG_TARGET, source = %self.name, lists = crls.len(), revoked, "revocation lists taken");
             metrics.listed(&self.label(), &crls);
             slot.crls = crls;
             changed = true;

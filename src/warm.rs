@@ -25,6 +25,9 @@ pub mod starts;
 
 use metrics::{Ended, Metrics};
 
+/// Of the log's lines.
+const LOG_TARGET: &str = "sds_agent::warm";
+
 /// From the start to the first call: images are pulled in between.
 const FIRST_CALL_TIMEOUT: Duration = Duration::from_secs(600);
 /// While the index cannot say who the pod is.
@@ -79,7 +82,7 @@ impl Prefetcher {
             () = self.keep(workload, permits, issued) => return,
         };
         self.metrics.ended(ended);
-        debug!(%workload, ?ended, "no longer held ahead of the first call");
+        debug!(target: LOG_TARGET, %workload, ?ended, "no longer held ahead of the first call");
     }
 
     /// Holds the lease that the rules give to `workload`, whatever these become; returns only when they give none.
@@ -91,12 +94,12 @@ impl Prefetcher {
             let identity = match resolved {
                 Ok(identity) => Arc::new(identity),
                 Err(cause) => {
-                    warn!(%workload, %cause, "no certificate is issued ahead of the first call");
+                    warn!(target: LOG_TARGET, %workload, %cause, "no certificate is issued ahead of the first call");
                     return;
                 }
             };
             let turn = permits.acquire().await;
-            debug!(%workload, %identity, "a certificate is issued ahead of the first call");
+            debug!(target: LOG_TARGET, %workload, %identity, "a certificate is issued ahead of the first call");
             // The one before ends when the new one is held.
             let lease = held.insert(self.store.lease(&identity, Demand::Now, workload.pod().cloned()));
             let made = async {
@@ -120,11 +123,11 @@ async fn identified(attestor: &MountAttestor) -> Option<Workload> {
         match attestor.workload().await {
             Ok(workload) => return Some(workload),
             Err(cause) if cause.temporary => {
-                debug!(%cause, "a published socket's pod is not known yet");
+                debug!(target: LOG_TARGET, %cause, "a published socket's pod is not known yet");
                 sleep(INDEX_RETRY_INTERVAL).await;
             }
             Err(cause) => {
-                warn!(%cause, "no certificate is issued for a published socket");
+                warn!(target: LOG_TARGET, %cause, "no certificate is issued for a published socket");
                 return None;
             }
         }

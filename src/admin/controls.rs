@@ -25,6 +25,9 @@ use crate::{
     text,
 };
 
+/// Of the log's lines.
+const LOG_TARGET: &str = "sds_agent::admin::controls";
+
 /// One JSON object for each certificate that the agent holds, without its key.
 pub type Certificates = Arc<dyn Fn() -> Vec<serde_json::Value> + Send + Sync>;
 
@@ -147,7 +150,7 @@ impl LogLevel {
         let change = self.changes.fetch_add(1, Ordering::Relaxed) + 1;
         let for_seconds = time.map(|time| time.as_secs());
         // Said under either filter, as far as one of them lets it through.
-        info!(before = shown(&before), now = shown(directives), for_seconds, "the log's filter was changed");
+        info!(target: LOG_TARGET, before = shown(&before), now = shown(directives), for_seconds, "the log's filter was changed");
         let Some(time) = time else {
             directives.clone_into(&mut self.usual.lock().unwrap_or_else(std::sync::PoisonError::into_inner));
             return Ok(());
@@ -159,7 +162,7 @@ impl LogLevel {
             if log.changes.load(Ordering::Relaxed) == change {
                 let usual = log.usual.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone();
                 if log.filter.replace(&usual).is_ok() {
-                    info!(now = shown(&usual), "the log's filter is the usual one again");
+                    info!(target: LOG_TARGET, now = shown(&usual), "the log's filter is the usual one again");
                 }
             }
         });

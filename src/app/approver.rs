@@ -20,6 +20,9 @@ use crate::{
     shutdown::{Drained, Shutdown},
 };
 
+/// Of the log's lines.
+const LOG_TARGET: &str = "sds_agent::app::approver";
+
 /// An approver whose addresses are bound.
 #[derive(Debug)]
 pub struct BoundApprover {
@@ -77,14 +80,14 @@ impl BoundApprover {
                 }
             });
         }
-        info!("approving");
+        info!(target: LOG_TARGET, "approving");
         admin::tell(&metrics);
         tokio::spawn(admin::serve(admin, routes.clone(), shutdown.clone()));
         tokio::spawn(admin::serve(metrics, routes.without_controls(), shutdown.clone()));
         drop(start);
         tokio::spawn(async move {
             readiness.reached().await;
-            info!("ready");
+            info!(target: LOG_TARGET, "ready");
         });
 
         let mut parts = JoinSet::new();
@@ -97,12 +100,12 @@ impl BoundApprover {
             Some(ended) = parts.join_next() => Some(ended.map_or_else(|error| error.to_string(), |part| format!("{part} has ended"))),
         };
         if let Some(cause) = &failed {
-            error!(cause, "a part has failed; shutting down so that it is started anew");
+            error!(target: LOG_TARGET, cause, "a part has failed; shutting down so that it is started anew");
             shutdown.begin();
         }
         parts.shutdown().await;
         let drained = shutdown.drained().await;
-        info!("stopped");
+        info!(target: LOG_TARGET, "stopped");
         match failed {
             None => Ok(drained),
             Some(cause) => Err(anyhow::anyhow!("a part has failed: {cause}")),

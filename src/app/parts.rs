@@ -19,6 +19,9 @@ use crate::{
     trust::{self, Trust, config_map::ConfigMapSource, file::FileSource},
 };
 
+/// Of the log's lines.
+const LOG_TARGET: &str = "sds_agent::app::parts";
+
 /// What of the cluster several parts share.
 pub(super) struct Cluster {
     pub(super) client: kube::Client,
@@ -119,7 +122,7 @@ fn check_kernel(config: &Config, kernel_pins: bool) -> anyhow::Result<()> {
                  has just ended would be served as that one; use Linux 6.5 or newer, sockets.perPod without sockets.shared, or accept \
                  the risk with sockets.shared.acceptPidReuse: true"
             );
-            warn!("this kernel gives no handle on a caller: whoever takes over the pid of one that has just ended is served as that one");
+            warn!(target: LOG_TARGET, "this kernel gives no handle on a caller: whoever takes over the pid of one that has just ended is served as that one");
             Ok(())
         }
         _ => Ok(()),

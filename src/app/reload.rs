@@ -25,6 +25,9 @@ use crate::{
     sds::reissue_window::ReissueWindow,
 };
 
+/// Of the log's lines.
+const LOG_TARGET: &str = "sds_agent::app::reload";
+
 /// The file that the agent was configured by, and what it is read with.
 #[derive(Debug, Clone)]
 pub struct File {
@@ -127,7 +130,7 @@ impl Reload {
                 () = &mut follow => break,
                 Some(read) = told.recv() => self.take(read, std::mem::take(&mut first)),
                 Some(ended) = self.beside.join_next() => {
-                    error!(cause = ended.err().map(tracing::field::display), "what runs beside a new issuer has ended");
+                    error!(target: LOG_TARGET, cause = ended.err().map(tracing::field::display), "what runs beside a new issuer has ended");
                     return;
                 }
             }
@@ -149,24 +152,24 @@ impl Reload {
             }
             self.metrics.read(Outcome::unchanged);
             if was_invalid {
-                info!(file = %self.file.path.display(), "the configuration file is good again, and says what is in force");
+                info!(target: LOG_TARGET, file = %self.file.path.display(), "the configuration file is good again, and says what is in force");
             }
             return;
         }
         for warning in warnings.iter().filter(|warning| !self.warnings.contains(warning)) {
-            warn!(field = %warning.path, "{}", warning.message);
+            warn!(target: LOG_TARGET, field = %warning.path, "{}", warning.message);
         }
         self.warnings = warnings;
         let changed: Vec<_> = live::differences(&self.asked, &config).iter().map(|field| field.path).collect();
         let cause = self.apply(&config);
         self.metrics.read(Outcome::ok);
-        info!(file = %self.file.path.display(), changed = changed.join(", "), "the configuration was read again");
+        info!(target: LOG_TARGET, file = %self.file.path.display(), changed = changed.join(", "), "the configuration was read again");
         self.asked = config;
         let waiting: Vec<_> = live::differences(&self.in_force, &self.asked).iter().map(|field| field.path).collect();
         self.metrics.waiting(waiting.len());
         if !waiting.is_empty() {
             warn!(
-                fields = waiting.join(", "),
+                target: LOG_TARGET, fields = waiting.join(", "),
                 cause = cause.map(tracing::field::display),
                 "these changes of the configuration need a restart; until then the agent goes by what was"
             );
@@ -177,12 +180,12 @@ impl Reload {
         self.metrics.read(Outcome::invalid);
         if self.errors.as_ref() != Some(&errors) {
             error!(
-                file = %self.file.path.display(),
+                target: LOG_TARGET, file = %self.file.path.display(),
                 errors = errors.0.len(),
                 "the configuration file cannot be used; what is in force stays"
             );
             for problem in &errors.0 {
-                error!(field = %problem.path, "{problem}");
+                error!(target: LOG_TARGET, field = %problem.path, "{problem}");
             }
         }
         self.errors = Some(errors);

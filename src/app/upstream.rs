@@ -37,6 +37,9 @@ use crate::{
     trust::Trust,
 };
 
+/// Of the log's lines.
+const LOG_TARGET: &str = "sds_agent::app::upstream";
+
 /// The issuers in force, and what makes others.
 pub struct IssuerSet {
     issuers: BTreeMap<IssuerName, Arc<dyn Issuer>>,
@@ -165,7 +168,7 @@ impl IssuerSet {
         let wanted: Vec<_> = config.issuers.values().cloned().collect();
         for gone in self.wanted.iter().filter(|known| !wanted.contains(known)).filter_map(self_vouching) {
             // Peers hold its certificates for a while, and nobody but the operator knows for how long.
-            warn!(issuer = %gone, "roots that an issuer brought stay in the bundle until a restart, though it is trusted for them no more");
+            warn!(target: LOG_TARGET, issuer = %gone, "roots that an issuer brought stay in the bundle until a restart, though it is trusted for them no more");
         }
         (self.issuers, self.wanted) = (issuers, wanted);
         Ok(started)
@@ -222,7 +225,7 @@ impl IssuerFactory {
             tokio::select! {
                 () = last.cancelled() => return,
                 checked = check => if let Err(cause) = checked {
-                    error!(issuer = %name, %cause, "the issuer cannot serve as it is; orders will try again");
+                    error!(target: LOG_TARGET, issuer = %name, %cause, "the issuer cannot serve as it is; orders will try again");
                 },
             }
             last.cancelled().await;

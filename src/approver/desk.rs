@@ -33,6 +33,9 @@ use crate::{
     telemetry::hush::LogLimiter,
 };
 
+/// Of the log's lines.
+const LOG_TARGET: &str = "sds_agent::approver::desk";
+
 /// The reason of the condition `Approved`, and who reports Events.
 pub const APPROVER: &str = "approver.sds-agent.io";
 /// The plural with its group, for people.
@@ -275,14 +278,14 @@ impl Reconciler {
 
     async fn decided(&self, request: &Request, decision: &Decision, since: Instant) {
         if let Some(trouble) = self.logged_trouble.lock().unwrap_or_else(PoisonError::into_inner).take() {
-            tracing::info!(trouble, "decisions can be written again");
+            tracing::info!(target: LOG_TARGET, trouble, "decisions can be written again");
         }
         let (namespace, name) = place(request);
         let seconds = since.elapsed().as_secs_f64();
         match decision {
             Decision::Approve(why) => {
                 self.metrics.decided(Decided::approved, "none", seconds);
-                tracing::info!(namespace, request = name, why, "approved");
+                tracing::info!(target: LOG_TARGET, namespace, request = name, why, "approved");
             }
             Decision::Deny(denial) => {
                 self.metrics.decided(Decided::denied, denial.code, seconds);
@@ -299,7 +302,7 @@ impl Reconciler {
         let ((namespace, name), seconds) = (place(request), left.as_secs());
         let (reason, why) = (denial.code, &denial.sentence);
         tracing::warn!(
-            namespace,
+            target: LOG_TARGET, namespace,
             request = name,
             reason,
             why,
@@ -315,9 +318,9 @@ impl Reconciler {
         let Some(left_out) = self.denials.permit(cause(request, denial), Instant::now()) else { return };
         let (reason, why) = (denial.code, &denial.sentence);
         if reason == denied::POD_GONE {
-            tracing::info!(namespace, request = request_name, reason, why, left_out, "denied");
+            tracing::info!(target: LOG_TARGET, namespace, request = request_name, reason, why, left_out, "denied");
         } else {
-            tracing::warn!(namespace, request = request_name, reason, why, left_out, "denied");
+            tracing::warn!(target: LOG_TARGET, namespace, request = request_name, reason, why, left_out, "denied");
         }
     }
 
@@ -328,7 +331,7 @@ impl Reconciler {
         let text = format!("{} {}: {failure}", call.verb, call.resource);
         let mut logged_trouble = self.logged_trouble.lock().unwrap_or_else(PoisonError::into_inner);
         if logged_trouble.as_ref() != Some(&text) {
-            tracing::error!(call = %call, error = %failure, "cannot decide about a request; trying again");
+            tracing::error!(target: LOG_TARGET, call = %call, error = %failure, "cannot decide about a request; trying again");
             *logged_trouble = Some(text);
         }
         Outcome::Failed

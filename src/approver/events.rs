@@ -23,6 +23,9 @@ use crate::{
     kubernetes::{Call, Failure},
 };
 
+/// Of the log's lines.
+const LOG_TARGET: &str = "sds_agent::approver::events";
+
 /// The API server refuses longer messages of Events.
 const MESSAGE: usize = 1000;
 /// Events in a [`WINDOW`].
@@ -54,7 +57,7 @@ impl Events {
             self.metrics.failed(Step::event);
             let call = Call { verb: "create", resource: "events", name: None, namespace: Some(namespace) };
             let failure = Failure::of(&error, &call);
-            tracing::debug!(call = %call, error = %failure, "no Event tells of the denial");
+            tracing::debug!(target: LOG_TARGET, call = %call, error = %failure, "no Event tells of the denial");
         }
     }
 

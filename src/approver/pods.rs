@@ -26,6 +26,9 @@ use crate::{
     },
 };
 
+/// Of the log's lines.
+const LOG_TARGET: &str = "sds_agent::approver::pods";
+
 /// Pods in one page of a list. A consistent read in pages is answered by every API server; an answer from its cache has none in older ones.
 const PODS_PER_PAGE: u32 = 500;
 /// The labels and picks of a pod that is held, in bytes. The API bounds labels by the object's size alone, and the index is for good: a pod
@@ -126,7 +129,7 @@ impl Pods {
                     list = HashSet::new();
                     self.stand_again();
                     if !self.0.synced.send_replace(true) {
-                        tracing::info!(pods = self.known().len(), "the index of the cluster's pods is complete");
+                        tracing::info!(target: LOG_TARGET, pods = self.known().len(), "the index of the cluster's pods is complete");
                     }
                     true
                 }

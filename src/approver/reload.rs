@@ -19,6 +19,9 @@ use crate::{
     file::Followed,
 };
 
+/// Of the log's lines.
+const LOG_TARGET: &str = "sds_agent::approver::reload";
+
 /// The file, and what it is read with.
 #[derive(Clone)]
 pub struct File {
@@ -80,7 +83,7 @@ impl Reload {
         };
         let file = self.file.path.display().to_string();
         if self.refused.take().is_some() {
-            info!(file, "the configuration file is good again");
+            info!(target: LOG_TARGET, file, "the configuration file is good again");
         }
         self.tell(&settings);
         let before = self.active_rules.borrow().clone();
@@ -94,7 +97,7 @@ impl Reload {
         self.metrics.read(Outcome::ok);
         let overlap = humantime::format_duration(settings.rules.overlap).to_string();
         info!(
-            file,
+            target: LOG_TARGET, file,
             overlap, "the rules have changed; for the overlap, what the former ones allow to agents and issuers that stay is approved too"
         );
         self.active_rules.send_replace(Arc::new(before.replaced(settings.rules, Instant::now())));
@@ -103,14 +106,14 @@ impl Reload {
     /// What the log should have once.
     fn tell(&mut self, settings: &Settings) {
         for warning in settings.warnings.iter().filter(|warning| !self.warnings.contains(warning)) {
-            warn!("{warning}");
+            warn!(target: LOG_TARGET, "{warning}");
         }
         self.warnings.clone_from(&settings.warnings);
         let waiting = settings.needing_restart(&self.started);
         self.metrics.waiting(waiting.len());
         if !waiting.is_empty() && waiting != self.waiting {
             warn!(
-                fields = waiting.join(", "),
+                target: LOG_TARGET, fields = waiting.join(", "),
                 "these changes of the configuration need a restart; until then the approver goes by what was"
             );
         }
@@ -120,10 +123,12 @@ impl Reload {
     fn refuse(&mut self, refused: Refused) {
         self.metrics.read(Outcome::invalid);
         if self.refused.as_ref() != Some(&refused) {
-            error!(file = %self.file.path.display(), "the configuration file cannot be used; the rules that are in force stay");
+            error!(target: LOG_TARGET, file = %self.file.path.display(), "the configuration file cannot be used; the rules that are in force stay");
             match &refused {
-                Refused::Invalid(errors) => errors.0.iter().for_each(|problem| error!(field = %problem.path, "{problem}")),
-                Refused::Unfit(unfit) => error!("{unfit}"),
+                Refused::Invalid(errors) => {
+                    errors.0.iter().for_each(|problem| error!(target: LOG_TARGET, field = %problem.path, "{problem}"))
+                }
+                Refused::Unfit(unfit) => error!(target: LOG_TARGET, "{unfit}"),
             }
         }
         self.refused = Some(refused);

@@ -37,6 +37,9 @@ pub use facts::{Pod, Slim};
 use index::Index;
 pub use index::{Known, Starting};
 
+/// Of the log's lines.
+const LOG_TARGET: &str = "sds_agent::attest::pods";
+
 /// Between live reads.
 const LIVE_READ_INTERVAL: Duration = Duration::from_secs(1);
 /// A pod is in the API before its containers run on the node: what a live read did not find is not there, or it is a static pod whose
@@ -247,11 +250,11 @@ impl Pods {
                 Signal::Event(watcher::Event::InitDone) => {
                     let missing = self.index().list_ends();
                     if missing > 0 {
-                        tracing::info!(pods = missing, "a new list lacks pods; asking again before their streams end");
+                        tracing::info!(target: LOG_TARGET, pods = missing, "a new list lacks pods; asking again before their streams end");
                         self.0.asked.send_modify(|asked| *asked += 1);
                     }
                     if !self.0.synced.send_replace(true) {
-                        tracing::info!(pods = self.index().len(), node = self.0.node, "the index of this node's pods is complete");
+                        tracing::info!(target: LOG_TARGET, pods = self.index().len(), node = self.0.node, "the index of this node's pods is complete");
                     }
                 }
                 Signal::Event(watcher::Event::Apply(pod)) => self.index().applied(&pod),

@@ -13,6 +13,9 @@ use crate::{
     telemetry::{self, Log},
 };
 
+/// Of the log's lines.
+const LOG_TARGET: &str = "sds_agent::cli::approver";
+
 /// The flags of `approver`.
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
@@ -58,7 +61,7 @@ pub fn start(ready: Ready, env: Env<'static>) -> anyhow::Result<ExitCode> {
     let mut base = Base::new(Shutdown::new(config.drain));
     let log = telemetry::init(env(telemetry::VARIABLE).as_deref(), &telemetry::Metrics::register(base.exposition.registry()))?;
     for warning in &ready.settings.warnings {
-        warn!("{warning}");
+        warn!(target: LOG_TARGET, "{warning}");
     }
     base.log = Some(log.filter.clone());
     let worker_threads = config.worker_threads;

@@ -14,6 +14,9 @@ use crate::{
     telemetry::{self, Log},
 };
 
+/// Of the log's lines.
+const LOG_TARGET: &str = "sds_agent::cli::run";
+
 /// A person at a terminal sees every issue, push and acknowledgement.
 const DEV_FILTER: &str = "info,sds_agent::sds=debug,sds_agent::caller=debug";
 
@@ -74,7 +77,7 @@ pub fn start(loaded: &Loaded, file: Option<app::File>, style: Style, env: Env<'_
     let log = telemetry::init(filter.as_deref(), &telemetry::Metrics::register(base.exposition.registry()))?;
     hardened.log();
     for warning in &loaded.warnings {
-        warn!(field = %warning.path, "{}", warning.message);
+        warn!(target: LOG_TARGET, field = %warning.path, "{}", warning.message);
     }
     process::Metrics::register(base.exposition.registry()).observe(&hardened);
     (base.file, base.log) = (file, Some(log.filter.clone()));

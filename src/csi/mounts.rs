@@ -24,6 +24,9 @@ use super::{
     volume::Place,
 };
 
+/// Of the log's lines.
+const LOG_TARGET: &str = "sds_agent::csi::mounts";
+
 /// The kubelet makes directories so.
 const TARGET_MODE: u32 = 0o750;
 /// Nobody stacks more on one target; a bound so that nothing goes on for ever.
@@ -125,7 +128,7 @@ impl Mounts {
         let Ok(table) = std::fs::read_to_string("/proc/self/mountinfo") else { return };
         if is_shared(&table, &pods) == Some(false) {
             warn!(
-                path = %pods.display(),
+                target: LOG_TARGET, path = %pods.display(),
                 "what the agent mounts here is seen in its own mount namespace alone; in a container give the volume mountPropagation: \
                  Bidirectional, or pods find an empty directory"
             );

@@ -14,6 +14,9 @@ use crate::{
     text,
 };
 
+/// Of the log's lines.
+const LOG_TARGET: &str = "sds_agent::csi::registration";
+
 /// The kind of plugin.
 const TYPE: &str = "CSIPlugin";
 /// Of the Container Storage Interface.
@@ -46,10 +49,10 @@ impl Registration for Registrar {
         let RegistrationStatus { plugin_registered, error } = request.into_inner();
         let driver = &self.config.driver_name;
         if plugin_registered {
-            info!(%driver, "the kubelet has registered the CSI driver");
+            info!(target: LOG_TARGET, %driver, "the kubelet has registered the CSI driver");
         } else {
             let cause = text::excerpt(&error, text::MAX_MESSAGE_CHARS);
-            error!(%driver, %cause, "the kubelet does not register the CSI driver; it will be offered again");
+            error!(target: LOG_TARGET, %driver, %cause, "the kubelet does not register the CSI driver; it will be offered again");
             self.refused.notify_one();
         }
         Ok(Response::new(RegistrationStatusResponse {}))

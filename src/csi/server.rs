@@ -19,6 +19,9 @@ use tracing::{debug, error, info, warn};
 
 use crate::{authority_rewrite::AuthorityNormalizer, grpc::table::Table, listener, telemetry::hush::LogLimiter};
 
+/// Of the log's lines.
+const LOG_TARGET: &str = "sds_agent::csi::server";
+
 /// For root alone: the kubelet is root.
 const MODE: u32 = 0o600;
 /// The kubelet opens one for each call.
@@ -52,7 +55,7 @@ impl Server {
 
     /// Serves until `last`.
     pub async fn run(mut self, last: CancellationToken) {
-        info!(socket = %self.path.display(), "serving the kubelet");
+        info!(target: LOG_TARGET, socket = %self.path.display(), "serving the kubelet");
         let (mut look, mut offer_at) = (Instant::now() + LOOK, None);
         loop {
             let again = self.again.clone();
@@ -62,7 +65,7 @@ impl Server {
                     Ok((stream, _)) => self.welcome(stream, &last),
                     Err(error) => {
                         if let Some(left_out) = self.refusals.permit("accept", Instant::now()) {
-                            warn!(%error, socket = %self.path.display(), left_out, "cannot accept connections; trying again");
+                            warn!(target: LOG_TARGET, %error, socket = %self.path.display(), left_out, "cannot accept connections; trying again");
                         }
                         tokio::time::sleep(ACCEPT_RETRY_INTERVAL).await;
                     }
@@ -87,17 +90,17 @@ impl Server {
     fn rebind(&mut self) {
         match listener::bind_for(self.field, &self.path, MODE) {
             Ok(bound) => {
-                info!(socket = %self.path.display(), "bound again");
+                info!(target: LOG_TARGET, socket = %self.path.display(), "bound again");
                 self.bound = bound;
             }
-            Err(cause) => error!(%cause, "cannot be bound again"),
+            Err(cause) => error!(target: LOG_TARGET, %cause, "cannot be bound again"),
         }
     }
 
     fn welcome(&self, stream: UnixStream, last: &CancellationToken) {
         let Ok(place) = self.places.clone().try_acquire_owned() else {
             if let Some(left_out) = self.refusals.permit("connections", Instant::now()) {
-                warn!(socket = %self.path.display(), left_out, "connection closed: there are {CONNECTIONS} already");
+                warn!(target: LOG_TARGET, socket = %self.path.display(), left_out, "connection closed: there are {CONNECTIONS} already");
             }
             return;
         };
@@ -128,6 +131,6 @@ async fn connection(stream: UnixStream, services: Arc<Table>, last: Cancellation
         }
     };
     if let Err(error) = ended {
-        debug!(%error, "a connection of the kubelet ended with an error");
+        debug!(target: LOG_TARGET, %error, "a connection of the kubelet ended with an error");
     }
 }

@@ -28,6 +28,9 @@ use crate::{
     text,
 };
 
+/// Of the log's lines.
+const LOG_TARGET: &str = "sds_agent::csi::service";
+
 /// How long the index may take to say that a pod does not exist. When it cannot tell by then, the socket is published all the same: no
 /// key leaves on the kubelet's word.
 const CONFIRMATION: Duration = Duration::from_secs(3);
@@ -78,7 +81,7 @@ impl Driver {
             let target = text::excerpt(target, MAX_TARGET_CHARS);
             let cause = text::excerpt(status.message(), text::MAX_MESSAGE_CHARS);
             // Each time: the kubelet backs off, up to two minutes for each volume.
-            warn!(?call, ?target, code = ?status.code(), cause, "refused a call of the kubelet");
+            warn!(target: LOG_TARGET, ?call, ?target, code = ?status.code(), cause, "refused a call of the kubelet");
         }
         result.map(|()| Response::new(done))
     }

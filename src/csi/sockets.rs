@@ -34,6 +34,9 @@ use crate::{
     warm::Prefetcher,
 };
 
+/// Of the log's lines.
+const LOG_TARGET: &str = "sds_agent::csi::sockets";
+
 const FIELD: &str = "sockets.perPod.directory";
 /// The pod's users are whoever its images say.
 const SOCKET_MODE: u32 = 0o666;
@@ -146,7 +149,7 @@ impl Sockets {
     fn rebuild(&self) -> Result<(), Error> {
         let (found, strays) = self.0.root.scan()?;
         for stray in strays {
-            warn!(cause = %stray, "not a socket's directory");
+            warn!(target: LOG_TARGET, cause = %stray, "not a socket's directory");
         }
         let mut served = 0;
         for Found { place, socket, path } in found {
@@ -156,11 +159,13 @@ impl Sockets {
             });
             match bound {
                 Ok(_) => served += 1,
-                Err(cause) => error!(pod_uid = %place.uid, volume = %place.volume, %cause, "the socket of a pod cannot be served again"),
+                Err(cause) => {
+                    error!(target: LOG_TARGET, pod_uid = %place.uid, volume = %place.volume, %cause, "the socket of a pod cannot be served again")
+                }
             }
         }
         if served > 0 {
-            info!(sockets = served, directory = %self.0.root.path().display(), "sockets of pods are served again");
+            info!(target: LOG_TARGET, sockets = served, directory = %self.0.root.path().display(), "sockets of pods are served again");
         }
         Ok(())
     }
@@ -241,7 +246,7 @@ impl Shared {
         if made.is_err() && leaf.is_new {
             self.forget(place);
             if let Err(cause) = self.root.remove(place) {
-                warn!(%cause, "a directory that was made for nothing stays");
+                warn!(target: LOG_TARGET, %cause, "a directory that was made for nothing stays");
             }
         }
         made
@@ -277,7 +282,7 @@ impl Shared {
             issued.cancel();
         } else {
             self.warmer.published(attestor, issued.clone());
-            info!(pod = %volume.claim.pod, pod_uid = %place.uid, volume = %place.volume, socket = %volume.socket, "socket published");
+            info!(target: LOG_TARGET, pod = %volume.claim.pod, pod_uid = %place.uid, volume = %place.volume, socket = %volume.socket, "socket published");
         }
         Ok(Published { issued })
     }
@@ -316,10 +321,12 @@ impl Shared {
         let was_served = self.forget(place);
         self.mounts.detach(place)?;
         match self.root.remove(place) {
-            Ok(()) if was_served => info!(pod_uid = %place.uid, volume = %place.volume, "socket unpublished"),
-            Ok(()) => debug!(pod_uid = %place.uid, volume = %place.volume, "unpublished; it was not served"),
+            Ok(()) if was_served => info!(target: LOG_TARGET, pod_uid = %place.uid, volume = %place.volume, "socket unpublished"),
+            Ok(()) => debug!(target: LOG_TARGET, pod_uid = %place.uid, volume = %place.volume, "unpublished; it was not served"),
             // Nothing of it is mounted or served: a pod must not hang for what is not ours.
-            Err(cause @ directory::Error::Unsafe { .. }) => warn!(pod_uid = %place.uid, volume = %place.volume, %cause, "unpublished, but"),
+            Err(cause @ directory::Error::Unsafe { .. }) => {
+                warn!(target: LOG_TARGET, pod_uid = %place.uid, volume = %place.volume, %cause, "unpublished, but")
+            }
             Err(cause) => return Err(cause.into()),
         }
         Ok(())

@@ -34,6 +34,9 @@ pub mod vault;
 pub use preflight::check;
 pub use requests::{LivePods, Metrics, Requests};
 
+/// Of the log's lines.
+const LOG_TARGET: &str = "sds_agent::issuer::cert_manager";
+
 /// After a denial that does not say otherwise.
 const DENIAL_BACKOFF: Duration = Duration::from_secs(300);
 /// A request that has waited for longer is told of: somebody should look.
@@ -136,7 +139,7 @@ impl Inner {
         let created = Instant::now();
         order.progress.submitted(&name);
         let pod = order.evidence.as_ref().map(tracing::field::display);
-        tracing::info!(identity = %order.identity, pod, request = %name, "certificate requested");
+        tracing::info!(target: LOG_TARGET, identity = %order.identity, pod, request = %name, "certificate requested");
 
         let (mut approved, mut told) = (None, None);
         let (mut waits_for, mut late) = (pending_reason(false, ""), false);
@@ -148,7 +151,7 @@ impl Inner {
                     late = true;
                     order.progress.waits(&waits_for, late);
                     tracing::warn!(
-                        identity = %order.identity, pod, request = %name, %namespace, cause = waits_for, seconds = PENDING_LOG_AFTER.as_secs(),
+                        target: LOG_TARGET, identity = %order.identity, pod, request = %name, %namespace, cause = waits_for, seconds = PENDING_LOG_AFTER.as_secs(),
                         "the request still waits"
                     );
                     continue;
@@ -169,7 +172,7 @@ impl Inner {
                     if let Some(finding) = vault::explain(&message, order.identity.spiffe_id.trust_domain())
                         && told.as_ref() != Some(&finding.remedy)
                     {
-                        tracing::warn!(identity = %order.identity, request = %name, cause = %finding, "the request waits for its issuer");
+                        tracing::warn!(target: LOG_TARGET, identity = %order.identity, request = %name, cause = %finding, "the request waits for its issuer");
                         told = Some(finding.remedy);
                     }
                 }
@@ -177,7 +180,7 @@ impl Inner {
                     let chain_pem = self.take(order, observation.status.as_ref())?;
                     let approved = approved.unwrap_or_else(Instant::now);
                     let serial = CertificateChain::from_pem(&chain_pem).map(|c| c.serial).unwrap_or_default();
-                    tracing::info!(identity = %order.identity, pod, request = %name, uid = %observation.uid, serial, "certificate signed");
+                    tracing::info!(target: LOG_TARGET, identity = %order.identity, pod, request = %name, uid = %observation.uid, serial, "certificate signed");
                     let phases =
                         vec![(Phase::Create, created - start), (Phase::Approve, approved - created), (Phase::Sign, approved.elapsed())];
                     return Ok(Issued { key: made.key, chain_pem, phases });
@@ -229,7 +232,7 @@ impl Inner {
         if let Some(source) = &self.status_ca {
             match decode_pem(field(|s| s.ca.as_ref())) {
                 Some(pem) if !pem.is_empty() => drop(source.offer(&pem)),
-                _ => tracing::debug!(identity = %order.identity, "the issuer names no root in status.ca"),
+                _ => tracing::debug!(target: LOG_TARGET, identity = %order.identity, "the issuer names no root in status.ca"),
             }
         }
         decode_pem(field(|s| s.certificate.as_ref())).ok_or(Error::InvalidCertificate(verify::Error::Chain(material::Error::Base64)))

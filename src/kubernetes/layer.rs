@@ -29,6 +29,9 @@ use crate::{
     },
 };
 
+/// Of the log's lines.
+const LOG_TARGET: &str = "sds_agent::kubernetes::layer";
+
 /// Between two starts of the same watch.
 const WATCH_RESTART_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -151,14 +154,14 @@ impl Shared {
     fn asked_to_wait(&self, kind: Kind, after: Duration, status: StatusCode) {
         if self.throttle.hold(kind, after) {
             let (verb, resource) = (kind.0, kind.1.as_str());
-            tracing::warn!(?verb, resource, status = status.as_u16(), seconds = after.as_secs(), "the API server asks to wait; waiting");
+            tracing::warn!(target: LOG_TARGET, ?verb, resource, status = status.as_u16(), seconds = after.as_secs(), "the API server asks to wait; waiting");
         }
     }
 
     fn observe(&self, kind: Kind, code: Code, since: Instant) {
         self.metrics.observe(kind.0, kind.1, code, since);
         if matches!(code, Code::Status(..429)) && self.throttle.answered(kind) {
-            tracing::info!(verb = ?kind.0, resource = kind.1.as_str(), "the API server takes these requests again");
+            tracing::info!(target: LOG_TARGET, verb = ?kind.0, resource = kind.1.as_str(), "the API server takes these requests again");
         }
     }
 }

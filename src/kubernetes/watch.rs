@@ -21,6 +21,9 @@ use crate::kubernetes::{
     throttle::MAX_QUEUE_TIME,
 };
 
+/// Of the log's lines.
+const LOG_TARGET: &str = "sds_agent::kubernetes::watch";
+
 /// After the first trouble; it doubles, and up to a half of it is taken off at random.
 const MIN_BACKOFF: Duration = Duration::from_millis(500);
 /// Certificates may wait for the watch: it is back soon after the server is.
@@ -136,7 +139,7 @@ where
         self.recovering = false;
         self.broken = None;
         if self.announced.take().is_some() {
-            tracing::info!(resource = %self.selection.name, "the watch works again");
+            tracing::info!(target: LOG_TARGET, resource = %self.selection.name, "the watch works again");
         }
     }
 
@@ -157,7 +160,7 @@ where
         if too_large {
             self.selection.config = smaller(&self.selection.config);
             tracing::warn!(
-                resource = %self.selection.name,
+                target: LOG_TARGET, resource = %self.selection.name,
                 error = %failure,
                 page_size = self.selection.config.page_size,
                 "the list cannot be read; it is asked for in smaller pages from now on"
@@ -183,7 +186,7 @@ where
         let longest = if failure.cause == Cause::Rbac { MAX_BACKOFF_WITHOUT_PERMISSION } else { MAX_BACKOFF };
         self.next_pause = (self.next_pause * 2).min(longest);
         if !expired && !too_large && self.announced.as_ref() != Some(&failure) {
-            tracing::warn!(resource = %self.selection.name, error = %failure, "the watch does not work; trying again");
+            tracing::warn!(target: LOG_TARGET, resource = %self.selection.name, error = %failure, "the watch does not work; trying again");
             self.announced = Some(failure.clone());
         }
         if !expired && self.broken.is_none() {

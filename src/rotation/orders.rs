@@ -13,6 +13,9 @@ use crate::{
     trust::BundleSet,
 };
 
+/// Of the log's lines.
+const LOG_TARGET: &str = "sds_agent::rotation::orders";
+
 /// An order that its upstream has, and how far it is there.
 pub(super) type Submitted = (Id, Pending);
 
@@ -45,7 +48,7 @@ impl Rotation {
         let evidence = entry.evidence(self.rejected_evidence.get(&id));
         let (progress, stage) = Progress::new();
         let order = Order { identity: identity.clone(), evidence: evidence.clone(), progress };
-        debug!(%identity, issuer = %identity.profile.issuer, "certificate ordered");
+        debug!(target: LOG_TARGET, %identity, issuer = %identity.profile.issuer, "certificate ordered");
         let judge =
             Judge { identity, trust: self.parts.trust.clone(), await_bundle: self.parts.await_bundle, clock: self.parts.clock.clone() };
         let submitted = self.submitted.0.clone();

@@ -14,6 +14,9 @@ use crate::{
     issuer::Issuer,
 };
 
+/// Of the log's lines.
+const LOG_TARGET: &str = "sds_agent::rotation::plan";
+
 /// By what certificates are ordered and renewed.
 #[derive(Debug, Clone)]
 pub struct Plan {
@@ -88,12 +91,12 @@ impl Rotation {
                 self.awaiting_anchor.remove(id);
             }
             if self.planner.retire(now, *id, is_retired) {
-                debug!(identity = %entry.identity, profile = %entry.identity.profile.name, is_retired, "judged by another plan");
+                debug!(target: LOG_TARGET, identity = %entry.identity, profile = %entry.identity.profile.name, is_retired, "judged by another plan");
                 retired += usize::from(is_retired);
             }
         }
         if retired > 0 {
-            info!(identities = retired, "no profile issues these any more: they are not renewed, and go when their clients have others");
+            info!(target: LOG_TARGET, identities = retired, "no profile issues these any more: they are not renewed, and go when their clients have others");
         }
         self.planner.configuration_changed(now);
     }

@@ -13,6 +13,9 @@ use tracing::info;
 use super::{Id, Now, Rotation};
 use crate::{store::Entry, text};
 
+/// Of the log's lines.
+const LOG_TARGET: &str = "sds_agent::rotation::reissue";
+
 /// So long after a certificate was reissued another call leaves it alone, at the least.
 const JUST_DONE_WINDOW: Duration = Duration::from_secs(60);
 
@@ -86,7 +89,7 @@ impl Rotation {
         }
         let shown = |told: &Option<String>| told.as_ref().map(|told| text::excerpt(told, text::MAX_NAME_CHARS));
         info!(
-            spiffe_id = shown(&which.spiffe_id),
+            target: LOG_TARGET, spiffe_id = shown(&which.spiffe_id),
             profile = shown(&which.profile),
             ?over,
             matched = counts.matched,

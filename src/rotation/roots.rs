@@ -11,6 +11,9 @@ use crate::{
     material::{self, Svid},
 };
 
+/// Of the log's lines.
+const LOG_TARGET: &str = "sds_agent::rotation::roots";
+
 impl Rotation {
     /// Whether what leads to `anchor` leads to a root of the bundle as it is now: it may have changed since the order's task looked.
     pub(super) fn is_current(&self, id: Id, anchor: Option<&CertificateDer<'_>>) -> bool {
@@ -30,7 +33,7 @@ impl Rotation {
         }
         let Some((id, entry)) = self.entries.iter().find(|(_, entry)| entry.is_leased() && entry.is_held()) else { return };
         let (id, entry, now) = (*id, entry.clone(), self.now());
-        info!(identity = %entry.identity, "renewed early: revocation lists wait for a chain");
+        info!(target: LOG_TARGET, identity = %entry.identity, "renewed early: revocation lists wait for a chain");
         self.bring_forward(now, id, &entry, now.wall);
         self.has_looked = true;
     }
@@ -52,7 +55,7 @@ impl Rotation {
         for (id, entry) in &self.entries {
             let Some(svid) = entry.current() else { continue };
             if !material::is_current_authority(&svid.authority, &entry.identity.profile.fingerprint(), bundle) {
-                warn!(identity = %entry.identity, "the certificate leads to no root of the new trust bundle; it is renewed early");
+                warn!(target: LOG_TARGET, identity = %entry.identity, "the certificate leads to no root of the new trust bundle; it is renewed early");
                 let within = (svid.chain.validity.remaining(now.wall) / 4).min(Duration::from_secs(60));
                 let at = now.wall + within.mul_f64(self.planner.draw());
                 self.planner.expedite(now, *id, at);

@@ -14,6 +14,9 @@ use std::{
 use tokio::time::Instant;
 use tracing::{callsite::Identifier, warn};
 
+/// Of the log's lines.
+const LOG_TARGET: &str = "sds_agent::telemetry::hush";
+
 /// Between two lines about the same.
 const LOG_INTERVAL: Duration = Duration::from_secs(60);
 /// After this time a cause is forgotten.
@@ -73,7 +76,7 @@ impl<K: Cause> LogLimiter<K> {
         let further = told.further.due(now);
         drop(told);
         if let Some(left_out) = further {
-            warn!(causes = MAX_CAUSES, left_out, "too many different causes in the log: lines about further ones are left out");
+            warn!(target: LOG_TARGET, causes = MAX_CAUSES, left_out, "too many different causes in the log: lines about further ones are left out");
         }
         answer
     }

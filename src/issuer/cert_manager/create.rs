@@ -17,6 +17,9 @@ use crate::{
     kubernetes::{Call, Cause, Failure},
 };
 
+/// Of the log's lines.
+const LOG_TARGET: &str = "sds_agent::issuer::cert_manager::create";
+
 /// Tries with an uncertain end before the order fails.
 const MAX_TRIES: u32 = 4;
 /// Before the second try; it doubles.
@@ -58,7 +61,7 @@ pub(super) async fn create(client: &Client, handle: &mut RequestHandle, object: 
             }
             return Err(api_error(&call, failure));
         }
-        tracing::debug!(request = %key.name, error = %failure, tries, "no sure answer to a create; asking again under the same name");
+        tracing::debug!(target: LOG_TARGET, request = %key.name, error = %failure, tries, "no sure answer to a create; asking again under the same name");
         tokio::select! {
             () = sleep(jittered(INITIAL_BACKOFF * 2_u32.pow(tries - 1))) => {}
             () = handle.shown() => {}
@@ -73,7 +76,7 @@ async fn resolve(api: &Api<CertificateRequest>, handle: &mut RequestHandle, obje
     let call = Call { verb: "get", resource: RESOURCE, name: Some(&key.name), namespace: Some(&key.namespace) };
     match api.get(&key.name).await {
         Ok(found) if found.spec.request == object.spec.request => {
-            tracing::info!(request = %key.name, "an earlier create had arrived; going on with it");
+            tracing::info!(target: LOG_TARGET, request = %key.name, "an earlier create had arrived; going on with it");
             handle.created(found.metadata.uid);
             Ok(())
         }

@@ -22,6 +22,9 @@ use crate::{
     kubernetes::{Call, Cause, Failure},
 };
 
+/// Of the log's lines.
+const LOG_TARGET: &str = "sds_agent::issuer::cert_manager::deleter";
+
 /// At once.
 const CONCURRENCY: usize = 4;
 /// Tries for one request; the rest is the sweep's.
@@ -60,7 +63,7 @@ impl Deleter {
         };
         if timeout(SHUTDOWN_TIMEOUT, rest).await.is_err() {
             let left = self.running.len() + self.queue.len();
-            tracing::warn!(left, "requests are left to the next agent's sweep");
+            tracing::warn!(target: LOG_TARGET, left, "requests are left to the next agent's sweep");
         }
     }
 
@@ -91,7 +94,7 @@ async fn delete(client: Client, tracker: Arc<RequestTracker>, deletion: Deletion
             Ok(_) => {
                 if orphan {
                     orphans.inc();
-                    tracing::info!(request = %key.name, namespace = %key.namespace, "deleted the request of an agent that has gone");
+                    tracing::info!(target: LOG_TARGET, request = %key.name, namespace = %key.namespace, "deleted the request of an agent that has gone");
                 }
                 break;
             }
@@ -102,9 +105,11 @@ async fn delete(client: Client, tracker: Arc<RequestTracker>, deletion: Deletion
             Cause::NotFound | Cause::NoSuchKind | Cause::NoNamespace | Cause::Conflict => break,
             _ if tries == MAX_TRIES => {
                 gone = false;
-                tracing::warn!(action = %call, error = %failure, "left to the next sweep");
+                tracing::warn!(target: LOG_TARGET, action = %call, error = %failure, "left to the next sweep");
             }
-            _ if tries == 1 => tracing::info!(action = %call, error = %failure, "cannot delete a request; trying again"),
+            _ if tries == 1 => {
+                tracing::info!(target: LOG_TARGET, action = %call, error = %failure, "cannot delete a request; trying again")
+            }
             _ => {}
         }
         if tries < MAX_TRIES {

@@ -23,6 +23,9 @@ use crate::{
     text,
 };
 
+/// Of the log's lines.
+const LOG_TARGET: &str = "sds_agent::issuer::cert_manager::preflight";
+
 /// A verdict stands at least so long: orders that fail together ask together.
 const GOOD_FOR: Duration = Duration::from_secs(60);
 /// A refusal is asked about again after this time. Where the API server said so, it doubles up to [`GOOD_FOR`]: an issuer that was deleted
@@ -100,7 +103,7 @@ pub async fn check(client: &Client, issuer: &IssuerRef, namespace: Option<&str>)
 
 async fn look(client: &Client, issuer: &IssuerRef, namespace: Option<&str>) -> Answer {
     if !issuer.group.is_empty() && issuer.group != GROUP {
-        tracing::debug!(group = issuer.group, kind = issuer.kind, name = issuer.name, "an external issuer is not checked");
+        tracing::debug!(target: LOG_TARGET, group = issuer.group, kind = issuer.kind, name = issuer.name, "an external issuer is not checked");
         return Ok(());
     }
     let kind = match issuer.kind.as_str() {
@@ -123,7 +126,7 @@ async fn look(client: &Client, issuer: &IssuerRef, namespace: Option<&str>) -> A
         Ok(found) => judge(kind, name, &found).map_err(|error| (error, true)),
         Err(failure) => match failure.cause {
             Cause::Rbac | Cause::Policy => {
-                tracing::warn!(issuer = name, kind = kind.as_str(), error = %failure, "the issuer cannot be checked; going on without");
+                tracing::warn!(target: LOG_TARGET, issuer = name, kind = kind.as_str(), error = %failure, "the issuer cannot be checked; going on without");
                 Ok(())
             }
             Cause::NotFound => Err((missing(client, kind, name, namespace).await, true)),
@@ -146,12 +149,12 @@ fn judge(kind: Kind, name: &str, found: &AnyIssuer) -> Result<(), Error> {
     let ready = found.status.iter().flat_map(|s| &s.conditions).find(|c| c.kind == "Ready");
     match ready {
         Some(condition) if condition.status == "True" => {
-            tracing::info!(issuer = name, kind = kind.as_str(), "the issuer is there and ready");
+            tracing::info!(target: LOG_TARGET, issuer = name, kind = kind.as_str(), "the issuer is there and ready");
         }
         other => {
             let why = other.and_then(|c| c.message.as_deref()).unwrap_or("it has no Ready condition yet");
             let why = text::excerpt(why, text::MAX_MESSAGE_CHARS);
-            tracing::warn!(issuer = name, kind = kind.as_str(), why, "the issuer is not ready; requests will wait for it");
+            tracing::warn!(target: LOG_TARGET, issuer = name, kind = kind.as_str(), why, "the issuer is not ready; requests will wait for it");
         }
     }
     Ok(())

@@ -40,6 +40,9 @@ use crate::{
     },
 };
 
+/// Of the log's lines.
+const LOG_TARGET: &str = "sds_agent::issuer::cert_manager::requests";
+
 /// Between sweeps.
 const SWEEP_EVERY: Duration = Duration::from_secs(600);
 /// Until the next sweep, where the pods could not be read.
@@ -128,7 +131,7 @@ impl Requests {
     pub async fn run(&self, shutdown: CancellationToken) {
         let taken = self.0.queue.lock().unwrap_or_else(PoisonError::into_inner).take();
         let Some(queue) = taken else {
-            tracing::error!("the requests are run twice; the second run does nothing");
+            tracing::error!(target: LOG_TARGET, "the requests are run twice; the second run does nothing");
             return;
         };
         let mut deleter = Deleter::new(self.0.client.clone(), self.tracker().clone(), queue, self.0.metrics.orphans.clone());
@@ -225,7 +228,7 @@ impl Requests {
                 let now = i64::try_from(clock::unix_seconds(self.0.clock.now())).unwrap_or(i64::MAX);
                 let orphans = sweep::orphans(&self.0.agent, unclaimed, live.as_ref(), now);
                 if !orphans.is_empty() {
-                    tracing::info!(requests = orphans.len(), "sweeping requests whose agents have gone");
+                    tracing::info!(target: LOG_TARGET, requests = orphans.len(), "sweeping requests whose agents have gone");
                     self.tracker().delete_orphans(orphans);
                 }
             }

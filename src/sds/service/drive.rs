@@ -32,6 +32,9 @@ use crate::{
     trust::BundleSet,
 };
 
+/// Of the log's lines.
+const LOG_TARGET: &str = "sds_agent::sds::service::drive";
+
 impl Service {
     /// A stream's life. The first request is read before the caller is attested: a large one must not block the connection's window.
     pub(super) async fn drive<B>(&self, connection: &Connection, incoming: &mut Incoming<B>, variant: Variant, sender: Sender) -> Status
@@ -173,7 +176,7 @@ impl Stream<'_> {
         let received = self.state.request(request).map_err(|error| {
             if let Some(left_out) = self.connection.permit_log(error.as_str()) {
                 let (identity, workload) = (&self.caller.identity, &self.caller.attested.workload);
-                warn!(%identity, %workload, cause = %error, left_out, "stream refused");
+                warn!(target: LOG_TARGET, %identity, %workload, cause = %error, left_out, "stream refused");
             }
             violation(&error)
         })?;
@@ -189,7 +192,7 @@ impl Stream<'_> {
         match error {
             None => {
                 kinds.iter().for_each(|kind| metrics.acked(*kind, at.elapsed()));
-                debug!(%identity, %workload, nonce, ?kinds, "accepted by the client");
+                debug!(target: LOG_TARGET, %identity, %workload, nonce, ?kinds, "accepted by the client");
             }
             Some(error) => {
                 kinds.iter().for_each(|kind| metrics.nacked(*kind));
@@ -198,7 +201,7 @@ impl Stream<'_> {
                 if let Some(left_out) = self.connection.permit_log(what) {
                     let cause = text::excerpt(&error, text::MAX_MESSAGE_CHARS);
                     warn!(
-                        %identity,
+                        target: LOG_TARGET, %identity,
                         %workload,
                         nonce,
                         ?kinds,
@@ -218,7 +221,7 @@ impl Stream<'_> {
         let caller = self.connection.caller().await?;
         if *caller.identity != *self.caller.identity {
             let (before, now, workload) = (&self.caller.identity, &caller.identity, &caller.attested.workload);
-            debug!(%workload, identity = %now, profile = %now.profile.name, %before, "the stream goes on under another identity");
+            debug!(target: LOG_TARGET, %workload, identity = %now, profile = %now.profile.name, %before, "the stream goes on under another identity");
             self.former = self.retain_current();
             self.identity_changed = true;
         }
@@ -367,7 +370,7 @@ impl Stream<'_> {
         let versions: Vec<_> = names.iter().map(|(name, version)| (&**name, &**version)).collect();
         let version = secret::response_version(version_prefix.as_deref(), &versions);
         let identity = &self.caller.identity;
-        debug!(%identity, workload = %self.caller.attested.workload, nonce, ?kinds, version, "pushed to the client");
+        debug!(target: LOG_TARGET, %identity, workload = %self.caller.attested.workload, nonce, ?kinds, version, "pushed to the client");
         if self.sent.len() == 16 {
             self.sent.pop_front();
         }
