@@ -27,7 +27,7 @@ use sds_agent::{
         origin::{ByPod, Origins},
         unix::UnixAttestor,
     },
-    config::Limits,
+    limits::Limits,
     peer::Peer,
 };
 use tokio::{

@@ -23,7 +23,7 @@ use tokio_util::time::DelayQueue;
 use crate::{
     cert_manager::{REQUESTS_PER_PAGE, Request},
     clock::Clock,
-    config::RequestRate,
+    kubernetes::RequestRate,
     kubernetes::{
         self,
         metrics::Resource,

@@ -9,10 +9,7 @@ use base64::{Engine, engine::general_purpose::STANDARD};
 use kube::CustomResource;
 use serde::{Deserialize, Deserializer, Serialize, de::Visitor};
 
-use crate::{
-    config::IssuerRef,
-    kubernetes::object::{Kind, Observed},
-};
+use crate::kubernetes::object::{Kind, Observed};
 
 pub mod csr;
 pub mod naming;
@@ -26,6 +23,26 @@ pub const PLURAL: &str = "certificaterequests";
 pub const REQUESTS_PER_PAGE: u32 = 20;
 /// The longest CSR that is kept, in characters of base64. An agent's largest, with an RSA key, has about 2,000.
 const MAX_CSR_CHARACTERS: usize = 64 << 10;
+
+/// cert-manager's reference to an issuer.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct IssuerRef {
+    /// `name`
+    pub name: String,
+    /// `kind`
+    pub kind: String,
+    /// `group`
+    pub group: String,
+}
+
+/// Where CertificateRequests go.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum RequestNamespace {
+    /// One namespace, the agents' own by default.
+    Fixed(String),
+    /// `workload`: each into the namespace of its pod.
+    Workload,
+}
 
 /// Labels and annotations of a request. They carry evidence and help people; none of them authorises anything.
 pub mod keys {

@@ -8,7 +8,7 @@
 //!
 //! The caller runs [`Driver::run`] until the streams have ended; volumes are published and unpublished to the last.
 
-use std::{sync::Arc, time::Duration};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use futures::future::join_all;
 use tokio::sync::Notify;
@@ -18,9 +18,8 @@ use tracing::{info, warn};
 use self::{metrics::Metrics, registration::Registrar, server::Server, sockets::Sockets, volume::Place};
 use crate::{
     attest::{Reason, pods::Pods},
-    config::{NodeEnvironment, PerPod},
     grpc::table::Table,
-    identity::PodRef,
+    identity::{NodeEnvironment, PodRef},
     listener,
     proto::{
         csi::v1::{identity_server::IdentityServer, node_server::NodeServer},
@@ -45,6 +44,31 @@ pub mod volume;
 const FIELD: &str = "sockets.perPod.kubeletDirectory";
 /// Between two attempts to learn which pods have gone.
 const REGISTRATION_RETRY_INTERVAL: Duration = Duration::from_secs(30);
+
+/// One socket for each pod, handed out as a CSI driver.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PerPod {
+    /// `directory`: where they are, each in a directory of its own.
+    pub directory: PathBuf,
+    /// `driverName`: what pods' volumes name.
+    pub driver_name: String,
+    /// `kubeletDirectory`: the kubelet's own, at the same path here as there.
+    pub kubelet_directory: PathBuf,
+    /// `waitForCertificate`: how long a pod's start may wait for its certificate.
+    pub wait_for_certificate: Duration,
+}
+
+impl PerPod {
+    /// Where the kubelet calls the driver.
+    pub fn driver_socket(&self) -> PathBuf {
+        self.kubelet_directory.join("plugins").join(&self.driver_name).join("csi.sock")
+    }
+
+    /// Where the kubelet learns of the driver.
+    pub fn registration_socket(&self) -> PathBuf {
+        self.kubelet_directory.join("plugins_registry").join(format!("{}-reg.sock", self.driver_name))
+    }
+}
 
 /// Why the driver cannot be started.
 #[derive(Debug, thiserror::Error)]

@@ -32,7 +32,7 @@ use self::{
 };
 use crate::{
     attest, clock,
-    config::NodeEnvironment,
+    identity::NodeEnvironment,
     identity::PodRef,
     issuer::Error,
     kubernetes::{self, Call, Failure},

@@ -79,6 +79,15 @@ impl fmt::Display for PodRef {
     }
 }
 
+/// What the downward API tells.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct NodeEnvironment {
+    /// `NODE_NAME`: whose pods are served.
+    pub node_name: Option<Arc<str>>,
+    /// The agent's own pod, which owns its requests.
+    pub pod: Option<PodRef>,
+}
+
 /// What attestation proved about a caller.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Workload {

@@ -31,7 +31,7 @@ pub mod wire;
 pub use failure::{Call, Cause, Failure};
 pub use metrics::Metrics;
 
-use crate::{config::RequestRate, text};
+use crate::text;
 
 /// For the TCP connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -39,6 +39,21 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 /// A silent connection is probed after this time and at this interval, so that a watch across a dead path ends within a minute.
 const KEEPALIVE: Duration = Duration::from_secs(15);
+
+/// How fast one process asks the Kubernetes API, whatever for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RequestRate {
+    /// `requestsPerSecond`, in the long run.
+    pub per_second: u32,
+    /// `burst`: how many at once.
+    pub burst: u32,
+}
+
+impl Default for RequestRate {
+    fn default() -> Self {
+        Self { per_second: 20, burst: 40 }
+    }
+}
 
 /// Why there is no client.
 #[derive(Debug, thiserror::Error)]

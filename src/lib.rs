@@ -60,6 +60,7 @@ pub mod file;
 pub mod grpc;
 pub mod handover;
 pub mod kubernetes;
+pub mod limits;
 pub mod proto;
 
 pub mod admin;

@@ -15,14 +15,23 @@ use nix::{
 };
 use prometheus_client::{metrics::gauge::Gauge, registry::Registry};
 
-use crate::config::LockMemory;
-
 pub mod memory;
 
 pub use memory::{Locked, Unlocked};
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::process";
+
+/// When key memory is locked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LockMemory {
+    /// Where it is allowed without a limit and there is swap.
+    Auto,
+    /// Or do not start.
+    Always,
+    /// Not at all.
+    Never,
+}
 
 /// Why the process must not go on to hold keys.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

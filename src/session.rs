@@ -36,8 +36,8 @@ use crate::{
     attest::origin::Origin,
     authority_rewrite::AuthorityNormalizer,
     caller::{Authenticator, Cause, Connection, Refusals},
-    config::Limits,
     grpc::{self, UntilEnd},
+    limits::Limits,
     peer::Peer,
     shutdown::{Guard, Shutdown},
 };

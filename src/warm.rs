@@ -5,7 +5,7 @@
 //! take one of their own, or with the pod, or after a bounded time: who never asks is not renewed for ever. The pod index has the same
 //! last word as for a call. A pod that ran before the agent did is never warmed up: it holds a certificate, and says so when it comes back.
 
-use std::{future::pending, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, future::pending, sync::Arc, time::Duration};
 
 use tokio::{
     sync::{Semaphore, watch},
@@ -34,6 +34,15 @@ const FIRST_CALL_TIMEOUT: Duration = Duration::from_secs(600);
 const INDEX_RETRY_INTERVAL: Duration = Duration::from_secs(5);
 /// From the first call to its own lease.
 const LEASE_HANDOVER: Duration = Duration::from_secs(10);
+
+/// `warmUp`, where it is enabled.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WarmUp {
+    /// `podLabels`: a pod that carries all of them is warmed up; none where it is empty.
+    pub pod_labels: BTreeMap<String, String>,
+    /// `socketMount`: so is one that mounts the shared socket's directory.
+    pub socket_mount: bool,
+}
 
 /// Holds leases for pods that have not called.
 #[derive(Debug, Clone)]

@@ -24,13 +24,13 @@ use super::{
 };
 use crate::{
     attest::pods::Pods,
-    cert_manager::naming::Agent,
+    cert_manager::{RequestNamespace, naming::Agent},
     clock::Clock,
-    config::{self, Config, IssuerConfig, RequestNamespace},
+    config::{Config, IssuerConfig},
     identity::IssuerName,
     issuer::{
         Issuer,
-        cert_manager::{CertManager, LivePods, Metrics, Requests},
+        cert_manager::{self, CertManager, LivePods, Metrics, Requests},
         embedded::Embedded,
     },
     kubernetes,
@@ -216,7 +216,13 @@ impl IssuerFactory {
         }
     }
 
-    fn ask_cert_manager(&self, name: &IssuerName, config: &config::CertManager, requests: Requests, started: &mut Started) -> CertManager {
+    fn ask_cert_manager(
+        &self,
+        name: &IssuerName,
+        config: &cert_manager::Settings,
+        requests: Requests,
+        started: &mut Started,
+    ) -> CertManager {
         let status_ca = config.trust_status_ca.then(|| self.trust.source(None, &format!("status.ca of issuer {name}")));
         let issuer = CertManager::new(requests, config.clone(), status_ca);
         // The log tells early what the first order would run into.
@@ -250,7 +256,7 @@ fn scopes(config: &Config) -> Vec<RequestNamespace> {
 /// The issuer's name, where its word on its own roots is taken.
 fn self_vouching(issuer: &IssuerConfig) -> Option<&str> {
     match issuer {
-        IssuerConfig::CertManager(config::CertManager { trust_status_ca: true, issuer_ref, .. }) => Some(&issuer_ref.name),
+        IssuerConfig::CertManager(cert_manager::Settings { trust_status_ca: true, issuer_ref, .. }) => Some(&issuer_ref.name),
         IssuerConfig::CertManager(_) | IssuerConfig::Embedded => None,
     }
 }

@@ -74,8 +74,8 @@ mod tests {
             },
             rules::Guarded,
         },
+        cert_manager::IssuerRef,
         cert_manager::denied,
-        config::IssuerRef,
         identity::{IssuerName, Profile},
     };
 

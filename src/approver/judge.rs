@@ -15,8 +15,8 @@ use crate::{
         rules::{Expectation, Rules},
     },
     attest::pods::Pod,
+    cert_manager::IssuerRef,
     cert_manager::{Condition, GROUP, Request, USAGES, claims, csr, denied, keys},
-    config::IssuerRef,
     identity::PodRef,
     text,
 };

@@ -4,7 +4,8 @@ use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use crate::{
     attest::pods::Pod,
-    config::{Attestation, Config, IssuerConfig, IssuerRef, RequestNamespace},
+    cert_manager::{IssuerRef, RequestNamespace},
+    config::{Attestation, Config, IssuerConfig},
     identity::{Error, Identity, IssuerName, KeyType, Pattern, Profile, Resolver},
 };
 

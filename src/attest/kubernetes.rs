@@ -21,13 +21,21 @@ use crate::{
         origin::{ByPod, Origins},
         pods::{Known, Pods},
     },
-    config::AttestationPolicy,
     identity::PodRef,
     peer::Peer,
 };
 
 /// No cgroup file is longer: a dozen hierarchies, each with a path of at most 4,096 bytes.
 const MAX_CGROUP_BYTES: u64 = 64 << 10;
+
+/// Who of a pod may fetch on the shared socket: everybody, unless told otherwise. Both lists have to let a caller through.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct AttestationPolicy {
+    /// `containers`: by name; empty for all.
+    pub containers: Vec<Arc<str>>,
+    /// `uids`: user ids as the node sees them; empty for all.
+    pub uids: Vec<u32>,
+}
 
 /// Peer → pod → service account.
 pub struct KubernetesAttestor {

@@ -15,7 +15,7 @@ use aws_lc_rs::digest;
 
 use crate::{
     cert_manager::keys,
-    config::NodeEnvironment,
+    identity::NodeEnvironment,
     identity::{Identity, PodRef},
     material::hex,
 };

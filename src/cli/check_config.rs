@@ -8,7 +8,8 @@ use serde::Serialize;
 use self::fleet::{Fleet, Load};
 use super::{Exit, output};
 use crate::{
-    config::{self, Attestation, Config, Env, IssuerConfig, Loaded, Problem, RequestNamespace, TrustSource, Warning},
+    cert_manager::RequestNamespace,
+    config::{self, Attestation, Config, Env, IssuerConfig, Loaded, Problem, TrustSource, Warning},
     identity::{Match, Pattern, Profile, Resolver, Workload},
 };
 

@@ -1,17 +1,6 @@
 //! The section `warmUp`: which pods get their certificate before they ask for it.
 
-use std::collections::BTreeMap;
-
-use super::{Attestation, SharedSocket, reader::Section, values};
-
-/// `warmUp`, where it is enabled.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct WarmUp {
-    /// `podLabels`: a pod that carries all of them is warmed up; none where it is empty.
-    pub pod_labels: BTreeMap<String, String>,
-    /// `socketMount`: so is one that mounts the shared socket's directory.
-    pub socket_mount: bool,
-}
+use super::{Attestation, SharedSocket, WarmUp, reader::Section, values};
 
 /// Walks the section; the inner `None` is: nobody. `shared` is the shared socket, as far as it is known.
 pub(super) fn decode(

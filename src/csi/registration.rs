@@ -7,7 +7,7 @@ use tonic::{Request, Response, Status};
 use tracing::{error, info};
 
 use crate::{
-    config::PerPod,
+    csi::PerPod,
     proto::pluginregistration::{
         InfoRequest, PluginInfo, RegistrationStatus, RegistrationStatusResponse, registration_server::Registration,
     },

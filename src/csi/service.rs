@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     attest::{Reason, pods::Pods},
-    config::PerPod,
+    csi::PerPod,
     identity::Resolver,
     metrics::VERSION,
     proto::csi::v1::{

@@ -27,7 +27,7 @@ use crate::{
         pods::Pods,
     },
     caller::Authenticator,
-    config::PerPod,
+    csi::PerPod,
     listener,
     session::Sessions,
     shutdown::Shutdown,

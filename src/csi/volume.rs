@@ -14,7 +14,7 @@ use tonic::Status;
 
 use crate::{
     attest::mount::Claim,
-    config::PerPod,
+    csi::PerPod,
     identity::{
         PodRef,
         picks::{PROFILE, picked},

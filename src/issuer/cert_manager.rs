@@ -12,10 +12,9 @@ use tokio::time::{Instant, sleep_until};
 
 use crate::{
     cert_manager::{
-        CertificateRequest, CertificateRequestSpec, Csr, Reference, Status, USAGES, decode_pem, denied,
+        CertificateRequest, CertificateRequestSpec, Csr, IssuerRef, Reference, RequestNamespace, Status, USAGES, decode_pem, denied,
         verdict::{Verdict, Why},
     },
-    config,
     identity::PodRef,
     issuer::{Error, Issued, Issuer, Order, Phase, Retry, csr, verify},
     kubernetes::{Call, Cause, Failure},
@@ -44,6 +43,17 @@ const PENDING_LOG_AFTER: Duration = Duration::from_secs(60);
 /// The plural with its group, for people.
 const RESOURCE: &str = "certificaterequests.cert-manager.io";
 
+/// `issuer.certManager` of the configuration.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Settings {
+    /// `issuerRef`
+    pub issuer_ref: IssuerRef,
+    /// Where the requests are created.
+    pub namespace: RequestNamespace,
+    /// `trustStatusCA`: take `status.ca` of issued requests as a trust bundle source. Off unless said.
+    pub trust_status_ca: bool,
+}
+
 /// One configured issuer on top of the node's [`Requests`].
 pub struct CertManager {
     inner: Arc<Inner>,
@@ -51,14 +61,14 @@ pub struct CertManager {
 
 struct Inner {
     requests: Requests,
-    config: config::CertManager,
+    config: Settings,
     status_ca: Option<trust::Source>,
     preflight: preflight::Memo,
 }
 
 impl CertManager {
     /// The issuer of `config`. `status_ca` takes `status.ca` of every issued request as a bundle, where the operator said so.
-    pub fn new(requests: Requests, config: config::CertManager, status_ca: Option<trust::Source>) -> Self {
+    pub fn new(requests: Requests, config: Settings, status_ca: Option<trust::Source>) -> Self {
         let preflight = preflight::Memo::default();
         Self { inner: Arc::new(Inner { requests, config, status_ca, preflight }) }
     }
@@ -121,8 +131,8 @@ impl Inner {
 
     async fn checked(&self) -> Result<(), Error> {
         let namespace = match &self.config.namespace {
-            config::RequestNamespace::Fixed(namespace) => Some(namespace.clone()),
-            config::RequestNamespace::Workload => None,
+            RequestNamespace::Fixed(namespace) => Some(namespace.clone()),
+            RequestNamespace::Workload => None,
         };
         self.preflight.check(self.requests.client(), &self.config.issuer_ref, namespace).await
     }
@@ -195,9 +205,9 @@ impl Inner {
 
     fn namespace(&self, order: &Order) -> Result<Arc<str>, Error> {
         match (&self.config.namespace, &order.evidence) {
-            (config::RequestNamespace::Fixed(namespace), _) => Ok(namespace.as_str().into()),
-            (config::RequestNamespace::Workload, Some(pod)) => Ok(pod.namespace.clone()),
-            (config::RequestNamespace::Workload, None) => Err(Error::Configuration(format!(
+            (RequestNamespace::Fixed(namespace), _) => Ok(namespace.as_str().into()),
+            (RequestNamespace::Workload, Some(pod)) => Ok(pod.namespace.clone()),
+            (RequestNamespace::Workload, None) => Err(Error::Configuration(format!(
                 "issuer.certManager.namespace is \"workload\", but {} is asked for without a pod: name a namespace",
                 order.identity
             ))),

@@ -20,7 +20,7 @@ use tokio_stream::wrappers::UnboundedReceiverStream;
 use tower::{BoxError, Layer as _};
 
 use crate::{
-    config::RequestRate,
+    kubernetes::RequestRate,
     kubernetes::{Metrics, layer::Layer},
 };
 

@@ -20,7 +20,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 use tower::{BoxError, Service};
 
 use crate::{
-    config::RequestRate,
+    kubernetes::RequestRate,
     kubernetes::{
         ANSWER_TIMEOUT,
         metrics::{Code, Metrics, Resource, Verb, Wait},

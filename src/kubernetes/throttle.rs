@@ -19,7 +19,7 @@ use tokio::{
 };
 
 use crate::{
-    config::RequestRate,
+    kubernetes::RequestRate,
     kubernetes::metrics::{Resource, Verb},
 };
 

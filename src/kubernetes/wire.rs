@@ -26,7 +26,7 @@ use tokio::{
 };
 
 use crate::{
-    config::RequestRate,
+    kubernetes::RequestRate,
     kubernetes::{Metrics, fake::FakeApi},
 };
 

@@ -17,7 +17,7 @@ use nix::{
 };
 use rustix::thread::CapabilitySet;
 
-use crate::config::LockMemory;
+use crate::process::LockMemory;
 
 /// Where the kernel lists swap.
 const SWAPS: &str = "/proc/swaps";

@@ -1,9 +1,6 @@
 //! What a resource name selects. A name never authorises: it selects among what the attested identity may have.
 
-use crate::{
-    config,
-    identity::{Identity, TrustDomain},
-};
+use crate::identity::{Identity, TrustDomain};
 
 /// The explicit wildcard of the xDS protocol.
 pub const WILDCARD: &str = "*";
@@ -21,16 +18,31 @@ pub enum Target {
     Unknown,
 }
 
+/// The well-known resource names.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Names {
+    /// The workload's own certificate: `default`.
+    pub certificate: String,
+    /// The bundle of the agent's trust domain: `ROOTCA`.
+    pub bundle: String,
+}
+
+impl Default for Names {
+    fn default() -> Self {
+        Self { certificate: "default".into(), bundle: "ROOTCA".into() }
+    }
+}
+
 /// The names that the agent answers to.
 #[derive(Debug, Clone)]
 pub struct Directory {
-    names: config::Names,
+    names: Names,
     own_domain: String,
 }
 
 impl Directory {
     /// The configured names, and `spiffe://<trust domain>`.
-    pub fn new(names: config::Names, trust_domain: &TrustDomain) -> Self {
+    pub fn new(names: Names, trust_domain: &TrustDomain) -> Self {
         Self { names, own_domain: trust_domain.id() }
     }
 
@@ -78,7 +90,7 @@ mod tests {
         };
         let id = SpiffeId::new("spiffe://td/ns/a/sa/b").unwrap();
         let identity = Identity { spiffe_id: id, dns_names: [].into(), profile: Arc::new(profile), pod_uid: None, account: None };
-        let directory = Directory::new(config::Names::default(), &TrustDomain::new("td").unwrap());
+        let directory = Directory::new(Names::default(), &TrustDomain::new("td").unwrap());
         let target = |name: &str| directory.target(name, &identity);
 
         assert_eq!(target("default"), Target::Certificate);

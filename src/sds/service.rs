@@ -22,8 +22,8 @@ use super::{
 use crate::{
     caller::Connection,
     clock::Clock,
-    config::Limits,
     grpc::{self, Body, Incoming},
+    limits::Limits,
     material::{Svid, Variant},
     store::Store,
     trust::{Bundle, BundleSet},

@@ -17,7 +17,7 @@ use std::{
 use tokio::time::Instant;
 
 use super::metrics::{Refusal, Rejection};
-use crate::{attest::origin::Origin, config::Limits};
+use crate::{attest::origin::Origin, limits::Limits};
 
 /// Who holds fewer is served from the reserve. An Envoy has one connection, and a stream for each secret.
 const RESERVE_ELIGIBLE_BELOW: usize = 4;

@@ -19,7 +19,7 @@ use super::{FIRST_CALL_TIMEOUT, Prefetch, Prefetcher};
 use crate::{
     attest::pods::{Pod, Pods, Starting},
     clock::Clock,
-    config::WarmUp,
+    warm::WarmUp,
 };
 
 /// Certificates that are made ahead of calls at once: half of what rotation makes at once, so that on a node that boots nobody who has

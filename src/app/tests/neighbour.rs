@@ -12,17 +12,16 @@ use tracing::subscriber::DefaultGuard;
 
 use super::*;
 use crate::{
-    cert_manager::naming::Agent,
+    cert_manager::{IssuerRef, RequestNamespace, naming::Agent},
     clock::TestClock,
-    config::{CertManager as Reference, IssuerRef, NodeEnvironment, RequestNamespace, RequestRate},
-    identity::{Identity, IssuerName, PodRef, Profile, tests::identity},
+    identity::{Identity, IssuerName, NodeEnvironment, PodRef, Profile, tests::identity},
     issuer::{
         Issuer,
-        cert_manager::{CertManager, Metrics as RequestMetrics, Requests},
+        cert_manager::{CertManager, Metrics as RequestMetrics, Requests, Settings},
         embedded::Embedded,
     },
     kubernetes::{
-        self,
+        self, RequestRate,
         fake::FakeApi,
         metrics::{Code, Resource, Verb},
         wire::{Fault, Seen, Wire, http},
@@ -102,7 +101,7 @@ impl World {
         );
         let issuers = ["mesh", "other"].map(|name| {
             let issuer_ref = IssuerRef { name: format!("{name}-ca"), kind: "ClusterIssuer".into(), group: "cert-manager.io".into() };
-            let config = Reference { issuer_ref, namespace: namespace.clone(), trust_status_ca: false };
+            let config = Settings { issuer_ref, namespace: namespace.clone(), trust_status_ca: false };
             (IssuerName(name.into()), Arc::new(CertManager::new(requests.clone(), config, None)) as Arc<dyn Issuer>)
         });
         let (store, events) = Store::new();

@@ -5,9 +5,9 @@ use std::{collections::BTreeMap, sync::Arc};
 use super::*;
 use crate::{
     approver::rules::Guarded,
-    cert_manager::{CertificateRequestSpec, Condition, Csr, Reference, Status},
-    config::{CertManager, RequestNamespace},
+    cert_manager::{CertificateRequestSpec, Condition, Csr, Reference, RequestNamespace, Status},
     identity::{IssuerName, KeyType, Pattern, Profile, Resolver, TrustDomain},
+    issuer::cert_manager,
 };
 
 const AGENT: &str = "system:serviceaccount:sds-agent:sds-agent";
@@ -31,7 +31,8 @@ pub(crate) fn rules() -> Rules {
         epoch: 0,
     };
     let namespace = RequestNamespace::Fixed("sds-agent".into());
-    let CertManager { issuer_ref: issuer, namespace, .. } = CertManager { issuer_ref: issuer_ref(), namespace, trust_status_ca: false };
+    let cert_manager::Settings { issuer_ref: issuer, namespace, .. } =
+        cert_manager::Settings { issuer_ref: issuer_ref(), namespace, trust_status_ca: false };
     Rules {
         agents: [AGENT.to_owned()].into(),
         issuers: vec![Guarded { name: IssuerName("default".into()), issuer, namespace }],

@@ -11,13 +11,13 @@ use serde_json::Value;
 
 use super::report::Step;
 use crate::{
-    cert_manager::{CertificateRequest, GROUP, Status, keys, naming::node_label, verdict::Verdict},
+    cert_manager::{CertificateRequest, GROUP, IssuerRef, RequestNamespace, Status, keys, naming::node_label, verdict::Verdict},
     cli::Exit,
     clock::{self, Clock, SystemClock},
-    config::{CertManager, Config, IssuerConfig, IssuerRef, RequestNamespace},
+    config::{Config, IssuerConfig},
     issuer::{
         Error,
-        cert_manager::{self, vault},
+        cert_manager::{self, Settings, vault},
     },
     kubernetes::{self, Call, Cause, Failure},
     text,
@@ -34,7 +34,7 @@ type Request = Object<NotUsed, Status>;
 
 /// Each issuer of cert-manager's that the configuration names, and this node's requests.
 pub(super) async fn look(config: &Config) -> Vec<Step> {
-    let issuers: Vec<&CertManager> = config.issuers.values().filter_map(of_cert_manager).collect();
+    let issuers: Vec<&Settings> = config.issuers.values().filter_map(of_cert_manager).collect();
     if issuers.is_empty() {
         return Vec::new();
     }
@@ -54,14 +54,14 @@ pub(super) async fn look(config: &Config) -> Vec<Step> {
     steps
 }
 
-fn of_cert_manager(issuer: &IssuerConfig) -> Option<&CertManager> {
+fn of_cert_manager(issuer: &IssuerConfig) -> Option<&Settings> {
     match issuer {
         IssuerConfig::CertManager(issuer) => Some(issuer),
         IssuerConfig::Embedded => None,
     }
 }
 
-async fn issuer(config: &Config, client: &Client, issuer: &CertManager) -> Step {
+async fn issuer(config: &Config, client: &Client, issuer: &Settings) -> Step {
     let (name, reference) = ("issuer", &issuer.issuer_ref);
     let title = format!("{} {}", reference.kind, reference.name);
     let namespace = match &issuer.namespace {

@@ -156,7 +156,7 @@ mod tests {
 
     #[test]
     fn memory_that_is_locked_or_need_not_be_is_fine() {
-        let never = Config { lock_memory: config::LockMemory::Never, ..config() };
+        let never = Config { lock_memory: crate::process::LockMemory::Never, ..config() };
         assert_eq!(memory_lock(&never, Some(true)).result, Outcome::Ok);
         let step = memory_lock(&never, Some(false));
         assert_eq!((step.result, &*step.detail), (Outcome::Ok, "the agent's memory is not locked: keys.lockMemory is never"));

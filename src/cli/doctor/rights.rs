@@ -5,9 +5,9 @@ use kube::{Api, Client, api::PostParams};
 
 use super::{cluster::failed, report::Step};
 use crate::{
-    cert_manager::GROUP,
+    cert_manager::{GROUP, RequestNamespace},
     cli::Exit,
-    config::{Attestation, Config, IssuerConfig, RequestNamespace, TrustSource},
+    config::{Attestation, Config, IssuerConfig, TrustSource},
     kubernetes::{Call, Failure},
 };
 

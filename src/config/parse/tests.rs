@@ -4,8 +4,12 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::{
-    config::{CertManager, IssuerConfig, IssuerRef, PerPod, RequestNamespace, SharedSocket, WarmUp},
+    cert_manager::{IssuerRef, RequestNamespace},
+    config::{IssuerConfig, SharedSocket},
+    csi::PerPod,
     identity::{IssuerName, KeyType, PodRef},
+    issuer::cert_manager,
+    warm::WarmUp,
 };
 
 mod mistakes;
@@ -73,7 +77,7 @@ fn the_sample_of_the_design_is_understood_and_says_what_the_defaults_say() {
     let least = load(LEAST);
     assert_eq!(least.warnings, []);
     let issuer = |name: &str| {
-        IssuerConfig::CertManager(CertManager {
+        IssuerConfig::CertManager(cert_manager::Settings {
             issuer_ref: IssuerRef { name: name.into(), kind: "ClusterIssuer".into(), group: "cert-manager.io".into() },
             namespace: RequestNamespace::Fixed("sds-agent".into()),
             trust_status_ca: false,

@@ -16,8 +16,8 @@ use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
 use crate::{
+    cert_manager::IssuerRef,
     cert_manager::{GROUP, Status},
-    config::IssuerRef,
     issuer::{Error, Retry, cert_manager::api_error},
     kubernetes::{Call, Cause, Failure},
     text,

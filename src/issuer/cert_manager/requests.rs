@@ -17,12 +17,12 @@ use tokio::{sync::mpsc, time::timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    cert_manager::RequestNamespace,
     cert_manager::{
         REQUESTS_PER_PAGE, keys,
         naming::{Agent, node_label},
     },
     clock::{self, Clock},
-    config::RequestNamespace,
     issuer::{
         Error, Retry,
         cert_manager::{

@@ -42,7 +42,7 @@ pub(super) fn orphans(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{config::NodeEnvironment, identity::PodRef};
+    use crate::{identity::NodeEnvironment, identity::PodRef};
 
     #[test]
     fn only_requests_of_agents_that_have_gone_are_taken() {

@@ -9,10 +9,9 @@ use tokio_util::sync::CancellationToken;
 
 use super::*;
 use crate::{
-    cert_manager::{keys, naming::Agent},
+    cert_manager::{IssuerRef, RequestNamespace, keys, naming::Agent},
     clock::TestClock,
-    config::{IssuerRef, NodeEnvironment, RequestNamespace},
-    identity::{Identity, IssuerName, Profile, SpiffeId, tests::profile},
+    identity::{Identity, IssuerName, NodeEnvironment, Profile, SpiffeId, tests::profile},
     issuer::{Progress, Stage},
     kubernetes::{
         self,
@@ -72,7 +71,7 @@ impl World {
             kube_metrics,
             metrics.clone(),
         );
-        let config = config::CertManager { issuer_ref, namespace, trust_status_ca: false };
+        let config = Settings { issuer_ref, namespace, trust_status_ca: false };
         let shutdown = CancellationToken::new();
         let running = tokio::spawn({
             let (requests, shutdown) = (requests.clone(), shutdown.clone());

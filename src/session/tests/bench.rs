@@ -12,7 +12,6 @@ use super::super::*;
 use crate::{
     attest::{self, Attested, Attestor, Method},
     clock::{Clock, SystemClock},
-    config,
     identity::{IssuerName, PodRef, Resolver, TrustDomain, Workload, tests::identity},
     issuer::{Issuer, embedded::Embedded},
     listener, rotation,
@@ -117,7 +116,7 @@ impl Agent {
         let sds = Arc::new(sds::service::Service {
             store,
             trust: trust.subscribe(),
-            directory: sds::names::Directory::new(config::Names::default(), &domain),
+            directory: sds::names::Directory::new(sds::names::Names::default(), &domain),
             clock: clock.clone(),
             limits: limits.clone(),
             metrics: sds::metrics::Metrics::default(),

@@ -13,7 +13,6 @@ use crate::{
     attest::{self, Attested, Attestor, Method, Reason, origin::Origin},
     caller::{Authenticator, Refusals},
     clock::TestClock,
-    config,
     identity::{IssuerName, PodRef, Profile, Resolver, TrustDomain, Workload, tests::identity},
     issuer::{self, Issued, Issuer, Order, Retry, embedded::Embedded},
     material::TrustBundle,
@@ -157,7 +156,7 @@ impl Bench {
         let service = Service {
             store,
             trust: trust.subscribe(),
-            directory: Directory::new(config::Names::default(), &domain),
+            directory: Directory::new(crate::sds::names::Names::default(), &domain),
             clock: Arc::new(clock.clone()),
             limits: Limits { message_bytes: 4096, names_per_stream: 4, ..Limits::default() },
             metrics: Metrics::default(),
