@@ -45,7 +45,7 @@ use crate::{
 
 use reload::{ConfigChannels, Reload};
 
-mod approver;
+pub mod approver;
 mod identity_users;
 mod inventory;
 mod parts;

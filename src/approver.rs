@@ -41,16 +41,13 @@ pub mod limit;
 pub mod metrics;
 pub mod pods;
 pub mod queue;
-pub mod reload;
 pub mod replicas;
 pub mod role;
 pub mod rules;
-pub mod settings;
 
 pub use active_rules::ActiveRules;
 pub use metrics::Metrics;
 pub use pods::Pods;
-pub use settings::Settings;
 
 use desk::{Outcome, Reconciler};
 use queue::{Key, Queue, key};

@@ -6,19 +6,22 @@ use futures::FutureExt;
 use tokio::{net::TcpListener, task::JoinSet};
 use tracing::{error, info};
 
+use self::reload::Reload;
 use super::Base;
 use crate::{
     admin,
-    approver::{
-        self, Approver, Pods, Settings,
-        reload::{self, Reload},
-    },
+    approver::{self, Approver, Pods},
     clock::SystemClock,
     config::reloads,
     kubernetes,
     readiness::{self, Readiness},
     shutdown::{Drained, Shutdown},
 };
+
+pub mod reload;
+pub mod settings;
+
+pub use settings::Settings;
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::app::approver";

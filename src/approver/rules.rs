@@ -5,23 +5,11 @@ use std::{collections::BTreeSet, sync::Arc, time::Duration};
 use crate::{
     attest::pods::Pod,
     cert_manager::{IssuerRef, RequestNamespace},
-    config::{Attestation, Config, IssuerConfig},
     identity::{Error, Identity, IssuerName, KeyType, Pattern, Profile, Resolver},
 };
 
 /// The group of an issuer that names none.
 const GROUP: &str = crate::cert_manager::GROUP;
-
-/// Why a configuration gives an approver nothing to do.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum Unfit {
-    /// An issuer that does not go through cert-manager.
-    #[error("issuer {0}: an approver decides about requests of cert-manager, and this issuer makes none; use issuer.certManager")]
-    NoRequests(IssuerName),
-    /// Identities that are no pods'.
-    #[error("attestation: an approver derives what a pod may have, and `attestation: unix` knows no pods; use kubernetes")]
-    NoPods,
-}
 
 /// One issuer whose requests are judged.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -80,26 +68,6 @@ pub struct Expectation {
 }
 
 impl Rules {
-    /// The rules of a configuration.
-    pub fn of(config: &Config) -> Result<Self, Unfit> {
-        if config.attestation == Attestation::Unix {
-            return Err(Unfit::NoPods);
-        }
-        let guarded = |(name, issuer): (&IssuerName, &IssuerConfig)| match issuer {
-            IssuerConfig::CertManager(asked) => {
-                Ok(Guarded { name: name.clone(), issuer: asked.issuer_ref.clone(), namespace: asked.namespace.clone() })
-            }
-            IssuerConfig::Embedded => Err(Unfit::NoRequests(name.clone())),
-        };
-        Ok(Self {
-            agents: config.approver.agents.iter().cloned().collect(),
-            issuers: config.issuers.iter().map(guarded).collect::<Result<_, _>>()?,
-            resolver: config.resolver(),
-            annotations: config.approver.annotations.clone(),
-            overlap: config.approver.overlap,
-        })
-    }
-
     /// Whether requests of `issuer` in `namespace` are the approver's to judge.
     pub fn guard(&self, issuer: &IssuerRef, namespace: &str) -> bool {
         self.issuers.iter().any(|guarded| guarded.takes(issuer, namespace))
@@ -138,46 +106,5 @@ impl Rules {
             issuer: guarded.issuer.clone(),
             namespace,
         })
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use serde_json::Value;
-
-    use super::*;
-    use crate::cert_manager::USAGES;
-
-    /// The documents of a manifest.
-    fn objects(text: &str) -> Vec<Value> {
-        text.split("\n---\n").map(|document| serde_saphyr::from_str(document).unwrap()).collect()
-    }
-
-    /// One fact stands in four places of `daemonset/`, because neither RBAC nor a policy reads the agents' configuration.
-    #[test]
-    fn what_is_installed_says_the_same_in_all_places() {
-        let map = objects(include_str!("../../daemonset/base/config.yaml")).remove(0);
-        let told = |key: &str| map["data"][key].as_str().unwrap();
-        let env = |name: &str| match name {
-            "POD_NAMESPACE" => map["metadata"]["namespace"].as_str().map(str::to_owned),
-            "NODE_NAME" | "POD_NAME" | "POD_UID" => Some("x".to_owned()),
-            _ => None,
-        };
-        let loaded = Config::parse(told("config.yaml"), &env).unwrap();
-        assert_eq!(loaded.warnings, []);
-        let rules = Rules::of(&loaded.config).unwrap();
-        assert_eq!(told("agentUsernames").lines().map(str::to_owned).collect::<BTreeSet<_>>(), rules.agents);
-        let [guarded] = &rules.issuers[..] else { panic!("{:?}", rules.issuers) };
-        assert_eq!(told("issuers").lines().collect::<Vec<_>>(), [format!("{}/{}", guarded.issuer.kind, guarded.issuer.name)]);
-        assert!(humantime::parse_duration(told("maxDuration")).unwrap() >= rules.resolver.default_profile.lifetime);
-
-        let roles = objects(include_str!("../../daemonset/approver/rbac.yaml"));
-        let signers =
-            roles.iter().flat_map(|role| role["rules"].as_array().into_iter().flatten()).find(|rule| rule["resources"][0] == "signers");
-        let signer = format!("{}s.{}/{}", guarded.issuer.kind.to_lowercase(), guarded.issuer.group, guarded.issuer.name);
-        assert_eq!(signers.unwrap()["resourceNames"], serde_json::json!([signer]));
-
-        let usages = format!("[{}]", USAGES.map(|usage| format!("'{usage}'")).join(", "));
-        assert!(include_str!("../../daemonset/approver/policy.yaml").contains(&usages), "{usages}");
     }
 }

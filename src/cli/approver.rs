@@ -6,8 +6,10 @@ use tracing::warn;
 
 use super::{Exit, output, run::serve};
 use crate::{
-    app::{self, Base},
-    approver::{Settings, reload},
+    app::{
+        self, Base,
+        approver::{Settings, reload},
+    },
     config::Env,
     shutdown::{Drained, Shutdown},
     telemetry::{self, Log},

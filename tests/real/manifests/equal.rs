@@ -226,7 +226,7 @@ async fn values_reach_all_that_has_to_know_of_them() {
     let env = |name: &str| matches!(name, "NODE_NAME" | "POD_NAMESPACE" | "POD_NAME" | "POD_UID").then(|| "mesh".to_owned());
     let loaded = sds_agent::config::Config::load(&config, &env).unwrap();
     assert_eq!(loaded.warnings, []);
-    let rules = sds_agent::approver::rules::Rules::of(&loaded.config).unwrap();
+    let rules = sds_agent::app::approver::settings::rules(&loaded.config).unwrap();
     assert_eq!(rules.agents.iter().collect::<Vec<_>>(), ["system:serviceaccount:mesh:sds-agent"]);
     assert_eq!(rules.issuers.len(), 3);
 }

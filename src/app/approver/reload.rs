@@ -7,11 +7,9 @@ use std::{path::PathBuf, sync::Arc};
 use tokio::{sync::watch, time::Instant};
 use tracing::{error, info, warn};
 
-use super::{
-    active_rules::ActiveRules,
-    settings::{Refused, Settings},
-};
+use super::settings::{Refused, Settings};
 use crate::{
+    approver::active_rules::ActiveRules,
     config::{
         Config, Env, MAX_FILE_BYTES, Warning,
         reloads::{Metrics, Outcome},

@@ -1,0 +1,147 @@
+//! What an approver takes from the agents' configuration file.
+
+use std::{io, path::Path};
+
+use crate::{
+    approver::rules::{Guarded, Rules},
+    config::{Attestation, Config, Env, Errors, IssuerConfig, Loaded, Warning},
+    identity::IssuerName,
+};
+
+/// A configuration that an approver can use.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// All of it.
+    pub config: Config,
+    /// What it decides by.
+    pub rules: Rules,
+    /// What of it concerns the approver; agents tell the rest.
+    pub warnings: Vec<Warning>,
+}
+
+/// Why a configuration gives an approver nothing to do.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Unfit {
+    /// An issuer that does not go through cert-manager.
+    #[error("issuer {0}: an approver decides about requests of cert-manager, and this issuer makes none; use issuer.certManager")]
+    NoRequests(IssuerName),
+    /// Identities that are no pods'.
+    #[error("attestation: an approver derives what a pod may have, and `attestation: unix` knows no pods; use kubernetes")]
+    NoPods,
+}
+
+/// Why a configuration cannot be used.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Refused {
+    /// The file is wrong.
+    #[error(transparent)]
+    Invalid(#[from] Errors),
+    /// It is right, and gives an approver nothing to do.
+    #[error(transparent)]
+    Unfit(#[from] Unfit),
+}
+
+impl Settings {
+    /// Reads the file at `path`, with what the environment adds.
+    pub fn load(path: &Path, env: Env<'_>) -> Result<Self, Refused> {
+        Self::of(Config::load(path, &anywhere(env))?)
+    }
+
+    /// The same of what was found at `path`.
+    pub fn of_content(path: &Path, content: Result<&[u8], &io::Error>, env: Env<'_>) -> Result<Self, Refused> {
+        Self::of(Config::of_content(path, content, &anywhere(env))?)
+    }
+
+    fn of(loaded: Loaded) -> Result<Self, Refused> {
+        let Loaded { config, warnings } = loaded;
+        let rules = rules(&config)?;
+        let warnings = warnings.into_iter().filter(|warning| warning.path.starts_with("approver")).collect();
+        Ok(Self { config, rules, warnings })
+    }
+
+    /// The fields that the approver uses, and in which the two differ though it goes by them from its start only.
+    pub(super) fn needing_restart(&self, started: &Config) -> Vec<&'static str> {
+        let (one, other) = (&self.config, started);
+        let driver = |config: &Config| config.per_pod.as_ref().map(|per_pod| per_pod.driver_name.clone());
+        let fields = [
+            ("sockets.perPod.driverName", driver(one) != driver(other)),
+            ("drain", one.drain != other.drain),
+            ("admin.address", one.admin != other.admin),
+            ("metrics.address", one.metrics != other.metrics),
+            ("workerThreads", one.worker_threads != other.worker_threads),
+        ];
+        fields.into_iter().filter_map(|(field, differs)| differs.then_some(field)).collect()
+    }
+}
+
+/// An approver belongs to no node, and owns no requests: what agents miss without it is not missed here.
+fn anywhere<'a>(env: Env<'a>) -> impl Fn(&str) -> Option<String> + Sync + 'a {
+    move |name| match name {
+        "NODE_NAME" => Some("none".to_owned()),
+        "POD_NAME" | "POD_UID" => env(name).or_else(|| Some("sds-agent-approver".to_owned())),
+        _ => env(name),
+    }
+}
+
+/// The rules of a configuration.
+pub fn rules(config: &Config) -> Result<Rules, Unfit> {
+    if config.attestation == Attestation::Unix {
+        return Err(Unfit::NoPods);
+    }
+    let guarded = |(name, issuer): (&IssuerName, &IssuerConfig)| match issuer {
+        IssuerConfig::CertManager(asked) => {
+            Ok(Guarded { name: name.clone(), issuer: asked.issuer_ref.clone(), namespace: asked.namespace.clone() })
+        }
+        IssuerConfig::Embedded => Err(Unfit::NoRequests(name.clone())),
+    };
+    Ok(Rules {
+        agents: config.approver.agents.iter().cloned().collect(),
+        issuers: config.issuers.iter().map(guarded).collect::<Result<_, _>>()?,
+        resolver: config.resolver(),
+        annotations: config.approver.annotations.clone(),
+        overlap: config.approver.overlap,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use serde_json::Value;
+
+    use super::*;
+    use crate::cert_manager::USAGES;
+
+    /// The documents of a manifest.
+    fn objects(text: &str) -> Vec<Value> {
+        text.split("\n---\n").map(|document| serde_saphyr::from_str(document).unwrap()).collect()
+    }
+
+    /// One fact stands in four places of `daemonset/`, because neither RBAC nor a policy reads the agents' configuration.
+    #[test]
+    fn what_is_installed_says_the_same_in_all_places() {
+        let map = objects(include_str!("../../../daemonset/base/config.yaml")).remove(0);
+        let told = |key: &str| map["data"][key].as_str().unwrap();
+        let env = |name: &str| match name {
+            "POD_NAMESPACE" => map["metadata"]["namespace"].as_str().map(str::to_owned),
+            "NODE_NAME" | "POD_NAME" | "POD_UID" => Some("x".to_owned()),
+            _ => None,
+        };
+        let loaded = Config::parse(told("config.yaml"), &env).unwrap();
+        assert_eq!(loaded.warnings, []);
+        let rules = rules(&loaded.config).unwrap();
+        assert_eq!(told("agentUsernames").lines().map(str::to_owned).collect::<BTreeSet<_>>(), rules.agents);
+        let [guarded] = &rules.issuers[..] else { panic!("{:?}", rules.issuers) };
+        assert_eq!(told("issuers").lines().collect::<Vec<_>>(), [format!("{}/{}", guarded.issuer.kind, guarded.issuer.name)]);
+        assert!(humantime::parse_duration(told("maxDuration")).unwrap() >= rules.resolver.default_profile.lifetime);
+
+        let roles = objects(include_str!("../../../daemonset/approver/rbac.yaml"));
+        let signers =
+            roles.iter().flat_map(|role| role["rules"].as_array().into_iter().flatten()).find(|rule| rule["resources"][0] == "signers");
+        let signer = format!("{}s.{}/{}", guarded.issuer.kind.to_lowercase(), guarded.issuer.group, guarded.issuer.name);
+        assert_eq!(signers.unwrap()["resourceNames"], serde_json::json!([signer]));
+
+        let usages = format!("[{}]", USAGES.map(|usage| format!("'{usage}'")).join(", "));
+        assert!(include_str!("../../../daemonset/approver/policy.yaml").contains(&usages), "{usages}");
+    }
+}
