@@ -22,11 +22,7 @@ use std::{
 
 use futures::future::BoxFuture;
 use sds_agent::{
-    attest::{
-        Attested, Attestor, Error, Method,
-        origin::{ByPod, Origins},
-        unix::UnixAttestor,
-    },
+    attest::{Attested, Attestor, Error, Method, kubernetes::CgroupOrigins, origin::Origins, unix::UnixAttestor},
     limits::Limits,
     peer::Peer,
 };
@@ -79,7 +75,7 @@ fn main() {
 
 /// Everybody is the same user, and whoever has a cgroup file is a pod.
 #[derive(Debug)]
-struct Pods(ByPod);
+struct Pods(Arc<CgroupOrigins>);
 
 impl Attestor for Pods {
     fn method(&self) -> Method {
@@ -99,7 +95,7 @@ impl Attestor for Pods {
 async fn serve(proc: PathBuf, socket: &Path) {
     let mut config = agent::config(socket);
     config.limits = Limits::default();
-    agent::start_as(&config, Arc::new(Pods(ByPod::new(proc, Arc::default()))), Timed::new()).await;
+    agent::start_as(&config, Arc::new(Pods(Arc::new(CgroupOrigins::new(proc, Arc::default())))), Timed::new()).await;
     for line in std::io::stdin().lines() {
         drop(line);
     }

@@ -46,6 +46,7 @@ use crate::{
 use reload::{ConfigChannels, Reload};
 
 pub mod approver;
+pub mod config_map_source;
 mod identity_users;
 mod inventory;
 mod parts;

@@ -11,7 +11,6 @@ use std::{
     sync::Arc,
 };
 
-pub mod picks;
 mod profile;
 mod resolver;
 mod rule;
@@ -99,7 +98,7 @@ pub enum Workload {
         service_account: Option<Arc<str>>,
         /// Its labels: what the pod's object says, whatever the process says.
         labels: Arc<BTreeMap<String, String>>,
-        /// The profile that it picks by the volume through which it calls, see [`picks`]; none on the shared socket.
+        /// The profile that it picks by the volume through which it calls, the `picks` of its pod; none on the shared socket.
         picked: Option<Arc<str>>,
     },
     /// A process of a local user, for development and bare machines.

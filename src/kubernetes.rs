@@ -22,6 +22,7 @@ pub mod fake;
 pub mod layer;
 pub mod metrics;
 pub mod object;
+pub mod pod;
 mod retry_after;
 mod throttle;
 pub mod watch;

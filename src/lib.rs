@@ -73,3 +73,5 @@ pub mod text;
 
 #[cfg(test)]
 mod interfaces;
+#[cfg(test)]
+mod metrics_reference;

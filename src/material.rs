@@ -26,6 +26,7 @@ use zeroize::Zeroizing;
 use crate::{
     clock,
     identity::{Identity, SpiffeId},
+    text::hex,
 };
 
 /// No PEM input larger than this is read: a bundle or chain of this size is a mistake or an attack.
@@ -400,12 +401,6 @@ pub fn is_current_authority(authority: &str, profile: &[u8; 32], bundle: Option<
         Some(bundle) => bundle.roots().iter().any(|root| authority_digest(profile, Some(root)) == authority),
         None => authority_digest(profile, None) == authority,
     }
-}
-
-/// Lower-case hexadecimal.
-pub fn hex(bytes: &[u8]) -> String {
-    const DIGITS: &[u8; 16] = b"0123456789abcdef";
-    bytes.iter().flat_map(|b| [DIGITS[usize::from(b >> 4)], DIGITS[usize::from(b & 15)]]).map(char::from).collect()
 }
 
 fn certificates_from_pem(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, Error> {

@@ -13,8 +13,6 @@ use prometheus_client::{
 
 mod format;
 mod process;
-#[cfg(test)]
-pub(crate) mod reference;
 
 /// Every variant of a label's type: one that is forgotten does not compile.
 macro_rules! every {

@@ -305,5 +305,11 @@ fn list(text: &str, least: usize, signs: &str, item: impl Fn(&str) -> Option<usi
     spans
 }
 
+/// Lower-case hexadecimal.
+pub fn hex(bytes: &[u8]) -> String {
+    const DIGITS: &[u8; 16] = b"0123456789abcdef";
+    bytes.iter().flat_map(|b| [DIGITS[usize::from(b >> 4)], DIGITS[usize::from(b & 15)]]).map(char::from).collect()
+}
+
 #[cfg(test)]
 pub(crate) mod tests;

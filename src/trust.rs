@@ -30,7 +30,6 @@ use crate::{
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::trust";
 
-pub mod config_map;
 pub mod crl;
 pub mod file;
 
@@ -59,7 +58,7 @@ impl Bundle {
             let mut hash = digest::Context::new(&digest::SHA256);
             hash.update(version.as_bytes());
             crls.iter().for_each(|list| hash.update(list.der()));
-            version = format!("b-{}", material::hex(&hash.finish().as_ref()[..8]));
+            version = format!("b-{}", crate::text::hex(&hash.finish().as_ref()[..8]));
         }
         Self { roots, crls, version, encoded: EncodedCache::default() }
     }

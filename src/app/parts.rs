@@ -8,6 +8,7 @@ use tracing::warn;
 
 use super::{Base, Deps, upstream};
 use crate::{
+    app::config_map_source::ConfigMapSource,
     attest::{self, Attestor, kubernetes::KubernetesAttestor, pods::Pods},
     clock::{Clock, SystemClock},
     config::{Attestation, Config, IssuerConfig, TrustSource},
@@ -16,7 +17,7 @@ use crate::{
     kubernetes, peer,
     readiness::Readiness,
     rotation,
-    trust::{self, Trust, config_map::ConfigMapSource, file::FileSource},
+    trust::{self, Trust, file::FileSource},
 };
 
 /// Of the log's lines.

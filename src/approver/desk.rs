@@ -25,11 +25,10 @@ use crate::{
         pods::Pods,
         queue::WorkItem,
     },
-    attest::pods::Pod,
     cert_manager::{Condition, PLURAL, Request, claims, denied},
     clock::{self, Clock},
     identity::PodRef,
-    kubernetes::{Call, Cause, Failure},
+    kubernetes::{Call, Cause, Failure, pod::Pod},
     telemetry::hush::LogLimiter,
 };
 

@@ -14,10 +14,9 @@ use crate::{
         desk::APPROVER,
         rules::{Expectation, Rules},
     },
-    attest::pods::Pod,
-    cert_manager::IssuerRef,
-    cert_manager::{Condition, GROUP, Request, USAGES, claims, csr, denied, keys},
+    cert_manager::{Condition, GROUP, IssuerRef, Request, USAGES, claims, csr, denied, keys},
     identity::PodRef,
+    kubernetes::pod::Pod,
     text,
 };
 

@@ -17,11 +17,11 @@ use tokio::sync::watch;
 
 use super::replicas::{Replicas, Standing};
 use crate::{
-    attest::pods::{Pod, Slim},
     identity::PodRef,
     kubernetes::{
         self, Call, Cause, Failure,
         metrics::Resource,
+        pod::{Pod, PodObject},
         watch::{Selection, Signal},
     },
 };
@@ -95,7 +95,7 @@ impl Pods {
 
     /// Reads the pod of this namespace and name live; none where there is none.
     pub async fn read(&self, pod: &PodRef) -> Result<Option<Pod>, Failure> {
-        let api: Api<Slim> = Api::namespaced(self.0.client.clone(), &pod.namespace);
+        let api: Api<PodObject> = Api::namespaced(self.0.client.clone(), &pod.namespace);
         let call = Call { verb: "get", resource: "pods", name: Some(&pod.name), namespace: None };
         match api.get(&pod.name).await {
             Ok(slim) => Ok(Pod::of(&slim, self.0.driver.as_deref())),
@@ -108,7 +108,7 @@ impl Pods {
 
     /// Watches for ever.
     pub async fn run(&self) {
-        let api: Api<Slim> = Api::all(self.0.client.clone());
+        let api: Api<PodObject> = Api::all(self.0.client.clone());
         let config = watcher::Config::default().page_size(PODS_PER_PAGE);
         let selection = Selection { resource: Resource::pods, name: "pods".to_owned(), namespace: None, config };
         let mut signals = Box::pin(kubernetes::watch::watch(api, selection, self.0.metrics.clone()));
@@ -165,7 +165,7 @@ impl Pods {
         self.0.standing.send_if_modified(|before| std::mem::replace(before, standing) != standing);
     }
 
-    fn applied(&self, slim: &Slim) -> Option<Arc<str>> {
+    fn applied(&self, slim: &PodObject) -> Option<Arc<str>> {
         let pod = Pod::of(slim, self.0.driver.as_deref())?;
         let uid = pod.pod.uid.clone();
         self.replicas().applied(slim, &pod);

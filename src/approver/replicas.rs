@@ -10,8 +10,8 @@ use std::{
 };
 
 use crate::{
-    attest::pods::{Pod, Slim},
     identity::PodRef,
+    kubernetes::pod::{Pod, PodObject},
 };
 
 /// Where this replica stands among the others.
@@ -64,7 +64,7 @@ impl Replicas {
     }
 
     /// A pod is there, or has changed. `slim` is the object of `pod`.
-    pub fn applied(&mut self, slim: &Slim, pod: &Pod) {
+    pub fn applied(&mut self, slim: &PodObject, pod: &Pod) {
         if self.own.as_ref().is_none_or(|own| own.namespace != pod.pod.namespace) {
             return;
         }
@@ -145,7 +145,7 @@ mod tests {
     }
 
     fn apply(replicas: &mut Replicas, object: &Value) -> Rank {
-        let slim: Slim = serde_json::from_value(object.clone()).unwrap();
+        let slim: PodObject = serde_json::from_value(object.clone()).unwrap();
         replicas.applied(&slim, &Pod::of(&slim, None).unwrap());
         replicas.standing().rank
     }

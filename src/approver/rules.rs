@@ -3,9 +3,9 @@
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use crate::{
-    attest::pods::Pod,
     cert_manager::{IssuerRef, RequestNamespace},
     identity::{Error, Identity, IssuerName, KeyType, Pattern, Profile, Resolver},
+    kubernetes::pod::Pod,
 };
 
 /// The group of an issuer that names none.

@@ -6,7 +6,14 @@
 //! anything deeper is ignored. Hierarchies that contradict each other are an error, never a guess. A container's id without a pod's UID
 //! is no evidence. Only this file is: mounts can be forged.
 
-use std::fmt;
+use std::{
+    fmt,
+    fs::File,
+    io::{self, Read},
+};
+
+/// No cgroup file is longer: a dozen hierarchies, each with a path of at most 4,096 bytes.
+const MAX_CGROUP_BYTES: u64 = 64 << 10;
 
 /// The UID of a pod, as the API writes it; of a static pod, as the kubelet writes it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -216,6 +223,17 @@ fn evidence(file: &str) -> String {
         Some((end, _)) => format!("{}…", &text[..end]),
         None => text,
     }
+}
+
+/// All of a cgroup file. Names need not be text; what is none stands for no name that matters.
+pub fn read(file: io::Result<File>) -> io::Result<String> {
+    let mut bytes = Vec::new();
+    file?.take(MAX_CGROUP_BYTES + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > MAX_CGROUP_BYTES {
+        // What a part of it says is not what it says.
+        return Err(io::Error::new(io::ErrorKind::InvalidData, format!("more than {MAX_CGROUP_BYTES} bytes")));
+    }
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
 #[cfg(test)]

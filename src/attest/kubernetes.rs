@@ -3,13 +3,7 @@
 //! The order is the proof: the handle was taken first ([`Peer`]), the evidence is read while it lives, and that it still lives is asked
 //! last. The caller keeps the [`Peer`] for as long as the connection: with it ends the watch for the end of the process.
 
-use std::{
-    fmt,
-    fs::File,
-    io::{self, Read},
-    path::PathBuf,
-    sync::Arc,
-};
+use std::{fmt, fs::File, io, path::PathBuf, sync::Arc};
 
 use futures::future::BoxFuture;
 use rustix::fs::{Mode, OFlags, openat};
@@ -18,15 +12,16 @@ use crate::{
     attest::{
         Attested, Attestor, Error, Method, Reason,
         cgroup::{self, HostPrefix, PodCgroup},
-        origin::{ByPod, Origins},
+        origin::Origins,
         pods::{Known, Pods},
     },
     identity::PodRef,
     peer::Peer,
 };
 
-/// No cgroup file is longer: a dozen hierarchies, each with a path of at most 4,096 bytes.
-const MAX_CGROUP_BYTES: u64 = 64 << 10;
+mod origins;
+
+pub use origins::CgroupOrigins;
 
 /// Who of a pod may fetch on the shared socket: everybody, unless told otherwise. Both lists have to let a caller through.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -56,7 +51,7 @@ impl KubernetesAttestor {
     /// Attests by `pods`. `proc` is where procfs is mounted, `/proc`; the agent's own cgroups are read there, once. `own_pod` is the
     /// agent's pod, where it runs in one.
     pub fn new(pods: Pods, proc: PathBuf, own_pod: Option<&PodRef>) -> io::Result<Self> {
-        let file = read_cgroup(File::open(proc.join("self/cgroup")))?;
+        let file = cgroup::read(File::open(proc.join("self/cgroup")))?;
         let own = HostPrefix::of(&file, own_pod.map(|pod| &*pod.uid)).map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))?;
         Ok(Self { pods, proc, own, policy: AttestationPolicy::default(), accepts_pid_reuse: false })
     }
@@ -143,7 +138,7 @@ impl KubernetesAttestor {
         let path = self.proc.join(pid.to_string()).join("cgroup");
         // The kernel takes a global lock for this file: not on a thread that serves others.
         let read =
-            tokio::task::spawn_blocking(move || read_cgroup(opened.map_or_else(|| File::open(path), |opened| Ok(File::from(opened?)))))
+            tokio::task::spawn_blocking(move || cgroup::read(opened.map_or_else(|| File::open(path), |opened| Ok(File::from(opened?)))))
                 .await;
         let file = match read {
             Ok(Ok(file)) => file,
@@ -173,7 +168,7 @@ impl Attestor for KubernetesAttestor {
 
     /// Every proxy of a mesh runs as the same user: by pod.
     fn origins(&self) -> Origins {
-        Origins::ByPod(ByPod::new(self.proc.clone(), Arc::new(self.own.clone())))
+        Origins::ByPod(Arc::new(CgroupOrigins::new(self.proc.clone(), Arc::new(self.own.clone()))))
     }
 
     fn attest<'a>(&'a self, peer: &'a Peer) -> BoxFuture<'a, Result<Attested, Error>> {
@@ -183,17 +178,6 @@ impl Attestor for KubernetesAttestor {
     fn still_holds(&self, peer: &Peer) -> bool {
         peer.is_alive()
     }
-}
-
-/// All of a cgroup file. Names need not be text; what is none stands for no name that matters.
-pub(crate) fn read_cgroup(file: io::Result<File>) -> io::Result<String> {
-    let mut bytes = Vec::new();
-    file?.take(MAX_CGROUP_BYTES + 1).read_to_end(&mut bytes)?;
-    if bytes.len() as u64 > MAX_CGROUP_BYTES {
-        // What a part of it says is not what it says.
-        return Err(io::Error::new(io::ErrorKind::InvalidData, format!("more than {MAX_CGROUP_BYTES} bytes")));
-    }
-    Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
 #[cfg(test)]

@@ -16,9 +16,10 @@ use crate::{
     attest::{
         Attested, Attestor, Error, Method, Reason,
         origin::{Origin, Origins},
-        pods::{Known, Pod, Pods},
+        pods::{Known, Pods},
     },
     identity::{PodRef, Workload},
+    kubernetes::pod::Pod,
     peer::Peer,
 };
 
@@ -163,10 +164,7 @@ mod tests {
     use tokio::time::timeout;
 
     use super::*;
-    use crate::{
-        identity::picks::PROFILE,
-        kubernetes::{self, fake::FakeApi},
-    };
+    use crate::kubernetes::{self, fake::FakeApi, pod::picks::PROFILE};
 
     const UID: &str = "2b1fb2f4-4b5a-4b9a-9a4e-0c5a1b2c3d4e";
     const SOON: Duration = Duration::from_secs(60);

@@ -23,6 +23,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     attest::{Error, Reason},
     identity::Workload,
+    kubernetes::pod::PodObject,
     kubernetes::{
         self, Call, Failure,
         metrics::Resource,
@@ -30,10 +31,8 @@ use crate::{
     },
 };
 
-mod facts;
 mod index;
 
-pub use facts::{Pod, Slim};
 use index::Index;
 pub use index::{Known, Starting};
 
@@ -55,7 +54,7 @@ const CONTAINER_TIMEOUT: Duration = Duration::from_secs(30);
 pub struct Pods(Arc<Shared>);
 
 struct Shared {
-    api: Api<Slim>,
+    api: Api<PodObject>,
     node: String,
     metrics: kubernetes::Metrics,
     index: Mutex<Index>,

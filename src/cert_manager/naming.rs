@@ -15,9 +15,8 @@ use aws_lc_rs::digest;
 
 use crate::{
     cert_manager::keys,
-    identity::NodeEnvironment,
-    identity::{Identity, PodRef},
-    material::hex,
+    identity::{Identity, NodeEnvironment, PodRef},
+    text::hex,
 };
 
 /// Before the instance in [`keys::AGENT`], where the agent runs outside of a pod.

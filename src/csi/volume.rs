@@ -15,10 +15,8 @@ use tonic::Status;
 use crate::{
     attest::mount::Claim,
     csi::PerPod,
-    identity::{
-        PodRef,
-        picks::{PROFILE, picked},
-    },
+    identity::PodRef,
+    kubernetes::pod::picks::{PROFILE, picked},
     proto::csi::v1::{NodePublishVolumeRequest, VolumeCapability, volume_capability::AccessType},
     text,
 };

@@ -12,8 +12,9 @@ use zeroize::Zeroizing;
 
 use crate::{
     grpc,
-    material::{Svid, Variant, hex},
+    material::{Svid, Variant},
     sds::stream::TYPE_URL,
+    text::hex,
     trust::Bundle,
 };
 

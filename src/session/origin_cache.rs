@@ -95,7 +95,7 @@ mod tests {
     use tokio::time::{advance, pause};
 
     use super::*;
-    use crate::attest::origin::ByPod;
+    use crate::attest::kubernetes::CgroupOrigins;
 
     const UID: &str = "2b1fb2f4-4b5a-4b9a-9a4e-0c5a1b2c3d4e";
 
@@ -107,7 +107,7 @@ mod tests {
         let file = proc.path().join(peer.pid.to_string()).join("cgroup");
         fs::create_dir(file.parent().unwrap()).unwrap();
         fs::write(&file, format!("0::/kubepods/pod{UID}/a")).unwrap();
-        let origin_cache = OriginCache::new(Origins::ByPod(ByPod::new(proc.path().to_owned(), Arc::default())));
+        let origin_cache = OriginCache::new(Origins::ByPod(Arc::new(CgroupOrigins::new(proc.path().to_owned(), Arc::default()))));
         assert_eq!(origin_cache.cached(&peer), None);
         let pod = Some(Origin::Pod(UID.into()));
         pause();
@@ -128,7 +128,7 @@ mod tests {
         let file = proc.path().join(peer.pid.to_string()).join("cgroup");
         fs::create_dir(file.parent().unwrap()).unwrap();
         fs::write(&file, format!("0::/kubepods/pod{UID}/a")).unwrap();
-        let origin_cache = OriginCache::new(Origins::ByPod(ByPod::new(proc.path().to_owned(), Arc::default())));
+        let origin_cache = OriginCache::new(Origins::ByPod(Arc::new(CgroupOrigins::new(proc.path().to_owned(), Arc::default()))));
         assert_eq!(origin_cache.resolve(&peer, origin_cache.read_permit().await).await, Some(Origin::User(peer.uid)));
     }
 

@@ -17,8 +17,9 @@ use tokio_util::sync::CancellationToken;
 
 use super::{FIRST_CALL_TIMEOUT, Prefetch, Prefetcher};
 use crate::{
-    attest::pods::{Pod, Pods, Starting},
+    attest::pods::{Pods, Starting},
     clock::Clock,
+    kubernetes::pod::Pod,
     warm::WarmUp,
 };
 

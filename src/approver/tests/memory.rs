@@ -3,7 +3,7 @@
 use kube::runtime::watcher;
 
 use super::*;
-use crate::{attest::pods::Slim, cert_manager::Request};
+use crate::{cert_manager::Request, kubernetes::pod::PodObject};
 
 /// As kubelet and kube-controller-manager leave them on every pod.
 fn managed_fields() -> Value {
@@ -23,7 +23,7 @@ fn neither_a_pod_nor_a_request_keeps_managed_fields() {
         "spec": {"nodeName": "n1", "serviceAccountName": "cart"},
     });
     pod["metadata"]["managedFields"] = managed_fields();
-    let pod: Slim = serde_json::from_str(&pod.to_string()).unwrap();
+    let pod: PodObject = serde_json::from_str(&pod.to_string()).unwrap();
     assert_eq!((&pod.metadata.managed_fields, &pod.metadata.finalizers), (&None, &None));
     assert_eq!(pod.metadata.annotations.unwrap().into_keys().collect::<Vec<_>>(), ["kubernetes.io/config.mirror"]);
     assert_eq!(pod.metadata.labels.unwrap()["app"], "cart");

@@ -199,8 +199,8 @@ fn a_cgroup_file_is_read_whole_or_not_at_all_and_need_not_be_text() {
     let path = dir.path().join("cgroup");
     let below = |length: usize| [cgroup(UID).as_bytes(), b"/\xff\xfe", &vec![b'x'; length]].concat();
     fs::write(&path, below(10)).unwrap();
-    let text = read_cgroup(File::open(&path)).unwrap();
+    let text = cgroup::read(File::open(&path)).unwrap();
     assert_eq!(cgroup::pod_uid(&text, &HostPrefix::default()).unwrap().as_str(), UID);
     fs::write(&path, below(64 << 10)).unwrap();
-    assert_eq!(read_cgroup(File::open(&path)).unwrap_err().kind(), io::ErrorKind::InvalidData);
+    assert_eq!(cgroup::read(File::open(&path)).unwrap_err().kind(), io::ErrorKind::InvalidData);
 }

@@ -12,8 +12,10 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::facts::{MIRROR, Pod, Slim, facts, has_not_begun};
-use crate::identity::Workload;
+use crate::{
+    identity::Workload,
+    kubernetes::pod::{MIRROR, Pod, PodObject, facts, has_not_begun},
+};
 
 /// UIDs of deleted pods that are remembered, so that an older list does not bring them back.
 const MAX_ENDED_PODS: usize = 1024;
@@ -130,7 +132,7 @@ impl Index {
         self.list.clear();
     }
 
-    pub(super) fn listed(&mut self, pod: &Slim) {
+    pub(super) fn listed(&mut self, pod: &PodObject) {
         if let Some(uid) = pod.metadata.uid.as_deref() {
             self.list.insert(uid.into());
         }
@@ -144,7 +146,7 @@ impl Index {
         self.doubtful.len()
     }
 
-    pub(super) fn applied(&mut self, slim: &Slim) {
+    pub(super) fn applied(&mut self, slim: &PodObject) {
         let Some(pod) = facts(slim, self.driver.as_deref(), self.keeps_containers) else { return };
         let uid = pod.pod.uid.clone();
         // A UID never comes back: whoever tells of it tells an old story.
@@ -169,7 +171,7 @@ impl Index {
         self.announce(&uid);
     }
 
-    pub(super) fn deleted(&mut self, pod: &Slim) {
+    pub(super) fn deleted(&mut self, pod: &PodObject) {
         if let Some(uid) = pod.metadata.uid.as_deref() {
             self.remove(uid);
         }
@@ -177,7 +179,7 @@ impl Index {
 
     /// A live read that began when these `doubts` were open: it tells which of them have gone, and may know pods before the watch does.
     /// Of a doubt that arose later it tells nothing: that pod may be younger than the read.
-    pub(super) fn confirmed(&mut self, pods: &[Slim], doubts: &HashSet<Arc<str>>) {
+    pub(super) fn confirmed(&mut self, pods: &[PodObject], doubts: &HashSet<Arc<str>>) {
         for pod in pods {
             match pod.metadata.uid.as_deref() {
                 Some(uid) if self.pods.contains_key(uid) => drop(self.doubtful.remove(uid)),
@@ -192,7 +194,7 @@ impl Index {
     }
 
     /// Notes a static pod's other UID: the kubelet's, which its cgroups bear.
-    fn note_mirror(&mut self, pod: &Slim, uid: &Arc<str>) {
+    fn note_mirror(&mut self, pod: &PodObject, uid: &Arc<str>) {
         let annotation = |key: &str| pod.metadata.annotations.as_ref().and_then(|a| a.get(key));
         if let Some(hash) = annotation(MIRROR) {
             self.mirrors.insert(hash.clone(), uid.clone());
@@ -200,7 +202,7 @@ impl Index {
         }
     }
 
-    fn tell_of_start(&self, slim: &Slim, uid: &str) {
+    fn tell_of_start(&self, slim: &PodObject, uid: &str) {
         if let Some((starts, known)) = self.starts.as_ref().zip(self.pods.get(uid)) {
             let volumes = slim.spec.volumes.iter().flatten();
             let host_paths = volumes.filter_map(|volume| Some(volume.host_path.as_ref()?.path.clone())).collect();

@@ -5,6 +5,7 @@ use tokio::task::JoinHandle;
 
 use super::*;
 use crate::kubernetes::fake::{FakeApi, Fault};
+use crate::kubernetes::pod::{Pod, PodObject};
 
 const MINUTE: Duration = Duration::from_secs(60);
 
@@ -96,7 +97,7 @@ async fn a_pod_is_somebody_on_each_of_its_sockets_and_a_live_read_says_the_same(
     }
     assert_eq!(world.pods.workloads().iter().map(picked).collect::<Vec<_>>(), [None, Some("gold".into())]);
 
-    let slim: Slim = serde_json::from_value(object).unwrap();
+    let slim: PodObject = serde_json::from_value(object).unwrap();
     assert_eq!(Pod::of(&slim, Some("csi.sds-agent.io")).as_ref(), Some(&*known.pod));
     assert!(Pod::of(&slim, None).unwrap().picks.is_empty(), "without sockets of pods nobody picks");
 }

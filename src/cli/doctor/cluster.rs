@@ -10,14 +10,11 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use super::{Target, report::Step};
 use crate::{
     app,
-    attest::{
-        Attestor, Error, Reason,
-        pods::{Pod, Pods},
-    },
+    attest::{Attestor, Error, Reason, pods::Pods},
     cli::Exit,
     config::{Attestation, Config},
     identity::{Resolver, Workload},
-    kubernetes::{self, Call, Cause, Failure},
+    kubernetes::{self, Call, Cause, Failure, pod::Pod},
     peer::Peer,
 };
 

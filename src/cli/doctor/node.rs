@@ -6,10 +6,7 @@ use nix::sys::resource::{Resource, getrlimit};
 
 use super::report::Step;
 use crate::{
-    attest::{
-        cgroup::{self, HostPrefix},
-        kubernetes::read_cgroup,
-    },
+    attest::cgroup::{self, HostPrefix},
     cli::Exit,
     config::{Attestation, Config},
     peer,
@@ -46,7 +43,7 @@ pub(super) fn kernel(config: &Config) -> Step {
 /// Whether other pods' processes are visible here.
 pub(super) fn host_pids(own: Option<&HostPrefix>) -> Step {
     let Some(own) = own else { return Step::unknown("host pids", "this process's own place is not known", Some("mount /proc")) };
-    let read = |entry: &Path| read_cgroup(fs::File::open(entry.join("cgroup"))).ok();
+    let read = |entry: &Path| cgroup::read(fs::File::open(entry.join("cgroup"))).ok();
     let uid = |file: &str| cgroup::pod_uid(file, own).ok().map(|uid| uid.to_string());
     let mine = read(Path::new("/proc/self")).and_then(|file| uid(&file));
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();

@@ -4,10 +4,7 @@ use std::{fs, path::Path};
 
 use super::report::Step;
 use crate::{
-    attest::{
-        cgroup::{self, HostPrefix, PodUid},
-        kubernetes::read_cgroup,
-    },
+    attest::cgroup::{self, HostPrefix, PodUid},
     cli::Exit,
     config::SharedSocket,
     peer::Peer,
@@ -78,7 +75,7 @@ pub(super) fn process(pid: i32) -> (Vec<Step>, Option<Peer>) {
 
 /// The agent's own place, as this process has it: run it where the agent runs.
 pub(super) fn own(pod_uid: Option<&str>) -> (Step, Option<HostPrefix>) {
-    let read = read_cgroup(fs::File::open("/proc/self/cgroup")).map_err(|error| error.to_string());
+    let read = cgroup::read(fs::File::open("/proc/self/cgroup")).map_err(|error| error.to_string());
     match read.and_then(|file| HostPrefix::of(&file, pod_uid).map_err(|error| error.to_string())) {
         Ok(own) => (Step::ok("own prefix", format!("taken off every path: {own}")), Some(own)),
         Err(error) => (Step::failed("own prefix", Exit::Failed, error, "mount /proc"), None),
@@ -87,7 +84,7 @@ pub(super) fn own(pod_uid: Option<&str>) -> (Step, Option<HostPrefix>) {
 
 /// The lines of the process's cgroup file, each with what it says, and what they say together.
 pub(super) fn cgroups(pid: i32, own: &HostPrefix) -> (Step, Option<PodUid>) {
-    match read_cgroup(fs::File::open(Path::new("/proc").join(pid.to_string()).join("cgroup"))) {
+    match cgroup::read(fs::File::open(Path::new("/proc").join(pid.to_string()).join("cgroup"))) {
         Ok(file) => judge(&file, own),
         Err(error) => {
             let step = Step::failed("cgroups", Exit::Failed, format!("/proc/{pid}/cgroup: {error}"), "the process may have ended");
@@ -134,7 +131,7 @@ pub(super) fn of_pod(uid: &str, own: &HostPrefix) -> Vec<i32> {
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
     let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
     pids.filter(|pid| {
-        let file = read_cgroup(fs::File::open(Path::new("/proc").join(pid.to_string()).join("cgroup")));
+        let file = cgroup::read(fs::File::open(Path::new("/proc").join(pid.to_string()).join("cgroup")));
         file.is_ok_and(|file| cgroup::pod_uid(&file, own).is_ok_and(|found| found.as_str() == uid))
     })
     .collect()

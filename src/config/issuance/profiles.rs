@@ -11,7 +11,8 @@ use super::{
 };
 use crate::{
     config::{Attestation, IssuerConfig, error::FieldError, reader::Section, values},
-    identity::{Match, Pattern, picks},
+    identity::{Match, Pattern},
+    kubernetes::pod::picks,
 };
 
 /// What the sections at the top say.

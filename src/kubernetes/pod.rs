@@ -7,19 +7,17 @@ use std::{
 
 use serde::Deserialize;
 
-use crate::{
-    identity::{
-        PodRef, Workload,
-        picks::{Volume, picks},
-    },
-    kubernetes::object::{Kind, Observed},
-};
+use self::picks::{Volume, picks};
+use super::object::{Kind, Observed};
+use crate::identity::{PodRef, Workload};
+
+pub mod picks;
 
 /// The annotation of a static pod's mirror. Its value is the UID by which the kubelet knows the pod, and which its cgroups bear.
-pub(super) const MIRROR: &str = "kubernetes.io/config.mirror";
+pub const MIRROR: &str = "kubernetes.io/config.mirror";
 
 /// A pod as agents and approver read it.
-pub type Slim = Observed<PodKind, Spec, Status>;
+pub type PodObject = Observed<PodKind, Spec, Status>;
 
 /// Pods: their labels, by which profiles match, and the one annotation that is read.
 #[derive(Debug, Clone)]
@@ -47,7 +45,8 @@ pub struct Spec {
     node_name: Option<String>,
     service_account_name: Option<String>,
     host_network: Option<bool>,
-    pub(super) volumes: Option<Vec<Volume>>,
+    /// `volumes`
+    pub volumes: Option<Vec<Volume>>,
 }
 
 /// `status`
@@ -56,7 +55,7 @@ pub struct Spec {
 pub struct Status {
     phase: Option<String>,
     /// When the kubelet took it on, by the node's own clock.
-    pub(super) start_time: Option<String>,
+    pub start_time: Option<String>,
     container_statuses: Option<Vec<Container>>,
     init_container_statuses: Option<Vec<Container>>,
     ephemeral_container_statuses: Option<Vec<Container>>,
@@ -98,7 +97,7 @@ pub struct Pod {
 impl Pod {
     /// The facts that `object` tells, without its containers; none where it is no whole object. `driver` is the CSI driver whose volumes
     /// pick profiles.
-    pub fn of(object: &Slim, driver: Option<&str>) -> Option<Self> {
+    pub fn of(object: &PodObject, driver: Option<&str>) -> Option<Self> {
         facts(object, driver, false)
     }
 
@@ -129,7 +128,8 @@ impl Pod {
     }
 }
 
-pub(super) fn facts(pod: &Slim, driver: Option<&str>, with_containers: bool) -> Option<Pod> {
+/// The facts of `pod`, with the names of its containers where they are asked for.
+pub fn facts(pod: &PodObject, driver: Option<&str>, with_containers: bool) -> Option<Pod> {
     let metadata = &pod.metadata;
     let mirror = metadata.annotations.as_ref().is_some_and(|a| a.contains_key(MIRROR));
     let named = |field: &Option<String>| field.as_deref().filter(|name| !name.is_empty()).map(Arc::from);
@@ -152,7 +152,7 @@ pub(super) fn facts(pod: &Slim, driver: Option<&str>, with_containers: bool) -> 
 
 /// Whether nothing of a pod can have run yet. In the phase `Pending` init containers may run, and with them a proxy; what decides is that
 /// the kubelet has told of no container.
-pub(super) fn has_not_begun(pod: &Slim) -> bool {
+pub fn has_not_begun(pod: &PodObject) -> bool {
     if pod.metadata.deletion_timestamp.is_some() {
         return false;
     }

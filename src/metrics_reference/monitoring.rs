@@ -4,10 +4,10 @@ use serde_json::Value;
 
 use super::*;
 
-const RULES: &str = include_str!("../../../daemonset/monitoring/prometheusrule.yaml");
-const DASHBOARD: &str = include_str!("../../../daemonset/monitoring/dashboard.json");
-const RUNBOOK: &str = include_str!("../../../docs/runbook.md");
-const RULES_TEST: &str = include_str!("../../../tests/monitoring/rules_test.yaml");
+const RULES: &str = include_str!("../../daemonset/monitoring/prometheusrule.yaml");
+const DASHBOARD: &str = include_str!("../../daemonset/monitoring/dashboard.json");
+const RUNBOOK: &str = include_str!("../../docs/runbook.md");
+const RULES_TEST: &str = include_str!("../../tests/monitoring/rules_test.yaml");
 
 /// Names of ours in a text that no metric has.
 fn unknown(text: &str) -> BTreeSet<&str> {
