@@ -24,12 +24,12 @@ use futures::future::BoxFuture;
 use sds_agent::{
     attest::{Attested, Attestor, Error, Method, kubernetes::CgroupOrigins, origin::Origins, unix::UnixAttestor},
     limits::Limits,
-    peer::Peer,
 };
 use tokio::{
     io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines},
     process::{Child, ChildStdin, ChildStdout, Command},
 };
+use unix_peer::peer::Peer;
 
 use self::support::{
     agent::{self, Timed},

@@ -11,10 +11,10 @@ use sds_agent::{
     caller::{Authenticator, Connection},
     issuer::{csr, verify},
     material::{CertificateChain, PrivateKey, Svid, Variant},
-    peer::Peer,
     sds::secret,
 };
 use tokio::{runtime::Runtime, sync::watch};
+use unix_peer::peer::Peer;
 use zeroize::Zeroizing;
 
 use self::support::{

@@ -13,10 +13,8 @@ use prometheus_client::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::{
-    identity::{PodRef, Workload},
-    peer::Peer,
-};
+use crate::identity::{PodRef, Workload};
+use unix_peer::peer::Peer;
 
 pub mod cgroup;
 pub mod kubernetes;

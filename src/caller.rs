@@ -14,9 +14,9 @@ use tracing::{debug, warn};
 use crate::{
     attest::{self, Attested, Attestor, Method, Reason, origin::Origin},
     identity::{Identity, Resolver},
-    peer::Peer,
     telemetry::hush::{self, LogLimiter},
 };
+use unix_peer::peer::Peer;
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::caller";

@@ -20,7 +20,7 @@ use nix::{
 };
 use tokio::{sync::watch, time::Instant};
 
-use crate::fd;
+use unix_peer::fd;
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::clock";

@@ -20,7 +20,6 @@ use crate::{
     attest::{Reason, pods::Pods},
     grpc::table::Table,
     identity::{NodeEnvironment, PodRef},
-    listener,
     proto::{
         csi::v1::{identity_server::IdentityServer, node_server::NodeServer},
         pluginregistration::registration_server::RegistrationServer,
@@ -28,6 +27,7 @@ use crate::{
     session::Sessions,
     warm::Prefetcher,
 };
+use unix_peer::listener;
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::csi";

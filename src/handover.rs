@@ -21,9 +21,9 @@ use tracing::{error, info};
 
 use crate::{
     grpc::client,
-    listener::{self, Bound, BoundPath, Prepared},
     readiness::{Guard, Readiness},
 };
+use unix_peer::listener::{self, Bound, BoundPath, Prepared};
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::handover";

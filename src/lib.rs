@@ -22,10 +22,7 @@
 // The agent writes no file; its tests do.
 #![cfg_attr(test, allow(clippy::disallowed_methods))]
 
-pub mod listener;
 pub mod session;
-
-pub mod peer;
 
 pub mod attest;
 pub mod caller;
@@ -50,12 +47,10 @@ pub mod trust;
 
 pub mod app;
 
-pub mod authority_rewrite;
 pub mod cli;
 pub mod clock;
 pub mod config;
 pub mod events;
-pub mod fd;
 pub mod file;
 pub mod grpc;
 pub mod handover;

@@ -34,13 +34,12 @@ use self::{
 };
 use crate::{
     attest::origin::Origin,
-    authority_rewrite::AuthorityNormalizer,
     caller::{Authenticator, Cause, Connection, Refusals},
     grpc::{self, UntilEnd},
     limits::Limits,
-    peer::Peer,
     shutdown::{Guard, Shutdown},
 };
+use unix_peer::{authority_rewrite::AuthorityNormalizer, peer::Peer};
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::session";

@@ -20,11 +20,11 @@ use sds_agent::{
     identity::{Identity, Workload},
     issuer::{self, Issued, Issuer, Order, Phase, Progress, embedded::Embedded, verify},
     material::{Svid, TrustBundle},
-    peer::Peer,
     shutdown::Shutdown,
     trust::{self, Trust},
 };
 use tokio_util::sync::CancellationToken;
+use unix_peer::peer::Peer;
 
 /// Every connection is another user, and so another identity.
 #[derive(Debug, Default)]

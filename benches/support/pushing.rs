@@ -10,7 +10,6 @@ use sds_agent::{
     attest::{self, unix::UnixAttestor},
     caller::Authenticator,
     clock::SystemClock,
-    listener,
     sds::{self, names::Directory, reissue_window::ReissueWindow, service::Service},
     session::{self, Sessions, services::Services},
     shutdown::Shutdown,
@@ -19,6 +18,7 @@ use sds_agent::{
 };
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
+use unix_peer::listener;
 
 use super::agent::{self, Timed};
 

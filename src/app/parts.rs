@@ -14,11 +14,12 @@ use crate::{
     config::{Attestation, Config, IssuerConfig, TrustSource},
     events,
     identity::TrustDomain,
-    kubernetes, peer,
+    kubernetes,
     readiness::Readiness,
     rotation,
     trust::{self, Trust, file::FileSource},
 };
+use unix_peer::peer;
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::app::parts";

@@ -46,7 +46,7 @@ async fn an_agent_that_cannot_start_leaves_its_predecessors_socket_alone() {
     let directory = tempfile::tempdir().unwrap();
     let config = config(directory.path());
     let path = &config.shared_socket.as_ref().unwrap().path;
-    let _predecessor = crate::listener::bind(path, 0o666).unwrap();
+    let _predecessor = unix_peer::listener::bind(path, 0o666).unwrap();
     let taken = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let config = Config { metrics: taken.local_addr().unwrap(), ..config.clone() };
     let built = build_with(&config, Base::new(Shutdown::new(Duration::ZERO)), deps(Vec::new())).await;

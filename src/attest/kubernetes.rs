@@ -16,8 +16,8 @@ use crate::{
         pods::{Known, Pods},
     },
     identity::PodRef,
-    peer::Peer,
 };
+use unix_peer::peer::Peer;
 
 mod origins;
 

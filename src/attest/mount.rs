@@ -20,8 +20,8 @@ use crate::{
     },
     identity::{PodRef, Workload},
     kubernetes::pod::Pod,
-    peer::Peer,
 };
+use unix_peer::peer::Peer;
 
 /// Whom a volume was published for, as the kubelet says.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -7,7 +7,7 @@
 
 use std::{fmt, sync::Arc};
 
-use crate::peer::Peer;
+use unix_peer::peer::Peer;
 
 /// A group of connections.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]

@@ -8,8 +8,8 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     attest::{Attested, Attestor, Error, Method},
     identity::Workload,
-    peer::Peer,
 };
+use unix_peer::peer::Peer;
 
 /// uid → [`Workload::Unix`].
 #[derive(Debug, Clone, Copy, Default)]

@@ -16,8 +16,8 @@ use super::{Exit, output};
 use crate::{
     attest::cgroup::HostPrefix,
     config::{self, Attestation, Config, Env, IssuerConfig, Loaded},
-    peer::Peer,
 };
+use unix_peer::peer::Peer;
 
 mod agent;
 mod cluster;

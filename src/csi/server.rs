@@ -17,7 +17,8 @@ use tonic::Status;
 use tower::ServiceExt;
 use tracing::{debug, error, info, warn};
 
-use crate::{authority_rewrite::AuthorityNormalizer, grpc::table::Table, listener, telemetry::hush::LogLimiter};
+use crate::{grpc::table::Table, telemetry::hush::LogLimiter};
+use unix_peer::{authority_rewrite::AuthorityNormalizer, listener};
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::csi::server";

@@ -28,11 +28,11 @@ use crate::{
     },
     caller::Authenticator,
     csi::PerPod,
-    listener,
     session::Sessions,
     shutdown::Shutdown,
     warm::Prefetcher,
 };
+use unix_peer::listener;
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::csi::sockets";

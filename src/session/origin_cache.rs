@@ -15,10 +15,8 @@ use tokio::{
     time::Instant,
 };
 
-use crate::{
-    attest::origin::{Origin, Origins},
-    peer::Peer,
-};
+use crate::attest::origin::{Origin, Origins};
+use unix_peer::peer::Peer;
 
 /// Reads at once. They share a lock in the kernel: more would only wait.
 const MAX_CONCURRENT_READS: usize = 8;

@@ -35,10 +35,8 @@ mod tests {
     use std::{fs, path::Path};
 
     use super::*;
-    use crate::{
-        attest::origin::{Origin, Origins},
-        peer::Peer,
-    };
+    use crate::attest::origin::{Origin, Origins};
+    use unix_peer::peer::Peer;
 
     const UID: &str = "2b1fb2f4-4b5a-4b9a-9a4e-0c5a1b2c3d4e";
 

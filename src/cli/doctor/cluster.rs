@@ -15,8 +15,8 @@ use crate::{
     config::{Attestation, Config},
     identity::{Resolver, Workload},
     kubernetes::{self, Call, Cause, Failure, pod::Pod},
-    peer::Peer,
 };
+use unix_peer::peer::Peer;
 
 /// For the index of pods, and for a verdict.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(20);

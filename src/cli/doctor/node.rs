@@ -9,9 +9,9 @@ use crate::{
     attest::cgroup::{self, HostPrefix},
     cli::Exit,
     config::{Attestation, Config},
-    peer,
     process::memory::{self, Decision, Unlocked},
 };
+use unix_peer::peer;
 
 /// Above this share of the limit, descriptors are few.
 const MAX_FILES_SHARE: f64 = 0.8;

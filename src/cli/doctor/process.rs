@@ -7,8 +7,8 @@ use crate::{
     attest::cgroup::{self, HostPrefix, PodUid},
     cli::Exit,
     config::SharedSocket,
-    peer::Peer,
 };
+use unix_peer::peer::Peer;
 
 /// The shared socket: what stands at its path, and the process that listens there.
 pub(super) fn socket(shared: &SharedSocket) -> (Step, Option<i32>) {

@@ -14,12 +14,12 @@ use crate::{
     clock::{Clock, SystemClock},
     identity::{IssuerName, PodRef, Resolver, TrustDomain, Workload, tests::identity},
     issuer::{Issuer, embedded::Embedded},
-    listener, rotation,
-    rotation::plan::Plan,
+    rotation::{self, plan::Plan},
     sds,
     store::Store,
     trust::{self, Trust},
 };
+use unix_peer::listener;
 
 /// Longer than anything takes on a busy machine.
 pub(super) const PATIENCE: Duration = Duration::from_secs(30);

@@ -14,9 +14,9 @@ use super::{
 };
 use crate::{
     attest::{self, Attested, Attestor, Method, Reason, origin::Origins},
-    listener,
     telemetry::{self, Format, captured::Captured},
 };
+use unix_peer::listener;
 
 /// The attestor of a socket that is one pod's own.
 #[derive(Debug)]

@@ -5,9 +5,9 @@ use std::{fs, sync::Arc, time::Instant};
 use sds_agent::{
     attest::{Attestor, kubernetes::KubernetesAttestor, pods::Pods},
     kubernetes::Metrics,
-    peer::Peer,
 };
 use tokio::net::UnixListener;
+use unix_peer::peer::Peer;
 
 use super::{
     nothing_is_gained,

@@ -16,10 +16,10 @@ use crate::{
     identity::{IssuerName, PodRef, Profile, Resolver, TrustDomain, Workload, tests::identity},
     issuer::{self, Issued, Issuer, Order, Retry, embedded::Embedded},
     material::TrustBundle,
-    peer::Peer,
     rotation::{self, plan::Plan, reissue::Reissue},
     trust::{self, Trust},
 };
+use unix_peer::peer::Peer;
 
 /// What the upstream does with orders.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -95,8 +95,8 @@ impl Peer {
     }
 
     /// A peer for tests that have no socket: no process, no handle.
-    #[cfg(test)]
-    pub(crate) fn without_process(uid: u32) -> Self {
+    #[cfg(any(test, feature = "testing"))]
+    pub fn without_process(uid: u32) -> Self {
         let dropped = CancellationToken::new();
         let guard = dropped.clone().drop_guard();
         Self { pid: 0, uid, gid: uid, pidfd: None, procfs_handle: None, dropped, _drop: guard }

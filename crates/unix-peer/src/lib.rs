@@ -1,0 +1,12 @@
+//! Servers on Unix sockets that know their callers.
+//!
+//! - [`peer`] takes a caller's credentials and a handle on its process (`SO_PEERPIDFD`), which no later owner of its pid inherits.
+//! - [`listener`] binds a socket under a temporary name and renames it into place, so that one server replaces another without a gap.
+//! - [`authority_rewrite`] lets an HTTP/2 server take requests of any `:authority`: the `h2` crate rejects a socket's path
+//!   (<https://github.com/hyperium/h2/issues/487>).
+//! - [`fd`] waits for descriptors that the kernel makes readable.
+
+pub mod authority_rewrite;
+pub mod fd;
+pub mod listener;
+pub mod peer;
