@@ -21,7 +21,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
-use crate::{
+use agent_runtime::{
     metrics::{Exposition, Format},
     readiness::Readiness,
     shutdown::{self, Shutdown},

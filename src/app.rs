@@ -25,22 +25,24 @@ use crate::{
     admin,
     attest::{self, Attestor, pods::Pods},
     caller::Authenticator,
-    clock::Clock,
     config::{Config, SharedSocket, reloads},
     csi,
     handover::SocketLease,
-    metrics::Exposition,
-    readiness::{self, Readiness},
     rotation, sds,
     session::{self, Sessions, services::Services},
-    shutdown::{Drained, Shutdown},
     store::Store,
-    telemetry,
     trust::Trust,
     warm::{
         self, Prefetcher,
         starts::{Rule, Starts},
     },
+};
+use agent_runtime::{
+    clock::Clock,
+    metrics::Exposition,
+    readiness::{self, Readiness},
+    shutdown::{Drained, Shutdown},
+    telemetry,
 };
 
 use reload::{ConfigChannels, Reload};

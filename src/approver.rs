@@ -22,15 +22,13 @@ use tokio_util::time::DelayQueue;
 
 use crate::{
     cert_manager::{REQUESTS_PER_PAGE, Request},
-    clock::Clock,
-    kubernetes::RequestRate,
     kubernetes::{
-        self,
+        self, RequestRate,
         metrics::Resource,
         watch::{Selection, Signal},
     },
-    text,
 };
+use agent_runtime::{clock::Clock, text};
 
 pub mod active_rules;
 pub mod desk;

@@ -225,7 +225,7 @@ impl Metrics {
     /// Registers and counts one of everything, for the reference.
     #[cfg(test)]
     pub(crate) fn sample(registry: &mut Registry) {
-        use crate::metrics::every;
+        use agent_runtime::metrics::every;
 
         let metrics = Self::register(registry);
         for method in every!(Method: unix, kubernetes, mount) {

@@ -14,8 +14,8 @@ use tracing::{debug, warn};
 use crate::{
     attest::{self, Attested, Attestor, Method, Reason, origin::Origin},
     identity::{Identity, Resolver},
-    telemetry::hush::{self, LogLimiter},
 };
+use agent_runtime::telemetry::hush::{self, LogLimiter};
 use unix_peer::peer::Peer;
 
 /// Of the log's lines.
@@ -236,11 +236,8 @@ mod tests {
     use tokio_util::sync::CancellationToken;
 
     use super::*;
-    use crate::{
-        config,
-        identity::PodRef,
-        telemetry::{Format, capture, captured::Captured},
-    };
+    use crate::{config, identity::PodRef};
+    use agent_runtime::telemetry::{Format, capture, captured::Captured};
 
     /// Knows everybody, until told that it does not.
     #[derive(Debug)]

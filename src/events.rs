@@ -31,14 +31,16 @@ use self::{
     refusals::Refusals,
 };
 use crate::{
-    attest, clock,
-    identity::NodeEnvironment,
-    identity::PodRef,
+    attest,
+    identity::{NodeEnvironment, PodRef},
     issuer::Error,
     kubernetes::{self, Call, Failure},
     material::Svid,
     rotation::IssuanceObserver,
     store::Entry,
+};
+use agent_runtime::{
+    clock,
     telemetry::hush::{self, LogLimiter},
     text,
 };
@@ -97,7 +99,7 @@ impl Metrics {
     #[cfg(test)]
     pub(crate) fn sample(registry: &mut Registry) {
         let metrics = Self::register(registry);
-        crate::metrics::every!(Written: written, failed, dropped).into_iter().for_each(|result| metrics.count(result));
+        agent_runtime::metrics::every!(Written: written, failed, dropped).into_iter().for_each(|result| metrics.count(result));
     }
 
     fn count(&self, result: Written) {

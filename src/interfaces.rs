@@ -67,6 +67,17 @@ fn the_snapshot_has_every_kind_of_interface() {
     }
 }
 
+/// Whoever alerts on a line relies on its words.
+#[test]
+fn the_documentation_tells_of_lines_that_there_are() {
+    let source: String = sources(Path::new(env!("CARGO_MANIFEST_DIR"))).into_iter().map(|path| fs::read_to_string(path).unwrap()).collect();
+    let rows = include_str!("../docs/logs.md").lines().filter_map(|line| line.strip_prefix("| `")?.split_once('`'));
+    let messages: Vec<&str> = rows.map(|(message, _)| message).collect();
+    assert!(messages.len() > 15);
+    let unknown: Vec<_> = messages.into_iter().filter(|message| !source.contains(&format!("\"{message}"))).collect();
+    assert!(unknown.is_empty(), "docs/logs.md tells of {unknown:?}");
+}
+
 fn snapshot() -> BTreeSet<String> {
     let mut lines: BTreeSet<String> = metrics_reference::series().into_iter().map(|series| format!("metric {series}")).collect();
     for field in GROUPS.iter().flat_map(|group| group.fields) {
@@ -80,7 +91,7 @@ fn snapshot() -> BTreeSet<String> {
     }
     lines.insert(format!("health {}", sds::service::SERVICE));
     lines.extend(denied::ALL.iter().map(|reason| format!("denial {reason}")));
-    for path in sources(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src")) {
+    for path in sources(Path::new(env!("CARGO_MANIFEST_DIR"))) {
         let file = syn::parse_file(&fs::read_to_string(&path).unwrap()).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
         let source = Source { log_target: log_target(&file.items), path: path.display().to_string() };
         items(file.items, &source, &mut lines);
@@ -116,17 +127,25 @@ struct Source {
     log_target: Option<String>,
 }
 
-/// Every source file that is not a test's.
-fn sources(folder: &Path) -> Vec<PathBuf> {
+/// Every source file of the workspace that is not a test's.
+fn sources(root: &Path) -> Vec<PathBuf> {
+    let crates = fs::read_dir(root.join("crates")).unwrap().map(|entry| entry.unwrap().path());
+    [root.to_owned()].into_iter().chain(crates).flat_map(|package| sources_in(&package.join("src"))).collect()
+}
+
+fn sources_in(folder: &Path) -> Vec<PathBuf> {
     let mut found = Vec::new();
     for entry in fs::read_dir(folder).unwrap() {
         let path = entry.unwrap().path();
         let stem = path.file_stem().unwrap().to_str().unwrap();
-        if matches!(stem, "tests" | "fake" | "wire" | "captured" | "reference" | "metrics_reference" | "interfaces") {
+        if matches!(
+            stem,
+            "tests" | "test_keys" | "foreign_text" | "fake" | "wire" | "captured" | "reference" | "metrics_reference" | "interfaces"
+        ) {
             continue;
         }
         if path.is_dir() {
-            found.extend(sources(&path));
+            found.extend(sources_in(&path));
         } else if path.extension().is_some_and(|extension| extension == "rs") {
             found.push(path);
         }

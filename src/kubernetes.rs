@@ -32,7 +32,7 @@ pub mod wire;
 pub use failure::{Call, Cause, Failure};
 pub use metrics::Metrics;
 
-use crate::text;
+use agent_runtime::text;
 
 /// For the TCP connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);

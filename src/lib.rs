@@ -48,10 +48,8 @@ pub mod trust;
 pub mod app;
 
 pub mod cli;
-pub mod clock;
 pub mod config;
 pub mod events;
-pub mod file;
 pub mod grpc;
 pub mod handover;
 pub mod kubernetes;
@@ -59,13 +57,10 @@ pub mod limits;
 pub mod proto;
 
 pub mod admin;
-pub mod metrics;
 pub mod process;
-pub mod readiness;
-pub mod shutdown;
-pub mod telemetry;
-pub mod text;
 
+#[cfg(test)]
+mod foreign_text;
 #[cfg(test)]
 mod interfaces;
 #[cfg(test)]

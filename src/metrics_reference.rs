@@ -12,10 +12,10 @@ use std::{
 
 use prometheus_client::registry::Registry;
 
-use crate::{
-    app, approver, attest, config, csi, events, issuer, kubernetes,
+use crate::{app, approver, attest, config, csi, events, issuer, kubernetes, process, rotation, sds, session, trust, warm};
+use agent_runtime::{
     metrics::{ANY, Exposition, Format, PREFIX},
-    process, readiness, rotation, sds, session, telemetry, trust, warm,
+    readiness, telemetry,
 };
 
 mod monitoring;

@@ -27,13 +27,15 @@ use self::{
     reissue::{Mark, Reissue},
 };
 use crate::{
-    clock::{self, Clock},
     identity::{Identity, IssuerName, PodRef},
     issuer::{Error, Issued, Retry, verify},
     material::{self, Svid},
     store::{Entry, Event, Status, Store},
-    text,
     trust::{BundleSet, Trust},
+};
+use agent_runtime::{
+    clock::{self, Clock},
+    text,
 };
 
 /// Of the log's lines.

@@ -37,8 +37,8 @@ use crate::{
     caller::{Authenticator, Cause, Connection, Refusals},
     grpc::{self, UntilEnd},
     limits::Limits,
-    shutdown::{Guard, Shutdown},
 };
+use agent_runtime::shutdown::{Guard, Shutdown};
 use unix_peer::{authority_rewrite::AuthorityNormalizer, peer::Peer};
 
 /// Of the log's lines.

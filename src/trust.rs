@@ -22,10 +22,10 @@ use tokio::sync::watch;
 
 use self::crl::RevocationList;
 use crate::{
-    clock,
     identity::TrustDomain,
     material::{self, CertificateChain, EncodedCache, TrustBundle},
 };
+use agent_runtime::clock;
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::trust";
@@ -58,7 +58,7 @@ impl Bundle {
             let mut hash = digest::Context::new(&digest::SHA256);
             hash.update(version.as_bytes());
             crls.iter().for_each(|list| hash.update(list.der()));
-            version = format!("b-{}", crate::text::hex(&hash.finish().as_ref()[..8]));
+            version = format!("b-{}", agent_runtime::text::hex(&hash.finish().as_ref()[..8]));
         }
         Self { roots, crls, version, encoded: EncodedCache::default() }
     }
@@ -429,7 +429,7 @@ impl Metrics {
     #[cfg(test)]
     pub(crate) fn sample(registry: &mut Registry) {
         let metrics = Self::register(registry);
-        let label = Label { source: crate::metrics::ANY.to_owned() };
+        let label = Label { source: agent_runtime::metrics::ANY.to_owned() };
         metrics.expiry.get_or_create(&label).set(1);
         metrics.refused.get_or_create(&label).inc();
         metrics.this_update.get_or_create(&label).set(1);

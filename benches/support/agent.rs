@@ -11,16 +11,15 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use agent_runtime::{clock::SystemClock, shutdown::Shutdown};
 use futures::future::BoxFuture;
 use sds_agent::{
     app::{self, Base, Deps},
     attest::{Attested, Attestor, Error, Method},
-    clock::SystemClock,
     config::{self, Config, Dev},
     identity::{Identity, Workload},
     issuer::{self, Issued, Issuer, Order, Phase, Progress, embedded::Embedded, verify},
     material::{Svid, TrustBundle},
-    shutdown::Shutdown,
     trust::{self, Trust},
 };
 use tokio_util::sync::CancellationToken;

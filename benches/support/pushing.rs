@@ -6,13 +6,12 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use agent_runtime::{clock::SystemClock, shutdown::Shutdown};
 use sds_agent::{
     attest::{self, unix::UnixAttestor},
     caller::Authenticator,
-    clock::SystemClock,
     sds::{self, names::Directory, reissue_window::ReissueWindow, service::Service},
     session::{self, Sessions, services::Services},
-    shutdown::Shutdown,
     store::{Entry, Event, Store},
     trust::{self, Trust},
 };

@@ -1,6 +1,6 @@
 //! What people on the node can tell the agent: reissue certificates, and log more or less.
 //!
-//! Owns the forms of the questions and answers; rotation does the one, [`telemetry`](crate::telemetry) the other. A wrong word changes
+//! Owns the forms of the questions and answers; rotation does the one, [`telemetry`](agent_runtime::telemetry) the other. A wrong word changes
 //! nothing and is told in a sentence.
 
 use std::{
@@ -19,11 +19,8 @@ use tokio::sync::{mpsc, oneshot};
 use tracing::info;
 
 use super::{Answer, JSON, TEXT, answer, refuse_method};
-use crate::{
-    rotation::reissue::{Reissue, Which},
-    telemetry::Filter,
-    text,
-};
+use crate::rotation::reissue::{Reissue, Which};
+use agent_runtime::{telemetry::Filter, text};
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::admin::controls";
@@ -144,7 +141,7 @@ impl LogLevel {
         }
     }
 
-    pub(super) fn change(&self, directives: &str, time: Option<Duration>) -> Result<(), crate::telemetry::Error> {
+    pub(super) fn change(&self, directives: &str, time: Option<Duration>) -> Result<(), agent_runtime::telemetry::Error> {
         let before = self.filter.current();
         self.filter.replace(directives)?;
         let change = self.changes.fetch_add(1, Ordering::Relaxed) + 1;

@@ -10,11 +10,8 @@ use tokio::{
 };
 
 use super::*;
-use crate::{
-    readiness,
-    rotation::reissue::{Reissue, Reissued, Which},
-    telemetry,
-};
+use crate::rotation::reissue::{Reissue, Reissued, Which};
+use agent_runtime::{readiness, telemetry};
 
 const BOUND: Duration = Duration::from_secs(20);
 const ANYWHERE: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
@@ -227,7 +224,7 @@ async fn the_drain_ends_the_listener_and_silent_connections_do_not_hold_it() {
     ask(server.address, "GET /livez").await;
     server.shutdown.begin();
     timeout(BOUND, server.task).await.unwrap().unwrap();
-    assert_eq!(timeout(DRAIN * 5, server.shutdown.drained()).await.unwrap(), crate::shutdown::Drained::Complete);
+    assert_eq!(timeout(DRAIN * 5, server.shutdown.drained()).await.unwrap(), agent_runtime::shutdown::Drained::Complete);
     assert!(TcpStream::connect(server.address).await.is_err());
 }
 

@@ -11,9 +11,11 @@ use super::Base;
 use crate::{
     admin,
     approver::{self, Approver, Pods},
-    clock::SystemClock,
     config::reloads,
     kubernetes,
+};
+use agent_runtime::{
+    clock::SystemClock,
     readiness::{self, Readiness},
     shutdown::{Drained, Shutdown},
 };

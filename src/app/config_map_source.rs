@@ -17,9 +17,9 @@ use crate::{
         metrics::Resource,
         watch::{Selection, Signal},
     },
-    text,
     trust::Source,
 };
+use agent_runtime::text;
 
 /// A watched key.
 pub struct ConfigMapSource {

@@ -6,10 +6,10 @@ use serde_json::{Value, json};
 use tokio::sync::watch;
 
 use crate::{
-    clock::{self, Clock},
     rotation::plan::Plan,
     store::{Demand, Entry, Status, Store},
 };
+use agent_runtime::clock::{self, Clock};
 
 mod gauges;
 

@@ -10,14 +10,15 @@ use super::{Base, Deps, upstream};
 use crate::{
     app::config_map_source::ConfigMapSource,
     attest::{self, Attestor, kubernetes::KubernetesAttestor, pods::Pods},
-    clock::{Clock, SystemClock},
     config::{Attestation, Config, IssuerConfig, TrustSource},
     events,
     identity::TrustDomain,
-    kubernetes,
-    readiness::Readiness,
-    rotation,
+    kubernetes, rotation,
     trust::{self, Trust, file::FileSource},
+};
+use agent_runtime::{
+    clock::{Clock, SystemClock},
+    readiness::Readiness,
 };
 use unix_peer::peer;
 
@@ -200,10 +201,8 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::{
-        config::{self, Dev},
-        shutdown::Shutdown,
-    };
+    use crate::config::{self, Dev};
+    use agent_runtime::shutdown::Shutdown;
 
     fn config() -> Config {
         config::dev(Dev::default(), &|_| None).unwrap()

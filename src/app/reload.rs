@@ -14,16 +14,15 @@ use tracing::{error, info, warn};
 
 use super::upstream::{IssuerSet, Started};
 use crate::{
-    clock::Clock,
     config::{
         Config, Errors, Loaded, MAX_FILE_BYTES, Warning, live,
         reloads::{Metrics, Outcome},
     },
-    file::Followed,
     identity::Resolver,
     rotation::plan::Plan,
     sds::reissue_window::ReissueWindow,
 };
+use agent_runtime::{clock::Clock, file::Followed};
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::app::reload";

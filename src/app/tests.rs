@@ -5,7 +5,8 @@ use std::time::Duration;
 use tokio::time::timeout;
 
 use super::*;
-use crate::{attest::unix::UnixAttestor, clock::SystemClock, config, trust};
+use crate::{attest::unix::UnixAttestor, config, trust};
+use agent_runtime::clock::SystemClock;
 
 mod neighbour;
 

@@ -25,7 +25,6 @@ use super::{
 use crate::{
     attest::pods::Pods,
     cert_manager::{RequestNamespace, naming::Agent},
-    clock::Clock,
     config::{Config, IssuerConfig},
     identity::IssuerName,
     issuer::{
@@ -36,6 +35,7 @@ use crate::{
     kubernetes,
     trust::Trust,
 };
+use agent_runtime::clock::Clock;
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::app::upstream";

@@ -26,9 +26,11 @@ use crate::{
         queue::WorkItem,
     },
     cert_manager::{Condition, PLURAL, Request, claims, denied},
-    clock::{self, Clock},
     identity::PodRef,
     kubernetes::{Call, Cause, Failure, pod::Pod},
+};
+use agent_runtime::{
+    clock::{self, Clock},
     telemetry::hush::LogLimiter,
 };
 

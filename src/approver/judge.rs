@@ -17,8 +17,8 @@ use crate::{
     cert_manager::{Condition, GROUP, IssuerRef, Request, USAGES, claims, csr, denied, keys},
     identity::PodRef,
     kubernetes::pod::Pod,
-    text,
 };
+use agent_runtime::text;
 
 /// No sentence of a denial repeats more of what others wrote than this, in characters.
 const SHOWN: usize = 200;

@@ -124,7 +124,7 @@ impl Metrics {
     /// Registers and counts one of everything, for the reference.
     #[cfg(test)]
     pub(crate) fn sample(registry: &mut Registry) {
-        use crate::metrics::every;
+        use agent_runtime::metrics::every;
         let metrics = Self::register(registry);
         metrics.decided(Decided::approved, "none", 1.0);
         for step in every!(Step: read_pod, read_request, write, event) {

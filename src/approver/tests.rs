@@ -12,10 +12,10 @@ use crate::{
         metrics::{Decided, Step},
         rules::Rules,
     },
-    clock::TestClock,
     identity::PodRef,
     kubernetes::fake::{FakeApi, Fault},
 };
+use agent_runtime::clock::TestClock;
 
 mod changes;
 mod gate;

@@ -16,8 +16,8 @@ use aws_lc_rs::digest;
 use crate::{
     cert_manager::keys,
     identity::{Identity, NodeEnvironment, PodRef},
-    text::hex,
 };
+use agent_runtime::text::hex;
 
 /// Before the instance in [`keys::AGENT`], where the agent runs outside of a pod.
 pub const PROCESS_PREFIX: &str = "process-";

@@ -5,10 +5,8 @@
 
 use std::borrow::Cow;
 
-use crate::{
-    cert_manager::{Condition, Status},
-    text,
-};
+use crate::cert_manager::{Condition, Status};
+use agent_runtime::text;
 
 /// How far a request is.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -11,6 +11,8 @@ use crate::{
         approver::{Settings, reload},
     },
     config::Env,
+};
+use agent_runtime::{
     shutdown::{Drained, Shutdown},
     telemetry::{self, Log},
 };

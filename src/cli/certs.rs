@@ -11,7 +11,7 @@ use super::{
     admin_client::{self, Address},
     output,
 };
-use crate::clock::{Clock, SystemClock};
+use agent_runtime::clock::{Clock, SystemClock};
 
 mod table;
 

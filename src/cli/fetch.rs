@@ -19,10 +19,8 @@ use self::{
     subscription::{Subscription, Taken},
 };
 use super::{Exit, output};
-use crate::{
-    clock::{Clock, SystemClock},
-    config::Env,
-};
+use crate::config::Env;
+use agent_runtime::clock::{Clock, SystemClock};
 
 mod client;
 mod endpoint;

@@ -10,6 +10,8 @@ use crate::{
     app::{self, Base},
     config::{Config, Env, Loaded},
     process,
+};
+use agent_runtime::{
     shutdown::{Drained, Shutdown},
     telemetry::{self, Log},
 };

@@ -7,7 +7,7 @@ use std::fmt;
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::text;
+use agent_runtime::text;
 
 /// No value is shown with more characters than this.
 const MAX_VALUE_CHARS: usize = 80;

@@ -24,10 +24,8 @@ use super::{
     reader::{Report, Section},
     sockets, values, warm_up,
 };
-use crate::{
-    identity::{IssuerName, TrustDomain},
-    text,
-};
+use crate::identity::{IssuerName, TrustDomain};
+use agent_runtime::text;
 
 /// A configuration file larger than this is a mistake.
 pub const MAX_FILE_BYTES: usize = 1 << 20;

@@ -12,7 +12,7 @@ use std::{
 use serde_json::{Map, Value};
 
 use super::error::{FieldError, Problem, Warning, quoted, shown};
-use crate::text;
+use agent_runtime::text;
 
 /// What the walk has found so far.
 #[derive(Debug, Default)]

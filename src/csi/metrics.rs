@@ -43,7 +43,7 @@ impl Metrics {
     #[cfg(test)]
     pub(crate) fn sample(registry: &mut Registry) {
         let metrics = Self::register(registry);
-        for call in crate::metrics::every!(Call: publish, unpublish) {
+        for call in agent_runtime::metrics::every!(Call: publish, unpublish) {
             (0..=16).for_each(|code| metrics.first_call(call, Code::from(code)));
         }
     }

@@ -11,8 +11,8 @@ use crate::{
     proto::pluginregistration::{
         InfoRequest, PluginInfo, RegistrationStatus, RegistrationStatusResponse, registration_server::Registration,
     },
-    text,
 };
+use agent_runtime::text;
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::csi::registration";

@@ -17,7 +17,8 @@ use tonic::Status;
 use tower::ServiceExt;
 use tracing::{debug, error, info, warn};
 
-use crate::{grpc::table::Table, telemetry::hush::LogLimiter};
+use crate::grpc::table::Table;
+use agent_runtime::telemetry::hush::LogLimiter;
 use unix_peer::{authority_rewrite::AuthorityNormalizer, listener};
 
 /// Of the log's lines.

@@ -18,15 +18,14 @@ use crate::{
     attest::{Reason, pods::Pods},
     csi::PerPod,
     identity::Resolver,
-    metrics::VERSION,
     proto::csi::v1::{
         GetPluginCapabilitiesRequest, GetPluginCapabilitiesResponse, GetPluginInfoRequest, GetPluginInfoResponse,
         NodeGetCapabilitiesRequest, NodeGetCapabilitiesResponse, NodeGetInfoRequest, NodeGetInfoResponse, NodePublishVolumeRequest,
         NodePublishVolumeResponse, NodeUnpublishVolumeRequest, NodeUnpublishVolumeResponse, ProbeRequest, ProbeResponse,
         identity_server::Identity, node_server::Node,
     },
-    text,
 };
+use agent_runtime::{metrics::VERSION, text};
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::csi::service";

@@ -29,9 +29,9 @@ use crate::{
     caller::Authenticator,
     csi::PerPod,
     session::Sessions,
-    shutdown::Shutdown,
     warm::Prefetcher,
 };
+use agent_runtime::shutdown::Shutdown;
 use unix_peer::listener;
 
 /// Of the log's lines.

@@ -18,8 +18,8 @@ use crate::{
     identity::PodRef,
     kubernetes::pod::picks::{PROFILE, picked},
     proto::csi::v1::{NodePublishVolumeRequest, VolumeCapability, volume_capability::AccessType},
-    text,
 };
+use agent_runtime::text;
 
 /// Attributes that belong to Kubernetes.
 const KUBERNETES: &str = "csi.storage.k8s.io/";

@@ -6,7 +6,6 @@ use serde_json::json;
 
 use super::*;
 use crate::{
-    clock::{Clock, TestClock},
     identity::tests::identity,
     issuer::{Issuer as _, Order, Progress, Retry, embedded::Embedded},
     kubernetes::{
@@ -16,6 +15,7 @@ use crate::{
     material::CertificateChain,
     store::{Demand, Lease, Store},
 };
+use agent_runtime::clock::{Clock, TestClock};
 
 fn pod(name: &str) -> PodRef {
     PodRef { namespace: "shop".into(), name: name.into(), uid: format!("uid-{name}").into() }

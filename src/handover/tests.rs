@@ -8,6 +8,8 @@ use super::*;
 use crate::{
     app::{self, Base},
     config::{self, Config},
+};
+use agent_runtime::{
     readiness,
     shutdown::{Drained, Shutdown},
 };

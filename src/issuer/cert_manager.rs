@@ -19,8 +19,9 @@ use crate::{
     issuer::{Error, Issued, Issuer, Order, Phase, Retry, csr, verify},
     kubernetes::{Call, Cause, Failure},
     material::{self, CertificateChain},
-    text, trust,
+    trust,
 };
+use agent_runtime::text;
 
 mod create;
 mod deleter;

@@ -16,10 +16,10 @@ use rcgen::{
 use rustls::pki_types::CertificateSigningRequestDer;
 
 use crate::{
-    clock::Clock,
     issuer::{Error, Issued, Issuer, Order, Phase, Retry, csr},
     material::TrustBundle,
 };
+use agent_runtime::clock::Clock;
 
 /// The root and the intermediate live this long.
 const AUTHORITY_LIFETIME: Duration = Duration::from_secs(10 * 365 * 86_400);

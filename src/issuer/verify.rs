@@ -20,11 +20,10 @@ use webpki::{EndEntityCert, KeyUsage, anchor_from_trusted_cert};
 use x509_parser::prelude::{FromDer, X509Certificate, X509Error};
 
 use crate::{
-    clock,
     identity::{Identity, KeyType},
     material::{self, CertificateChain, PrivateKey, TrustBundle, Validity},
-    text,
 };
+use agent_runtime::{clock, text};
 
 /// How far the signer's clock may be ahead of ours.
 pub const ALLOWED_SKEW: Duration = Duration::from_secs(60);

@@ -4,10 +4,8 @@ use std::{error::Error as StdError, fmt, io, time::Duration};
 
 use kube::core::Status;
 
-use crate::{
-    kubernetes::layer::{TimedOut, TooLarge},
-    text,
-};
+use crate::kubernetes::layer::{TimedOut, TooLarge};
+use agent_runtime::text;
 
 /// What was asked of the API.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -9,7 +9,8 @@ use prometheus_client::{
 };
 use tokio::time::Instant;
 
-use crate::{kubernetes::watch::Ended, metrics::every};
+use crate::kubernetes::watch::Ended;
+use agent_runtime::metrics::every;
 
 /// What is asked, as a metric label.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]

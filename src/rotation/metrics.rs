@@ -12,8 +12,8 @@ use super::planner::Class;
 use crate::{
     identity::IssuerName,
     issuer::{Outcome, Phase},
-    metrics::every,
 };
+use agent_runtime::metrics::every;
 
 /// Labels of `issuances_total`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -183,7 +183,7 @@ impl Metrics {
     #[cfg(test)]
     pub(crate) fn sample(registry: &mut Registry) {
         let metrics = Self::register(registry);
-        let issuer = IssuerName(crate::metrics::ANY.into());
+        let issuer = IssuerName(agent_runtime::metrics::ANY.into());
         metrics.issued(&issuer, &every!(Phase: Create, Approve, Sign).map(|phase| (phase, Duration::from_secs(1))));
         for outcome in every!(Outcome: Ok, Denied, Failed, Timeout, ApiError, InvalidCertificate) {
             metrics.failed(&issuer, outcome, true);

@@ -6,10 +6,10 @@
 use std::time::{Duration, SystemTime};
 
 use crate::{
-    clock,
     identity::{Identity, Profile},
     material::{self, TrustBundle},
 };
+use agent_runtime::clock;
 
 /// A lifetime that an issuer may give beyond twice what was asked for.
 const LIFETIME_SLACK: Duration = Duration::from_secs(3600);

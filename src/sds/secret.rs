@@ -14,9 +14,9 @@ use crate::{
     grpc,
     material::{Svid, Variant},
     sds::stream::TYPE_URL,
-    text::hex,
     trust::Bundle,
 };
+use agent_runtime::text::hex;
 
 /// A length-delimited field.
 enum Field<'a> {
@@ -161,7 +161,6 @@ mod tests {
 
     use super::*;
     use crate::{
-        clock::SystemClock,
         identity::tests::identity,
         issuer::{Issuer, Order, Progress, embedded::Embedded, verify},
         proto::envoy::{
@@ -171,6 +170,7 @@ mod tests {
         },
         trust::crl::{self, tests::Authority},
     };
+    use agent_runtime::clock::SystemClock;
 
     async fn material() -> (Svid, Bundle) {
         let clock = Arc::new(SystemClock);

@@ -21,13 +21,13 @@ use super::{
 };
 use crate::{
     caller::Connection,
-    clock::Clock,
     grpc::{self, Body, Incoming},
     limits::Limits,
     material::{Svid, Variant},
     store::Store,
     trust::{Bundle, BundleSet},
 };
+use agent_runtime::clock::Clock;
 
 mod drive;
 mod fetch;

@@ -15,7 +15,8 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use crate::{material::Variant, sds::names::WILDCARD, text};
+use crate::{material::Variant, sds::names::WILDCARD};
+use agent_runtime::text;
 
 /// The only type of resource that is served.
 pub const TYPE_URL: &str = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret";

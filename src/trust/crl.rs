@@ -11,11 +11,8 @@ use x509_parser::{
     certificate::X509Certificate, extensions::ParsedExtension, prelude::FromDer, revocation_list::CertificateRevocationList,
 };
 
-use crate::{
-    clock,
-    material::{BrokenPem, Error, MAX_CERTIFICATES, fault_of},
-    text,
-};
+use crate::material::{BrokenPem, Error, MAX_CERTIFICATES, fault_of};
+use agent_runtime::{clock, text};
 
 /// One authority's list.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -4,7 +4,8 @@ use std::path::{Path, PathBuf};
 
 use tokio_util::sync::CancellationToken;
 
-use crate::{file::Followed, material::MAX_PEM_BYTES, trust::Source};
+use crate::{material::MAX_PEM_BYTES, trust::Source};
+use agent_runtime::file::Followed;
 
 /// A watched file.
 #[derive(Debug)]

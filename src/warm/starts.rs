@@ -18,10 +18,10 @@ use tokio_util::sync::CancellationToken;
 use super::{FIRST_CALL_TIMEOUT, Prefetch, Prefetcher};
 use crate::{
     attest::pods::{Pods, Starting},
-    clock::Clock,
     kubernetes::pod::Pod,
     warm::WarmUp,
 };
+use agent_runtime::clock::Clock;
 
 /// Certificates that are made ahead of calls at once: half of what rotation makes at once, so that on a node that boots nobody who has
 /// called stands behind all those who have not.

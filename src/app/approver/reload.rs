@@ -14,8 +14,8 @@ use crate::{
         Config, Env, MAX_FILE_BYTES, Warning,
         reloads::{Metrics, Outcome},
     },
-    file::Followed,
 };
+use agent_runtime::file::Followed;
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::approver::reload";

@@ -15,10 +15,10 @@ use prometheus_client::{
 
 use super::{Inventory, STATES, State, state};
 use crate::{
-    clock,
     identity::Account,
     store::{Demand, Entry},
 };
+use agent_runtime::clock;
 
 /// When a certificate is to be renewed, and when it ends.
 #[derive(Debug, Clone, Copy)]

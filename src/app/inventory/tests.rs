@@ -8,12 +8,12 @@ use prometheus_client::{
 
 use super::*;
 use crate::{
-    clock::TestClock,
     identity::{Identity, tests::identity},
     issuer::{Issuer as _, Order, Progress, embedded::Embedded},
     material::{CertificateChain, Svid},
     store::Lease,
 };
+use agent_runtime::clock::TestClock;
 
 /// For the reference: a certificate of a service account.
 pub(crate) fn sample(registry: &mut Registry) {

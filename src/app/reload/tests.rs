@@ -12,13 +12,12 @@ use tokio::time::timeout;
 use super::*;
 use crate::{
     app::{Base, parts::Cluster, upstream},
-    clock::TestClock,
     config::Env,
     identity::IssuerName,
     kubernetes::{self, fake::FakeApi},
-    shutdown::Shutdown,
     trust::{self, Trust},
 };
+use agent_runtime::{clock::TestClock, shutdown::Shutdown};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 

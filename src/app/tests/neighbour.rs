@@ -13,7 +13,6 @@ use tracing::subscriber::DefaultGuard;
 use super::*;
 use crate::{
     cert_manager::{IssuerRef, RequestNamespace, naming::Agent},
-    clock::TestClock,
     identity::{Identity, IssuerName, NodeEnvironment, PodRef, Profile, tests::identity},
     issuer::{
         Issuer,
@@ -28,6 +27,9 @@ use crate::{
     },
     rotation::plan::Plan,
     store::{Demand, Lease},
+};
+use agent_runtime::{
+    clock::TestClock,
     telemetry::{self, Format, captured::Captured},
 };
 
@@ -168,7 +170,7 @@ impl World {
 
     /// The value of a metric, labels included, as the exposition writes it.
     fn metric(&self, line: &str) -> f64 {
-        let text = self.exposition.encode(crate::metrics::Format::OpenMetrics).unwrap();
+        let text = self.exposition.encode(agent_runtime::metrics::Format::OpenMetrics).unwrap();
         let found = text.lines().find_map(|l| l.strip_prefix(line)?.trim().parse().ok());
         found.unwrap_or_else(|| panic!("{line} is not in {text}"))
     }

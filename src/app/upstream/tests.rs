@@ -9,13 +9,15 @@ use tokio::{task::JoinHandle, time::timeout};
 use super::*;
 use crate::{
     cert_manager::keys,
-    clock::TestClock,
     identity::{PodRef, Workload},
     issuer::{Error, Issued, Order, Progress},
     kubernetes::{self, fake::FakeApi},
+    trust,
+};
+use agent_runtime::{
+    clock::TestClock,
     shutdown::Shutdown,
     telemetry::{self, Format, captured::Captured},
-    trust,
 };
 
 const CR: &str = "certificaterequests";

@@ -13,13 +13,15 @@ use super::report::Step;
 use crate::{
     cert_manager::{CertificateRequest, GROUP, IssuerRef, RequestNamespace, Status, keys, naming::node_label, verdict::Verdict},
     cli::Exit,
-    clock::{self, Clock, SystemClock},
     config::{Config, IssuerConfig},
     issuer::{
         Error,
         cert_manager::{self, Settings, vault},
     },
     kubernetes::{self, Call, Cause, Failure},
+};
+use agent_runtime::{
+    clock::{self, Clock, SystemClock},
     text,
 };
 

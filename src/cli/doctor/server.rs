@@ -9,10 +9,10 @@ use time::{OffsetDateTime, format_description::well_known::Rfc2822};
 use super::report::Step;
 use crate::{
     cli::Exit,
-    clock::{Clock, SystemClock},
     issuer::verify::ALLOWED_SKEW,
     kubernetes::{Call, Failure},
 };
+use agent_runtime::clock::{Clock, SystemClock};
 
 /// The header tells whole seconds, and an answer takes its time; what is below is no skew.
 const UNSURE: Duration = Duration::from_secs(3);

@@ -11,10 +11,10 @@ use x509_parser::prelude::{FromDer, X509Certificate};
 use super::resource::{Material, Resource};
 use crate::{
     cli::output::printable,
-    clock::{from_unix_seconds, rfc3339},
     material::{CertificateChain, TrustBundle},
     trust::crl::RevocationList,
 };
+use agent_runtime::clock::{from_unix_seconds, rfc3339};
 
 /// The contract: the same keys in the same order for every resource, but for the last, which is of its kind.
 #[derive(Serialize)]

@@ -16,12 +16,11 @@ use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
 use crate::{
-    cert_manager::IssuerRef,
-    cert_manager::{GROUP, Status},
+    cert_manager::{GROUP, IssuerRef, Status},
     issuer::{Error, Retry, cert_manager::api_error},
     kubernetes::{Call, Cause, Failure},
-    text,
 };
+use agent_runtime::text;
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::issuer::cert_manager::preflight";

@@ -17,12 +17,10 @@ use tokio::{sync::mpsc, time::timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    cert_manager::RequestNamespace,
     cert_manager::{
-        REQUESTS_PER_PAGE, keys,
+        REQUESTS_PER_PAGE, RequestNamespace, keys,
         naming::{Agent, node_label},
     },
-    clock::{self, Clock},
     issuer::{
         Error, Retry,
         cert_manager::{
@@ -39,6 +37,7 @@ use crate::{
         watch::{Selection, Signal},
     },
 };
+use agent_runtime::clock::{self, Clock};
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::issuer::cert_manager::requests";

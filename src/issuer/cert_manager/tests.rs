@@ -10,7 +10,6 @@ use tokio_util::sync::CancellationToken;
 use super::*;
 use crate::{
     cert_manager::{IssuerRef, RequestNamespace, keys, naming::Agent},
-    clock::TestClock,
     identity::{Identity, IssuerName, NodeEnvironment, Profile, SpiffeId, tests::profile},
     issuer::{Progress, Stage},
     kubernetes::{
@@ -18,6 +17,7 @@ use crate::{
         fake::{FakeApi, Fault},
     },
 };
+use agent_runtime::clock::TestClock;
 
 mod faults;
 mod setup;

@@ -6,7 +6,8 @@
 
 use std::fmt;
 
-use crate::{issuer::Retry, text};
+use crate::issuer::Retry;
+use agent_runtime::text;
 
 /// A mount or a role with a longer path is not named.
 const MAX_PATH_BYTES: usize = 100;

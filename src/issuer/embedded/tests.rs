@@ -6,11 +6,11 @@ use x509_parser::prelude::{FromDer, X509Certificate};
 
 use super::*;
 use crate::{
-    clock::TestClock,
     identity::{Identity, KeyType, Profile, SpiffeId, tests::profile},
     issuer::{Progress, verify::verify},
     material::CertificateChain,
 };
+use agent_runtime::clock::TestClock;
 
 const NOW: Duration = Duration::from_secs(1_800_000_000);
 
@@ -71,7 +71,7 @@ async fn nothing_outlives_its_signer_and_no_lifetime_is_too_long_to_count() {
     let issued = issue(&embedded, &identity(KeyType::EcdsaP256, Duration::MAX)).await;
     let chain = CertificateChain::from_pem(&issued.chain_pem).unwrap();
     let (_, intermediate) = X509Certificate::from_der(&chain.certificates()[1]).unwrap();
-    assert_eq!(chain.validity.not_after, crate::clock::from_unix_seconds(intermediate.validity().not_after.timestamp()));
+    assert_eq!(chain.validity.not_after, agent_runtime::clock::from_unix_seconds(intermediate.validity().not_after.timestamp()));
 }
 
 #[tokio::test(start_paused = true)]

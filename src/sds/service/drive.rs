@@ -15,7 +15,6 @@ use tracing::{debug, warn};
 use super::{Service, View, changed, ended, is_known, version_prefix, violation};
 use crate::{
     caller::{Caller, Connection},
-    clock::Clock,
     grpc::{self, Incoming, Sender},
     identity::{Identity, Resolver},
     material::{Svid, Variant},
@@ -28,9 +27,9 @@ use crate::{
         stream::{Due, Names, Received, Request as StreamRequest, StreamState},
     },
     store::{Demand, Lease},
-    text,
     trust::BundleSet,
 };
+use agent_runtime::{clock::Clock, text};
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::sds::service::drive";

@@ -22,9 +22,9 @@ use crate::{
         stream::{TYPE_URL, Violation},
     },
     store::{Demand, Lease},
-    text,
     trust::BundleSet,
 };
+use agent_runtime::text;
 
 /// How long `FetchSecrets` waits for a caller that names no deadline.
 const FETCH_WAIT: Duration = Duration::from_secs(10);

@@ -11,7 +11,6 @@ use tokio::{
 use super::super::*;
 use crate::{
     attest::{self, Attested, Attestor, Method},
-    clock::{Clock, SystemClock},
     identity::{IssuerName, PodRef, Resolver, TrustDomain, Workload, tests::identity},
     issuer::{Issuer, embedded::Embedded},
     rotation::{self, plan::Plan},
@@ -19,6 +18,7 @@ use crate::{
     store::Store,
     trust::{self, Trust},
 };
+use agent_runtime::clock::{Clock, SystemClock};
 use unix_peer::listener;
 
 /// Longer than anything takes on a busy machine.

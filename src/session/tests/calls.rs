@@ -102,7 +102,7 @@ async fn a_watch_of_the_health_holds_up_no_drain() {
     agent.sessions.ending.cancel();
     assert_eq!(soon("health", watch.next()).await.unwrap().unwrap().status(), ServingStatus::NotServing);
     assert_eq!(soon("the end", watch.next()).await.unwrap().unwrap_err().code(), Code::Unavailable);
-    assert_eq!(soon("the drain", agent.sessions.shutdown.drained()).await, crate::shutdown::Drained::Complete);
+    assert_eq!(soon("the drain", agent.sessions.shutdown.drained()).await, agent_runtime::shutdown::Drained::Complete);
 }
 
 macro_rules! reflects {

@@ -12,8 +12,8 @@ use super::{
 use crate::{
     app,
     config::{self, Dev},
-    shutdown::Drained,
 };
+use agent_runtime::shutdown::Drained;
 
 #[tokio::test]
 async fn a_workloads_end_ends_its_connection_and_no_other() {

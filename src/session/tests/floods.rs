@@ -12,10 +12,8 @@ use super::{
     bench::{Agent, soon, until},
     link::{Link, names},
 };
-use crate::{
-    attest::{self, Attested, Attestor, Method, Reason, origin::Origins},
-    telemetry::{self, Format, captured::Captured},
-};
+use crate::attest::{self, Attested, Attestor, Method, Reason, origin::Origins};
+use agent_runtime::telemetry::{self, Format, captured::Captured};
 use unix_peer::listener;
 
 /// The attestor of a socket that is one pod's own.

@@ -12,7 +12,6 @@ use tokio::{sync::watch, time::sleep};
 
 use super::*;
 use crate::{
-    clock::{self, TestClock},
     config::Config,
     issuer::{self, Issued, Issuer, Order, embedded::Embedded},
     kubernetes::{self, fake::FakeApi},
@@ -24,6 +23,7 @@ use crate::{
         metrics::{Ended, Metrics},
     },
 };
+use agent_runtime::clock::{self, TestClock};
 
 const MINUTE: Duration = Duration::from_secs(60);
 const MOUNT: &str = "/run/sds-agent";

@@ -12,13 +12,13 @@ use super::*;
 use crate::{
     attest::{self, Attested, Attestor, Method, Reason, origin::Origin},
     caller::{Authenticator, Refusals},
-    clock::TestClock,
     identity::{IssuerName, PodRef, Profile, Resolver, TrustDomain, Workload, tests::identity},
     issuer::{self, Issued, Issuer, Order, Retry, embedded::Embedded},
     material::TrustBundle,
     rotation::{self, plan::Plan, reissue::Reissue},
     trust::{self, Trust},
 };
+use agent_runtime::clock::TestClock;
 use unix_peer::peer::Peer;
 
 /// What the upstream does with orders.

@@ -5,7 +5,7 @@ use super::{
     client::{Client, FACES},
     *,
 };
-use crate::clock;
+use agent_runtime::clock;
 
 const MINUTE: Duration = Duration::from_secs(60);
 

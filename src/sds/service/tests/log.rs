@@ -7,11 +7,10 @@ use super::{
     client::{Client, FACES, framed},
     *,
 };
-use crate::{
-    caller::Refusals,
-    proto::google::rpc::Status as RpcStatus,
+use crate::{caller::Refusals, proto::google::rpc::Status as RpcStatus};
+use agent_runtime::{
     telemetry::{self, Format, captured::Captured},
-    text::tests::Key,
+    text::test_keys::Key,
 };
 
 /// The times that a client does it.

@@ -21,8 +21,8 @@ impl Metrics {
     }
 
     /// Registers and shows them all, for the reference.
-    #[cfg(test)]
-    pub(crate) fn sample(registry: &mut Registry) {
+    #[cfg(any(test, feature = "testing"))]
+    pub fn sample(registry: &mut Registry) {
         Self::register(registry);
     }
 }

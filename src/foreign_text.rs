@@ -2,14 +2,18 @@
 
 use serde_json::json;
 
-use super::*;
+use agent_runtime::{
+    telemetry::{self, Format, captured::Captured},
+    text::test_keys::Key,
+};
+use base64::{Engine, engine::general_purpose::STANDARD};
+
 use crate::{
     approver::judge::tests::denied_at_once,
     cert_manager::{Condition, Status, verdict::Verdict},
     config::Config,
     kubernetes::{Call, Failure},
     material::{self, CertificateChain, TrustBundle},
-    telemetry::{self, Format, captured::Captured},
     trust::{self, Trust, crl},
 };
 

@@ -1,3 +1,6 @@
+//! Private keys for tests, in every form in which they may stand in a text.
+#![allow(clippy::unwrap_used, reason = "for tests alone")]
+
 use std::collections::HashSet;
 
 use aws_lc_rs::{encoding::AsDer, rsa};
@@ -6,13 +9,10 @@ use base64::{
     engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD},
 };
 
-use super::*;
-
-mod sources;
-
 /// A private key, and every form in which it may stand in a text.
-pub(crate) struct Key {
-    pub(crate) pem: String,
+pub struct Key {
+    /// PKCS#8.
+    pub pem: String,
     der: Vec<u8>,
     windows: HashSet<String>,
 }
@@ -24,18 +24,18 @@ const MARK: &str = "-----BEGIN PRIVATE KEY-----";
 
 impl Key {
     /// As agents and most CAs have it.
-    pub(crate) fn ecdsa() -> Self {
+    pub fn ecdsa() -> Self {
         let key = rcgen::KeyPair::generate().unwrap();
         Self::new(key.serialize_pem(), key.serialize_der())
     }
 
-    fn rsa() -> Self {
+    /// As some CAs have it.
+    pub fn rsa() -> Self {
         let der = rsa::KeyPair::generate(rsa::KeySize::Rsa2048).unwrap();
         let der: aws_lc_rs::encoding::Pkcs8V1Der<'_> = der.as_der().unwrap();
         let der = der.as_ref().to_vec();
-        let mut pem = Vec::new();
-        crate::material::push_pem("PRIVATE KEY", &der, &mut pem);
-        Self::new(String::from_utf8(pem).unwrap(), der)
+        let pair = rcgen::KeyPair::from_pkcs8_der_and_sign_algo(&der.clone().into(), &rcgen::PKCS_RSA_SHA256).unwrap();
+        Self::new(pair.serialize_pem(), der)
     }
 
     fn new(pem: String, der: Vec<u8>) -> Self {
@@ -53,7 +53,7 @@ impl Key {
     }
 
     /// The key in a source, with a root beside it or not, broken or not.
-    pub(crate) fn inputs(&self) -> Vec<(&'static str, String)> {
+    pub fn inputs(&self) -> Vec<(&'static str, String)> {
         let root = rcgen::CertificateParams::new(Vec::new()).unwrap().self_signed(&rcgen::KeyPair::generate().unwrap()).unwrap().pem();
         let (pem, both) = (self.pem.clone(), self.pem.clone() + &root);
         let one_line = |text: &str| text.lines().collect::<Vec<_>>().join(" ");
@@ -79,7 +79,7 @@ impl Key {
     }
 
     /// The same in the words of a server or a client.
-    pub(crate) fn texts(&self) -> Vec<(&'static str, String)> {
+    pub fn texts(&self) -> Vec<(&'static str, String)> {
         let list = |bytes: &[u8], format: fn(u8) -> String, between: &str| {
             bytes.iter().map(|byte| format(*byte)).collect::<Vec<_>>().join(between)
         };
@@ -129,12 +129,12 @@ impl Key {
     }
 
     /// Enough of them for a test that takes its time with each.
-    pub(crate) fn some_texts(&self) -> impl Iterator<Item = (&'static str, String)> {
+    pub fn some_texts(&self) -> impl Iterator<Item = (&'static str, String)> {
         self.texts().into_iter().filter(|(name, _)| !name.contains("megabyte")).step_by(4)
     }
 
     /// Where `text` holds a part of the key, in any of its forms; with or without what stands between the pieces.
-    pub(crate) fn leak_in(&self, text: &str) -> Option<String> {
+    pub fn leak_in(&self, text: &str) -> Option<String> {
         let squeezed: String = text.split_whitespace().collect();
         let look = |text: &str| {
             let pieces = (0..text.len().saturating_sub(WINDOW - 1)).filter_map(|at| text.get(at..at + WINDOW));
@@ -160,74 +160,4 @@ fn windows(pem: &str, der: &[u8]) -> HashSet<String> {
     let squeezed = forms.each_ref().map(|form| form.replace(' ', ""));
     let all = forms.iter().chain(&squeezed).flat_map(|form| form.as_bytes().windows(WINDOW));
     all.map(|window| String::from_utf8(window.to_vec()).unwrap()).collect()
-}
-
-#[test]
-fn no_part_of_a_key_is_left_in_whatever_form_it_comes() {
-    for key in [Key::ecdsa(), Key::rsa(), Key::ecdsa(), Key::ecdsa()] {
-        for (name, text) in key.texts() {
-            for (how, shown) in [("excerpt", excerpt(&text, usize::MAX)), ("redact", redact(&text).into_owned())] {
-                assert_eq!(key.leak_in(&shown), None, "{how} of {name}: {shown}");
-            }
-            let short = excerpt(&text, MAX_MESSAGE_CHARS);
-            assert!(short.chars().count() <= MAX_MESSAGE_CHARS + 1 && !short.contains('\n'), "{short}");
-        }
-    }
-}
-
-/// The guard against a test that looks for nothing.
-#[test]
-fn a_key_is_found_where_it_is() {
-    let key = Key::ecdsa();
-    for (name, text) in key.texts() {
-        let is_plain = !["pairs", "0x", "\\x", "JSON", "percent", "20 columns", "numbers on", "numbers with blanks"]
-            .iter()
-            .any(|form| name.starts_with(form));
-        assert!(!is_plain || key.leak_in(&text).is_some(), "{name}: {text}");
-    }
-}
-
-#[test]
-fn what_people_need_is_left() {
-    for text in [
-        "certificaterequests.cert-manager.io \"sds-agent-0123456789abcdef-7f3f5d0e\" is forbidden: User \"system:serviceaccount:sds-agent:sds-agent\" \
-         cannot create resource \"certificaterequests\" in API group \"cert-manager.io\" in the namespace \"shop\"",
-        "ValidatingAdmissionPolicy 'sds-agent-requests' with binding 'sds-agent-requests' denied request: the node label is not yours",
-        "exceeded quota: requests, requested: count/certificaterequests.cert-manager.io=1, used: 5, limited: 5",
-        "Vault failed to sign certificate: failed to sign certificate by vault: Error making API request. URL: POST \
-         https://vault.vault:8200/v1/pki_int/issuer/2030/sign/mesh Code: 400. Errors: * role requires keys of type rsa",
-        "/var/lib/kubelet/pods/2b1fb2f4-4b5a-4b9a-9a4e-0c5a1b2c3d4e/volumes/kubernetes.io~csi/identity/mount",
-        "0::/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod2b1fb2f4_4b5a_4b9a_9a4e_0c5a1b2c3d4e.slice/cri-containerd.scope",
-        "spiffe://cluster.local/ns/payments-and-invoices-of-the-shop/sa/a-service-account-with-a-long-name-of-its-own",
-        "ValidatingAdmissionPolicyBinding/sds-agent-requests-of-everybody refers to ConfigMap/sds-agent",
-        "dial tcp 10.96.0.1:443: connect: connection refused (fd00:10:96::1, 52:54:00:12:34:56)",
-        "the serial number is 3d:9c:11:22:33:44:55",
-        "system:node:ip-10-0-12-34.eu-west-1.compute.internal",
-        "expected 3 items (1, 2, 3) at 2030-01-01T00:00:00Z",
-        "größer als erlaubt; 証明書",
-        "",
-    ] {
-        assert_eq!(excerpt(text, usize::MAX), text);
-        assert_eq!(redact(text), text);
-    }
-}
-
-#[test]
-fn a_text_is_one_short_line_of_whole_characters() {
-    assert_eq!(excerpt("  a\n\tb\u{1b}[2J\u{2028}c\u{202e}d  ", 100), "a b [2J c d");
-    assert_eq!(excerpt(&"ü".repeat(1000), 100), "ü".repeat(100) + "…");
-    assert_eq!(excerpt(&"ü".repeat(100), 100), "ü".repeat(100));
-    assert_eq!(excerpt(&"xy ".repeat(1 << 20), usize::MAX).len(), MAX_READ_BYTES);
-    assert_eq!(redact("a\nb"), "a\nb", "lines are kept");
-}
-
-#[test]
-fn what_stands_around_a_key_is_left() {
-    let key = Key::ecdsa();
-    assert_eq!(excerpt(&format!("before it: {}after it", key.pem), 100), format!("before it: {REDACTED} after it"));
-    assert_eq!(excerpt(&format!("got {:?}, expected a root", key.pem.as_bytes()), 100), format!("got [{REDACTED}], expected a root"));
-    assert_eq!(
-        excerpt(&format!("invalid value {:?} in ca.crt", STANDARD.encode(&key.pem)), 100),
-        format!("invalid value \"{REDACTED}\" in ca.crt")
-    );
 }

@@ -48,7 +48,7 @@ pub fn redact(text: &str) -> Cow<'_, str> {
 }
 
 /// Whether a line may hold a key in PEM, as text or as numbers: a cheap look.
-pub(crate) fn has_pem(text: &str) -> bool {
+pub fn has_pem(text: &str) -> bool {
     text.contains("-----BEGIN") || text.contains("45, 45, 45, 45, 45, 66")
 }
 
@@ -311,5 +311,7 @@ pub fn hex(bytes: &[u8]) -> String {
     bytes.iter().flat_map(|b| [DIGITS[usize::from(b >> 4)], DIGITS[usize::from(b & 15)]]).map(char::from).collect()
 }
 
+#[cfg(any(test, feature = "testing"))]
+pub mod test_keys;
 #[cfg(test)]
-pub(crate) mod tests;
+mod tests;
