@@ -24,6 +24,7 @@ use tracing::{error, info, warn};
 use crate::{
     admin,
     attest::{self, Attestor, pods::Pods},
+    build_info,
     caller::Authenticator,
     config::{Config, SharedSocket, reloads},
     csi,
@@ -117,7 +118,7 @@ pub struct Base {
 impl Base {
     /// Fresh parts; `shutdown` is the process's.
     pub fn new(shutdown: Shutdown) -> Self {
-        let mut exposition = Exposition::new();
+        let mut exposition = Exposition::new(build_info::VERSION, build_info::REVISION);
         let (readiness, start) = Readiness::new(readiness::Metrics::register(exposition.registry()));
         Self { exposition, readiness, shutdown, file: None, log: None, start }
     }

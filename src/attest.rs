@@ -13,8 +13,8 @@ use prometheus_client::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::identity::{PodRef, Workload};
 use unix_peer::peer::Peer;
+use workload_identity::{PodRef, Workload};
 
 pub mod cgroup;
 pub mod kubernetes;

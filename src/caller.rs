@@ -11,12 +11,10 @@ use tokio::sync::{Notify, OnceCell, watch};
 use tonic::Status;
 use tracing::{debug, warn};
 
-use crate::{
-    attest::{self, Attested, Attestor, Method, Reason, origin::Origin},
-    identity::{Identity, Resolver},
-};
+use crate::attest::{self, Attested, Attestor, Method, Reason, origin::Origin};
 use agent_runtime::telemetry::hush::{self, LogLimiter};
 use unix_peer::peer::Peer;
+use workload_identity::{Identity, Resolver};
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::caller";
@@ -236,8 +234,9 @@ mod tests {
     use tokio_util::sync::CancellationToken;
 
     use super::*;
-    use crate::{config, identity::PodRef};
+    use crate::config;
     use agent_runtime::telemetry::{Format, capture, captured::Captured};
+    use workload_identity::PodRef;
 
     /// Knows everybody, until told that it does not.
     #[derive(Debug)]
@@ -249,7 +248,7 @@ mod tests {
         }
 
         fn attest<'a>(&'a self, peer: &'a Peer) -> BoxFuture<'a, Result<Attested, attest::Error>> {
-            let workload = crate::identity::Workload::Unix { uid: peer.uid };
+            let workload = workload_identity::Workload::Unix { uid: peer.uid };
             Box::pin(std::future::ready(Ok(Attested { workload, terminated: CancellationToken::new() })))
         }
 

@@ -5,16 +5,10 @@
 use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use crate::{
-    attest::kubernetes::AttestationPolicy,
-    csi::PerPod,
-    identity::{IssuerName, NodeEnvironment, Profile, Resolver, Rule, TrustDomain},
-    issuer::cert_manager,
-    kubernetes::RequestRate,
-    limits::Limits,
-    process::LockMemory,
-    sds::names::Names,
-    warm::WarmUp,
+    attest::kubernetes::AttestationPolicy, csi::PerPod, issuer::cert_manager, kubernetes::RequestRate, limits::Limits, process::LockMemory,
+    sds::names::Names, warm::WarmUp,
 };
+use workload_identity::{IssuerName, NodeEnvironment, Profile, Resolver, Rule, TrustDomain};
 
 mod approver;
 mod dev;

@@ -19,7 +19,6 @@ use self::{metrics::Metrics, registration::Registrar, server::Server, sockets::S
 use crate::{
     attest::{Reason, pods::Pods},
     grpc::table::Table,
-    identity::{NodeEnvironment, PodRef},
     proto::{
         csi::v1::{identity_server::IdentityServer, node_server::NodeServer},
         pluginregistration::registration_server::RegistrationServer,
@@ -28,6 +27,7 @@ use crate::{
     warm::Prefetcher,
 };
 use unix_peer::listener;
+use workload_identity::{NodeEnvironment, PodRef};
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::csi";

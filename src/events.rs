@@ -32,7 +32,6 @@ use self::{
 };
 use crate::{
     attest,
-    identity::{NodeEnvironment, PodRef},
     issuer::Error,
     kubernetes::{self, Call, Failure},
     material::Svid,
@@ -44,6 +43,7 @@ use agent_runtime::{
     telemetry::hush::{self, LogLimiter},
     text,
 };
+use workload_identity::{NodeEnvironment, PodRef};
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::events";

@@ -8,10 +8,8 @@ use std::{fmt, sync::Arc, time::Duration};
 use futures::future::BoxFuture;
 use tokio::sync::watch;
 
-use crate::{
-    identity::{Identity, PodRef},
-    material::PrivateKey,
-};
+use crate::material::PrivateKey;
+use workload_identity::{Identity, PodRef};
 
 pub mod cert_manager;
 pub mod csr;

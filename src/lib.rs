@@ -26,7 +26,6 @@ pub mod session;
 
 pub mod attest;
 pub mod caller;
-pub mod identity;
 
 pub mod sds;
 
@@ -47,6 +46,7 @@ pub mod trust;
 
 pub mod app;
 
+pub mod build_info;
 pub mod cli;
 pub mod config;
 pub mod events;

@@ -23,8 +23,8 @@ use x509_parser::{
 };
 use zeroize::Zeroizing;
 
-use crate::identity::{Identity, SpiffeId};
 use agent_runtime::{clock, text::hex};
+use workload_identity::{Identity, SpiffeId};
 
 /// No PEM input larger than this is read: a bundle or chain of this size is a mistake or an attack.
 pub const MAX_PEM_BYTES: usize = 1 << 20;

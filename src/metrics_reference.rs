@@ -12,7 +12,7 @@ use std::{
 
 use prometheus_client::registry::Registry;
 
-use crate::{app, approver, attest, config, csi, events, issuer, kubernetes, process, rotation, sds, session, trust, warm};
+use crate::{app, approver, attest, build_info, config, csi, events, issuer, kubernetes, process, rotation, sds, session, trust, warm};
 use agent_runtime::{
     metrics::{ANY, Exposition, Format, PREFIX},
     readiness, telemetry,
@@ -103,7 +103,7 @@ fn described(page: &str) -> Vec<Described> {
 
 fn sampled(module: &Module) -> Vec<Described> {
     let page = if module.file.is_none() {
-        Exposition::new().encode(Format::OpenMetrics).unwrap()
+        Exposition::new(build_info::VERSION, build_info::REVISION).encode(Format::OpenMetrics).unwrap()
     } else {
         let mut registry = Registry::with_prefix(PREFIX);
         (module.sample)(&mut registry);

@@ -27,7 +27,6 @@ use self::{
     reissue::{Mark, Reissue},
 };
 use crate::{
-    identity::{Identity, IssuerName, PodRef},
     issuer::{Error, Issued, Retry, verify},
     material::{self, Svid},
     store::{Entry, Event, Status, Store},
@@ -37,6 +36,7 @@ use agent_runtime::{
     clock::{self, Clock},
     text,
 };
+use workload_identity::{Identity, IssuerName, PodRef};
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::rotation";

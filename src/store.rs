@@ -18,10 +18,8 @@ use tokio::{
     time::Instant,
 };
 
-use crate::{
-    identity::{Identity, PodRef},
-    material::Svid,
-};
+use crate::material::Svid;
+use workload_identity::{Identity, PodRef};
 
 /// When a subscriber needs a certificate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -312,7 +310,7 @@ mod tests {
     use std::time::UNIX_EPOCH;
 
     use super::*;
-    use crate::identity::tests::identity;
+    use workload_identity::samples::identity;
 
     fn told(events: &mut mpsc::UnboundedReceiver<Event>) -> Vec<&'static str> {
         std::iter::from_fn(|| events.try_recv().ok())

@@ -21,11 +21,9 @@ use rustls::pki_types::CertificateDer;
 use tokio::sync::watch;
 
 use self::crl::RevocationList;
-use crate::{
-    identity::TrustDomain,
-    material::{self, CertificateChain, EncodedCache, TrustBundle},
-};
+use crate::material::{self, CertificateChain, EncodedCache, TrustBundle};
 use agent_runtime::clock;
+use workload_identity::TrustDomain;
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::trust";

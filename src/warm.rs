@@ -16,9 +16,9 @@ use tracing::{debug, warn};
 
 use crate::{
     attest::mount::MountAttestor,
-    identity::{Resolver, Workload},
     store::{Demand, Store},
 };
+use workload_identity::{Resolver, Workload};
 
 pub mod metrics;
 pub mod starts;

@@ -17,13 +17,13 @@ use sds_agent::{
     app::{self, Base, Deps},
     attest::{Attested, Attestor, Error, Method},
     config::{self, Config, Dev},
-    identity::{Identity, Workload},
     issuer::{self, Issued, Issuer, Order, Phase, Progress, embedded::Embedded, verify},
     material::{Svid, TrustBundle},
     trust::{self, Trust},
 };
 use tokio_util::sync::CancellationToken;
 use unix_peer::peer::Peer;
+use workload_identity::{Identity, Workload};
 
 /// Every connection is another user, and so another identity.
 #[derive(Debug, Default)]

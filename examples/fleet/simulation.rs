@@ -12,7 +12,6 @@ use std::{
 };
 
 use sds_agent::{
-    identity::{IssuerName, KeyType, Profile},
     issuer::Retry,
     material::Validity,
     rotation::{
@@ -22,6 +21,7 @@ use sds_agent::{
     store::Demand,
 };
 use tokio::time::Instant;
+use workload_identity::{IssuerName, KeyType, Profile};
 
 /// From the agent's decision to the request's place in the signer's queue, and the same for the way back.
 const WAY: Duration = Duration::from_millis(20);

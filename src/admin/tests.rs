@@ -1,5 +1,6 @@
 //! Over real sockets: a server that is slow to close is as wrong as one that answers badly.
 
+use crate::build_info;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use serde_json::json;
@@ -32,7 +33,7 @@ async fn served(limits: Limits, routes: Routes) -> Served {
 
 fn routes() -> (Routes, readiness::Guard) {
     let (readiness, start) = Readiness::new(readiness::Metrics::default());
-    (Routes::new(readiness, Arc::new(Exposition::new())), start)
+    (Routes::new(readiness, Arc::new(Exposition::new(build_info::VERSION, build_info::REVISION))), start)
 }
 
 /// Controls, and the calls that they take.

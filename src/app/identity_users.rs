@@ -4,11 +4,8 @@ use std::sync::Arc;
 
 use tokio::sync::watch;
 
-use crate::{
-    attest::pods::Pods,
-    identity::{Identity, Resolver},
-    rotation::IdentityUsers,
-};
+use crate::{attest::pods::Pods, rotation::IdentityUsers};
+use workload_identity::{Identity, Resolver};
 
 /// Who of the node's pods has an identity.
 #[derive(Debug)]

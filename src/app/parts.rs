@@ -11,9 +11,7 @@ use crate::{
     app::config_map_source::ConfigMapSource,
     attest::{self, Attestor, kubernetes::KubernetesAttestor, pods::Pods},
     config::{Attestation, Config, IssuerConfig, TrustSource},
-    events,
-    identity::TrustDomain,
-    kubernetes, rotation,
+    events, kubernetes, rotation,
     trust::{self, Trust, file::FileSource},
 };
 use agent_runtime::{
@@ -21,6 +19,7 @@ use agent_runtime::{
     readiness::Readiness,
 };
 use unix_peer::peer;
+use workload_identity::TrustDomain;
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::app::parts";

@@ -18,11 +18,11 @@ use crate::{
         Config, Errors, Loaded, MAX_FILE_BYTES, Warning, live,
         reloads::{Metrics, Outcome},
     },
-    identity::Resolver,
     rotation::plan::Plan,
     sds::reissue_window::ReissueWindow,
 };
 use agent_runtime::{clock::Clock, file::Followed};
+use workload_identity::Resolver;
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::app::reload";

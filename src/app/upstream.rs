@@ -26,7 +26,6 @@ use crate::{
     attest::pods::Pods,
     cert_manager::{RequestNamespace, naming::Agent},
     config::{Config, IssuerConfig},
-    identity::IssuerName,
     issuer::{
         Issuer,
         cert_manager::{self, CertManager, LivePods, Metrics, Requests},
@@ -36,6 +35,7 @@ use crate::{
     trust::Trust,
 };
 use agent_runtime::clock::Clock;
+use workload_identity::IssuerName;
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::app::upstream";

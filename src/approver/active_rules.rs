@@ -74,10 +74,9 @@ mod tests {
             },
             rules::Guarded,
         },
-        cert_manager::IssuerRef,
-        cert_manager::denied,
-        identity::{IssuerName, Profile},
+        cert_manager::{IssuerRef, denied},
     };
+    use workload_identity::{IssuerName, Profile};
 
     const OVERLAP: Duration = Duration::from_secs(600);
 

@@ -26,13 +26,13 @@ use crate::{
         queue::WorkItem,
     },
     cert_manager::{Condition, PLURAL, Request, claims, denied},
-    identity::PodRef,
     kubernetes::{Call, Cause, Failure, pod::Pod},
 };
 use agent_runtime::{
     clock::{self, Clock},
     telemetry::hush::LogLimiter,
 };
+use workload_identity::PodRef;
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::approver::desk";

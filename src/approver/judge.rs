@@ -15,10 +15,10 @@ use crate::{
         rules::{Expectation, Rules},
     },
     cert_manager::{Condition, GROUP, IssuerRef, Request, USAGES, claims, csr, denied, keys},
-    identity::PodRef,
     kubernetes::pod::Pod,
 };
 use agent_runtime::text;
+use workload_identity::PodRef;
 
 /// No sentence of a denial repeats more of what others wrote than this, in characters.
 const SHOWN: usize = 200;

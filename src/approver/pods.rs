@@ -16,15 +16,13 @@ use kube::{Api, Client, runtime::watcher};
 use tokio::sync::watch;
 
 use super::replicas::{Replicas, Standing};
-use crate::{
-    identity::PodRef,
-    kubernetes::{
-        self, Call, Cause, Failure,
-        metrics::Resource,
-        pod::{Pod, PodObject},
-        watch::{Selection, Signal},
-    },
+use crate::kubernetes::{
+    self, Call, Cause, Failure,
+    metrics::Resource,
+    pod::{Pod, PodObject},
+    watch::{Selection, Signal},
 };
+use workload_identity::PodRef;
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::approver::pods";

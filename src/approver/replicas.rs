@@ -9,10 +9,8 @@ use std::{
     sync::Arc,
 };
 
-use crate::{
-    identity::PodRef,
-    kubernetes::pod::{Pod, PodObject},
-};
+use crate::kubernetes::pod::{Pod, PodObject};
+use workload_identity::PodRef;
 
 /// Where this replica stands among the others.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -4,9 +4,9 @@ use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use crate::{
     cert_manager::{IssuerRef, RequestNamespace},
-    identity::{Error, Identity, IssuerName, KeyType, Pattern, Profile, Resolver},
     kubernetes::pod::Pod,
 };
+use workload_identity::{Error, Identity, IssuerName, KeyType, Pattern, Profile, Resolver};
 
 /// The group of an issuer that names none.
 const GROUP: &str = crate::cert_manager::GROUP;

@@ -12,10 +12,10 @@ use crate::{
         metrics::{Decided, Step},
         rules::Rules,
     },
-    identity::PodRef,
     kubernetes::fake::{FakeApi, Fault},
 };
 use agent_runtime::clock::TestClock;
+use workload_identity::PodRef;
 
 mod changes;
 mod gate;

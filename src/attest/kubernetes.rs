@@ -8,16 +8,14 @@ use std::{fmt, fs::File, io, path::PathBuf, sync::Arc};
 use futures::future::BoxFuture;
 use rustix::fs::{Mode, OFlags, openat};
 
-use crate::{
-    attest::{
-        Attested, Attestor, Error, Method, Reason,
-        cgroup::{self, HostPrefix, PodCgroup},
-        origin::Origins,
-        pods::{Known, Pods},
-    },
-    identity::PodRef,
+use crate::attest::{
+    Attested, Attestor, Error, Method, Reason,
+    cgroup::{self, HostPrefix, PodCgroup},
+    origin::Origins,
+    pods::{Known, Pods},
 };
 use unix_peer::peer::Peer;
+use workload_identity::PodRef;
 
 mod origins;
 

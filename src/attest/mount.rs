@@ -18,10 +18,10 @@ use crate::{
         origin::{Origin, Origins},
         pods::{Known, Pods},
     },
-    identity::{PodRef, Workload},
     kubernetes::pod::Pod,
 };
 use unix_peer::peer::Peer;
+use workload_identity::{PodRef, Workload};
 
 /// Whom a volume was published for, as the kubelet says.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -22,14 +22,14 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     attest::{Error, Reason},
-    identity::Workload,
-    kubernetes::pod::PodObject,
     kubernetes::{
         self, Call, Failure,
         metrics::Resource,
+        pod::PodObject,
         watch::{Selection, Signal},
     },
 };
+use workload_identity::Workload;
 
 mod index;
 

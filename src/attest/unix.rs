@@ -5,11 +5,9 @@
 use futures::future::BoxFuture;
 use tokio_util::sync::CancellationToken;
 
-use crate::{
-    attest::{Attested, Attestor, Error, Method},
-    identity::Workload,
-};
+use crate::attest::{Attested, Attestor, Error, Method};
 use unix_peer::peer::Peer;
+use workload_identity::Workload;
 
 /// uid → [`Workload::Unix`].
 #[derive(Debug, Clone, Copy, Default)]

@@ -8,7 +8,7 @@ use std::fmt;
 
 use base64::{Engine, engine::general_purpose::STANDARD};
 
-use crate::identity::KeyType;
+use workload_identity::KeyType;
 
 mod der;
 mod key;

@@ -13,11 +13,9 @@ use std::{
 
 use aws_lc_rs::digest;
 
-use crate::{
-    cert_manager::keys,
-    identity::{Identity, NodeEnvironment, PodRef},
-};
+use crate::cert_manager::keys;
 use agent_runtime::text::hex;
+use workload_identity::{Identity, NodeEnvironment, PodRef};
 
 /// Before the instance in [`keys::AGENT`], where the agent runs outside of a pod.
 pub const PROCESS_PREFIX: &str = "process-";

@@ -10,8 +10,8 @@ use super::{Exit, output};
 use crate::{
     cert_manager::RequestNamespace,
     config::{self, Attestation, Config, Env, IssuerConfig, Loaded, Problem, TrustSource, Warning},
-    identity::{Match, Pattern, Profile, Resolver, Workload},
 };
+use workload_identity::{Match, Pattern, Profile, Resolver, Workload};
 
 pub mod fleet;
 

@@ -10,7 +10,7 @@ use super::{
     reader::Section,
     values::{self, is_dns_name},
 };
-use crate::identity::Pattern;
+use workload_identity::Pattern;
 
 /// What the user name of a service account begins with.
 const SERVICE_ACCOUNT: &str = "system:serviceaccount:";

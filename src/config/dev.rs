@@ -18,7 +18,7 @@ use super::{
     reader::Report,
     template, values,
 };
-use crate::identity::{IssuerName, KeyType, Profile, TrustDomain};
+use workload_identity::{IssuerName, KeyType, Profile, TrustDomain};
 
 /// Short enough to see rotations without waiting for them.
 const LIFETIME: Duration = Duration::from_secs(120);

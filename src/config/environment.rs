@@ -10,7 +10,7 @@ use super::{
     reader::Report,
     values,
 };
-use crate::identity::PodRef;
+use workload_identity::PodRef;
 
 /// The value of an environment variable; an empty one counts as unset.
 pub type Env<'a> = &'a (dyn Fn(&str) -> Option<String> + Sync);

@@ -6,7 +6,7 @@
 use std::{collections::BTreeMap, ops::RangeInclusive, sync::Arc, time::Duration};
 
 use super::{Attestation, IssuerConfig, cert_manager, environment::PodEnvironment, reader::Section, values};
-use crate::identity::{IssuerName, Profile, Rule, TrustDomain};
+use workload_identity::{IssuerName, Profile, Rule, TrustDomain};
 
 mod certificate;
 mod issuer;

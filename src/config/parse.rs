@@ -24,8 +24,8 @@ use super::{
     reader::{Report, Section},
     sockets, values, warm_up,
 };
-use crate::identity::{IssuerName, TrustDomain};
 use agent_runtime::text;
+use workload_identity::{IssuerName, TrustDomain};
 
 /// A configuration file larger than this is a mistake.
 pub const MAX_FILE_BYTES: usize = 1 << 20;

@@ -10,7 +10,7 @@ use super::{
     error::FieldError,
     values::{DNS_NAME_RULE, is_dns_name, one_of},
 };
-use crate::identity::{PodRef, SpiffeId, TrustDomain, Workload, placeholder, render};
+use workload_identity::{PodRef, SpiffeId, TrustDomain, Workload, placeholder, render};
 
 /// The workload that checks and examples render templates for.
 pub fn sample(attestation: Attestation) -> Workload {
@@ -54,7 +54,7 @@ pub fn spiffe_id(template: &str, attestation: Attestation, trust_domain: &TrustD
     }
     match SpiffeId::new(&id) {
         Ok(_) => Ok(()),
-        Err(crate::identity::Error::SpiffeId { why, .. }) => {
+        Err(workload_identity::Error::SpiffeId { why, .. }) => {
             Err(FieldError::new(format!("makes no valid SPIFFE ID: {why}"), format!("write, for example, {example}")))
         }
         Err(error) => Err(FieldError::new(format!("makes no valid SPIFFE ID: {error}"), format!("write, for example, {example}"))),
@@ -85,7 +85,7 @@ fn filled(template: &str, attestation: Attestation, trust_domain: &TrustDomain) 
     }
     let workload = sample(attestation);
     render(template, |field| placeholder(field, trust_domain, &workload)).map_err(|error| match error {
-        crate::identity::Error::Template { field, .. } => {
+        workload_identity::Error::Template { field, .. } => {
             let kind = match attestation {
                 Attestation::Kubernetes => "kubernetes",
                 Attestation::Unix => "unix",

@@ -16,8 +16,8 @@ use super::{
 };
 use crate::{
     attest::{Reason, pods::Pods},
+    build_info::VERSION,
     csi::PerPod,
-    identity::Resolver,
     proto::csi::v1::{
         GetPluginCapabilitiesRequest, GetPluginCapabilitiesResponse, GetPluginInfoRequest, GetPluginInfoResponse,
         NodeGetCapabilitiesRequest, NodeGetCapabilitiesResponse, NodeGetInfoRequest, NodeGetInfoResponse, NodePublishVolumeRequest,
@@ -25,7 +25,8 @@ use crate::{
         identity_server::Identity, node_server::Node,
     },
 };
-use agent_runtime::{metrics::VERSION, text};
+use agent_runtime::text;
+use workload_identity::Resolver;
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::csi::service";

@@ -15,11 +15,11 @@ use tonic::Status;
 use crate::{
     attest::mount::Claim,
     csi::PerPod,
-    identity::PodRef,
     kubernetes::pod::picks::{PROFILE, picked},
     proto::csi::v1::{NodePublishVolumeRequest, VolumeCapability, volume_capability::AccessType},
 };
 use agent_runtime::text;
+use workload_identity::PodRef;
 
 /// Attributes that belong to Kubernetes.
 const KUBERNETES: &str = "csi.storage.k8s.io/";

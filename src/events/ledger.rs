@@ -8,7 +8,7 @@ use std::{
 
 use tokio::time::Instant;
 
-use crate::identity::PodRef;
+use workload_identity::PodRef;
 
 /// So many failures in a row are trouble, whatever time they took.
 const TROUBLE_AFTER_FAILURES: u32 = 3;

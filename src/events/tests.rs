@@ -6,7 +6,6 @@ use serde_json::json;
 
 use super::*;
 use crate::{
-    identity::tests::identity,
     issuer::{Issuer as _, Order, Progress, Retry, embedded::Embedded},
     kubernetes::{
         self,
@@ -16,6 +15,7 @@ use crate::{
     store::{Demand, Lease, Store},
 };
 use agent_runtime::clock::{Clock, TestClock};
+use workload_identity::samples::identity;
 
 fn pod(name: &str) -> PodRef {
     PodRef { namespace: "shop".into(), name: name.into(), uid: format!("uid-{name}").into() }
@@ -54,7 +54,7 @@ fn denied() -> Error {
     Error::Denied { request, reason, message, retry: Retry::Backoff }
 }
 
-async fn svid(id: &Arc<crate::identity::Identity>) -> Svid {
+async fn svid(id: &Arc<workload_identity::Identity>) -> Svid {
     let clock = TestClock::new(UNIX_EPOCH + Duration::from_secs(1_700_000_000));
     let order = Order { identity: id.clone(), evidence: None, progress: Progress::new().0 };
     let issued = Embedded::new("cluster.local", Arc::new(clock.clone())).unwrap().issue(order).await.unwrap();

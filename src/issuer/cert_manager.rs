@@ -15,13 +15,13 @@ use crate::{
         CertificateRequest, CertificateRequestSpec, Csr, IssuerRef, Reference, RequestNamespace, Status, USAGES, decode_pem, denied,
         verdict::{Verdict, Why},
     },
-    identity::PodRef,
     issuer::{Error, Issued, Issuer, Order, Phase, Retry, csr, verify},
     kubernetes::{Call, Cause, Failure},
     material::{self, CertificateChain},
     trust,
 };
 use agent_runtime::text;
+use workload_identity::PodRef;
 
 mod create;
 mod deleter;

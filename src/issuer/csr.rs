@@ -16,10 +16,8 @@ use rcgen::{CertificateParams, DistinguishedName, PublicKeyData, SanType, Signat
 use tokio::sync::Semaphore;
 use zeroize::Zeroizing;
 
-use crate::{
-    identity::{Identity, KeyType},
-    material::PrivateKey,
-};
+use crate::material::PrivateKey;
+use workload_identity::{Identity, KeyType};
 
 /// Why no CSR could be made.
 #[derive(Debug, Clone, thiserror::Error)]

@@ -19,11 +19,9 @@ use rustls::pki_types::{CertificateDer, TrustAnchor, UnixTime};
 use webpki::{EndEntityCert, KeyUsage, anchor_from_trusted_cert};
 use x509_parser::prelude::{FromDer, X509Certificate, X509Error};
 
-use crate::{
-    identity::{Identity, KeyType},
-    material::{self, CertificateChain, PrivateKey, TrustBundle, Validity},
-};
+use crate::material::{self, CertificateChain, PrivateKey, TrustBundle, Validity};
 use agent_runtime::{clock, text};
+use workload_identity::{Identity, KeyType};
 
 /// How far the signer's clock may be ahead of ours.
 pub const ALLOWED_SKEW: Duration = Duration::from_secs(60);

@@ -9,7 +9,7 @@ use serde::Deserialize;
 
 use self::picks::{Volume, picks};
 use super::object::{Kind, Observed};
-use crate::identity::{PodRef, Workload};
+use workload_identity::{PodRef, Workload};
 
 pub mod picks;
 

@@ -9,11 +9,9 @@ use prometheus_client::{
 };
 
 use super::planner::Class;
-use crate::{
-    identity::IssuerName,
-    issuer::{Outcome, Phase},
-};
+use crate::issuer::{Outcome, Phase};
 use agent_runtime::metrics::every;
+use workload_identity::IssuerName;
 
 /// Labels of `issuances_total`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]

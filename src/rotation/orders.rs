@@ -7,11 +7,11 @@ use tracing::debug;
 
 use super::{Id, Rotation, roots::bundle_moved_on};
 use crate::{
-    identity::{Identity, PodRef},
     issuer::{Error, Issued, Order, Pending, Progress, Retry, Stage, verify},
     trust::BundleSet,
 };
 use agent_runtime::clock::Clock;
+use workload_identity::{Identity, PodRef};
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::rotation::orders";

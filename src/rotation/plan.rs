@@ -9,10 +9,8 @@ use std::{
 use tracing::{debug, info};
 
 use super::{Id, Rotation};
-use crate::{
-    identity::{Identity, IssuerName, Profile},
-    issuer::Issuer,
-};
+use crate::issuer::Issuer;
+use workload_identity::{Identity, IssuerName, Profile};
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::rotation::plan";

@@ -2,7 +2,8 @@
 
 use std::time::{Duration, SystemTime};
 
-use crate::{identity::Profile, material::Validity};
+use crate::material::Validity;
+use workload_identity::Profile;
 
 /// The longest wait between two attempts, unless a certificate is in use that has long to live.
 pub const MAX_BACKOFF: Duration = Duration::from_secs(300);
@@ -80,7 +81,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::identity::tests::identity;
+    use workload_identity::samples::identity;
 
     const START: SystemTime = UNIX_EPOCH;
 

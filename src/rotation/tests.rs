@@ -13,12 +13,12 @@ use futures::future::BoxFuture;
 
 use super::*;
 use crate::{
-    identity::tests::identity,
     issuer::{Issuer, Order, embedded::Embedded},
     store::{Demand, Lease},
     trust::{self, Trust},
 };
 use agent_runtime::clock::TestClock;
+use workload_identity::samples::identity;
 
 /// What the scripted issuer does with the next order.
 enum Script {

@@ -5,11 +5,9 @@
 
 use std::time::{Duration, SystemTime};
 
-use crate::{
-    identity::{Identity, Profile},
-    material::{self, TrustBundle},
-};
+use crate::material::{self, TrustBundle};
 use agent_runtime::clock;
+use workload_identity::{Identity, Profile};
 
 /// A lifetime that an issuer may give beyond twice what was asked for.
 const LIFETIME_SLACK: Duration = Duration::from_secs(3600);
@@ -87,7 +85,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::identity::tests::identity;
+    use workload_identity::samples::identity;
 
     const NOW: i64 = 1_700_000_000;
 

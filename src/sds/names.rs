@@ -1,6 +1,6 @@
 //! What a resource name selects. A name never authorises: it selects among what the attested identity may have.
 
-use crate::identity::{Identity, TrustDomain};
+use workload_identity::{Identity, TrustDomain};
 
 /// The explicit wildcard of the xDS protocol.
 pub const WILDCARD: &str = "*";
@@ -71,7 +71,7 @@ mod tests {
     use std::{sync::Arc, time::Duration};
 
     use super::*;
-    use crate::identity::{IssuerName, KeyType, Profile, SpiffeId};
+    use workload_identity::{IssuerName, KeyType, Profile, SpiffeId};
 
     #[test]
     fn names_select_only_what_the_caller_may_have() {

@@ -6,7 +6,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use crate::identity::Identity;
+use workload_identity::Identity;
 
 /// The time over which certificates are issued anew.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,7 +35,7 @@ mod tests {
     use std::time::UNIX_EPOCH;
 
     use super::*;
-    use crate::identity::tests::identity;
+    use workload_identity::samples::identity;
 
     #[test]
     fn an_identity_has_one_moment_and_many_are_spread_evenly() {

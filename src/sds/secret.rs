@@ -161,7 +161,6 @@ mod tests {
 
     use super::*;
     use crate::{
-        identity::tests::identity,
         issuer::{Issuer, Order, Progress, embedded::Embedded, verify},
         proto::envoy::{
             config::core::v3::data_source::Specifier,
@@ -171,6 +170,7 @@ mod tests {
         trust::crl::{self, tests::Authority},
     };
     use agent_runtime::clock::SystemClock;
+    use workload_identity::samples::identity;
 
     async fn material() -> (Svid, Bundle) {
         let clock = Arc::new(SystemClock);

@@ -35,14 +35,6 @@ pub const ANY: &str = "*";
 /// What every metric of ours begins with.
 pub const PREFIX: &str = "sds_agent";
 
-/// The version as built.
-pub const VERSION: &str = env!("CARGO_PKG_VERSION");
-/// The source revision, where the build was told (`SDS_AGENT_REVISION`).
-pub const REVISION: &str = match option_env!("SDS_AGENT_REVISION") {
-    Some(revision) => revision,
-    None => "unknown",
-};
-
 /// Every metric of the process.
 #[derive(Debug)]
 pub struct Exposition {
@@ -50,18 +42,12 @@ pub struct Exposition {
     standard: Registry,
 }
 
-impl Default for Exposition {
-    fn default() -> Self {
-        Self::new()
-    }
-}
-
 impl Exposition {
-    /// The process's own metrics and `build_info`; the modules add theirs.
-    pub fn new() -> Self {
+    /// The process's own metrics and `build_info` with this version and source revision; the modules add theirs.
+    pub fn new(version: &'static str, revision: &'static str) -> Self {
         let mut ours = Registry::with_prefix(PREFIX);
         let build = Family::<Build, Gauge>::default();
-        build.get_or_create(&Build { version: VERSION, revision: REVISION }).set(1);
+        build.get_or_create(&Build { version, revision }).set(1);
         ours.register("build_info", "1, labelled by what is running", build);
 
         let mut standard = Registry::default();
@@ -100,13 +86,13 @@ mod tests {
 
     #[test]
     fn the_page_has_our_prefix_the_standard_names_and_an_end() {
-        let mut exposition = Exposition::new();
+        let mut exposition = Exposition::new("1.2.3", "abc");
         let calls = prometheus_client::metrics::counter::Counter::<u64>::default();
         exposition.registry().register("calls", "Calls", calls.clone());
         calls.inc();
         let page = exposition.encode(Format::OpenMetrics).unwrap();
         for expected in [
-            &format!("sds_agent_build_info{{version=\"{VERSION}\",revision=\"{REVISION}\"}} 1\n"),
+            "sds_agent_build_info{version=\"1.2.3\",revision=\"abc\"} 1\n",
             "sds_agent_calls_total 1\n",
             "# TYPE process_cpu_seconds counter\nprocess_cpu_seconds_total ",
             "# TYPE process_resident_memory_bytes gauge\nprocess_resident_memory_bytes ",

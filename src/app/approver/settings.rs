@@ -5,8 +5,8 @@ use std::{io, path::Path};
 use crate::{
     approver::rules::{Guarded, Rules},
     config::{Attestation, Config, Env, Errors, IssuerConfig, Loaded, Warning},
-    identity::IssuerName,
 };
+use workload_identity::IssuerName;
 
 /// A configuration that an approver can use.
 #[derive(Debug, Clone)]

@@ -14,11 +14,9 @@ use prometheus_client::{
 };
 
 use super::{Inventory, STATES, State, state};
-use crate::{
-    identity::Account,
-    store::{Demand, Entry},
-};
+use crate::store::{Demand, Entry};
 use agent_runtime::clock;
+use workload_identity::Account;
 
 /// When a certificate is to be renewed, and when it ends.
 #[derive(Debug, Clone, Copy)]

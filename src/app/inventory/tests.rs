@@ -8,12 +8,12 @@ use prometheus_client::{
 
 use super::*;
 use crate::{
-    identity::{Identity, tests::identity},
     issuer::{Issuer as _, Order, Progress, embedded::Embedded},
     material::{CertificateChain, Svid},
     store::Lease,
 };
 use agent_runtime::clock::TestClock;
+use workload_identity::{Identity, samples::identity};
 
 /// For the reference: a certificate of a service account.
 pub(crate) fn sample(registry: &mut Registry) {
@@ -190,7 +190,7 @@ async fn a_row_has_every_field_and_says_why_it_waits() {
     let clock = TestClock::new(UNIX_EPOCH + Duration::from_secs(1_700_000_000));
     let (store, _events) = Store::new();
     let inventory = Inventory::new(store.clone(), plan(), Arc::new(clock.clone()));
-    let pod = crate::identity::PodRef { namespace: "shop".into(), name: "cart-0".into(), uid: "u".into() };
+    let pod = workload_identity::PodRef { namespace: "shop".into(), name: "cart-0".into(), uid: "u".into() };
     let _leases = [Some(pod.clone()), Some(pod), None].map(|pod| store.lease(&identity("a"), Demand::Now, pod));
     let row = || inventory.rows().remove(0);
     let fields = [

@@ -13,11 +13,11 @@ use super::*;
 use crate::{
     app::{Base, parts::Cluster, upstream},
     config::Env,
-    identity::IssuerName,
     kubernetes::{self, fake::FakeApi},
     trust::{self, Trust},
 };
 use agent_runtime::{clock::TestClock, shutdown::Shutdown};
+use workload_identity::IssuerName;
 
 const PATIENCE: Duration = Duration::from_secs(20);
 

@@ -12,8 +12,8 @@ use tracing::subscriber::DefaultGuard;
 
 use super::*;
 use crate::{
+    build_info,
     cert_manager::{IssuerRef, RequestNamespace, naming::Agent},
-    identity::{Identity, IssuerName, NodeEnvironment, PodRef, Profile, tests::identity},
     issuer::{
         Issuer,
         cert_manager::{CertManager, Metrics as RequestMetrics, Requests, Settings},
@@ -32,6 +32,7 @@ use agent_runtime::{
     clock::TestClock,
     telemetry::{self, Format, captured::Captured},
 };
+use workload_identity::{Identity, IssuerName, NodeEnvironment, PodRef, Profile, samples::identity};
 
 mod creates;
 mod issuers;
@@ -87,7 +88,7 @@ impl World {
         let trust = Trust::new(trust::Metrics::default());
         trust.source(None, "test").take(authority.bundle().unwrap());
 
-        let mut exposition = Exposition::new();
+        let mut exposition = Exposition::new(build_info::VERSION, build_info::REVISION);
         let kube_metrics = kubernetes::Metrics::register(exposition.registry());
         let pod = PodRef { namespace: "sds-agent".into(), name: "sds-agent-x".into(), uid: "agent-1".into() };
         let agent = Agent::new(&NodeEnvironment { node_name: Some("n1".into()), pod: Some(pod) }, 7);

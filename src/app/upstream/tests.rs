@@ -9,7 +9,6 @@ use tokio::{task::JoinHandle, time::timeout};
 use super::*;
 use crate::{
     cert_manager::keys,
-    identity::{PodRef, Workload},
     issuer::{Error, Issued, Order, Progress},
     kubernetes::{self, fake::FakeApi},
     trust,
@@ -19,6 +18,7 @@ use agent_runtime::{
     shutdown::Shutdown,
     telemetry::{self, Format, captured::Captured},
 };
+use workload_identity::{PodRef, Workload};
 
 const CR: &str = "certificaterequests";
 const HOUR: Duration = Duration::from_secs(3600);

@@ -6,9 +6,9 @@ use super::*;
 use crate::{
     approver::rules::Guarded,
     cert_manager::{CertificateRequestSpec, Condition, Csr, Reference, RequestNamespace, Status},
-    identity::{IssuerName, KeyType, Pattern, Profile, Resolver, TrustDomain},
     issuer::cert_manager,
 };
+use workload_identity::{IssuerName, KeyType, Pattern, Profile, Resolver, TrustDomain};
 
 const AGENT: &str = "system:serviceaccount:sds-agent:sds-agent";
 

@@ -1,7 +1,7 @@
 //! Changes of the configuration: what was approved, what is, and what is looked at again.
 
 use super::*;
-use crate::identity::Profile;
+use workload_identity::Profile;
 
 const OVERLAP: Duration = Duration::from_secs(600);
 

@@ -12,10 +12,8 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::{
-    identity::Workload,
-    kubernetes::pod::{MIRROR, Pod, PodObject, facts, has_not_begun},
-};
+use crate::kubernetes::pod::{MIRROR, Pod, PodObject, facts, has_not_begun};
+use workload_identity::Workload;
 
 /// UIDs of deleted pods that are remembered, so that an older list does not bring them back.
 const MAX_ENDED_PODS: usize = 1024;

@@ -8,7 +8,8 @@ use aws_lc_rs::{
 use proptest::prelude::*;
 
 use super::*;
-use crate::{cert_manager::Csr, identity::tests::identity, issuer::csr::generate};
+use crate::{cert_manager::Csr, issuer::csr::generate};
+use workload_identity::samples::identity;
 
 const ID: &str = "spiffe://cluster.local/ns/shop/sa/cart";
 const P256: &[u8] = &[0x06, 0x07, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x02, 0x01, 0x06, 0x08, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x03, 0x01, 0x07];

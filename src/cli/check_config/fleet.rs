@@ -2,10 +2,8 @@
 
 use std::time::Duration;
 
-use crate::{
-    config::{self, Config, IssuerConfig, Warning},
-    identity::Profile,
-};
+use crate::config::{self, Config, IssuerConfig, Warning};
+use workload_identity::Profile;
 
 /// Writes to etcd for each certificate: the request is created, approved, signed and deleted, and cert-manager writes three Events.
 const WRITES: f64 = 7.0;

@@ -13,10 +13,10 @@ use crate::{
     attest::{Attestor, Error, Reason, pods::Pods},
     cli::Exit,
     config::{Attestation, Config},
-    identity::{Resolver, Workload},
     kubernetes::{self, Call, Cause, Failure, pod::Pod},
 };
 use unix_peer::peer::Peer;
+use workload_identity::{Resolver, Workload};
 
 /// For the index of pods, and for a verdict.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(20);

@@ -11,9 +11,9 @@ use super::{
 };
 use crate::{
     config::{Attestation, IssuerConfig, error::FieldError, reader::Section, values},
-    identity::{Match, Pattern},
     kubernetes::pod::picks,
 };
+use workload_identity::{Match, Pattern};
 
 /// What the sections at the top say.
 pub struct Base<'a> {

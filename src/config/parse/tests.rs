@@ -7,10 +7,10 @@ use crate::{
     cert_manager::{IssuerRef, RequestNamespace},
     config::{IssuerConfig, SharedSocket},
     csi::PerPod,
-    identity::{IssuerName, KeyType, PodRef},
     issuer::cert_manager,
     warm::WarmUp,
 };
+use workload_identity::{IssuerName, KeyType, PodRef};
 
 mod mistakes;
 mod profiles;

@@ -42,7 +42,7 @@ pub(super) fn orphans(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{identity::NodeEnvironment, identity::PodRef};
+    use workload_identity::{NodeEnvironment, PodRef};
 
     #[test]
     fn only_requests_of_agents_that_have_gone_are_taken() {

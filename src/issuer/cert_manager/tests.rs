@@ -10,7 +10,6 @@ use tokio_util::sync::CancellationToken;
 use super::*;
 use crate::{
     cert_manager::{IssuerRef, RequestNamespace, keys, naming::Agent},
-    identity::{Identity, IssuerName, NodeEnvironment, Profile, SpiffeId, tests::profile},
     issuer::{Progress, Stage},
     kubernetes::{
         self,
@@ -18,6 +17,7 @@ use crate::{
     },
 };
 use agent_runtime::clock::TestClock;
+use workload_identity::{Identity, IssuerName, NodeEnvironment, Profile, SpiffeId, samples::profile};
 
 mod faults;
 mod setup;

@@ -17,12 +17,12 @@ use tokio::{
 
 use crate::{
     cert_manager::{RequestKind, Status, keys, naming::identity_digest, verdict::Verdict},
-    identity::Identity,
     kubernetes::{
         object::{Kind, Observed},
         watch::Ended,
     },
 };
+use workload_identity::Identity;
 
 /// A refused request stays so long for people to read.
 pub(super) const KEPT_FOR: Duration = Duration::from_secs(600);

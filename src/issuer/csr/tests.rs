@@ -10,7 +10,7 @@ use x509_parser::{
 };
 
 use super::*;
-use crate::identity::{Profile, SpiffeId, tests::profile};
+use workload_identity::{Profile, SpiffeId, samples::profile};
 
 const ID: &str = "spiffe://cluster.local/ns/shop/sa/cart";
 

@@ -6,11 +6,11 @@ use x509_parser::prelude::{FromDer, X509Certificate};
 
 use super::*;
 use crate::{
-    identity::{Identity, KeyType, Profile, SpiffeId, tests::profile},
     issuer::{Progress, verify::verify},
     material::CertificateChain,
 };
 use agent_runtime::clock::TestClock;
+use workload_identity::{Identity, KeyType, Profile, SpiffeId, samples::profile};
 
 const NOW: Duration = Duration::from_secs(1_800_000_000);
 

@@ -12,10 +12,8 @@ use rcgen::{
 use rustls::pki_types::CertificateSigningRequestDer;
 
 use super::*;
-use crate::{
-    identity::{Profile, SpiffeId, tests::profile},
-    issuer::csr::{self, KeyAndCsr},
-};
+use crate::issuer::csr::{self, KeyAndCsr};
+use workload_identity::{Profile, SpiffeId, samples::profile};
 
 const ID: &str = "spiffe://cluster.local/ns/shop/sa/cart";
 const DNS: &str = "cart.shop.svc";

@@ -5,7 +5,8 @@ use std::time::SystemTime;
 use tokio::time::Instant;
 
 use super::{Class, Now};
-use crate::{identity::IssuerName, material::Validity, store::Demand};
+use crate::{material::Validity, store::Demand};
+use workload_identity::IssuerName;
 
 /// A certificate with less than this share of its life left is about to end.
 const ENDING: f64 = 0.2;

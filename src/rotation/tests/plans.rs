@@ -1,7 +1,7 @@
 //! Another plan while orders, renewals and waits are under way.
 
 use super::*;
-use crate::identity::Profile;
+use workload_identity::Profile;
 
 fn plan(b: &Bench, change: impl FnOnce(&mut Profile)) -> Arc<Plan> {
     let mut profile = (*identity("a").profile).clone();

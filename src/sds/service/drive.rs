@@ -16,7 +16,6 @@ use super::{Service, View, changed, ended, is_known, version_prefix, violation};
 use crate::{
     caller::{Caller, Connection},
     grpc::{self, Incoming, Sender},
-    identity::{Identity, Resolver},
     material::{Svid, Variant},
     proto::envoy::service::discovery::v3::{DeltaDiscoveryRequest, DiscoveryRequest},
     sds::{
@@ -30,6 +29,7 @@ use crate::{
     trust::BundleSet,
 };
 use agent_runtime::{clock::Clock, text};
+use workload_identity::{Identity, Resolver};
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::sds::service::drive";

@@ -12,7 +12,6 @@ use super::{Service, View, changed, ended, is_known, version_prefix, violation};
 use crate::{
     caller::{Caller, Connection},
     grpc::{self, Incoming},
-    identity::{Identity, Resolver},
     material::Variant,
     proto::envoy::service::discovery::v3::DiscoveryRequest,
     sds::{
@@ -25,6 +24,7 @@ use crate::{
     trust::BundleSet,
 };
 use agent_runtime::text;
+use workload_identity::{Identity, Resolver};
 
 /// How long `FetchSecrets` waits for a caller that names no deadline.
 const FETCH_WAIT: Duration = Duration::from_secs(10);

@@ -11,7 +11,6 @@ use tokio::{
 use super::super::*;
 use crate::{
     attest::{self, Attested, Attestor, Method},
-    identity::{IssuerName, PodRef, Resolver, TrustDomain, Workload, tests::identity},
     issuer::{Issuer, embedded::Embedded},
     rotation::{self, plan::Plan},
     sds,
@@ -20,6 +19,7 @@ use crate::{
 };
 use agent_runtime::clock::{Clock, SystemClock};
 use unix_peer::listener;
+use workload_identity::{IssuerName, PodRef, Resolver, TrustDomain, Workload, samples::identity};
 
 /// Longer than anything takes on a busy machine.
 pub(super) const PATIENCE: Duration = Duration::from_secs(30);

@@ -4,9 +4,9 @@ use super::{LEAST, errors, load, warnings};
 use crate::{
     cert_manager::{IssuerRef, RequestNamespace},
     config::{Config, IssuerConfig},
-    identity::{IssuerName, KeyType, Profile},
     issuer::cert_manager,
 };
+use workload_identity::{IssuerName, KeyType, Profile};
 
 fn with(profiles: &str) -> String {
     format!("profiles:\n{profiles}\n{LEAST}")

@@ -12,7 +12,6 @@ use super::*;
 use crate::{
     attest::{self, Attested, Attestor, Method, Reason, origin::Origin},
     caller::{Authenticator, Refusals},
-    identity::{IssuerName, PodRef, Profile, Resolver, TrustDomain, Workload, tests::identity},
     issuer::{self, Issued, Issuer, Order, Retry, embedded::Embedded},
     material::TrustBundle,
     rotation::{self, plan::Plan, reissue::Reissue},
@@ -20,6 +19,7 @@ use crate::{
 };
 use agent_runtime::clock::TestClock;
 use unix_peer::peer::Peer;
+use workload_identity::{IssuerName, PodRef, Profile, Resolver, TrustDomain, Workload, samples::identity};
 
 /// What the upstream does with orders.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -7,10 +7,8 @@ use super::{
     client::{Client, FACES},
     *,
 };
-use crate::{
-    identity::{Match, Pattern, Profile, Resolver, Rule},
-    rotation::reissue::{Reissue, Reissued, Which},
-};
+use crate::rotation::reissue::{Reissue, Reissued, Which};
+use workload_identity::{Match, Pattern, Profile, Resolver, Rule};
 
 const MINUTE: Duration = Duration::from_secs(60);
 /// Beyond the spread: the settling of a certificate that lives for an hour.

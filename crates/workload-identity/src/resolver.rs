@@ -153,9 +153,9 @@ mod tests {
     use std::collections::BTreeMap;
 
     use super::*;
-    use crate::identity::{
+    use crate::{
         Match, Pattern, PodRef,
-        tests::{ISTIO, pod, profile},
+        samples::{ISTIO, pod, profile},
     };
 
     fn resolver(profile: Profile) -> Resolver {

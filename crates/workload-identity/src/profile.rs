@@ -98,7 +98,7 @@ impl Profile {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::identity::tests::{ISTIO, profile};
+    use crate::samples::{ISTIO, profile};
 
     #[test]
     fn the_fingerprint_tells_what_a_certificate_is_and_not_what_things_are_called() {

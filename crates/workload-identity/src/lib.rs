@@ -14,6 +14,8 @@ use std::{
 mod profile;
 mod resolver;
 mod rule;
+#[cfg(any(test, feature = "testing"))]
+pub mod samples;
 mod spiffe;
 
 pub use profile::{IssuerName, KeyType, Profile};
@@ -181,45 +183,4 @@ impl fmt::Display for Identity {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.spiffe_id.fmt(f)
     }
-}
-
-#[cfg(test)]
-pub(crate) mod tests {
-    use std::time::Duration;
-
-    use super::*;
-
-    /// An identity for the tests of other modules.
-    pub(crate) fn identity(service_account: &str) -> Arc<Identity> {
-        let resolver = Resolver::single(TrustDomain::new("cluster.local").unwrap(), Arc::new(profile(ISTIO)));
-        Arc::new(resolver.resolve(&pod(Some(service_account), "u1")).unwrap())
-    }
-
-    /// And a profile that names by `template`.
-    pub(crate) fn profile(template: &str) -> Profile {
-        Profile {
-            name: "default".into(),
-            issuer: IssuerName("mesh".into()),
-            authority: "ClusterIssuer mesh-ca of cert-manager.io".into(),
-            key: KeyType::EcdsaP256,
-            lifetime: Duration::from_secs(3600),
-            renew_at: 0.5,
-            jitter: 0.1,
-            spiffe_id: template.into(),
-            dns_names: vec!["{serviceAccount}.{namespace}.svc".into()],
-            per_pod: false,
-            epoch: 0,
-        }
-    }
-
-    pub(super) fn pod(service_account: Option<&str>, uid: &str) -> Workload {
-        Workload::Pod {
-            pod: PodRef { namespace: "shop".into(), name: "cart-1".into(), uid: uid.into() },
-            service_account: service_account.map(Into::into),
-            labels: Arc::default(),
-            picked: None,
-        }
-    }
-
-    pub(super) const ISTIO: &str = "spiffe://{trustDomain}/ns/{namespace}/sa/{serviceAccount}";
 }

@@ -182,7 +182,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::identity::PodRef;
+    use crate::PodRef;
 
     fn pattern(text: &str) -> Pattern {
         Pattern::parse(text).unwrap()

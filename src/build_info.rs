@@ -1,0 +1,9 @@
+//! What this build is.
+
+/// The version.
+pub const VERSION: &str = env!("CARGO_PKG_VERSION");
+/// The source revision, where the build was given it (`SDS_AGENT_REVISION`).
+pub const REVISION: &str = match option_env!("SDS_AGENT_REVISION") {
+    Some(revision) => revision,
+    None => "unknown",
+};
