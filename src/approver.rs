@@ -20,13 +20,11 @@ use tokio::{
 };
 use tokio_util::time::DelayQueue;
 
-use crate::{
-    cert_manager::{REQUESTS_PER_PAGE, Request},
-    kubernetes::{
-        self, RequestRate,
-        metrics::Resource,
-        watch::{Selection, Signal},
-    },
+use crate::cert_manager::{REQUESTS_PER_PAGE, Request};
+use agent_kube::{
+    self, RequestRate,
+    metrics::Resource,
+    watch::{Selection, Signal},
 };
 use agent_runtime::{clock::Clock, text};
 
@@ -77,7 +75,7 @@ pub struct Parts {
     /// The name of this replica, for Events.
     pub instance: String,
     /// What the client counts.
-    pub kube_metrics: kubernetes::Metrics,
+    pub kube_metrics: agent_kube::Metrics,
     /// What the approver counts.
     pub metrics: Metrics,
 }
@@ -89,7 +87,7 @@ pub struct Approver {
     desk: Arc<Reconciler>,
     standing: watch::Receiver<Standing>,
     may_have_others: bool,
-    kube_metrics: kubernetes::Metrics,
+    kube_metrics: agent_kube::Metrics,
     metrics: Metrics,
     /// The UIDs of requests that others have approved, as far as the log has told of them.
     reported: Mutex<VecDeque<String>>,
@@ -198,7 +196,7 @@ impl Approver {
             namespace: None,
             config: watcher::Config::default().page_size(REQUESTS_PER_PAGE),
         };
-        kubernetes::watch::watch(api, selection, self.kube_metrics.clone())
+        agent_kube::watch::watch(api, selection, self.kube_metrics.clone())
     }
 
     /// Opens or shuts the gate for writes, and logs a change of the role.

@@ -9,7 +9,7 @@ use base64::{Engine, engine::general_purpose::STANDARD};
 use kube::CustomResource;
 use serde::{Deserialize, Deserializer, Serialize, de::Visitor};
 
-use crate::kubernetes::object::{Kind, Observed};
+use agent_kube::object::{Kind, Observed};
 
 pub mod csr;
 pub mod naming;

@@ -5,9 +5,10 @@
 use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use crate::{
-    attest::kubernetes::AttestationPolicy, csi::PerPod, issuer::cert_manager, kubernetes::RequestRate, limits::Limits, process::LockMemory,
-    sds::names::Names, warm::WarmUp,
+    attest::kubernetes::AttestationPolicy, csi::PerPod, issuer::cert_manager, limits::Limits, process::LockMemory, sds::names::Names,
+    warm::WarmUp,
 };
+use agent_kube::RequestRate;
 use workload_identity::{IssuerName, NodeEnvironment, Profile, Resolver, Rule, TrustDomain};
 
 mod approver;

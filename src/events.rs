@@ -30,14 +30,8 @@ use self::{
     ledger::{PodEvent, PodTransitions, Reason},
     refusals::Refusals,
 };
-use crate::{
-    attest,
-    issuer::Error,
-    kubernetes::{self, Call, Failure},
-    material::Svid,
-    rotation::IssuanceObserver,
-    store::Entry,
-};
+use crate::{attest, issuer::Error, material::Svid, rotation::IssuanceObserver, store::Entry};
+use agent_kube::{Call, Failure};
 use agent_runtime::{
     clock,
     telemetry::hush::{self, LogLimiter},
@@ -205,7 +199,7 @@ enum NotWritten {
     /// There are too many.
     OverBudget,
     /// The API server did not take it.
-    Failed(Discriminant<kubernetes::failure::Cause>),
+    Failed(Discriminant<agent_kube::failure::Cause>),
 }
 
 impl hush::Cause for NotWritten {}

@@ -52,7 +52,6 @@ pub mod config;
 pub mod events;
 pub mod grpc;
 pub mod handover;
-pub mod kubernetes;
 pub mod limits;
 pub mod proto;
 

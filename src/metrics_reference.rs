@@ -12,7 +12,7 @@ use std::{
 
 use prometheus_client::registry::Registry;
 
-use crate::{app, approver, attest, build_info, config, csi, events, issuer, kubernetes, process, rotation, sds, session, trust, warm};
+use crate::{app, approver, attest, build_info, config, csi, events, issuer, process, rotation, sds, session, trust, warm};
 use agent_runtime::{
     metrics::{ANY, Exposition, Format, PREFIX},
     readiness, telemetry,
@@ -40,7 +40,7 @@ const MODULES: &[Module] = &[
     module("session/metrics.rs", "Connections", session::metrics::Metrics::sample),
     module("attest.rs", "Who is calling", attest::Metrics::sample),
     module("trust.rs", "Trust bundles", trust::Metrics::sample),
-    module("kubernetes/metrics.rs", "The Kubernetes API", kubernetes::Metrics::sample),
+    module("kubernetes/metrics.rs", "The Kubernetes API", agent_kube::Metrics::sample),
     module("issuer/cert_manager/requests.rs", "CertificateRequests", issuer::cert_manager::Metrics::sample),
     module("warm/metrics.rs", "Certificates ahead of the first call (`warmUp`, `sockets.perPod`)", warm::metrics::Metrics::sample),
     module("csi/metrics.rs", "Sockets of pods (`sockets.perPod`)", csi::metrics::Metrics::sample),

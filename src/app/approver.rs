@@ -12,7 +12,6 @@ use crate::{
     admin,
     approver::{self, Approver, Pods},
     config::reloads,
-    kubernetes,
 };
 use agent_runtime::{
     clock::SystemClock,
@@ -48,8 +47,8 @@ pub async fn build_approver(settings: &Settings, file: reload::File, base: Base)
     let config = &settings.config;
     let admin = admin::bind("admin.address", config.admin).await?;
     let metrics = admin::bind("metrics.address", config.metrics).await?;
-    let kube_metrics = kubernetes::Metrics::register(exposition.registry());
-    let client = kubernetes::connect(&kube_metrics, approver::RATE).await?;
+    let kube_metrics = agent_kube::Metrics::register(exposition.registry());
+    let client = agent_kube::connect(&kube_metrics, approver::RATE).await?;
     let driver = config.per_pod.as_ref().map(|per_pod| per_pod.driver_name.clone());
     let pods = Pods::new(client.clone(), config.node.pod.clone(), driver, kube_metrics.clone());
     let reload = Reload::new(file, settings, reloads::Metrics::register(exposition.registry()));

@@ -11,13 +11,11 @@ use k8s_openapi::api::core::v1::ConfigMap;
 use kube::{Api, Client, runtime::watcher};
 use tokio_util::sync::CancellationToken;
 
-use crate::{
-    kubernetes::{
-        self,
-        metrics::Resource,
-        watch::{Selection, Signal},
-    },
-    trust::Source,
+use crate::trust::Source;
+use agent_kube::{
+    self,
+    metrics::Resource,
+    watch::{Selection, Signal},
 };
 use agent_runtime::text;
 
@@ -28,7 +26,7 @@ pub struct ConfigMapSource {
     name: Arc<str>,
     key: Arc<str>,
     source: Source,
-    metrics: kubernetes::Metrics,
+    metrics: agent_kube::Metrics,
 }
 
 impl fmt::Debug for ConfigMapSource {
@@ -52,7 +50,7 @@ impl ConfigMapSource {
     }
 
     /// `key` of the ConfigMap `namespace`/`name`, offered to `source`.
-    pub fn new(client: Client, namespace: &str, name: &str, key: &str, source: Source, metrics: kubernetes::Metrics) -> Self {
+    pub fn new(client: Client, namespace: &str, name: &str, key: &str, source: Source, metrics: agent_kube::Metrics) -> Self {
         Self { client, namespace: namespace.into(), name: name.into(), key: key.into(), source, metrics }
     }
 
@@ -72,7 +70,7 @@ impl ConfigMapSource {
             namespace: Some(self.namespace.to_string()),
             config: watcher::Config::default().fields(&format!("metadata.name={}", self.name)),
         };
-        let mut signals = Box::pin(kubernetes::watch::watch(api, selection, self.metrics.clone()));
+        let mut signals = Box::pin(agent_kube::watch::watch(api, selection, self.metrics.clone()));
         let (mut last, mut listed) = (None, false);
         while let Some(signal) = signals.next().await {
             let found = match signal {
@@ -129,10 +127,8 @@ mod tests {
     use tokio::time::timeout;
 
     use super::*;
-    use crate::{
-        kubernetes::fake::{FakeApi, Fault},
-        trust::{Metrics, Trust},
-    };
+    use crate::trust::{Metrics, Trust};
+    use agent_kube::fake::{FakeApi, Fault};
 
     fn pem() -> String {
         let key = rcgen::KeyPair::generate().unwrap();
@@ -145,7 +141,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn the_key_is_followed_and_what_is_missing_or_broken_changes_nothing() {
-        let (api, metrics) = (FakeApi::new(), kubernetes::Metrics::default());
+        let (api, metrics) = (FakeApi::new(), agent_kube::Metrics::default());
         let trust = Trust::new(Metrics::default());
         let name = ConfigMapSource::source_name("cert-manager", "mesh-roots", "ca.crt");
         let source = trust.source(None, &name);

@@ -40,10 +40,8 @@ mod tests {
     use tokio_util::sync::CancellationToken;
 
     use super::*;
-    use crate::{
-        config::Config,
-        kubernetes::{self, fake::FakeApi},
-    };
+    use crate::config::Config;
+    use agent_kube::fake::FakeApi;
 
     /// Its key must not go while the pod lives, though nobody has it on the shared socket.
     #[tokio::test(start_paused = true)]
@@ -55,7 +53,7 @@ mod tests {
         let env = |name: &str| (name == "NODE_NAME").then(|| "n1".to_owned());
         let resolver = Config::parse(text, &env).unwrap().config.resolver();
         let volume = |name: &str| json!({"name": name, "csi": {"driver": "d", "volumeAttributes": {"sds-agent.io/profile": name}}});
-        let (api, metrics) = (FakeApi::new(), kubernetes::Metrics::default());
+        let (api, metrics) = (FakeApi::new(), agent_kube::Metrics::default());
         let spec = json!({"nodeName": "n1", "serviceAccountName": "cart", "volumes": [volume("gold"), volume("lead")]});
         api.put("pods", json!({"metadata": {"name": "p", "namespace": "shop", "uid": "u"}, "spec": spec}));
         let pods = Pods::new(api.client(&metrics), "n1", metrics).with_picks_by("d");

@@ -11,7 +11,7 @@ use crate::{
     app::config_map_source::ConfigMapSource,
     attest::{self, Attestor, kubernetes::KubernetesAttestor, pods::Pods},
     config::{Attestation, Config, IssuerConfig, TrustSource},
-    events, kubernetes, rotation,
+    events, rotation,
     trust::{self, Trust, file::FileSource},
 };
 use agent_runtime::{
@@ -27,7 +27,7 @@ const LOG_TARGET: &str = "sds_agent::app::parts";
 /// What of the cluster several parts share.
 pub(super) struct Cluster {
     pub(super) client: kube::Client,
-    pub(super) metrics: kubernetes::Metrics,
+    pub(super) metrics: agent_kube::Metrics,
     pub(super) pods: Option<Pods>,
 }
 
@@ -63,8 +63,8 @@ async fn cluster(
     tasks: &mut Vec<BoxFuture<'static, ()>>,
     last: &CancellationToken,
 ) -> anyhow::Result<Cluster> {
-    let metrics = kubernetes::Metrics::register(base.exposition.registry());
-    let client = kubernetes::connect(&metrics, config.kubernetes).await?;
+    let metrics = agent_kube::Metrics::register(base.exposition.registry());
+    let client = agent_kube::connect(&metrics, config.kubernetes).await?;
     let pods = match &config.node.node_name {
         Some(node) if config.attestation == Attestation::Kubernetes => {
             let mut pods = Pods::new(client.clone(), node, metrics.clone());

@@ -31,7 +31,6 @@ use crate::{
         cert_manager::{self, CertManager, LivePods, Metrics, Requests},
         embedded::Embedded,
     },
-    kubernetes,
     trust::Trust,
 };
 use agent_runtime::clock::Clock;
@@ -74,7 +73,7 @@ struct IssuerFactory {
 /// The cluster that is asked, and as whom.
 struct ClusterDeps {
     client: kube::Client,
-    kube_metrics: kubernetes::Metrics,
+    kube_metrics: agent_kube::Metrics,
     metrics: Metrics,
     agent: Arc<Agent>,
     pods: Option<Arc<dyn LivePods>>,

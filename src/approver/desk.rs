@@ -26,8 +26,8 @@ use crate::{
         queue::WorkItem,
     },
     cert_manager::{Condition, PLURAL, Request, claims, denied},
-    kubernetes::{Call, Cause, Failure, pod::Pod},
 };
+use agent_kube::{Call, Cause, Failure, pod::Pod};
 use agent_runtime::{
     clock::{self, Clock},
     telemetry::hush::LogLimiter,

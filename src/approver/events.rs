@@ -20,8 +20,8 @@ use crate::{
         metrics::{Metrics, Step},
     },
     cert_manager::{GROUP, Request, denied},
-    kubernetes::{Call, Failure},
 };
+use agent_kube::{Call, Failure};
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::approver::events";

@@ -15,8 +15,8 @@ use crate::{
         rules::{Expectation, Rules},
     },
     cert_manager::{Condition, GROUP, IssuerRef, Request, USAGES, claims, csr, denied, keys},
-    kubernetes::pod::Pod,
 };
+use agent_kube::pod::Pod;
 use agent_runtime::text;
 use workload_identity::PodRef;
 

@@ -16,7 +16,7 @@ use kube::{Api, Client, runtime::watcher};
 use tokio::sync::watch;
 
 use super::replicas::{Replicas, Standing};
-use crate::kubernetes::{
+use agent_kube::{
     self, Call, Cause, Failure,
     metrics::Resource,
     pod::{Pod, PodObject},
@@ -40,7 +40,7 @@ pub struct Pods(Arc<Shared>);
 struct Shared {
     client: Client,
     driver: Option<String>,
-    metrics: kubernetes::Metrics,
+    metrics: agent_kube::Metrics,
     known: Mutex<HashMap<Arc<str>, Arc<Pod>>>,
     replicas: Mutex<Replicas>,
     standing: watch::Sender<Standing>,
@@ -57,7 +57,7 @@ impl fmt::Debug for Pods {
 
 impl Pods {
     /// Empty until [`run`](Self::run) runs. `own` is the pod of this replica; `driver` is the CSI driver whose volumes pick profiles.
-    pub fn new(client: Client, own: Option<PodRef>, driver: Option<String>, metrics: kubernetes::Metrics) -> Self {
+    pub fn new(client: Client, own: Option<PodRef>, driver: Option<String>, metrics: agent_kube::Metrics) -> Self {
         let replicas = Replicas::new(own);
         Self(Arc::new(Shared {
             client,
@@ -109,7 +109,7 @@ impl Pods {
         let api: Api<PodObject> = Api::all(self.0.client.clone());
         let config = watcher::Config::default().page_size(PODS_PER_PAGE);
         let selection = Selection { resource: Resource::pods, name: "pods".to_owned(), namespace: None, config };
-        let mut signals = Box::pin(kubernetes::watch::watch(api, selection, self.0.metrics.clone()));
+        let mut signals = Box::pin(agent_kube::watch::watch(api, selection, self.0.metrics.clone()));
         let mut list = HashSet::new();
         while let Some(signal) = signals.next().await {
             let works = match signal {

@@ -9,7 +9,7 @@ use std::{
     sync::Arc,
 };
 
-use crate::kubernetes::pod::{Pod, PodObject};
+use agent_kube::pod::{Pod, PodObject};
 use workload_identity::PodRef;
 
 /// Where this replica stands among the others.

@@ -2,10 +2,8 @@
 
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
-use crate::{
-    cert_manager::{IssuerRef, RequestNamespace},
-    kubernetes::pod::Pod,
-};
+use crate::cert_manager::{IssuerRef, RequestNamespace};
+use agent_kube::pod::Pod;
 use workload_identity::{Error, Identity, IssuerName, KeyType, Pattern, Profile, Resolver};
 
 /// The group of an issuer that names none.

@@ -6,14 +6,12 @@ use serde_json::{Value, json};
 use tokio::task::JoinHandle;
 
 use super::*;
-use crate::{
-    approver::{
-        judge::tests::{request, rules},
-        metrics::{Decided, Step},
-        rules::Rules,
-    },
-    kubernetes::fake::{FakeApi, Fault},
+use crate::approver::{
+    judge::tests::{request, rules},
+    metrics::{Decided, Step},
+    rules::Rules,
 };
+use agent_kube::fake::{FakeApi, Fault};
 use agent_runtime::clock::TestClock;
 use workload_identity::PodRef;
 
@@ -50,7 +48,7 @@ impl Replica {
 
     /// The same in its own pod.
     fn of(api: &FakeApi, own: Option<PodRef>, watches_pods: bool, rules: Rules) -> Self {
-        let (kube_metrics, metrics) = (kubernetes::Metrics::default(), Metrics::default());
+        let (kube_metrics, metrics) = (agent_kube::Metrics::default(), Metrics::default());
         let client = api.client_at(&kube_metrics, RATE);
         let pods = Pods::new(client.clone(), own, None, kube_metrics.clone());
         let active_rules = watch::Sender::new(Arc::new(ActiveRules::new(rules)));

@@ -12,14 +12,12 @@ use std::sync::{
 use futures::future::BoxFuture;
 use tokio_util::sync::CancellationToken;
 
-use crate::{
-    attest::{
-        Attested, Attestor, Error, Method, Reason,
-        origin::{Origin, Origins},
-        pods::{Known, Pods},
-    },
-    kubernetes::pod::Pod,
+use crate::attest::{
+    Attested, Attestor, Error, Method, Reason,
+    origin::{Origin, Origins},
+    pods::{Known, Pods},
 };
+use agent_kube::pod::Pod;
 use unix_peer::peer::Peer;
 use workload_identity::{PodRef, Workload};
 
@@ -164,7 +162,7 @@ mod tests {
     use tokio::time::timeout;
 
     use super::*;
-    use crate::kubernetes::{self, fake::FakeApi, pod::picks::PROFILE};
+    use agent_kube::{fake::FakeApi, pod::picks::PROFILE};
 
     const UID: &str = "2b1fb2f4-4b5a-4b9a-9a4e-0c5a1b2c3d4e";
     const SOON: Duration = Duration::from_secs(60);
@@ -178,7 +176,7 @@ mod tests {
 
     impl World {
         fn new() -> Self {
-            let (api, metrics) = (FakeApi::new(), kubernetes::Metrics::default());
+            let (api, metrics) = (FakeApi::new(), agent_kube::Metrics::default());
             let pods = Pods::new(api.client(&metrics), "n1", metrics).with_picks_by("csi.sds-agent.io");
             let shutdown = CancellationToken::new();
             tokio::spawn({
@@ -292,7 +290,7 @@ mod tests {
         attestor.terminated().cancel();
         assert!(attested.terminated.is_cancelled());
 
-        let metrics = kubernetes::Metrics::default();
+        let metrics = agent_kube::Metrics::default();
         // An index that nobody runs is never complete.
         let idle = Pods::new(world.api.client(&metrics), "n1", metrics);
         let attestor = Arc::new(MountAttestor::new(idle, UID.into(), "sds".into(), None, CancellationToken::new()));

@@ -20,14 +20,12 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::{
-    attest::{Error, Reason},
-    kubernetes::{
-        self, Call, Failure,
-        metrics::Resource,
-        pod::PodObject,
-        watch::{Selection, Signal},
-    },
+use crate::attest::{Error, Reason};
+use agent_kube::{
+    self, Call, Failure,
+    metrics::Resource,
+    pod::PodObject,
+    watch::{Selection, Signal},
 };
 use workload_identity::Workload;
 
@@ -56,7 +54,7 @@ pub struct Pods(Arc<Shared>);
 struct Shared {
     api: Api<PodObject>,
     node: String,
-    metrics: kubernetes::Metrics,
+    metrics: agent_kube::Metrics,
     index: Mutex<Index>,
     changed: watch::Sender<()>,
     pod_terminations: watch::Sender<u64>,
@@ -75,7 +73,7 @@ impl fmt::Debug for Pods {
 
 impl Pods {
     /// The pods of `node`; empty until [`run`](Self::run) runs.
-    pub fn new(client: Client, node: &str, metrics: kubernetes::Metrics) -> Self {
+    pub fn new(client: Client, node: &str, metrics: agent_kube::Metrics) -> Self {
         Self(Arc::new(Shared {
             api: Api::all(client),
             node: node.to_owned(),
@@ -241,7 +239,7 @@ impl Pods {
         // lacks is confirmed before it counts. A limit would make it a read of the store again.
         let config = watcher::Config { page_size: None, ..watcher::Config::default().fields(&fields).any_semantic() };
         let selection = Selection { resource: Resource::pods, name: "pods".to_owned(), namespace: None, config };
-        let mut signals = Box::pin(kubernetes::watch::watch(self.0.api.clone(), selection, self.0.metrics.clone()));
+        let mut signals = Box::pin(agent_kube::watch::watch(self.0.api.clone(), selection, self.0.metrics.clone()));
         while let Some(signal) = signals.next().await {
             match signal {
                 Signal::Event(watcher::Event::Init) => self.index().list_begins(),

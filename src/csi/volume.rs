@@ -15,9 +15,9 @@ use tonic::Status;
 use crate::{
     attest::mount::Claim,
     csi::PerPod,
-    kubernetes::pod::picks::{PROFILE, picked},
     proto::csi::v1::{NodePublishVolumeRequest, VolumeCapability, volume_capability::AccessType},
 };
+use agent_kube::pod::picks::{PROFILE, picked};
 use agent_runtime::text;
 use workload_identity::PodRef;
 

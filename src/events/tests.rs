@@ -7,12 +7,12 @@ use serde_json::json;
 use super::*;
 use crate::{
     issuer::{Issuer as _, Order, Progress, Retry, embedded::Embedded},
-    kubernetes::{
-        self,
-        fake::{FakeApi, Fault},
-    },
     material::CertificateChain,
     store::{Demand, Lease, Store},
+};
+use agent_kube::{
+    self,
+    fake::{FakeApi, Fault},
 };
 use agent_runtime::clock::{Clock, TestClock};
 use workload_identity::samples::identity;
@@ -32,7 +32,7 @@ impl Bench {
     fn new() -> Self {
         let (api, metrics) = (FakeApi::new(), Metrics::default());
         let node = NodeEnvironment { node_name: Some("n1".into()), pod: Some(pod("sds-agent-x")) };
-        let (reporter, writer) = new(api.client(&kubernetes::Metrics::default()), &node, metrics.clone());
+        let (reporter, writer) = new(api.client(&agent_kube::Metrics::default()), &node, metrics.clone());
         tokio::spawn(writer.run(CancellationToken::new()));
         Self { api, reporter, metrics, store: Store::new().0 }
     }

@@ -16,10 +16,10 @@ use crate::{
         verdict::{Verdict, Why},
     },
     issuer::{Error, Issued, Issuer, Order, Phase, Retry, csr, verify},
-    kubernetes::{Call, Cause, Failure},
     material::{self, CertificateChain},
     trust,
 };
+use agent_kube::{Call, Cause, Failure};
 use agent_runtime::text;
 use workload_identity::PodRef;
 
@@ -317,7 +317,7 @@ fn api_error(call: &Call<'_>, failure: Failure) -> Error {
     let retry = match failure.cause {
         Cause::TooManyRequests(Some(after)) => Retry::After(after),
         Cause::Invalid => Retry::Configuration,
-        Cause::Timeout => return Error::Timeout { action: call.to_string(), after: crate::kubernetes::ANSWER_TIMEOUT },
+        Cause::Timeout => return Error::Timeout { action: call.to_string(), after: agent_kube::ANSWER_TIMEOUT },
         _ => Retry::Backoff,
     };
     Error::Api { action: call.to_string(), message: failure.message, retry }

@@ -18,9 +18,9 @@ use tokio_util::sync::CancellationToken;
 use super::{FIRST_CALL_TIMEOUT, Prefetch, Prefetcher};
 use crate::{
     attest::pods::{Pods, Starting},
-    kubernetes::pod::Pod,
     warm::WarmUp,
 };
+use agent_kube::pod::Pod;
 use agent_runtime::clock::Clock;
 
 /// Certificates that are made ahead of calls at once: half of what rotation makes at once, so that on a node that boots nobody who has

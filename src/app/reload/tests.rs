@@ -13,9 +13,9 @@ use super::*;
 use crate::{
     app::{Base, parts::Cluster, upstream},
     config::Env,
-    kubernetes::{self, fake::FakeApi},
     trust::{self, Trust},
 };
+use agent_kube::fake::FakeApi;
 use agent_runtime::{clock::TestClock, shutdown::Shutdown};
 use workload_identity::IssuerName;
 
@@ -46,7 +46,7 @@ struct World {
 impl World {
     fn new(text: &str, path: &Path) -> Self {
         let config = parse(text).unwrap().config;
-        let (api, metrics) = (FakeApi::new(), kubernetes::Metrics::default());
+        let (api, metrics) = (FakeApi::new(), agent_kube::Metrics::default());
         let cluster = Cluster { client: api.client(&metrics), metrics, pods: None };
         let clock: Arc<dyn Clock> = Arc::new(TestClock::new(UNIX_EPOCH + Duration::from_secs(1_800_000_000)));
         let mut base = Base::new(Shutdown::new(Duration::ZERO));

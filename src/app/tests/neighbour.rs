@@ -19,14 +19,14 @@ use crate::{
         cert_manager::{CertManager, Metrics as RequestMetrics, Requests, Settings},
         embedded::Embedded,
     },
-    kubernetes::{
-        self, RequestRate,
-        fake::FakeApi,
-        metrics::{Code, Resource, Verb},
-        wire::{Fault, Seen, Wire, http},
-    },
     rotation::plan::Plan,
     store::{Demand, Lease},
+};
+use agent_kube::{
+    self, RequestRate,
+    fake::FakeApi,
+    metrics::{Code, Resource, Verb},
+    wire::{Fault, Seen, Wire, http},
 };
 use agent_runtime::{
     clock::TestClock,
@@ -47,7 +47,7 @@ const HOUR: Duration = Duration::from_secs(3600);
 struct World {
     wire: Wire,
     store: Arc<Store>,
-    kube_metrics: kubernetes::Metrics,
+    kube_metrics: agent_kube::Metrics,
     exposition: Exposition,
     /// Issuers that answer nobody, by their names in the cluster.
     dead: Arc<Mutex<HashSet<String>>>,
@@ -89,7 +89,7 @@ impl World {
         trust.source(None, "test").take(authority.bundle().unwrap());
 
         let mut exposition = Exposition::new(build_info::VERSION, build_info::REVISION);
-        let kube_metrics = kubernetes::Metrics::register(exposition.registry());
+        let kube_metrics = agent_kube::Metrics::register(exposition.registry());
         let pod = PodRef { namespace: "sds-agent".into(), name: "sds-agent-x".into(), uid: "agent-1".into() };
         let agent = Agent::new(&NodeEnvironment { node_name: Some("n1".into()), pod: Some(pod) }, 7);
         let namespace = RequestNamespace::Fixed("sds-agent".into());

@@ -10,9 +10,9 @@ use super::*;
 use crate::{
     cert_manager::keys,
     issuer::{Error, Issued, Order, Progress},
-    kubernetes::{self, fake::FakeApi},
     trust,
 };
+use agent_kube::fake::FakeApi;
 use agent_runtime::{
     clock::TestClock,
     shutdown::Shutdown,
@@ -75,7 +75,7 @@ struct World {
 
 impl World {
     fn start(config: Config) -> Self {
-        let (api, metrics) = (FakeApi::new(), kubernetes::Metrics::default());
+        let (api, metrics) = (FakeApi::new(), agent_kube::Metrics::default());
         let status = json!({"conditions": [{"type": "Ready", "status": "True"}]});
         let issuer = json!({"metadata": {"name": "mesh-ca", "namespace": ""}, "spec": {"ca": {}}, "status": status});
         api.put("clusterissuers", issuer);

@@ -3,7 +3,8 @@
 use kube::runtime::watcher;
 
 use super::*;
-use crate::{cert_manager::Request, kubernetes::pod::PodObject};
+use crate::cert_manager::Request;
+use agent_kube::pod::PodObject;
 
 /// As kubelet and kube-controller-manager leave them on every pod.
 fn managed_fields() -> Value {

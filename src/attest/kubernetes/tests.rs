@@ -7,7 +7,7 @@ use tokio::time::timeout;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::*;
-use crate::kubernetes::{self, fake::FakeApi};
+use agent_kube::fake::FakeApi;
 use workload_identity::Workload;
 
 const UID: &str = "2b1fb2f4-4b5a-4b9a-9a4e-0c5a1b2c3d4e";
@@ -25,7 +25,7 @@ struct World {
 
 impl World {
     fn new(cgroup: &str, pods: &[Value]) -> Self {
-        let (api, metrics) = (FakeApi::new(), kubernetes::Metrics::default());
+        let (api, metrics) = (FakeApi::new(), agent_kube::Metrics::default());
         for pod in pods {
             api.put("pods", pod.clone());
         }
@@ -87,7 +87,7 @@ async fn a_process_in_a_pods_cgroup_is_that_pod_until_the_pod_goes() {
 async fn a_pod_that_the_api_tells_later_is_awaited() {
     let world = World::new(&cgroup(UID), &[]);
     timeout(Duration::from_secs(20), world.attestor.pods.synced().wait_for(|s| *s)).await.unwrap().unwrap();
-    world.api.fail("list", "pods", kubernetes::fake::Fault::Hang, 1);
+    world.api.fail("list", "pods", agent_kube::fake::Fault::Hang, 1);
     let (attested, ()) = tokio::join!(world.attest(), async {
         world.api.until("the live read", |api| (api.count("list", "pods") == 2).then_some(())).await;
         world.api.put("pods", pod(UID, Some("cart")));

@@ -12,7 +12,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::kubernetes::pod::{MIRROR, Pod, PodObject, facts, has_not_begun};
+use agent_kube::pod::{MIRROR, Pod, PodObject, facts, has_not_begun};
 use workload_identity::Workload;
 
 /// UIDs of deleted pods that are remembered, so that an older list does not bring them back.

@@ -4,8 +4,10 @@ use serde_json::{Value, json};
 use tokio::task::JoinHandle;
 
 use super::*;
-use crate::kubernetes::fake::{FakeApi, Fault};
-use crate::kubernetes::pod::{Pod, PodObject};
+use agent_kube::{
+    fake::{FakeApi, Fault},
+    pod::{Pod, PodObject},
+};
 
 const MINUTE: Duration = Duration::from_secs(60);
 
@@ -17,7 +19,7 @@ struct World {
 
 impl World {
     fn new(api: FakeApi) -> Self {
-        let metrics = kubernetes::Metrics::default();
+        let metrics = agent_kube::Metrics::default();
         let pods = Pods::new(api.client(&metrics), "n1", metrics);
         Self::running(api, pods)
     }
@@ -74,7 +76,7 @@ async fn a_pod_is_known_by_its_uid_with_its_facts() {
 
 #[tokio::test(start_paused = true)]
 async fn a_pod_is_somebody_on_each_of_its_sockets_and_a_live_read_says_the_same() {
-    let (api, metrics) = (FakeApi::new(), kubernetes::Metrics::default());
+    let (api, metrics) = (FakeApi::new(), agent_kube::Metrics::default());
     let volume =
         |name: &str, driver: &str, attributes: Value| json!({"name": name, "csi": {"driver": driver, "volumeAttributes": attributes}});
     let mut object = pod("a", "u-a", "n1");
@@ -272,7 +274,7 @@ async fn containers_are_kept_only_where_they_are_asked_for_and_one_that_is_never
     let world = World::synced(api.clone()).await;
     assert_eq!(soon(world.pods.wait_for("u-a")).await.unwrap().pod.containers, []);
 
-    let metrics = kubernetes::Metrics::default();
+    let metrics = agent_kube::Metrics::default();
     let pods = Pods::new(api.client(&metrics), "n1", metrics).with_containers();
     let world = World::running(api, pods);
     soon(world.pods.wait_for("u-a")).await.unwrap();

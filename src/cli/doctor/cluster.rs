@@ -13,8 +13,8 @@ use crate::{
     attest::{Attestor, Error, Reason, pods::Pods},
     cli::Exit,
     config::{Attestation, Config},
-    kubernetes::{self, Call, Cause, Failure, pod::Pod},
 };
+use agent_kube::{Call, Cause, Failure, pod::Pod};
 use unix_peer::peer::Peer;
 use workload_identity::{Resolver, Workload};
 
@@ -25,7 +25,7 @@ const AS_THE_AGENT: &str = "run it in the agent's pod, or set KUBECONFIG and NOD
 
 /// A way to the API server.
 pub(super) async fn client(config: &Config) -> Result<Client, Step> {
-    let client = kubernetes::connect(&kubernetes::Metrics::default(), config.kubernetes).await;
+    let client = agent_kube::connect(&agent_kube::Metrics::default(), config.kubernetes).await;
     client.map_err(|error| Step::failed("cluster", Exit::Unavailable, error.to_string(), AS_THE_AGENT))
 }
 
@@ -45,7 +45,7 @@ impl Cluster {
         let Some(node) = config.node.node_name.as_deref() else {
             return Err(Step::failed("cluster", Exit::Usage, "NODE_NAME is not set", AS_THE_AGENT));
         };
-        let mut pods = Pods::new(client.clone(), node, kubernetes::Metrics::default());
+        let mut pods = Pods::new(client.clone(), node, agent_kube::Metrics::default());
         if let Some(per_pod) = &config.per_pod {
             pods = pods.with_picks_by(&per_pod.driver_name);
         }

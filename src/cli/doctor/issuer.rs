@@ -18,8 +18,8 @@ use crate::{
         Error,
         cert_manager::{self, Settings, vault},
     },
-    kubernetes::{self, Call, Cause, Failure},
 };
+use agent_kube::{Call, Cause, Failure};
 use agent_runtime::{
     clock::{self, Clock, SystemClock},
     text,
@@ -41,7 +41,7 @@ pub(super) async fn look(config: &Config) -> Vec<Step> {
         return Vec::new();
     }
     // Where there is no way to the cluster, the step about the cluster has told.
-    let Ok(client) = kubernetes::connect(&kubernetes::Metrics::default(), config.kubernetes).await else { return Vec::new() };
+    let Ok(client) = agent_kube::connect(&agent_kube::Metrics::default(), config.kubernetes).await else { return Vec::new() };
     let mut steps = Vec::new();
     let mut namespaces: Vec<&RequestNamespace> = Vec::new();
     for issuer in issuers {

@@ -8,8 +8,8 @@ use crate::{
     cert_manager::{GROUP, RequestNamespace},
     cli::Exit,
     config::{Attestation, Config, IssuerConfig, TrustSource},
-    kubernetes::{Call, Failure},
 };
+use agent_kube::{Call, Failure};
 
 /// Some verbs on one resource.
 #[derive(Debug, Clone, PartialEq, Eq)]

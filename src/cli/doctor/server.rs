@@ -7,11 +7,8 @@ use kube::client::{Body, Client};
 use time::{OffsetDateTime, format_description::well_known::Rfc2822};
 
 use super::report::Step;
-use crate::{
-    cli::Exit,
-    issuer::verify::ALLOWED_SKEW,
-    kubernetes::{Call, Failure},
-};
+use crate::{cli::Exit, issuer::verify::ALLOWED_SKEW};
+use agent_kube::{Call, Failure};
 use agent_runtime::clock::{Clock, SystemClock};
 
 /// The header tells whole seconds, and an answer takes its time; what is below is no skew.

@@ -9,10 +9,8 @@ use super::{
     certificate::{self, Certificate, Identity},
     issuer, warn_of_load,
 };
-use crate::{
-    config::{Attestation, IssuerConfig, error::FieldError, reader::Section, values},
-    kubernetes::pod::picks,
-};
+use crate::config::{Attestation, IssuerConfig, error::FieldError, reader::Section, values};
+use agent_kube::pod::picks;
 use workload_identity::{Match, Pattern};
 
 /// What the sections at the top say.

@@ -14,8 +14,8 @@ use crate::{
         Error, Retry,
         cert_manager::{RESOURCE, api_error, tracker::RequestHandle},
     },
-    kubernetes::{Call, Cause, Failure},
 };
+use agent_kube::{Call, Cause, Failure};
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::issuer::cert_manager::create";

@@ -19,8 +19,8 @@ use crate::{
         create::jittered,
         tracker::{Deletion, RequestTracker},
     },
-    kubernetes::{Call, Cause, Failure},
 };
+use agent_kube::{Call, Cause, Failure};
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::issuer::cert_manager::deleter";

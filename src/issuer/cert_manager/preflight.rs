@@ -18,8 +18,8 @@ use tokio::time::Instant;
 use crate::{
     cert_manager::{GROUP, IssuerRef, Status},
     issuer::{Error, Retry, cert_manager::api_error},
-    kubernetes::{Call, Cause, Failure},
 };
+use agent_kube::{Call, Cause, Failure};
 use agent_runtime::text;
 
 /// Of the log's lines.

@@ -31,11 +31,11 @@ use crate::{
             tracker::{Deletion, RequestTracker, Watched, Watching},
         },
     },
-    kubernetes::{
-        self, Call, Cause,
-        metrics::Resource,
-        watch::{Selection, Signal},
-    },
+};
+use agent_kube::{
+    self, Call, Cause,
+    metrics::Resource,
+    watch::{Selection, Signal},
 };
 use agent_runtime::clock::{self, Clock};
 
@@ -98,7 +98,7 @@ struct Shared {
     clock: Arc<dyn Clock>,
     tracker: Arc<RequestTracker>,
     queue: Mutex<Option<mpsc::UnboundedReceiver<Deletion>>>,
-    kube_metrics: kubernetes::Metrics,
+    kube_metrics: agent_kube::Metrics,
     metrics: Metrics,
 }
 
@@ -117,7 +117,7 @@ impl Requests {
         agent: Arc<Agent>,
         pods: Option<Arc<dyn LivePods>>,
         clock: Arc<dyn Clock>,
-        kube_metrics: kubernetes::Metrics,
+        kube_metrics: agent_kube::Metrics,
         metrics: Metrics,
     ) -> Self {
         let (deletions, queue) = mpsc::unbounded_channel();
@@ -196,7 +196,7 @@ impl Requests {
                 .labels(&format!("{}={}", keys::NODE, node_label(&self.0.agent.node_name)))
                 .page_size(REQUESTS_PER_PAGE),
         };
-        let mut signals = Box::pin(kubernetes::watch::watch(api, selection, self.0.kube_metrics.clone()));
+        let mut signals = Box::pin(agent_kube::watch::watch(api, selection, self.0.kube_metrics.clone()));
         let tracker = self.tracker();
         while let Some(signal) = signals.next().await {
             match signal {

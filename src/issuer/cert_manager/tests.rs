@@ -11,10 +11,10 @@ use super::*;
 use crate::{
     cert_manager::{IssuerRef, RequestNamespace, keys, naming::Agent},
     issuer::{Progress, Stage},
-    kubernetes::{
-        self,
-        fake::{FakeApi, Fault},
-    },
+};
+use agent_kube::{
+    self,
+    fake::{FakeApi, Fault},
 };
 use agent_runtime::clock::TestClock;
 use workload_identity::{Identity, IssuerName, NodeEnvironment, Profile, SpiffeId, samples::profile};
@@ -60,7 +60,7 @@ impl World {
 
     fn with(namespace: RequestNamespace, issuer_ref: IssuerRef, api: FakeApi) -> Self {
         api.put("clusterissuers", ready_issuer("ClusterIssuer", "mesh-ca", json!({"ca": {"secretName": "s"}})));
-        let (kube_metrics, metrics) = (kubernetes::Metrics::default(), Metrics::default());
+        let (kube_metrics, metrics) = (agent_kube::Metrics::default(), Metrics::default());
         let pods = Pods(Some(["agent-1".into(), "sibling".into()].into()));
         let requests = Requests::new(
             api.client(&kube_metrics),

@@ -15,12 +15,10 @@ use tokio::{
     time::Instant,
 };
 
-use crate::{
-    cert_manager::{RequestKind, Status, keys, naming::identity_digest, verdict::Verdict},
-    kubernetes::{
-        object::{Kind, Observed},
-        watch::Ended,
-    },
+use crate::cert_manager::{RequestKind, Status, keys, naming::identity_digest, verdict::Verdict};
+use agent_kube::{
+    object::{Kind, Observed},
+    watch::Ended,
 };
 use workload_identity::Identity;
 

@@ -14,7 +14,6 @@ use super::*;
 use crate::{
     config::Config,
     issuer::{self, Issued, Issuer, Order, embedded::Embedded},
-    kubernetes::{self, fake::FakeApi},
     rotation::{self, plan::Plan},
     store::Store,
     trust::{self, Trust},
@@ -23,6 +22,7 @@ use crate::{
         metrics::{Ended, Metrics},
     },
 };
+use agent_kube::fake::FakeApi;
 use agent_runtime::clock::{self, TestClock};
 
 const MINUTE: Duration = Duration::from_secs(60);
@@ -91,7 +91,7 @@ impl World {
             },
             drain.clone(),
         ));
-        let kube_metrics = kubernetes::Metrics::default();
+        let kube_metrics = agent_kube::Metrics::default();
         let pods = Pods::new(api.client(&kube_metrics), "n1", kube_metrics);
         let metrics = Metrics::default();
         let warmer = Prefetcher { store: store.clone(), resolver, metrics: metrics.clone() };
@@ -176,7 +176,7 @@ async fn a_new_list_warms_up_who_starts_and_nobody_else() {
     assert_eq!(world.held(), [""; 0]);
 
     // While the watch is away, pods come up, run, and one is about to start; `cart` is as it was.
-    world.api.fail("watch", "pods", kubernetes::fake::Fault::Refuse, 3);
+    world.api.fail("watch", "pods", agent_kube::fake::Fault::Refuse, 3);
     world.api.cut_watches(true);
     for pod in [running("came-and-runs"), starting("starts")] {
         world.api.put("pods", pod);

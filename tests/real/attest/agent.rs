@@ -2,10 +2,8 @@
 
 use std::{fs, sync::Arc, time::Instant};
 
-use sds_agent::{
-    attest::{Attestor, kubernetes::KubernetesAttestor, pods::Pods},
-    kubernetes::Metrics,
-};
+use agent_kube::Metrics;
+use sds_agent::attest::{Attestor, kubernetes::KubernetesAttestor, pods::Pods};
 use tokio::net::UnixListener;
 use unix_peer::peer::Peer;
 

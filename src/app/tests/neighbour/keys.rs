@@ -77,8 +77,8 @@ async fn a_key_in_the_api_servers_words_is_not_shown() {
         let code = [403, 409, 422, 500][at % 4];
         let status = json!({"kind": "Status", "code": code, "reason": "x", "message": format!("admission webhook denied: {text}")});
         let world = World::new();
-        world.wire.api.fail("create", CR, crate::kubernetes::fake::Fault::Status(code, status.clone()), usize::MAX);
-        world.wire.api.fail("get", "clusterissuers", crate::kubernetes::fake::Fault::Status(code, status), 2);
+        world.wire.api.fail("create", CR, agent_kube::fake::Fault::Status(code, status.clone()), usize::MAX);
+        world.wire.api.fail("get", "clusterissuers", agent_kube::fake::Fault::Status(code, status), 2);
         world.asked_for_a_while().await;
         world.assert_tame(&key, &format!("{code}: {name}"));
     }

@@ -1,7 +1,7 @@
 //! What becomes of the watch.
 
 use super::*;
-use crate::kubernetes::watch::Ended;
+use agent_kube::watch::Ended;
 
 impl World {
     fn lists(&self) -> usize {

@@ -4,7 +4,7 @@ use std::{error::Error as StdError, fmt, io, time::Duration};
 
 use kube::core::Status;
 
-use crate::kubernetes::layer::{TimedOut, TooLarge};
+use crate::layer::{TimedOut, TooLarge};
 use agent_runtime::text;
 
 /// What was asked of the API.

@@ -25,10 +25,7 @@ use tokio::{
     time::Instant,
 };
 
-use crate::{
-    kubernetes::RequestRate,
-    kubernetes::{Metrics, fake::FakeApi},
-};
+use crate::{Metrics, RequestRate, fake::FakeApi};
 
 /// What happens to one answer.
 #[derive(Debug, Clone)]

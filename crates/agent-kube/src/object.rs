@@ -36,7 +36,7 @@ pub trait Kind: Clone + fmt::Debug + Send + Sync + 'static {
 
 /// An object of the kind `K`, with what is read of its spec and its status.
 #[derive(Debug, Clone, Deserialize)]
-#[cfg_attr(test, derive(serde::Serialize), serde(bound(serialize = "P: serde::Serialize, U: serde::Serialize")))]
+#[cfg_attr(any(test, feature = "testing"), derive(serde::Serialize), serde(bound(serialize = "P: serde::Serialize, U: serde::Serialize")))]
 #[serde(bound(deserialize = "P: Default + Deserialize<'de>, U: Deserialize<'de>"))]
 pub struct Observed<K: Kind, P, U> {
     /// Name, namespace, UID, version, the times of creation and deletion, and the labels and annotations that are kept.
@@ -51,7 +51,7 @@ pub struct Observed<K: Kind, P, U> {
     kind: PhantomData<K>,
 }
 
-#[cfg(test)]
+#[cfg(any(test, feature = "testing"))]
 impl<K: Kind, P, U> Observed<K, P, U> {
     /// An object of this name with this spec, for tests.
     pub fn new(name: &str, spec: P) -> Self {

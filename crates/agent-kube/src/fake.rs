@@ -19,10 +19,7 @@ use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tower::{BoxError, Layer as _};
 
-use crate::{
-    kubernetes::RequestRate,
-    kubernetes::{Metrics, layer::Layer},
-};
+use crate::{Metrics, RequestRate, layer::Layer};
 
 type Answer = Response<UnsyncBoxBody<Bytes, BoxError>>;
 type Key = (String, String, String);

@@ -14,7 +14,7 @@ use prometheus_client::encoding::EncodeLabelValue;
 use serde::de::DeserializeOwned;
 use tokio::time::timeout;
 
-use crate::kubernetes::{
+use crate::{
     ANSWER_TIMEOUT,
     failure::{Call, Cause, Failure},
     metrics::{Broken, Metrics, Resource},
@@ -210,7 +210,7 @@ mod tests {
     use tokio::time::Instant;
 
     use super::*;
-    use crate::kubernetes::fake::{FakeApi, Fault};
+    use crate::fake::{FakeApi, Fault};
 
     fn signals(api: &FakeApi, metrics: &Metrics) -> Pin<Box<dyn Stream<Item = Signal<ConfigMap>> + Send>> {
         let selection = Selection {

@@ -9,7 +9,7 @@ use prometheus_client::{
 };
 use tokio::time::Instant;
 
-use crate::kubernetes::watch::Ended;
+use crate::watch::Ended;
 use agent_runtime::metrics::every;
 
 /// What is asked, as a metric label.
@@ -205,8 +205,8 @@ impl Metrics {
     }
 
     /// Registers and counts one of everything, for the reference.
-    #[cfg(test)]
-    pub(crate) fn sample(registry: &mut Registry) {
+    #[cfg(any(test, feature = "testing"))]
+    pub fn sample(registry: &mut Registry) {
         let metrics = Self::register(registry);
         let codes = [Code::Status(200), Code::Timeout, Code::Error];
         for verb in every!(Verb: get, list, watch, create, patch, delete, other) {
@@ -254,7 +254,7 @@ impl Metrics {
     }
 
     /// How many watches broke, for tests.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "testing"))]
     pub fn restarts(&self, resource: Resource, reason: Ended) -> u64 {
         self.restarts.get_or_create(&WatchLabels { resource, reason }).get()
     }
@@ -266,7 +266,7 @@ impl Metrics {
     }
 
     /// How many requests had this end, for tests.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "testing"))]
     pub fn requests(&self, verb: Verb, resource: Resource, code: Code) -> u64 {
         self.requests.get_or_create(&Labels { verb, resource, code }).get()
     }

@@ -17,7 +17,7 @@ use kube::{Client, Config, client::ConfigExt};
 use tower::{BoxError, ServiceBuilder};
 
 pub mod failure;
-#[cfg(test)]
+#[cfg(any(test, feature = "testing"))]
 pub mod fake;
 pub mod layer;
 pub mod metrics;
@@ -26,7 +26,7 @@ pub mod pod;
 mod retry_after;
 mod throttle;
 pub mod watch;
-#[cfg(test)]
+#[cfg(any(test, feature = "testing"))]
 pub mod wire;
 
 pub use failure::{Call, Cause, Failure};

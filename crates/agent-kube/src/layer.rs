@@ -20,13 +20,10 @@ use tokio::time::{Instant, sleep_until, timeout};
 use tower::{BoxError, Service};
 
 use crate::{
-    kubernetes::RequestRate,
-    kubernetes::{
-        ANSWER_TIMEOUT,
-        metrics::{Code, Metrics, Resource, Verb, Wait},
-        retry_after,
-        throttle::{Kind, RetryAfter, Throttle, Waits},
-    },
+    ANSWER_TIMEOUT, RequestRate,
+    metrics::{Code, Metrics, Resource, Verb, Wait},
+    retry_after,
+    throttle::{Kind, RetryAfter, Throttle, Waits},
 };
 
 /// Of the log's lines.

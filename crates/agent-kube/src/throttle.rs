@@ -19,8 +19,8 @@ use tokio::{
 };
 
 use crate::{
-    kubernetes::RequestRate,
-    kubernetes::metrics::{Resource, Verb},
+    RequestRate,
+    metrics::{Resource, Verb},
 };
 
 /// A request that would be held back for longer than this in all is answered in the server's stead, so that who asks can do something
