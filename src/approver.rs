@@ -20,13 +20,13 @@ use tokio::{
 };
 use tokio_util::time::DelayQueue;
 
-use crate::cert_manager::{REQUESTS_PER_PAGE, Request};
 use agent_kube::{
     self, RequestRate,
     metrics::Resource,
     watch::{Selection, Signal},
 };
 use agent_runtime::{clock::Clock, text};
+use cert_manager::{REQUESTS_PER_PAGE, Request};
 
 pub mod active_rules;
 pub mod desk;

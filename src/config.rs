@@ -5,8 +5,8 @@
 use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use crate::{
-    attest::kubernetes::AttestationPolicy, csi::PerPod, issuer::cert_manager, limits::Limits, process::LockMemory, sds::names::Names,
-    warm::WarmUp,
+    attest::kubernetes::AttestationPolicy, csi::PerPod, issuer::certificate_request, limits::Limits, process::LockMemory,
+    sds::names::Names, warm::WarmUp,
 };
 use agent_kube::RequestRate;
 use workload_identity::{IssuerName, NodeEnvironment, Profile, Resolver, Rule, TrustDomain};
@@ -121,7 +121,7 @@ pub enum Attestation {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum IssuerConfig {
     /// cert-manager's CertificateRequests.
-    CertManager(cert_manager::Settings),
+    CertManager(certificate_request::Settings),
     /// An authority in memory; for development and tests only.
     Embedded,
 }

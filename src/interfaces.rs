@@ -16,11 +16,11 @@ use quote::ToTokens;
 use syn::{Attribute, Expr, Fields, Item, Lit, Meta};
 
 use crate::{
-    cert_manager::denied,
     cli::{Cli, Exit},
     config::reference::GROUPS,
     metrics_reference, sds,
 };
+use cert_manager::denied;
 
 /// The levels of a log line, and the spans whose fields it carries.
 const LOG_MACROS: [&str; 10] =

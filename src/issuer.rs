@@ -11,7 +11,7 @@ use tokio::sync::watch;
 use crate::material::PrivateKey;
 use workload_identity::{Identity, PodRef};
 
-pub mod cert_manager;
+pub mod certificate_request;
 pub mod csr;
 pub mod embedded;
 pub mod verify;

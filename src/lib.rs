@@ -39,7 +39,6 @@ pub mod rotation;
 pub mod material;
 
 pub mod approver;
-pub mod cert_manager;
 pub mod issuer;
 
 pub mod trust;

@@ -41,7 +41,7 @@ const MODULES: &[Module] = &[
     module("attest.rs", "Who is calling", attest::Metrics::sample),
     module("trust.rs", "Trust bundles", trust::Metrics::sample),
     module("kubernetes/metrics.rs", "The Kubernetes API", agent_kube::Metrics::sample),
-    module("issuer/cert_manager/requests.rs", "CertificateRequests", issuer::cert_manager::Metrics::sample),
+    module("issuer/certificate_request/requests.rs", "CertificateRequests", issuer::certificate_request::Metrics::sample),
     module("warm/metrics.rs", "Certificates ahead of the first call (`warmUp`, `sockets.perPod`)", warm::metrics::Metrics::sample),
     module("csi/metrics.rs", "Sockets of pods (`sockets.perPod`)", csi::metrics::Metrics::sample),
     module("approver/metrics.rs", "The approver (`sds-agent approver`)", approver::Metrics::sample),

@@ -1,6 +1,6 @@
 //! What must hold for any CSR that somebody may put into a CertificateRequest. An input is DER, or PEM as it stands in a request.
 
-use sds_agent::cert_manager::{Csr, csr};
+use cert_manager::{Csr, csr};
 use x509_parser::{
     certification_request::X509CertificationRequest,
     extensions::{GeneralName, ParsedExtension},

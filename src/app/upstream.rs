@@ -24,16 +24,16 @@ use super::{
 };
 use crate::{
     attest::pods::Pods,
-    cert_manager::{RequestNamespace, naming::Agent},
     config::{Config, IssuerConfig},
     issuer::{
         Issuer,
-        cert_manager::{self, CertManager, LivePods, Metrics, Requests},
+        certificate_request::{self, CertManager, LivePods, Metrics, Requests},
         embedded::Embedded,
     },
     trust::Trust,
 };
 use agent_runtime::clock::Clock;
+use cert_manager::{RequestNamespace, naming::Agent};
 use workload_identity::IssuerName;
 
 /// Of the log's lines.
@@ -218,7 +218,7 @@ impl IssuerFactory {
     fn ask_cert_manager(
         &self,
         name: &IssuerName,
-        config: &cert_manager::Settings,
+        config: &certificate_request::Settings,
         requests: Requests,
         started: &mut Started,
     ) -> CertManager {
@@ -255,7 +255,7 @@ fn scopes(config: &Config) -> Vec<RequestNamespace> {
 /// The issuer's name, where its word on its own roots is taken.
 fn self_vouching(issuer: &IssuerConfig) -> Option<&str> {
     match issuer {
-        IssuerConfig::CertManager(cert_manager::Settings { trust_status_ca: true, issuer_ref, .. }) => Some(&issuer_ref.name),
+        IssuerConfig::CertManager(certificate_request::Settings { trust_status_ca: true, issuer_ref, .. }) => Some(&issuer_ref.name),
         IssuerConfig::CertManager(_) | IssuerConfig::Embedded => None,
     }
 }

@@ -66,16 +66,14 @@ impl ActiveRules {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        approver::{
-            judge::{
-                self, Decision, PodView,
-                tests::{pod, request, rules},
-            },
-            rules::Guarded,
+    use crate::approver::{
+        judge::{
+            self, Decision, PodView,
+            tests::{pod, request, rules},
         },
-        cert_manager::{IssuerRef, denied},
+        rules::Guarded,
     };
+    use cert_manager::{IssuerRef, denied};
     use workload_identity::{IssuerName, Profile};
 
     const OVERLAP: Duration = Duration::from_secs(600);

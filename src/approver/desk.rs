@@ -15,23 +15,21 @@ use kube::{
 use serde_json::json;
 use tokio::{sync::watch, time::Instant};
 
-use crate::{
-    approver::{
-        active_rules::ActiveRules,
-        events::Events,
-        gate::{Slot, WriteGate},
-        judge::{self, Decision, Denial, PodView, decide, evidence},
-        metrics::{Decided, Metrics, Step},
-        pods::Pods,
-        queue::WorkItem,
-    },
-    cert_manager::{Condition, PLURAL, Request, claims, denied},
+use crate::approver::{
+    active_rules::ActiveRules,
+    events::Events,
+    gate::{Slot, WriteGate},
+    judge::{self, Decision, Denial, PodView, decide, evidence},
+    metrics::{Decided, Metrics, Step},
+    pods::Pods,
+    queue::WorkItem,
 };
 use agent_kube::{Call, Cause, Failure, pod::Pod};
 use agent_runtime::{
     clock::{self, Clock},
     telemetry::hush::LogLimiter,
 };
+use cert_manager::{Condition, PLURAL, Request, claims, denied};
 use workload_identity::PodRef;
 
 /// Of the log's lines.

@@ -13,15 +13,13 @@ use kube::{Api, Client, api::PostParams};
 use serde_json::json;
 use tokio::time::Instant;
 
-use crate::{
-    approver::{
-        desk::{APPROVER, place},
-        judge::{Denial, evidence},
-        metrics::{Metrics, Step},
-    },
-    cert_manager::{GROUP, Request, denied},
+use crate::approver::{
+    desk::{APPROVER, place},
+    judge::{Denial, evidence},
+    metrics::{Metrics, Step},
 };
 use agent_kube::{Call, Failure};
+use cert_manager::{GROUP, Request, denied};
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::approver::events";

@@ -8,16 +8,14 @@ use std::{fmt, time::Duration};
 
 use tokio::time::Instant;
 
-use crate::{
-    approver::{
-        active_rules::ActiveRules,
-        desk::APPROVER,
-        rules::{Expectation, Rules},
-    },
-    cert_manager::{Condition, GROUP, IssuerRef, Request, USAGES, claims, csr, denied, keys},
+use crate::approver::{
+    active_rules::ActiveRules,
+    desk::APPROVER,
+    rules::{Expectation, Rules},
 };
 use agent_kube::pod::Pod;
 use agent_runtime::text;
+use cert_manager::{Condition, GROUP, IssuerRef, Request, USAGES, claims, csr, denied, keys};
 use workload_identity::PodRef;
 
 /// No sentence of a denial repeats more of what others wrote than this, in characters.

@@ -10,7 +10,7 @@ use std::{
 
 use tokio::time::Instant;
 
-use crate::cert_manager::Request;
+use cert_manager::Request;
 
 /// After the first trouble with a request; it doubles.
 const MIN_BACKOFF: Duration = Duration::from_millis(500);
@@ -241,7 +241,7 @@ mod tests {
     use super::*;
 
     fn request(name: &str, version: &str) -> Request {
-        let mut request = Request::new(name, crate::cert_manager::CertificateRequestSpec::default());
+        let mut request = Request::new(name, cert_manager::CertificateRequestSpec::default());
         request.metadata.namespace = Some("n".into());
         request.metadata.resource_version = Some(version.into());
         request

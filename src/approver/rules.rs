@@ -2,12 +2,12 @@
 
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
-use crate::cert_manager::{IssuerRef, RequestNamespace};
 use agent_kube::pod::Pod;
+use cert_manager::{IssuerRef, RequestNamespace};
 use workload_identity::{Error, Identity, IssuerName, KeyType, Pattern, Profile, Resolver};
 
 /// The group of an issuer that names none.
-const GROUP: &str = crate::cert_manager::GROUP;
+const GROUP: &str = cert_manager::GROUP;
 
 /// One issuer whose requests are judged.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -7,10 +7,8 @@ use serde::Serialize;
 
 use self::fleet::{Fleet, Load};
 use super::{Exit, output};
-use crate::{
-    cert_manager::RequestNamespace,
-    config::{self, Attestation, Config, Env, IssuerConfig, Loaded, Problem, TrustSource, Warning},
-};
+use crate::config::{self, Attestation, Config, Env, IssuerConfig, Loaded, Problem, TrustSource, Warning};
+use cert_manager::RequestNamespace;
 use workload_identity::{Match, Pattern, Profile, Resolver, Workload};
 
 pub mod fleet;

@@ -5,7 +5,7 @@
 
 use std::{collections::BTreeMap, ops::RangeInclusive, sync::Arc, time::Duration};
 
-use super::{Attestation, IssuerConfig, cert_manager, environment::PodEnvironment, reader::Section, values};
+use super::{Attestation, IssuerConfig, certificate_request, environment::PodEnvironment, reader::Section, values};
 use workload_identity::{IssuerName, Profile, Rule, TrustDomain};
 
 mod certificate;
@@ -106,5 +106,5 @@ pub fn renewals_per_second(lifetime: Duration, renew_at: f64, identities: u32) -
 
 /// Whether the issuer brings no roots of its own.
 pub fn tells_no_roots(issuer: &IssuerConfig) -> bool {
-    matches!(issuer, IssuerConfig::CertManager(cert_manager::Settings { trust_status_ca: false, .. }))
+    matches!(issuer, IssuerConfig::CertManager(certificate_request::Settings { trust_status_ca: false, .. }))
 }

@@ -110,7 +110,7 @@ mod tests {
     use serde_json::Value;
 
     use super::*;
-    use crate::cert_manager::USAGES;
+    use cert_manager::USAGES;
 
     /// The documents of a manifest.
     fn objects(text: &str) -> Vec<Value> {

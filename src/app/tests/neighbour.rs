@@ -13,10 +13,9 @@ use tracing::subscriber::DefaultGuard;
 use super::*;
 use crate::{
     build_info,
-    cert_manager::{IssuerRef, RequestNamespace, naming::Agent},
     issuer::{
         Issuer,
-        cert_manager::{CertManager, Metrics as RequestMetrics, Requests, Settings},
+        certificate_request::{CertManager, Metrics as RequestMetrics, Requests, Settings},
         embedded::Embedded,
     },
     rotation::plan::Plan,
@@ -32,6 +31,7 @@ use agent_runtime::{
     clock::TestClock,
     telemetry::{self, Format, captured::Captured},
 };
+use cert_manager::{IssuerRef, RequestNamespace, naming::Agent};
 use workload_identity::{Identity, IssuerName, NodeEnvironment, PodRef, Profile, samples::identity};
 
 mod creates;

@@ -8,7 +8,6 @@ use tokio::{task::JoinHandle, time::timeout};
 
 use super::*;
 use crate::{
-    cert_manager::keys,
     issuer::{Error, Issued, Order, Progress},
     trust,
 };
@@ -18,6 +17,7 @@ use agent_runtime::{
     shutdown::Shutdown,
     telemetry::{self, Format, captured::Captured},
 };
+use cert_manager::keys;
 use workload_identity::{PodRef, Workload};
 
 const CR: &str = "certificaterequests";

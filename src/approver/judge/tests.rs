@@ -3,11 +3,8 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use super::*;
-use crate::{
-    approver::rules::Guarded,
-    cert_manager::{CertificateRequestSpec, Condition, Csr, Reference, RequestNamespace, Status},
-    issuer::cert_manager,
-};
+use crate::{approver::rules::Guarded, issuer::certificate_request};
+use cert_manager::{CertificateRequestSpec, Condition, Csr, Reference, RequestNamespace, Status};
 use workload_identity::{IssuerName, KeyType, Pattern, Profile, Resolver, TrustDomain};
 
 const AGENT: &str = "system:serviceaccount:sds-agent:sds-agent";
@@ -31,8 +28,8 @@ pub(crate) fn rules() -> Rules {
         epoch: 0,
     };
     let namespace = RequestNamespace::Fixed("sds-agent".into());
-    let cert_manager::Settings { issuer_ref: issuer, namespace, .. } =
-        cert_manager::Settings { issuer_ref: issuer_ref(), namespace, trust_status_ca: false };
+    let certificate_request::Settings { issuer_ref: issuer, namespace, .. } =
+        certificate_request::Settings { issuer_ref: issuer_ref(), namespace, trust_status_ca: false };
     Rules {
         agents: [AGENT.to_owned()].into(),
         issuers: vec![Guarded { name: IssuerName("default".into()), issuer, namespace }],

@@ -3,8 +3,8 @@
 use kube::runtime::watcher;
 
 use super::*;
-use crate::cert_manager::Request;
 use agent_kube::pod::PodObject;
+use cert_manager::Request;
 
 /// As kubelet and kube-controller-manager leave them on every pod.
 fn managed_fields() -> Value {

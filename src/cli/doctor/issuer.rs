@@ -11,12 +11,11 @@ use serde_json::Value;
 
 use super::report::Step;
 use crate::{
-    cert_manager::{CertificateRequest, GROUP, IssuerRef, RequestNamespace, Status, keys, naming::node_label, verdict::Verdict},
     cli::Exit,
     config::{Config, IssuerConfig},
     issuer::{
         Error,
-        cert_manager::{self, Settings, vault},
+        certificate_request::{self, Settings, vault},
     },
 };
 use agent_kube::{Call, Cause, Failure};
@@ -24,6 +23,7 @@ use agent_runtime::{
     clock::{self, Clock, SystemClock},
     text,
 };
+use cert_manager::{CertificateRequest, GROUP, IssuerRef, RequestNamespace, Status, keys, naming::node_label, verdict::Verdict};
 
 /// No more requests than this are shown.
 const SHOWN: usize = 5;
@@ -70,7 +70,7 @@ async fn issuer(config: &Config, client: &Client, issuer: &Settings) -> Step {
         RequestNamespace::Fixed(namespace) => Some(namespace.as_str()),
         RequestNamespace::Workload => None,
     };
-    if let Err(error) = cert_manager::check(client, reference, namespace).await {
+    if let Err(error) = certificate_request::check(client, reference, namespace).await {
         let exit = if matches!(error, Error::Configuration(_)) { Exit::Usage } else { Exit::Unavailable };
         return Step::failed(name, exit, error.to_string(), "correct issuer.certManager.issuerRef, or what the message names");
     }

@@ -5,11 +5,11 @@ use kube::{Api, Client, api::PostParams};
 
 use super::{cluster::failed, report::Step};
 use crate::{
-    cert_manager::{GROUP, RequestNamespace},
     cli::Exit,
     config::{Attestation, Config, IssuerConfig, TrustSource},
 };
 use agent_kube::{Call, Failure};
+use cert_manager::{GROUP, RequestNamespace};
 
 /// Some verbs on one resource.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -1,10 +1,10 @@
 //! Who signs: `issuer`, and the parts of it that a profile may say.
 
 use crate::{
-    cert_manager::{IssuerRef, RequestNamespace},
     config::{Attestation, IssuerConfig, environment::snippet, error::FieldError, reader::Section, values},
-    issuer::cert_manager,
+    issuer::certificate_request,
 };
+use cert_manager::{IssuerRef, RequestNamespace};
 
 use super::Context;
 
@@ -40,7 +40,7 @@ pub fn issuer(root: &Section<'_>, context: &Context<'_>) -> Option<IssuerConfig>
     })
 }
 
-fn cert_manager(section: &Section<'_>, context: &Context<'_>) -> Option<cert_manager::Settings> {
+fn cert_manager(section: &Section<'_>, context: &Context<'_>) -> Option<certificate_request::Settings> {
     let issuer_ref = section.section("issuerRef", issuer_ref);
     let agents_own = context.pod.and_then(|pod| pod.namespace.clone()).unwrap_or_else(|| "sds-agent".to_owned());
     let namespace = namespace(section, context, RequestNamespace::Fixed(agents_own), issuer_ref.as_ref());
@@ -54,7 +54,7 @@ fn cert_manager(section: &Section<'_>, context: &Context<'_>) -> Option<cert_man
         );
         section.warn_outside("POD_NAME", message);
     }
-    Some(cert_manager::Settings { issuer_ref: issuer_ref?, namespace: namespace?, trust_status_ca: trust_status_ca? })
+    Some(certificate_request::Settings { issuer_ref: issuer_ref?, namespace: namespace?, trust_status_ca: trust_status_ca? })
 }
 
 /// Reads the `issuerRef`, `namespace` and `trustStatusCA` of a profile; `base` has what it does not say. A reference is taken whole: its
@@ -78,7 +78,7 @@ pub fn of_profile(section: &Section<'_>, context: &Context<'_>, base: Option<&Is
     let judged = issuer_ref.as_ref().filter(|_| fields[0] || fields[1]);
     let namespace = namespace(section, context, inherited, judged);
     let trust_status_ca = section.read("trustStatusCA", base.is_some_and(|base| base.trust_status_ca), values::boolean);
-    Some(IssuerConfig::CertManager(cert_manager::Settings {
+    Some(IssuerConfig::CertManager(certificate_request::Settings {
         issuer_ref: issuer_ref?,
         namespace: namespace?,
         trust_status_ca: trust_status_ca?,
@@ -135,7 +135,7 @@ pub fn issuer_ref(section: &Section<'_>) -> Option<IssuerRef> {
 pub fn authority(issuer: &IssuerConfig) -> String {
     match issuer {
         IssuerConfig::Embedded => "embedded".to_owned(),
-        IssuerConfig::CertManager(cert_manager::Settings { issuer_ref: IssuerRef { name, kind, group }, namespace, .. }) => {
+        IssuerConfig::CertManager(certificate_request::Settings { issuer_ref: IssuerRef { name, kind, group }, namespace, .. }) => {
             let reference = format!("{kind} {name} of {group}");
             match namespace {
                 RequestNamespace::Fixed(namespace) => format!("{reference} in namespace {namespace}"),

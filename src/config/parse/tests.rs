@@ -4,12 +4,12 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::{
-    cert_manager::{IssuerRef, RequestNamespace},
     config::{IssuerConfig, SharedSocket},
     csi::PerPod,
-    issuer::cert_manager,
+    issuer::certificate_request,
     warm::WarmUp,
 };
+use cert_manager::{IssuerRef, RequestNamespace};
 use workload_identity::{IssuerName, KeyType, PodRef};
 
 mod mistakes;
@@ -77,7 +77,7 @@ fn the_sample_of_the_design_is_understood_and_says_what_the_defaults_say() {
     let least = load(LEAST);
     assert_eq!(least.warnings, []);
     let issuer = |name: &str| {
-        IssuerConfig::CertManager(cert_manager::Settings {
+        IssuerConfig::CertManager(certificate_request::Settings {
             issuer_ref: IssuerRef { name: name.into(), kind: "ClusterIssuer".into(), group: "cert-manager.io".into() },
             namespace: RequestNamespace::Fixed("sds-agent".into()),
             trust_status_ca: false,

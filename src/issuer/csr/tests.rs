@@ -10,6 +10,7 @@ use x509_parser::{
 };
 
 use super::*;
+use cert_manager::{Csr, csr};
 use workload_identity::{Profile, SpiffeId, samples::profile};
 
 const ID: &str = "spiffe://cluster.local/ns/shop/sa/cart";
@@ -91,4 +92,23 @@ async fn rsa_keys_are_made_one_at_a_time_and_an_abandoned_one_still_counts() {
     drop(waiting);
     assert_eq!(slots.available_permits(), 0, "its core is busy until the key is made");
     assert!(generate_within(&identity, &slots).await.is_ok());
+}
+
+#[tokio::test]
+async fn what_agents_make_is_read_for_every_kind_of_key() {
+    for kind in KeyType::ALL {
+        let identity = identity(kind, &["cart.shop.svc", "cart.shop"]);
+        let made = generate(&identity).await.unwrap();
+        let pem = Csr::from_der(&made.csr_der).pem().unwrap();
+        let expected = csr::Asked { key: kind, uri: identity.spiffe_id.to_string(), dns_names: identity.dns_names.to_vec() };
+        assert_eq!(csr::read(&pem), Ok(expected.clone()), "{kind:?}");
+        assert_eq!(csr::read(pem.strip_suffix(b"\n").unwrap()), Ok(expected), "{kind:?}");
+
+        // Not one byte can be another.
+        for at in (0..made.csr_der.len()).step_by(if made.csr_der.len() > 600 { 7 } else { 1 }) {
+            let mut other = made.csr_der.clone();
+            other[at] ^= 1;
+            assert!(csr::read(&Csr::from_der(&other).pem().unwrap()).is_err(), "{kind:?}: byte {at}");
+        }
+    }
 }

@@ -2,10 +2,10 @@
 
 use super::{LEAST, errors, load, warnings};
 use crate::{
-    cert_manager::{IssuerRef, RequestNamespace},
     config::{Config, IssuerConfig},
-    issuer::cert_manager,
+    issuer::certificate_request,
 };
+use cert_manager::{IssuerRef, RequestNamespace};
 use workload_identity::{IssuerName, KeyType, Profile};
 
 fn with(profiles: &str) -> String {
@@ -16,7 +16,7 @@ fn profile(config: &Config, place: usize) -> &Profile {
     &config.profiles[place].profile
 }
 
-fn issuer<'a>(config: &'a Config, profile: &Profile) -> &'a cert_manager::Settings {
+fn issuer<'a>(config: &'a Config, profile: &Profile) -> &'a certificate_request::Settings {
     match &config.issuers[&profile.issuer] {
         IssuerConfig::CertManager(issuer) => issuer,
         IssuerConfig::Embedded => panic!("embedded"),
@@ -52,7 +52,7 @@ profiles:
     // The global epoch counts, too: raising it is the break-glass for all.
     assert_eq!((default.epoch, same.epoch, other.epoch), (4, 4, 7));
     assert_eq!(&*other.authority, "AWSPCAClusterIssuer x of awspca.cert-manager.io in the namespace of the workload");
-    let expected = cert_manager::Settings {
+    let expected = certificate_request::Settings {
         issuer_ref: IssuerRef { name: "x".into(), kind: "AWSPCAClusterIssuer".into(), group: "awspca.cert-manager.io".into() },
         namespace: RequestNamespace::Workload,
         trust_status_ca: false,

@@ -16,20 +16,14 @@ use prometheus_client::{metrics::counter::Counter, registry::Registry};
 use tokio::{sync::mpsc, time::timeout};
 use tokio_util::sync::CancellationToken;
 
-use crate::{
-    cert_manager::{
-        REQUESTS_PER_PAGE, RequestNamespace, keys,
-        naming::{Agent, node_label},
-    },
-    issuer::{
-        Error, Retry,
-        cert_manager::{
-            RESOURCE,
-            create::jittered,
-            deleter::Deleter,
-            sweep,
-            tracker::{Deletion, RequestTracker, Watched, Watching},
-        },
+use crate::issuer::{
+    Error, Retry,
+    certificate_request::{
+        RESOURCE,
+        create::jittered,
+        deleter::Deleter,
+        sweep,
+        tracker::{Deletion, RequestTracker, Watched, Watching},
     },
 };
 use agent_kube::{
@@ -38,6 +32,10 @@ use agent_kube::{
     watch::{Selection, Signal},
 };
 use agent_runtime::clock::{self, Clock};
+use cert_manager::{
+    REQUESTS_PER_PAGE, RequestNamespace, keys,
+    naming::{Agent, node_label},
+};
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::issuer::cert_manager::requests";

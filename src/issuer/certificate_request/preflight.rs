@@ -15,12 +15,10 @@ use kube::{
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
-use crate::{
-    cert_manager::{GROUP, IssuerRef, Status},
-    issuer::{Error, Retry, cert_manager::api_error},
-};
+use crate::issuer::{Error, Retry, certificate_request::api_error};
 use agent_kube::{Call, Cause, Failure};
 use agent_runtime::text;
+use cert_manager::{GROUP, IssuerRef, Status};
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::issuer::cert_manager::preflight";

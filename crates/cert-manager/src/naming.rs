@@ -13,7 +13,7 @@ use std::{
 
 use aws_lc_rs::digest;
 
-use crate::cert_manager::keys;
+use crate::keys;
 use agent_runtime::text::hex;
 use workload_identity::{Identity, NodeEnvironment, PodRef};
 

@@ -8,14 +8,12 @@ use std::time::Duration;
 use kube::{Api, Client, api::PostParams};
 use tokio::time::sleep;
 
-use crate::{
-    cert_manager::CertificateRequest,
-    issuer::{
-        Error, Retry,
-        cert_manager::{RESOURCE, api_error, tracker::RequestHandle},
-    },
+use crate::issuer::{
+    Error, Retry,
+    certificate_request::{RESOURCE, api_error, tracker::RequestHandle},
 };
 use agent_kube::{Call, Cause, Failure};
+use cert_manager::CertificateRequest;
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::issuer::cert_manager::create";

@@ -15,11 +15,11 @@ use tokio::{
     time::Instant,
 };
 
-use crate::cert_manager::{RequestKind, Status, keys, naming::identity_digest, verdict::Verdict};
 use agent_kube::{
     object::{Kind, Observed},
     watch::Ended,
 };
+use cert_manager::{RequestKind, Status, keys, naming::identity_digest, verdict::Verdict};
 use workload_identity::Identity;
 
 /// A refused request stays so long for people to read.

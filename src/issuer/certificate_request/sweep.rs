@@ -2,10 +2,8 @@
 
 use std::{collections::HashSet, sync::Arc, time::Duration};
 
-use crate::{
-    cert_manager::naming::{Agent, PROCESS_PREFIX},
-    issuer::cert_manager::tracker::{KEPT_FOR, Key, Record},
-};
+use crate::issuer::certificate_request::tracker::{KEPT_FOR, Key, Record};
+use cert_manager::naming::{Agent, PROCESS_PREFIX};
 
 /// The request of an agent outside of a pod is an orphan after this time: whether its process lives cannot be known.
 const PROCESS_GRACE: Duration = Duration::from_secs(3600);

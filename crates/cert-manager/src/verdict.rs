@@ -5,7 +5,7 @@
 
 use std::borrow::Cow;
 
-use crate::cert_manager::{Condition, Status};
+use crate::{Condition, Status};
 use agent_runtime::text;
 
 /// How far a request is.

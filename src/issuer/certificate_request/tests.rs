@@ -8,15 +8,13 @@ use tokio::{task::JoinHandle, time::timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::*;
-use crate::{
-    cert_manager::{IssuerRef, RequestNamespace, keys, naming::Agent},
-    issuer::{Progress, Stage},
-};
+use crate::issuer::{Progress, Stage};
 use agent_kube::{
     self,
     fake::{FakeApi, Fault},
 };
 use agent_runtime::clock::TestClock;
+use cert_manager::{IssuerRef, RequestNamespace, keys, naming::Agent};
 use workload_identity::{Identity, IssuerName, NodeEnvironment, Profile, SpiffeId, samples::profile};
 
 mod faults;

@@ -8,8 +8,7 @@ use aws_lc_rs::{
 use proptest::prelude::*;
 
 use super::*;
-use crate::{cert_manager::Csr, issuer::csr::generate};
-use workload_identity::samples::identity;
+use crate::Csr;
 
 const ID: &str = "spiffe://cluster.local/ns/shop/sa/cart";
 const P256: &[u8] = &[0x06, 0x07, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x02, 0x01, 0x06, 0x08, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x03, 0x01, 0x07];
@@ -112,29 +111,6 @@ impl Forge {
 
 fn refused(forge: &Forge) -> String {
     forge.read().unwrap_err().to_string()
-}
-
-#[tokio::test]
-async fn what_agents_make_is_read_for_every_kind_of_key() {
-    for kind in KeyType::ALL {
-        let mut identity = (*identity("cart")).clone();
-        let mut profile = (*identity.profile).clone();
-        profile.key = kind;
-        identity.profile = std::sync::Arc::new(profile);
-        identity.dns_names = ["cart.shop.svc".to_owned(), "cart.shop".to_owned()].into();
-        let made = generate(&identity).await.unwrap();
-        let pem = Csr::from_der(&made.csr_der).pem().unwrap();
-        let expected = Asked { key: kind, uri: ID.into(), dns_names: identity.dns_names.to_vec() };
-        assert_eq!(read(&pem), Ok(expected.clone()), "{kind:?}");
-        assert_eq!(read(pem.strip_suffix(b"\n").unwrap()), Ok(expected), "{kind:?}");
-
-        // Not one byte can be another.
-        for at in (0..made.csr_der.len()).step_by(if made.csr_der.len() > 600 { 7 } else { 1 }) {
-            let mut other = made.csr_der.clone();
-            other[at] ^= 1;
-            assert!(read_der(&other).is_err(), "{kind:?}: byte {at}");
-        }
-    }
 }
 
 #[test]

@@ -12,15 +12,13 @@ use kube::{
 use prometheus_client::metrics::counter::Counter;
 use tokio::{sync::mpsc, time::timeout};
 
-use crate::{
-    cert_manager::CertificateRequest,
-    issuer::cert_manager::{
-        RESOURCE,
-        create::jittered,
-        tracker::{Deletion, RequestTracker},
-    },
+use crate::issuer::certificate_request::{
+    RESOURCE,
+    create::jittered,
+    tracker::{Deletion, RequestTracker},
 };
 use agent_kube::{Call, Cause, Failure};
+use cert_manager::CertificateRequest;
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::issuer::cert_manager::deleter";

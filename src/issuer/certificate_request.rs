@@ -11,16 +11,16 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use tokio::time::{Instant, sleep_until};
 
 use crate::{
-    cert_manager::{
-        CertificateRequest, CertificateRequestSpec, Csr, IssuerRef, Reference, RequestNamespace, Status, USAGES, decode_pem, denied,
-        verdict::{Verdict, Why},
-    },
     issuer::{Error, Issued, Issuer, Order, Phase, Retry, csr, verify},
     material::{self, CertificateChain},
     trust,
 };
 use agent_kube::{Call, Cause, Failure};
 use agent_runtime::text;
+use cert_manager::{
+    CertificateRequest, CertificateRequestSpec, Csr, IssuerRef, Reference, RequestNamespace, Status, USAGES, decode_pem, denied,
+    verdict::{Verdict, Why},
+};
 use workload_identity::PodRef;
 
 mod create;
