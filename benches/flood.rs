@@ -20,9 +20,10 @@ use std::{
     time::{Duration, Instant},
 };
 
+use attest_kubernetes::attestor::CgroupOrigins;
 use futures::future::BoxFuture;
-use sds_agent::{
-    attest::{Attested, Attestor, Error, Method, kubernetes::CgroupOrigins, origin::Origins, unix::UnixAttestor},
+use sds_server::{
+    attest::{Attested, Attestor, Error, Method, origin::Origins, unix::UnixAttestor},
     limits::Limits,
 };
 use tokio::{

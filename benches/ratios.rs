@@ -20,7 +20,7 @@ use std::{
 };
 
 use futures::{StreamExt, future, stream};
-use sds_agent::attest::unix::UnixAttestor;
+use sds_server::attest::unix::UnixAttestor;
 
 use self::support::{
     agent::{self, Everybody, Timed},

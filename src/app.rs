@@ -22,17 +22,11 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
 use crate::{
-    admin,
-    attest::{self, Attestor, pods::Pods},
-    build_info,
-    caller::Authenticator,
+    admin, build_info,
     config::{Config, SharedSocket, reloads},
     csi,
     handover::SocketLease,
-    rotation, sds,
-    session::{self, Sessions, services::Services},
-    store::Store,
-    trust::Trust,
+    rotation,
     warm::{
         self, Prefetcher,
         starts::{Rule, Starts},
@@ -44,6 +38,15 @@ use agent_runtime::{
     readiness::{self, Readiness},
     shutdown::{Drained, Shutdown},
     telemetry,
+};
+use attest_kubernetes::pods::Pods;
+use sds_server::{
+    attest::{self, Attestor},
+    caller::Authenticator,
+    sds,
+    session::{self, Sessions, services::Services},
+    store::Store,
+    trust::Trust,
 };
 
 use reload::{ConfigChannels, Reload};

@@ -4,11 +4,10 @@
 
 use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
-use crate::{
-    attest::kubernetes::AttestationPolicy, csi::PerPod, issuer::certificate_request, limits::Limits, process::LockMemory,
-    sds::names::Names, warm::WarmUp,
-};
+use crate::{csi::PerPod, issuer::certificate_request, process::LockMemory, warm::WarmUp};
 use agent_kube::RequestRate;
+use attest_kubernetes::attestor::AttestationPolicy;
+use sds_server::{limits::Limits, sds::names::Names};
 use workload_identity::{IssuerName, NodeEnvironment, Profile, Resolver, Rule, TrustDomain};
 
 mod approver;

@@ -17,15 +17,14 @@ use tracing::{info, warn};
 
 use self::{metrics::Metrics, registration::Registrar, server::Server, sockets::Sockets, volume::Place};
 use crate::{
-    attest::{Reason, pods::Pods},
-    grpc::table::Table,
-    proto::{
+    csi::proto::{
         csi::v1::{identity_server::IdentityServer, node_server::NodeServer},
         pluginregistration::registration_server::RegistrationServer,
     },
-    session::Sessions,
     warm::Prefetcher,
 };
+use attest_kubernetes::pods::Pods;
+use sds_server::{attest::Reason, grpc::table::Table, session::Sessions};
 use unix_peer::listener;
 use workload_identity::{NodeEnvironment, PodRef};
 
@@ -35,6 +34,7 @@ const LOG_TARGET: &str = "sds_agent::csi";
 pub mod directory;
 pub mod metrics;
 pub mod mounts;
+pub mod proto;
 pub mod registration;
 pub mod server;
 pub mod service;

@@ -30,13 +30,14 @@ use self::{
     ledger::{PodEvent, PodTransitions, Reason},
     refusals::Refusals,
 };
-use crate::{attest, issuer::Error, material::Svid, rotation::IssuanceObserver, store::Entry};
+use crate::{issuer::Error, rotation::IssuanceObserver};
 use agent_kube::{Call, Failure};
 use agent_runtime::{
     clock,
     telemetry::hush::{self, LogLimiter},
     text,
 };
+use sds_server::{attest, material::Svid, store::Entry};
 use workload_identity::{NodeEnvironment, PodRef};
 
 /// Of the log's lines.

@@ -8,14 +8,13 @@ use agent_runtime::{
 };
 use base64::{Engine, engine::general_purpose::STANDARD};
 
-use crate::{
-    approver::judge::tests::denied_at_once,
-    config::Config,
+use crate::{approver::judge::tests::denied_at_once, config::Config};
+use agent_kube::{Call, Failure};
+use cert_manager::{Condition, Status, verdict::Verdict};
+use sds_server::{
     material::{self, CertificateChain, TrustBundle},
     trust::{self, Trust, crl},
 };
-use agent_kube::{Call, Failure};
-use cert_manager::{Condition, Status, verdict::Verdict};
 
 /// The longest text that may be shown of one mistake.
 const MAX_BYTES: usize = 4096;

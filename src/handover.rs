@@ -19,8 +19,8 @@ use tokio_util::sync::CancellationToken;
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
 use tracing::{error, info};
 
-use crate::grpc::client;
 use agent_runtime::readiness::{Guard, Readiness};
+use sds_server::grpc::client;
 use unix_peer::listener::{self, Bound, BoundPath, Prepared};
 
 /// Of the log's lines.

@@ -18,9 +18,10 @@ use syn::{Attribute, Expr, Fields, Item, Lit, Meta};
 use crate::{
     cli::{Cli, Exit},
     config::reference::GROUPS,
-    metrics_reference, sds,
+    metrics_reference,
 };
 use cert_manager::denied;
+use sds_server::sds;
 
 /// The levels of a log line, and the spans whose fields it carries.
 const LOG_MACROS: [&str; 10] =

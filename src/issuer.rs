@@ -8,7 +8,7 @@ use std::{fmt, sync::Arc, time::Duration};
 use futures::future::BoxFuture;
 use tokio::sync::watch;
 
-use crate::material::PrivateKey;
+use sds_server::material::PrivateKey;
 use workload_identity::{Identity, PodRef};
 
 pub mod certificate_request;

@@ -22,26 +22,14 @@
 // The agent writes no file; its tests do.
 #![cfg_attr(test, allow(clippy::disallowed_methods))]
 
-pub mod session;
-
-pub mod attest;
-pub mod caller;
-
-pub mod sds;
-
 pub mod csi;
 
-pub mod store;
 pub mod warm;
 
 pub mod rotation;
 
-pub mod material;
-
 pub mod approver;
 pub mod issuer;
-
-pub mod trust;
 
 pub mod app;
 
@@ -49,10 +37,7 @@ pub mod build_info;
 pub mod cli;
 pub mod config;
 pub mod events;
-pub mod grpc;
 pub mod handover;
-pub mod limits;
-pub mod proto;
 
 pub mod admin;
 pub mod process;

@@ -26,15 +26,15 @@ use self::{
     planner::{Action, Class, Id, Now, Planner},
     reissue::{Mark, Reissue},
 };
-use crate::{
-    issuer::{Error, Issued, Retry, verify},
-    material::{self, Svid},
-    store::{Entry, Event, Status, Store},
-    trust::{BundleSet, Trust},
-};
+use crate::issuer::{Error, Issued, Retry, verify};
 use agent_runtime::{
     clock::{self, Clock},
     text,
+};
+use sds_server::{
+    material::{self, Svid},
+    store::{Entry, Event, Status, Store},
+    trust::{BundleSet, Trust},
 };
 use workload_identity::{Identity, IssuerName, PodRef};
 

@@ -14,10 +14,8 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
-use crate::{
-    attest::mount::MountAttestor,
-    store::{Demand, Store},
-};
+use attest_kubernetes::mount::MountAttestor;
+use sds_server::store::{Demand, Store};
 use workload_identity::{Resolver, Workload};
 
 pub mod metrics;

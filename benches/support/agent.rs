@@ -15,9 +15,11 @@ use agent_runtime::{clock::SystemClock, shutdown::Shutdown};
 use futures::future::BoxFuture;
 use sds_agent::{
     app::{self, Base, Deps},
-    attest::{Attested, Attestor, Error, Method},
     config::{self, Config, Dev},
     issuer::{self, Issued, Issuer, Order, Phase, Progress, embedded::Embedded, verify},
+};
+use sds_server::{
+    attest::{Attested, Attestor, Error, Method},
     material::{Svid, TrustBundle},
     trust::{self, Trust},
 };

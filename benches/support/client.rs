@@ -5,7 +5,7 @@ use std::{path::Path, sync::Arc, time::Duration};
 use bytes::{BufMut, Bytes, BytesMut};
 use http::uri::PathAndQuery;
 use prost::Message;
-use sds_agent::{
+use sds_server::{
     grpc::{
         PREFIX,
         client::{self, Connection, Error},

@@ -9,7 +9,7 @@ use bytes::{Buf, Bytes, BytesMut};
 use futures::{StreamExt, future, stream};
 use h2::client::SendRequest;
 use prost::Message;
-use sds_agent::grpc::PREFIX;
+use sds_server::grpc::PREFIX;
 use tokio::{
     net::UnixStream,
     sync::{

@@ -7,7 +7,7 @@ use std::{
 };
 
 use agent_runtime::{clock::SystemClock, shutdown::Shutdown};
-use sds_agent::{
+use sds_server::{
     attest::{self, unix::UnixAttestor},
     caller::Authenticator,
     sds::{self, names::Directory, reissue_window::ReissueWindow, service::Service},

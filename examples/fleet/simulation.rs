@@ -13,13 +13,12 @@ use std::{
 
 use sds_agent::{
     issuer::Retry,
-    material::Validity,
     rotation::{
         planner::{Action, Id, Now, Planner},
         schedule,
     },
-    store::Demand,
 };
+use sds_server::{material::Validity, store::Demand};
 use tokio::time::Instant;
 use workload_identity::{IssuerName, KeyType, Profile};
 

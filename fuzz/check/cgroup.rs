@@ -1,6 +1,6 @@
 //! What must hold for any two cgroup files: the agent's own and a caller's. An input is the agent's file, a line `--`, and the caller's.
 
-use sds_agent::attest::cgroup::{Error, HostPrefix, PodCgroup, place};
+use attest_kubernetes::cgroup::{Error, HostPrefix, PodCgroup, place};
 
 const AGENT: &str = "11111111-2222-3333-4444-555555555555";
 const VICTIM: &str = "99999999-8888-7777-6666-555555555555";

@@ -11,13 +11,13 @@ use k8s_openapi::api::core::v1::ConfigMap;
 use kube::{Api, Client, runtime::watcher};
 use tokio_util::sync::CancellationToken;
 
-use crate::trust::Source;
 use agent_kube::{
     self,
     metrics::Resource,
     watch::{Selection, Signal},
 };
 use agent_runtime::text;
+use sds_server::trust::Source;
 
 /// A watched key.
 pub struct ConfigMapSource {
@@ -44,7 +44,7 @@ enum Found {
 }
 
 impl ConfigMapSource {
-    /// The name for [`Trust::source`](crate::trust::Trust::source).
+    /// The name for [`Trust::source`](sds_server::trust::Trust::source).
     pub fn source_name(namespace: &str, name: &str, key: &str) -> String {
         format!("configMap {namespace}/{name}[{key}]")
     }
@@ -127,8 +127,8 @@ mod tests {
     use tokio::time::timeout;
 
     use super::*;
-    use crate::trust::{Metrics, Trust};
     use agent_kube::fake::{FakeApi, Fault};
+    use sds_server::trust::{Metrics, Trust};
 
     fn pem() -> String {
         let key = rcgen::KeyPair::generate().unwrap();
@@ -148,7 +148,7 @@ mod tests {
         let source = ConfigMapSource::new(api.client(&metrics), "cert-manager", "mesh-roots", "ca.crt", source, metrics);
         tokio::spawn(source.run(CancellationToken::new()));
         let mut bundles = trust.subscribe();
-        let own = |set: &Arc<crate::trust::BundleSet>| set.own.as_ref().map(|b| b.version().to_owned());
+        let own = |set: &Arc<sds_server::trust::BundleSet>| set.own.as_ref().map(|b| b.version().to_owned());
         let changed =
             async |bundles: &mut tokio::sync::watch::Receiver<_>| timeout(Duration::from_secs(60), bundles.changed()).await.is_ok();
         api.until("the watch", |api| (api.count("watch", "configmaps") == 1).then_some(())).await;

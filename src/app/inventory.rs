@@ -5,11 +5,9 @@ use std::{sync::Arc, time::SystemTime};
 use serde_json::{Value, json};
 use tokio::sync::watch;
 
-use crate::{
-    rotation::plan::Plan,
-    store::{Demand, Entry, Status, Store},
-};
+use crate::rotation::plan::Plan;
 use agent_runtime::clock::{self, Clock};
+use sds_server::store::{Demand, Entry, Status, Store};
 
 mod gauges;
 

@@ -9,14 +9,17 @@ use tracing::warn;
 use super::{Base, Deps, upstream};
 use crate::{
     app::config_map_source::ConfigMapSource,
-    attest::{self, Attestor, kubernetes::KubernetesAttestor, pods::Pods},
     config::{Attestation, Config, IssuerConfig, TrustSource},
     events, rotation,
-    trust::{self, Trust, file::FileSource},
 };
 use agent_runtime::{
     clock::{Clock, SystemClock},
     readiness::Readiness,
+};
+use attest_kubernetes::{attestor::KubernetesAttestor, pods::Pods};
+use sds_server::{
+    attest::{self, Attestor},
+    trust::{self, Trust, file::FileSource},
 };
 use unix_peer::peer;
 use workload_identity::TrustDomain;

@@ -19,9 +19,9 @@ use crate::{
         reloads::{Metrics, Outcome},
     },
     rotation::plan::Plan,
-    sds::reissue_window::ReissueWindow,
 };
 use agent_runtime::{clock::Clock, file::Followed};
+use sds_server::sds::reissue_window::ReissueWindow;
 use workload_identity::Resolver;
 
 /// Of the log's lines.

@@ -5,8 +5,9 @@ use std::time::Duration;
 use tokio::time::timeout;
 
 use super::*;
-use crate::{attest::unix::UnixAttestor, config, trust};
+use crate::config;
 use agent_runtime::clock::SystemClock;
+use sds_server::{attest::unix::UnixAttestor, trust};
 
 mod neighbour;
 

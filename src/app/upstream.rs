@@ -23,17 +23,17 @@ use super::{
     parts::{Cluster, guarded},
 };
 use crate::{
-    attest::pods::Pods,
     config::{Config, IssuerConfig},
     issuer::{
         Issuer,
         certificate_request::{self, CertManager, LivePods, Metrics, Requests},
         embedded::Embedded,
     },
-    trust::Trust,
 };
 use agent_runtime::clock::Clock;
+use attest_kubernetes::pods::Pods;
 use cert_manager::{RequestNamespace, naming::Agent};
+use sds_server::trust::Trust;
 use workload_identity::IssuerName;
 
 /// Of the log's lines.

@@ -13,10 +13,8 @@ use self::{
     report::{Report, Step},
 };
 use super::{Exit, output};
-use crate::{
-    attest::cgroup::HostPrefix,
-    config::{self, Attestation, Config, Env, IssuerConfig, Loaded},
-};
+use crate::config::{self, Attestation, Config, Env, IssuerConfig, Loaded};
+use attest_kubernetes::cgroup::HostPrefix;
 use unix_peer::peer::Peer;
 
 mod agent;
@@ -302,7 +300,7 @@ fn read_cgroups(pid: i32, own: &HostPrefix, steps: &mut Vec<Step>) -> Option<Str
     uid.map(|uid| uid.to_string())
 }
 
-async fn judge(config: &Config, attestor: Result<std::sync::Arc<dyn crate::attest::Attestor>, Step>, peer: &Peer) -> Step {
+async fn judge(config: &Config, attestor: Result<std::sync::Arc<dyn sds_server::attest::Attestor>, Step>, peer: &Peer) -> Step {
     match attestor {
         Ok(attestor) => cluster::verdict(config, &*attestor, peer).await,
         Err(step) => step,

@@ -6,8 +6,8 @@ use tokio::sync::Notify;
 use tonic::{Request, Response, Status};
 use tracing::{error, info};
 
-use crate::{
-    csi::PerPod,
+use crate::csi::{
+    PerPod,
     proto::pluginregistration::{
         InfoRequest, PluginInfo, RegistrationStatus, RegistrationStatusResponse, registration_server::Registration,
     },

@@ -17,8 +17,8 @@ use tonic::Status;
 use tower::ServiceExt;
 use tracing::{debug, error, info, warn};
 
-use crate::grpc::table::Table;
 use agent_runtime::telemetry::hush::LogLimiter;
+use sds_server::grpc::table::Table;
 use unix_peer::{authority_rewrite::AuthorityNormalizer, listener};
 
 /// Of the log's lines.

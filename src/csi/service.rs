@@ -15,17 +15,20 @@ use super::{
     volume::{Place, Volume},
 };
 use crate::{
-    attest::{Reason, pods::Pods},
     build_info::VERSION,
-    csi::PerPod,
-    proto::csi::v1::{
-        GetPluginCapabilitiesRequest, GetPluginCapabilitiesResponse, GetPluginInfoRequest, GetPluginInfoResponse,
-        NodeGetCapabilitiesRequest, NodeGetCapabilitiesResponse, NodeGetInfoRequest, NodeGetInfoResponse, NodePublishVolumeRequest,
-        NodePublishVolumeResponse, NodeUnpublishVolumeRequest, NodeUnpublishVolumeResponse, ProbeRequest, ProbeResponse,
-        identity_server::Identity, node_server::Node,
+    csi::{
+        PerPod,
+        proto::csi::v1::{
+            GetPluginCapabilitiesRequest, GetPluginCapabilitiesResponse, GetPluginInfoRequest, GetPluginInfoResponse,
+            NodeGetCapabilitiesRequest, NodeGetCapabilitiesResponse, NodeGetInfoRequest, NodeGetInfoResponse, NodePublishVolumeRequest,
+            NodePublishVolumeResponse, NodeUnpublishVolumeRequest, NodeUnpublishVolumeResponse, ProbeRequest, ProbeResponse,
+            identity_server::Identity, node_server::Node,
+        },
     },
 };
 use agent_runtime::text;
+use attest_kubernetes::pods::Pods;
+use sds_server::attest::Reason;
 use workload_identity::Resolver;
 
 /// Of the log's lines.

@@ -21,17 +21,13 @@ use super::{
     mounts::{self, Mounts},
     volume::{Place, Volume},
 };
-use crate::{
-    attest::{
-        mount::{Claim, MountAttestor},
-        pods::Pods,
-    },
-    caller::Authenticator,
-    csi::PerPod,
-    session::Sessions,
-    warm::Prefetcher,
-};
+use crate::{csi::PerPod, warm::Prefetcher};
 use agent_runtime::shutdown::Shutdown;
+use attest_kubernetes::{
+    mount::{Claim, MountAttestor},
+    pods::Pods,
+};
+use sds_server::{caller::Authenticator, session::Sessions};
 use unix_peer::listener;
 
 /// Of the log's lines.

@@ -12,13 +12,13 @@ use std::{
 
 use tonic::Status;
 
-use crate::{
-    attest::mount::Claim,
-    csi::PerPod,
+use crate::csi::{
+    PerPod,
     proto::csi::v1::{NodePublishVolumeRequest, VolumeCapability, volume_capability::AccessType},
 };
 use agent_kube::pod::picks::{PROFILE, picked};
 use agent_runtime::text;
+use attest_kubernetes::mount::Claim;
 use workload_identity::PodRef;
 
 /// Attributes that belong to Kubernetes.

@@ -2,7 +2,7 @@
 
 use std::{collections::VecDeque, sync::Arc};
 
-use crate::attest::Reason;
+use sds_server::attest::Reason;
 
 /// Pods and reasons at once: about as many as a node has pods.
 const MAX_PODS: usize = 256;

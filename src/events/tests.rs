@@ -5,16 +5,16 @@ use std::time::UNIX_EPOCH;
 use serde_json::json;
 
 use super::*;
-use crate::{
-    issuer::{Issuer as _, Order, Progress, Retry, embedded::Embedded},
-    material::CertificateChain,
-    store::{Demand, Lease, Store},
-};
+use crate::issuer::{Issuer as _, Order, Progress, Retry, embedded::Embedded};
 use agent_kube::{
     self,
     fake::{FakeApi, Fault},
 };
 use agent_runtime::clock::{Clock, TestClock};
+use sds_server::{
+    material::CertificateChain,
+    store::{Demand, Lease, Store},
+};
 use workload_identity::samples::identity;
 
 fn pod(name: &str) -> PodRef {

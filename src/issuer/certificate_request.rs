@@ -10,16 +10,16 @@ use futures::future::BoxFuture;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use tokio::time::{Instant, sleep_until};
 
-use crate::{
-    issuer::{Error, Issued, Issuer, Order, Phase, Retry, csr, verify},
-    material::{self, CertificateChain},
-    trust,
-};
+use crate::issuer::{Error, Issued, Issuer, Order, Phase, Retry, csr, verify};
 use agent_kube::{Call, Cause, Failure};
 use agent_runtime::text;
 use cert_manager::{
     CertificateRequest, CertificateRequestSpec, Csr, IssuerRef, Reference, RequestNamespace, Status, USAGES, decode_pem, denied,
     verdict::{Verdict, Why},
+};
+use sds_server::{
+    material::{self, CertificateChain},
+    trust,
 };
 use workload_identity::PodRef;
 

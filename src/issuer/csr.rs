@@ -16,7 +16,7 @@ use rcgen::{CertificateParams, DistinguishedName, PublicKeyData, SanType, Signat
 use tokio::sync::Semaphore;
 use zeroize::Zeroizing;
 
-use crate::material::PrivateKey;
+use sds_server::material::PrivateKey;
 use workload_identity::{Identity, KeyType};
 
 /// Why no CSR could be made.

@@ -15,11 +15,9 @@ use rcgen::{
 };
 use rustls::pki_types::CertificateSigningRequestDer;
 
-use crate::{
-    issuer::{Error, Issued, Issuer, Order, Phase, Retry, csr},
-    material::TrustBundle,
-};
+use crate::issuer::{Error, Issued, Issuer, Order, Phase, Retry, csr};
 use agent_runtime::clock::Clock;
+use sds_server::material::TrustBundle;
 
 /// The root and the intermediate live this long.
 const AUTHORITY_LIFETIME: Duration = Duration::from_secs(10 * 365 * 86_400);
@@ -54,7 +52,7 @@ impl Embedded {
     }
 
     /// The root, as the trust bundle.
-    pub fn bundle(&self) -> Result<TrustBundle, crate::material::Error> {
+    pub fn bundle(&self) -> Result<TrustBundle, sds_server::material::Error> {
         TrustBundle::from_certificates(vec![self.inner.root.der().clone()])
     }
 

@@ -19,8 +19,8 @@ use rustls::pki_types::{CertificateDer, TrustAnchor, UnixTime};
 use webpki::{EndEntityCert, KeyUsage, anchor_from_trusted_cert};
 use x509_parser::prelude::{FromDer, X509Certificate, X509Error};
 
-use crate::material::{self, CertificateChain, PrivateKey, TrustBundle, Validity};
 use agent_runtime::{clock, text};
+use sds_server::material::{self, CertificateChain, PrivateKey, TrustBundle, Validity};
 use workload_identity::{Identity, KeyType};
 
 /// How far the signer's clock may be ahead of ours.

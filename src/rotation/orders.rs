@@ -6,11 +6,9 @@ use tokio::{sync::watch, task::AbortHandle, time::Instant};
 use tracing::debug;
 
 use super::{Id, Rotation, roots::bundle_moved_on};
-use crate::{
-    issuer::{Error, Issued, Order, Pending, Progress, Retry, Stage, verify},
-    trust::BundleSet,
-};
+use crate::issuer::{Error, Issued, Order, Pending, Progress, Retry, Stage, verify};
 use agent_runtime::clock::Clock;
+use sds_server::trust::BundleSet;
 use workload_identity::{Identity, PodRef};
 
 /// Of the log's lines.

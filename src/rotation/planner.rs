@@ -12,7 +12,8 @@ use std::{
 use tokio::time::Instant;
 
 use super::schedule::{self, RenewalJitter};
-use crate::{issuer::Retry, material::Validity, store::Demand};
+use crate::issuer::Retry;
+use sds_server::{material::Validity, store::Demand};
 use workload_identity::IssuerName;
 
 mod job;

@@ -11,8 +11,8 @@ use tokio::{sync::oneshot, time::Instant};
 use tracing::info;
 
 use super::{Id, Now, Rotation};
-use crate::store::Entry;
 use agent_runtime::text;
+use sds_server::store::Entry;
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::rotation::reissue";

@@ -6,10 +6,8 @@ use rustls::pki_types::CertificateDer;
 use tracing::{info, warn};
 
 use super::{Id, Rotation};
-use crate::{
-    issuer::{Error, verify},
-    material::{self, Svid},
-};
+use crate::issuer::{Error, verify};
+use sds_server::material::{self, Svid};
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::rotation::roots";

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, SystemTime};
 
-use crate::material::Validity;
+use sds_server::material::Validity;
 use workload_identity::Profile;
 
 /// The longest wait between two attempts, unless a certificate is in use that has long to live.

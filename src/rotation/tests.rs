@@ -12,12 +12,12 @@ use std::{
 use futures::future::BoxFuture;
 
 use super::*;
-use crate::{
-    issuer::{Issuer, Order, embedded::Embedded},
+use crate::issuer::{Issuer, Order, embedded::Embedded};
+use agent_runtime::clock::TestClock;
+use sds_server::{
     store::{Demand, Lease},
     trust::{self, Trust},
 };
-use agent_runtime::clock::TestClock;
 use workload_identity::samples::identity;
 
 /// What the scripted issuer does with the next order.
@@ -307,12 +307,12 @@ async fn where_revocation_lists_wait_one_held_certificate_is_renewed_at_once_and
     let leases = ["a", "b", "c"].map(|who| b.store.lease(&identity(who), held, None));
     settle().await;
     assert_eq!(b.orders(), 0);
-    let list = crate::trust::crl::tests::Authority::new("another").list(0, 0);
+    let list = sds_server::trust::crl::samples::Authority::new("another").list(0, 0);
     b.source.offer(list.as_bytes()).unwrap();
     settle().await;
     assert_eq!(b.orders(), 1);
     assert_eq!(leases.iter().filter(|lease| lease.current().is_some()).count(), 1);
-    b.source.offer(crate::trust::crl::tests::Authority::new("yet another").list(0, 0).as_bytes()).unwrap();
+    b.source.offer(sds_server::trust::crl::samples::Authority::new("yet another").list(0, 0).as_bytes()).unwrap();
     tokio::time::sleep(Duration::from_secs(600)).await;
     assert_eq!(b.orders(), 1);
 }

@@ -16,12 +16,10 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{FIRST_CALL_TIMEOUT, Prefetch, Prefetcher};
-use crate::{
-    attest::pods::{Pods, Starting},
-    warm::WarmUp,
-};
+use crate::warm::WarmUp;
 use agent_kube::pod::Pod;
 use agent_runtime::clock::Clock;
+use attest_kubernetes::pods::{Pods, Starting};
 
 /// Certificates that are made ahead of calls at once: half of what rotation makes at once, so that on a node that boots nobody who has
 /// called stands behind all those who have not.

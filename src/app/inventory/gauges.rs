@@ -14,8 +14,8 @@ use prometheus_client::{
 };
 
 use super::{Inventory, STATES, State, state};
-use crate::store::{Demand, Entry};
 use agent_runtime::clock;
+use sds_server::store::{Demand, Entry};
 use workload_identity::Account;
 
 /// When a certificate is to be renewed, and when it ends.

@@ -7,12 +7,12 @@ use prometheus_client::{
 };
 
 use super::*;
-use crate::{
-    issuer::{Issuer as _, Order, Progress, embedded::Embedded},
+use crate::issuer::{Issuer as _, Order, Progress, embedded::Embedded};
+use agent_runtime::clock::TestClock;
+use sds_server::{
     material::{CertificateChain, Svid},
     store::Lease,
 };
-use agent_runtime::clock::TestClock;
 use workload_identity::{Identity, samples::identity};
 
 /// For the reference: a certificate of a service account.

@@ -13,10 +13,10 @@ use super::*;
 use crate::{
     app::{Base, parts::Cluster, upstream},
     config::Env,
-    trust::{self, Trust},
 };
 use agent_kube::fake::FakeApi;
 use agent_runtime::{clock::TestClock, shutdown::Shutdown};
+use sds_server::trust::{self, Trust};
 use workload_identity::IssuerName;
 
 const PATIENCE: Duration = Duration::from_secs(20);

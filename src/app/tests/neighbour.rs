@@ -19,7 +19,6 @@ use crate::{
         embedded::Embedded,
     },
     rotation::plan::Plan,
-    store::{Demand, Lease},
 };
 use agent_kube::{
     self, RequestRate,
@@ -32,6 +31,7 @@ use agent_runtime::{
     telemetry::{self, Format, captured::Captured},
 };
 use cert_manager::{IssuerRef, RequestNamespace, naming::Agent};
+use sds_server::store::{Demand, Lease};
 use workload_identity::{Identity, IssuerName, NodeEnvironment, PodRef, Profile, samples::identity};
 
 mod creates;

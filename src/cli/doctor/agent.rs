@@ -13,8 +13,8 @@ use crate::{
         admin_client::{self, Address},
     },
     config::Config,
-    grpc::client,
 };
+use sds_server::grpc::client;
 
 /// For the health of a socket.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);

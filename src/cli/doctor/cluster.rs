@@ -10,11 +10,12 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use super::{Target, report::Step};
 use crate::{
     app,
-    attest::{Attestor, Error, Reason, pods::Pods},
     cli::Exit,
     config::{Attestation, Config},
 };
 use agent_kube::{Call, Cause, Failure, pod::Pod};
+use attest_kubernetes::pods::Pods;
+use sds_server::attest::{Attestor, Error, Reason};
 use unix_peer::peer::Peer;
 use workload_identity::{Resolver, Workload};
 

@@ -6,11 +6,11 @@ use nix::sys::resource::{Resource, getrlimit};
 
 use super::report::Step;
 use crate::{
-    attest::cgroup::{self, HostPrefix},
     cli::Exit,
     config::{Attestation, Config},
     process::memory::{self, Decision, Unlocked},
 };
+use attest_kubernetes::cgroup::{self, HostPrefix};
 use unix_peer::peer;
 
 /// Above this share of the limit, descriptors are few.

@@ -3,11 +3,8 @@
 use std::{fs, path::Path};
 
 use super::report::Step;
-use crate::{
-    attest::cgroup::{self, HostPrefix, PodUid},
-    cli::Exit,
-    config::SharedSocket,
-};
+use crate::{cli::Exit, config::SharedSocket};
+use attest_kubernetes::cgroup::{self, HostPrefix, PodUid};
 use unix_peer::peer::Peer;
 
 /// The shared socket: what stands at its path, and the process that listens there.

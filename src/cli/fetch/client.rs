@@ -7,7 +7,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 
 use super::failure::Failure;
-use crate::{
+use sds_server::{
     grpc::client::{self, Connection, Error},
     proto::envoy::service::{
         discovery::v3::{DiscoveryRequest, DiscoveryResponse},

@@ -9,12 +9,12 @@ use serde::Serialize;
 use x509_parser::prelude::{FromDer, X509Certificate};
 
 use super::resource::{Material, Resource};
-use crate::{
-    cli::output::printable,
+use crate::cli::output::printable;
+use agent_runtime::clock::{from_unix_seconds, rfc3339};
+use sds_server::{
     material::{CertificateChain, TrustBundle},
     trust::crl::RevocationList,
 };
-use agent_runtime::clock::{from_unix_seconds, rfc3339};
 
 /// The contract: the same keys in the same order for every resource, but for the last, which is of its kind.
 #[derive(Serialize)]

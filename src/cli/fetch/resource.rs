@@ -6,8 +6,8 @@ use bytes::Bytes;
 use prost::Message;
 use prost_types::Any;
 
-use crate::{
-    cli::output::printable,
+use crate::cli::output::printable;
+use sds_server::{
     material::{self, CertificateChain, TrustBundle},
     proto::envoy::{
         config::core::v3::{DataSource, data_source::Specifier},

@@ -16,7 +16,7 @@ use tonic::{Status, Streaming, body::Body, server::Grpc};
 use tonic_prost::ProstCodec;
 use tower::Service;
 
-use crate::proto::envoy::service::discovery::v3::{DiscoveryRequest, DiscoveryResponse};
+use sds_server::proto::envoy::service::discovery::v3::{DiscoveryRequest, DiscoveryResponse};
 
 type Codec = ProstCodec<DiscoveryResponse, DiscoveryRequest>;
 type Answer = Result<DiscoveryResponse, Status>;

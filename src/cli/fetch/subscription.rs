@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use aws_lc_rs::digest::{Digest, SHA256, digest};
 
 use super::resource::{self, Resource, TYPE_URL};
-use crate::proto::{
+use sds_server::proto::{
     envoy::service::discovery::v3::{DiscoveryRequest, DiscoveryResponse},
     google::rpc::Status,
 };

@@ -10,7 +10,7 @@ use tokio::{sync::mpsc, task::JoinHandle};
 use tonic::Status;
 
 use super::{resource::TYPE_URL, server::Server, *};
-use crate::proto::envoy::{
+use sds_server::proto::envoy::{
     config::core::v3::{DataSource, data_source::Specifier},
     extensions::transport_sockets::tls::v3::{CertificateValidationContext, Secret, TlsCertificate, secret::Type},
     service::discovery::v3::{DiscoveryRequest, DiscoveryResponse},

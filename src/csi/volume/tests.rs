@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use tonic::Code;
 
 use super::*;
-use crate::proto::csi::v1::volume_capability::{BlockVolume, MountVolume};
+use crate::csi::proto::csi::v1::volume_capability::{BlockVolume, MountVolume};
 use agent_runtime::text::test_keys::Key;
 
 const UID: &str = "2b1fb2f4-4b5a-4b9a-9a4e-0c5a1b2c3d4e";

@@ -5,11 +5,9 @@ use std::time::UNIX_EPOCH;
 use x509_parser::prelude::{FromDer, X509Certificate};
 
 use super::*;
-use crate::{
-    issuer::{Progress, verify::verify},
-    material::CertificateChain,
-};
+use crate::issuer::{Progress, verify::verify};
 use agent_runtime::clock::TestClock;
+use sds_server::material::CertificateChain;
 use workload_identity::{Identity, KeyType, Profile, SpiffeId, samples::profile};
 
 const NOW: Duration = Duration::from_secs(1_800_000_000);

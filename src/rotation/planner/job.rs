@@ -5,7 +5,7 @@ use std::time::SystemTime;
 use tokio::time::Instant;
 
 use super::{Class, Now};
-use crate::{material::Validity, store::Demand};
+use sds_server::{material::Validity, store::Demand};
 use workload_identity::IssuerName;
 
 /// A certificate with less than this share of its life left is about to end.

@@ -15,8 +15,6 @@ use crate::{
     config::Config,
     issuer::{self, Issued, Issuer, Order, embedded::Embedded},
     rotation::{self, plan::Plan},
-    store::Store,
-    trust::{self, Trust},
     warm::{
         LEASE_HANDOVER,
         metrics::{Ended, Metrics},
@@ -24,6 +22,10 @@ use crate::{
 };
 use agent_kube::fake::FakeApi;
 use agent_runtime::clock::{self, TestClock};
+use sds_server::{
+    store::Store,
+    trust::{self, Trust},
+};
 
 const MINUTE: Duration = Duration::from_secs(60);
 const MOUNT: &str = "/run/sds-agent";

@@ -3,7 +3,8 @@
 use std::{fs, sync::Arc, time::Instant};
 
 use agent_kube::Metrics;
-use sds_agent::attest::{Attestor, kubernetes::KubernetesAttestor, pods::Pods};
+use attest_kubernetes::{attestor::KubernetesAttestor, pods::Pods};
+use sds_server::attest::Attestor;
 use tokio::net::UnixListener;
 use unix_peer::peer::Peer;
 

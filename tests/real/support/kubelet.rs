@@ -15,7 +15,7 @@ use futures::future::BoxFuture;
 use http::{Request, Response, Uri};
 use hyper::{body::Incoming, client::conn::http2};
 use hyper_util::rt::{TokioExecutor, TokioIo};
-use sds_agent::proto::csi::v1::{
+use sds_agent::csi::proto::csi::v1::{
     GetPluginInfoRequest, NodeGetCapabilitiesRequest, NodeGetInfoRequest, NodePublishVolumeRequest, NodeUnpublishVolumeRequest,
     VolumeCapability,
     identity_client::IdentityClient,

@@ -1,0 +1,184 @@
+//! Attestation on the shared socket: the peer's handle, its cgroups, its pod, the pod's service account.
+//!
+//! The order is the proof: the handle was taken first ([`Peer`]), the evidence is read while it lives, and that it still lives is asked
+//! last. The caller keeps the [`Peer`] for as long as the connection: with it ends the watch for the end of the process.
+
+use std::{fmt, fs::File, io, path::PathBuf, sync::Arc};
+
+use futures::future::BoxFuture;
+use rustix::fs::{Mode, OFlags, openat};
+
+use crate::{
+    cgroup::{self, HostPrefix, PodCgroup},
+    pods::{Known, Pods},
+};
+use sds_server::attest::{Attested, Attestor, Error, Method, Reason, origin::Origins};
+use unix_peer::peer::Peer;
+use workload_identity::PodRef;
+
+mod origins;
+
+pub use origins::CgroupOrigins;
+
+/// Who of a pod may fetch on the shared socket: everybody, unless told otherwise. Both lists have to let a caller through.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct AttestationPolicy {
+    /// `containers`: by name; empty for all.
+    pub containers: Vec<Arc<str>>,
+    /// `uids`: user ids as the node sees them; empty for all.
+    pub uids: Vec<u32>,
+}
+
+/// Peer → pod → service account.
+pub struct KubernetesAttestor {
+    pods: Pods,
+    proc: PathBuf,
+    own: HostPrefix,
+    policy: AttestationPolicy,
+    accepts_pid_reuse: bool,
+}
+
+impl fmt::Debug for KubernetesAttestor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("KubernetesAttestor").field("pods", &self.pods).finish_non_exhaustive()
+    }
+}
+
+impl KubernetesAttestor {
+    /// Attests by `pods`. `proc` is where procfs is mounted, `/proc`; the agent's own cgroups are read there, once. `own_pod` is the
+    /// agent's pod, where it runs in one.
+    pub fn new(pods: Pods, proc: PathBuf, own_pod: Option<&PodRef>) -> io::Result<Self> {
+        let file = cgroup::read(File::open(proc.join("self/cgroup")))?;
+        let own = HostPrefix::of(&file, own_pod.map(|pod| &*pod.uid)).map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))?;
+        Ok(Self { pods, proc, own, policy: AttestationPolicy::default(), accepts_pid_reuse: false })
+    }
+
+    /// Serves only whom `policy` lets. Where it names containers, the pods have to be kept [with theirs](Pods::with_containers).
+    pub fn with_policy(self, policy: AttestationPolicy) -> Self {
+        Self { policy, ..self }
+    }
+
+    /// Serves callers of whom the kernel gives no handle, too: a process that took over the pid of one that had connected and ended is
+    /// taken for it.
+    pub fn accepting_pid_reuse(self, accepts_pid_reuse: bool) -> Self {
+        Self { accepts_pid_reuse, ..self }
+    }
+
+    async fn judge(&self, peer: &Peer) -> Result<Attested, Error> {
+        if peer.pid == 0 {
+            let detail = "the caller's process is not visible in the agent's PID namespace: run the agent with hostPID: true";
+            return Err(Error::refused(Reason::pid_invisible, detail));
+        }
+        if !peer.has_handle() {
+            let detail = format!("process {} ended before its connection was accepted", peer.pid);
+            return Err(Error::refused(Reason::process_gone, detail));
+        }
+        if !peer.is_pinned() && !self.accepts_pid_reuse {
+            let detail = "the kernel gives no handle on the caller: the shared socket needs Linux 6.5";
+            return Err(Error::refused(Reason::no_pidfd, detail));
+        }
+        let place = self.place(peer).await?;
+        let known = self.pods.wait_for(place.pod.as_str()).await?;
+        let pod = &known.pod;
+        if pod.service_account.is_none() {
+            let kind = if pod.mirror { "static pod" } else { "pod" };
+            // A static pod is told by the UID that the kubelet knows it by, as the kubelet tells it, and not by its mirror's.
+            let told = PodRef { uid: place.pod.as_str().into(), ..pod.pod.clone() };
+            return Err(Error::refused(Reason::no_service_account, format!("{kind} {} has no service account", pod.pod)).by(&told));
+        }
+        self.allow(peer, &place, &known).await?;
+        let terminated = known.terminated.child_token();
+        let ended = peer.ended().map_err(|e| Error::temporary(Reason::unreadable, format!("cannot watch the caller's process: {e}")))?;
+        // Last: all that was read above is about the process that connected.
+        if !peer.is_alive() {
+            return Err(Error::refused(Reason::process_gone, format!("process {} ended while it was being attested", peer.pid)));
+        }
+        tokio::spawn({
+            let terminated = terminated.clone();
+            async move {
+                tokio::select! {
+                    () = terminated.cancelled() => {}
+                    ended = ended => if ended { terminated.cancel() },
+                }
+            }
+        });
+        known.first_call.cancel();
+        Ok(Attested { workload: pod.workload(), terminated })
+    }
+
+    /// Asks the policy.
+    async fn allow(&self, peer: &Peer, place: &PodCgroup, known: &Known) -> Result<(), Error> {
+        let AttestationPolicy { containers, uids } = &self.policy;
+        let (pod, pid) = (&known.pod.pod, peer.pid);
+        if !uids.is_empty() && !uids.contains(&peer.uid) {
+            let detail = format!("process {pid} of pod {pod} runs as user {}, who is not among attestationPolicy.uids", peer.uid);
+            return Err(Error::refused(Reason::uid_not_allowed, detail).by(pod));
+        }
+        if containers.is_empty() {
+            return Ok(());
+        }
+        let Some(id) = &place.container else {
+            let detail = format!("process {pid} is in no single container of pod {pod}, and attestationPolicy.containers names containers");
+            return Err(Error::refused(Reason::container_not_allowed, detail).by(pod));
+        };
+        let name = self.pods.wait_for_container(&pod.uid, id).await?;
+        if containers.iter().any(|allowed| **allowed == *name) {
+            return Ok(());
+        }
+        let detail = format!("process {pid} is in container {name} of pod {pod}, which is not among attestationPolicy.containers");
+        Err(Error::refused(Reason::container_not_allowed, detail).by(pod))
+    }
+
+    async fn place(&self, peer: &Peer) -> Result<PodCgroup, Error> {
+        let pid = peer.pid;
+        let opened = peer.directory().map(|directory| openat(directory, "cgroup", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()));
+        let path = self.proc.join(pid.to_string()).join("cgroup");
+        // The kernel takes a global lock for this file: not on a thread that serves others.
+        let read =
+            tokio::task::spawn_blocking(move || cgroup::read(opened.map_or_else(|| File::open(path), |opened| Ok(File::from(opened?)))))
+                .await;
+        let file = match read {
+            Ok(Ok(file)) => file,
+            Ok(Err(error))
+                if matches!(error.kind(), io::ErrorKind::NotFound)
+                    || error.raw_os_error() == Some(rustix::io::Errno::SRCH.raw_os_error()) =>
+            {
+                return Err(Error::refused(Reason::process_gone, format!("process {pid} ended before its cgroups were read")));
+            }
+            Ok(Err(error)) => {
+                return Err(Error::temporary(Reason::unreadable, format!("cannot read the cgroups of process {pid}: {error}")));
+            }
+            Err(_) => return Err(Error::temporary(Reason::unreadable, "the agent is ending")),
+        };
+        cgroup::place(&file, &self.own).map_err(|error| {
+            let reason = match error {
+                cgroup::Error::NotInPod(_) => Reason::not_in_pod,
+                cgroup::Error::Conflicting { .. } => Reason::conflicting_cgroups,
+                cgroup::Error::Malformed(_) => Reason::unreadable,
+            };
+            Error::refused(reason, format!("process {pid}: {error}"))
+        })
+    }
+}
+
+impl Attestor for KubernetesAttestor {
+    fn method(&self) -> Method {
+        Method::kubernetes
+    }
+
+    /// Every proxy of a mesh runs as the same user: by pod.
+    fn origins(&self) -> Origins {
+        Origins::ByPod(Arc::new(CgroupOrigins::new(self.proc.clone(), Arc::new(self.own.clone()))))
+    }
+
+    fn attest<'a>(&'a self, peer: &'a Peer) -> BoxFuture<'a, Result<Attested, Error>> {
+        Box::pin(self.judge(peer))
+    }
+
+    fn still_holds(&self, peer: &Peer) -> bool {
+        peer.is_alive()
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,312 @@
+//! This node's pods, by UID: one watch, a few facts of each, and a token that is cancelled when a pod has ended.
+//!
+//! The caller runs [`Pods::run`] for as long as the agent lives. A pod that is not known yet is awaited, not polled; a UID that the
+//! complete index does not know costs one live read, shared by all who ask and made at most once a second, and then none for half a minute:
+//! containers outlive their pods and ask for ever. Pods that a new list lacks are confirmed by a quorum read before anybody loses a
+//! stream.
+
+use std::{
+    collections::HashSet,
+    fmt,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use futures::StreamExt;
+use kube::{Api, Client, api::ListParams, runtime::watcher};
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    time::{Instant, timeout},
+};
+use tokio_util::sync::CancellationToken;
+
+use agent_kube::{
+    self, Call, Failure,
+    metrics::Resource,
+    pod::PodObject,
+    watch::{Selection, Signal},
+};
+use sds_server::attest::{Error, Reason};
+use workload_identity::Workload;
+
+mod index;
+
+use index::Index;
+pub use index::{Known, Starting};
+
+/// Of the log's lines.
+const LOG_TARGET: &str = "sds_agent::attest::pods";
+
+/// Between live reads.
+const LIVE_READ_INTERVAL: Duration = Duration::from_secs(1);
+/// A pod is in the API before its containers run on the node: what a live read did not find is not there, or it is a static pod whose
+/// mirror comes late, and of that the watch tells.
+const UNKNOWN_FOR: Duration = Duration::from_secs(30);
+/// After a live read that failed, where pods wait to be confirmed.
+const LIVE_READ_RETRY_INTERVAL: Duration = Duration::from_secs(5);
+/// The kubelet tells of a container some time after it has started it.
+const CONTAINER_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// The node's pods. Clones share everything.
+#[derive(Clone)]
+pub struct Pods(Arc<Shared>);
+
+struct Shared {
+    api: Api<PodObject>,
+    node: String,
+    metrics: agent_kube::Metrics,
+    index: Mutex<Index>,
+    changed: watch::Sender<()>,
+    pod_terminations: watch::Sender<u64>,
+    synced: watch::Sender<bool>,
+    /// How many live reads were asked for.
+    asked: watch::Sender<u64>,
+    /// Up to which of them the last live read counts, and how it ended.
+    answered: watch::Sender<(u64, Result<(), Arc<str>>)>,
+}
+
+impl fmt::Debug for Pods {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Pods").field("node", &self.0.node).finish_non_exhaustive()
+    }
+}
+
+impl Pods {
+    /// The pods of `node`; empty until [`run`](Self::run) runs.
+    pub fn new(client: Client, node: &str, metrics: agent_kube::Metrics) -> Self {
+        Self(Arc::new(Shared {
+            api: Api::all(client),
+            node: node.to_owned(),
+            metrics,
+            index: Mutex::default(),
+            changed: watch::Sender::new(()),
+            pod_terminations: watch::Sender::new(0),
+            synced: watch::Sender::new(false),
+            asked: watch::Sender::new(0),
+            answered: watch::Sender::new((0, Ok(()))),
+        }))
+    }
+
+    /// The same, with the containers of each pod. To be said before [`run`](Self::run).
+    pub fn with_containers(self) -> Self {
+        self.index().keeps_containers = true;
+        self
+    }
+
+    /// The same, with the profiles that pods pick by volumes of this CSI driver. To be said before [`run`](Self::run).
+    pub fn with_picks_by(self, driver: &str) -> Self {
+        self.index().driver = Some(driver.to_owned());
+        self
+    }
+
+    /// The pods that are first seen before any of their containers has started, each once, in whatever way they become known. To be
+    /// asked for before [`run`](Self::run), by one.
+    pub fn starts(&self) -> mpsc::UnboundedReceiver<Starting> {
+        let (sender, receiver) = mpsc::unbounded_channel();
+        self.index().starts = Some(sender);
+        receiver
+    }
+
+    /// Watches until `shutdown`.
+    pub async fn run(&self, shutdown: CancellationToken) {
+        tokio::select! {
+            () = shutdown.cancelled() => {}
+            () = self.watch() => {}
+            () = self.read_live() => {}
+        }
+    }
+
+    /// Becomes true when the index has been complete for the first time, and stays so.
+    pub fn synced(&self) -> watch::Receiver<bool> {
+        self.0.synced.subscribe()
+    }
+
+    /// The pod with this UID; waits for it while the index is not complete. A pod that has ended is refused.
+    pub async fn wait_for(&self, uid: &str) -> Result<Known, Error> {
+        let mut arrival = match self.look(uid) {
+            Ok(known) => return serveable(known),
+            // Its containers outlive it. No read would find it, and they may ask for ever.
+            Err(_) if self.index().has_gone(uid) => return Err(deleted(uid)),
+            Err(arrival) => arrival,
+        };
+        let was_unknown = self.index().is_unknown(uid, Instant::now());
+        if was_unknown {
+            // No read; but the watch has as long as one would have taken.
+            return match timeout(LIVE_READ_INTERVAL, &mut arrival).await {
+                Ok(_) => self.arrived(uid),
+                Err(_) => Err(self.unknown(uid)),
+            };
+        }
+        let mut synced = self.synced();
+        tokio::select! {
+            biased;
+            _ = &mut arrival => return self.arrived(uid),
+            _ = synced.wait_for(|synced| *synced) => {}
+        }
+        let read = tokio::select! {
+            biased;
+            _ = &mut arrival => return self.arrived(uid),
+            read = self.ask() => read,
+        };
+        drop(arrival);
+        match (self.look(uid), read) {
+            (Ok(known), _) => serveable(known),
+            (Err(_), Ok(())) => {
+                self.index().note_unknown(uid, Instant::now() + UNKNOWN_FOR);
+                Err(self.unknown(uid))
+            }
+            (Err(_), Err(why)) => Err(Error::temporary(Reason::unreadable, format!("cannot look for the pod with UID {uid}: {why}"))),
+        }
+    }
+
+    fn unknown(&self, uid: &str) -> Error {
+        let detail = format!("the API server knows no pod with UID {uid} on node {}", self.0.node);
+        Error::temporary(Reason::unknown_pod, detail)
+    }
+
+    /// The name of the container with this id in the pod with this UID; waits a while for the kubelet to tell of it.
+    pub async fn wait_for_container(&self, uid: &str, id: &str) -> Result<Arc<str>, Error> {
+        let mut changed = self.0.changed.subscribe();
+        let told = async {
+            loop {
+                changed.borrow_and_update();
+                let known = serveable(self.arrived(uid)?)?;
+                if let Some(name) = known.pod.container(id) {
+                    return Ok(name);
+                }
+                if changed.changed().await.is_err() {
+                    return Err(Error::temporary(Reason::unknown_container, "the agent is ending"));
+                }
+            }
+        };
+        timeout(CONTAINER_TIMEOUT, told).await.unwrap_or_else(|_| {
+            let detail = format!("the status of the pod with UID {uid} tells of no container {id}");
+            Err(Error::temporary(Reason::unknown_container, detail))
+        })
+    }
+
+    /// Whom the node's pods that have not ended run as, on whatever socket, as far as is known.
+    pub fn workloads(&self) -> Vec<Workload> {
+        self.index().workloads()
+    }
+
+    /// How many pods have ended so far; changes when another has.
+    pub fn pod_terminations(&self) -> watch::Receiver<u64> {
+        self.0.pod_terminations.subscribe()
+    }
+
+    /// The UIDs of the node's pods that have not ended, confirmed by a live read that begins after this call; none where that failed.
+    pub async fn live(&self) -> Option<HashSet<Arc<str>>> {
+        self.ask().await.ok()?;
+        Some(self.index().live())
+    }
+
+    fn index(&self) -> MutexGuard<'_, Index> {
+        self.0.index.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What is known, or a signal for when it is.
+    fn look(&self, uid: &str) -> Result<Known, oneshot::Receiver<()>> {
+        let mut index = self.index();
+        index.get(uid).ok_or_else(|| index.await_arrival(uid))
+    }
+
+    fn arrived(&self, uid: &str) -> Result<Known, Error> {
+        match self.index().get(uid) {
+            Some(known) => serveable(known),
+            // It came and went.
+            None => Err(deleted(uid)),
+        }
+    }
+
+    /// Waits for a live read that begins after this call.
+    async fn ask(&self) -> Result<(), Arc<str>> {
+        let mut mine = 0;
+        let mut answered = self.0.answered.subscribe();
+        self.0.asked.send_modify(|asked| {
+            *asked += 1;
+            mine = *asked;
+        });
+        match answered.wait_for(|(upto, _)| *upto >= mine).await {
+            Ok(answer) => answer.1.clone(),
+            Err(_) => Err("the agent is ending".into()),
+        }
+    }
+
+    async fn watch(&self) {
+        let fields = format!("spec.nodeName={}", self.0.node);
+        // From the API server's cache: thousands of agents that start at once must not make it read every pod there is. What such a list
+        // lacks is confirmed before it counts. A limit would make it a read of the store again.
+        let config = watcher::Config { page_size: None, ..watcher::Config::default().fields(&fields).any_semantic() };
+        let selection = Selection { resource: Resource::pods, name: "pods".to_owned(), namespace: None, config };
+        let mut signals = Box::pin(agent_kube::watch::watch(self.0.api.clone(), selection, self.0.metrics.clone()));
+        while let Some(signal) = signals.next().await {
+            match signal {
+                Signal::Event(watcher::Event::Init) => self.index().list_begins(),
+                Signal::Event(watcher::Event::InitApply(pod)) => self.index().listed(&pod),
+                Signal::Event(watcher::Event::InitDone) => {
+                    let missing = self.index().list_ends();
+                    if missing > 0 {
+                        tracing::info!(target: LOG_TARGET, pods = missing, "a new list lacks pods; asking again before their streams end");
+                        self.0.asked.send_modify(|asked| *asked += 1);
+                    }
+                    if !self.0.synced.send_replace(true) {
+                        tracing::info!(target: LOG_TARGET, pods = self.index().len(), node = self.0.node, "the index of this node's pods is complete");
+                    }
+                }
+                Signal::Event(watcher::Event::Apply(pod)) => self.index().applied(&pod),
+                Signal::Event(watcher::Event::Delete(pod)) => self.index().deleted(&pod),
+                Signal::Trouble(..) => {}
+            }
+            self.announce();
+        }
+    }
+
+    /// Wakes those who wait for a change of what is known.
+    fn announce(&self) {
+        let now = self.index().pod_terminations;
+        self.0.pod_terminations.send_if_modified(|pod_terminations| std::mem::replace(pod_terminations, now) != now);
+        self.0.changed.send_replace(());
+    }
+
+    /// Answers those who asked, all at once, by a quorum list.
+    async fn read_live(&self) {
+        let mut asked = self.0.asked.subscribe();
+        let parameters = ListParams::default().fields(&format!("spec.nodeName={}", self.0.node));
+        let call = Call { verb: "list", resource: "pods", name: None, namespace: None };
+        while asked.wait_for(|asked| *asked > self.0.answered.borrow().0).await.is_ok() {
+            let upto = *asked.borrow_and_update();
+            let doubts = self.index().doubts();
+            let answer = match self.0.api.list(&parameters).await {
+                Ok(list) => {
+                    self.index().confirmed(&list.items, &doubts);
+                    self.announce();
+                    Ok(())
+                }
+                Err(error) => Err(Failure::of(&error, &call).message.into()),
+            };
+            let failed = answer.is_err();
+            self.0.answered.send_modify(|answered| *answered = (upto, answer));
+            if failed && !doubts.is_empty() {
+                tokio::time::sleep(LIVE_READ_RETRY_INTERVAL).await;
+                self.0.asked.send_modify(|asked| *asked += 1);
+            } else {
+                tokio::time::sleep(LIVE_READ_INTERVAL).await;
+            }
+        }
+    }
+}
+
+fn deleted(uid: &str) -> Error {
+    Error::refused(Reason::pod_ended, format!("the pod with UID {uid} was deleted"))
+}
+
+fn serveable(known: Known) -> Result<Known, Error> {
+    if known.pod.ended {
+        return Err(Error::refused(Reason::pod_ended, format!("pod {} has ended", known.pod.pod)));
+    }
+    Ok(known)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,555 @@
+//! What is served: private keys, certificate chains, trust bundles, and the [`Svid`] that joins them.
+//!
+//! Owns key bytes: they live in wiped-on-drop buffers, are redacted in `Debug` and never serialised. What this cannot reach is said
+//! in `docs/security.md`: bytes on their way through HTTP/2 buffers and the kernel's socket.
+
+use std::{
+    fmt,
+    sync::{Arc, Mutex, OnceLock, PoisonError},
+    time::{Duration, SystemTime},
+};
+
+use aws_lc_rs::digest;
+use base64::{Engine, engine::general_purpose::STANDARD};
+use bytes::Bytes;
+use rustls::pki_types::{
+    CertificateDer,
+    pem::{self, PemObject},
+};
+use x509_parser::{
+    extensions::GeneralName,
+    nom,
+    prelude::{FromDer, X509Certificate, X509Error},
+};
+use zeroize::Zeroizing;
+
+use agent_runtime::{clock, text::hex};
+use workload_identity::{Identity, SpiffeId};
+
+/// No PEM input larger than this is read: a bundle or chain of this size is a mistake or an attack.
+pub const MAX_PEM_BYTES: usize = 1 << 20;
+/// A marker of a PEM block that is longer is no marker alone.
+const MAX_MARK_BYTES: usize = 64;
+/// No more certificates than this in one PEM input.
+pub const MAX_CERTIFICATES: usize = 500;
+
+/// Why bytes are no usable certificate material.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    /// Nothing between PEM markers.
+    #[error("holds no certificate")]
+    Empty,
+    /// More than [`MAX_PEM_BYTES`].
+    #[error("is {0} bytes long, more than the {MAX_PEM_BYTES} that are read")]
+    TooLarge(usize),
+    /// More than [`MAX_CERTIFICATES`].
+    #[error("holds more than {MAX_CERTIFICATES} certificates")]
+    TooMany,
+    /// Broken PEM.
+    #[error("is not valid PEM: {0}")]
+    Pem(BrokenPem),
+    /// No base64 where PEM in base64 is to be.
+    #[error("is not base64")]
+    Base64,
+    /// Broken DER in the n-th revocation list, or one of a kind that is not served.
+    #[error("revocation list {index} cannot be used: {why}")]
+    RevocationList {
+        /// Its place, from 1.
+        index: usize,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// Broken DER in the n-th certificate, counted from 1.
+    #[error("certificate {index} is not valid X.509: {why}")]
+    X509 {
+        /// Its place, from 1.
+        index: usize,
+        /// What is wrong with it.
+        why: String,
+    },
+}
+
+/// What is wrong with a PEM text, and where. It holds nothing of the text, which may hold a private key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BrokenPem {
+    /// What is wrong.
+    pub fault: PemFault,
+    /// The blocks of the wanted kind that are before it.
+    pub after: usize,
+    /// The line of the BEGIN, from 1, where that is known.
+    pub line: Option<usize>,
+}
+
+/// What can be wrong with a PEM text.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PemFault {
+    /// A BEGIN and something else on one line.
+    Begin,
+    /// A BEGIN without its END.
+    End,
+    /// Something else than base64 in a block.
+    Base64,
+    /// A block that is too large, or cannot be read.
+    Block,
+}
+
+impl BrokenPem {
+    /// Says where `pem` is broken, of which `after` blocks and the rest behind them were read before.
+    pub fn of(error: &pem::Error, pem: &[u8], rest: &[u8], after: usize) -> Self {
+        let line_at = |at: usize| 1 + pem[..at].iter().filter(|byte| **byte == b'\n').count();
+        let find = |from: usize, what: &[u8]| {
+            let place = pem[from..].windows(what.len().max(1)).position(|window| window == what)?;
+            Some(from + place)
+        };
+        let begin = find(pem.len() - rest.len(), b"-----BEGIN");
+        let (fault, begin) = match error {
+            pem::Error::IllegalSectionStart { line } => (PemFault::Begin, find(0, line)),
+            // That of the last block. Its END may be there, on the same line.
+            pem::Error::MissingSectionEnd { end_marker } => {
+                let last = pem.windows(b"-----BEGIN".len()).rposition(|window| window == b"-----BEGIN");
+                (if end_marker.len() > MAX_MARK_BYTES { PemFault::Begin } else { PemFault::End }, last)
+            }
+            pem::Error::Base64Decode(_) => (PemFault::Base64, begin),
+            _ => (PemFault::Block, begin),
+        };
+        Self { fault, after, line: begin.map(line_at) }
+    }
+}
+
+impl fmt::Display for BrokenPem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let what = match self.fault {
+            PemFault::Begin => "BEGIN, the base64 and END need lines of their own",
+            PemFault::End => "a BEGIN has no END of its kind",
+            PemFault::Base64 => "a block is not base64",
+            PemFault::Block => "a block cannot be read",
+        };
+        f.write_str(what)?;
+        match self.line {
+            Some(line) => write!(f, " (line {line}, after {} good ones)", self.after),
+            None => write!(f, " (after {} good ones)", self.after),
+        }
+    }
+}
+
+/// A private key as PKCS#8 DER. Wiped when dropped, never printed.
+pub struct PrivateKey(Zeroizing<Vec<u8>>);
+
+impl PrivateKey {
+    /// Takes over a PKCS#8 document.
+    pub fn from_pkcs8_der(der: Zeroizing<Vec<u8>>) -> Self {
+        Self(der)
+    }
+
+    /// The PKCS#8 document.
+    pub fn pkcs8_der(&self) -> &[u8] {
+        &self.0
+    }
+
+    /// The document as PEM, in a buffer that wipes itself.
+    pub fn to_pem(&self) -> Zeroizing<Vec<u8>> {
+        let mut out = Zeroizing::new(Vec::with_capacity(pem_len("PRIVATE KEY", self.0.len())));
+        push_pem("PRIVATE KEY", &self.0, &mut out);
+        out
+    }
+}
+
+impl fmt::Debug for PrivateKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("PrivateKey(redacted)")
+    }
+}
+
+/// The moments between which a certificate is valid.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Validity {
+    /// The first valid moment.
+    pub not_before: SystemTime,
+    /// The last valid moment.
+    pub not_after: SystemTime,
+}
+
+impl Validity {
+    /// From the first to the last valid moment.
+    pub fn lifetime(&self) -> Duration {
+        self.not_after.duration_since(self.not_before).unwrap_or_default()
+    }
+
+    /// What is left at `now`; zero once it has expired.
+    pub fn remaining(&self, now: SystemTime) -> Duration {
+        self.not_after.duration_since(now).unwrap_or_default()
+    }
+
+    /// Whether it may still be served at `now`.
+    pub fn is_live(&self, now: SystemTime) -> bool {
+        now < self.not_after
+    }
+}
+
+/// A leaf and its intermediates, leaf first, and the facts read from the leaf.
+#[derive(Debug, Clone)]
+pub struct CertificateChain {
+    certificates: Vec<CertificateDer<'static>>,
+    /// When the leaf is valid.
+    pub validity: Validity,
+    /// The leaf's serial number, lower-case hexadecimal.
+    pub serial: String,
+    /// SHA-256 of the leaf's DER, lower-case hexadecimal.
+    pub fingerprint: String,
+    /// The leaf's URI SANs, in order.
+    pub uris: Vec<String>,
+    /// The leaf's DNS SANs, in order.
+    pub dns_names: Vec<String>,
+    /// Whether the leaf has SANs of other kinds.
+    pub other_names: bool,
+    /// The leaf's SubjectPublicKeyInfo, DER.
+    pub public_key: Vec<u8>,
+}
+
+impl CertificateChain {
+    /// Reads PEM, leaf first.
+    pub fn from_pem(pem: &[u8]) -> Result<Self, Error> {
+        let certificates = certificates_from_pem(pem)?;
+        let leaf = parse(&certificates[0], 1)?;
+        for (index, certificate) in certificates.iter().enumerate().skip(1) {
+            parse(certificate, index + 1)?;
+        }
+        let (mut uris, mut dns_names, mut other_names) = (Vec::new(), Vec::new(), false);
+        let broken = |error: X509Error| Error::X509 { index: 1, why: fault(&error).to_owned() };
+        if let Some(san) = leaf.subject_alternative_name().map_err(broken)? {
+            for name in &san.value.general_names {
+                match name {
+                    GeneralName::URI(uri) => uris.push((*uri).to_owned()),
+                    GeneralName::DNSName(dns) => dns_names.push((*dns).to_owned()),
+                    _ => other_names = true,
+                }
+            }
+        }
+        let validity = Validity {
+            not_before: clock::from_unix_seconds(leaf.validity().not_before.timestamp()),
+            not_after: clock::from_unix_seconds(leaf.validity().not_after.timestamp()),
+        };
+        let serial = hex(leaf.raw_serial());
+        let public_key = leaf.public_key().raw.to_vec();
+        let fingerprint = hex(digest::digest(&digest::SHA256, &certificates[0]).as_ref());
+        Ok(Self { certificates, validity, serial, fingerprint, uris, dns_names, other_names, public_key })
+    }
+
+    /// DER, leaf first.
+    pub fn certificates(&self) -> &[CertificateDer<'static>] {
+        &self.certificates
+    }
+
+    /// PEM, leaf first.
+    pub fn to_pem(&self) -> Vec<u8> {
+        to_pem(&self.certificates)
+    }
+}
+
+/// The roots of one trust domain. Never empty; in the order in which they were given, without repetitions.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TrustBundle {
+    roots: Vec<CertificateDer<'static>>,
+    version: String,
+    /// The first moment at which one of the roots has expired.
+    pub earliest_expiry: SystemTime,
+}
+
+impl TrustBundle {
+    /// Reads PEM; an empty, oversized or unparsable input is an error, so that the last good bundle stays.
+    pub fn from_pem(pem: &[u8]) -> Result<Self, Error> {
+        Self::from_certificates(certificates_from_pem(pem)?)
+    }
+
+    /// Takes certificates; repetitions are dropped.
+    pub fn from_certificates(certificates: Vec<CertificateDer<'static>>) -> Result<Self, Error> {
+        let mut roots: Vec<CertificateDer<'static>> = Vec::with_capacity(certificates.len());
+        let mut earliest_expiry: Option<SystemTime> = None;
+        let mut hash = digest::Context::new(&digest::SHA256);
+        for (index, certificate) in certificates.into_iter().enumerate() {
+            let expiry = clock::from_unix_seconds(parse(&certificate, index + 1)?.validity().not_after.timestamp());
+            if roots.contains(&certificate) {
+                continue;
+            }
+            hash.update(&certificate);
+            earliest_expiry = Some(earliest_expiry.map_or(expiry, |e| e.min(expiry)));
+            roots.push(certificate);
+        }
+        let earliest_expiry = earliest_expiry.ok_or(Error::Empty)?;
+        Ok(Self { roots, version: format!("b-{}", hex(&hash.finish().as_ref()[..8])), earliest_expiry })
+    }
+
+    /// DER, in order.
+    pub fn roots(&self) -> &[CertificateDer<'static>] {
+        &self.roots
+    }
+
+    /// `b-` and a digest of the content: equal bundles have equal versions, on every node and after every restart.
+    pub fn version(&self) -> &str {
+        &self.version
+    }
+
+    /// PEM, in order.
+    pub fn to_pem(&self) -> Vec<u8> {
+        to_pem(&self.roots)
+    }
+}
+
+/// Which protocol a resource is encoded for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Variant {
+    /// SotW SDS: `DiscoveryResponse.resources`.
+    Sotw,
+    /// Incremental SDS: `DeltaDiscoveryResponse.resources`.
+    Delta,
+}
+
+/// The encoded forms of one piece of material: each is made once, shared by all its receivers and wiped with its last reference.
+#[derive(Default)]
+pub struct EncodedCache(Mutex<Vec<(Variant, Box<str>, Bytes)>>);
+
+impl EncodedCache {
+    /// The buffer for (`variant`, `name`), made by `encode` at its first use.
+    pub fn get_or_encode(&self, variant: Variant, name: &str, encode: impl FnOnce() -> Zeroizing<Vec<u8>>) -> Bytes {
+        let mut forms = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, _, bytes)) = forms.iter().find(|(f, n, _)| *f == variant && &**n == name) {
+            return bytes.clone();
+        }
+        let bytes = Bytes::from_owner(encode());
+        forms.push((variant, name.into(), bytes.clone()));
+        bytes
+    }
+}
+
+impl fmt::Debug for EncodedCache {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Encodings(redacted)")
+    }
+}
+
+/// A verified certificate with its key, as published to the streams of one identity.
+#[derive(Debug)]
+pub struct Svid {
+    /// What it was issued for.
+    pub identity: Arc<Identity>,
+    /// Leaf and intermediates.
+    pub chain: CertificateChain,
+    /// The leaf's key.
+    pub key: PrivateKey,
+    /// When its replacement is due.
+    pub renew_at: SystemTime,
+    /// From when on peers with slow clocks take it too; who still holds a good one gets it then.
+    pub settled_at: SystemTime,
+    /// See [`authority_digest`].
+    pub authority: String,
+    version: OnceLock<String>,
+    /// Its encoded forms.
+    pub encoded: EncodedCache,
+}
+
+impl Svid {
+    /// Joins verified material; `authority` comes from [`authority_digest`].
+    pub fn new(
+        identity: Arc<Identity>,
+        chain: CertificateChain,
+        key: PrivateKey,
+        renew_at: SystemTime,
+        settled_at: SystemTime,
+        authority: String,
+    ) -> Self {
+        Self { identity, chain, key, renew_at, settled_at, authority, version: OnceLock::new(), encoded: EncodedCache::default() }
+    }
+
+    /// The leaf's SPIFFE ID.
+    pub fn spiffe_id(&self) -> &SpiffeId {
+        &self.identity.spiffe_id
+    }
+
+    /// `<notAfter>-<renewAt>-<authority>-<content>`: unix seconds, and hexadecimal digests. A client that comes back with it after a
+    /// restart tells a memory-only agent that it still holds a good certificate, and for how long.
+    pub fn version(&self) -> &str {
+        self.version.get_or_init(|| {
+            let not_after = clock::unix_seconds(self.chain.validity.not_after);
+            let renew_at = clock::unix_seconds(self.renew_at);
+            format!("{not_after}-{renew_at}-{}-{}", self.authority, &self.chain.fingerprint[..16])
+        })
+    }
+}
+
+/// Digest of who stands behind a certificate: the profile it was issued under (with its epoch) and the trust anchor that its chain ends in.
+///
+/// It is a function of what a restarted agent knows before it has issued anything: its configuration and its trust bundle. A version
+/// whose digest matches for one of the bundle's roots is of a current authority.
+pub fn authority_digest(profile: &[u8; 32], anchor: Option<&CertificateDer<'_>>) -> String {
+    let mut hash = digest::Context::new(&digest::SHA256);
+    hash.update(profile);
+    // A root that was renewed with its name and key is the same authority.
+    if let Some(Ok(anchor)) = anchor.map(|anchor| parse(anchor, 1)) {
+        hash.update(anchor.subject().as_raw());
+        hash.update(anchor.public_key().raw);
+    }
+    hex(&hash.finish().as_ref()[..8])
+}
+
+/// Whether a certificate with this authority would still be issued and trusted: under the profile as it is, by a root that is in the
+/// bundle. Without a bundle only what was issued without one is.
+pub fn is_current_authority(authority: &str, profile: &[u8; 32], bundle: Option<&TrustBundle>) -> bool {
+    match bundle {
+        Some(bundle) => bundle.roots().iter().any(|root| authority_digest(profile, Some(root)) == authority),
+        None => authority_digest(profile, None) == authority,
+    }
+}
+
+fn certificates_from_pem(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, Error> {
+    if pem.len() > MAX_PEM_BYTES {
+        return Err(Error::TooLarge(pem.len()));
+    }
+    let mut certificates = Vec::new();
+    let mut blocks = CertificateDer::pem_slice_iter(pem);
+    let mut rest = blocks.remainder();
+    while let Some(certificate) = blocks.next() {
+        if certificates.len() == MAX_CERTIFICATES {
+            return Err(Error::TooMany);
+        }
+        certificates.push(certificate.map_err(|error| Error::Pem(BrokenPem::of(&error, pem, rest, certificates.len())))?);
+        rest = blocks.remainder();
+    }
+    if certificates.is_empty() { Err(Error::Empty) } else { Ok(certificates) }
+}
+
+/// What is wrong with DER, in words that hold nothing of it.
+pub fn fault(error: &X509Error) -> &'static str {
+    match error {
+        X509Error::InvalidVersion => "invalid version",
+        X509Error::InvalidSerial => "invalid serial number",
+        X509Error::InvalidAlgorithmIdentifier => "invalid algorithm",
+        X509Error::InvalidX509Name => "invalid name",
+        X509Error::InvalidDate => "invalid date",
+        X509Error::InvalidSPKI => "invalid public key",
+        X509Error::InvalidSubjectUID | X509Error::InvalidIssuerUID => "invalid unique identifier",
+        X509Error::InvalidExtensions => "invalid extensions",
+        X509Error::DuplicateExtensions => "an extension stands in it twice",
+        X509Error::InvalidAttributes | X509Error::DuplicateAttributes => "invalid attributes",
+        X509Error::InvalidSignatureValue => "invalid signature value",
+        X509Error::InvalidTbsCertificate | X509Error::InvalidCertificate => "it is no certificate",
+        X509Error::InvalidUserCertificate => "invalid revoked certificate",
+        X509Error::SignatureVerificationError => "the signature is wrong",
+        X509Error::SignatureUnsupportedAlgorithm => "the signature's algorithm is not supported",
+        X509Error::InvalidNumber => "invalid number",
+        X509Error::Generic | X509Error::Der(_) | X509Error::NomError(_) => "broken DER",
+    }
+}
+
+/// The same of a parser's error.
+pub fn fault_of(error: &nom::Err<X509Error>) -> &'static str {
+    match error {
+        nom::Err::Error(error) | nom::Err::Failure(error) => fault(error),
+        nom::Err::Incomplete(_) => "it is not complete",
+    }
+}
+
+fn parse<'a>(certificate: &'a CertificateDer<'_>, index: usize) -> Result<X509Certificate<'a>, Error> {
+    let broken = |why: String| Error::X509 { index, why };
+    let (rest, parsed) = X509Certificate::from_der(certificate).map_err(|error| broken(fault_of(&error).to_owned()))?;
+    if rest.is_empty() { Ok(parsed) } else { Err(broken(format!("{} bytes follow it", rest.len()))) }
+}
+
+fn to_pem(certificates: &[CertificateDer<'_>]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(certificates.iter().map(|c| pem_len("CERTIFICATE", c.len())).sum());
+    for certificate in certificates {
+        push_pem("CERTIFICATE", certificate, &mut out);
+    }
+    out
+}
+
+/// Bytes of DER on one line of PEM: 64 characters.
+const DER_PER_LINE: usize = 48;
+
+/// Bytes of one PEM block of so many bytes of DER.
+pub fn pem_len(label: &str, der: usize) -> usize {
+    let lines = der.div_ceil(DER_PER_LINE);
+    2 * label.len() + "-----BEGIN -----\n-----END -----\n".len() + der.div_ceil(3) * 4 + lines
+}
+
+/// Appends one PEM block; never reallocates when `out` has room, so that a key leaves no copy behind.
+pub fn push_pem(label: &str, der: &[u8], out: &mut Vec<u8>) {
+    out.extend_from_slice(b"-----BEGIN ");
+    out.extend_from_slice(label.as_bytes());
+    out.extend_from_slice(b"-----\n");
+    for line in der.chunks(DER_PER_LINE) {
+        let start = out.len();
+        out.resize(start + line.len().div_ceil(3) * 4, 0);
+        // The room is exact by construction.
+        let written = STANDARD.encode_slice(line, &mut out[start..]).unwrap_or(0);
+        out.truncate(start + written);
+        out.push(b'\n');
+    }
+    out.extend_from_slice(b"-----END ");
+    out.extend_from_slice(label.as_bytes());
+    out.extend_from_slice(b"-----\n");
+}
+
+#[cfg(any(test, feature = "testing"))]
+pub mod samples;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pem_round_trips_at_every_length_without_reallocating() {
+        for len in [1, 2, 3, 47, 48, 49, 96, 97, 1000] {
+            let der: Vec<u8> = (0..=u8::MAX).cycle().take(len).collect();
+            let mut out = Vec::with_capacity(pem_len("PRIVATE KEY", len));
+            let room = out.capacity();
+            push_pem("PRIVATE KEY", &der, &mut out);
+            assert_eq!((out.len(), out.capacity()), (room, room), "length {len}");
+            let back = rustls::pki_types::PrivatePkcs8KeyDer::from_pem_slice(&out).unwrap();
+            assert_eq!(back.secret_pkcs8_der(), der);
+        }
+    }
+
+    #[test]
+    fn a_key_is_never_printed() {
+        let key = PrivateKey::from_pkcs8_der(Zeroizing::new(b"secret".to_vec()));
+        assert_eq!(format!("{key:?}"), "PrivateKey(redacted)");
+    }
+
+    #[test]
+    fn bundles_keep_order_drop_repetitions_and_refuse_nothing_and_garbage() {
+        let (a, b) = (root("a"), root("b"));
+        let pem = [to_pem(&[a.clone(), b.clone()]), to_pem(std::slice::from_ref(&a))].concat();
+        let bundle = TrustBundle::from_pem(&pem).unwrap();
+        assert_eq!(bundle.roots(), [a.clone(), b.clone()]);
+        assert_eq!(TrustBundle::from_pem(&bundle.to_pem()).unwrap(), bundle);
+        assert_ne!(TrustBundle::from_pem(&to_pem(&[b, a])).unwrap().version(), bundle.version());
+
+        assert_eq!(TrustBundle::from_pem(b""), Err(Error::Empty));
+        assert_eq!(TrustBundle::from_pem(b"no pem here"), Err(Error::Empty));
+        let garbage = b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n";
+        assert!(matches!(TrustBundle::from_pem(garbage), Err(Error::X509 { index: 1, .. })));
+        assert!(matches!(TrustBundle::from_pem(b"-----BEGIN CERTIFICATE-----\n!!\n-----END CERTIFICATE-----\n"), Err(Error::Pem(_))));
+        assert_eq!(TrustBundle::from_pem(&vec![b' '; MAX_PEM_BYTES + 1]), Err(Error::TooLarge(MAX_PEM_BYTES + 1)));
+    }
+
+    #[test]
+    fn an_encoding_is_made_once_for_each_face_and_name() {
+        let encoded = EncodedCache::default();
+        let mut made = 0;
+        for (variant, name) in [(Variant::Delta, "a"), (Variant::Delta, "a"), (Variant::Sotw, "a"), (Variant::Delta, "b")] {
+            encoded.get_or_encode(variant, name, || {
+                made += 1;
+                Zeroizing::new(vec![1])
+            });
+        }
+        assert_eq!(made, 3);
+    }
+
+    fn root(name: &str) -> CertificateDer<'static> {
+        let key = rcgen::KeyPair::generate().unwrap();
+        let mut params = rcgen::CertificateParams::new(Vec::new()).unwrap();
+        params.distinguished_name.push(rcgen::DnType::CommonName, name);
+        params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+        params.self_signed(&key).unwrap().der().clone()
+    }
+}

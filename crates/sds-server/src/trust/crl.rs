@@ -1,0 +1,180 @@
+//! Revocation lists (RFC 5280, section 5) that go with the roots of a bundle.
+//!
+//! A client that is given lists refuses every peer with an authority in its chain whose list is missing, has ended, or is not signed by
+//! it. So lists are served all or none: [`fit`] lets them through only where each authority that is known has its own. What it cannot see
+//! is the future: a list that ends is still served, as its authority has said, and `crl_next_update_timestamp_seconds` tells in time.
+
+use std::time::SystemTime;
+
+use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, pem::PemObject};
+use x509_parser::{
+    certificate::X509Certificate, extensions::ParsedExtension, prelude::FromDer, revocation_list::CertificateRevocationList,
+};
+
+use crate::material::{BrokenPem, Error, MAX_CERTIFICATES, fault_of};
+use agent_runtime::{clock, text};
+
+/// One authority's list.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RevocationList {
+    der: Vec<u8>,
+    /// The authority's name, in DER.
+    issuer: Vec<u8>,
+    /// When it was made.
+    pub this_update: SystemTime,
+    /// When it ends; none for one that does not say.
+    pub next_update: Option<SystemTime>,
+    /// How many certificates are on it.
+    pub revoked: usize,
+}
+
+impl RevocationList {
+    fn parse(der: &[u8], index: usize) -> Result<Self, Error> {
+        let broken = |why: String| Error::RevocationList { index, why };
+        let (rest, list) = CertificateRevocationList::from_der(der).map_err(|error| broken(fault_of(&error).to_owned()))?;
+        if !rest.is_empty() {
+            return Err(broken(format!("{} bytes follow it", rest.len())));
+        }
+        // A part of a list, or changes to one, are not what they look like to who does not know the extension.
+        if let Some(extension) = list.extensions().iter().find(|extension| extension.critical) {
+            let oid = text::excerpt(&extension.oid.to_string(), text::MAX_NAME_CHARS);
+            return Err(broken(format!("it has the critical extension {oid}; only complete lists can be served")));
+        }
+        Ok(Self {
+            issuer: list.issuer().as_raw().to_vec(),
+            this_update: clock::from_unix_seconds(list.last_update().timestamp()),
+            next_update: list.next_update().map(|time| clock::from_unix_seconds(time.timestamp())),
+            revoked: list.iter_revoked_certificates().count(),
+            der: der.to_vec(),
+        })
+    }
+
+    /// The list.
+    pub fn der(&self) -> &[u8] {
+        &self.der
+    }
+
+    /// Whether a client finds that it is the authority's: by its signature, and by the name of the key where both tell it.
+    fn is_of(&self, authority: &X509Certificate<'_>) -> bool {
+        let Ok((_, list)) = CertificateRevocationList::from_der(&self.der) else { return false };
+        let told = list.extensions().iter().find_map(|extension| match extension.parsed_extension() {
+            ParsedExtension::AuthorityKeyIdentifier(id) => id.key_identifier.as_ref().map(|id| id.0),
+            _ => None,
+        });
+        let own = authority.extensions().iter().find_map(|extension| match extension.parsed_extension() {
+            ParsedExtension::SubjectKeyIdentifier(id) => Some(id.0),
+            _ => None,
+        });
+        told.zip(own).is_none_or(|(told, own)| told == own) && list.verify_signature(authority.public_key()).is_ok()
+    }
+}
+
+/// Reads the lists in PEM; there may be none, beside certificates.
+pub fn from_pem(pem: &[u8]) -> Result<Vec<RevocationList>, Error> {
+    let mut lists: Vec<RevocationList> = Vec::new();
+    let mut blocks = CertificateRevocationListDer::pem_slice_iter(pem);
+    let mut rest = blocks.remainder();
+    while let Some(list) = blocks.next() {
+        if lists.len() == MAX_CERTIFICATES {
+            return Err(Error::TooMany);
+        }
+        let list = list.map_err(|error| Error::Pem(BrokenPem::of(&error, pem, rest, lists.len())))?;
+        let list = RevocationList::parse(&list, lists.len() + 1)?;
+        if !lists.contains(&list) {
+            lists.push(list);
+        }
+        rest = blocks.remainder();
+    }
+    Ok(lists)
+}
+
+/// The lists to serve with these authorities, which are certificates that were parsed before: the newest of each, and those of authorities
+/// that nobody has met. An error says, for people, why none can be.
+pub fn fit<'a>(
+    authorities: impl Iterator<Item = &'a CertificateDer<'static>>,
+    lists: &[RevocationList],
+) -> Result<Vec<RevocationList>, String> {
+    let mut fitting: Vec<RevocationList> = Vec::new();
+    if lists.is_empty() {
+        return Ok(fitting);
+    }
+    let mut known = Vec::new();
+    for authority in authorities {
+        let Ok((_, authority)) = X509Certificate::from_der(authority) else { continue };
+        let (name, raw) = (text::excerpt(&authority.subject().to_string(), text::MAX_NAME_CHARS), authority.subject().as_raw());
+        if authority.key_usage().ok().flatten().is_some_and(|usage| !usage.value.crl_sign()) {
+            return Err(format!("{name} may not sign revocation lists: its key usage has no cRLSign"));
+        }
+        let own = || lists.iter().filter(|list| list.issuer == raw);
+        let newest = own().filter(|list| list.is_of(&authority)).max_by_key(|list| list.this_update);
+        match newest {
+            Some(list) if fitting.contains(list) => {}
+            Some(list) => fitting.push(list.clone()),
+            None if own().next().is_some() => {
+                return Err(format!("the revocation list of {name} is not signed by its key, or names another one"));
+            }
+            None => return Err(format!("there is no revocation list of {name}")),
+        }
+        known.push(raw.to_vec());
+    }
+    fitting.extend(lists.iter().filter(|list| !known.contains(&list.issuer)).cloned());
+    Ok(fitting)
+}
+
+#[cfg(any(test, feature = "testing"))]
+pub mod samples;
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use rcgen::{KeyIdMethod, KeyUsagePurpose};
+
+    use super::{samples::Authority, *};
+
+    fn lists(pem: &[String]) -> Vec<RevocationList> {
+        from_pem(pem.concat().as_bytes()).unwrap()
+    }
+
+    #[test]
+    fn lists_are_read_beside_certificates_and_what_is_none_is_refused() {
+        let authority = Authority::new("a");
+        let read = lists(&[authority.certificate.pem(), authority.list(2, 0)]);
+        assert_eq!((read.len(), read[0].revoked), (1, 2));
+        assert_eq!(read[0].next_update.unwrap().duration_since(read[0].this_update).unwrap(), Duration::from_secs(3600));
+        assert_eq!(lists(&[authority.certificate.pem()]), []);
+        let garbage = b"-----BEGIN X509 CRL-----\nAAAA\n-----END X509 CRL-----\n";
+        assert!(matches!(from_pem(garbage), Err(Error::RevocationList { index: 1, .. })));
+    }
+
+    #[test]
+    fn each_authority_needs_a_list_that_it_has_signed() {
+        let (a, b, other_a) = (Authority::new("a"), Authority::new("b"), Authority::new("a"));
+        let both = [a.der(), b.der()];
+        let fit = |lists: &[RevocationList]| super::fit(both.iter(), lists).map(|fitting| fitting.len());
+        assert_eq!(fit(&[]), Ok(0));
+        assert_eq!(fit(&lists(&[a.list(0, 0), b.list(1, 0)])), Ok(2));
+        assert_eq!(fit(&lists(&[a.list(0, 0)])), Err("there is no revocation list of CN=b".to_owned()));
+        let forged = lists(&[other_a.list(0, 0), b.list(1, 0)]);
+        assert_eq!(fit(&forged), Err("the revocation list of CN=a is not signed by its key, or names another one".to_owned()));
+        let misnamed = lists(&[a.list_naming(KeyIdMethod::PreSpecified(vec![1; 20]), 0, 0), b.list(1, 0)]);
+        assert_eq!(fit(&misnamed), fit(&forged), "Envoy does not find it");
+        // Of an authority below the roots.
+        assert_eq!(fit(&lists(&[a.list(0, 0), b.list(1, 0), Authority::new("c").list(0, 0)])), Ok(3));
+    }
+
+    #[test]
+    fn two_authorities_of_one_name_have_a_list_each_and_the_newest_counts() {
+        let (old, new) = (Authority::new("a"), Authority::new("a"));
+        let all = lists(&[old.list(1, 100), old.list(2, 0), new.list(3, 0)]);
+        let fitting = fit([old.der(), new.der()].iter(), &all).unwrap();
+        assert_eq!(fitting.iter().map(|list| list.revoked).collect::<Vec<_>>(), [2, 3]);
+    }
+
+    #[test]
+    fn who_may_not_sign_lists_has_none() {
+        let a = Authority::with("a", vec![KeyUsagePurpose::KeyCertSign]);
+        let refused = fit([a.der()].iter(), &lists(&[Authority::new("a").list(0, 0)])).unwrap_err();
+        assert_eq!(refused, "CN=a may not sign revocation lists: its key usage has no cRLSign");
+    }
+}

@@ -1,0 +1,66 @@
+//! Values for tests.
+#![allow(clippy::unwrap_used, reason = "for tests alone")]
+
+use std::time::{Duration, SystemTime};
+
+use rcgen::{
+    BasicConstraints, CertificateParams, CertificateRevocationListParams, IsCa, Issuer, KeyIdMethod, KeyPair, KeyUsagePurpose,
+    RevokedCertParams, SerialNumber,
+};
+use rustls::pki_types::CertificateDer;
+
+/// An authority that can sign lists.
+#[derive(Debug)]
+pub struct Authority {
+    /// Its own, self-signed.
+    pub certificate: rcgen::Certificate,
+    issuer: Issuer<'static, KeyPair>,
+}
+
+impl Authority {
+    /// One that may sign certificates and lists.
+    pub fn new(name: &str) -> Self {
+        Self::with(name, vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign])
+    }
+
+    /// One whose certificate has these usages.
+    pub fn with(name: &str, usages: Vec<KeyUsagePurpose>) -> Self {
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::new(Vec::new()).unwrap();
+        params.distinguished_name.push(rcgen::DnType::CommonName, name);
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.key_usages = usages;
+        let certificate = params.self_signed(&key).unwrap();
+        Self { certificate, issuer: Issuer::new(params, key) }
+    }
+
+    /// Its certificate.
+    pub fn der(&self) -> CertificateDer<'static> {
+        self.certificate.der().clone()
+    }
+
+    /// A list of so many certificates, made `age` seconds ago.
+    pub fn list(&self, revoked: u64, age: u64) -> String {
+        self.list_naming(KeyIdMethod::Sha256, revoked, age)
+    }
+
+    /// The same, with another key identifier.
+    pub fn list_naming(&self, key: KeyIdMethod, revoked: u64, age: u64) -> String {
+        let now = SystemTime::now() - Duration::from_secs(age);
+        let revoked = (0..revoked).map(|serial| RevokedCertParams {
+            serial_number: SerialNumber::from(serial + 1),
+            revocation_time: now.into(),
+            reason_code: None,
+            invalidity_date: None,
+        });
+        let params = CertificateRevocationListParams {
+            this_update: now.into(),
+            next_update: (now + Duration::from_secs(3600)).into(),
+            crl_number: SerialNumber::from(1_u64),
+            issuing_distribution_point: None,
+            revoked_certs: revoked.collect(),
+            key_identifier_method: key,
+        };
+        params.signed_by(&self.issuer).unwrap().pem().unwrap()
+    }
+}

@@ -1,0 +1,49 @@
+//! Layer two: the service on paused time, with a real store, rotation and embedded issuer, and no socket.
+//!
+//! A test plays the client: it says what a client would say and sees what one would see, message by message.
+
+mod bench;
+mod client;
+mod ends;
+mod fetch;
+mod held;
+mod log;
+mod outages;
+mod subscriptions;
+mod swaps;
+
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use agent_runtime::clock::Clock;
+use bytes::Bytes;
+use http::Request;
+use http_body::Body as HttpBody;
+use sds_server::{
+    caller::Connection,
+    grpc::{self, Body},
+    limits::Limits,
+    material::{Svid, Variant},
+    proto::envoy::service::discovery::v3::{DeltaDiscoveryRequest, DiscoveryRequest},
+    sds::{
+        metrics::{Kind, Metrics},
+        names::Directory,
+        reissue_window::ReissueWindow,
+        service::{SERVICE, Service},
+        stream::TYPE_URL,
+    },
+    store::Store,
+};
+use tokio::{
+    sync::{mpsc, watch},
+    time::Instant,
+};
+use tokio_util::sync::CancellationToken;
+use tonic::Status;
+
+/// The first three parts of a certificate's version.
+fn version_prefix(version: &str) -> &str {
+    version.rsplit_once('-').map_or(version, |(version_prefix, _)| version_prefix)
+}

@@ -1,0 +1,26 @@
+//! Layer three: real sockets and real time. Nothing is waited for but events, and those not for ever.
+
+mod arrivals;
+mod bench;
+mod calls;
+mod ends;
+mod floods;
+mod link;
+
+use std::{sync::Arc, time::Duration};
+
+use agent_runtime::shutdown::Shutdown;
+use sds_server::{
+    attest::origin::Origin,
+    caller::Authenticator,
+    limits::Limits,
+    session::{
+        MAX_REFUSED_STREAMS, Sessions, Timeouts,
+        metrics::{self, Metrics, Rejection},
+        quotas,
+        services::Services,
+    },
+};
+use tokio::{net::UnixStream, time::Instant};
+use tokio_util::sync::CancellationToken;
+use unix_peer::peer::Peer;

@@ -1,0 +1,171 @@
+//! A socket that is served, with a real store and rotation behind it, and an attestor that answers when it is let.
+
+use std::{collections::BTreeMap, path::PathBuf, sync::Mutex};
+
+use futures::future::BoxFuture;
+use tokio::{
+    sync::{mpsc, watch},
+    task::JoinHandle,
+};
+
+use super::*;
+use agent_runtime::clock::{Clock, SystemClock};
+use sds_agent::{
+    issuer::{Issuer, embedded::Embedded},
+    rotation::{self, plan::Plan},
+};
+use sds_server::{
+    attest::{self, Attested, Attestor, Method},
+    sds,
+    store::Store,
+    trust::{self, Trust},
+};
+use unix_peer::listener;
+use workload_identity::{IssuerName, PodRef, Resolver, TrustDomain, Workload, samples::identity};
+
+/// Longer than anything takes on a busy machine.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Awaits an event, and not for ever.
+pub async fn soon<T>(what: &str, event: impl Future<Output = T>) -> T {
+    tokio::time::timeout(PATIENCE, event).await.unwrap_or_else(|_| panic!("{what} did not come"))
+}
+
+/// Returns when `condition` holds; for what tells nobody when it changes.
+pub async fn until(what: &str, condition: impl Fn() -> bool) {
+    soon(what, async {
+        while !condition() {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+}
+
+/// Lets callers in when it is open, each with a token of its own.
+#[derive(Debug)]
+struct TestAttestor {
+    open: watch::Receiver<bool>,
+    let_in: Arc<Mutex<Vec<CancellationToken>>>,
+}
+
+impl Attestor for TestAttestor {
+    fn method(&self) -> Method {
+        Method::unix
+    }
+
+    fn attest<'a>(&'a self, _peer: &'a Peer) -> BoxFuture<'a, Result<Attested, attest::Error>> {
+        Box::pin(async move {
+            self.open.clone().wait_for(|open| *open).await.unwrap();
+            let terminated = CancellationToken::new();
+            self.let_in.lock().unwrap().push(terminated.clone());
+            let pod = PodRef { namespace: "shop".into(), name: "cart-1".into(), uid: "u1".into() };
+            Ok(Attested {
+                workload: Workload::Pod { pod, service_account: Some("a".into()), labels: Arc::default(), picked: None },
+                terminated,
+            })
+        })
+    }
+}
+
+pub struct Agent {
+    pub path: PathBuf,
+    pub sessions: Sessions,
+    pub sds: Arc<sds::service::Service>,
+    pub origin_cache: watch::Sender<bool>,
+    /// One token for each connection that was attested, in that order.
+    pub let_in: Arc<Mutex<Vec<CancellationToken>>>,
+    pub source: trust::Source,
+    pub accepting: JoinHandle<()>,
+    _directory: tempfile::TempDir,
+}
+
+/// How long a drain may take.
+pub const DRAIN: Duration = Duration::from_millis(300);
+
+impl Agent {
+    pub async fn start() -> Self {
+        Self::with(|_| {}).await
+    }
+
+    pub async fn with(change: impl FnOnce(&mut Sessions)) -> Self {
+        let clock: Arc<dyn Clock> = Arc::new(SystemClock);
+        let embedded = Embedded::new("cluster.local", clock.clone()).unwrap();
+        let trust = Trust::new(trust::Metrics::default());
+        let source = trust.source(None, "own");
+        source.take(embedded.bundle().unwrap());
+        let (store, events) = Store::new();
+        let issuers = BTreeMap::from([(IssuerName("mesh".into()), Arc::new(embedded) as Arc<dyn Issuer>)]);
+        let plan = Plan::new(issuers, [identity("a").profile.clone()], Duration::from_secs(300));
+        let (plan, reissues) = (watch::channel(Arc::new(plan)).1, mpsc::channel(1).1);
+        let parts = rotation::Parts {
+            store: store.clone(),
+            events,
+            plan,
+            reissues,
+            trust: trust.subscribe(),
+            authorities: None,
+            await_bundle: false,
+            clock: clock.clone(),
+            identity_users: None,
+            observer: None,
+            metrics: rotation::metrics::Metrics::default(),
+        };
+        tokio::spawn(rotation::run(parts, CancellationToken::new()));
+
+        let domain = TrustDomain::new("cluster.local").unwrap();
+        let limits = Limits::default();
+        let ending = CancellationToken::new();
+        let sds = Arc::new(sds::service::Service {
+            store,
+            trust: trust.subscribe(),
+            directory: sds::names::Directory::new(sds::names::Names::default(), &domain),
+            clock: clock.clone(),
+            limits: limits.clone(),
+            metrics: sds::metrics::Metrics::default(),
+            reissue_window: watch::channel(sds::reissue_window::ReissueWindow::new(clock.now(), Duration::ZERO, 1)).1,
+            ending: ending.clone(),
+        });
+        let resolver = Resolver::single(domain, identity("a").profile.clone());
+        let (origin_cache, open) = watch::channel(true);
+        let let_in: Arc<Mutex<Vec<CancellationToken>>> = Arc::default();
+        let attestor = Arc::new(TestAttestor { open, let_in: let_in.clone() });
+        let mut sessions = Sessions {
+            services: Services::new(sds.clone()).await.unwrap(),
+            authenticator: Authenticator {
+                attestor,
+                resolver: watch::channel(Arc::new(resolver)).1,
+                metrics: attest::Metrics::default(),
+                observer: None,
+            },
+            quotas: quotas::Quotas::new(&limits),
+            refusals: Arc::default(),
+            limits,
+            timeouts: Timeouts::default(),
+            metrics: Metrics::default(),
+            shutdown: Shutdown::new(DRAIN),
+            ending,
+        };
+        change(&mut sessions);
+        sessions.quotas = quotas::Quotas::new(&sessions.limits);
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("sds.sock");
+        let bound = listener::bind(&path, 0o666).unwrap();
+        let accepting = tokio::spawn(sessions.clone().accept(bound.listener));
+        Self { path, sessions, sds, origin_cache, let_in, source, accepting, _directory: directory }
+    }
+
+    /// Subscriptions to any certificate.
+    pub fn leases(&self) -> usize {
+        self.sds.store.snapshot().iter().map(|entry| entry.subscribers()).sum()
+    }
+
+    pub fn streams(&self) -> i64 {
+        self.sds.metrics.streams.get()
+    }
+
+    /// Other roots than before: something to push.
+    pub fn change_bundle(&self) {
+        let other = Embedded::new("cluster.local", Arc::new(SystemClock)).unwrap();
+        self.source.take(other.bundle().unwrap());
+    }
+}
