@@ -6,7 +6,7 @@
 use std::{hint::black_box, os::unix::net::UnixStream, path::Path, sync::Arc, time::SystemTime};
 
 use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
-use sds_agent::issuer::{csr, verify};
+use issuance::issuer::{csr, verify};
 use sds_server::{
     attest::{self, unix::UnixAttestor},
     caller::{Authenticator, Connection},

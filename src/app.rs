@@ -26,7 +26,6 @@ use crate::{
     config::{Config, SharedSocket, reloads},
     csi,
     handover::SocketLease,
-    rotation,
     warm::{
         self, Prefetcher,
         starts::{Rule, Starts},
@@ -40,6 +39,7 @@ use agent_runtime::{
     telemetry,
 };
 use attest_kubernetes::pods::Pods;
+use issuance::rotation;
 use sds_server::{
     attest::{self, Attestor},
     caller::Authenticator,

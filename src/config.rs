@@ -4,17 +4,18 @@
 
 use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
-use crate::{csi::PerPod, issuer::certificate_request, process::LockMemory, warm::WarmUp};
+use crate::{csi::PerPod, process::LockMemory, warm::WarmUp};
 use agent_kube::RequestRate;
 use attest_kubernetes::attestor::AttestationPolicy;
+use issuance::issuer::certificate_request;
 use sds_server::{limits::Limits, sds::names::Names};
 use workload_identity::{IssuerName, NodeEnvironment, Profile, Resolver, Rule, TrustDomain};
 
 mod approver;
+mod certificates;
 mod dev;
 mod environment;
 mod error;
-mod issuance;
 pub mod live;
 mod parse;
 mod reader;
@@ -26,10 +27,10 @@ mod values;
 mod warm_up;
 
 pub use approver::Approver;
+pub use certificates::renewals_per_second;
 pub use dev::{Dev, dev, dev_socket};
 pub use environment::{Env, process as process_environment};
 pub use error::{Errors, Problem, Warning};
-pub use issuance::renewals_per_second;
 pub use parse::{Loaded, MAX_FILE_BYTES};
 pub use template::sample as sample_workload;
 

@@ -30,13 +30,13 @@ use self::{
     ledger::{PodEvent, PodTransitions, Reason},
     refusals::Refusals,
 };
-use crate::{issuer::Error, rotation::IssuanceObserver};
 use agent_kube::{Call, Failure};
 use agent_runtime::{
     clock,
     telemetry::hush::{self, LogLimiter},
     text,
 };
+use issuance::{issuer::Error, rotation::IssuanceObserver};
 use sds_server::{attest, material::Svid, store::Entry};
 use workload_identity::{NodeEnvironment, PodRef};
 

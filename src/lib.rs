@@ -26,10 +26,7 @@ pub mod csi;
 
 pub mod warm;
 
-pub mod rotation;
-
 pub mod approver;
-pub mod issuer;
 
 pub mod app;
 

@@ -12,11 +12,12 @@ use std::{
 
 use prometheus_client::registry::Registry;
 
-use crate::{app, approver, build_info, config, csi, events, issuer, process, rotation, warm};
+use crate::{app, approver, build_info, config, csi, events, process, warm};
 use agent_runtime::{
     metrics::{ANY, Exposition, Format, PREFIX},
     readiness, telemetry,
 };
+use issuance::{issuer, rotation};
 use sds_server::{attest, sds, session, trust};
 
 mod monitoring;

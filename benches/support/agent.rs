@@ -13,10 +13,10 @@ use std::{
 
 use agent_runtime::{clock::SystemClock, shutdown::Shutdown};
 use futures::future::BoxFuture;
+use issuance::issuer::{self, Issued, Issuer, Order, Phase, Progress, embedded::Embedded, verify};
 use sds_agent::{
     app::{self, Base, Deps},
     config::{self, Config, Dev},
-    issuer::{self, Issued, Issuer, Order, Phase, Progress, embedded::Embedded, verify},
 };
 use sds_server::{
     attest::{Attested, Attestor, Error, Method},

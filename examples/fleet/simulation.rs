@@ -11,7 +11,7 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use sds_agent::{
+use issuance::{
     issuer::Retry,
     rotation::{
         planner::{Action, Id, Now, Planner},

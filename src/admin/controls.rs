@@ -19,8 +19,8 @@ use tokio::sync::{mpsc, oneshot};
 use tracing::info;
 
 use super::{Answer, JSON, TEXT, answer, refuse_method};
-use crate::rotation::reissue::{Reissue, Which};
 use agent_runtime::{telemetry::Filter, text};
+use issuance::rotation::reissue::{Reissue, Which};
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::admin::controls";

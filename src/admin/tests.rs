@@ -11,8 +11,8 @@ use tokio::{
 };
 
 use super::*;
-use crate::rotation::reissue::{Reissue, Reissued, Which};
 use agent_runtime::{readiness, telemetry};
+use issuance::rotation::reissue::{Reissue, Reissued, Which};
 
 const BOUND: Duration = Duration::from_secs(20);
 const ANYWHERE: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 0);

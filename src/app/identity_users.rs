@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use tokio::sync::watch;
 
-use crate::rotation::IdentityUsers;
 use attest_kubernetes::pods::Pods;
+use issuance::rotation::IdentityUsers;
 use workload_identity::{Identity, Resolver};
 
 /// Who of the node's pods has an identity.

@@ -5,8 +5,8 @@ use std::{sync::Arc, time::SystemTime};
 use serde_json::{Value, json};
 use tokio::sync::watch;
 
-use crate::rotation::plan::Plan;
 use agent_runtime::clock::{self, Clock};
+use issuance::rotation::plan::Plan;
 use sds_server::store::{Demand, Entry, Status, Store};
 
 mod gauges;

@@ -10,13 +10,14 @@ use super::{Base, Deps, upstream};
 use crate::{
     app::config_map_source::ConfigMapSource,
     config::{Attestation, Config, IssuerConfig, TrustSource},
-    events, rotation,
+    events,
 };
 use agent_runtime::{
     clock::{Clock, SystemClock},
     readiness::Readiness,
 };
 use attest_kubernetes::{attestor::KubernetesAttestor, pods::Pods};
+use issuance::rotation;
 use sds_server::{
     attest::{self, Attestor},
     trust::{self, Trust, file::FileSource},

@@ -13,14 +13,12 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
 use super::upstream::{IssuerSet, Started};
-use crate::{
-    config::{
-        Config, Errors, Loaded, MAX_FILE_BYTES, Warning, live,
-        reloads::{Metrics, Outcome},
-    },
-    rotation::plan::Plan,
+use crate::config::{
+    Config, Errors, Loaded, MAX_FILE_BYTES, Warning, live,
+    reloads::{Metrics, Outcome},
 };
 use agent_runtime::{clock::Clock, file::Followed};
+use issuance::rotation::plan::Plan;
 use sds_server::sds::reissue_window::ReissueWindow;
 use workload_identity::Resolver;
 

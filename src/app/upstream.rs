@@ -22,17 +22,15 @@ use super::{
     Base,
     parts::{Cluster, guarded},
 };
-use crate::{
-    config::{Config, IssuerConfig},
-    issuer::{
-        Issuer,
-        certificate_request::{self, CertManager, LivePods, Metrics, Requests},
-        embedded::Embedded,
-    },
-};
+use crate::config::{Config, IssuerConfig};
 use agent_runtime::clock::Clock;
 use attest_kubernetes::pods::Pods;
 use cert_manager::{RequestNamespace, naming::Agent};
+use issuance::issuer::{
+    Issuer,
+    certificate_request::{self, CertManager, LivePods, Metrics, Requests},
+    embedded::Embedded,
+};
 use sds_server::trust::Trust;
 use workload_identity::IssuerName;
 

@@ -13,8 +13,8 @@ use serde_json::Value;
 use super::{
     Approver, Attestation, AttestationPolicy, Config, Env, IssuerConfig, Limits, LockMemory, Names, NodeEnvironment, RequestRate,
     SharedSocket,
+    certificates::LIFETIMES,
     error::{Errors, FieldError},
-    issuance::LIFETIMES,
     reader::Report,
     template, values,
 };

@@ -17,10 +17,9 @@ use std::{
 use serde_json::Value;
 
 use super::{
-    Attestation, AttestationPolicy, Config, IssuerConfig, Limits, LockMemory, Names, RequestRate, TrustSource, approver,
+    Attestation, AttestationPolicy, Config, IssuerConfig, Limits, LockMemory, Names, RequestRate, TrustSource, approver, certificates,
     environment::{self, Env},
     error::{Errors, FieldError, Problem, Warning},
-    issuance,
     reader::{Report, Section},
     sockets, values, warm_up,
 };
@@ -123,8 +122,8 @@ pub(super) fn decode(root: &Section<'_>, report: &Report, env: Env<'_>) -> Optio
     let shared = sockets.as_ref().map(|(shared, _)| shared.as_ref());
     let warm_up = root.section("warmUp", |section| warm_up::decode(section, attestation, shared));
     let pod = environment::pod(report, attestation, env);
-    let context = issuance::Context { attestation, trust_domain: trust_domain.as_ref(), pod: pod.as_ref() };
-    let issuance = issuance::decode(root, &context);
+    let context = certificates::Context { attestation, trust_domain: trust_domain.as_ref(), pod: pod.as_ref() };
+    let issuance = certificates::decode(root, &context);
     let trust_sources = root.section("trust", |trust| (trust.sections("sources", source), federated(trust, trust_domain.as_ref())));
     let names = root.section("names", names);
     let lock_memory = root.section("keys", |keys| {
@@ -145,7 +144,7 @@ pub(super) fn decode(root: &Section<'_>, report: &Report, env: Env<'_>) -> Optio
         root.warn("retention", "an Envoy that reconnects takes up to 30s, and then needs a new certificate; use 1m or more");
     }
     let (trust_sources, federated) = (trust_sources.0?, trust_sources.1?);
-    let issuance::Issuance { default_profile, rules, issuers } = issuance?;
+    let certificates::Issuance { default_profile, rules, issuers } = issuance?;
     if trust_sources.is_empty() {
         warn_of_roots(report, &issuers);
     }
@@ -182,7 +181,7 @@ pub(super) fn decode(root: &Section<'_>, report: &Report, env: Env<'_>) -> Optio
 
 /// Where there are no sources, the issuers are all that could bring roots.
 fn warn_of_roots(report: &Report, issuers: &BTreeMap<IssuerName, IssuerConfig>) {
-    let rootless: Vec<&str> = issuers.iter().filter(|(_, issuer)| issuance::tells_no_roots(issuer)).map(|(name, _)| &*name.0).collect();
+    let rootless: Vec<&str> = issuers.iter().filter(|(_, issuer)| certificates::tells_no_roots(issuer)).map(|(name, _)| &*name.0).collect();
     match rootless.len() {
         0 => {}
         all if all == issuers.len() => report.warn(

@@ -5,12 +5,12 @@ use std::time::UNIX_EPOCH;
 use serde_json::json;
 
 use super::*;
-use crate::issuer::{Issuer as _, Order, Progress, Retry, embedded::Embedded};
 use agent_kube::{
     self,
     fake::{FakeApi, Fault},
 };
 use agent_runtime::clock::{Clock, TestClock};
+use issuance::issuer::{Issuer as _, Order, Progress, Retry, embedded::Embedded};
 use sds_server::{
     material::CertificateChain,
     store::{Demand, Lease, Store},

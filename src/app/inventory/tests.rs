@@ -7,8 +7,8 @@ use prometheus_client::{
 };
 
 use super::*;
-use crate::issuer::{Issuer as _, Order, Progress, embedded::Embedded};
 use agent_runtime::clock::TestClock;
+use issuance::issuer::{Issuer as _, Order, Progress, embedded::Embedded};
 use sds_server::{
     material::{CertificateChain, Svid},
     store::Lease,

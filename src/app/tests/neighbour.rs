@@ -11,15 +11,7 @@ use tokio::{task::JoinHandle, time::Instant};
 use tracing::subscriber::DefaultGuard;
 
 use super::*;
-use crate::{
-    build_info,
-    issuer::{
-        Issuer,
-        certificate_request::{CertManager, Metrics as RequestMetrics, Requests, Settings},
-        embedded::Embedded,
-    },
-    rotation::plan::Plan,
-};
+use crate::build_info;
 use agent_kube::{
     self, RequestRate,
     fake::FakeApi,
@@ -31,6 +23,14 @@ use agent_runtime::{
     telemetry::{self, Format, captured::Captured},
 };
 use cert_manager::{IssuerRef, RequestNamespace, naming::Agent};
+use issuance::{
+    issuer::{
+        Issuer,
+        certificate_request::{CertManager, Metrics as RequestMetrics, Requests, Settings},
+        embedded::Embedded,
+    },
+    rotation::plan::Plan,
+};
 use sds_server::store::{Demand, Lease};
 use workload_identity::{Identity, IssuerName, NodeEnvironment, PodRef, Profile, samples::identity};
 

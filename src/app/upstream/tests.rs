@@ -7,7 +7,6 @@ use serde_json::{Value, json};
 use tokio::{task::JoinHandle, time::timeout};
 
 use super::*;
-use crate::issuer::{Error, Issued, Order, Progress};
 use agent_kube::fake::FakeApi;
 use agent_runtime::{
     clock::TestClock,
@@ -15,6 +14,7 @@ use agent_runtime::{
     telemetry::{self, Format, captured::Captured},
 };
 use cert_manager::keys;
+use issuance::issuer::{Error, Issued, Order, Progress};
 use sds_server::trust;
 use workload_identity::{PodRef, Workload};
 

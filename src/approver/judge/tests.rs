@@ -3,8 +3,9 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use super::*;
-use crate::{approver::rules::Guarded, issuer::certificate_request};
+use crate::approver::rules::Guarded;
 use cert_manager::{CertificateRequestSpec, Condition, Csr, Reference, RequestNamespace, Status};
+use issuance::issuer::certificate_request;
 use workload_identity::{IssuerName, KeyType, Pattern, Profile, Resolver, TrustDomain};
 
 const AGENT: &str = "system:serviceaccount:sds-agent:sds-agent";

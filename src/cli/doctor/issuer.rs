@@ -13,10 +13,6 @@ use super::report::Step;
 use crate::{
     cli::Exit,
     config::{Config, IssuerConfig},
-    issuer::{
-        Error,
-        certificate_request::{self, Settings, vault},
-    },
 };
 use agent_kube::{Call, Cause, Failure};
 use agent_runtime::{
@@ -24,6 +20,10 @@ use agent_runtime::{
     text,
 };
 use cert_manager::{CertificateRequest, GROUP, IssuerRef, RequestNamespace, Status, keys, naming::node_label, verdict::Verdict};
+use issuance::issuer::{
+    Error,
+    certificate_request::{self, Settings, vault},
+};
 
 /// No more requests than this are shown.
 const SHOWN: usize = 5;

@@ -6,10 +6,10 @@ use super::*;
 use crate::{
     config::{IssuerConfig, SharedSocket},
     csi::PerPod,
-    issuer::certificate_request,
     warm::WarmUp,
 };
 use cert_manager::{IssuerRef, RequestNamespace};
+use issuance::issuer::certificate_request;
 use workload_identity::{IssuerName, KeyType, PodRef};
 
 mod mistakes;

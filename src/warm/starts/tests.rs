@@ -13,8 +13,6 @@ use tokio::{sync::watch, time::sleep};
 use super::*;
 use crate::{
     config::Config,
-    issuer::{self, Issued, Issuer, Order, embedded::Embedded},
-    rotation::{self, plan::Plan},
     warm::{
         LEASE_HANDOVER,
         metrics::{Ended, Metrics},
@@ -22,6 +20,10 @@ use crate::{
 };
 use agent_kube::fake::FakeApi;
 use agent_runtime::clock::{self, TestClock};
+use issuance::{
+    issuer::{self, Issued, Issuer, Order, embedded::Embedded},
+    rotation::{self, plan::Plan},
+};
 use sds_server::{
     store::Store,
     trust::{self, Trust},

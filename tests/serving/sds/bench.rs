@@ -10,7 +10,7 @@ use futures::future::BoxFuture;
 
 use super::*;
 use agent_runtime::clock::TestClock;
-use sds_agent::{
+use issuance::{
     issuer::{self, Issued, Issuer, Order, Retry, embedded::Embedded},
     rotation::{self, plan::Plan, reissue::Reissue},
 };

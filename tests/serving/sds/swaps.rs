@@ -7,7 +7,7 @@ use super::{
     client::{Client, FACES},
     *,
 };
-use sds_agent::rotation::reissue::{Reissue, Reissued, Which};
+use issuance::rotation::reissue::{Reissue, Reissued, Which};
 use workload_identity::{Match, Pattern, Profile, Resolver, Rule};
 
 const MINUTE: Duration = Duration::from_secs(60);

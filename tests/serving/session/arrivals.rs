@@ -111,7 +111,7 @@ const CHILD: &str = "SDS_AGENT_TEST_CHILD";
 
 #[test]
 fn without_descriptors_accepting_neither_ends_nor_spins() {
-    let name = "session::tests::arrivals::child_without_descriptors";
+    let name = "session::arrivals::child_without_descriptors";
     let mut command = Command::new(std::env::current_exe().unwrap());
     let output = command.args(["--exact", name, "--ignored", "--nocapture"]).env(CHILD, "1").output().unwrap();
     let text = [output.stdout, output.stderr].concat();

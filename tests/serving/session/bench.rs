@@ -10,7 +10,7 @@ use tokio::{
 
 use super::*;
 use agent_runtime::clock::{Clock, SystemClock};
-use sds_agent::{
+use issuance::{
     issuer::{Issuer, embedded::Embedded},
     rotation::{self, plan::Plan},
 };

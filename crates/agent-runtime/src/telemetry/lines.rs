@@ -166,11 +166,11 @@ mod tests {
             let (_guard, _filter) = capture("info", format, lines.clone()).unwrap();
             for unit in ["x", "\n", "ü", "\u{1b}", "\\\""] {
                 let huge = unit.repeat(1 << 16);
-                tracing::info!(cause = huge, other = ?huge, n = 7, "huge {huge}");
+                tracing::info!(target: "sds_agent", cause = huge, other = ?huge, n = 7, "huge {huge}");
             }
             // As many fields as a line may have.
             let long = "y".repeat(500);
-            tracing::info!(a = long, b = long, c = long, d = long, e = long, f = long, g = long, h = long, i = long, "many");
+            tracing::info!(target: "sds_agent", a = long, b = long, c = long, d = long, e = long, f = long, g = long, h = long, i = long, "many");
             let text = lines.take();
             let lines: Vec<_> = text.lines().collect();
             assert_eq!(lines.len(), 6, "{format:?}");
@@ -217,7 +217,7 @@ mod tests {
             assert!(text.contains(told), "{text}");
             for _ in 0..3 {
                 tracing::debug!(target: "h2::proto::ping_pong", "for an operator who asks");
-                tracing::info!("ours");
+                tracing::info!(target: "sds_agent", "ours");
             }
             assert_eq!(lines.take().lines().count(), 6);
         }

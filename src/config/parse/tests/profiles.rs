@@ -1,11 +1,9 @@
 //! `profiles`: what they inherit, how their issuers are named, and their mistakes.
 
 use super::{LEAST, errors, load, warnings};
-use crate::{
-    config::{Config, IssuerConfig},
-    issuer::certificate_request,
-};
+use crate::config::{Config, IssuerConfig};
 use cert_manager::{IssuerRef, RequestNamespace};
+use issuance::issuer::certificate_request;
 use workload_identity::{IssuerName, KeyType, Profile};
 
 fn with(profiles: &str) -> String {

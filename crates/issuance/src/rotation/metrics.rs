@@ -178,8 +178,8 @@ impl Metrics {
     }
 
     /// Registers and counts one of everything, for the reference.
-    #[cfg(test)]
-    pub(crate) fn sample(registry: &mut Registry) {
+    #[cfg(any(test, feature = "testing"))]
+    pub fn sample(registry: &mut Registry) {
         let metrics = Self::register(registry);
         let issuer = IssuerName(agent_runtime::metrics::ANY.into());
         metrics.issued(&issuer, &every!(Phase: Create, Approve, Sign).map(|phase| (phase, Duration::from_secs(1))));

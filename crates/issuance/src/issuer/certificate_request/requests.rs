@@ -72,14 +72,14 @@ impl Metrics {
     }
 
     /// Registers and shows them all, for the reference.
-    #[cfg(test)]
-    pub(crate) fn sample(registry: &mut Registry) {
+    #[cfg(any(test, feature = "testing"))]
+    pub fn sample(registry: &mut Registry) {
         Self::register(registry);
     }
 
     /// How many there were, for tests.
-    #[cfg(test)]
-    pub(super) fn orphans(&self) -> u64 {
+    #[cfg(any(test, feature = "testing"))]
+    pub fn orphans(&self) -> u64 {
         self.orphans.get()
     }
 }

@@ -57,7 +57,7 @@ impl Embedded {
     }
 
     /// Signs a CSR as an upstream of other tests.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "testing"))]
     pub fn sign(&self, csr_der: Vec<u8>, lifetime: Duration) -> Vec<u8> {
         self.inner.sign(csr_der, lifetime, self.clock.now()).unwrap()
     }

@@ -1,0 +1,8 @@
+//! When a workload's certificate is made or replaced, by whom, and what of it may be published.
+//!
+//! - [`rotation`] owns the schedule ([`rotation::planner`], [`rotation::schedule`]), orders certificates and publishes them into the server's
+//!   store; nothing is published that [`issuer::verify`] has not passed;
+//! - [`issuer`] is where they come from: [`issuer::certificate_request`] for cert-manager, [`issuer::embedded`] for development.
+
+pub mod issuer;
+pub mod rotation;
