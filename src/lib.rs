@@ -26,8 +26,6 @@ pub mod csi;
 
 pub mod warm;
 
-pub mod approver;
-
 pub mod app;
 
 pub mod build_info;

@@ -12,7 +12,7 @@ use std::{
 
 use prometheus_client::registry::Registry;
 
-use crate::{app, approver, build_info, config, csi, events, process, warm};
+use crate::{app, build_info, config, csi, events, process, warm};
 use agent_runtime::{
     metrics::{ANY, Exposition, Format, PREFIX},
     readiness, telemetry,

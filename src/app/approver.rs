@@ -8,16 +8,13 @@ use tracing::{error, info};
 
 use self::reload::Reload;
 use super::Base;
-use crate::{
-    admin,
-    approver::{self, Approver, Pods},
-    config::reloads,
-};
+use crate::{admin, config::reloads};
 use agent_runtime::{
     clock::SystemClock,
     readiness::{self, Readiness},
     shutdown::{Drained, Shutdown},
 };
+use approver::{Approver, Pods};
 
 pub mod reload;
 pub mod settings;

@@ -8,14 +8,12 @@ use tokio::{sync::watch, time::Instant};
 use tracing::{error, info, warn};
 
 use super::settings::{Refused, Settings};
-use crate::{
-    approver::active_rules::ActiveRules,
-    config::{
-        Config, Env, MAX_FILE_BYTES, Warning,
-        reloads::{Metrics, Outcome},
-    },
+use crate::config::{
+    Config, Env, MAX_FILE_BYTES, Warning,
+    reloads::{Metrics, Outcome},
 };
 use agent_runtime::file::Followed;
+use approver::active_rules::ActiveRules;
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::approver::reload";

@@ -2,10 +2,8 @@
 
 use std::{io, path::Path};
 
-use crate::{
-    approver::rules::{Guarded, Rules},
-    config::{Attestation, Config, Env, Errors, IssuerConfig, Loaded, Warning},
-};
+use crate::config::{Attestation, Config, Env, Errors, IssuerConfig, Loaded, Warning};
+use approver::rules::{Guarded, Rules};
 use workload_identity::IssuerName;
 
 /// A configuration that an approver can use.

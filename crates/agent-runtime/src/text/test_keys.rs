@@ -17,6 +17,8 @@ pub struct Key {
     windows: HashSet<String>,
 }
 
+/// The longest text that may be shown of one mistake.
+const MAX_BYTES: usize = 4096;
 /// So many characters of a form of a key are part of it.
 const WINDOW: usize = 12;
 /// This much of it is no secret.
@@ -141,6 +143,12 @@ impl Key {
             pieces.filter(|piece| self.windows.contains(*piece)).map(str::to_owned).next()
         };
         look(text).or_else(|| look(&squeezed))
+    }
+
+    /// That what is `shown` of `what` is short and holds no part of the key.
+    pub fn assert_tame(&self, what: &str, shown: &str) {
+        assert_eq!(self.leak_in(shown), None, "{what}: {shown}");
+        assert!(shown.len() < MAX_BYTES, "{what}: {} bytes", shown.len());
     }
 }
 

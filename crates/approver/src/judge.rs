@@ -8,7 +8,7 @@ use std::{fmt, time::Duration};
 
 use tokio::time::Instant;
 
-use crate::approver::{
+use crate::{
     active_rules::ActiveRules,
     desk::APPROVER,
     rules::{Expectation, Rules},

@@ -35,7 +35,7 @@ async fn while_answers_come_quickly_a_few_are_on_their_way_at_once() {
     for n in 0..400 {
         decided(&api, &format!("r{n}")).await;
     }
-    assert_eq!(api.most_at_once("patch", CR), crate::approver::limit::MAX_IN_FLIGHT);
+    assert_eq!(api.most_at_once("patch", CR), crate::limit::MAX_IN_FLIGHT);
 }
 
 /// One write gets no answer until the client gives up.

@@ -15,7 +15,7 @@ use kube::{
 use serde_json::json;
 use tokio::{sync::watch, time::Instant};
 
-use crate::approver::{
+use crate::{
     active_rules::ActiveRules,
     events::Events,
     gate::{Slot, WriteGate},

@@ -66,7 +66,7 @@ impl ActiveRules {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::approver::{
+    use crate::{
         judge::{
             self, Decision, PodView,
             tests::{pod, request, rules},

@@ -2,19 +2,22 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
+use agent_runtime::text::test_keys::Key;
+use base64::{Engine, engine::general_purpose::STANDARD};
+use serde_json::json;
+
 use super::*;
-use crate::approver::rules::Guarded;
+use crate::rules::Guarded;
 use cert_manager::{CertificateRequestSpec, Condition, Csr, Reference, RequestNamespace, Status};
-use issuance::issuer::certificate_request;
 use workload_identity::{IssuerName, KeyType, Pattern, Profile, Resolver, TrustDomain};
 
 const AGENT: &str = "system:serviceaccount:sds-agent:sds-agent";
 
-pub(crate) fn issuer_ref() -> IssuerRef {
+pub fn issuer_ref() -> IssuerRef {
     IssuerRef { name: "mesh-ca".into(), kind: "ClusterIssuer".into(), group: "cert-manager.io".into() }
 }
 
-pub(crate) fn rules() -> Rules {
+pub fn rules() -> Rules {
     let profile = Profile {
         name: "default".into(),
         issuer: IssuerName("default".into()),
@@ -28,9 +31,7 @@ pub(crate) fn rules() -> Rules {
         per_pod: false,
         epoch: 0,
     };
-    let namespace = RequestNamespace::Fixed("sds-agent".into());
-    let certificate_request::Settings { issuer_ref: issuer, namespace, .. } =
-        certificate_request::Settings { issuer_ref: issuer_ref(), namespace, trust_status_ca: false };
+    let (issuer, namespace) = (issuer_ref(), RequestNamespace::Fixed("sds-agent".into()));
     Rules {
         agents: [AGENT.to_owned()].into(),
         issuers: vec![Guarded { name: IssuerName("default".into()), issuer, namespace }],
@@ -40,7 +41,7 @@ pub(crate) fn rules() -> Rules {
     }
 }
 
-pub(crate) fn pod() -> Pod {
+pub fn pod() -> Pod {
     Pod {
         pod: PodRef { namespace: "shop".into(), name: "cart-1".into(), uid: "u-1".into() },
         node_name: Some("n1".into()),
@@ -64,7 +65,7 @@ fn csr(spiffe_id: &str, dns_names: &[&str], algorithm: &'static rcgen::Signature
 }
 
 /// What the agent on `n1` asks for [`pod`].
-pub(crate) fn request() -> Request {
+pub fn request() -> Request {
     let extra = [(claims::NODE_NAME, "n1"), (claims::NODE_UID, "node-uid"), (claims::POD_NAME, "sds-agent-x"), (claims::POD_UID, "a-1")];
     let spec = CertificateRequestSpec {
         issuer_ref: Reference::from(&issuer_ref()),
@@ -89,7 +90,7 @@ fn decide(request: &Request, pod: Option<&Pod>) -> Decision {
 }
 
 /// The denial of a request with one change, which needs no pod to be seen.
-pub(crate) fn denied_at_once(change: impl Fn(&mut Request)) -> Denial {
+pub fn denied_at_once(change: impl Fn(&mut Request)) -> Denial {
     let mut request = request();
     change(&mut request);
     let decisions = [PodView::Cached(None), PodView::Cached(Some(&pod())), PodView::Live(None)].map(|view| judge(&request, view, &rules()));
@@ -377,5 +378,22 @@ fn durations_are_read_as_go_writes_them() {
     }
     for text in ["", "h", "1", "1d", "1h ", " 1h", "1.5h", "1ms", "+1h", "1hh", "18446744073709551615h", "١h"] {
         assert_eq!(go_duration(text), None, "{text}");
+    }
+}
+
+#[test]
+fn a_key_in_a_request_is_not_in_its_denial() {
+    let key = Key::ecdsa();
+    for (name, text) in key.some_texts() {
+        let in_each = [
+            denied_at_once(|request| request.spec.username = Some(text.clone())),
+            denied_at_once(|request| request.spec.usages = vec![text.clone()]),
+            denied_at_once(|request| drop(request.metadata.annotations.get_or_insert_default().insert(text.clone(), text.clone()))),
+            denied_at_once(|request| request.spec.request = serde_json::from_value(json!(STANDARD.encode(&text))).unwrap()),
+            denied_at_once(|request| request.spec.request = serde_json::from_value(json!(text)).unwrap()),
+        ];
+        for denial in in_each {
+            key.assert_tame(name, &format!("{denial:?}"));
+        }
     }
 }

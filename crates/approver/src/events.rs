@@ -13,7 +13,7 @@ use kube::{Api, Client, api::PostParams};
 use serde_json::json;
 use tokio::time::Instant;
 
-use crate::approver::{
+use crate::{
     desk::{APPROVER, place},
     judge::{Denial, evidence},
     metrics::{Metrics, Step},

@@ -122,8 +122,8 @@ impl Metrics {
     }
 
     /// Registers and counts one of everything, for the reference.
-    #[cfg(test)]
-    pub(crate) fn sample(registry: &mut Registry) {
+    #[cfg(any(test, feature = "testing"))]
+    pub fn sample(registry: &mut Registry) {
         use agent_runtime::metrics::every;
         let metrics = Self::register(registry);
         metrics.decided(Decided::approved, "none", 1.0);

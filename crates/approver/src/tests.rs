@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use tokio::task::JoinHandle;
 
 use super::*;
-use crate::approver::{
+use crate::{
     judge::tests::{request, rules},
     metrics::{Decided, Step},
     rules::Rules,

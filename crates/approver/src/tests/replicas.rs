@@ -1,7 +1,7 @@
 //! Several replicas: one decides, the others are on standby, and one of them takes over when nothing is decided.
 
 use super::*;
-use crate::approver::role::TAKEOVER_AFTER;
+use crate::role::TAKEOVER_AFTER;
 
 /// More than the longest time until a replica on standby decides, which is half as long again.
 const TAKEOVER: Duration = TAKEOVER_AFTER.saturating_add(TAKEOVER_AFTER);
