@@ -36,14 +36,25 @@ ARG PROFILE=dist
 # tests and benches stay, so that a change to them builds nothing. What is built of the stubs themselves is thrown away, or files older than
 # this layer would look built already.
 COPY Cargo.toml Cargo.lock ./
-RUN for target in build.rs src/lib.rs src/main.rs tests/real/main.rs tests/flood/main.rs tests/long_scale/main.rs tests/real/caller/main.rs examples/fleet/main.rs benches/path.rs benches/ratios.rs benches/flood.rs; do \
+COPY crates/agent-kube/Cargo.toml crates/agent-kube/
+COPY crates/agent-runtime/Cargo.toml crates/agent-runtime/
+COPY crates/approver/Cargo.toml crates/approver/
+COPY crates/attest-kubernetes/Cargo.toml crates/attest-kubernetes/
+COPY crates/cert-manager/Cargo.toml crates/cert-manager/
+COPY crates/issuance/Cargo.toml crates/issuance/
+COPY crates/sds-server/Cargo.toml crates/sds-server/
+COPY crates/unix-peer/Cargo.toml crates/unix-peer/
+COPY crates/workload-identity/Cargo.toml crates/workload-identity/
+RUN for target in build.rs src/lib.rs src/main.rs tests/real/main.rs tests/flood/main.rs tests/long_scale/main.rs tests/serving/main.rs tests/real/caller/main.rs examples/fleet/main.rs benches/path.rs benches/ratios.rs benches/flood.rs \
+        crates/sds-server/build.rs crates/agent-kube/src/lib.rs crates/agent-runtime/src/lib.rs crates/approver/src/lib.rs crates/attest-kubernetes/src/lib.rs crates/cert-manager/src/lib.rs crates/issuance/src/lib.rs crates/sds-server/src/lib.rs crates/unix-peer/src/lib.rs crates/workload-identity/src/lib.rs; do \
         mkdir -p "$(dirname "$target")" && echo 'fn main() {}' >"$target"; \
     done \
     && cargo build --locked --bin sds-agent --profile "${PROFILE}" \
-    && cargo clean --locked --package sds-agent --profile "${PROFILE}"
+    && cargo clean --locked --package sds-agent $(ls crates | sed 's/^/--package /') --profile "${PROFILE}"
 
 COPY build.rs ./
 COPY proto proto
+COPY crates crates
 COPY src src
 # Told by `sds_agent_build_info`. Below the dependencies: a new revision builds the agent alone.
 ARG REVISION=unknown

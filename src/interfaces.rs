@@ -129,7 +129,7 @@ struct Source {
 }
 
 /// Every source file of the workspace that is not a test's.
-fn sources(root: &Path) -> Vec<PathBuf> {
+pub(crate) fn sources(root: &Path) -> Vec<PathBuf> {
     let crates = fs::read_dir(root.join("crates")).unwrap().map(|entry| entry.unwrap().path());
     [root.to_owned()].into_iter().chain(crates).flat_map(|package| sources_in(&package.join("src"))).collect()
 }

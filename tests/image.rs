@@ -11,6 +11,8 @@ use std::{
     process::Command,
 };
 
+use serde_json::Value;
+
 const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 
 fn read(path: &Path) -> String {
@@ -50,15 +52,28 @@ fn stubs() -> BTreeSet<String> {
     stubs.split_whitespace().map(str::to_owned).collect()
 }
 
-/// The files of the crate that the library is compiled from, includes too, as the compiler told cargo. Tests are not among them: what they
-/// include is needed by nobody else.
+/// The workspace, as cargo sees it.
+fn packages() -> Vec<Value> {
+    let output =
+        Command::new(env!("CARGO")).args(["metadata", "--no-deps", "--offline", "--format-version", "1"]).current_dir(ROOT).output();
+    let metadata: Value = serde_json::from_slice(&output.expect("cargo runs").stdout).expect("cargo writes JSON");
+    metadata["packages"].as_array().expect("packages").clone()
+}
+
+/// The files that the libraries are compiled from, includes too, as the compiler told cargo. Tests are not among them: what they include is
+/// needed by nobody else.
 fn read_by_the_compiler() -> BTreeSet<PathBuf> {
+    packages().iter().flat_map(|package| of_library(&package["name"].as_str().expect("a name").replace('-', "_"))).collect()
+}
+
+fn of_library(library: &str) -> Vec<PathBuf> {
+    let prefix = format!("lib{library}-");
     let profile = Path::new(env!("CARGO_BIN_EXE_sds-agent")).parent().expect("a folder");
     let built = fs::read_dir(profile.join("deps")).expect("cargo's folder of what it built").map(|entry| entry.expect("an entry").path());
     // Built for tests it is no library. The newest was made for this test, or from the same files.
     let libraries = built.filter(|path| {
         path.extension().is_some_and(|extension| extension == "rlib")
-            && path.file_name().and_then(OsStr::to_str).is_some_and(|name| name.starts_with("libsds_agent-"))
+            && path.file_name().and_then(OsStr::to_str).is_some_and(|name| name.starts_with(&prefix))
     });
     let newest = libraries.max_by_key(|path| path.metadata().and_then(|it| it.modified()).expect("a time")).expect("the library is built");
     let name = newest.file_stem().and_then(OsStr::to_str).and_then(|name| name.strip_prefix("lib")).expect("a name");
@@ -76,7 +91,7 @@ fn read_by_the_compiler() -> BTreeSet<PathBuf> {
 fn what_the_agent_is_made_of_is_copied() {
     let copied = copied(true);
     let mut files = read_by_the_compiler();
-    for known in ["src/lib.rs", "src/sds/secret.rs"] {
+    for known in ["src/lib.rs", "crates/sds-server/src/sds/secret.rs"] {
         assert!(files.contains(Path::new(known)), "{known} is no part of the agent: {files:?}");
     }
     let script = read(&Path::new(ROOT).join("build.rs"));
@@ -93,22 +108,21 @@ fn what_the_agent_is_made_of_is_copied() {
 #[test]
 fn every_declared_target_has_a_stub() {
     let root = Path::new(ROOT);
-    let output =
-        Command::new(env!("CARGO")).args(["metadata", "--no-deps", "--offline", "--format-version", "1"]).current_dir(root).output();
-    let output = output.expect("cargo runs");
-    let metadata: serde_json::Value = serde_json::from_slice(&output.stdout).expect("cargo writes JSON");
-    let targets = metadata["packages"][0]["targets"].as_array().expect("a package with targets");
+    let packages = packages();
+    let targets = packages.iter().flat_map(|package| package["targets"].as_array().expect("targets"));
     // Those that cargo finds by itself, in tests/, it does not miss either.
     let manifest = read(&root.join("Cargo.toml"));
-    let declared = targets.iter().filter(|target| {
+    let declared = targets.filter(|target| {
         let name = format!("name = {}", target["name"]);
-        target["kind"][0] == "custom-build" || manifest.lines().any(|line| line == name)
+        matches!(target["kind"][0].as_str(), Some("custom-build" | "lib")) || manifest.lines().any(|line| line == name)
     });
     let sources = declared.filter_map(|target| target["src_path"].as_str());
     let sources = sources.map(|path| Path::new(path).strip_prefix(root).expect("a path of the crate").display().to_string());
     assert_eq!(stubs(), sources.collect(), "left: the stubs, right: the targets of Cargo.toml");
-    for manifest in ["Cargo.toml", "Cargo.lock"] {
-        assert!(copied(true).contains(manifest), "{manifest} is not copied");
+    let manifests = packages.iter().map(|package| PathBuf::from(package["manifest_path"].as_str().expect("a path")));
+    let manifests = manifests.map(|path| path.strip_prefix(root).expect("a path of the workspace").display().to_string());
+    for manifest in manifests.chain(["Cargo.lock".to_owned()]) {
+        assert!(copied(true).contains(&manifest), "{manifest} is not copied before the stubs are built");
     }
 }
 

@@ -18,8 +18,8 @@ use crate::{
 const PATIENCE: Duration = Duration::from_secs(300);
 /// Pods that are created at once.
 const CREATORS: usize = 16;
-/// Writes for a certificate: create, approve, sign, delete, and three Events of cert-manager; and a few that nothing depends on.
-const MAX_WRITES: f64 = 7.5;
+/// Writes for a certificate: create, approve, sign, delete, and four Events of cert-manager; and a few that nothing depends on.
+const MAX_WRITES: f64 = 8.5;
 const WEBHOOK: &str = "system:serviceaccount:cert-manager:cert-manager-webhook";
 /// Identities of the one node, and of each of the four.
 const ALONE: usize = 250;
