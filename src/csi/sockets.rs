@@ -156,7 +156,7 @@ impl Sockets {
             match bound {
                 Ok(_) => served += 1,
                 Err(cause) => {
-                    error!(target: LOG_TARGET, pod_uid = %place.uid, volume = %place.volume, %cause, "the socket of a pod cannot be served again")
+                    error!(target: LOG_TARGET, pod_uid = %place.uid, volume = %place.volume, %cause, "the socket of a pod cannot be served again");
                 }
             }
         }
@@ -321,7 +321,7 @@ impl Shared {
             Ok(()) => debug!(target: LOG_TARGET, pod_uid = %place.uid, volume = %place.volume, "unpublished; it was not served"),
             // Nothing of it is mounted or served: a pod must not hang for what is not ours.
             Err(cause @ directory::Error::Unsafe { .. }) => {
-                warn!(target: LOG_TARGET, pod_uid = %place.uid, volume = %place.volume, %cause, "unpublished, but")
+                warn!(target: LOG_TARGET, pod_uid = %place.uid, volume = %place.volume, %cause, "unpublished, but");
             }
             Err(cause) => return Err(cause.into()),
         }

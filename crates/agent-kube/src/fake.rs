@@ -1,6 +1,7 @@
 //! An API server for tests, at the wire: a `tower` service over objects in memory, with lists, resumable watches and scripted faults.
 //!
 //! It opens no file descriptor, so it can be used under a paused clock.
+#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used, reason = "for tests alone")]
 
 use std::{
     collections::BTreeMap,

@@ -2,6 +2,7 @@
 //!
 //! The client is the real one, with its connections, its chunks and its time-outs; only the socket is a pipe, so that it works under a
 //! paused clock. The server reads and writes bytes itself, because a library would not break them.
+#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used, reason = "for tests alone")]
 
 use std::{
     io,

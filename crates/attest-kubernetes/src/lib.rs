@@ -5,6 +5,9 @@
 //! - [`cgroup`]: the reading of `/proc/<pid>/cgroup`;
 //! - [`pods`]: this node's pods, by UID, from one watch.
 
+// It writes no file; its tests do.
+#![cfg_attr(test, allow(clippy::disallowed_methods))]
+
 pub mod attestor;
 pub mod cgroup;
 pub mod mount;

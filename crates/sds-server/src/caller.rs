@@ -204,7 +204,7 @@ impl Connection {
         match self.line_is_due(error.reason.as_str(), error.pod.is_some() || self.attested.get().is_some()) {
             Some(0) => warn!(target: LOG_TARGET, peer = ?self.peer, cause = %error, "caller not served"),
             Some(left_out) => {
-                warn!(target: LOG_TARGET, peer = ?self.peer, origin = %self.origin, left_out, cause = %error, "caller not served")
+                warn!(target: LOG_TARGET, peer = ?self.peer, origin = %self.origin, left_out, cause = %error, "caller not served");
             }
             None => debug!(target: LOG_TARGET, peer = ?self.peer, cause = %error, "caller not served, again"),
         }

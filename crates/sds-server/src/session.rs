@@ -126,7 +126,7 @@ impl Sessions {
                     sessions.accept_connection(stream, &origin_cache).await;
                 }
                 Err(error) if is_connection_error(&error) => {
-                    debug!(target: LOG_TARGET, %error, "a connection ended before it was accepted")
+                    debug!(target: LOG_TARGET, %error, "a connection ended before it was accepted");
                 }
                 Err(error) => {
                     let wait = pause.next();

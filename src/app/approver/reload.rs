@@ -122,7 +122,7 @@ impl Reload {
             error!(target: LOG_TARGET, file = %self.file.path.display(), "the configuration file cannot be used; the rules that are in force stay");
             match &refused {
                 Refused::Invalid(errors) => {
-                    errors.0.iter().for_each(|problem| error!(target: LOG_TARGET, field = %problem.path, "{problem}"))
+                    errors.0.iter().for_each(|problem| error!(target: LOG_TARGET, field = %problem.path, "{problem}"));
                 }
                 Refused::Unfit(unfit) => error!(target: LOG_TARGET, "{unfit}"),
             }

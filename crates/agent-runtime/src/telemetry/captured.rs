@@ -1,4 +1,5 @@
 //! What was logged, for tests that look at it.
+#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used, reason = "for tests alone")]
 
 use std::{
     io::{self, Write},

@@ -58,6 +58,7 @@ impl Embedded {
 
     /// Signs a CSR as an upstream of other tests.
     #[cfg(any(test, feature = "testing"))]
+    #[allow(clippy::unwrap_used, reason = "for tests alone")]
     pub fn sign(&self, csr_der: Vec<u8>, lifetime: Duration) -> Vec<u8> {
         self.inner.sign(csr_der, lifetime, self.clock.now()).unwrap()
     }

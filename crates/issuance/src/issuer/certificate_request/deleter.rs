@@ -106,7 +106,7 @@ async fn delete(client: Client, tracker: Arc<RequestTracker>, deletion: Deletion
                 tracing::warn!(target: LOG_TARGET, action = %call, error = %failure, "left to the next sweep");
             }
             _ if tries == 1 => {
-                tracing::info!(target: LOG_TARGET, action = %call, error = %failure, "cannot delete a request; trying again")
+                tracing::info!(target: LOG_TARGET, action = %call, error = %failure, "cannot delete a request; trying again");
             }
             _ => {}
         }
