@@ -28,5 +28,6 @@ test-tools:
 lint:
 	cargo fmt --check
 	cargo clippy --locked --all-targets --all-features -- -D warnings
-	tests/tools.sh cargo-deny
+	tests/tools.sh cargo-deny cargo-machete
 	$${SDS_AGENT_TOOLS:-target/tools}/bin/cargo-deny --locked check bans licenses sources
+	$${SDS_AGENT_TOOLS:-target/tools}/bin/cargo-machete --skip-target-dir

@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
 # Gets the programs that the tests need, at pinned versions, into target/tools:
 #
-#   tests/tools.sh [envoy] [grpcurl] [controlplane] [vault] [oldest] [node] [render] [prometheus] [system] [cargo-deny]
+#   tests/tools.sh [envoy] [grpcurl] [controlplane] [vault] [oldest] [node] [render] [prometheus] [system] [cargo-deny] [cargo-machete]
 #
-# Without arguments: all that `make test` needs, which is all but cargo-deny. What is there already is left alone, so a second call
+# Without arguments: all that `make test` needs, which is all but the two of `make lint`. What is there already is left alone, so a second call
 # takes no time. Set SDS_AGENT_TOOLS to keep them elsewhere.
 set -euo pipefail
 
 envoy_version=1.40.0
 grpcurl_version=v1.9.4
 cargo_deny_version=0.20.2
+cargo_machete_version=0.9.2
 
 root=$(cd "$(dirname "$0")/.." && pwd)
 tools=${SDS_AGENT_TOOLS:-$root/target/tools}
@@ -156,21 +157,28 @@ system() {
     need python3 "apt-get install python3"
 }
 
-cargo-deny() {
-    local program=$tools/bin/cargo-deny
-    ! present "$program" "$cargo_deny_version" || return 0
-    echo "tests/tools.sh: building cargo-deny $cargo_deny_version"
-    # Unoptimised on purpose: it builds in a third of the time and runs for seconds.
-    CARGO_TARGET_DIR=$tools/build CARGO_PROFILE_DEV_DEBUG=0 \
-        cargo install --quiet --locked --force --debug --root "$tools" "cargo-deny@$cargo_deny_version"
+# cargo_program NAME VERSION: a subcommand of cargo. Unoptimised on purpose: it builds in a third of the time and runs for seconds.
+cargo_program() {
+    local program=$tools/bin/$1
+    ! present "$program" "$2" || return 0
+    echo "tests/tools.sh: building $1 $2"
+    CARGO_TARGET_DIR=$tools/build CARGO_PROFILE_DEV_DEBUG=0 cargo install --quiet --locked --force --debug --root "$tools" "$1@$2"
     rm -rf "$tools/build"
-    stamp "$program" "$cargo_deny_version"
+    stamp "$program" "$2"
+}
+
+cargo-deny() {
+    cargo_program cargo-deny "$cargo_deny_version"
+}
+
+cargo-machete() {
+    cargo_program cargo-machete "$cargo_machete_version"
 }
 
 [ $# -gt 0 ] || set -- system envoy grpcurl controlplane vault oldest node render prometheus
 for tool; do
     case $tool in
-    envoy | grpcurl | controlplane | vault | oldest | node | render | prometheus | system | cargo-deny) "$tool" ;;
-    *) fail "unknown tool $tool; known: envoy grpcurl controlplane vault oldest node render prometheus system cargo-deny" ;;
+    envoy | grpcurl | controlplane | vault | oldest | node | render | prometheus | system | cargo-deny | cargo-machete) "$tool" ;;
+    *) fail "unknown tool $tool; known: envoy grpcurl controlplane vault oldest node render prometheus system cargo-deny cargo-machete" ;;
     esac
 done
