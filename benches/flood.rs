@@ -10,6 +10,7 @@
     clippy::print_stdout,
     clippy::unwrap_used,
     clippy::disallowed_methods,
+    unreachable_pub,
     reason = "a bench may fail loudly, prints, writes files for its server, and computes with rounded figures"
 )]
 

@@ -1,7 +1,13 @@
 //! The request path and its parts, beside the floor: `cargo bench --bench path`.
 //!
 //! Calls go through the real service on a Unix socket, in the process of their client. Compare what stands in one run only.
-#![allow(clippy::expect_used, clippy::unwrap_used, missing_docs, reason = "a bench may fail loudly; criterion's macros make functions")]
+#![allow(
+    clippy::expect_used,
+    clippy::unwrap_used,
+    missing_docs,
+    unreachable_pub,
+    reason = "a bench may fail loudly; criterion's macros make functions"
+)]
 
 use std::{hint::black_box, os::unix::net::UnixStream, path::Path, sync::Arc, time::SystemTime};
 

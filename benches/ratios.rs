@@ -10,6 +10,7 @@
     clippy::panic,
     clippy::print_stdout,
     clippy::unwrap_used,
+    unreachable_pub,
     reason = "a bench may fail loudly, prints, and computes with rounded figures"
 )]
 

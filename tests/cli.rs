@@ -4,6 +4,7 @@
     clippy::disallowed_methods,
     clippy::expect_used,
     clippy::panic,
+    unreachable_pub,
     reason = "tests write files for the agent to read, and fail loudly"
 )]
 

@@ -1,6 +1,6 @@
 //! Every input that the fuzz targets have brought forth, once: what a fuzzer found stays found. `fuzz/README.md` tells how to find more.
 
-#![allow(clippy::expect_used, clippy::panic, clippy::print_stdout, reason = "tests fail loudly, and say on which input")]
+#![allow(clippy::expect_used, clippy::panic, clippy::print_stdout, unreachable_pub, reason = "tests fail loudly, and say on which input")]
 
 use std::{fs, path::Path};
 

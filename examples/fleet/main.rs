@@ -8,6 +8,7 @@
     clippy::cast_possible_truncation,
     clippy::cast_sign_loss,
     clippy::cast_precision_loss,
+    unreachable_pub,
     reason = "counts and times of a simulation"
 )]
 

@@ -16,14 +16,14 @@ use certificate::{Certificate, Identity};
 use profiles::UnresolvedProfile;
 
 /// The profile of whom no other takes, and its issuer.
-pub const DEFAULT: &str = "default";
+pub(super) const DEFAULT: &str = "default";
 /// Shorter lives are spent on renewing; longer ones are beyond use, and the bound keeps every sum of times in range.
-pub const LIFETIMES: RangeInclusive<Duration> = Duration::from_secs(10)..=Duration::from_secs(3650 * 86_400);
+pub(super) const LIFETIMES: RangeInclusive<Duration> = Duration::from_secs(10)..=Duration::from_secs(3650 * 86_400);
 /// Below this a cluster's renewals are a load worth a thought.
 const SHORT_LIFETIME: Duration = Duration::from_secs(3600);
 
 /// What the sections are checked against; `None` where it is wrong itself.
-pub struct Context<'a> {
+pub(super) struct Context<'a> {
     /// How callers are known.
     pub attestation: Option<Attestation>,
     /// The agent's trust domain.
@@ -34,7 +34,7 @@ pub struct Context<'a> {
 
 /// What is issued, to whom, and by whom.
 #[derive(Debug)]
-pub struct Issuance {
+pub(super) struct Issuance {
     /// For whom no rule is.
     pub default_profile: Arc<Profile>,
     /// `profiles`
@@ -44,7 +44,7 @@ pub struct Issuance {
 }
 
 /// Walks the sections.
-pub fn decode(root: &Section<'_>, context: &Context<'_>) -> Option<Issuance> {
+pub(super) fn decode(root: &Section<'_>, context: &Context<'_>) -> Option<Issuance> {
     let identity = root.section("identity", |section| certificate::identity(section, context, None));
     let certificate = root.section("certificate", |section| certificate::certificate(section, context, Certificate::default()));
     let issuer = issuer::issuer(root, context);
@@ -105,6 +105,6 @@ pub fn renewals_per_second(lifetime: Duration, renew_at: f64, identities: u32) -
 }
 
 /// Whether the issuer brings no roots of its own.
-pub fn tells_no_roots(issuer: &IssuerConfig) -> bool {
+pub(super) fn tells_no_roots(issuer: &IssuerConfig) -> bool {
     matches!(issuer, IssuerConfig::CertManager(certificate_request::Settings { trust_status_ca: false, .. }))
 }

@@ -70,7 +70,7 @@ impl fmt::Display for Warning {
 
 /// What a value parser says: the sentence without its subject, and the way out.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct FieldError {
+pub(super) struct FieldError {
     /// What is wrong.
     pub what: String,
     /// The way out.
@@ -79,13 +79,13 @@ pub struct FieldError {
 
 impl FieldError {
     /// Joins the two halves.
-    pub fn new(what: impl Into<String>, remedy: impl Into<String>) -> Self {
+    pub(super) fn new(what: impl Into<String>, remedy: impl Into<String>) -> Self {
         Self { what: what.into(), remedy: remedy.into() }
     }
 }
 
 /// The value as it is shown: on one line, bounded, and never a private key, or a part of one, that was pasted into the wrong place.
-pub fn shown(value: &Value) -> String {
+pub(super) fn shown(value: &Value) -> String {
     match value {
         Value::Null => "null".to_owned(),
         Value::Bool(_) | Value::Number(_) => value.to_string(),
@@ -96,7 +96,7 @@ pub fn shown(value: &Value) -> String {
 }
 
 /// `text` in quotes, escaped and bounded.
-pub fn quoted(text: &str) -> String {
+pub(super) fn quoted(text: &str) -> String {
     if text.contains("PRIVATE KEY") {
         return "(a private key, not shown)".to_owned();
     }

@@ -16,7 +16,7 @@ use agent_runtime::text;
 
 /// What the walk has found so far.
 #[derive(Debug, Default)]
-pub struct Report {
+pub(super) struct Report {
     problems: RefCell<Vec<Problem>>,
     warnings: RefCell<Vec<Warning>>,
     known: RefCell<BTreeSet<String>>,
@@ -35,25 +35,25 @@ struct Stray {
 
 impl Report {
     /// Notes an error about `path`.
-    pub fn problem(&self, path: &str, value: Option<String>, wrong: FieldError) {
+    pub(super) fn problem(&self, path: &str, value: Option<String>, wrong: FieldError) {
         // Both may quote a value. The path quotes keys, see `plain`.
         let [what, remedy] = [wrong.what, wrong.remedy].map(|words| text::redact(&words).into_owned());
         self.problems.borrow_mut().push(Problem { path: path.to_owned(), value, what, remedy });
     }
 
     /// Notes something that the operator should know.
-    pub fn warn(&self, path: &str, message: impl Into<String>) {
+    pub(super) fn warn(&self, path: &str, message: impl Into<String>) {
         let message = text::redact(&message.into()).into_owned();
         self.warnings.borrow_mut().push(Warning { path: path.to_owned(), message });
     }
 
     /// Walks `tree` as the file's top level.
-    pub fn root<T>(&self, tree: &Value, decode: impl FnOnce(&Section<'_>) -> T) -> T {
+    pub(super) fn root<T>(&self, tree: &Value, decode: impl FnOnce(&Section<'_>) -> T) -> T {
         Section::enter(self, String::new(), String::new(), Some(tree), decode)
     }
 
     /// The errors and warnings, in the order in which they were found.
-    pub fn finish(self) -> (Vec<Problem>, Vec<Warning>) {
+    pub(super) fn finish(self) -> (Vec<Problem>, Vec<Warning>) {
         let (mut problems, known) = (self.problems.into_inner(), self.known.into_inner());
         for stray in self.strays.into_inner() {
             if let Some(problem) = problems.get_mut(stray.problem) {
@@ -65,14 +65,14 @@ impl Report {
 
     /// Every field that the walk has asked for, with `[]` for a place in a list and `<name>` for a key that the operator chooses.
     #[cfg(test)]
-    pub fn known(&self) -> BTreeSet<String> {
+    pub(crate) fn known(&self) -> BTreeSet<String> {
         self.known.borrow().clone()
     }
 }
 
 /// One mapping of the file, or the absence of one: then every field has its default.
 #[derive(Debug)]
-pub struct Section<'a> {
+pub(super) struct Section<'a> {
     report: &'a Report,
     path: String,
     /// The path with places and chosen keys taken out, for [`Report::known`].
@@ -100,18 +100,18 @@ impl<'a> Section<'a> {
     }
 
     /// Where `field` stands.
-    pub fn path(&self, field: &str) -> String {
+    pub(super) fn path(&self, field: &str) -> String {
         join(&self.path, field)
     }
 
     /// Whether the file has `field`, even with nothing in it.
-    pub fn has(&self, field: &'static str) -> bool {
+    pub(super) fn has(&self, field: &'static str) -> bool {
         self.ask(field);
         self.map.is_some_and(|map| map.contains_key(field))
     }
 
     /// Whether the file says something in `field`.
-    pub fn is_set(&self, field: &'static str) -> bool {
+    pub(super) fn is_set(&self, field: &'static str) -> bool {
         self.value(field).is_some()
     }
 
@@ -129,7 +129,7 @@ impl<'a> Section<'a> {
     }
 
     /// `field` by `parse`, or `default` where it is absent.
-    pub fn read<T>(&self, field: &'static str, default: T, parse: impl FnOnce(&Value) -> Result<T, FieldError>) -> Option<T> {
+    pub(super) fn read<T>(&self, field: &'static str, default: T, parse: impl FnOnce(&Value) -> Result<T, FieldError>) -> Option<T> {
         match self.value(field) {
             None => Some(default),
             Some(value) => self.parsed(field, value, parse),
@@ -137,7 +137,7 @@ impl<'a> Section<'a> {
     }
 
     /// `field` by `parse`; its absence is an error, for which `absent` has the words.
-    pub fn require<T>(
+    pub(super) fn require<T>(
         &self,
         field: &'static str,
         absent: impl FnOnce() -> FieldError,
@@ -157,13 +157,13 @@ impl<'a> Section<'a> {
     }
 
     /// Walks the mapping in `field`.
-    pub fn section<T>(&self, field: &'static str, decode: impl FnOnce(&Section<'a>) -> T) -> T {
+    pub(super) fn section<T>(&self, field: &'static str, decode: impl FnOnce(&Section<'a>) -> T) -> T {
         let value = self.value(field);
         Section::enter(self.report, self.path(field), join(&self.generic, field), value, decode)
     }
 
     /// Walks each mapping of the list in `field`; `None` where one of them is wrong.
-    pub fn sections<T>(&self, field: &'static str, decode: impl Fn(&Section<'a>) -> Option<T>) -> Option<Vec<T>> {
+    pub(super) fn sections<T>(&self, field: &'static str, decode: impl Fn(&Section<'a>) -> Option<T>) -> Option<Vec<T>> {
         let items = self.items(field)?.iter().enumerate();
         let generic = format!("{}[]", join(&self.generic, field));
         let walked =
@@ -173,7 +173,7 @@ impl<'a> Section<'a> {
     }
 
     /// Parses each item of the list in `field`; `None` where one of them is wrong.
-    pub fn list<T>(&self, field: &'static str, parse: impl Fn(&Value) -> Result<T, FieldError>) -> Option<Vec<T>> {
+    pub(super) fn list<T>(&self, field: &'static str, parse: impl Fn(&Value) -> Result<T, FieldError>) -> Option<Vec<T>> {
         let items = self.items(field)?.iter().enumerate();
         let parsed = items.map(|(i, item)| {
             let path = format!("{}[{i}]", self.path(field));
@@ -195,7 +195,7 @@ impl<'a> Section<'a> {
     }
 
     /// Parses each value of the mapping in `field`, whose keys the operator chooses; `None` where one of them is wrong.
-    pub fn map<T>(&self, field: &'static str, parse: impl Fn(&str, &Value) -> Result<T, FieldError>) -> Option<BTreeMap<String, T>> {
+    pub(super) fn map<T>(&self, field: &'static str, parse: impl Fn(&str, &Value) -> Result<T, FieldError>) -> Option<BTreeMap<String, T>> {
         let map = match self.value(field) {
             None => return Some(BTreeMap::new()),
             Some(Value::Object(map)) => map,
@@ -213,7 +213,7 @@ impl<'a> Section<'a> {
     }
 
     /// Walks each mapping of this one, whose keys the operator chooses.
-    pub fn entries<T>(&self, decode: impl Fn(&'a str, &Section<'a>) -> Option<T>) -> Option<Vec<T>> {
+    pub(super) fn entries<T>(&self, decode: impl Fn(&'a str, &Section<'a>) -> Option<T>) -> Option<Vec<T>> {
         self.free_keys.set(true);
         let generic = join(&self.generic, "<name>");
         let entries = self.map.into_iter().flatten();
@@ -224,23 +224,23 @@ impl<'a> Section<'a> {
     }
 
     /// Notes an error about `field` that concerns more than its own value.
-    pub fn wrong(&self, field: &str, what: impl Into<String>, remedy: impl Into<String>) {
+    pub(super) fn wrong(&self, field: &str, what: impl Into<String>, remedy: impl Into<String>) {
         let value = self.map.and_then(|map| map.get(field)).filter(|value| !value.is_null()).map(shown);
         self.report.problem(&self.path(field), value, FieldError::new(what, remedy));
     }
 
     /// Notes an error about this section as a whole.
-    pub fn wrong_here(&self, what: impl Into<String>, remedy: impl Into<String>) {
+    pub(super) fn wrong_here(&self, what: impl Into<String>, remedy: impl Into<String>) {
         self.report.problem(&self.path, None, FieldError::new(what, remedy));
     }
 
     /// Notes something about `field` that the operator should know.
-    pub fn warn(&self, field: &str, message: impl Into<String>) {
+    pub(super) fn warn(&self, field: &str, message: impl Into<String>) {
         self.report.warn(&self.path(field), message);
     }
 
     /// Notes something outside the file that the operator should know.
-    pub fn warn_outside(&self, path: &str, message: impl Into<String>) {
+    pub(super) fn warn_outside(&self, path: &str, message: impl Into<String>) {
         self.report.warn(path, message);
     }
 
@@ -287,7 +287,7 @@ fn plain(key: &str) -> String {
 }
 
 /// The known field that `key` was probably meant to be.
-pub fn nearest<'k>(key: &str, known: &[&'k str]) -> Option<&'k str> {
+pub(super) fn nearest<'k>(key: &str, known: &[&'k str]) -> Option<&'k str> {
     let key = folded(key);
     let scored = known.iter().map(|name| (distance(&key, &folded(name)), *name));
     let (distance, name) = scored.min_by_key(|(distance, _)| *distance)?;

@@ -21,10 +21,10 @@ use super::{
 const MAX_WAIT: Duration = Duration::from_secs(60);
 
 /// What is served, of either kind.
-pub type Sockets = (Option<SharedSocket>, Option<PerPod>);
+pub(super) type Sockets = (Option<SharedSocket>, Option<PerPod>);
 
 /// Walks the section.
-pub fn decode(sockets: &Section<'_>, attestation: Option<Attestation>) -> Option<Sockets> {
+pub(super) fn decode(sockets: &Section<'_>, attestation: Option<Attestation>) -> Option<Sockets> {
     let shared = sockets.section("shared", |shared| {
         let enabled = shared.read("enabled", true, values::boolean);
         let path = shared.read("path", "/run/sds-agent/sds.sock".into(), values::socket_path);

@@ -30,7 +30,7 @@ pub fn sample(attestation: Attestation) -> Workload {
 }
 
 /// The SPIFFE ID's template where none is configured.
-pub fn default_spiffe_id(attestation: Attestation) -> &'static str {
+pub(super) fn default_spiffe_id(attestation: Attestation) -> &'static str {
     match attestation {
         Attestation::Kubernetes => "spiffe://{trustDomain}/ns/{namespace}/sa/{serviceAccount}",
         Attestation::Unix => "spiffe://{trustDomain}/uid/{uid}",
@@ -45,7 +45,7 @@ fn placeholders(attestation: Attestation) -> &'static [&'static str] {
 }
 
 /// Checks a SPIFFE ID's template.
-pub fn spiffe_id(template: &str, attestation: Attestation, trust_domain: &TrustDomain) -> Result<(), FieldError> {
+pub(super) fn spiffe_id(template: &str, attestation: Attestation, trust_domain: &TrustDomain) -> Result<(), FieldError> {
     let example = default_spiffe_id(attestation);
     let id = filled(template, attestation, trust_domain)?;
     let domain = trust_domain.id();
@@ -62,13 +62,13 @@ pub fn spiffe_id(template: &str, attestation: Attestation, trust_domain: &TrustD
 }
 
 /// Checks a DNS name's template.
-pub fn dns_name(template: &str, attestation: Attestation, trust_domain: &TrustDomain) -> Result<(), FieldError> {
+pub(super) fn dns_name(template: &str, attestation: Attestation, trust_domain: &TrustDomain) -> Result<(), FieldError> {
     let name = filled(template, attestation, trust_domain)?;
     if is_dns_name(&name) { Ok(()) } else { Err(FieldError::new("makes no valid DNS name", DNS_NAME_RULE)) }
 }
 
 /// Whether the template gives different workloads different names.
-pub fn distinguishes(template: &str, attestation: Attestation) -> bool {
+pub(super) fn distinguishes(template: &str, attestation: Attestation) -> bool {
     let has = |field: &str| template.contains(&format!("{{{field}}}"));
     match attestation {
         Attestation::Kubernetes => has("podUid") || has("namespace") && (has("serviceAccount") || has("podName")),

@@ -7,10 +7,10 @@ use serde_json::Value;
 use super::error::FieldError;
 
 /// The longest socket path: the kernel takes 107 bytes, and the socket is bound under a temporary name beside it.
-pub const MAX_SOCKET_PATH_BYTES: usize = 100;
+pub(super) const MAX_SOCKET_PATH_BYTES: usize = 100;
 
 /// Text that is not empty and has no control characters.
-pub fn text(value: &Value) -> Result<&str, FieldError> {
+pub(super) fn text(value: &Value) -> Result<&str, FieldError> {
     match value {
         Value::String(text) if text.is_empty() => Err(FieldError::new("is empty", "give it a value or leave the field out")),
         Value::String(text) if text.chars().any(char::is_control) => Err(FieldError::new("has control characters", "write it on one line")),
@@ -21,7 +21,7 @@ pub fn text(value: &Value) -> Result<&str, FieldError> {
 }
 
 /// `true` or `false`.
-pub fn boolean(value: &Value) -> Result<bool, FieldError> {
+pub(super) fn boolean(value: &Value) -> Result<bool, FieldError> {
     match value {
         Value::Bool(flag) => Ok(*flag),
         Value::String(text) if text == "true" => Ok(true),
@@ -31,7 +31,7 @@ pub fn boolean(value: &Value) -> Result<bool, FieldError> {
 }
 
 /// One of `names`.
-pub fn choice<T: Copy>(names: &[(&str, T)]) -> impl Fn(&Value) -> Result<T, FieldError> {
+pub(super) fn choice<T: Copy>(names: &[(&str, T)]) -> impl Fn(&Value) -> Result<T, FieldError> {
     move |value| {
         let found = value.as_str().and_then(|text| names.iter().find(|(name, _)| *name == text));
         found.map(|(_, choice)| *choice).ok_or_else(|| {
@@ -42,7 +42,7 @@ pub fn choice<T: Copy>(names: &[(&str, T)]) -> impl Fn(&Value) -> Result<T, Fiel
 }
 
 /// `a`, `a or b`, `a, b or c`.
-pub fn one_of(names: &[impl AsRef<str>]) -> String {
+pub(super) fn one_of(names: &[impl AsRef<str>]) -> String {
     let names: Vec<&str> = names.iter().map(AsRef::as_ref).collect();
     match names.split_last() {
         None => String::new(),
@@ -52,7 +52,7 @@ pub fn one_of(names: &[impl AsRef<str>]) -> String {
 }
 
 /// A time with its unit.
-pub fn duration(range: RangeInclusive<Duration>) -> impl Fn(&Value) -> Result<Duration, FieldError> {
+pub(super) fn duration(range: RangeInclusive<Duration>) -> impl Fn(&Value) -> Result<Duration, FieldError> {
     move |value| {
         let example = "write a duration such as 24h, 5m or 90s";
         let text = match value {
@@ -71,7 +71,7 @@ pub fn duration(range: RangeInclusive<Duration>) -> impl Fn(&Value) -> Result<Du
 }
 
 /// A whole number; quotes around it are no harm.
-pub fn integer(range: RangeInclusive<u64>) -> impl Fn(&Value) -> Result<u64, FieldError> {
+pub(super) fn integer(range: RangeInclusive<u64>) -> impl Fn(&Value) -> Result<u64, FieldError> {
     move |value| {
         let number = match value {
             Value::Number(number) => number.as_u64(),
@@ -88,7 +88,7 @@ pub fn integer(range: RangeInclusive<u64>) -> impl Fn(&Value) -> Result<u64, Fie
 }
 
 /// A share, such as 0.5; quotes around it are no harm.
-pub fn fraction(range: RangeInclusive<f64>) -> impl Fn(&Value) -> Result<f64, FieldError> {
+pub(super) fn fraction(range: RangeInclusive<f64>) -> impl Fn(&Value) -> Result<f64, FieldError> {
     move |value| {
         let number = match value {
             Value::Number(number) => number.as_f64(),
@@ -102,7 +102,7 @@ pub fn fraction(range: RangeInclusive<f64>) -> impl Fn(&Value) -> Result<f64, Fi
 }
 
 /// Permission bits in octal.
-pub fn mode(value: &Value) -> Result<u32, FieldError> {
+pub(super) fn mode(value: &Value) -> Result<u32, FieldError> {
     let example = "write it in octal and in quotes, such as \"0666\" or \"0660\"";
     let Value::String(text) = value else { return Err(FieldError::new("is not a file mode", example)) };
     let digits = text.strip_prefix("0o").unwrap_or(text);
@@ -112,13 +112,13 @@ pub fn mode(value: &Value) -> Result<u32, FieldError> {
 }
 
 /// An absolute path.
-pub fn absolute_path(value: &Value) -> Result<PathBuf, FieldError> {
+pub(super) fn absolute_path(value: &Value) -> Result<PathBuf, FieldError> {
     let path = PathBuf::from(text(value)?);
     if path.is_absolute() { Ok(path) } else { Err(FieldError::new("is not an absolute path", "begin it with /")) }
 }
 
 /// An absolute path at which a socket can be bound.
-pub fn socket_path(value: &Value) -> Result<PathBuf, FieldError> {
+pub(super) fn socket_path(value: &Value) -> Result<PathBuf, FieldError> {
     let path = absolute_path(value)?;
     let text = path.as_os_str();
     if text.len() > MAX_SOCKET_PATH_BYTES {
@@ -132,31 +132,31 @@ pub fn socket_path(value: &Value) -> Result<PathBuf, FieldError> {
 }
 
 /// An IP address and a port.
-pub fn socket_address(value: &Value) -> Result<SocketAddr, FieldError> {
+pub(super) fn socket_address(value: &Value) -> Result<SocketAddr, FieldError> {
     let wrong = || FieldError::new("is not an IP address with a port", "write, for example, 127.0.0.1:15090 or \"[::1]:15090\"");
     value.as_str().and_then(|text| text.parse().ok()).ok_or_else(wrong)
 }
 
 /// The name of a namespace: a DNS label.
-pub fn namespace(value: &Value) -> Result<String, FieldError> {
+pub(super) fn namespace(value: &Value) -> Result<String, FieldError> {
     let name = text(value)?;
     if is_dns_label(name) { Ok(name.to_owned()) } else { Err(FieldError::new("is not the name of a namespace", DNS_LABEL_RULE)) }
 }
 
 /// The name of a container: a DNS label.
-pub fn container(value: &Value) -> Result<String, FieldError> {
+pub(super) fn container(value: &Value) -> Result<String, FieldError> {
     let name = text(value)?;
     if is_dns_label(name) { Ok(name.to_owned()) } else { Err(FieldError::new("is not the name of a container", DNS_LABEL_RULE)) }
 }
 
 /// The name of a Kubernetes object: a DNS subdomain.
-pub fn object_name(value: &Value) -> Result<String, FieldError> {
+pub(super) fn object_name(value: &Value) -> Result<String, FieldError> {
     let name = text(value)?;
     if is_dns_name(name) { Ok(name.to_owned()) } else { Err(FieldError::new("is not the name of a Kubernetes object", DNS_NAME_RULE)) }
 }
 
 /// A key of a ConfigMap.
-pub fn config_map_key(value: &Value) -> Result<String, FieldError> {
+pub(super) fn config_map_key(value: &Value) -> Result<String, FieldError> {
     let key = text(value)?;
     let fine = key.len() <= 253 && key.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'_'));
     let wrong = || FieldError::new("cannot be a key of a ConfigMap", "use letters, digits, '.', '-' and '_'");
@@ -164,12 +164,12 @@ pub fn config_map_key(value: &Value) -> Result<String, FieldError> {
 }
 
 /// What a DNS label is made of.
-pub const DNS_LABEL_RULE: &str = "use 1 to 63 lower-case letters, digits and '-', with a letter or digit at both ends";
+pub(super) const DNS_LABEL_RULE: &str = "use 1 to 63 lower-case letters, digits and '-', with a letter or digit at both ends";
 /// What [`is_dns_name`] wants.
-pub const DNS_NAME_RULE: &str = "use lower-case letters, digits, '-' and '.', with a letter or digit at both ends of each part";
+pub(super) const DNS_NAME_RULE: &str = "use lower-case letters, digits, '-' and '.', with a letter or digit at both ends of each part";
 
 /// A label of a pod and its value, which may be empty.
-pub fn pod_label(key: &str, value: &Value) -> Result<String, FieldError> {
+pub(super) fn pod_label(key: &str, value: &Value) -> Result<String, FieldError> {
     let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.');
     let edges = |text: &str| {
         let (first, last) = (text.bytes().next(), text.bytes().last());
@@ -200,6 +200,6 @@ fn is_dns_label(name: &str) -> bool {
 }
 
 /// Whether `name` is a DNS name in lower case, without a final dot.
-pub fn is_dns_name(name: &str) -> bool {
+pub(super) fn is_dns_name(name: &str) -> bool {
     name.len() <= 253 && name.split('.').all(is_dns_label)
 }

@@ -10,6 +10,7 @@
     clippy::print_stdout,
     clippy::unwrap_used,
     dead_code,
+    unreachable_pub,
     reason = "tests write files for other programs, wait for those, and fail loudly; of the harness they need a part"
 )]
 

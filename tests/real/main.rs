@@ -11,6 +11,7 @@
     clippy::print_stderr,
     clippy::print_stdout,
     clippy::unwrap_used,
+    unreachable_pub,
     reason = "tests write files for other programs, wait for those, and fail loudly"
 )]
 

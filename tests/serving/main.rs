@@ -7,6 +7,7 @@
     clippy::expect_used,
     clippy::panic,
     clippy::unwrap_used,
+    unreachable_pub,
     reason = "tests write files, and fail loudly"
 )]
 

@@ -16,10 +16,10 @@ use sds_server::{
 };
 
 /// A client on one connection.
-pub type Client = SecretDiscoveryServiceClient<Connection>;
+pub(super) type Client = SecretDiscoveryServiceClient<Connection>;
 
 /// Connects.
-pub async fn connect(path: &Path) -> Result<Client, Failure> {
+pub(super) async fn connect(path: &Path) -> Result<Client, Failure> {
     let (connection, driver) = client::connect(path).await.map_err(|error| match error {
         Error::Connect(source) => Failure::Connect { path: path.to_owned(), source },
         Error::Handshake(source) => Failure::Handshake { path: path.to_owned(), source },
@@ -29,7 +29,7 @@ pub async fn connect(path: &Path) -> Result<Client, Failure> {
 }
 
 /// Opens a stream with its first request. What is sent into the first half goes to the server.
-pub async fn stream(
+pub(super) async fn stream(
     client: &mut Client,
     first: DiscoveryRequest,
 ) -> Result<(mpsc::Sender<DiscoveryRequest>, Streaming<DiscoveryResponse>), Failure> {

@@ -10,7 +10,7 @@ const NODE: &str = "/run/sds-agent/sds.sock";
 const TEMPORARY: &str = "/tmp/sds-agent/sds.sock";
 
 /// The socket's path, or what is wrong with how it was given.
-pub fn choose(flag: Option<&str>, env: Env<'_>, exists: impl Fn(&Path) -> bool) -> Result<PathBuf, String> {
+pub(super) fn choose(flag: Option<&str>, env: Env<'_>, exists: impl Fn(&Path) -> bool) -> Result<PathBuf, String> {
     if let Some(flag) = flag {
         return path(flag).map_err(|wrong| format!("--socket: {flag:?} {wrong}"));
     }

@@ -9,7 +9,7 @@ use crate::cli::{Exit, output::printable};
 
 /// Why there is no answer.
 #[derive(Debug, thiserror::Error)]
-pub enum Failure {
+pub(super) enum Failure {
     /// The command line or the environment is wrong.
     #[error("{0}")]
     Usage(String),
@@ -51,12 +51,12 @@ pub enum Failure {
 
 impl Failure {
     /// Of a call.
-    pub fn status(status: Status) -> Self {
+    pub(super) fn status(status: Status) -> Self {
         Self::Status(Box::new(status))
     }
 
     /// The exit code.
-    pub fn exit(&self) -> Exit {
+    pub(super) fn exit(&self) -> Exit {
         match self {
             Self::Usage(_) => Exit::Usage,
             Self::Connect { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => Exit::NotPermitted,
@@ -72,7 +72,7 @@ impl Failure {
     }
 
     /// Whether asking again can help a client that has been served before.
-    pub fn is_passing(&self) -> bool {
+    pub(super) fn is_passing(&self) -> bool {
         match self {
             Self::Connect { .. } | Self::Handshake { .. } | Self::Timeout(_) => true,
             Self::Status(status) => {

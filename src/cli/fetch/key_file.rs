@@ -15,7 +15,7 @@ use crate::cli::output::printable;
 
 /// Why a key was not written.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
+pub(super) enum Error {
     /// The certificate came alone.
     #[error("{}: the server sent no private key to write", printable(.0))]
     NoKey(String),
@@ -42,19 +42,19 @@ pub enum Error {
 
 /// The place for one certificate's key.
 #[derive(Debug)]
-pub struct KeyFile {
+pub(super) struct KeyFile {
     path: PathBuf,
     owner: Option<String>,
 }
 
 impl KeyFile {
     /// Writes nothing yet.
-    pub fn new(path: PathBuf) -> Self {
+    pub(super) fn new(path: PathBuf) -> Self {
         Self { path, owner: None }
     }
 
     /// Puts the key of the certificate `name` in its place. The first name keeps the file.
-    pub fn write(&mut self, name: &str, key: Option<&Key>) -> Result<(), Error> {
+    pub(super) fn write(&mut self, name: &str, key: Option<&Key>) -> Result<(), Error> {
         match &self.owner {
             Some(owner) if owner != name => return Err(Error::Two(owner.clone(), name.to_owned())),
             Some(_) => {}

@@ -38,7 +38,7 @@ struct Object<'a> {
 }
 
 /// One object on one line.
-pub fn json(resource: &Resource) -> String {
+pub(super) fn json(resource: &Resource) -> String {
     let (name, version) = (resource.name.as_str(), resource.version.as_str());
     let object = match &resource.material {
         Material::Certificate { chain, .. } => Object {
@@ -77,7 +77,7 @@ pub fn json(resource: &Resource) -> String {
 }
 
 /// The certificates.
-pub fn pem(resource: &Resource) -> String {
+pub(super) fn pem(resource: &Resource) -> String {
     match &resource.material {
         Material::Certificate { chain, .. } => text(chain.to_pem()),
         Material::Bundle(bundle) => text(bundle.roots.to_pem()),
@@ -85,7 +85,7 @@ pub fn pem(resource: &Resource) -> String {
 }
 
 /// A few lines in words.
-pub fn block(resource: &Resource, now: SystemTime) -> String {
+pub(super) fn block(resource: &Resource, now: SystemTime) -> String {
     let mut fields: Vec<(&str, String)> = Vec::new();
     let kind = match &resource.material {
         Material::Certificate { chain, .. } => {
@@ -117,7 +117,7 @@ pub fn block(resource: &Resource, now: SystemTime) -> String {
 }
 
 /// One line in words, for a reader who watches.
-pub fn line(resource: &Resource, now: SystemTime) -> String {
+pub(super) fn line(resource: &Resource, now: SystemTime) -> String {
     let (time, name) = (rfc3339(now), printable(&resource.name));
     match &resource.material {
         Material::Certificate { chain, .. } => {

@@ -17,11 +17,11 @@ use sds_server::{
 };
 
 /// The only type of resource that SDS has.
-pub const TYPE_URL: &str = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret";
+pub(super) const TYPE_URL: &str = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret";
 
 /// One resource in one version.
 #[derive(Debug)]
-pub struct Resource {
+pub(super) struct Resource {
     /// The name it was asked for by.
     pub name: String,
     /// The server's version.
@@ -32,7 +32,7 @@ pub struct Resource {
 
 /// What a secret is.
 #[derive(Debug)]
-pub enum Material {
+pub(super) enum Material {
     /// A certificate, with its key where the server sends one.
     Certificate {
         /// Leaf first.
@@ -45,16 +45,16 @@ pub enum Material {
 }
 
 /// A private key in PEM, as received.
-pub struct Key(Bytes);
+pub(super) struct Key(Bytes);
 
 impl Key {
     /// Takes over PEM.
-    pub fn new(pem: Bytes) -> Self {
+    pub(super) fn new(pem: Bytes) -> Self {
         Self(pem)
     }
 
     /// The PEM.
-    pub fn pem(&self) -> &[u8] {
+    pub(super) fn pem(&self) -> &[u8] {
         &self.0
     }
 }
@@ -67,7 +67,7 @@ impl fmt::Debug for Key {
 
 /// Why a resource cannot be shown.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum Error {
+pub(super) enum Error {
     /// Something else than a secret.
     #[error("the server sent a resource of type {}, which is no secret", printable(.0))]
     Type(String),
@@ -91,13 +91,13 @@ pub enum Error {
 
 impl Error {
     /// Whether an Envoy would refuse it too. What is only not shown here is none of the server's faults.
-    pub fn is_refusal(&self) -> bool {
+    pub(super) fn is_refusal(&self) -> bool {
         !matches!(self, Self::Kind(_))
     }
 }
 
 /// Reads one resource of a response of `version`.
-pub fn read(any: &Any, version: &str) -> Result<Resource, Error> {
+pub(super) fn read(any: &Any, version: &str) -> Result<Resource, Error> {
     if any.type_url != TYPE_URL {
         return Err(Error::Type(any.type_url.clone()));
     }

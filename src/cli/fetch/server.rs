@@ -23,20 +23,20 @@ type Answer = Result<DiscoveryResponse, Status>;
 type FetchScript = Arc<dyn Fn(DiscoveryRequest, &http::HeaderMap) -> Answer + Send + Sync>;
 
 /// One opened stream: what the client sends, and where to answer.
-pub struct Opened {
+pub(crate) struct Opened {
     pub requests: Streaming<DiscoveryRequest>,
     pub responses: mpsc::Sender<Answer>,
 }
 
 /// A server that answers `FetchSecrets` by a script and hands streams to the test. Dropping it ends its connections.
-pub struct Server {
+pub(crate) struct Server {
     pub path: PathBuf,
     pub streams: mpsc::Receiver<Opened>,
     accepting: JoinHandle<()>,
 }
 
 impl Server {
-    pub fn start(path: PathBuf, fetch: impl Fn(DiscoveryRequest, &http::HeaderMap) -> Answer + Send + Sync + 'static) -> Self {
+    pub(crate) fn start(path: PathBuf, fetch: impl Fn(DiscoveryRequest, &http::HeaderMap) -> Answer + Send + Sync + 'static) -> Self {
         let listener = UnixListener::bind(&path).unwrap();
         let (opened, streams) = mpsc::channel(8);
         let script = Script { fetch: Arc::new(fetch), opened };

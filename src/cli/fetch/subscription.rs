@@ -14,7 +14,7 @@ use sds_server::proto::{
 
 /// What has been asked for and answered.
 #[derive(Debug)]
-pub struct Subscription {
+pub(super) struct Subscription {
     names: Vec<String>,
     accepted: String,
     answered: BTreeSet<String>,
@@ -23,7 +23,7 @@ pub struct Subscription {
 
 /// What is in one response.
 #[derive(Debug)]
-pub struct Taken {
+pub(super) struct Taken {
     /// What is new.
     pub updates: Vec<Resource>,
     /// What cannot be shown.
@@ -34,27 +34,27 @@ pub struct Taken {
 
 impl Subscription {
     /// Asks for `names`.
-    pub fn new(names: Vec<String>) -> Self {
+    pub(super) fn new(names: Vec<String>) -> Self {
         Self { names, accepted: String::new(), answered: BTreeSet::new(), seen: BTreeMap::new() }
     }
 
     /// The first request of a stream: the last version that was accepted, and no nonce.
-    pub fn first(&self) -> DiscoveryRequest {
+    pub(super) fn first(&self) -> DiscoveryRequest {
         self.request(String::new())
     }
 
     /// Whether anything has been answered.
-    pub fn answered(&self) -> bool {
+    pub(super) fn answered(&self) -> bool {
         !self.answered.is_empty()
     }
 
     /// The names without an answer yet.
-    pub fn missing(&self) -> Vec<&str> {
+    pub(super) fn missing(&self) -> Vec<&str> {
         self.names.iter().map(String::as_str).filter(|name| !self.answered.contains(*name)).collect()
     }
 
     /// Takes a response. A resource that has not changed since it was last sent is no news.
-    pub fn take(&mut self, response: DiscoveryResponse) -> Taken {
+    pub(super) fn take(&mut self, response: DiscoveryResponse) -> Taken {
         let DiscoveryResponse { version_info, resources, nonce, .. } = response;
         let (mut updates, mut problems) = (Vec::new(), Vec::new());
         for any in &resources {

@@ -14,7 +14,7 @@ const MIN_RECONNECT_DELAY: Duration = Duration::from_millis(500);
 const MAX_RECONNECT_DELAY: Duration = Duration::from_secs(30);
 
 /// Shows updates for ever. Returns what no new connection can mend; a server that has never been reached is such a thing.
-pub async fn watch(socket: &Path, subscription: &mut Subscription, show: &mut Show<'_>) -> Result<(), Failure> {
+pub(super) async fn watch(socket: &Path, subscription: &mut Subscription, show: &mut Show<'_>) -> Result<(), Failure> {
     let mut backoff = Backoff::default();
     let mut served = false;
     loop {

@@ -15,7 +15,7 @@ const MAX_RENEW_AT: f64 = 0.95;
 
 /// `identity`
 #[derive(Debug, Clone)]
-pub struct Identity {
+pub(super) struct Identity {
     /// `spiffeId`
     pub spiffe_id: String,
     /// `dnsNames`
@@ -24,14 +24,14 @@ pub struct Identity {
 
 impl Identity {
     /// Where nothing is said.
-    pub fn of(attestation: Option<Attestation>) -> Self {
+    pub(super) fn of(attestation: Option<Attestation>) -> Self {
         let spiffe_id = attestation.map(template::default_spiffe_id).unwrap_or_default().to_owned();
         Self { spiffe_id, dns_names: Vec::new() }
     }
 }
 
 /// Reads `identity`; `base` has what it does not say.
-pub fn identity(section: &Section<'_>, context: &Context<'_>, base: Option<&Identity>) -> Option<Identity> {
+pub(super) fn identity(section: &Section<'_>, context: &Context<'_>, base: Option<&Identity>) -> Option<Identity> {
     let known = context.attestation.zip(context.trust_domain);
     let base = base.cloned().unwrap_or_else(|| Identity::of(context.attestation));
     let spiffe_id = section.read("spiffeId", base.spiffe_id, |value| {
@@ -57,7 +57,7 @@ pub fn identity(section: &Section<'_>, context: &Context<'_>, base: Option<&Iden
 
 /// `certificate`
 #[derive(Debug, Clone, Copy)]
-pub struct Certificate {
+pub(super) struct Certificate {
     /// `lifetime`
     pub lifetime: Duration,
     /// `key`
@@ -77,7 +77,7 @@ impl Default for Certificate {
 }
 
 /// Reads `certificate`; `base` has what it does not say.
-pub fn certificate(section: &Section<'_>, context: &Context<'_>, base: Certificate) -> Option<Certificate> {
+pub(super) fn certificate(section: &Section<'_>, context: &Context<'_>, base: Certificate) -> Option<Certificate> {
     let lifetime = section.read("lifetime", base.lifetime, values::duration(LIFETIMES));
     let key = section.read("key", base.key, key);
     let renew_at = section.read("renewAt", base.renew_at, values::fraction(0.1..=0.9));

@@ -10,7 +10,7 @@ use super::Context;
 const CERT_MANAGER: &str = "cert-manager.io";
 
 /// Reads `issuer`.
-pub fn issuer(root: &Section<'_>, context: &Context<'_>) -> Option<IssuerConfig> {
+pub(super) fn issuer(root: &Section<'_>, context: &Context<'_>) -> Option<IssuerConfig> {
     let example = "write, for example, `issuer: { certManager: { issuerRef: { name: mesh-ca, kind: ClusterIssuer } } }`";
     let present = root.has("issuer");
     root.section("issuer", |issuer| {
@@ -57,7 +57,7 @@ fn cert_manager(section: &Section<'_>, context: &Context<'_>) -> Option<certific
 
 /// Reads the `issuerRef`, `namespace` and `trustStatusCA` of a profile; `base` has what it does not say. A reference is taken whole: its
 /// kind and group say nothing about another name.
-pub fn of_profile(section: &Section<'_>, context: &Context<'_>, base: Option<&IssuerConfig>) -> Option<IssuerConfig> {
+pub(super) fn of_profile(section: &Section<'_>, context: &Context<'_>, base: Option<&IssuerConfig>) -> Option<IssuerConfig> {
     let named = section.is_set("issuerRef").then(|| section.section("issuerRef", issuer_ref));
     let fields = [named.is_some(), section.is_set("namespace"), section.is_set("trustStatusCA")];
     let base = match base {
@@ -107,7 +107,7 @@ fn namespace(
 }
 
 /// Reads an `issuerRef`.
-pub fn issuer_ref(section: &Section<'_>) -> Option<IssuerRef> {
+pub(super) fn issuer_ref(section: &Section<'_>) -> Option<IssuerRef> {
     let name =
         section.require("name", || FieldError::new("is missing", "name the Issuer or ClusterIssuer that signs"), values::object_name);
     let group = section.read("group", CERT_MANAGER.to_owned(), values::object_name);
@@ -130,7 +130,7 @@ pub fn issuer_ref(section: &Section<'_>) -> Option<IssuerRef> {
 /// Who signs and where it is asked, in words that stay the same for as long as it is the same. The place is part of it for more than
 /// Issuers, which are others in each namespace: pods of two profiles with two places must not share a request, of which an approver would
 /// say to one of them that it is in the wrong one.
-pub fn authority(issuer: &IssuerConfig) -> String {
+pub(super) fn authority(issuer: &IssuerConfig) -> String {
     match issuer {
         IssuerConfig::Embedded => "embedded".to_owned(),
         IssuerConfig::CertManager(certificate_request::Settings { issuer_ref: IssuerRef { name, kind, group }, namespace, .. }) => {

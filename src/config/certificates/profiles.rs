@@ -14,7 +14,7 @@ use agent_kube::pod::picks;
 use workload_identity::{Match, Pattern};
 
 /// What the sections at the top say.
-pub struct Base<'a> {
+pub(super) struct Base<'a> {
     /// `identity`
     pub identity: Identity,
     /// `certificate`
@@ -25,7 +25,7 @@ pub struct Base<'a> {
 
 /// A profile whose issuer has no name yet.
 #[derive(Debug)]
-pub struct UnresolvedProfile {
+pub(super) struct UnresolvedProfile {
     /// `name`
     pub name: String,
     /// `match`
@@ -44,7 +44,7 @@ pub struct UnresolvedProfile {
 
 impl UnresolvedProfile {
     /// The profile of whom no other takes.
-    pub fn default_of(identity: Identity, certificate: Certificate, issuer: IssuerConfig) -> Self {
+    pub(super) fn default_of(identity: Identity, certificate: Certificate, issuer: IssuerConfig) -> Self {
         Self { name: DEFAULT.to_owned(), matches: Match::default(), selectable: false, identity, certificate, issuer, epoch: 0 }
     }
 }
@@ -53,7 +53,7 @@ impl UnresolvedProfile {
 type Seen = (Option<String>, Option<Match>, bool);
 
 /// Reads the list.
-pub fn decode(root: &Section<'_>, context: &Context<'_>, base: &Base<'_>) -> Option<Vec<UnresolvedProfile>> {
+pub(super) fn decode(root: &Section<'_>, context: &Context<'_>, base: &Base<'_>) -> Option<Vec<UnresolvedProfile>> {
     let seen = RefCell::new(Vec::new());
     let drafts = root.sections("profiles", |section| profile(section, context, base, &seen));
     if context.attestation == Some(Attestation::Unix) && drafts.as_ref().is_none_or(|drafts| !drafts.is_empty()) {

@@ -13,7 +13,7 @@ const END_STREAM: u8 = 1;
 const END_HEADERS: u8 = 4;
 
 /// A whole connection's words: preface, settings, and one call for `names`.
-pub fn request(method: &str, names: &[&str]) -> Vec<u8> {
+pub(crate) fn request(method: &str, names: &[&str]) -> Vec<u8> {
     let path = format!("/envoy.service.secret.v3.SecretDiscoveryService/{method}");
     let headers = [
         (":method", "POST"),
@@ -70,7 +70,7 @@ fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
 }
 
 /// What comes back.
-pub enum Event {
+pub(crate) enum Event {
     /// A whole gRPC message.
     Message(Vec<u8>),
     /// The call's end: its trailers, or a reset.
@@ -94,13 +94,13 @@ impl fmt::Display for Event {
 
 /// Reads frames, and puts messages together.
 #[derive(Default)]
-pub struct Reader {
+pub(crate) struct Reader {
     data: Vec<u8>,
 }
 
 impl Reader {
     /// The next thing that happens; none when the connection has been closed.
-    pub fn next(&mut self, from: &mut impl Read) -> Option<Event> {
+    pub(crate) fn next(&mut self, from: &mut impl Read) -> Option<Event> {
         loop {
             if let Some(length) = self.data.get(1..5) {
                 let length = u32::from_be_bytes(length.try_into().expect("four bytes")) as usize;

@@ -18,6 +18,7 @@
     clippy::panic,
     clippy::print_stdout,
     clippy::unwrap_used,
+    unreachable_pub,
     reason = "a part of the tests: it talks by its output and fails loudly"
 )]
 

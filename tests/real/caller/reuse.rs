@@ -26,7 +26,7 @@ const ANSWER: Duration = Duration::from_secs(10);
 
 /// `SOCKET SERVER TRIES VICTIM BREEDER…`: the server's first argument, by which it is found, or `-` to leave it running; the victim's mark
 /// in its cgroups; and the command that breeds in them.
-pub fn attack(words: &[&str]) {
+pub(crate) fn attack(words: &[&str]) {
     let [path, server, tries, victim, breeder @ ..] = words else { panic!("{words:?}") };
     let server = (*server != "-").then(|| pid_of(server));
     let mut breeder = Breeder::start(breeder);

@@ -13,11 +13,11 @@ use workload_identity::{IssuerName, KeyType, Pattern, Profile, Resolver, TrustDo
 
 const AGENT: &str = "system:serviceaccount:sds-agent:sds-agent";
 
-pub fn issuer_ref() -> IssuerRef {
+pub(crate) fn issuer_ref() -> IssuerRef {
     IssuerRef { name: "mesh-ca".into(), kind: "ClusterIssuer".into(), group: "cert-manager.io".into() }
 }
 
-pub fn rules() -> Rules {
+pub(crate) fn rules() -> Rules {
     let profile = Profile {
         name: "default".into(),
         issuer: IssuerName("default".into()),
@@ -41,7 +41,7 @@ pub fn rules() -> Rules {
     }
 }
 
-pub fn pod() -> Pod {
+pub(crate) fn pod() -> Pod {
     Pod {
         pod: PodRef { namespace: "shop".into(), name: "cart-1".into(), uid: "u-1".into() },
         node_name: Some("n1".into()),
@@ -65,7 +65,7 @@ fn csr(spiffe_id: &str, dns_names: &[&str], algorithm: &'static rcgen::Signature
 }
 
 /// What the agent on `n1` asks for [`pod`].
-pub fn request() -> Request {
+pub(crate) fn request() -> Request {
     let extra = [(claims::NODE_NAME, "n1"), (claims::NODE_UID, "node-uid"), (claims::POD_NAME, "sds-agent-x"), (claims::POD_UID, "a-1")];
     let spec = CertificateRequestSpec {
         issuer_ref: Reference::from(&issuer_ref()),
@@ -90,7 +90,7 @@ fn decide(request: &Request, pod: Option<&Pod>) -> Decision {
 }
 
 /// The denial of a request with one change, which needs no pod to be seen.
-pub fn denied_at_once(change: impl Fn(&mut Request)) -> Denial {
+pub(crate) fn denied_at_once(change: impl Fn(&mut Request)) -> Denial {
     let mut request = request();
     change(&mut request);
     let decisions = [PodView::Cached(None), PodView::Cached(Some(&pod())), PodView::Live(None)].map(|view| judge(&request, view, &rules()));

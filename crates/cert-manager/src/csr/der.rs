@@ -4,19 +4,19 @@ use std::fmt;
 
 /// Tags (X.690): class, constructed bit and number in one byte.
 pub(super) mod tag {
-    pub const BOOLEAN: u8 = 0x01;
-    pub const INTEGER: u8 = 0x02;
-    pub const BIT_STRING: u8 = 0x03;
-    pub const OCTET_STRING: u8 = 0x04;
-    pub const OID: u8 = 0x06;
-    pub const SEQUENCE: u8 = 0x30;
-    pub const SET: u8 = 0x31;
+    pub(crate) const BOOLEAN: u8 = 0x01;
+    pub(crate) const INTEGER: u8 = 0x02;
+    pub(crate) const BIT_STRING: u8 = 0x03;
+    pub(crate) const OCTET_STRING: u8 = 0x04;
+    pub(crate) const OID: u8 = 0x06;
+    pub(crate) const SEQUENCE: u8 = 0x30;
+    pub(crate) const SET: u8 = 0x31;
     /// `[0]`, constructed: a CSR's attributes.
-    pub const CONTEXT_0: u8 = 0xa0;
+    pub(crate) const CONTEXT_0: u8 = 0xa0;
     /// `[2]`, primitive: a general name's dNSName.
-    pub const DNS_NAME: u8 = 0x82;
+    pub(crate) const DNS_NAME: u8 = 0x82;
     /// `[6]`, primitive: a general name's uniformResourceIdentifier.
-    pub const URI: u8 = 0x86;
+    pub(crate) const URI: u8 = 0x86;
 }
 
 /// What is wrong, and with which part.
