@@ -1,0 +1,120 @@
+//! The boundaries between the crates: what each of them must not reach, as cargo resolves it.
+
+#![allow(clippy::expect_used, clippy::panic, reason = "tests fail loudly")]
+
+use std::{collections::BTreeSet, process::Command};
+
+const ROOT: &str = env!("CARGO_MANIFEST_DIR");
+
+/// A crate, the crates of the workspace that it may reach, and further ones that it must not.
+struct Boundary {
+    name: &'static str,
+    may_reach: &'static [&'static str],
+    must_not_reach: &'static [&'static str],
+}
+
+const KUBERNETES: [&str; 3] = ["kube", "kube-client", "k8s-openapi"];
+
+/// The agent itself may reach everything, and is reached by nothing. No library parses a command line or the configuration.
+const BOUNDARIES: [Boundary; 9] = [
+    Boundary { name: "unix-peer", may_reach: &[], must_not_reach: &["kube", "k8s-openapi", "hyper", "tonic", "prometheus-client"] },
+    Boundary { name: "agent-runtime", may_reach: &["unix-peer"], must_not_reach: &["kube", "k8s-openapi", "hyper", "tonic", "rcgen"] },
+    Boundary {
+        name: "workload-identity",
+        may_reach: &[],
+        must_not_reach: &["kube", "k8s-openapi", "tokio", "rustls", "x509-parser", "rcgen"],
+    },
+    Boundary {
+        name: "sds-server",
+        may_reach: &["agent-runtime", "unix-peer", "workload-identity"],
+        must_not_reach: &["kube", "kube-client", "k8s-openapi", "rcgen"],
+    },
+    Boundary {
+        name: "agent-kube",
+        may_reach: &["agent-runtime", "unix-peer", "workload-identity"],
+        must_not_reach: &["tonic", "prost", "rcgen"],
+    },
+    Boundary {
+        name: "cert-manager",
+        may_reach: &["agent-kube", "agent-runtime", "unix-peer", "workload-identity"],
+        must_not_reach: &["tonic", "prost", "rcgen"],
+    },
+    Boundary {
+        name: "attest-kubernetes",
+        may_reach: &["agent-kube", "agent-runtime", "sds-server", "unix-peer", "workload-identity"],
+        must_not_reach: &["rcgen"],
+    },
+    Boundary {
+        name: "issuance",
+        may_reach: &["agent-kube", "agent-runtime", "cert-manager", "sds-server", "unix-peer", "workload-identity"],
+        must_not_reach: &[],
+    },
+    // It sees neither a key nor a stream.
+    Boundary {
+        name: "approver",
+        may_reach: &["agent-kube", "agent-runtime", "cert-manager", "unix-peer", "workload-identity"],
+        must_not_reach: &["tonic", "prost", "rcgen"],
+    },
+];
+
+fn cargo(arguments: &[&str]) -> String {
+    let output = Command::new(env!("CARGO")).args(arguments).current_dir(ROOT).output().expect("cargo runs");
+    assert!(output.status.success(), "cargo {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).expect("cargo writes UTF-8")
+}
+
+/// The names of the crates of the workspace, the agent's own left out.
+fn libraries() -> BTreeSet<String> {
+    let metadata: serde_json::Value =
+        serde_json::from_str(&cargo(&["metadata", "--no-deps", "--offline", "--format-version", "1"])).expect("cargo writes JSON");
+    let packages = metadata["packages"].as_array().expect("packages");
+    let names = packages.iter().map(|package| package["name"].as_str().expect("a name").to_owned());
+    names.filter(|name| name != "sds-agent").collect()
+}
+
+/// All that a crate is linked with, as a user of it gets it.
+fn reached(name: &str) -> BTreeSet<String> {
+    let tree = cargo(&["tree", "--offline", "--locked", "--package", name, "--edges", "normal", "--prefix", "none", "--format", "{p}"]);
+    let names = tree.lines().filter_map(|line| line.split(' ').next()).map(str::to_owned);
+    names.filter(|reached| reached != name).collect()
+}
+
+#[test]
+fn every_library_keeps_its_boundary() {
+    let libraries = libraries();
+    let listed = BOUNDARIES.iter().map(|boundary| boundary.name.to_owned()).collect();
+    assert_eq!(libraries, listed, "left: the crates of the workspace, right: those with a boundary in this test");
+    for Boundary { name, may_reach, must_not_reach } in BOUNDARIES {
+        let reached = reached(name);
+        let may_reach: BTreeSet<String> = may_reach.iter().map(|&name| name.to_owned()).collect();
+        let ours: BTreeSet<String> = reached.intersection(&libraries).cloned().collect();
+        assert!(ours.is_subset(&may_reach), "{name} reaches {:?}", ours.difference(&may_reach));
+        for forbidden in must_not_reach.iter().chain(&["clap", "sds-agent"]) {
+            assert!(!reached.contains(*forbidden), "{name} reaches {forbidden}");
+        }
+    }
+}
+
+/// The table would pass over a tree that is not read.
+#[test]
+fn the_agent_reaches_all_of_them() {
+    let reached = reached("sds-agent");
+    for expected in libraries().iter().map(String::as_str).chain(KUBERNETES).chain(["clap", "tonic"]) {
+        assert!(reached.contains(expected), "{expected} is not in {reached:?}");
+    }
+}
+
+/// What another project takes from here. That the packages build is for `cargo package` without `--no-verify`.
+#[test]
+fn the_server_and_the_socket_can_be_packaged_with_their_protocols() {
+    let packages = ["unix-peer", "agent-runtime", "workload-identity", "sds-server"];
+    let target = tempfile::tempdir().expect("a temporary folder");
+    let target = target.path().to_str().expect("a path in UTF-8");
+    let mut arguments = vec!["package", "--no-verify", "--allow-dirty", "--offline", "--locked", "--target-dir", target];
+    arguments.extend(packages.iter().flat_map(|name| ["--package", name]));
+    cargo(&arguments);
+    let listed = cargo(&["package", "--list", "--allow-dirty", "--offline", "--package", "sds-server"]);
+    for file in ["build.rs", "proto/envoy/service/secret/v3/sds.proto", "proto/google/rpc/status.proto", "src/sds/secret.rs"] {
+        assert!(listed.lines().any(|line| line == file), "{file} is not in the package: {listed}");
+    }
+}
