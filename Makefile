@@ -28,6 +28,7 @@ test-tools:
 lint:
 	cargo fmt --check
 	cargo clippy --locked --all-targets --all-features -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --quiet
 	tests/tools.sh cargo-deny cargo-machete
 	$${SDS_AGENT_TOOLS:-target/tools}/bin/cargo-deny --locked check bans licenses sources
 	$${SDS_AGENT_TOOLS:-target/tools}/bin/cargo-machete --skip-target-dir

@@ -1,6 +1,6 @@
 //! `sds-agent fetch`: asks an SDS server as a workload would, and shows what it answers without the keys. Works with any SDS server.
 //!
-//! Without `--watch` one `FetchSecrets`; with it one `StreamSecrets` with every name, for ever ([`watch`]).
+//! Without `--watch` one `FetchSecrets`; with it one `StreamSecrets` with every name, for ever (`watch`).
 
 use std::{
     io,

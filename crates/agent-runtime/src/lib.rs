@@ -4,7 +4,7 @@
 //! - [`readiness`] and [`shutdown`]: when the process is ready, and how it ends;
 //! - [`telemetry`]: the log, whose writer never delays service, and its rate limit;
 //! - [`metrics`]: the page of metrics and the process's own;
-//! - [`file`]: a file that is followed through replacements;
+//! - [`file`](mod@file): a file that is followed through replacements;
 //! - [`text`]: foreign text in errors and logs: cut, sanitised, and without keys.
 
 pub mod clock;

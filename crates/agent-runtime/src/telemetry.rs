@@ -1,6 +1,6 @@
 //! The log: text on a terminal, JSON lines otherwise, always to standard error and never to a file.
 //!
-//! Owns the subscriber and its filter, which can be replaced while the agent runs, and the [writer](writer) that never blocks. The caller
+//! Owns the subscriber and its filter, which can be replaced while the agent runs, and the [`writer`] that never blocks. The caller
 //! reads [`VARIABLE`] (the configuration is the only reader of the environment), owes every spawned task a span, and [ends](Log::end) the
 //! log before the process. No key, token or CSR is ever passed to a log macro; and because other crates print what crosses the wire at
 //! `trace`, that level is cut off for them whatever the filter says.

@@ -1,6 +1,6 @@
 //! The gate before the writes: requests are judged in parallel, and decisions are written [a few at a time](Limit), first come, first served.
 //!
-//! A slot is held for one write. A write without an answer does not block the others: after [`STUCK_WRITE_AFTER`] an extra slot is given out
+//! A slot is held for one write. A write without an answer does not block the others: after `STUCK_WRITE_AFTER` an extra slot is given out
 //! for as long as it takes. The gate is shut while the replica is on standby.
 
 use std::{

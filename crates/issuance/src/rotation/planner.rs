@@ -1,6 +1,6 @@
 //! What to do next, and when to look again: the decisions of rotation as a pure state machine.
 //!
-//! It owns a [`Job`] for each entry of the store, and no I/O: the driver feeds it what happened, with the time, and performs the
+//! It owns a `Job` for each entry of the store, and no I/O: the driver feeds it what happened, with the time, and performs the
 //! [`Action`]s that it asks for. Renewals are moments of the wall clock; waits (backoff, parking, settling, retention) are monotonic, so
 //! that a stepped clock neither delays nor hurries them.
 

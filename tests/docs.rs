@@ -1,0 +1,74 @@
+//! What the documentation says of the source: tests and files that it names are there.
+
+#![allow(clippy::expect_used, clippy::panic, reason = "tests fail loudly")]
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn read(path: &Path) -> String {
+    fs::read_to_string(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
+/// All files below `folder` with this extension; what cargo builds is left out.
+fn files(folder: &Path, extension: &str) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(folder).unwrap_or_else(|error| panic!("{}: {error}", folder.display())) {
+        let path = entry.expect("an entry").path();
+        if path.is_dir() {
+            if path.file_name().is_some_and(|name| name != "target") {
+                found.extend(files(&path, extension));
+            }
+        } else if path.extension().is_some_and(|it| it == extension) {
+            found.push(path);
+        }
+    }
+    found
+}
+
+/// What stands in backticks.
+fn quoted(text: &str) -> impl Iterator<Item = &str> {
+    text.split('`').skip(1).step_by(2)
+}
+
+fn is_test_name(text: &str) -> bool {
+    text.matches('_').count() >= 4 && text.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_')
+}
+
+/// A promise whose test was renamed or removed is a promise without a test.
+#[test]
+fn every_test_that_the_threat_model_names_is_there() {
+    let source: String =
+        ["src", "crates", "tests", "fuzz"].iter().flat_map(|it| files(&root().join(it), "rs")).map(|it| read(&it)).collect();
+    let text = read(&root().join("docs/security.md"));
+    let named: Vec<_> = quoted(&text).filter(|name| is_test_name(name) && !name.starts_with("sds_agent_")).collect();
+    assert!(named.len() > 40, "only {} tests are named", named.len());
+    let missing: Vec<_> = named.into_iter().filter(|name| !source.contains(&format!("fn {name}("))).collect();
+    assert!(missing.is_empty(), "docs/security.md names tests that are not there: {missing:#?}");
+}
+
+/// `moves.md` is about files of the past on its left side.
+#[test]
+fn every_source_file_that_a_page_names_is_there() {
+    let mut named = 0;
+    for page in files(&root().join("docs"), "md").into_iter().chain([root().join("README.md"), root().join("tests/README.md")]) {
+        let text = read(&page);
+        let is_of_the_past = page.ends_with("decisions/moves.md");
+        let lines = text.lines().map(|line| if is_of_the_past { line.rsplit_once("` | `").map_or("", |(_, new)| new) } else { line });
+        for line in lines {
+            let line = if is_of_the_past { format!("`{line}") } else { line.to_owned() };
+            for path in quoted(&line).filter(|text| text.ends_with(".rs") && text.contains('/')) {
+                // Below `tests/`, as its own page has it.
+                let there = root().join(path).exists() || root().join("tests").join(path).exists();
+                assert!(there, "{} names {path}, which is not there", page.display());
+                named += 1;
+            }
+        }
+    }
+    assert!(named > 100, "only {named} files are named");
+}
