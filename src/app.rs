@@ -42,9 +42,8 @@ use attest_kubernetes::pods::Pods;
 use issuance::rotation;
 use sds_server::{
     attest::{self, Attestor},
-    caller::Authenticator,
-    sds,
-    session::{self, Sessions, services::Services},
+    server,
+    session::Sessions,
     store::Store,
     trust::Trust,
 };
@@ -205,30 +204,17 @@ pub async fn build_with(config: &Config, base: Base, deps: Deps) -> anyhow::Resu
         let starts = Starts::new(warmer.clone(), Rule::new(warm_up, &socket.path), deps.clock.clone(), pods);
         tasks.push(Box::pin(starts.run(shutdown.drain.clone())));
     }
-    let authenticator =
-        Authenticator { attestor: deps.attestor, resolver, metrics: attest::Metrics::register(registry), observer: deps.caller_observer };
-    let ending = CancellationToken::new();
-    let sds = sds::service::Service {
-        store: store.clone(),
-        trust: deps.trust.subscribe(),
-        directory: sds::names::Directory::new(config.names.clone(), &config.trust_domain),
-        clock: deps.clock.clone(),
-        limits: config.limits.clone(),
-        metrics: sds::metrics::Metrics::register(registry),
-        reissue_window,
-        ending: ending.clone(),
-    };
-    let sessions = Sessions {
-        services: Services::new(Arc::new(sds)).await?,
-        authenticator,
-        limits: config.limits.clone(),
-        quotas: session::quotas::Quotas::new(&config.limits),
-        refusals: Arc::default(),
-        timeouts: session::Timeouts::default(),
-        metrics: session::metrics::Metrics::register(registry),
-        shutdown: shutdown.clone(),
-        ending: ending.clone(),
-    };
+    let mut server = server::Builder::new(deps.attestor, resolver, store.clone(), &deps.trust);
+    server.names = config.names.clone();
+    server.trust_domain = config.trust_domain.clone();
+    server.limits = config.limits.clone();
+    server.clock = deps.clock.clone();
+    server.observer = deps.caller_observer;
+    server.metrics = server::Metrics::register(registry);
+    server.reissue_window = reissue_window;
+    server.shutdown = shutdown.clone();
+    let sessions = server.build().await?.sessions;
+    let ending = sessions.ending.clone();
     let csi_metrics = config.per_pod.as_ref().map(|_| csi::metrics::Metrics::register(registry));
     let inventory = inventory::Inventory::new(store, plan, deps.clock).per_workload(config.metrics_per_workload);
     registry.register_collector(Box::new(inventory.clone()));

@@ -1,22 +1,14 @@
 //! The service without its rotation: certificates are published at the moment that the bench chooses.
 
-use std::{
-    path::Path,
-    sync::Arc,
-    time::{Duration, SystemTime},
-};
+use std::{path::Path, sync::Arc};
 
-use agent_runtime::{clock::SystemClock, shutdown::Shutdown};
 use sds_server::{
-    attest::{self, unix::UnixAttestor},
-    caller::Authenticator,
-    sds::{self, names::Directory, reissue_window::ReissueWindow, service::Service},
-    session::{self, Sessions, services::Services},
+    attest::unix::UnixAttestor,
+    server,
     store::{Entry, Event, Store},
     trust::{self, Trust},
 };
 use tokio::sync::{mpsc, watch};
-use tokio_util::sync::CancellationToken;
 use unix_peer::listener;
 
 use super::agent::{self, Timed};
@@ -37,35 +29,10 @@ impl Pushing {
         let trust = Trust::new(trust::Metrics::default());
         trust.source(None, "embedded").take(issuer.bundle());
         let (store, events) = Store::new();
-        let ending = CancellationToken::new();
-        let service = Service {
-            store,
-            trust: trust.subscribe(),
-            directory: Directory::new(config.names.clone(), &config.trust_domain),
-            clock: Arc::new(SystemClock),
-            limits: config.limits.clone(),
-            metrics: sds::metrics::Metrics::default(),
-            reissue_window: watch::channel(ReissueWindow::new(SystemTime::now(), Duration::ZERO, 0)).1,
-            ending: ending.clone(),
-        };
-        let resolver = config.resolver();
-        let authenticator = Authenticator {
-            attestor: Arc::new(UnixAttestor),
-            resolver: watch::channel(Arc::new(resolver)).1,
-            metrics: attest::Metrics::default(),
-            observer: None,
-        };
-        let sessions = Sessions {
-            services: Services::new(Arc::new(service)).await.unwrap(),
-            authenticator,
-            limits: config.limits.clone(),
-            quotas: session::quotas::Quotas::new(&config.limits),
-            refusals: Arc::default(),
-            metrics: session::metrics::Metrics::default(),
-            shutdown: Shutdown::new(config.drain),
-            ending,
-            timeouts: session::Timeouts::default(),
-        };
+        let resolver = watch::channel(Arc::new(config.resolver())).1;
+        let mut server = server::Builder::new(Arc::new(UnixAttestor), resolver, store, &trust);
+        server.limits = config.limits.clone();
+        let sessions = server.build().await.unwrap().sessions;
         let socket = listener::bind(socket, 0o666).unwrap();
         tokio::spawn(async move {
             sessions.accept(socket.listener).await;

@@ -24,6 +24,7 @@ mod bad_upstream;
 mod csi;
 mod dev;
 mod doctor;
+mod embed;
 mod envoy_cert_manager;
 mod envoy_embedded;
 mod grpcurl;

@@ -12,13 +12,11 @@ use std::{sync::Arc, time::Duration};
 use agent_runtime::shutdown::Shutdown;
 use sds_server::{
     attest::origin::Origin,
-    caller::Authenticator,
-    limits::Limits,
+    server::{self, Server},
     session::{
-        MAX_REFUSED_STREAMS, Sessions, Timeouts,
-        metrics::{self, Metrics, Rejection},
+        MAX_REFUSED_STREAMS, Sessions,
+        metrics::{self, Rejection},
         quotas,
-        services::Services,
     },
 };
 use tokio::{net::UnixStream, time::Instant};

@@ -10,7 +10,7 @@
 //! 4. [`grpc`] frames messages without copies of keys, and serves other gRPC services beside.
 //!
 //! The user of this crate gives an attestor, a resolver from workloads to identities, and something that publishes certificates into the
-//! [`store`].
+//! [`store`]; [`server::Builder`] joins the rest. `examples/embed.rs` is a whole server.
 
 // It writes no file; its tests do.
 #![cfg_attr(test, allow(clippy::disallowed_methods))]
@@ -22,6 +22,7 @@ pub mod limits;
 pub mod material;
 pub mod proto;
 pub mod sds;
+pub mod server;
 pub mod session;
 pub mod store;
 pub mod trust;

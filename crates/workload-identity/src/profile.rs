@@ -71,6 +71,24 @@ pub struct Profile {
 }
 
 impl Profile {
+    /// A profile named `default`, of an issuer of that name, for ECDSA keys on P-256: certificates are renewed after half of `lifetime`, give
+    /// or take a tenth of that, and name the workload by the template `spiffe_id` alone.
+    pub fn new(spiffe_id: &str, lifetime: Duration) -> Self {
+        Self {
+            name: "default".into(),
+            issuer: IssuerName("default".into()),
+            authority: "default".into(),
+            key: KeyType::EcdsaP256,
+            lifetime,
+            renew_at: 0.5,
+            jitter: 0.1,
+            spiffe_id: spiffe_id.into(),
+            dns_names: Vec::new(),
+            per_pod: false,
+            epoch: 0,
+        }
+    }
+
     /// A digest of all that decides what a certificate of this profile is. The schedule, the profile's name and place in the list, and
     /// its issuer's name are no part of it: changing those reissues nothing.
     pub fn fingerprint(&self) -> [u8; 32] {

@@ -112,39 +112,13 @@ impl Agent {
         };
         tokio::spawn(rotation::run(parts, CancellationToken::new()));
 
-        let domain = TrustDomain::new("cluster.local").unwrap();
-        let limits = Limits::default();
-        let ending = CancellationToken::new();
-        let sds = Arc::new(sds::service::Service {
-            store,
-            trust: trust.subscribe(),
-            directory: sds::names::Directory::new(sds::names::Names::default(), &domain),
-            clock: clock.clone(),
-            limits: limits.clone(),
-            metrics: sds::metrics::Metrics::default(),
-            reissue_window: watch::channel(sds::reissue_window::ReissueWindow::new(clock.now(), Duration::ZERO, 1)).1,
-            ending: ending.clone(),
-        });
-        let resolver = Resolver::single(domain, identity("a").profile.clone());
+        let resolver = Resolver::single(TrustDomain::new("cluster.local").unwrap(), identity("a").profile.clone());
         let (origin_cache, open) = watch::channel(true);
         let let_in: Arc<Mutex<Vec<CancellationToken>>> = Arc::default();
         let attestor = Arc::new(TestAttestor { open, let_in: let_in.clone() });
-        let mut sessions = Sessions {
-            services: Services::new(sds.clone()).await.unwrap(),
-            authenticator: Authenticator {
-                attestor,
-                resolver: watch::channel(Arc::new(resolver)).1,
-                metrics: attest::Metrics::default(),
-                observer: None,
-            },
-            quotas: quotas::Quotas::new(&limits),
-            refusals: Arc::default(),
-            limits,
-            timeouts: Timeouts::default(),
-            metrics: Metrics::default(),
-            shutdown: Shutdown::new(DRAIN),
-            ending,
-        };
+        let mut server = server::Builder::new(attestor, watch::channel(Arc::new(resolver)).1, store, &trust);
+        server.shutdown = Shutdown::new(DRAIN);
+        let Server { service: sds, mut sessions } = server.build().await.unwrap();
         change(&mut sessions);
         sessions.quotas = quotas::Quotas::new(&sessions.limits);
         let directory = tempfile::tempdir().unwrap();
