@@ -16,8 +16,8 @@ use issuance::issuer::{csr, verify};
 use sds_server::{
     attest::{self, unix::UnixAttestor},
     caller::{Authenticator, Connection},
-    material::{CertificateChain, PrivateKey, Svid, Variant},
-    sds::secret,
+    material::{CertificateChain, PrivateKey, Svid},
+    sds::{encoded::Variant, secret},
 };
 use tokio::{runtime::Runtime, sync::watch};
 use unix_peer::peer::Peer;

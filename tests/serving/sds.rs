@@ -25,9 +25,10 @@ use sds_server::{
     caller::Connection,
     grpc::{self, Body},
     limits::Limits,
-    material::{Svid, Variant},
+    material::Svid,
     proto::envoy::service::discovery::v3::{DeltaDiscoveryRequest, DiscoveryRequest},
     sds::{
+        encoded::Variant,
         metrics::{Kind, Metrics},
         names::Directory,
         reissue_window::ReissueWindow,
@@ -42,8 +43,4 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
-
-/// The first three parts of a certificate's version.
-fn version_prefix(version: &str) -> &str {
-    version.rsplit_once('-').map_or(version, |(version_prefix, _)| version_prefix)
-}
+use workload_identity::version::prefix as version_prefix;

@@ -4,14 +4,14 @@
 //! in `docs/security.md`: bytes on their way through HTTP/2 buffers and the kernel's socket.
 
 use std::{
+    any::Any,
     fmt,
-    sync::{Arc, Mutex, OnceLock, PoisonError},
+    sync::{Arc, OnceLock},
     time::{Duration, SystemTime},
 };
 
 use aws_lc_rs::digest;
 use base64::{Engine, engine::general_purpose::STANDARD};
-use bytes::Bytes;
 use rustls::pki_types::{
     CertificateDer,
     pem::{self, PemObject},
@@ -24,7 +24,7 @@ use x509_parser::{
 use zeroize::Zeroizing;
 
 use agent_runtime::{clock, text::hex};
-use workload_identity::{Identity, SpiffeId};
+use workload_identity::{Identity, SpiffeId, version::Version};
 
 /// No PEM input larger than this is read: a bundle or chain of this size is a mistake or an attack.
 pub const MAX_PEM_BYTES: usize = 1 << 20;
@@ -295,35 +295,20 @@ impl TrustBundle {
     }
 }
 
-/// Which protocol a resource is encoded for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Variant {
-    /// SotW SDS: `DiscoveryResponse.resources`.
-    Sotw,
-    /// Incremental SDS: `DeltaDiscoveryResponse.resources`.
-    Delta,
-}
-
-/// The encoded forms of one piece of material: each is made once, shared by all its receivers and wiped with its last reference.
+/// What a server keeps with a piece of material, such as its encoded forms: one value of one type, wiped with the material's last reference.
 #[derive(Default)]
-pub struct EncodedCache(Mutex<Vec<(Variant, Box<str>, Bytes)>>);
+pub struct Attached(OnceLock<Box<dyn Any + Send + Sync>>);
 
-impl EncodedCache {
-    /// The buffer for (`variant`, `name`), made by `encode` at its first use.
-    pub fn get_or_encode(&self, variant: Variant, name: &str, encode: impl FnOnce() -> Zeroizing<Vec<u8>>) -> Bytes {
-        let mut forms = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, _, bytes)) = forms.iter().find(|(f, n, _)| *f == variant && &**n == name) {
-            return bytes.clone();
-        }
-        let bytes = Bytes::from_owner(encode());
-        forms.push((variant, name.into(), bytes.clone()));
-        bytes
+impl Attached {
+    /// The value, made at its first use. None where a value of another type is attached.
+    pub fn get<T: Default + Send + Sync + 'static>(&self) -> Option<&T> {
+        self.0.get_or_init(|| Box::new(T::default())).downcast_ref()
     }
 }
 
-impl fmt::Debug for EncodedCache {
+impl fmt::Debug for Attached {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Encodings(redacted)")
+        f.write_str("Attached(redacted)")
     }
 }
 
@@ -343,8 +328,8 @@ pub struct Svid {
     /// See [`authority_digest`].
     pub authority: String,
     version: OnceLock<String>,
-    /// Its encoded forms.
-    pub encoded: EncodedCache,
+    /// Of the server.
+    pub attached: Attached,
 }
 
 impl Svid {
@@ -357,7 +342,7 @@ impl Svid {
         settled_at: SystemTime,
         authority: String,
     ) -> Self {
-        Self { identity, chain, key, renew_at, settled_at, authority, version: OnceLock::new(), encoded: EncodedCache::default() }
+        Self { identity, chain, key, renew_at, settled_at, authority, version: OnceLock::new(), attached: Attached::default() }
     }
 
     /// The leaf's SPIFFE ID.
@@ -365,13 +350,16 @@ impl Svid {
         &self.identity.spiffe_id
     }
 
-    /// `<notAfter>-<renewAt>-<authority>-<content>`: unix seconds, and hexadecimal digests. A client that comes back with it after a
-    /// restart tells a memory-only agent that it still holds a good certificate, and for how long.
+    /// Its version, see [`Version`].
     pub fn version(&self) -> &str {
         self.version.get_or_init(|| {
-            let not_after = clock::unix_seconds(self.chain.validity.not_after);
-            let renew_at = clock::unix_seconds(self.renew_at);
-            format!("{not_after}-{renew_at}-{}-{}", self.authority, &self.chain.fingerprint[..16])
+            let version = Version {
+                not_after: clock::unix_seconds(self.chain.validity.not_after),
+                renew_at: clock::unix_seconds(self.renew_at),
+                authority: self.authority.clone(),
+                content: self.chain.fingerprint[..16].to_owned(),
+            };
+            version.to_string()
         })
     }
 }
@@ -530,19 +518,6 @@ mod tests {
         assert!(matches!(TrustBundle::from_pem(garbage), Err(Error::X509 { index: 1, .. })));
         assert!(matches!(TrustBundle::from_pem(b"-----BEGIN CERTIFICATE-----\n!!\n-----END CERTIFICATE-----\n"), Err(Error::Pem(_))));
         assert_eq!(TrustBundle::from_pem(&vec![b' '; MAX_PEM_BYTES + 1]), Err(Error::TooLarge(MAX_PEM_BYTES + 1)));
-    }
-
-    #[test]
-    fn an_encoding_is_made_once_for_each_face_and_name() {
-        let encoded = EncodedCache::default();
-        let mut made = 0;
-        for (variant, name) in [(Variant::Delta, "a"), (Variant::Delta, "a"), (Variant::Sotw, "a"), (Variant::Delta, "b")] {
-            encoded.get_or_encode(variant, name, || {
-                made += 1;
-                Zeroizing::new(vec![1])
-            });
-        }
-        assert_eq!(made, 3);
     }
 
     fn root(name: &str) -> CertificateDer<'static> {

@@ -1,6 +1,7 @@
 //! The secret discovery service (SDS v3): names, the state of a stream, encoding, and the service itself.
 
 pub mod client_version;
+pub mod encoded;
 pub mod metrics;
 pub mod names;
 pub mod reissue_window;

@@ -21,7 +21,7 @@ use rustls::pki_types::CertificateDer;
 use tokio::sync::watch;
 
 use self::crl::RevocationList;
-use crate::material::{self, CertificateChain, EncodedCache, TrustBundle};
+use crate::material::{self, Attached, CertificateChain, TrustBundle};
 use agent_runtime::clock;
 use workload_identity::TrustDomain;
 
@@ -36,7 +36,7 @@ const FIRST_CHAIN: &str = "no certificate has been issued since the start: it is
 /// Authorities below the roots that are remembered; more are not needed to see that there are many.
 const MAX_INTERMEDIATES: usize = 64;
 
-/// A bundle and its encoded forms.
+/// A bundle, and what the server keeps with it.
 #[derive(Debug)]
 pub struct Bundle {
     /// The roots.
@@ -44,8 +44,8 @@ pub struct Bundle {
     /// Revocation lists that go with them, or none.
     crls: Vec<RevocationList>,
     version: String,
-    /// Its encoded forms.
-    pub encoded: EncodedCache,
+    /// Of the server.
+    pub attached: Attached,
 }
 
 impl Bundle {
@@ -58,7 +58,7 @@ impl Bundle {
             crls.iter().for_each(|list| hash.update(list.der()));
             version = format!("b-{}", agent_runtime::text::hex(&hash.finish().as_ref()[..8]));
         }
-        Self { roots, crls, version, encoded: EncodedCache::default() }
+        Self { roots, crls, version, attached: Attached::default() }
     }
 
     /// `b-` and a digest of the content: of the roots alone where there are no lists.

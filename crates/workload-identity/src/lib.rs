@@ -17,6 +17,7 @@ mod rule;
 #[cfg(any(test, feature = "testing"))]
 pub mod samples;
 mod spiffe;
+pub mod version;
 
 pub use profile::{IssuerName, KeyType, Profile};
 pub use resolver::{Decision, Reason, Resolver, placeholder, render};

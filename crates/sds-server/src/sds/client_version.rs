@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime};
 
 use crate::material::{self, TrustBundle};
 use agent_runtime::clock;
-use workload_identity::{Identity, Profile};
+use workload_identity::{Identity, Profile, version::Version};
 
 /// A lifetime that an issuer may give beyond twice what was asked for.
 const LIFETIME_SLACK: Duration = Duration::from_secs(3600);
@@ -39,18 +39,11 @@ pub struct ClientVersion {
 impl ClientVersion {
     /// Reads `version`; none unless it is well-formed and plausible for `identity` at `now`.
     pub fn read(version: &str, identity: &Identity, now: SystemTime) -> Option<Self> {
-        let mut parts = version.split('-');
-        let (not_after, renew_at) = (seconds(parts.next()?)?, seconds(parts.next()?)?);
-        let (authority, content) = (parts.next()?, parts.next()?);
-        let digest = |text: &str| text.len() == 16 && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
+        let Version { not_after, renew_at, authority, .. } = version.parse().ok()?;
+        let (not_after, renew_at) = (clock::from_unix_seconds(not_after.cast_signed()), clock::from_unix_seconds(renew_at.cast_signed()));
         let latest = now + identity.profile.lifetime * 2 + LIFETIME_SLACK;
-        let plausible = parts.next().is_none()
-            && digest(authority)
-            && digest(content)
-            && now < not_after
-            && renew_at < not_after
-            && not_after <= latest;
-        plausible.then(|| Self { renew_at, not_after, authority: authority.to_owned() })
+        let plausible = now < not_after && renew_at < not_after && not_after <= latest;
+        plausible.then_some(Self { renew_at, not_after, authority })
     }
 
     /// Whose it is, as far as its version tells.
@@ -72,12 +65,6 @@ impl ClientVersion {
     pub fn version_prefix(&self) -> String {
         format!("{}-{}-{}", clock::unix_seconds(self.not_after), clock::unix_seconds(self.renew_at), self.authority)
     }
-}
-
-fn seconds(text: &str) -> Option<SystemTime> {
-    let digits = !text.is_empty() && text.len() <= 12 && text.bytes().all(|b| b.is_ascii_digit());
-    let seconds: i64 = digits.then(|| text.parse().ok())??;
-    Some(clock::from_unix_seconds(seconds))
 }
 
 #[cfg(test)]

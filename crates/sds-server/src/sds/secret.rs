@@ -12,8 +12,11 @@ use zeroize::Zeroizing;
 
 use crate::{
     grpc,
-    material::{Svid, Variant},
-    sds::stream::TYPE_URL,
+    material::Svid,
+    sds::{
+        encoded::{self, Variant},
+        stream::TYPE_URL,
+    },
     trust::Bundle,
 };
 use agent_runtime::text::hex;
@@ -76,7 +79,7 @@ mod tag {
 
 /// The certificate and key of `svid` under `name`, as one entry of a response's `resources`.
 pub fn certificate(svid: &Svid, variant: Variant, name: &str) -> Bytes {
-    svid.encoded.get_or_encode(variant, name, || {
+    encoded::of(&svid.attached, variant, name, || {
         let (chain, key) = (svid.chain.to_pem(), svid.key.to_pem());
         let certificate = Field::Message(
             tag::SECRET_TLS_CERTIFICATE,
@@ -91,7 +94,7 @@ pub fn certificate(svid: &Svid, variant: Variant, name: &str) -> Bytes {
 
 /// The roots of `bundle` and its revocation lists under `name`. Never with matchers: a client merges them into its own, and they would weaken its check.
 pub fn bundle(bundle: &Bundle, variant: Variant, name: &str) -> Bytes {
-    bundle.encoded.get_or_encode(variant, name, || {
+    encoded::of(&bundle.attached, variant, name, || {
         let (roots, crls) = (bundle.roots.to_pem(), bundle.crls_pem());
         let inline = |tag, pem| Field::Message(tag, vec![Field::Bytes(tag::DATA_SOURCE_INLINE_BYTES, pem)]);
         let trusted = inline(tag::VALIDATION_TRUSTED_CA, &roots);

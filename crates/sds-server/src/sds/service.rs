@@ -23,7 +23,8 @@ use crate::{
     caller::Connection,
     grpc::{self, Body, Incoming},
     limits::Limits,
-    material::{Svid, Variant},
+    material::Svid,
+    sds::encoded::Variant,
     store::Store,
     trust::{Bundle, BundleSet},
 };
@@ -128,11 +129,6 @@ fn is_known(target: &Target, bundles: &BundleSet) -> bool {
         Target::FederatedBundle(domain) => bundles.federated.contains_key(domain),
         Target::Certificate | Target::OwnBundle => true,
     }
-}
-
-/// The first three parts of a certificate's version.
-fn version_prefix(version: &str) -> &str {
-    version.rsplit_once('-').map_or(version, |(version_prefix, _)| version_prefix)
 }
 
 /// Returns when there is something new; never without something to watch.

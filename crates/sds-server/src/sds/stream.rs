@@ -15,7 +15,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use crate::{material::Variant, sds::names::WILDCARD};
+use crate::sds::{encoded::Variant, names::WILDCARD};
 use agent_runtime::text;
 
 /// The only type of resource that is served.

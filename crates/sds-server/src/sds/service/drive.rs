@@ -12,14 +12,15 @@ use tokio::{sync::watch, time::Instant};
 use tonic::Status;
 use tracing::{debug, warn};
 
-use super::{Service, View, changed, ended, is_known, version_prefix, violation};
+use super::{Service, View, changed, ended, is_known, violation};
 use crate::{
     caller::{Caller, Connection},
     grpc::{self, Incoming, Sender},
-    material::{Svid, Variant},
+    material::Svid,
     proto::envoy::service::discovery::v3::{DeltaDiscoveryRequest, DiscoveryRequest},
     sds::{
         client_version::{ClientVersion, Provenance},
+        encoded::Variant,
         metrics::{Kind, Trigger},
         names::Target,
         secret,
@@ -29,7 +30,7 @@ use crate::{
     trust::BundleSet,
 };
 use agent_runtime::{clock::Clock, text};
-use workload_identity::{Identity, Resolver};
+use workload_identity::{Identity, Resolver, version};
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::sds::service::drive";
@@ -233,7 +234,7 @@ impl Stream<'_> {
         let now = self.service.clock.now();
         if let Some(svid) = self.last_sent.as_ref().filter(|svid| svid.chain.validity.is_live(now)) {
             let (renew_at, not_after, version_prefix) =
-                (svid.renew_at, svid.chain.validity.not_after, version_prefix(svid.version()).to_owned());
+                (svid.renew_at, svid.chain.validity.not_after, version::prefix(svid.version()).to_owned());
             return Some(PreviousEpoch {
                 identity: svid.identity.clone(),
                 svid: Some(svid.clone()),
@@ -357,7 +358,7 @@ impl Stream<'_> {
         // Of the certificate that is in this response, or that the client keeps. One that it rejected is neither.
         let sent = names.iter().find(|(name, _)| self.target(name) == Target::Certificate);
         let version_prefix = sent
-            .map(|(_, version)| version_prefix(version).to_owned())
+            .map(|(_, version)| version::prefix(version).to_owned())
             .or_else(|| retain_current.map(|held_certificate| held_certificate.version_prefix));
         if sent.is_some() {
             self.last_sent.clone_from(&view.svid);

@@ -8,13 +8,13 @@ use http_body::Body as HttpBody;
 use tokio::{sync::watch, time::Instant};
 use tonic::Status;
 
-use super::{Service, View, changed, ended, is_known, version_prefix, violation};
+use super::{Service, View, changed, ended, is_known, violation};
 use crate::{
     caller::{Caller, Connection},
     grpc::{self, Incoming},
-    material::Variant,
     proto::envoy::service::discovery::v3::DiscoveryRequest,
     sds::{
+        encoded::Variant,
         metrics::Trigger,
         names::{Target, WILDCARD},
         secret,
@@ -24,7 +24,7 @@ use crate::{
     trust::BundleSet,
 };
 use agent_runtime::text;
-use workload_identity::{Identity, Resolver};
+use workload_identity::{Identity, Resolver, version};
 
 /// How long `FetchSecrets` waits for a caller that names no deadline.
 const FETCH_WAIT: Duration = Duration::from_secs(10);
@@ -150,7 +150,7 @@ impl Service {
             return Err(Status::unavailable("not yet available; the certificate is being issued"));
         }
         let version_prefix =
-            view.svid.as_ref().map(|svid| version_prefix(svid.version())).filter(|_| known.iter().any(|(_, t)| *t == Target::Certificate));
+            view.svid.as_ref().map(|svid| version::prefix(svid.version())).filter(|_| known.iter().any(|(_, t)| *t == Target::Certificate));
         let version = secret::response_version(version_prefix, &versions);
         Ok(secret::response(Variant::Sotw, &version, "", resources))
     }
