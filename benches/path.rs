@@ -16,7 +16,7 @@ use issuance::issuer::{csr, verify};
 use sds_server::{
     attest::{self, unix::UnixAttestor},
     caller::{Authenticator, Connection},
-    material::{CertificateChain, PrivateKey, Svid},
+    material::{PrivateKey, Svid},
     sds::{encoded::Variant, secret},
 };
 use tokio::{runtime::Runtime, sync::watch};
@@ -83,10 +83,10 @@ fn parts(c: &mut Criterion) {
 
     let issued = runtime.block_on(agent::issue(&identity, &issuer));
     c.bench_function("verify", |b| {
-        b.iter(|| verify::verify(&identity, &issued.key, &issued.chain_pem, Some(&roots), black_box(SystemTime::now())).unwrap());
+        b.iter(|| verify::verify(&identity, &issued.key, &issued.chain, Some(&roots), black_box(SystemTime::now())).unwrap());
     });
 
-    let chain = CertificateChain::from_pem(&issued.chain_pem).unwrap();
+    let chain = issued.chain;
     let fresh = || {
         let key = PrivateKey::from_pkcs8_der(Zeroizing::new(issued.key.pkcs8_der().to_vec()));
         let validity = chain.validity;

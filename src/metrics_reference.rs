@@ -216,6 +216,8 @@ fn no_module_that_registers_is_forgotten() {
     let registers = |path: &PathBuf| fs::read_to_string(path).unwrap().contains("pub fn register(registry: &mut Registry)");
     let sources = interfaces::sources(root()).into_iter().filter(registers);
     let mut registering: BTreeSet<PathBuf> = sources.map(|path| path.strip_prefix(root()).unwrap().to_owned()).collect();
+    // It registers what the server's modules do.
+    registering.remove(Path::new("crates/sds-server/src/server.rs"));
     registering.insert("src/app/inventory.rs".into());
     let listed: BTreeSet<PathBuf> = MODULES.iter().filter_map(|module| module.file).map(PathBuf::from).collect();
     assert_eq!(listed, registering, "name each in MODULES of src/metrics_reference.rs, and regenerate docs/metrics.md");

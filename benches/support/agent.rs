@@ -124,7 +124,7 @@ pub async fn issue(identity: &Arc<Identity>, issuer: &Timed) -> Issued {
 
 /// A verified certificate, ready to be published.
 pub fn verified(identity: &Arc<Identity>, issued: Issued, roots: &TrustBundle) -> Svid {
-    let verified = verify::verify(identity, &issued.key, &issued.chain_pem, Some(roots), SystemTime::now()).unwrap();
-    let validity = verified.chain.validity;
-    Svid::new(identity.clone(), verified.chain, issued.key, validity.not_after, validity.not_before, "0123456789abcdef".into())
+    verify::verify(identity, &issued.key, &issued.chain, Some(roots), SystemTime::now()).unwrap();
+    let validity = issued.chain.validity;
+    Svid::new(identity.clone(), issued.chain, issued.key, validity.not_after, validity.not_before, "0123456789abcdef".into())
 }

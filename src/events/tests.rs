@@ -11,10 +11,7 @@ use agent_kube::{
 };
 use agent_runtime::clock::{Clock, TestClock};
 use issuance::issuer::{Issuer as _, Order, Progress, Retry, embedded::Embedded};
-use sds_server::{
-    material::CertificateChain,
-    store::{Demand, Lease, Store},
-};
+use sds_server::store::{Demand, Lease, Store};
 use workload_identity::samples::identity;
 
 fn pod(name: &str) -> PodRef {
@@ -58,7 +55,7 @@ async fn svid(id: &Arc<workload_identity::Identity>) -> Svid {
     let clock = TestClock::new(UNIX_EPOCH + Duration::from_secs(1_700_000_000));
     let order = Order { identity: id.clone(), evidence: None, progress: Progress::new().0 };
     let issued = Embedded::new("cluster.local", Arc::new(clock.clone())).unwrap().issue(order).await.unwrap();
-    let chain = CertificateChain::from_pem(&issued.chain_pem).unwrap();
+    let chain = issued.chain;
     Svid::new(id.clone(), chain, issued.key, clock.now(), clock.now(), String::new())
 }
 

@@ -8,7 +8,7 @@ use std::{fmt, sync::Arc, time::Duration};
 use futures::future::BoxFuture;
 use tokio::sync::watch;
 
-use sds_server::material::PrivateKey;
+use sds_server::material::{CertificateChain, PrivateKey};
 use workload_identity::{Identity, PodRef};
 
 pub mod certificate_request;
@@ -80,8 +80,8 @@ impl Progress {
 pub struct Issued {
     /// The key whose CSR was signed.
     pub key: PrivateKey,
-    /// PEM, leaf first.
-    pub chain_pem: Vec<u8>,
+    /// The chain, read and not judged.
+    pub chain: CertificateChain,
     /// How long the parts took, for the metrics: (phase, seconds).
     pub phases: Vec<(Phase, Duration)>,
 }

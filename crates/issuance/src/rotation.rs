@@ -313,12 +313,12 @@ impl Rotation {
         let (Some(entry), Some(identity)) = (self.entries.get(&id).cloned(), self.identity_of(id)) else { return };
         let now = self.now();
         let profile = &identity.profile;
-        let validity = verified.chain.validity;
+        let validity = issued.chain.validity;
         let renewal_jitter = self.planner.renewal_jitter(now, id);
         let renew_at = schedule::renew_at(&validity, now.wall, profile, renewal_jitter, self.planner.draw());
         let authority = material::authority_digest(&profile.fingerprint(), verified.anchor.as_ref());
         if let Some(trust) = &self.parts.authorities {
-            trust.met(&verified.chain, now.wall);
+            trust.met(&issued.chain, now.wall);
         }
         if validity.lifetime() < profile.lifetime / 2 {
             warn!(target: LOG_TARGET, %identity, asked = ?profile.lifetime, got = ?validity.lifetime(), "the issuer shortens certificates: more renewals than configured");
@@ -328,14 +328,14 @@ impl Rotation {
             target: LOG_TARGET, %identity,
             issuer = %profile.issuer,
             request = entry.status().request.as_deref(),
-            serial = %verified.chain.serial,
-            fingerprint = %verified.chain.fingerprint,
+            serial = %issued.chain.serial,
+            fingerprint = %issued.chain.fingerprint,
             not_after = %clock::rfc3339(validity.not_after),
             renew_at = %clock::rfc3339(renew_at),
             milliseconds = u64::try_from(took.as_millis()).unwrap_or(u64::MAX),
             "certificate issued"
         );
-        let svid = Svid::new(identity.clone(), verified.chain, issued.key, renew_at, schedule::settled_at(&validity), authority);
+        let svid = Svid::new(identity.clone(), issued.chain, issued.key, renew_at, schedule::settled_at(&validity), authority);
         self.verified.insert(id, Arc::new(svid));
         self.awaiting_anchor.remove(&id);
         self.rejected_evidence.remove(&id);

@@ -9,10 +9,7 @@ use prometheus_client::{
 use super::*;
 use agent_runtime::clock::TestClock;
 use issuance::issuer::{Issuer as _, Order, Progress, embedded::Embedded};
-use sds_server::{
-    material::{CertificateChain, Svid},
-    store::Lease,
-};
+use sds_server::{material::Svid, store::Lease};
 use workload_identity::{Identity, samples::identity};
 
 /// For the reference: a certificate of a service account.
@@ -72,7 +69,7 @@ impl Node {
         let (progress, _stage) = Progress::new();
         let order = Order { identity: id.clone(), evidence: None, progress };
         let issued = Embedded::new("cluster.local", Arc::new(self.clock.clone())).unwrap().issue(order).await.unwrap();
-        let chain = CertificateChain::from_pem(&issued.chain_pem).unwrap();
+        let chain = issued.chain;
         let renew_at = self.clock.now() + Duration::from_secs(1800);
         let svid = Svid::new(id.clone(), chain, issued.key, renew_at, self.clock.now(), String::new());
         self.entry(&id).publish(Arc::new(svid));

@@ -188,13 +188,12 @@ impl Inner {
                     }
                 }
                 Verdict::Issued => {
-                    let chain_pem = self.take(order, observation.status.as_ref())?;
+                    let chain = self.take(order, observation.status.as_ref())?;
                     let approved = approved.unwrap_or_else(Instant::now);
-                    let serial = CertificateChain::from_pem(&chain_pem).map(|c| c.serial).unwrap_or_default();
-                    tracing::info!(target: LOG_TARGET, identity = %order.identity, pod, request = %name, uid = %observation.uid, serial, "certificate signed");
+                    tracing::info!(target: LOG_TARGET, identity = %order.identity, pod, request = %name, uid = %observation.uid, serial = %chain.serial, "certificate signed");
                     let phases =
                         vec![(Phase::Create, created - start), (Phase::Approve, approved - created), (Phase::Sign, approved.elapsed())];
-                    return Ok(Issued { key: made.key, chain_pem, phases });
+                    return Ok(Issued { key: made.key, chain, phases });
                 }
                 refusal => {
                     handle.keep(&order.identity);
@@ -238,7 +237,7 @@ impl Inner {
     }
 
     /// The chain of an issued request; and the root that its issuer names, where that is wanted.
-    fn take(&self, order: &Order, status: Option<&Status>) -> Result<Vec<u8>, Error> {
+    fn take(&self, order: &Order, status: Option<&Status>) -> Result<CertificateChain, Error> {
         let field = |field: fn(&Status) -> Option<&String>| status.and_then(field).map(String::as_str).unwrap_or_default();
         if let Some(source) = &self.status_ca {
             match decode_pem(field(|s| s.ca.as_ref())) {
@@ -246,7 +245,8 @@ impl Inner {
                 _ => tracing::debug!(target: LOG_TARGET, identity = %order.identity, "the issuer names no root in status.ca"),
             }
         }
-        decode_pem(field(|s| s.certificate.as_ref())).ok_or(Error::InvalidCertificate(verify::Error::Chain(material::Error::Base64)))
+        let pem = decode_pem(field(|s| s.certificate.as_ref())).ok_or(verify::Error::Chain(material::Error::Base64))?;
+        Ok(CertificateChain::from_pem(&pem).map_err(verify::Error::from)?)
     }
 }
 

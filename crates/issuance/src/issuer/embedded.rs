@@ -15,9 +15,9 @@ use rcgen::{
 };
 use rustls::pki_types::CertificateSigningRequestDer;
 
-use crate::issuer::{Error, Issued, Issuer, Order, Phase, Retry, csr};
+use crate::issuer::{Error, Issued, Issuer, Order, Phase, Retry, csr, verify};
 use agent_runtime::clock::Clock;
-use sds_server::material::TrustBundle;
+use sds_server::material::{CertificateChain, TrustBundle};
 
 /// The root and the intermediate live this long.
 const AUTHORITY_LIFETIME: Duration = Duration::from_secs(10 * 365 * 86_400);
@@ -115,14 +115,15 @@ impl Issuer for Embedded {
             let start = Instant::now();
             let made = csr::generate(&order.identity).await?;
             let created = Instant::now();
-            let chain_pem = authority.sign(made.csr_der, order.identity.profile.lifetime, clock.now()).map_err(|e| Error::Failed {
+            let pem = authority.sign(made.csr_der, order.identity.profile.lifetime, clock.now()).map_err(|e| Error::Failed {
                 request: "embedded".into(),
                 reason: "SigningFailed".into(),
                 message: e.to_string(),
                 retry: Retry::Backoff,
             })?;
             let phases = vec![(Phase::Create, created - start), (Phase::Sign, created.elapsed())];
-            Ok(Issued { key: made.key, chain_pem, phases })
+            let chain = CertificateChain::from_pem(&pem).map_err(verify::Error::from)?;
+            Ok(Issued { key: made.key, chain, phases })
         })
     }
 }

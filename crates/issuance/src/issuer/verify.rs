@@ -92,16 +92,19 @@ pub enum Error {
 /// What passed.
 #[derive(Debug)]
 pub struct Verified {
-    /// The chain as it will be served.
-    pub chain: CertificateChain,
     /// The root that it leads to, where there is a bundle.
     pub anchor: Option<CertificateDer<'static>>,
 }
 
-/// Checks the chain of `pem` for `identity` and `key` at `now`; with a bundle, that it leads to one of its roots.
-pub fn verify(identity: &Identity, key: &PrivateKey, pem: &[u8], bundle: Option<&TrustBundle>, now: SystemTime) -> Result<Verified, Error> {
-    let chain = CertificateChain::from_pem(pem)?;
-    is_for(&chain, &public_key(identity.profile.key, key).ok_or(Error::Key)?)?;
+/// Checks `chain` for `identity` and `key` at `now`; with a bundle, that it leads to one of its roots.
+pub fn verify(
+    identity: &Identity,
+    key: &PrivateKey,
+    chain: &CertificateChain,
+    bundle: Option<&TrustBundle>,
+    now: SystemTime,
+) -> Result<Verified, Error> {
+    is_for(chain, &public_key(identity.profile.key, key).ok_or(Error::Key)?)?;
     if !matches!(&chain.uris[..], [uri] if uri == identity.spiffe_id.as_str()) {
         return Err(Error::SpiffeId { expected: identity.spiffe_id.to_string(), found: shown(&chain.uris) });
     }
@@ -115,7 +118,7 @@ pub fn verify(identity: &Identity, key: &PrivateKey, pem: &[u8], bundle: Option<
     let (leaf, others) = chain.certificates().split_first().ok_or(Error::Chain(material::Error::Empty))?;
     usages(leaf)?;
     let anchor = path(leaf, others, bundle, now.max(chain.validity.not_before))?;
-    Ok(Verified { chain, anchor })
+    Ok(Verified { anchor })
 }
 
 /// The leaf, and no other certificate, is for the key.

@@ -139,7 +139,7 @@ impl Judge {
         }
         let set = self.trust.borrow().clone();
         let bundle = set.own.as_ref().map(|bundle| &bundle.roots);
-        match verify::verify(&self.identity, &issued.key, &issued.chain_pem, bundle, self.clock.now()) {
+        match verify::verify(&self.identity, &issued.key, &issued.chain, bundle, self.clock.now()) {
             Ok(verified) => Ok((issued, verified)),
             Err(error) => Err((error.into(), Some(issued))),
         }

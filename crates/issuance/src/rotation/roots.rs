@@ -62,7 +62,7 @@ impl Rotation {
         }
         for (id, issued) in std::mem::take(&mut self.awaiting_anchor) {
             let Some(entry) = self.entries.get(&id) else { continue };
-            match verify::verify(&entry.identity, &issued.key, &issued.chain_pem, bundle, now.wall) {
+            match verify::verify(&entry.identity, &issued.key, &issued.chain, bundle, now.wall) {
                 Ok(verified) => {
                     if let Some(order) = self.orders.remove(&id) {
                         order.task.abort();

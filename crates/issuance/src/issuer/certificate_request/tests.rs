@@ -24,6 +24,12 @@ mod vault_words;
 const CR: &str = "certificaterequests";
 const MINUTE: Duration = Duration::from_secs(60);
 
+/// What cert-manager's issuer answers: a certificate, of whoever. It is not judged here.
+static CHAIN: std::sync::LazyLock<String> = std::sync::LazyLock::new(|| {
+    let params = rcgen::CertificateParams::new(Vec::new()).unwrap();
+    params.self_signed(&rcgen::KeyPair::generate().unwrap()).unwrap().pem()
+});
+
 #[derive(Debug, Default)]
 struct Pods(Option<HashSet<Arc<str>>>);
 
@@ -107,7 +113,7 @@ impl World {
     fn issue(&self, request: &Value) {
         self.condition(request, "Approved", "True", "cert-manager.io");
         self.api.change(CR, text(request, "namespace"), text(request, "name"), |object| {
-            object["status"]["certificate"] = json!(STANDARD.encode("the chain"));
+            object["status"]["certificate"] = json!(STANDARD.encode(&*CHAIN));
             object["status"]["conditions"].as_array_mut().unwrap().push(json!({"type": "Ready", "status": "True", "reason": "Issued"}));
         });
     }
@@ -172,7 +178,7 @@ async fn a_certificate_costs_two_writes_and_the_request_tells_who_asks() {
 
     world.issue(&request);
     let issued = end(task).await.unwrap();
-    assert_eq!(issued.chain_pem, b"the chain");
+    assert_eq!(issued.chain.to_pem(), CHAIN.as_bytes());
     assert_eq!(issued.phases.iter().map(|(phase, _)| *phase).collect::<Vec<_>>(), [Phase::Create, Phase::Approve, Phase::Sign]);
     world.api.until_count(CR, 0).await;
     tokio::time::sleep(30 * MINUTE).await;

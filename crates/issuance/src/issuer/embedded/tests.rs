@@ -7,7 +7,6 @@ use x509_parser::prelude::{FromDer, X509Certificate};
 use super::*;
 use crate::issuer::{Progress, verify::verify};
 use agent_runtime::clock::TestClock;
-use sds_server::material::CertificateChain;
 use workload_identity::{Identity, KeyType, Profile, SpiffeId, samples::profile};
 
 const NOW: Duration = Duration::from_secs(1_800_000_000);
@@ -39,10 +38,10 @@ async fn every_kind_of_key_gets_a_chain_that_verifies_for_as_long_as_asked() {
         let identity = identity(key, lifetime);
         let now = clock.now();
         let issued = issue(&embedded, &identity).await;
-        let verified = verify(&identity, &issued.key, &issued.chain_pem, Some(&bundle), now).unwrap();
+        let verified = verify(&identity, &issued.key, &issued.chain, Some(&bundle), now).unwrap();
         assert_eq!(verified.anchor.as_ref(), bundle.roots().first());
-        assert_eq!(verified.chain.certificates().len(), 2, "leaf and intermediate, not the root");
-        let validity = verified.chain.validity;
+        assert_eq!(issued.chain.certificates().len(), 2, "leaf and intermediate, not the root");
+        let validity = issued.chain.validity;
         // Certificates count whole seconds.
         assert!(validity.not_after <= now + lifetime && now + lifetime < validity.not_after + Duration::from_secs(1));
         assert!(validity.not_before <= now && now < validity.not_before + BACKDATE + Duration::from_secs(1));
@@ -56,7 +55,7 @@ async fn only_rsa_keys_may_encipher_keys() {
     let embedded = embedded(&clock);
     for (key, expected) in [(KeyType::EcdsaP256, false), (KeyType::Rsa2048, true)] {
         let issued = issue(&embedded, &identity(key, Duration::from_secs(60))).await;
-        let chain = CertificateChain::from_pem(&issued.chain_pem).unwrap();
+        let chain = issued.chain;
         let (_, leaf) = X509Certificate::from_der(&chain.certificates()[0]).unwrap();
         assert_eq!(leaf.key_usage().unwrap().unwrap().value.key_encipherment(), expected, "{key:?}");
     }
@@ -67,7 +66,7 @@ async fn nothing_outlives_its_signer_and_no_lifetime_is_too_long_to_count() {
     let clock = TestClock::new(UNIX_EPOCH + NOW);
     let embedded = embedded(&clock);
     let issued = issue(&embedded, &identity(KeyType::EcdsaP256, Duration::MAX)).await;
-    let chain = CertificateChain::from_pem(&issued.chain_pem).unwrap();
+    let chain = issued.chain;
     let (_, intermediate) = X509Certificate::from_der(&chain.certificates()[1]).unwrap();
     assert_eq!(chain.validity.not_after, agent_runtime::clock::from_unix_seconds(intermediate.validity().not_after.timestamp()));
 }
@@ -78,6 +77,6 @@ async fn another_authority_of_the_same_name_is_another_authority() {
     let (before, after) = (embedded(&clock), embedded(&clock));
     let identity = identity(KeyType::EcdsaP256, Duration::from_secs(60));
     let issued = issue(&before, &identity).await;
-    let error = verify(&identity, &issued.key, &issued.chain_pem, Some(&after.bundle().unwrap()), clock.now()).unwrap_err();
+    let error = verify(&identity, &issued.key, &issued.chain, Some(&after.bundle().unwrap()), clock.now()).unwrap_err();
     assert!(error.to_string().contains("was the authority replaced?"), "{error}");
 }

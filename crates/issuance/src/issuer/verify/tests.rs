@@ -125,9 +125,18 @@ impl World {
         [self.leaf(change).pem().into_bytes(), self.intermediate.pem()].concat()
     }
 
-    fn verify(&self, pem: &[u8], bundle: Option<&TrustBundle>) -> Result<Verified, Error> {
-        verify(&self.identity, &self.order.key, pem, bundle, now())
+    fn verify(&self, pem: &[u8], bundle: Option<&TrustBundle>) -> Result<Accepted, Error> {
+        let chain = CertificateChain::from_pem(pem)?;
+        let Verified { anchor } = verify(&self.identity, &self.order.key, &chain, bundle, now())?;
+        Ok(Accepted { chain, anchor })
     }
+}
+
+/// An answer that passed.
+#[derive(Debug)]
+struct Accepted {
+    chain: CertificateChain,
+    anchor: Option<CertificateDer<'static>>,
 }
 
 static P256: LazyLock<World> = LazyLock::new(|| World::new(KeyType::EcdsaP256));
@@ -191,7 +200,8 @@ fn a_leaf_for_another_key_is_refused() {
     ]);
     let p384 = World::new(KeyType::EcdsaP384);
     let chain = p384.chain(|_| ());
-    let mixed = verify(&identity(KeyType::EcdsaP256), &p384.order.key, &chain, Some(&p384.bundle), now());
+    let mixed =
+        verify(&identity(KeyType::EcdsaP256), &p384.order.key, &CertificateChain::from_pem(&chain).unwrap(), Some(&p384.bundle), now());
     assert_eq!(mixed.unwrap_err(), Error::Key, "a key that is not of the profile's kind");
 }
 

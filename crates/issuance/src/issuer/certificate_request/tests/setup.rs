@@ -120,8 +120,8 @@ async fn the_issuers_own_root_becomes_a_bundle_only_where_the_operator_said_so()
         let request = world.request().await;
         world.api.change(CR, "sds-agent", text(&request, "name"), |o| o["status"] = json!({"ca": STANDARD.encode(&root)}));
         world.condition(&request, "Ready", "True", "Issued");
-        let chain = end(task).await.unwrap().chain_pem;
-        assert!(chain.is_empty(), "a certificate that is missing is refused by the caller's checks");
+        let error = end(task).await.unwrap_err();
+        assert_eq!(error.outcome(), crate::issuer::Outcome::InvalidCertificate, "a certificate that is missing: {error}");
         assert_eq!(trust.subscribe().borrow().own.is_some(), wanted);
     }
 }
