@@ -59,7 +59,7 @@ pub enum Error {
 }
 
 fn hint(cause: &io::Error) -> &'static str {
-    if cause.raw_os_error() == Some(libc::EPERM) { "; the agent's container has to be privileged to mount" } else { "" }
+    if Errno::from_io_error(cause) == Some(Errno::PERM) { "; the agent's container has to be privileged to mount" } else { "" }
 }
 
 fn refused(action: &'static str, path: &Path) -> impl FnOnce(Errno) -> Error {

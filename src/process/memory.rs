@@ -133,7 +133,8 @@ pub(super) fn lock(policy: LockMemory) -> Result<Locked, Unlocked> {
         Decision::Skip(reason) => Ok(Locked::No(reason)),
         Decision::Fail(reason) => Err(reason),
         Decision::Lock => {
-            let on_fault = MlockAllFlags::from_bits_retain(libc::MCL_ONFAULT);
+            // `nix` does not name this one.
+            let on_fault = MlockAllFlags::from_bits_retain(rustix::mm::MlockAllFlags::ONFAULT.bits().cast_signed());
             match mlockall(MlockAllFlags::MCL_CURRENT | MlockAllFlags::MCL_FUTURE | on_fault) {
                 Ok(()) => Ok(Locked::Yes),
                 Err(cause) if policy == LockMemory::Always => Err(Unlocked::Refused(cause)),

@@ -10,6 +10,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use rustix::fs::OFlags;
+
 use super::resource::Key;
 use crate::cli::output::printable;
 
@@ -69,7 +71,7 @@ impl KeyFile {
         let occupied = |why| Err(Error::Occupied { path: self.path.clone(), why });
         match fs::symlink_metadata(&self.path) {
             Ok(found) if !found.file_type().is_file() => occupied("is not an ordinary file"),
-            Ok(found) if found.uid() != nix::unistd::geteuid().as_raw() => occupied("belongs to another user"),
+            Ok(found) if found.uid() != rustix::process::geteuid().as_raw() => occupied("belongs to another user"),
             Ok(_) => Ok(()),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
             Err(source) => Err(Error::Io { path: self.path.clone(), source }),
@@ -85,7 +87,7 @@ fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
     hidden.push(file_name);
     hidden.push(format!(".{:016x}", fastrand::u64(..)));
     let beside = path.with_file_name(hidden);
-    let flags = libc::O_NOFOLLOW | libc::O_CLOEXEC;
+    let flags = (OFlags::NOFOLLOW | OFlags::CLOEXEC).bits().cast_signed();
     let file = OpenOptions::new().write(true).create_new(true).mode(0o600).custom_flags(flags).open(&beside)?;
     let done = fill(file, bytes).and_then(|()| fs::rename(&beside, path));
     if done.is_err() {
