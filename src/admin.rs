@@ -8,6 +8,12 @@
 
 use std::{convert::Infallible, fmt, fmt::Write as _, io, net::SocketAddr, sync::Arc, time::Duration};
 
+use agent_runtime::{
+    metrics::{Exposition, Format},
+    readiness::Readiness,
+    shutdown::{self, Shutdown},
+    telemetry::hush::LogLimiter,
+};
 use bytes::Bytes;
 use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body_util::Full;
@@ -20,13 +26,6 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
-
-use agent_runtime::{
-    metrics::{Exposition, Format},
-    readiness::Readiness,
-    shutdown::{self, Shutdown},
-    telemetry::hush::LogLimiter,
-};
 
 mod controls;
 mod listen;

@@ -12,7 +12,23 @@ use std::{
     time::Duration,
 };
 
+use agent_runtime::{
+    clock::Clock,
+    metrics::Exposition,
+    readiness::{self, Readiness},
+    shutdown::{Drained, Shutdown},
+    telemetry,
+};
+use attest_kubernetes::pods::Pods;
 use futures::future::BoxFuture;
+use issuance::rotation;
+use sds_server::{
+    attest::{self, Attestor},
+    server,
+    session::Sessions,
+    store::Store,
+    trust::Trust,
+};
 use tokio::{
     net::{TcpListener, UnixListener},
     sync::mpsc,
@@ -31,23 +47,6 @@ use crate::{
         starts::{Rule, Starts},
     },
 };
-use agent_runtime::{
-    clock::Clock,
-    metrics::Exposition,
-    readiness::{self, Readiness},
-    shutdown::{Drained, Shutdown},
-    telemetry,
-};
-use attest_kubernetes::pods::Pods;
-use issuance::rotation;
-use sds_server::{
-    attest::{self, Attestor},
-    server,
-    session::Sessions,
-    store::Store,
-    trust::Trust,
-};
-
 use reload::{ConfigChannels, Reload};
 
 pub mod approver;

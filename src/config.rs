@@ -4,12 +4,13 @@
 
 use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
-use crate::{csi::PerPod, process::LockMemory, warm::WarmUp};
 use agent_kube::RequestRate;
 use attest_kubernetes::attestor::AttestationPolicy;
 use issuance::issuer::certificate_request;
 use sds_server::{limits::Limits, sds::names::Names};
 use workload_identity::{IssuerName, NodeEnvironment, Profile, Resolver, Rule, TrustDomain};
+
+use crate::{csi::PerPod, process::LockMemory, warm::WarmUp};
 
 mod approver;
 mod certificates;

@@ -10,10 +10,14 @@
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
+use attest_kubernetes::pods::Pods;
 use futures::future::join_all;
+use sds_server::{attest::Reason, grpc::table::Table, session::Sessions};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
+use unix_peer::listener;
+use workload_identity::{NodeEnvironment, PodRef};
 
 use self::{metrics::Metrics, registration::Registrar, server::Server, sockets::Sockets, volume::Place};
 use crate::{
@@ -23,10 +27,6 @@ use crate::{
     },
     warm::Prefetcher,
 };
-use attest_kubernetes::pods::Pods;
-use sds_server::{attest::Reason, grpc::table::Table, session::Sessions};
-use unix_peer::listener;
-use workload_identity::{NodeEnvironment, PodRef};
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::csi";

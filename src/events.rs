@@ -12,6 +12,13 @@ use std::{
     time::Duration,
 };
 
+use agent_kube::{Call, Failure};
+use agent_runtime::{
+    clock,
+    telemetry::hush::{self, LogLimiter},
+    text,
+};
+use issuance::{issuer::Error, rotation::IssuanceObserver};
 use k8s_openapi::{
     api::{core::v1::ObjectReference, events::v1::Event},
     apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta},
@@ -23,22 +30,15 @@ use prometheus_client::{
     metrics::{counter::Counter, family::Family},
     registry::Registry,
 };
+use sds_server::{attest, material::Svid, store::Entry};
 use tokio::{sync::mpsc, time::Instant};
 use tokio_util::sync::CancellationToken;
+use workload_identity::{NodeEnvironment, PodRef};
 
 use self::{
     ledger::{PodEvent, PodTransitions, Reason},
     refusals::Refusals,
 };
-use agent_kube::{Call, Failure};
-use agent_runtime::{
-    clock,
-    telemetry::hush::{self, LogLimiter},
-    text,
-};
-use issuance::{issuer::Error, rotation::IssuanceObserver};
-use sds_server::{attest, material::Svid, store::Entry};
-use workload_identity::{NodeEnvironment, PodRef};
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::events";

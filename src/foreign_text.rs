@@ -1,19 +1,18 @@
 //! Every place where a text of others comes in, as a function of that text: what it makes of a text with a key in it may be shown.
 
-use serde_json::json;
-
+use agent_kube::{Call, Failure};
 use agent_runtime::{
     telemetry::{self, Format, captured::Captured},
     text::test_keys::Key,
 };
-
-use crate::config::Config;
-use agent_kube::{Call, Failure};
 use cert_manager::{Condition, Status, verdict::Verdict};
 use sds_server::{
     material::{self, CertificateChain, TrustBundle},
     trust::{self, Trust, crl},
 };
+use serde_json::json;
+
+use crate::config::Config;
 
 #[test]
 fn a_key_in_pem_that_is_read_is_not_shown() {

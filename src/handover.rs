@@ -13,14 +13,13 @@ use std::{
     time::Duration,
 };
 
+use agent_runtime::readiness::{Guard, Readiness};
 use futures::future::{BoxFuture, OptionFuture};
+use sds_server::grpc::client;
 use tokio::{net::UnixListener, sync::mpsc, time::timeout};
 use tokio_util::sync::CancellationToken;
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
 use tracing::{error, info};
-
-use agent_runtime::readiness::{Guard, Readiness};
-use sds_server::grpc::client;
 use unix_peer::listener::{self, Bound, BoundPath, Prepared};
 
 /// Of the log's lines.

@@ -10,9 +10,11 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use cert_manager::denied;
 use clap::CommandFactory;
 use proc_macro2::{Delimiter, TokenStream, TokenTree};
 use quote::ToTokens;
+use sds_server::sds;
 use syn::{Attribute, Expr, Fields, Item, Lit, Meta};
 
 use crate::{
@@ -20,8 +22,6 @@ use crate::{
     config::reference::GROUPS,
     metrics_reference,
 };
-use cert_manager::denied;
-use sds_server::sds;
 
 /// The levels of a log line, and the spans whose fields it carries.
 const LOG_MACROS: [&str; 10] =

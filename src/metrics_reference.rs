@@ -10,15 +10,15 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use prometheus_client::registry::Registry;
-
-use crate::{app, build_info, config, csi, events, interfaces, process, warm};
 use agent_runtime::{
     metrics::{ANY, Exposition, Format, PREFIX},
     readiness, telemetry,
 };
 use issuance::{issuer, rotation};
+use prometheus_client::registry::Registry;
 use sds_server::{attest, sds, session, trust};
+
+use crate::{app, build_info, config, csi, events, interfaces, process, warm};
 
 mod monitoring;
 

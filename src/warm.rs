@@ -7,15 +7,14 @@
 
 use std::{collections::BTreeMap, future::pending, sync::Arc, time::Duration};
 
+use attest_kubernetes::mount::MountAttestor;
+use sds_server::store::{Demand, Store};
 use tokio::{
     sync::{Semaphore, watch},
     time::{sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
-
-use attest_kubernetes::mount::MountAttestor;
-use sds_server::store::{Demand, Store};
 use workload_identity::{Resolver, Workload};
 
 pub mod metrics;

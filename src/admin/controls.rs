@@ -12,15 +12,15 @@ use std::{
     time::Duration,
 };
 
+use agent_runtime::{telemetry::Filter, text};
 use bytes::Bytes;
 use http::{Method, Request, StatusCode};
 use http_body_util::{BodyExt, Limited};
+use issuance::rotation::reissue::{Reissue, Which};
 use tokio::sync::{mpsc, oneshot};
 use tracing::info;
 
 use super::{Answer, JSON, TEXT, answer, refuse_method};
-use agent_runtime::{telemetry::Filter, text};
-use issuance::rotation::reissue::{Reissue, Which};
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::admin::controls";

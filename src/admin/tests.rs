@@ -1,8 +1,9 @@
 //! Over real sockets: a server that is slow to close is as wrong as one that answers badly.
 
-use crate::build_info;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 
+use agent_runtime::{readiness, telemetry};
+use issuance::rotation::reissue::{Reissue, Reissued, Which};
 use serde_json::json;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -11,8 +12,7 @@ use tokio::{
 };
 
 use super::*;
-use agent_runtime::{readiness, telemetry};
-use issuance::rotation::reissue::{Reissue, Reissued, Which};
+use crate::build_info;
 
 const BOUND: Duration = Duration::from_secs(20);
 const ANYWHERE: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 0);

@@ -2,6 +2,12 @@
 
 use std::{net::SocketAddr, sync::Arc};
 
+use agent_runtime::{
+    clock::SystemClock,
+    readiness::{self, Readiness},
+    shutdown::{Drained, Shutdown},
+};
+use approver::{Approver, Pods};
 use futures::FutureExt;
 use tokio::{net::TcpListener, task::JoinSet};
 use tracing::{error, info};
@@ -9,12 +15,6 @@ use tracing::{error, info};
 use self::reload::Reload;
 use super::Base;
 use crate::{admin, config::reloads};
-use agent_runtime::{
-    clock::SystemClock,
-    readiness::{self, Readiness},
-    shutdown::{Drained, Shutdown},
-};
-use approver::{Approver, Pods};
 
 pub mod reload;
 pub mod settings;

@@ -5,19 +5,18 @@
 
 use std::{fmt, sync::Arc};
 
-use aws_lc_rs::digest;
-use futures::StreamExt;
-use k8s_openapi::api::core::v1::ConfigMap;
-use kube::{Api, Client, runtime::watcher};
-use tokio_util::sync::CancellationToken;
-
 use agent_kube::{
     self,
     metrics::Resource,
     watch::{Selection, Signal},
 };
 use agent_runtime::text;
+use aws_lc_rs::digest;
+use futures::StreamExt;
+use k8s_openapi::api::core::v1::ConfigMap;
+use kube::{Api, Client, runtime::watcher};
 use sds_server::trust::Source;
+use tokio_util::sync::CancellationToken;
 
 /// A watched key.
 pub struct ConfigMapSource {
@@ -123,12 +122,12 @@ impl ConfigMapSource {
 mod tests {
     use std::time::Duration;
 
+    use agent_kube::fake::{FakeApi, Fault};
+    use sds_server::trust::{Metrics, Trust};
     use serde_json::json;
     use tokio::time::timeout;
 
     use super::*;
-    use agent_kube::fake::{FakeApi, Fault};
-    use sds_server::trust::{Metrics, Trust};
 
     fn pem() -> String {
         let key = rcgen::KeyPair::generate().unwrap();

@@ -2,10 +2,9 @@
 
 use std::sync::Arc;
 
-use tokio::sync::watch;
-
 use attest_kubernetes::pods::Pods;
 use issuance::rotation::IdentityUsers;
+use tokio::sync::watch;
 use workload_identity::{Identity, Resolver};
 
 /// Who of the node's pods has an identity.
@@ -37,12 +36,12 @@ impl IdentityUsers for PodsByIdentity {
 mod tests {
     use std::time::Duration;
 
+    use agent_kube::fake::FakeApi;
     use serde_json::json;
     use tokio_util::sync::CancellationToken;
 
     use super::*;
     use crate::config::Config;
-    use agent_kube::fake::FakeApi;
 
     /// Its key must not go while the pod lives, though nobody has it on the shared socket.
     #[tokio::test(start_paused = true)]

@@ -2,12 +2,11 @@
 
 use std::{sync::Arc, time::SystemTime};
 
-use serde_json::{Value, json};
-use tokio::sync::watch;
-
 use agent_runtime::clock::{self, Clock};
 use issuance::rotation::plan::Plan;
 use sds_server::store::{Demand, Entry, Status, Store};
+use serde_json::{Value, json};
+use tokio::sync::watch;
 
 mod gauges;
 

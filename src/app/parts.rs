@@ -2,9 +2,21 @@
 
 use std::{future::Future, pin::pin, sync::Arc};
 
+use agent_runtime::{
+    clock::{Clock, SystemClock},
+    readiness::Readiness,
+};
+use attest_kubernetes::{attestor::KubernetesAttestor, pods::Pods};
 use futures::future::BoxFuture;
+use issuance::rotation;
+use sds_server::{
+    attest::{self, Attestor},
+    trust::{self, Trust, file::FileSource},
+};
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
+use unix_peer::peer;
+use workload_identity::TrustDomain;
 
 use super::{Base, Deps, upstream};
 use crate::{
@@ -12,18 +24,6 @@ use crate::{
     config::{Attestation, Config, IssuerConfig, TrustSource},
     events,
 };
-use agent_runtime::{
-    clock::{Clock, SystemClock},
-    readiness::Readiness,
-};
-use attest_kubernetes::{attestor::KubernetesAttestor, pods::Pods};
-use issuance::rotation;
-use sds_server::{
-    attest::{self, Attestor},
-    trust::{self, Trust, file::FileSource},
-};
-use unix_peer::peer;
-use workload_identity::TrustDomain;
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::app::parts";
@@ -203,9 +203,10 @@ pub(super) fn guarded(
 mod tests {
     use std::time::Duration;
 
+    use agent_runtime::shutdown::Shutdown;
+
     use super::*;
     use crate::config::{self, Dev};
-    use agent_runtime::shutdown::Shutdown;
 
     fn config() -> Config {
         config::dev(Dev::default(), &|_| None).unwrap()

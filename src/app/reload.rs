@@ -5,22 +5,22 @@
 
 use std::{path::PathBuf, sync::Arc};
 
+use agent_runtime::{clock::Clock, file::Followed};
+use issuance::rotation::plan::Plan;
+use sds_server::sds::reissue_window::ReissueWindow;
 use tokio::{
     sync::{mpsc, watch},
     task::JoinSet,
 };
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
+use workload_identity::Resolver;
 
 use super::upstream::{IssuerSet, Started};
 use crate::config::{
     Config, Errors, Loaded, MAX_FILE_BYTES, Warning, live,
     reloads::{Metrics, Outcome},
 };
-use agent_runtime::{clock::Clock, file::Followed};
-use issuance::rotation::plan::Plan;
-use sds_server::sds::reissue_window::ReissueWindow;
-use workload_identity::Resolver;
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::app::reload";

@@ -2,12 +2,12 @@
 
 use std::time::Duration;
 
+use agent_runtime::clock::SystemClock;
+use sds_server::{attest::unix::UnixAttestor, trust};
 use tokio::time::timeout;
 
 use super::*;
 use crate::config;
-use agent_runtime::clock::SystemClock;
-use sds_server::{attest::unix::UnixAttestor, trust};
 
 mod neighbour;
 

@@ -14,25 +14,25 @@ use std::{
     sync::Arc,
 };
 
-use futures::future::BoxFuture;
-use tokio_util::sync::CancellationToken;
-use tracing::{error, warn};
-
-use super::{
-    Base,
-    parts::{Cluster, guarded},
-};
-use crate::config::{Config, IssuerConfig};
 use agent_runtime::clock::Clock;
 use attest_kubernetes::pods::Pods;
 use cert_manager::{RequestNamespace, naming::Agent};
+use futures::future::BoxFuture;
 use issuance::issuer::{
     Issuer,
     certificate_request::{self, CertManager, LivePods, Metrics, Requests},
     embedded::Embedded,
 };
 use sds_server::trust::Trust;
+use tokio_util::sync::CancellationToken;
+use tracing::{error, warn};
 use workload_identity::IssuerName;
+
+use super::{
+    Base,
+    parts::{Cluster, guarded},
+};
+use crate::config::{Config, IssuerConfig};
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::app::upstream";

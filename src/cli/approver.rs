@@ -2,6 +2,10 @@
 
 use std::{path::PathBuf, process::ExitCode};
 
+use agent_runtime::{
+    shutdown::{Drained, Shutdown},
+    telemetry::{self, Log},
+};
 use tracing::warn;
 
 use super::{Exit, output, run::serve};
@@ -11,10 +15,6 @@ use crate::{
         approver::{Settings, reload},
     },
     config::Env,
-};
-use agent_runtime::{
-    shutdown::{Drained, Shutdown},
-    telemetry::{self, Log},
 };
 
 /// Of the log's lines.

@@ -2,6 +2,7 @@
 
 use std::io::IsTerminal;
 
+use agent_runtime::clock::{Clock, SystemClock};
 use clap::ValueEnum;
 use http::StatusCode;
 use serde::Deserialize;
@@ -11,7 +12,6 @@ use super::{
     admin_client::{self, Address},
     output,
 };
-use agent_runtime::clock::{Clock, SystemClock};
 
 mod table;
 

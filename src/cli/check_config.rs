@@ -2,14 +2,14 @@
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
+use cert_manager::RequestNamespace;
 use clap::ValueEnum;
 use serde::Serialize;
+use workload_identity::{Match, Pattern, Profile, Resolver, Workload};
 
 use self::fleet::{Fleet, Load};
 use super::{Exit, output};
 use crate::config::{self, Attestation, Config, Env, IssuerConfig, Loaded, Problem, TrustSource, Warning};
-use cert_manager::RequestNamespace;
-use workload_identity::{Match, Pattern, Profile, Resolver, Workload};
 
 pub mod fleet;
 

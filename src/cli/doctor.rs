@@ -6,7 +6,9 @@
 
 use std::{path::PathBuf, str::FromStr};
 
+use attest_kubernetes::cgroup::HostPrefix;
 use clap::ValueEnum;
+use unix_peer::peer::Peer;
 
 use self::{
     cluster::Cluster,
@@ -14,8 +16,6 @@ use self::{
 };
 use super::{Exit, output};
 use crate::config::{self, Attestation, Config, Env, IssuerConfig, Loaded};
-use attest_kubernetes::cgroup::HostPrefix;
-use unix_peer::peer::Peer;
 
 mod agent;
 mod cluster;

@@ -8,6 +8,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use agent_runtime::clock::{Clock, SystemClock};
 use clap::ValueEnum;
 use tonic::{Code, Request};
 
@@ -20,7 +21,6 @@ use self::{
 };
 use super::{Exit, output};
 use crate::config::Env;
-use agent_runtime::clock::{Clock, SystemClock};
 
 mod client;
 mod endpoint;

@@ -2,6 +2,10 @@
 
 use std::{path::PathBuf, process::ExitCode, thread};
 
+use agent_runtime::{
+    shutdown::{Drained, Shutdown},
+    telemetry::{self, Log},
+};
 use tokio::runtime::Builder;
 use tracing::warn;
 
@@ -10,10 +14,6 @@ use crate::{
     app::{self, Base},
     config::{Config, Env, Loaded},
     process,
-};
-use agent_runtime::{
-    shutdown::{Drained, Shutdown},
-    telemetry::{self, Log},
 };
 
 /// Of the log's lines.

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use serde_json::Value;
+use workload_identity::Pattern;
 
 use super::{
     environment::PodEnvironment,
@@ -10,7 +11,6 @@ use super::{
     reader::Section,
     values::{self, is_dns_name},
 };
-use workload_identity::Pattern;
 
 /// What the user name of a service account begins with.
 const SERVICE_ACCOUNT: &str = "system:serviceaccount:";

@@ -5,8 +5,9 @@
 
 use std::{collections::BTreeMap, ops::RangeInclusive, sync::Arc, time::Duration};
 
-use super::{Attestation, IssuerConfig, certificate_request, environment::PodEnvironment, reader::Section, values};
 use workload_identity::{IssuerName, Profile, Rule, TrustDomain};
+
+use super::{Attestation, IssuerConfig, certificate_request, environment::PodEnvironment, reader::Section, values};
 
 mod certificate;
 mod issuer;

@@ -9,6 +9,7 @@ use std::{
 };
 
 use serde_json::Value;
+use workload_identity::{IssuerName, KeyType, Profile, TrustDomain};
 
 use super::{
     Approver, Attestation, AttestationPolicy, Config, Env, IssuerConfig, Limits, LockMemory, Names, NodeEnvironment, RequestRate,
@@ -18,7 +19,6 @@ use super::{
     reader::Report,
     template, values,
 };
-use workload_identity::{IssuerName, KeyType, Profile, TrustDomain};
 
 /// Short enough to see rotations without waiting for them.
 const LIFETIME: Duration = Duration::from_secs(120);

@@ -3,6 +3,7 @@
 //! The only reader of the environment. Everything else is handed a function, so that tests need not change the process.
 
 use serde_json::Value;
+use workload_identity::PodRef;
 
 use super::{
     Attestation, NodeEnvironment,
@@ -10,7 +11,6 @@ use super::{
     reader::Report,
     values,
 };
-use workload_identity::PodRef;
 
 /// The value of an environment variable; an empty one counts as unset.
 pub type Env<'a> = &'a (dyn Fn(&str) -> Option<String> + Sync);

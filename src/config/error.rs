@@ -4,10 +4,9 @@
 
 use std::fmt;
 
+use agent_runtime::text;
 use serde::Serialize;
 use serde_json::Value;
-
-use agent_runtime::text;
 
 /// No value is shown with more characters than this.
 const MAX_VALUE_CHARS: usize = 80;

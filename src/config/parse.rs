@@ -14,7 +14,9 @@ use std::{
     time::Duration,
 };
 
+use agent_runtime::text;
 use serde_json::Value;
+use workload_identity::{IssuerName, TrustDomain};
 
 use super::{
     Attestation, AttestationPolicy, Config, IssuerConfig, Limits, LockMemory, Names, RequestRate, TrustSource, approver, certificates,
@@ -23,8 +25,6 @@ use super::{
     reader::{Report, Section},
     sockets, values, warm_up,
 };
-use agent_runtime::text;
-use workload_identity::{IssuerName, TrustDomain};
 
 /// A configuration file larger than this is a mistake.
 pub const MAX_FILE_BYTES: usize = 1 << 20;

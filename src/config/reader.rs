@@ -9,10 +9,10 @@ use std::{
     collections::{BTreeMap, BTreeSet},
 };
 
+use agent_runtime::text;
 use serde_json::{Map, Value};
 
 use super::error::{FieldError, Problem, Warning, quoted, shown};
-use agent_runtime::text;
 
 /// What the walk has found so far.
 #[derive(Debug, Default)]

@@ -5,12 +5,13 @@
 
 use std::sync::Arc;
 
+use workload_identity::{PodRef, SpiffeId, TrustDomain, Workload, placeholder, render};
+
 use super::{
     Attestation,
     error::FieldError,
     values::{DNS_NAME_RULE, is_dns_name, one_of},
 };
-use workload_identity::{PodRef, SpiffeId, TrustDomain, Workload, placeholder, render};
 
 /// The workload that checks and examples render templates for.
 pub fn sample(attestation: Attestation) -> Workload {

@@ -16,7 +16,6 @@ use rustix::{
     io::Errno,
     mount::{MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags},
 };
-
 use tracing::warn;
 
 use super::{

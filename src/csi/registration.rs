@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use agent_runtime::text;
 use tokio::sync::Notify;
 use tonic::{Request, Response, Status};
 use tracing::{error, info};
@@ -12,7 +13,6 @@ use crate::csi::{
         InfoRequest, PluginInfo, RegistrationStatus, RegistrationStatusResponse, registration_server::Registration,
     },
 };
-use agent_runtime::text;
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::csi::registration";

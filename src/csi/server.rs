@@ -5,8 +5,10 @@
 
 use std::{io, path::PathBuf, sync::Arc, time::Duration};
 
+use agent_runtime::telemetry::hush::LogLimiter;
 use hyper::{server::conn::http2, service::service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use sds_server::grpc::table::Table;
 use tokio::{
     net::UnixStream,
     sync::{Notify, OwnedSemaphorePermit, Semaphore},
@@ -16,9 +18,6 @@ use tokio_util::sync::CancellationToken;
 use tonic::Status;
 use tower::ServiceExt;
 use tracing::{debug, error, info, warn};
-
-use agent_runtime::telemetry::hush::LogLimiter;
-use sds_server::grpc::table::Table;
 use unix_peer::{authority_rewrite::AuthorityNormalizer, listener};
 
 /// Of the log's lines.

@@ -5,9 +5,13 @@
 
 use std::{sync::Arc, time::Duration};
 
+use agent_runtime::text;
+use attest_kubernetes::pods::Pods;
+use sds_server::attest::Reason;
 use tokio::{sync::watch, time::timeout};
 use tonic::{Code, Request, Response, Status};
 use tracing::warn;
+use workload_identity::Resolver;
 
 use super::{
     metrics::{Call, Metrics},
@@ -26,10 +30,6 @@ use crate::{
         },
     },
 };
-use agent_runtime::text;
-use attest_kubernetes::pods::Pods;
-use sds_server::attest::Reason;
-use workload_identity::Resolver;
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::csi::service";

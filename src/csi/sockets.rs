@@ -10,10 +10,17 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
+use agent_runtime::shutdown::Shutdown;
+use attest_kubernetes::{
+    mount::{Claim, MountAttestor},
+    pods::Pods,
+};
+use sds_server::{caller::Authenticator, session::Sessions};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 use tracing::{debug, error, info, warn};
+use unix_peer::listener;
 
 use super::{
     directory::{self, Found, Root},
@@ -22,13 +29,6 @@ use super::{
     volume::{Place, Volume},
 };
 use crate::{csi::PerPod, warm::Prefetcher};
-use agent_runtime::shutdown::Shutdown;
-use attest_kubernetes::{
-    mount::{Claim, MountAttestor},
-    pods::Pods,
-};
-use sds_server::{caller::Authenticator, session::Sessions};
-use unix_peer::listener;
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::csi::sockets";

@@ -10,16 +10,16 @@ use std::{
     sync::Arc,
 };
 
+use agent_kube::pod::picks::{PROFILE, picked};
+use agent_runtime::text;
+use attest_kubernetes::mount::Claim;
 use tonic::Status;
+use workload_identity::PodRef;
 
 use crate::csi::{
     PerPod,
     proto::csi::v1::{NodePublishVolumeRequest, VolumeCapability, volume_capability::AccessType},
 };
-use agent_kube::pod::picks::{PROFILE, picked};
-use agent_runtime::text;
-use attest_kubernetes::mount::Claim;
-use workload_identity::PodRef;
 
 /// Attributes that belong to Kubernetes.
 const KUBERNETES: &str = "csi.storage.k8s.io/";

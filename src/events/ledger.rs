@@ -7,7 +7,6 @@ use std::{
 };
 
 use tokio::time::Instant;
-
 use workload_identity::PodRef;
 
 /// So many failures in a row are trouble, whatever time they took.

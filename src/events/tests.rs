@@ -2,9 +2,6 @@
 
 use std::time::UNIX_EPOCH;
 
-use serde_json::json;
-
-use super::*;
 use agent_kube::{
     self,
     fake::{FakeApi, Fault},
@@ -12,7 +9,10 @@ use agent_kube::{
 use agent_runtime::clock::{Clock, TestClock};
 use issuance::issuer::{Issuer as _, Order, Progress, Retry, embedded::Embedded};
 use sds_server::store::{Demand, Lease, Store};
+use serde_json::json;
 use workload_identity::samples::identity;
+
+use super::*;
 
 fn pod(name: &str) -> PodRef {
     PodRef { namespace: "shop".into(), name: name.into(), uid: format!("uid-{name}").into() }

@@ -2,16 +2,16 @@
 
 use std::os::unix::net::UnixListener as StdListener;
 
+use agent_runtime::{
+    readiness,
+    shutdown::{Drained, Shutdown},
+};
 use tokio::task::JoinHandle;
 
 use super::*;
 use crate::{
     app::{self, Base},
     config::{self, Config},
-};
-use agent_runtime::{
-    readiness,
-    shutdown::{Drained, Shutdown},
 };
 
 fn config(socket: PathBuf) -> Config {

@@ -9,6 +9,9 @@ use std::{
     sync::Arc,
 };
 
+use agent_kube::pod::Pod;
+use agent_runtime::clock::Clock;
+use attest_kubernetes::pods::{Pods, Starting};
 use tokio::{
     sync::{Semaphore, mpsc},
     task::JoinSet,
@@ -17,9 +20,6 @@ use tokio_util::sync::CancellationToken;
 
 use super::{FIRST_CALL_TIMEOUT, Prefetch, Prefetcher};
 use crate::warm::WarmUp;
-use agent_kube::pod::Pod;
-use agent_runtime::clock::Clock;
-use attest_kubernetes::pods::{Pods, Starting};
 
 /// Certificates that are made ahead of calls at once: half of what rotation makes at once, so that on a node that boots nobody who has
 /// called stands behind all those who have not.

@@ -2,10 +2,10 @@
 
 use std::{error::Error as StdError, fmt, io, time::Duration};
 
+use agent_runtime::text;
 use kube::core::Status;
 
 use crate::layer::{TimedOut, TooLarge};
-use agent_runtime::text;
 
 /// What was asked of the API.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -2,6 +2,7 @@
 
 use std::{fmt, time::Duration};
 
+use agent_runtime::metrics::every;
 use prometheus_client::{
     encoding::{EncodeLabelSet, EncodeLabelValue, LabelValueEncoder},
     metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
@@ -10,7 +11,6 @@ use prometheus_client::{
 use tokio::time::Instant;
 
 use crate::watch::Ended;
-use agent_runtime::metrics::every;
 
 /// What is asked, as a metric label.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]

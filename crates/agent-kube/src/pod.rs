@@ -6,10 +6,10 @@ use std::{
 };
 
 use serde::Deserialize;
+use workload_identity::{PodRef, Workload};
 
 use self::picks::{Volume, picks};
 use super::object::{Kind, Observed};
-use workload_identity::{PodRef, Workload};
 
 pub mod picks;
 

@@ -19,7 +19,6 @@ use nix::{
     },
 };
 use tokio::{sync::watch, time::Instant};
-
 use unix_peer::fd;
 
 /// Of the log's lines.

@@ -65,6 +65,9 @@ impl ActiveRules {
 
 #[cfg(test)]
 mod tests {
+    use cert_manager::{IssuerRef, denied};
+    use workload_identity::{IssuerName, Profile};
+
     use super::*;
     use crate::{
         judge::{
@@ -73,8 +76,6 @@ mod tests {
         },
         rules::Guarded,
     };
-    use cert_manager::{IssuerRef, denied};
-    use workload_identity::{IssuerName, Profile};
 
     const OVERLAP: Duration = Duration::from_secs(600);
 

@@ -8,12 +8,19 @@ use std::{
     time::Duration,
 };
 
+use agent_kube::{Call, Cause, Failure, pod::Pod};
+use agent_runtime::{
+    clock::{self, Clock},
+    telemetry::hush::LogLimiter,
+};
+use cert_manager::{Condition, PLURAL, Request, claims, denied};
 use kube::{
     Api, Client,
     api::{Patch, PatchParams},
 };
 use serde_json::json;
 use tokio::{sync::watch, time::Instant};
+use workload_identity::PodRef;
 
 use crate::{
     active_rules::ActiveRules,
@@ -24,13 +31,6 @@ use crate::{
     pods::Pods,
     queue::WorkItem,
 };
-use agent_kube::{Call, Cause, Failure, pod::Pod};
-use agent_runtime::{
-    clock::{self, Clock},
-    telemetry::hush::LogLimiter,
-};
-use cert_manager::{Condition, PLURAL, Request, claims, denied};
-use workload_identity::PodRef;
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::approver::desk";

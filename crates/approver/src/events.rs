@@ -8,6 +8,8 @@ use std::{
     time::Duration,
 };
 
+use agent_kube::{Call, Failure};
+use cert_manager::{GROUP, Request, denied};
 use k8s_openapi::api::core::v1::Event;
 use kube::{Api, Client, api::PostParams};
 use serde_json::json;
@@ -18,8 +20,6 @@ use crate::{
     judge::{Denial, evidence},
     metrics::{Metrics, Step},
 };
-use agent_kube::{Call, Failure};
-use cert_manager::{GROUP, Request, denied};
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::approver::events";

@@ -6,17 +6,17 @@
 
 use std::{fmt, time::Duration};
 
+use agent_kube::pod::Pod;
+use agent_runtime::text;
+use cert_manager::{Condition, GROUP, IssuerRef, Request, USAGES, claims, csr, denied, keys};
 use tokio::time::Instant;
+use workload_identity::PodRef;
 
 use crate::{
     active_rules::ActiveRules,
     desk::APPROVER,
     rules::{Expectation, Rules},
 };
-use agent_kube::pod::Pod;
-use agent_runtime::text;
-use cert_manager::{Condition, GROUP, IssuerRef, Request, USAGES, claims, csr, denied, keys};
-use workload_identity::PodRef;
 
 /// No sentence of a denial repeats more of what others wrote than this, in characters.
 const SHOWN: usize = 200;

@@ -11,6 +11,13 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
+use agent_kube::{
+    self, RequestRate,
+    metrics::Resource,
+    watch::{Selection, Signal},
+};
+use agent_runtime::{clock::Clock, text};
+use cert_manager::{REQUESTS_PER_PAGE, Request};
 use futures::{Stream, StreamExt};
 use kube::{Api, Client, runtime::watcher};
 use tokio::{
@@ -19,14 +26,6 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 use tokio_util::time::DelayQueue;
-
-use agent_kube::{
-    self, RequestRate,
-    metrics::Resource,
-    watch::{Selection, Signal},
-};
-use agent_runtime::{clock::Clock, text};
-use cert_manager::{REQUESTS_PER_PAGE, Request};
 
 pub mod active_rules;
 pub mod desk;

@@ -11,18 +11,18 @@ use std::{
     },
 };
 
-use futures::StreamExt;
-use kube::{Api, Client, runtime::watcher};
-use tokio::sync::watch;
-
-use super::replicas::{Replicas, Standing};
 use agent_kube::{
     self, Call, Cause, Failure,
     metrics::Resource,
     pod::{Pod, PodObject},
     watch::{Selection, Signal},
 };
+use futures::StreamExt;
+use kube::{Api, Client, runtime::watcher};
+use tokio::sync::watch;
 use workload_identity::PodRef;
+
+use super::replicas::{Replicas, Standing};
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::approver::pods";

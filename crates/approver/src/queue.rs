@@ -8,9 +8,8 @@ use std::{
     time::Duration,
 };
 
-use tokio::time::Instant;
-
 use cert_manager::Request;
+use tokio::time::Instant;
 
 /// After the first trouble with a request; it doubles.
 const MIN_BACKOFF: Duration = Duration::from_millis(500);

@@ -2,8 +2,11 @@
 
 use std::time::{Duration, SystemTime};
 
+use agent_kube::fake::{FakeApi, Fault};
+use agent_runtime::clock::TestClock;
 use serde_json::{Value, json};
 use tokio::task::JoinHandle;
+use workload_identity::PodRef;
 
 use super::*;
 use crate::{
@@ -11,9 +14,6 @@ use crate::{
     metrics::{Decided, Step},
     rules::Rules,
 };
-use agent_kube::fake::{FakeApi, Fault};
-use agent_runtime::clock::TestClock;
-use workload_identity::PodRef;
 
 mod changes;
 mod gate;

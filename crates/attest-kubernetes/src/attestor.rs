@@ -7,14 +7,14 @@ use std::{fmt, fs::File, io, path::PathBuf, sync::Arc};
 
 use futures::future::BoxFuture;
 use rustix::fs::{Mode, OFlags, openat};
+use sds_server::attest::{Attested, Attestor, Error, Method, Reason, origin::Origins};
+use unix_peer::peer::Peer;
+use workload_identity::PodRef;
 
 use crate::{
     cgroup::{self, HostPrefix, PodCgroup},
     pods::{Known, Pods},
 };
-use sds_server::attest::{Attested, Attestor, Error, Method, Reason, origin::Origins};
-use unix_peer::peer::Peer;
-use workload_identity::PodRef;
 
 mod origins;
 

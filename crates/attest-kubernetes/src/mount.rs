@@ -9,17 +9,17 @@ use std::sync::{
     atomic::{AtomicBool, Ordering},
 };
 
-use futures::future::BoxFuture;
-use tokio_util::sync::CancellationToken;
-
-use crate::pods::{Known, Pods};
 use agent_kube::pod::Pod;
+use futures::future::BoxFuture;
 use sds_server::attest::{
     Attested, Attestor, Error, Method, Reason,
     origin::{Origin, Origins},
 };
+use tokio_util::sync::CancellationToken;
 use unix_peer::peer::Peer;
 use workload_identity::{PodRef, Workload};
+
+use crate::pods::{Known, Pods};
 
 /// Whom a volume was published for, as the kubelet says.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -158,11 +158,11 @@ impl Attestor for MountAttestor {
 mod tests {
     use std::{os::unix::net::UnixStream, time::Duration};
 
+    use agent_kube::{fake::FakeApi, pod::picks::PROFILE};
     use serde_json::json;
     use tokio::time::timeout;
 
     use super::*;
-    use agent_kube::{fake::FakeApi, pod::picks::PROFILE};
 
     const UID: &str = "2b1fb2f4-4b5a-4b9a-9a4e-0c5a1b2c3d4e";
     const SOON: Duration = Duration::from_secs(60);

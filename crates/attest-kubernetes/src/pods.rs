@@ -12,21 +12,20 @@ use std::{
     time::Duration,
 };
 
-use futures::StreamExt;
-use kube::{Api, Client, api::ListParams, runtime::watcher};
-use tokio::{
-    sync::{mpsc, oneshot, watch},
-    time::{Instant, timeout},
-};
-use tokio_util::sync::CancellationToken;
-
 use agent_kube::{
     self, Call, Failure,
     metrics::Resource,
     pod::PodObject,
     watch::{Selection, Signal},
 };
+use futures::StreamExt;
+use kube::{Api, Client, api::ListParams, runtime::watcher};
 use sds_server::attest::{Error, Reason};
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    time::{Instant, timeout},
+};
+use tokio_util::sync::CancellationToken;
 use workload_identity::Workload;
 
 mod index;

@@ -7,7 +7,6 @@
 use std::fmt;
 
 use base64::{Engine, engine::general_purpose::STANDARD};
-
 use workload_identity::KeyType;
 
 mod der;

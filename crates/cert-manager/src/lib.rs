@@ -5,11 +5,10 @@
 
 use std::{collections::BTreeMap, fmt};
 
+use agent_kube::object::{Kind, Observed};
 use base64::{Engine, engine::general_purpose::STANDARD};
 use kube::CustomResource;
 use serde::{Deserialize, Deserializer, Serialize, de::Visitor};
-
-use agent_kube::object::{Kind, Observed};
 
 pub mod csr;
 pub mod naming;

@@ -11,11 +11,11 @@ use std::{
     },
 };
 
+use agent_runtime::text::hex;
 use aws_lc_rs::digest;
+use workload_identity::{Identity, NodeEnvironment, PodRef};
 
 use crate::keys;
-use agent_runtime::text::hex;
-use workload_identity::{Identity, NodeEnvironment, PodRef};
 
 /// Before the instance in [`keys::AGENT`], where the agent runs outside of a pod.
 pub const PROCESS_PREFIX: &str = "process-";

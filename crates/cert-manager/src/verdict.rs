@@ -5,8 +5,9 @@
 
 use std::borrow::Cow;
 
-use crate::{Condition, Status};
 use agent_runtime::text;
+
+use crate::{Condition, Status};
 
 /// How far a request is.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -6,9 +6,8 @@
 use std::{fmt, sync::Arc, time::Duration};
 
 use futures::future::BoxFuture;
-use tokio::sync::watch;
-
 use sds_server::material::{CertificateChain, PrivateKey};
+use tokio::sync::watch;
 use workload_identity::{Identity, PodRef};
 
 pub mod certificate_request;

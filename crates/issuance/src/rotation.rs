@@ -11,22 +11,6 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use tokio::{
-    sync::{mpsc, watch},
-    task::JoinSet,
-    time::Instant,
-};
-use tokio_util::sync::CancellationToken;
-use tracing::{debug, info, warn};
-
-use self::{
-    metrics::Metrics,
-    orders::{Answer, Running, Submitted},
-    plan::Plan,
-    planner::{Action, Class, Id, Now, Planner},
-    reissue::{Mark, Reissue},
-};
-use crate::issuer::{Error, Issued, Retry, verify};
 use agent_runtime::{
     clock::{self, Clock},
     text,
@@ -36,7 +20,23 @@ use sds_server::{
     store::{Entry, Event, Status, Store},
     trust::{BundleSet, Trust},
 };
+use tokio::{
+    sync::{mpsc, watch},
+    task::JoinSet,
+    time::Instant,
+};
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, info, warn};
 use workload_identity::{Identity, IssuerName, PodRef};
+
+use self::{
+    metrics::Metrics,
+    orders::{Answer, Running, Submitted},
+    plan::Plan,
+    planner::{Action, Class, Id, Now, Planner},
+    reissue::{Mark, Reissue},
+};
+use crate::issuer::{Error, Issued, Retry, verify};
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::rotation";

@@ -12,7 +12,6 @@ use prometheus_client::{
     registry::Registry,
 };
 use tokio_util::sync::CancellationToken;
-
 use unix_peer::peer::Peer;
 use workload_identity::{PodRef, Workload};
 

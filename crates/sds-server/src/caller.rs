@@ -7,14 +7,14 @@ use std::{
     time::Instant,
 };
 
+use agent_runtime::telemetry::hush::{self, LogLimiter};
 use tokio::sync::{Notify, OnceCell, watch};
 use tonic::Status;
 use tracing::{debug, warn};
-
-use crate::attest::{self, Attested, Attestor, Method, Reason, origin::Origin};
-use agent_runtime::telemetry::hush::{self, LogLimiter};
 use unix_peer::peer::Peer;
 use workload_identity::{Identity, Resolver};
+
+use crate::attest::{self, Attested, Attestor, Method, Reason, origin::Origin};
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::caller";
@@ -230,12 +230,12 @@ mod tests {
         sync::atomic::{AtomicBool, Ordering},
     };
 
+    use agent_runtime::telemetry::{Format, capture, captured::Captured};
     use futures::future::BoxFuture;
     use tokio_util::sync::CancellationToken;
+    use workload_identity::{PodRef, Profile, TrustDomain, samples::profile};
 
     use super::*;
-    use agent_runtime::telemetry::{Format, capture, captured::Captured};
-    use workload_identity::{PodRef, Profile, TrustDomain, samples::profile};
 
     /// Knows everybody, until told that it does not.
     #[derive(Debug)]

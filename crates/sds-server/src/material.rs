@@ -10,21 +10,20 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use agent_runtime::{clock, text::hex};
 use aws_lc_rs::digest;
 use base64::{Engine, engine::general_purpose::STANDARD};
 use rustls::pki_types::{
     CertificateDer,
     pem::{self, PemObject},
 };
+use workload_identity::{Identity, SpiffeId, version::Version};
 use x509_parser::{
     extensions::GeneralName,
     nom,
     prelude::{FromDer, X509Certificate, X509Error},
 };
 use zeroize::Zeroizing;
-
-use agent_runtime::{clock, text::hex};
-use workload_identity::{Identity, SpiffeId, version::Version};
 
 /// No PEM input larger than this is read: a bundle or chain of this size is a mistake or an attack.
 pub const MAX_PEM_BYTES: usize = 1 << 20;

@@ -5,14 +5,13 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use prometheus_client::registry::Registry;
-use tokio::sync::watch;
-use tokio_util::sync::CancellationToken;
-
 use agent_runtime::{
     clock::{Clock, SystemClock},
     shutdown::Shutdown,
 };
+use prometheus_client::registry::Registry;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 use workload_identity::{Resolver, TrustDomain};
 
 use crate::{

@@ -15,6 +15,7 @@ use std::{
     time::Duration,
 };
 
+use agent_runtime::shutdown::{Guard, Shutdown};
 use hyper::{server::conn::http2, service::service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::{
@@ -24,6 +25,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 use tracing::{debug, warn};
+use unix_peer::{authority_rewrite::AuthorityNormalizer, peer::Peer};
 
 use self::{
     calls::{Call, Calls},
@@ -38,8 +40,6 @@ use crate::{
     grpc::{self, UntilEnd},
     limits::Limits,
 };
-use agent_runtime::shutdown::{Guard, Shutdown};
-use unix_peer::{authority_rewrite::AuthorityNormalizer, peer::Peer};
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::session";

@@ -17,9 +17,9 @@ use tokio::{
     sync::{mpsc, watch},
     time::Instant,
 };
+use workload_identity::{Identity, PodRef};
 
 use crate::material::Svid;
-use workload_identity::{Identity, PodRef};
 
 /// When a subscriber needs a certificate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -309,8 +309,9 @@ impl Drop for Lease {
 mod tests {
     use std::time::UNIX_EPOCH;
 
-    use super::*;
     use workload_identity::samples::identity;
+
+    use super::*;
 
     fn told(events: &mut mpsc::UnboundedReceiver<Event>) -> Vec<&'static str> {
         std::iter::from_fn(|| events.try_recv().ok())

@@ -11,6 +11,7 @@ use std::{
     time::SystemTime,
 };
 
+use agent_runtime::clock;
 use aws_lc_rs::digest;
 use prometheus_client::{
     encoding::{EncodeLabelSet, EncodeLabelValue},
@@ -19,11 +20,10 @@ use prometheus_client::{
 };
 use rustls::pki_types::CertificateDer;
 use tokio::sync::watch;
+use workload_identity::TrustDomain;
 
 use self::crl::RevocationList;
 use crate::material::{self, Attached, CertificateChain, TrustBundle};
-use agent_runtime::clock;
-use workload_identity::TrustDomain;
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::trust";

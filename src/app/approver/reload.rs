@@ -4,6 +4,8 @@
 
 use std::{path::PathBuf, sync::Arc};
 
+use agent_runtime::file::Followed;
+use approver::active_rules::ActiveRules;
 use tokio::{sync::watch, time::Instant};
 use tracing::{error, info, warn};
 
@@ -12,8 +14,6 @@ use crate::config::{
     Config, Env, MAX_FILE_BYTES, Warning,
     reloads::{Metrics, Outcome},
 };
-use agent_runtime::file::Followed;
-use approver::active_rules::ActiveRules;
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::approver::reload";

@@ -2,9 +2,10 @@
 
 use std::{io, path::Path};
 
-use crate::config::{Attestation, Config, Env, Errors, IssuerConfig, Loaded, Warning};
 use approver::rules::{Guarded, Rules};
 use workload_identity::IssuerName;
+
+use crate::config::{Attestation, Config, Env, Errors, IssuerConfig, Loaded, Warning};
 
 /// A configuration that an approver can use.
 #[derive(Debug, Clone)]
@@ -105,10 +106,10 @@ pub fn rules(config: &Config) -> Result<Rules, Unfit> {
 mod tests {
     use std::collections::BTreeSet;
 
+    use cert_manager::USAGES;
     use serde_json::Value;
 
     use super::*;
-    use cert_manager::USAGES;
 
     /// The documents of a manifest.
     fn objects(text: &str) -> Vec<Value> {

@@ -7,16 +7,16 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use agent_runtime::clock;
 use prometheus_client::{
     collector::Collector,
     encoding::{DescriptorEncoder, EncodeMetric},
     metrics::{MetricType, gauge::ConstGauge},
 };
-
-use super::{Inventory, STATES, State, state};
-use agent_runtime::clock;
 use sds_server::store::{Demand, Entry};
 use workload_identity::Account;
+
+use super::{Inventory, STATES, State, state};
 
 /// When a certificate is to be renewed, and when it ends.
 #[derive(Debug, Clone, Copy)]

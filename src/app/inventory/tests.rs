@@ -1,16 +1,16 @@
 use std::time::{Duration, UNIX_EPOCH};
 
+use agent_runtime::clock::TestClock;
+use issuance::issuer::{Issuer as _, Order, Progress, embedded::Embedded};
 use prometheus_client::{
     collector::Collector,
     encoding::{DescriptorEncoder, text},
     registry::Registry,
 };
-
-use super::*;
-use agent_runtime::clock::TestClock;
-use issuance::issuer::{Issuer as _, Order, Progress, embedded::Embedded};
 use sds_server::{material::Svid, store::Lease};
 use workload_identity::{Identity, samples::identity};
+
+use super::*;
 
 /// For the reference: a certificate of a service account.
 pub(crate) fn sample(registry: &mut Registry) {

@@ -7,17 +7,17 @@ use std::{
     time::{Duration, UNIX_EPOCH},
 };
 
+use agent_kube::fake::FakeApi;
+use agent_runtime::{clock::TestClock, shutdown::Shutdown};
+use sds_server::trust::{self, Trust};
 use tokio::time::timeout;
+use workload_identity::IssuerName;
 
 use super::*;
 use crate::{
     app::{Base, parts::Cluster, upstream},
     config::Env,
 };
-use agent_kube::fake::FakeApi;
-use agent_runtime::{clock::TestClock, shutdown::Shutdown};
-use sds_server::trust::{self, Trust};
-use workload_identity::IssuerName;
 
 const PATIENCE: Duration = Duration::from_secs(20);
 

@@ -5,13 +5,6 @@
 
 use std::{collections::HashSet, sync::Mutex, time::UNIX_EPOCH};
 
-use base64::{Engine, engine::general_purpose::STANDARD};
-use serde_json::{Value, json};
-use tokio::{task::JoinHandle, time::Instant};
-use tracing::subscriber::DefaultGuard;
-
-use super::*;
-use crate::build_info;
 use agent_kube::{
     self, RequestRate,
     fake::FakeApi,
@@ -22,6 +15,7 @@ use agent_runtime::{
     clock::TestClock,
     telemetry::{self, Format, captured::Captured},
 };
+use base64::{Engine, engine::general_purpose::STANDARD};
 use cert_manager::{IssuerRef, RequestNamespace, naming::Agent};
 use issuance::{
     issuer::{
@@ -32,7 +26,13 @@ use issuance::{
     rotation::plan::Plan,
 };
 use sds_server::store::{Demand, Lease};
+use serde_json::{Value, json};
+use tokio::{task::JoinHandle, time::Instant};
+use tracing::subscriber::DefaultGuard;
 use workload_identity::{Identity, IssuerName, NodeEnvironment, PodRef, Profile, samples::identity};
+
+use super::*;
+use crate::build_info;
 
 mod creates;
 mod issuers;

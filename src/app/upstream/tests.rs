@@ -2,21 +2,21 @@
 
 use std::time::{Duration, SystemTime};
 
-use base64::{Engine, engine::general_purpose::STANDARD};
-use serde_json::{Value, json};
-use tokio::{task::JoinHandle, time::timeout};
-
-use super::*;
 use agent_kube::fake::FakeApi;
 use agent_runtime::{
     clock::TestClock,
     shutdown::Shutdown,
     telemetry::{self, Format, captured::Captured},
 };
+use base64::{Engine, engine::general_purpose::STANDARD};
 use cert_manager::keys;
 use issuance::issuer::{Error, Issued, Order, Progress};
 use sds_server::trust;
+use serde_json::{Value, json};
+use tokio::{task::JoinHandle, time::timeout};
 use workload_identity::{PodRef, Workload};
+
+use super::*;
 
 const CR: &str = "certificaterequests";
 const HOUR: Duration = Duration::from_secs(3600);

@@ -2,8 +2,9 @@
 
 use std::time::Duration;
 
-use crate::config::{self, Config, IssuerConfig, Warning};
 use workload_identity::Profile;
+
+use crate::config::{self, Config, IssuerConfig, Warning};
 
 /// Writes to etcd for each certificate: the request is created, approved, signed and deleted, and cert-manager writes three Events.
 const WRITES: f64 = 7.0;

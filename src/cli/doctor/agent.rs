@@ -3,6 +3,7 @@
 use std::{path::Path, time::Duration};
 
 use http::StatusCode;
+use sds_server::grpc::client;
 use tokio::time::timeout;
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
 
@@ -14,7 +15,6 @@ use crate::{
     },
     config::Config,
 };
-use sds_server::grpc::client;
 
 /// For the health of a socket.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);

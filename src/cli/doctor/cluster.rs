@@ -2,10 +2,15 @@
 
 use std::{sync::Arc, time::Duration};
 
+use agent_kube::{Call, Cause, Failure, pod::Pod};
+use attest_kubernetes::pods::Pods;
 use k8s_openapi::api::core::v1::Pod as ApiPod;
 use kube::{Api, Client, api::ListParams};
+use sds_server::attest::{Attestor, Error, Reason};
 use tokio::time::timeout;
 use tokio_util::sync::{CancellationToken, DropGuard};
+use unix_peer::peer::Peer;
+use workload_identity::{Resolver, Workload};
 
 use super::{Target, report::Step};
 use crate::{
@@ -13,11 +18,6 @@ use crate::{
     cli::Exit,
     config::{Attestation, Config},
 };
-use agent_kube::{Call, Cause, Failure, pod::Pod};
-use attest_kubernetes::pods::Pods;
-use sds_server::attest::{Attestor, Error, Reason};
-use unix_peer::peer::Peer;
-use workload_identity::{Resolver, Workload};
 
 /// For the index of pods, and for a verdict.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(20);

@@ -2,6 +2,16 @@
 //!
 //! Refused requests stay for about ten minutes; what is known of their messages is explained by the functions that the agent itself uses.
 
+use agent_kube::{Call, Cause, Failure};
+use agent_runtime::{
+    clock::{self, Clock, SystemClock},
+    text,
+};
+use cert_manager::{CertificateRequest, GROUP, IssuerRef, RequestNamespace, Status, keys, naming::node_label, verdict::Verdict};
+use issuance::issuer::{
+    Error,
+    certificate_request::{self, Settings, vault},
+};
 use kube::{
     Api, Client,
     api::{ListParams, Object},
@@ -13,16 +23,6 @@ use super::report::Step;
 use crate::{
     cli::Exit,
     config::{Config, IssuerConfig},
-};
-use agent_kube::{Call, Cause, Failure};
-use agent_runtime::{
-    clock::{self, Clock, SystemClock},
-    text,
-};
-use cert_manager::{CertificateRequest, GROUP, IssuerRef, RequestNamespace, Status, keys, naming::node_label, verdict::Verdict};
-use issuance::issuer::{
-    Error,
-    certificate_request::{self, Settings, vault},
 };
 
 /// No more requests than this are shown.

@@ -2,7 +2,9 @@
 
 use std::{collections::BTreeMap, fs, path::Path};
 
+use attest_kubernetes::cgroup::{self, HostPrefix};
 use nix::sys::resource::{Resource, getrlimit};
+use unix_peer::peer;
 
 use super::report::Step;
 use crate::{
@@ -10,8 +12,6 @@ use crate::{
     config::{Attestation, Config},
     process::memory::{self, Decision, Unlocked},
 };
-use attest_kubernetes::cgroup::{self, HostPrefix};
-use unix_peer::peer;
 
 /// Above this share of the limit, descriptors are few.
 const MAX_FILES_SHARE: f64 = 0.8;

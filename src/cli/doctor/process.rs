@@ -2,10 +2,11 @@
 
 use std::{fs, path::Path};
 
-use super::report::Step;
-use crate::{cli::Exit, config::SharedSocket};
 use attest_kubernetes::cgroup::{self, HostPrefix, PodUid};
 use unix_peer::peer::Peer;
+
+use super::report::Step;
+use crate::{cli::Exit, config::SharedSocket};
 
 /// The shared socket: what stands at its path, and the process that listens there.
 pub(super) fn socket(shared: &SharedSocket) -> (Step, Option<i32>) {

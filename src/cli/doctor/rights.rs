@@ -1,5 +1,7 @@
 //! What the agent's account has to be allowed, by its configuration, asked of the API server itself (SelfSubjectAccessReview).
 
+use agent_kube::{Call, Failure};
+use cert_manager::{GROUP, RequestNamespace};
 use k8s_openapi::api::authorization::v1::{ResourceAttributes, SelfSubjectAccessReview, SelfSubjectAccessReviewSpec};
 use kube::{Api, Client, api::PostParams};
 
@@ -8,8 +10,6 @@ use crate::{
     cli::Exit,
     config::{Attestation, Config, IssuerConfig, TrustSource},
 };
-use agent_kube::{Call, Failure};
-use cert_manager::{GROUP, RequestNamespace};
 
 /// Some verbs on one resource.
 #[derive(Debug, Clone, PartialEq, Eq)]

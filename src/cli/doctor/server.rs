@@ -2,15 +2,15 @@
 
 use std::time::{Duration, Instant, SystemTime};
 
+use agent_kube::{Call, Failure};
+use agent_runtime::clock::{Clock, SystemClock};
 use http::{Request, StatusCode, header};
+use issuance::issuer::verify::ALLOWED_SKEW;
 use kube::client::{Body, Client};
 use time::{OffsetDateTime, format_description::well_known::Rfc2822};
 
 use super::report::Step;
 use crate::cli::Exit;
-use agent_kube::{Call, Failure};
-use agent_runtime::clock::{Clock, SystemClock};
-use issuance::issuer::verify::ALLOWED_SKEW;
 
 /// The header tells whole seconds, and an answer takes its time; what is below is no skew.
 const UNSURE: Duration = Duration::from_secs(3);

@@ -2,11 +2,6 @@
 
 use std::path::Path;
 
-use tokio::sync::mpsc;
-use tokio_stream::wrappers::ReceiverStream;
-use tonic::Streaming;
-
-use super::failure::Failure;
 use sds_server::{
     grpc::client::{self, Connection, Error},
     proto::envoy::service::{
@@ -14,6 +9,11 @@ use sds_server::{
         secret::v3::secret_discovery_service_client::SecretDiscoveryServiceClient,
     },
 };
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::Streaming;
+
+use super::failure::Failure;
 
 /// A client on one connection.
 pub(super) type Client = SecretDiscoveryServiceClient<Connection>;

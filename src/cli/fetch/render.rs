@@ -5,16 +5,16 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use serde::Serialize;
-use x509_parser::prelude::{FromDer, X509Certificate};
-
-use super::resource::{Material, Resource};
-use crate::cli::output::printable;
 use agent_runtime::clock::{from_unix_seconds, rfc3339};
 use sds_server::{
     material::{CertificateChain, TrustBundle},
     trust::crl::RevocationList,
 };
+use serde::Serialize;
+use x509_parser::prelude::{FromDer, X509Certificate};
+
+use super::resource::{Material, Resource};
+use crate::cli::output::printable;
 
 /// The contract: the same keys in the same order for every resource, but for the last, which is of its kind.
 #[derive(Serialize)]

@@ -5,8 +5,6 @@ use std::fmt;
 use bytes::Bytes;
 use prost::Message;
 use prost_types::Any;
-
-use crate::cli::output::printable;
 use sds_server::{
     material::{self, CertificateChain, TrustBundle},
     proto::envoy::{
@@ -15,6 +13,8 @@ use sds_server::{
     },
     trust::{Bundle, crl},
 };
+
+use crate::cli::output::printable;
 
 /// The only type of resource that SDS has.
 pub(super) const TYPE_URL: &str = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret";

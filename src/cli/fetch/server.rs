@@ -6,6 +6,7 @@ use futures::future::BoxFuture;
 use http::{Request, Response};
 use hyper::{body::Incoming, server::conn::http2, service::service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo};
+use sds_server::proto::envoy::service::discovery::v3::{DiscoveryRequest, DiscoveryResponse};
 use tokio::{
     net::UnixListener,
     sync::mpsc,
@@ -15,8 +16,6 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming, body::Body, server::Grpc};
 use tonic_prost::ProstCodec;
 use tower::Service;
-
-use sds_server::proto::envoy::service::discovery::v3::{DiscoveryRequest, DiscoveryResponse};
 
 type Codec = ProstCodec<DiscoveryResponse, DiscoveryRequest>;
 type Answer = Result<DiscoveryResponse, Status>;

@@ -5,12 +5,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use aws_lc_rs::digest::{Digest, SHA256, digest};
-
-use super::resource::{self, Resource, TYPE_URL};
 use sds_server::proto::{
     envoy::service::discovery::v3::{DiscoveryRequest, DiscoveryResponse},
     google::rpc::Status,
 };
+
+use super::resource::{self, Resource, TYPE_URL};
 
 /// What has been asked for and answered.
 #[derive(Debug)]

@@ -4,17 +4,17 @@ use std::{fs, time::UNIX_EPOCH};
 
 use prost::Message;
 use prost_types::Any;
+use sds_server::proto::envoy::{
+    config::core::v3::{DataSource, data_source::Specifier},
+    extensions::transport_sockets::tls::v3::{CertificateValidationContext, Secret, TlsCertificate, secret::Type},
+    service::discovery::v3::{DiscoveryRequest, DiscoveryResponse},
+};
 use serde_json::Value;
 use tempfile::TempDir;
 use tokio::{sync::mpsc, task::JoinHandle};
 use tonic::Status;
 
 use super::{resource::TYPE_URL, server::Server, *};
-use sds_server::proto::envoy::{
-    config::core::v3::{DataSource, data_source::Specifier},
-    extensions::transport_sockets::tls::v3::{CertificateValidationContext, Secret, TlsCertificate, secret::Type},
-    service::discovery::v3::{DiscoveryRequest, DiscoveryResponse},
-};
 
 const ID: &str = "spiffe://example.org/uid/7";
 const KEY: &str = "-----BEGIN PRIVATE KEY-----\nsecret\n-----END PRIVATE KEY-----\n";

@@ -3,10 +3,10 @@
 use std::time::Duration;
 
 use serde_json::Value;
+use workload_identity::KeyType;
 
 use super::{Context, LIFETIMES};
 use crate::config::{Attestation, error::FieldError, reader::Section, template, values};
-use workload_identity::KeyType;
 
 /// From here on somebody should ask whether this is meant.
 const LONG_LIFETIME: Duration = Duration::from_secs(366 * 86_400);

@@ -1,10 +1,10 @@
 //! Who signs: `issuer`, and the parts of it that a profile may say.
 
-use crate::config::{Attestation, IssuerConfig, environment::snippet, error::FieldError, reader::Section, values};
 use cert_manager::{IssuerRef, RequestNamespace};
 use issuance::issuer::certificate_request;
 
 use super::Context;
+use crate::config::{Attestation, IssuerConfig, environment::snippet, error::FieldError, reader::Section, values};
 
 /// The group of cert-manager's own issuers.
 const CERT_MANAGER: &str = "cert-manager.io";

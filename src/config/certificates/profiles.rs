@@ -2,7 +2,9 @@
 
 use std::cell::RefCell;
 
+use agent_kube::pod::picks;
 use serde_json::Value;
+use workload_identity::{Match, Pattern};
 
 use super::{
     Context, DEFAULT,
@@ -10,8 +12,6 @@ use super::{
     issuer, warn_of_load,
 };
 use crate::config::{Attestation, IssuerConfig, error::FieldError, reader::Section, values};
-use agent_kube::pod::picks;
-use workload_identity::{Match, Pattern};
 
 /// What the sections at the top say.
 pub(super) struct Base<'a> {

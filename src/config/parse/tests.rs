@@ -1,6 +1,9 @@
 //! The rules of the file as a whole: defaults, order, warnings, the environment, and that nothing makes it panic.
 
+use cert_manager::{IssuerRef, RequestNamespace};
+use issuance::issuer::certificate_request;
 use proptest::prelude::*;
+use workload_identity::{IssuerName, KeyType, PodRef};
 
 use super::*;
 use crate::{
@@ -8,9 +11,6 @@ use crate::{
     csi::PerPod,
     warm::WarmUp,
 };
-use cert_manager::{IssuerRef, RequestNamespace};
-use issuance::issuer::certificate_request;
-use workload_identity::{IssuerName, KeyType, PodRef};
 
 mod mistakes;
 mod profiles;

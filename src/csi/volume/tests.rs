@@ -2,12 +2,12 @@
 
 use std::time::Duration;
 
+use agent_runtime::text::test_keys::Key;
 use proptest::prelude::*;
 use tonic::Code;
 
 use super::*;
 use crate::csi::proto::csi::v1::volume_capability::{BlockVolume, MountVolume};
-use agent_runtime::text::test_keys::Key;
 
 const UID: &str = "2b1fb2f4-4b5a-4b9a-9a4e-0c5a1b2c3d4e";
 const OTHER: &str = "99999999-8888-7777-6666-555555555555";

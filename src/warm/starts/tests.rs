@@ -6,7 +6,17 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use agent_kube::fake::FakeApi;
+use agent_runtime::clock::{self, TestClock};
 use futures::future::BoxFuture;
+use issuance::{
+    issuer::{self, Issued, Issuer, Order, embedded::Embedded},
+    rotation::{self, plan::Plan},
+};
+use sds_server::{
+    store::Store,
+    trust::{self, Trust},
+};
 use serde_json::{Value, json};
 use tokio::{sync::watch, time::sleep};
 
@@ -17,16 +27,6 @@ use crate::{
         LEASE_HANDOVER,
         metrics::{Ended, Metrics},
     },
-};
-use agent_kube::fake::FakeApi;
-use agent_runtime::clock::{self, TestClock};
-use issuance::{
-    issuer::{self, Issued, Issuer, Order, embedded::Embedded},
-    rotation::{self, plan::Plan},
-};
-use sds_server::{
-    store::Store,
-    trust::{self, Trust},
 };
 
 const MINUTE: Duration = Duration::from_secs(60);

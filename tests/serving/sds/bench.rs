@@ -6,10 +6,8 @@ use std::{
     time::UNIX_EPOCH,
 };
 
-use futures::future::BoxFuture;
-
-use super::*;
 use agent_runtime::clock::TestClock;
+use futures::future::BoxFuture;
 use issuance::{
     issuer::{self, Issued, Issuer, Order, Retry, embedded::Embedded},
     rotation::{self, plan::Plan, reissue::Reissue},
@@ -22,6 +20,8 @@ use sds_server::{
 };
 use unix_peer::peer::Peer;
 use workload_identity::{IssuerName, PodRef, Profile, Resolver, TrustDomain, Workload, samples::identity};
+
+use super::*;
 
 /// What the upstream does with orders.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

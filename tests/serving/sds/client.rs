@@ -6,11 +6,6 @@ use bytes::Buf;
 use http_body::Frame;
 use http_body_util::{BodyExt, StreamBody};
 use prost::Message;
-use tokio::sync::mpsc;
-use tokio_stream::wrappers::UnboundedReceiverStream;
-use tonic::Code;
-
-use super::{bench::Bench, *};
 use sds_server::proto::{
     envoy::{
         config::core::v3::data_source::Specifier,
@@ -19,6 +14,11 @@ use sds_server::proto::{
     },
     google::rpc::Status as RpcStatus,
 };
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::UnboundedReceiverStream;
+use tonic::Code;
+
+use super::{bench::Bench, *};
 
 pub const FACES: [Variant; 2] = [Variant::Sotw, Variant::Delta];
 /// Longer than anything takes that is not to be waited for; on paused time it costs nothing.

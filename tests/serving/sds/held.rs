@@ -1,11 +1,12 @@
 //! Clients that come back with the version that they hold: nothing is issued before its time, and nothing odd is believed.
 
+use agent_runtime::clock;
+
 use super::{
     bench::{Bench, foreign_bundle, settle},
     client::{Client, FACES},
     *,
 };
-use agent_runtime::clock;
 
 const MINUTE: Duration = Duration::from_secs(60);
 

@@ -1,5 +1,10 @@
 //! What clients can make the agent log: one line for each pod and cause, however often they do it.
 
+use agent_runtime::{
+    telemetry::{self, Format, captured::Captured},
+    text::test_keys::Key,
+};
+use sds_server::{caller::Refusals, proto::google::rpc::Status as RpcStatus};
 use tonic::Code;
 
 use super::{
@@ -7,11 +12,6 @@ use super::{
     client::{Client, FACES, framed},
     *,
 };
-use agent_runtime::{
-    telemetry::{self, Format, captured::Captured},
-    text::test_keys::Key,
-};
-use sds_server::{caller::Refusals, proto::google::rpc::Status as RpcStatus};
 
 /// The times that a client does it.
 const TIMES: u64 = 1000;

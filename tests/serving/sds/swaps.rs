@@ -1,14 +1,14 @@
 //! Open streams when the configuration changes: another identity is taken on without a close and without a gap.
 
+use issuance::rotation::reissue::{Reissue, Reissued, Which};
 use tonic::Code;
+use workload_identity::{Match, Pattern, Profile, Resolver, Rule};
 
 use super::{
     bench::{Bench, SPREAD, Upstream, settle},
     client::{Client, FACES},
     *,
 };
-use issuance::rotation::reissue::{Reissue, Reissued, Which};
-use workload_identity::{Match, Pattern, Profile, Resolver, Rule};
 
 const MINUTE: Duration = Duration::from_secs(60);
 /// Beyond the spread: the settling of a certificate that lives for an hour.

@@ -2,14 +2,8 @@
 
 use std::{collections::BTreeMap, path::PathBuf, sync::Mutex};
 
-use futures::future::BoxFuture;
-use tokio::{
-    sync::{mpsc, watch},
-    task::JoinHandle,
-};
-
-use super::*;
 use agent_runtime::clock::{Clock, SystemClock};
+use futures::future::BoxFuture;
 use issuance::{
     issuer::{Issuer, embedded::Embedded},
     rotation::{self, plan::Plan},
@@ -20,8 +14,14 @@ use sds_server::{
     store::Store,
     trust::{self, Trust},
 };
+use tokio::{
+    sync::{mpsc, watch},
+    task::JoinHandle,
+};
 use unix_peer::listener;
 use workload_identity::{IssuerName, PodRef, Resolver, TrustDomain, Workload, samples::identity};
+
+use super::*;
 
 /// Longer than anything takes on a busy machine.
 pub const PATIENCE: Duration = Duration::from_secs(30);

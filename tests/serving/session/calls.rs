@@ -1,6 +1,10 @@
 //! What is called on a connection, SDS and the rest, and how calls on one connection and of different clients get along.
 
 use hyper_util::rt::TokioIo;
+use sds_server::{
+    proto::envoy::service::{discovery::v3::DiscoveryRequest, secret::v3::secret_discovery_service_client::SecretDiscoveryServiceClient},
+    sds::service::SERVICE,
+};
 use tokio_stream::StreamExt;
 use tonic::{
     Code,
@@ -12,10 +16,6 @@ use super::{
     bench::{Agent, soon},
     link::{Link, names, request},
     *,
-};
-use sds_server::{
-    proto::envoy::service::{discovery::v3::DiscoveryRequest, secret::v3::secret_discovery_service_client::SecretDiscoveryServiceClient},
-    sds::service::SERVICE,
 };
 
 async fn channel(agent: &Agent) -> Channel {

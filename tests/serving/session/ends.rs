@@ -1,5 +1,10 @@
 //! How connections end: with their workload, and with the agent.
 
+use agent_runtime::shutdown::Drained;
+use sds_agent::{
+    app,
+    config::{self, Dev},
+};
 use tokio::io::AsyncWriteExt;
 use tonic::Code;
 
@@ -8,11 +13,6 @@ use super::{
     bench::{Agent, DRAIN, soon, until},
     link::{Link, names},
     *,
-};
-use agent_runtime::shutdown::Drained;
-use sds_agent::{
-    app,
-    config::{self, Dev},
 };
 
 #[tokio::test]

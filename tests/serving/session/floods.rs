@@ -2,9 +2,12 @@
 
 use std::path::{Path, PathBuf};
 
+use agent_runtime::telemetry::{self, Format, captured::Captured};
 use futures::future::BoxFuture;
+use sds_server::attest::{self, Attested, Attestor, Method, Reason, origin::Origins};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tonic::Code;
+use unix_peer::listener;
 
 use super::{
     arrivals::PREFACE,
@@ -12,9 +15,6 @@ use super::{
     link::{Link, names},
     *,
 };
-use agent_runtime::telemetry::{self, Format, captured::Captured};
-use sds_server::attest::{self, Attested, Attestor, Method, Reason, origin::Origins};
-use unix_peer::listener;
 
 /// The attestor of a socket that is one pod's own.
 #[derive(Debug)]

@@ -6,15 +6,15 @@ use bytes::Bytes;
 use h2::{RecvStream, SendStream, client};
 use http::Request;
 use prost::Message;
-use tokio::{net::UnixStream, task::JoinHandle};
-use tonic::{Code, Status};
-
-use super::bench::soon;
 use sds_server::{
     grpc::{PREFIX, prefix},
     proto::envoy::service::discovery::v3::{DiscoveryRequest, DiscoveryResponse},
     sds::service::SERVICE,
 };
+use tokio::{net::UnixStream, task::JoinHandle};
+use tonic::{Code, Status};
+
+use super::bench::soon;
 
 pub struct Link {
     requests: client::SendRequest<Bytes>,

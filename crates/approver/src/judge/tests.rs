@@ -4,12 +4,12 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use agent_runtime::text::test_keys::Key;
 use base64::{Engine, engine::general_purpose::STANDARD};
+use cert_manager::{CertificateRequestSpec, Condition, Csr, Reference, RequestNamespace, Status};
 use serde_json::json;
+use workload_identity::{IssuerName, KeyType, Pattern, Profile, Resolver, TrustDomain};
 
 use super::*;
 use crate::rules::Guarded;
-use cert_manager::{CertificateRequestSpec, Condition, Csr, Reference, RequestNamespace, Status};
-use workload_identity::{IssuerName, KeyType, Pattern, Profile, Resolver, TrustDomain};
 
 const AGENT: &str = "system:serviceaccount:sds-agent:sds-agent";
 

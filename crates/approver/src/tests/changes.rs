@@ -1,7 +1,8 @@
 //! Changes of the configuration: what was approved, what is, and what is looked at again.
 
-use super::*;
 use workload_identity::Profile;
+
+use super::*;
 
 const OVERLAP: Duration = Duration::from_secs(600);
 

@@ -1,10 +1,10 @@
 //! What is held of the cluster's objects, and how it is asked for.
 
+use agent_kube::pod::PodObject;
+use cert_manager::Request;
 use kube::runtime::watcher;
 
 use super::*;
-use agent_kube::pod::PodObject;
-use cert_manager::Request;
 
 /// As kubelet and kube-controller-manager leave them on every pod.
 fn managed_fields() -> Value {

@@ -2,8 +2,9 @@
 
 use std::{path::PathBuf, sync::Arc};
 
-use crate::cgroup::{self, HostPrefix};
 use sds_server::attest::origin::PodOfProcess;
+
+use crate::cgroup::{self, HostPrefix};
 
 /// The pod in a process's cgroups.
 #[derive(Debug, Clone)]
@@ -32,9 +33,10 @@ impl PodOfProcess for CgroupOrigins {
 mod tests {
     use std::{fs, path::Path};
 
-    use super::*;
     use sds_server::attest::origin::{Origin, Origins};
     use unix_peer::peer::Peer;
+
+    use super::*;
 
     const UID: &str = "2b1fb2f4-4b5a-4b9a-9a4e-0c5a1b2c3d4e";
 

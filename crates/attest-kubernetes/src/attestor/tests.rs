@@ -2,13 +2,13 @@
 
 use std::{fs, os::unix::net::UnixStream, path::Path, time::Duration};
 
+use agent_kube::fake::FakeApi;
 use serde_json::{Value, json};
 use tokio::time::timeout;
 use tokio_util::sync::{CancellationToken, DropGuard};
+use workload_identity::Workload;
 
 use super::*;
-use agent_kube::fake::FakeApi;
-use workload_identity::Workload;
 
 const UID: &str = "2b1fb2f4-4b5a-4b9a-9a4e-0c5a1b2c3d4e";
 const CONTAINER: &str = "b3cd3e5f7a9b1c3d5e7f9a1b3c5d7e9fb3cd3e5f7a9b1c3d5e7f9a1b3c5d7e9f";

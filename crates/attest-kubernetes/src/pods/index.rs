@@ -6,13 +6,12 @@ use std::{
     time::SystemTime,
 };
 
+use agent_kube::pod::{MIRROR, Pod, PodObject, facts, has_not_begun};
 use tokio::{
     sync::{mpsc, oneshot},
     time::Instant,
 };
 use tokio_util::sync::CancellationToken;
-
-use agent_kube::pod::{MIRROR, Pod, PodObject, facts, has_not_begun};
 use workload_identity::Workload;
 
 /// UIDs of deleted pods that are remembered, so that an older list does not bring them back.

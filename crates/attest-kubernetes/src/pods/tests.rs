@@ -1,13 +1,13 @@
 //! The index against a scripted API server, under a paused clock.
 
-use serde_json::{Value, json};
-use tokio::task::JoinHandle;
-
-use super::*;
 use agent_kube::{
     fake::{FakeApi, Fault},
     pod::{Pod, PodObject},
 };
+use serde_json::{Value, json};
+use tokio::task::JoinHandle;
+
+use super::*;
 
 const MINUTE: Duration = Duration::from_secs(60);
 

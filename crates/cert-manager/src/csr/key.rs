@@ -3,12 +3,12 @@
 use aws_lc_rs::signature::{
     ECDSA_P256_SHA256_ASN1, ECDSA_P384_SHA384_ASN1, RSA_PKCS1_2048_8192_SHA256, UnparsedPublicKey, VerificationAlgorithm,
 };
+use workload_identity::KeyType;
 
 use super::{
     Error,
     der::{self, Element, Malformed, Reader, tag},
 };
-use workload_identity::KeyType;
 
 /// id-ecPublicKey with prime256v1 (RFC 5480).
 const P256: &[u8] = &[0x06, 0x07, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x02, 0x01, 0x06, 0x08, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x03, 0x01, 0x07];

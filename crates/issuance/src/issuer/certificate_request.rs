@@ -6,22 +6,22 @@
 
 use std::{fmt, sync::Arc, time::Duration};
 
-use futures::future::BoxFuture;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
-use tokio::time::{Instant, sleep_until};
-
-use crate::issuer::{Error, Issued, Issuer, Order, Phase, Retry, csr, verify};
 use agent_kube::{Call, Cause, Failure};
 use agent_runtime::text;
 use cert_manager::{
     CertificateRequest, CertificateRequestSpec, Csr, IssuerRef, Reference, RequestNamespace, Status, USAGES, decode_pem, denied,
     verdict::{Verdict, Why},
 };
+use futures::future::BoxFuture;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use sds_server::{
     material::{self, CertificateChain},
     trust,
 };
+use tokio::time::{Instant, sleep_until};
 use workload_identity::PodRef;
+
+use crate::issuer::{Error, Issued, Issuer, Order, Phase, Retry, csr, verify};
 
 mod create;
 mod deleter;

@@ -13,11 +13,10 @@ use aws_lc_rs::{
     signature::{self, ECDSA_P256_SHA256_ASN1_SIGNING, ECDSA_P384_SHA384_ASN1_SIGNING, EcdsaKeyPair, KeyPair as _},
 };
 use rcgen::{CertificateParams, DistinguishedName, PublicKeyData, SanType, SignatureAlgorithm, SigningKey, string::Ia5String};
-use tokio::sync::Semaphore;
-use zeroize::Zeroizing;
-
 use sds_server::material::PrivateKey;
+use tokio::sync::Semaphore;
 use workload_identity::{Identity, KeyType};
+use zeroize::Zeroizing;
 
 /// Why no CSR could be made.
 #[derive(Debug, Clone, thiserror::Error)]

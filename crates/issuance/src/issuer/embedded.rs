@@ -8,16 +8,16 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
+use agent_runtime::clock::Clock;
 use futures::future::BoxFuture;
 use rcgen::{
     BasicConstraints, Certificate, CertificateParams, CertificateSigningRequestParams, DnType, ExtendedKeyUsagePurpose, IsCa,
     Issuer as Signer, KeyPair, KeyUsagePurpose,
 };
 use rustls::pki_types::CertificateSigningRequestDer;
+use sds_server::material::{CertificateChain, TrustBundle};
 
 use crate::issuer::{Error, Issued, Issuer, Order, Phase, Retry, csr, verify};
-use agent_runtime::clock::Clock;
-use sds_server::material::{CertificateChain, TrustBundle};
 
 /// The root and the intermediate live this long.
 const AUTHORITY_LIFETIME: Duration = Duration::from_secs(10 * 365 * 86_400);

@@ -10,18 +10,17 @@
 
 use std::time::{Duration, SystemTime};
 
+use agent_runtime::{clock, text};
 use aws_lc_rs::{
     encoding::{AsDer, PublicKeyX509Der},
     rsa,
     signature::{ECDSA_P256_SHA256_ASN1_SIGNING, ECDSA_P384_SHA384_ASN1_SIGNING, EcdsaKeyPair, KeyPair as _},
 };
 use rustls::pki_types::{CertificateDer, TrustAnchor, UnixTime};
-use webpki::{EndEntityCert, KeyUsage, anchor_from_trusted_cert};
-use x509_parser::prelude::{FromDer, X509Certificate, X509Error};
-
-use agent_runtime::{clock, text};
 use sds_server::material::{self, CertificateChain, PrivateKey, TrustBundle, Validity};
+use webpki::{EndEntityCert, KeyUsage, anchor_from_trusted_cert};
 use workload_identity::{Identity, KeyType};
+use x509_parser::prelude::{FromDer, X509Certificate, X509Error};
 
 /// How far the signer's clock may be ahead of ours.
 pub const ALLOWED_SKEW: Duration = Duration::from_secs(60);

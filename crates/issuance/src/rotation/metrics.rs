@@ -2,16 +2,16 @@
 
 use std::time::Duration;
 
+use agent_runtime::metrics::every;
 use prometheus_client::{
     encoding::{EncodeLabelSet, EncodeLabelValue},
     metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
     registry::{Registry, Unit},
 };
+use workload_identity::IssuerName;
 
 use super::planner::Class;
 use crate::issuer::{Outcome, Phase};
-use agent_runtime::metrics::every;
-use workload_identity::IssuerName;
 
 /// Labels of `issuances_total`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]

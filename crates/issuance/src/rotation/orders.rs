@@ -2,14 +2,14 @@
 
 use std::sync::Arc;
 
+use agent_runtime::clock::Clock;
+use sds_server::trust::BundleSet;
 use tokio::{sync::watch, task::AbortHandle, time::Instant};
 use tracing::debug;
+use workload_identity::{Identity, PodRef};
 
 use super::{Id, Rotation, roots::bundle_moved_on};
 use crate::issuer::{Error, Issued, Order, Pending, Progress, Retry, Stage, verify};
-use agent_runtime::clock::Clock;
-use sds_server::trust::BundleSet;
-use workload_identity::{Identity, PodRef};
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::rotation::orders";

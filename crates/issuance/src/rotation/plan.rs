@@ -7,10 +7,10 @@ use std::{
 };
 
 use tracing::{debug, info};
+use workload_identity::{Identity, IssuerName, Profile};
 
 use super::{Id, Rotation};
 use crate::issuer::Issuer;
-use workload_identity::{Identity, IssuerName, Profile};
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::rotation::plan";

@@ -9,12 +9,12 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use sds_server::{material::Validity, store::Demand};
 use tokio::time::Instant;
+use workload_identity::IssuerName;
 
 use super::schedule::{self, RenewalJitter};
 use crate::issuer::Retry;
-use sds_server::{material::Validity, store::Demand};
-use workload_identity::IssuerName;
 
 mod job;
 mod queue;

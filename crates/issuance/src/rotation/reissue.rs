@@ -7,12 +7,12 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use agent_runtime::text;
+use sds_server::store::Entry;
 use tokio::{sync::oneshot, time::Instant};
 use tracing::info;
 
 use super::{Id, Now, Rotation};
-use agent_runtime::text;
-use sds_server::store::Entry;
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::rotation::reissue";

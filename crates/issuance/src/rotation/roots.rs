@@ -3,11 +3,11 @@
 use std::{sync::Arc, time::Duration};
 
 use rustls::pki_types::CertificateDer;
+use sds_server::material::{self, Svid};
 use tracing::{info, warn};
 
 use super::{Id, Rotation};
 use crate::issuer::{Error, verify};
-use sds_server::material::{self, Svid};
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::rotation::roots";

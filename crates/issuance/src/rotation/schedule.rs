@@ -79,9 +79,9 @@ mod tests {
     use std::time::UNIX_EPOCH;
 
     use proptest::prelude::*;
+    use workload_identity::samples::identity;
 
     use super::*;
-    use workload_identity::samples::identity;
 
     const START: SystemTime = UNIX_EPOCH;
 

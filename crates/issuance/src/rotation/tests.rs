@@ -9,16 +9,16 @@ use std::{
     time::UNIX_EPOCH,
 };
 
-use futures::future::BoxFuture;
-
-use super::*;
-use crate::issuer::{Issuer, Order, embedded::Embedded};
 use agent_runtime::clock::TestClock;
+use futures::future::BoxFuture;
 use sds_server::{
     store::{Demand, Lease},
     trust::{self, Trust},
 };
 use workload_identity::samples::identity;
+
+use super::*;
+use crate::issuer::{Issuer, Order, embedded::Embedded};
 
 /// What the scripted issuer does with the next order.
 enum Script {

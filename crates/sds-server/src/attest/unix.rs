@@ -4,10 +4,10 @@
 
 use futures::future::BoxFuture;
 use tokio_util::sync::CancellationToken;
-
-use crate::attest::{Attested, Attestor, Error, Method};
 use unix_peer::peer::Peer;
 use workload_identity::Workload;
+
+use crate::attest::{Attested, Attestor, Error, Method};
 
 /// uid → [`Workload::Unix`].
 #[derive(Debug, Clone, Copy, Default)]

@@ -5,9 +5,10 @@
 
 use std::time::{Duration, SystemTime};
 
-use crate::material::{self, TrustBundle};
 use agent_runtime::clock;
 use workload_identity::{Identity, Profile, version::Version};
+
+use crate::material::{self, TrustBundle};
 
 /// A lifetime that an issuer may give beyond twice what was asked for.
 const LIFETIME_SLACK: Duration = Duration::from_secs(3600);
@@ -71,8 +72,9 @@ impl ClientVersion {
 mod tests {
     use std::sync::Arc;
 
-    use super::*;
     use workload_identity::samples::identity;
+
+    use super::*;
 
     const NOW: i64 = 1_700_000_000;
 

@@ -70,8 +70,9 @@ impl Directory {
 mod tests {
     use std::{sync::Arc, time::Duration};
 
-    use super::*;
     use workload_identity::{IssuerName, KeyType, Profile, SpiffeId};
+
+    use super::*;
 
     #[test]
     fn names_select_only_what_the_caller_may_have() {

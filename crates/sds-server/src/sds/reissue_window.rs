@@ -34,8 +34,9 @@ impl ReissueWindow {
 mod tests {
     use std::time::UNIX_EPOCH;
 
-    use super::*;
     use workload_identity::samples::identity;
+
+    use super::*;
 
     #[test]
     fn an_identity_has_one_moment_and_many_are_spread_evenly() {

@@ -5,6 +5,7 @@
 
 use std::collections::VecDeque;
 
+use agent_runtime::text::hex;
 use aws_lc_rs::digest;
 use bytes::Bytes;
 use prost::encoding::{WireType, encode_key, encode_varint, encoded_len_varint, key_len};
@@ -19,7 +20,6 @@ use crate::{
     },
     trust::Bundle,
 };
-use agent_runtime::text::hex;
 
 /// A length-delimited field.
 enum Field<'a> {
@@ -160,6 +160,7 @@ pub fn response_version(stem: Option<&str>, resources: &[(&str, &str)]) -> Strin
 mod tests {
 
     use prost::Message;
+    use workload_identity::samples::identity;
 
     use super::*;
     use crate::{
@@ -171,7 +172,6 @@ mod tests {
         },
         trust::crl::{self, samples::Authority},
     };
-    use workload_identity::samples::identity;
 
     fn material() -> (Svid, Bundle) {
         let (svid, roots) = samples::svid(identity("a"));

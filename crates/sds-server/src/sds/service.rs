@@ -5,6 +5,7 @@
 
 use std::sync::Arc;
 
+use agent_runtime::clock::Clock;
 use bytes::Bytes;
 use http::{Request, Response};
 use http_body::Body as HttpBody;
@@ -28,7 +29,6 @@ use crate::{
     store::Store,
     trust::{Bundle, BundleSet},
 };
-use agent_runtime::clock::Clock;
 
 mod drive;
 mod fetch;

@@ -15,8 +15,9 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use crate::sds::{encoded::Variant, names::WILDCARD};
 use agent_runtime::text;
+
+use crate::sds::{encoded::Variant, names::WILDCARD};
 
 /// The only type of resource that is served.
 pub const TYPE_URL: &str = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret";

@@ -1,12 +1,11 @@
 //! What the sockets count.
 
+use agent_runtime::metrics::every;
 use prometheus_client::{
     encoding::{EncodeLabelSet, EncodeLabelValue},
     metrics::{counter::Counter, family::Family, gauge::Gauge},
     registry::Registry,
 };
-
-use agent_runtime::metrics::every;
 
 /// Why a connection was not taken, or was dropped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]

@@ -14,9 +14,9 @@ use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
     time::Instant,
 };
+use unix_peer::peer::Peer;
 
 use crate::attest::origin::{Origin, Origins};
-use unix_peer::peer::Peer;
 
 /// Reads at once. They share a lock in the kernel: more would only wait.
 const MAX_CONCURRENT_READS: usize = 8;

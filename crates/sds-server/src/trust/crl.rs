@@ -6,13 +6,13 @@
 
 use std::time::SystemTime;
 
+use agent_runtime::{clock, text};
 use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, pem::PemObject};
 use x509_parser::{
     certificate::X509Certificate, extensions::ParsedExtension, prelude::FromDer, revocation_list::CertificateRevocationList,
 };
 
 use crate::material::{BrokenPem, Error, MAX_CERTIFICATES, fault_of};
-use agent_runtime::{clock, text};
 
 /// One authority's list.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -2,10 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
+use agent_runtime::file::Followed;
 use tokio_util::sync::CancellationToken;
 
 use crate::{material::MAX_PEM_BYTES, trust::Source};
-use agent_runtime::file::Followed;
 
 /// A watched file.
 #[derive(Debug)]

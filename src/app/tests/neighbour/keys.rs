@@ -1,7 +1,8 @@
 //! A private key in what the cluster says: no part of it, in any form, reaches the log, `/certs` or an Event.
 
-use super::*;
 use agent_runtime::text::test_keys::Key;
+
+use super::*;
 
 /// The time an identity waits: its order is tried more than once at the longest backoff, and its pod gets an Event.
 const A_WHILE: Duration = Duration::from_secs(320);

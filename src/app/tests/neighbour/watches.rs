@@ -1,7 +1,8 @@
 //! What becomes of the watch.
 
-use super::*;
 use agent_kube::watch::Ended;
+
+use super::*;
 
 impl World {
     fn lists(&self) -> usize {

@@ -1,10 +1,11 @@
 //! `profiles`: what they inherit, how their issuers are named, and their mistakes.
 
-use super::{LEAST, errors, load, warnings};
-use crate::config::{Config, IssuerConfig};
 use cert_manager::{IssuerRef, RequestNamespace};
 use issuance::issuer::certificate_request;
 use workload_identity::{IssuerName, KeyType, Profile};
+
+use super::{LEAST, errors, load, warnings};
+use crate::config::{Config, IssuerConfig};
 
 fn with(profiles: &str) -> String {
     format!("profiles:\n{profiles}\n{LEAST}")

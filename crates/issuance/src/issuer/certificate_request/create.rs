@@ -5,6 +5,8 @@
 
 use std::time::Duration;
 
+use agent_kube::{Call, Cause, Failure};
+use cert_manager::CertificateRequest;
 use kube::{Api, Client, api::PostParams};
 use tokio::time::sleep;
 
@@ -12,8 +14,6 @@ use crate::issuer::{
     Error, Retry,
     certificate_request::{RESOURCE, api_error, tracker::RequestHandle},
 };
-use agent_kube::{Call, Cause, Failure};
-use cert_manager::CertificateRequest;
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::issuer::cert_manager::create";

@@ -4,6 +4,8 @@
 
 use std::{sync::Arc, time::Duration};
 
+use agent_kube::{Call, Cause, Failure};
+use cert_manager::CertificateRequest;
 use futures::{StreamExt, future::BoxFuture, stream::FuturesUnordered};
 use kube::{
     Api, Client,
@@ -17,8 +19,6 @@ use crate::issuer::certificate_request::{
     create::jittered,
     tracker::{Deletion, RequestTracker},
 };
-use agent_kube::{Call, Cause, Failure};
-use cert_manager::CertificateRequest;
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::issuer::cert_manager::deleter";

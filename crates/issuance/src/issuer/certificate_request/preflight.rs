@@ -6,6 +6,9 @@ use std::{
     time::Duration,
 };
 
+use agent_kube::{Call, Cause, Failure};
+use agent_runtime::text;
+use cert_manager::{GROUP, IssuerRef, Status};
 use futures::{FutureExt, future::BoxFuture, future::Shared};
 use kube::{
     Api, Client,
@@ -16,9 +19,6 @@ use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
 use crate::issuer::{Error, Retry, certificate_request::api_error};
-use agent_kube::{Call, Cause, Failure};
-use agent_runtime::text;
-use cert_manager::{GROUP, IssuerRef, Status};
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::issuer::cert_manager::preflight";

@@ -10,6 +10,16 @@ use std::{
     time::Duration,
 };
 
+use agent_kube::{
+    self, Call, Cause,
+    metrics::Resource,
+    watch::{Selection, Signal},
+};
+use agent_runtime::clock::{self, Clock};
+use cert_manager::{
+    REQUESTS_PER_PAGE, RequestNamespace, keys,
+    naming::{Agent, node_label},
+};
 use futures::{StreamExt, future::BoxFuture};
 use kube::{Api, Client, runtime::watcher};
 use prometheus_client::{metrics::counter::Counter, registry::Registry};
@@ -25,16 +35,6 @@ use crate::issuer::{
         sweep,
         tracker::{Deletion, RequestTracker, Watched, Watching},
     },
-};
-use agent_kube::{
-    self, Call, Cause,
-    metrics::Resource,
-    watch::{Selection, Signal},
-};
-use agent_runtime::clock::{self, Clock};
-use cert_manager::{
-    REQUESTS_PER_PAGE, RequestNamespace, keys,
-    naming::{Agent, node_label},
 };
 
 /// Of the log's lines.

@@ -2,8 +2,9 @@
 
 use std::{collections::HashSet, sync::Arc, time::Duration};
 
-use crate::issuer::certificate_request::tracker::{KEPT_FOR, Key, Record};
 use cert_manager::naming::{Agent, PROCESS_PREFIX};
+
+use crate::issuer::certificate_request::tracker::{KEPT_FOR, Key, Record};
 
 /// The request of an agent outside of a pod is an orphan after this time: whether its process lives cannot be known.
 const PROCESS_GRACE: Duration = Duration::from_secs(3600);
@@ -39,8 +40,9 @@ pub(super) fn orphans(
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use workload_identity::{NodeEnvironment, PodRef};
+
+    use super::*;
 
     #[test]
     fn only_requests_of_agents_that_have_gone_are_taken() {

@@ -2,20 +2,20 @@
 
 use std::{collections::HashSet, time::SystemTime};
 
-use base64::{Engine, engine::general_purpose::STANDARD};
-use serde_json::{Value, json};
-use tokio::{task::JoinHandle, time::timeout};
-use tokio_util::sync::CancellationToken;
-
-use super::*;
-use crate::issuer::{Progress, Stage};
 use agent_kube::{
     self,
     fake::{FakeApi, Fault},
 };
 use agent_runtime::clock::TestClock;
+use base64::{Engine, engine::general_purpose::STANDARD};
 use cert_manager::{IssuerRef, RequestNamespace, keys, naming::Agent};
+use serde_json::{Value, json};
+use tokio::{task::JoinHandle, time::timeout};
+use tokio_util::sync::CancellationToken;
 use workload_identity::{Identity, IssuerName, NodeEnvironment, Profile, SpiffeId, samples::profile};
+
+use super::*;
+use crate::issuer::{Progress, Stage};
 
 mod faults;
 mod setup;

@@ -9,17 +9,16 @@ use std::{
     time::Duration,
 };
 
-use kube::core::NotUsed;
-use tokio::{
-    sync::{Notify, mpsc, watch},
-    time::Instant,
-};
-
 use agent_kube::{
     object::{Kind, Observed},
     watch::Ended,
 };
 use cert_manager::{RequestKind, Status, keys, naming::identity_digest, verdict::Verdict};
+use kube::core::NotUsed;
+use tokio::{
+    sync::{Notify, mpsc, watch},
+    time::Instant,
+};
 use workload_identity::Identity;
 
 /// A refused request stays so long for people to read.

@@ -6,8 +6,9 @@
 
 use std::fmt;
 
-use crate::issuer::Retry;
 use agent_runtime::text;
+
+use crate::issuer::Retry;
 
 /// A mount or a role with a longer path is not named.
 const MAX_PATH_BYTES: usize = 100;

@@ -2,7 +2,9 @@
 
 use std::{future::Future, task::Poll};
 
+use cert_manager::{Csr, csr};
 use futures::{FutureExt, future::poll_fn};
+use workload_identity::{Profile, SpiffeId, samples::profile};
 use x509_parser::{
     certification_request::X509CertificationRequest,
     extensions::{GeneralName, ParsedExtension},
@@ -10,8 +12,6 @@ use x509_parser::{
 };
 
 use super::*;
-use cert_manager::{Csr, csr};
-use workload_identity::{Profile, SpiffeId, samples::profile};
 
 const ID: &str = "spiffe://cluster.local/ns/shop/sa/cart";
 

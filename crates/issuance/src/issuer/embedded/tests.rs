@@ -2,12 +2,12 @@
 
 use std::time::UNIX_EPOCH;
 
+use agent_runtime::clock::TestClock;
+use workload_identity::{Identity, KeyType, Profile, SpiffeId, samples::profile};
 use x509_parser::prelude::{FromDer, X509Certificate};
 
 use super::*;
 use crate::issuer::{Progress, verify::verify};
-use agent_runtime::clock::TestClock;
-use workload_identity::{Identity, KeyType, Profile, SpiffeId, samples::profile};
 
 const NOW: Duration = Duration::from_secs(1_800_000_000);
 

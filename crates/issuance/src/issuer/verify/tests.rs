@@ -10,10 +10,10 @@ use rcgen::{
     ExtendedKeyUsagePurpose as Purpose, IsCa, Issuer, KeyPair, KeyUsagePurpose as Use, SanType, SignatureAlgorithm,
 };
 use rustls::pki_types::CertificateSigningRequestDer;
+use workload_identity::{Profile, SpiffeId, samples::profile};
 
 use super::*;
 use crate::issuer::csr::{self, KeyAndCsr};
-use workload_identity::{Profile, SpiffeId, samples::profile};
 
 const ID: &str = "spiffe://cluster.local/ns/shop/sa/cart";
 const DNS: &str = "cart.shop.svc";

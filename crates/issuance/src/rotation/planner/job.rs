@@ -2,11 +2,11 @@
 
 use std::time::SystemTime;
 
+use sds_server::{material::Validity, store::Demand};
 use tokio::time::Instant;
+use workload_identity::IssuerName;
 
 use super::{Class, Now};
-use sds_server::{material::Validity, store::Demand};
-use workload_identity::IssuerName;
 
 /// A certificate with less than this share of its life left is about to end.
 const ENDING: f64 = 0.2;

@@ -1,7 +1,8 @@
 //! Another plan while orders, renewals and waits are under way.
 
-use super::*;
 use workload_identity::Profile;
+
+use super::*;
 
 fn plan(b: &Bench, change: impl FnOnce(&mut Profile)) -> Arc<Plan> {
     let mut profile = (*identity("a").profile).clone();

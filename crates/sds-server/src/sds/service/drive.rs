@@ -6,11 +6,13 @@
 
 use std::{collections::VecDeque, sync::Arc, time::SystemTime};
 
+use agent_runtime::{clock::Clock, text};
 use bytes::Bytes;
 use http_body::Body as HttpBody;
 use tokio::{sync::watch, time::Instant};
 use tonic::Status;
 use tracing::{debug, warn};
+use workload_identity::{Identity, Resolver, version};
 
 use super::{Service, View, changed, ended, is_known, violation};
 use crate::{
@@ -29,8 +31,6 @@ use crate::{
     store::{Demand, Lease},
     trust::BundleSet,
 };
-use agent_runtime::{clock::Clock, text};
-use workload_identity::{Identity, Resolver, version};
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::sds::service::drive";

@@ -2,11 +2,13 @@
 
 use std::{collections::VecDeque, sync::Arc, time::Duration};
 
+use agent_runtime::text;
 use bytes::Bytes;
 use http::Request;
 use http_body::Body as HttpBody;
 use tokio::{sync::watch, time::Instant};
 use tonic::Status;
+use workload_identity::{Identity, Resolver, version};
 
 use super::{Service, View, changed, ended, is_known, violation};
 use crate::{
@@ -23,8 +25,6 @@ use crate::{
     store::{Demand, Lease},
     trust::BundleSet,
 };
-use agent_runtime::text;
-use workload_identity::{Identity, Resolver, version};
 
 /// How long `FetchSecrets` waits for a caller that names no deadline.
 const FETCH_WAIT: Duration = Duration::from_secs(10);
