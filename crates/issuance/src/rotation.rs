@@ -309,7 +309,7 @@ impl Rotation {
         }
     }
 
-    fn issued(&mut self, id: Id, issued: Issued, verified: verify::Verified, took: Duration) {
+    fn issued(&mut self, id: Id, issued: Issued, verified: &verify::Verified, took: Duration) {
         let (Some(entry), Some(identity)) = (self.entries.get(&id).cloned(), self.identity_of(id)) else { return };
         let now = self.now();
         let profile = &identity.profile;

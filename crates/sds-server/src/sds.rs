@@ -2,6 +2,7 @@
 
 pub mod client_version;
 pub mod encoded;
+pub mod holdings;
 pub mod metrics;
 pub mod names;
 pub mod reissue_window;

@@ -97,7 +97,7 @@ impl Rotation {
         let Some(order) = self.orders.remove(&id) else { return };
         match answer.result {
             Ok((issued, verified)) if self.is_current(id, verified.anchor.as_ref()) => {
-                self.issued(id, issued, verified, order.started.elapsed());
+                self.issued(id, issued, &verified, order.started.elapsed());
             }
             Ok((issued, _)) => {
                 self.awaiting_anchor.insert(id, issued);

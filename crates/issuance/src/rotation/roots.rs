@@ -67,7 +67,7 @@ impl Rotation {
                     if let Some(order) = self.orders.remove(&id) {
                         order.task.abort();
                     }
-                    self.issued(id, issued, verified, Duration::ZERO);
+                    self.issued(id, issued, &verified, Duration::ZERO);
                 }
                 Err(_) => drop(self.awaiting_anchor.insert(id, issued)),
             }

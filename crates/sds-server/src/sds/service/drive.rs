@@ -12,7 +12,7 @@ use http_body::Body as HttpBody;
 use tokio::{sync::watch, time::Instant};
 use tonic::Status;
 use tracing::{debug, warn};
-use workload_identity::{Identity, Resolver, version};
+use workload_identity::{Resolver, version};
 
 use super::{Service, View, changed, ended, is_known, violation};
 use crate::{
@@ -21,14 +21,14 @@ use crate::{
     material::Svid,
     proto::envoy::service::discovery::v3::{DeltaDiscoveryRequest, DiscoveryRequest},
     sds::{
-        client_version::{ClientVersion, Provenance},
         encoded::Variant,
+        holdings::{self, Choice, HeldCertificate, Holdings},
         metrics::{Kind, Trigger},
         names::Target,
         secret,
         stream::{Due, Names, Received, Request as StreamRequest, StreamState},
     },
-    store::{Demand, Lease},
+    store::Lease,
     trust::BundleSet,
 };
 
@@ -73,8 +73,7 @@ impl Service {
             state,
             lease: None,
             identity_changed: false,
-            former: None,
-            last_sent: None,
+            holdings: Holdings::default(),
             started,
             answered: false,
             sent: VecDeque::new(),
@@ -101,32 +100,11 @@ struct Stream<'a> {
     lease: Option<(Lease, watch::Receiver<Option<Arc<Svid>>>)>,
     /// The lease is of an identity that the caller had before.
     identity_changed: bool,
-    former: Option<PreviousEpoch>,
-    /// The certificate that was sent last.
-    last_sent: Option<Arc<Svid>>,
+    holdings: Holdings,
     started: Instant,
     answered: bool,
     sent: VecDeque<(u64, Instant, Vec<Kind>)>,
     sender: Sender,
-}
-
-/// The certificate of an identity that the caller had before: it is served until that of its identity is there, and not renewed.
-struct PreviousEpoch {
-    identity: Arc<Identity>,
-    /// None where the client has it from before a restart.
-    svid: Option<Arc<Svid>>,
-    held_certificate: HeldCertificate,
-}
-
-/// What the client has that is still good.
-#[derive(Clone)]
-struct HeldCertificate {
-    /// When it is to be replaced.
-    renew_at: SystemTime,
-    /// When it ends.
-    not_after: SystemTime,
-    /// Its version's first three parts.
-    version_prefix: String,
 }
 
 impl Stream<'_> {
@@ -222,59 +200,32 @@ impl Stream<'_> {
         if *caller.identity != *self.caller.identity {
             let (before, now, workload) = (&self.caller.identity, &caller.identity, &caller.attested.workload);
             debug!(target: LOG_TARGET, %workload, identity = %now, profile = %now.profile.name, %before, "the stream goes on under another identity");
-            self.former = self.retain_current();
+            let bundles = self.service.trust.borrow().clone();
+            let reported = self.reported(&bundles);
+            self.holdings.identity_changes(&self.caller.identity, reported, self.service.clock.now());
             self.identity_changed = true;
         }
         self.caller = caller;
         Ok(())
     }
 
-    /// What the client has of the identity that is about to be another one.
-    fn retain_current(&mut self) -> Option<PreviousEpoch> {
-        let now = self.service.clock.now();
-        if let Some(svid) = self.last_sent.as_ref().filter(|svid| svid.chain.validity.is_live(now)) {
-            let (renew_at, not_after, version_prefix) =
-                (svid.renew_at, svid.chain.validity.not_after, version::prefix(svid.version()).to_owned());
-            return Some(PreviousEpoch {
-                identity: svid.identity.clone(),
-                svid: Some(svid.clone()),
-                held_certificate: HeldCertificate { renew_at, not_after, version_prefix },
-            });
-        }
-        let bundles = self.service.trust.borrow().clone();
-        match self.client_reported(&bundles) {
-            Some(held_certificate) => Some(PreviousEpoch { identity: self.caller.identity.clone(), svid: None, held_certificate }),
-            // An identity of before the last one.
-            None => self.former.take(),
-        }
-    }
-
     /// Keeps the lease in step with what is watched, and looks at what exists: also until when it is withheld, because a client that still
     /// holds a good certificate gets a fresh one only when slow clocks take it.
     fn snapshot(&mut self, trust: &mut watch::Receiver<Arc<BundleSet>>) -> (View, Option<SystemTime>) {
         let bundles = trust.borrow_and_update().clone();
-        let held_certificate = self.held_certificate(&bundles);
-        self.subscribe(held_certificate.as_ref());
-        let now = self.service.clock.now();
-        let current = self.lease.as_ref().and_then(|(lease, _)| lease.current()).filter(|svid| svid.chain.validity.is_live(now));
-        let settles_at = current.as_ref().zip(held_certificate).and_then(|(svid, held_certificate)| {
-            let margin = held_certificate.not_after.duration_since(now).unwrap_or_default() / 2;
-            (now < svid.settled_at && svid.settled_at < now + margin).then_some(svid.settled_at)
-        });
-        let former = || self.former.as_ref()?.svid.clone().filter(|svid| svid.chain.validity.is_live(now));
-        let svid = current.filter(|_| settles_at.is_none()).or_else(former);
-        (View { svid, bundles }, settles_at)
+        let held = self.held(&bundles);
+        self.subscribe(held.as_ref());
+        let current = self.lease.as_ref().and_then(|(lease, _)| lease.current());
+        let Choice { svid, withheld_until } = self.holdings.choose(current, held.as_ref(), self.service.clock.now());
+        (View { svid, bundles }, withheld_until)
     }
 
-    fn subscribe(&mut self, held_certificate: Option<&HeldCertificate>) {
+    fn subscribe(&mut self, held: Option<&HeldCertificate>) {
         if !self.state.watches().iter().any(|w| self.target(&w.name) == Target::Certificate) {
             self.lease = None;
             return;
         }
-        let demand = match held_certificate {
-            Some(HeldCertificate { renew_at, not_after, .. }) => Demand::Held { renew_at: *renew_at, not_after: *not_after },
-            None => Demand::Now,
-        };
+        let demand = holdings::demand(held);
         match &mut self.lease {
             Some((lease, material)) if !self.identity_changed => {
                 lease.demand(demand);
@@ -292,18 +243,11 @@ impl Stream<'_> {
         }
     }
 
-    /// What the client has, and when it is to be replaced: for what a change of the configuration has made foreign, within the time that
+    /// What the client holds, and when it is to be replaced: for what a change of the configuration has made foreign, within the time that
     /// was chosen for that.
-    fn held_certificate(&self, bundles: &BundleSet) -> Option<HeldCertificate> {
-        let Some(former) = self.former.as_ref().filter(|former| self.service.clock.now() < former.held_certificate.not_after) else {
-            return self.client_reported(bundles);
-        };
-        let mut held_certificate = former.held_certificate.clone();
-        // Where the configuration went back meanwhile, it is simply its own.
-        if *former.identity != *self.caller.identity {
-            held_certificate.renew_at = held_certificate.renew_at.min(self.due_at());
-        }
-        Some(held_certificate)
+    fn held(&self, bundles: &BundleSet) -> Option<HeldCertificate> {
+        let now = self.service.clock.now();
+        self.holdings.held(&self.caller.identity, || self.reported(bundles), || self.due_at(), now)
     }
 
     fn due_at(&self) -> SystemTime {
@@ -312,17 +256,12 @@ impl Stream<'_> {
 
     /// The good certificate that the client says it has. One name only: a version of a SotW response tells nothing about which of
     /// several names the client has an answer for.
-    fn client_reported(&self, bundles: &BundleSet) -> Option<HeldCertificate> {
+    fn reported(&self, bundles: &BundleSet) -> Option<HeldCertificate> {
         let mut certificates = self.state.watches().iter().filter(|w| self.target(&w.name) == Target::Certificate);
         let (Some(watch), None) = (certificates.next(), certificates.next()) else { return None };
-        let identity = &self.caller.identity;
-        let held = ClientVersion::read(watch.client_reported.as_deref()?, identity, self.service.clock.now())?;
-        let renew_at = match held.provenance(identity, bundles.own.as_ref().map(|b| &b.roots)) {
-            Provenance::Current => held.renew_at,
-            Provenance::PreviousEpoch => held.renew_at.min(self.due_at()),
-            Provenance::Unknown => return None,
-        };
-        Some(HeldCertificate { renew_at, not_after: held.not_after, version_prefix: held.version_prefix() })
+        let roots = bundles.own.as_ref().map(|bundle| &bundle.roots);
+        let now = self.service.clock.now();
+        HeldCertificate::reported(watch.client_reported.as_deref()?, &self.caller.identity, roots, || self.due_at(), now)
     }
 
     fn target(&self, name: &str) -> Target {
@@ -337,7 +276,7 @@ impl Stream<'_> {
 
     /// Sends what is due. A workload that ends meanwhile does not get the rest of it.
     async fn answer(&mut self, view: &View, trigger: Trigger) -> Result<(), Status> {
-        let retain_current = self.held_certificate(&view.bundles);
+        let held = self.held(&view.bundles);
         let (directory, caller) = (&self.service.directory, &self.caller);
         let Some(Due { nonce, names }) = self.state.due(|name| view.version(&directory.target(name, &caller.identity)).map(str::to_owned))
         else {
@@ -357,15 +296,9 @@ impl Stream<'_> {
         }
         // Of the certificate that is in this response, or that the client keeps. One that it rejected is neither.
         let sent = names.iter().find(|(name, _)| self.target(name) == Target::Certificate);
-        let version_prefix = sent
-            .map(|(_, version)| version::prefix(version).to_owned())
-            .or_else(|| retain_current.map(|held_certificate| held_certificate.version_prefix));
+        let version_prefix = sent.map(|(_, version)| version::prefix(version).to_owned()).or_else(|| held.map(|held| held.version_prefix));
         if sent.is_some() {
-            self.last_sent.clone_from(&view.svid);
-            let is_own = |svid: &Arc<Svid>| svid.identity == self.caller.identity;
-            if view.svid.as_ref().is_some_and(is_own) {
-                self.former = None;
-            }
+            self.holdings.sent(view.svid.as_ref(), &self.caller.identity);
         }
         let versions: Vec<_> = names.iter().map(|(name, version)| (&**name, &**version)).collect();
         let version = secret::response_version(version_prefix.as_deref(), &versions);
