@@ -48,30 +48,57 @@ pub struct Pending {
 }
 
 /// The issuer's end of an order's [`Stage`].
-#[derive(Debug, Clone)]
-pub struct Progress(watch::Sender<Stage>);
+#[derive(Clone)]
+pub struct Progress {
+    stage: watch::Sender<Stage>,
+    report: Option<Arc<dyn Fn(Pending) + Send + Sync>>,
+}
+
+impl fmt::Debug for Progress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Progress").field(&*self.stage.borrow()).finish()
+    }
+}
 
 impl Progress {
     /// A handle and its watcher.
     pub fn new() -> (Self, watch::Receiver<Stage>) {
-        let (sender, receiver) = watch::channel(Stage::default());
-        (Self(sender), receiver)
+        let (stage, receiver) = watch::channel(Stage::default());
+        (Self { stage, report: None }, receiver)
+    }
+
+    /// A handle that calls `report` for each change, in order. It must not block.
+    pub fn reporting(report: impl Fn(Pending) + Send + Sync + 'static) -> Self {
+        Self { stage: watch::Sender::new(Stage::default()), report: Some(Arc::new(report)) }
     }
 
     /// The upstream has the request, under `name`. Said once: an order whose request is lost fails and is ordered again.
     pub fn submitted(&self, name: &str) {
-        self.0.send_replace(Stage::Submitted(Pending { request: name.into(), waits_for: None, is_late: false }));
+        let pending = Pending { request: name.into(), waits_for: None, is_late: false };
+        self.stage.send_replace(Stage::Submitted(pending.clone()));
+        self.changed(pending);
     }
 
-    /// What the request waits for, and whether it has done so for long. Nothing is told where nothing has changed.
+    /// What the request waits for, and whether it has done so for long. Nothing is reported where nothing has changed.
     pub fn waits(&self, why: &str, late: bool) {
-        self.0.send_if_modified(|stage| match stage {
-            Stage::Submitted(Pending { waits_for, is_late, .. }) if waits_for.as_deref() != Some(why) || *is_late != late => {
-                (*waits_for, *is_late) = (Some(why.into()), late);
+        let mut now = None;
+        self.stage.send_if_modified(|stage| match stage {
+            Stage::Submitted(pending) if pending.waits_for.as_deref() != Some(why) || pending.is_late != late => {
+                (pending.waits_for, pending.is_late) = (Some(why.into()), late);
+                now = Some(pending.clone());
                 true
             }
             _ => false,
         });
+        if let Some(pending) = now {
+            self.changed(pending);
+        }
+    }
+
+    fn changed(&self, pending: Pending) {
+        if let Some(report) = &self.report {
+            report(pending);
+        }
     }
 }
 

@@ -31,7 +31,7 @@ use workload_identity::{Identity, IssuerName, PodRef};
 
 use self::{
     metrics::Metrics,
-    orders::{Answer, Running, Submitted},
+    orders::{Report, Running},
     plan::Plan,
     planner::{Action, Class, Id, Now, Planner},
     reissue::{Mark, Reissue},
@@ -114,7 +114,11 @@ struct Rotation {
     planner: Planner,
     entries: HashMap<Id, Arc<Entry>>,
     orders: HashMap<Id, Running>,
-    tasks: JoinSet<Answer>,
+    tasks: JoinSet<()>,
+    /// Orders that were started, for the numbers that tell them apart.
+    attempts: u64,
+    /// Where orders report.
+    reports: (mpsc::UnboundedSender<Report>, mpsc::UnboundedReceiver<Report>),
     /// Verified, not yet published.
     verified: HashMap<Id, Arc<Svid>>,
     /// Evidence that an approver found to be gone: a sibling stands in.
@@ -125,7 +129,6 @@ struct Rotation {
     awaiting_anchor: HashMap<Id, Issued>,
     /// Whether a certificate was renewed for the sake of its chain.
     has_looked: bool,
-    submitted: (mpsc::UnboundedSender<Submitted>, mpsc::UnboundedReceiver<Submitted>),
     /// Issuers that answer nobody.
     unresponsive: BTreeSet<IssuerName>,
     /// Issuers that have series in the metrics.
@@ -145,12 +148,13 @@ pub async fn run(parts: Parts, shutdown: CancellationToken) {
         entries: HashMap::new(),
         orders: HashMap::new(),
         tasks: JoinSet::new(),
+        attempts: 0,
+        reports: mpsc::unbounded_channel(),
         verified: HashMap::new(),
         rejected_evidence: HashMap::new(),
         reissue_marks: HashMap::new(),
         awaiting_anchor: HashMap::new(),
         has_looked: false,
-        submitted: mpsc::unbounded_channel(),
         unresponsive: BTreeSet::new(),
         counted: BTreeSet::new(),
         last_seen: now,
@@ -177,11 +181,9 @@ pub async fn run(parts: Parts, shutdown: CancellationToken) {
                 Some(event) => rotation.event(event),
                 None => break,
             },
-            Some((id, pending)) = rotation.submitted.1.recv() => rotation.submitted(id, pending),
-            Some(joined) = rotation.tasks.join_next_with_id() => match joined {
-                Ok((_, answer)) => rotation.answered(answer),
-                Err(error) => rotation.lost(&error),
-            },
+            Some(report) = rotation.reports.1.recv() => rotation.reported(report),
+            // What it came to, it has reported.
+            Some(_) = rotation.tasks.join_next() => {}
             Ok(()) = rotation.parts.trust.changed() => rotation.bundle_changed(),
             Ok(()) = rotation.parts.plan.changed() => rotation.reconfigured(),
             Some(call) = rotation.parts.reissues.recv() => rotation.reissue(call),
@@ -238,10 +240,16 @@ impl Rotation {
         self.planner.next_wake()
     }
 
-    /// Tells which issuers answer nobody, once for each.
+    /// Logs which issuers answer nobody, once for each, under the names that profiles use.
     fn log_unresponsive(&mut self) {
         let now = self.now();
-        let unresponsive: BTreeSet<IssuerName> = self.planner.unresponsive(now).cloned().collect();
+        let authorities: BTreeSet<&Arc<str>> = self.planner.unresponsive(now).map(|queue| &queue.0).collect();
+        let profiles = self.entries.values().map(|entry| &entry.identity.profile);
+        let unresponsive = if authorities.is_empty() {
+            BTreeSet::new()
+        } else {
+            profiles.filter(|profile| authorities.contains(&profile.authority)).map(|profile| profile.issuer.clone()).collect()
+        };
         for issuer in unresponsive.difference(&self.unresponsive) {
             warn!(target: LOG_TARGET, %issuer, "the issuer answers nobody; what it has stays there, and it gets one more request a minute");
         }

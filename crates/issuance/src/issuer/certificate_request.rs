@@ -190,7 +190,7 @@ impl Inner {
                 Verdict::Issued => {
                     let chain = self.take(order, observation.status.as_ref())?;
                     let approved = approved.unwrap_or_else(Instant::now);
-                    tracing::info!(target: LOG_TARGET, identity = %order.identity, pod, request = %name, uid = %observation.uid, serial = %chain.serial, "certificate signed");
+                    tracing::info!(target: LOG_TARGET, identity = %order.identity, pod, request = %name, uid = %observation.uid, serial = chain.serial.as_str(), "certificate signed");
                     let phases =
                         vec![(Phase::Create, created - start), (Phase::Approve, approved - created), (Phase::Sign, approved.elapsed())];
                     return Ok(Issued { key: made.key, chain, phases });

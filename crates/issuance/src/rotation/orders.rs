@@ -4,30 +4,73 @@ use std::sync::Arc;
 
 use agent_runtime::clock::Clock;
 use sds_server::trust::BundleSet;
-use tokio::{sync::watch, task::AbortHandle, time::Instant};
+use tokio::{
+    sync::{mpsc, watch},
+    task::AbortHandle,
+    time::Instant,
+};
 use tracing::debug;
 use workload_identity::{Identity, PodRef};
 
 use super::{Id, Rotation, roots::bundle_moved_on};
-use crate::issuer::{Error, Issued, Order, Pending, Progress, Retry, Stage, verify};
+use crate::issuer::{Error, Issued, Order, Pending, Progress, Retry, verify};
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::rotation::orders";
 
-/// An order that its upstream has, and how far it is there.
-pub(super) type Submitted = (Id, Pending);
+/// What an order reports to its owner, in order.
+pub(super) struct Report {
+    id: Id,
+    /// Of several orders of one entry, one after another: an abandoned one may still report.
+    attempt: u64,
+    event: OrderEvent,
+}
+
+enum OrderEvent {
+    /// The upstream has it, and how far it is there.
+    Submitted(Pending),
+    /// The answer, verified or not. Boxed: it is much larger than the rest.
+    Ended(Box<Ended>),
+    /// The task ended without an answer.
+    Lost,
+}
+
+type Ended = Result<(Issued, verify::Verified), (Error, Option<Issued>)>;
+
+/// An order's end of the channel. Dropped before the order has ended, it reports that.
+struct Reporter {
+    id: Id,
+    attempt: u64,
+    reports: mpsc::UnboundedSender<Report>,
+    has_ended: bool,
+}
+
+impl Reporter {
+    fn end(mut self, result: Ended) {
+        self.has_ended = true;
+        self.report(OrderEvent::Ended(Box::new(result)));
+    }
+
+    fn report(&self, event: OrderEvent) {
+        // Without an owner nobody needs to know.
+        let _ = self.reports.send(Report { id: self.id, attempt: self.attempt, event });
+    }
+}
+
+impl Drop for Reporter {
+    fn drop(&mut self) {
+        if !self.has_ended {
+            self.report(OrderEvent::Lost);
+        }
+    }
+}
 
 /// An order under way.
 pub(super) struct Running {
     pub(super) task: AbortHandle,
+    attempt: u64,
     pub(super) started: Instant,
     pub(super) evidence: Option<PodRef>,
-}
-
-/// What an order came to.
-pub(super) struct Answer {
-    pub(super) id: Id,
-    pub(super) result: Result<(Issued, verify::Verified), (Error, Option<Issued>)>,
 }
 
 impl Rotation {
@@ -44,58 +87,53 @@ impl Rotation {
             return self.failed(id, None, &error);
         };
         let evidence = entry.evidence(self.rejected_evidence.get(&id));
-        let (progress, stage) = Progress::new();
+        self.attempts += 1;
+        let (attempt, reports) = (self.attempts, self.reports.0.clone());
+        let progress = Progress::reporting({
+            let reports = reports.clone();
+            move |pending| drop(reports.send(Report { id, attempt, event: OrderEvent::Submitted(pending) }))
+        });
         let order = Order { identity: identity.clone(), evidence: evidence.clone(), progress };
         debug!(target: LOG_TARGET, %identity, issuer = %identity.profile.issuer, "certificate ordered");
         let judge =
             Judge { identity, trust: self.parts.trust.clone(), await_bundle: self.parts.await_bundle, clock: self.parts.clock.clone() };
-        let submitted = self.submitted.0.clone();
+        let reporter = Reporter { id, attempt, reports, has_ended: false };
         let task = self.tasks.spawn(async move {
-            let tell = async move {
-                let mut stage = stage;
-                while stage.changed().await.is_ok() {
-                    if let Stage::Submitted(pending) = &*stage.borrow_and_update() {
-                        let _ = submitted.send((id, pending.clone()));
-                    }
-                }
-                std::future::pending().await
+            let result = match issuer.issue(order).await {
+                Ok(issued) => judge.judge(issued).await,
+                Err(error) => Err((error, None)),
             };
-            let work = async move {
-                let issued = issuer.issue(order).await.map_err(|error| (error, None))?;
-                judge.judge(issued).await
-            };
-            tokio::select! {
-                biased;
-                result = work => Answer { id, result },
-                answer = tell => answer,
-            }
+            reporter.end(result);
         });
         self.awaiting_anchor.remove(&id);
-        self.orders.insert(id, Running { task, started: Instant::now(), evidence });
+        self.orders.insert(id, Running { task, attempt, started: Instant::now(), evidence });
     }
 
-    pub(super) fn submitted(&mut self, id: Id, pending: Pending) {
-        if self.orders.contains_key(&id) {
-            let now = self.now();
-            self.planner.submitted(now, id);
-            let Some(entry) = self.entries.get(&id) else { return };
-            let Pending { request, waits_for, is_late } = pending;
-            if let (true, Some(observer), Some(why)) = (is_late, &self.parts.observer, &waits_for) {
-                observer.waits(entry, &request, why);
-            }
-            entry.set_status(|status| (status.request, status.waits_for) = (Some(request), waits_for));
+    /// Takes what an order reports, unless it was abandoned.
+    pub(super) fn reported(&mut self, Report { id, attempt, event }: Report) {
+        if self.orders.get(&id).is_none_or(|order| order.attempt != attempt) {
+            return;
+        }
+        match event {
+            OrderEvent::Submitted(pending) => self.submitted(id, pending),
+            OrderEvent::Ended(result) => self.answered(id, *result),
+            OrderEvent::Lost => self.lost(id),
         }
     }
 
-    pub(super) fn answered(&mut self, answer: Answer) {
-        let id = answer.id;
-        // What the order told before it ended is not taken for its successor's.
-        while let Ok((id, pending)) = self.submitted.1.try_recv() {
-            self.submitted(id, pending);
+    fn submitted(&mut self, id: Id, pending: Pending) {
+        self.planner.submitted(self.now(), id);
+        let Some(entry) = self.entries.get(&id) else { return };
+        let Pending { request, waits_for, is_late } = pending;
+        if let (true, Some(observer), Some(why)) = (is_late, &self.parts.observer, &waits_for) {
+            observer.waits(entry, &request, why);
         }
-        // An abandoned order may still have answered.
+        entry.set_status(|status| (status.request, status.waits_for) = (Some(request), waits_for));
+    }
+
+    fn answered(&mut self, id: Id, result: Ended) {
         let Some(order) = self.orders.remove(&id) else { return };
-        match answer.result {
+        match result {
             Ok((issued, verified)) if self.is_current(id, verified.anchor.as_ref()) => {
                 self.issued(id, issued, &verified, order.started.elapsed());
             }
@@ -112,14 +150,10 @@ impl Rotation {
         }
     }
 
-    pub(super) fn lost(&mut self, error: &tokio::task::JoinError) {
-        let Some(id) = self.orders.iter().find(|(_, order)| order.task.id() == error.id()).map(|(id, _)| *id) else { return };
+    fn lost(&mut self, id: Id) {
         let evidence = self.orders.remove(&id).and_then(|order| order.evidence);
-        let error = Error::Api {
-            action: "issuing a certificate".into(),
-            message: format!("the order's task ended: {error}"),
-            retry: Retry::Backoff,
-        };
+        let message = "the order's task ended without an answer".to_owned();
+        let error = Error::Api { action: "issuing a certificate".into(), message, retry: Retry::Backoff };
         self.failed(id, evidence, &error);
     }
 }

@@ -97,7 +97,8 @@ async fn two_hundred_identities_leave_few_requests_with_a_dead_issuer_and_are_al
     tokio::time::sleep(Duration::from_secs(600)).await;
     let left = world.wire.api.objects(CR).len();
     assert!((40..=75).contains(&left), "{left} requests in ten minutes");
-    assert_eq!(world.log.lines("the issuer answers nobody").len(), 1);
+    let lines = world.log.lines("the issuer answers nobody");
+    assert_eq!((lines.len(), &lines[0]["issuer"]), (1, &json!("mesh")), "the name of all other lines and of the metrics");
     assert!(world.metric("sds_agent_issuances_parked") >= 32.0);
     let start = Instant::now();
     tokio::time::timeout(SECOND, world.want_other("x").watch().wait_for(Option::is_some)).await.expect("at once").unwrap();
