@@ -28,6 +28,8 @@ test-tools:
 lint:
 	cargo fmt --check
 	cargo clippy --locked --all-targets --all-features -- -D warnings
+	# As it is shipped: without the feature `testing` of the libraries, which the tests switch on.
+	cargo check --locked --bin sds-agent
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --quiet
 	tests/tools.sh cargo-deny cargo-machete
 	$${SDS_AGENT_TOOLS:-target/tools}/bin/cargo-deny --locked check bans licenses sources

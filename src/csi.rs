@@ -43,7 +43,7 @@ pub mod volume;
 
 const FIELD: &str = "sockets.perPod.kubeletDirectory";
 /// Between two attempts to learn which pods have gone.
-const REGISTRATION_RETRY_INTERVAL: Duration = Duration::from_secs(30);
+const SWEEP_RETRY_INTERVAL: Duration = Duration::from_secs(30);
 
 /// One socket for each pod, handed out as a CSI driver.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -165,7 +165,7 @@ async fn clear(sockets: &Sockets, own: Option<&PodRef>) {
         if unclear == 0 {
             return;
         }
-        tokio::time::sleep(REGISTRATION_RETRY_INTERVAL).await;
+        tokio::time::sleep(SWEEP_RETRY_INTERVAL).await;
     }
 }
 

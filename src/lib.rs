@@ -10,11 +10,12 @@
 //!    connection, and makes the gRPC status of a caller that has no identity.
 //! 3. [`attest_kubernetes`]: the [`attestor`](attest_kubernetes::attestor) that does so on a node: peer, cgroup, pod, service account.
 //! 4. [`workload_identity`]: the [`Resolver`](workload_identity::Resolver) names the workload and picks the profile of its certificate.
-//! 5. [`sds_server`] again: [`sds::service`](sds_server::sds::service) subscribes to that identity in the [`store`](sds_server::store) and
-//!    answers with [`material`](sds_server::material) and [`trust`](sds_server::trust) bundles; [`sds::stream`](sds_server::sds::stream) keeps
-//!    the protocol's state (versions, nonces, NACKs) without I/O.
-//! 6. [`issuance`]: [`rotation`](issuance::rotation) decides when a certificate is made or replaced
-//!    ([`planner`](issuance::rotation::planner), [`schedule`](issuance::rotation::schedule)), orders it from an [`issuer`](issuance::issuer), and
+//! 5. [`sds_server`] again: [`sds::service`](sds_server::sds::service) (each stream in its `drive.rs`) subscribes to that identity in the
+//!    [`store`](sds_server::store) and answers with [`material`](sds_server::material) and [`trust`](sds_server::trust) bundles.
+//!    [`sds::stream`](sds_server::sds::stream) keeps the protocol's state (versions, nonces, NACKs), and
+//!    [`sds::holdings`](sds_server::sds::holdings) what the client holds already; neither does I/O.
+//! 6. [`issuance`]: [`rotation`](issuance::rotation) decides when a certificate is made or replaced (the moment is
+//!    [`schedule`](issuance::rotation::schedule)'s, the turn is the [`planner`](issuance::rotation::planner)'s), orders it from an [`issuer`](issuance::issuer), and
 //!    publishes nothing that [`verify`](issuance::issuer::verify) has not passed.
 //! 7. [`cert_manager`] has the types of a CertificateRequest; [`agent_kube`] is the way to the API server: its pace
 //!    ([`RequestRate`](agent_kube::RequestRate)), its time-outs and its watches.
@@ -23,7 +24,7 @@
 //! several replicas decides ([`role`](::approver::role)). [`agent_runtime`] is below all of them: clock, shutdown, readiness, log, metrics.
 //!
 //! In this package, [`csi`] makes a socket for each pod, and the mount is the proof; [`warm`] orders certificates ahead of a pod's first
-//! call; [`events`] reports trouble on pods; [`handover`] takes the socket over from a predecessor. [`config`] reads the configuration into
+//! call; [`app::config_map_source`] offers a ConfigMap's roots to the server's trust; [`events`] reports trouble on pods; [`handover`] takes the socket over from a predecessor. [`config`] reads the configuration into
 //! the settings of all parts. [`app`] composes them, and its inventory is the state of all certificates, for metrics and `certs`.
 //! [`cli`] is the command line. No module imports its caller.
 

@@ -48,7 +48,7 @@ pub struct IssuerSet {
 
 impl fmt::Debug for IssuerSet {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Upstreams").field(&self.issuers).finish()
+        f.debug_tuple("IssuerSet").field(&self.issuers).finish()
     }
 }
 

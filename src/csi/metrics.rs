@@ -44,11 +44,11 @@ impl Metrics {
     pub(crate) fn sample(registry: &mut Registry) {
         let metrics = Self::register(registry);
         for call in agent_runtime::metrics::every!(Call: publish, unpublish) {
-            (0..=16).for_each(|code| metrics.first_call(call, Code::from(code)));
+            (0..=16).for_each(|code| metrics.called(call, Code::from(code)));
         }
     }
 
-    pub(super) fn first_call(&self, call: Call, code: Code) {
+    pub(super) fn called(&self, call: Call, code: Code) {
         // The names of gRPC's codes are a closed set.
         self.calls.get_or_create(&Labels { call, code: format!("{code:?}") }).inc();
     }

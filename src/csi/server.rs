@@ -30,7 +30,7 @@ const CONNECTIONS: usize = 512;
 /// Between two looks at the name.
 const LOOK: Duration = Duration::from_secs(30);
 /// Before the name is offered again to a kubelet that has refused.
-const BIND_RETRY_INTERVAL: Duration = Duration::from_secs(10);
+const OFFER_RETRY_INTERVAL: Duration = Duration::from_secs(10);
 /// Between two attempts to accept.
 const ACCEPT_RETRY_INTERVAL: Duration = Duration::from_millis(200);
 
@@ -71,7 +71,7 @@ impl Server {
                         tokio::time::sleep(ACCEPT_RETRY_INTERVAL).await;
                     }
                 },
-                () = again.notified() => offer_at = Some(Instant::now() + BIND_RETRY_INTERVAL),
+                () = again.notified() => offer_at = Some(Instant::now() + OFFER_RETRY_INTERVAL),
                 () = sleep_until(offer_at.unwrap_or(look)) => {
                     if offer_at.take().is_some() || self.is_missing() {
                         self.rebind();

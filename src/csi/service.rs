@@ -79,7 +79,7 @@ impl Driver {
     }
 
     fn tell<T>(&self, call: Call, target: &str, result: Result<(), Status>, done: T) -> Result<Response<T>, Status> {
-        self.metrics.first_call(call, result.as_ref().map_or_else(Status::code, |()| Code::Ok));
+        self.metrics.called(call, result.as_ref().map_or_else(Status::code, |()| Code::Ok));
         if let Err(status) = &result {
             let target = text::excerpt(target, MAX_TARGET_CHARS);
             let cause = text::excerpt(status.message(), text::MAX_MESSAGE_CHARS);

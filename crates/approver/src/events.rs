@@ -16,9 +16,9 @@ use serde_json::json;
 use tokio::time::Instant;
 
 use crate::{
-    desk::{APPROVER, place},
     judge::{Denial, evidence},
     metrics::{Metrics, Step},
+    reconciler::{APPROVER, place},
 };
 
 /// Of the log's lines.

@@ -14,7 +14,7 @@ use workload_identity::PodRef;
 
 use crate::{
     active_rules::ActiveRules,
-    desk::APPROVER,
+    reconciler::APPROVER,
     rules::{Expectation, Rules},
 };
 

@@ -28,7 +28,6 @@ use tokio::{
 use tokio_util::time::DelayQueue;
 
 pub mod active_rules;
-pub mod desk;
 pub mod events;
 pub mod gate;
 pub mod judge;
@@ -36,6 +35,7 @@ pub mod limit;
 pub mod metrics;
 pub mod pods;
 pub mod queue;
+pub mod reconciler;
 pub mod replicas;
 pub mod role;
 pub mod rules;
@@ -44,8 +44,8 @@ pub use active_rules::ActiveRules;
 pub use metrics::Metrics;
 pub use pods::Pods;
 
-use desk::{Outcome, Reconciler};
 use queue::{Key, Queue, key};
+use reconciler::{Outcome, Reconciler};
 use replicas::Standing;
 use role::{Cause, Role};
 
@@ -83,7 +83,7 @@ pub struct Parts {
 pub struct Approver {
     client: Client,
     active_rules: watch::Receiver<Arc<ActiveRules>>,
-    desk: Arc<Reconciler>,
+    reconciler: Arc<Reconciler>,
     standing: watch::Receiver<Standing>,
     may_have_others: bool,
     kube_metrics: agent_kube::Metrics,
@@ -95,7 +95,7 @@ pub struct Approver {
 
 impl fmt::Debug for Approver {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Approver").field("desk", &self.desk).finish_non_exhaustive()
+        f.debug_struct("Approver").field("reconciler", &self.reconciler).finish_non_exhaustive()
     }
 }
 
@@ -104,11 +104,11 @@ impl Approver {
     pub fn new(parts: Parts) -> Self {
         let Parts { client, active_rules, pods, clock, instance, kube_metrics, metrics } = parts;
         let (standing, may_have_others) = (pods.standing(), pods.may_have_replicas());
-        let desk = Arc::new(Reconciler::new(client.clone(), active_rules.clone(), pods, clock, instance, metrics.clone()));
+        let reconciler = Arc::new(Reconciler::new(client.clone(), active_rules.clone(), pods, clock, instance, metrics.clone()));
         Self {
             client,
             active_rules,
-            desk,
+            reconciler,
             standing,
             may_have_others,
             kube_metrics,
@@ -137,8 +137,8 @@ impl Approver {
                 && workers.len() < WORKERS
                 && let Some((key, item)) = queue.pop()
             {
-                let (desk, may_defer) = (self.desk.clone(), resting.len() < MAX_DEFERRED);
-                workers.spawn(async move { (key, desk.reconcile(item, may_defer).await) });
+                let (reconciler, may_defer) = (self.reconciler.clone(), resting.len() < MAX_DEFERRED);
+                workers.spawn(async move { (key, reconciler.reconcile(item, may_defer).await) });
             }
             self.metrics.pending.set(i64::try_from(queue.len()).unwrap_or(i64::MAX));
             tokio::select! {
@@ -200,7 +200,7 @@ impl Approver {
 
     /// Opens or shuts the gate for writes, and logs a change of the role.
     fn apply_role(&self, decides: Option<Cause>) {
-        self.desk.set_deciding(decides.is_some());
+        self.reconciler.set_deciding(decides.is_some());
         if self.metrics.active.set(decides.is_some().into()) == i64::from(decides.is_some()) {
             return;
         }

@@ -93,7 +93,7 @@ pub struct Reconciler {
 
 impl std::fmt::Debug for Reconciler {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Desk").field("pods", &self.pods).finish_non_exhaustive()
+        f.debug_struct("Reconciler").field("pods", &self.pods).finish_non_exhaustive()
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-/// `limits` of the configuration. Each bound is for one socket server.
+/// `limits` of the configuration. The bounds of connections and streams count for all sockets of a process.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Limits {
     /// Connections in all.

@@ -1,4 +1,5 @@
-//! Servers on Unix sockets that know their callers.
+//! Parts for servers on Unix sockets: a listener, callers by their processes, and a filter for HTTP/2. The server itself is its user's, such
+//! as `hyper::server::conn::http2`; `sds-server` shows how the parts are joined (`session.rs`).
 //!
 //! - [`peer`] takes a caller's credentials and a handle on its process (`SO_PEERPIDFD`), which no later owner of its pid inherits.
 //! - [`listener`] binds a socket under a temporary name and renames it into place, so that one server replaces another without a gap.

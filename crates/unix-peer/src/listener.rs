@@ -67,7 +67,7 @@ pub struct Prepared {
 /// Binds `path` with permission bits `mode`, replacing what is there. A missing directory is made, accessible to everybody, as the
 /// socket's own mode decides who may connect.
 pub fn bind(path: &Path, mode: u32) -> Result<Bound, Error> {
-    bind_for("sockets.shared.path", path, mode)
+    bind_for("the socket's path", path, mode)
 }
 
 /// The same for a path that comes from `field` of the configuration.
@@ -321,7 +321,7 @@ mod tests {
     #[tokio::test]
     async fn errors_name_the_field_the_path_and_the_way_out() {
         let dir = tempfile::tempdir().unwrap();
-        let error = bind(&dir.path().join("x".repeat(120)), 0o666).unwrap_err().to_string();
+        let error = bind_for("sockets.shared.path", &dir.path().join("x".repeat(120)), 0o666).unwrap_err().to_string();
         assert!(error.contains("sockets.shared.path") && error.contains("choose a shorter one"), "{error}");
         std::fs::create_dir_all(dir.path().join("taken/inside")).unwrap();
         let error = bind(&dir.path().join("taken"), 0o666).unwrap_err().to_string();

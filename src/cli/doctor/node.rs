@@ -21,14 +21,13 @@ const OTHER_FILES: u64 = 256;
 /// The kernel, and whether it gives a handle on a caller.
 pub(super) fn kernel(config: &Config) -> Step {
     let name = "kernel";
-    let unlink_if_owned = fs::read_to_string("/proc/sys/kernel/osrelease").map_or_else(|_| "?".to_owned(), |text| text.trim().to_owned());
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").map_or_else(|_| "?".to_owned(), |text| text.trim().to_owned());
     let shared = config.shared_socket.as_ref().filter(|_| config.attestation == Attestation::Kubernetes);
     match (peer::kernel_pins(), shared) {
-        (Ok(true), _) => Step::ok(name, format!("Linux {unlink_if_owned}, which gives a handle on a caller (SO_PEERPIDFD)")),
-        (Ok(false), None) => Step::ok(name, format!("Linux {unlink_if_owned}; no handle on a caller is needed")),
+        (Ok(true), _) => Step::ok(name, format!("Linux {release}, which gives a handle on a caller (SO_PEERPIDFD)")),
+        (Ok(false), None) => Step::ok(name, format!("Linux {release}; no handle on a caller is needed")),
         (Ok(false), Some(shared)) => {
-            let detail =
-                format!("Linux {unlink_if_owned} gives no handle on a caller (SO_PEERPIDFD): a recycled pid could be taken for a caller");
+            let detail = format!("Linux {release} gives no handle on a caller (SO_PEERPIDFD): a recycled pid could be taken for a caller");
             if shared.accept_pid_reuse {
                 Step::warning(name, detail, "use Linux 6.5 or newer, or sockets.perPod; sockets.shared.acceptPidReuse accepts the risk")
             } else {
@@ -36,7 +35,7 @@ pub(super) fn kernel(config: &Config) -> Step {
                 Step::failed(name, Exit::Failed, detail, remedy)
             }
         }
-        (Err(error), _) => Step::unknown(name, format!("Linux {unlink_if_owned}; cannot be asked for a handle: {error}"), None),
+        (Err(error), _) => Step::unknown(name, format!("Linux {release}; cannot be asked for a handle: {error}"), None),
     }
 }
 

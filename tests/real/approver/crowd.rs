@@ -1,12 +1,10 @@
 //! A cluster with many pods: what the approver needs for them.
 
-use serde_json::json;
-
 use super::{
     ask::{Ask, condition},
-    world::{PATIENCE, World},
+    world::{PATIENCE, World, list_pods_again, pod_pages},
 };
-use crate::support::{agent::Agent, eventually, manifests, memory, relay::Relay};
+use crate::support::{eventually, manifests, memory, relay::Relay};
 
 /// Pods of the cluster, as `tests/controlplane` makes them, and their least size in bytes: as the API server sends one, and of its managed
 /// fields alone.
@@ -17,11 +15,6 @@ const MANAGED_BYTES: usize = 4_000;
 const TIMES: u64 = 3;
 /// Nobody else approves, and nobody signs.
 const WITHOUT: &str = "*,-certificaterequests-approver,-certificaterequests-issuer-ca";
-const ROLE: &str = "/apis/rbac.authorization.k8s.io/v1/clusterroles/sds-agent-approver";
-
-async fn pages(approver: &Agent) -> f64 {
-    approver.metric_of("sds_agent_kube_requests_total", &["verb=\"list\"", "resource=\"pods\"", "code=\"200\""]).await
-}
 
 /// At the start, and once more when all is listed again, into a heap that is in pieces.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -49,31 +42,10 @@ async fn ten_thousand_pods_fit_the_shipped_limit_three_times() {
         .await;
     };
     answered().await;
-    let listed = pages(&approver).await;
+    let listed = pod_pages(&approver).await;
     assert!(listed >= (PODS / 500) as f64, "{listed} pages");
 
-    // A watch that may not be started any more: only a list shows that it may again.
-    let rules = cluster.get(ROLE).await["rules"].clone();
-    let mut fewer = rules.clone();
-    for rule in fewer.as_array_mut().expect("rules").iter_mut().filter(|rule| rule["resources"] == json!(["pods"])) {
-        rule["verbs"] = json!(["get", "list"]);
-    }
-    cluster.patch(ROLE, &json!({"rules": fewer})).await;
-    eventually("the watch is refused", PATIENCE, async || {
-        let refused = approver.metric_of("sds_agent_kube_requests_total", &["verb=\"watch\"", "resource=\"pods\"", "code=\"403\""]).await;
-        if refused > 0.5 {
-            return Ok(());
-        }
-        relay.cut();
-        Err("it is accepted".to_owned())
-    })
-    .await;
-    eventually("all pods are listed again", PATIENCE, async || {
-        let now = pages(&approver).await;
-        if now >= 2.0 * listed { Ok(()) } else { Err(format!("{listed} pages, then {now}")) }
-    })
-    .await;
-    cluster.patch(ROLE, &json!({"rules": rules})).await;
+    list_pods_again(cluster, &approver, &relay).await;
     answered().await;
     let peak = memory::peak(approver.process().pid());
     let limit = manifests::memory_limit("approver/deployment.yaml", "Deployment");

@@ -284,3 +284,35 @@ impl Actor {
 fn objects(file: &str) -> Vec<Value> {
     manifests::documents(&manifests::read(file))
 }
+
+/// Pages of pods that the approver has got in its lists.
+pub async fn pod_pages(approver: &Agent) -> f64 {
+    approver.metric_of("sds_agent_kube_requests_total", &["verb=\"list\"", "resource=\"pods\"", "code=\"200\""]).await
+}
+
+/// Has the approver list all pods again: its watch may not be started any more, and only a list shows that it may again.
+pub async fn list_pods_again(cluster: &Cluster, approver: &Agent, relay: &Relay) {
+    const ROLE: &str = "/apis/rbac.authorization.k8s.io/v1/clusterroles/sds-agent-approver";
+    let listed = pod_pages(approver).await;
+    let rules = cluster.get(ROLE).await["rules"].clone();
+    let mut fewer = rules.clone();
+    for rule in fewer.as_array_mut().expect("rules").iter_mut().filter(|rule| rule["resources"] == json!(["pods"])) {
+        rule["verbs"] = json!(["get", "list"]);
+    }
+    cluster.patch(ROLE, &json!({"rules": fewer})).await;
+    eventually("the watch is refused", PATIENCE, async || {
+        let refused = approver.metric_of("sds_agent_kube_requests_total", &["verb=\"watch\"", "resource=\"pods\"", "code=\"403\""]).await;
+        if refused > 0.5 {
+            return Ok(());
+        }
+        relay.cut();
+        Err("it is accepted".to_owned())
+    })
+    .await;
+    eventually("all pods are listed again", 5 * PATIENCE, async || {
+        let now = pod_pages(approver).await;
+        if now >= 2.0 * listed { Ok(()) } else { Err(format!("{listed} pages, then {now}")) }
+    })
+    .await;
+    cluster.patch(ROLE, &json!({"rules": rules})).await;
+}

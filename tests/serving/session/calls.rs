@@ -61,8 +61,8 @@ async fn two_requests_as_large_as_an_envoys_arrive_while_the_caller_is_still_unk
 async fn a_client_that_does_not_read_holds_up_nobody_else() {
     let agent = Agent::start().await;
     let mut deaf = Link::with(&agent.path, h2::client::Builder::new().initial_window_size(0)).await;
-    let mut first_byte = deaf.asking(&["default", "ROOTCA"]).await;
-    first_byte.headers().await;
+    let mut silent = deaf.asking(&["default", "ROOTCA"]).await;
+    silent.headers().await;
     for _ in 0..3 {
         agent.change_bundle();
         let mut link = Link::connect(&agent.path).await;

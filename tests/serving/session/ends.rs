@@ -90,7 +90,7 @@ async fn who_does_not_read_is_dropped_at_the_drains_end_and_leaves_nothing() {
 #[tokio::test]
 async fn who_has_no_call_holds_up_no_drain_whatever_it_does_not_say() {
     let agent = Agent::with(|sessions| sessions.timeouts.graceful_close = Duration::from_millis(20)).await;
-    let first_byte = UnixStream::connect(&agent.path).await.unwrap();
+    let silent = UnixStream::connect(&agent.path).await.unwrap();
     let mut rude = UnixStream::connect(&agent.path).await.unwrap();
     rude.write_all(PREFACE).await.unwrap();
     // Accepted in order: when this one is served, the others have been.
@@ -99,7 +99,7 @@ async fn who_has_no_call_holds_up_no_drain_whatever_it_does_not_say() {
     agent.sessions.shutdown.begin();
     agent.sessions.ending.cancel();
     assert_eq!(soon("the drain", agent.sessions.shutdown.drained()).await, Drained::Complete);
-    drop((first_byte, rude));
+    drop((silent, rude));
 }
 
 #[tokio::test]

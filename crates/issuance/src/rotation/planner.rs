@@ -194,7 +194,7 @@ impl Planner {
 
     /// An order was answered with a verified certificate.
     pub fn issued(&mut self, now: Now, id: Id, validity: Validity, renew_at: SystemTime) {
-        self.last_answer(now, id);
+        self.note_answer(now, id);
         self.leave_phase(id);
         let Some(job) = self.jobs.get_mut(&id) else { return };
         (job.failures, job.swift_retries, job.not_before, job.by_clock) = (0, 0, None, false);
@@ -209,7 +209,7 @@ impl Planner {
 
     /// An order failed. `by_clock` says that a mended clock would mend it. Returns the wait before the next attempt.
     pub fn failed(&mut self, now: Now, id: Id, retry: Retry, by_clock: bool) -> Duration {
-        self.last_answer(now, id);
+        self.note_answer(now, id);
         self.leave_phase(id);
         let draw = self.draw();
         let Some(job) = self.jobs.get_mut(&id) else { return Duration::ZERO };
@@ -354,12 +354,12 @@ impl Planner {
             }
             Phase::Resting | Phase::Queued(..) => {
                 let waits = job.not_before.is_some_and(|at| at > now.mono);
-                let mut verified = false;
+                let mut is_due = false;
                 match due(job, now) {
                     Some(_) if waits => mono = job.not_before,
                     Some(at) if at > now.wall => wall = Some(at),
                     Some(_) => {
-                        verified = true;
+                        is_due = true;
                         // Its class changes when its certificate nears its end, and again when that has come.
                         wall = turning_point(job, now);
                     }
@@ -368,13 +368,13 @@ impl Planner {
                 let queue = self.queues.entry(job.issuer.clone()).or_default();
                 let class = class(job, now);
                 if let Phase::Queued(old, rank) = job.phase
-                    && (!verified || old != class)
+                    && (!is_due || old != class)
                 {
                     // Its class has changed; or it is no longer due: its subscribers have gone, or the clock was set back.
                     queue.waiting[old as usize].remove(&(rank, id));
                     job.phase = Phase::Resting;
                 }
-                if verified && job.phase == Phase::Resting {
+                if is_due && job.phase == Phase::Resting {
                     self.sequence += 1;
                     let deadline = end(job).filter(|end| *end > now.wall).unwrap_or(SystemTime::UNIX_EPOCH);
                     let rank = Rank { retry: job.failures > 0, deadline, sequence: self.sequence };
@@ -416,7 +416,7 @@ impl Planner {
     }
 
     /// What the upstream had has been answered.
-    fn last_answer(&mut self, now: Now, id: Id) {
+    fn note_answer(&mut self, now: Now, id: Id) {
         if let Some(Job { phase: Phase::Running { submitted: true, .. }, issuer, .. }) = self.jobs.get(&id)
             && let Some(queue) = self.queues.get_mut(issuer)
         {

@@ -1,4 +1,4 @@
-//! Encoding: one shared buffer for each (material, face, name), and the small head that makes a message of them.
+//! Encoding: one shared buffer for each (material, variant, name), and the small head that makes a message of them.
 //!
 //! The buffers are written directly, in one piece of the exact size, so that a private key leaves no copy in a buffer that nobody wipes.
 //! Protobuf allows a message's fields in any order: the head carries version, type and nonce, the resources follow as they are.
@@ -138,12 +138,12 @@ pub fn response(variant: Variant, version: &str, nonce: &str, resources: impl In
     pieces
 }
 
-/// The version of a SotW response: that of its only resource; of several, a certificate's first three parts (`stem`: the one it
+/// The version of a SotW response: that of its only resource; of several, a certificate's first three parts (`prefix`: the one it
 /// carries, or the one that the client keeps) and a digest of all.
-pub fn response_version(stem: Option<&str>, resources: &[(&str, &str)]) -> String {
+pub fn response_version(prefix: Option<&str>, resources: &[(&str, &str)]) -> String {
     // A response that leaves the certificate with the client must not make it forget its version.
     if let [(_, only)] = resources
-        && stem.is_none_or(|stem| only.starts_with(stem))
+        && prefix.is_none_or(|prefix| only.starts_with(prefix))
     {
         return (*only).to_owned();
     }
@@ -153,7 +153,7 @@ pub fn response_version(stem: Option<&str>, resources: &[(&str, &str)]) -> Strin
         hash.update(part.as_bytes());
     }
     let content = hex(&hash.finish().as_ref()[..8]);
-    stem.map_or_else(|| format!("b-{content}"), |stem| format!("{stem}-{content}"))
+    prefix.map_or_else(|| format!("b-{content}"), |prefix| format!("{prefix}-{content}"))
 }
 
 #[cfg(test)]
@@ -249,13 +249,13 @@ mod tests {
     #[test]
     fn a_response_has_its_only_resources_version_or_a_digest_of_all() {
         let cert = "200-100-0123456789abcdef-fedcba9876543210";
-        let stem = "200-100-0123456789abcdef";
-        assert_eq!(response_version(Some(stem), &[("default", cert)]), cert);
+        let prefix = "200-100-0123456789abcdef";
+        assert_eq!(response_version(Some(prefix), &[("default", cert)]), cert);
         assert_eq!(response_version(None, &[("ROOTCA", "b-1")]), "b-1");
-        let both = response_version(Some(stem), &[("default", cert), ("ROOTCA", "b-1")]);
-        assert!(both.starts_with(stem) && both != cert);
-        assert_ne!(both, response_version(Some(stem), &[("default", cert), ("ROOTCA", "b-2")]));
-        let kept = response_version(Some(stem), &[("ROOTCA", "b-1")]);
-        assert!(kept.starts_with(stem), "the client keeps its certificate and its hint: {kept}");
+        let both = response_version(Some(prefix), &[("default", cert), ("ROOTCA", "b-1")]);
+        assert!(both.starts_with(prefix) && both != cert);
+        assert_ne!(both, response_version(Some(prefix), &[("default", cert), ("ROOTCA", "b-2")]));
+        let kept = response_version(Some(prefix), &[("ROOTCA", "b-1")]);
+        assert!(kept.starts_with(prefix), "the client keeps its certificate and its hint: {kept}");
     }
 }

@@ -25,7 +25,7 @@ pub const TYPE_URL: &str = "type.googleapis.com/envoy.extensions.transport_socke
 /// Responses whose acknowledgement may be outstanding; older ones are taken as lost.
 const OUTSTANDING: usize = 16;
 
-/// A request of either face, borrowed from its message.
+/// A request of either variant, borrowed from its message.
 #[derive(Debug, Default)]
 pub struct Request {
     /// `type_url`; empty means [`TYPE_URL`].

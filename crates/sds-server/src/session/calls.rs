@@ -14,7 +14,7 @@ use crate::attest::origin::Origin;
 /// Calls that are refused in a row on one connection before it is closed: who goes on is made to come back, and that has a rate.
 pub const MAX_REFUSED_STREAMS: usize = 32;
 
-/// The calls of one connection, and its place.
+/// The calls of one connection, and its slot.
 #[derive(Debug)]
 pub(super) struct Calls {
     slot: ConnectionSlot,
@@ -24,7 +24,7 @@ pub(super) struct Calls {
 }
 
 impl Calls {
-    /// None, in this place.
+    /// None, on the connection with this slot.
     pub(super) fn new(slot: ConnectionSlot) -> Self {
         let in_progress = Mutex::new((0, Instant::now()));
         Self { slot, in_progress, refused: AtomicUsize::new(0), too_many: CancellationToken::new() }
@@ -35,7 +35,7 @@ impl Calls {
         self.slot.origin()
     }
 
-    /// Begins one, where there is a place for it.
+    /// Begins one, where there is a slot for it.
     pub(super) fn begin(self: &Arc<Self>) -> Result<Call, Exceeded> {
         let slot = self.slot.call().inspect_err(|_| {
             if self.refused.fetch_add(1, Ordering::Relaxed) + 1 >= MAX_REFUSED_STREAMS {
@@ -44,7 +44,7 @@ impl Calls {
         })?;
         self.refused.store(0, Ordering::Relaxed);
         self.in_progress().0 += 1;
-        Ok(Call { calls: self.clone(), _place: slot })
+        Ok(Call { calls: self.clone(), _slot: slot })
     }
 
     /// Returns when too many calls have been refused.
@@ -67,7 +67,7 @@ impl Calls {
 #[derive(Debug)]
 pub(super) struct Call {
     calls: Arc<Calls>,
-    _place: CallSlot,
+    _slot: CallSlot,
 }
 
 impl Drop for Call {

@@ -319,7 +319,7 @@ impl Stream<'_> {
     }
 }
 
-/// Reads a request of either face.
+/// Reads a request of either variant.
 async fn read<B>(incoming: &mut Incoming<B>, variant: Variant) -> Result<Option<StreamRequest>, Status>
 where
     B: HttpBody<Data = Bytes> + Unpin,
