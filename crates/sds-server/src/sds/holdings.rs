@@ -78,6 +78,10 @@ pub struct Choice {
 pub struct Holdings {
     previous: Option<Previous>,
     last_sent: Option<Arc<Svid>>,
+    /// What it was sent before that, and keeps where it rejects the last one. Without the key, which is not kept for this.
+    sent_before: Option<Previous>,
+    /// What it keeps, because it has rejected the last one.
+    kept: Option<Previous>,
 }
 
 impl Holdings {
@@ -86,9 +90,10 @@ impl Holdings {
         let sent = self.last_sent.as_ref().filter(|svid| svid.chain.validity.is_live(now));
         let of_sent =
             sent.map(|svid| Previous { identity: svid.identity.clone(), svid: Some(svid.clone()), held: HeldCertificate::of(svid) });
+        let of_kept = self.kept.take().filter(|kept| now < kept.held.not_after);
         let of_reported = || reported.map(|held| Previous { identity: identity.clone(), svid: None, held });
-        // Where neither is there, the client keeps that of an identity from before the last one.
-        self.previous = of_sent.or_else(of_reported).or_else(|| self.previous.take());
+        // Where none of them is there, the client keeps that of an identity from before the last one.
+        self.previous = of_sent.or(of_kept).or_else(of_reported).or_else(|| self.previous.take());
     }
 
     /// What the client of `identity` holds at `now`: of its previous identity, or what it says (`reported`). What a change of the
@@ -124,10 +129,19 @@ impl Holdings {
 
     /// `svid` goes to the client, whose identity is `identity`.
     pub fn sent(&mut self, svid: Option<&Arc<Svid>>, identity: &Arc<Identity>) {
-        self.last_sent = svid.cloned();
+        let before = std::mem::replace(&mut self.last_sent, svid.cloned());
+        let before = before.map(|svid| Previous { identity: svid.identity.clone(), svid: None, held: HeldCertificate::of(&svid) });
+        self.sent_before = before.or_else(|| self.kept.take());
+        self.kept = None;
         if svid.is_some_and(|svid| svid.identity == *identity) {
             self.previous = None;
         }
+    }
+
+    /// The client has rejected what was sent last, and keeps what it had.
+    pub fn rejected(&mut self) {
+        self.last_sent = None;
+        self.kept = self.sent_before.take();
     }
 }
 
@@ -186,6 +200,27 @@ mod tests {
         holdings.sent(Some(&new), &new.identity);
         assert_eq!(holdings.held(&new.identity, || None, never, now), None);
         assert!(holdings.choose(None, None, now).svid.is_none(), "the previous one is gone");
+    }
+
+    #[test]
+    fn a_certificate_that_the_client_rejected_is_not_held() {
+        let (now, svid, _) = world("a");
+        let (_, newer, _) = world("a");
+        let other = identity("b");
+        let mut holdings = Holdings::default();
+        holdings.sent(Some(&svid), &svid.identity);
+        holdings.rejected();
+        holdings.identity_changes(&svid.identity, None, now);
+        assert_eq!(demand(holdings.held(&other, || None, || now + HOUR, now).as_ref()), Demand::Now, "it has none at all");
+
+        let mut holdings = Holdings::default();
+        holdings.sent(Some(&svid), &svid.identity);
+        holdings.sent(Some(&newer), &svid.identity);
+        holdings.rejected();
+        holdings.identity_changes(&svid.identity, None, now);
+        let kept = holdings.held(&other, || None, || now + HOUR, now).unwrap();
+        assert_eq!(kept.version_prefix, version::prefix(svid.version()), "it keeps the one before");
+        assert!(Arc::strong_count(&svid) == 1, "and the server keeps no key for that");
     }
 
     #[test]

@@ -74,6 +74,7 @@ impl Service {
             lease: None,
             identity_changed: false,
             holdings: Holdings::default(),
+            certificate_nonce: None,
             started,
             answered: false,
             sent: VecDeque::new(),
@@ -101,6 +102,8 @@ struct Stream<'a> {
     /// The lease is of an identity that the caller had before.
     identity_changed: bool,
     holdings: Holdings,
+    /// The response that carried the last certificate.
+    certificate_nonce: Option<u64>,
     started: Instant,
     answered: bool,
     sent: VecDeque<(u64, Instant, Vec<Kind>)>,
@@ -173,6 +176,9 @@ impl Stream<'_> {
                 debug!(target: LOG_TARGET, %identity, %workload, nonce, ?kinds, "accepted by the client");
             }
             Some(error) => {
+                if self.certificate_nonce == Some(nonce) {
+                    self.holdings.rejected();
+                }
                 kinds.iter().for_each(|kind| metrics.nacked(*kind));
                 // A client may ask for the same again, and reject that, in a loop.
                 let what = if kinds.contains(&Kind::certificate) { "certificate rejected" } else { "bundle rejected" };
@@ -299,6 +305,7 @@ impl Stream<'_> {
         let version_prefix = sent.map(|(_, version)| version::prefix(version).to_owned()).or_else(|| held.map(|held| held.version_prefix));
         if sent.is_some() {
             self.holdings.sent(view.svid.as_ref(), &self.caller.identity);
+            self.certificate_nonce = Some(nonce);
         }
         let versions: Vec<_> = names.iter().map(|(name, version)| (&**name, &**version)).collect();
         let version = secret::response_version(version_prefix.as_deref(), &versions);
