@@ -50,6 +50,7 @@ use crate::{
 use reload::{ConfigChannels, Reload};
 
 pub mod approver;
+mod builder;
 pub mod config_map_source;
 mod identity_users;
 mod inventory;
@@ -96,7 +97,7 @@ pub struct Deps {
 
 impl std::fmt::Debug for Deps {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Deps").field("attestor", &self.attestor).field("upstreams", &self.issuer_set).finish_non_exhaustive()
+        f.debug_struct("Deps").field("attestor", &self.attestor).field("issuer_set", &self.issuer_set).finish_non_exhaustive()
     }
 }
 

@@ -1,24 +1,23 @@
 //! The real dependencies: what a configuration asks for, made and joined.
 
-use std::{future::Future, pin::pin, sync::Arc};
+use std::sync::Arc;
 
-use agent_runtime::{
-    clock::{Clock, SystemClock},
-    readiness::Readiness,
-};
 use attest_kubernetes::{attestor::KubernetesAttestor, pods::Pods};
 use futures::future::BoxFuture;
 use issuance::rotation;
 use sds_server::{
     attest::{self, Attestor},
-    trust::{self, Trust, file::FileSource},
+    trust::file::FileSource,
 };
-use tokio_util::sync::CancellationToken;
 use tracing::warn;
 use unix_peer::peer;
 use workload_identity::TrustDomain;
 
-use super::{Base, Deps, upstream};
+use super::{
+    Base, Deps,
+    builder::{Builder, Cluster},
+    upstream,
+};
 use crate::{
     app::config_map_source::ConfigMapSource,
     config::{Attestation, Config, IssuerConfig, TrustSource},
@@ -28,29 +27,20 @@ use crate::{
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::app::parts";
 
-/// What of the cluster several parts share.
-pub(super) struct Cluster {
-    pub(super) client: kube::Client,
-    pub(super) metrics: agent_kube::Metrics,
-    pub(super) pods: Option<Pods>,
-}
-
 /// Makes what `config` asks for. Nothing here waits for the upstream: what has to be in sync holds a readiness guard.
 pub(super) async fn make(config: &Config, base: &mut Base) -> anyhow::Result<Deps> {
     check_kernel(config, peer::kernel_pins()?)?;
-    let clock: Arc<dyn Clock> = Arc::new(SystemClock);
-    let last = CancellationToken::new();
-    let mut tasks: Vec<BoxFuture<'static, ()>> = Vec::new();
-    let cluster = if needs_cluster(config) { Some(cluster(config, base, &mut tasks, &last).await?) } else { None };
-
-    let trust = Trust::new(trust::Metrics::register(base.exposition.registry()));
-    let await_bundle = sources(config, base, &trust, cluster.as_ref(), &mut tasks, &last)?;
-    let issuer_set = upstream::issuers(config, base, &trust, cluster.as_ref(), &clock, &mut tasks, &last)?;
-    let reporter = cluster.as_ref().filter(|_| config.events).and_then(|cluster| events(config, base, cluster, &mut tasks, &last));
+    let mut builder = Builder::new(config, base);
+    // First, for the order of the metrics.
+    let cluster = if needs_cluster(config) { Some(cluster(&mut builder).await?) } else { None };
+    let await_bundle = sources(&mut builder, cluster.as_ref())?;
+    let issuer_set = upstream::issuers(&mut builder, cluster.as_ref())?;
+    let reporter = cluster.as_ref().filter(|_| config.events).and_then(|cluster| events(&mut builder, cluster));
     let observer = reporter.clone().map(|reporter| reporter as Arc<dyn rotation::IssuanceObserver>);
     let caller_observer = reporter.map(|reporter| reporter as Arc<dyn attest::CallerObserver>);
     let pods = cluster.and_then(|cluster| cluster.pods);
     let attestor = attestor(config, pods.clone())?;
+    let Builder { clock, trust, last, tasks, .. } = builder;
     Ok(Deps { clock, attestor, pods, issuer_set, trust, await_bundle, observer, caller_observer, tasks, last })
 }
 
@@ -61,13 +51,9 @@ fn needs_cluster(config: &Config) -> bool {
         || config.trust_sources.iter().chain(config.federated.values()).any(config_map)
 }
 
-async fn cluster(
-    config: &Config,
-    base: &mut Base,
-    tasks: &mut Vec<BoxFuture<'static, ()>>,
-    last: &CancellationToken,
-) -> anyhow::Result<Cluster> {
-    let metrics = agent_kube::Metrics::register(base.exposition.registry());
+async fn cluster(builder: &mut Builder<'_>) -> anyhow::Result<Cluster> {
+    let config = builder.config;
+    let metrics = agent_kube::Metrics::register(builder.base.exposition.registry());
     let client = agent_kube::connect(&metrics, config.kubernetes).await?;
     let pods = match &config.node.node_name {
         Some(node) if config.attestation == Attestation::Kubernetes => {
@@ -79,9 +65,9 @@ async fn cluster(
                 pods = pods.with_picks_by(&per_pod.driver_name);
             }
             let mut synced = pods.synced();
-            let (running, last) = (pods.clone(), last.clone());
+            let (running, last) = (pods.clone(), builder.last.clone());
             let come = async move { drop(synced.wait_for(|synced| *synced).await) };
-            tasks.push(guarded(&base.readiness, "the pod index", come, async move { running.run(last).await }));
+            builder.run_guarded("the pod index", come, async move { running.run(last).await });
             Some(pods)
         }
         _ => None,
@@ -90,18 +76,12 @@ async fn cluster(
 }
 
 /// Who tells pods, where there are pods to be told.
-fn events(
-    config: &Config,
-    base: &mut Base,
-    cluster: &Cluster,
-    tasks: &mut Vec<BoxFuture<'static, ()>>,
-    last: &CancellationToken,
-) -> Option<Arc<events::Reporter>> {
+fn events(builder: &mut Builder<'_>, cluster: &Cluster) -> Option<Arc<events::Reporter>> {
     cluster.pods.as_ref()?;
-    let metrics = events::Metrics::register(base.exposition.registry());
-    let (reporter, writer) = events::new(cluster.client.clone(), &config.node, metrics);
-    let last = last.clone();
-    tasks.push(Box::pin(async move { writer.run(last).await }));
+    let metrics = events::Metrics::register(builder.base.exposition.registry());
+    let (reporter, writer) = events::new(cluster.client.clone(), &builder.config.node, metrics);
+    let last = builder.last.clone();
+    builder.tasks.push(Box::pin(async move { writer.run(last).await }));
     Some(Arc::new(reporter))
 }
 
@@ -136,36 +116,31 @@ fn check_kernel(config: &Config, kernel_pins: bool) -> anyhow::Result<()> {
 }
 
 /// Feeds the bundles; whether one comes from elsewhere than the issuers.
-fn sources(
-    config: &Config,
-    base: &Base,
-    trust: &Trust,
-    cluster: Option<&Cluster>,
-    tasks: &mut Vec<BoxFuture<'static, ()>>,
-    last: &CancellationToken,
-) -> anyhow::Result<bool> {
+fn sources(builder: &mut Builder<'_>, cluster: Option<&Cluster>) -> anyhow::Result<bool> {
+    let config = builder.config;
     let own = config.trust_sources.iter().map(|source| (None, source));
     let federated = config.federated.iter().map(|(domain, source)| (Some(domain.clone()), source));
     for (domain, source) in own.chain(federated) {
-        tasks.push(feed(domain, source, trust, cluster, last)?);
+        let task = feed(builder, domain, source, cluster)?;
+        builder.tasks.push(task);
     }
     let awaited = !config.trust_sources.is_empty();
     if awaited {
-        let mut bundles = trust.subscribe();
+        let mut bundles = builder.trust.subscribe();
         let come = async move { drop(bundles.wait_for(|set| set.own.is_some()).await) };
-        tasks.push(guarded(&base.readiness, "the trust bundle", come, last.clone().cancelled_owned()));
+        let ended = builder.last.clone().cancelled_owned();
+        builder.run_guarded("the trust bundle", come, ended);
     }
     Ok(awaited)
 }
 
 fn feed(
+    builder: &Builder<'_>,
     domain: Option<TrustDomain>,
     source: &TrustSource,
-    trust: &Trust,
     cluster: Option<&Cluster>,
-    last: &CancellationToken,
 ) -> anyhow::Result<BoxFuture<'static, ()>> {
-    let last = last.clone();
+    let (trust, last) = (&builder.trust, builder.last.clone());
     match (source, cluster) {
         (TrustSource::File { path }, _) => {
             let source = trust.source(domain, &FileSource::source_name(path));
@@ -178,25 +153,6 @@ fn feed(
         }
         (TrustSource::ConfigMap { .. }, None) => anyhow::bail!("a ConfigMap as a trust source needs a cluster"),
     }
-}
-
-/// `running`, with readiness held back until `come`. It ends with `running`, whether that has come or not.
-pub(super) fn guarded(
-    readiness: &Readiness,
-    name: &str,
-    come: impl Future<Output = ()> + Send + 'static,
-    running: impl Future<Output = ()> + Send + 'static,
-) -> BoxFuture<'static, ()> {
-    let guard = readiness.guard(name);
-    Box::pin(async move {
-        let mut running = pin!(running);
-        tokio::select! {
-            () = come => drop(guard),
-            // Nobody becomes ready by ending.
-            () = &mut running => return guard.abandon(),
-        }
-        running.await;
-    })
 }
 
 #[cfg(test)]
@@ -221,9 +177,10 @@ mod tests {
     async fn a_bundle_that_never_came_does_not_hold_up_the_end() {
         let path = "/nonexistent/roots.pem".into();
         let config = Config { trust_sources: vec![TrustSource::File { path }], ..config() };
-        let base = Base::new(Shutdown::new(Duration::ZERO));
-        let (trust, last, mut tasks) = (Trust::new(trust::Metrics::default()), CancellationToken::new(), Vec::new());
-        assert!(sources(&config, &base, &trust, None, &mut tasks, &last).unwrap());
+        let mut base = Base::new(Shutdown::new(Duration::ZERO));
+        let mut builder = Builder::new(&config, &mut base);
+        assert!(sources(&mut builder, None).unwrap());
+        let Builder { last, tasks, .. } = builder;
         last.cancel();
         let ended = tokio::time::timeout(Duration::from_secs(1), futures::future::join_all(tasks)).await;
         assert!(ended.is_ok());

@@ -28,10 +28,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, warn};
 use workload_identity::IssuerName;
 
-use super::{
-    Base,
-    parts::{Cluster, guarded},
-};
+use super::builder::{Builder, Cluster};
 use crate::config::{Config, IssuerConfig};
 
 /// Of the log's lines.
@@ -97,31 +94,24 @@ impl Started {
 }
 
 /// Makes the issuers of `config`; nobody is ready before their watches are.
-pub(super) fn issuers(
-    config: &Config,
-    base: &mut Base,
-    trust: &Trust,
-    cluster: Option<&Cluster>,
-    clock: &Arc<dyn Clock>,
-    tasks: &mut Vec<BoxFuture<'static, ()>>,
-    last: &CancellationToken,
-) -> anyhow::Result<IssuerSet> {
+pub(super) fn issuers(builder: &mut Builder<'_>, cluster: Option<&Cluster>) -> anyhow::Result<IssuerSet> {
+    let (config, last) = (builder.config, builder.last.clone());
     let asked = cluster.map(|cluster| ClusterDeps {
         client: cluster.client.clone(),
         kube_metrics: cluster.metrics.clone(),
-        metrics: Metrics::register(base.exposition.registry()),
+        metrics: Metrics::register(builder.base.exposition.registry()),
         agent: Arc::new(Agent::new(&config.node, fastrand::u64(..))),
         pods: cluster.pods.clone().map(|pods| Arc::new(NodePods(pods)) as Arc<dyn LivePods>),
     });
-    let maker = IssuerFactory { asked, scopes: Vec::new(), trust: trust.clone(), clock: clock.clone(), last: last.clone() };
+    let maker = IssuerFactory { asked, scopes: Vec::new(), trust: builder.trust.clone(), clock: builder.clock.clone(), last: last.clone() };
     let mut issuer_set = IssuerSet { issuers: BTreeMap::new(), made: Vec::new(), wanted: Vec::new(), maker: Some(maker) };
     let started = issuer_set.change(config)?;
     for (name, requests) in started.watches {
         let (running, last) = (requests.clone(), last.clone());
         let come = async move { requests.synced().await };
-        tasks.push(guarded(&base.readiness, &name, come, async move { running.run(last).await }));
+        builder.run_guarded(&name, come, async move { running.run(last).await });
     }
-    tasks.extend(started.checks);
+    builder.tasks.extend(started.checks);
     Ok(issuer_set)
 }
 

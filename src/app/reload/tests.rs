@@ -9,13 +9,16 @@ use std::{
 
 use agent_kube::fake::FakeApi;
 use agent_runtime::{clock::TestClock, shutdown::Shutdown};
-use sds_server::trust::{self, Trust};
 use tokio::time::timeout;
 use workload_identity::IssuerName;
 
 use super::*;
 use crate::{
-    app::{Base, parts::Cluster, upstream},
+    app::{
+        Base,
+        builder::{Builder, Cluster},
+        upstream,
+    },
     config::Env,
 };
 
@@ -50,8 +53,10 @@ impl World {
         let cluster = Cluster { client: api.client(&metrics), metrics, pods: None };
         let clock: Arc<dyn Clock> = Arc::new(TestClock::new(UNIX_EPOCH + Duration::from_secs(1_800_000_000)));
         let mut base = Base::new(Shutdown::new(Duration::ZERO));
-        let (trust, last, mut tasks) = (Trust::new(trust::Metrics::default()), CancellationToken::new(), Vec::new());
-        let issuer_set = upstream::issuers(&config, &mut base, &trust, Some(&cluster), &clock, &mut tasks, &last).unwrap();
+        let mut builder = Builder::new(&config, &mut base);
+        builder.clock.clone_from(&clock);
+        let issuer_set = upstream::issuers(&mut builder, Some(&cluster)).unwrap();
+        let last = builder.last;
         let channels = ConfigChannels::new(&config, &issuer_set, &*clock);
         let (plan, resolver, reissue_window) =
             (channels.plan.subscribe(), channels.resolver.subscribe(), channels.reissue_window.subscribe());

@@ -11,12 +11,12 @@ use agent_runtime::{
 use base64::{Engine, engine::general_purpose::STANDARD};
 use cert_manager::keys;
 use issuance::issuer::{Error, Issued, Order, Progress};
-use sds_server::trust;
 use serde_json::{Value, json};
 use tokio::{task::JoinHandle, time::timeout};
 use workload_identity::{PodRef, Workload};
 
 use super::*;
+use crate::app::Base;
 
 const CR: &str = "certificaterequests";
 const HOUR: Duration = Duration::from_secs(3600);
@@ -80,8 +80,10 @@ impl World {
         let cluster = Cluster { client: api.client(&metrics), metrics, pods: None };
         let clock: Arc<dyn Clock> = Arc::new(TestClock::new(SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000)));
         let mut base = Base::new(Shutdown::new(Duration::ZERO));
-        let (trust, last, mut tasks) = (Trust::new(trust::Metrics::default()), CancellationToken::new(), Vec::new());
-        let issuer_set = issuers(&config, &mut base, &trust, Some(&cluster), &clock, &mut tasks, &last).unwrap();
+        let mut builder = Builder::new(&config, &mut base);
+        builder.clock.clone_from(&clock);
+        let issuer_set = issuers(&mut builder, Some(&cluster)).unwrap();
+        let Builder { last, tasks, .. } = builder;
         let running = tasks.into_iter().map(tokio::spawn).collect();
         Self { api, config, issuer_set, last, running }
     }
