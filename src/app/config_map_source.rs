@@ -7,7 +7,7 @@ use std::{fmt, sync::Arc};
 
 use agent_kube::{
     self,
-    metrics::Resource,
+    labels::Resource,
     watch::{Selection, Signal},
 };
 use agent_runtime::text;

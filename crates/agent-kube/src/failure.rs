@@ -5,7 +5,17 @@ use std::{error::Error as StdError, fmt, io, time::Duration};
 use agent_runtime::text;
 use kube::core::Status;
 
-use crate::layer::{TimedOut, TooLarge};
+use crate::{ANSWER_TIMEOUT, MAX_ANSWER_BYTES};
+
+/// The API did not answer in time.
+#[derive(Debug, thiserror::Error)]
+#[error("no answer within {} s", ANSWER_TIMEOUT.as_secs())]
+pub struct TimedOut;
+
+/// The API's answer was not read to its end.
+#[derive(Debug, thiserror::Error)]
+#[error("the answer is larger than {} MiB", MAX_ANSWER_BYTES >> 20)]
+pub struct TooLarge;
 
 /// What was asked of the API.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -20,8 +20,10 @@ use tokio::time::{Instant, sleep_until, timeout};
 use tower::{BoxError, Service};
 
 use crate::{
-    ANSWER_TIMEOUT, RequestRate,
-    metrics::{Code, Metrics, Resource, Verb, Wait},
+    ANSWER_TIMEOUT, MAX_ANSWER_BYTES, RequestRate,
+    failure::{TimedOut, TooLarge},
+    labels::{Code, Resource, Verb, Wait},
+    metrics::Metrics,
     retry_after,
     throttle::{Kind, RetryAfter, Throttle, Waits},
 };
@@ -31,20 +33,6 @@ const LOG_TARGET: &str = "sds_agent::kubernetes::layer";
 
 /// Between two starts of the same watch.
 const WATCH_RESTART_INTERVAL: Duration = Duration::from_secs(1);
-
-/// The largest body of an answer that is read. It is in memory twice until it has been parsed, and the smallest container that reads lists
-/// has 512 MiB.
-pub const MAX_ANSWER_BYTES: usize = 128 << 20;
-
-/// The API did not answer in time.
-#[derive(Debug, thiserror::Error)]
-#[error("no answer within {} s", ANSWER_TIMEOUT.as_secs())]
-pub struct TimedOut;
-
-/// The API's answer was not read to its end.
-#[derive(Debug, thiserror::Error)]
-#[error("the answer is larger than {} MiB", MAX_ANSWER_BYTES >> 20)]
-pub struct TooLarge;
 
 /// Makes [`Observed`] services.
 #[derive(Debug, Clone)]

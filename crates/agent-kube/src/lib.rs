@@ -19,6 +19,7 @@ use tower::{BoxError, ServiceBuilder};
 pub mod failure;
 #[cfg(any(test, feature = "testing"))]
 pub mod fake;
+pub mod labels;
 pub mod layer;
 pub mod metrics;
 pub mod object;
@@ -36,6 +37,9 @@ use agent_runtime::text;
 
 /// For the TCP connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// The largest body of an answer that is read. It is in memory twice until it has been parsed, and the smallest container that reads lists
+/// has 512 MiB.
+pub const MAX_ANSWER_BYTES: usize = 128 << 20;
 /// For a whole answer; for a watch, until its headers are there.
 pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 /// A silent connection is probed after this time and at this interval, so that a watch across a dead path ends within a minute.

@@ -20,7 +20,7 @@ use tokio::{
 
 use crate::{
     RequestRate,
-    metrics::{Resource, Verb},
+    labels::{Resource, Verb},
 };
 
 /// A request that would be held back for longer than this in all is answered in the server's stead, so that who asks can do something

@@ -10,14 +10,14 @@ use kube::{
     Api, Resource as KubeResource,
     runtime::watcher::{self, Event, watcher},
 };
-use prometheus_client::encoding::EncodeLabelValue;
 use serde::de::DeserializeOwned;
 use tokio::time::timeout;
 
 use crate::{
     ANSWER_TIMEOUT,
     failure::{Call, Cause, Failure},
-    metrics::{Broken, Metrics, Resource},
+    labels::{Ended, Resource},
+    metrics::{Broken, Metrics},
     throttle::MAX_QUEUE_TIME,
 };
 
@@ -35,20 +35,6 @@ const FIRST_PAGE: u32 = 64;
 /// A watch that broke or could not be started is believed to run when it has told something, or no more trouble for so long: longer than
 /// its start may be held back and the answer to it may take.
 const HEALTHY_AFTER: Duration = ANSWER_TIMEOUT.saturating_add(MAX_QUEUE_TIME).saturating_add(Duration::from_secs(5));
-
-/// Why a watch broke, as a metric label.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
-#[allow(non_camel_case_types, reason = "the names are the label's values")]
-pub enum Ended {
-    /// The list failed.
-    list_failed,
-    /// The watch could not be started.
-    start_failed,
-    /// It broke while it ran.
-    broken,
-    /// The server has forgotten the version to continue from: everything is listed again.
-    expired,
-}
 
 /// What a watch tells.
 #[derive(Debug)]

@@ -18,8 +18,8 @@ use tokio::time::Instant;
 use crate::{
     judge::{Denial, evidence},
     metrics::{Metrics, Step},
-    reconciler::{APPROVER, place},
 };
+use cert_manager::{APPROVER, place};
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::approver::events";

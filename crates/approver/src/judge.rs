@@ -8,15 +8,15 @@ use std::{fmt, time::Duration};
 
 use agent_kube::pod::Pod;
 use agent_runtime::text;
-use cert_manager::{Condition, GROUP, IssuerRef, Request, USAGES, claims, csr, denied, keys};
+use cert_manager::{Condition, GROUP, IssuerRef, Request, USAGES, claims, csr, denied, keys, place};
 use tokio::time::Instant;
 use workload_identity::PodRef;
 
 use crate::{
     active_rules::ActiveRules,
-    reconciler::APPROVER,
     rules::{Expectation, Rules},
 };
+use cert_manager::APPROVER;
 
 /// No sentence of a denial repeats more of what others wrote than this, in characters.
 const SHOWN: usize = 200;
@@ -295,7 +295,7 @@ fn issuer(request: &Request) -> IssuerRef {
 }
 
 fn namespace(request: &Request) -> &str {
-    request.metadata.namespace.as_deref().unwrap_or_default()
+    place(request).0
 }
 
 fn deny<T>(code: &'static str, sentence: String) -> Result<T, Denial> {

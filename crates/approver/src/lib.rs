@@ -13,7 +13,7 @@ use std::{
 
 use agent_kube::{
     self, RequestRate,
-    metrics::Resource,
+    labels::Resource,
     watch::{Selection, Signal},
 };
 use agent_runtime::{clock::Clock, text};

@@ -13,7 +13,7 @@ use std::{
 
 use agent_kube::{
     self, Call, Cause, Failure,
-    metrics::Resource,
+    labels::Resource,
     pod::{Pod, PodObject},
     watch::{Selection, Signal},
 };

@@ -13,7 +13,7 @@ use agent_runtime::{
     clock::{self, Clock},
     telemetry::hush::LogLimiter,
 };
-use cert_manager::{Condition, PLURAL, Request, claims, denied};
+use cert_manager::{APPROVER, Condition, PLURAL, Request, claims, denied, place};
 use kube::{
     Api, Client,
     api::{Patch, PatchParams},
@@ -35,8 +35,6 @@ use crate::{
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::approver::desk";
 
-/// The reason of the condition `Approved`, and who reports Events.
-pub const APPROVER: &str = "approver.sds-agent.io";
 /// The plural with its group, for people.
 const RESOURCE: &str = "certificaterequests.cert-manager.io";
 /// How often a request that others keep changing is judged in one go.
@@ -346,12 +344,6 @@ fn cause(request: &Request, denial: &Denial) -> (&'static str, String, String) {
     let spec = &request.spec;
     let node = spec.extra.get(claims::NODE_NAME).and_then(|names| names.first()).cloned().unwrap_or_default();
     (denial.code, spec.username.clone().unwrap_or_default(), node)
-}
-
-/// Namespace and name.
-pub(super) fn place(request: &Request) -> (&str, &str) {
-    let metadata = &request.metadata;
-    (metadata.namespace.as_deref().unwrap_or_default(), metadata.name.as_deref().unwrap_or_default())
 }
 
 fn call<'a>(verb: &'static str, request: &'a Request) -> Call<'a> {

@@ -14,7 +14,7 @@ use std::{
 
 use agent_kube::{
     self, Call, Failure,
-    metrics::Resource,
+    labels::Resource,
     pod::PodObject,
     watch::{Selection, Signal},
 };

@@ -84,6 +84,9 @@ pub mod claims {
 /// The usages of every certificate that the agent asks for: both sides of mTLS. cert-manager keeps the order.
 pub const USAGES: [&str; 4] = ["digital signature", "key encipherment", "server auth", "client auth"];
 
+/// The reason of the condition `Approved`, and who reports Events.
+pub const APPROVER: &str = "approver.sds-agent.io";
+
 /// Reasons of denials: one word for programs, in the condition `Denied`. The agent decides by them when to ask again.
 pub mod denied {
     /// The evidence pod has gone: the agent asks again at once, in a sibling's name.
@@ -296,6 +299,12 @@ pub fn decode_pem(field: &str) -> Option<Vec<u8>> {
 
 fn null_as_default<'de, D: Deserializer<'de>, T: Default + Deserialize<'de>>(deserializer: D) -> Result<T, D::Error> {
     Ok(Option::deserialize(deserializer)?.unwrap_or_default())
+}
+
+/// Namespace and name of a request; empty where it has none.
+pub fn place(request: &Request) -> (&str, &str) {
+    let metadata = &request.metadata;
+    (metadata.namespace.as_deref().unwrap_or_default(), metadata.name.as_deref().unwrap_or_default())
 }
 
 #[cfg(test)]

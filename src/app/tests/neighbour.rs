@@ -8,7 +8,7 @@ use std::{collections::HashSet, sync::Mutex, time::UNIX_EPOCH};
 use agent_kube::{
     self, RequestRate,
     fake::FakeApi,
-    metrics::{Code, Resource, Verb},
+    labels::{Code, Resource, Verb},
     wire::{Fault, Seen, Wire, http},
 };
 use agent_runtime::{

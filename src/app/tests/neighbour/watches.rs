@@ -1,6 +1,6 @@
 //! What becomes of the watch.
 
-use agent_kube::watch::Ended;
+use agent_kube::labels::Ended;
 
 use super::*;
 

@@ -12,7 +12,7 @@ use std::{
 
 use agent_kube::{
     self, Call, Cause,
-    metrics::Resource,
+    labels::Resource,
     watch::{Selection, Signal},
 };
 use agent_runtime::clock::{self, Clock};

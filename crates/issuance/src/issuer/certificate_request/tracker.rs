@@ -10,8 +10,8 @@ use std::{
 };
 
 use agent_kube::{
+    labels::Ended,
     object::{Kind, Observed},
-    watch::Ended,
 };
 use cert_manager::{RequestKind, Status, keys, naming::identity_digest, verdict::Verdict};
 use kube::core::NotUsed;
