@@ -133,6 +133,9 @@ impl KubernetesAttestor {
         let pid = peer.pid;
         let opened = peer.directory().map(|directory| openat(directory, "cgroup", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()));
         let path = self.proc.join(pid.to_string()).join("cgroup");
+        // The quotas have read this file already (`CgroupOrigins`). What they read is no evidence: it may be a second old, of another
+        // connection of the process, and from before a container runtime moved the process. The proof is handle, evidence, liveness, in
+        // this order and for this call (docs/security.md).
         // The kernel takes a global lock for this file: not on a thread that serves others.
         let read =
             tokio::task::spawn_blocking(move || cgroup::read(opened.map_or_else(|| File::open(path), |opened| Ok(File::from(opened?)))))
