@@ -206,7 +206,6 @@ pub async fn build_with(config: &Config, base: Base, deps: Deps) -> anyhow::Resu
     }
     let mut server = server::Builder::new(deps.attestor, resolver, store.clone(), &deps.trust);
     server.names = config.names.clone();
-    server.trust_domain = config.trust_domain.clone();
     server.limits = config.limits.clone();
     server.clock = deps.clock.clone();
     server.observer = deps.caller_observer;

@@ -51,7 +51,7 @@ impl<'a> Builder<'a> {
 }
 
 /// `running`, with readiness held back until `come`. It ends with `running`, whether that has come or not.
-pub(super) fn guarded(
+fn guarded(
     readiness: &Readiness,
     name: &str,
     come: impl Future<Output = ()> + Send + 'static,

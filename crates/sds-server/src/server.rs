@@ -12,7 +12,7 @@ use agent_runtime::{
 use prometheus_client::registry::Registry;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
-use workload_identity::{Resolver, TrustDomain};
+use workload_identity::Resolver;
 
 use crate::{
     attest::{self, Attestor, CallerObserver},
@@ -59,14 +59,12 @@ impl Metrics {
 pub struct Builder {
     /// How callers of the socket are proven.
     pub attestor: Arc<dyn Attestor>,
-    /// How they are named; a change reaches open streams.
+    /// How they are named; a change reaches open streams. The trust domain stays that of the first: its bundle has the well-known name.
     pub resolver: watch::Receiver<Arc<Resolver>>,
     /// Where certificates are published; the user of the crate does that, for each [`Event`](crate::store::Event) of it.
     pub store: Arc<Store>,
     /// The trust bundles.
     pub trust: watch::Receiver<Arc<BundleSet>>,
-    /// The trust domain of the bundle that is served under the well-known name.
-    pub trust_domain: TrustDomain,
     /// The well-known resource names: `default` and `ROOTCA`.
     pub names: Names,
     /// What callers may take.
@@ -88,13 +86,11 @@ pub struct Builder {
 impl Builder {
     /// A server for callers that `attestor` proves and `resolver` names, of certificates in `store` and bundles in `trust`.
     pub fn new(attestor: Arc<dyn Attestor>, resolver: watch::Receiver<Arc<Resolver>>, store: Arc<Store>, trust: &Trust) -> Self {
-        let trust_domain = resolver.borrow().trust_domain.clone();
         Self {
             attestor,
             resolver,
             store,
             trust: trust.subscribe(),
-            trust_domain,
             names: Names::default(),
             limits: Limits::default(),
             timeouts: Timeouts::default(),
@@ -116,7 +112,7 @@ impl Builder {
         let service = Arc::new(Service {
             store: self.store,
             trust: self.trust,
-            directory: Directory::new(self.names, &self.trust_domain),
+            directory: Directory::new(self.names, &self.resolver.borrow().trust_domain),
             clock: self.clock,
             limits: self.limits.clone(),
             metrics: self.metrics.sds,

@@ -34,22 +34,22 @@ pub struct ClientVersion {
     pub renew_at: SystemTime,
     /// When it ends.
     pub not_after: SystemTime,
-    authority: String,
+    version: Version,
 }
 
 impl ClientVersion {
     /// Reads `version`; none unless it is well-formed and plausible for `identity` at `now`.
     pub fn read(version: &str, identity: &Identity, now: SystemTime) -> Option<Self> {
-        let Version { not_after, renew_at, authority, .. } = version.parse().ok()?;
-        let (not_after, renew_at) = (clock::from_unix_seconds(not_after.cast_signed()), clock::from_unix_seconds(renew_at.cast_signed()));
+        let version: Version = version.parse().ok()?;
+        let [not_after, renew_at] = [version.not_after, version.renew_at].map(|seconds| clock::from_unix_seconds(seconds.cast_signed()));
         let latest = now + identity.profile.lifetime * 2 + LIFETIME_SLACK;
         let plausible = now < not_after && renew_at < not_after && not_after <= latest;
-        plausible.then_some(Self { renew_at, not_after, authority })
+        plausible.then_some(Self { renew_at, not_after, version })
     }
 
     /// Whose it is, as far as its version tells.
     pub fn provenance(&self, identity: &Identity, bundle: Option<&TrustBundle>) -> Provenance {
-        let is_of = |profile: &Profile| material::is_current_authority(&self.authority, &profile.fingerprint(), bundle);
+        let is_of = |profile: &Profile| material::is_current_authority(&self.version.authority, &profile.fingerprint(), bundle);
         let profile = &identity.profile;
         if bundle.is_none() || is_of(profile) {
             return Provenance::Current;
@@ -64,7 +64,7 @@ impl ClientVersion {
 
     /// The version's first three parts, for responses that leave the certificate with the client.
     pub fn version_prefix(&self) -> String {
-        format!("{}-{}-{}", clock::unix_seconds(self.not_after), clock::unix_seconds(self.renew_at), self.authority)
+        self.version.prefix()
     }
 }
 

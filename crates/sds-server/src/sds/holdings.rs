@@ -64,6 +64,13 @@ struct Previous {
     held: HeldCertificate,
 }
 
+impl Previous {
+    /// The certificate of `svid`. `kept` is `svid` where it is to be served, and none where its key must not be kept for this.
+    fn of(svid: &Svid, kept: Option<Arc<Svid>>) -> Self {
+        Self { identity: svid.identity.clone(), svid: kept, held: HeldCertificate::of(svid) }
+    }
+}
+
 /// What is to be served now.
 #[derive(Debug)]
 pub struct Choice {
@@ -77,23 +84,22 @@ pub struct Choice {
 #[derive(Debug, Default)]
 pub struct Holdings {
     previous: Option<Previous>,
+    /// The last one that was sent; none where the client has rejected it.
     last_sent: Option<Arc<Svid>>,
-    /// What it was sent before that, and keeps where it rejects the last one. Without the key, which is not kept for this.
+    /// The one before, which the client keeps where it rejects the last one. Without the key, which is not kept for this.
     sent_before: Option<Previous>,
-    /// What it keeps, because it has rejected the last one.
-    kept: Option<Previous>,
 }
 
 impl Holdings {
     /// The caller has another identity than `identity` from `now` on. `reported` is what the client says it holds of that one.
     pub fn identity_changes(&mut self, identity: &Arc<Identity>, reported: Option<HeldCertificate>, now: SystemTime) {
-        let sent = self.last_sent.as_ref().filter(|svid| svid.chain.validity.is_live(now));
-        let of_sent =
-            sent.map(|svid| Previous { identity: svid.identity.clone(), svid: Some(svid.clone()), held: HeldCertificate::of(svid) });
-        let of_kept = self.kept.take().filter(|kept| now < kept.held.not_after);
+        let of_sent = match &self.last_sent {
+            Some(svid) => svid.chain.validity.is_live(now).then(|| Previous::of(svid, Some(svid.clone()))),
+            None => self.sent_before.take().filter(|sent| now < sent.held.not_after),
+        };
         let of_reported = || reported.map(|held| Previous { identity: identity.clone(), svid: None, held });
-        // Where none of them is there, the client keeps that of an identity from before the last one.
-        self.previous = of_sent.or(of_kept).or_else(of_reported).or_else(|| self.previous.take());
+        // Where neither is there, the client keeps that of an identity from before the last one.
+        self.previous = of_sent.or_else(of_reported).or_else(|| self.previous.take());
     }
 
     /// What the client of `identity` holds at `now`: of its previous identity, or what it says (`reported`). What a change of the
@@ -129,10 +135,9 @@ impl Holdings {
 
     /// `svid` goes to the client, whose identity is `identity`.
     pub fn sent(&mut self, svid: Option<&Arc<Svid>>, identity: &Arc<Identity>) {
-        let before = std::mem::replace(&mut self.last_sent, svid.cloned());
-        let before = before.map(|svid| Previous { identity: svid.identity.clone(), svid: None, held: HeldCertificate::of(&svid) });
-        self.sent_before = before.or_else(|| self.kept.take());
-        self.kept = None;
+        if let Some(before) = std::mem::replace(&mut self.last_sent, svid.cloned()) {
+            self.sent_before = Some(Previous::of(&before, None));
+        }
         if svid.is_some_and(|svid| svid.identity == *identity) {
             self.previous = None;
         }
@@ -141,7 +146,6 @@ impl Holdings {
     /// The client has rejected what was sent last, and keeps what it had.
     pub fn rejected(&mut self) {
         self.last_sent = None;
-        self.kept = self.sent_before.take();
     }
 }
 

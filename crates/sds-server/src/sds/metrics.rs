@@ -52,14 +52,16 @@ struct CacheLabel {
     cache: Cache,
 }
 
+/// Labels of what is counted for each interface of a socket.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct ApiLabel {
-    api: Api,
+pub(crate) struct ApiLabel {
+    pub(crate) api: Api,
 }
 
+/// An interface of a socket, as a metric label.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
 #[allow(non_camel_case_types, reason = "the names are the label's values")]
-enum Api {
+pub(crate) enum Api {
     sds,
 }
 

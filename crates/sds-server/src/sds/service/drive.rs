@@ -110,6 +110,15 @@ struct Stream<'a> {
     sender: Sender,
 }
 
+/// What is there for the stream at one moment.
+struct Snapshot {
+    view: View,
+    /// The good certificate that the client holds.
+    held: Option<HeldCertificate>,
+    /// When a certificate that is withheld from the client may be sent.
+    withheld_until: Option<SystemTime>,
+}
+
 impl Stream<'_> {
     async fn run<B>(&mut self, incoming: &mut Incoming<B>) -> Result<(), Status>
     where
@@ -123,11 +132,11 @@ impl Stream<'_> {
             if self.rules.has_changed().unwrap_or(false) {
                 self.reidentify().await?;
             }
-            let (view, held_until) = self.snapshot(&mut trust);
+            let Snapshot { view, held, withheld_until } = self.snapshot(&mut trust);
             if self.connection.has_ended(&self.caller) {
                 return Err(ended());
             }
-            self.answer(&view, trigger).await?;
+            self.answer(&view, held, trigger).await?;
             if !asking && self.is_settled(&view) {
                 return Ok(());
             }
@@ -148,7 +157,7 @@ impl Stream<'_> {
                     self.rules.mark_changed();
                     trigger = Trigger::rotate;
                 }
-                () = until(&*self.service.clock, held_until), if held_until.is_some() => trigger = Trigger::rotate,
+                () = until(&*self.service.clock, withheld_until), if withheld_until.is_some() => trigger = Trigger::rotate,
             }
         }
     }
@@ -217,13 +226,13 @@ impl Stream<'_> {
 
     /// Keeps the lease in step with what is watched, and looks at what exists: also until when it is withheld, because a client that still
     /// holds a good certificate gets a fresh one only when slow clocks take it.
-    fn snapshot(&mut self, trust: &mut watch::Receiver<Arc<BundleSet>>) -> (View, Option<SystemTime>) {
+    fn snapshot(&mut self, trust: &mut watch::Receiver<Arc<BundleSet>>) -> Snapshot {
         let bundles = trust.borrow_and_update().clone();
         let held = self.held(&bundles);
         self.subscribe(held.as_ref());
         let current = self.lease.as_ref().and_then(|(lease, _)| lease.current());
         let Choice { svid, withheld_until } = self.holdings.choose(current, held.as_ref(), self.service.clock.now());
-        (View { svid, bundles }, withheld_until)
+        Snapshot { view: View { svid, bundles }, held, withheld_until }
     }
 
     fn subscribe(&mut self, held: Option<&HeldCertificate>) {
@@ -281,8 +290,7 @@ impl Stream<'_> {
     }
 
     /// Sends what is due. A workload that ends meanwhile does not get the rest of it.
-    async fn answer(&mut self, view: &View, trigger: Trigger) -> Result<(), Status> {
-        let held = self.held(&view.bundles);
+    async fn answer(&mut self, view: &View, held: Option<HeldCertificate>, trigger: Trigger) -> Result<(), Status> {
         let (directory, caller) = (&self.service.directory, &self.caller);
         let Some(Due { nonce, names }) = self.state.due(|name| view.version(&directory.target(name, &caller.identity)).map(str::to_owned))
         else {
