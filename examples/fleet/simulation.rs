@@ -14,7 +14,7 @@ use std::{
 use issuance::{
     issuer::Retry,
     rotation::{
-        planner::{Action, Id, Now, Planner},
+        planner::{Action, Authority, Id, Now, Planner},
         schedule,
     },
 };
@@ -163,7 +163,7 @@ struct Node {
 struct Run<'a> {
     scenario: &'a Scenario,
     profile: Profile,
-    issuer: IssuerName,
+    authority: Authority,
     zero: Instant,
     heap: BinaryHeap<Reverse<(u64, Event)>>,
     nodes: Vec<Node>,
@@ -208,8 +208,8 @@ pub fn run(scenario: &Scenario) -> Outcome {
     };
     let nodes = (0..scenario.nodes).map(node).collect();
     let (profile, zero, outcome) = (profile(scenario.lifetime), Instant::now(), Outcome::default());
-    let issuer = profile.issuer.clone();
-    let mut run = Run { scenario, profile, issuer, zero, heap: BinaryHeap::new(), nodes, signer_free: Duration::ZERO, random, outcome };
+    let authority = Authority(profile.authority.clone());
+    let mut run = Run { scenario, profile, authority, zero, heap: BinaryHeap::new(), nodes, signer_free: Duration::ZERO, random, outcome };
     for start in [Some(Duration::ZERO), scenario.restart].into_iter().flatten() {
         for node in 0..scenario.nodes {
             let at = start + scenario.rollout.mul_f64(run.random.f64());
@@ -278,7 +278,7 @@ impl Run<'_> {
                 }
                 _ => Demand::Now,
             };
-            old.wanted(now, id as Id, &self.issuer, Some(demand));
+            old.wanted(now, id as Id, &self.authority, Some(demand));
         }
     }
 

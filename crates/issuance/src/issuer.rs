@@ -3,7 +3,11 @@
 //! Owns the trait, the key and CSR of each order, and the checks before publish ([`verify`]). An issuer knows neither the store nor
 //! the streams. Dropping the future of [`Issuer::issue`] abandons the order: the issuer cleans up behind itself.
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{
+    fmt,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
 
 use futures::future::BoxFuture;
 use sds_server::material::{CertificateChain, PrivateKey};
@@ -26,16 +30,6 @@ pub struct Order {
     pub progress: Progress,
 }
 
-/// How far an order is, as told by its issuer.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub enum Stage {
-    /// The key and the request are being made, or the request is on its way.
-    #[default]
-    Preparing,
-    /// The upstream has the request and may take its time: the order can be parked.
-    Submitted(Pending),
-}
-
 /// A request that its upstream has not answered.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Pending {
@@ -47,58 +41,56 @@ pub struct Pending {
     pub is_late: bool,
 }
 
-/// The issuer's end of an order's [`Stage`].
+/// The issuer's end of what an order reports before its answer. Until the first report the key and the request are being made; after it the
+/// upstream may take its time, and the order can be parked.
 #[derive(Clone)]
 pub struct Progress {
-    stage: watch::Sender<Stage>,
-    report: Option<Arc<dyn Fn(Pending) + Send + Sync>>,
+    last: Arc<Mutex<Option<Pending>>>,
+    report: Arc<dyn Fn(Pending) + Send + Sync>,
 }
 
 impl fmt::Debug for Progress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Progress").field(&*self.stage.borrow()).finish()
+        f.debug_struct("Progress").field("last", &self.last).finish_non_exhaustive()
     }
 }
 
 impl Progress {
-    /// A handle and its watcher.
-    pub fn new() -> (Self, watch::Receiver<Stage>) {
-        let (stage, receiver) = watch::channel(Stage::default());
-        (Self { stage, report: None }, receiver)
-    }
-
     /// A handle that calls `report` for each change, in order. It must not block.
     pub fn reporting(report: impl Fn(Pending) + Send + Sync + 'static) -> Self {
-        Self { stage: watch::Sender::new(Stage::default()), report: Some(Arc::new(report)) }
+        Self { last: Arc::default(), report: Arc::new(report) }
+    }
+
+    /// A handle, and what it reported last.
+    pub fn new() -> (Self, watch::Receiver<Option<Pending>>) {
+        let (sender, receiver) = watch::channel(None);
+        (Self::reporting(move |pending| drop(sender.send_replace(Some(pending)))), receiver)
     }
 
     /// The upstream has the request, under `name`. Said once: an order whose request is lost fails and is ordered again.
     pub fn submitted(&self, name: &str) {
-        let pending = Pending { request: name.into(), waits_for: None, is_late: false };
-        self.stage.send_replace(Stage::Submitted(pending.clone()));
-        self.changed(pending);
+        self.change(&mut self.last(), Pending { request: name.into(), waits_for: None, is_late: false });
     }
 
     /// What the request waits for, and whether it has done so for long. Nothing is reported where nothing has changed.
     pub fn waits(&self, why: &str, late: bool) {
-        let mut now = None;
-        self.stage.send_if_modified(|stage| match stage {
-            Stage::Submitted(pending) if pending.waits_for.as_deref() != Some(why) || pending.is_late != late => {
-                (pending.waits_for, pending.is_late) = (Some(why.into()), late);
-                now = Some(pending.clone());
-                true
-            }
-            _ => false,
-        });
-        if let Some(pending) = now {
-            self.changed(pending);
+        let mut last = self.last();
+        if let Some(pending) = &*last
+            && (pending.waits_for.as_deref() != Some(why) || pending.is_late != late)
+        {
+            let now = Pending { waits_for: Some(why.into()), is_late: late, ..pending.clone() };
+            self.change(&mut last, now);
         }
     }
 
-    fn changed(&self, pending: Pending) {
-        if let Some(report) = &self.report {
-            report(pending);
-        }
+    fn last(&self) -> MutexGuard<'_, Option<Pending>> {
+        self.last.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Reports under the lock, so that reports keep their order.
+    fn change(&self, last: &mut Option<Pending>, pending: Pending) {
+        *last = Some(pending.clone());
+        (self.report)(pending);
     }
 }
 

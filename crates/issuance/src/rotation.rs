@@ -5,7 +5,7 @@
 //! logged with its cause, and tried again.
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     fmt,
     sync::Arc,
     time::{Duration, SystemTime},
@@ -33,7 +33,7 @@ use self::{
     metrics::Metrics,
     orders::{Report, Running},
     plan::Plan,
-    planner::{Action, Class, Id, Now, Planner},
+    planner::{Action, Authority, Class, Id, Now, Planner},
     reissue::{Mark, Reissue},
 };
 use crate::issuer::{Error, Issued, Retry, verify};
@@ -129,8 +129,8 @@ struct Rotation {
     awaiting_anchor: HashMap<Id, Issued>,
     /// Whether a certificate was renewed for the sake of its chain.
     has_looked: bool,
-    /// Issuers that answer nobody.
-    unresponsive: BTreeSet<IssuerName>,
+    /// Issuers that answer nobody, with the name under which that was logged.
+    unresponsive: BTreeMap<Authority, IssuerName>,
     /// Issuers that have series in the metrics.
     counted: BTreeSet<IssuerName>,
     last_seen: Now,
@@ -155,7 +155,7 @@ pub async fn run(parts: Parts, shutdown: CancellationToken) {
         reissue_marks: HashMap::new(),
         awaiting_anchor: HashMap::new(),
         has_looked: false,
-        unresponsive: BTreeSet::new(),
+        unresponsive: BTreeMap::new(),
         counted: BTreeSet::new(),
         last_seen: now,
     };
@@ -182,7 +182,7 @@ pub async fn run(parts: Parts, shutdown: CancellationToken) {
                 None => break,
             },
             Some(report) = rotation.reports.1.recv() => rotation.reported(report),
-            // What it came to, it has reported.
+            // An order has reported its end by then.
             Some(_) = rotation.tasks.join_next() => {}
             Ok(()) = rotation.parts.trust.changed() => rotation.bundle_changed(),
             Ok(()) = rotation.parts.plan.changed() => rotation.reconfigured(),
@@ -240,23 +240,29 @@ impl Rotation {
         self.planner.next_wake()
     }
 
-    /// Logs which issuers answer nobody, once for each, under the names that profiles use.
+    /// Logs which issuers answer nobody, once for each, under the name that a profile uses.
     fn log_unresponsive(&mut self) {
         let now = self.now();
-        let authorities: BTreeSet<&Arc<str>> = self.planner.unresponsive(now).map(|queue| &queue.0).collect();
-        let profiles = self.entries.values().map(|entry| &entry.identity.profile);
-        let unresponsive = if authorities.is_empty() {
-            BTreeSet::new()
-        } else {
-            profiles.filter(|profile| authorities.contains(&profile.authority)).map(|profile| profile.issuer.clone()).collect()
-        };
-        for issuer in unresponsive.difference(&self.unresponsive) {
+        let unresponsive: BTreeSet<Authority> = self.planner.unresponsive(now).cloned().collect();
+        self.unresponsive.retain(|authority, issuer| {
+            let stays = unresponsive.contains(authority);
+            if !stays {
+                info!(target: LOG_TARGET, %issuer, "the issuer gets requests as usual again");
+            }
+            stays
+        });
+        for authority in unresponsive {
+            if self.unresponsive.contains_key(&authority) {
+                continue;
+            }
+            let profiles = self.entries.values().map(|entry| &entry.identity.profile);
+            let Some(issuer) = profiles.filter(|profile| profile.authority == authority.0).map(|profile| profile.issuer.clone()).next()
+            else {
+                continue;
+            };
             warn!(target: LOG_TARGET, %issuer, "the issuer answers nobody; what it has stays there, and it gets one more request a minute");
+            self.unresponsive.insert(authority, issuer);
         }
-        for issuer in self.unresponsive.difference(&unresponsive) {
-            info!(target: LOG_TARGET, %issuer, "the issuer gets requests as usual again");
-        }
-        self.unresponsive = unresponsive;
     }
 
     /// Compares the clocks: the wall clock may have been stepped, or the machine suspended.
@@ -303,8 +309,8 @@ impl Rotation {
         let (id, is_leased) = (entry.id, entry.is_leased());
         if let Event::Wanted(entry) = event {
             // One queue for each authority: names of issuers may move.
-            let queue = IssuerName(entry.identity.profile.authority.clone());
-            self.planner.wanted(now, id, &queue, entry.demand());
+            let authority = Authority(entry.identity.profile.authority.clone());
+            self.planner.wanted(now, id, &authority, entry.demand());
             if self.entries.insert(id, entry).is_none() && self.identity_of(id).is_none() {
                 self.planner.retire(now, id, true);
             }

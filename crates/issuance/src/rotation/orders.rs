@@ -52,7 +52,7 @@ impl Reporter {
     }
 
     fn report(&self, event: OrderEvent) {
-        // Without an owner nobody needs to know.
+        // It fails once the rotation has ended, and then no report is needed.
         let _ = self.reports.send(Report { id: self.id, attempt: self.attempt, event });
     }
 }

@@ -11,7 +11,6 @@ use std::{
 
 use sds_server::{material::Validity, store::Demand};
 use tokio::time::Instant;
-use workload_identity::IssuerName;
 
 use super::schedule::{self, RenewalJitter};
 use crate::issuer::Retry;
@@ -21,7 +20,7 @@ mod queue;
 
 use job::{InUse, Job, Phase, Rank, class, due, end, turning_point};
 use queue::Queue;
-pub use queue::{RESERVED, SLOTS};
+pub use queue::{Authority, RESERVED, SLOTS};
 
 /// An order that has not reached its upstream by then has failed.
 const PREPARING: Duration = Duration::from_secs(60);
@@ -74,7 +73,7 @@ pub struct Planner {
     jobs: HashMap<Id, Job>,
     wall: BTreeSet<(SystemTime, Id)>,
     mono: BTreeSet<(Instant, Id)>,
-    queues: BTreeMap<IssuerName, Queue>,
+    queues: BTreeMap<Authority, Queue>,
     actions: VecDeque<Action>,
     retention: Duration,
     sequence: u64,
@@ -101,10 +100,10 @@ impl Planner {
         self.random.f64()
     }
 
-    /// An entry has subscribers; `demand` is what those without material need. `issuer` names its queue, for ever.
-    pub fn wanted(&mut self, now: Now, id: Id, issuer: &IssuerName, demand: Option<Demand>) {
+    /// An entry has subscribers; `demand` is what those without material need. `authority` names its queue, for ever.
+    pub fn wanted(&mut self, now: Now, id: Id, authority: &Authority, demand: Option<Demand>) {
         let job = self.jobs.entry(id).or_insert_with(|| Job {
-            issuer: issuer.clone(),
+            authority: authority.clone(),
             demand: None,
             leased: true,
             retired: false,
@@ -292,8 +291,8 @@ impl Planner {
     }
 
     /// Issuers that hold many orders and have long answered none.
-    pub fn unresponsive(&self, now: Now) -> impl Iterator<Item = &IssuerName> {
-        self.queues.iter().filter(move |(_, queue)| queue.is_unresponsive(now.mono)).map(|(issuer, _)| issuer)
+    pub fn unresponsive(&self, now: Now) -> impl Iterator<Item = &Authority> {
+        self.queues.iter().filter(move |(_, queue)| queue.is_unresponsive(now.mono)).map(|(authority, _)| authority)
     }
 
     /// The next thing to do now.
@@ -333,7 +332,7 @@ impl Planner {
                 Some(at) if at > now.mono => mono = Some(at),
                 Some(_) => {
                     job.phase = Phase::Running { slot: None, submitted, deadline: None };
-                    let queue = self.queues.entry(job.issuer.clone()).or_default();
+                    let queue = self.queues.entry(job.authority.clone()).or_default();
                     if let Some(class) = slot {
                         queue.used[class as usize] -= 1;
                     }
@@ -365,7 +364,7 @@ impl Planner {
                     }
                     None => {}
                 }
-                let queue = self.queues.entry(job.issuer.clone()).or_default();
+                let queue = self.queues.entry(job.authority.clone()).or_default();
                 let class = class(job, now);
                 if let Phase::Queued(old, rank) = job.phase
                     && (!is_due || old != class)
@@ -417,8 +416,8 @@ impl Planner {
 
     /// What the upstream had has been answered.
     fn note_answer(&mut self, now: Now, id: Id) {
-        if let Some(Job { phase: Phase::Running { submitted: true, .. }, issuer, .. }) = self.jobs.get(&id)
-            && let Some(queue) = self.queues.get_mut(issuer)
+        if let Some(Job { phase: Phase::Running { submitted: true, .. }, authority, .. }) = self.jobs.get(&id)
+            && let Some(queue) = self.queues.get_mut(authority)
         {
             queue.last_answer = Some(now.mono);
         }
@@ -427,7 +426,7 @@ impl Planner {
     /// Gives back the slot, or the place in the queue.
     fn leave_phase(&mut self, id: Id) {
         let Some(job) = self.jobs.get_mut(&id) else { return };
-        let queue = self.queues.entry(job.issuer.clone()).or_default();
+        let queue = self.queues.entry(job.authority.clone()).or_default();
         match job.phase {
             Phase::Running { slot: Some(class), .. } => queue.used[class as usize] -= 1,
             Phase::Running { slot: None, submitted: true, deadline: None } => queue.parked -= 1,

@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 use workload_identity::{Identity, IssuerName, NodeEnvironment, Profile, SpiffeId, samples::profile};
 
 use super::*;
-use crate::issuer::{Progress, Stage};
+use crate::issuer::{Pending, Progress};
 
 mod faults;
 mod setup;
@@ -85,7 +85,7 @@ impl World {
     }
 
     /// Starts an order for a service account.
-    fn order(&self, account: &str) -> (JoinHandle<Result<Issued, Error>>, tokio::sync::watch::Receiver<Stage>) {
+    fn order(&self, account: &str) -> (JoinHandle<Result<Issued, Error>>, tokio::sync::watch::Receiver<Option<Pending>>) {
         let (progress, stage) = Progress::new();
         let order = Order { identity: Arc::new(identity(account)), evidence: Some(pod()), progress };
         (tokio::spawn(self.issuer.issue(order)), stage)
@@ -155,7 +155,7 @@ async fn a_certificate_costs_two_writes_and_the_request_tells_who_asks() {
     let (task, mut stage) = world.order("cart");
     let request = world.request().await;
     let name = text(&request, "name").to_owned();
-    timeout(MINUTE, stage.wait_for(|s| matches!(s, Stage::Submitted(pending) if *pending.request == *name))).await.unwrap().unwrap();
+    timeout(MINUTE, stage.wait_for(|s| matches!(s, Some(pending) if *pending.request == *name))).await.unwrap().unwrap();
 
     let metadata = &request["metadata"];
     assert_eq!(metadata["labels"][keys::NODE], "n1");
@@ -273,7 +273,7 @@ async fn a_request_that_was_deleted_or_relabelled_fails_its_order_and_leaves_not
         let world = World::new();
         let (task, mut stage) = world.order("cart");
         let request = world.request().await;
-        timeout(MINUTE, stage.wait_for(|s| *s != Stage::Preparing)).await.unwrap().unwrap();
+        timeout(MINUTE, stage.wait_for(|s| s.is_some())).await.unwrap().unwrap();
         lose(&world, text(&request, "name"));
         let error = end(task).await.unwrap_err();
         assert_eq!(error.retry(), Retry::Backoff);
@@ -287,7 +287,7 @@ async fn a_request_that_vanished_while_the_watch_was_down_is_noticed_by_the_list
     let world = World::new();
     let (task, mut stage) = world.order("cart");
     let first = world.request().await;
-    timeout(MINUTE, stage.wait_for(|s| *s != Stage::Preparing)).await.unwrap().unwrap();
+    timeout(MINUTE, stage.wait_for(|s| s.is_some())).await.unwrap().unwrap();
     world.api.fail("watch", CR, Fault::Refuse, 2);
     world.api.cut_watches(false);
     world.api.remove(CR, "sds-agent", text(&first, "name"));

@@ -4,9 +4,8 @@ use std::time::SystemTime;
 
 use sds_server::{material::Validity, store::Demand};
 use tokio::time::Instant;
-use workload_identity::IssuerName;
 
-use super::{Class, Now};
+use super::{Authority, Class, Now};
 
 /// A certificate with less than this share of its life left is about to end.
 const ENDING: f64 = 0.2;
@@ -51,7 +50,7 @@ pub(super) struct Rank {
 /// What the planner knows of an entry.
 #[derive(Debug)]
 pub(super) struct Job {
-    pub(super) issuer: IssuerName,
+    pub(super) authority: Authority,
     /// What subscribers without material need.
     pub(super) demand: Option<Demand>,
     pub(super) leased: bool,

@@ -1,6 +1,6 @@
 //! The queue of one issuer: which of its due orders may start. Pure.
 
-use std::{collections::BTreeSet, time::Duration};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use tokio::time::Instant;
 
@@ -18,6 +18,10 @@ pub const RESERVED: usize = 2;
 pub(super) const MAX_PARKED: usize = 32;
 const UNRESPONSIVE_AFTER: Duration = Duration::from_secs(60);
 pub(super) const PROBE_INTERVAL: Duration = Duration::from_secs(60);
+
+/// An issuer, whatever profiles call it: `authority` of a profile. A name may move to another issuer.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Authority(pub Arc<str>);
 
 /// An issuer's orders that are due, and what it has.
 #[derive(Debug, Default)]

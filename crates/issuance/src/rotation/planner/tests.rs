@@ -11,13 +11,13 @@ const RETENTION: Duration = Duration::from_secs(300);
 struct Bench {
     planner: Planner,
     now: Now,
-    issuer: IssuerName,
+    issuer: Authority,
 }
 
 impl Bench {
     fn new() -> Self {
         let now = Now { wall: UNIX_EPOCH + Duration::from_secs(1_000 * DAY), mono: Instant::now() };
-        Self { planner: Planner::new(RETENTION, 1), now, issuer: IssuerName("mesh".into()) }
+        Self { planner: Planner::new(RETENTION, 1), now, issuer: Authority("mesh".into()) }
     }
 
     fn pass(&mut self, seconds: f64) {
@@ -251,7 +251,7 @@ fn one_issuers_trouble_takes_no_slot_of_another() {
         b.want(id);
     }
     assert_eq!(b.starts().len(), 6);
-    b.planner.wanted(b.now, 99, &IssuerName("other".into()), Some(Demand::Now));
+    b.planner.wanted(b.now, 99, &Authority("other".into()), Some(Demand::Now));
     assert_eq!(b.starts(), [99]);
 }
 

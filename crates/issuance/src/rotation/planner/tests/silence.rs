@@ -34,7 +34,7 @@ fn a_dead_issuer_gets_few_requests_and_then_one_a_minute_and_all_when_it_is_back
     assert!(wake.is_some_and(|at| at > b.now.mono && at <= b.now.mono + PROBE_INTERVAL), "and nobody looks before");
 
     // Another issuer of the same agent is as quick as ever.
-    let other = IssuerName("other".into());
+    let other = Authority("other".into());
     for id in 5000..5006 {
         b.planner.wanted(b.now, id, &other, Some(Demand::Now));
     }
