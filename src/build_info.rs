@@ -1,4 +1,4 @@
-//! What this build is.
+//! The version and the source revision of this build.
 
 /// The version.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");

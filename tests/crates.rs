@@ -1,4 +1,4 @@
-//! The boundaries between the crates: what each of them must not reach, as cargo resolves it.
+//! The boundaries between the crates: each one's dependencies, as cargo resolves them.
 
 #![allow(clippy::expect_used, clippy::panic, reason = "tests fail loudly")]
 
@@ -104,7 +104,7 @@ fn the_agent_reaches_all_of_them() {
     }
 }
 
-/// What another project takes from here. That the packages build is for `cargo package` without `--no-verify`.
+/// Other projects use these two crates. This test does not build the packages; `cargo package` without `--no-verify` does.
 #[test]
 fn the_server_and_the_socket_can_be_packaged_with_their_protocols() {
     let packages = ["unix-peer", "agent-runtime", "workload-identity", "sds-server"];

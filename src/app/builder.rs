@@ -1,4 +1,4 @@
-//! What the parts of an agent are made with: the configuration, and what they share.
+//! The builder of an agent: the configuration, and all that its parts share.
 
 use std::{future::Future, pin::pin, sync::Arc};
 
@@ -14,14 +14,14 @@ use tokio_util::sync::CancellationToken;
 use super::Base;
 use crate::config::Config;
 
-/// What of the cluster several parts share.
+/// The access to the cluster that several parts share.
 pub(super) struct Cluster {
     pub(super) client: kube::Client,
     pub(super) metrics: agent_kube::Metrics,
     pub(super) pods: Option<Pods>,
 }
 
-/// Owns what is shared while the parts are made, and collects what is to run.
+/// Owns the shared parts while an agent is built, and collects its tasks.
 pub(super) struct Builder<'a> {
     pub(super) config: &'a Config,
     pub(super) base: &'a mut Base,
@@ -50,7 +50,7 @@ impl<'a> Builder<'a> {
     }
 }
 
-/// `running`, with readiness held back until `come`. It ends with `running`, whether that has come or not.
+/// A task that runs `running`, and holds readiness back until `come` is done. It ends with `running`.
 fn guarded(
     readiness: &Readiness,
     name: &str,
@@ -62,7 +62,7 @@ fn guarded(
         let mut running = pin!(running);
         tokio::select! {
             () = come => drop(guard),
-            // Nobody becomes ready by ending.
+            // An agent does not become ready because a part has ended.
             () = &mut running => return guard.abandon(),
         }
         running.await;

@@ -1,4 +1,4 @@
-//! The server with what makes certificates for it: store, rotation and an embedded issuer. No other program is needed.
+//! The server together with store, rotation and an embedded issuer. No other program is needed.
 //!
 //! [`sds`] has paused time and no socket; [`session`] has real sockets and real time.
 

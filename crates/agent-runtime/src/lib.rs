@@ -1,4 +1,4 @@
-//! What a node agent's process stands on. Nothing here knows certificates, xDS or Kubernetes.
+//! The common parts of a node agent's process. This crate knows neither certificates nor xDS nor Kubernetes.
 //!
 //! - [`clock`]: wall-clock time that may be stepped, and waits that follow it;
 //! - [`readiness`] and [`shutdown`]: when the process is ready, and how it ends;

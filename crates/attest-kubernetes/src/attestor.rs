@@ -133,8 +133,8 @@ impl KubernetesAttestor {
         let pid = peer.pid;
         let opened = peer.directory().map(|directory| openat(directory, "cgroup", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()));
         let path = self.proc.join(pid.to_string()).join("cgroup");
-        // The quotas have read this file already (`CgroupOrigins`). What they read is no evidence: it may be a second old, of another
-        // connection of the process, and from before a container runtime moved the process. The proof is handle, evidence, liveness, in
+        // The quotas have read this file already (`CgroupOrigins`). Their reading is no evidence: it may be a second old, come from another
+        // connection of the process, and precede a move of the process by the container runtime. The proof is handle, evidence, liveness, in
         // this order and for this call (docs/security.md).
         // The kernel takes a global lock for this file: not on a thread that serves others.
         let read =

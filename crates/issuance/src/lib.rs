@@ -1,4 +1,4 @@
-//! When a workload's certificate is made or replaced, by whom, and what of it may be published.
+//! Issuance of workload certificates: the schedule, the orders, the issuers, and the checks before a certificate is published.
 //!
 //! - [`rotation`] owns the schedule ([`rotation::planner`], [`rotation::schedule`]), orders certificates and publishes them into the server's
 //!   store; nothing is published that [`issuer::verify`] has not passed;

@@ -32,7 +32,7 @@ use crate::{
 /// How long open streams may take to end, unless the user of the crate gives a [`Shutdown`].
 const DRAIN: Duration = Duration::from_secs(5);
 
-/// What a server counts.
+/// The metrics of a server.
 #[derive(Debug, Clone, Default)]
 pub struct Metrics {
     /// Attestations.
@@ -54,7 +54,8 @@ impl Metrics {
     }
 }
 
-/// A server that is not built yet. [`new`](Self::new) takes what has no default; each field may be set before [`build`](Self::build).
+/// A server that is not built yet. [`new`](Self::new) takes the parts that have no default. Each field may be set before
+/// [`build`](Self::build).
 #[derive(Debug)]
 pub struct Builder {
     /// How callers of the socket are proven.
@@ -67,7 +68,7 @@ pub struct Builder {
     pub trust: watch::Receiver<Arc<BundleSet>>,
     /// The well-known resource names: `default` and `ROOTCA`.
     pub names: Names,
-    /// What callers may take.
+    /// The limits of callers.
     pub limits: Limits,
     /// Timeouts of connections.
     pub timeouts: Timeouts,
@@ -75,7 +76,7 @@ pub struct Builder {
     pub clock: Arc<dyn Clock>,
     /// Is called about pods that are not served; none unless set.
     pub observer: Option<Arc<dyn CallerObserver>>,
-    /// What is counted; on no page unless [registered](Metrics::register).
+    /// The metrics; they are on a page only after [`Metrics::register`].
     pub metrics: Metrics,
     /// Over which time certificates are issued anew that a change of the configuration has made foreign; at once unless set.
     pub reissue_window: watch::Receiver<ReissueWindow>,

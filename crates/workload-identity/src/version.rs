@@ -24,7 +24,7 @@ pub struct Version {
 }
 
 impl Version {
-    /// All but the digest of the content: what versions of responses that leave the certificate with the client begin with.
+    /// All but the digest of the content. A response that leaves the certificate with the client has a version with this prefix.
     pub fn prefix(&self) -> String {
         format!("{}-{}-{}", self.not_after, self.renew_at, self.authority)
     }

@@ -1,8 +1,8 @@
-//! What the client of one stream holds of a certificate, and when that is to be replaced. A state machine without I/O or clock.
+//! The certificate that the client of one stream holds, and the time of its replacement. A state machine without I/O or clock.
 //!
-//! A client holds what it was sent last, or what it says it has from before a restart of the server. Its identity may change while the
-//! stream is open: then it keeps the certificate of its previous identity until that of the new one is there and peers with slow clocks
-//! accept it.
+//! A client holds the certificate that it was sent last, or the one that it reports from before a restart of the server. Its identity may
+//! change while the stream is open: then it keeps the certificate of its previous identity until that of the new one is there and peers
+//! with slow clocks accept it.
 
 use std::{sync::Arc, time::SystemTime};
 
@@ -26,8 +26,8 @@ pub struct HeldCertificate {
 }
 
 impl HeldCertificate {
-    /// What the client says it holds: `version` of the certificate of `identity`, where it is plausible and its authority is current by
-    /// `roots`. One of a previous epoch is to be replaced by `due_at`.
+    /// The certificate of `identity` that the client reports by its `version`. None where the version is not plausible at `now`, or its
+    /// authority is not current by `roots`. A certificate of a previous epoch is to be replaced by `due_at`.
     pub fn reported(
         version: &str,
         identity: &Identity,
@@ -50,7 +50,7 @@ impl HeldCertificate {
     }
 }
 
-/// What a stream of a client that holds `held` asks the store for.
+/// The demand on the store of a client that holds `held`.
 pub fn demand(held: Option<&HeldCertificate>) -> Demand {
     held.map_or(Demand::Now, |held| Demand::Held { renew_at: held.renew_at, not_after: held.not_after })
 }
@@ -71,7 +71,7 @@ impl Previous {
     }
 }
 
-/// What is to be served now.
+/// The certificate to serve now.
 #[derive(Debug)]
 pub struct Choice {
     /// The certificate; none where there is none yet.
@@ -91,7 +91,7 @@ pub struct Holdings {
 }
 
 impl Holdings {
-    /// The caller has another identity than `identity` from `now` on. `reported` is what the client says it holds of that one.
+    /// The identity of the caller changes at `now`; until then it is `identity`, whose certificate the client may have `reported`.
     pub fn identity_changes(&mut self, identity: &Arc<Identity>, reported: Option<HeldCertificate>, now: SystemTime) {
         let of_sent = match &self.last_sent {
             Some(svid) => svid.chain.validity.is_live(now).then(|| Previous::of(svid, Some(svid.clone()))),
@@ -102,8 +102,8 @@ impl Holdings {
         self.previous = of_sent.or_else(of_reported).or_else(|| self.previous.take());
     }
 
-    /// What the client of `identity` holds at `now`: of its previous identity, or what it says (`reported`). What a change of the
-    /// configuration has made foreign is to be replaced by `due_at`.
+    /// The good certificate that the client of `identity` holds at `now`: that of its previous identity, or the `reported` one. A certificate
+    /// of another identity is to be replaced by `due_at`.
     pub fn held(
         &self,
         identity: &Arc<Identity>,
@@ -120,7 +120,8 @@ impl Holdings {
         Some(held)
     }
 
-    /// What to serve at `now`: `current`, unless the client holds a good one and it is too fresh; then the previous one, if any.
+    /// Serves `current` at `now`. A `current` one that is too fresh is withheld from a client that holds a good one; the previous one, if
+    /// any, is served in its place.
     pub fn choose(&self, current: Option<Arc<Svid>>, held: Option<&HeldCertificate>, now: SystemTime) -> Choice {
         let is_live = |svid: &Arc<Svid>| svid.chain.validity.is_live(now);
         let current = current.filter(is_live);
@@ -133,7 +134,7 @@ impl Holdings {
         Choice { svid, withheld_until }
     }
 
-    /// `svid` goes to the client, whose identity is `identity`.
+    /// `svid` is sent to the client, whose identity is `identity`.
     pub fn sent(&mut self, svid: Option<&Arc<Svid>>, identity: &Arc<Identity>) {
         if let Some(before) = std::mem::replace(&mut self.last_sent, svid.cloned()) {
             self.sent_before = Some(Previous::of(&before, None));
@@ -143,7 +144,7 @@ impl Holdings {
         }
     }
 
-    /// The client has rejected what was sent last, and keeps what it had.
+    /// The client has rejected the certificate that was sent last, and keeps the one before.
     pub fn rejected(&mut self) {
         self.last_sent = None;
     }
@@ -160,7 +161,7 @@ mod tests {
 
     const HOUR: Duration = Duration::from_secs(3600);
 
-    /// The time, a certificate for `name` and what a client of it holds.
+    /// The time, a certificate for `name`, and the same as a client holds it.
     fn world(name: &str) -> (SystemTime, Arc<Svid>, HeldCertificate) {
         let (svid, _) = samples::svid(identity(name));
         let held = HeldCertificate::of(&svid);

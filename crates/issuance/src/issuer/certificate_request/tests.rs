@@ -273,7 +273,7 @@ async fn a_request_that_was_deleted_or_relabelled_fails_its_order_and_leaves_not
         let world = World::new();
         let (task, mut stage) = world.order("cart");
         let request = world.request().await;
-        timeout(MINUTE, stage.wait_for(|s| s.is_some())).await.unwrap().unwrap();
+        timeout(MINUTE, stage.wait_for(Option::is_some)).await.unwrap().unwrap();
         lose(&world, text(&request, "name"));
         let error = end(task).await.unwrap_err();
         assert_eq!(error.retry(), Retry::Backoff);
@@ -287,7 +287,7 @@ async fn a_request_that_vanished_while_the_watch_was_down_is_noticed_by_the_list
     let world = World::new();
     let (task, mut stage) = world.order("cart");
     let first = world.request().await;
-    timeout(MINUTE, stage.wait_for(|s| s.is_some())).await.unwrap().unwrap();
+    timeout(MINUTE, stage.wait_for(Option::is_some)).await.unwrap().unwrap();
     world.api.fail("watch", CR, Fault::Refuse, 2);
     world.api.cut_watches(false);
     world.api.remove(CR, "sds-agent", text(&first, "name"));

@@ -9,7 +9,7 @@ async fn a_lost_answer_does_not_make_a_second_request() {
         world.api.fail("create", CR, fault.clone(), 1);
         let (task, mut stage) = world.order("cart");
         let request = world.request().await;
-        timeout(MINUTE, stage.wait_for(|s| s.is_some())).await.unwrap().unwrap();
+        timeout(MINUTE, stage.wait_for(Option::is_some)).await.unwrap().unwrap();
         world.issue(&request);
         end(task).await.unwrap();
         world.api.until_count(CR, 0).await;
@@ -27,7 +27,7 @@ async fn a_lost_answer_is_resolved_by_name_where_the_watch_is_blind() {
     world.api.cut_watches(false);
     world.api.fail("create", CR, Fault::LoseAnswer, 1);
     let (task, mut stage) = world.order("cart");
-    timeout(Duration::from_secs(5), stage.wait_for(|s| s.is_some())).await.unwrap().unwrap();
+    timeout(Duration::from_secs(5), stage.wait_for(Option::is_some)).await.unwrap().unwrap();
     assert_eq!((world.api.count("create", CR), world.api.count("get", CR)), (2, 1));
     world.issue(&world.request().await);
     end(task).await.unwrap();
