@@ -1,7 +1,7 @@
 //! The version of a certificate, as clients of the secret discovery service get it and show it again.
 //!
-//! It is `<notAfter>-<renewAt>-<authority>-<content>`: unix seconds in decimal, and two digests of 16 lower-case hexadecimal digits. A client
-//! that comes back with it after a restart of a server without a disk shows that it still holds a good certificate, and for how long.
+//! It is `<notAfter>-<renewAt>-<authority>-<content>`: unix seconds in decimal, and two digests of 16 lower-case hexadecimal digits. A
+//! client that comes back with it after a restart of a server without a disk shows that it still holds a good certificate, and for how long.
 
 use std::{fmt, str::FromStr};
 
@@ -76,7 +76,12 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_written_is_read(not_after in 0..1_000_000_000_000_u64, renew_at in 0..1_000_000_000_000_u64, authority in "[0-9a-f]{16}", content in "[0-9a-f]{16}") {
+        fn what_is_written_is_read(
+            not_after in 0..1_000_000_000_000_u64,
+            renew_at in 0..1_000_000_000_000_u64,
+            authority in "[0-9a-f]{16}",
+            content in "[0-9a-f]{16}",
+        ) {
             let version = Version { not_after, renew_at, authority, content };
             let text = version.to_string();
             prop_assert_eq!(prefix(&text), version.prefix());

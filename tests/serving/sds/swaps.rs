@@ -161,6 +161,28 @@ async fn another_name_is_taken_on_too_and_new_calls_on_the_connection_see_it_at_
     }
 }
 
+/// A certificate that the client has rejected is none that it could go on with, whichever response carried it.
+#[tokio::test(start_paused = true)]
+async fn a_rejected_certificate_delays_no_order_for_another_identity() {
+    for variant in FACES {
+        for (rejects, orders) in [(true, 2), (false, 1)] {
+            let b = Bench::new();
+            let mut client = Client::asking(&b, variant, &["default"]).await;
+            let reply = client.reply().await;
+            if rejects {
+                client.nack(&reply);
+            } else {
+                client.ack(&reply);
+            }
+            settle().await;
+            let rule = shop(&b, |profile| profile.spiffe_id = "spiffe://cluster.local/shop/{serviceAccount}".into(), false);
+            b.reload(Resolver { rules: [rule].into(), ..b.rules() });
+            settle().await;
+            assert_eq!(b.orders(), orders, "{variant:?}, rejected: {rejects}");
+        }
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn an_identity_that_was_taken_away_ends_its_streams_and_is_not_renewed() {
     for variant in FACES {

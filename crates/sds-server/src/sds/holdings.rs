@@ -102,8 +102,8 @@ impl Holdings {
         self.previous = of_sent.or_else(of_reported).or_else(|| self.previous.take());
     }
 
-    /// The good certificate that the client of `identity` holds at `now`: that of its previous identity, or the `reported` one. A certificate
-    /// of another identity is to be replaced by `due_at`.
+    /// The good certificate that the client of `identity` holds at `now`: that of its previous identity, or the `reported` one. A
+    /// certificate of another identity is to be replaced by `due_at`.
     pub fn held(
         &self,
         identity: &Arc<Identity>,
