@@ -13,6 +13,8 @@ struct Boundary {
     must_not_reach: &'static [&'static str],
 }
 
+/// What the tests with real programs share.
+const HARNESS: &str = "test-harness";
 const KUBERNETES: [&str; 3] = ["kube", "kube-client", "k8s-openapi"];
 
 /// The agent itself may reach everything, and is reached by nothing. No library parses a command line or the configuration.
@@ -63,13 +65,13 @@ fn cargo(arguments: &[&str]) -> String {
     String::from_utf8(output.stdout).expect("cargo writes UTF-8")
 }
 
-/// The names of the crates of the workspace, the agent's own left out.
+/// The names of the libraries of the workspace: its crates but for the agent's own and the harness of its tests.
 fn libraries() -> BTreeSet<String> {
     let metadata: serde_json::Value =
         serde_json::from_str(&cargo(&["metadata", "--no-deps", "--offline", "--format-version", "1"])).expect("cargo writes JSON");
     let packages = metadata["packages"].as_array().expect("packages");
     let names = packages.iter().map(|package| package["name"].as_str().expect("a name").to_owned());
-    names.filter(|name| name != "sds-agent").collect()
+    names.filter(|name| !["sds-agent", HARNESS].contains(&name.as_str())).collect()
 }
 
 /// All that a crate is linked with, as a user of it gets it.
@@ -102,6 +104,13 @@ fn the_agent_reaches_all_of_them() {
     for expected in libraries().iter().map(String::as_str).chain(KUBERNETES).chain(["clap", "tonic"]) {
         assert!(reached.contains(expected), "{expected} is not in {reached:?}");
     }
+}
+
+/// A change to the agent does not compile the harness again, and the agent is a program to it.
+#[test]
+fn the_harness_of_the_tests_depends_on_no_crate_of_the_workspace() {
+    let ours: Vec<_> = reached(HARNESS).into_iter().filter(|name| libraries().contains(name) || name == "sds-agent").collect();
+    assert!(ours.is_empty(), "it reaches {ours:?}");
 }
 
 /// Other projects use these two crates. This test does not build the packages; `cargo package` without `--no-verify` does.

@@ -1,4 +1,6 @@
-//! The flood, in a program of its own: cargo runs one after another, so that nothing else disturbs what it measures.
+//! One pod floods the agent, another one works: real cgroups, real processes, the limits that an agent has by itself.
+//!
+//! A program of its own: cargo runs one after another, so that nothing else disturbs what it measures.
 
 #![allow(
     clippy::disallowed_methods,
@@ -8,12 +10,143 @@
     clippy::print_stderr,
     clippy::print_stdout,
     clippy::unwrap_used,
-    dead_code,
     unreachable_pub,
-    reason = "tests write files for other programs, wait for those, and fail loudly; of the harness it needs a part"
+    reason = "tests write files for other programs, wait for those, and fail loudly"
 )]
 
-#[path = "../real/flood.rs"]
-mod flood;
-#[path = "../real/support/mod.rs"]
-mod support;
+use std::{
+    path::{Path, PathBuf},
+    sync::{Arc, atomic::Ordering},
+    time::{Duration, Instant},
+};
+
+use test_harness::{
+    cgroups::PodCgroup,
+    child::Child,
+    cluster::Cluster,
+    scene::{PATIENCE, Scene},
+    turn,
+};
+
+#[path = "../../benches/support/client.rs"]
+#[allow(dead_code, missing_docs, reason = "what the benches have; the tests use a part")]
+mod client;
+#[path = "../../benches/support/flood.rs"]
+#[allow(dead_code, missing_docs, reason = "what the benches have; the tests use a part")]
+mod flooding;
+
+/// Set for the children, so that `--include-ignored` starts no flood.
+const SOCKET: &str = "SDS_AGENT_TEST_FLOOD";
+/// Fetches of which a median is told.
+const BATCH: usize = 50;
+/// Medians that count, quiet and in the flood.
+const BATCHES: usize = 20;
+/// Until one is as good as it must be.
+const ROUNDS: usize = 8;
+/// The flood must have tried so often.
+const ATTEMPTS: u64 = 10_000;
+
+/// This program as a process of a pod.
+fn child(test: &str, cgroup: &PodCgroup, socket: &Path) -> Child {
+    let mut command = cgroup.command(&std::env::current_exe().expect("this program"));
+    command.args(["--exact", test, "--ignored", "--nocapture"]).env(SOCKET, socket);
+    Child::spawn(test, &mut command)
+}
+
+fn told(lines: &[String], what: &str) -> Vec<f64> {
+    lines.iter().filter_map(|line| line.split_once(what)?.1.split(' ').next()?.parse().ok()).collect()
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_neighbour_of_a_flooding_pod_notices_nothing() {
+    let _turn = turn().await;
+    let scene = Scene::new(&Cluster::connect().await).await;
+    let agent = scene.agent_pod.launch(scene.dir.path(), "certificate: { lifetime: 1h }").start().await;
+    let (quiet, flooding) = (scene.workload("quiet").await, scene.workload("flooding").await);
+    let worker = child("child_that_works", &quiet.cgroup, agent.socket());
+    let batches = async |count: usize| {
+        worker.stdout().until("medians", 4 * PATIENCE, |lines| Some(told(lines, "median ")).filter(|m| m.len() >= count)).await
+    };
+    let mut best = (0.0, f64::INFINITY);
+    // What else disturbs the machine only makes it worse: the best of some rounds is the flood's own doing.
+    for _ in 0..ROUNDS {
+        let since = batches(0).await.len() + 1;
+        let before = median(batches(since + BATCHES).await.split_off(since));
+        let flood = child("child_that_floods", &flooding.cgroup, agent.socket());
+        let attempts = async |least: u64| {
+            let enough = |lines: &[String]| told(lines, "attempts ").last().copied().filter(|made| *made >= least as f64);
+            flood.stdout().until("the flood", 4 * PATIENCE, enough).await
+        };
+        attempts(ATTEMPTS / 2).await;
+        let since = batches(0).await.len() + 1;
+        let during = median(batches(since + BATCHES).await.split_off(since));
+        attempts(ATTEMPTS).await;
+        if during / before < best.1 / best.0 || best.0 == 0.0 {
+            best = (before, during);
+        }
+        let open = agent.metric("sds_agent_connections").await;
+        assert!(open <= 260.0, "the flood was let in: {open}");
+        if during <= 3.0 * before {
+            break;
+        }
+    }
+    let closed = agent.metric("sds_agent_connections_rejected_total").await;
+    let refused = agent.metric("sds_agent_streams_rejected_total").await;
+    let (before, during) = best;
+    eprintln!(
+        "figure: a neighbour's cached fetch {before:.0} µs quiet, {during:.0} µs in a flood; \
+         {closed} connections closed, {refused} streams refused"
+    );
+    assert!(during <= 3.0 * before, "{before} µs became {during} µs");
+    assert!(closed > 1000.0, "there was no flood");
+    // A fetch that fails ends its process.
+    let so_far = batches(0).await.len();
+    batches(so_far + BATCHES).await;
+
+    // The log names the pod, once for each limit.
+    let told: Vec<_> = agent.log().into_iter().filter(|line| line["message"].as_str().is_some_and(|m| m.contains("over quota"))).collect();
+    assert!((1..=10).contains(&told.len()), "{told:?}");
+    let flooder = format!("pod {}", flooding.pod.uid);
+    assert!(told.iter().any(|line| line["origin"] == flooder), "{told:?}");
+    // A process that has ended is in no pod: what it left in the backlog is its user's.
+    assert!(told.iter().all(|line| line["origin"] == flooder || line["origin"] == "user 0"), "{told:?}");
+}
+
+fn socket() -> Option<Arc<Path>> {
+    std::env::var_os(SOCKET).map(|socket| PathBuf::from(socket).into())
+}
+
+#[tokio::test]
+#[ignore = "a process of a pod"]
+async fn child_that_works() {
+    let Some(socket) = socket() else { return };
+    let mut client = client::connect(&socket).await;
+    loop {
+        let mut times = Vec::with_capacity(BATCH);
+        for _ in 0..BATCH {
+            let start = Instant::now();
+            client::unary(&mut client, client::FETCH, client::Ask::small("default")).await;
+            times.push(start.elapsed().as_secs_f64() * 1e6);
+        }
+        println!("median {:.1} ", median(times));
+    }
+}
+
+#[tokio::test]
+#[ignore = "a process of a pod"]
+async fn child_that_floods() {
+    let Some(socket) = socket() else { return };
+    let (_, hard) = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE).expect("a limit");
+    nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE, hard, hard).expect("what it may have");
+    let flood = flooding::Flood::start(&socket);
+    loop {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        println!("attempts {} ", flood.counts.attempts());
+        assert!(flood.counts.connections.load(Ordering::Relaxed) > 0);
+    }
+}

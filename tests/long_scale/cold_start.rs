@@ -3,15 +3,12 @@
 use std::time::{Duration, Instant};
 
 use futures::{StreamExt, stream};
-
-use crate::{
-    approver::world::{NAMESPACE, World},
-    support::{
-        agent::Agent,
-        eventually,
-        scene::{Stream, Workload},
-        turn,
-    },
+use test_harness::{
+    agent::Agent,
+    eventually,
+    scene::{Stream, Workload},
+    turn,
+    world::{NAMESPACE, World},
 };
 
 /// For one certificate, on a busy machine.

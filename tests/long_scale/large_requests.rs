@@ -2,11 +2,7 @@
 
 use futures::{StreamExt, stream};
 use serde_json::json;
-
-use crate::{
-    approver::{ask::Ask, world::World},
-    support::{agent::Agent, manifests, memory, turn},
-};
+use test_harness::{agent::Agent, ask::Ask, manifests, memory, turn, world::World};
 
 /// Requests, and the least size of each in bytes.
 const REQUESTS: usize = 250;

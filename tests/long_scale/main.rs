@@ -9,15 +9,10 @@
     clippy::print_stderr,
     clippy::print_stdout,
     clippy::unwrap_used,
-    dead_code,
     unreachable_pub,
-    reason = "tests write files for other programs, wait for those, and fail loudly; of the harness they need a part"
+    reason = "tests write files for other programs, wait for those, and fail loudly"
 )]
 
-#[path = "../real/support/mod.rs"]
-mod support;
-
-mod approver;
 mod cold_start;
 mod large_requests;
 mod many_pods;

@@ -1,11 +1,11 @@
 //! The approver in a cluster of many pods, and a restart of the API server.
 
-use crate::{
-    approver::{
-        ask::{Ask, condition},
-        world::{PATIENCE, World, list_pods_again, pod_pages},
-    },
-    support::{eventually, manifests, memory, relay::Relay, turn},
+use test_harness::{
+    ask::{Ask, condition},
+    eventually, manifests, memory,
+    relay::Relay,
+    turn,
+    world::{PATIENCE, World, list_pods_again, pod_pages},
 };
 
 const PODS: usize = 30_000;

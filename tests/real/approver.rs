@@ -4,11 +4,9 @@
 //! rights than `daemonset/` gives.
 
 mod alone;
-pub mod ask;
 mod changes;
 mod crowd;
 mod load;
 mod outages;
 mod policy;
 mod together;
-pub mod world;

@@ -2,10 +2,10 @@
 
 use std::{path::Path, time::Duration};
 
+use test_harness::{cgroups::PodCgroup, child, eventually};
 use tokio::process::Command;
 
 use self::scene::{LONG, Scene, WHILE, again, caller};
-use crate::support::{self, cgroups::PodCgroup, child, eventually};
 
 mod agent;
 mod policy;
@@ -18,7 +18,7 @@ const PROMPT: Duration = Duration::from_secs(60);
 
 #[tokio::test]
 async fn a_pod_never_gets_anothers_secret_by_any_name_or_call() {
-    let _turn = support::turn().await;
+    let _turn = test_harness::turn().await;
     let scene = Scene::start("certificate: { lifetime: 1h }").await;
     let (a, b) = (scene.a.pod.spiffe_id(), scene.b.pod.spiffe_id());
     assert!(a != b && a.ends_with("/sa/a"));
@@ -43,7 +43,7 @@ async fn a_pod_never_gets_anothers_secret_by_any_name_or_call() {
 
 #[tokio::test]
 async fn a_process_outside_of_any_pod_is_refused() {
-    let _turn = support::turn().await;
+    let _turn = test_harness::turn().await;
     let scene = Scene::start("certificate: { lifetime: 1h }").await;
     for (count, method) in (1..).zip(METHODS) {
         let answer = scene.ask_by(Command::new(caller()), method, LONG, &["default", "ROOTCA", "ALL"]).await;
@@ -51,13 +51,13 @@ async fn a_process_outside_of_any_pod_is_refused() {
         assert_eq!(scene.refused("not_in_pod").await, f64::from(count));
     }
     let arguments = ["fetch", "--socket", scene.agent.socket().to_str().unwrap()];
-    let output = child::run(support::agent::program(), &arguments, scene::PATIENCE).await;
+    let output = child::run(test_harness::agent::program(), &arguments, scene::PATIENCE).await;
     assert_eq!(output.status.code(), Some(77), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
 #[tokio::test]
 async fn streams_and_keys_go_with_the_pod_and_not_while_it_drains() {
-    let _turn = support::turn().await;
+    let _turn = test_harness::turn().await;
     let scene = Scene::start("certificate: { lifetime: 10s }\nretention: 1h").await;
     let a = scene.a.pod.spiffe_id();
     let stream = scene.stream(&scene.a.cgroup, "watch", &["default"]);
@@ -97,7 +97,7 @@ async fn streams_and_keys_go_with_the_pod_and_not_while_it_drains() {
 
 #[tokio::test]
 async fn a_child_that_keeps_the_connection_loses_it_with_the_process_that_made_it() {
-    let _turn = support::turn().await;
+    let _turn = test_harness::turn().await;
     let scene = Scene::start("certificate: { lifetime: 10s }").await;
     let handed_over = scene.stream(&scene.a.cgroup, "hand-over", &["default"]);
     let parents = handed_over.messages(1).await;
@@ -112,7 +112,7 @@ async fn a_child_that_keeps_the_connection_loses_it_with_the_process_that_made_i
 
 #[tokio::test]
 async fn a_child_that_keeps_the_connection_loses_it_with_the_pod() {
-    let _turn = support::turn().await;
+    let _turn = test_harness::turn().await;
     let scene = Scene::start("certificate: { lifetime: 1h }").await;
     // The shell stays as the parent, and only its child holds the connection.
     let mut command = scene.a.cgroup.command(Path::new("sh"));
@@ -127,7 +127,7 @@ async fn a_child_that_keeps_the_connection_loses_it_with_the_pod() {
 
 #[tokio::test]
 async fn a_victims_path_below_ones_own_cgroup_gains_nothing() {
-    let _turn = support::turn().await;
+    let _turn = test_harness::turn().await;
     let scene = Scene::start("certificate: { lifetime: 1h }").await;
     nothing_is_gained(&scene).await;
 }
@@ -135,11 +135,11 @@ async fn a_victims_path_below_ones_own_cgroup_gains_nothing() {
 /// What a container with a writable cgroup can make, and what it gets for it.
 async fn nothing_is_gained(scene: &Scene) {
     let (a, b) = (&scene.a, &scene.b);
-    let victims = format!("kubepods/burstable/pod{}/{}", b.pod.uid, support::cgroups::container_id(&b.pod.uid, 0));
+    let victims = format!("kubepods/burstable/pod{}/{}", b.pod.uid, test_harness::cgroups::container_id(&b.pod.uid, 0));
     let systemd = format!(
         "kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod{}.slice/cri-containerd-{}.scope",
         b.pod.uid.replace('-', "_"),
-        support::cgroups::container_id(&b.pod.uid, 0)
+        test_harness::cgroups::container_id(&b.pod.uid, 0)
     );
     for path in [&victims, &systemd] {
         let nested = a.cgroup.below(path);

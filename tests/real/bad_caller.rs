@@ -3,15 +3,14 @@
 use std::time::Duration;
 
 use tempfile::TempDir;
-use tokio::process::Command;
-
-use crate::support::{
+use test_harness::{
     agent::{self, Agent},
     child,
     cluster::Cluster,
     eventually, fetch, memory,
     scene::{PATIENCE, Scene, Workload},
 };
+use tokio::process::Command;
 
 /// What every caller is told that can never be served, whatever the cause.
 const FLAT: &str = "sds-agent: the server has no identity for this process: no identity is available to this caller\n";

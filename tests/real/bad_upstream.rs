@@ -6,8 +6,7 @@
 use std::time::Duration;
 
 use serde_json::Value;
-
-use crate::support::agent::Agent;
+use test_harness::agent::Agent;
 
 mod issuers;
 mod rights;

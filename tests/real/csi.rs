@@ -7,20 +7,21 @@ use std::{
 };
 
 use tempfile::TempDir;
-
-use crate::support::{
+use test_harness::{
     agent::{self, Agent, Launch},
     agent_pod::AgentPod,
     cluster::{Cluster, Pod},
     host::{Host, IN_POD},
-    kubelet::Kubelet,
 };
 
 mod crowd;
 mod identity;
+mod kubelet;
 mod profiles;
 mod refusals;
 mod restarts;
+
+use self::kubelet::Kubelet;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Publishing and unpublishing wait for nobody.

@@ -3,9 +3,8 @@
 use std::{fs, time::Duration};
 
 use nix::sys::signal::Signal;
+use test_harness::{agent::Launch, child, eventually, fetch, tools};
 use tokio::{io::AsyncWriteExt, net::UnixStream};
-
-use crate::support::{agent::Launch, child, eventually, fetch, tools};
 
 /// Signals are obeyed at once; this is for a busy machine.
 const PROMPT: Duration = Duration::from_secs(60);

@@ -3,28 +3,15 @@
 use std::path::Path;
 
 use serde_json::Value;
-use tokio::process::Command;
-
-use crate::support::{
+use test_harness::{
     agent::Launch,
     agent_pod::Right,
-    child::{self, Child},
+    child::Child,
     cluster::Cluster,
+    doctor::{detail, doctor},
     scene::{PATIENCE, Scene, Workload},
 };
-
-/// Runs `doctor` as `launch` would run the agent. Its exit code and its steps.
-pub async fn doctor(launch: &Launch, arguments: &[&str]) -> (Option<i32>, Vec<Value>) {
-    let output = child::finish(launch.doctor(arguments), PATIENCE).await;
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    let report: Value = serde_json::from_str(&text).unwrap_or_else(|e| panic!("{e}: {text}{}", String::from_utf8_lossy(&output.stderr)));
-    let steps = report["steps"].as_array().expect("steps").clone();
-    assert_eq!(report["healthy"], output.status.success());
-    let failed = steps.iter().filter(|step| step["result"] == "failed");
-    assert!(failed.clone().all(|step| step["remedy"].is_string()), "a failure without a remedy: {text}");
-    assert_eq!(failed.count() == 0, output.status.success(), "{text}");
-    (output.status.code(), steps)
-}
+use tokio::process::Command;
 
 fn results(steps: &[Value]) -> Vec<(&str, &str)> {
     steps.iter().filter_map(|step| Some((step["name"].as_str()?, step["result"].as_str()?))).collect()
@@ -39,11 +26,6 @@ fn sleeper(workload: &Workload) -> Child {
     Child::spawn("sleep", command.arg("600"))
 }
 
-/// The evidence of a step.
-pub fn detail<'a>(steps: &'a [Value], name: &str) -> &'a str {
-    steps.iter().find(|step| step["name"] == name).and_then(|step| step["detail"].as_str()).unwrap_or_else(|| panic!("no {name}"))
-}
-
 #[tokio::test]
 async fn the_doctor_tells_the_agents_verdict_and_its_evidence() {
     let scene = Scene::new(&Cluster::connect().await).await;
@@ -55,7 +37,7 @@ async fn the_doctor_tells_the_agents_verdict_and_its_evidence() {
     let name = format!("{}/{}", workload.pod.namespace, workload.pod.name);
 
     // It is in its cgroup a moment after it was started.
-    let good = crate::support::eventually("the doctor is content", PATIENCE, async || match doctor(&launch, &["--pid", &pid]).await {
+    let good = test_harness::eventually("the doctor is content", PATIENCE, async || match doctor(&launch, &["--pid", &pid]).await {
         (Some(0), steps) => Ok(steps),
         (_, steps) => Err(format!("{steps:?}")),
     })
@@ -192,7 +174,7 @@ async fn by_user_id_there_is_no_cluster_to_ask() {
     let workload = Child::spawn("a workload", command.args(["--mount", "--propagation", "private", "sh", "-c", &script]));
     let pid = workload.pid().to_string();
     let says = async |wanted: &str, words: &str| {
-        crate::support::eventually(&format!("the mounts are {wanted}"), PATIENCE, async || {
+        test_harness::eventually(&format!("the mounts are {wanted}"), PATIENCE, async || {
             let (_, steps) = doctor(&launch, &[]).await;
             let told = detail(&steps, "mounts");
             if result(&steps, "mounts") == wanted && told.contains(words) && told.contains(&pid) {

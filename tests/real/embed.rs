@@ -3,13 +3,12 @@
 use std::{collections::BTreeSet, os::unix::fs::PermissionsExt, path::Path, process::Stdio, time::Duration};
 
 use serde_json::json;
+use test_harness::{child, eventually, tools};
 use tokio::{
     io::{AsyncBufReadExt, AsyncWriteExt, BufReader},
     process::Command,
     time::timeout,
 };
-
-use crate::support::{child, eventually, tools};
 
 #[path = "../../crates/sds-server/examples/embed.rs"]
 #[allow(dead_code, reason = "its main function is for people")]

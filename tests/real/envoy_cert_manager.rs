@@ -3,10 +3,7 @@
 use std::{fs, time::Duration};
 
 use tempfile::TempDir;
-use x509_parser::{extensions::GeneralName, pem::Pem};
-
-use crate::support::{
-    self,
+use test_harness::{
     agent::{Agent, Launch},
     cgroups::PodCgroup,
     child,
@@ -16,6 +13,7 @@ use crate::support::{
     pair::{End, Pair},
     tools,
 };
+use x509_parser::{extensions::GeneralName, pem::Pem};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -113,7 +111,7 @@ async fn mtls_with_rsa_2048() {
 }
 
 async fn mtls(key: &str, algorithm: &str, bits: usize) {
-    let _turn = support::turn().await;
+    let _turn = test_harness::turn().await;
     let node = Node::start(&format!("{{ lifetime: 1h, key: {key} }}")).await;
     let pair = node.pair().await;
     pair.request().await.unwrap();
@@ -157,7 +155,7 @@ async fn s_client(pair: &Pair, authority: &str) -> String {
 
 #[tokio::test]
 async fn a_wrong_id_is_refused_by_either_side() {
-    let _turn = support::turn().await;
+    let _turn = test_harness::turn().await;
     let node = Node::start("{ lifetime: 1h }").await;
     let (server, client) = node.ids();
     let stranger = "spiffe://cluster.local/ns/elsewhere/sa/stranger";
@@ -176,7 +174,7 @@ async fn a_wrong_id_is_refused_by_either_side() {
 #[tokio::test]
 async fn certificates_of_30_seconds_rotate_under_load() {
     const ROTATIONS: u64 = 4;
-    let _turn = support::turn().await;
+    let _turn = test_harness::turn().await;
     let node = Node::start("{ lifetime: 30s }").await;
     let recorder = node.cluster.record_requests(&node.agent_pod.pod.namespace).await;
     let pair = node.pair().await;
@@ -203,7 +201,7 @@ async fn certificates_of_30_seconds_rotate_under_load() {
 
 #[tokio::test]
 async fn a_restart_costs_no_handshake_and_no_early_request() {
-    let _turn = support::turn().await;
+    let _turn = test_harness::turn().await;
     // Nothing may be due before the restart is over; how long that takes is the machine's business.
     for lifetime in ["90s", "5m", "20m"] {
         if restart_before_the_renewal(lifetime).await {

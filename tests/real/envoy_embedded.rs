@@ -2,8 +2,7 @@
 
 use std::time::Duration;
 
-use crate::support::{
-    self,
+use test_harness::{
     agent::Launch,
     envoy::{Envoy, Sds, Side},
     eventually,
@@ -33,7 +32,7 @@ async fn google_grpc_rotates_under_load() {
 }
 
 async fn rotates_under_load(sds: Sds) {
-    let _turn = support::turn().await;
+    let _turn = test_harness::turn().await;
     let dir = tempfile::tempdir().unwrap();
     let agent = Launch::dev(dir.path()).lifetime("10s").start().await;
     let id = own_id();
@@ -54,7 +53,7 @@ async fn rotates_under_load(sds: Sds) {
 /// Also a check of the tests themselves: an Envoy is not live before it has its secrets.
 #[tokio::test]
 async fn an_envoy_that_came_first_is_served_when_the_agent_comes() {
-    let _turn = support::turn().await;
+    let _turn = test_harness::turn().await;
     let dir = tempfile::tempdir().unwrap();
     let launch = Launch::dev(dir.path());
     let id = own_id();

@@ -4,8 +4,7 @@ use std::{path::Path, time::Duration};
 
 use base64::{Engine, prelude::BASE64_STANDARD};
 use serde_json::Value;
-
-use crate::support::{agent::Launch, child, tools};
+use test_harness::{agent::Launch, child, tools};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 const SERVICE: &str = "envoy.service.secret.v3.SecretDiscoveryService";

@@ -2,13 +2,12 @@
 
 use std::{fs, net::SocketAddr, path::Path, process::Stdio, time::Duration};
 
-use tokio::{io::AsyncWriteExt, process::Command};
-
-use crate::support::{
+use test_harness::{
     agent::{self, Launch},
     child::Child,
     eventually, free_port, http, tools,
 };
+use tokio::{io::AsyncWriteExt, process::Command};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 const GUIDE: &str = include_str!("../../docs/guides/envoy.md");

@@ -1,13 +1,19 @@
 //! Checks of the tests themselves.
 
-use std::time::Duration;
+use std::{fs, path::Path, time::Duration};
 
+use base64::{Engine, prelude::BASE64_STANDARD};
+use serde_json::json;
+use test_harness::{
+    cgroups::PodCgroup,
+    cluster::{Cluster, ISSUER, name_of},
+    eventually,
+    load::Load,
+};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpListener,
 };
-
-use crate::support::load::Load;
 
 /// So slow that a load of a fixed time would have next to no requests.
 const SLOW: Duration = Duration::from_millis(50);
@@ -38,4 +44,72 @@ async fn a_load_passes_its_phases_however_slow_its_target_is() {
     assert!(tally.requests >= 104, "{tally:?}");
     assert!(matches!(&tally.phases[..], [one, two] if one.starts_with("one: 5") && two.starts_with("two: 5")), "{tally:?}");
     assert!(tally.failed > 0 && tally.failures[0].contains("503"), "{tally:?}");
+}
+
+#[tokio::test]
+async fn a_process_is_in_its_pods_cgroup_in_every_hierarchy() {
+    let uid = "0f6b1d6e-7f2a-4c39-9f0e-5f3d1c2b4a59";
+    let cgroup = PodCgroup::new(uid);
+    let output = cgroup.command(Path::new("cat")).arg("/proc/self/cgroup").output().await.expect("cat runs");
+    let lines = String::from_utf8(output.stdout).expect("text");
+    assert_eq!(lines.lines().count(), fs::read_to_string("/proc/self/cgroup").expect("/proc is mounted").lines().count());
+    for line in lines.lines() {
+        assert!(line.contains(&format!("/kubepods/burstable/pod{uid}/")), "{line}");
+    }
+    let folders = cgroup.paths();
+    drop(cgroup);
+    assert!(folders.iter().all(|folder| !folder.exists()), "they are left behind");
+}
+
+/// A request like an agent's, by a token bound to its pod: cert-manager signs it, and records the pod and the node. It shows that
+/// the control plane is what the other tests take it for.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_control_plane_issues_and_records_who_asked() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let cluster = Cluster::connect().await;
+    let node = cluster.node().await;
+    let agent = cluster.agent(dir.path(), &node).await;
+    let namespace = &agent.pod.namespace;
+    let recorder = cluster.record_requests(namespace).await;
+
+    let key = rcgen::KeyPair::generate().expect("a key");
+    let mut params = rcgen::CertificateParams::default();
+    params.distinguished_name = rcgen::DistinguishedName::new();
+    let id = "spiffe://cluster.local/ns/a/sa/b";
+    params.subject_alt_names = vec![rcgen::SanType::URI(id.try_into().expect("a URI"))];
+    let csr = params.serialize_request(&key).expect("a CSR").pem().expect("PEM");
+
+    let as_agent = agent.view().await;
+    let requests = format!("/apis/cert-manager.io/v1/namespaces/{namespace}/certificaterequests");
+    let request = json!({
+        "apiVersion": "cert-manager.io/v1", "kind": "CertificateRequest",
+        "metadata": {"generateName": "test-"},
+        "spec": {
+            "issuerRef": {"name": ISSUER, "kind": "ClusterIssuer", "group": "cert-manager.io"},
+            "request": BASE64_STANDARD.encode(csr),
+            "duration": "30s",
+            "usages": ["digital signature", "key encipherment", "server auth", "client auth"],
+        },
+    });
+    let request = as_agent.create(&requests, &request).await;
+    let extra = &request["spec"]["extra"];
+    assert_eq!(extra["authentication.kubernetes.io/node-name"], json!([node]));
+    assert_eq!(extra["authentication.kubernetes.io/pod-uid"], json!([agent.pod.uid]));
+    assert!(extra["authentication.kubernetes.io/node-uid"].is_array(), "{extra}");
+
+    let path = format!("{requests}/{}", name_of(&request));
+    let certificate = eventually("the request is issued", Duration::from_secs(30), async || {
+        let request = as_agent.get(&path).await;
+        request["status"]["certificate"].as_str().map(str::to_owned).ok_or_else(|| request["status"].to_string())
+    });
+    assert!(!certificate.await.is_empty());
+    as_agent.delete(&path).await;
+    assert!(cluster.requests(namespace).await.is_empty());
+    assert_eq!(recorder.seen().iter().map(|seen| seen.uris.clone()).collect::<Vec<_>>(), [[id.to_owned()]]);
+
+    // And no more than that: an agent may not approve, nor read Secrets.
+    for path in ["/api/v1/secrets", "/api/v1/namespaces/cert-manager/secrets/ca-key-pair"] {
+        let refused = as_agent.try_get(path).await.expect_err("it has no right to");
+        assert!(matches!(&refused, kube::Error::Api(status) if status.code == 403), "{refused}");
+    }
 }

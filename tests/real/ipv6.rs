@@ -11,8 +11,7 @@ use std::{
 
 use nix::sched::{CloneFlags, unshare};
 use sds_agent::admin;
-
-use crate::support::{agent::Launch, free_port, http, tools};
+use test_harness::{agent::Launch, free_port, http, tools};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 const SETTINGS: &str = "attestation: unix\nissuer: { embedded: {} }\n";

@@ -5,18 +5,17 @@ use std::{fs, path::PathBuf, time::Duration};
 
 use serde_json::{Value, json};
 use tempfile::TempDir;
-use tokio::time::Instant;
-
-use crate::support::{
-    self, agent,
+use test_harness::{
+    agent,
     agent::Launch,
     agent_pod::AgentPod,
     cluster::{Cluster, Pod},
     eventually,
-    kubelet::DRIVER,
+    node::DRIVER,
     node::{Image, Node, PAUSE},
     plane::Plane,
 };
+use tokio::time::Instant;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 /// What every pod has where: its own socket, and the one that it shares with all.
@@ -120,7 +119,7 @@ fn driver() -> Value {
 
 #[tokio::test]
 async fn a_real_kubelet_gives_pods_their_sockets_and_takes_them_away() {
-    let _turn = support::turn().await;
+    let _turn = test_harness::turn().await;
     let begun = Instant::now();
     let scene = Scene::new().await;
     println!("figure: control plane, containerd and kubelet took {:.1} s to a first running pod", begun.elapsed().as_secs_f64());
@@ -190,7 +189,7 @@ async fn a_real_kubelet_gives_pods_their_sockets_and_takes_them_away() {
 /// Whoever may change the CSIDriver object takes the kubelet's word away, and a pod's own attributes take its place.
 #[tokio::test]
 async fn a_pod_that_speaks_for_the_kubelet_does_not_start() {
-    let _turn = support::turn().await;
+    let _turn = test_harness::turn().await;
     let scene = Scene::new().await;
     let agent = scene.launch.start().await;
     let victim = scene.node.pod(&scene.namespace, "victim", &workload()).await;

@@ -15,8 +15,6 @@
     reason = "tests write files for other programs, wait for those, and fail loudly"
 )]
 
-mod support;
-
 mod approver;
 mod attest;
 mod bad_caller;

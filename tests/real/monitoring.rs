@@ -4,15 +4,7 @@
 use std::{collections::BTreeSet, fs, path::Path, process::Stdio, time::Duration};
 
 use serde_json::Value;
-use tokio::{
-    io::{AsyncBufReadExt, AsyncWriteExt, BufReader},
-    process::Command,
-    time::timeout,
-};
-
-use crate::approver::world::{GUARDED, World};
-use crate::support::{
-    self,
+use test_harness::{
     agent::{Agent, Launch},
     cgroups::PodCgroup,
     child,
@@ -23,6 +15,12 @@ use crate::support::{
     prometheus::{self, AGENTS, APPROVERS, Prometheus, Target},
     scene::{PATIENCE, Scene, Stream, Workload},
     tools,
+    world::{GUARDED, World},
+};
+use tokio::{
+    io::{AsyncBufReadExt, AsyncWriteExt, BufReader},
+    process::Command,
+    time::timeout,
 };
 
 /// Until there have been renewals, and Prometheus has seen them.
@@ -81,7 +79,7 @@ fn break_rule(rule: &mut Value, how: &str) {
 
 #[tokio::test]
 async fn every_panel_shows_data_of_real_agents() {
-    let _turn = support::turn().await;
+    let _turn = test_harness::turn().await;
     let cluster = Cluster::connect().await;
     let scene = Scene::new(&cluster).await;
     let agent = scene.agent_pod.launch(scene.dir.path(), "certificate: { lifetime: 20s }").start().await;

@@ -10,13 +10,12 @@ use std::{
 };
 
 use tempfile::TempDir;
-use tokio::process::Command;
-
-use crate::support::{
+use test_harness::{
     agent::{self, Launch},
     child::{self, Child},
     eventually, fetch, tools, trace,
 };
+use tokio::process::Command;
 
 const PATIENCE: Duration = Duration::from_secs(30);
 /// The user `nobody`, by number: it has no rights anywhere.

@@ -3,8 +3,7 @@
 use std::{path::Path, time::Duration};
 
 use serde_json::Value;
-
-use crate::support::{
+use test_harness::{
     agent::{self, Agent, Launch},
     child,
     cluster::Cluster,

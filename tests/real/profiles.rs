@@ -3,9 +3,7 @@
 use std::{fs, time::Duration};
 
 use serde_json::{Value, json};
-use x509_parser::{pem::Pem, prelude::X509Certificate};
-
-use crate::support::{
+use test_harness::{
     agent::Agent,
     authority::{self, Second},
     child,
@@ -13,6 +11,7 @@ use crate::support::{
     eventually,
     scene::{PATIENCE, Scene, Workload},
 };
+use x509_parser::{pem::Pem, prelude::X509Certificate};
 
 const RBAC: &str = "/apis/rbac.authorization.k8s.io/v1";
 

@@ -4,9 +4,7 @@
 use std::{fs, path::Path, time::Duration};
 
 use serde_json::Value;
-
-use crate::support::{
-    self,
+use test_harness::{
     agent::Agent,
     authority::{Second, leads_to},
     cluster::Cluster,
@@ -60,7 +58,7 @@ async fn row(agent: &Agent, workload: &Workload, issuer: &str) -> Result<Value, 
 
 #[tokio::test]
 async fn an_authority_is_added_a_file_is_broken_and_certificates_are_reissued_under_load() {
-    let _turn = support::turn().await;
+    let _turn = test_harness::turn().await;
     let cluster = Cluster::connect().await;
     let second = Second::create(&cluster).await;
     let first_root = cluster.authority().await;

@@ -3,11 +3,7 @@
 use std::{fs, path::Path, time::Duration};
 
 use rcgen::{CertificateRevocationListParams, Issuer, KeyIdMethod, KeyPair, RevokedCertParams, SerialNumber};
-use time::OffsetDateTime;
-use x509_parser::extensions::ParsedExtension;
-
-use crate::support::{
-    self,
+use test_harness::{
     agent::Agent,
     cluster::Cluster,
     envoy::Sds,
@@ -15,6 +11,8 @@ use crate::support::{
     pair::{End, Pair},
     scene::{PATIENCE, Scene, Workload},
 };
+use time::OffsetDateTime;
+use x509_parser::extensions::ParsedExtension;
 
 /// A new certificate settles for a while where there is another: a twentieth of its life.
 const ARRIVES: Duration = Duration::from_secs(60);
@@ -71,7 +69,7 @@ fn replace(file: &Path, text: &str) {
 
 #[tokio::test]
 async fn a_revoked_certificate_is_refused_by_its_peers_and_the_next_one_is_taken() {
-    let _turn = support::turn().await;
+    let _turn = test_harness::turn().await;
     let cluster = Cluster::connect().await;
     let mut scene = Scene::new(&cluster).await;
     let file = scene.dir.path().join("crl.pem");

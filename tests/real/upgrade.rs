@@ -4,10 +4,7 @@ use std::{fs, os::unix::fs::MetadataExt, path::Path, time::Duration};
 
 use serde_json::{Value, json};
 use tempfile::TempDir;
-use tokio::net::UnixStream;
-
-use crate::support::{
-    self,
+use test_harness::{
     agent::{Agent, Launch},
     cgroups::PodCgroup,
     cluster::{AgentPod, Cluster, Pod},
@@ -15,6 +12,7 @@ use crate::support::{
     eventually,
     pair::{End, Pair},
 };
+use tokio::net::UnixStream;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Long enough that nothing is due during the test.
@@ -52,7 +50,7 @@ impl Node {
 
     /// The same, which never finds the API server; whose pod it is in does not matter then.
     fn broken(&self, dir: &Path) -> Launch {
-        let port = support::free_port();
+        let port = test_harness::free_port();
         let nowhere = json!({
             "apiVersion": "v1", "kind": "Config", "current-context": "agent",
             "clusters": [{"name": "test", "cluster": {"server": format!("http://127.0.0.1:{port}")}}],
@@ -78,7 +76,7 @@ fn inode(socket: &Path) -> u64 {
 
 #[tokio::test]
 async fn a_rolling_restart_loses_nothing_and_orders_nothing() {
-    let _turn = support::turn().await;
+    let _turn = test_harness::turn().await;
     let mut node = Node::start().await;
     let pair = node.pair().await;
     pair.request().await.unwrap();
@@ -129,7 +127,7 @@ async fn a_broken_successor_never_takes_the_socket() {
     let readiness = broken.readiness().await.expect_err("it is not ready");
     assert!(readiness.contains("a healthy predecessor"), "{readiness}");
     assert_eq!(inode(&socket), before);
-    let answer = support::fetch::ask(Some(&node.server.1), &socket, &support::fetch::BOTH, "10s").await;
+    let answer = test_harness::fetch::ask(Some(&node.server.1), &socket, &test_harness::fetch::BOTH, "10s").await;
     assert!(answer.is_ok(), "the old one serves: {answer:?}");
     broken.terminate();
     assert!(broken.exit(PATIENCE).await.success());
@@ -184,7 +182,7 @@ async fn whoever_is_left_has_the_socket() {
             assert!(next.exit(PATIENCE).await.success());
         }
         changed("the one before has it again").await;
-        let answer = support::fetch::ask(Some(&node.server.1), &socket, &support::fetch::BOTH, "10s").await;
+        let answer = test_harness::fetch::ask(Some(&node.server.1), &socket, &test_harness::fetch::BOTH, "10s").await;
         assert!(answer.is_ok(), "{answer:?}");
     }
 

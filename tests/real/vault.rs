@@ -3,21 +3,20 @@
 use std::time::Duration;
 
 use serde_json::{Value, json};
+use test_harness::{
+    agent::{Agent, Launch},
+    cluster::Cluster,
+    doctor::{detail, doctor},
+    envoy::Sds,
+    eventually,
+    pair::{End, Pair},
+    scene::{PATIENCE, Scene},
+};
 use x509_parser::pem::Pem;
 
-use crate::{
-    doctor::{detail, doctor},
-    support::{
-        self,
-        agent::{Agent, Launch},
-        cluster::Cluster,
-        envoy::Sds,
-        eventually,
-        pair::{End, Pair},
-        scene::{PATIENCE, Scene},
-        vault::{Vault, Wire},
-    },
-};
+use self::server::{Vault, Wire};
+
+mod server;
 
 /// For what cert-manager tries again by its own backoff.
 const SIGNED: Duration = Duration::from_secs(120);
@@ -75,7 +74,7 @@ fn number(line: &Value, field: &str) -> u64 {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_chain_of_three_from_vault_serves_two_envoys() {
     const ROTATIONS: u64 = 3;
-    let _turn = support::turn().await;
+    let _turn = test_harness::turn().await;
     let mut world = World::new().await;
     let server = world.vault.server();
     let launch = world.launch("mesh", &server, "{ lifetime: 60s }").await;

@@ -1,8 +1,7 @@
 //! Certificates ahead of the first call, with the real API server and cert-manager: for a pod that starts, and for none that ran before.
 
 use serde_json::json;
-
-use crate::support::{
+use test_harness::{
     agent::Agent,
     cluster::{Cluster, Pod},
     eventually,

@@ -9,7 +9,7 @@ use std::{
 };
 
 use agent_kube::{Call, Failure};
-use cert_manager::{GROUP, Request, denied};
+use cert_manager::{APPROVER, GROUP, Request, denied, place};
 use k8s_openapi::api::core::v1::Event;
 use kube::{Api, Client, api::PostParams};
 use serde_json::json;
@@ -19,7 +19,6 @@ use crate::{
     judge::{Denial, evidence},
     metrics::{Metrics, Step},
 };
-use cert_manager::{APPROVER, place};
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::approver::events";

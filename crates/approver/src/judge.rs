@@ -8,7 +8,7 @@ use std::{fmt, time::Duration};
 
 use agent_kube::pod::Pod;
 use agent_runtime::text;
-use cert_manager::{Condition, GROUP, IssuerRef, Request, USAGES, claims, csr, denied, keys, place};
+use cert_manager::{APPROVER, Condition, GROUP, IssuerRef, Request, USAGES, claims, csr, denied, keys, place};
 use tokio::time::Instant;
 use workload_identity::PodRef;
 
@@ -16,7 +16,6 @@ use crate::{
     active_rules::ActiveRules,
     rules::{Expectation, Rules},
 };
-use cert_manager::APPROVER;
 
 /// No sentence of a denial repeats more of what others wrote than this, in characters.
 const SHOWN: usize = 200;

@@ -2,12 +2,12 @@
 
 use rcgen::SanType;
 use serde_json::json;
-
-use super::{
+use test_harness::{
     ask::{Ask, condition, denied, dns, issued, uri},
+    cluster::Pod,
+    eventually,
     world::{GUARDED, NAMESPACE, PATIENCE, World},
 };
-use crate::support::{cluster::Pod, eventually};
 
 /// Whoever holds the token of node A's agent asks for all that it must not have. All of it is in the API server before the first answer.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -1,14 +1,11 @@
 //! What the policy alone keeps from being changed, where cert-manager's own webhook looks away: a request's spec and its decision.
 
 use serde_json::{Value, json};
-
-use super::{
+use test_harness::{
     ask::{Ask, condition, issued},
-    world::{GUARDED, NAMESPACE, PATIENCE, World},
-};
-use crate::support::{
     cluster::{Cluster, Write},
     eventually,
+    world::{GUARDED, NAMESPACE, PATIENCE, World},
 };
 
 /// cert-manager's own approver approves a request for a foreign issuer; the request then may not become one for the mesh's issuer.

@@ -1,10 +1,11 @@
 //! A cluster with many pods: what the approver needs for them.
 
-use super::{
+use test_harness::{
     ask::{Ask, condition},
+    eventually, manifests, memory,
+    relay::Relay,
     world::{PATIENCE, World, list_pods_again, pod_pages},
 };
-use crate::support::{eventually, manifests, memory, relay::Relay};
 
 /// Pods of the cluster, as `tests/controlplane` makes them, and their least size in bytes: as the API server sends one, and of its managed
 /// fields alone.

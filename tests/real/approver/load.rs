@@ -9,12 +9,13 @@ use std::{
 
 use futures::{StreamExt, stream};
 use serde_json::Value;
-
-use super::{
+use test_harness::{
+    agent::Agent,
     ask::{Ask, condition},
+    cluster::Pod,
+    eventually,
     world::{Actor, NAMESPACE, PATIENCE, World},
 };
-use crate::support::{agent::Agent, cluster::Pod, eventually};
 
 /// Nodes that ask at once.
 const NODES: usize = 4;

@@ -1,12 +1,12 @@
 //! Rights that are taken away, agents that are killed, and agents that overlap.
 
 use serde_json::json;
-
-use super::{
+use test_harness::{
     ask::{Ask, denied, issued},
+    eventually,
+    scene::Workload,
     world::{GUARDED, NAMESPACE, PATIENCE, World},
 };
-use crate::support::{eventually, scene::Workload};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_right_that_is_revoked_is_reported_and_waited_for() {

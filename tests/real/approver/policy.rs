@@ -1,14 +1,11 @@
 //! The policy without an approver: cert-manager's own approves whatever gets as far as it, where it is named as the approver.
 
 use serde_json::{Value, json};
-
-use super::{
+use test_harness::{
     ask::{Ask, issued},
-    world::{NAMESPACE, PATIENCE, World},
-};
-use crate::support::{
     cluster::{Pod, labels},
     eventually,
+    world::{NAMESPACE, PATIENCE, World},
 };
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -2,8 +2,13 @@
 
 use std::time::{Duration, Instant};
 
-use super::world::{GUARDED, NAMESPACE, PATIENCE, World};
-use crate::support::{agent::Agent, cluster::Pod, eventually, scene::Workload};
+use test_harness::{
+    agent::Agent,
+    cluster::Pod,
+    eventually,
+    scene::Workload,
+    world::{GUARDED, NAMESPACE, PATIENCE, World},
+};
 
 const AGENT: &str = "system:serviceaccount:sds-agent:sds-agent";
 

@@ -5,6 +5,7 @@ use std::{fs, sync::Arc, time::Instant};
 use agent_kube::Metrics;
 use attest_kubernetes::{attestor::KubernetesAttestor, pods::Pods};
 use sds_server::attest::Attestor;
+use test_harness::{cgroups::PodCgroup, child::Child, tools};
 use tokio::net::UnixListener;
 use unix_peer::peer::Peer;
 
@@ -12,11 +13,10 @@ use super::{
     nothing_is_gained,
     scene::{PATIENCE, Scene, caller},
 };
-use crate::support::{self, cgroups::PodCgroup, child::Child, tools};
 
 #[tokio::test]
 async fn an_agent_in_a_pod_with_a_cgroup_namespace_of_its_own() {
-    let _turn = support::turn().await;
+    let _turn = test_harness::turn().await;
     let mut own = None;
     let scene = Scene::launched("certificate: { lifetime: 1h }", |agent, launch| {
         let cgroup = PodCgroup::new(&agent.pod.uid);
@@ -35,7 +35,7 @@ async fn an_agent_in_a_pod_with_a_cgroup_namespace_of_its_own() {
 
 #[tokio::test]
 async fn on_an_old_kernel_the_agent_starts_only_where_the_risk_was_accepted() {
-    let _turn = support::turn().await;
+    let _turn = test_harness::turn().await;
     let mut scene = Scene::start("certificate: { lifetime: 1h }").await;
     scene.agent.terminate();
     scene.agent.exit(PATIENCE).await;
@@ -64,7 +64,7 @@ async fn a_caller_is_known_within_milliseconds() {
     const ROUNDS: usize = 5000;
     /// An attestation costs less than so many reads of a file in `/proc`.
     const MOST_READS: u32 = 100;
-    let _turn = support::turn().await;
+    let _turn = test_harness::turn().await;
     let scene = Scene::start("certificate: { lifetime: 1h }").await;
     let metrics = Metrics::default();
     let pods = Pods::new(scene.agent_pod.client().await, &scene.node, metrics);

@@ -1,21 +1,20 @@
 //! Who of a pod may fetch.
 
 use serde_json::json;
-use tokio::process::Command;
-
-use super::scene::{LONG, Scene, caller};
-use crate::support::{
-    self,
+use test_harness::{
     cgroups::{PodCgroup, container_id},
     tools,
 };
+use tokio::process::Command;
+
+use super::scene::{LONG, Scene, caller};
 
 /// A user that no process of the tests runs as.
 const USER: u32 = 31_337;
 
 #[tokio::test]
 async fn only_the_named_containers_and_the_given_users_fetch() {
-    let _turn = support::turn().await;
+    let _turn = test_harness::turn().await;
     let policy = format!("certificate: {{ lifetime: 1h }}\nattestationPolicy: {{ containers: [proxy, debugger], uids: [{USER}] }}");
     let scene = Scene::start(&policy).await;
     let uid = &scene.a.pod.uid;

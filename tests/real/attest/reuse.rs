@@ -3,10 +3,10 @@
 
 use std::path::Path;
 
+use test_harness::{cgroups::PodCgroup, child::Child, tools};
 use tokio::process::Command;
 
 use super::scene::{LONG, Scene, caller};
-use crate::support::{self, cgroups::PodCgroup, child::Child, tools};
 
 const TRIES: usize = 1000;
 /// Of these, how many may miss the victim: the agent's own threads take pids, too.
@@ -23,7 +23,7 @@ struct Outcome {
 
 #[tokio::test]
 async fn a_recycled_pid_is_never_taken_for_its_owner() {
-    let _turn = support::turn().await;
+    let _turn = test_harness::turn().await;
     // A quota would turn most of the attack away before anybody is asked who it is.
     let unlimited = "certificate: { lifetime: 1h }\nlimits: { newConnectionsPerSecondPerPod: 1000000, newConnectionsBurstPerPod: 1000000 }";
     let scene = Scene::launched(unlimited, |_, launch| {

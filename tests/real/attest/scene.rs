@@ -5,15 +5,14 @@ use std::{path::Path, time::Duration};
 use nix::sys::signal::Signal;
 use serde_json::json;
 use tempfile::TempDir;
-use tokio::process::Command;
-use x509_parser::{extensions::GeneralName, pem::Pem};
-
-use crate::support::{
+use test_harness::{
     agent::{Agent, Launch},
     cgroups::PodCgroup,
     child::{Child, Lines},
     cluster::{AgentPod, Cluster, Pod},
 };
+use tokio::process::Command;
+use x509_parser::{extensions::GeneralName, pem::Pem};
 
 /// For what takes milliseconds on a quiet machine.
 pub const PATIENCE: Duration = Duration::from_secs(30);

@@ -3,14 +3,14 @@
 use std::time::Duration;
 
 use serde_json::json;
-
-use super::{HASTY, failure, failures};
-use crate::support::{
+use test_harness::{
     agent::Agent,
     agent_pod::Right,
     cluster::{Cluster, ISSUER, labels, name_of},
     scene::{PATIENCE, Scene, Stream, Workload},
 };
+
+use super::{HASTY, failure, failures};
 
 const CERT_MANAGER: &str = "/apis/cert-manager.io/v1";
 /// Only another configuration helps: the wait is of minutes, in seconds.

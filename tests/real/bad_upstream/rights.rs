@@ -1,12 +1,13 @@
 //! Rights that the agent lacks, or loses and gets back.
 
-use super::{HASTY, failure, failures};
-use crate::support::{
+use test_harness::{
     agent_pod::Right,
     cluster::Cluster,
     eventually,
     scene::{PATIENCE, Scene},
 };
+
+use super::{HASTY, failure, failures};
 
 #[tokio::test]
 async fn a_right_that_is_taken_and_given_back_costs_nobody_a_certificate() {
@@ -36,7 +37,7 @@ async fn a_right_that_is_taken_and_given_back_costs_nobody_a_certificate() {
     scene.agent_pod.allow(Right::Requests, &["create", "get", "list", "watch", "delete"]).await;
     assert_ne!(stream.update(2, PATIENCE).await["serial"], first["serial"]);
     assert_eq!(waiting.update(1, PATIENCE).await["spiffe_id"], newcomer.id());
-    [stream, waiting].iter().for_each(crate::support::scene::Stream::assert_undisturbed);
+    [stream, waiting].iter().for_each(test_harness::scene::Stream::assert_undisturbed);
 }
 
 /// Lists show what a watch would, so that the agent serves all the same, slowly; it says what it lacks, and does not ask all the time.

@@ -1,15 +1,15 @@
 //! Trust that is forbidden, missing, empty or garbage: before there was any, and after.
 
 use serde_json::json;
-
-use super::HASTY;
-use crate::support::{
+use test_harness::{
     agent::Agent,
     agent_pod::Right,
     cluster::Cluster,
     eventually,
     scene::{PATIENCE, Scene},
 };
+
+use super::HASTY;
 
 #[tokio::test]
 async fn a_bundle_that_goes_bad_changes_nothing() {
@@ -60,7 +60,7 @@ async fn a_bundle_that_goes_bad_changes_nothing() {
     let another = rcgen::CertificateParams::new(Vec::new()).expect("parameters").self_signed(&key).expect("a root").pem();
     cluster.create(&maps, &json!({"metadata": {"name": "roots"}, "data": {"ca.crt": format!("{authority}{another}")}})).await;
     assert_ne!(roots.update(2, PATIENCE).await["trusted_ca_pem"], first["trusted_ca_pem"]);
-    [certificate, roots].iter().for_each(crate::support::scene::Stream::assert_undisturbed);
+    [certificate, roots].iter().for_each(test_harness::scene::Stream::assert_undisturbed);
 }
 
 /// The source had nothing usable for the `count`th time; each is counted and told once, with these words.

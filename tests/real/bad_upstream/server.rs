@@ -3,14 +3,14 @@
 use std::time::Duration;
 
 use serde_json::{Value, json};
-
-use super::{HASTY, is_failure};
-use crate::support::{
+use test_harness::{
     agent::Agent,
     cluster::{Cluster, ISSUER},
     eventually,
     scene::{PATIENCE, Scene},
 };
+
+use super::{HASTY, is_failure};
 
 /// From the API server's return to everything working: its start, and the longest pause between tries.
 const RETURN: Duration = Duration::from_secs(60);
@@ -61,7 +61,7 @@ async fn a_server_that_is_away_costs_nobody_a_certificate_or_a_stream() {
 }
 
 /// A client without patience is told to come again, and not that it will never be served.
-async fn assert_waits(agent: &Agent, workload: &crate::support::scene::Workload) {
+async fn assert_waits(agent: &Agent, workload: &test_harness::scene::Workload) {
     let refusal = workload.refusal(agent, "500ms").await;
     assert_eq!(refusal.code, 69, "{refusal:?}");
 }
@@ -124,5 +124,5 @@ async fn without_its_resources_nothing_is_issued_and_nothing_is_lost() {
     assert_eq!(waiting.update(1, RETURN).await["spiffe_id"], newcomer.id());
     assert_eq!(held.update(1, RETURN).await["spiffe_id"], early.id());
     eventually("the other agent is ready", PATIENCE, async || starting.readiness().await).await;
-    [stream, waiting, held].iter().for_each(crate::support::scene::Stream::assert_undisturbed);
+    [stream, waiting, held].iter().for_each(test_harness::scene::Stream::assert_undisturbed);
 }

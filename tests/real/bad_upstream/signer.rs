@@ -3,15 +3,15 @@
 use std::time::Duration;
 
 use futures::future::join_all;
-
-use super::failures;
-use crate::support::{
+use test_harness::{
     agent::Agent,
     cluster::Cluster,
     eventually,
     scene::{PATIENCE, Scene, Stream, Workload},
     signer::{Answer, Signer},
 };
+
+use super::failures;
 
 const LIFETIME: Duration = Duration::from_secs(40);
 

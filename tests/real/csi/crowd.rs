@@ -1,15 +1,15 @@
 //! As many pods as a node has, all at once: nothing of them is left behind.
 
 use futures::future::{Either, join_all};
+use test_harness::{cluster::Pod, eventually};
 use tokio::time::Instant;
 
 use super::{Node, PATIENCE, certificate, fds};
-use crate::support::{self, cluster::Pod, eventually};
 
 #[tokio::test]
 async fn two_hundred_and_fifty_pods_at_once_leave_nothing_behind() {
     const PODS: usize = 250;
-    let _turn = support::turn().await;
+    let _turn = test_harness::turn().await;
     let node = Node::new(&certificate("1h")).await;
     let agent = node.start().await;
     let first = node.pod("many").await;

@@ -3,11 +3,11 @@
 use std::{fs, os::unix::fs::PermissionsExt};
 
 use serde_json::json;
+use test_harness::{agent, eventually, fetch, host::IN_POD};
 use tokio::{io::AsyncReadExt, net::UnixStream, time::timeout};
 use tonic::Code;
 
 use super::{Node, PATIENCE, PROMPT, certificate};
-use crate::support::{agent, eventually, fetch, host::IN_POD};
 
 /// The flags that every mount has.
 const GUARDED: [&str; 4] = ["ro", "nosuid", "nodev", "noexec"];

@@ -1,11 +1,11 @@
 //! Profiles that a pod picks by its own volume.
 
 use serde_json::{Value, json};
+use test_harness::{cluster::Pod, node::DRIVER};
 use tonic::Code;
 use x509_parser::pem::Pem;
 
 use super::Node;
-use crate::support::{cluster::Pod, kubelet::DRIVER};
 
 const PROFILE: &str = "sds-agent.io/profile";
 

@@ -6,10 +6,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use test_harness::child;
 use tonic::Code;
 
 use super::{Node, PATIENCE, PROMPT, certificate};
-use crate::support::child;
 
 #[tokio::test]
 async fn what_is_forged_or_in_the_way_is_refused_and_leaves_nothing() {

@@ -8,21 +8,21 @@ use std::{
 };
 
 use serde_json::json;
-use tokio::time::Instant;
-use tonic::Code;
-
-use super::{Node, PATIENCE, PROMPT, certificate};
-use crate::support::{
-    self, agent,
+use test_harness::{
+    agent,
     envoy::{Envoy, Sds, Side},
     eventually,
     host::IN_POD,
     pair::Pair,
 };
+use tokio::time::Instant;
+use tonic::Code;
+
+use super::{Node, PATIENCE, PROMPT, certificate};
 
 #[tokio::test]
 async fn envoys_that_see_one_mounted_directory_talk_and_survive_a_killed_agent() {
-    let _turn = support::turn().await;
+    let _turn = test_harness::turn().await;
     let node = Node::new(&certificate("60s")).await;
     let agent = node.start().await;
     let (server, client) = (node.pod("server").await, node.pod("client").await);

@@ -3,11 +3,10 @@
 use std::collections::BTreeSet;
 
 use serde_json::{Value, json};
-
-use super::{GUARDED, MODES, install, install_operator_kinds, rendered, rendered_with};
-use crate::support::{
+use test_harness::{
     cluster::Cluster,
-    manifests::{self, helm, path, try_helm},
+    manifests::{self, MODES, apply_all, rendered, try_helm},
+    world::GUARDED,
 };
 
 /// What is used, all of it there in Kubernetes 1.30; ValidatingAdmissionPolicy is the youngest.
@@ -18,29 +17,6 @@ const VERSIONS: [&str; 6] =
 async fn every_object_is_admitted_and_stays_as_it_is() {
     let (cluster, _plane) = Cluster::own(GUARDED).await;
     println!("figure: {} objects applied", apply_all(&cluster).await);
-}
-
-/// Every object of every mode and of the example, by kustomize and by helm; how many there are.
-pub async fn apply_all(cluster: &Cluster) -> usize {
-    install_operator_kinds(cluster).await;
-    let mut count = 0;
-    for (folder, mode) in MODES {
-        let objects = rendered_with(folder, &["workload-requests", "monitoring"]).await;
-        install(cluster, &objects).await;
-        // An object that the API server has completed in a way of its own would change each time.
-        for (first, object) in install(cluster, &objects).await.iter().zip(&objects) {
-            let second = cluster.apply(&path(object), object).await;
-            assert_eq!(first["metadata"]["resourceVersion"], second["metadata"]["resourceVersion"], "{folder}: {}", path(object));
-        }
-        // From kustomize to helm and back nothing is left over that the other does not own.
-        install(cluster, &helm(manifests::NAMESPACE, &["--set", &format!("mode={mode}")]).await).await;
-        count += objects.len();
-    }
-    let example = manifests::documents(&manifests::read("example/authority.yaml"));
-    // The control plane of the tests has that ClusterIssuer, on a Secret of its own: it stays as it is.
-    install(cluster, &example[..2]).await;
-    cluster.patch(&format!("{}?dryRun=All", path(&example[2])), &example[2]).await;
-    count + example.len()
 }
 
 #[tokio::test]

@@ -3,11 +3,9 @@
 use std::{collections::BTreeMap, fs, time::Duration};
 
 use serde_json::{Value, json};
-
-use super::{MODES, rendered, rendered_with, up_from};
-use crate::support::{
+use test_harness::{
     child,
-    manifests::{self, NAMESPACE, helm, named, try_helm},
+    manifests::{self, MODES, NAMESPACE, helm, named, rendered, rendered_with, try_helm, up_from},
     tools,
 };
 

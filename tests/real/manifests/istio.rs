@@ -1,8 +1,7 @@
 //! The templates for Istio's injector, merged as it merges them: by a strategic merge patch, which is the API server's too.
 
 use serde_json::{Value, json};
-
-use crate::support::{cluster::Cluster, kubelet::DRIVER, manifests};
+use test_harness::{cluster::Cluster, manifests, node::DRIVER};
 
 /// The variable that names the socket. A proxy that has it, and not the socket, ends.
 const VARIABLE: &str = "WORKLOAD_IDENTITY_SOCKET_FILE";

@@ -1,9 +1,9 @@
 //! Agent and approver in pods of the real kubelet, with the security context, rights and configuration of the manifests and no more.
 
 use serde_json::json;
+use test_harness::{eventually, node::DRIVER};
 
 use super::site::{Ours, PATIENCE, Site, Way};
-use crate::support::{self, eventually, kubelet::DRIVER};
 
 const OWN: Way = Way { name: "own", socket: "/run/sds/socket", volume: || json!({"csi": {"driver": DRIVER, "readOnly": true}}) };
 const SHARED: Way = Way {
@@ -52,7 +52,7 @@ async fn until_registered(site: &Site) {
 /// With one capability, no other user's rights, and the kernel's filter: that suffices to know callers and to lock keys.
 #[tokio::test]
 async fn the_daemonset_of_the_shared_socket_serves_pods_and_hands_over_to_a_surge() {
-    let _turn = support::turn().await;
+    let _turn = test_harness::turn().await;
     let site = Site::start("shared").await;
     let approver = approver(&site).await;
     // Or it does not start.
@@ -84,7 +84,7 @@ async fn the_daemonset_of_the_shared_socket_serves_pods_and_hands_over_to_a_surg
 
 #[tokio::test]
 async fn the_daemonset_of_pods_sockets_serves_pods_without_seeing_their_processes() {
-    let _turn = support::turn().await;
+    let _turn = test_harness::turn().await;
     let site = Site::start("per-pod").await;
     let approver = approver(&site).await;
     let agent = site.run("DaemonSet", "sds-agent", "sds-agent-one", "{}").await;
@@ -109,7 +109,7 @@ async fn the_daemonset_of_pods_sockets_serves_pods_without_seeing_their_processe
 
 #[tokio::test]
 async fn the_daemonset_of_both_serves_a_pod_on_both() {
-    let _turn = support::turn().await;
+    let _turn = test_harness::turn().await;
     let site = Site::start("both").await;
     let approver = approver(&site).await;
     let agent = site.run("DaemonSet", "sds-agent", "sds-agent-one", "{}").await;

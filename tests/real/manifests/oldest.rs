@@ -1,9 +1,10 @@
 //! The oldest Kubernetes that is supported, by its own API server; cert-manager and the controllers are those of the other tests.
 
-use super::{GUARDED, applied};
-use crate::{
-    approver::world::World,
-    support::{scene::Workload, tools},
+use test_harness::{
+    manifests::apply_all,
+    scene::Workload,
+    tools,
+    world::{GUARDED, World},
 };
 
 const VERSION: &str = "v1.30.";
@@ -28,5 +29,5 @@ async fn all_of_it_is_admitted_and_works_at_the_oldest_api_server() {
     let approved = approver.metric_of("sds_agent_approver_decisions_total", &["decision=\"approved\""]).await;
     assert!((approved - 1.0).abs() < 0.5, "{approved}");
 
-    println!("figure: {} objects applied at {version}", applied::apply_all(&world.cluster).await);
+    println!("figure: {} objects applied at {version}", apply_all(&world.cluster).await);
 }

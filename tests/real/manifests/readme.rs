@@ -5,16 +5,15 @@
 use std::{path::Path, time::Duration};
 
 use serde_json::Value;
-use tokio::process::Command;
-
-use super::{GUARDED, install};
-use crate::support::{
+use test_harness::{
     child,
     cluster::Cluster,
-    manifests::{self, documents, kustomize, path},
+    manifests::{self, documents, install, kustomize, path},
     plane::Plane,
     tools,
+    world::GUARDED,
 };
+use tokio::process::Command;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 /// The control plane of the tests has an authority of this name, on a Secret of its own.

@@ -3,13 +3,12 @@
 use std::collections::BTreeSet;
 
 use serde_json::{Value, json};
-
-use super::{GUARDED, install, rendered};
-use crate::support::{
+use test_harness::{
     agent_pod::log_in,
     cluster::{Cluster, Pod},
     eventually,
-    manifests::NAMESPACE,
+    manifests::{NAMESPACE, install, rendered},
+    world::GUARDED,
 };
 
 /// In every namespace.

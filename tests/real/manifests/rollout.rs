@@ -3,11 +3,7 @@
 use std::{fs, net::SocketAddr, os::unix::fs::MetadataExt, path::Path, time::Duration};
 
 use serde_json::{Value, json};
-use tokio::net::UnixStream;
-
-use super::site::{PATIENCE, Site, Way, exposed};
-use crate::support::{
-    self,
+use test_harness::{
     cluster::Pod,
     envoy::{Envoy, Sds, Side},
     eventually,
@@ -15,6 +11,9 @@ use crate::support::{
     node::{Node, PAUSE},
     pair::Pair,
 };
+use tokio::net::UnixStream;
+
+use super::site::{PATIENCE, Site, Way, exposed};
 
 const SHARED: Way = Way {
     name: "shared",
@@ -89,7 +88,7 @@ fn is_ready(pod: &Value) -> bool {
 /// Two versions that work, one that does not, and the way back, with load on two Envoys all the while.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_daemonset_rolls_out_without_a_gap_and_a_broken_version_stops_it() {
-    let _turn = support::turn().await;
+    let _turn = test_harness::turn().await;
     let site = Site::controlled("shared", 1).await;
     let pair = begin(&site, [&site.node, &site.node]).await;
     for (kind, workload) in [("Deployment", "sds-agent-approver"), ("DaemonSet", "sds-agent")] {
@@ -161,7 +160,7 @@ async fn a_daemonset_rolls_out_without_a_gap_and_a_broken_version_stops_it() {
 /// Runs, never comes into sync, and reaches one node of two. Then the old agent's program ends there, and with it its pod.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_version_that_waits_in_vain_reaches_one_node_and_is_mended_by_the_next() {
-    let _turn = support::turn().await;
+    let _turn = test_harness::turn().await;
     let site = Site::controlled("shared", 2).await;
     let nodes: Vec<_> = site.nodes().collect();
     let pair = begin(&site, [nodes[0], nodes[1]]).await;
@@ -175,7 +174,7 @@ async fn a_version_that_waits_in_vain_reaches_one_node_and_is_mended_by_the_next
 
     // The API server is not where it is looked for.
     let two = site.configure("sds-agent-two", "").await;
-    let nowhere = support::free_port().to_string();
+    let nowhere = test_harness::free_port().to_string();
     let breaks = |container: &mut Value| {
         let env = container["env"].as_array_mut().unwrap();
         env.iter_mut().find(|row| row["name"] == "KUBERNETES_SERVICE_PORT").expect("it is told")["value"] = json!(nowhere);

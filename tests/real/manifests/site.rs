@@ -5,15 +5,14 @@ use std::{net::SocketAddr, path::Path, sync::Mutex, time::Duration};
 
 use serde_json::{Value, json};
 use tempfile::TempDir;
-
-use super::{GUARDED, install, rendered};
-use crate::support::{
+use test_harness::{
     agent,
     cluster::{Cluster, Pod, name_of},
     eventually, free_port, http,
-    manifests::{self, NAMESPACE, named},
+    manifests::{self, NAMESPACE, install, named, rendered},
     node::{Image, Node},
     plane::Plane,
+    world::GUARDED,
 };
 
 pub const PATIENCE: Duration = Duration::from_secs(60);
@@ -277,7 +276,7 @@ impl Site {
     /// Lines of `/proc/<pid>/status` of a pod's process, as the node sees it.
     pub async fn process(&self, ours: &Ours, key: &str) -> String {
         let id = self.node.container(&ours.pod).await;
-        let tools = crate::support::tools::node().join("ctr");
+        let tools = test_harness::tools::node().join("ctr");
         let list = self.node.run(&[tools.to_str().unwrap(), "--namespace", "k8s.io", "tasks", "list"]).await;
         let list = String::from_utf8_lossy(&list.stdout).into_owned();
         let row = list.lines().find(|line| line.starts_with(&id)).unwrap_or_else(|| panic!("{id} is not in\n{list}"));

@@ -2,7 +2,7 @@
 
 use std::{net::SocketAddr, path::Path, time::Duration};
 
-use super::{
+use crate::{
     cgroups::PodCgroup,
     envoy::{ANSWER, Envoy, Sds, Side},
     eventually, http,

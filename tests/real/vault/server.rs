@@ -20,15 +20,14 @@ use http_body_util::{BodyExt, Full};
 use hyper::{Request, body::Bytes};
 use hyper_util::rt::TokioIo;
 use serde_json::{Value, json};
+use test_harness::{
+    cluster::{Cluster, labels},
+    eventually, free_port, tools,
+};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt, copy},
     net::{TcpListener, TcpStream},
     task::JoinHandle,
-};
-
-use super::{
-    cluster::{Cluster, labels},
-    eventually, free_port, tools,
 };
 
 const ROOT_TOKEN: &str = "root";

@@ -4,7 +4,7 @@ use std::{fs, path::Path};
 
 use serde_json::json;
 
-use super::{
+use crate::{
     child,
     cluster::{Cluster, labels, name_of},
     scene::PATIENCE,

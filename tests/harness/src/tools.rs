@@ -1,9 +1,8 @@
 //! Where the other programs are. A missing one fails the test that needs it, with the way to get it.
 
-use std::{
-    env,
-    path::{Path, PathBuf},
-};
+use std::{env, path::PathBuf};
+
+use crate::paths;
 
 /// The proxy.
 pub fn envoy() -> PathBuf {
@@ -82,7 +81,7 @@ fn fetched(variable: &str, path: &str) -> PathBuf {
         assert!(program.is_file(), "{variable}={} is no program", program.display());
         return program;
     }
-    let folder = env::var_os("SDS_AGENT_TOOLS").map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("target/tools"), PathBuf::from);
+    let folder = env::var_os("SDS_AGENT_TOOLS").map_or_else(|| paths::root().join("target/tools"), PathBuf::from);
     let program = folder.join(path);
     assert!(program.is_file(), "{} is missing: run `make test-tools`, or set {variable} to one of your own", program.display());
     program

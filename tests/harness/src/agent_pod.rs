@@ -11,7 +11,7 @@ use std::{
 use kube::{Client, config::Kubeconfig};
 use serde_json::{Value, json};
 
-use super::{
+use crate::{
     agent::Launch,
     cluster::{self, Cluster, ISSUER, Pod, ROOTS},
     eventually,
@@ -168,6 +168,11 @@ impl AgentPod {
     /// The cluster as this agent sees it, with its token and its rights.
     pub async fn client(&self) -> Client {
         cluster::client(Kubeconfig::read_from(&self.kubeconfig).expect("the kubeconfig just written")).await
+    }
+
+    /// The same, for calls by path.
+    pub async fn view(&self) -> Cluster {
+        Cluster::at(&self.kubeconfig).await
     }
 
     /// Lets it do `verbs` and nothing else of `right`; returns when the API server goes by it.

@@ -5,6 +5,7 @@ use std::{
     net::SocketAddr,
     path::{Path, PathBuf},
     process::ExitStatus,
+    sync::LazyLock,
     time::Duration,
 };
 
@@ -12,14 +13,15 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 use tokio::process::Command;
 
-use super::{child::Child, eventually, free_port, http};
+use crate::{child::Child, eventually, free_port, http, paths};
 
 /// From start to ready, on a busy machine.
 const START: Duration = Duration::from_secs(60);
 
 /// The program under test.
 pub fn program() -> &'static Path {
-    Path::new(env!("CARGO_BIN_EXE_sds-agent"))
+    static PROGRAM: LazyLock<PathBuf> = LazyLock::new(|| paths::program("sds-agent"));
+    &PROGRAM
 }
 
 /// How to start an agent; starting twice is a restart on the same socket.

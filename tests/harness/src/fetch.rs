@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, path::Path, time::Duration};
 use serde_json::Value;
 use tokio::process::Command;
 
-use super::{
+use crate::{
     agent,
     cgroups::PodCgroup,
     child::{self, Child, Lines},

@@ -14,7 +14,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::http;
+use crate::http;
 
 /// Requests that run side by side, and the pace of each at most.
 const WORKERS: usize = 2;

@@ -17,13 +17,13 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use tokio::process::Command;
 
-use super::{
+use crate::{
     cgroups::Tree,
     child::{self, Child},
     cluster::{Cluster, Pod, name_of},
     eventually,
     host::{self, Mount},
-    tools,
+    paths, tools,
 };
 
 /// Of a node on a busy machine, until pods can be bound to it; of a pod, until it runs or is gone.
@@ -34,6 +34,8 @@ const PROGRAM: Duration = Duration::from_secs(30);
 /// Of a log, when something fails.
 const SHOWN_LINES: usize = 12;
 
+/// The agent's name as a CSI driver.
+pub const DRIVER: &str = "csi.sds-agent.io";
 /// The image of a container that does nothing; of every pod's first one too.
 pub const PAUSE: &str = "sds-agent.test/pause:1";
 
@@ -127,7 +129,7 @@ impl Node {
         let cgroups = Tree::new(&root, "node");
         let mut command = cgroups.command(&tools::system("unshare", "util-linux"));
         command.args(["--mount", "--propagation", "private", "--pid", "--fork", "--kill-child"]);
-        command.arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/node/node.sh"));
+        command.arg(paths::root().join("tests/node/node.sh"));
         command.arg(&dir).arg(tools::node()).arg(&name).arg(format!("/{root}"));
         let processes = Child::spawn_tied("the node", &mut command);
         let node = Self { processes, cgroups, cluster: cluster.clone(), dir, name };

@@ -7,7 +7,6 @@
 use std::{
     env,
     path::{Path, PathBuf},
-    time::Duration,
 };
 
 use base64::{Engine, prelude::BASE64_STANDARD};
@@ -18,9 +17,8 @@ use kube::{
 };
 use serde_json::{Value, json};
 
-pub use super::agent_pod::AgentPod;
-use super::{
-    eventually,
+pub use crate::agent_pod::AgentPod;
+use crate::{
     plane::{Plan, Plane},
     recorder::Recorder,
 };
@@ -342,58 +340,4 @@ fn pointer(field: &[&str]) -> String {
 /// The name that the API server has given.
 pub fn name_of(object: &Value) -> String {
     object["metadata"]["name"].as_str().expect("the API server names it").to_owned()
-}
-
-/// A request like an agent's, by a token bound to its pod: cert-manager signs it, and records the pod and the node. It shows that
-/// the control plane is what the other tests take it for.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_control_plane_issues_and_records_who_asked() {
-    let dir = tempfile::tempdir().expect("a temporary folder");
-    let cluster = Cluster::connect().await;
-    let node = cluster.node().await;
-    let agent = cluster.agent(dir.path(), &node).await;
-    let namespace = &agent.pod.namespace;
-    let recorder = cluster.record_requests(namespace).await;
-
-    let key = rcgen::KeyPair::generate().expect("a key");
-    let mut params = rcgen::CertificateParams::default();
-    params.distinguished_name = rcgen::DistinguishedName::new();
-    let id = "spiffe://cluster.local/ns/a/sa/b";
-    params.subject_alt_names = vec![rcgen::SanType::URI(id.try_into().expect("a URI"))];
-    let csr = params.serialize_request(&key).expect("a CSR").pem().expect("PEM");
-
-    let as_agent = Cluster { client: agent.client().await, kubeconfig: cluster.kubeconfig.clone() };
-    let requests = format!("/apis/cert-manager.io/v1/namespaces/{namespace}/certificaterequests");
-    let request = json!({
-        "apiVersion": "cert-manager.io/v1", "kind": "CertificateRequest",
-        "metadata": {"generateName": "test-"},
-        "spec": {
-            "issuerRef": {"name": ISSUER, "kind": "ClusterIssuer", "group": "cert-manager.io"},
-            "request": BASE64_STANDARD.encode(csr),
-            "duration": "30s",
-            "usages": ["digital signature", "key encipherment", "server auth", "client auth"],
-        },
-    });
-    let request = as_agent.create(&requests, &request).await;
-    let extra = &request["spec"]["extra"];
-    assert_eq!(extra["authentication.kubernetes.io/node-name"], json!([node]));
-    assert_eq!(extra["authentication.kubernetes.io/pod-uid"], json!([agent.pod.uid]));
-    assert!(extra["authentication.kubernetes.io/node-uid"].is_array(), "{extra}");
-
-    let path = format!("{requests}/{}", name_of(&request));
-    let certificate = eventually("the request is issued", Duration::from_secs(30), async || {
-        let request = as_agent.get(&path).await;
-        request["status"]["certificate"].as_str().map(str::to_owned).ok_or_else(|| request["status"].to_string())
-    });
-    assert!(!certificate.await.is_empty());
-    as_agent.delete(&path).await;
-    assert!(cluster.requests(namespace).await.is_empty());
-    assert_eq!(recorder.seen().iter().map(|seen| seen.uris.clone()).collect::<Vec<_>>(), [[id.to_owned()]]);
-
-    // And no more than that: an agent may not approve, nor read Secrets.
-    for (verb, path) in [("GET", "/api/v1/secrets"), ("GET", "/api/v1/namespaces/cert-manager/secrets/ca-key-pair")] {
-        let request = http::Request::builder().method(verb).uri(path).body(Vec::new()).expect("a request");
-        let refused = as_agent.client.request::<Value>(request).await.expect_err("it has no right to");
-        assert!(matches!(&refused, kube::Error::Api(status) if status.code == 403), "{refused}");
-    }
 }

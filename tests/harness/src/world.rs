@@ -10,9 +10,10 @@ use std::{
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::support::{
+use crate::{
     agent::{Agent, Launch},
     agent_pod::log_in,
+    ask::Ask,
     cluster::{Cluster, Pod},
     eventually, manifests,
     plane::Plane,
@@ -72,7 +73,7 @@ impl World {
         let (other, namespace) = (self.actor("probe-2", "sds-agent", &self.cluster.node().await).await, self.cluster.namespace().await);
         let target = self.cluster.pod(&namespace, "probe", &probe.node).await;
         eventually("the policy of requests is enforced", PATIENCE, async || {
-            let asked = super::ask::Ask::of(&probe, &target).label("elsewhere");
+            let asked = Ask::of(&probe, &target).label("elsewhere");
             match asked.create(&probe).await {
                 Err(_) => Ok(()),
                 Ok(made) => {
@@ -83,7 +84,7 @@ impl World {
         })
         .await;
         eventually("the policy of limits is enforced", PATIENCE, async || {
-            let asked = super::ask::Ask::of(&probe, &target).spec("duration", json!("10000h"));
+            let asked = Ask::of(&probe, &target).spec("duration", json!("10000h"));
             match asked.try_dry_run(&probe).await {
                 Err(_) => Ok(()),
                 Ok(_) => Err("a request for a longer life was accepted".to_owned()),
@@ -91,7 +92,7 @@ impl World {
         })
         .await;
         eventually("the policy of deletions is enforced", PATIENCE, async || {
-            let made = super::ask::Ask::of(&probe, &target).create(&probe).await.unwrap();
+            let made = Ask::of(&probe, &target).create(&probe).await.unwrap();
             match other.cluster.try_delete(&made).await {
                 Err(_) => {
                     self.cluster.delete(&made).await;

@@ -5,7 +5,7 @@ use std::{path::Path, time::Duration};
 use serde_json::Value;
 use tempfile::TempDir;
 
-use super::{
+use crate::{
     agent::Agent,
     agent_pod::AgentPod,
     cgroups::PodCgroup,

@@ -1,4 +1,19 @@
-//! What the tests share: other programs, the agent as a child, and waiting with a limit.
+//! The harness of the tests with real programs: the agent and other programs as children, a cluster, a node, load, and waiting with a limit.
+//!
+//! It depends on no crate of the workspace: the agent is a program here, and a change to the agent does not compile the harness again.
+//! Cargo runs test programs one after another, so what is unique within a process ([`turn`], the addresses of nodes) is unique within a run.
+
+#![allow(
+    clippy::disallowed_methods,
+    clippy::expect_used,
+    clippy::cast_precision_loss,
+    clippy::panic,
+    clippy::print_stderr,
+    clippy::print_stdout,
+    clippy::unwrap_used,
+    missing_docs,
+    reason = "tests write files for other programs, wait for those, and fail loudly; their helpers document what a name does not say"
+)]
 
 use std::time::Duration;
 
@@ -9,20 +24,23 @@ use tokio::{
 
 pub mod agent;
 pub mod agent_pod;
+pub mod ask;
 pub mod authority;
 pub mod cgroups;
 pub mod child;
 pub mod cluster;
+pub mod doctor;
 pub mod envoy;
 pub mod fetch;
+pub mod guarded;
 pub mod host;
 pub mod http;
-pub mod kubelet;
 pub mod load;
 pub mod manifests;
 pub mod memory;
 pub mod node;
 pub mod pair;
+pub mod paths;
 pub mod plane;
 pub mod prometheus;
 pub mod recorder;
@@ -31,7 +49,7 @@ pub mod scene;
 pub mod signer;
 pub mod tools;
 pub mod trace;
-pub mod vault;
+pub mod world;
 
 /// Between two looks at a program that cannot be awaited.
 const LOOK_AGAIN: Duration = Duration::from_millis(50);

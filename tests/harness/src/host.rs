@@ -11,7 +11,7 @@ use std::{
 use nix::unistd::Pid;
 use tokio::process::Command;
 
-use super::{
+use crate::{
     child::{self, Child},
     tools,
 };

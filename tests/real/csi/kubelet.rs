@@ -23,12 +23,10 @@ use sds_agent::csi::proto::csi::v1::{
     volume_capability::{AccessType, MountVolume},
 };
 use serde_json::{Value, json};
+use test_harness::{child, cluster::Pod, eventually, node::DRIVER, tools};
 use tokio::{net::UnixStream, time::timeout};
 use tonic::{Status, body::Body};
 
-use super::{child, cluster::Pod, eventually, tools};
-
-pub const DRIVER: &str = "csi.sds-agent.io";
 /// The kubelet's own patience.
 const CALL: Duration = Duration::from_secs(120);
 const START: Duration = Duration::from_secs(30);

@@ -4,10 +4,10 @@ use base64::{Engine, prelude::BASE64_STANDARD};
 use rcgen::{CertificateParams, CustomExtension, DistinguishedName, KeyPair, SanType, SignatureAlgorithm};
 use serde_json::{Value, json};
 
-use super::world::{Actor, NAMESPACE, PATIENCE};
-use crate::support::{
+use crate::{
     cluster::{Cluster, ISSUER, Pod, name_of},
     eventually,
+    world::{Actor, NAMESPACE, PATIENCE},
 };
 
 #[derive(Clone)]

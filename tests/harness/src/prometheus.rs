@@ -10,14 +10,14 @@ use std::{
 use serde_json::{Value, json};
 use tokio::process::Command;
 
-use super::{child::Child, eventually, free_port, http, tools};
+use crate::{child::Child, eventually, free_port, http, paths, tools};
 
 const START: Duration = Duration::from_secs(60);
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A file of the repository.
 pub fn file(path: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
+    paths::root().join(path)
 }
 
 /// Reads YAML, or JSON, of the repository.

@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use time::OffsetDateTime;
 use tokio::{task::JoinHandle, time::Instant};
 
-use super::{
+use crate::{
     cluster::Cluster,
     recorder::{Request, csr},
 };

@@ -16,7 +16,7 @@ use nix::{
     unistd::Pid,
 };
 
-use super::{free_port, tools};
+use crate::{free_port, paths, tools};
 
 /// The folders' names: this, the test process's id, and a number.
 const PREFIX: &str = "controlplane-";
@@ -102,10 +102,10 @@ impl Drop for Plane {
 /// A folder below `target/tmp`, named after this process. Its logs stay for a look after a failure; the next run takes them away.
 fn files() -> PathBuf {
     static NEXT: AtomicUsize = AtomicUsize::new(0);
-    let folder = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    let folder = paths::tmp();
     let number = NEXT.fetch_add(1, Ordering::Relaxed);
     if number == 0 {
-        for entry in fs::read_dir(folder).expect("cargo has made target/tmp").flatten() {
+        for entry in fs::read_dir(&folder).expect("target/tmp can be read").flatten() {
             let name = entry.file_name();
             let owner = name.to_str().and_then(|name| name.strip_prefix(PREFIX)?.split('-').next()?.parse::<u32>().ok());
             if owner.is_some_and(|pid| !Path::new("/proc").join(pid.to_string()).exists()) {

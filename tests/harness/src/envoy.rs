@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::process::Command;
 
-use super::{cgroups::PodCgroup, child::Child, eventually, http, tools};
+use crate::{cgroups::PodCgroup, child::Child, eventually, http, tools};
 
 /// Envoy's own start, without any secret.
 const START: Duration = Duration::from_secs(60);
