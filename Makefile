@@ -1,8 +1,12 @@
 # What people type. `make test` is everything; `cargo test` alone is everything that needs no other program.
 .PHONY: dev test test-long long-group long-groups test-tools lint
 
-# Each is a test target `long_…` of its own, which takes at most 20 minutes.
-LONG_GROUPS := scale
+# Each is a test target `long_…` of its own, which takes at most 20 minutes, and the programs that it needs.
+LONG_GROUPS := scale vault oldest former
+TOOLS_scale := system controlplane
+TOOLS_vault := system controlplane envoy vault
+TOOLS_oldest := system controlplane oldest render
+TOOLS_former := system controlplane envoy oldest former
 
 dev:
 	cargo run --release -- dev
@@ -11,9 +15,10 @@ dev:
 test: test-tools
 	cargo test --locked --features real-tests --no-fail-fast
 
-# Tests that take minutes, by group: `make test-long GROUP=scale`. One at a time: they measure.
-test-long: long-group test-tools
-	cargo test --locked --features long-tests --test long_$(GROUP) -- --nocapture --test-threads 1
+# The rest, by group: `make test-long GROUP=scale`. One test at a time: some measure.
+test-long: long-group
+	tests/tools.sh $(TOOLS_$(GROUP))
+	cargo test --locked --features long-tests --test long_$(GROUP) -- --nocapture
 
 long-groups:
 	@echo $(LONG_GROUPS)
@@ -21,7 +26,7 @@ long-groups:
 long-group:
 	@test -n "$(filter $(GROUP),$(LONG_GROUPS))" || { echo "make test-long GROUP=…: one of $(LONG_GROUPS)" >&2; exit 2; }
 
-# Envoy, grpcurl and the control plane of the tests, pinned, into target/tools.
+# What `make test` needs, such as Envoy, grpcurl and the control plane of the tests: pinned, into target/tools.
 test-tools:
 	tests/tools.sh
 

@@ -6,7 +6,7 @@
 
 It needs python3 and nothing else. It reads the sources as indented lines, which is enough for how they are written here: blocks, two
 spaces deeper each. Every replacement has to find what it replaces, or nothing is written. That the result is the same as kustomize's is
-shown by tests/real/manifests.rs with both programs.
+shown by tests/real_install/manifests.rs with both programs.
 """
 
 import pathlib

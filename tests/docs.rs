@@ -40,6 +40,14 @@ fn is_test_name(text: &str) -> bool {
     text.matches('_').count() >= 4 && text.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_')
 }
 
+/// A file, or a module of a test program such as `real_node/attest`.
+fn is_source_path(text: &str) -> bool {
+    let is_plain = text.bytes().all(|b| b.is_ascii_alphanumeric() || b"_/".contains(&b));
+    let program = text.split('/').next().unwrap_or_default();
+    let is_module = is_plain && text.contains('/') && ["real_", "long_", "serving", "cli"].iter().any(|it| program.starts_with(it));
+    is_module || text.ends_with(".rs") && text.contains('/')
+}
+
 /// A promise whose test was renamed or removed is a promise without a test.
 #[test]
 fn every_test_that_the_threat_model_names_is_there() {
@@ -62,13 +70,36 @@ fn every_source_file_that_a_page_names_is_there() {
         let lines = text.lines().map(|line| if is_of_the_past { line.rsplit_once("` | `").map_or("", |(_, new)| new) } else { line });
         for line in lines {
             let line = if is_of_the_past { format!("`{line}") } else { line.to_owned() };
-            for path in quoted(&line).filter(|text| text.ends_with(".rs") && text.contains('/')) {
-                // Below `tests/`, as its own page has it.
-                let there = root().join(path).exists() || root().join("tests").join(path).exists();
+            for path in quoted(&line).filter(|text| is_source_path(text)) {
+                // Below `tests/`, as its own page has it; a module by its name alone.
+                let bases = [root().to_owned(), root().join("tests")];
+                let there = bases.iter().any(|base| base.join(path).exists() || base.join(format!("{path}.rs")).exists());
                 assert!(there, "{} names {path}, which is not there", page.display());
                 named += 1;
             }
         }
     }
     assert!(named > 100, "only {named} files are named");
+}
+
+/// A longer name is a sentence that a reader parses twice: the module says what its tests have in common.
+#[test]
+fn names_of_tests_have_at_most_70_characters() {
+    const MOST: usize = 70;
+    let mut tests = 0;
+    let mut long = Vec::new();
+    for file in ["src", "crates", "tests", "examples", "benches"].iter().flat_map(|it| files(&root().join(it), "rs")) {
+        let text = read(&file);
+        // The function after `#[test]` or `#[tokio::test…]` and whatever other attributes.
+        for (_, rest) in text.match_indices("test").filter_map(|(at, _)| Some((at, text.get(at..)?))) {
+            let is_attribute = rest.starts_with("test]\n") || rest.starts_with("test(");
+            let Some(name) = is_attribute.then(|| rest.split("fn ").nth(1)?.split(['(', '<']).next()).flatten() else { continue };
+            tests += 1;
+            if name.len() > MOST {
+                long.push(format!("{}: {name} ({})", file.display(), name.len()));
+            }
+        }
+    }
+    assert!(tests > 900, "only {tests} tests were found");
+    assert!(long.is_empty(), "{long:#?}");
 }

@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
 # Gets the programs that the tests need, at pinned versions, into target/tools:
 #
-#   tests/tools.sh [envoy] [grpcurl] [controlplane] [vault] [oldest] [node] [render] [prometheus] [system] [cargo-deny] [cargo-machete]
+#   tests/tools.sh [envoy] [grpcurl] [controlplane] [node] [render] [prometheus] [system] [vault] [oldest] [former] [cargo-deny] [cargo-machete]
 #
-# Without arguments: all that `make test` needs, which is all but the two of `make lint`. What is there already is left alone, so a second call
-# takes no time. Set SDS_AGENT_TOOLS to keep them elsewhere.
+# Without arguments: all that `make test` needs, which is the first seven. `make test-long` adds what its group needs, `make lint` the last two.
+# What is there already is left alone, so a second call takes no time. Set SDS_AGENT_TOOLS to keep them elsewhere.
 set -euo pipefail
 
 envoy_version=1.40.0
 grpcurl_version=v1.9.4
 cargo_deny_version=0.20.2
 cargo_machete_version=0.9.2
+# What upgrades begin with; issues call it the former version.
+former_commit=3dc788bb63bfeb38a18f2b439b69918957034fff
 
 root=$(cd "$(dirname "$0")/.." && pwd)
 tools=${SDS_AGENT_TOOLS:-$root/target/tools}
@@ -89,6 +91,24 @@ oldest() {
     stamp "$program" "$sources"
 }
 
+# The agent's former version, with the tree that it was built of.
+former() {
+    local folder=$tools/former
+    ! present "$folder/sds-agent" "$former_commit" || return 0
+    need git "apt-get install git"
+    git -C "$root" cat-file -e "$former_commit^{commit}" 2>/dev/null || fail "commit $former_commit is not there: git fetch --unshallow"
+    echo "tests/tools.sh: building the former version, commit $former_commit"
+    rm -rf "$folder"
+    mkdir -p "$folder/source"
+    git -C "$root" archive "$former_commit" | tar -x -C "$folder/source"
+    # It lies below this workspace, and is none of its packages.
+    printf '\n[workspace]\n' >>"$folder/source/Cargo.toml"
+    (cd "$folder/source" && CARGO_TARGET_DIR=$folder/target cargo build --quiet --locked --bin sds-agent)
+    mv "$folder/target/debug/sds-agent" "$folder/"
+    rm -rf "$folder/target"
+    stamp "$folder/sds-agent" "$former_commit"
+}
+
 # kubelet, containerd, runc and what the pods' images are made of.
 node() {
     local folder=$tools/node sources
@@ -153,6 +173,7 @@ system() {
     need setpriv "apt-get install util-linux"
     need prlimit "apt-get install util-linux"
     need tar "apt-get install tar"
+    need tail "apt-get install coreutils"
     need ldd "apt-get install libc-bin"
     need python3 "apt-get install python3"
 }
@@ -175,10 +196,10 @@ cargo-machete() {
     cargo_program cargo-machete "$cargo_machete_version"
 }
 
-[ $# -gt 0 ] || set -- system envoy grpcurl controlplane vault oldest node render prometheus
+[ $# -gt 0 ] || set -- system envoy grpcurl controlplane node render prometheus
 for tool; do
     case $tool in
-    envoy | grpcurl | controlplane | vault | oldest | node | render | prometheus | system | cargo-deny | cargo-machete) "$tool" ;;
-    *) fail "unknown tool $tool; known: envoy grpcurl controlplane vault oldest node render prometheus system cargo-deny cargo-machete" ;;
+    envoy | grpcurl | controlplane | node | render | prometheus | system | vault | oldest | former | cargo-deny | cargo-machete) "$tool" ;;
+    *) fail "unknown tool $tool; known: envoy grpcurl controlplane node render prometheus system vault oldest former cargo-deny cargo-machete" ;;
     esac
 done

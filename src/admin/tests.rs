@@ -166,7 +166,7 @@ async fn the_logs_filter_is_shown_changed_and_goes_back() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_log_filter_for_a_time_goes_back_to_the_usual_one_unless_another_has_come() {
+async fn a_temporary_log_filter_reverts_unless_it_was_replaced() {
     let (_guard, filter) = telemetry::capture("info", telemetry::Format::Json, std::io::sink).unwrap();
     let log = LogLevel::new(filter.clone());
     let second = Duration::from_secs(1);
@@ -238,7 +238,7 @@ async fn a_taken_address_is_named_with_its_field() {
 }
 
 #[tokio::test]
-async fn the_unspecified_address_of_ipv6_is_both_families_and_that_of_ipv4_is_one() {
+async fn an_unspecified_ipv6_address_listens_on_both_families() {
     let served = async |address: &str| {
         let listener = bind("metrics.address", address.parse().unwrap()).await.unwrap();
         let port = listener.local_addr().unwrap().port();

@@ -316,7 +316,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_deepest_mount_above_a_path_tells_whether_mounts_below_it_are_shared() {
+    fn the_deepest_mount_above_a_path_decides_its_propagation() {
         let table = "21 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw\n\
                      30 21 0:40 / /var rw,relatime - tmpfs none rw\n\
                      31 30 8:1 /k /var/lib/kubelet/pods rw,relatime shared:7 master:2 - ext4 /dev/sda1 rw\n\

@@ -73,7 +73,7 @@ fn every_alert_has_its_words_a_test_and_an_entry_in_the_runbook() {
 }
 
 #[test]
-fn each_entry_of_the_runbook_says_what_it_means_how_to_see_what_to_do_and_when_to_wait() {
+fn each_runbook_entry_has_all_its_required_parts() {
     for entry in RUNBOOK.split("\n## ").filter(|entry| entry.starts_with("Sds")) {
         for part in ["**For users**", "**See**", "**Wait**"] {
             assert!(entry.contains(part), "{part} is missing: {entry}");

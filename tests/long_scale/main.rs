@@ -1,5 +1,4 @@
-//! Loads that take minutes: `make test-long GROUP=scale`. The harness is that of `tests/real`, and so are the rules: no limit depends on how
-//! fast the machine is.
+//! Loads that take minutes: `make test-long GROUP=scale`. No limit depends on how fast the machine is.
 
 #![allow(
     clippy::disallowed_methods,

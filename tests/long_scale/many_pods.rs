@@ -14,7 +14,7 @@ const TIMES: u64 = 3;
 const WITHOUT: &str = "*,-certificaterequests-approver,-certificaterequests-issuer-ca";
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn thirty_thousand_pods_fit_the_shipped_limit_three_times_through_a_restart_of_the_api_server() {
+async fn thirty_thousand_pods_use_at_most_a_third_of_the_memory_limit() {
     let _turn = turn().await;
     let world = World::start(&["--controllers", WITHOUT, "--pods", &PODS.to_string()]).await;
     let relay = Relay::to(&world.server()).await;

@@ -240,7 +240,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_version_that_is_refused_before_the_watch_starts_is_answered_by_a_list() {
+    async fn an_expired_resource_version_leads_to_a_new_list() {
         let (api, metrics) = (FakeApi::new(), Metrics::default());
         let gone = json!({"kind": "Status", "code": 410, "reason": "Expired", "message": "too old"});
         api.fail("watch", "configmaps", Fault::Status(410, gone), 3);

@@ -154,7 +154,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_sleeper_wakes_when_the_clock_is_stepped_and_at_the_latest_after_a_minute() {
+    async fn a_sleep_ends_on_a_clock_step_or_after_a_minute() {
         let clock = TestClock::new(UNIX_EPOCH + Duration::from_secs(1_000_000));
         let far = clock.now() + Duration::from_secs(86_400);
         let before = Instant::now();

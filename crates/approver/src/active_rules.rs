@@ -99,7 +99,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_former_rules_allow_is_allowed_for_the_overlap_and_not_for_longer() {
+    fn superseded_rules_still_approve_until_the_overlap_ends() {
         let now = Instant::now();
         let (one, two) = (ActiveRules::new(lasting(1)), ActiveRules::new(lasting(1)).replaced(lasting(2), now));
         assert_eq!((denial(&one, now), denial(&two, now)), (None, None));
@@ -129,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn an_agent_that_was_taken_out_is_nobody_at_once_and_one_that_came_may_ask_as_before() {
+    fn a_removed_agent_is_denied_without_an_overlap() {
         let now = Instant::now();
         let agents = |name: &str, hours| Rules { agents: [name.to_owned()].into(), ..lasting(hours) };
         let agent = rules().agents.pop_first().unwrap();

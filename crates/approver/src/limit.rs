@@ -102,7 +102,7 @@ mod tests {
     }
 
     #[test]
-    fn it_grows_slowly_while_answers_are_quick_and_falls_with_the_first_that_is_not() {
+    fn the_limit_grows_with_quick_answers_and_drops_on_a_slow_one() {
         let mut answers = Answers::new();
         assert_eq!(answers.come(MIN_STREAK - 1, 20), 1);
         assert_eq!(answers.come(1, 20), 2);

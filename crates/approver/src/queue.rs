@@ -290,7 +290,7 @@ mod tests {
     }
 
     #[test]
-    fn what_waits_is_looked_at_again_when_the_rules_change_and_what_changed_meanwhile_does_not_wait() {
+    fn waiting_requests_are_judged_again_when_the_rules_change() {
         let (mut queue, now) = (Queue::default(), Instant::now());
         let [a, b] = ["a", "b"].map(|name| ("n".to_owned(), name.to_owned()));
         queue.seen(request("a", "1"), now);
@@ -327,7 +327,7 @@ mod tests {
 
     /// Such as by rules that leave its issuer out and take it in again.
     #[test]
-    fn what_goes_and_comes_back_while_it_is_worked_on_is_not_lost_with_the_first_worker() {
+    fn a_request_that_returns_during_its_work_is_queued_again() {
         let (mut queue, now) = (Queue::default(), Instant::now());
         let a = ("n".to_owned(), "a".to_owned());
         let begun = |queue: &mut Queue| {

@@ -177,7 +177,7 @@ mod tests {
     }
 
     #[test]
-    fn a_replica_on_standby_takes_over_when_a_request_waits_and_none_is_decided() {
+    fn a_standby_takes_over_when_a_request_stays_undecided() {
         let (mut role, start) = (standing_by(), Instant::now());
         assert_eq!(role.next(false, start, 0.0), None, "nothing waits");
         assert_eq!(role.next(true, at(start, 500), 1.0), Some(at(start, 3500)), "the time, and a half of it");

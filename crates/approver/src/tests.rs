@@ -223,7 +223,7 @@ async fn a_pod_that_cannot_be_read_denies_nobody() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn no_more_than_so_many_are_worked_on_at_once_and_one_that_hangs_holds_up_nobody() {
+async fn hanging_pod_reads_do_not_block_the_remaining_worker() {
     let api = FakeApi::new();
     put_pod(&api);
     api.fail("get", "pods", Fault::Hang, WORKERS - 1);

@@ -263,7 +263,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_caller_has_ended_as_soon_as_its_proof_no_longer_holds_and_everybody_hears_of_it() {
+    async fn a_caller_ends_for_good_when_its_proof_no_longer_holds() {
         let resolver = by_uid();
         let attestor = Arc::new(Fickle(AtomicBool::new(true)));
         let authenticator = Authenticator {

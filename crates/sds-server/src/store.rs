@@ -388,7 +388,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_subscriber_that_came_back_is_never_forgotten_and_its_end_is_told_again() {
+    async fn an_entry_with_a_returned_subscriber_is_not_forgotten() {
         let (store, mut events) = Store::new();
         let id = identity("a");
         drop(store.lease(&id, Demand::Now, None));

@@ -498,7 +498,7 @@ mod tests {
     }
 
     #[test]
-    fn lists_are_served_when_every_root_has_one_and_stay_when_their_source_breaks() {
+    fn crls_are_served_only_when_every_root_has_one() {
         let metrics = Metrics::default();
         let trust = Trust::new(metrics.clone());
         let (roots, crls) = (trust.source(None, "roots"), trust.source(None, "lists"));

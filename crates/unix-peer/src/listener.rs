@@ -292,7 +292,7 @@ mod tests {
 
     /// Each container has a process 1: two that wait for the name at once bind beside it under one name.
     #[tokio::test]
-    async fn one_that_gives_up_leaves_alone_what_another_of_its_process_id_has_bound_since() {
+    async fn dropping_a_prepared_socket_leaves_a_later_one_in_place() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("sds.sock");
         let serving = bind(&path, 0o666).unwrap();

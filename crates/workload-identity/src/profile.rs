@@ -119,7 +119,7 @@ mod tests {
     use crate::samples::{ISTIO, profile};
 
     #[test]
-    fn the_fingerprint_tells_what_a_certificate_is_and_not_what_things_are_called() {
+    fn the_fingerprint_covers_certificate_content_and_not_names() {
         let base = profile(ISTIO);
         let changed = |change: fn(&mut Profile)| {
             let mut profile = base.clone();

@@ -240,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pick_is_taken_where_the_profile_lets_it_and_its_match_holds_and_is_an_error_elsewhere() {
+    fn a_pick_fails_unless_the_profile_is_selectable_and_matches() {
         let resolver = several();
         // Before every other match: whoever picks has picked.
         assert_eq!(name(&resolver, &workload("shop", &[("tier", "gold")], Some("short"))), "short");
@@ -256,7 +256,7 @@ mod tests {
     }
 
     #[test]
-    fn the_explanation_names_the_rule_that_decides_and_why_the_ones_before_did_not() {
+    fn the_explanation_names_the_deciding_rule_and_those_passed_over() {
         let resolver = several();
         assert_eq!(
             resolver.explain(&workload("shop", &[], None)),

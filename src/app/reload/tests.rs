@@ -102,7 +102,7 @@ fn world(text: &str) -> World {
 }
 
 #[tokio::test]
-async fn a_file_that_is_wrong_changes_nothing_and_one_that_says_the_same_neither() {
+async fn a_reload_of_an_invalid_or_equal_file_changes_nothing() {
     let mut w = world("retention: 1m");
     assert_eq!(w.read("retention: 1m # a word"), (false, false, false));
     assert_eq!((w.counted(Outcome::unchanged), w.reload.metrics.counts(Outcome::ok).1), (1, 1));

@@ -109,7 +109,7 @@ mod tests {
     }
 
     #[test]
-    fn the_load_is_told_by_profile_and_only_what_an_old_cert_manager_cannot_sign_is_warned_of() {
+    fn the_fleet_load_warns_when_an_old_cert_manager_is_too_slow() {
         let (loads, warnings) = fleet(5000, Some("v1.20.3")).loads(&config("24h"));
         assert!((loads[0].requests_per_second - 3.472).abs() < 0.01 && (loads[0].etcd_writes_per_second - 24.306).abs() < 0.01);
         assert_eq!(warnings.len(), 1, "{warnings:?}");

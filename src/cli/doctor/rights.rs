@@ -165,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn a_verb_that_is_missing_is_named_and_what_can_be_done_without_only_warns() {
+    fn a_missing_required_verb_fails_and_an_optional_one_warns() {
         let needs = needs(&config(TEXT));
         assert_eq!(judge(&needs, &[]).result, Outcome::Ok);
         let step = judge(&needs, &[(&needs[4], vec!["create"])]);

@@ -245,7 +245,7 @@ async fn a_server_without_fetch_is_asked_by_a_stream() {
 }
 
 #[tokio::test]
-async fn watching_acknowledges_prints_changes_and_comes_back_with_the_last_version() {
+async fn a_watch_reconnects_with_the_last_accepted_version() {
     let (dir, path) = socket();
     let never = |_: DiscoveryRequest, _: &http::HeaderMap| Err(Status::internal("not asked"));
     let mut server = Server::start(path.clone(), never);

@@ -147,7 +147,7 @@ fn running(name: &str) -> Value {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_pod_that_starts_is_warmed_up_until_it_has_called_and_one_that_ran_before_is_not() {
+async fn a_starting_pod_is_warmed_up_until_its_first_call() {
     let api = FakeApi::new();
     api.put("pods", running("before"));
     let world = World::start(api, "").await;
@@ -203,7 +203,7 @@ async fn a_new_list_warms_up_who_starts_and_nobody_else() {
 
 /// The agent is restarted while pods start: who has not begun is warmed up, and who cannot start is not, again and again.
 #[tokio::test(start_paused = true)]
-async fn a_restart_finds_pods_that_still_start_but_not_for_longer_than_they_have() {
+async fn a_restart_warms_up_starting_pods_until_their_timeout() {
     let api = FakeApi::new();
     let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000);
     for (name, ago) in [("new", 120), ("stuck", 700)] {

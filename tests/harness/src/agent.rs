@@ -182,6 +182,15 @@ impl Agent {
         values.filter_map(|line| line.rsplit_once(' ')?.1.parse::<f64>().ok()).sum()
     }
 
+    /// Waits until such a metric is at least `least`, and returns it: other parties see a write before its writer has counted it.
+    pub async fn counted(&self, name: &str, labels: &[&str], least: f64) -> f64 {
+        eventually(&format!("{name} is {least}"), START, async || {
+            let value = self.metric_of(name, labels).await;
+            if value > least - 0.5 { Ok(value) } else { Err(value.to_string()) }
+        })
+        .await
+    }
+
     /// Waits until it has written these words so many times: its log is written beside its answers.
     pub async fn wrote(&self, words: &str, times: usize) -> String {
         eventually(&format!("the agent writes {words:?} {times} times"), START, async || {

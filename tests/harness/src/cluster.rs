@@ -1,4 +1,4 @@
-//! A Kubernetes API with the real cert-manager: one control plane for the whole test binary, or the cluster that `KUBECONFIG` names;
+//! A Kubernetes API with the real cert-manager: one control plane for all test programs of a run, or the cluster that `KUBECONFIG` names;
 //! or one of a test's own.
 //!
 //! There is no kubelet, but for tests with a `node::Node`: pods are objects that say where they run, and their processes are started by
@@ -21,6 +21,7 @@ pub use crate::agent_pod::AgentPod;
 use crate::{
     plane::{Plan, Plane},
     recorder::Recorder,
+    shared_plane,
 };
 
 /// What the control plane of the tests is seeded with; a borrowed cluster needs the same.
@@ -74,12 +75,12 @@ impl Pod {
 impl Cluster {
     /// Connects; the first call starts the control plane.
     pub async fn connect() -> Self {
-        Self::at(&env::var_os("KUBECONFIG").map_or_else(|| Plane::shared().kubeconfig().to_owned(), PathBuf::from)).await
+        Self::at(&env::var_os("KUBECONFIG").map_or_else(|| shared_plane::kubeconfig().to_owned(), PathBuf::from)).await
     }
 
     /// The control plane that tests share, whatever `KUBECONFIG` says: it can reach what listens on loopback.
     pub async fn shared() -> Self {
-        Self::at(Plane::shared().kubeconfig()).await
+        Self::at(shared_plane::kubeconfig()).await
     }
 
     /// A control plane of the caller's own, to be changed and stopped, whatever `KUBECONFIG` says. `flags` are its program's.

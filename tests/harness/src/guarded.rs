@@ -152,6 +152,13 @@ impl Guarded {
         self.assert_the_mesh_is_served("a former ConfigMap").await;
     }
 
+    /// In a namespace that kustomize has set, with the policies applied as they were rendered.
+    pub async fn assert_another_namespace_holds_up_no_other_issuer(&self) {
+        self.until_bounded("another namespace", Some("above 24h,")).await;
+        self.assert_only_the_mesh_is_guarded("another namespace").await;
+        self.assert_the_mesh_is_served("another namespace").await;
+    }
+
     /// Writes the ConfigMap with these values in place of its own.
     pub async fn publish(&self, map: &Value, changes: &[(&str, Option<&str>)]) {
         let mut data = map["data"].clone();

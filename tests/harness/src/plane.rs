@@ -1,14 +1,11 @@
-//! The control plane as a process: one for the whole test binary, and one of a test's own where the test changes or stops it.
+//! The control plane as a process of a test's own, which the test changes or stops. All others use the one of the run: `shared_plane`.
 
 use std::{
     fs,
     io::{BufRead, BufReader},
     path::{Path, PathBuf},
     process::{Child, ChildStdin, Command, Stdio},
-    sync::{
-        OnceLock,
-        atomic::{AtomicUsize, Ordering},
-    },
+    sync::atomic::{AtomicUsize, Ordering},
 };
 
 use nix::{
@@ -18,8 +15,8 @@ use nix::{
 
 use crate::{free_port, paths, tools};
 
-/// The folders' names: this, the test process's id, and a number.
-const PREFIX: &str = "controlplane-";
+/// The folders' names: this, the test process's id, and a number. See `shared_plane` for those of a run.
+pub(crate) const PREFIX: &str = "controlplane-";
 
 /// How to start one: the same port and files each time, so that clients and tokens outlive it.
 #[derive(Debug, Clone)]
@@ -51,12 +48,6 @@ impl Plan {
 }
 
 impl Plane {
-    /// The one that tests share, which they leave as it is. The first call starts it.
-    pub fn shared() -> &'static Self {
-        static SHARED: OnceLock<Plane> = OnceLock::new();
-        SHARED.get_or_init(|| Self::start(Plan::new(&[])))
-    }
-
     fn start(plan: Plan) -> Self {
         let mut process = Command::new(tools::controlplane())
             .arg("--dir")
@@ -102,16 +93,25 @@ impl Drop for Plane {
 /// A folder below `target/tmp`, named after this process. Its logs stay for a look after a failure; the next run takes them away.
 fn files() -> PathBuf {
     static NEXT: AtomicUsize = AtomicUsize::new(0);
-    let folder = paths::tmp();
     let number = NEXT.fetch_add(1, Ordering::Relaxed);
     if number == 0 {
-        for entry in fs::read_dir(&folder).expect("target/tmp can be read").flatten() {
-            let name = entry.file_name();
-            let owner = name.to_str().and_then(|name| name.strip_prefix(PREFIX)?.split('-').next()?.parse::<u32>().ok());
-            if owner.is_some_and(|pid| !Path::new("/proc").join(pid.to_string()).exists()) {
-                fs::remove_dir_all(entry.path()).expect("an earlier run's files can be removed");
-            }
+        sweep();
+    }
+    paths::tmp().join(format!("{PREFIX}{}-{number}", std::process::id()))
+}
+
+/// Removes the files of control planes whose test process, or whose run, has ended.
+pub(crate) fn sweep() {
+    let owner = |name: &str| {
+        let name = name.strip_prefix(PREFIX)?;
+        name.strip_prefix("run-").unwrap_or(name).split('-').next()?.parse::<u32>().ok()
+    };
+    for entry in fs::read_dir(paths::tmp()).expect("target/tmp can be read").flatten() {
+        let owner = entry.file_name().to_str().and_then(owner);
+        if owner.is_some_and(|pid| !Path::new("/proc").join(pid.to_string()).exists()) {
+            // Another test program may remove them at the same time.
+            let removed = fs::remove_dir_all(entry.path());
+            assert!(removed.is_ok() || !entry.path().exists(), "{}: {removed:?}", entry.path().display());
         }
     }
-    folder.join(format!("{PREFIX}{}-{number}", std::process::id()))
 }

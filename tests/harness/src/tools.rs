@@ -24,6 +24,16 @@ pub fn oldest_apiserver() -> PathBuf {
     fetched("OLDEST_APISERVER", "kube-apiserver-oldest")
 }
 
+/// The agent's former version.
+pub fn former() -> PathBuf {
+    fetched("FORMER", "former/sds-agent")
+}
+
+/// The repository as it was in that version.
+pub fn former_source() -> PathBuf {
+    former().with_file_name("source")
+}
+
 /// Vault's PKI engine and Kubernetes auth method.
 pub fn vault() -> PathBuf {
     fetched("VAULT", "vault")

@@ -139,9 +139,15 @@ impl World {
 
     /// An approver with the account and rights of `daemonset/`, ready. It knows one configuration and decides at once.
     pub async fn approver(&self, name: &str, lifetime: &str) -> Agent {
+        self.approver_of(None, name, lifetime).await
+    }
+
+    /// The same of another version of the program.
+    pub async fn approver_of(&self, program: Option<&Path>, name: &str, lifetime: &str) -> Agent {
         let actor = self.replica(name).await;
         let configuration = overlapping(&self.configuration(lifetime).await, "0s");
-        actor.environment(Launch::approver(&actor.dir, &configuration)).start().await
+        let launch = actor.environment(Launch::approver(&actor.dir, &configuration));
+        program.map_or(launch.clone(), |program| launch.program(program)).start().await
     }
 
     /// The same, with all of its connections to the API server through `relay`.

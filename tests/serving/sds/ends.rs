@@ -129,7 +129,7 @@ async fn a_client_that_has_said_its_last_is_answered_once_and_then_done() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_refused_caller_is_told_flatly_and_one_who_cannot_be_judged_now_may_come_again() {
+async fn a_caller_without_identity_gets_permission_denied_or_unavailable() {
     for variant in FACES {
         let b = Bench::new();
         b.refuse(false);
@@ -148,7 +148,7 @@ async fn a_refused_caller_is_told_flatly_and_one_who_cannot_be_judged_now_may_co
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_stream_that_ends_leaves_its_subscription_and_nothing_is_renewed_for_nobody() {
+async fn an_ended_stream_drops_its_lease_and_stops_renewals() {
     for variant in FACES {
         let b = Bench::new();
         // Twice within the retention: the second end counts as well as the first.

@@ -230,7 +230,7 @@ async fn refusals_ends_and_drains_end_a_fetch() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_request_that_does_not_end_holds_up_neither_its_deadline_nor_the_drain() {
+async fn an_unfinished_request_obeys_its_deadline_and_the_drain() {
     let b = Bench::new();
     let (say, pieces) = mpsc::unbounded_channel();
     let begun = Instant::now();
@@ -260,7 +260,7 @@ async fn fetching_again_and_again_leaves_nothing_behind() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn who_waits_while_the_configuration_changes_gets_what_it_is_given_by_the_new_one() {
+async fn a_fetch_that_waits_across_a_reload_returns_the_new_identity() {
     let b = Bench::new();
     b.upstream.send_replace(Upstream::Slow);
     let change = async {
@@ -279,7 +279,7 @@ async fn who_waits_while_the_configuration_changes_gets_what_it_is_given_by_the_
 }
 
 #[tokio::test(start_paused = true)]
-async fn who_fetches_after_a_change_gets_the_new_identity_though_the_old_certificate_is_still_served() {
+async fn a_fetch_after_a_reload_returns_the_new_identity_at_once() {
     let b = Bench::new();
     warm(&b).await;
     let old = b.material();

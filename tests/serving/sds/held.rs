@@ -31,7 +31,7 @@ fn renew_at(svid: &Svid) -> SystemTime {
 }
 
 #[tokio::test(start_paused = true)]
-async fn who_holds_a_good_certificate_gets_the_next_one_when_that_was_due_and_not_before() {
+async fn a_returning_client_gets_the_next_certificate_when_it_is_due() {
     for variant in FACES {
         let (b, svid) = restarted().await;
         let mut client = Client::returning(&b, variant, &["default"], svid.version()).await;
@@ -46,7 +46,7 @@ async fn who_holds_a_good_certificate_gets_the_next_one_when_that_was_due_and_no
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_bundle_does_not_wait_with_the_certificate_and_its_version_keeps_the_hint() {
+async fn the_bundle_is_sent_at_once_while_the_certificate_is_held() {
     let (b, svid) = restarted().await;
     let version_prefix = version_prefix(svid.version()).to_owned();
     let combined = format!("{version_prefix}-0000000000000000");
@@ -106,7 +106,7 @@ async fn another_profile_makes_every_hint_foreign() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn who_holds_one_gets_what_another_clients_demand_brought_once_it_has_settled() {
+async fn another_clients_certificate_replaces_a_held_one_after_settling() {
     for variant in FACES {
         let (b, svid) = restarted().await;
         let mut held = Client::returning(&b, variant, &["default"], svid.version()).await;
@@ -127,7 +127,7 @@ async fn who_holds_one_gets_what_another_clients_demand_brought_once_it_has_sett
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_bundle_that_comes_later_and_shows_the_hint_to_be_foreign_ends_the_waiting() {
+async fn a_later_bundle_without_the_reported_authority_triggers_an_order() {
     for variant in FACES {
         let (b, svid) = restarted_without_bundle().await;
         let mut client = Client::returning(&b, variant, &["default"], svid.version()).await;

@@ -40,7 +40,7 @@ async fn a_client_that_rejects_in_a_loop_is_one_line_and_every_time_is_counted()
 }
 
 #[tokio::test(start_paused = true)]
-async fn rejections_of_one_pod_are_told_once_a_minute_with_their_number_and_apart_from_anothers() {
+async fn rejections_are_logged_once_a_minute_per_pod_with_their_count() {
     let log = Captured::default();
     let (_guard, _filter) = telemetry::capture("info", Format::Json, log.clone()).unwrap();
     let (bench, refusals) = (Bench::new(), Arc::<Refusals>::default());

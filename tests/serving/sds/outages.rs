@@ -9,7 +9,7 @@ use super::{
 const MINUTE: Duration = Duration::from_secs(60);
 
 #[tokio::test(start_paused = true)]
-async fn what_a_forward_jump_makes_look_expired_is_withheld_and_served_again_when_the_clock_is_set_back() {
+async fn a_forward_clock_step_withholds_a_certificate_until_it_is_undone() {
     for variant in FACES {
         let b = Bench::new();
         let mut before = Client::asking(&b, variant, &["default"]).await;
@@ -28,7 +28,7 @@ async fn what_a_forward_jump_makes_look_expired_is_withheld_and_served_again_whe
 }
 
 #[tokio::test(start_paused = true)]
-async fn with_the_upstream_down_streams_stay_and_a_good_certificate_is_served_until_it_ends() {
+async fn a_valid_certificate_is_served_while_the_upstream_is_down() {
     for variant in FACES {
         let b = Bench::new();
         let mut old = Client::asking(&b, variant, &["default"]).await;

@@ -81,7 +81,7 @@ async fn nothing_is_sent_again_after_an_answer_of_either_kind() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_rejection_that_adds_a_name_gets_the_name_and_not_the_rejected_version() {
+async fn a_nack_with_a_new_name_returns_only_that_name() {
     for variant in FACES {
         let b = Bench::new();
         let mut client = Client::asking(&b, variant, &["default"]).await;
@@ -115,7 +115,7 @@ async fn a_rejected_certificate_leaves_no_hint_in_a_later_version() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_answer_to_a_superseded_response_is_ignored_and_the_names_of_a_delta_count() {
+async fn a_stale_nonce_is_ignored_except_for_delta_subscriptions() {
     for variant in FACES {
         let b = Bench::new();
         let mut client = Client::asking(&b, variant, &["ROOTCA"]).await;
@@ -136,7 +136,7 @@ async fn an_answer_to_a_superseded_response_is_ignored_and_the_names_of_a_delta_
 }
 
 #[tokio::test(start_paused = true)]
-async fn several_names_share_a_response_and_a_version_that_tells_what_the_client_holds() {
+async fn several_names_share_a_response_that_carries_the_held_version() {
     let b = Bench::new();
     let mut client = Client::asking(&b, Variant::Sotw, &["default", "spiffe://cluster.local/ns/shop/sa/a", "ROOTCA"]).await;
     let mut reply = client.accepted().await;
@@ -173,7 +173,7 @@ async fn what_is_known_does_not_wait_for_what_is_not() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_name_that_is_added_is_answered_and_one_that_is_dropped_is_not_any_more() {
+async fn an_added_name_is_served_and_a_dropped_name_is_not() {
     for variant in FACES {
         let b = Bench::new();
         let mut client = Client::asking(&b, variant, &["ROOTCA"]).await;
@@ -197,7 +197,7 @@ async fn a_name_that_is_added_is_answered_and_one_that_is_dropped_is_not_any_mor
 }
 
 #[tokio::test(start_paused = true)]
-async fn unsubscribing_from_everything_is_silence_and_no_wildcard_and_subscribing_again_is_answered() {
+async fn unsubscribing_from_all_names_is_not_a_wildcard() {
     for variant in FACES {
         let b = Bench::new();
         let mut client = Client::asking(&b, variant, &["default"]).await;

@@ -22,7 +22,7 @@ fn current(b: &Bench) -> Option<Arc<Svid>> {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_raised_epoch_replaces_within_the_window_and_the_old_certificate_stays_until_then() {
+async fn a_raised_epoch_replaces_the_certificate_within_the_window() {
     for variant in FACES {
         let b = Bench::new();
         let mut client = Client::asking(&b, variant, &["default"]).await;
@@ -53,7 +53,7 @@ async fn a_raised_epoch_replaces_within_the_window_and_the_old_certificate_stays
 }
 
 #[tokio::test(start_paused = true)]
-async fn while_the_new_issuer_is_down_the_old_certificate_is_served_and_not_renewed() {
+async fn the_old_certificate_is_served_while_the_new_issuer_is_down() {
     for variant in FACES {
         let b = Bench::new();
         let mut client = Client::asking(&b, variant, &["default"]).await;
@@ -110,7 +110,7 @@ async fn going_back_before_the_new_certificate_was_ordered_costs_nothing() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn all_streams_of_an_identity_move_by_one_order_and_many_connections_share_it() {
+async fn all_streams_of_an_identity_share_one_order_for_a_new_epoch() {
     for variant in FACES {
         let b = Bench::new();
         let mut clients = Vec::new();
@@ -137,7 +137,7 @@ fn shop(b: &Bench, change: impl FnOnce(&mut Profile), selectable: bool) -> Rule 
 }
 
 #[tokio::test(start_paused = true)]
-async fn another_name_is_taken_on_too_and_new_calls_on_the_connection_see_it_at_once() {
+async fn a_new_spiffe_id_reaches_open_and_new_streams_of_a_connection() {
     for variant in FACES {
         let b = Bench::new();
         let connection = b.connection();
@@ -211,7 +211,7 @@ async fn an_identity_that_was_taken_away_ends_its_streams_and_is_not_renewed() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn who_is_held_from_before_a_restart_is_spread_over_the_window_when_the_epoch_was_raised() {
+async fn certificates_held_across_a_restart_are_replaced_in_the_window() {
     for variant in FACES {
         // Raised while the agent was away, and raised while the client is held.
         for raised_before in [true, false] {
@@ -245,7 +245,7 @@ async fn reissue(b: &Bench, which: Which, over: Duration) -> Reissued {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_call_to_reissue_replaces_once_within_its_time_and_nothing_is_closed_or_lost() {
+async fn repeated_reissue_calls_replace_a_certificate_once() {
     for variant in FACES {
         let b = Bench::new();
         let mut client = Client::asking(&b, variant, &["default"]).await;

@@ -82,7 +82,7 @@ async fn an_idle_connection_is_closed_and_one_with_an_open_stream_is_not() {
 }
 
 #[tokio::test]
-async fn there_are_as_many_connections_as_the_limit_and_a_free_place_is_taken_again() {
+async fn connections_are_limited_and_a_closed_one_frees_its_place() {
     let agent = Agent::with(|sessions| sessions.limits.connections = 1).await;
     let mut first = Link::connect(&agent.path).await;
     let mut stream = first.asking(&["default"]).await;

@@ -43,7 +43,7 @@ async fn a_common_grpc_client_is_served() {
 }
 
 #[tokio::test]
-async fn two_requests_as_large_as_an_envoys_arrive_while_the_caller_is_still_unknown() {
+async fn two_full_size_envoy_requests_arrive_before_attestation_ends() {
     let agent = Agent::start().await;
     agent.origin_cache.send_replace(false);
     let mut link = Link::connect(&agent.path).await;

@@ -59,7 +59,7 @@ async fn served(path: &Path) -> Link {
 }
 
 #[tokio::test]
-async fn who_has_its_share_of_connections_is_turned_away_and_its_neighbour_is_not() {
+async fn a_pod_at_its_connection_limit_is_rejected_and_others_are_not() {
     let agent = Agent::with(|sessions| sessions.limits.connections_per_pod = 3).await;
     let (flooding, quiet) = (socket_of(&agent, "flooding"), socket_of(&agent, "quiet"));
     let mut held = Vec::new();

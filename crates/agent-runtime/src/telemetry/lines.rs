@@ -197,7 +197,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn other_crates_repeat_a_line_once_a_minute_and_ours_are_limited_where_they_are_written() {
+    async fn repeated_lines_of_other_crates_are_limited_to_one_a_minute() {
         for format in [Format::Json, Format::Text] {
             let lines = Captured::default();
             let (_guard, _filter) = capture("debug", format, lines.clone()).unwrap();

@@ -253,7 +253,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reader_that_stalls_costs_lines_and_no_time_and_the_log_tells_how_many() {
+    fn lines_dropped_on_a_stalled_reader_are_reported_in_the_log() {
         let (mut writer, reader, dropped) = started(Format::Json);
         let all = 3 * MAX_QUEUED_BYTES / LINE.len();
         // Nothing is read, and the pipe is full long before the end.

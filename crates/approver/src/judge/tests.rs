@@ -122,7 +122,7 @@ fn asks(spiffe_id: &'static str, dns_names: &'static [&'static str]) -> impl Fn(
 }
 
 #[test]
-fn what_an_agent_asks_for_a_pod_of_its_node_is_approved_by_the_watch_or_a_live_read() {
+fn a_request_for_a_pod_on_the_agents_node_is_approved() {
     let approved = Decision::Approve("pod \"shop/cart-1\" on node \"n1\" may have spiffe://cluster.local/ns/shop/sa/cart".into());
     for view in [PodView::Cached(Some(&pod())), PodView::Live(Some(&pod()))] {
         assert_eq!(judge(&request(), view, &rules()), approved);

@@ -28,7 +28,7 @@ fn undecided(api: &FakeApi, name: &str) -> bool {
 
 /// The approver's file first, the agents' later.
 #[tokio::test(start_paused = true)]
-async fn agents_that_have_the_former_file_are_approved_for_the_overlap_and_not_for_longer() {
+async fn agents_with_the_superseded_file_are_approved_in_the_overlap() {
     let api = FakeApi::new();
     put_pod(&api);
     let replica = Replica::by(&api, true, lasting(1));
@@ -90,7 +90,7 @@ async fn a_request_of_an_issuer_that_came_later_is_looked_at_then_and_only_then(
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_agent_that_was_taken_out_is_denied_at_once_though_its_request_was_waiting() {
+async fn a_waiting_request_of_a_removed_agent_is_denied_at_once() {
     let api = FakeApi::new();
     put_pod(&api);
     let replica = Replica::by(&api, true, lasting(1));

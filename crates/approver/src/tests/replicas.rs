@@ -77,7 +77,7 @@ async fn the_older_one_decides_and_the_other_neither_writes_nor_reads() {
 
 /// A killed process leaves its pod as it was. Another process in the same pod is the first again.
 #[tokio::test(start_paused = true)]
-async fn a_replica_takes_over_from_one_that_was_killed_and_one_yields_when_it_is_back() {
+async fn a_standby_replica_takes_over_from_a_killed_one() {
     let api = FakeApi::new();
     let [old, young] = two(&api).await;
     ask(&api, names("a", 3)).await;

@@ -45,7 +45,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pods_processes_are_one_whatever_their_user_and_a_user_is_one_outside_of_pods() {
+    fn origins_are_per_pod_inside_pods_and_per_user_outside() {
         let proc = tempfile::tempdir().unwrap();
         let write = |pid: i32, file: &str| {
             fs::create_dir(proc.path().join(pid.to_string())).unwrap();

@@ -170,7 +170,7 @@ async fn only_the_users_that_are_given_may_fetch() {
 }
 
 #[tokio::test]
-async fn a_caller_without_the_kernels_handle_is_served_only_where_that_was_accepted() {
+async fn a_caller_without_a_pidfd_is_refused_unless_pid_reuse_is_accepted() {
     let mut world = World::new(&cgroup(UID), &[pod(UID, Some("cart"))]);
     world.peer = Peer::recorded(&world.socket, Path::new("/proc")).unwrap();
     assert_eq!(world.refusal().await, (Reason::no_pidfd, false));

@@ -142,7 +142,7 @@ async fn an_unknown_uid_costs_one_live_read_for_all_who_ask() {
 
 /// Containers that outlived their pod, and the agent started after it had gone.
 #[tokio::test(start_paused = true)]
-async fn a_tight_loop_of_an_unknown_uid_costs_two_live_reads_a_minute_and_delays_no_new_pod() {
+async fn live_reads_for_an_unknown_uid_are_limited_to_two_a_minute() {
     let world = World::synced(FakeApi::new()).await;
     let (lists, start) = (world.api.count("list", "pods"), tokio::time::Instant::now());
     let mut asked = 0;
@@ -174,7 +174,7 @@ async fn a_live_read_may_know_a_pod_before_the_watch_does() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_token_is_cancelled_when_the_pod_is_deleted_or_terminal_but_not_while_it_drains() {
+async fn a_pod_token_is_cancelled_when_the_pod_ends_and_not_before() {
     let api = FakeApi::new();
     api.put("pods", pod("a", "u-a", "n1"));
     api.put("pods", pod("b", "u-b", "n1"));
@@ -266,7 +266,7 @@ async fn a_static_pod_has_no_service_account_under_either_of_its_uids() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn containers_are_kept_only_where_they_are_asked_for_and_one_that_is_never_told_of_is_not_awaited_for_ever() {
+async fn waiting_for_an_unknown_container_times_out() {
     let mut a = pod("a", "u-a", "n1");
     a["status"]["containerStatuses"] = json!([{"name": "main", "containerID": "cri-o://c1"}]);
     let api = FakeApi::new();

@@ -240,7 +240,7 @@ async fn a_failing_renewal_keeps_the_good_certificate_and_recovers() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_certificate_of_a_foreign_authority_is_never_published_until_its_root_is_trusted() {
+async fn a_certificate_is_not_published_until_its_root_is_trusted() {
     let b = Bench::new([Script::Foreign, Script::Fail(Retry::After(Duration::from_secs(3000)))]);
     let lease = b.want("a");
     settle().await;
@@ -300,7 +300,7 @@ async fn what_is_at_rest_can_be_taken_in_passing_and_what_is_due_cannot() {
 
 /// Only a chain shows which authorities sign, and what a former process knew of them is lost.
 #[tokio::test(start_paused = true)]
-async fn where_revocation_lists_wait_one_held_certificate_is_renewed_at_once_and_one_alone() {
+async fn a_waiting_crl_renews_exactly_one_held_certificate() {
     let b = Bench::new([]);
     let now = b.clock.now();
     let held = Demand::Held { renew_at: now + Duration::from_secs(6000), not_after: now + Duration::from_secs(12_000) };
@@ -383,7 +383,7 @@ async fn after_a_denial_the_next_try_is_in_a_siblings_name_and_in_its_time() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_pending_order_is_dropped_when_its_identity_is_forgotten_and_not_before() {
+async fn a_pending_order_is_dropped_when_its_identity_is_forgotten() {
     let b = Bench::new([Script::Pend]);
     let lease = b.want("a");
     settle().await;
@@ -410,7 +410,7 @@ async fn a_key_is_wiped_when_nobody_has_asked_for_it_for_the_retention() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_subscriber_that_came_back_and_left_again_leaves_neither_a_key_nor_a_renewal() {
+async fn a_subscriber_that_leaves_again_keeps_no_key_or_renewal() {
     let b = Bench::new([]);
     let lease = b.want("a");
     let weak = Arc::downgrade(&material(&lease, None).await);
@@ -429,7 +429,7 @@ async fn a_subscriber_that_came_back_and_left_again_leaves_neither_a_key_nor_a_r
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_bundle_that_changes_while_a_certificate_settles_is_the_one_that_counts() {
+async fn a_settling_renewal_is_not_published_under_a_changed_bundle() {
     let b = Bench::new([]);
     let lease = b.want("a");
     let first = material(&lease, None).await;
@@ -508,7 +508,7 @@ async fn a_key_goes_with_the_last_who_may_have_it_whatever_the_retention() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_order_is_dropped_with_the_last_who_may_have_its_key_and_a_backoff_is_not() {
+async fn an_order_is_dropped_with_the_last_user_of_its_identity() {
     let b = Bench::new([Script::Pend, Script::Fail(Retry::After(Duration::from_secs(100)))]);
     let lease = b.want("a");
     settle().await;

@@ -191,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn another_identity_keeps_the_certificate_that_was_sent_until_its_own_is_sent() {
+    fn a_new_identity_keeps_the_old_certificate_until_its_own_is_sent() {
         let (now, old, _) = world("a");
         let (_, new, _) = world("b");
         let due_at = now + HOUR;
@@ -238,7 +238,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_client_reported_of_its_previous_identity_is_kept_through_several_changes() {
+    fn a_reported_certificate_is_held_through_identity_changes() {
         let (now, svid, held) = world("a");
         let (_, other, _) = world("b");
         let mut holdings = Holdings::default();
@@ -251,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn a_certificate_that_slow_clocks_refuse_is_withheld_from_a_client_that_holds_a_good_one() {
+    fn a_settling_certificate_is_withheld_while_a_good_one_is_held() {
         let (now, svid, held) = world("a");
         let fresh = |settled_at| {
             let (svid, _) = samples::svid(identity("a"));

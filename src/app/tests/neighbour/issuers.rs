@@ -12,7 +12,7 @@ impl World {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_request_that_somebody_deletes_or_relabels_is_made_again_and_leaves_nothing() {
+async fn a_deleted_or_relabelled_request_is_created_again() {
     for relabelled in [false, true] {
         let world = World::new();
         world.watching().await;
@@ -89,7 +89,7 @@ async fn eight_requests_stuck_at_a_dead_issuer_do_not_hold_up_another_issuers() 
 }
 
 #[tokio::test(start_paused = true)]
-async fn two_hundred_identities_leave_few_requests_with_a_dead_issuer_and_are_all_served_when_it_is_back() {
+async fn two_hundred_identities_are_served_when_their_issuer_recovers() {
     let world = World::new();
     world.watching().await;
     world.dead.lock().unwrap().insert("mesh-ca".into());

@@ -40,7 +40,7 @@ async fn a_watch_is_resumed_from_its_last_bookmark() {
 
 /// Each event of a request's life once: created, approved, issued, deleted.
 #[tokio::test(start_paused = true)]
-async fn a_watch_that_is_cut_in_the_middle_of_an_event_loses_none_and_repeats_none() {
+async fn a_watch_cut_inside_an_event_resumes_without_loss_or_repeat() {
     for after in 0..4 {
         let world = World::with(|wire| wire.fail("watch", CR, Fault::CutEvent(after), 1));
         world.watching().await;

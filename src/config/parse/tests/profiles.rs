@@ -62,7 +62,7 @@ profiles:
 }
 
 #[test]
-fn each_issuer_is_there_once_under_the_name_of_the_first_profile_that_has_it() {
+fn an_issuer_is_configured_once_under_its_first_profiles_name() {
     let ca = "issuerRef: { name: pay-ca, kind: ClusterIssuer }";
     let config = load(&with(&format!(
         "- {{ name: a, match: {{ namespaces: [a] }}, {ca} }}\n\

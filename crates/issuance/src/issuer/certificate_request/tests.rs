@@ -266,7 +266,7 @@ async fn news_that_the_watch_missed_are_read_from_the_list() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_request_that_was_deleted_or_relabelled_fails_its_order_and_leaves_nothing() {
+async fn a_deleted_or_relabelled_request_fails_its_order() {
     let deleted = |world: &World, name: &str| world.api.remove(CR, "sds-agent", name);
     let relabelled = |world: &World, name: &str| world.api.change(CR, "sds-agent", name, |o| o["metadata"]["labels"] = json!({}));
     for lose in [&deleted as &dyn Fn(&World, &str), &relabelled] {
@@ -283,7 +283,7 @@ async fn a_request_that_was_deleted_or_relabelled_fails_its_order_and_leaves_not
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_request_that_vanished_while_the_watch_was_down_is_noticed_by_the_list() {
+async fn a_request_deleted_while_the_watch_is_down_fails_its_order() {
     let world = World::new();
     let (task, mut stage) = world.order("cart");
     let first = world.request().await;

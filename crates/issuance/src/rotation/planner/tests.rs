@@ -95,7 +95,7 @@ fn nothing_settles_while_the_old_certificate_ends() {
 }
 
 #[test]
-fn a_failed_renewal_is_tried_again_before_the_certificate_ends_and_loses_nothing() {
+fn a_failed_renewal_is_retried_before_the_certificate_ends() {
     let mut b = Bench::new();
     b.serve(1, 100);
     b.pass(50.0);
@@ -256,7 +256,7 @@ fn one_issuers_trouble_takes_no_slot_of_another() {
 }
 
 #[test]
-fn a_held_certificate_waits_for_its_renewal_and_another_client_does_not_wait_with_it() {
+fn a_held_certificate_waits_for_its_renewal_time() {
     let mut b = Bench::new();
     b.hold(1, 500, 1000);
     b.pass(100.0);

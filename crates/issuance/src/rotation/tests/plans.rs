@@ -13,7 +13,7 @@ fn plan(b: &Bench, change: impl FnOnce(&mut Profile)) -> Arc<Plan> {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_waits_for_another_configuration_or_backs_off_is_tried_again_at_once() {
+async fn a_configuration_change_retries_failed_orders_at_once() {
     for retry in [Retry::Configuration, Retry::After(Duration::from_secs(3000))] {
         let b = Bench::new([Script::Fail(retry), Script::Fail(retry)]);
         let lease = b.want("a");
@@ -29,7 +29,7 @@ async fn what_waits_for_another_configuration_or_backs_off_is_tried_again_at_onc
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_no_profile_issues_any_more_is_neither_ordered_nor_renewed_and_comes_back_with_its_profile() {
+async fn identities_without_a_profile_are_not_ordered_or_renewed() {
     let b = Bench::new([Script::Issue, Script::Pend]);
     let lease = b.want("a");
     let first = material(&lease, None).await;

@@ -196,7 +196,7 @@ fn a_name_without_an_answer_yet_follows_when_it_has_one() {
 }
 
 #[test]
-fn what_a_reconnecting_client_brings_is_not_sent_again_and_anything_else_is() {
+fn a_version_reported_at_reconnect_is_not_sent_again() {
     let mut s = stream(SOTW);
     s.request(sotw(&["default"], "v1", "")).unwrap();
     assert_eq!(s.watches()[0].client_reported.as_deref(), Some("v1"));

@@ -64,7 +64,7 @@ async fn an_issuer_that_may_not_be_read_or_is_external_is_used_unchecked() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_issuer_is_looked_at_once_and_again_after_failures_but_not_per_order() {
+async fn the_issuer_is_checked_once_and_again_after_each_failure() {
     let world = World::new();
     for account in ["a", "b", "c"] {
         let (task, _) = world.order(account);

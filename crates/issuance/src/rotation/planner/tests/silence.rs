@@ -19,7 +19,7 @@ fn unanswered(b: &mut Bench, seconds: u64) -> usize {
 }
 
 #[test]
-fn a_dead_issuer_gets_few_requests_and_then_one_a_minute_and_all_when_it_is_back() {
+fn an_unresponsive_issuer_is_probed_once_a_minute_until_it_answers() {
     let mut b = Bench::new();
     for id in 0..1000 {
         b.want(id);
@@ -51,7 +51,7 @@ fn a_dead_issuer_gets_few_requests_and_then_one_a_minute_and_all_when_it_is_back
 }
 
 #[test]
-fn an_issuer_that_answers_some_is_not_held_to_account_for_those_that_are_stuck() {
+fn stuck_requests_do_not_slow_an_issuer_that_answers_others() {
     let mut b = Bench::new();
     for id in 0..200 {
         b.want(id);

@@ -15,7 +15,7 @@ async fn first_secrets(agent: &Agent) -> [f64; 2] {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_pod_that_starts_finds_its_certificate_and_one_that_ran_before_the_agent_is_left_alone() {
+async fn a_starting_pod_finds_its_certificate_at_its_first_call() {
     let scene = Scene::new(&Cluster::connect().await).await;
     let pods = format!("/api/v1/namespaces/{}/pods", scene.namespace);
     let path = |name: &str| format!("{pods}/{name}");

@@ -5,40 +5,23 @@ use test_harness::{
     cluster::name_of,
     eventually,
     guarded::{Guarded, moved},
-    manifests::{self, NAMESPACE, helm, install},
-    tools,
+    manifests::{NAMESPACE, helm, install},
     world::{GUARDED, PATIENCE, World},
 };
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn parameters_that_are_missing_hold_up_no_other_issuer() {
     let scene = Guarded::of(World::start(GUARDED).await).await;
-    scene.upgrade(&manifests::documents(include_str!("former-policy.yaml"))).await;
+    scene.world.install_policy().await;
     scene.assert_no_state_of_the_parameters_matters_to_others().await;
     assert_the_list_is_the_charts(&scene).await;
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn parameters_that_are_missing_hold_up_no_other_issuer_at_the_oldest_api_server() {
-    let program = tools::oldest_apiserver();
-    let world = World::start(&[GUARDED, &["--apiserver", program.to_str().expect("a plain path")]].concat()).await;
-    let scene = Guarded::of(world).await;
-    scene.upgrade(&manifests::documents(include_str!("former-policy.yaml"))).await;
-    scene.assert_no_state_of_the_parameters_matters_to_others().await;
 }
 
 /// Nothing but `namespace:` is added: accounts, rights, ConfigMap and the policies' parameters follow.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn another_namespace_by_kustomize_holds_up_no_other_issuer() {
-    for oldest in [false, true] {
-        let program = tools::oldest_apiserver();
-        let apiserver: &[&str] = if oldest { &["--apiserver", program.to_str().expect("a plain path")] } else { &[] };
-        let world = World::start_in(&[GUARDED, apiserver].concat(), "mesh-system", &moved("mesh-system").await).await;
-        let scene = Guarded::of(world).await;
-        scene.until_bounded("another namespace", Some("above 24h,")).await;
-        scene.assert_only_the_mesh_is_guarded("another namespace").await;
-        scene.assert_the_mesh_is_served("another namespace").await;
-    }
+    let world = World::start_in(GUARDED, "mesh-system", &moved("mesh-system").await).await;
+    Guarded::of(world).await.assert_another_namespace_holds_up_no_other_issuer().await;
 }
 
 /// What the chart writes into the policies is what is guarded: a second ClusterIssuer, and an Issuer in its own namespace alone.

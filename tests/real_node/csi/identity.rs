@@ -93,7 +93,7 @@ async fn unpublishing_ends_connections_whether_or_not_they_have_spoken() {
 }
 
 #[tokio::test]
-async fn publishing_again_changes_nothing_and_another_volume_in_its_place_is_refused() {
+async fn publishing_the_same_volume_again_changes_nothing() {
     let node = Node::new(&certificate("1h")).await;
     let agent = node.start().await;
     let pod = node.pod("cart").await;
@@ -118,7 +118,7 @@ async fn publishing_again_changes_nothing_and_another_volume_in_its_place_is_ref
 }
 
 #[tokio::test]
-async fn the_registration_is_offered_again_to_a_kubelet_that_refused_and_where_the_name_was_taken() {
+async fn the_registration_is_offered_again_after_the_kubelet_refuses() {
     let node = Node::new(&certificate("1h")).await;
     let _agent = node.start().await;
     let socket = node.kubelet.registration_socket();

@@ -159,7 +159,7 @@ async fn a_daemonset_rolls_out_without_a_gap_and_a_broken_version_stops_it() {
 
 /// Runs, never comes into sync, and reaches one node of two. Then the old agent's program ends there, and with it its pod.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_version_that_waits_in_vain_reaches_one_node_and_is_mended_by_the_next() {
+async fn a_version_that_never_becomes_ready_stays_on_one_node() {
     let _turn = test_harness::turn().await;
     let site = Site::controlled("shared", 2).await;
     let nodes: Vec<_> = site.nodes().collect();

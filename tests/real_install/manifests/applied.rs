@@ -36,7 +36,7 @@ async fn nothing_newer_than_kubernetes_1_30_is_used() {
 
 /// Workloads keep the level that they have: with sockets of pods they need no path of the host.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_restricted_namespace_takes_a_pod_with_a_socket_of_its_own_and_none_with_a_path_of_the_host() {
+async fn a_restricted_namespace_admits_csi_and_rejects_host_path_volumes() {
     let cluster = Cluster::connect().await;
     let namespace = cluster.namespace().await;
     let level = json!({"metadata": {"labels": {"pod-security.kubernetes.io/enforce": "restricted"}}});

@@ -57,7 +57,7 @@ async fn row(agent: &Agent, workload: &Workload, issuer: &str) -> Result<Value, 
 }
 
 #[tokio::test]
-async fn an_authority_is_added_a_file_is_broken_and_certificates_are_reissued_under_load() {
+async fn a_change_of_authority_under_load_closes_no_stream() {
     let _turn = test_harness::turn().await;
     let cluster = Cluster::connect().await;
     let second = Second::create(&cluster).await;

@@ -1,4 +1,18 @@
 //! Certificates from Vault, by cert-manager's own Vault issuer: chains of three, a role that refuses SPIFFE names, a Vault that is away.
+//!
+//! `make test-long GROUP=vault`. The words in which Vault refuses are pinned by unit tests too (`vault_words.rs`); here Vault itself says them.
+
+#![allow(
+    clippy::disallowed_methods,
+    clippy::expect_used,
+    clippy::cast_precision_loss,
+    clippy::panic,
+    clippy::print_stderr,
+    clippy::print_stdout,
+    clippy::unwrap_used,
+    unreachable_pub,
+    reason = "tests write files for other programs, wait for those, and fail loudly"
+)]
 
 use std::time::Duration;
 

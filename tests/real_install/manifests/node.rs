@@ -51,7 +51,7 @@ async fn until_registered(site: &Site) {
 
 /// With one capability, no other user's rights, and the kernel's filter: that suffices to know callers and to lock keys.
 #[tokio::test]
-async fn the_daemonset_of_the_shared_socket_serves_pods_and_hands_over_to_a_surge() {
+async fn the_shared_socket_daemonset_hands_over_to_a_surge_pod() {
     let _turn = test_harness::turn().await;
     let site = Site::start("shared").await;
     let approver = approver(&site).await;
@@ -83,7 +83,7 @@ async fn the_daemonset_of_the_shared_socket_serves_pods_and_hands_over_to_a_surg
 }
 
 #[tokio::test]
-async fn the_daemonset_of_pods_sockets_serves_pods_without_seeing_their_processes() {
+async fn the_per_pod_daemonset_serves_pods_without_the_host_pid_namespace() {
     let _turn = test_harness::turn().await;
     let site = Site::start("per-pod").await;
     let approver = approver(&site).await;

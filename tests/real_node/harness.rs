@@ -1,11 +1,20 @@
 //! Checks of the tests themselves.
 
-use std::{fs, path::Path, time::Duration};
+use std::{
+    fs::{self, File},
+    path::Path,
+    time::Duration,
+};
 
 use base64::{Engine, prelude::BASE64_STANDARD};
+use nix::{
+    fcntl::{Flock, FlockArg},
+    sys::signal::Signal,
+};
 use serde_json::json;
 use test_harness::{
     cgroups::PodCgroup,
+    child::Child,
     cluster::{Cluster, ISSUER, name_of},
     eventually,
     load::Load,
@@ -13,10 +22,13 @@ use test_harness::{
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpListener,
+    process::Command,
 };
 
 /// So slow that a load of a fixed time would have next to no requests.
 const SLOW: Duration = Duration::from_millis(50);
+/// Of two control planes, on a busy machine.
+const START: Duration = Duration::from_secs(180);
 
 #[tokio::test]
 async fn a_load_passes_its_phases_however_slow_its_target_is() {
@@ -111,5 +123,42 @@ async fn the_control_plane_issues_and_records_who_asked() {
     for path in ["/api/v1/secrets", "/api/v1/namespaces/cert-manager/secrets/ca-key-pair"] {
         let refused = as_agent.try_get(path).await.expect_err("it has no right to");
         assert!(matches!(&refused, kube::Error::Api(status) if status.code == 403), "{refused}");
+    }
+}
+
+/// Set for the child, so that `--include-ignored` starts no control plane of its own.
+const CHILD: &str = "SDS_AGENT_TEST_SHARED_PLANE";
+
+/// Two test programs, one after another, below a program of the name `cargo`.
+#[tokio::test]
+async fn test_programs_of_a_run_share_a_control_plane_that_ends_with_the_run() {
+    let dir = tempfile::tempdir().unwrap();
+    let cargo = dir.path().join("cargo");
+    fs::copy("/bin/sh", &cargo).unwrap();
+    let this = std::env::current_exe().unwrap();
+    let test = format!("{} --exact harness::child_that_uses_the_shared_control_plane --ignored --nocapture", this.display());
+    let mut command = Command::new(cargo);
+    command.args(["-c", &format!("{test}; {test}; echo both; read -r line")]).env(CHILD, "");
+    let mut run = Child::spawn_tied("cargo", &mut command);
+    let output =
+        run.stdout().until("both have run", START, |lines| lines.iter().any(|line| line == "both").then(|| lines.join("\n"))).await;
+    let found: Vec<_> = output.lines().filter_map(|line| line.split_once("shared: ")).map(|(_, path)| path.to_owned()).collect();
+    assert!(found.len() == 2 && found[0] == found[1], "{output}");
+    let lock = Path::new(&found[0]).with_file_name("lock");
+    let is_running = || Flock::lock(File::open(&lock).unwrap(), FlockArg::LockExclusiveNonblock).is_err();
+    assert!(is_running(), "it has ended before the run");
+    assert_ne!(Path::new(&found[0]), test_harness::shared_plane::kubeconfig(), "another run's is another");
+
+    run.signal(Signal::SIGKILL);
+    run.exit(START).await;
+    eventually("the control plane has ended", START, async || if is_running() { Err("it runs".to_owned()) } else { Ok(()) }).await;
+}
+
+#[tokio::test]
+#[ignore = "a test program of a run"]
+async fn child_that_uses_the_shared_control_plane() {
+    if std::env::var_os(CHILD).is_some() {
+        Cluster::shared().await.get("/version").await;
+        println!("shared: {}", test_harness::shared_plane::kubeconfig().display());
     }
 }

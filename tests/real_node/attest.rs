@@ -96,7 +96,7 @@ async fn streams_and_keys_go_with_the_pod_and_not_while_it_drains() {
 }
 
 #[tokio::test]
-async fn a_child_that_keeps_the_connection_loses_it_with_the_process_that_made_it() {
+async fn a_connection_kept_by_a_child_closes_when_the_parent_exits() {
     let _turn = test_harness::turn().await;
     let scene = Scene::start("certificate: { lifetime: 10s }").await;
     let handed_over = scene.stream(&scene.a.cgroup, "hand-over", &["default"]);

@@ -3,71 +3,23 @@
 use std::{fs, os::unix::fs::MetadataExt, path::Path, time::Duration};
 
 use serde_json::{Value, json};
-use tempfile::TempDir;
-use test_harness::{
-    agent::{Agent, Launch},
-    cgroups::PodCgroup,
-    cluster::{AgentPod, Cluster, Pod},
-    envoy::Sds,
-    eventually,
-    pair::{End, Pair},
-};
+use test_harness::{agent::Launch, eventually, surge::Surge};
 use tokio::net::UnixStream;
 
 const PATIENCE: Duration = Duration::from_secs(60);
-/// Long enough that nothing is due during the test.
-const SETTINGS: &str = "certificate: { lifetime: 1h }";
 
-struct Node {
-    cluster: Cluster,
-    agent_pod: AgentPod,
-    agent: Agent,
-    server: (Pod, PodCgroup),
-    client: (Pod, PodCgroup),
-    _dir: TempDir,
-}
-
-impl Node {
-    async fn start() -> Self {
-        let (cluster, dir) = (Cluster::connect().await, tempfile::tempdir().unwrap());
-        let (node, namespace) = (cluster.node().await, cluster.namespace().await);
-        let agent_pod = cluster.agent(dir.path(), &node).await;
-        let agent = agent_pod.launch(dir.path(), SETTINGS).start().await;
-        let [server, client] = [cluster.pod(&namespace, "server", &node).await, cluster.pod(&namespace, "client", &node).await];
-        let (server_cgroup, client_cgroup) = (PodCgroup::new(&server.uid), PodCgroup::new(&client.uid));
-        Self { cluster, agent_pod, agent, server: (server, server_cgroup), client: (client, client_cgroup), _dir: dir }
-    }
-
-    /// An agent of another pod on the same socket.
-    async fn successor(&self, dir: &Path) -> Launch {
-        self.launch(&self.agent_pod.successor(dir).await, dir)
-    }
-
-    fn launch(&self, pod: &AgentPod, dir: &Path) -> Launch {
-        let sockets = format!("{{ shared: {{ path: {}, mode: \"0666\" }} }}", self.agent.socket().display());
-        pod.launch_on(dir, &sockets, SETTINGS)
-    }
-
-    /// The same, which never finds the API server; whose pod it is in does not matter then.
-    fn broken(&self, dir: &Path) -> Launch {
-        let port = test_harness::free_port();
-        let nowhere = json!({
-            "apiVersion": "v1", "kind": "Config", "current-context": "agent",
-            "clusters": [{"name": "test", "cluster": {"server": format!("http://127.0.0.1:{port}")}}],
-            "users": [{"name": "agent", "user": {"token": "none"}}],
-            "contexts": [{"name": "agent", "context": {"cluster": "test", "user": "agent"}}],
-        });
-        let access = dir.join("nowhere");
-        fs::write(&access, nowhere.to_string()).unwrap();
-        self.launch(&self.agent_pod, dir).env("KUBECONFIG", access.to_str().unwrap())
-    }
-
-    async fn pair(&self) -> Pair {
-        let (server, client) = (self.server.0.spiffe_id(), self.client.0.spiffe_id());
-        let server = End { id: &server, sds: Sds::StateOfTheWorld, cgroup: Some(&self.server.1) };
-        let client = End { id: &client, sds: Sds::Delta, cgroup: Some(&self.client.1) };
-        Pair::start(self.agent.socket(), server, client).await
-    }
+/// A successor that never finds the API server; whose pod it is in does not matter then.
+fn broken(surge: &Surge, dir: &Path) -> Launch {
+    let port = test_harness::free_port();
+    let nowhere = json!({
+        "apiVersion": "v1", "kind": "Config", "current-context": "agent",
+        "clusters": [{"name": "test", "cluster": {"server": format!("http://127.0.0.1:{port}")}}],
+        "users": [{"name": "agent", "user": {"token": "none"}}],
+        "contexts": [{"name": "agent", "context": {"cluster": "test", "user": "agent"}}],
+    });
+    let access = dir.join("nowhere");
+    fs::write(&access, nowhere.to_string()).unwrap();
+    surge.launch(&surge.agent_pod, dir).env("KUBECONFIG", access.to_str().unwrap())
 }
 
 fn inode(socket: &Path) -> u64 {
@@ -77,27 +29,27 @@ fn inode(socket: &Path) -> u64 {
 #[tokio::test]
 async fn a_rolling_restart_loses_nothing_and_orders_nothing() {
     let _turn = test_harness::turn().await;
-    let mut node = Node::start().await;
-    let pair = node.pair().await;
+    let mut surge = Surge::start().await;
+    let pair = surge.pair().await;
     pair.request().await.unwrap();
-    let namespace = node.agent_pod.pod.namespace.clone();
+    let namespace = surge.agent_pod.pod.namespace.clone();
     eventually("the first requests are consumed", PATIENCE, async || {
-        let left = node.cluster.requests(&namespace).await;
+        let left = surge.cluster.requests(&namespace).await;
         if left.is_empty() { Ok(()) } else { Err(format!("{left:?}")) }
     })
     .await;
-    let recorder = node.cluster.record_requests(&namespace).await;
-    let (socket, dir) = (node.agent.socket().to_owned(), tempfile::tempdir().unwrap());
+    let recorder = surge.cluster.record_requests(&namespace).await;
+    let (socket, dir) = (surge.agent.socket().to_owned(), tempfile::tempdir().unwrap());
     let before = inode(&socket);
 
     let load = pair.load();
     load.passes("before the restart").await;
-    let successor = node.successor(dir.path()).await.start().await;
+    let successor = surge.successor(dir.path()).await.start().await;
     assert_ne!(inode(&socket), before, "who is ready has the socket");
     successor.logs("it waited", PATIENCE, |line| line["message"].as_str().is_some_and(|m| m.contains("a predecessor serves"))).await;
     load.passes("with two agents").await;
-    node.agent.terminate();
-    assert!(node.agent.exit(PATIENCE).await.success());
+    surge.agent.terminate();
+    assert!(surge.agent.exit(PATIENCE).await.success());
     eventually("both Envoys have come over, with two streams each", PATIENCE, async || {
         let streams = successor.metric("sds_agent_streams").await;
         if streams >= 4.0 { Ok(()) } else { Err(format!("{streams} streams")) }
@@ -117,17 +69,17 @@ async fn a_rolling_restart_loses_nothing_and_orders_nothing() {
 
 #[tokio::test]
 async fn a_broken_successor_never_takes_the_socket() {
-    let node = Node::start().await;
-    let (socket, dir) = (node.agent.socket().to_owned(), tempfile::tempdir().unwrap());
+    let surge = Surge::start().await;
+    let (socket, dir) = (surge.agent.socket().to_owned(), tempfile::tempdir().unwrap());
     let before = inode(&socket);
-    let launch = node.broken(dir.path());
+    let launch = broken(&surge, dir.path());
     let mut broken = launch.spawn();
     broken.logs("it has tried", PATIENCE, |line| line["message"].as_str().is_some_and(|m| m.contains("the watch does not work"))).await;
 
     let readiness = broken.readiness().await.expect_err("it is not ready");
     assert!(readiness.contains("a healthy predecessor"), "{readiness}");
     assert_eq!(inode(&socket), before);
-    let answer = test_harness::fetch::ask(Some(&node.server.1), &socket, &test_harness::fetch::BOTH, "10s").await;
+    let answer = test_harness::fetch::ask(Some(&surge.server.1), &socket, &test_harness::fetch::BOTH, "10s").await;
     assert!(answer.is_ok(), "the old one serves: {answer:?}");
     broken.terminate();
     assert!(broken.exit(PATIENCE).await.success());
@@ -143,7 +95,7 @@ async fn a_broken_successor_never_takes_the_socket() {
     // Where the old one goes meanwhile, somebody has to be there.
     let mut broken = launch.spawn();
     broken.logs("it waits", PATIENCE, |line| line["message"].as_str().is_some_and(|m| m.contains("a predecessor serves"))).await;
-    node.agent.kill().await;
+    surge.agent.kill().await;
     broken.logs("it steps in", PATIENCE, |line| line["message"].as_str().is_some_and(|m| m.contains("the socket is ours"))).await;
     assert_ne!(inode(&socket), before);
     broken.terminate();
@@ -154,9 +106,9 @@ async fn a_broken_successor_never_takes_the_socket() {
 /// takes the socket, and takes it along.
 #[tokio::test]
 async fn whoever_is_left_has_the_socket() {
-    let node = Node::start().await;
-    let (socket, dirs) = (node.agent.socket().to_owned(), [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()]);
-    let (next, broken) = (node.successor(dirs[0].path()).await, node.broken(dirs[1].path()));
+    let surge = Surge::start().await;
+    let (socket, dirs) = (surge.agent.socket().to_owned(), [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()]);
+    let (next, broken) = (surge.successor(dirs[0].path()).await, broken(&surge, dirs[1].path()));
     // A number is given again as soon as it is free: the time tells the two apart.
     let look = || fs::metadata(&socket).map(|meta| (meta.ino(), meta.ctime(), meta.ctime_nsec()));
     let mut last = look().unwrap();
@@ -174,7 +126,7 @@ async fn whoever_is_left_has_the_socket() {
     for is_killed in [true, false] {
         let mut next = next.start().await;
         changed("the next one has taken the socket").await;
-        node.agent.logs("the one before knows", PATIENCE, taken).await;
+        surge.agent.logs("the one before knows", PATIENCE, taken).await;
         if is_killed {
             next.kill().await;
         } else {
@@ -182,14 +134,14 @@ async fn whoever_is_left_has_the_socket() {
             assert!(next.exit(PATIENCE).await.success());
         }
         changed("the one before has it again").await;
-        let answer = test_harness::fetch::ask(Some(&node.server.1), &socket, &test_harness::fetch::BOTH, "10s").await;
+        let answer = test_harness::fetch::ask(Some(&surge.server.1), &socket, &test_harness::fetch::BOTH, "10s").await;
         assert!(answer.is_ok(), "{answer:?}");
     }
 
     // One that never gets ready and has stepped in stands back, and steps in again.
     let mut broken = broken.spawn();
     broken.logs("it waits", PATIENCE, |line| line["message"].as_str().is_some_and(|m| m.contains("a predecessor serves"))).await;
-    node.agent.kill().await;
+    surge.agent.kill().await;
     changed("it steps in").await;
     let mut next = next.start().await;
     changed("one that can serve has taken the socket").await;

@@ -62,7 +62,7 @@ async fn envoys_that_see_one_mounted_directory_talk_and_survive_a_killed_agent()
 }
 
 #[tokio::test]
-async fn a_restart_clears_what_is_gone_serves_what_is_there_and_leaves_strays_alone() {
+async fn a_restart_clears_ended_pods_and_serves_the_remaining_ones() {
     let node = Node::new(&certificate("1h")).await;
     let mut agent = node.start().await;
     let (stays, goes) = (node.pod("stays").await, node.pod("goes").await);

@@ -68,7 +68,7 @@ fn replace(file: &Path, text: &str) {
 }
 
 #[tokio::test]
-async fn a_revoked_certificate_is_refused_by_its_peers_and_the_next_one_is_taken() {
+async fn peers_reject_a_revoked_certificate_and_accept_the_next_one() {
     let _turn = test_harness::turn().await;
     let cluster = Cluster::connect().await;
     let mut scene = Scene::new(&cluster).await;

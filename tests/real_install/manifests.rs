@@ -7,7 +7,6 @@ mod applied;
 mod equal;
 mod istio;
 mod node;
-mod oldest;
 mod parameters;
 mod readme;
 mod rights;

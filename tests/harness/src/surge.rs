@@ -1,0 +1,64 @@
+//! An agent, two Envoys of pods of its node, and successors on the same socket, as a surge of the DaemonSet makes them.
+
+use std::path::Path;
+
+use tempfile::TempDir;
+
+use crate::{
+    agent::{Agent, Launch, program},
+    agent_pod::AgentPod,
+    cgroups::PodCgroup,
+    cluster::{Cluster, Pod},
+    envoy::Sds,
+    pair::{End, Pair},
+};
+
+/// Long enough that nothing is due during a test.
+const SETTINGS: &str = "certificate: { lifetime: 1h }";
+
+/// A node with an agent, and the pods of two Envoys.
+pub struct Surge {
+    pub cluster: Cluster,
+    pub agent_pod: AgentPod,
+    pub agent: Agent,
+    pub server: (Pod, PodCgroup),
+    pub client: (Pod, PodCgroup),
+    _dir: TempDir,
+}
+
+impl Surge {
+    /// With the program under test.
+    pub async fn start() -> Self {
+        Self::start_with(program()).await
+    }
+
+    /// With another version of the program.
+    pub async fn start_with(program: &Path) -> Self {
+        let (cluster, dir) = (Cluster::connect().await, tempfile::tempdir().unwrap());
+        let (node, namespace) = (cluster.node().await, cluster.namespace().await);
+        let agent_pod = cluster.agent(dir.path(), &node).await;
+        let agent = agent_pod.launch(dir.path(), SETTINGS).program(program).start().await;
+        let [server, client] = [cluster.pod(&namespace, "server", &node).await, cluster.pod(&namespace, "client", &node).await];
+        let (server_cgroup, client_cgroup) = (PodCgroup::new(&server.uid), PodCgroup::new(&client.uid));
+        Self { cluster, agent_pod, agent, server: (server, server_cgroup), client: (client, client_cgroup), _dir: dir }
+    }
+
+    /// An agent of another pod on the same socket.
+    pub async fn successor(&self, dir: &Path) -> Launch {
+        self.launch(&self.agent_pod.successor(dir).await, dir)
+    }
+
+    /// An agent of `pod` on the same socket, with its configuration in `dir`.
+    pub fn launch(&self, pod: &AgentPod, dir: &Path) -> Launch {
+        let sockets = format!("{{ shared: {{ path: {}, mode: \"0666\" }} }}", self.agent.socket().display());
+        pod.launch_on(dir, &sockets, SETTINGS)
+    }
+
+    /// Two Envoys on the socket, one with each kind of stream.
+    pub async fn pair(&self) -> Pair {
+        let (server, client) = (self.server.0.spiffe_id(), self.client.0.spiffe_id());
+        let server = End { id: &server, sds: Sds::StateOfTheWorld, cgroup: Some(&self.server.1) };
+        let client = End { id: &client, sds: Sds::Delta, cgroup: Some(&self.client.1) };
+        Pair::start(self.agent.socket(), server, client).await
+    }
+}

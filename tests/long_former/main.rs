@@ -1,0 +1,143 @@
+//! From the former version to this one and back, as clusters are upgraded: the program, the approver, the policy.
+//!
+//! `make test-long GROUP=former`. The former version is the commit that `tests/tools.sh` names; its program is built from `git archive`, and
+//! its manifests are read from there.
+
+#![allow(
+    clippy::disallowed_methods,
+    clippy::expect_used,
+    clippy::cast_precision_loss,
+    clippy::panic,
+    clippy::print_stderr,
+    clippy::print_stdout,
+    clippy::unwrap_used,
+    unreachable_pub,
+    reason = "tests write files for other programs, wait for those, and fail loudly"
+)]
+
+use std::{fs, path::PathBuf, time::Duration};
+
+use serde_json::Value;
+use test_harness::{
+    eventually,
+    guarded::Guarded,
+    manifests,
+    scene::Workload,
+    surge::Surge,
+    tools,
+    world::{GUARDED, World},
+};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// The objects in a file of the former version.
+fn objects(file: &str) -> Vec<Value> {
+    let path = tools::former_source().join(file);
+    manifests::documents(&fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display())))
+}
+
+/// Over to this version and back again, with requests between two Envoys all the time.
+#[tokio::test]
+async fn an_upgrade_and_the_way_back_lose_nothing_and_order_nothing() {
+    let _turn = test_harness::turn().await;
+    let former = tools::former();
+    let mut surge = Surge::start_with(&former).await;
+    let pair = surge.pair().await;
+    pair.request().await.unwrap();
+    let namespace = surge.agent_pod.pod.namespace.clone();
+    eventually("the first requests are consumed", PATIENCE, async || {
+        let left = surge.cluster.requests(&namespace).await;
+        if left.is_empty() { Ok(()) } else { Err(format!("{left:?}")) }
+    })
+    .await;
+    let recorder = surge.cluster.record_requests(&namespace).await;
+    let dirs = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+
+    let load = pair.load();
+    load.passes("with the former version").await;
+    let mut upgraded = surge.successor(dirs[0].path()).await.start().await;
+    load.passes("with both").await;
+    surge.agent.terminate();
+    assert!(surge.agent.exit(PATIENCE).await.success());
+    let has_streams = async |agent: &test_harness::agent::Agent| {
+        eventually("both Envoys have come over, with two streams each", PATIENCE, async || {
+            let streams = agent.metric("sds_agent_streams").await;
+            if streams >= 4.0 { Ok(()) } else { Err(format!("{streams} streams")) }
+        })
+        .await;
+    };
+    has_streams(&upgraded).await;
+    load.passes("with this version").await;
+    let back = surge.launch(&surge.agent_pod, dirs[1].path()).program(&former).start().await;
+    upgraded.terminate();
+    assert!(upgraded.exit(PATIENCE).await.success());
+    has_streams(&back).await;
+    load.passes("with the former version again").await;
+    let tally = load.stop().await;
+
+    pair.assert_clean(&tally).await;
+    let seen = recorder.seen();
+    assert!(seen.is_empty(), "nothing was due, and yet there were requests: {seen:?}");
+}
+
+/// Each approver approves what each version's agent asks: in an upgrade either may be first.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn either_approver_serves_agents_of_either_version() {
+    let former = tools::former();
+    let world = World::start(GUARDED).await;
+    world.install_policy().await;
+    let (node, shop) = (world.cluster.node().await, world.cluster.namespace().await);
+    for (number, approver_is_former) in [true, false].into_iter().enumerate() {
+        let program = approver_is_former.then_some(former.as_path());
+        let approver = world.approver_of(program, &format!("approver-{number}"), "1h").await;
+        for agent_is_former in [true, false] {
+            let name = format!("{number}-{agent_is_former}");
+            let actor = world.actor(&format!("agent-{name}"), "sds-agent", &node).await;
+            let launch = world.agent(&actor, "1h").await;
+            let launch = if agent_is_former { launch.program(&former) } else { launch };
+            let agent = launch.start().await;
+            let workload = Workload::of(world.cluster.pod(&shop, &format!("app-{name}"), &node).await);
+            let case = format!("approver former: {approver_is_former}, agent former: {agent_is_former}");
+            assert_eq!(workload.fetch(&agent).await["spiffe_id"], workload.id(), "{case}");
+        }
+        let approved = approver.counted("sds_agent_approver_decisions_total", &["decision=\"approved\""], 2.0).await;
+        assert!((1.5..2.5).contains(&approved), "{approved}");
+    }
+}
+
+/// The former policy with the ConfigMap of this version, and then this version's policy: at the API servers of two versions.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_former_policy_works_beside_the_new_configmap_and_is_replaced() {
+    let policy = objects("daemonset/approver/policy.yaml");
+    let oldest = tools::oldest_apiserver().into_os_string().into_string().expect("a plain path");
+    for flags in [GUARDED.to_vec(), [GUARDED, &["--apiserver", &oldest]].concat()] {
+        Guarded::of(World::start(&flags).await).await.upgrade(&policy).await;
+    }
+}
+
+/// A ConfigMap of the former version serves this version's policy.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_former_configmap_works_with_the_new_policy() {
+    let map = objects("daemonset/base/config.yaml").into_iter().find(|object| object["kind"] == "ConfigMap").expect("a ConfigMap");
+    let scene = Guarded::of(World::start(GUARDED).await).await;
+    scene.world.install_policy().await;
+    scene.publish(&map, &[]).await;
+    scene.until_bounded("the former ConfigMap", Some("above 24h,")).await;
+    scene.assert_only_the_mesh_is_guarded("the former ConfigMap").await;
+    scene.assert_the_mesh_is_served("the former ConfigMap").await;
+}
+
+/// What stood in clusters is still a configuration.
+#[tokio::test]
+async fn every_former_configuration_is_accepted() {
+    let mut checked = 0;
+    let folder = tempfile::tempdir().unwrap();
+    for map in objects("daemonset/base/config.yaml").iter().filter(|object| object["kind"] == "ConfigMap") {
+        let file: PathBuf = folder.path().join("config.yaml");
+        fs::write(&file, map["data"]["config.yaml"].as_str().expect("a configuration")).unwrap();
+        let arguments = ["check-config", "--config", file.to_str().expect("a plain path")];
+        test_harness::child::succeed(test_harness::agent::program(), &arguments, PATIENCE).await;
+        checked += 1;
+    }
+    assert_eq!(checked, 1);
+}
