@@ -8,7 +8,7 @@ use std::{
     collections::BTreeMap,
     fmt,
     mem::{Discriminant, discriminant},
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     time::Duration,
 };
 
@@ -25,6 +25,7 @@ use k8s_openapi::{
     jiff,
 };
 use kube::{Api, Client, api::PostParams};
+use parking_lot::Mutex;
 use prometheus_client::{
     encoding::{EncodeLabelSet, EncodeLabelValue},
     metrics::{counter::Counter, family::Family},
@@ -118,7 +119,7 @@ impl fmt::Debug for Reporter {
 
 impl Reporter {
     fn tell(&self, judge: impl FnOnce(&mut PodTransitions) -> Vec<PodEvent>) {
-        let notes = judge(&mut self.ledger.lock().unwrap_or_else(PoisonError::into_inner));
+        let notes = judge(&mut self.ledger.lock());
         notes.into_iter().for_each(|note| self.send(note));
     }
 
@@ -131,14 +132,14 @@ impl Reporter {
 
 impl attest::CallerObserver for Reporter {
     fn refused(&self, pod: &PodRef, error: &attest::Error) {
-        if self.refusals.lock().unwrap_or_else(PoisonError::into_inner).refused(&pod.uid, error.reason) {
+        if self.refusals.lock().refused(&pod.uid, error.reason) {
             let message = format!("A process of this pod asks for a certificate and may have none: {error}");
             self.send(PodEvent { pod: pod.clone(), reason: Reason::CallerRefused, message });
         }
     }
 
     fn served(&self, pod: &PodRef) {
-        if self.refusals.lock().unwrap_or_else(PoisonError::into_inner).served(&pod.uid) {
+        if self.refusals.lock().served(&pod.uid) {
             let message = "Processes of this pod are served now".to_owned();
             self.send(PodEvent { pod: pod.clone(), reason: Reason::CallerServed, message });
         }

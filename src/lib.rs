@@ -42,6 +42,7 @@ pub mod cli;
 pub mod config;
 pub mod events;
 pub mod handover;
+mod mountinfo;
 
 pub mod admin;
 pub mod process;

@@ -2,7 +2,7 @@
 
 #![allow(clippy::expect_used, clippy::panic, reason = "tests fail loudly")]
 
-use std::{collections::BTreeSet, process::Command};
+use std::{collections::BTreeSet, fs, path::Path, process::Command};
 
 const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 
@@ -126,4 +126,27 @@ fn the_server_and_the_socket_can_be_packaged_with_their_protocols() {
     for file in ["build.rs", "proto/envoy/service/secret/v3/sds.proto", "proto/google/rpc/status.proto", "src/sds/secret.rs"] {
         assert!(listed.lines().any(|line| line == file), "{file} is not in the package: {listed}");
     }
+}
+
+/// Two of them in one file are two ways to write the same call: `nix` for sockets, signals, limits, polling; `rustix` for files relative to a
+/// directory, mounts, and what `nix` lacks. Neither crate's file goes around them to `libc`.
+#[test]
+fn each_file_makes_its_system_calls_through_one_crate() {
+    let mut files = vec![Path::new(ROOT).join("src"), Path::new(ROOT).join("crates")];
+    let (mut by_nix, mut by_rustix) = (0, 0);
+    while let Some(path) = files.pop() {
+        if path.is_dir() {
+            files.extend(fs::read_dir(&path).expect("a folder").map(|entry| entry.expect("an entry").path()));
+        } else if path.extension().is_some_and(|it| it == "rs") {
+            let text = fs::read_to_string(&path).expect("a source file");
+            let [nix, rustix, libc] = ["nix::", "rustix::", "libc::"].map(|name| {
+                let follows_a_name = |at: usize| text[..at].ends_with(|c: char| c.is_ascii_alphanumeric() || "_:".contains(c));
+                text.match_indices(name).any(|(at, _)| !follows_a_name(at))
+            });
+            assert!(!(nix && rustix), "{} uses nix and rustix", path.display());
+            assert!(!libc, "{} uses libc", path.display());
+            (by_nix, by_rustix) = (by_nix + usize::from(nix), by_rustix + usize::from(rustix));
+        }
+    }
+    assert!(by_nix > 5 && by_rustix > 5, "{by_nix} files use nix, {by_rustix} use rustix");
 }

@@ -88,14 +88,14 @@ impl Controls {
 #[derive(Debug, Clone)]
 pub struct LogLevel {
     filter: Filter,
-    usual: Arc<std::sync::Mutex<String>>,
+    usual: Arc<parking_lot::Mutex<String>>,
     changes: Arc<AtomicU64>,
 }
 
 impl LogLevel {
     /// Of this filter; what it says now is what a change for a time goes back to.
     pub fn new(filter: Filter) -> Self {
-        let usual = Arc::new(std::sync::Mutex::new(filter.current()));
+        let usual = Arc::new(parking_lot::Mutex::new(filter.current()));
         Self { filter, usual, changes: Arc::default() }
     }
 
@@ -149,7 +149,7 @@ impl LogLevel {
         // Said under either filter, as far as one of them lets it through.
         info!(target: LOG_TARGET, before = shown(&before), now = shown(directives), for_seconds, "the log's filter was changed");
         let Some(time) = time else {
-            directives.clone_into(&mut self.usual.lock().unwrap_or_else(std::sync::PoisonError::into_inner));
+            directives.clone_into(&mut self.usual.lock());
             return Ok(());
         };
         let log = self.clone();
@@ -157,7 +157,7 @@ impl LogLevel {
             tokio::time::sleep(time).await;
             // Another change since then stands.
             if log.changes.load(Ordering::Relaxed) == change {
-                let usual = log.usual.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone();
+                let usual = log.usual.lock().clone();
                 if log.filter.replace(&usual).is_ok() {
                     info!(target: LOG_TARGET, now = shown(&usual), "the log's filter is the usual one again");
                 }

@@ -3,14 +3,13 @@
 use std::io::IsTerminal;
 
 use agent_runtime::clock::{Clock, SystemClock};
-use clap::ValueEnum;
 use http::StatusCode;
 use serde::Deserialize;
 
 use super::{
     Exit,
     admin_client::{self, Address},
-    output,
+    output::{self, Format},
 };
 
 mod table;
@@ -22,18 +21,9 @@ pub struct Args {
     /// The agent's admin address (admin.address of its configuration)
     #[arg(long, value_name = "URL", default_value = "http://127.0.0.1:15090")]
     pub admin: Address,
-    /// How to print
+    /// How to print: json is what the admin address answers, one object with a list, certificates
     #[arg(short, long, value_name = "FORMAT", default_value = "text")]
     pub output: Format,
-}
-
-/// How to print.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Format {
-    /// A table, the most pressing first
-    Text,
-    /// What the admin address answers: one object with a list, certificates
-    Json,
 }
 
 const EXAMPLES: &str = "\

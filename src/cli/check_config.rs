@@ -3,12 +3,14 @@
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use cert_manager::RequestNamespace;
-use clap::ValueEnum;
 use serde::Serialize;
 use workload_identity::{Match, Pattern, Profile, Resolver, Workload};
 
 use self::fleet::{Fleet, Load};
-use super::{Exit, output};
+use super::{
+    Exit,
+    output::{self, Format},
+};
 use crate::config::{self, Attestation, Config, Env, IssuerConfig, Loaded, Problem, TrustSource, Warning};
 
 pub mod fleet;
@@ -20,21 +22,12 @@ pub struct Args {
     /// The configuration, a YAML file
     #[arg(long, value_name = "FILE")]
     pub config: PathBuf,
-    /// How to print
+    /// How to print: json is one object with valid, errors, warnings, summary
     #[arg(short, long, value_name = "FORMAT", default_value = "text")]
     pub output: Format,
     /// The cluster's size.
     #[command(flatten)]
     pub fleet: Fleet,
-}
-
-/// How to print.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Format {
-    /// For people
-    Text,
-    /// One object: valid, errors, warnings, summary
-    Json,
 }
 
 const EXAMPLES: &str = "\

@@ -7,14 +7,16 @@
 use std::{path::PathBuf, str::FromStr};
 
 use attest_kubernetes::cgroup::HostPrefix;
-use clap::ValueEnum;
 use unix_peer::peer::Peer;
 
 use self::{
     cluster::Cluster,
     report::{Report, Step},
 };
-use super::{Exit, output};
+use super::{
+    Exit,
+    output::{self, Format},
+};
 use crate::config::{self, Attestation, Config, Env, IssuerConfig, Loaded};
 
 mod agent;
@@ -40,18 +42,9 @@ pub struct Args {
     /// Judge this pod, and one of its processes
     #[arg(long, value_name = "NS/NAME", requires = "config")]
     pub pod: Option<PodName>,
-    /// How to print
+    /// How to print: json is one object with healthy, steps
     #[arg(short, long, value_name = "FORMAT", default_value = "text")]
     pub output: Format,
-}
-
-/// How to print.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Format {
-    /// For people
-    Text,
-    /// One object: healthy, steps
-    Json,
 }
 
 /// `NS/NAME`

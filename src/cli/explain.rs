@@ -2,10 +2,12 @@
 
 use std::fmt::Write as _;
 
-use clap::ValueEnum;
 use serde_json::json;
 
-use super::{Exit, output};
+use super::{
+    Exit,
+    output::{self, Format},
+};
 use crate::config::reference::{self, Completeness, Field, GROUPS, Kind};
 
 /// The flags of `explain`.
@@ -15,18 +17,9 @@ pub struct Args {
     /// Its path, such as certificate.renewAt; without it, all
     #[arg(value_name = "FIELD")]
     pub field: Option<String>,
-    /// How it is shown
-    #[arg(short, long, value_enum, default_value_t = Format::Text)]
+    /// How to print: json is a JSON Schema of the field, or of the whole file
+    #[arg(short, long, value_name = "FORMAT", default_value = "text")]
     pub output: Format,
-}
-
-/// The forms of output.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Format {
-    /// For people
-    Text,
-    /// A JSON Schema of the field, or of the whole file
-    Json,
 }
 
 const EXAMPLES: &str = "\

@@ -5,7 +5,18 @@ use std::{
     io::{self, Write as _},
 };
 
+use clap::ValueEnum;
+
 use super::Exit;
+
+/// The forms of output of most commands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// For people
+    Text,
+    /// For programs
+    Json,
+}
 
 /// Prints to standard output at once, so that a reader behind a pipe sees it.
 pub fn say(text: &str) -> io::Result<()> {

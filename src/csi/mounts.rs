@@ -22,6 +22,7 @@ use super::{
     directory::{Leaf, VIEW},
     volume::Place,
 };
+use crate::mountinfo::{self, Mount};
 
 /// Of the log's lines.
 const LOG_TARGET: &str = "sds_agent::csi::mounts";
@@ -124,8 +125,8 @@ impl Mounts {
     /// Warns where what is mounted here would not be seen on the host.
     pub fn check_propagation(&self) {
         let pods = self.kubelet.join("pods");
-        let Ok(table) = std::fs::read_to_string("/proc/self/mountinfo") else { return };
-        if is_shared(&table, &pods) == Some(false) {
+        let Ok(mounts) = mountinfo::of_this_process() else { return };
+        if is_shared(&mounts, &pods) == Some(false) {
             warn!(
                 target: LOG_TARGET, path = %pods.display(),
                 "what the agent mounts here is seen in its own mount namespace alone; in a container give the volume mountPropagation: \
@@ -244,19 +245,9 @@ fn is_view(view: &Path, id: (u64, u64)) -> Result<bool, Error> {
     Ok(is_mounted(fd.as_fd(), view)? && identity(fd.as_fd(), view)? == id && is_guarded(fd.as_fd(), view)?)
 }
 
-/// Whether mounts below `path` reach others, by the table of mounts: the last of the longest mount points above it decides.
-fn is_shared(table: &str, path: &Path) -> Option<bool> {
-    let mut deepest = (0, None);
-    for line in table.lines() {
-        // id, parent, device, root, mount point, options, tags … - type, source, options
-        let mut fields = line.split(' ').skip(4);
-        let Some(point) = fields.next() else { continue };
-        let depth = Path::new(point).components().count();
-        if path.starts_with(point) && depth >= deepest.0 {
-            deepest = (depth, Some(fields.skip(1).take_while(|field| *field != "-").any(|tag| tag.starts_with("shared:"))));
-        }
-    }
-    deepest.1
+/// Whether mounts below `path` reach others: the last of the longest mount points above it decides.
+fn is_shared(mounts: &[Mount], path: &Path) -> Option<bool> {
+    mountinfo::above(mounts, path).map(|mount| mount.shared)
 }
 
 fn guarded() -> MountFlags {
@@ -322,11 +313,12 @@ mod tests {
                      31 30 8:1 /k /var/lib/kubelet/pods rw,relatime shared:7 master:2 - ext4 /dev/sda1 rw\n\
                      32 30 8:1 /k /var/lib/slave rw,relatime master:2 - ext4 /dev/shared:1 rw\n\
                      nonsense\n";
-        let is_shared = |path: &str| is_shared(table, Path::new(path));
+        let mounts = mountinfo::parse(table);
+        let is_shared = |path: &str| is_shared(&mounts, Path::new(path));
         assert_eq!(is_shared("/var/lib/kubelet/pods"), Some(true));
         assert_eq!(is_shared("/var/lib/kubelet"), Some(false));
         assert_eq!(is_shared("/var/lib/slave/pods"), Some(false));
         assert_eq!(is_shared("/etc"), Some(true));
-        assert_eq!(super::is_shared("", Path::new("/etc")), None);
+        assert_eq!(super::is_shared(&[], Path::new("/etc")), None);
     }
 }

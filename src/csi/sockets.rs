@@ -4,17 +4,14 @@
 //! and none of them, nor the lock of the book, waits for anything upstream. What is changed for a caller that has gone away is changed
 //! to the end.
 
-use std::{
-    collections::HashMap,
-    path::Path,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-};
+use std::{collections::HashMap, path::Path, sync::Arc};
 
 use agent_runtime::shutdown::Shutdown;
 use attest_kubernetes::{
     mount::{Claim, MountAttestor},
     pods::Pods,
 };
+use parking_lot::{Mutex, MutexGuard};
 use sds_server::{caller::Authenticator, session::Sessions};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
@@ -228,7 +225,7 @@ impl Sockets {
 
 impl Shared {
     fn book(&self) -> MutexGuard<'_, HashMap<Place, Live>> {
-        self.book.lock().unwrap_or_else(PoisonError::into_inner)
+        self.book.lock()
     }
 
     fn publish(&self, volume: &Volume) -> Result<Published, Error> {

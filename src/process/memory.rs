@@ -8,14 +8,12 @@
 
 use std::{fmt, fs, io};
 
-use nix::{
-    errno::Errno,
-    sys::{
-        mman::{MlockAllFlags, mlockall},
-        resource::{RLIM_INFINITY, Resource, getrlimit},
-    },
+use rustix::{
+    io::Errno,
+    mm::{MlockAllFlags, mlockall},
+    process::{Resource, getrlimit},
+    thread::{CapabilitySet, capabilities},
 };
-use rustix::thread::CapabilitySet;
 
 use crate::process::LockMemory;
 
@@ -76,12 +74,8 @@ pub struct Facts {
 impl Facts {
     /// Looks at this thread and this machine. What cannot be read counts as: not allowed, and there is swap.
     fn gather() -> Self {
-        let capability = rustix::thread::capabilities(None).is_ok_and(|sets| sets.effective.contains(CapabilitySet::IPC_LOCK));
-        let limit = match getrlimit(Resource::RLIMIT_MEMLOCK) {
-            Ok((RLIM_INFINITY, _)) => None,
-            Ok((soft, _)) => Some(soft),
-            Err(_) => Some(0),
-        };
+        let capability = capabilities(None).is_ok_and(|sets| sets.effective.contains(CapabilitySet::IPC_LOCK));
+        let limit = getrlimit(Resource::Memlock).current;
         let swap = match fs::read_to_string(SWAPS) {
             Ok(table) => lists_swap(&table),
             // A kernel that was built without swap.
@@ -132,15 +126,11 @@ pub(super) fn lock(policy: LockMemory) -> Result<Locked, Unlocked> {
     match decide(policy, Facts::gather()) {
         Decision::Skip(reason) => Ok(Locked::No(reason)),
         Decision::Fail(reason) => Err(reason),
-        Decision::Lock => {
-            // `nix` does not name this one.
-            let on_fault = MlockAllFlags::from_bits_retain(rustix::mm::MlockAllFlags::ONFAULT.bits().cast_signed());
-            match mlockall(MlockAllFlags::MCL_CURRENT | MlockAllFlags::MCL_FUTURE | on_fault) {
-                Ok(()) => Ok(Locked::Yes),
-                Err(cause) if policy == LockMemory::Always => Err(Unlocked::Refused(cause)),
-                Err(cause) => Ok(Locked::No(Unlocked::Refused(cause))),
-            }
-        }
+        Decision::Lock => match mlockall(MlockAllFlags::CURRENT | MlockAllFlags::FUTURE | MlockAllFlags::ONFAULT) {
+            Ok(()) => Ok(Locked::Yes),
+            Err(cause) if policy == LockMemory::Always => Err(Unlocked::Refused(cause)),
+            Err(cause) => Ok(Locked::No(Unlocked::Refused(cause))),
+        },
     }
 }
 

@@ -2,11 +2,10 @@
 
 use std::{fs, process::Command};
 
-use nix::sys::{
-    prctl,
-    resource::{RLIM_INFINITY, Resource, getrlimit, setrlimit},
+use rustix::{
+    process::{DumpableBehavior, Resource, Rlimit, dumpable_behavior, getrlimit, setrlimit},
+    thread::{CapabilitySet, capabilities, set_capabilities},
 };
-use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
 
 use super::*;
 
@@ -37,12 +36,13 @@ fn child_hardens() {
     if !is_child() {
         return;
     }
-    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
-    setrlimit(Resource::RLIMIT_NOFILE, 256.min(hard), hard).unwrap();
+    let hard = getrlimit(Resource::Nofile).maximum.unwrap();
+    let limited = |soft: u64, hard: u64| Rlimit { current: Some(soft), maximum: Some(hard) };
+    setrlimit(Resource::Nofile, limited(256.min(hard), hard)).unwrap();
     let hardened = harden(LockMemory::Never).unwrap();
-    assert_eq!(getrlimit(Resource::RLIMIT_CORE).unwrap(), (0, 0));
-    assert!(!prctl::get_dumpable().unwrap());
-    assert_eq!(getrlimit(Resource::RLIMIT_NOFILE).unwrap(), (hard, hard));
+    assert_eq!(getrlimit(Resource::Core), limited(0, 0));
+    assert_eq!(dumpable_behavior().unwrap(), DumpableBehavior::NotDumpable);
+    assert_eq!(getrlimit(Resource::Nofile), limited(hard, hard));
     assert_eq!(hardened.open_files, OpenFiles { limit: hard, before: 256.min(hard) });
     assert_eq!(hardened.locked, Locked::No(Unlocked::Never));
     assert_eq!(locked_kib(), 0);
@@ -62,9 +62,9 @@ fn child_without_the_capability() {
     let mut sets = capabilities(None).unwrap();
     sets.effective.remove(CapabilitySet::IPC_LOCK);
     set_capabilities(None, sets).unwrap();
-    let (soft, hard) = getrlimit(Resource::RLIMIT_MEMLOCK).unwrap();
-    let limit = soft.min(64 << 10);
-    setrlimit(Resource::RLIMIT_MEMLOCK, limit, hard).unwrap();
+    let before = getrlimit(Resource::Memlock);
+    let limit = before.current.unwrap_or(u64::MAX).min(64 << 10);
+    setrlimit(Resource::Memlock, Rlimit { current: Some(limit), ..before }).unwrap();
 
     let reason = Unlocked::NotAllowed { limit };
     assert_eq!(harden(LockMemory::Always), Err(Error::NotLocked(reason)));
@@ -77,8 +77,7 @@ fn child_without_the_capability() {
 
 #[test]
 fn where_allowed_everything_is_locked_and_threads_still_start() {
-    let allowed = capabilities(None).unwrap().effective.contains(CapabilitySet::IPC_LOCK)
-        || getrlimit(Resource::RLIMIT_MEMLOCK).unwrap().0 == RLIM_INFINITY;
+    let allowed = capabilities(None).unwrap().effective.contains(CapabilitySet::IPC_LOCK) || getrlimit(Resource::Memlock).current.is_none();
     if allowed {
         in_a_process_of_its_own("child_locks");
     }

@@ -46,13 +46,41 @@ pub enum Fault {
     LargeAbove(u64),
 }
 
-/// Whom a fault meets.
+/// Faults, and the requests that they meet.
 #[derive(Debug, Clone)]
-struct Planned {
+pub(crate) struct Script<F>(Vec<Planned<F>>);
+
+#[derive(Debug, Clone)]
+struct Planned<F> {
     verb: &'static str,
     plural: &'static str,
-    fault: Fault,
+    fault: F,
     times: usize,
+}
+
+impl<F> Default for Script<F> {
+    fn default() -> Self {
+        Self(Vec::new())
+    }
+}
+
+impl<F: Clone> Script<F> {
+    /// The next `times` requests of this kind meet this, after what is planned already.
+    pub(crate) fn plan(&mut self, verb: &'static str, plural: &'static str, fault: F, times: usize) {
+        self.0.push(Planned { verb, plural, fault, times });
+    }
+
+    /// The fault that a request of this kind meets now.
+    pub(crate) fn meet(&mut self, verb: &str, plural: &str) -> Option<F> {
+        let planned = self.0.iter_mut().find(|it| it.verb == verb && it.plural == plural && it.times > 0)?;
+        planned.times -= 1;
+        Some(planned.fault.clone())
+    }
+
+    /// Whether every planned fault has happened.
+    pub(crate) fn is_done(&self) -> bool {
+        self.0.iter().all(|planned| planned.times == 0)
+    }
 }
 
 struct Watcher {
@@ -78,7 +106,7 @@ struct State {
     changes: Vec<Change>,
     expired: u64,
     watchers: Vec<Watcher>,
-    faults: Vec<Planned>,
+    faults: Script<Fault>,
     seen: Vec<String>,
     queries: Vec<(String, BTreeMap<String, String>)>,
     delays: Vec<(&'static str, &'static str, Duration)>,
@@ -144,7 +172,7 @@ impl FakeApi {
 
     /// The next `times` requests of this kind fail so.
     pub fn fail(&self, verb: &'static str, plural: &'static str, fault: Fault, times: usize) {
-        self.lock().faults.push(Planned { verb, plural, fault, times });
+        self.lock().faults.plan(verb, plural, fault, times);
     }
 
     /// Every request of this kind takes so long from now on, and then has its effect.
@@ -166,7 +194,7 @@ impl FakeApi {
 
     /// No planned fault stays.
     pub fn heal(&self) {
-        self.lock().faults.clear();
+        self.lock().faults = Script::default();
     }
 
     /// Every watch ends here: cleanly, or in the middle of an event.
@@ -408,9 +436,7 @@ impl Drop for Serving {
 impl State {
     fn meet(&mut self, verb: &str, plural: &str) -> Option<Fault> {
         self.seen.push(format!("{verb} {plural}"));
-        let planned = self.faults.iter_mut().find(|p| p.verb == verb && p.plural == plural && p.times > 0)?;
-        planned.times -= 1;
-        Some(planned.fault.clone())
+        self.faults.meet(verb, plural)
     }
 
     fn put(&mut self, plural: &str, mut object: Value) -> Value {

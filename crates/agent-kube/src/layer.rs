@@ -6,7 +6,7 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     task::{Context, Poll},
     time::Duration,
 };
@@ -16,6 +16,7 @@ use futures::future::BoxFuture;
 use http::{Request, Response, StatusCode, header};
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited, combinators::UnsyncBoxBody};
 use kube::client::Body;
+use parking_lot::Mutex;
 use tokio::time::{Instant, sleep_until, timeout};
 use tower::{BoxError, Service};
 
@@ -192,7 +193,7 @@ impl WatchRestartPacer {
         let selectors = uri.query().unwrap_or_default().split('&').filter(|p| !p.starts_with("resourceVersion="));
         let key = format!("{}?{}", uri.path(), selectors.collect::<Vec<_>>().join("&"));
         let now = Instant::now();
-        let mut starts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut starts = self.0.lock();
         let slot = starts.get(&key).map_or(now, |last| now.max(*last + WATCH_RESTART_INTERVAL));
         starts.insert(key, slot);
         slot

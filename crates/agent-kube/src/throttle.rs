@@ -9,10 +9,12 @@
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::Arc,
     time::Duration,
 };
 
+use agent_runtime::token_bucket::{Rate, TokenBucket};
+use parking_lot::{Mutex, MutexGuard};
 use tokio::{
     sync::Notify,
     time::{Instant, sleep_until},
@@ -76,17 +78,13 @@ impl Class {
 /// See the module.
 #[derive(Debug)]
 pub(super) struct Throttle {
-    /// Between two tokens.
-    interval: Duration,
-    /// How far ahead of time the bucket lets requests through.
-    tolerance: Duration,
+    rate: Rate,
     state: Mutex<State>,
 }
 
 #[derive(Debug)]
 struct State {
-    /// When the bucket is full if nobody takes from it.
-    full_at: Instant,
+    bucket: TokenBucket,
     queues: [Queue; 3],
     /// The pass of the last request that had to wait.
     served: u64,
@@ -105,20 +103,19 @@ struct Queue {
 
 impl Throttle {
     pub(super) fn new(rate: RequestRate) -> Self {
-        let interval = Duration::from_secs(1) / rate.per_second.max(1);
         let state = State {
-            full_at: Instant::now(),
+            bucket: TokenBucket::full(Instant::now()),
             queues: Default::default(),
             served: 0,
             tickets: 0,
             holds: HashMap::new(),
             announced: HashSet::new(),
         };
-        Self { interval, tolerance: interval * rate.burst.saturating_sub(1), state: Mutex::new(state) }
+        Self { rate: Rate::new(rate.per_second, rate.burst), state: Mutex::new(state) }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 
     /// Returns when a request of this kind may be sent.
@@ -189,7 +186,7 @@ impl Throttle {
     /// A token at once, where nobody waits and there is one; or a place in the queue.
     fn enter(&self, class: Class) -> Option<QueueTicket<'_>> {
         let mut state = self.lock();
-        if state.first().is_none() && self.take(&mut state).is_ok() {
+        if state.first().is_none() && state.bucket.take(self.rate, Instant::now()).is_ok() {
             return None;
         }
         state.tickets += 1;
@@ -208,7 +205,7 @@ impl Throttle {
         if state.first().map(|(_, ticket, _)| ticket) != Some(ticket_in_queue.ticket) {
             return Slot::Behind;
         }
-        if let Err(at) = self.take(&mut state) {
+        if let Err(at) = state.bucket.take(self.rate, Instant::now()) {
             return Slot::At(at);
         }
         let queue = &mut state.queues[ticket_in_queue.class as usize];
@@ -220,19 +217,9 @@ impl Throttle {
         Slot::Ready
     }
 
-    /// A token, or when there will be one.
-    fn take(&self, state: &mut State) -> Result<(), Instant> {
-        let now = Instant::now();
-        if state.full_at > now + self.tolerance {
-            return Err(state.full_at.checked_sub(self.tolerance).unwrap_or(now + self.interval));
-        }
-        state.full_at = state.full_at.max(now) + self.interval;
-        Ok(())
-    }
-
     fn give_back(&self) {
         let mut state = self.lock();
-        state.full_at = state.full_at.checked_sub(self.interval).unwrap_or(state.full_at);
+        state.bucket.give_back(self.rate);
         state.wake_first();
     }
 }

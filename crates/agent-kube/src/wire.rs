@@ -26,7 +26,10 @@ use tokio::{
     time::Instant,
 };
 
-use crate::{Metrics, RequestRate, fake::FakeApi};
+use crate::{
+    Metrics, RequestRate,
+    fake::{FakeApi, Script},
+};
 
 /// What happens to one answer.
 #[derive(Debug, Clone)]
@@ -62,20 +65,12 @@ pub struct Seen {
     pub target: String,
 }
 
-#[derive(Debug, Clone)]
-struct Planned {
-    verb: &'static str,
-    plural: &'static str,
-    fault: Fault,
-    times: usize,
-}
-
 /// The server. Clones share everything.
 #[derive(Clone)]
 pub struct Wire {
     /// What is behind it.
     pub api: FakeApi,
-    script: Arc<Mutex<Vec<Planned>>>,
+    script: Arc<Mutex<Script<Fault>>>,
     seen: Arc<Mutex<Vec<Seen>>>,
 }
 
@@ -93,12 +88,12 @@ impl Wire {
 
     /// The next `times` requests of this kind meet this.
     pub fn fail(&self, verb: &'static str, plural: &'static str, fault: Fault, times: usize) {
-        self.script.lock().unwrap().push(Planned { verb, plural, fault, times });
+        self.script.lock().unwrap().plan(verb, plural, fault, times);
     }
 
     /// Whether every planned fault has happened.
     pub fn is_done(&self) -> bool {
-        self.script.lock().unwrap().iter().all(|planned| planned.times == 0)
+        self.script.lock().unwrap().is_done()
     }
 
     /// The requests of a kind so far.
@@ -107,13 +102,9 @@ impl Wire {
     }
 
     fn meet(&self, seen: Seen) -> Option<Fault> {
-        let mut script = self.script.lock().unwrap();
-        let planned = script.iter_mut().find(|p| p.verb == seen.verb && p.plural == seen.plural && p.times > 0);
+        let fault = self.script.lock().unwrap().meet(seen.verb, &seen.plural);
         self.seen.lock().unwrap().push(seen);
-        planned.map(|planned| {
-            planned.times -= 1;
-            planned.fault.clone()
-        })
+        fault
     }
 
     /// One connection, request by request. Returning closes it.

@@ -6,7 +6,7 @@
 use std::{
     fmt, io,
     os::fd::OwnedFd,
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -18,6 +18,7 @@ use nix::{
         timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags},
     },
 };
+use parking_lot::Mutex;
 use tokio::{sync::watch, time::Instant};
 use unix_peer::fd;
 
@@ -116,14 +117,14 @@ impl TestClock {
 
     /// Sets the clock by `seconds` and wakes every sleeper, as the kernel does.
     pub fn step(&self, seconds: i64) {
-        *self.offset.lock().unwrap_or_else(PoisonError::into_inner) += seconds;
+        *self.offset.lock() += seconds;
         self.steps.send_replace(());
     }
 }
 
 impl Clock for TestClock {
     fn now(&self) -> SystemTime {
-        let offset = *self.offset.lock().unwrap_or_else(PoisonError::into_inner);
+        let offset = *self.offset.lock();
         let time = self.base + self.start.elapsed();
         let by = Duration::from_secs(offset.unsigned_abs());
         if offset < 0 { time - by } else { time + by }

@@ -22,6 +22,11 @@ const DEBOUNCE: Duration = Duration::from_millis(100);
 /// Where the directory itself is missing, it is looked for again after this time.
 const RECHECK_INTERVAL: Duration = Duration::from_secs(30);
 
+#[cfg(any(test, feature = "testing"))]
+mod mounted;
+#[cfg(any(test, feature = "testing"))]
+pub use mounted::MountedFile;
+
 /// A watched file.
 #[derive(Debug)]
 pub struct Followed {
@@ -94,5 +99,87 @@ impl Followed {
         let limit = u64::try_from(self.limit).unwrap_or(u64::MAX).saturating_add(1);
         tokio::fs::File::open(&self.path).await?.take(limit).read_to_end(&mut content).await?;
         Ok(content)
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::disallowed_methods, reason = "tests write the file")]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    const PATIENCE: Duration = Duration::from_secs(20);
+
+    /// What is reported of a file, one after another.
+    struct Reports(mpsc::UnboundedReceiver<Result<String, io::ErrorKind>>);
+
+    impl Reports {
+        fn of(path: PathBuf, limit: usize) -> Self {
+            let (report, reports) = mpsc::unbounded_channel();
+            tokio::spawn(async move {
+                let text = |content: &[u8]| String::from_utf8(content.to_owned()).unwrap();
+                Followed::new(path, limit).run(|content| drop(report.send(content.map(text).map_err(io::Error::kind)))).await;
+            });
+            Self(reports)
+        }
+
+        async fn next(&mut self) -> Result<String, io::ErrorKind> {
+            timeout(PATIENCE, self.0.recv()).await.expect("nothing is reported").unwrap()
+        }
+
+        /// Reports until one is this; contents in between may have been replaced before they were read.
+        async fn until(&mut self, wanted: Result<&str, io::ErrorKind>) {
+            while self.next().await.as_deref().map_err(|kind| *kind) != wanted {}
+        }
+    }
+
+    #[tokio::test]
+    async fn a_mounted_config_map_is_followed_through_its_swaps() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut file = MountedFile::new(folder.path(), "ca.crt", "one");
+        let mut reports = Reports::of(file.path(), 100);
+        assert_eq!(reports.next().await, Ok("one".to_owned()));
+        for text in ["two", "three"] {
+            file.publish(text);
+            reports.until(Ok(text)).await;
+        }
+        file.publish("four");
+        file.publish("five");
+        reports.until(Ok("five")).await;
+    }
+
+    #[tokio::test]
+    async fn a_file_is_followed_through_rewrites_renames_and_absence() {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, beside) = (folder.path().join("file"), folder.path().join("beside"));
+        let mut reports = Reports::of(path.clone(), 100);
+        assert_eq!(reports.next().await, Err(io::ErrorKind::NotFound));
+        fs::write(&path, "one").unwrap();
+        reports.until(Ok("one")).await;
+        fs::write(&beside, "two").unwrap();
+        fs::rename(&beside, &path).unwrap();
+        reports.until(Ok("two")).await;
+        fs::remove_file(&path).unwrap();
+        reports.until(Err(io::ErrorKind::NotFound)).await;
+    }
+
+    #[tokio::test]
+    async fn the_same_content_again_is_not_reported() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut file = MountedFile::new(folder.path(), "file", "one");
+        let mut reports = Reports::of(file.path(), 100);
+        assert_eq!(reports.next().await, Ok("one".to_owned()));
+        file.publish("one");
+        assert!(timeout(10 * DEBOUNCE, reports.0.recv()).await.is_err());
+        file.publish("two");
+        assert_eq!(reports.next().await, Ok("two".to_owned()));
+    }
+
+    #[tokio::test]
+    async fn a_long_file_is_reported_with_one_byte_more_than_its_limit() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = MountedFile::new(folder.path(), "file", "0123456789");
+        assert_eq!(Reports::of(file.path(), 4).next().await, Ok("01234".to_owned()));
     }
 }

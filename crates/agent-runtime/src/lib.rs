@@ -5,6 +5,7 @@
 //! - [`telemetry`]: the log, whose writer never delays service, and its rate limit;
 //! - [`metrics`]: the page of metrics and the process's own;
 //! - [`file`](mod@file): a file that is followed through replacements;
+//! - [`token_bucket`]: rates with a burst;
 //! - [`text`]: foreign text in errors and logs: cut, sanitised, and without keys.
 
 pub mod clock;
@@ -14,3 +15,4 @@ pub mod readiness;
 pub mod shutdown;
 pub mod telemetry;
 pub mod text;
+pub mod token_bucket;

@@ -9,11 +9,12 @@ use std::{
     fmt,
     io::{self, IsTerminal, Write},
     panic::{self, PanicHookInfo},
-    sync::{Arc, LazyLock, Mutex, PoisonError},
+    sync::{Arc, LazyLock},
     thread,
     time::Duration,
 };
 
+use parking_lot::Mutex;
 use tracing::{
     Dispatch, Metadata, Subscriber,
     level_filters::LevelFilter,
@@ -104,13 +105,13 @@ impl fmt::Debug for Filter {
 impl Filter {
     /// The directives in force.
     pub fn current(&self) -> String {
-        self.current.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.current.lock().clone()
     }
 
     /// Replaces them; what cannot be read changes nothing.
     pub fn replace(&self, directives: &str) -> Result<(), Error> {
         let filter = parse(directives)?;
-        let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut current = self.current.lock();
         self.handle.reload(filter).map_err(|error| refused(directives, &error))?;
         directives.clone_into(&mut current);
         Ok(())

@@ -3,15 +3,13 @@
 //! One for each denial, within a budget: whoever asks in a loop does not fill etcd by way of the approver. One that cannot be written is
 //! counted, and not written again.
 
-use std::{
-    sync::{Mutex, PoisonError},
-    time::Duration,
-};
+use std::time::Duration;
 
 use agent_kube::{Call, Failure};
 use cert_manager::{APPROVER, GROUP, Request, denied, place};
 use k8s_openapi::api::core::v1::Event;
 use kube::{Api, Client, api::PostParams};
+use parking_lot::Mutex;
 use serde_json::json;
 use tokio::time::Instant;
 
@@ -59,7 +57,7 @@ impl Events {
     }
 
     fn spend(&self, now: Instant) -> bool {
-        let mut spent = self.spent.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut spent = self.spent.lock();
         let (begin, count) = spent.filter(|(begin, _)| now.duration_since(*begin) < WINDOW).unwrap_or((now, 0));
         *spent = Some((begin, count.saturating_add(1)));
         count < BUDGET

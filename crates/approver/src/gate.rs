@@ -3,13 +3,9 @@
 //! A slot is held for one write. A write without an answer does not block the others: after `STUCK_WRITE_AFTER` an extra slot is given out
 //! for as long as it takes. The gate is shut while the replica is on standby.
 
-use std::{
-    future::Future,
-    pin::pin,
-    sync::{Mutex, MutexGuard, PoisonError},
-    time::Duration,
-};
+use std::{future::Future, pin::pin, time::Duration};
 
+use parking_lot::{Mutex, MutexGuard};
 use tokio::{
     sync::{Semaphore, SemaphorePermit, watch},
     time::{Instant, sleep},
@@ -77,7 +73,7 @@ impl WriteGate {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 
     /// Gives out one more slot; whether there is room for it.

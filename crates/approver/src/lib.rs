@@ -5,11 +5,7 @@
 //! decision is written with the version of the request that was judged, so that of two the first counts. The caller runs
 //! [`Approver::run`] and [`Pods::run`] side by side.
 
-use std::{
-    collections::VecDeque,
-    fmt,
-    sync::{Arc, Mutex, PoisonError},
-};
+use std::{collections::VecDeque, fmt, sync::Arc};
 
 use agent_kube::{
     self, RequestRate,
@@ -20,6 +16,7 @@ use agent_runtime::{clock::Clock, text};
 use cert_manager::{REQUESTS_PER_PAGE, Request};
 use futures::{Stream, StreamExt};
 use kube::{Api, Client, runtime::watcher};
+use parking_lot::Mutex;
 use tokio::{
     sync::watch,
     task::JoinSet,
@@ -242,7 +239,7 @@ impl Approver {
             return;
         };
         let Some(uid) = request.metadata.uid.clone() else { return };
-        let mut reported = self.reported.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut reported = self.reported.lock();
         if reported.contains(&uid) {
             return;
         }

@@ -6,7 +6,7 @@ use std::{
     collections::{HashMap, HashSet},
     fmt,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc,
         atomic::{AtomicBool, Ordering},
     },
 };
@@ -19,6 +19,7 @@ use agent_kube::{
 };
 use futures::StreamExt;
 use kube::{Api, Client, runtime::watcher};
+use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::watch;
 use workload_identity::PodRef;
 
@@ -151,11 +152,11 @@ impl Pods {
     }
 
     fn known(&self) -> MutexGuard<'_, HashMap<Arc<str>, Arc<Pod>>> {
-        self.0.known.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.known.lock()
     }
 
     fn replicas(&self) -> MutexGuard<'_, Replicas> {
-        self.0.replicas.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.replicas.lock()
     }
 
     fn stand_again(&self) {

@@ -3,10 +3,7 @@
 //! The decision is written together with the version of the request that was judged: who changed it meanwhile makes the write fail, and
 //! the request is judged again. So several replicas may work on the same request, and the first one counts.
 
-use std::{
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 
 use agent_kube::{Call, Cause, Failure, pod::Pod};
 use agent_runtime::{
@@ -18,6 +15,7 @@ use kube::{
     Api, Client,
     api::{Patch, PatchParams},
 };
+use parking_lot::Mutex;
 use serde_json::json;
 use tokio::{sync::watch, time::Instant};
 use workload_identity::PodRef;
@@ -274,7 +272,7 @@ impl Reconciler {
     }
 
     async fn decided(&self, request: &Request, decision: &Decision, since: Instant) {
-        if let Some(trouble) = self.logged_trouble.lock().unwrap_or_else(PoisonError::into_inner).take() {
+        if let Some(trouble) = self.logged_trouble.lock().take() {
             tracing::info!(target: LOG_TARGET, trouble, "decisions can be written again");
         }
         let (namespace, name) = place(request);
@@ -326,7 +324,7 @@ impl Reconciler {
         self.metrics.failed(step);
         // Without the request's name: the same trouble meets all of them.
         let text = format!("{} {}: {failure}", call.verb, call.resource);
-        let mut logged_trouble = self.logged_trouble.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut logged_trouble = self.logged_trouble.lock();
         if logged_trouble.as_ref() != Some(&text) {
             tracing::error!(target: LOG_TARGET, call = %call, error = %failure, "cannot decide about a request; trying again");
             *logged_trouble = Some(text);

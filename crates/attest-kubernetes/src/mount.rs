@@ -5,12 +5,13 @@
 //! UID was in the kubelet's own path. The caller cancels `terminated` when the volume is unpublished.
 
 use std::sync::{
-    Arc, Mutex, PoisonError,
+    Arc,
     atomic::{AtomicBool, Ordering},
 };
 
 use agent_kube::pod::Pod;
 use futures::future::BoxFuture;
+use parking_lot::Mutex;
 use sds_server::attest::{
     Attested, Attestor, Error, Method, Reason,
     origin::{Origin, Origins},
@@ -84,12 +85,12 @@ impl MountAttestor {
 
     /// What was said at publish.
     pub fn claim(&self) -> Option<Claim> {
-        self.claim.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.claim.lock().clone()
     }
 
     /// The volume was published again.
     pub fn set_claim(&self, claim: Claim) {
-        *self.claim.lock().unwrap_or_else(PoisonError::into_inner) = Some(claim);
+        *self.claim.lock() = Some(claim);
     }
 
     /// Cancelled with the socket, and when its pod has ended.

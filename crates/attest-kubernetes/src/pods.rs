@@ -5,12 +5,7 @@
 //! containers outlive their pods and ask for ever. Pods that a new list lacks are confirmed by a quorum read before anybody loses a
 //! stream.
 
-use std::{
-    collections::HashSet,
-    fmt,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
-};
+use std::{collections::HashSet, fmt, sync::Arc, time::Duration};
 
 use agent_kube::{
     self, Call, Failure,
@@ -20,6 +15,7 @@ use agent_kube::{
 };
 use futures::StreamExt;
 use kube::{Api, Client, api::ListParams, runtime::watcher};
+use parking_lot::{Mutex, MutexGuard};
 use sds_server::attest::{Error, Reason};
 use tokio::{
     sync::{mpsc, oneshot, watch},
@@ -201,7 +197,7 @@ impl Pods {
     }
 
     fn index(&self) -> MutexGuard<'_, Index> {
-        self.0.index.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.index.lock()
     }
 
     /// What is known, or a signal for when it is.

@@ -3,13 +3,10 @@
 //! Owns the trait, the key and CSR of each order, and the checks before publish ([`verify`]). An issuer knows neither the store nor
 //! the streams. Dropping the future of [`Issuer::issue`] abandons the order: the issuer cleans up behind itself.
 
-use std::{
-    fmt,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
-};
+use std::{fmt, sync::Arc, time::Duration};
 
 use futures::future::BoxFuture;
+use parking_lot::{Mutex, MutexGuard};
 use sds_server::material::{CertificateChain, PrivateKey};
 use tokio::sync::watch;
 use workload_identity::{Identity, PodRef};
@@ -84,7 +81,7 @@ impl Progress {
     }
 
     fn last(&self) -> MutexGuard<'_, Option<Pending>> {
-        self.last.lock().unwrap_or_else(PoisonError::into_inner)
+        self.last.lock()
     }
 
     /// Reports under the lock, so that reports keep their order.

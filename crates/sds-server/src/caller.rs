@@ -2,12 +2,10 @@
 //!
 //! The socket's side of the HTTP/2 handshake never waits for this: a client that only connects is answered at once.
 
-use std::{
-    sync::{Arc, Mutex, PoisonError},
-    time::Instant,
-};
+use std::{sync::Arc, time::Instant};
 
 use agent_runtime::telemetry::hush::{self, LogLimiter};
+use parking_lot::Mutex;
 use tokio::sync::{Notify, OnceCell, watch};
 use tonic::Status;
 use tracing::{debug, warn};
@@ -159,7 +157,7 @@ impl Connection {
     /// Who has been attested, named by the rules as they are now. An identity that these do not give is refused.
     fn named(&self, attested: &Attested) -> Result<Arc<Caller>, attest::Error> {
         let resolver = self.authenticator.resolver.borrow().clone();
-        let mut named = self.named.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut named = self.named.lock();
         if let Some((by, caller)) = &*named
             && Arc::ptr_eq(by, &resolver)
         {

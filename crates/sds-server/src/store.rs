@@ -7,12 +7,13 @@
 use std::{
     collections::HashMap,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc,
         atomic::{AtomicU64, Ordering},
     },
     time::{Duration, SystemTime},
 };
 
+use parking_lot::{Mutex, MutexGuard};
 use tokio::{
     sync::{mpsc, watch},
     time::Instant,
@@ -92,7 +93,7 @@ struct Book {
 
 impl Entry {
     fn book(&self) -> MutexGuard<'_, Book> {
-        self.book.lock().unwrap_or_else(PoisonError::into_inner)
+        self.book.lock()
     }
 
     /// The material now.
@@ -155,17 +156,17 @@ impl Entry {
     }
 
     fn is_at_rest(&self, now: SystemTime) -> bool {
-        self.status.lock().unwrap_or_else(PoisonError::into_inner).next_attempt.is_some_and(|at| now < at)
+        self.status.lock().next_attempt.is_some_and(|at| now < at)
     }
 
     /// Changes the status.
     pub fn set_status(&self, change: impl FnOnce(&mut Status)) {
-        change(&mut self.status.lock().unwrap_or_else(PoisonError::into_inner));
+        change(&mut self.status.lock());
     }
 
     /// The status now.
     pub fn status(&self) -> Status {
-        self.status.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.status.lock().clone()
     }
 }
 
@@ -185,7 +186,7 @@ impl Store {
     }
 
     fn entries(&self) -> MutexGuard<'_, HashMap<Arc<Identity>, Arc<Entry>>> {
-        self.entries.lock().unwrap_or_else(PoisonError::into_inner)
+        self.entries.lock()
     }
 
     /// Subscribes to `identity`. `pod` is the subscriber, as the evidence for a request.

@@ -7,12 +7,13 @@
 use std::{
     collections::{BTreeMap, HashMap},
     fmt,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::Arc,
     time::SystemTime,
 };
 
 use agent_runtime::clock;
 use aws_lc_rs::digest;
+use parking_lot::{Mutex, MutexGuard};
 use prometheus_client::{
     encoding::{EncodeLabelSet, EncodeLabelValue},
     metrics::{counter::Counter, family::Family, gauge::Gauge},
@@ -190,7 +191,7 @@ impl Trust {
     }
 
     fn offers(&self) -> MutexGuard<'_, Offers> {
-        self.0.offers.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.offers.lock()
     }
 
     fn publish(&self, offers: &mut Offers) {

@@ -19,9 +19,11 @@ use std::{
 use nix::{
     errno::Errno,
     poll::{PollFd, PollFlags, PollTimeout, poll},
-    sys::socket::{getsockopt, sockopt},
+    sys::{
+        socket::{getsockopt, sockopt},
+        stat::fstat,
+    },
 };
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use self::procfs_handle::ProcfsHandle;
@@ -84,11 +86,9 @@ impl Peer {
     /// A process that has not connected, for a look at how it would be judged.
     pub fn of_process(pid: i32) -> io::Result<Self> {
         let no_such = || io::Error::from(Errno::ESRCH);
-        let handle = pidfd_open(Pid::from_raw(pid).ok_or_else(no_such)?, PidfdFlags::empty())?;
+        let handle = procfs_handle::open(pid)?;
         let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
-        // real, effective, saved, of the file system
-        let effective = |key: &str| status.lines().find_map(|line| line.strip_prefix(key)?.split_whitespace().nth(1)?.parse().ok());
-        let (uid, gid) = (effective("Uid:").ok_or_else(no_such)?, effective("Gid:").ok_or_else(no_such)?);
+        let (uid, gid) = procfs_handle::effective_ids(&status).ok_or_else(no_such)?;
         let dropped = CancellationToken::new();
         let guard = dropped.clone().drop_guard();
         Ok(Self { pid, uid, gid, pidfd: Some(Arc::new(handle)), procfs_handle: None, dropped, _drop: guard })
@@ -119,7 +119,7 @@ impl Peer {
 
     /// The number of the handle. From Linux 6.9 on, no two processes ever have the same one; before, all have.
     pub fn handle_number(&self) -> Option<u64> {
-        rustix::fs::fstat(self.pidfd.as_deref()?).ok().map(|stat| stat.st_ino)
+        fstat(self.pidfd.as_deref()?).ok().map(|stat| stat.st_ino)
     }
 
     /// A second descriptor of the same handle.
@@ -205,7 +205,7 @@ mod tests {
         let (ours, _theirs) = UnixStream::pair().unwrap();
         let mut child = Command::new("sleep").arg("60").spawn().unwrap();
         let of_child = || {
-            let pidfd = pidfd_open(Pid::from_child(&child), PidfdFlags::empty()).unwrap();
+            let pidfd = procfs_handle::open(i32::try_from(child.id()).unwrap()).unwrap();
             Peer { pidfd: Some(Arc::new(pidfd)), ..Peer::of(&ours).unwrap() }
         };
         let (first, second) = (of_child(), of_child());

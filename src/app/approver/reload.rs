@@ -133,8 +133,9 @@ impl Reload {
 
 #[cfg(test)]
 mod tests {
-    use std::{fs, os::unix::fs::symlink, time::Duration};
+    use std::time::Duration;
 
+    use agent_runtime::file::MountedFile;
     use tokio::time::timeout;
 
     use super::*;
@@ -190,24 +191,15 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_mounted_config_map_is_followed_through_its_swap() {
+    async fn a_mounted_config_map_changes_the_rules() {
         let mount = tempfile::tempdir().unwrap();
-        let at = |name: &str| mount.path().join(name);
-        let publish = |version: &str, text: &str| {
-            fs::create_dir(at(version)).unwrap();
-            fs::write(at(version).join("config.yaml"), text).unwrap();
-            symlink(version, at("..data_tmp")).unwrap();
-            fs::rename(at("..data_tmp"), at("..data")).unwrap();
-        };
-        publish("..1", &text("1h"));
-        symlink("..data/config.yaml", at("config.yaml")).unwrap();
-        let reload = reload(at("config.yaml"));
+        let mut file = MountedFile::new(mount.path(), "config.yaml", &text("1h"));
+        let reload = reload(file.path());
         let (mut rules, metrics) = (reload.active_rules(), reload.metrics.clone());
         let task = tokio::spawn(reload.run());
-        publish("..2", &text("2h"));
-        fs::remove_dir_all(at("..1")).unwrap();
-        publish("..3", "no: configuration\n");
-        publish("..4", &text("3h"));
+        file.publish(&text("2h"));
+        file.publish("no: configuration\n");
+        file.publish(&text("3h"));
         let changed = rules.wait_for(|active_rules| lifetime(active_rules) == 3);
         timeout(Duration::from_secs(20), changed).await.expect("no change").unwrap();
         assert_eq!(metrics.counts(Outcome::ok).1, 1);

@@ -1,14 +1,12 @@
 //! What a file changes, what it does not, and what is told of it; against an API server of ours where issuers are made.
 
 use std::{
-    fs,
-    os::unix::fs::symlink,
     path::Path,
     time::{Duration, UNIX_EPOCH},
 };
 
 use agent_kube::fake::FakeApi;
-use agent_runtime::{clock::TestClock, shutdown::Shutdown};
+use agent_runtime::{clock::TestClock, file::MountedFile, shutdown::Shutdown};
 use tokio::time::timeout;
 use workload_identity::IssuerName;
 
@@ -175,25 +173,17 @@ async fn issuers_come_and_go_and_one_that_stays_is_the_same() {
 }
 
 #[tokio::test]
-async fn a_mounted_file_is_followed_through_its_swaps() {
+async fn a_mounted_config_map_changes_the_plan() {
     let mount = tempfile::tempdir().unwrap();
-    let at = |name: &str| mount.path().join(name);
-    let publish = |version: &str, text: &str| {
-        fs::create_dir(at(version)).unwrap();
-        let text = format!("{ISSUER}trust: {{ sources: [ {{ file: /roots.pem }} ] }}\n{text}\n");
-        fs::write(at(version).join("agent.yaml"), text).unwrap();
-        symlink(version, at("..data_tmp")).unwrap();
-        fs::rename(at("..data_tmp"), at("..data")).unwrap();
-    };
-    publish("..1", "");
-    symlink("..data/agent.yaml", at("agent.yaml")).unwrap();
-    let World { reload, mut plan, .. } = World::new("", &at("agent.yaml"));
+    let text = |text: &str| format!("{ISSUER}trust: {{ sources: [ {{ file: /roots.pem }} ] }}\n{text}\n");
+    let mut file = MountedFile::new(mount.path(), "agent.yaml", &text(""));
+    let World { reload, mut plan, .. } = World::new("", &file.path());
     let (metrics, last) = (reload.metrics.clone(), reload.last.clone());
     let running = tokio::spawn(reload.run());
-    publish("..2", "retention: 1m");
+    file.publish(&text("retention: 1m"));
     timeout(PATIENCE, plan.wait_for(|plan| plan.retention().as_secs() == 60)).await.unwrap().unwrap();
-    publish("..3", "retention: 1");
-    publish("..4", "retention: 2m");
+    file.publish(&text("retention: 1"));
+    file.publish(&text("retention: 2m"));
     timeout(PATIENCE, plan.wait_for(|plan| plan.retention().as_secs() == 120)).await.unwrap().unwrap();
     assert_eq!(metrics.counts(Outcome::ok).1, 1);
     last.cancel();

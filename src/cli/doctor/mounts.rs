@@ -10,7 +10,10 @@ use std::{
 };
 
 use super::{process::comm, report::Step};
-use crate::cli::Exit;
+use crate::{
+    cli::Exit,
+    mountinfo::{self, Mount},
+};
 
 /// Mount namespaces that are looked at.
 const LOOKED_AT: usize = 2048;
@@ -19,57 +22,9 @@ const NAMED: usize = 5;
 /// What the kernel writes behind the root of a mount whose file has gone.
 const DELETED: &str = "//deleted";
 
-/// A line of `mountinfo`.
-#[derive(Debug, PartialEq, Eq)]
-struct Mount {
-    device: String,
-    /// The place on its file system.
-    root: String,
-    point: PathBuf,
-    read_only: bool,
-    kind: String,
-}
-
-/// The lines that can be understood; see proc_pid_mountinfo(5).
-fn parse(text: &str) -> Vec<Mount> {
-    let line = |line: &str| {
-        let (mount, system) = line.split_once(" - ")?;
-        let fields: Vec<&str> = mount.split(' ').collect();
-        Some(Mount {
-            device: (*fields.get(2)?).to_owned(),
-            root: unescaped(fields.get(3)?),
-            point: unescaped(fields.get(4)?).into(),
-            read_only: fields.get(5)?.split(',').any(|option| option == "ro"),
-            kind: system.split(' ').next()?.to_owned(),
-        })
-    };
-    text.lines().filter_map(line).collect()
-}
-
-/// `\040` and the like, which stand for what would end a field.
-fn unescaped(field: &str) -> String {
-    let mut out = Vec::with_capacity(field.len());
-    let mut rest = field.as_bytes();
-    while let Some((&byte, after)) = rest.split_first() {
-        let digits = after.get(..3).filter(|digits| byte == b'\\' && digits.iter().all(|digit| (b'0'..=b'7').contains(digit)));
-        match digits.and_then(|digits| u8::from_str_radix(str::from_utf8(digits).ok()?, 8).ok()) {
-            Some(character) => {
-                out.push(character);
-                rest = &after[3..];
-            }
-            None => {
-                out.push(byte);
-                rest = after;
-            }
-        }
-    }
-    String::from_utf8_lossy(&out).into_owned()
-}
-
 /// The mount that `path` is on, and its place on that file system.
 fn locate<'a>(mounts: &'a [Mount], path: &Path) -> Option<(&'a Mount, String)> {
-    // Of mounts on the same point the last one is seen.
-    let mount = mounts.iter().filter(|mount| path.starts_with(&mount.point)).max_by_key(|mount| mount.point.components().count())?;
+    let mount = mountinfo::above(mounts, path)?;
     let below = path.strip_prefix(&mount.point).ok()?;
     let place = Path::new(&mount.root).join(below);
     Some((mount, place.to_string_lossy().trim_end_matches('/').to_owned()))
@@ -103,7 +58,7 @@ fn sights(mounts: &[Mount], device: &str, directory: &str, socket: &str) -> Vec<
 pub(super) fn look(socket: &Path, in_pod: bool, server: Option<i32>) -> Vec<Step> {
     let name = "directory";
     let directory = socket.parent().unwrap_or(Path::new("/"));
-    let table = fs::read_to_string("/proc/self/mountinfo").map(|text| parse(&text));
+    let table = mountinfo::of_this_process();
     let (Ok(table), Ok(directory)) = (table, directory.canonicalize()) else {
         let detail = format!("{} or the mounts of this process cannot be looked at", directory.display());
         return vec![Step::unknown(name, detail, Some("see the step about the socket"))];
@@ -155,9 +110,9 @@ fn others(device: &str, directory: &str, socket: &str, server: Option<i32>) -> S
         if looked_at == LOOKED_AT || !namespace(pid).is_some_and(|namespace| seen.insert(namespace)) {
             continue;
         }
-        let Ok(text) = fs::read_to_string(proc.join(pid.to_string()).join("mountinfo")) else { continue };
+        let Ok(mounts) = mountinfo::read(&proc.join(pid.to_string())) else { continue };
         looked_at += 1;
-        found.extend(sights(&parse(&text), device, directory, socket).into_iter().map(|sight| (pid, sight)));
+        found.extend(sights(&mounts, device, directory, socket).into_iter().map(|sight| (pid, sight)));
     }
     judge(looked_at, &found, |pid| comm(proc, pid))
 }
@@ -207,7 +162,7 @@ nonsense
 
     #[test]
     fn a_directory_is_found_by_its_place_whatever_it_is_called() {
-        let table = parse(TABLE);
+        let table = mountinfo::parse(TABLE);
         assert_eq!((table.len(), table[2].point.as_path()), (6, Path::new("/mnt/a b")));
         let (mount, place) = locate(&table, Path::new("/run/sds-agent")).unwrap();
         assert_eq!((mount.device.as_str(), place.as_str()), ("0:40", "/sds-agent"));
@@ -234,7 +189,7 @@ nonsense
     #[test]
     fn an_agents_own_mount_is_a_writable_directory_of_the_host() {
         let judge = |line: &str| {
-            let table = parse(&format!("22 1 8:1 / / rw - overlay overlay rw\n{line}\n"));
+            let table = mountinfo::parse(&format!("22 1 8:1 / / rw - overlay overlay rw\n{line}\n"));
             let (directory, socket) = (Path::new("/run/sds"), Path::new("/run/sds/sds.sock"));
             let (mount, place) = locate(&table, directory).unwrap();
             own(&table, mount, &place, directory, socket, true)

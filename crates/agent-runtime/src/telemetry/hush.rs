@@ -4,13 +4,9 @@
 //! them all. The number of causes is bounded, too. A quarter of it is kept for causes that are [proven](Cause::is_proven), so that callers
 //! that invent causes do not silence the others; and one line a minute tells that lines about further causes are left out.
 
-use std::{
-    collections::HashMap,
-    hash::Hash,
-    sync::{Mutex, PoisonError},
-    time::Duration,
-};
+use std::{collections::HashMap, hash::Hash, time::Duration};
 
+use parking_lot::Mutex;
 use tokio::time::Instant;
 use tracing::{callsite::Identifier, warn};
 
@@ -71,7 +67,7 @@ impl<K> Default for LogLimiter<K> {
 impl<K: Cause> LogLimiter<K> {
     /// Whether to tell of `cause` now, and how many like it were left out since the last line about it.
     pub fn permit(&self, cause: K, now: Instant) -> Option<u64> {
-        let mut told = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut told = self.0.lock();
         let answer = told.permit(cause, now);
         let further = told.further.due(now);
         drop(told);
@@ -158,7 +154,7 @@ mod tests {
         assert_eq!(told(false), MAX_CAUSES - RESERVED_FOR_PROVEN);
         assert_eq!(told(true), RESERVED_FOR_PROVEN);
         assert_eq!(hush.permit(Number(20_000, false), start + LOG_INTERVAL), Some(0));
-        assert_eq!(hush.0.lock().unwrap().causes.len(), 1, "they are forgotten");
+        assert_eq!(hush.0.lock().causes.len(), 1, "they are forgotten");
     }
 
     #[test]

@@ -11,12 +11,13 @@
 use std::{
     fmt,
     io::{self, Write},
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    sync::Arc,
     thread,
     time::{Duration, Instant, SystemTime},
 };
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 use prometheus_client::metrics::counter::Counter;
 use tracing_subscriber::fmt::MakeWriter;
 
@@ -82,7 +83,7 @@ impl LogWriter {
             if left.is_zero() {
                 return false;
             }
-            queue = self.0.emptied.wait_timeout(queue, left).unwrap_or_else(PoisonError::into_inner).0;
+            self.0.emptied.wait_for(&mut queue, left);
         }
         true
     }
@@ -123,7 +124,7 @@ impl MakeWriter<'_> for LogWriter {
 
 impl Shared {
     fn queue(&self) -> MutexGuard<'_, Queue> {
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+        self.queue.lock()
     }
 
     /// The writing thread.
@@ -151,7 +152,7 @@ impl Shared {
         queue.is_writing = false;
         self.emptied.notify_all();
         while queue.bytes.is_empty() {
-            queue = self.filled.wait(queue).unwrap_or_else(PoisonError::into_inner);
+            self.filled.wait(&mut queue);
         }
         std::mem::swap(&mut queue.bytes, batch);
         queue.lines = 0;

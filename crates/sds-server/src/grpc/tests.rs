@@ -93,13 +93,13 @@ async fn a_driver_waits_until_the_transport_has_taken_its_message() {
     let mut body = streaming(|mut sender| async move {
         loop {
             sender.send([Bytes::from_static(b"a"), Bytes::from_static(b"b")]).await;
-            *count.lock().unwrap() += 1;
+            *count.lock() += 1;
         }
     })
     .into_body();
     for expected in [0, 0, 1, 1, 2] {
         body.frame().await.unwrap().unwrap();
-        assert_eq!(*sent.lock().unwrap(), expected);
+        assert_eq!(*sent.lock(), expected);
     }
 }
 

@@ -1,11 +1,9 @@
 //! The encoded forms of certificates and bundles: each is made once and shared by all streams that get it.
 
-use std::{
-    fmt,
-    sync::{Mutex, PoisonError},
-};
+use std::fmt;
 
 use bytes::Bytes;
+use parking_lot::Mutex;
 use zeroize::Zeroizing;
 
 use crate::material::Attached;
@@ -26,7 +24,7 @@ pub struct EncodedCache(Mutex<Vec<(Variant, Box<str>, Bytes)>>);
 impl EncodedCache {
     /// The buffer for (`variant`, `name`), made by `encode` at its first use.
     pub fn get_or_encode(&self, variant: Variant, name: &str, encode: impl FnOnce() -> Zeroizing<Vec<u8>>) -> Bytes {
-        let mut forms = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut forms = self.0.lock();
         if let Some((_, _, bytes)) = forms.iter().find(|(f, n, _)| *f == variant && &**n == name) {
             return bytes.clone();
         }

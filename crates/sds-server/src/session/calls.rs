@@ -1,10 +1,11 @@
 //! The calls of one connection: how many are in progress, since when there are none, and how many were refused.
 
 use std::sync::{
-    Arc, Mutex, MutexGuard, PoisonError,
+    Arc,
     atomic::{AtomicUsize, Ordering},
 };
 
+use parking_lot::{Mutex, MutexGuard};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -59,7 +60,7 @@ impl Calls {
     }
 
     fn in_progress(&self) -> MutexGuard<'_, (usize, Instant)> {
-        self.in_progress.lock().unwrap_or_else(PoisonError::into_inner)
+        self.in_progress.lock()
     }
 }
 

@@ -4,12 +4,9 @@
 //! off the threads that serve, a few at a time; the accept loop waits while there are as many, so that a flood of short-lived processes
 //! is held up in the kernel's queue and not in memory.
 
-use std::{
-    collections::HashMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
-};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
+use parking_lot::{Mutex, MutexGuard};
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
     time::Instant,
@@ -78,7 +75,7 @@ impl OriginCache {
     }
 
     fn seen(&self) -> MutexGuard<'_, HashMap<Process, (Origin, Instant)>> {
-        self.seen.lock().unwrap_or_else(PoisonError::into_inner)
+        self.seen.lock()
     }
 }
 

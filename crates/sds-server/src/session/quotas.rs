@@ -8,12 +8,14 @@
 use std::{
     collections::HashMap,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc,
         atomic::{AtomicUsize, Ordering},
     },
     time::Duration,
 };
 
+use agent_runtime::token_bucket::{Rate, TokenBucket};
+use parking_lot::{Mutex, MutexGuard};
 use tokio::time::Instant;
 
 use super::metrics::{Refusal, Rejection};
@@ -57,7 +59,7 @@ struct Counts {
 #[derive(Debug)]
 struct Account {
     connections: usize,
-    bucket: Bucket,
+    bucket: TokenBucket,
     calls: Arc<AtomicUsize>,
 }
 
@@ -113,7 +115,7 @@ impl Quotas {
         Self(Arc::new(Shared {
             connections: Capacity::of(limits.connections, limits.connections_per_pod),
             streams: Capacity::of(limits.streams, limits.streams_per_pod),
-            rate: Rate { per_second: limits.new_connections_per_second_per_pod.into(), burst: limits.new_connections_burst_per_pod.into() },
+            rate: Rate::new(limits.new_connections_per_second_per_pod, limits.new_connections_burst_per_pod),
             calls: AtomicUsize::new(0),
             counts: Mutex::default(),
         }))
@@ -128,20 +130,18 @@ impl Quotas {
     pub fn admit(&self, origin: &Origin, now: Instant) -> Result<ConnectionSlot, Exceeded> {
         let rate = self.0.rate;
         let mut counts = self.counts();
-        counts.sweep(rate, now);
+        counts.sweep(now);
         let taken = counts.connections;
         let account = match counts.accounts.get_mut(origin) {
             Some(account) => account,
             // Nobody is remembered for having been refused by a full house.
             None => {
                 self.0.connections.admit_one(0, taken)?;
-                counts.accounts.entry(origin.clone()).or_insert_with(|| Account::new(rate, now))
+                counts.accounts.entry(origin.clone()).or_insert_with(|| Account::new(now))
             }
         };
         self.0.connections.admit_one(account.connections, taken)?;
-        if !account.bucket.take(rate, now) {
-            return Err(Exceeded::Rate);
-        }
+        account.bucket.take(rate, now).map_err(|_| Exceeded::Rate)?;
         account.connections += 1;
         let calls = account.calls.clone();
         counts.connections += 1;
@@ -150,7 +150,7 @@ impl Quotas {
     }
 
     fn counts(&self) -> MutexGuard<'_, Counts> {
-        self.0.counts.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.counts.lock()
     }
 
     /// How many callers are remembered.
@@ -161,21 +161,21 @@ impl Quotas {
 }
 
 impl Counts {
-    fn sweep(&mut self, rate: Rate, now: Instant) {
+    fn sweep(&mut self, now: Instant) {
         if self.swept.is_none_or(|at| now.duration_since(at) >= SWEEP_INTERVAL) {
             self.swept = Some(now);
-            self.accounts.retain(|_, account| !account.is_forgettable(rate, now));
+            self.accounts.retain(|_, account| !account.is_forgettable(now));
         }
     }
 }
 
 impl Account {
-    fn new(rate: Rate, now: Instant) -> Self {
-        Self { connections: 0, bucket: Bucket { tokens: rate.burst, at: now }, calls: Arc::default() }
+    fn new(now: Instant) -> Self {
+        Self { connections: 0, bucket: TokenBucket::full(now), calls: Arc::default() }
     }
 
-    fn is_forgettable(&self, rate: Rate, now: Instant) -> bool {
-        self.connections == 0 && self.bucket.tokens_at(rate, now) >= rate.burst
+    fn is_forgettable(&self, now: Instant) -> bool {
+        self.connections == 0 && self.bucket.is_full(now)
     }
 }
 
@@ -208,10 +208,10 @@ impl Drop for ConnectionSlot {
     fn drop(&mut self) {
         let mut counts = self.quotas.counts();
         counts.connections -= 1;
-        let (rate, now) = (self.quotas.0.rate, Instant::now());
+        let now = Instant::now();
         if let Some(account) = counts.accounts.get_mut(&self.origin) {
             account.connections -= 1;
-            if account.is_forgettable(rate, now) {
+            if account.is_forgettable(now) {
                 counts.accounts.remove(&self.origin);
             }
         }
@@ -229,33 +229,6 @@ impl Drop for CallSlot {
     fn drop(&mut self) {
         self.calls.fetch_sub(1, Ordering::Relaxed);
         self.quotas.0.calls.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
-/// How often a caller may connect.
-#[derive(Debug, Clone, Copy)]
-struct Rate {
-    per_second: f64,
-    burst: f64,
-}
-
-/// What is left of a burst.
-#[derive(Debug, Clone, Copy)]
-struct Bucket {
-    tokens: f64,
-    at: Instant,
-}
-
-impl Bucket {
-    fn tokens_at(&self, rate: Rate, now: Instant) -> f64 {
-        (self.tokens + now.saturating_duration_since(self.at).as_secs_f64() * rate.per_second).min(rate.burst)
-    }
-
-    fn take(&mut self, rate: Rate, now: Instant) -> bool {
-        let tokens = self.tokens_at(rate, now);
-        let enough = tokens >= 1.0;
-        *self = Self { tokens: if enough { tokens - 1.0 } else { tokens }, at: now };
-        enough
     }
 }
 

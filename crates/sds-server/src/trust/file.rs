@@ -39,7 +39,7 @@ impl FileSource {
 
 #[cfg(test)]
 mod tests {
-    use std::{fs, os::unix::fs::symlink, time::Duration};
+    use std::{fs, time::Duration};
 
     use tokio::{sync::watch, time::timeout};
 
@@ -101,28 +101,6 @@ mod tests {
         let beside = directory.path().join("new");
         fs::write(&beside, &third).unwrap();
         fs::rename(&beside, &path).unwrap();
-        assert!(same(&world.next().await, &third));
-    }
-
-    #[tokio::test]
-    async fn a_mounted_config_map_is_followed_through_its_symlink_swap() {
-        let mount = tempfile::tempdir().unwrap();
-        let at = |name: &str| mount.path().join(name);
-        let publish = |version: &str, pem: &str| {
-            fs::create_dir(at(version)).unwrap();
-            fs::write(at(version).join("ca.crt"), pem).unwrap();
-            symlink(version, at("..data_tmp")).unwrap();
-            fs::rename(at("..data_tmp"), at("..data")).unwrap();
-        };
-        let (first, second, third) = (pem(), pem(), pem());
-        publish("..1", &first);
-        symlink("..data/ca.crt", at("ca.crt")).unwrap();
-        let mut world = World::new(&at("ca.crt"));
-        assert!(same(&world.next().await, &first));
-        publish("..2", &second);
-        fs::remove_dir_all(at("..1")).unwrap();
-        assert!(same(&world.next().await, &second));
-        publish("..3", &third);
         assert!(same(&world.next().await, &third));
     }
 }

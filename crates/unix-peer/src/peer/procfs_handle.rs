@@ -13,6 +13,7 @@ use std::{
 
 use rustix::{
     fs::{CWD, Mode, OFlags, openat},
+    io::Errno,
     process::{Pid, PidfdFlags, pidfd_open},
 };
 
@@ -33,13 +34,7 @@ impl ProcfsHandle {
         let directory = openat(CWD, proc.join(pid.to_string()), flags, Mode::empty())?;
         let started = started(&read(&directory, "stat")?)?;
         let status = read(&directory, "status")?;
-        // The second of the four is the effective one, which the credentials have.
-        let id = |field: &str| status.lines().find_map(|line| line.strip_prefix(field)?.split_whitespace().nth(1)?.parse::<u32>().ok());
-        if (id("Uid:"), id("Gid:")) == (Some(uid), Some(gid)) {
-            Ok(Self { directory, started })
-        } else {
-            Err(io::ErrorKind::NotFound.into())
-        }
+        if effective_ids(&status) == Some((uid, gid)) { Ok(Self { directory, started }) } else { Err(io::ErrorKind::NotFound.into()) }
     }
 
     /// Its directory in `/proc`.
@@ -54,10 +49,21 @@ impl ProcfsHandle {
 
     /// A handle that tells of its end, where the kernel knows such (Linux 5.3).
     pub fn pidfd(&self, pid: i32) -> Option<OwnedFd> {
-        let handle = pidfd_open(Pid::from_raw(pid)?, PidfdFlags::empty()).ok()?;
+        let handle = open(pid).ok()?;
         // Had the number been recycled by now, the recorded process would have ended.
         self.is_alive().then_some(handle)
     }
+}
+
+/// The kernel's handle on the process that has this id now.
+pub(super) fn open(pid: i32) -> io::Result<OwnedFd> {
+    Ok(pidfd_open(Pid::from_raw(pid).ok_or(Errno::SRCH)?, PidfdFlags::empty())?)
+}
+
+/// The effective user and group in `/proc/<pid>/status`: the second of four, which credentials have too.
+pub(super) fn effective_ids(status: &str) -> Option<(u32, u32)> {
+    let id = |field: &str| status.lines().find_map(|line| line.strip_prefix(field)?.split_whitespace().nth(1)?.parse::<u32>().ok());
+    Some((id("Uid:")?, id("Gid:")?))
 }
 
 fn read(directory: &OwnedFd, name: &str) -> io::Result<String> {
@@ -80,14 +86,17 @@ fn started(stat: &str) -> io::Result<u64> {
 
 #[cfg(test)]
 mod tests {
-    use std::{fs, os::fd::AsFd, process::Command};
+    use std::{fs, process::Command};
 
-    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+    use rustix::{
+        event::{PollFd, PollFlags, poll},
+        process::{getegid, geteuid},
+    };
 
     use super::*;
 
     fn ids() -> (u32, u32) {
-        (nix::unistd::geteuid().as_raw(), nix::unistd::getegid().as_raw())
+        (geteuid().as_raw(), getegid().as_raw())
     }
 
     #[test]
@@ -99,7 +108,7 @@ mod tests {
         assert!(procfs_handle.is_alive() && procfs_handle.pidfd(pid).is_some());
         let pidfd = procfs_handle.pidfd(pid).unwrap();
         child.kill().unwrap();
-        poll(&mut [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)], PollTimeout::NONE).unwrap();
+        poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], None).unwrap();
         assert!(!procfs_handle.is_alive(), "it has ended, and nobody has asked for its status yet");
         child.wait().unwrap();
         assert!(!procfs_handle.is_alive() && procfs_handle.pidfd(pid).is_none());

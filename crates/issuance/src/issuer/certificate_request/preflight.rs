@@ -1,10 +1,7 @@
 //! Whether the configured issuer exists and can serve, before anything is asked of it: a mistake in the configuration is told in its
 //! own words, and not by a request that stays pending for ever.
 
-use std::{
-    sync::{Mutex, PoisonError},
-    time::Duration,
-};
+use std::time::Duration;
 
 use agent_kube::{Call, Cause, Failure};
 use agent_runtime::text;
@@ -15,6 +12,7 @@ use kube::{
     api::Object,
     core::{ApiResource, GroupVersionKind},
 };
+use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
@@ -57,7 +55,7 @@ impl Memo {
     /// The verdict that stands, or a new one.
     pub(super) async fn check(&self, client: &Client, issuer: &IssuerRef, namespace: Option<String>) -> Result<(), Error> {
         let check = {
-            let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut state = self.0.lock();
             let standing = state.check.as_ref().filter(|(since, check)| match check.peek() {
                 None => true,
                 Some(Err((_, answered))) => since.elapsed() < state.bad_for(*answered),
@@ -80,7 +78,7 @@ impl Memo {
 
     /// An order failed: perhaps the issuer was changed.
     pub(super) fn doubt(&self) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).doubted = true;
+        self.0.lock().doubted = true;
     }
 }
 

@@ -3,12 +3,7 @@
 //! The caller runs [`Requests::run`] once, for as long as the agent lives, and after the orders have ended a little longer: it ends by
 //! itself when its shutdown token is cancelled and the last requests are deleted, or after five seconds.
 
-use std::{
-    collections::HashSet,
-    fmt,
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
-};
+use std::{collections::HashSet, fmt, sync::Arc, time::Duration};
 
 use agent_kube::{
     self, Call, Cause,
@@ -22,6 +17,7 @@ use cert_manager::{
 };
 use futures::{StreamExt, future::BoxFuture};
 use kube::{Api, Client, runtime::watcher};
+use parking_lot::Mutex;
 use prometheus_client::{metrics::counter::Counter, registry::Registry};
 use tokio::{sync::mpsc, time::timeout};
 use tokio_util::sync::CancellationToken;
@@ -126,7 +122,7 @@ impl Requests {
 
     /// Watches, deletes and sweeps until `shutdown`, and then for as long as the last deletions take, at most five seconds.
     pub async fn run(&self, shutdown: CancellationToken) {
-        let taken = self.0.queue.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let taken = self.0.queue.lock().take();
         let Some(queue) = taken else {
             tracing::error!(target: LOG_TARGET, "the requests are run twice; the second run does nothing");
             return;

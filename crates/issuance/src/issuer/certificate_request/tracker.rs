@@ -5,7 +5,7 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::Arc,
     time::Duration,
 };
 
@@ -15,6 +15,7 @@ use agent_kube::{
 };
 use cert_manager::{RequestKind, Status, keys, naming::identity_digest, verdict::Verdict};
 use kube::core::NotUsed;
+use parking_lot::{Mutex, MutexGuard};
 use tokio::{
     sync::{Notify, mpsc, watch},
     time::Instant,
@@ -139,7 +140,7 @@ impl RequestTracker {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 
     pub(super) fn watching(&self) -> watch::Receiver<Watching> {

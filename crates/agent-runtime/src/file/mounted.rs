@@ -1,0 +1,45 @@
+//! For tests: a file as the kubelet mounts one of a ConfigMap or a Secret.
+#![allow(clippy::disallowed_methods, clippy::unwrap_used, reason = "for tests alone")]
+
+use std::{
+    fs,
+    os::unix::fs::symlink,
+    path::{Path, PathBuf},
+};
+
+/// A file that is reached through a link to a directory, which is swapped.
+#[derive(Debug)]
+pub struct MountedFile {
+    folder: PathBuf,
+    name: String,
+    version: u32,
+}
+
+impl MountedFile {
+    /// A file of this name in `folder`, with a first content.
+    pub fn new(folder: &Path, name: &str, text: &str) -> Self {
+        let mut file = Self { folder: folder.to_owned(), name: name.to_owned(), version: 0 };
+        file.publish(text);
+        symlink(Path::new("..data").join(name), file.path()).unwrap();
+        file
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> PathBuf {
+        self.folder.join(&self.name)
+    }
+
+    /// Swaps another content in, and removes the former one, as the kubelet does.
+    pub fn publish(&mut self, text: &str) {
+        let at = |name: &str| self.folder.join(name);
+        let (former, version) = (format!("..{}", self.version), format!("..{}", self.version + 1));
+        fs::create_dir(at(&version)).unwrap();
+        fs::write(at(&version).join(&self.name), text).unwrap();
+        symlink(&version, at("..data_tmp")).unwrap();
+        fs::rename(at("..data_tmp"), at("..data")).unwrap();
+        if self.version > 0 {
+            fs::remove_dir_all(at(&former)).unwrap();
+        }
+        self.version += 1;
+    }
+}
