@@ -53,7 +53,7 @@ pub mod approver;
 mod builder;
 pub mod config_map_source;
 mod identity_users;
-mod inventory;
+pub mod inventory;
 mod parts;
 mod reload;
 mod upstream;
@@ -342,6 +342,3 @@ async fn accept(sessions: Sessions, mut opened: mpsc::Receiver<UnixListener>) {
     }
     while accepting.join_next().await.is_some() {}
 }
-
-#[cfg(test)]
-mod tests;

@@ -30,7 +30,7 @@ const FIELD: &str = "sockets.shared.path";
 /// A predecessor that does not answer within this time serves nobody.
 const HEALTH_TIMEOUT: Duration = Duration::from_secs(2);
 /// What is awaited, in the answer to `/readyz?verbose`.
-const AWAITED_REASON: &str = "the socket, which a healthy predecessor serves until all else is in sync";
+pub const AWAITED: &str = "the socket, which a healthy predecessor serves until all else is in sync";
 
 /// Another process that serves.
 struct Predecessor {
@@ -84,7 +84,7 @@ impl SocketLease {
             None => Role::Active(Bound { listener, name: prepared.publish()? }),
             Some(predecessor) => {
                 info!(target: LOG_TARGET, socket = %path.display(), "a predecessor serves the socket; it is taken over once all else is in sync");
-                let guard = Some(readiness.guard(AWAITED_REASON));
+                let guard = Some(readiness.guard(AWAITED));
                 Role::Standby(Waiting { predecessor, prepared: Some((listener, prepared)), guard })
             }
         };
@@ -125,7 +125,7 @@ impl SocketSpec {
             return self.bind().map(Role::Active);
         };
         info!(target: LOG_TARGET, socket = %self.path.display(), "another agent has taken the socket; it is taken back when that one goes");
-        let guard = (!readiness.is_ready()).then(|| readiness.guard(AWAITED_REASON));
+        let guard = (!readiness.is_ready()).then(|| readiness.guard(AWAITED));
         Some(Role::Standby(Waiting { predecessor, prepared: None, guard }))
     }
 

@@ -44,7 +44,7 @@ fn is_test_name(text: &str) -> bool {
 fn is_source_path(text: &str) -> bool {
     let is_plain = text.bytes().all(|b| b.is_ascii_alphanumeric() || b"_/".contains(&b));
     let program = text.split('/').next().unwrap_or_default();
-    let is_module = is_plain && text.contains('/') && ["real_", "long_", "serving", "cli"].iter().any(|it| program.starts_with(it));
+    let is_module = is_plain && text.contains('/') && ["agent", "api_faults", "cli", "long_", "real_", "serving"].iter().any(|it| program.starts_with(it));
     is_module || text.ends_with(".rs") && text.contains('/')
 }
 

@@ -15,7 +15,7 @@ pub(crate) use tests::sample;
 
 /// A reader of the store.
 #[derive(Debug, Clone)]
-pub(super) struct Inventory {
+pub struct Inventory {
     store: Arc<Store>,
     plan: watch::Receiver<Arc<Plan>>,
     clock: Arc<dyn Clock>,
@@ -52,17 +52,18 @@ const STATES: [(State, &str); 6] = [
 const OVERDUE: f64 = 0.05;
 
 impl Inventory {
-    pub(super) fn new(store: Arc<Store>, plan: watch::Receiver<Arc<Plan>>, clock: Arc<dyn Clock>) -> Self {
+    /// Of the identities in `store`, whose renewal `plan` decides.
+    pub fn new(store: Arc<Store>, plan: watch::Receiver<Arc<Plan>>, clock: Arc<dyn Clock>) -> Self {
         Self { store, plan, clock, per_workload: false }
     }
 
     /// And with gauges for each service account.
-    pub(super) fn per_workload(self, per_workload: bool) -> Self {
+    pub fn per_workload(self, per_workload: bool) -> Self {
         Self { per_workload, ..self }
     }
 
     /// One object for each identity.
-    pub(super) fn rows(&self) -> Vec<Value> {
+    pub fn rows(&self) -> Vec<Value> {
         let now = self.clock.now();
         let mut entries = self.store.snapshot();
         entries.sort_by(|a, b| a.identity.spiffe_id.cmp(&b.identity.spiffe_id));

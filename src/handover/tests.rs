@@ -1,71 +1,10 @@
-//! Layer three: real sockets, and predecessors that serve, hang or go.
+//! Layer three: real sockets. What needs a predecessor that serves is in `tests/agent`.
 
 use std::os::unix::net::UnixListener as StdListener;
 
-use agent_runtime::{
-    readiness,
-    shutdown::{Drained, Shutdown},
-};
-use tokio::task::JoinHandle;
+use agent_runtime::readiness;
 
 use super::*;
-use crate::{
-    app::{self, Base},
-    config::{self, Config},
-};
-
-fn config(socket: PathBuf) -> Config {
-    let flags = config::Dev { socket: Some(socket), admin: Some(([127, 0, 0, 1], 0).into()), ..config::Dev::default() };
-    config::dev(flags, &|_| None).unwrap()
-}
-
-/// A whole agent, running.
-struct Agent {
-    shutdown: Shutdown,
-    running: JoinHandle<anyhow::Result<Drained>>,
-}
-
-impl Agent {
-    async fn start(socket: &Path) -> Self {
-        let shutdown = Shutdown::new(Duration::from_secs(5));
-        let bound = app::build(&config(socket.to_owned()), Base::new(shutdown.clone())).await.unwrap();
-        Self { shutdown, running: tokio::spawn(bound.run()) }
-    }
-
-    async fn end(self) {
-        self.shutdown.begin();
-        self.running.await.unwrap().unwrap();
-    }
-}
-
-/// A claim that is kept.
-struct Kept {
-    end: CancellationToken,
-    opened: mpsc::Receiver<UnixListener>,
-    keeping: JoinHandle<Option<BoundPath>>,
-}
-
-impl Kept {
-    fn of(lease: SocketLease) -> Self {
-        let (end, (open, opened)) = (CancellationToken::new(), mpsc::channel(1));
-        Self { keeping: tokio::spawn(lease.keep(end.clone(), open)), end, opened }
-    }
-
-    /// Waits until the name is held.
-    async fn opened(&mut self) -> UnixListener {
-        timeout(Duration::from_secs(20), self.opened.recv()).await.unwrap().unwrap()
-    }
-
-    async fn end(self) -> Option<BoundPath> {
-        self.end.cancel();
-        self.keeping.await.unwrap()
-    }
-}
-
-/// Enough for a handover that would not wait.
-async fn a_while() {
-    tokio::time::sleep(Duration::from_millis(200)).await;
-}
 
 fn inode(path: &Path) -> u64 {
     std::os::unix::fs::MetadataExt::ino(&std::fs::metadata(path).unwrap())
@@ -81,116 +20,13 @@ async fn a_name_that_nobody_serves_is_taken_at_once() {
     let lease = SocketLease::acquire(&path, 0o666, &readiness).await.unwrap();
     assert!(lease.is_held(), "{lease:?}");
     let before = inode(&path);
-    let mut kept = Kept::of(SocketLease::acquire(&path, 0o666, &readiness).await.unwrap());
-    let _listener = kept.opened().await;
+    let lease = SocketLease::acquire(&path, 0o666, &readiness).await.unwrap();
+    let (end, (open, mut opened)) = (CancellationToken::new(), mpsc::channel(1));
+    let keeping = tokio::spawn(lease.keep(end.clone(), open));
+    let _listener = timeout(Duration::from_secs(20), opened.recv()).await.unwrap().unwrap();
     assert_ne!(inode(&path), before, "one that does not answer is no predecessor");
     drop(start);
     assert!(readiness.is_ready());
-    assert!(kept.end().await.unwrap().is_owned());
-}
-
-#[tokio::test]
-async fn a_healthy_predecessor_serves_until_all_else_is_in_sync() {
-    let directory = tempfile::tempdir().unwrap();
-    let path = directory.path().join("sds.sock");
-    let old = Agent::start(&path).await;
-    let before = inode(&path);
-
-    let (readiness, start) = Readiness::new(readiness::Metrics::default());
-    let index = readiness.guard("the pod index");
-    let mut kept = Kept::of(SocketLease::acquire(&path, 0o666, &readiness).await.unwrap());
-    drop(start);
-    a_while().await;
-    assert_eq!(inode(&path), before);
-    assert!(find_predecessor(&path).await.is_some(), "the predecessor still answers");
-
-    drop(index);
-    let _listener = kept.opened().await;
-    assert_ne!(inode(&path), before);
-    timeout(Duration::from_secs(20), readiness.reached()).await.unwrap();
-    // The predecessor's end leaves its successor alone.
-    old.end().await;
-    assert!(kept.end().await.unwrap().is_owned());
-}
-
-#[tokio::test]
-async fn a_predecessor_that_goes_is_succeeded_before_all_else_is_in_sync() {
-    let directory = tempfile::tempdir().unwrap();
-    let path = directory.path().join("sds.sock");
-    let old = Agent::start(&path).await;
-    let (readiness, _start) = Readiness::new(readiness::Metrics::default());
-    let mut kept = Kept::of(SocketLease::acquire(&path, 0o666, &readiness).await.unwrap());
-    old.end().await;
-    let _listener = kept.opened().await;
-    assert!(!readiness.is_ready());
-    assert!(kept.end().await.unwrap().is_owned());
-}
-
-#[tokio::test]
-async fn a_successor_that_never_gets_in_sync_leaves_nothing_behind() {
-    let directory = tempfile::tempdir().unwrap();
-    let path = directory.path().join("sds.sock");
-    let old = Agent::start(&path).await;
-    let before = inode(&path);
-    let (readiness, _start) = Readiness::new(readiness::Metrics::default());
-    let kept = Kept::of(SocketLease::acquire(&path, 0o666, &readiness).await.unwrap());
-    assert!(kept.end().await.is_none());
-    assert_eq!(inode(&path), before);
-    assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1, "nothing is left beside it");
-    old.end().await;
-}
-
-#[tokio::test]
-async fn a_name_that_was_lost_is_taken_back_once_whoever_has_it_goes() {
-    let directory = tempfile::tempdir().unwrap();
-    let path = directory.path().join("sds.sock");
-    let (readiness, start) = Readiness::new(readiness::Metrics::default());
-    let mut kept = Kept::of(SocketLease::acquire(&path, 0o666, &readiness).await.unwrap());
-    let _first = kept.opened().await;
-    drop(start);
-    assert!(readiness.is_ready());
-
-    // Nobody here answers on that socket: the other one takes the name. Being in sync is no reason to take it back from one that serves.
-    let predecessor = Agent::start(&path).await;
-    let theirs = inode(&path);
-    a_while().await;
-    assert_eq!(inode(&path), theirs);
-    assert!(kept.opened.is_empty());
-    predecessor.end().await;
-    let _second = kept.opened().await;
-    assert!(path.exists());
-
-    // Whoever removes it does not keep it from being there.
-    std::fs::remove_file(&path).unwrap();
-    let _third = kept.opened().await;
-    assert!(kept.end().await.unwrap().is_owned());
-    assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1, "nothing is left beside it");
-}
-
-/// It has stepped in for a predecessor, whose restarted program takes the name: what it has not reached, it reaches with the name alone.
-#[tokio::test]
-async fn one_that_has_stepped_in_is_not_ready_without_the_name() {
-    let directory = tempfile::tempdir().unwrap();
-    let path = directory.path().join("sds.sock");
-    let (readiness, start) = Readiness::new(readiness::Metrics::default());
-    let index = readiness.guard("the pod index");
-    let mut kept = Kept::of(SocketLease::acquire(&path, 0o666, &readiness).await.unwrap());
-    drop(start);
-    let _first = kept.opened().await;
-    let predecessor = Agent::start(&path).await;
-    let theirs = inode(&path);
-    timeout(Duration::from_secs(20), async {
-        while !readiness.awaited().iter().any(|awaited| **awaited == *AWAITED_REASON) {
-            tokio::task::yield_now().await;
-        }
-    })
-    .await
-    .unwrap();
-    assert_eq!(inode(&path), theirs);
-    drop(index);
-    let _second = kept.opened().await;
-    timeout(Duration::from_secs(20), readiness.reached()).await.unwrap();
-    assert_ne!(inode(&path), theirs);
-    predecessor.end().await;
-    assert!(kept.end().await.unwrap().is_owned());
+    end.cancel();
+    assert!(keeping.await.unwrap().unwrap().is_owned());
 }

@@ -1,15 +1,19 @@
-//! Layer three: a whole agent, on real sockets.
+//! An agent whose parts fail, or that cannot start.
 
-use std::time::Duration;
+use std::{path::Path, sync::Arc, time::Duration};
 
-use agent_runtime::clock::SystemClock;
-use sds_server::{attest::unix::UnixAttestor, trust};
-use tokio::time::timeout;
-
-use super::*;
-use crate::config;
-
-mod neighbour;
+use agent_runtime::{clock::SystemClock, shutdown::Shutdown};
+use futures::future::BoxFuture;
+use sds_agent::{
+    app::{Base, Deps, build_with},
+    config::{self, Config},
+};
+use sds_server::{
+    attest::unix::UnixAttestor,
+    trust::{self, Trust},
+};
+use tokio::{net::TcpListener, time::timeout};
+use tokio_util::sync::CancellationToken;
 
 /// The configuration of `dev`, with its socket in `directory` and ports that the kernel chooses.
 fn config(directory: &Path) -> Config {

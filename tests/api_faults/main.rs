@@ -1,9 +1,22 @@
-//! A kind neighbour: rotation, requests and the real client against an API server whose bytes are scripted, under a paused clock.
+//! Rotation, requests and the real client against an API server whose bytes are scripted, under a paused clock.
 //!
-//! Whatever goes wrong on the wire, an identity gets one certificate for one request that is carried out, nothing is left behind, others
-//! go on, and it is counted and told.
+//! Whatever goes wrong on the wire, an identity gets one certificate for one request that is carried out, nothing is left behind, other
+//! identities are served, and the fault is counted and logged.
 
-use std::{collections::HashSet, sync::Mutex, time::UNIX_EPOCH};
+#![allow(
+    clippy::cast_precision_loss,
+    clippy::disallowed_methods,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::unwrap_used,
+    unreachable_pub,
+    reason = "tests write files, and fail loudly"
+)]
+use std::{
+    collections::HashSet,
+    sync::{Arc, Mutex},
+    time::{Duration, UNIX_EPOCH},
+};
 
 use agent_kube::{
     self, RequestRate,
@@ -13,6 +26,7 @@ use agent_kube::{
 };
 use agent_runtime::{
     clock::TestClock,
+    metrics::Exposition,
     telemetry::{self, Format, captured::Captured},
 };
 use base64::{Engine, engine::general_purpose::STANDARD};
@@ -23,16 +37,18 @@ use issuance::{
         certificate_request::{CertManager, Metrics as RequestMetrics, Requests, Settings},
         embedded::Embedded,
     },
-    rotation::plan::Plan,
+    rotation::{self, plan::Plan},
 };
-use sds_server::store::{Demand, Lease};
+use sds_agent::{app::inventory::Inventory, build_info};
+use sds_server::{
+    store::{Demand, Lease, Store},
+    trust::{self, Trust},
+};
 use serde_json::{Value, json};
 use tokio::{task::JoinHandle, time::Instant};
+use tokio_util::sync::CancellationToken;
 use tracing::subscriber::DefaultGuard;
 use workload_identity::{Identity, IssuerName, NodeEnvironment, PodRef, Profile, samples::identity};
-
-use super::*;
-use crate::build_info;
 
 mod creates;
 mod issuers;
@@ -54,7 +70,7 @@ struct World {
     /// What cert-manager does with the next requests instead of signing them: a condition, or a whole status.
     refusals: Arc<Mutex<Vec<Value>>>,
     /// What `/certs` tells.
-    inventory: inventory::Inventory,
+    inventory: Inventory,
     log: Captured,
     _log: DefaultGuard,
     tasks: Vec<JoinHandle<()>>,
@@ -111,10 +127,10 @@ impl World {
         let profiles = [identity("a").profile.clone(), of_other("a").profile.clone()];
         let plan = Plan::new(issuers.into_iter().collect(), profiles, Duration::from_secs(300));
         let (plan, plan_now) = tokio::sync::watch::channel(Arc::new(plan));
-        let inventory = inventory::Inventory::new(store.clone(), plan_now.clone(), Arc::new(clock.clone()));
+        let inventory = Inventory::new(store.clone(), plan_now.clone(), Arc::new(clock.clone()));
         let node = NodeEnvironment { node_name: Some("n1".into()), pod: None };
-        let event_metrics = crate::events::Metrics::register(exposition.registry());
-        let (reporter, writer) = crate::events::new(wire.client(&kube_metrics, RequestRate::default()), &node, event_metrics);
+        let event_metrics = sds_agent::events::Metrics::register(exposition.registry());
+        let (reporter, writer) = sds_agent::events::new(wire.client(&kube_metrics, RequestRate::default()), &node, event_metrics);
         let parts = rotation::Parts {
             store: store.clone(),
             events,

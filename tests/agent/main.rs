@@ -1,0 +1,14 @@
+//! A whole agent on real sockets. No other program is needed.
+
+#![allow(
+    clippy::cast_precision_loss,
+    clippy::disallowed_methods,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::unwrap_used,
+    unreachable_pub,
+    reason = "tests write files, and fail loudly"
+)]
+
+mod handover;
+mod parts;
