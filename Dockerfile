@@ -1,22 +1,23 @@
-# The agent's image: a builder whose dependencies are a layer of their own, and a final stage with nothing but what the binary is linked to.
+# The agent's image: a builder with a separate layer for the dependencies, and a final stage with only the libraries of the binary.
 #
 #   docker build -t sds-agent .            (or: buildah bud -t sds-agent .)
 #   docker buildx build --platform linux/amd64,linux/arm64 -t REGISTRY/sds-agent --push .
 #
-# The builder is always of the machine that builds, and compiles for the platform that is asked for: under emulation an optimised build
-# would take hours. Both base images exist for amd64 and arm64. A buildah that does not know BUILDPLATFORM (1.28) is told it:
+# The builder always has the architecture of the build machine and compiles for the requested platform: an optimised build under emulation
+# would take hours. Both base images exist for amd64 and arm64. A buildah that does not know BUILDPLATFORM (1.28) needs it as an argument:
 #
 #   buildah bud --platform linux/arm64 --build-arg BUILDPLATFORM=linux/amd64 -t sds-agent .
 
-# A C compiler is all that aws-lc-rs wants beside Rust. Same Debian as below: the binary needs a C library that is no older than the builder's.
+# aws-lc-rs needs only a C compiler besides Rust. The builder has the same Debian version as the runtime, because the binary needs a C
+# library that is at least as new as the builder's.
 ARG RUST_IMAGE=docker.io/library/rust:1.95-slim-bookworm
-# `cc`: the binary is linked to libc, libm and libgcc_s. The roots in it are for a kubeconfig that names no authority.
+# `cc`: the binary is linked to libc, libm and libgcc_s. The image's root certificates are for a kubeconfig without an authority.
 ARG RUNTIME_IMAGE=gcr.io/distroless/cc-debian12:nonroot
 
 FROM --platform=${BUILDPLATFORM} ${RUST_IMAGE} AS builder
 WORKDIR /src
 
-# The compiler for the platform: where it is not the builder's own, Rust's library and a C compiler with its library are got.
+# The compiler for the platform: if it is not the builder's own, Rust's library and a C compiler with its library are installed.
 ARG TARGETARCH
 RUN case "${TARGETARCH:-$(dpkg --print-architecture)}" in \
         amd64) machine=x86_64 package=x86-64 library=amd64 ;; \
@@ -29,12 +30,12 @@ RUN case "${TARGETARCH:-$(dpkg --print-architecture)}" in \
         && apt-get install -y --no-install-recommends "gcc-$package-linux-gnu" "libc6-dev-$library-cross"; }; } \
     && printf '[build]\ntarget = "%s"\n[target.%s]\nlinker = "%s"\n' "$target" "$target" "$linker" >>"${CARGO_HOME}/config.toml"
 
-# `dist`; or `release` or `dev`, which are built sooner.
+# `dist`, or `release` or `dev`, which are built faster.
 ARG PROFILE=dist
 
-# The dependencies: built again only when a manifest changes. In place of each target stands a stub, which cargo wants to be there; those of
-# tests and benches stay, so that a change to them builds nothing. What is built of the stubs themselves is thrown away, or files older than
-# this layer would look built already.
+# The dependencies: built again only when a manifest changes. cargo requires every target to exist, so each is replaced by a stub. The
+# stubs of tests and benches stay, so that a change of them rebuilds nothing. The build results of the stubs are removed: otherwise cargo
+# would treat source files that are older than this layer as built.
 COPY Cargo.toml Cargo.lock ./
 COPY crates/agent-kube/Cargo.toml crates/agent-kube/
 COPY crates/agent-runtime/Cargo.toml crates/agent-runtime/
@@ -58,12 +59,12 @@ COPY build.rs ./
 COPY proto proto
 COPY crates crates
 COPY src src
-# Told by `sds_agent_build_info`. Below the dependencies: a new revision builds the agent alone.
+# Shown by `sds_agent_build_info`. Below the dependencies, so that a new revision rebuilds only the agent.
 ARG REVISION=unknown
 RUN SDS_AGENT_REVISION="${REVISION}" cargo build --locked --bin sds-agent --profile "${PROFILE}" \
     && install -D -t /out target/*-linux-gnu/*/sds-agent
 
-# Said, because the same buildah goes on with the first stage's platform otherwise.
+# Explicit, because the same buildah otherwise keeps the platform of the first stage.
 FROM --platform=${TARGETPLATFORM} ${RUNTIME_IMAGE}
 COPY LICENSE /usr/share/doc/sds-agent/LICENSE
 COPY --from=builder /out/sds-agent /usr/local/bin/sds-agent
@@ -78,7 +79,7 @@ LABEL org.opencontainers.image.title="sds-agent" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}"
 
-# A number, which `runAsNonRoot` can check. The approver needs no more. Modes of the agent that must be root (a CSI driver mounts in the
-# host's namespace) say so in their manifests with `runAsUser`.
+# A number, which `runAsNonRoot` can check. The approver needs no other user. For modes of the agent that need root (a CSI driver mounts
+# in the host's namespace), the manifests set `runAsUser`.
 USER 65532:65532
 ENTRYPOINT ["/usr/local/bin/sds-agent"]

@@ -1,7 +1,8 @@
-# What people type. `make test` is everything; `cargo test` alone is everything that needs no other program.
+# The commands for developers. `make test` runs everything except the long groups; `cargo test` alone runs everything that needs no other
+# program.
 .PHONY: dev test test-long long-group long-groups test-tools lint
 
-# Each is a test target `long_…` of its own, which takes at most 20 minutes, and the programs that it needs.
+# Each group is a test target `long_…`, which takes at most 20 minutes, and the programs that it needs.
 LONG_GROUPS := scale vault oldest former
 TOOLS_scale := system controlplane
 TOOLS_vault := system controlplane envoy vault
@@ -11,11 +12,11 @@ TOOLS_former := system controlplane envoy oldest former
 dev:
 	cargo run --release -- dev
 
-# One cargo invocation: the library is built once, and its closing lines are the test runner's.
+# One cargo invocation: the library is built once, and the last lines of the output are the test runner's.
 test: test-tools
 	cargo test --locked --features real-tests --no-fail-fast
 
-# The rest, by group: `make test-long GROUP=scale`. One test at a time: some measure.
+# The long tests, by group: `make test-long GROUP=scale`. Tests run one after the other, because some measure times.
 test-long: long-group
 	tests/tools.sh $(TOOLS_$(GROUP))
 	cargo test --locked --features long-tests --test long_$(GROUP) -- --nocapture
@@ -26,16 +27,19 @@ long-groups:
 long-group:
 	@test -n "$(filter $(GROUP),$(LONG_GROUPS))" || { echo "make test-long GROUP=…: one of $(LONG_GROUPS)" >&2; exit 2; }
 
-# What `make test` needs, such as Envoy, grpcurl and the control plane of the tests: pinned, into target/tools.
+# The programs that `make test` needs, such as Envoy, grpcurl and the control plane of the tests, at pinned versions in target/tools.
 test-tools:
 	tests/tools.sh
 
 lint:
 	cargo fmt --check
 	cargo clippy --locked --all-targets --all-features -- -D warnings
-	# As it is shipped: without the feature `testing` of the libraries, which the tests switch on.
+	# The shipped configuration: without the feature `testing` of the libraries, which the tests enable.
 	cargo check --locked --bin sds-agent
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --quiet
-	tests/tools.sh cargo-deny cargo-machete
+	tests/prose/prose.py --self-test
+	tests/prose/prose.py
+	tests/tools.sh cargo-deny cargo-machete actionlint
 	$${SDS_AGENT_TOOLS:-target/tools}/bin/cargo-deny --locked check bans licenses sources
 	$${SDS_AGENT_TOOLS:-target/tools}/bin/cargo-machete --skip-target-dir
+	$${SDS_AGENT_TOOLS:-target/tools}/actionlint -shellcheck= -pyflakes=

@@ -1,12 +1,12 @@
-//! Compiles `proto/` in-process: `protoc` is not needed. Workloads are served by the crate `sds-server`, which has its own.
+//! Compiles `proto/` in-process, without `protoc`. The crate `sds-server` compiles the services for workloads.
 
 const ROOT: &str = "proto";
-/// What the kubelet is served, by tonic.
+/// The services for the kubelet.
 const KUBELET: &[&str] = &["csi/v1/csi.proto", "pluginregistration/v1/registration.proto"];
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo:rerun-if-changed={ROOT}");
-    // The requests of the kubelet may hold tokens: a `Debug` would be a way into the log.
+    // Requests of the kubelet may hold tokens; without `Debug` they cannot be logged.
     tonic_prost_build::configure()
         .build_server(true)
         .build_client(true)

@@ -1,8 +1,8 @@
-//! What a pod notices of a neighbour that floods the agent: `cargo bench --bench flood [-- --json]`.
+//! The effect of a pod that floods the agent on another pod: `cargo bench --bench flood [-- --json]`.
 //!
-//! The agent, the flooding pod and the quiet pod are processes of their own, on one socket; the quiet one is the bench. They are told
-//! apart as on a node, by the cgroup files of their processes, which stand in a folder in place of `/proc`: that needs no root. Without
-//! `--bench` or with `--quick` the counts are so small that only errors show.
+//! The agent, the flooding pod and the quiet pod are separate processes on one socket; the quiet pod is the bench itself. The agent
+//! distinguishes them by the cgroup files of their processes, as on a node. These files are in a directory that replaces `/proc`, so the
+//! bench needs no root. Without `--bench` or with `--quick` the counts are so small that the bench only shows errors.
 #![allow(
     clippy::cast_precision_loss,
     clippy::expect_used,
@@ -43,13 +43,13 @@ use self::support::{
 
 mod support;
 
-/// How much of everything.
+/// The counts of a run.
 #[derive(Clone, Copy)]
 struct Scale {
     rounds: usize,
     fetches: usize,
     connects: usize,
-    /// The flood tries at least so often before and while it is measured.
+    /// Minimum number of attempts by the flood before and during the measurement.
     attempts: u64,
 }
 
@@ -75,7 +75,7 @@ fn main() {
     }
 }
 
-/// Everybody is the same user, and whoever has a cgroup file is a pod.
+/// All callers have the same user; each caller with a cgroup file counts as a pod.
 #[derive(Debug)]
 struct Pods(Arc<CgroupOrigins>);
 
@@ -93,7 +93,7 @@ impl Attestor for Pods {
     }
 }
 
-/// The agent, with the limits that it has on a node.
+/// Runs the agent with its default limits.
 async fn serve(proc: PathBuf, socket: &Path) {
     let mut config = agent::config(socket);
     config.limits = Limits::default();
@@ -103,10 +103,10 @@ async fn serve(proc: PathBuf, socket: &Path) {
     }
 }
 
-/// The flooding pod: `go`, then `tell` how far it is as often as asked, then `stop`.
+/// The flooding pod. It reads `go`, then `tell` for each report of its counts, then `stop`.
 fn flood(socket: &Arc<Path>) {
     let mut flood: Option<Flood> = None;
-    // This is the main thread: it may wait, the runtime's worker floods.
+    // This is the main thread, which may block; the runtime's worker runs the flood.
     for line in std::io::stdin().lines() {
         match (line.unwrap().as_str(), &flood) {
             ("go", _) => flood = Some(Flood::start(socket)),
@@ -161,7 +161,7 @@ fn be_a_pod(proc: &Path, pid: u32, uid: &str) {
     std::fs::write(folder.join("cgroup"), format!("0::/kubepods/burstable/pod{uid}/c\n")).unwrap();
 }
 
-/// What the quiet pod sees: a cached fetch on its connection, and a new connection with its first secret.
+/// The times that the quiet pod measures: a cached fetch on its connection, and a new connection with its first secret.
 #[derive(Default)]
 struct Seen {
     fetches: Vec<f64>,
@@ -179,7 +179,7 @@ async fn look(socket: &Arc<Path>, client: &mut client::Client, scale: Scale) -> 
         let start = Instant::now();
         client::first_secret(socket.clone(), "default").await;
         seen.connects.push(micros(start.elapsed()));
-        // Below the rate that it may have itself.
+        // Below the rate limit of the pod.
         tokio::time::sleep(Duration::from_millis(25)).await;
     }
     seen
@@ -208,7 +208,7 @@ async fn measure(scale: Scale) -> Vec<Row> {
         loads.push((server.processor() - used).as_secs_f64() / start.elapsed().as_secs_f64());
         words = flooder.until(2 * scale.attempts).await;
         flooder.say("stop").await;
-        // Its connections end, and its rate recovers.
+        // The connections of the flood end, and its rate limit recovers.
         tokio::time::sleep(Duration::from_secs(1)).await;
         fetches.push(median(&mut flooded.fetches) / median(&mut quiet.fetches));
         connects.push(median(&mut flooded.connects) / median(&mut quiet.connects));

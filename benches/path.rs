@@ -1,6 +1,6 @@
-//! The request path and its parts, beside the floor: `cargo bench --bench path`.
+//! The request path and its parts, compared with the floor: `cargo bench --bench path`.
 //!
-//! Calls go through the real service on a Unix socket, in the process of their client. Compare what stands in one run only.
+//! Calls go through the real service on a Unix socket, in the process of their client. Compare figures of one run only.
 #![allow(
     clippy::expect_used,
     clippy::unwrap_used,
@@ -64,7 +64,7 @@ fn calls(c: &mut Criterion) {
     group.finish();
 }
 
-/// What the path is made of.
+/// The parts of the path.
 fn parts(c: &mut Criterion) {
     let runtime = runtime();
     let config = agent::config(Path::new("/nowhere/sds.sock"));

@@ -1,8 +1,8 @@
-//! The table of what fast means here, as ratios to the floor in one run: `cargo bench --bench ratios [-- --json]`.
+//! The table of performance targets, as ratios to the floor in one run: `cargo bench --bench ratios [-- --json]`.
 //!
-//! The floor is a unary echo on tonic in this very process. Memory and processor time are those of a server in a process of its own: the
-//! agent itself as `sds-agent dev`, or, where a bench must choose identities or the moment of a rotation, this program again. Without
-//! `--bench` (as `cargo test --benches` runs it) or with `--quick` the counts are so small that only errors show.
+//! The floor is a unary echo on tonic in this process. Memory and processor time are those of a separate server process: the agent as
+//! `sds-agent dev`, or this program again where a bench must choose identities or the time of a rotation. Without `--bench` (as `cargo
+//! test --benches` runs it) or with `--quick` the counts are so small that the bench only shows errors.
 #![allow(
     clippy::cast_possible_truncation,
     clippy::cast_precision_loss,
@@ -35,7 +35,7 @@ use self::support::{
 
 mod support;
 
-/// How much of everything.
+/// The counts of a run.
 #[derive(Clone, Copy)]
 struct Scale {
     rounds: usize,
@@ -43,7 +43,7 @@ struct Scale {
     at_once: usize,
     /// Connections whose memory is measured.
     connections: usize,
-    /// Connections that a rotation reaches, with two streams each.
+    /// Connections that receive a rotation, with two streams each.
     fleet: usize,
     rotations: usize,
     issues: usize,
@@ -52,7 +52,7 @@ struct Scale {
 const FULL: Scale = Scale { rounds: 21, calls: 1000, at_once: 100, connections: 2000, fleet: 5000, rotations: 9, issues: 300 };
 const QUICK: Scale = Scale { rounds: 1, calls: 10, at_once: 5, connections: 20, fleet: 20, rotations: 1, issues: 5 };
 
-/// Calls in flight on one connection for the throughput.
+/// Number of concurrent calls on one connection for the throughput.
 const IN_FLIGHT: usize = 32;
 
 fn main() {
@@ -76,7 +76,7 @@ fn main() {
     stats::print(&rows, has("--json"));
 }
 
-/// The server's side of a bench: does what it is told, a line at a time, until its input ends.
+/// The server's side of a bench: executes one command per line, until its input ends.
 async fn serve(kind: &str, socket: &Path) {
     let mut pushing = match kind {
         "pushing" => Some(Pushing::start(socket).await),
@@ -86,7 +86,7 @@ async fn serve(kind: &str, socket: &Path) {
         }
         other => panic!("no such server: {other}"),
     };
-    // This is the main thread: it may wait, the runtime's workers serve.
+    // This is the main thread, which may block; the runtime's workers serve.
     for line in std::io::stdin().lines() {
         match (&mut pushing, line.unwrap().as_str()) {
             (Some(pushing), "publish") => pushing.publish().await,
@@ -100,7 +100,7 @@ async fn server(kind: &str) -> Server {
     Server::start(program, |socket| vec!["serve".into(), kind.to_owned(), socket.display().to_string()]).await
 }
 
-/// `sds-agent dev`, with certificates that outlive the bench.
+/// Starts `sds-agent dev` with certificates that outlive the bench.
 async fn dev() -> Server {
     let arguments = |socket: &Path| {
         let flags = ["dev", "--lifetime", "24h", "--admin", "127.0.0.1:0", "--socket"];
@@ -109,7 +109,7 @@ async fn dev() -> Server {
     Server::start(env!("CARGO_BIN_EXE_sds-agent"), arguments).await
 }
 
-/// Calls and first secrets, agent and floor in this process.
+/// Measures calls and first secrets, with agent and floor in this process.
 async fn calls(scale: Scale, rows: &mut Vec<Row>) {
     let directory = tempfile::tempdir().unwrap();
     let [ours, floor, cold] = ["agent", "floor", "cold"].map(|name| Arc::<Path>::from(directory.path().join(name)));
@@ -141,7 +141,7 @@ async fn calls(scale: Scale, rows: &mut Vec<Row>) {
         of: format!("{mine:.1} µs / {theirs:.1} µs"),
     });
 
-    // Less disturbed by what else runs on the machine.
+    // The processor time is less affected by other load on the machine.
     let busy = |client: &Client, path: &'static str| {
         let work = one_by_one(client, path);
         async move {
@@ -213,7 +213,7 @@ async fn calls(scale: Scale, rows: &mut Vec<Row>) {
     });
 }
 
-/// The 99th percentile of many that start together, in microseconds.
+/// The 99th percentile of the times of many tasks that start together, in microseconds.
 async fn at_once<F: Future<Output = ()> + Send + 'static>(count: usize, one: impl Fn() -> F) -> f64 {
     let mut tasks = tokio::task::JoinSet::new();
     for _ in 0..count {
@@ -227,23 +227,23 @@ async fn at_once<F: Future<Output = ()> + Send + 'static>(count: usize, one: imp
     percentile(&mut tasks.join_all().await, 0.99)
 }
 
-/// A rotation that reaches the open streams of many Envoys.
+/// Measures a rotation that reaches the open streams of many Envoys.
 async fn rotation(scale: Scale, rows: &mut Vec<Row>) {
     let mut server = server("pushing").await;
-    // The certificate's two names: so each rotation is news for both streams of a connection.
+    // The two names of the certificate, so that each rotation is an update for both streams of a connection.
     let id = format!("spiffe://example.org/uid/{}", nix::unistd::geteuid());
     let firsts = [Ask::envoy("default"), Ask::envoy(&id)];
     server.tell("publish").await;
     let empty = server.resident().await;
     let mut fleet = Fleet::open(server.socket(), scale.fleet, &firsts).await;
     let (mut latencies, mut processor, mut clients) = (Vec::new(), Vec::new(), Vec::new());
-    // The first one warms up.
+    // The first round warms up.
     for round in 0..=scale.rotations {
         tokio::time::sleep(Duration::from_millis(300)).await;
         let (start, used, used_here) = (Instant::now(), server.processor(), process::used());
         server.tell("publish").await;
         let mut latency: Vec<f64> = fleet.pushed().await.iter().map(|at| micros(*at - start) / 1e3).collect();
-        // The acknowledgements are part of it.
+        // The processor time includes the acknowledgements.
         tokio::time::sleep(Duration::from_millis(300)).await;
         if round > 0 {
             latencies.push(percentile(&mut latency, 0.99));
@@ -275,7 +275,7 @@ async fn rotation(scale: Scale, rows: &mut Vec<Row>) {
     });
 }
 
-/// Memory of the agent itself, and of each further connection and identity.
+/// Measures the memory of the agent itself, and of each further connection and identity.
 async fn memory(scale: Scale, rows: &mut Vec<Row>) {
     let of = format!("{} connections", scale.connections);
     let envoy = [Ask::envoy("default"), Ask::envoy("ROOTCA")];
@@ -304,7 +304,7 @@ async fn memory(scale: Scale, rows: &mut Vec<Row>) {
         target: Target::AtMost(28.0),
         of,
     });
-    // As before, but every connection is of another identity.
+    // As above, with a different identity for each connection.
     let own = each(scale, &self::server("everybody").await, &small).await;
     rows.push(Row {
         figure: "memory per identity",
@@ -315,7 +315,7 @@ async fn memory(scale: Scale, rows: &mut Vec<Row>) {
     });
 }
 
-/// What each further connection keeps, in KiB. A first crowd is there before: what a burst needs for a moment stays with the process, once.
+/// The memory of each further connection, in KiB. Some connections exist before: the process keeps the temporary memory of a burst once.
 async fn each(scale: Scale, server: &Server, firsts: &[Ask]) -> f64 {
     let _crowd = Fleet::open(server.socket(), scale.connections / 10, firsts).await;
     let before = server.resident().await;

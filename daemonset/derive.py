@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Derives the chart's templates from what kustomize builds: chart/templates/*.yaml, with the comments of their sources.
+"""Derives the chart's templates (chart/templates/*.yaml) from the manifests for kustomize, with their comments.
 
-    daemonset/derive.py            writes them
-    daemonset/derive.py --check    writes nothing, and fails where they are not what it would write
+    daemonset/derive.py            writes the templates
+    daemonset/derive.py --check    writes nothing, and fails if a template differs from what it would write
 
-It needs python3 and nothing else. It reads the sources as indented lines, which is enough for how they are written here: blocks, two
-spaces deeper each. Every replacement has to find what it replaces, or nothing is written. That the result is the same as kustomize's is
-shown by tests/real_install/manifests.rs with both programs.
+It needs only python3. It reads a manifest as indented lines, which suffices because all blocks of these manifests are indented by two
+spaces. If a replacement does not find its text, nothing is written. tests/real_install/manifests.rs checks with kustomize and helm that
+both give the same objects.
 """
 
 import pathlib
@@ -19,7 +19,7 @@ NAMESPACE = "{{ .Release.Namespace }}"
 
 
 class Node:
-    """A line, the comments and blank lines before it, and the lines below it."""
+    """A line with the comments and blank lines before it, and its indented lines."""
 
     def __init__(self, text, comments):
         self.text, self.comments, self.children = text, comments, []
@@ -44,11 +44,11 @@ def indent(text):
 
 
 def parse(text):
-    """A document as a tree."""
+    """Parses a document into a tree of lines."""
     root, comments = Node("", []), []
     stack, block = [(-1, root)], None
     for line in text.rstrip("\n").split("\n"):
-        # The text of a block scalar is what it is.
+        # The lines of a block scalar are not parsed.
         if block is not None and (not line.strip() or indent(line) > block[0]):
             block[1].children.append(Node(line, []))
             continue
@@ -69,7 +69,7 @@ def parse(text):
 
 
 def merge(base, patch):
-    """Does what kustomize does with a strategic merge patch; new items of a list come first."""
+    """Applies a patch as kustomize applies a strategic merge patch: new items of a list come first."""
     first = 0
     for new in patch.children:
         old = next((child for child in base.children if child.key() == new.key()), None)
@@ -90,7 +90,7 @@ def find(root, path):
     for step in path:
         found = [child for child in root.children if child.key() == step or child.key() == ("item", step)]
         if len(found) != 1:
-            fail(f"{step} of {'.'.join(path)} is there {len(found)} times")
+            fail(f"{step} of {'.'.join(path)}: found {len(found)} times, expected once")
         root = found[0]
     return root
 
@@ -100,7 +100,7 @@ def fail(why):
 
 
 def load(*names):
-    """The documents of a source, patched by those that follow. What looks like a template in it is text."""
+    """The documents of a manifest; the other manifests patch the first document. Template syntax in a manifest is escaped."""
     first, *patches = [(HERE / name).read_text().replace("{{", '{{ "{{" }}') for name in names]
     documents = [parse(document) for document in re.split(r"^---\n", first, flags=re.M)]
     for patch in patches:
@@ -109,19 +109,19 @@ def load(*names):
 
 
 def values(node, value, spaces):
-    """The value below a key comes from the values."""
+    """Replaces the value of a key by one of the chart's values."""
     node.children = [Node(f"{' ' * spaces}{{{{- toYaml {value} | nindent {spaces} }}}}", [])]
 
 
 def guarded(node, value):
-    """The line and all below it are there where the value is."""
+    """Renders the key only if the chart's value is set."""
     node.comments.append(f"{' ' * indent(node.text)}{{{{- with {value} }}}}")
     values(node, ".", indent(node.text) + 2)
     node.children.append(Node(f"{' ' * indent(node.text)}{{{{- end }}}}", []))
 
 
 def pod(root, of):
-    """What a user may set of a pod."""
+    """Inserts the chart's values for a pod: image, resources, node selector and pull secrets."""
     spec = find(root, ["spec", "template", "spec"])
     container = find(spec, ["containers"]).children[0]
     find(container, ["image"]).text = '          image: {{ include "sds-agent.image" . }}'
@@ -158,9 +158,9 @@ def when(condition, body):
 
 IN_NAMESPACE = ("namespace: sds-agent", f"namespace: {NAMESPACE}")
 
-# Kustomize has none of it: there, one more account is one more binding.
+# Only the chart has these objects. With kustomize, a user adds a ClusterRoleBinding for each further account.
 APPROVERS = """\
-# The accounts of `policy.approvers`, which may set Approved and Denied beside the approver.
+# The accounts of `policy.approvers`, which may set Approved and Denied in addition to the approver.
 apiVersion: rbac.authorization.k8s.io/v1
 kind: ClusterRole
 metadata:
@@ -183,7 +183,7 @@ subjects:
 
 
 def rollout(root, several, none):
-    """How many nodes are updated at once, and the key of the other of the two limits."""
+    """Inserts the update strategy. `several` is the limit that the user sets, `none` the one that stays 0."""
     strategy = find(root, ["spec", "updateStrategy"])
     find(strategy, ["type"]).text = "    type: {{ .Values.updateStrategy.type }}"
     limits = find(strategy, ["rollingUpdate"])
@@ -204,7 +204,7 @@ def agent(mode, *patches):
 
 
 def templates():
-    """Names and contents."""
+    """Yields the name and content of each template."""
     yield "namespace.yaml", when(".Values.createNamespace", replaced(text(load("base/namespace.yaml")), ("name: sds-agent", f"name: {NAMESPACE}")))
 
     roots = "{{ .Values.trust.configMap.%s }}"
@@ -288,14 +288,14 @@ def main():
     arguments = sys.argv[1:]
     if arguments not in ([], ["--check"]):
         fail("usage: daemonset/derive.py [--check]")
-    note = "{{- /* Derived by daemonset/derive.py from the sources beside the chart: do not change it here. */ -}}\n"
+    note = "{{- /* Generated by daemonset/derive.py from the manifests beside the chart. Do not edit. */ -}}\n"
     wanted = {}
     for name, body in templates():
         wanted[(TEMPLATES / name).resolve()] = body if name.endswith(".json") else note + body
     stale = [path for path, body in wanted.items() if not path.exists() or path.read_text() != body]
     strays = [path for path in TEMPLATES.glob("*.yaml") if path.resolve() not in wanted]
     if arguments and (stale or strays):
-        fail("not as derived, run it without --check: " + ", ".join(sorted(path.name for path in stale + strays)))
+        fail("these templates differ, run daemonset/derive.py: " + ", ".join(sorted(path.name for path in stale + strays)))
     for path in strays:
         path.unlink()
     for path in stale:

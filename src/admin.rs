@@ -1,10 +1,11 @@
-//! Probes, metrics and what the agent holds, over HTTP/1.
+//! Serves probes, metrics and the admin endpoints over HTTP/1.
 //!
-//! Two listeners serve the same few paths: the metrics address is for kubelet and Prometheus, which come from outside the pod; the admin
-//! address is for people on the node and has `/log-level` too, and an agent's has `/certs` and `/reissue`. Nothing here asks the upstream:
-//! liveness says that this process answers, and nothing more. No key ever passes here; what `/certs` shows is the caller's closure's duty.
+//! There are two listeners. The metrics address is for the kubelet and Prometheus, which connect from outside the pod: `/livez`, `/readyz`,
+//! `/metrics`. The admin address is for operators on the node and adds `/log-level`; that of an agent adds `/certs` and `/reissue` too.
+//! No handler calls the API server or an issuer: `/livez` reports only that this process answers. No response contains a key; the closure
+//! [`Certificates`] ensures that for `/certs`.
 //!
-//! A connection carries one request and then closes, so that idle or slow clients cannot keep the probes out for long.
+//! A connection carries one request and is then closed, so that idle or slow clients do not block the probes.
 
 use std::{convert::Infallible, fmt, fmt::Write as _, io, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -32,21 +33,21 @@ mod listen;
 
 pub use controls::{Certificates, Controls, LogLevel};
 
-/// Of the log's lines.
+/// The log target of this module.
 const LOG_TARGET: &str = "sds_agent::admin";
 
 const TEXT: &str = "text/plain; charset=utf-8";
 const JSON: &str = "application/json";
-/// How long the accept loop rests when the machine is out of descriptors.
+/// Pause of the accept loop after an error of the machine, such as a lack of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
-/// How long a request in progress may take once the drain has begun.
+/// Time limit for a request in progress once the drain has begun.
 const DRAIN: Duration = Duration::from_secs(1);
 
-/// Why an address cannot be listened on.
+/// The listener cannot be created.
 #[derive(Debug, thiserror::Error)]
 #[error("{field} {address}: cannot listen: {cause}")]
 pub struct Error {
-    /// The configuration's field.
+    /// The field of the configuration.
     pub field: &'static str,
     /// Its value.
     pub address: SocketAddr,
@@ -54,13 +55,13 @@ pub struct Error {
     pub cause: io::Error,
 }
 
-/// Listens on `address`, the value of the configuration's `field`. Port 0 takes a free one. `[::]` is every address of both families, or
-/// of IPv4 where the node has no IPv6.
+/// Listens on `address`, the value of `field` in the configuration. Port 0 selects a free port. `[::]` means every IPv6 and IPv4 address,
+/// or every IPv4 address if the node has no IPv6.
 pub async fn bind(field: &'static str, address: SocketAddr) -> Result<TcpListener, Error> {
     listen::listen(address).await.map_err(|cause| Error { field, address, cause })
 }
 
-/// What a listener answers.
+/// The paths that a listener serves.
 #[derive(Clone)]
 pub struct Routes {
     readiness: Readiness,
@@ -78,22 +79,22 @@ impl fmt::Debug for Routes {
 type Answer = Response<Full<Bytes>>;
 
 impl Routes {
-    /// `/livez`, `/readyz` and `/metrics`: for the metrics address.
+    /// Serves `/livez`, `/readyz` and `/metrics`.
     pub fn new(readiness: Readiness, exposition: Arc<Exposition>) -> Self {
         Self { readiness, exposition, controls: None, log: None }
     }
 
-    /// And `/certs` and `/reissue`, for the admin address.
+    /// Adds `/certs` and `/reissue`, for the admin address of an agent.
     pub fn with_controls(self, controls: Controls) -> Self {
         Self { controls: Some(controls), ..self }
     }
 
-    /// And `/log-level`, for the admin address, where the log's filter can be changed.
+    /// Adds `/log-level`, for the admin address, if the log filter can be changed.
     pub fn with_log(self, log: Option<LogLevel>) -> Self {
         Self { log, ..self }
     }
 
-    /// The same, as seen from outside the pod.
+    /// The paths of [`new`](Self::new) alone, for the metrics address.
     pub fn without_controls(self) -> Self {
         Self { controls: None, log: None, ..self }
     }
@@ -132,7 +133,7 @@ impl Routes {
         let verbose = query.is_some_and(|query| query.split('&').any(|pair| pair.split('=').next() == Some("verbose")));
         if verbose {
             for name in self.readiness.awaited() {
-                // Writing to a string does not fail.
+                // Writing to a `String` does not fail.
                 let _ = writeln!(text, "awaiting {name}");
             }
         }
@@ -165,27 +166,27 @@ fn refuse_method(allowed: &'static str) -> Answer {
     refused
 }
 
-/// Tells the log where metrics and probes are.
+/// Logs the address of metrics and probes.
 pub fn tell(metrics: &TcpListener) {
     if let Ok(address) = metrics.local_addr() {
         tracing::info!(target: LOG_TARGET, %address, "serving metrics and probes");
     }
 }
 
-/// What a listener takes on.
+/// The limits of a listener.
 #[derive(Debug, Clone, Copy)]
 struct Limits {
-    /// Connections at once; more wait in the backlog.
+    /// Concurrent connections. Further ones wait in the kernel's backlog.
     connections: usize,
-    /// For the whole request head to arrive.
+    /// Time limit for the request head.
     head: Duration,
-    /// For a connection from accept to close.
+    /// Time limit for a connection, from accept to close.
     connection: Duration,
 }
 
 const LIMITS: Limits = Limits { connections: 64, head: Duration::from_secs(5), connection: Duration::from_secs(30) };
 
-/// Serves until the drain begins; a request in progress then has a second to end.
+/// Serves until the drain begins. A request in progress then has 1 s to complete.
 pub async fn serve(listener: TcpListener, routes: Routes, shutdown: Shutdown) {
     serve_within(LIMITS, listener, routes, shutdown).await;
 }
@@ -214,7 +215,7 @@ async fn serve_within(limits: Limits, listener: TcpListener, routes: Routes, shu
     shutdown.drain.run_until_cancelled(accepting).await;
 }
 
-/// Errors of one connection that `accept` reports, against those of the listener or the machine.
+/// Whether `accept` reports an error of one connection, and not of the listener or the machine.
 fn is_the_clients(error: &io::Error) -> bool {
     use io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset};
     matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset)

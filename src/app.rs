@@ -1,9 +1,9 @@
-//! The composition root: it knows every part, and nothing knows it.
+//! The composition root: imports every part of the agent, and no part imports it.
 //!
-//! [`build`] makes the real dependencies from a configuration, [`build_with`] joins any; both return a [`Bound`], whose sockets are open.
-//! The workload socket is bound before anything upstream is asked: a client that comes early waits in an open stream, not before a
-//! closed door. Only from a healthy predecessor it is taken later, once all is in sync ([`handover`](crate::handover)). [`Bound::run`] serves
-//! until the shutdown begins and has drained.
+//! [`build`] creates the real dependencies from a configuration; [`build_with`] accepts any. Both return a [`Bound`] with open sockets.
+//! The workload socket is bound before any request to the API server or an issuer: a client that connects early waits in an open stream
+//! instead of failing to connect. If a healthy predecessor serves the socket, the agent takes it only when all its parts are in sync
+//! ([`handover`](crate::handover)). [`Bound::run`] serves until the shutdown has drained.
 
 use std::{
     net::SocketAddr,
@@ -60,7 +60,7 @@ mod upstream;
 
 pub use approver::{BoundApprover, build_approver};
 
-/// Of the log's lines.
+/// The log target of this module.
 const LOG_TARGET: &str = "sds_agent::app";
 #[cfg(test)]
 pub(crate) use inventory::sample as sample_inventory;
@@ -68,28 +68,28 @@ pub(crate) use parts::attestor;
 pub use reload::File;
 pub use upstream::IssuerSet;
 
-/// How long the parts that end last may take: rotation, and then the deletions upstream, which give up by themselves after five seconds.
+/// Time limit for the tasks that end after the streams: rotation, and the deletion of requests, which has its own limit of 5 s.
 const LAST_STEPS: Duration = Duration::from_secs(6);
 
-/// What differs between a node, a laptop and a test.
+/// The dependencies that differ between `sds-agent run`, `sds-agent dev` and tests.
 pub struct Deps {
-    /// The time.
+    /// The clock.
     pub clock: Arc<dyn Clock>,
-    /// How callers of the shared socket are known.
+    /// Attests callers of the shared socket.
     pub attestor: Arc<dyn Attestor>,
-    /// This node's pods, where they are known: sockets of pods need them, and keys go with the last pod that may have them.
+    /// The index of this node's pods, if there is one. Per-pod sockets need it. A key is removed when the last pod that may use it ends.
     pub pods: Option<Pods>,
-    /// The upstreams.
+    /// The issuers.
     pub issuer_set: IssuerSet,
-    /// The bundles; its sources are fed by `tasks`.
+    /// The trust bundles. `tasks` feed their sources.
     pub trust: Trust,
-    /// Whether a bundle comes from elsewhere than the issuers, so that nothing is verified before it has come.
+    /// Whether a bundle comes from a source other than the issuers. If so, rotation verifies certificates only after the bundle is there.
     pub await_bundle: bool,
-    /// Who is told how it goes with identities.
+    /// Observes the outcome of issuance for each identity.
     pub observer: Option<Arc<dyn rotation::IssuanceObserver>>,
-    /// Who hears of pods that are not served.
+    /// Observes pods whose callers are refused, and pods that are served again.
     pub caller_observer: Option<Arc<dyn attest::CallerObserver>>,
-    /// What must run beside: watches, sweeps. They end by themselves when `last` is cancelled.
+    /// Background tasks, such as watches and sweeps. Each ends when `last` is cancelled.
     pub tasks: Vec<BoxFuture<'static, ()>>,
     /// Cancelled when the streams have ended.
     pub last: CancellationToken,
@@ -101,24 +101,24 @@ impl std::fmt::Debug for Deps {
     }
 }
 
-/// The parts that every composition has, made before the dependencies.
+/// The parts that agent and approver have in common, created before the dependencies.
 #[derive(Debug)]
 pub struct Base {
-    /// Where modules register their metrics.
+    /// The registry of metrics.
     pub exposition: Exposition,
-    /// Whether all is there.
+    /// Readiness of the process.
     pub readiness: Readiness,
-    /// The end.
+    /// Shutdown of the process.
     pub shutdown: Shutdown,
-    /// The configuration's file, where it is followed.
+    /// The configuration file, if the agent applies changes of it.
     pub file: Option<File>,
-    /// The log's filter, where it can be changed.
+    /// The log filter, if it can be changed at runtime.
     pub log: Option<telemetry::Filter>,
     start: readiness::Guard,
 }
 
 impl Base {
-    /// Fresh parts; `shutdown` is the process's.
+    /// Creates the parts; `shutdown` is that of the process.
     pub fn new(shutdown: Shutdown) -> Self {
         let mut exposition = Exposition::new(build_info::VERSION, build_info::REVISION);
         let (readiness, start) = Readiness::new(readiness::Metrics::register(exposition.registry()));
@@ -144,7 +144,7 @@ pub struct Bound {
     start: readiness::Guard,
 }
 
-/// The shared socket: it has its name or will take it.
+/// The shared socket, which has its name already or takes it later from a predecessor.
 #[derive(Debug)]
 struct LeasedSocket {
     path: PathBuf,
@@ -159,13 +159,13 @@ impl std::fmt::Debug for Tasks {
     }
 }
 
-/// The agent as configured.
+/// Creates the agent that `config` describes.
 pub async fn build(config: &Config, mut base: Base) -> anyhow::Result<Bound> {
     let deps = parts::make(config, &mut base).await?;
     build_with(config, base, deps).await
 }
 
-/// An agent of the given parts.
+/// Creates an agent with the given dependencies.
 pub async fn build_with(config: &Config, base: Base, deps: Deps) -> anyhow::Result<Bound> {
     let Base { mut exposition, readiness, shutdown, file, log, start } = base;
     let admin = admin::bind("admin.address", config.admin).await?;
@@ -221,7 +221,7 @@ pub async fn build_with(config: &Config, base: Base, deps: Deps) -> anyhow::Resu
     let routes = admin::Routes::new(readiness.clone(), Arc::new(exposition))
         .with_controls(admin::Controls { certificates, reissue })
         .with_log(log.map(admin::LogLevel::new));
-    // Last of all that can fail, as they take names from a predecessor that may be serving well.
+    // The last steps that can fail: they take the names of sockets that a healthy predecessor may still serve.
     let csi = match (&config.per_pod, deps.pods, csi_metrics) {
         (Some(per_pod), Some(pods), Some(metrics)) => {
             let (config, node, sessions) = (per_pod.clone(), config.node.clone(), sessions.clone());
@@ -254,7 +254,7 @@ pub async fn build_with(config: &Config, base: Base, deps: Deps) -> anyhow::Resu
 }
 
 impl Bound {
-    /// The shared socket's path, where there is one.
+    /// The path of the shared socket, if it is configured.
     pub fn socket(&self) -> Option<&Path> {
         self.socket.as_ref().map(|socket| &*socket.path)
     }
@@ -269,7 +269,11 @@ impl Bound {
         self.metrics.local_addr()
     }
 
-    /// Serves until the shutdown has begun and has drained; an error where a part of the agent was what began it.
+    /// Serves until the shutdown has drained.
+    ///
+    /// # Errors
+    ///
+    /// A task of the agent failed, and its failure began the shutdown.
     pub async fn run(self) -> anyhow::Result<Drained> {
         let Self { socket, admin, metrics, sessions, csi, rotation, routes, readiness, tasks, ending, last, shutdown, start } = self;
         info!(target: LOG_TARGET, socket = socket.as_ref().map(|socket| tracing::field::display(socket.path.display())), "serving");
@@ -294,17 +298,17 @@ impl Bound {
             info!(target: LOG_TARGET, "ready");
         });
 
-        // A part that ends before the shutdown has failed.
+        // A task that ends before the shutdown has failed.
         let failed = tokio::select! {
             biased;
             () = shutdown.drain.cancelled() => None,
             Some(ended) = beside.join_next() => Some(ended.err().map_or_else(|| "it ended".to_owned(), |error| error.to_string())),
         };
         if let Some(cause) = &failed {
-            error!(target: LOG_TARGET, cause, "a part of the agent has failed; shutting down so that it is started anew");
+            error!(target: LOG_TARGET, cause, "a task of the agent has failed; shutting down for a restart");
             shutdown.begin();
         }
-        // Nobody new comes in, the name is free, and only then the streams end: clients find the successor, not us.
+        // The agent stops accepting and removes the socket's name before it ends the streams: clients reconnect to the successor.
         if let Some(holding) = holding
             && let Ok(Some(name)) = holding.await
         {
@@ -316,27 +320,27 @@ impl Bound {
         ending.cancel();
         let drained = shutdown.drained().await;
         if let Drained::TimedOut { holders } = drained {
-            warn!(target: LOG_TARGET, holders, "not everything ended within the drain's deadline; dropping the rest");
+            warn!(target: LOG_TARGET, holders, "some connections did not end before the drain deadline; closing them");
             shutdown.abort.cancel();
         }
         last.cancel();
         let finish = async { while beside.join_next().await.is_some() {} };
         if tokio::time::timeout(LAST_STEPS, finish).await.is_err() {
-            warn!(target: LOG_TARGET, "the last steps did not end in time");
+            warn!(target: LOG_TARGET, "background tasks did not end within 6 s after the drain");
         }
         info!(target: LOG_TARGET, "stopped");
         match failed {
             None => Ok(drained),
-            Some(cause) => Err(anyhow::anyhow!("a part of the agent has failed: {cause}")),
+            Some(cause) => Err(anyhow::anyhow!("a task of the agent has failed: {cause}")),
         }
     }
 }
 
-/// Accepts from what is opened last, until the drain begins.
+/// Accepts connections from the listener that was opened last, until the drain begins.
 async fn accept(sessions: Sessions, mut opened: mpsc::Receiver<UnixListener>) {
     let mut accepting = JoinSet::new();
     while let Some(listener) = opened.recv().await {
-        // The one before lost its name some time ago: nobody has come to it since.
+        // The previous listener lost its name earlier, so no client connects to it.
         accepting.abort_all();
         accepting.spawn(sessions.clone().accept(listener));
     }

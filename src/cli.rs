@@ -1,6 +1,6 @@
-//! The command line: its words, its exit codes, and a module for each subcommand. Scripts rely on all of it.
+//! The command line: flags, exit codes, and a module for each subcommand. Scripts depend on flags and exit codes.
 //!
-//! A subcommand reads no environment but what it is handed, and prints through [`output`].
+//! A subcommand reads the environment only through the function that it receives, and prints through [`output`].
 
 use std::{ffi::OsString, process::ExitCode};
 
@@ -24,7 +24,7 @@ pub use run::Style;
 #[derive(Debug, Parser)]
 #[command(name = "sds-agent", version, about, after_help = EXAMPLES, max_term_width = 120)]
 pub struct Cli {
-    /// What to do.
+    /// The subcommand.
     #[command(subcommand)]
     pub command: Command,
 }
@@ -32,66 +32,66 @@ pub struct Cli {
 /// The subcommands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// The agent, as it runs on a node
+    /// Run the agent on a node
     Run(run::Args),
-    /// The agent with an authority of its own: needs no cluster and no configuration
+    /// Run an agent with its own authority, without a cluster and without a configuration
     Dev(dev::Args),
-    /// Ask for secrets as a workload would, and show them without their keys
+    /// Fetch secrets as a workload does, and print them without private keys
     Fetch(fetch::Args),
-    /// Decide which of the agents' requests are signed, by the node that each comes from
+    /// Approve or deny the agents' requests, by the node that each comes from
     Approver(approver::Args),
-    /// What an agent holds, without keys: states, serial numbers, times, errors
+    /// List the certificates of an agent, without keys: states, serial numbers, times, errors
     Certs(certs::Args),
-    /// Tell every error of a configuration at once, and what it means
+    /// Check a configuration: print all of its errors, or a summary
     CheckConfig(check_config::Args),
-    /// What a field of the configuration means, or all of them; or their JSON Schema
+    /// Describe one field of the configuration or all fields, or print their JSON Schema
     Explain(explain::Args),
-    /// What is wrong with an agent, a process or a pod: the evidence, and the remedy
+    /// Diagnose an agent, a process or a pod: print the evidence and the remedies
     Doctor(doctor::Args),
-    /// A script that teaches a shell this command line
+    /// Print the completion script of a shell
     Completions(completions::Args),
 }
 
 const EXAMPLES: &str = "\
-Try it, without a cluster:
-  sds-agent dev                                an agent on a socket of your own
-  sds-agent fetch --watch                      in another terminal: see certificates rotate
+Without a cluster:
+  sds-agent dev                                run an agent on a socket of your own
+  sds-agent fetch --watch                      in another terminal: watch certificates rotate
 
 On a node:
-  sds-agent explain certificate                what its fields mean
-  sds-agent check-config --config agent.yaml   what is wrong with it, all at once
+  sds-agent explain certificate                describe the fields of a section
+  sds-agent check-config --config agent.yaml   print all errors
   sds-agent run --config agent.yaml
-  sds-agent certs                              what it holds, the most pressing first
-  sds-agent doctor --config agent.yaml         what is wrong, and what to do about it
-  sds-agent doctor --config agent.yaml --pid 4711   why a process is served, or is not
+  sds-agent certs                              list its certificates, the most urgent first
+  sds-agent doctor --config agent.yaml         diagnose the agent, and print remedies
+  sds-agent doctor --config agent.yaml --pid 4711   show why a process is served, or is not
 
-`sds-agent help COMMAND` shows a command's flags, examples and exit codes.
+`sds-agent help COMMAND` prints the flags, examples and exit codes of a command.
 
-Exit codes: 0 fine, 1 failed, 64 usage or configuration, 69 upstream unavailable, 77 not permitted.";
+Exit codes: 0 success, 1 failure, 64 usage or configuration, 69 upstream unavailable, 77 not permitted.";
 
 impl Cli {
-    /// Reads the arguments; what is to be said about them has been said when this returns an exit code.
+    /// Parses the arguments. An error, the help or the version is already printed when this returns an exit code.
     pub fn from_args(args: impl IntoIterator<Item = OsString>) -> Result<Self, Exit> {
         Self::try_parse_from(args).map_err(|error| {
-            // `--help` and `--version` come this way too. Where they cannot be printed, nobody reads them.
+            // `--help` and `--version` are errors of clap too. A failure to print them has no reader and is ignored.
             let _ = error.print();
             if error.use_stderr() { Exit::Usage } else { Exit::Ok }
         })
     }
 }
 
-/// How the process ends.
+/// The exit code of the process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Exit {
-    /// All is well.
+    /// Success.
     Ok,
-    /// It failed.
+    /// The command failed.
     Failed,
     /// The command line or the configuration is wrong.
     Usage,
-    /// What was asked is not there, or cannot serve now.
+    /// The server or agent that was called does not exist or cannot answer now.
     Unavailable,
-    /// The caller may not have it.
+    /// The caller has no permission.
     NotPermitted,
 }
 
@@ -132,7 +132,7 @@ mod tests {
     #[test]
     fn the_help_of_every_command_teaches() {
         let mut command = Cli::command();
-        // With what clap adds: `help`, which explains itself.
+        // Adds clap's own command `help`, which needs no example.
         command.build();
         let commands: Vec<_> = command.get_subcommands_mut().filter(|command| command.get_name() != "help").collect();
         assert!(commands.len() >= 7);
@@ -141,7 +141,7 @@ mod tests {
             assert!(help.contains("Example"), "{name} has no example:\n{help}");
             assert!(help.contains(&format!("\n  sds-agent {name}")), "no example of {name} can be copied:\n{help}");
             assert!(help.contains("Exit codes: 0 "), "{name} does not say how it ends:\n{help}");
-            // Flags are wrapped by clap where there is a terminal; the rest stands as it is written.
+            // clap wraps the descriptions of flags to the width of the terminal, but not the other lines.
             let long: Vec<_> = help.lines().filter(|line| !line.starts_with("          ") && line.chars().count() > 130).collect();
             assert!(long.is_empty(), "{name} has lines that no terminal shows: {long:?}");
         }

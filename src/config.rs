@@ -1,6 +1,6 @@
 //! The configuration: one YAML file, the environment, and the command line, read once into these types.
 //!
-//! The only reader of the environment. Every error is reported at once, each naming the field, its value and the way out.
+//! Only this module reads the environment. All errors are reported together; each names the field, its value and the fix.
 
 use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
@@ -35,26 +35,26 @@ pub use error::{Errors, Problem, Warning};
 pub use parse::{Loaded, MAX_FILE_BYTES};
 pub use template::sample as sample_workload;
 
-/// All that the agent is told.
+/// The whole configuration of the agent.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Config {
     /// `trustDomain`
     pub trust_domain: TrustDomain,
-    /// `sockets.shared`, where it is enabled.
+    /// `sockets.shared`; `None` if it is disabled.
     pub shared_socket: Option<SharedSocket>,
-    /// `sockets.perPod`, where it is enabled.
+    /// `sockets.perPod`; `None` if it is disabled.
     pub per_pod: Option<PerPod>,
     /// `attestation`
     pub attestation: Attestation,
     /// `attestationPolicy`
     pub attestation_policy: AttestationPolicy,
-    /// `warmUp`, where it is enabled.
+    /// `warmUp`; `None` if it is disabled.
     pub warm_up: Option<WarmUp>,
-    /// `identity`, `certificate` and `issuer` together: the profile of every workload that no other takes.
+    /// `identity`, `certificate` and `issuer` together: the profile of every workload that no other profile matches.
     pub default_profile: Arc<Profile>,
-    /// `profiles`: the first that matches goes before the default.
+    /// `profiles`: the first that matches takes precedence over the default profile.
     pub profiles: Vec<Rule>,
-    /// `issuer` and those of profiles, each once, by the names that profiles use.
+    /// `issuer` and the issuers of profiles, each once, under the name that profiles use.
     pub issuers: BTreeMap<IssuerName, IssuerConfig>,
     /// `trust.sources`
     pub trust_sources: Vec<TrustSource>,
@@ -66,13 +66,13 @@ pub struct Config {
     pub lock_memory: LockMemory,
     /// `limits`
     pub limits: Limits,
-    /// `kubernetes`: how fast the API server is asked.
+    /// `kubernetes`: rate limit for requests to the API server.
     pub kubernetes: RequestRate,
-    /// `reissueOver`: the time over which certificates are issued anew that a change of the configuration makes foreign.
+    /// `reissueOver`: the time over which certificates are replaced that a change of the configuration makes outdated.
     pub reissue_over: Duration,
-    /// `events`: whether pods are told of trouble with their certificates.
+    /// `events`: whether Kubernetes Events report problems with the certificates of pods.
     pub events: bool,
-    /// `retention`: how long a certificate is kept after its last subscriber has gone.
+    /// `retention`: how long a certificate is kept after its last subscriber has ended.
     pub retention: Duration,
     /// `drain`: how long open streams may take to end at shutdown.
     pub drain: Duration,
@@ -80,18 +80,18 @@ pub struct Config {
     pub admin: SocketAddr,
     /// `metrics.address`
     pub metrics: SocketAddr,
-    /// `metrics.perWorkload`: whether each service account has series of its own.
+    /// `metrics.perWorkload`: whether each service account has its own series.
     pub metrics_per_workload: bool,
     /// `workerThreads`
     pub worker_threads: usize,
-    /// `approver`; agents have no use for it.
+    /// `approver`; agents do not use it.
     pub approver: Approver,
     /// The environment of a pod: `NODE_NAME`, `POD_NAMESPACE`, `POD_NAME`, `POD_UID`.
     pub node: NodeEnvironment,
 }
 
 impl Config {
-    /// The rules from workloads to identities.
+    /// The rules that map workloads to identities.
     pub fn resolver(&self) -> Resolver {
         let (trust_domain, default_profile) = (self.trust_domain.clone(), self.default_profile.clone());
         Resolver { trust_domain, rules: self.profiles.as_slice().into(), default_profile }
@@ -101,33 +101,33 @@ impl Config {
 /// The socket that every pod of the node may call.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SharedSocket {
-    /// Where it is bound; at most 100 bytes, for the temporary name beside it.
+    /// The path of the socket, at most 100 bytes: the agent first binds a longer temporary name in the same directory.
     pub path: PathBuf,
     /// Its permission bits.
     pub mode: u32,
-    /// `acceptPidReuse`: serve it even where the kernel gives no handle on a caller.
+    /// `acceptPidReuse`: serve the socket even if the kernel gives no pidfd of a caller.
     pub accept_pid_reuse: bool,
 }
 
-/// How callers are known on the shared socket.
+/// How callers on the shared socket are identified.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Attestation {
-    /// Peer, cgroup, pod.
+    /// By the process, its cgroup and its pod.
     Kubernetes,
-    /// User id.
+    /// By the user id.
     Unix,
 }
 
-/// One upstream.
+/// One issuer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum IssuerConfig {
     /// cert-manager's CertificateRequests.
     CertManager(certificate_request::Settings),
-    /// An authority in memory; for development and tests only.
+    /// A certificate authority in memory, for development and tests only.
     Embedded,
 }
 
-/// Where a trust bundle comes from.
+/// A source of a trust bundle.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum TrustSource {
     /// A key of a ConfigMap, as trust-manager writes it.
@@ -136,10 +136,10 @@ pub enum TrustSource {
         namespace: String,
         /// Its name.
         name: String,
-        /// The key within.
+        /// The key in the ConfigMap.
         key: String,
     },
-    /// A PEM file, watched.
+    /// A PEM file, which the agent watches.
     File {
         /// Its path.
         path: PathBuf,

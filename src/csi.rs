@@ -1,12 +1,14 @@
-//! Sockets of pods: the agent as a CSI driver that gives each pod a directory with a socket of its own.
+//! The CSI driver, which gives each pod a directory with its own SDS socket.
 //!
-//! A pod's inline volume becomes `<directory>/<pod uid>/<volume>`, with a socket in it that knows its callers by the mount, mounted
-//! read-only where the kubelet wants it. The kubelet finds the driver by its registration socket; both are served here, without a sidecar.
-//! The driver stands in the way of pods that start and end, so nothing here waits for the upstream: a socket is there at once, and
-//! whoever calls it waits in an open stream. The directories are the record: a restart binds again inside them, as their inodes are what
-//! pods have mounted.
+//! An inline volume of a pod becomes the directory `<directory>/<pod uid>/<volume>` with a socket. The driver mounts it read-only on the
+//! kubelet's target path; the mount proves which pod a caller is. The kubelet finds the driver by its registration socket; the agent
+//! serves both sockets itself, without a sidecar.
 //!
-//! The caller runs [`Driver::run`] until the streams have ended; volumes are published and unpublished to the last.
+//! The kubelet waits for the driver when a pod starts or ends. Therefore no call waits for the API server or an issuer longer than a fixed
+//! limit. The socket is served at once, and a caller waits in an open stream. The directories record which volumes are published. After a
+//! restart the agent binds the sockets again inside the same directories, because pods have mounted their inodes.
+//!
+//! The caller runs [`Driver::run`] until the streams have ended; the driver publishes and unpublishes volumes until then.
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
@@ -28,7 +30,7 @@ use crate::{
     warm::Prefetcher,
 };
 
-/// Of the log's lines.
+/// The log target of this module.
 const LOG_TARGET: &str = "sds_agent::csi";
 
 pub mod directory;
@@ -42,59 +44,59 @@ pub mod sockets;
 pub mod volume;
 
 const FIELD: &str = "sockets.perPod.kubeletDirectory";
-/// Between two attempts to learn which pods have gone.
+/// Interval of retries to find out which pods have ended.
 const SWEEP_RETRY_INTERVAL: Duration = Duration::from_secs(30);
 
-/// One socket for each pod, handed out as a CSI driver.
+/// `sockets.perPod`: one socket for each pod, through the CSI driver.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PerPod {
-    /// `directory`: where they are, each in a directory of its own.
+    /// `directory`: the parent of the directories of all sockets.
     pub directory: PathBuf,
-    /// `driverName`: what pods' volumes name.
+    /// `driverName`: the CSI driver's name in volumes of pods.
     pub driver_name: String,
-    /// `kubeletDirectory`: the kubelet's own, at the same path here as there.
+    /// `kubeletDirectory`: the kubelet's root directory, at the same path in the agent's container and on the node.
     pub kubelet_directory: PathBuf,
-    /// `waitForCertificate`: how long a pod's start may wait for its certificate.
+    /// `waitForCertificate`: the longest time for which publishing waits for the pod's certificate.
     pub wait_for_certificate: Duration,
 }
 
 impl PerPod {
-    /// Where the kubelet calls the driver.
+    /// The socket on which the kubelet calls the driver.
     pub fn driver_socket(&self) -> PathBuf {
         self.kubelet_directory.join("plugins").join(&self.driver_name).join("csi.sock")
     }
 
-    /// Where the kubelet learns of the driver.
+    /// The socket by which the kubelet finds the driver.
     pub fn registration_socket(&self) -> PathBuf {
         self.kubelet_directory.join("plugins_registry").join(format!("{}-reg.sock", self.driver_name))
     }
 }
 
-/// Why the driver cannot be started.
+/// The driver cannot start.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// Its sockets.
+    /// The directory of the pods' sockets cannot be used.
     #[error("sockets.perPod.directory: {0}")]
     Sockets(#[from] sockets::Error),
-    /// The kubelet's sockets.
+    /// A socket for the kubelet cannot be bound.
     #[error(transparent)]
     Kubelet(#[from] listener::Error),
 }
 
-/// What the driver needs.
+/// The dependencies of the driver.
 #[derive(Debug)]
 pub struct Parts {
     /// `sockets.perPod`
     pub config: PerPod,
-    /// `NODE_NAME`, and the agent's own pod there.
+    /// `NODE_NAME` and the agent's own pod.
     pub node: NodeEnvironment,
     /// The pod index.
     pub pods: Pods,
-    /// What every socket serves; its attestor is replaced by each socket's own.
+    /// The sessions that every socket serves, each with its own attestor.
     pub sessions: Sessions,
-    /// Starts issues.
+    /// Orders certificates for published sockets.
     pub warmer: Prefetcher,
-    /// What is counted.
+    /// The metrics of the driver.
     pub metrics: Metrics,
 }
 
@@ -108,7 +110,11 @@ pub struct Driver {
 }
 
 impl Driver {
-    /// Serves again what is published already, then opens the driver's socket, then the one by which the kubelet learns of it.
+    /// Serves the sockets that are published already, then opens the driver's socket, and then the registration socket.
+    ///
+    /// # Errors
+    ///
+    /// The directory of the sockets is not safe, or a socket cannot be bound.
     pub fn bind(parts: Parts) -> Result<Self, Error> {
         let Parts { config, node, pods, sessions, warmer, metrics } = parts;
         let resolver = warmer.resolver.clone();
@@ -125,7 +131,7 @@ impl Driver {
         Ok(Self { sockets, own: node.pod, calls, registration })
     }
 
-    /// Serves the kubelet until `last`; then the names go, and the mounts stay.
+    /// Serves the kubelet until `last`. Then it removes the sockets' names; the mounts stay.
     pub async fn run(self, last: CancellationToken) {
         let Self { sockets, own, calls, registration } = self;
         let cleared = last.run_until_cancelled(clear(&sockets, own.as_ref()));
@@ -134,17 +140,17 @@ impl Driver {
     }
 }
 
-/// Removes what an earlier process has published for pods that are gone, once the complete index and a live read say so. The kubelet
-/// unpublishes what it remembers by itself; it does not remember everything.
+/// Removes volumes that an earlier process published for pods that no longer exist, once the complete pod index and a read of the API
+/// server confirm that. The kubelet unpublishes the volumes that it remembers, but it does not remember all of them.
 async fn clear(sockets: &Sockets, own: Option<&PodRef>) {
     if sockets.pods().synced().wait_for(|synced| *synced).await.is_err() {
         return;
     }
-    // An index that lacks even this agent's pod is another node's.
+    // If the index does not have the agent's own pod, it is that of another node.
     if let Some(own) = own
         && let Err(cause) = sockets.pods().wait_for(&own.uid).await
     {
-        warn!(target: LOG_TARGET, pod = %own, %cause, "the agent's own pod is not on NODE_NAME; sockets of pods that seem gone are kept");
+        warn!(target: LOG_TARGET, pod = %own, %cause, "the agent's own pod is not on NODE_NAME; sockets of unknown pods are kept");
         return;
     }
     loop {
@@ -156,7 +162,7 @@ async fn clear(sockets: &Sockets, own: Option<&PodRef>) {
         for (place, known) in join_all(asked).await {
             match known {
                 Err(error) if error.reason == Reason::unknown_pod => remove(sockets, place).await,
-                // It is there, or its end is known: the kubelet will come for it.
+                // The pod exists, or the index knows that it has ended: the kubelet unpublishes its volumes.
                 Ok(_) => {}
                 Err(error) if !error.temporary => {}
                 Err(_) => unclear += 1,
@@ -172,7 +178,7 @@ async fn clear(sockets: &Sockets, own: Option<&PodRef>) {
 async fn remove(sockets: &Sockets, place: Place) {
     let Place { uid, volume } = place.clone();
     match sockets.unpublish(place).await {
-        Ok(()) => info!(target: LOG_TARGET, pod_uid = %uid, %volume, "removed the socket of a pod that is gone"),
-        Err(cause) => warn!(target: LOG_TARGET, pod_uid = %uid, %volume, %cause, "cannot remove the socket of a pod that is gone"),
+        Ok(()) => info!(target: LOG_TARGET, pod_uid = %uid, %volume, "removed the socket of a pod that no longer exists"),
+        Err(cause) => warn!(target: LOG_TARGET, pod_uid = %uid, %volume, %cause, "cannot remove the socket of a pod that no longer exists"),
     }
 }

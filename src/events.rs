@@ -1,8 +1,10 @@
-//! Kubernetes Events on pods: what `kubectl describe pod` shows of a certificate that does not come.
+//! Writes Kubernetes Events on pods that get no certificate, for `kubectl describe pod`.
 //!
-//! One Warning when it begins to go wrong for a pod's identity, one Normal when it is over, and nothing in between: a retry is no news
-//! ([`ledger`] decides). The same where a pod asks and may have nothing ([`refusals`]). Events are a courtesy. What hears of the troubles never waits; what cannot be written, or would be too much, is
-//! counted and dropped. Who reads an event is not trusted with keys, and there are none in it: only what the log says too.
+//! A pod gets one Warning when issuance for its identity begins to fail and one Normal when it succeeds again. Retries in between write no
+//! event ([`ledger`] decides). A pod whose callers are refused gets a Warning and a Normal too ([`refusals`]).
+//!
+//! The observers never block. An event that exceeds the limits, or that the API server does not accept, is counted and dropped. An event
+//! contains no key, and only text that the log has too.
 
 use std::{
     collections::BTreeMap,
@@ -41,22 +43,22 @@ use self::{
     refusals::Refusals,
 };
 
-/// Of the log's lines.
+/// The log target of this module.
 const LOG_TARGET: &str = "sds_agent::events";
 
 pub mod ledger;
 pub mod refusals;
 
-/// Who says so.
+/// The reporting controller of the events.
 const CONTROLLER: &str = "sds-agent.io/agent";
-/// Notes that wait to be written.
+/// Maximum of events that wait to be written; further ones are dropped.
 const QUEUE: usize = 64;
-/// Events of one agent in a minute.
+/// Maximum of events that one agent writes in a minute.
 const MAX_EVENTS_PER_MINUTE: u32 = 30;
-/// Bytes of a note that the API server takes.
+/// Maximum length of a note that the API server accepts.
 const MAX_NOTE_BYTES: usize = 1024;
 
-/// A witness of rotation, and what writes down what it has to say.
+/// Creates an observer of issuance and of callers, and the writer of its events.
 pub fn new(client: Client, node: &NodeEnvironment, metrics: Metrics) -> (Reporter, Writer) {
     let (sender, receiver) = mpsc::channel(QUEUE);
     let instance = node.pod.as_ref().map(|pod| pod.name.clone()).or_else(|| node.node_name.clone());
@@ -65,7 +67,7 @@ pub fn new(client: Client, node: &NodeEnvironment, metrics: Metrics) -> (Reporte
     (reporter, Writer { client, instance, notes: receiver, metrics, budget: Budget::default(), hush: LogLimiter::default() })
 }
 
-/// What events count.
+/// The metrics of events.
 #[derive(Debug, Clone, Default)]
 pub struct Metrics(Family<ResultLabel, Counter>);
 
@@ -87,7 +89,7 @@ impl Metrics {
     /// Registers the module's metrics.
     pub fn register(registry: &mut Registry) -> Self {
         let metrics = Self::default();
-        registry.register("pod_events", "Kubernetes Events about pods, by what became of them", metrics.0.clone());
+        registry.register("pod_events", "Kubernetes Events about pods, by result", metrics.0.clone());
         metrics
     }
 
@@ -103,7 +105,7 @@ impl Metrics {
     }
 }
 
-/// Hears of rotation's troubles, and of pods that are not served.
+/// Observes issuance and callers, and queues events about pods.
 pub struct Reporter {
     ledger: Mutex<PodTransitions>,
     refusals: Mutex<Refusals>,
@@ -133,7 +135,7 @@ impl Reporter {
 impl attest::CallerObserver for Reporter {
     fn refused(&self, pod: &PodRef, error: &attest::Error) {
         if self.refusals.lock().refused(&pod.uid, error.reason) {
-            let message = format!("A process of this pod asks for a certificate and may have none: {error}");
+            let message = format!("A process of this pod requested a certificate and was refused: {error}");
             self.send(PodEvent { pod: pod.clone(), reason: Reason::CallerRefused, message });
         }
     }
@@ -166,7 +168,7 @@ impl IssuanceObserver for Reporter {
 
     fn withheld(&self, entry: &Entry) {
         let message =
-            format!("The certificate of {} is withheld: by this node's clock, which was set, it is not valid now", entry.identity);
+            format!("The certificate of {} is withheld: this node's clock was set, and by it the certificate is not valid", entry.identity);
         self.tell(|ledger| ledger.failed(Instant::now(), entry.id, &entry.pods(), Reason::CertificateWithheld, true, &message));
     }
 
@@ -185,7 +187,7 @@ impl IssuanceObserver for Reporter {
     }
 }
 
-/// Writes down what the reporter has to say.
+/// Writes the events of the reporter.
 pub struct Writer {
     client: Client,
     instance: Arc<str>,
@@ -195,12 +197,12 @@ pub struct Writer {
     hush: LogLimiter<NotWritten>,
 }
 
-/// What makes two lines about events that are not written the same: their texts may name each event.
+/// The cause of an event that is not written. The log limits lines by this cause, because their texts name different events.
 #[derive(Debug, PartialEq, Eq, Hash)]
 enum NotWritten {
-    /// There are too many.
+    /// The agent has written too many events.
     OverBudget,
-    /// The API server did not take it.
+    /// The API server did not accept the event.
     Failed(Discriminant<agent_kube::failure::Cause>),
 }
 
@@ -213,7 +215,7 @@ impl fmt::Debug for Writer {
 }
 
 impl Writer {
-    /// Until `end`; what is not written by then is not.
+    /// Writes events until `end`. Events that are queued then are not written.
     pub async fn run(mut self, end: CancellationToken) {
         let running = async {
             while let Some(note) = self.notes.recv().await {
@@ -222,11 +224,11 @@ impl Writer {
                 } else {
                     self.metrics.count(Written::dropped);
                     if let Some(left_out) = self.hush.permit(NotWritten::OverBudget, Instant::now()) {
-                        tracing::warn!(target: LOG_TARGET, pod = %note.pod, left_out, "an event on a pod is left out: there are too many");
+                        tracing::warn!(target: LOG_TARGET, pod = %note.pod, left_out, "an event on a pod is dropped: there are too many");
                     }
                 }
             }
-            // Nobody is left to tell anything.
+            // The reporter has ended, so there are no more events.
             std::future::pending::<()>().await;
         };
         end.run_until_cancelled(running).await;
@@ -253,7 +255,7 @@ impl Writer {
 fn event(note: &PodEvent, instance: &str, now: jiff::Timestamp) -> Event {
     let PodRef { namespace, name, uid } = &note.pod;
     let kind = if matches!(note.reason, Reason::CertificateIssued | Reason::CallerServed) { "Normal" } else { "Warning" };
-    // Readers of events are trusted with less than readers of the log.
+    // The excerpt is sanitised, because more users may read events than the log.
     let mut message = text::excerpt(&note.message, MAX_NOTE_BYTES);
     if message.len() > MAX_NOTE_BYTES {
         let mut end = MAX_NOTE_BYTES - '…'.len_utf8();
@@ -265,7 +267,7 @@ fn event(note: &PodEvent, instance: &str, now: jiff::Timestamp) -> Event {
     }
     Event {
         metadata: ObjectMeta {
-            // A pod's name may be as long as an event's: the suffix has its place.
+            // A pod's name may be as long as that of an event, so it is cut to leave room for the suffix.
             name: Some(format!("{}.{:016x}", &name[..name.len().min(200)], fastrand::u64(..))),
             namespace: Some(namespace.to_string()),
             labels: Some(BTreeMap::from([("app.kubernetes.io/managed-by".to_owned(), "sds-agent".to_owned())])),
@@ -290,7 +292,7 @@ fn event(note: &PodEvent, instance: &str, now: jiff::Timestamp) -> Event {
     }
 }
 
-/// How many events may still be written.
+/// The rate limit of events: a token bucket of [`MAX_EVENTS_PER_MINUTE`].
 #[derive(Debug, Default)]
 struct Budget {
     full_at: Option<Instant>,

@@ -1,4 +1,4 @@
-//! Every place where a text of others comes in, as a function of that text: what it makes of a text with a key in it may be shown.
+//! Passes texts with a private key to every function that reads external input, and checks that no error, log line or verdict contains it.
 
 use agent_kube::{Call, Failure};
 use agent_runtime::{
@@ -38,7 +38,7 @@ fn a_key_in_a_trust_source_is_not_logged() {
     }
 }
 
-/// An error names the place of the mistake.
+/// An error names the line of the mistake.
 #[test]
 fn broken_pem_is_told_with_its_line() {
     let root = rcgen::CertificateParams::new(Vec::new()).unwrap().self_signed(&rcgen::KeyPair::generate().unwrap()).unwrap().pem();
@@ -47,15 +47,15 @@ fn broken_pem_is_told_with_its_line() {
     let one_line = root.replace('\n', " ");
     assert_eq!(
         told(&format!("{root}# a comment\n{one_line}")),
-        format!("is not valid PEM: BEGIN, the base64 and END need lines of their own (line {}, after 1 good ones)", lines + 2)
+        format!("is not valid PEM: BEGIN, the base64 text and END must be on separate lines (line {}, after 1 valid blocks)", lines + 2)
     );
     let endless = root.lines().take(4).collect::<Vec<_>>().join("\n");
     assert_eq!(
         told(&format!("{root}{root}{endless}")),
-        format!("is not valid PEM: a BEGIN has no END of its kind (line {}, after 2 good ones)", 2 * lines + 1)
+        format!("is not valid PEM: a BEGIN line has no matching END line (line {}, after 2 valid blocks)", 2 * lines + 1)
     );
     let broken = root.replacen("MII", "M!I", 1);
-    let place = format!("(line {}, after 1 good ones)", lines + 2);
+    let place = format!("(line {}, after 1 valid blocks)", lines + 2);
     assert_eq!(told(&format!("{root}\n{broken}")), format!("is not valid PEM: a block is not base64 {place}"));
     assert_eq!(CertificateChain::from_pem(b"").unwrap_err(), material::Error::Empty);
 }
@@ -121,7 +121,7 @@ fn a_key_in_a_log_filter_is_not_repeated() {
     }
 }
 
-/// Whatever was forgotten above: PEM never gets into a line of the log.
+/// The second protection: the log redacts PEM that a caller has not removed.
 #[test]
 fn a_key_in_pem_that_is_logged_by_mistake_is_not_in_the_line() {
     let key = Key::ecdsa();

@@ -1,12 +1,14 @@
-//! Having the shared socket's name: it is taken at once where nobody serves it, from a healthy predecessor only once this process is in
-//! sync, and again when whoever has taken it from us goes.
+//! Takes the name of the shared socket and takes it back after its loss.
 //!
-//! So a new version that cannot serve never takes the socket from an old one that can, and during a surge there is no moment in which a
-//! client finds nobody. Two agents may change places more than once: the program of an old pod that ends is started again beside the new
-//! pod, takes the socket, and has it when the controller takes the old pod away. Whoever is left then has it again.
+//! The agent takes the name at once if no process serves it. If a healthy predecessor serves it, the agent waits until all its own parts
+//! are in sync, or until the predecessor ends. If another agent takes the name later, this agent takes it back when the other one ends.
 //!
-//! A predecessor is healthy while it answers `grpc.health.v1` on the socket. Nothing polls: the connection on which it was asked is kept, and
-//! its end says that the predecessor has gone; and the kernel tells when the name leads elsewhere.
+//! So a new version that cannot serve never takes the socket from an old one that can, and during a surge a client always finds a listener.
+//! Two agents may take the name from each other more than once: the kubelet restarts the container of an old pod beside the new pod, and
+//! the restarted agent takes the socket. When the controller deletes the old pod, the remaining agent takes the socket back.
+//!
+//! A predecessor is healthy if it answers `grpc.health.v1` on the socket. Nothing polls: the agent keeps the connection of the health
+//! check, and its end means that the predecessor has ended. The kernel (inotify) reports when the name refers to another socket.
 
 use std::{
     path::{Path, PathBuf},
@@ -22,22 +24,22 @@ use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus,
 use tracing::{error, info};
 use unix_peer::listener::{self, Bound, BoundPath, Prepared};
 
-/// Of the log's lines.
+/// The log target of this module.
 const LOG_TARGET: &str = "sds_agent::handover";
 
-/// Where the socket's path comes from.
+/// The configuration field of the socket's path.
 const FIELD: &str = "sockets.shared.path";
-/// A predecessor that does not answer within this time serves nobody.
+/// A predecessor that does not answer the health check within this time is not healthy.
 const HEALTH_TIMEOUT: Duration = Duration::from_secs(2);
-/// What is awaited, in the answer to `/readyz?verbose`.
+/// The name of the readiness guard in `/readyz?verbose`.
 pub const AWAITED: &str = "the socket, which a healthy predecessor serves until all else is in sync";
 
-/// Another process that serves.
+/// Another process that serves the socket. `gone` completes when it ends.
 struct Predecessor {
     gone: BoxFuture<'static, ()>,
 }
 
-/// Our claim on the name.
+/// Owns the socket's name, or waits for it.
 #[derive(Debug)]
 pub struct SocketLease {
     spec: SocketSpec,
@@ -45,14 +47,14 @@ pub struct SocketLease {
     role: Role,
 }
 
-/// The name and its mode.
+/// The path of the socket and its permission bits.
 #[derive(Debug)]
 struct SocketSpec {
     path: PathBuf,
     mode: u32,
 }
 
-/// Whose turn it is.
+/// Whether this agent has the name or waits for a predecessor.
 enum Role {
     Active(Bound),
     Standby(Waiting),
@@ -60,9 +62,10 @@ enum Role {
 
 struct Waiting {
     predecessor: Predecessor,
-    /// What was bound at the start, where errors end the process. Later on it is bound when its turn has come.
+    /// The listener that was bound at the start, when an error ends the process. `None` after a loss: the agent binds again when it takes
+    /// the name.
     prepared: Option<(UnixListener, Prepared)>,
-    /// Of a readiness that has not been reached. Who has reached it, and lost the name, does not go before the one that has it.
+    /// The readiness guard of an agent that is not ready yet. An agent that was ready has none, and waits until the predecessor ends.
     guard: Option<Guard>,
 }
 
@@ -76,8 +79,12 @@ impl std::fmt::Debug for Role {
 }
 
 impl SocketLease {
-    /// Binds beside `path`, with permission bits `mode`, and takes the name unless a healthy predecessor serves it. `readiness` is not
-    /// reached before the name is taken.
+    /// Binds beside `path`, with permission bits `mode`, and takes the name unless a healthy predecessor serves it. The agent is not ready
+    /// before it has the name.
+    ///
+    /// # Errors
+    ///
+    /// The socket cannot be bound, or its name cannot be taken.
     pub async fn acquire(path: &Path, mode: u32, readiness: &Readiness) -> Result<Self, listener::Error> {
         let (listener, prepared) = listener::prepare(FIELD, path, mode)?;
         let role = match find_predecessor(path).await {
@@ -91,13 +98,13 @@ impl SocketLease {
         Ok(Self { spec: SocketSpec { path: path.to_owned(), mode }, readiness: readiness.clone(), role })
     }
 
-    /// Whether the name is held.
+    /// Whether this agent has the name.
     pub fn is_held(&self) -> bool {
         matches!(self.role, Role::Active(_))
     }
 
-    /// Has the name, whenever it is our turn, until `end`; gives it if it is ours then. What is to be accepted from is sent to `open` each
-    /// time the name is taken; nobody new comes to an earlier one.
+    /// Keeps the name, and takes it back after a loss, until `end`. Returns the name if this agent has it then. Each time the agent takes
+    /// the name, it sends the new listener to `open`; no client connects to an earlier one.
     pub async fn keep(self, end: CancellationToken, open: mpsc::Sender<UnixListener>) -> Option<BoundPath> {
         let Self { spec, readiness, mut role } = self;
         loop {
@@ -106,7 +113,7 @@ impl SocketLease {
                 Role::Standby(waiting) => end.run_until_cancelled(waiting.take_over(&spec, &readiness)).await??,
             };
             let Bound { listener, name } = bound;
-            // Who accepts ends with the process.
+            // The accept loop lives as long as the process, so `send` does not fail.
             let _ = open.send(listener).await;
             end.run_until_cancelled(name.superseded()).await;
             if end.is_cancelled() {
@@ -118,13 +125,13 @@ impl SocketLease {
 }
 
 impl SocketSpec {
-    /// What is next when the name leads elsewhere.
+    /// The next role after the name was removed or refers to another socket. `None` if the socket cannot be bound again.
     async fn superseded(&self, readiness: &Readiness) -> Option<Role> {
         let Some(predecessor) = find_predecessor(&self.path).await else {
-            info!(target: LOG_TARGET, socket = %self.path.display(), "the socket has lost its name, and nobody serves it");
+            info!(target: LOG_TARGET, socket = %self.path.display(), "the socket has lost its name, and no process serves it");
             return self.bind().map(Role::Active);
         };
-        info!(target: LOG_TARGET, socket = %self.path.display(), "another agent has taken the socket; it is taken back when that one goes");
+        info!(target: LOG_TARGET, socket = %self.path.display(), "another agent has taken the socket; it is taken back when that one ends");
         let guard = (!readiness.is_ready()).then(|| readiness.guard(AWAITED));
         Some(Role::Standby(Waiting { predecessor, prepared: None, guard }))
     }
@@ -135,7 +142,7 @@ impl SocketSpec {
 
     fn log_outcome(&self, bound: Result<Bound, listener::Error>) -> Option<Bound> {
         match &bound {
-            Ok(_) => info!(target: LOG_TARGET, socket = %self.path.display(), "the socket is ours"),
+            Ok(_) => info!(target: LOG_TARGET, socket = %self.path.display(), "the socket is acquired"),
             Err(cause) => error!(target: LOG_TARGET, %cause, "the socket cannot be taken over"),
         }
         bound.ok()
@@ -143,7 +150,7 @@ impl SocketSpec {
 }
 
 impl Waiting {
-    /// Takes the name when it is our turn; none where it cannot be had.
+    /// Takes the name when all parts are in sync or the predecessor has ended. Returns `None` if the socket cannot be taken.
     async fn take_over(self, spec: &SocketSpec, readiness: &Readiness) -> Option<Bound> {
         let Self { mut predecessor, prepared, guard } = self;
         loop {
@@ -154,7 +161,7 @@ impl Waiting {
                 () = &mut predecessor.gone => match find_predecessor(&spec.path).await {
                     Some(next) => predecessor = next,
                     None => {
-                        info!(target: LOG_TARGET, "the predecessor has gone; taking the socket");
+                        info!(target: LOG_TARGET, "the predecessor has ended; taking the socket");
                         break;
                     }
                 },
@@ -165,7 +172,7 @@ impl Waiting {
             None => spec.bind(),
         };
         match (guard, &bound) {
-            // Never ready: the rollout stops, and the predecessor goes on.
+            // The agent never becomes ready, so the rollout stops and the predecessor keeps serving.
             (Some(guard), None) => guard.abandon(),
             (guard, _) => drop(guard),
         }
@@ -173,7 +180,7 @@ impl Waiting {
     }
 }
 
-/// Who serves the socket at `path`, if anybody does.
+/// Returns the healthy process that serves the socket at `path`, if there is one.
 async fn find_predecessor(path: &Path) -> Option<Predecessor> {
     let ask = async {
         let (connection, driver) = client::connect(path).await.ok()?;
@@ -181,7 +188,7 @@ async fn find_predecessor(path: &Path) -> Option<Predecessor> {
         let mut health = HealthClient::with_origin(connection, client::origin());
         let answer = health.check(HealthCheckRequest::default()).await;
         let serves = answer.is_ok_and(|answer| answer.into_inner().status() == ServingStatus::Serving);
-        // The connection ends with its last holder, and is held until it ends.
+        // Keeps the client until the connection ends, because dropping it would close the connection.
         let gone = Box::pin(async move {
             let _held = health;
             let _ = driver.await;

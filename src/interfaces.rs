@@ -1,8 +1,8 @@
-//! What other programs rely on, against `tests/interfaces.txt`: metrics, JSON, reasons, log fields, exit codes, services, configuration,
-//! command line.
+//! Compares the interfaces that other programs use with `tests/interfaces.txt`: metrics, JSON, reasons, log fields, exit codes, services,
+//! configuration, command line.
 //!
-//! Some of these words are made of names in the code, such as the variants of a label's type. A rename that changes one of them fails here.
-//! A change that is meant is committed with `UPDATE_INTERFACES=1 cargo test --lib interfaces` and described in CHANGELOG.md.
+//! Some of these words come from names in the code, such as the variants of a label's type. A rename that changes one of them fails here.
+//! To accept an intended change, run `UPDATE_INTERFACES=1 cargo test --lib interfaces`, and describe the change in CHANGELOG.md.
 
 use std::{
     collections::BTreeSet,
@@ -23,7 +23,7 @@ use crate::{
     metrics_reference,
 };
 
-/// The levels of a log line, and the spans whose fields it carries.
+/// The macros for log lines and for spans, whose fields a log line carries.
 const LOG_MACROS: [&str; 10] =
     ["error", "warn", "info", "debug", "trace", "error_span", "warn_span", "info_span", "debug_span", "trace_span"];
 
@@ -46,7 +46,7 @@ fn interfaces_stay_as_they_are() {
     );
 }
 
-/// The rest would pass over an empty snapshot.
+/// The other tests would pass with an empty snapshot.
 #[test]
 fn the_snapshot_has_every_kind_of_interface() {
     let lines = snapshot();
@@ -68,7 +68,7 @@ fn the_snapshot_has_every_kind_of_interface() {
     }
 }
 
-/// Whoever alerts on a line relies on its words.
+/// Operators alert on the text of these lines.
 #[test]
 fn the_documentation_tells_of_lines_that_there_are() {
     let source: String = sources(Path::new(env!("CARGO_MANIFEST_DIR"))).into_iter().map(|path| fs::read_to_string(path).unwrap()).collect();
@@ -76,7 +76,7 @@ fn the_documentation_tells_of_lines_that_there_are() {
     let messages: Vec<&str> = rows.map(|(message, _)| message).collect();
     assert!(messages.len() > 15);
     let unknown: Vec<_> = messages.into_iter().filter(|message| !source.contains(&format!("\"{message}"))).collect();
-    assert!(unknown.is_empty(), "docs/logs.md tells of {unknown:?}");
+    assert!(unknown.is_empty(), "docs/logs.md lists messages that the source does not have: {unknown:?}");
 }
 
 fn snapshot() -> BTreeSet<String> {
@@ -124,11 +124,11 @@ fn command(command: &clap::Command, parent: &str, lines: &mut BTreeSet<String>) 
 /// A source file.
 struct Source {
     path: String,
-    /// Of its constant `LOG_TARGET`. A module that logs has one, so that log filters survive a move of the module.
+    /// The value of its constant `LOG_TARGET`. Each module that logs has one, so that log filters stay valid when the module moves.
     log_target: Option<String>,
 }
 
-/// Every source file of the workspace that is not a test's.
+/// Every source file of the workspace that is not test code.
 pub(crate) fn sources(root: &Path) -> Vec<PathBuf> {
     let crates = fs::read_dir(root.join("crates")).unwrap().map(|entry| entry.unwrap().path());
     [root.to_owned()].into_iter().chain(crates).flat_map(|package| sources_in(&package.join("src"))).collect()
@@ -219,7 +219,7 @@ fn keys(attributes: &[Attribute], fields: &Fields, lines: &mut BTreeSet<String>)
     lines.insert(format!("json keys {}", keys.join(" ")));
 }
 
-/// What serde calls a field or a variant.
+/// The name that serde writes for a field or a variant.
 fn renamed(container: &[Attribute], own: &[Attribute], name: &str, is_variant: bool) -> String {
     let value = |attributes: &[Attribute], key: &str| serde(attributes).into_iter().find(|(found, _)| found == key).map(|(_, value)| value);
     if let Some(name) = value(own, "rename") {
@@ -249,7 +249,7 @@ fn renamed(container: &[Attribute], own: &[Attribute], name: &str, is_variant: b
     }
 }
 
-/// The keys of serde's attributes, and their values where they are text.
+/// The keys of serde's attributes, with their values if these are strings.
 fn serde(attributes: &[Attribute]) -> Vec<(String, String)> {
     let mut found = Vec::new();
     for attribute in attributes.iter().filter(|attribute| attribute.path().is_ident("serde")) {
@@ -272,7 +272,7 @@ fn serde(attributes: &[Attribute]) -> Vec<(String, String)> {
     found
 }
 
-/// Log lines, JSON, and words that stand in tables of names.
+/// Collects log lines, JSON keys, and words in tables of names.
 fn scan(tokens: TokenStream, source: &Source, lines: &mut BTreeSet<String>) {
     let tokens: Vec<TokenTree> = tokens.into_iter().collect();
     for (at, token) in tokens.iter().enumerate() {
@@ -370,7 +370,7 @@ fn logged(name: &str, source: &Source, arguments: TokenStream) -> String {
                     span = text(argument[0].clone()).unwrap_or_default() + " ";
                 }
             }
-            // An expression in the place of the message.
+            // An expression instead of a message.
             (path, None) if !path.chars().all(|c| c.is_alphanumeric() || matches!(c, '_' | '.')) => {}
             (path, _) => drop(fields.insert(path.to_owned())),
         }

@@ -1,4 +1,4 @@
-//! argv → subcommand, a runtime, an exit code. Everything else is in the library.
+//! Parses the arguments, runs the subcommand in a runtime and returns its exit code. Everything else is in the library.
 
 use std::{future::Future, process::ExitCode};
 
@@ -14,7 +14,7 @@ fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(exit) => return exit.into(),
     };
-    // It fails only where a provider is installed already, and then there is one.
+    // An error means that a provider is already installed.
     let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
     let env = &config::process_environment;
     match cli.command {

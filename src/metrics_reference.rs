@@ -1,7 +1,7 @@
-//! `docs/metrics.md` against the code: the tables there are what the registry shows once every series of every module is in it.
+//! Compares `docs/metrics.md` with the code: its tables show the registry after every module has registered all of its series.
 //!
-//! A module that registers metrics has a line in [`MODULES`], with a function that registers them and counts one of everything; a test
-//! misses those that have none.
+//! Each module that registers metrics has an entry in [`MODULES`], with a function that registers them and creates every series. A test
+//! fails if an entry is missing.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -22,9 +22,9 @@ use crate::{app, build_info, config, csi, events, interfaces, process, warm};
 
 mod monitoring;
 
-/// A part of the tables.
+/// The metrics of one source file, which are one table of the page.
 struct Module {
-    /// The source file that registers; none where the registry itself does.
+    /// The source file that registers the metrics; `None` for those of the registry itself.
     file: Option<&'static str>,
     title: &'static str,
     sample: fn(&mut Registry),
@@ -34,13 +34,13 @@ const fn module(file: &'static str, title: &'static str, sample: fn(&mut Registr
     Module { file: Some(file), title, sample }
 }
 
-/// In the order of the tables. Those of modes (`sockets.perPod`, cert-manager) are there like all others.
+/// The modules in the order of the tables, including those that only some configurations use (`sockets.perPod`, cert-manager).
 const MODULES: &[Module] = &[
     module("src/app/inventory.rs", "Certificates", app::sample_inventory),
     module("crates/issuance/src/rotation/metrics.rs", "Issuing and renewing", rotation::metrics::Metrics::sample),
     module("crates/sds-server/src/sds/metrics.rs", "Streams and secrets", sds::metrics::Metrics::sample),
     module("crates/sds-server/src/session/metrics.rs", "Connections", session::metrics::Metrics::sample),
-    module("crates/sds-server/src/attest.rs", "Who is calling", attest::Metrics::sample),
+    module("crates/sds-server/src/attest.rs", "Attestation", attest::Metrics::sample),
     module("crates/sds-server/src/trust.rs", "Trust bundles", trust::Metrics::sample),
     module("crates/agent-kube/src/metrics.rs", "The Kubernetes API", agent_kube::Metrics::sample),
     module(
@@ -48,30 +48,34 @@ const MODULES: &[Module] = &[
         "CertificateRequests",
         issuer::certificate_request::Metrics::sample,
     ),
-    module("src/warm/metrics.rs", "Certificates ahead of the first call (`warmUp`, `sockets.perPod`)", warm::metrics::Metrics::sample),
+    module(
+        "src/warm/metrics.rs",
+        "Certificates ordered before the first call (`warmUp`, `sockets.perPod`)",
+        warm::metrics::Metrics::sample,
+    ),
     module("src/csi/metrics.rs", "Sockets of pods (`sockets.perPod`)", csi::metrics::Metrics::sample),
     module("crates/approver/src/metrics.rs", "The approver (`sds-agent approver`)", approver::Metrics::sample),
     module("src/events.rs", "Events about pods", events::Metrics::sample),
     module("src/config/reloads.rs", "The configuration file", config::reloads::Metrics::sample),
-    module("crates/agent-runtime/src/readiness.rs", "The agent", readiness::Metrics::sample),
-    module("src/process.rs", "Its memory", process::Metrics::sample),
-    module("crates/agent-runtime/src/telemetry/metrics.rs", "Its log", telemetry::Metrics::sample),
-    Module { file: None, title: "Its build and its process", sample: |_| {} },
+    module("crates/agent-runtime/src/readiness.rs", "Readiness", readiness::Metrics::sample),
+    module("src/process.rs", "Memory", process::Metrics::sample),
+    module("crates/agent-runtime/src/telemetry/metrics.rs", "The log", telemetry::Metrics::sample),
+    Module { file: None, title: "Build and process", sample: |_| {} },
 ];
 
-/// Labels whose values are no closed set, and what they say.
+/// Labels whose values are not a closed set, and their meaning.
 const OPEN: [(&str, &str); 8] = [
-    ("issuer", "the name of the profile that brought it, or `default`"),
-    ("namespace", "of the workload"),
-    ("revision", "of the source"),
-    ("service_account", "of the workload"),
+    ("issuer", "the first profile that uses the issuer, or `default`"),
+    ("namespace", "namespace of the workload"),
+    ("revision", "revision of the source"),
+    ("service_account", "service account of the workload"),
     ("source", "as configured: `configMap <namespace>/<name>[<key>]`, `file <path>`, `issuer <name>`"),
-    ("version", "of the release"),
-    ("reason of approver_decisions", "`none`, or the denial's, as it stands in the request's condition"),
-    ("code of kube_request", "the HTTP status, `timeout`, or `error` where there was no answer"),
+    ("version", "version of the release"),
+    ("reason of approver_decisions", "`none`, or the reason of the denial as in the request's condition"),
+    ("code of kube_request", "the HTTP status, `timeout`, or `error` if there was no answer"),
 ];
 
-/// What the page says of one metric.
+/// The description of one metric on the page.
 #[derive(Debug, Default)]
 struct Described {
     name: String,
@@ -80,7 +84,7 @@ struct Described {
     labels: BTreeMap<String, Vec<String>>,
 }
 
-/// Reads a page in the order in which it names metrics.
+/// Parses an exposition; the metrics keep their order.
 fn described(page: &str) -> Vec<Described> {
     let mut out: Vec<Described> = Vec::new();
     for line in page.lines() {
@@ -120,7 +124,7 @@ fn sampled(module: &Module) -> Vec<Described> {
     described(&page)
 }
 
-/// Every metric with its type, its labels and their values; what is no closed set is `*`.
+/// Every metric with its type, its labels and their values. `*` replaces values that are not a closed set.
 pub(crate) fn series() -> Vec<String> {
     let metrics = MODULES.iter().flat_map(sampled);
     let shown = metrics.map(|metric| {
@@ -131,7 +135,7 @@ pub(crate) fn series() -> Vec<String> {
     shown.collect()
 }
 
-/// Every metric's name as it is asked for, with its type.
+/// The name of every metric as a query uses it, with its type.
 fn names() -> BTreeMap<String, String> {
     MODULES.iter().flat_map(sampled).map(|metric| (shown_name(&metric), metric.kind)).collect()
 }
@@ -202,7 +206,7 @@ fn every_metric_has_the_form_of_its_type_and_a_meaning() {
         let open: BTreeSet<_> = labels.iter().filter(|(_, values)| values.iter().any(|value| value == ANY)).collect();
         assert!(open.iter().all(|(label, _)| OPEN.iter().any(|(known, _)| known.split(' ').next() == Some(label))), "{name}: {labels:?}");
     }
-    // The rest would pass over an empty page.
+    // The loop above also passes on an empty page.
     let names = names();
     assert_eq!(names["sds_agent_issuances_total"], "counter");
     assert_eq!(names["sds_agent_certificate_expiration_timestamp_seconds"], "gauge");
@@ -210,13 +214,13 @@ fn every_metric_has_the_form_of_its_type_and_a_meaning() {
     assert_eq!(names["process_open_fds"], "gauge");
 }
 
-/// A module that registers metrics and is missing in the reference.
+/// Every module that registers metrics is in [`MODULES`].
 #[test]
 fn no_module_that_registers_is_forgotten() {
     let registers = |path: &PathBuf| fs::read_to_string(path).unwrap().contains("pub fn register(registry: &mut Registry)");
     let sources = interfaces::sources(root()).into_iter().filter(registers);
     let mut registering: BTreeSet<PathBuf> = sources.map(|path| path.strip_prefix(root()).unwrap().to_owned()).collect();
-    // It registers what the server's modules do.
+    // It only calls the `register` functions of the server's modules.
     registering.remove(Path::new("crates/sds-server/src/server.rs"));
     registering.insert("src/app/inventory.rs".into());
     let listed: BTreeSet<PathBuf> = MODULES.iter().filter_map(|module| module.file).map(PathBuf::from).collect();

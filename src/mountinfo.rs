@@ -1,22 +1,22 @@
-//! `/proc/<pid>/mountinfo`: the mounts that a process sees.
+//! Parses `/proc/<pid>/mountinfo`: the mounts that a process sees.
 //!
-//! The crate `procfs` leaves `\040` in paths as it is, and returns an error for the whole table when one line is new to it.
+//! The crate `procfs` does not decode `\040` in paths, and one line that it cannot parse makes it return an error for the whole table.
 
 use std::{
     fs, io,
     path::{Path, PathBuf},
 };
 
-/// A line of the table; see proc_pid_mountinfo(5).
+/// A line of the table (proc_pid_mountinfo(5)).
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Mount {
     /// `major:minor`.
     pub(crate) device: String,
-    /// The place on its file system.
+    /// The path on the mounted file system that is the root of this mount.
     pub(crate) root: String,
     pub(crate) point: PathBuf,
     pub(crate) read_only: bool,
-    /// Mounts below it reach the others of its peer group.
+    /// The mount is in a peer group: mounts below it propagate to the other members.
     pub(crate) shared: bool,
     /// The type of the file system.
     pub(crate) kind: String,
@@ -27,12 +27,12 @@ pub(crate) fn of_this_process() -> io::Result<Vec<Mount>> {
     read(Path::new("/proc/self"))
 }
 
-/// The mounts that a process sees, by its directory in procfs.
+/// The mounts of the process with this procfs directory, such as `/proc/self`.
 pub(crate) fn read(process: &Path) -> io::Result<Vec<Mount>> {
     fs::read_to_string(process.join("mountinfo")).map(|text| parse(&text))
 }
 
-/// The lines that can be understood.
+/// Parses the table and skips lines that are malformed.
 pub(crate) fn parse(text: &str) -> Vec<Mount> {
     let line = |line: &str| {
         let (mount, system) = line.split_once(" - ")?;
@@ -50,12 +50,12 @@ pub(crate) fn parse(text: &str) -> Vec<Mount> {
     text.lines().filter_map(line).collect()
 }
 
-/// The mount that `path` is on: of mounts on the same point the last one is visible.
+/// The mount that `path` is on. If several have the same mount point, the last one is visible.
 pub(crate) fn above<'a>(mounts: &'a [Mount], path: &Path) -> Option<&'a Mount> {
     mounts.iter().filter(|mount| path.starts_with(&mount.point)).max_by_key(|mount| mount.point.components().count())
 }
 
-/// `\040` and the like, which stand for what would end a field.
+/// Decodes octal escapes such as `\040`, which the kernel writes for characters that would end a field.
 fn unescaped(field: &str) -> String {
     let mut out = Vec::with_capacity(field.len());
     let mut rest = field.as_bytes();

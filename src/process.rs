@@ -1,10 +1,10 @@
-//! What the process does to itself before it holds a key: no core dump, not dumpable, memory locked, enough file descriptors.
+//! Hardens the process before it holds a key: no core dumps, not dumpable, memory locked, file descriptor limit raised.
 //!
-//! Owns those process-wide settings and the report about them. The caller runs [`harden`] once, at the start of `main` and before there
-//! are other threads, and logs what it returns as soon as there is a log. Whether memory is locked is a pure decision ([`memory`]).
+//! Owns these process-wide settings and the report about them. The caller runs [`harden`] once, at the start of `main` and before it starts
+//! threads, and logs the result as soon as there is a log. [`memory`] decides whether memory is locked.
 //!
-//! `RLIMIT_CORE` alone is not enough: the kernel ignores it where dumps are piped to a program. Not being dumpable covers that, and keeps
-//! other processes of the same user from reading our memory by ptrace or `/proc`.
+//! `RLIMIT_CORE` alone is not enough: the kernel ignores it if `core_pattern` pipes dumps to a program. A process that is not dumpable has
+//! no core dump at all, and other processes of the same user cannot read its memory with ptrace or `/proc`.
 
 use nix::{
     errno::Errno,
@@ -19,58 +19,62 @@ pub mod memory;
 
 pub use memory::{Locked, Unlocked};
 
-/// Of the log's lines.
+/// The log target of this module.
 const LOG_TARGET: &str = "sds_agent::process";
 
 /// When key memory is locked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LockMemory {
-    /// Where it is allowed without a limit and there is swap.
+    /// Lock if the process may lock memory without a limit and the machine has swap.
     Auto,
-    /// Or do not start.
+    /// Lock, and do not start if that is not possible.
     Always,
-    /// Not at all.
+    /// Do not lock.
     Never,
 }
 
-/// Why the process must not go on to hold keys.
+/// The process cannot be hardened, so it must not hold keys.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
-    /// `keys.lockMemory: always`, and it cannot be had.
+    /// `keys.lockMemory` is `always`, and memory cannot be locked.
     #[error("keys.lockMemory is always, but {0}")]
     NotLocked(Unlocked),
-    /// A setting that the kernel always allows was refused: a sandbox is in the way.
+    /// The kernel refused a setting that it usually allows; a sandbox may be the cause.
     #[error("cannot {action}: {cause}")]
     Refused {
-        /// What was tried.
+        /// The operation that failed.
         action: &'static str,
-        /// The kernel's answer.
+        /// The kernel's error.
         cause: Errno,
     },
 }
 
-/// What was achieved.
+/// The result of hardening.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Hardened {
     /// Whether key memory can reach swap.
     pub locked: Locked,
-    /// How many descriptors may be open: a connection takes two.
+    /// The limit of open file descriptors. A connection uses two.
     pub open_files: OpenFiles,
 }
 
 /// The file descriptor limit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct OpenFiles {
-    /// What holds now.
+    /// The soft limit in force.
     pub limit: u64,
-    /// What held at the start.
+    /// The soft limit at the start of the process.
     pub before: u64,
 }
 
-/// Hardens this process. Nothing of it is undone.
+/// Hardens this process permanently.
+///
+/// # Errors
+///
+/// The kernel refuses a setting, or memory is not locked although `policy` requires it.
 pub fn harden(policy: LockMemory) -> Result<Hardened, Error> {
     let refused = |action| move |cause| Error::Refused { action, cause };
-    // The hard limit too, so that nothing raises it again.
+    // The hard limit too, so that the soft limit cannot be raised again.
     setrlimit(Resource::RLIMIT_CORE, 0, 0).map_err(refused("set RLIMIT_CORE to 0"))?;
     prctl::set_dumpable(false).map_err(refused("make the process not dumpable"))?;
     let open_files = raise_open_files().map_err(refused("read RLIMIT_NOFILE"))?;
@@ -78,7 +82,7 @@ pub fn harden(policy: LockMemory) -> Result<Hardened, Error> {
     Ok(Hardened { locked, open_files })
 }
 
-/// Raises the soft limit to the hard one. A refusal (a hard limit above the kernel's own maximum) leaves it as it was.
+/// Raises the soft limit to the hard limit. If the kernel refuses, because the hard limit exceeds its maximum, the limit stays.
 fn raise_open_files() -> Result<OpenFiles, Errno> {
     let (soft, hard): (rlim_t, rlim_t) = getrlimit(Resource::RLIMIT_NOFILE)?;
     let raised = soft >= hard || setrlimit(Resource::RLIMIT_NOFILE, hard, hard).is_ok();
@@ -86,7 +90,7 @@ fn raise_open_files() -> Result<OpenFiles, Errno> {
 }
 
 impl Hardened {
-    /// The one line about it.
+    /// Logs the result in one line.
     pub fn log(&self) {
         let (locked, why_not) = match &self.locked {
             Locked::Yes => (true, None),
@@ -103,7 +107,7 @@ impl Hardened {
     }
 }
 
-/// What the process tells about its hardening.
+/// The metrics of hardening.
 #[derive(Debug, Clone, Default)]
 pub struct Metrics {
     memory_locked: Gauge,
@@ -115,19 +119,19 @@ impl Metrics {
         let metrics = Self::default();
         registry.register(
             "memory_locked",
-            "1 when no memory of the process can be swapped out, 0 when it can or was not asked to stay",
+            "1 if the memory of the process is locked, so that it is never swapped out; 0 if it is not locked",
             metrics.memory_locked.clone(),
         );
         metrics
     }
 
-    /// Registers and shows them all, for the reference.
+    /// Registers the metrics, for the reference.
     #[cfg(test)]
     pub(crate) fn sample(registry: &mut Registry) {
         Self::register(registry);
     }
 
-    /// Takes over what was achieved.
+    /// Sets the gauge from the result of hardening.
     pub fn observe(&self, hardened: &Hardened) {
         self.memory_locked.set(i64::from(hardened.locked == Locked::Yes));
     }

@@ -1,9 +1,11 @@
-//! A certificate before it is asked for: it is issued while a pod starts, and the pod's first call finds it done.
+//! Orders a certificate while a pod starts, so that the pod's first call finds it issued.
 //!
-//! Owns the leases that are held for pods which have not called: those with a published socket of their own, and, where the operator
-//! wants it, those that start and will call the shared socket ([`starts`]). Such a lease ends once somebody has called, with time enough to
-//! take one of their own, or with the pod, or after a bounded time: who never asks is not renewed for ever. The pod index has the same
-//! last word as for a call. A pod that ran before the agent did is never warmed up: it holds a certificate, and says so when it comes back.
+//! Owns leases for pods that have not called yet: pods with a published per-pod socket, and, if `warmUp` is configured, starting pods that
+//! will call the shared socket ([`starts`]). A lease ends 10 s after the first call, so that the caller has its own lease by then. It also
+//! ends with the pod, and after 10 min without a call, so that an unused certificate is not renewed without a limit.
+//!
+//! As for a call, the pod index must confirm the pod. A pod that ran before the agent started gets no such lease: its client holds a
+//! certificate, and sends the version of that certificate when it reconnects.
 
 use std::{collections::BTreeMap, future::pending, sync::Arc, time::Duration};
 
@@ -22,62 +24,63 @@ pub mod starts;
 
 use metrics::{Ended, Metrics};
 
-/// Of the log's lines.
+/// The log target of this module.
 const LOG_TARGET: &str = "sds_agent::warm";
 
-/// From the start to the first call: images are pulled in between.
+/// Time limit from the start of a pod to its first call. The kubelet pulls images in this time.
 const FIRST_CALL_TIMEOUT: Duration = Duration::from_secs(600);
-/// While the index cannot say who the pod is.
+/// Interval of retries while the pod index does not know the pod.
 const INDEX_RETRY_INTERVAL: Duration = Duration::from_secs(5);
-/// From the first call to its own lease.
+/// Time from the first call to the end of the lease; the caller takes its own lease meanwhile.
 const LEASE_HANDOVER: Duration = Duration::from_secs(10);
 
 /// `warmUp`, where it is enabled.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct WarmUp {
-    /// `podLabels`: a pod that carries all of them is warmed up; none where it is empty.
+    /// `podLabels`: a pod that has all these labels is warmed up. If empty, labels select no pod.
     pub pod_labels: BTreeMap<String, String>,
-    /// `socketMount`: so is one that mounts the shared socket's directory.
+    /// `socketMount`: a pod that mounts the directory of the shared socket is warmed up too.
     pub socket_mount: bool,
 }
 
 /// Holds leases for pods that have not called.
 #[derive(Debug, Clone)]
 pub struct Prefetcher {
-    /// Where certificates are.
+    /// The store in which leases are taken.
     pub store: Arc<Store>,
-    /// How callers are named.
+    /// Derives the identity of a pod.
     pub resolver: watch::Receiver<Arc<Resolver>>,
-    /// What is counted.
+    /// The metrics of warm-ups.
     pub metrics: Metrics,
 }
 
-/// For whom a lease is held, and until when.
+/// The pod for which a lease is held, and the conditions that end the lease.
 struct Prefetch<'a> {
     workload: &'a Workload,
-    /// Cancelled once it has called.
+    /// Cancelled when the pod has called.
     first_call: &'a CancellationToken,
-    /// Cancelled when it has ended.
+    /// Cancelled when the pod has ended.
     terminated: &'a CancellationToken,
-    /// How long it may take to call.
+    /// Time limit for the first call.
     patience: Duration,
 }
 
 impl Prefetcher {
-    /// Has the certificate of a published socket's pod issued; `issued` is cancelled once it is there.
+    /// Orders the certificate for the pod of a published socket. Cancels `issued` when the certificate is there.
     pub fn published(&self, attestor: Arc<MountAttestor>, issued: CancellationToken) {
         let warmer = self.clone();
         tokio::spawn(async move {
             let (terminated, first_call) = (attestor.terminated(), attestor.first_call());
             let identified = terminated.run_until_cancelled(timeout(FIRST_CALL_TIMEOUT, identified(&attestor))).await;
             let Some(Ok(Some(workload))) = identified else { return };
-            // The kubelet may wait for each of them.
+            // The kubelet may wait for each of these certificates, so their number is not limited.
             let unlimited = Semaphore::new(1);
             warmer.hold(&Prefetch { workload: &workload, first_call, terminated, patience: FIRST_CALL_TIMEOUT }, &unlimited, &issued).await;
         });
     }
 
-    /// Holds a lease, from the moment that `permits` lets it: until then another one's certificate is being made.
+    /// Holds a lease, once a permit is free, until the pod has called or ended, or until `patience` has passed since this call. The permit
+    /// is free again when the certificate is issued.
     async fn hold(&self, held: &Prefetch<'_>, permits: &Semaphore, issued: &CancellationToken) {
         let Prefetch { workload, first_call, terminated, patience } = *held;
         let ended = tokio::select! {
@@ -88,10 +91,10 @@ impl Prefetcher {
             () = self.keep(workload, permits, issued) => return,
         };
         self.metrics.ended(ended);
-        debug!(target: LOG_TARGET, %workload, ?ended, "no longer held ahead of the first call");
+        debug!(target: LOG_TARGET, %workload, ?ended, "the lease ahead of the first call has ended");
     }
 
-    /// Holds the lease that the rules give to `workload`, whatever these become; returns only when they give none.
+    /// Holds a lease for the identity of `workload`, also after the rules change. Returns only if the rules give it no identity.
     async fn keep(&self, workload: &Workload, permits: &Semaphore, issued: &CancellationToken) {
         let mut rules = self.resolver.clone();
         let mut held = None;
@@ -106,7 +109,7 @@ impl Prefetcher {
             };
             let turn = permits.acquire().await;
             debug!(target: LOG_TARGET, %workload, %identity, "a certificate is issued ahead of the first call");
-            // The one before ends when the new one is held.
+            // `insert` drops the previous lease after the new one is taken.
             let lease = held.insert(self.store.lease(&identity, Demand::Now, workload.pod().cloned()));
             let made = async {
                 if lease.watch().wait_for(Option::is_some).await.is_ok() {
@@ -123,7 +126,7 @@ impl Prefetcher {
     }
 }
 
-/// Who it is, as soon as the index can say so.
+/// Waits until the pod index knows the workload. Returns `None` if the index rejects it.
 async fn identified(attestor: &MountAttestor) -> Option<Workload> {
     loop {
         match attestor.workload().await {

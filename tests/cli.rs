@@ -1,4 +1,4 @@
-//! The command line as a script sees it: exit codes, and every error of a configuration at once. Needs no other program.
+//! The command line as scripts use it: exit codes, and all errors of a configuration at once. Needs no other program.
 
 #![allow(
     clippy::disallowed_methods,
@@ -13,7 +13,7 @@ use std::{fs, process::Command};
 #[path = "cli/stalled_reader.rs"]
 mod stalled_reader;
 
-/// One mistake in each place; the good lines between them are not complained about.
+/// One mistake in each place; the valid lines between them cause no error.
 const BAD: &str = r#"
 trustDomain: UPPER.example
 sockets: { shared: { path: relative.sock, mode: "0999" } }
@@ -25,7 +25,7 @@ admin: { address: 0.0.0.0:15090 }
 colour: blue
 "#;
 
-/// The field of each mistake, and what stands there.
+/// The field of each mistake, and its value.
 const MISTAKES: [(&str, &str); 11] = [
     ("trustDomain", "\"UPPER.example\""),
     ("sockets.shared.path", "\"relative.sock\""),
@@ -61,10 +61,10 @@ fn every_error_of_a_configuration_is_told_at_once() {
         for (field, value) in MISTAKES {
             let told: Vec<_> = output.lines().filter_map(|line| line.strip_prefix(field)?.strip_prefix(": ")).collect();
             assert_eq!(told.len(), 1, "{subcommand} about {field}:\n{output}");
-            assert!(told[0].starts_with(value) && told[0].contains("; "), "what stands there and the way out: {told:?}");
+            assert!(told[0].starts_with(value) && told[0].contains("; "), "the value and the remedy: {told:?}");
         }
         let told = output.lines().filter(|line| line.contains("; ")).count();
-        assert_eq!(told, MISTAKES.len(), "{subcommand} tells of more than there is:\n{output}");
+        assert_eq!(told, MISTAKES.len(), "{subcommand} reports more than the mistakes:\n{output}");
     }
 }
 
@@ -92,11 +92,11 @@ fn what_cannot_be_read_or_understood_is_64() {
     ] {
         let (code, output) = sds_agent(arguments);
         assert_eq!(code, Some(64), "{arguments:?}: {output}");
-        assert!(!output.trim().is_empty(), "{arguments:?} says nothing");
+        assert!(!output.trim().is_empty(), "{arguments:?} prints nothing");
     }
 }
 
-/// A kubeconfig holds keys and tokens. Where it cannot be read, its lines are not shown.
+/// A kubeconfig contains keys and tokens. The error about an invalid one does not show its lines.
 #[test]
 fn a_kubeconfig_that_cannot_be_read_is_not_repeated() {
     const SECRET: &str = "LS0tLS1CRUdJTiBQUklWQVRFIEtFWS0tLS0tCk1JR0hBZ0VBTUJNR0J5cUdTTTQ5QWdFR0NDcUdTTTQ5";

@@ -1,6 +1,6 @@
-//! Every input that the fuzz targets have brought forth, once: what a fuzzer found stays found. `fuzz/README.md` tells how to find more.
+//! Runs every input of the fuzz corpus once, as a regression test. `fuzz/README.md` says how to find more inputs.
 
-#![allow(clippy::expect_used, clippy::panic, clippy::print_stdout, unreachable_pub, reason = "tests fail loudly, and say on which input")]
+#![allow(clippy::expect_used, clippy::panic, clippy::print_stdout, unreachable_pub, reason = "tests fail loudly, and print the input")]
 
 use std::{fs, path::Path};
 
@@ -15,7 +15,7 @@ fn replay(target: &str, check: fn(&[u8])) {
     let files = fs::read_dir(&folder).unwrap_or_else(|e| panic!("{}: {e}", folder.display()));
     let mut inputs = 0;
     for file in files.map(|entry| entry.expect("a readable folder").path()) {
-        // A panic names the input.
+        // The output names the input of a panic.
         println!("{}", file.display());
         check(&fs::read(&file).expect("a readable file"));
         inputs += 1;

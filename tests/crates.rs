@@ -1,4 +1,4 @@
-//! The boundaries between the crates: each one's dependencies, as cargo resolves them.
+//! The boundaries between the crates: the dependencies of each, as cargo resolves them.
 
 #![allow(clippy::expect_used, clippy::panic, reason = "tests fail loudly")]
 
@@ -6,18 +6,18 @@ use std::{collections::BTreeSet, fs, path::Path, process::Command};
 
 const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 
-/// A crate, the crates of the workspace that it may reach, and further ones that it must not.
+/// A crate, the crates of the workspace that it may depend on, and further crates that it must not depend on.
 struct Boundary {
     name: &'static str,
     may_reach: &'static [&'static str],
     must_not_reach: &'static [&'static str],
 }
 
-/// What the tests with real programs share.
+/// The crate that the tests with real programs share.
 const HARNESS: &str = "test-harness";
 const KUBERNETES: [&str; 3] = ["kube", "kube-client", "k8s-openapi"];
 
-/// The agent itself may reach everything, and is reached by nothing. No library parses a command line or the configuration.
+/// The agent itself may depend on everything, and nothing depends on it. No library parses a command line or the configuration.
 const BOUNDARIES: [Boundary; 9] = [
     Boundary { name: "unix-peer", may_reach: &[], must_not_reach: &["kube", "k8s-openapi", "hyper", "tonic", "prometheus-client"] },
     Boundary { name: "agent-runtime", may_reach: &["unix-peer"], must_not_reach: &["kube", "k8s-openapi", "hyper", "tonic", "rcgen"] },
@@ -51,7 +51,7 @@ const BOUNDARIES: [Boundary; 9] = [
         may_reach: &["agent-kube", "agent-runtime", "cert-manager", "sds-server", "unix-peer", "workload-identity"],
         must_not_reach: &[],
     },
-    // It sees neither a key nor a stream.
+    // The approver has no access to keys and streams.
     Boundary {
         name: "approver",
         may_reach: &["agent-kube", "agent-runtime", "cert-manager", "unix-peer", "workload-identity"],
@@ -65,7 +65,7 @@ fn cargo(arguments: &[&str]) -> String {
     String::from_utf8(output.stdout).expect("cargo writes UTF-8")
 }
 
-/// The names of the libraries of the workspace: its crates but for the agent's own and the harness of its tests.
+/// The names of the workspace's libraries: all crates except the agent's and the harness of its tests.
 fn libraries() -> BTreeSet<String> {
     let metadata: serde_json::Value =
         serde_json::from_str(&cargo(&["metadata", "--no-deps", "--offline", "--format-version", "1"])).expect("cargo writes JSON");
@@ -74,7 +74,7 @@ fn libraries() -> BTreeSet<String> {
     names.filter(|name| !["sds-agent", HARNESS].contains(&name.as_str())).collect()
 }
 
-/// All that a crate is linked with, as a user of it gets it.
+/// All dependencies of a crate, as its users get them.
 fn reached(name: &str) -> BTreeSet<String> {
     let tree = cargo(&["tree", "--offline", "--locked", "--package", name, "--edges", "normal", "--prefix", "none", "--format", "{p}"]);
     let names = tree.lines().filter_map(|line| line.split(' ').next()).map(str::to_owned);
@@ -97,7 +97,7 @@ fn every_library_keeps_its_boundary() {
     }
 }
 
-/// The table would pass over a tree that is not read.
+/// Without this test, an empty dependency tree would pass the table.
 #[test]
 fn the_agent_reaches_all_of_them() {
     let reached = reached("sds-agent");
@@ -106,7 +106,7 @@ fn the_agent_reaches_all_of_them() {
     }
 }
 
-/// A change to the agent does not compile the harness again, and the agent is a program to it.
+/// The harness uses the agent as a program, so a change of the agent does not recompile it.
 #[test]
 fn the_harness_of_the_tests_depends_on_no_crate_of_the_workspace() {
     let ours: Vec<_> = reached(HARNESS).into_iter().filter(|name| libraries().contains(name) || name == "sds-agent").collect();
@@ -128,8 +128,8 @@ fn the_server_and_the_socket_can_be_packaged_with_their_protocols() {
     }
 }
 
-/// Two of them in one file are two ways to write the same call: `nix` for sockets, signals, limits, polling; `rustix` for files relative to a
-/// directory, mounts, and what `nix` lacks. Neither crate's file goes around them to `libc`.
+/// Two crates in one file would be two ways to write the same call. `nix` is for sockets, signals, limits and polling; `rustix` for files
+/// relative to a directory, mounts, and calls that `nix` does not have. No file of these two crates calls `libc` directly.
 #[test]
 fn each_file_makes_its_system_calls_through_one_crate() {
     let mut files = vec![Path::new(ROOT).join("src"), Path::new(ROOT).join("crates")];

@@ -1,4 +1,4 @@
-//! The documentation against the source: the tests and files that it names exist.
+//! The pages agree with the source: the tests and files that they name exist.
 
 #![allow(clippy::expect_used, clippy::panic, reason = "tests fail loudly")]
 
@@ -15,7 +15,7 @@ fn read(path: &Path) -> String {
     fs::read_to_string(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 
-/// All files below `folder` with this extension. Folders named `target` are left out.
+/// All files below `folder` with this extension, except in directories named `target`.
 fn files(folder: &Path, extension: &str) -> Vec<PathBuf> {
     let mut found = Vec::new();
     for entry in fs::read_dir(folder).unwrap_or_else(|error| panic!("{}: {error}", folder.display())) {
@@ -44,11 +44,13 @@ fn is_test_name(text: &str) -> bool {
 fn is_source_path(text: &str) -> bool {
     let is_plain = text.bytes().all(|b| b.is_ascii_alphanumeric() || b"_/".contains(&b));
     let program = text.split('/').next().unwrap_or_default();
-    let is_module = is_plain && text.contains('/') && ["agent", "api_faults", "cli", "long_", "real_", "serving"].iter().any(|it| program.starts_with(it));
+    let is_module = is_plain
+        && text.contains('/')
+        && ["agent", "api_faults", "cli", "long_", "real_", "serving"].iter().any(|it| program.starts_with(it));
     is_module || text.ends_with(".rs") && text.contains('/')
 }
 
-/// A promise whose test was renamed or removed is a promise without a test.
+/// Every promise of the page needs a test, so a renamed or removed test must be changed there too.
 #[test]
 fn every_test_that_the_threat_model_names_is_there() {
     let source: String =
@@ -60,7 +62,7 @@ fn every_test_that_the_threat_model_names_is_there() {
     assert!(missing.is_empty(), "docs/security.md names tests that are not there: {missing:#?}");
 }
 
-/// `moves.md` is about files of the past on its left side.
+/// In `moves.md`, the left column names files that no longer exist.
 #[test]
 fn every_source_file_that_a_page_names_is_there() {
     let mut named = 0;
@@ -71,7 +73,7 @@ fn every_source_file_that_a_page_names_is_there() {
         for line in lines {
             let line = if is_of_the_past { format!("`{line}") } else { line.to_owned() };
             for path in quoted(&line).filter(|text| is_source_path(text)) {
-                // Below `tests/`, as its own page has it; a module by its name alone.
+                // The path is relative to `tests/`, or it is a module without the extension.
                 let bases = [root().to_owned(), root().join("tests")];
                 let there = bases.iter().any(|base| base.join(path).exists() || base.join(format!("{path}.rs")).exists());
                 assert!(there, "{} names {path}, which is not there", page.display());
@@ -82,7 +84,7 @@ fn every_source_file_that_a_page_names_is_there() {
     assert!(named > 100, "only {named} files are named");
 }
 
-/// A longer name is a sentence that a reader parses twice: the module says what its tests have in common.
+/// A longer name is hard to read: the module's name says what its tests have in common.
 #[test]
 fn names_of_tests_have_at_most_70_characters() {
     const MOST: usize = 70;
@@ -90,7 +92,7 @@ fn names_of_tests_have_at_most_70_characters() {
     let mut long = Vec::new();
     for file in ["src", "crates", "tests", "examples", "benches"].iter().flat_map(|it| files(&root().join(it), "rs")) {
         let text = read(&file);
-        // The function after `#[test]` or `#[tokio::test…]` and whatever other attributes.
+        // The function after `#[test]` or `#[tokio::test…]` and any other attributes.
         for (_, rest) in text.match_indices("test").filter_map(|(at, _)| Some((at, text.get(at..)?))) {
             let is_attribute = rest.starts_with("test]\n") || rest.starts_with("test(");
             let Some(name) = is_attribute.then(|| rest.split("fn ").nth(1)?.split(['(', '<']).next()).flatten() else { continue };
@@ -102,4 +104,32 @@ fn names_of_tests_have_at_most_70_characters() {
     }
     assert!(tests > 900, "only {tests} tests were found");
     assert!(long.is_empty(), "{long:#?}");
+}
+
+/// The anchor of a heading, as GitHub makes it.
+fn anchor(heading: &str) -> String {
+    let kept = |c: char| c.is_alphanumeric() || matches!(c, ' ' | '-' | '_');
+    heading.trim_start_matches('#').trim().to_lowercase().chars().filter(|c| kept(*c)).map(|c| if c == ' ' { '-' } else { c }).collect()
+}
+
+/// A page of this repository has no dead link, neither to a file nor to a heading.
+#[test]
+fn every_link_of_a_page_leads_to_a_file_and_a_heading() {
+    let folders = ["docs", "daemonset", "tests", "fuzz", "proto"].iter().flat_map(|folder| files(&root().join(folder), "md"));
+    let top = ["README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"].map(|page| root().join(page));
+    let mut links = 0;
+    for page in folders.chain(top) {
+        let text = read(&page);
+        for link in text.split("](").skip(1).filter_map(|rest| rest.split(')').next()).filter(|link| !link.contains("://")) {
+            let (file, heading) = link.split_once('#').unwrap_or((link, ""));
+            let target = if file.is_empty() { page.clone() } else { page.parent().expect("a folder").join(file) };
+            assert!(target.exists(), "{} links to {link}, which is not there", page.display());
+            if !heading.is_empty() {
+                let found = read(&target).lines().any(|line| line.starts_with('#') && anchor(line) == heading);
+                assert!(found, "{} links to {link}, which is no heading", page.display());
+            }
+            links += 1;
+        }
+    }
+    assert!(links > 50, "only {links} links were found");
 }

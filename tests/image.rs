@@ -1,5 +1,5 @@
-//! The `Dockerfile` against the crate: it copies what the compiler reads, has a stub for each target, and says of the crate what
-//! `Cargo.toml` says. That it builds is for `tests/image.sh`, which takes minutes.
+//! The `Dockerfile` agrees with the crate: it copies the files that the compiler reads, has a stub for each target, and repeats the
+//! metadata of `Cargo.toml`. `tests/image.sh` tests the build itself, which takes minutes.
 
 #![allow(clippy::disallowed_methods, clippy::expect_used, clippy::panic, reason = "tests read and write files, and fail loudly")]
 
@@ -19,7 +19,7 @@ fn read(path: &Path) -> String {
     fs::read_to_string(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 
-/// The instructions and their arguments, continued lines joined and comments left out.
+/// The instructions and their arguments, with continued lines joined and comments removed.
 fn dockerfile() -> Vec<(String, String)> {
     let text = read(&Path::new(ROOT).join("Dockerfile")).replace("\\\n", " ");
     let lines = text.lines().filter(|line| !line.is_empty() && !line.starts_with('#'));
@@ -29,7 +29,7 @@ fn dockerfile() -> Vec<(String, String)> {
         .collect()
 }
 
-/// What is copied out of the context, in any stage or in the builder alone.
+/// The paths that are copied from the context, in any stage or only in the builder.
 fn copied(builder: bool) -> BTreeSet<String> {
     let mut stages = 0;
     let mut copied = BTreeSet::new();
@@ -44,7 +44,7 @@ fn copied(builder: bool) -> BTreeSet<String> {
     copied
 }
 
-/// What is written in place of the targets, before any of them is copied.
+/// The stubs that are written for the targets before any source is copied.
 fn stubs() -> BTreeSet<String> {
     let instructions = dockerfile();
     let stubs = instructions.iter().find_map(|(word, rest)| (word == "RUN").then(|| rest.strip_prefix("for target in "))?);
@@ -52,7 +52,7 @@ fn stubs() -> BTreeSet<String> {
     stubs.split_whitespace().map(str::to_owned).collect()
 }
 
-/// The workspace, as cargo sees it.
+/// The packages of the workspace.
 fn packages() -> Vec<Value> {
     let output =
         Command::new(env!("CARGO")).args(["metadata", "--no-deps", "--offline", "--format-version", "1"]).current_dir(ROOT).output();
@@ -60,8 +60,8 @@ fn packages() -> Vec<Value> {
     metadata["packages"].as_array().expect("packages").clone()
 }
 
-/// The files that the libraries are compiled from, includes too, as the compiler told cargo. Tests are not among them: what they include is
-/// needed by nobody else.
+/// The source files of the libraries, including included files, as the compiler reported them to cargo. Files that only tests include are
+/// left out.
 fn read_by_the_compiler() -> BTreeSet<PathBuf> {
     let packages = packages();
     let names = packages.iter().map(|package| package["name"].as_str().expect("a name")).filter(|name| *name != "test-harness");
@@ -72,7 +72,7 @@ fn of_library(library: &str) -> Vec<PathBuf> {
     let prefix = format!("lib{library}-");
     let profile = Path::new(env!("CARGO_BIN_EXE_sds-agent")).parent().expect("a folder");
     let built = fs::read_dir(profile.join("deps")).expect("cargo's folder of what it built").map(|entry| entry.expect("an entry").path());
-    // Built for tests it is no library. The newest was made for this test, or from the same files.
+    // Built as a test, it is not a library. The newest library was built for this test, or from the same files.
     let libraries = built.filter(|path| {
         path.extension().is_some_and(|extension| extension == "rlib")
             && path.file_name().and_then(OsStr::to_str).is_some_and(|name| name.starts_with(&prefix))
@@ -81,11 +81,11 @@ fn of_library(library: &str) -> Vec<PathBuf> {
     let name = newest.file_stem().and_then(OsStr::to_str).and_then(|name| name.strip_prefix("lib")).expect("a name");
     let told = read(&newest.with_file_name(name).with_extension("d"));
 
-    // `what is made: what of`; a space in a path is told as `\ `.
+    // `target: dependencies`; a space in a path is written as `\ `.
     let rule = told.lines().find_map(|line| line.split_once(".rlib: ")).expect("a rule").1.replace("\\ ", "\0");
     let files = rule.split_whitespace().map(|file| PathBuf::from(file.replace('\0', " ")));
     let files = files.map(|file| file.strip_prefix(ROOT).map(Path::to_owned).unwrap_or(file));
-    // What the build script wrote is made of `proto`.
+    // The build script generates its files from `proto`.
     files.filter(|file| file.is_relative() && !file.starts_with("target")).collect()
 }
 
@@ -112,7 +112,7 @@ fn every_declared_target_has_a_stub() {
     let root = Path::new(ROOT);
     let packages = packages();
     let targets = packages.iter().flat_map(|package| package["targets"].as_array().expect("targets"));
-    // Those that cargo finds by itself, in tests/, it does not miss either.
+    // cargo finds targets in tests/ automatically, so they need no stub.
     let manifest = read(&root.join("Cargo.toml"));
     let declared = targets.filter(|target| {
         let name = format!("name = {}", target["name"]);
@@ -134,7 +134,7 @@ fn the_context_is_what_is_copied() {
     let mut lines = ignored.lines().filter(|line| !line.starts_with('#'));
     assert_eq!(lines.next(), Some("*"), "everything is left out at first");
     let let_in = lines.map(|line| line.strip_prefix('!').expect("an exception").to_owned());
-    assert_eq!(copied(false), let_in.collect(), "left: what the Dockerfile copies, right: what .dockerignore lets in");
+    assert_eq!(copied(false), let_in.collect(), "left: what the Dockerfile copies, right: what .dockerignore allows");
 }
 
 #[test]

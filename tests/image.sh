@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Builds the Dockerfile for real, without a registry, and looks at what comes out:
+# Builds the Dockerfile without a registry, and checks the image:
 #
 #   tests/image.sh [dev | dist] [amd64 | arm64]
 #
-# Both base images are made here: the builder of Debian 12 with C compilers and this machine's Rust, the runtime of the few files that
-# distroless/cc has and the agent needs. What is left of the work for the real bases is to pull them. It takes minutes, root, buildah,
-# debootstrap and cargo; the bases and the layers stay among buildah's images until `buildah rmi` takes them. The architecture is this
-# machine's unless told; another one is compiled for here, and run with qemu-user.
+# The script makes both base images: the builder from Debian 12 with C compilers and this machine's Rust, the runtime from the few files
+# of distroless/cc that the agent needs. The test does not pull the real base images. It takes minutes and needs root, buildah,
+# debootstrap and cargo. The base images and the layers stay in buildah's storage until `buildah rmi` removes them. The default
+# architecture is this machine's; for another one the script cross-compiles and runs the agent with qemu-user.
 set -euo pipefail
 
 profile=${1-dev}
@@ -25,7 +25,7 @@ fail() {
     exit 1
 }
 
-# is WHAT FOUND WANTED
+# is WHAT FOUND EXPECTED
 is() {
     [ "$2" = "$3" ] || fail "$1 is \"$2\" and should be \"$3\""
 }
@@ -46,14 +46,14 @@ commit() {
     buildah commit -q --rm "$made" "$2" >/dev/null
 }
 
-# Debian 12 with what the Dockerfile gets otherwise, so that it has nothing to get here.
+# Debian 12 with the packages that the Dockerfile would otherwise install, so that the build needs no network.
 make_builder() {
     local rootfs=$work/builder other=
     [ "$arch" = "$own" ] || other=,$compiler,libc6-dev-$arch-cross
     echo "tests/image.sh: making the builder's base"
     debootstrap --variant=minbase --include="gcc,libc6-dev,ca-certificates$other" bookworm "$rootfs" http://deb.debian.org/debian \
         >"$work/log" || { tail -n 5 "$work/log" >&2 && fail "debootstrap failed"; }
-    # The crates come with the toolchain: whatever the build lacks, it cannot get.
+    # The crates are copied with the toolchain. The build cannot download anything else.
     (cd "$root" && cargo fetch --quiet --locked)
     mkdir -p "$rootfs/usr/local/rust" "$rootfs/usr/local/cargo"
     cp -a "$(rustc --print sysroot)"/{bin,lib} "$rootfs/usr/local/rust/"
@@ -64,7 +64,7 @@ make_builder() {
     rm -rf "$rootfs"
 }
 
-# make_runtime ROOTFS: each library that the agent is linked to, and its loader; the roots; two users.
+# make_runtime ROOTFS: each library that the agent is linked to, the loader, the root certificates, two users.
 make_runtime() {
     local files=$work/runtime library found
     mkdir -p "$files/etc/ssl/certs"
@@ -81,7 +81,7 @@ make_runtime() {
     rm -rf "$files"
 }
 
-# build REVISION: by the Dockerfile as it is, with a layer for each instruction.
+# build REVISION: with the unchanged Dockerfile, with a layer for each instruction.
 build() {
     local start=$SECONDS
     buildah bud --isolation chroot --layers --pull-never --platform "linux/$arch" --build-arg BUILDPLATFORM="linux/$own" --build-arg RUST_IMAGE="$builder" --build-arg RUNTIME_IMAGE="$runtime" \
@@ -98,7 +98,7 @@ inspect() {
 for program in buildah debootstrap cargo; do
     command -v "$program" >/dev/null || fail "$program is not on PATH: apt-get install buildah debootstrap, and a Rust toolchain"
 done
-[ "$(id -u)" = 0 ] || fail "debootstrap wants root"
+[ "$(id -u)" = 0 ] || fail "debootstrap needs root"
 if [ "$arch" != "$own" ]; then
     command -v "qemu-$machine-static" >/dev/null || fail "qemu-$machine-static is not on PATH: apt-get install qemu-user-static"
     [ -d "$(rustc --print target-libdir --target "$target")" ] || fail "this Rust has no library for $arch: rustup target add $target"
@@ -107,7 +107,7 @@ fi
 
 build "first-$$"
 build "second-$$"
-# The dependencies' layer serves every revision; the agent's does not.
+# The layer of the dependencies is shared by every revision; the agent's is not.
 cached=$(grep -c -- '--> Using cache' "$work/log" || true)
 awk '/STEP .*: RUN for target in/ { next_line = NR + 1 } NR == next_line { cached = /Using cache/ } END { exit !cached }' "$work/log" ||
     fail "a new revision builds the dependencies again"
@@ -123,14 +123,14 @@ grep -qa "second-$$" "$files/usr/local/bin/sds-agent" || fail "the agent was bui
 ! grep -qa "first-$$" "$files/usr/local/bin/sds-agent" || fail "the agent is that of the first revision"
 version=$(inspect '{{index .OCIv1.Config.Labels "org.opencontainers.image.version"}}')
 is "the architecture" "$(inspect '{{.OCIv1.Architecture}}')" "$arch"
-# The image's own loader and libraries, whatever this machine has: it needs no others.
+# The agent runs with the image's own loader and libraries, independent of this machine's.
 if [ "$arch" = "$own" ]; then
     socket=/run/sds.sock seen=$files$socket agent=(chroot "$files" /usr/local/bin/sds-agent)
 else
     socket=$work/sds.sock seen=$socket agent=("qemu-$machine-static" -L "$files" "$files/usr/local/bin/sds-agent")
 fi
 is "what the agent says in the image" "$("${agent[@]}" --version)" "sds-agent $version"
-# And it works: keys, signatures, the caller's credentials, a stream.
+# The agent works in the image: keys, signatures, the caller's credentials, a stream.
 mkdir -p "$files/run"
 "${agent[@]}" dev --socket "$socket" --admin 127.0.0.1:0 >"$work/log" 2>&1 &
 served=$!
@@ -139,11 +139,11 @@ for _ in $(seq 300); do
     sleep 0.1
 done
 "${agent[@]}" fetch --socket "$socket" --name default --name ROOTCA -o json >"$work/fetched" ||
-    { tail -n 30 "$work/log" >&2 && fail "the agent of the image serves nobody"; }
+    { tail -n 30 "$work/log" >&2 && fail "the agent of the image does not serve"; }
 for field in spiffe_id chain_pem trusted_ca_pem; do
-    grep -q "\"$field\"" "$work/fetched" || fail "fetch has got no $field: $(head -c 500 "$work/fetched")"
+    grep -q "\"$field\"" "$work/fetched" || fail "fetch has no $field: $(head -c 500 "$work/fetched")"
 done
-kill "$served" && wait "$served" || fail "the agent of the image does not end as it is told to"
+kill "$served" && wait "$served" || fail "the agent of the image does not end at SIGTERM"
 served=
 echo "figure: $arch serves a certificate and its roots"
 echo "figure: the binary has $(stat -c %s "$files/usr/local/bin/sds-agent") bytes, all files of the image $(du -sb "$files" | cut -f 1)"

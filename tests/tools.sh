@@ -2,16 +2,18 @@
 # Gets the programs that the tests need, at pinned versions, into target/tools:
 #
 #   tests/tools.sh [envoy] [grpcurl] [controlplane] [node] [render] [prometheus] [system] [vault] [oldest] [former] [cargo-deny] [cargo-machete]
+#                  [actionlint]
 #
-# Without arguments: all that `make test` needs, which is the first seven. `make test-long` adds what its group needs, `make lint` the last two.
-# What is there already is left alone, so a second call takes no time. Set SDS_AGENT_TOOLS to keep them elsewhere.
+# Without arguments: the programs for `make test`, which are the first seven. `make test-long` adds those of its group, `make lint` the
+# last three. Programs that exist are not built again, so a second call takes no time. SDS_AGENT_TOOLS sets another directory.
 set -euo pipefail
 
 envoy_version=1.40.0
 grpcurl_version=v1.9.4
 cargo_deny_version=0.20.2
 cargo_machete_version=0.9.2
-# What upgrades begin with; issues call it the former version.
+actionlint_version=v1.7.12
+# The previous version, with which the tests of upgrades begin. Identifiers call it `former`.
 former_commit=3dc788bb63bfeb38a18f2b439b69918957034fff
 
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -28,7 +30,7 @@ need() {
     command -v "$1" >/dev/null || fail "$1 is not on PATH: $2"
 }
 
-# A program is there when it can be run and its stamp says which one it is; the stamp is written last.
+# A program is present if it is executable and its stamp has the expected version. The stamp is written last.
 present() {
     [ -x "$1" ] && [ "$(cat "$1.version" 2>/dev/null)" = "$2" ]
 }
@@ -59,7 +61,7 @@ grpcurl() {
 
 controlplane() {
     local program=$tools/controlplane sources
-    # The CRDs are copied there by the build itself.
+    # The build itself copies the CRDs into that directory.
     sources=$(cd "$root/tests/controlplane" && find . -type f ! -name '*.yaml' -print0 | LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum)
     ! present "$program" "$sources" || return 0
     need go "install Go 1.26 or newer"
@@ -78,7 +80,7 @@ vault() {
     stamp "$program" "$sources"
 }
 
-# The API server of the oldest Kubernetes that is supported.
+# The API server of the oldest supported Kubernetes.
 oldest() {
     local program=$tools/kube-apiserver-oldest sources version
     sources=$(cd "$root/tests/oldest" && sha256sum go.mod go.sum | sha256sum)
@@ -91,17 +93,17 @@ oldest() {
     stamp "$program" "$sources"
 }
 
-# The agent's former version, with the tree that it was built of.
+# The previous version of the agent, with the source tree from which it was built.
 former() {
     local folder=$tools/former
     ! present "$folder/sds-agent" "$former_commit" || return 0
     need git "apt-get install git"
     git -C "$root" cat-file -e "$former_commit^{commit}" 2>/dev/null || fail "commit $former_commit is not there: git fetch --unshallow"
-    echo "tests/tools.sh: building the former version, commit $former_commit"
+    echo "tests/tools.sh: building the previous version, commit $former_commit"
     rm -rf "$folder"
     mkdir -p "$folder/source"
     git -C "$root" archive "$former_commit" | tar -x -C "$folder/source"
-    # It lies below this workspace, and is none of its packages.
+    # The tree is below this workspace and is not one of its packages.
     printf '\n[workspace]\n' >>"$folder/source/Cargo.toml"
     (cd "$folder/source" && CARGO_TARGET_DIR=$folder/target cargo build --quiet --locked --bin sds-agent)
     mv "$folder/target/debug/sds-agent" "$folder/"
@@ -109,7 +111,7 @@ former() {
     stamp "$folder/sds-agent" "$former_commit"
 }
 
-# kubelet, containerd, runc and what the pods' images are made of.
+# kubelet, containerd, runc and the content of the pods' images.
 node() {
     local folder=$tools/node sources
     sources=$(cd "$root/tests/node" && sha256sum build.sh go.mod go.sum pause/main.go | sha256sum)
@@ -123,7 +125,7 @@ node() {
     stamp "$folder/kubelet" "$sources"
 }
 
-# helm and kustomize, which render what is in daemonset/.
+# helm and kustomize, which render the manifests in daemonset/.
 render() {
     local folder=$tools/render sources
     sources=$(cd "$root/tests/render" && sha256sum go.mod go.sum | sha256sum)
@@ -131,22 +133,23 @@ render() {
     need go "install Go 1.26 or newer"
     echo "tests/tools.sh: building helm and kustomize (the first time takes minutes)"
     mkdir -p "$folder"
-    # The settings and, where it goes, the versions of the control plane, with which they share packages.
+    # The flags and, where possible, the versions of the control plane, with which they share packages.
     (cd "$root/tests/render" && CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '-s -w' -o "$folder/" \
         helm.sh/helm/v4/cmd/helm sigs.k8s.io/kustomize/kustomize/v5)
     stamp "$folder/helm" "$sources"
 }
 
-# The headers and the static library, from the distribution's package and for runc alone: nothing is installed.
+# The headers and the static library from the distribution's package, for runc only. They are not installed.
 libseccomp() {
     local unpacked=$tools/libseccomp
     unpack libseccomp-dev "$unpacked" "install libseccomp's headers (libseccomp-dev)"
-    # The static one, so that runc needs no library of the machine; and the package believes that it is installed.
+    # Only the static library is kept, so that runc needs no library of the machine. The package's paths are changed to the unpacked
+    # directory.
     rm -f "$unpacked"/usr/lib/*/libseccomp.so
     sed "s|^prefix=.*|prefix=$unpacked/usr|" "$unpacked"/usr/lib/*/pkgconfig/libseccomp.pc >"$unpacked/libseccomp.pc"
 }
 
-# Prometheus and promtool, at the version that the distribution has.
+# Prometheus and promtool at the version of the distribution.
 prometheus() {
     local folder=$tools/prometheus program=$tools/prometheus/usr/bin/prometheus
     ! present "$program" distribution || return 0
@@ -178,7 +181,8 @@ system() {
     need python3 "apt-get install python3"
 }
 
-# cargo_program NAME VERSION: a subcommand of cargo. Unoptimised on purpose: it builds in a third of the time and runs for seconds.
+# cargo_program NAME VERSION: a subcommand of cargo. It is built without optimisation, which takes a third of the time; it runs for
+# seconds.
 cargo_program() {
     local program=$tools/bin/$1
     ! present "$program" "$2" || return 0
@@ -196,10 +200,19 @@ cargo-machete() {
     cargo_program cargo-machete "$cargo_machete_version"
 }
 
+actionlint() {
+    local program=$tools/actionlint
+    ! present "$program" "$actionlint_version" || return 0
+    need go "install Go 1.26 or newer"
+    echo "tests/tools.sh: building actionlint $actionlint_version"
+    (cd / && CGO_ENABLED=0 GOBIN=$tools go install "github.com/rhysd/actionlint/cmd/actionlint@$actionlint_version")
+    stamp "$program" "$actionlint_version"
+}
+
 [ $# -gt 0 ] || set -- system envoy grpcurl controlplane node render prometheus
 for tool; do
     case $tool in
-    envoy | grpcurl | controlplane | node | render | prometheus | system | vault | oldest | former | cargo-deny | cargo-machete) "$tool" ;;
-    *) fail "unknown tool $tool; known: envoy grpcurl controlplane node render prometheus system vault oldest former cargo-deny cargo-machete" ;;
+    envoy | grpcurl | controlplane | node | render | prometheus | system | vault | oldest | former | cargo-deny | cargo-machete | actionlint) "$tool" ;;
+    *) fail "unknown tool $tool; known: envoy grpcurl controlplane node render prometheus system vault oldest former cargo-deny cargo-machete actionlint" ;;
     esac
 done

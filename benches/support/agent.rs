@@ -1,4 +1,4 @@
-//! The real agent on a socket, with the embedded authority and attestors that need no cluster.
+//! The real agent on a socket, with the embedded issuer and attestors that need no cluster.
 
 use std::{
     collections::BTreeMap,
@@ -27,7 +27,7 @@ use tokio_util::sync::CancellationToken;
 use unix_peer::peer::Peer;
 use workload_identity::{Identity, Workload};
 
-/// Every connection is another user, and so another identity.
+/// Each connection has a different user, and so a different identity.
 #[derive(Debug, Default)]
 pub struct Everybody(AtomicU32);
 
@@ -42,12 +42,12 @@ impl Attestor for Everybody {
     }
 }
 
-/// The embedded authority, with a note of how long each signature took: what an agent waits for and cannot hasten.
+/// The embedded issuer. It records the time of each signature, which an agent can only wait for.
 #[derive(Debug, Clone)]
 pub struct Timed(Arc<Embedded>, Arc<Mutex<Duration>>);
 
 impl Timed {
-    /// A fresh authority.
+    /// Creates a new authority.
     pub fn new() -> Self {
         Self(Arc::new(Embedded::new("example.org", Arc::new(SystemClock)).unwrap()), Arc::default())
     }
@@ -57,7 +57,7 @@ impl Timed {
         self.0.bundle().unwrap()
     }
 
-    /// How long the last signature took.
+    /// The time of the last signature.
     pub fn last(&self) -> Duration {
         *self.1.lock().unwrap()
     }
@@ -74,7 +74,7 @@ impl Issuer for Timed {
     }
 }
 
-/// As `sds-agent dev` has it, with certificates that live for a day.
+/// The configuration of `sds-agent dev`, with certificates that live for a day.
 pub fn config(socket: &Path) -> Config {
     let flags = Dev {
         socket: Some(socket.to_owned()),

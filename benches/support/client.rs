@@ -1,4 +1,4 @@
-//! One HTTP/2 connection on a Unix socket as a tonic client, the same for the agent and the floor, and the messages it exchanges.
+//! One HTTP/2 connection on a Unix socket as a tonic client, used for the agent and the floor, and the messages of a call.
 
 use std::{path::Path, sync::Arc, time::Duration};
 
@@ -26,7 +26,7 @@ pub const STREAM: &str = "/envoy.service.secret.v3.SecretDiscoveryService/Stream
 /// Bytes of `node` in a real Envoy's first request.
 const NODE: usize = 61_000;
 
-/// A `DiscoveryRequest` with its node, which the agent skips.
+/// A `DiscoveryRequest` with its node, which the agent ignores.
 #[derive(Clone, PartialEq, Message)]
 pub struct Ask {
     #[prost(string, tag = "1")]
@@ -42,7 +42,7 @@ pub struct Ask {
 }
 
 impl Ask {
-    /// 84 bytes on the wire with its prefix.
+    /// 84 bytes on the wire, including the gRPC prefix.
     pub fn small(name: &str) -> Self {
         Self { names: vec![name.to_owned()], type_url: TYPE_URL.to_owned(), ..Self::default() }
     }
@@ -52,13 +52,13 @@ impl Ask {
         Self { node: Bytes::from_static(&[b'n'; NODE]), ..Self::small(name) }
     }
 
-    /// Accepts `reply`.
+    /// Acknowledges `reply`.
     pub fn ack(name: &str, reply: Reply) -> Self {
         Self { version: reply.version, nonce: reply.nonce, ..Self::small(name) }
     }
 }
 
-/// A `DiscoveryResponse` with one resource, left encoded.
+/// A `DiscoveryResponse` with one resource, which stays encoded.
 #[derive(Clone, PartialEq, Message)]
 pub struct Reply {
     #[prost(string, tag = "1")]
@@ -72,7 +72,7 @@ pub struct Reply {
 /// A client on one connection. Clones share it.
 pub type Client = Grpc<Connection>;
 
-/// Connects, and waits for a server that is not there yet.
+/// Connects, and retries until the server listens.
 pub async fn connect(path: &Path) -> Client {
     let (connection, driver) = loop {
         match client::connect(path).await {
@@ -91,7 +91,7 @@ pub async fn unary(client: &mut Client, path: &'static str, ask: Ask) -> Reply {
     client.unary(tonic::Request::new(ask), PathAndQuery::from_static(path), codec).await.unwrap().into_inner()
 }
 
-/// Opens a stream; the sender is its client's half.
+/// Opens a stream; the sender is the client's half.
 pub async fn stream(client: &mut Client, first: Ask) -> (mpsc::Sender<Ask>, Streaming<Reply>) {
     let (sender, receiver) = mpsc::channel(4);
     sender.send(first).await.unwrap();
@@ -101,7 +101,7 @@ pub async fn stream(client: &mut Client, first: Ask) -> (mpsc::Sender<Ask>, Stre
     (sender, client.streaming(request, PathAndQuery::from_static(STREAM), codec).await.unwrap().into_inner())
 }
 
-/// What a workload waits for: connect, open a stream as an Envoy does, and take the first secret.
+/// The work before a workload has its first secret: connect, open a stream as an Envoy does, and receive the secret.
 pub async fn first_secret(path: Arc<Path>, name: &str) {
     let mut client = connect(&path).await;
     let (_sender, mut replies) = stream(&mut client, Ask::envoy(name)).await;
@@ -109,7 +109,7 @@ pub async fn first_secret(path: Arc<Path>, name: &str) {
     assert!(!reply.resource.is_empty());
 }
 
-/// A message as gRPC sends it.
+/// A message in gRPC framing.
 pub fn framed(message: &impl Message) -> Bytes {
     let len = message.encoded_len();
     let mut out = BytesMut::with_capacity(PREFIX + len);

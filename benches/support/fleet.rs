@@ -1,4 +1,5 @@
-//! Many Envoys: connections with streams that accept every push, on bare HTTP/2 so that the clients cost little.
+//! Many Envoys: connections with streams that acknowledge every push, on HTTP/2 without tonic so that the clients use little processor
+//! time.
 
 use std::{
     path::Path,
@@ -22,9 +23,9 @@ use tokio::{
 
 use super::client::{Ask, Reply, STREAM, framed};
 
-/// So many connect at once.
+/// Number of connections that are opened concurrently.
 const AT_ONCE: usize = 64;
-/// Nothing takes longer on a machine that works.
+/// Limit for each step, which a working machine never reaches.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Open connections. Dropping them closes them.
@@ -45,12 +46,12 @@ impl Fleet {
         fleet
     }
 
-    /// How many streams there are.
+    /// The number of streams.
     pub fn streams(&self) -> usize {
         self.streams
     }
 
-    /// The moments at which a push reached the streams, when it has reached them all.
+    /// Waits until a push has reached all streams; returns the time of each.
     pub async fn pushed(&mut self) -> Vec<Instant> {
         let mut moments = Vec::with_capacity(self.streams);
         while moments.len() < self.streams {
@@ -76,7 +77,7 @@ async fn connect(socket: &Path, firsts: &[Ask], told: &UnboundedSender<Instant>)
     tasks
 }
 
-/// One stream: asks, and accepts whatever comes until the server ends.
+/// One stream: sends the first request, and acknowledges every response until the server ends.
 async fn watch(sender: SendRequest<Bytes>, first: Ask, told: UnboundedSender<Instant>, done: oneshot::Sender<()>) {
     let request = http::Request::post(format!("http://localhost{STREAM}"))
         .header("content-type", "application/grpc")

@@ -1,4 +1,4 @@
-//! A caller that takes all it can get: connects and opens streams as fast as it can, and keeps what it is given.
+//! A caller that uses as much as it can: it connects and opens streams as fast as possible, and keeps all that it gets.
 
 use std::{
     collections::VecDeque,
@@ -19,21 +19,21 @@ use tokio::{net::UnixStream, task::JoinSet};
 
 use super::client::{Ask, STREAM, framed};
 
-/// So many of each kind try at once.
+/// Number of concurrent workers of each kind.
 const WORKERS: usize = 32;
-/// Connections without a word, open or closed by the agent, that are kept in all.
+/// Maximum number of connections without data that are kept, open or closed by the agent.
 const KEPT_CONNECTIONS: usize = 8_000;
-/// Streams that one connection keeps; then it wants another connection.
+/// Number of streams that are kept on one connection before the next connection is used.
 const KEPT_STREAMS: usize = 50;
 
-/// What it has tried and got.
+/// The attempts and their results.
 #[derive(Debug, Default)]
 pub struct Counts {
     /// Attempts to connect.
     pub connections: AtomicU64,
-    /// Of these, turned away by a full queue.
+    /// Of these, rejected by a full queue.
     pub queue_full: AtomicU64,
-    /// Attempts to open a stream on a connection that was taken on.
+    /// Attempts to open a stream on an accepted connection.
     pub streams: AtomicU64,
     /// Of these, served.
     pub served: AtomicU64,
@@ -49,7 +49,7 @@ impl Counts {
         self.connections.load(Ordering::Relaxed) + self.streams.load(Ordering::Relaxed)
     }
 
-    /// In words.
+    /// The counts as text.
     pub fn told(&self) -> String {
         let of = |count: &AtomicU64| count.load(Ordering::Relaxed);
         let Self { connections, queue_full, streams, served } = self;
@@ -58,16 +58,16 @@ impl Counts {
     }
 }
 
-/// A flood under way. Dropping it ends it and gives everything back.
+/// A flood in progress. Dropping it ends the flood and closes everything.
 #[derive(Debug)]
 pub struct Flood {
-    /// So far.
+    /// The counts so far.
     pub counts: Arc<Counts>,
     _workers: JoinSet<()>,
 }
 
 impl Flood {
-    /// Begins.
+    /// Starts the flood.
     pub fn start(socket: &Arc<Path>) -> Self {
         let counts = Arc::<Counts>::default();
         let mut workers = JoinSet::new();
@@ -114,14 +114,14 @@ async fn take_streams(socket: Arc<Path>, counts: Arc<Counts>) {
 
 type Kept = (SendRequest<Bytes>, Vec<(SendStream<Bytes>, RecvStream)>);
 
-/// Opens streams until there are enough, or until the connection is closed.
+/// Opens streams until [`KEPT_STREAMS`] are open, or until the connection is closed.
 async fn streams(sender: SendRequest<Bytes>, counts: &Counts) -> Option<Kept> {
     let mut kept = Vec::new();
     while kept.len() < KEPT_STREAMS {
         let (response, requests) = ask(sender.clone().ready().await.ok()?)?;
         Counts::one(&counts.streams);
         let response = response.await.ok()?;
-        // The status in the head: refused.
+        // A status in the headers means that the stream was rejected.
         if !response.headers().contains_key("grpc-status") {
             Counts::one(&counts.served);
             kept.push((requests, response.into_body()));

@@ -24,10 +24,10 @@ use tower::Service;
 
 use super::client::{Ask, Reply, connect, unary};
 
-/// The echo's method, as long as the agent's: a path costs by its length.
+/// The method of the echo. Its path is as long as the agent's, because the cost of a path depends on its length.
 pub const ECHO: &str = "/bench.floor.what.tonic.needs.v1.UnaryEchoOnSocket/EchoBytes";
 
-/// Answers every request with the same bytes. Shaped like the code that tonic generates for a service of one method.
+/// Answers every request with the same bytes, in the form of the code that tonic generates for a service of one method.
 #[derive(Clone)]
 struct Floor(Arc<Reply>);
 
@@ -64,7 +64,7 @@ impl Service<Request<Body>> for Floor {
     }
 }
 
-/// Serves at `path`, with answers as large as `like`.
+/// Serves at `path`, with answers of the size of `like`.
 pub fn start(path: &Path, like: &Reply) {
     let size = prost::Message::encoded_len(like);
     // The tag and the length take three bytes.
@@ -73,7 +73,7 @@ pub fn start(path: &Path, like: &Reply) {
     tokio::spawn(Server::builder().serve_with_incoming(Floor(Arc::new(reply)), listener));
 }
 
-/// Connect, and one answer to a first request as large as Envoy's.
+/// Connects and receives one answer to a first request of the size of Envoy's.
 pub async fn first_answer(path: Arc<Path>) {
     let mut client = connect(&path).await;
     let reply = unary(&mut client, ECHO, Ask::envoy("default")).await;

@@ -1,4 +1,4 @@
-//! What the benches share: the agent and the floor on Unix sockets, one client for both, and a server in a process of its own.
+//! Shared parts of the benches: the agent and the floor on Unix sockets, one client for both, and a server in a separate process.
 #![allow(
     dead_code,
     clippy::cast_possible_truncation,

@@ -1,4 +1,4 @@
-//! A server in a process of its own, so that memory and processor time are the server's alone.
+//! A server in a separate process, so that memory and processor time are those of the server alone.
 
 use std::{
     ffi::OsStr,
@@ -26,7 +26,7 @@ pub struct Server {
 }
 
 impl Server {
-    /// Starts `program` with the arguments that `arguments` makes of a socket's path, and waits until it serves there.
+    /// Starts `program` with the arguments that `arguments` derives from a socket's path, and waits until it serves there.
     pub async fn start<A: AsRef<OsStr>>(program: impl AsRef<OsStr>, arguments: impl FnOnce(&Path) -> Vec<A>) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let socket = directory.path().join("sds.sock");
@@ -47,7 +47,7 @@ impl Server {
         Self { child, input, output, socket, _directory: directory }
     }
 
-    /// Where it serves.
+    /// The path of its socket.
     pub fn socket(&self) -> &Path {
         &self.socket
     }
@@ -62,7 +62,7 @@ impl Server {
         self.output.next_line().await.unwrap().unwrap()
     }
 
-    /// Resident memory in KiB, when it has come to rest.
+    /// The resident memory in KiB, once it is stable.
     pub async fn resident(&self) -> f64 {
         let mut last = self.resident_now();
         loop {
@@ -81,10 +81,10 @@ impl Server {
         line.trim().trim_end_matches(" kB").parse().unwrap()
     }
 
-    /// Processor time that it has used, to a hundredth of a second or so.
+    /// The processor time that it has used, with a resolution of about 10 ms.
     pub fn processor(&self) -> Duration {
         let stat = std::fs::read_to_string(self.proc("stat")).unwrap();
-        // Counted behind the name, which may hold anything.
+        // Fields are counted after the process name, which may contain any character.
         let fields: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
         let ticks: u64 = fields[11..13].iter().map(|field| field.parse::<u64>().unwrap()).sum();
         let rate = sysconf(SysconfVar::CLK_TCK).unwrap().unwrap();
@@ -96,7 +96,7 @@ impl Server {
     }
 }
 
-/// Processor time that this process has used.
+/// The processor time that this process has used.
 pub fn used() -> Duration {
     let usage = getrusage(UsageWho::RUSAGE_SELF).unwrap();
     [usage.user_time(), usage.system_time()]
@@ -105,7 +105,7 @@ pub fn used() -> Duration {
         .sum()
 }
 
-/// Allows this process as many files as it may have.
+/// Raises the limit of open files to its maximum.
 pub fn raise_open_files() {
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
     setrlimit(Resource::RLIMIT_NOFILE, hard, hard).unwrap();

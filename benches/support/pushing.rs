@@ -1,4 +1,4 @@
-//! The service without its rotation: certificates are published at the moment that the bench chooses.
+//! The service without its rotation: the bench chooses when a certificate is published.
 
 use std::{path::Path, sync::Arc};
 
@@ -22,7 +22,7 @@ pub struct Pushing {
 }
 
 impl Pushing {
-    /// Serves at `socket`; the first certificate is published as soon as somebody wants it.
+    /// Serves at `socket`. The first certificate can be published when a client has subscribed.
     pub async fn start(socket: &Path) -> Self {
         let config = agent::config(socket);
         let issuer = Timed::new();
@@ -41,7 +41,7 @@ impl Pushing {
         Self { issuer, events, entry: None, _trust: trust }
     }
 
-    /// Publishes a certificate to whoever wants it, and returns when all of this is out of its hands.
+    /// Publishes a certificate to all subscribers, and returns when the store has it.
     pub async fn publish(&mut self) {
         let entry = match &self.entry {
             Some(entry) => entry.clone(),

@@ -2,35 +2,35 @@
 
 use std::{future::Future, time::Duration};
 
-/// The smallest value that `share` of the values do not exceed.
+/// The smallest value that the share `share` of the values does not exceed.
 pub fn percentile(values: &mut [f64], share: f64) -> f64 {
     values.sort_by(f64::total_cmp);
     let rank = (share * values.len() as f64).ceil() as usize;
     values[rank.clamp(1, values.len()) - 1]
 }
 
-/// The middle.
+/// The median.
 pub fn median(values: &mut [f64]) -> f64 {
     percentile(values, 0.5)
 }
 
-/// Microseconds.
+/// Converts a duration to microseconds.
 pub fn micros(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1e6
 }
 
-/// What two ways of the same work came to.
+/// The results of two implementations of the same work.
 #[derive(Debug, Clone, Copy)]
 pub struct Compared {
     /// The median of the rounds' ratios.
     pub ratio: f64,
-    /// The first way's median over the rounds.
+    /// The first implementation's median over the rounds.
     pub ours: f64,
-    /// The second's.
+    /// The second implementation's median over the rounds.
     pub floor: f64,
 }
 
-/// Measures both in every round, each first in every other one, so that what disturbs the machine disturbs both.
+/// Measures both in every round and alternates the order, so that other load affects both equally.
 pub async fn alternate<A, B>(rounds: usize, mut ours: impl FnMut() -> A, mut floor: impl FnMut() -> B) -> Compared
 where
     A: Future<Output = f64>,
@@ -56,12 +56,12 @@ where
     Compared { ratio: median(&mut ratios), ours: median(&mut all_ours), floor: median(&mut all_floor) }
 }
 
-/// What a figure must be.
+/// The target of a figure.
 #[derive(Debug, Clone, Copy)]
 pub enum Target {
     AtMost(f64),
     AtLeast(f64),
-    /// Told beside a target, and none itself.
+    /// The figure is printed beside a target and has none itself.
     None,
 }
 
@@ -72,7 +72,7 @@ pub struct Row {
     pub value: f64,
     pub unit: &'static str,
     pub target: Target,
-    /// What it was made of.
+    /// The figures from which it was computed.
     pub of: String,
 }
 

@@ -1,7 +1,7 @@
-//! How a whole fleet asks for certificates: `cargo run --release --example fleet`.
+//! Simulates the certificate requests of a whole fleet: `cargo run --release --example fleet`.
 //!
-//! Prints a table and exits with 1 where a bound is broken; `--svg FILE` draws the requests over time. The planner and the schedule are
-//! the agent's own, the time and the signer are simulated. `docs/sizing.md` explains the bounds.
+//! Prints a table and exits with 1 if a bound is exceeded; `--svg FILE` draws the requests over time. The planner and the schedule are
+//! the agent's own; time and signer are simulated. `docs/sizing.md` explains the bounds.
 
 #![allow(clippy::print_stdout, clippy::print_stderr, clippy::disallowed_methods, reason = "its output is its purpose")]
 #![allow(
@@ -23,10 +23,10 @@ mod simulation;
 
 /// The windows in which requests are counted.
 const WINDOW: Duration = Duration::from_secs(60);
-/// No window of a fleet that runs has more than this share of the mean.
+/// Maximum ratio of a window to the mean, for a fleet in operation.
 const PEAK: f64 = 1.3;
-/// A restart adds no more requests than the ones that were under way (what had been signed and was settling is asked for once more), and
-/// what two draws of one fleet differ by.
+/// Maximum ratio of requests with a restart to requests without. The difference is the requests in progress (for a certificate that was
+/// signed and not yet published, the agent requests another one) and the variance between two draws.
 const RESTART: f64 = 1.005;
 const HOUR: Duration = Duration::from_secs(3600);
 
@@ -45,13 +45,13 @@ struct Args {
     /// A shorter lifetime, for which an hour without a signer matters
     #[arg(long, default_value = "4h", value_parser = humantime::parse_duration)]
     short: Duration,
-    /// Signatures per second while nothing is wrong, as multiples of the mean
+    /// Signatures per second in normal operation, as a multiple of the mean
     #[arg(long, default_value_t = 10.0)]
     headroom: f64,
-    /// For everything that is drawn
+    /// Seed of all random draws
     #[arg(long, default_value_t = 1)]
     seed: u64,
-    /// Where to draw
+    /// File for the drawing
     #[arg(long)]
     svg: Option<PathBuf>,
 }
@@ -93,7 +93,7 @@ fn main() -> ExitCode {
     if rows.iter().any(|row| row.broken.is_some()) { ExitCode::FAILURE } else { ExitCode::SUCCESS }
 }
 
-/// All scenarios.
+/// Runs all scenarios.
 fn simulate(args: &Args) -> (Vec<Row>, Vec<plot::Panel>) {
     let (mut rows, mut panels) = (Vec::new(), Vec::new());
     let cold = Scenario {
@@ -109,7 +109,7 @@ fn simulate(args: &Args) -> (Vec<Row>, Vec<plot::Panel>) {
     };
     let cold = Scenario { rate: cold.mean_rate() * args.headroom, ..cold };
     let undisturbed = simulation::run(&cold);
-    // Every first renewal lies before this, so that what follows are second ones and later.
+    // All first renewals lie before this time, so only later renewals are counted.
     let settled = args.lifetime.mul_f64(0.65)..cold.until;
     rows.push(steady(&format!("cold start, {} certificates", humantime::format_duration(args.lifetime)), &cold, &undisturbed, &settled));
     panels.push(plot::Panel::new("cold start of the whole fleet", &undisturbed, &cold, WINDOW));
@@ -213,7 +213,7 @@ mod tests {
         let (before, after) = (simulation::run(&scenario), simulation::run(&Scenario { restart: Some(at), ..scenario.clone() }));
         let row = compare("restart", &scenario, &after, &before, &(at..scenario.until));
         assert_eq!(row.broken, None);
-        // The measure can fail.
+        // Shows that the check can fail.
         let twice = Outcome { requests: [before.requests.clone(), before.requests.clone()].concat(), ..Outcome::default() };
         assert!(compare("twice", &scenario, &twice, &before, &(at..scenario.until)).broken.is_some());
     }
@@ -227,7 +227,7 @@ mod tests {
             let scenario = Scenario { rate: scenario.mean_rate() * 2.0, until: begin + (hours + 1) * HOUR, outage, ..scenario };
             assert_eq!(outlived("", &scenario, &simulation::run(&scenario)).broken, None, "{hours} h, {fails}");
         }
-        // The measure can fail: a signer that stays away.
+        // Shows that the check can fail, with a signer that does not return.
         let scenario = cold(10, HOUR);
         let outage = Some(Outage { at: HOUR..2 * HOUR, fails: true });
         let outcome = simulation::run(&Scenario { until: 2 * HOUR, outage, ..scenario.clone() });

@@ -1,4 +1,4 @@
-//! Requests over time, as an SVG: one panel for each scenario, below one another.
+//! Requests over time as an SVG, with one panel below the other for each scenario.
 
 use std::{fmt::Write, time::Duration};
 
@@ -18,7 +18,7 @@ pub struct Panel {
 }
 
 impl Panel {
-    /// Of `outcome`.
+    /// The panel for `outcome`.
     pub fn new(title: &str, outcome: &Outcome, scenario: &Scenario, window: Duration) -> Self {
         let counts = outcome.windows(window, &(Duration::ZERO..scenario.until));
         Self { title: title.to_owned(), counts, mean: scenario.mean_rate() * window.as_secs_f64(), until: scenario.until }
@@ -40,10 +40,10 @@ pub fn svg(panels: &[Panel]) -> String {
 }
 
 fn draw(out: &mut String, panel: &Panel, top: f64) {
-    // What stands above is cut: the cold start is a fleet's all at once, and would flatten everything else.
+    // Higher values are cut off: a cold start makes all requests at once, and would make all other values invisible.
     let ceiling = panel.mean * 4.0;
     let points = panel.counts.len().max(1);
-    // Several windows share a pixel: the busiest is drawn.
+    // Several windows share a pixel: the busiest one is drawn.
     let columns = points.min(WIDTH as usize);
     let y = |count: f64| top + HEIGHT - HEIGHT * (count / ceiling).min(1.0);
     let mut path = String::new();

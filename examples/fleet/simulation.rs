@@ -1,8 +1,8 @@
-//! A fleet on simulated time: the agent's own planner and schedule, and a signer with a stated rate.
+//! A fleet in simulated time: the agent's own planner and schedule, and a signer with a given rate.
 //!
-//! Every node has the real [`Planner`]; nothing of its decisions is repeated here. What is simulated is what surrounds it: the two clocks,
-//! the clients (who hold the last certificate that was published), and one signer with one queue, which takes requests in the order in
-//! which they come and needs the same time for each. Events are in nanoseconds since the start.
+//! Every node has the real [`Planner`]; its decisions are not reimplemented here. The simulated parts are the two clocks, the clients
+//! (which hold the last published certificate), and one signer with one queue, which takes requests in the order of arrival and needs the
+//! same time for each. Events are in nanoseconds since the start.
 
 use std::{
     cmp::Reverse,
@@ -22,17 +22,17 @@ use sds_server::{material::Validity, store::Demand};
 use tokio::time::Instant;
 use workload_identity::{IssuerName, KeyType, Profile};
 
-/// From the agent's decision to the request's place in the signer's queue, and the same for the way back.
+/// The delay from the agent's decision to the request's place in the signer's queue; the way back takes the same time.
 const WAY: Duration = Duration::from_millis(20);
-/// The wall clock at the start: any day.
+/// The wall clock at the start: an arbitrary day.
 const START: Duration = Duration::from_secs(20_000 * 86_400);
 
-/// What happens to the fleet.
+/// The parameters of a simulation.
 #[derive(Debug, Clone)]
 pub struct Scenario {
-    /// How many agents.
+    /// The number of agents.
     pub nodes: usize,
-    /// How many identities each of them has.
+    /// The number of identities of each agent.
     pub identities: usize,
     /// The lifetime of every certificate.
     pub lifetime: Duration,
@@ -42,53 +42,53 @@ pub struct Scenario {
     pub rollout: Duration,
     /// The end of the simulation.
     pub until: Duration,
-    /// All agents are started anew, with clients that come back with what they hold, spread over `rollout` from this time on.
+    /// From this time on all agents restart, spread over `rollout`. Their clients reconnect with the certificates that they hold.
     pub restart: Option<Duration>,
-    /// The signer is away.
+    /// A time without a signer.
     pub outage: Option<Outage>,
-    /// For all that is drawn.
+    /// Seed of all random draws.
     pub seed: u64,
 }
 
 /// A time without a signer.
 #[derive(Debug, Clone)]
 pub struct Outage {
-    /// From when to when.
+    /// Start and end.
     pub at: Range<Duration>,
-    /// Whether requests fail meanwhile, as with Vault; otherwise they wait.
+    /// Whether requests fail during this time, as with Vault; otherwise they wait.
     pub fails: bool,
 }
 
 impl Scenario {
-    /// Renewals per second in the long run.
+    /// Mean number of renewals per second.
     pub fn mean_rate(&self) -> f64 {
         let identities = self.nodes as f64 * self.identities as f64;
         identities / (self.lifetime.as_secs_f64() * profile(self.lifetime).renew_at)
     }
 }
 
-/// One certificate of one identity, as the client lives through it.
+/// A certificate of an identity.
 #[derive(Debug, Clone, Copy)]
 pub struct Life {
-    /// When its replacement was due.
+    /// The time at which its replacement was due.
     pub due: Duration,
-    /// Its end.
+    /// The time at which it expires.
     pub not_after: Duration,
-    /// When its replacement was there, if that came.
+    /// The time at which the client received its replacement, if any.
     pub replaced: Option<Duration>,
 }
 
-/// What came of a scenario.
+/// The result of a simulation.
 #[derive(Debug, Default)]
 pub struct Outcome {
-    /// When each signature was asked for.
+    /// The time of each request.
     pub requests: Vec<Duration>,
-    /// Every certificate.
+    /// All certificates.
     pub lives: Vec<Life>,
 }
 
 impl Outcome {
-    /// Requests in each window of `window`, from `span.start` to `span.end`.
+    /// The number of requests in each window of length `window`, from `span.start` to `span.end`.
     pub fn windows(&self, window: Duration, span: &Range<Duration>) -> Vec<u32> {
         let count = (span.end.saturating_sub(span.start).as_nanos() / window.as_nanos()) as usize;
         let mut out = vec![0; count];
@@ -100,7 +100,7 @@ impl Outcome {
         out
     }
 
-    /// The share of the busiest of these windows in their mean.
+    /// The ratio of the busiest of these windows to their mean.
     pub fn peak_to_mean(&self, window: Duration, span: &Range<Duration>) -> f64 {
         let windows = self.windows(window, span);
         let sum: u64 = windows.iter().map(|n| u64::from(*n)).sum();
@@ -108,13 +108,13 @@ impl Outcome {
         f64::from(peak) * windows.len() as f64 / (sum.max(1) as f64)
     }
 
-    /// Certificates that ended before their replacement was there.
+    /// The number of certificates that expired before their replacement arrived.
     pub fn expired(&self, until: Duration) -> usize {
         self.lives.iter().filter(|life| life.replaced.unwrap_or(until) > life.not_after).count()
     }
 
-    /// Certificates that would have ended too had every request been in the signer's queue at the moment when it was due, what ends
-    /// first being signed first: what no agent can save.
+    /// The number of certificates that no agent could have renewed in time. They would have expired even if every request had been in the
+    /// signer's queue when it was due, and the signer had signed the most urgent one first.
     pub fn beyond_saving(&self, rate: f64, outage: &Range<Duration>, until: Duration) -> usize {
         let mut jobs: Vec<_> = self.lives.iter().filter(|life| life.due < until).map(|life| (life.due, life.not_after)).collect();
         jobs.sort_unstable();
@@ -142,11 +142,11 @@ impl Outcome {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Event {
-    /// An agent starts, for the first time or anew.
+    /// An agent starts or restarts.
     Start(usize),
-    /// An agent's planner has asked to be woken.
+    /// The time at which an agent's planner asked to be woken.
     Wake(usize),
-    /// A request comes back; `bool` says signed. The generation tells whether the process that holds the key still lives.
+    /// The answer to a request; `bool` is true if it was signed. The generation shows whether the process with the key still runs.
     Answer(usize, Id, u32, bool),
 }
 
@@ -154,9 +154,9 @@ struct Node {
     planner: Planner,
     generation: u32,
     wake: Option<u64>,
-    /// The certificate that the client of each identity holds: its place in the outcome's lives.
+    /// The certificate that the client of each identity holds, as an index into the outcome's lives.
     held: Vec<Option<usize>>,
-    /// Signed, and not yet published.
+    /// Certificates that are signed and not yet published.
     signed: Vec<Option<(Validity, SystemTime)>>,
 }
 
@@ -172,7 +172,7 @@ struct Run<'a> {
     outcome: Outcome,
 }
 
-/// The profile that every identity has: the agent's defaults.
+/// The profile of every identity: the agent's defaults.
 fn profile(lifetime: Duration) -> Profile {
     Profile {
         name: "default".into(),
@@ -189,7 +189,7 @@ fn profile(lifetime: Duration) -> Profile {
     }
 }
 
-/// What one process draws depends on nothing but the seed: scenarios of one seed can be compared.
+/// The draws of a process depend only on the seed, so scenarios with one seed can be compared.
 fn planner(scenario: &Scenario, node: usize, generation: u32) -> Planner {
     let mut random = fastrand::Rng::with_seed(scenario.seed);
     let seed = random.u64(..).wrapping_add((node as u64) << 32 | u64::from(generation));
@@ -228,7 +228,7 @@ pub fn run(scenario: &Scenario) -> Outcome {
 
 impl Run<'_> {
     fn push(&mut self, at: Duration, event: Event) {
-        // Some centuries fit.
+        // 64 bits of nanoseconds are enough for centuries.
         self.heap.push(Reverse((at.as_nanos() as u64, event)));
     }
 
@@ -265,7 +265,7 @@ impl Run<'_> {
         self.advance(at, node);
     }
 
-    /// The clients come with what they hold, if anything.
+    /// Starts an agent; its clients connect with the certificates that they hold, if any.
     fn start(&mut self, now: Now, node: usize) {
         let Node { planner: old, generation, held, .. } = &mut self.nodes[node];
         *generation += 1;
@@ -322,7 +322,7 @@ impl Run<'_> {
         }
     }
 
-    /// When a request that is made now is answered, and whether it is signed.
+    /// The time at which a request made now is answered, and whether it is signed.
     fn sign(&mut self, at: Duration) -> (Duration, bool) {
         let arrival = at + WAY;
         if let Some(outage) = &self.scenario.outage {

@@ -1,4 +1,4 @@
-//! What must hold for any CSR that somebody may put into a CertificateRequest. An input is DER, or PEM as it stands in a request.
+//! Properties of any CSR in a CertificateRequest. An input is DER, or PEM as in a request.
 
 use cert_manager::{Csr, csr};
 use x509_parser::{
@@ -7,14 +7,14 @@ use x509_parser::{
     prelude::FromDer,
 };
 
-/// Fails on a request that is read as another reader does not read it.
+/// Panics if a second parser reads the request differently.
 pub fn check(data: &[u8]) {
     if let Some(pem) = Csr::from_der(data).pem() {
         let read = csr::read(&pem);
         if let Ok(asked) = &read {
             compare(data, asked);
         }
-        // There is one way to write it down.
+        // A request has exactly one encoding.
         let longer = Csr::from_der(&[data, &[0]].concat()).pem().unwrap_or_default();
         assert!(csr::read(&longer).is_err(), "what follows is not looked at");
         let twice = [&pem[..], &pem[..]].concat();
@@ -30,7 +30,7 @@ fn compare(der: &[u8], asked: &csr::Asked) {
     let (rest, request) = X509CertificationRequest::from_der(der).expect("another reader reads it too");
     assert!(rest.is_empty());
     assert_eq!(request.certification_request_info.subject.iter_rdn().count(), 0, "a subject");
-    let extensions: Vec<_> = request.requested_extensions().expect("it asks for names").collect();
+    let extensions: Vec<_> = request.requested_extensions().expect("it requests names").collect();
     let [ParsedExtension::SubjectAlternativeName(names)] = &extensions[..] else { panic!("other extensions: {extensions:?}") };
     let (mut uris, mut dns_names) = (Vec::new(), Vec::new());
     for name in &names.general_names {

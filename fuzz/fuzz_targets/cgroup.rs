@@ -1,4 +1,4 @@
-//! Cgroup files, as workloads may make them.
+//! Cgroup files as workloads can create them.
 
 #![no_main]
 

@@ -1,4 +1,4 @@
-//! CSRs, as anybody may put them into a CertificateRequest.
+//! CSRs as any client can put them into a CertificateRequest.
 
 #![no_main]
 

@@ -1,7 +1,7 @@
-//! What people on the node can tell the agent: reissue certificates, and log more or less.
+//! The admin endpoints that change the agent: `/reissue` for certificates and `/log-level` for the log.
 //!
-//! Owns the forms of the questions and answers; rotation does the one, [`telemetry`](agent_runtime::telemetry) the other. A wrong word changes
-//! nothing and is told in a sentence.
+//! Owns the parsing of requests and the format of responses. Rotation reissues; [`telemetry`](agent_runtime::telemetry) changes the filter.
+//! An invalid request changes nothing and is answered with the reason.
 
 use std::{
     fmt,
@@ -22,25 +22,25 @@ use tracing::info;
 
 use super::{Answer, JSON, TEXT, answer, refuse_method};
 
-/// Of the log's lines.
+/// The log target of this module.
 const LOG_TARGET: &str = "sds_agent::admin::controls";
 
-/// One JSON object for each certificate that the agent holds, without its key.
+/// Returns one JSON object for each certificate of the agent, without its key.
 pub type Certificates = Arc<dyn Fn() -> Vec<serde_json::Value> + Send + Sync>;
 
-/// Over which time certificates are reissued unless told.
+/// Default time over which reissues are spread.
 const REISSUE_OVER: Duration = Duration::from_secs(300);
-/// The longest time, for that and for another log filter.
+/// Maximum of `over`, and of `for` in `/log-level`.
 const MAX_REISSUE_WINDOW: Duration = Duration::from_secs(7 * 86_400);
-/// A log filter is shorter than this.
+/// Maximum length of a log filter.
 const MAX_FILTER_BYTES: usize = 4096;
 
-/// What an agent's admin address has beside probes, metrics and the log.
+/// Serves `/certs` and `/reissue` on the admin address of an agent.
 #[derive(Clone)]
 pub struct Controls {
-    /// What the agent holds.
+    /// Lists the certificates for `/certs`.
     pub certificates: Certificates,
-    /// Who reissues.
+    /// The channel to rotation, which reissues.
     pub reissue: mpsc::Sender<Reissue>,
 }
 
@@ -84,7 +84,7 @@ impl Controls {
     }
 }
 
-/// The log's filter, and the way back from a change that is for a time only.
+/// The log filter, and the filter to restore after a change for a limited time.
 #[derive(Debug, Clone)]
 pub struct LogLevel {
     filter: Filter,
@@ -93,7 +93,7 @@ pub struct LogLevel {
 }
 
 impl LogLevel {
-    /// Of this filter; what it says now is what a change for a time goes back to.
+    /// Changes `filter`. Its current value is restored after a change for a limited time.
     pub fn new(filter: Filter) -> Self {
         let usual = Arc::new(parking_lot::Mutex::new(filter.current()));
         Self { filter, usual, changes: Arc::default() }
@@ -146,7 +146,7 @@ impl LogLevel {
         self.filter.replace(directives)?;
         let change = self.changes.fetch_add(1, Ordering::Relaxed) + 1;
         let for_seconds = time.map(|time| time.as_secs());
-        // Said under either filter, as far as one of them lets it through.
+        // The new filter decides whether this line is written.
         info!(target: LOG_TARGET, before = shown(&before), now = shown(directives), for_seconds, "the log's filter was changed");
         let Some(time) = time else {
             directives.clone_into(&mut self.usual.lock());
@@ -155,11 +155,11 @@ impl LogLevel {
         let log = self.clone();
         tokio::spawn(async move {
             tokio::time::sleep(time).await;
-            // Another change since then stands.
+            // A later change stays in force.
             if log.changes.load(Ordering::Relaxed) == change {
                 let usual = log.usual.lock().clone();
                 if log.filter.replace(&usual).is_ok() {
-                    info!(target: LOG_TARGET, now = shown(&usual), "the log's filter is the usual one again");
+                    info!(target: LOG_TARGET, now = shown(&usual), "the log's former filter is restored");
                 }
             }
         });
@@ -190,7 +190,7 @@ fn pairs(query: Option<&str>) -> impl Iterator<Item = (String, String)> {
     })
 }
 
-/// `%2F` is `/`; what is no such code stays as it is.
+/// Decodes percent-encoded bytes, such as `%2F` for `/`. An invalid code stays as it is.
 fn decoded(text: &str) -> String {
     let mut out = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();

@@ -1,7 +1,7 @@
-//! Opens the addresses of probes and metrics.
+//! Opens the listeners for probes and metrics.
 //!
-//! The kubelet and Prometheus come by the pod's address, which is of either family. `[::]` therefore means every address of both families,
-//! whatever `net.ipv6.bindv6only` says, and every IPv4 address on a node that has no IPv6. Any other address means itself.
+//! The kubelet and Prometheus connect to the pod's address, which is IPv4 or IPv6. `[::]` therefore means every IPv6 and IPv4 address,
+//! regardless of `net.ipv6.bindv6only`, and every IPv4 address on a node without IPv6. Any other address means only itself.
 
 use std::{
     io,
@@ -14,7 +14,7 @@ use rustix::{
 };
 use tokio::net::TcpListener;
 
-/// Connections that the kernel keeps until they are accepted, as tokio's listeners do.
+/// Connections that the kernel queues until they are accepted; the default of tokio's listeners.
 const BACKLOG: i32 = 1024;
 
 /// Listens on `address`.
@@ -26,7 +26,7 @@ pub(super) async fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     }
 }
 
-/// Every address of both families by one listener, or of IPv4 alone where the node has no other.
+/// Opens one listener for every IPv6 and IPv4 address, or for every IPv4 address if the node has no IPv6.
 fn both_families<L>(port: u16, open: impl Fn(SocketAddr) -> io::Result<L>) -> io::Result<L> {
     match open((Ipv6Addr::UNSPECIFIED, port).into()) {
         Err(error) if is_without_ipv6(&error) => open((Ipv4Addr::UNSPECIFIED, port).into()),
@@ -34,13 +34,13 @@ fn both_families<L>(port: u16, open: impl Fn(SocketAddr) -> io::Result<L>) -> io
     }
 }
 
-/// Whether the kernel was built or booted without IPv6, or has it switched off.
+/// Whether the error means that the kernel has no IPv6 or has it disabled.
 fn is_without_ipv6(error: &io::Error) -> bool {
     let without = [Errno::AFNOSUPPORT, Errno::PROTONOSUPPORT, Errno::ADDRNOTAVAIL, Errno::NOPROTOOPT];
     Errno::from_io_error(error).is_some_and(|errno| without.contains(&errno))
 }
 
-/// A listener that does not block; of IPv6, it takes IPv4 too.
+/// Opens a non-blocking listener. An IPv6 listener accepts IPv4 connections too.
 fn open(address: SocketAddr) -> io::Result<std::net::TcpListener> {
     let family = if address.is_ipv6() { AddressFamily::INET6 } else { AddressFamily::INET };
     let socket = net::socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK, None)?;

@@ -1,4 +1,4 @@
-//! Over real sockets: a server that is slow to close is as wrong as one that answers badly.
+//! Tests over real sockets, so that a connection which the server does not close fails them too.
 
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 
@@ -36,13 +36,13 @@ fn routes() -> (Routes, readiness::Guard) {
     (Routes::new(readiness, Arc::new(Exposition::new(build_info::VERSION, build_info::REVISION))), start)
 }
 
-/// Controls, and the calls that they take.
+/// Controls, and the receiver of their calls.
 fn controls(certificates: Certificates) -> (Controls, mpsc::Receiver<Reissue>) {
     let (reissue, calls) = mpsc::channel(1);
     (Controls { certificates, reissue }, calls)
 }
 
-/// The whole answer: the server closes after one.
+/// Returns the whole response: the server closes the connection after one.
 async fn ask(address: SocketAddr, request_line: &str) -> String {
     say(address, &format!("{request_line} HTTP/1.1\r\nhost: test\r\n\r\n")).await
 }
@@ -131,7 +131,7 @@ async fn reissuing_is_asked_for_by_post_and_the_answer_counts() {
     assert_answer(&ask(server.address, "POST /reissue?over=5").await, 400, TEXT, wrong);
     let wrong = "\"spiffeid\" is not known here; known: spiffe_id, profile and over\n";
     assert_answer(&ask(server.address, "POST /reissue?spiffeid=x").await, 400, TEXT, wrong);
-    // The task that answers has gone, and with it rotation.
+    // The task that answers for rotation has ended.
     assert_answer(&ask(server.address, "POST /reissue").await, 503, TEXT, "the agent is shutting down\n");
 
     let metrics = served(LIMITS, routes().0).await;
@@ -139,7 +139,7 @@ async fn reissuing_is_asked_for_by_post_and_the_answer_counts() {
     assert_answer(&ask(metrics.address, "POST /reissue").await, 404, TEXT, expected);
 }
 
-/// Asks with a body.
+/// Sends a request with a body.
 async fn tell(address: SocketAddr, request_line: &str, body: &str) -> String {
     say(address, &format!("{request_line} HTTP/1.1\r\nhost: test\r\ncontent-length: {}\r\n\r\n{body}", body.len())).await
 }
@@ -173,7 +173,7 @@ async fn a_temporary_log_filter_reverts_unless_it_was_replaced() {
     log.change("debug", Some(10 * second)).unwrap();
     log.change("trace", Some(20 * second)).unwrap();
     tokio::time::sleep(15 * second).await;
-    assert_eq!(filter.current(), "trace", "the first one's end is over-ridden");
+    assert_eq!(filter.current(), "trace", "the second change cancels the end of the first");
     tokio::time::sleep(6 * second).await;
     assert_eq!(filter.current(), "info");
     log.change("debug", Some(10 * second)).unwrap();
@@ -220,7 +220,7 @@ async fn a_client_that_does_not_read_is_cut_off() {
 #[tokio::test]
 async fn the_drain_ends_the_listener_and_silent_connections_do_not_hold_it() {
     let server = served(LIMITS, routes().0).await;
-    // Answered, so the silent one before it has been accepted.
+    // The response shows that the server has accepted the silent connection before it.
     let _silent = TcpStream::connect(server.address).await.unwrap();
     ask(server.address, "GET /livez").await;
     server.shutdown.begin();
@@ -252,5 +252,5 @@ async fn an_unspecified_ipv6_address_listens_on_both_families() {
     }
     let one = served("0.0.0.0:0").await;
     assert_answer(&ask(SocketAddr::from((Ipv4Addr::LOCALHOST, one)), "GET /livez").await, 200, TEXT, "ok\n");
-    assert!(TcpStream::connect(SocketAddr::from((Ipv6Addr::LOCALHOST, one))).await.is_err(), "IPv4 alone was asked for");
+    assert!(TcpStream::connect(SocketAddr::from((Ipv6Addr::LOCALHOST, one))).await.is_err(), "the listener is for IPv4 alone");
 }

@@ -1,4 +1,4 @@
-//! The approver as configured, with what every composition has: probes, metrics, an end.
+//! Composes the approver: probes, metrics, reload and shutdown.
 
 use std::{net::SocketAddr, sync::Arc};
 
@@ -21,7 +21,7 @@ pub mod settings;
 
 pub use settings::Settings;
 
-/// Of the log's lines.
+/// The log target of this module.
 const LOG_TARGET: &str = "sds_agent::app::approver";
 
 /// An approver whose addresses are bound.
@@ -38,7 +38,7 @@ pub struct BoundApprover {
     reload: Reload,
 }
 
-/// Binds the addresses and finds the way to the API; nothing waits for the API itself. `file` is where `settings` were read.
+/// Binds the addresses and creates the API client, without waiting for the API server. `settings` were read from `file`.
 pub async fn build_approver(settings: &Settings, file: reload::File, base: Base) -> anyhow::Result<BoundApprover> {
     let Base { mut exposition, readiness, shutdown, start, log, .. } = base;
     let config = &settings.config;
@@ -68,8 +68,12 @@ impl BoundApprover {
         self.metrics.local_addr()
     }
 
-    /// Decides until the shutdown has begun; an error where a part was what began it. A decision that is being written is not waited for:
-    /// another replica, or the next start, finds the request as it is.
+    /// Decides until the shutdown begins. It does not wait for a decision that is being written: another replica, or the next start of
+    /// this one, reads the request again.
+    ///
+    /// # Errors
+    ///
+    /// A task of the approver failed, and its failure began the shutdown.
     pub async fn run(self) -> anyhow::Result<Drained> {
         let Self { approver, pods, admin, metrics, routes, readiness, shutdown, start, reload } = self;
         for (name, mut synced) in [("the watch of pods", pods.synced()), ("the watch of requests", approver.synced())] {
@@ -101,7 +105,7 @@ impl BoundApprover {
             Some(ended) = parts.join_next() => Some(ended.map_or_else(|error| error.to_string(), |part| format!("{part} has ended"))),
         };
         if let Some(cause) = &failed {
-            error!(target: LOG_TARGET, cause, "a part has failed; shutting down so that it is started anew");
+            error!(target: LOG_TARGET, cause, "a task of the approver has failed; shutting down for a restart");
             shutdown.begin();
         }
         parts.shutdown().await;
@@ -109,7 +113,7 @@ impl BoundApprover {
         info!(target: LOG_TARGET, "stopped");
         match failed {
             None => Ok(drained),
-            Some(cause) => Err(anyhow::anyhow!("a part has failed: {cause}")),
+            Some(cause) => Err(anyhow::anyhow!("a task of the approver has failed: {cause}")),
         }
     }
 }

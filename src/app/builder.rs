@@ -1,4 +1,4 @@
-//! The builder of an agent: the configuration, and all that its parts share.
+//! The builder of an agent: the configuration and the dependencies that its parts share.
 
 use std::{future::Future, pin::pin, sync::Arc};
 
@@ -27,19 +27,19 @@ pub(super) struct Builder<'a> {
     pub(super) base: &'a mut Base,
     pub(super) clock: Arc<dyn Clock>,
     pub(super) trust: Trust,
-    /// Cancelled when streams have ended: tasks that serve them run until then.
+    /// Cancelled when the streams have ended; tasks that serve streams run until then.
     pub(super) last: CancellationToken,
     pub(super) tasks: Vec<BoxFuture<'static, ()>>,
 }
 
 impl<'a> Builder<'a> {
-    /// By the system's clock, with nothing to run yet.
+    /// Creates a builder with the system's clock and no tasks.
     pub(super) fn new(config: &'a Config, base: &'a mut Base) -> Self {
         let trust = Trust::new(trust::Metrics::register(base.exposition.registry()));
         Self { config, base, clock: Arc::new(SystemClock), trust, last: CancellationToken::new(), tasks: Vec::new() }
     }
 
-    /// Runs `running` with the agent, and holds readiness back until `come`.
+    /// Adds `running` to the agent's tasks. The agent is not ready before `come` completes.
     pub(super) fn run_guarded(
         &mut self,
         name: &str,
@@ -50,7 +50,7 @@ impl<'a> Builder<'a> {
     }
 }
 
-/// A task that runs `running`, and holds readiness back until `come` is done. It ends with `running`.
+/// Returns a task that runs `running` to its end. The agent is not ready before `come` completes.
 fn guarded(
     readiness: &Readiness,
     name: &str,
@@ -62,7 +62,7 @@ fn guarded(
         let mut running = pin!(running);
         tokio::select! {
             () = come => drop(guard),
-            // An agent does not become ready because a part has ended.
+            // The end of `running` does not make the agent ready.
             () = &mut running => return guard.abandon(),
         }
         running.await;

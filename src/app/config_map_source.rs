@@ -1,7 +1,6 @@
-//! A key of a ConfigMap as a source of a trust bundle, as trust-manager writes it: one watch on the one object.
+//! Reads a trust bundle from a key of a ConfigMap, as trust-manager writes it, with a watch on that one object.
 //!
-//! The caller runs [`ConfigMapSource::run`]. A ConfigMap or key that is missing is counted and told once, and the last good
-//! bundle stays.
+//! The caller runs [`ConfigMapSource::run`]. A missing ConfigMap or key is counted and logged once, and the last valid bundle stays.
 
 use std::{fmt, sync::Arc};
 
@@ -18,7 +17,7 @@ use kube::{Api, Client, runtime::watcher};
 use sds_server::trust::Source;
 use tokio_util::sync::CancellationToken;
 
-/// A watched key.
+/// Watches a key of a ConfigMap and offers its content to a source of the trust.
 pub struct ConfigMapSource {
     client: Client,
     namespace: Arc<str>,
@@ -34,7 +33,7 @@ impl fmt::Debug for ConfigMapSource {
     }
 }
 
-/// What was found last: the same again is neither offered nor told.
+/// The last result of a read. A read with the same result is neither offered nor logged again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Found {
     Nothing,
@@ -104,7 +103,7 @@ impl ConfigMapSource {
         hash.copy_from_slice(digest::digest(&digest::SHA256, pem.as_bytes()).as_ref());
         let found = Found::Content(hash);
         if last != Some(found) {
-            // A refusal is counted and logged there.
+            // `offer` counts and logs a refusal.
             let _ = self.source.offer(pem.as_bytes());
         }
         found
@@ -152,7 +151,7 @@ mod tests {
             async |bundles: &mut tokio::sync::watch::Receiver<_>| timeout(Duration::from_secs(60), bundles.changed()).await.is_ok();
         api.until("the watch", |api| (api.count("watch", "configmaps") == 1).then_some(())).await;
         api.put("configmaps", json!({"metadata": {"name": "other", "namespace": "cert-manager"}, "data": {"ca.crt": pem()}}));
-        assert!(!changed(&mut bundles).await, "another ConfigMap, and none of this name");
+        assert!(!changed(&mut bundles).await, "a ConfigMap of another name changes nothing");
 
         api.put("configmaps", config_map("ca.crt", &pem()));
         assert!(changed(&mut bundles).await);

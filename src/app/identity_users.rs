@@ -1,4 +1,4 @@
-//! The pods of this node as claims on identities: it joins the pod index with the rule that names pods.
+//! Finds the pods of this node that use an identity: joins the pod index with the resolver.
 
 use std::sync::Arc;
 
@@ -7,7 +7,7 @@ use issuance::rotation::IdentityUsers;
 use tokio::sync::watch;
 use workload_identity::{Identity, Resolver};
 
-/// Who of the node's pods has an identity.
+/// The node's pods, by the identity that the resolver derives for them.
 #[derive(Debug)]
 pub(super) struct PodsByIdentity {
     pods: Pods,
@@ -15,7 +15,7 @@ pub(super) struct PodsByIdentity {
 }
 
 impl PodsByIdentity {
-    /// Of `pods`, as `resolver` names them.
+    /// Uses `pods`, with the identities that `resolver` derives.
     pub(super) fn new(pods: Pods, resolver: watch::Receiver<Arc<Resolver>>) -> Self {
         Self { pods, resolver }
     }
@@ -43,7 +43,7 @@ mod tests {
     use super::*;
     use crate::config::Config;
 
-    /// Its key must not go while the pod lives, though nobody has it on the shared socket.
+    /// The key of an identity that a pod picks in a volume must stay while the pod lives, although no caller of the shared socket has it.
     #[tokio::test(start_paused = true)]
     async fn what_a_pod_picks_is_claimed_by_it_and_what_it_may_not_pick_is_not() {
         let text = "issuer: { certManager: { issuerRef: { name: mesh-ca, kind: ClusterIssuer } } }\n\

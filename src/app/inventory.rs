@@ -1,4 +1,4 @@
-//! What the agent holds, for people (`/certs`) and as gauges: read from the store when asked, never kept.
+//! Reports the state of all certificates of the agent, for `/certs` and as gauges. Each report reads the store; nothing is cached.
 
 use std::{sync::Arc, time::SystemTime};
 
@@ -13,7 +13,7 @@ mod gauges;
 #[cfg(test)]
 pub(crate) use tests::sample;
 
-/// A reader of the store.
+/// Reads the store for reports.
 #[derive(Debug, Clone)]
 pub struct Inventory {
     store: Arc<Store>,
@@ -22,20 +22,20 @@ pub struct Inventory {
     per_workload: bool,
 }
 
-/// What has become of an identity's certificate.
+/// The state of an identity's certificate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
-    /// In use, and its renewal is to come.
+    /// In use, and not overdue.
     Valid,
-    /// In use, and its renewal should have been.
+    /// In use, and its renewal is late by more than 5 % of the lifetime.
     Overdue,
-    /// Past its end: withheld, or what a client still holds.
+    /// Expired: the agent withholds it, or a client still holds it.
     Expired,
     /// Being issued for the first time.
     Pending,
-    /// A client holds a good one from before the agent's start, or of an identity that it had before the configuration changed.
+    /// The agent has none, but a client holds a valid one: from before the agent's start, or from before a change of the configuration.
     HeldByClient,
-    /// Nobody subscribes: it is kept for a while in case somebody comes back, and not renewed.
+    /// No client subscribes. The agent keeps it for the configured `retention` and does not renew it.
     Idle,
 }
 
@@ -48,21 +48,21 @@ const STATES: [(State, &str); 6] = [
     (State::Idle, "idle"),
 ];
 
-/// A renewal that is late by more than this share of the life is overdue.
+/// A renewal that is late by more than this share of the lifetime is overdue.
 const OVERDUE: f64 = 0.05;
 
 impl Inventory {
-    /// Of the identities in `store`, whose renewal `plan` decides.
+    /// Reports the identities in `store`, with the profiles of `plan`.
     pub fn new(store: Arc<Store>, plan: watch::Receiver<Arc<Plan>>, clock: Arc<dyn Clock>) -> Self {
         Self { store, plan, clock, per_workload: false }
     }
 
-    /// And with gauges for each service account.
+    /// Adds gauges for each service account. Default: off.
     pub fn per_workload(self, per_workload: bool) -> Self {
         Self { per_workload, ..self }
     }
 
-    /// One object for each identity.
+    /// Returns one JSON object for each identity, sorted by SPIFFE ID.
     pub fn rows(&self) -> Vec<Value> {
         let now = self.clock.now();
         let mut entries = self.store.snapshot();
@@ -99,9 +99,9 @@ fn name(state: State) -> &'static str {
     STATES.iter().find(|(s, _)| *s == state).map_or("", |(_, name)| name)
 }
 
-/// The fields are the same for every identity; what is not there is null.
+/// Every row has the same fields; a field without a value is null.
 fn row(entry: &Entry, plan: &Plan, now: SystemTime) -> Value {
-    // As it is called now; of what is issued no more, as it was.
+    // The profile in force. If the plan no longer has the identity, the profile with which it was issued.
     let identity = plan.current(&entry.identity).unwrap_or_else(|| entry.identity.clone());
     let (status, state) = (entry.status(), state(entry, now));
     let svid = entry.current();
@@ -127,7 +127,7 @@ fn row(entry: &Entry, plan: &Plan, now: SystemTime) -> Value {
     })
 }
 
-/// What an order that is under way or due waits for, in words; none where nothing is due.
+/// The reason why an order that runs or is due is not complete, as text; `None` if no order is due.
 fn waits_for(state: State, status: &Status, now: SystemTime) -> Option<String> {
     if status.request.is_some() {
         return Some(status.waits_for.as_deref().unwrap_or("the issuer's answer").to_owned());
@@ -137,7 +137,7 @@ fn waits_for(state: State, status: &Status, now: SystemTime) -> Option<String> {
             Some("the next attempt: the last one failed, see last_error".to_owned())
         }
         (State::Pending | State::Expired | State::Overdue, _) => {
-            Some("its turn: the request is being made, or others of this issuer are before it".to_owned())
+            Some("its turn: the request is being created, or other orders of this issuer are ahead of it".to_owned())
         }
         (State::Valid | State::HeldByClient | State::Idle, _) => None,
     }

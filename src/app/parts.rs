@@ -1,4 +1,4 @@
-//! The real dependencies: what a configuration asks for, made and joined.
+//! Creates the real dependencies that a configuration describes.
 
 use std::sync::Arc;
 
@@ -24,14 +24,14 @@ use crate::{
     events,
 };
 
-/// Of the log's lines.
+/// The log target of this module.
 const LOG_TARGET: &str = "sds_agent::app::parts";
 
-/// Makes what `config` asks for. Nothing here waits for the upstream: what has to be in sync holds a readiness guard.
+/// Creates the dependencies of `config`. It does not wait for the API server: a part that has to be in sync holds a readiness guard.
 pub(super) async fn make(config: &Config, base: &mut Base) -> anyhow::Result<Deps> {
     check_kernel(config, peer::kernel_pins()?)?;
     let mut builder = Builder::new(config, base);
-    // First, for the order of the metrics.
+    // First, because this call registers the first metrics of the page.
     let cluster = if needs_cluster(config) { Some(cluster(&mut builder).await?) } else { None };
     let await_bundle = sources(&mut builder, cluster.as_ref())?;
     let issuer_set = upstream::issuers(&mut builder, cluster.as_ref())?;
@@ -75,7 +75,7 @@ async fn cluster(builder: &mut Builder<'_>) -> anyhow::Result<Cluster> {
     Ok(Cluster { client, metrics, pods })
 }
 
-/// Who tells pods, where there are pods to be told.
+/// The reporter of Kubernetes Events, if there is a pod index.
 fn events(builder: &mut Builder<'_>, cluster: &Cluster) -> Option<Arc<events::Reporter>> {
     cluster.pods.as_ref()?;
     let metrics = events::Metrics::register(builder.base.exposition.registry());
@@ -85,7 +85,7 @@ fn events(builder: &mut Builder<'_>, cluster: &Cluster) -> Option<Arc<events::Re
     Some(Arc::new(reporter))
 }
 
-/// What the configuration names, and nothing in its place: by user id, every pod's root would be one workload.
+/// The attestor that the configuration names. There is no fallback to user ids: root of every pod would be the same workload.
 pub(crate) fn attestor(config: &Config, pods: Option<Pods>) -> anyhow::Result<Arc<dyn Attestor>> {
     Ok(match (config.attestation, pods) {
         (Attestation::Kubernetes, Some(pods)) => {
@@ -98,24 +98,27 @@ pub(crate) fn attestor(config: &Config, pods: Option<Pods>) -> anyhow::Result<Ar
     })
 }
 
-/// Refuses to serve where a caller could be taken for another.
+/// Returns an error if a process that reuses a pid could be served as another caller, unless the configuration accepts that.
 fn check_kernel(config: &Config, kernel_pins: bool) -> anyhow::Result<()> {
     match &config.shared_socket {
         Some(socket) if config.attestation == Attestation::Kubernetes && !kernel_pins => {
             anyhow::ensure!(
                 socket.accept_pid_reuse,
-                "sockets.shared: this kernel gives no handle on a caller (SO_PEERPIDFD), so that whoever takes over the pid of one that \
-                 has just ended would be served as that one; use Linux 6.5 or newer, sockets.perPod without sockets.shared, or accept \
-                 the risk with sockets.shared.acceptPidReuse: true"
+                "sockets.shared: this kernel has no SO_PEERPIDFD: a process that reuses the pid of a caller that has just ended would be \
+                 served as that caller. Use Linux 6.5 or newer, use sockets.perPod without sockets.shared, or accept the risk with \
+                 sockets.shared.acceptPidReuse: true"
             );
-            warn!(target: LOG_TARGET, "this kernel gives no handle on a caller: whoever takes over the pid of one that has just ended is served as that one");
+            warn!(
+                target: LOG_TARGET,
+                "this kernel has no SO_PEERPIDFD: a process that reuses the pid of a caller that has just ended is served as that caller"
+            );
             Ok(())
         }
         _ => Ok(()),
     }
 }
 
-/// Feeds the bundles; whether one comes from elsewhere than the issuers.
+/// Starts the sources of trust bundles. Returns whether `trust.sources` has any, for which readiness then waits.
 fn sources(builder: &mut Builder<'_>, cluster: Option<&Cluster>) -> anyhow::Result<bool> {
     let config = builder.config;
     let own = config.trust_sources.iter().map(|source| (None, source));
@@ -184,7 +187,7 @@ mod tests {
         last.cancel();
         let ended = tokio::time::timeout(Duration::from_secs(1), futures::future::join_all(tasks)).await;
         assert!(ended.is_ok());
-        assert_eq!(base.readiness.awaited(), ["start".into(), "the trust bundle".into()], "nor does the end make anybody ready");
+        assert_eq!(base.readiness.awaited(), ["start".into(), "the trust bundle".into()], "the end of the task is not readiness");
     }
 
     #[test]

@@ -1,7 +1,7 @@
-//! The configuration file, followed while the agent runs: what can change does, the rest is told.
+//! Applies changes of the configuration file while the agent runs, and logs the changes that need a restart.
 //!
-//! Owns what is in force and hands it to those who go by it: rotation gets its [`Plan`], streams and sockets the [`Resolver`]. A file that
-//! is wrong changes nothing. What says who signs what changes together or not at all.
+//! Owns the configuration in force. Rotation gets its [`Plan`]; streams and sockets get the [`Resolver`]. An invalid file changes nothing.
+//! Issuers and profiles change together or not at all.
 
 use std::{path::PathBuf, sync::Arc};
 
@@ -22,30 +22,30 @@ use crate::config::{
     reloads::{Metrics, Outcome},
 };
 
-/// Of the log's lines.
+/// The log target of this module.
 const LOG_TARGET: &str = "sds_agent::app::reload";
 
-/// The file that the agent was configured by, and what it is read with.
+/// The configuration file of the agent and the environment with which it is read.
 #[derive(Debug, Clone)]
 pub struct File {
-    /// Where it is.
+    /// The path of the file.
     pub path: PathBuf,
     /// The environment.
     pub env: fn(&str) -> Option<String>,
 }
 
-/// Where those listen who go by the configuration.
+/// The channels through which other parts receive the configuration in force.
 pub(super) struct ConfigChannels {
-    /// Rotation.
+    /// For rotation.
     pub(super) plan: watch::Sender<Arc<Plan>>,
-    /// Streams: over which time they move to other certificates.
+    /// For streams: the time over which they move to other certificates.
     pub(super) reissue_window: watch::Sender<ReissueWindow>,
-    /// Whoever names callers.
+    /// For parts that derive the identity of a caller.
     pub(super) resolver: watch::Sender<Arc<Resolver>>,
 }
 
 impl ConfigChannels {
-    /// The channels, with what `config` says in them.
+    /// Creates the channels with the values of `config`.
     pub(super) fn new(config: &Config, issuer_set: &IssuerSet, clock: &dyn Clock) -> Self {
         Self {
             plan: watch::Sender::new(Arc::new(plan(config, issuer_set))),
@@ -64,26 +64,26 @@ fn reissue_window(config: &Config, clock: &dyn Clock) -> ReissueWindow {
     ReissueWindow::new(clock.now(), config.reissue_over, fastrand::u64(..))
 }
 
-/// Follows the file.
+/// Follows the file and owns the configuration in force.
 pub(super) struct Reload {
     file: File,
     issuer_set: IssuerSet,
     channels: ConfigChannels,
     clock: Arc<dyn Clock>,
     metrics: Metrics,
-    /// What the agent goes by.
+    /// The configuration in force.
     in_force: Config,
-    /// The last good file.
+    /// The last valid file. It differs from `in_force` in the fields that need a restart.
     asked: Config,
     errors: Option<Errors>,
     warnings: Vec<Warning>,
-    /// What runs beside issuers that came later.
+    /// The background tasks of issuers that a reload has added.
     beside: JoinSet<()>,
     last: CancellationToken,
 }
 
 impl Reload {
-    /// Nothing is read yet; `config` is in force.
+    /// Follows `file`, without reading it yet; `config` is in force.
     pub(super) fn new(
         file: File,
         config: &Config,
@@ -108,14 +108,14 @@ impl Reload {
         }
     }
 
-    /// Follows the file until the end of the agent; ends before only if something beside a new issuer has failed.
+    /// Follows the file until the agent ends. Returns earlier only if a background task of a new issuer has failed.
     pub(super) async fn run(mut self) {
         let (tell, mut told) = mpsc::unbounded_channel();
         let file = Followed::new(self.file.path.clone(), MAX_FILE_BYTES);
         let path = self.file.path.clone();
         let env = self.file.env;
         let follow = file.run(move |content| {
-            // The receiver lives as long as this.
+            // The receiver lives as long as this future.
             let _ = tell.send(Config::of_content(&path, content, &env));
         });
         let mut follow = std::pin::pin!(follow);
@@ -127,7 +127,7 @@ impl Reload {
                 () = &mut follow => break,
                 Some(read) = told.recv() => self.take(read, std::mem::take(&mut first)),
                 Some(ended) = self.beside.join_next() => {
-                    error!(target: LOG_TARGET, cause = ended.err().map(tracing::field::display), "what runs beside a new issuer has ended");
+                    error!(target: LOG_TARGET, cause = ended.err().map(tracing::field::display), "a task of a new issuer has ended");
                     return;
                 }
             }
@@ -143,13 +143,13 @@ impl Reload {
         let was_invalid = self.errors.take().is_some();
         if config == self.asked {
             if first {
-                // As it was read a moment ago, at the start.
+                // The first read returns the file as it was at the start, so it is not counted.
                 self.warnings = warnings;
                 return;
             }
             self.metrics.read(Outcome::unchanged);
             if was_invalid {
-                info!(target: LOG_TARGET, file = %self.file.path.display(), "the configuration file is good again, and says what is in force");
+                info!(target: LOG_TARGET, file = %self.file.path.display(), "the configuration file is good again and has not changed");
             }
             return;
         }
@@ -168,7 +168,7 @@ impl Reload {
             warn!(
                 target: LOG_TARGET, fields = waiting.join(", "),
                 cause = cause.map(tracing::field::display),
-                "these changes of the configuration need a restart; until then the agent goes by what was"
+                "these changes of the configuration need a restart; until then the agent uses the former values"
             );
         }
     }
@@ -179,7 +179,7 @@ impl Reload {
             error!(
                 target: LOG_TARGET, file = %self.file.path.display(),
                 errors = errors.0.len(),
-                "the configuration file cannot be used; what is in force stays"
+                "the configuration file cannot be used; the former configuration stays in force"
             );
             for problem in &errors.0 {
                 error!(target: LOG_TARGET, field = %problem.path, "{problem}");
@@ -188,7 +188,7 @@ impl Reload {
         self.errors = Some(errors);
     }
 
-    /// Puts into force what can be; says why not, where what says who signs what cannot.
+    /// Puts the fields into force that need no restart. Returns the reason if issuers and profiles need one.
     fn apply(&mut self, config: &Config) -> Option<String> {
         let mut next = Config { reissue_over: config.reissue_over, retention: config.retention, ..self.in_force.clone() };
         let issuance = Config {
@@ -197,7 +197,7 @@ impl Reload {
             issuers: config.issuers.clone(),
             ..next.clone()
         };
-        // Names and matches were checked for the file's own.
+        // The names and matches in the file were checked with its own trustDomain and attestation.
         let cause = if (&config.trust_domain, config.attestation) != (&next.trust_domain, next.attestation) {
             Some("identities depend on trustDomain and attestation".to_owned())
         } else {
@@ -211,7 +211,7 @@ impl Reload {
             }
         };
         self.in_force = next;
-        // In this order: who is named anew finds an order that can be made, and when it should be.
+        // The resolver changes last: a caller with a new identity finds the plan and the reissue window for it.
         self.channels.plan.send_replace(Arc::new(plan(&self.in_force, &self.issuer_set)));
         let resolver = self.in_force.resolver();
         if **self.channels.resolver.borrow() != resolver {

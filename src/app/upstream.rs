@@ -1,12 +1,12 @@
-//! The issuers of a configuration, and what they share: one agent, and watches of requests whose scopes never meet.
+//! The issuers of a configuration, and the watches of CertificateRequests that they share.
 //!
-//! A watch of requests deletes what is this agent's and what none of *its* orders knows. Two that see the same namespace would delete each
-//! other's live requests. So every namespace is seen by one at most: each fixed one by its own, or, as soon as one issuer follows the
-//! workloads' namespaces, all of them by a single one.
+//! [`Requests`] watches the requests of one namespace, or of all. It deletes a request of this agent that belongs to none of its own
+//! orders, so two watches of the same namespace would delete each other's live requests. Therefore at most one watch sees a namespace:
+//! one watch for each fixed namespace, or a single watch of all namespaces as soon as one issuer uses `namespace: workload`.
 //!
-//! A change of the configuration makes the issuers that are new, and keeps those that stay as they are, with their memory. One that goes
-//! ends with its last order. A namespace that is new gets a watch of its own; a watch that is not needed any more runs on until the end of
-//! the agent, because requests and records of refusals may be left in it. What would make two watches meet is refused.
+//! A change of the configuration creates new issuers and keeps unchanged ones with their state. A removed issuer ends with its last order.
+//! A new namespace gets its own watch. A watch that no issuer needs runs until the agent ends, because its namespace may still hold
+//! requests and records of refusals. A change that would make two watches see the same namespace is rejected.
 
 use std::{
     collections::{BTreeMap, HashSet},
@@ -31,13 +31,13 @@ use workload_identity::IssuerName;
 use super::builder::{Builder, Cluster};
 use crate::config::{Config, IssuerConfig};
 
-/// Of the log's lines.
+/// The log target of this module.
 const LOG_TARGET: &str = "sds_agent::app::upstream";
 
-/// The issuers in force, and what makes others.
+/// The issuers in force, and the factory for new ones.
 pub struct IssuerSet {
     issuers: BTreeMap<IssuerName, Arc<dyn Issuer>>,
-    /// Every one that was made: one that comes back is the same.
+    /// Every issuer that was created. A configuration that returns gets its former issuer again.
     made: Vec<(IssuerConfig, Arc<dyn Issuer>)>,
     wanted: Vec<IssuerConfig>,
     maker: Option<IssuerFactory>,
@@ -49,14 +49,14 @@ impl fmt::Debug for IssuerSet {
     }
 }
 
-/// Issuers that stay as they are.
+/// A fixed set: no configuration changes it.
 impl From<BTreeMap<IssuerName, Arc<dyn Issuer>>> for IssuerSet {
     fn from(issuers: BTreeMap<IssuerName, Arc<dyn Issuer>>) -> Self {
         Self { issuers, made: Vec::new(), wanted: Vec::new(), maker: None }
     }
 }
 
-/// What issuers are made of.
+/// Creates issuers and their watches.
 struct IssuerFactory {
     asked: Option<ClusterDeps>,
     scopes: Vec<(RequestNamespace, Requests)>,
@@ -65,7 +65,7 @@ struct IssuerFactory {
     last: CancellationToken,
 }
 
-/// The cluster that is asked, and as whom.
+/// The cluster for CertificateRequests, and the agent's name in them.
 struct ClusterDeps {
     client: kube::Client,
     kube_metrics: agent_kube::Metrics,
@@ -74,16 +74,16 @@ struct ClusterDeps {
     pods: Option<Arc<dyn LivePods>>,
 }
 
-/// What runs beside new issuers. It ends when the agent does.
+/// The background tasks of new issuers. They run until the agent ends.
 #[derive(Default)]
 pub(super) struct Started {
-    /// Watches, with their names.
+    /// The watches, with their names for readiness.
     watches: Vec<(String, Requests)>,
     checks: Vec<BoxFuture<'static, ()>>,
 }
 
 impl Started {
-    /// All of it, to be run.
+    /// The tasks, each of which runs until `last` is cancelled.
     pub(super) fn tasks(self, last: &CancellationToken) -> impl Iterator<Item = BoxFuture<'static, ()>> {
         let watches = self.watches.into_iter().map(|(_, requests)| {
             let last = last.clone();
@@ -93,7 +93,7 @@ impl Started {
     }
 }
 
-/// Makes the issuers of `config`; nobody is ready before their watches are.
+/// Creates the issuers of the configuration. The agent is not ready before their watches are in sync.
 pub(super) fn issuers(builder: &mut Builder<'_>, cluster: Option<&Cluster>) -> anyhow::Result<IssuerSet> {
     let (config, last) = (builder.config, builder.last.clone());
     let asked = cluster.map(|cluster| ClusterDeps {
@@ -116,21 +116,25 @@ pub(super) fn issuers(builder: &mut Builder<'_>, cluster: Option<&Cluster>) -> a
 }
 
 impl IssuerSet {
-    /// Those in force, by the names that profiles use.
+    /// The issuers in force, by the names that profiles use.
     pub(super) fn issuers(&self) -> BTreeMap<IssuerName, Arc<dyn Issuer>> {
         self.issuers.clone()
     }
 
-    /// How many watches there are.
+    /// The number of watches.
     #[cfg(test)]
     pub(super) fn scopes(&self) -> usize {
         self.maker.as_ref().map_or(0, |maker| maker.scopes.len())
     }
 
-    /// Goes over to those of `config`; an error says what cannot be had while the agent runs, and then nothing has changed.
+    /// Puts the issuers of `config` into force.
+    ///
+    /// # Errors
+    ///
+    /// The configuration needs a watch that the running agent cannot add, or an issuer cannot be created. Nothing has changed then.
     pub(super) fn change(&mut self, config: &Config) -> anyhow::Result<Started> {
         let mut started = Started::default();
-        let Some(maker) = &mut self.maker else { anyhow::bail!("these issuers were given to the agent, and stay") };
+        let Some(maker) = &mut self.maker else { anyhow::bail!("the issuers of this agent are fixed") };
         let watches = maker.scopes.len();
         maker.watch(config, &mut started)?;
         let (mut issuers, mut made) = (BTreeMap::new(), Vec::new());
@@ -139,7 +143,7 @@ impl IssuerSet {
             let issuer = match known.map_or_else(|| maker.make(name, wanted, config, &mut started), Ok) {
                 Ok(issuer) => issuer,
                 Err(error) => {
-                    // Nobody will run them.
+                    // The new watches will not run.
                     maker.scopes.truncate(watches);
                     return Err(error);
                 }
@@ -154,8 +158,8 @@ impl IssuerSet {
         }
         let wanted: Vec<_> = config.issuers.values().cloned().collect();
         for gone in self.wanted.iter().filter(|known| !wanted.contains(known)).filter_map(self_vouching) {
-            // Peers hold its certificates for a while, and nobody but the operator knows for how long.
-            warn!(target: LOG_TARGET, issuer = %gone, "roots that an issuer brought stay in the bundle until a restart, though it is trusted for them no more");
+            // Peers still hold its certificates; the agent does not know until when.
+            warn!(target: LOG_TARGET, issuer = %gone, "the roots of a removed issuer stay in the bundle until a restart");
         }
         (self.issuers, self.wanted) = (issuers, wanted);
         Ok(started)
@@ -163,7 +167,7 @@ impl IssuerSet {
 }
 
 impl IssuerFactory {
-    /// Adds the watches that `config` needs and that there are not.
+    /// Adds the watches that `config` needs and the agent does not have.
     fn watch(&mut self, config: &Config, started: &mut Started) -> anyhow::Result<()> {
         let missing: Vec<_> = scopes(config).into_iter().filter(|scope| !self.scopes.iter().any(|(have, _)| holds(have, scope))).collect();
         if missing.is_empty() {
@@ -172,7 +176,7 @@ impl IssuerFactory {
         let Some(asked) = &self.asked else { anyhow::bail!("cert-manager needs a cluster, and the agent was started without one") };
         anyhow::ensure!(
             self.scopes.is_empty() || !missing.contains(&RequestNamespace::Workload),
-            "namespace: workload needs one watch of all namespaces, and there are watches of single ones"
+            "namespace: workload needs one watch of all namespaces, and the agent already watches single ones"
         );
         for scope in missing {
             let name = match &scope {
@@ -212,13 +216,13 @@ impl IssuerFactory {
     ) -> CertManager {
         let status_ca = config.trust_status_ca.then(|| self.trust.source(None, &format!("status.ca of issuer {name}")));
         let issuer = CertManager::new(requests, config.clone(), status_ca);
-        // The log tells early what the first order would run into.
+        // Logs early the errors that the first order would meet.
         let (check, name, last) = (issuer.preflight(), name.clone(), self.last.clone());
         started.checks.push(Box::pin(async move {
             tokio::select! {
                 () = last.cancelled() => return,
                 checked = check => if let Err(cause) = checked {
-                    error!(target: LOG_TARGET, issuer = %name, %cause, "the issuer cannot serve as it is; orders will try again");
+                    error!(target: LOG_TARGET, issuer = %name, %cause, "the check of the issuer failed; orders will retry");
                 },
             }
             last.cancelled().await;
@@ -227,7 +231,7 @@ impl IssuerFactory {
     }
 }
 
-/// The scopes of the watches that `config` needs: none is part of another.
+/// The scopes of the watches that `config` needs. No scope contains another.
 fn scopes(config: &Config) -> Vec<RequestNamespace> {
     let mut out: Vec<RequestNamespace> = Vec::new();
     for issuer in config.issuers.values() {
@@ -240,7 +244,7 @@ fn scopes(config: &Config) -> Vec<RequestNamespace> {
     out
 }
 
-/// The issuer's name, where its word on its own roots is taken.
+/// The name of an issuer whose `status.ca` the agent trusts.
 fn self_vouching(issuer: &IssuerConfig) -> Option<&str> {
     match issuer {
         IssuerConfig::CertManager(certificate_request::Settings { trust_status_ca: true, issuer_ref, .. }) => Some(&issuer_ref.name),
@@ -248,12 +252,12 @@ fn self_vouching(issuer: &IssuerConfig) -> Option<&str> {
     }
 }
 
-/// Whether a watch of `scope` sees the requests of an issuer that asks in `namespace`.
+/// Whether a watch of `scope` sees the requests of an issuer that creates them in `namespace`.
 fn holds(scope: &RequestNamespace, namespace: &RequestNamespace) -> bool {
     *scope == RequestNamespace::Workload || scope == namespace
 }
 
-/// The pod index, as the sweep of requests asks it.
+/// The pod index, as the sweep of requests uses it.
 #[derive(Debug)]
 struct NodePods(Pods);
 

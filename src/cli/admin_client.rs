@@ -1,4 +1,4 @@
-//! One question to the agent's own HTTP interface: a GET on a fresh connection, bounded in time and size.
+//! A client of the agent's admin interface: one GET on a new connection, limited in time and size.
 
 use std::{fmt, io, time::Duration};
 
@@ -9,12 +9,12 @@ use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
 use tokio::{net::TcpStream, time::timeout};
 
-/// For the whole answer.
+/// Timeout of the whole request.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
-/// An inventory of 16,000 identities takes ten megabytes.
+/// Maximum size of an answer, 64 MiB. An inventory of 16,000 identities has 10 MB.
 const MAX_ANSWER_BYTES: usize = 64 << 20;
 
-/// Where an agent answers: `host:port`.
+/// The address of an agent's admin interface: `host:port`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Address(String);
 
@@ -27,7 +27,7 @@ impl fmt::Display for Address {
 impl std::str::FromStr for Address {
     type Err = &'static str;
 
-    /// `http://host:port`, with or without the first part and a slash at the end.
+    /// Parses `http://host:port`. The scheme and a final slash are optional.
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let wrong = "write http://HOST:PORT, such as http://127.0.0.1:15090; there is no TLS on loopback";
         let rest = text.strip_prefix("http://").unwrap_or(text);
@@ -44,34 +44,34 @@ impl From<std::net::SocketAddr> for Address {
     }
 }
 
-/// Why there is no answer.
+/// The reason why a request has no answer.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// Nobody listens, or it is not reachable.
+    /// No program listens at the address, or it is not reachable.
     #[error("{address} cannot be reached: {cause}")]
     Connect {
-        /// Where.
+        /// The address.
         address: Address,
-        /// The kernel's answer.
+        /// The error of the kernel.
         cause: io::Error,
     },
-    /// Who listens does not speak HTTP, or ends in the middle of it.
+    /// The program that listens does not speak HTTP, or ends the connection during the answer.
     #[error("{address} does not answer in HTTP: {cause}")]
     Http {
-        /// Where.
+        /// The address.
         address: Address,
-        /// What went wrong.
+        /// The error of the connection.
         cause: Box<dyn std::error::Error + Send + Sync>,
     },
-    /// Nothing in time.
+    /// No answer within the timeout.
     #[error("{address} does not answer within {} s", REQUEST_TIMEOUT.as_secs())]
     Timeout {
-        /// Where.
+        /// The address.
         address: Address,
     },
 }
 
-/// Asks for `path`; gives the answer whatever its status.
+/// Requests `path` and returns the status and body, including error statuses.
 pub async fn get(address: &Address, path: &str) -> Result<(StatusCode, String), Error> {
     let asked = timeout(REQUEST_TIMEOUT, ask(address, path)).await;
     asked.unwrap_or_else(|_| Err(Error::Timeout { address: address.clone() }))
@@ -94,7 +94,7 @@ async fn ask(address: &Address, path: &str) -> Result<(StatusCode, String), Erro
         tokio::select! {
             biased;
             answer = &mut answer => answer,
-            // The connection may end with the answer's last bytes.
+            // The connection may end at the same time as the answer.
             _ = &mut connection => answer.await,
         }
     };

@@ -1,4 +1,4 @@
-//! `sds-agent approver`: decides about the agents' CertificateRequests, as a Deployment of its own.
+//! `sds-agent approver`: approves or denies the agents' CertificateRequests, as a separate Deployment.
 
 use std::{path::PathBuf, process::ExitCode};
 
@@ -17,14 +17,14 @@ use crate::{
     config::Env,
 };
 
-/// Of the log's lines.
+/// Target of the log lines.
 const LOG_TARGET: &str = "sds_agent::cli::approver";
 
 /// The flags of `approver`.
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {
-    /// The agents' own configuration, a YAML file (docs/configuration.md describes it)
+    /// The agents' configuration, a YAML file (docs/configuration.md describes it)
     #[arg(long, value_name = "FILE")]
     pub config: PathBuf,
 }
@@ -33,15 +33,16 @@ const EXAMPLES: &str = "\
 Example:
   sds-agent approver --config /etc/sds-agent/config.yaml
 
-It reads the file that the agents read: identities, issuers and lifetimes have to be theirs. What concerns agents alone is
-checked and not used. The file is followed: what changes in it counts at once, and what it allowed before counts for
-approver.overlap. In a pod it needs POD_NAMESPACE and POD_NAME from the downward API; any number of replicas may run.
-The issuers have to be taken out of cert-manager's own approver (approveSignerNames of its chart): docs/security.md tells why.
+The approver reads the same file as the agents: identities, issuers and lifetimes must be the same. Fields that only agents
+use are checked and ignored. The approver reloads the file when it changes. A change takes effect at once, and the previous
+configuration still applies for approver.overlap. In a pod, the approver needs POD_NAMESPACE and POD_NAME from the
+downward API. Any number of replicas may run. Remove the issuers from cert-manager's own approver (approveSignerNames of
+its chart); docs/security.md explains why.
 
-Exit codes: 0 ended as it was told to, 1 it could not start, or a part of it failed, or the drain was aborted, 64 usage or
+Exit codes: 0 stopped by a signal, 1 it could not start, or a part of it failed, or the drain was aborted, 64 usage or
 configuration.";
 
-/// The configuration, and where it is.
+/// The configuration and its path.
 #[derive(Debug)]
 pub struct Ready {
     settings: Settings,
@@ -49,7 +50,7 @@ pub struct Ready {
 }
 
 impl Args {
-    /// Reads the configuration; errors have been told when this returns an exit code.
+    /// Reads the configuration. Errors are already printed when this returns an exit code.
     pub fn load(&self, env: Env<'_>) -> Result<Ready, Exit> {
         let settings = Settings::load(&self.config, env).map_err(|refused| {
             output::complain(format_args!("{} cannot be used:\n{refused}", self.config.display()));
@@ -59,7 +60,7 @@ impl Args {
     }
 }
 
-/// Sets up the log, and runs the approver until it is told to stop.
+/// Sets up the log, and runs the approver until a signal stops it.
 pub fn start(ready: Ready, env: Env<'static>) -> anyhow::Result<ExitCode> {
     let config = &ready.settings.config;
     let mut base = Base::new(Shutdown::new(config.drain));

@@ -1,4 +1,4 @@
-//! `sds-agent certs`: what an agent holds, without keys, as it tells itself on its admin address.
+//! `sds-agent certs`: lists the certificates of an agent, without keys, from its admin address.
 
 use std::io::IsTerminal;
 
@@ -18,10 +18,10 @@ mod table;
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {
-    /// The agent's admin address (admin.address of its configuration)
+    /// Admin address of the agent (admin.address of its configuration)
     #[arg(long, value_name = "URL", default_value = "http://127.0.0.1:15090")]
     pub admin: Address,
-    /// How to print: json is what the admin address answers, one object with a list, certificates
+    /// Format of the output: json is the answer of the admin address, one object with the list certificates
     #[arg(short, long, value_name = "FORMAT", default_value = "text")]
     pub output: Format,
 }
@@ -35,20 +35,19 @@ Examples:
   sds-agent certs --admin http://127.0.0.1:15190
 
 States:
-  valid           in use, and its renewal is to come
-  overdue         in use, and its renewal should have been
-  expired         past its end: withheld from its subscribers
-  pending         the first certificate is being issued; the line below says what it waits for
-  held_by_client  a client still holds a good one from before the agent's start
-  idle            nobody subscribes: kept for a while, and not renewed
+  valid           in use, and its renewal is not due yet
+  overdue         in use, and its renewal is late
+  expired         expired, and no longer served
+  pending         the first certificate is being issued; the line below shows what it waits for
+  held_by_client  a client still has a valid certificate from before the agent's start
+  idle            has no subscriber: kept for the time of retention, and not renewed
 
 The fields of JSON: spiffe_id, dns_names, profile, issuer, state, serial, fingerprint_sha256, not_before, not_after, renew_at,
-next_attempt, last_error, request (the CertificateRequest's name), waits_for, subscribers, pods. What is not there is null.
+next_attempt, last_error, request (the CertificateRequest's name), waits_for, subscribers, pods. Absent values are null.
 
-Exit codes: 0 printed, 1 an identity in use has an expired certificate (all is printed even so), 64 usage, 69 no agent answers
-there.";
+Exit codes: 0 printed, 1 an identity in use has an expired certificate (the list is printed), 64 usage, 69 no agent answers.";
 
-/// The answer, as far as the table needs it.
+/// The fields of the answer that the table needs.
 #[derive(Debug, Deserialize)]
 struct Answer {
     certificates: Vec<Row>,
@@ -70,13 +69,13 @@ struct Row {
     subscribers: u64,
 }
 
-/// Asks and prints.
+/// Requests the list and prints it.
 pub async fn run(args: Args) -> Exit {
     let (exit, text) = match ask(&args).await {
         Ok(body) => match serde_json::from_str::<Answer>(&body) {
             Ok(answer) => (exit(&answer.certificates), show(args.output, body, answer.certificates)),
             Err(error) => {
-                output::complain(format_args!("{}/certs answers something else than a list of certificates: {error}", args.admin));
+                output::complain(format_args!("{}/certs does not answer with a list of certificates: {error}", args.admin));
                 return Exit::Unavailable;
             }
         },
@@ -95,12 +94,12 @@ async fn ask(args: &Args) -> Result<String, String> {
     match admin_client::get(&args.admin, "/certs").await {
         Ok((StatusCode::OK, body)) => Ok(body),
         Ok((StatusCode::NOT_FOUND, _)) => {
-            Err(format!("{} has no list of certificates: is it metrics.address? name admin.address with --admin", args.admin))
+            Err(format!("{} has no list of certificates; if it is metrics.address, name admin.address with --admin", args.admin))
         }
         Ok((status, _)) => Err(format!("{}/certs answers {status}", args.admin)),
         Err(error) => Err(format!(
-            "{error}; is the agent running here? its admin address is on loopback: run this on its node, in its pod, or name another \
-             one with --admin"
+            "{error}; check that the agent runs here: its admin address is on loopback, so run this command in its pod or on its node, \
+             or name another address with --admin"
         )),
     }
 }

@@ -1,4 +1,4 @@
-//! `sds-agent check-config`: every error of a configuration at once, and what it means where there is none.
+//! `sds-agent check-config`: prints all errors of a configuration, or a summary of a valid one.
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
@@ -19,10 +19,10 @@ pub mod fleet;
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {
-    /// The configuration, a YAML file
+    /// Configuration, a YAML file
     #[arg(long, value_name = "FILE")]
     pub config: PathBuf,
-    /// How to print: json is one object with valid, errors, warnings, summary
+    /// Format of the output: json is one object with valid, errors, warnings, summary
     #[arg(short, long, value_name = "FORMAT", default_value = "text")]
     pub output: Format,
     /// The cluster's size.
@@ -31,35 +31,35 @@ pub struct Args {
 }
 
 const EXAMPLES: &str = "\
-Errors and warnings go to standard error, one a line: field, value, what is wrong, what to do.
-Outside a cluster, variables that only a pod has are not missed.
+Errors and warnings go to standard error, one on each line: field, value, problem, remedy.
+Outside a cluster, variables from the downward API are not required.
 
 Examples:
   sds-agent check-config --config agent.yaml
   sds-agent check-config --config agent.yaml --nodes 1000 --identities 30 --cert-manager 1.20
   sds-agent check-config --config agent.yaml -o json | jq -r '.errors[].path'
 
-Exit codes: 0 it can be used, 64 usage, or an error in it.";
+Exit codes: 0 the configuration is valid, 64 usage, or the configuration is invalid.";
 
-/// What a configuration means.
+/// The summary of a valid configuration.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Summary {
-    /// Where all pods of the node are served.
+    /// Path of the shared socket, if it is enabled.
     socket: Option<PathBuf>,
-    /// The driver that hands out a socket to each pod.
+    /// Name of the CSI driver, if pods have their own sockets.
     csi_driver: Option<String>,
-    /// What they get whom no profile takes.
+    /// The certificates of workloads that no profile matches.
     #[serde(flatten)]
     default: Certificates,
     /// The issuers, in words.
     issuers: Vec<String>,
     /// The trust sources, in words.
     trust: Vec<String>,
-    /// Whose requests the approver approves.
+    /// The accounts whose requests the approver approves.
     approver_agents: Vec<String>,
     /// The profiles, in their order.
     profiles: Vec<ProfileSummary>,
-    /// What the whole cluster asks for, where its size was told.
+    /// The load of the whole cluster, if its size is known.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     cluster: Vec<Load>,
 }
@@ -67,7 +67,7 @@ pub struct Summary {
 /// The certificates of a profile.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 struct Certificates {
-    /// The kind of workload that the example is of.
+    /// The workload of the example.
     example_workload: String,
     /// Its identity.
     example_spiffe_id: String,
@@ -77,11 +77,11 @@ struct Certificates {
     key: &'static str,
     /// Their lifetime.
     lifetime_seconds: u64,
-    /// The window in which they are replaced.
+    /// The earliest and latest renewal, in seconds after the start of the lifetime.
     renewal_seconds: [u64; 2],
-    /// Whether each pod has one of its own.
+    /// Whether each pod has its own certificate.
     per_pod: bool,
-    /// Who signs, in words.
+    /// The issuer, in words.
     signed_by: String,
     /// Requests per second for each 1,000 identities.
     requests_per_second_per_1000: f64,
@@ -90,9 +90,9 @@ struct Certificates {
 #[derive(Debug, Clone, PartialEq, Serialize)]
 struct ProfileSummary {
     name: String,
-    /// For whom, in words.
+    /// The pods that it matches, in words.
     holds_for: String,
-    /// Whether only pods that pick it get it.
+    /// Whether only pods that select it get it.
     selectable: bool,
     #[serde(flatten)]
     certificates: Certificates,
@@ -106,7 +106,7 @@ struct Report<'a> {
     summary: Option<&'a Summary>,
 }
 
-/// Checks and prints.
+/// Checks the configuration and prints the result.
 pub fn check(args: &Args, env: Env<'_>) -> Exit {
     let (valid, text) = match load(args, env) {
         Ok(Loaded { config, mut warnings }) => {
@@ -119,7 +119,7 @@ pub fn check(args: &Args, env: Env<'_>) -> Exit {
                     for warning in &warnings {
                         output::tell(format_args!("warning: {warning}"));
                     }
-                    format!("{} is fine.\n{}", args.config.display(), summary.map(|s| words(&s)).unwrap_or_default())
+                    format!("{} is valid.\n{}", args.config.display(), summary.map(|s| words(&s)).unwrap_or_default())
                 }
             };
             (true, text)
@@ -143,13 +143,13 @@ pub fn check(args: &Args, env: Env<'_>) -> Exit {
 }
 
 fn json(report: &Report<'_>) -> String {
-    // Strings, numbers and lists: there is nothing in it that JSON cannot say.
+    // Serialisation does not fail, because the report contains only strings, numbers and lists.
     let mut text = serde_json::to_string_pretty(report).unwrap_or_default();
     text.push('\n');
     text
 }
 
-/// On a workstation or in a build nobody has a node's name: stand-ins take its place, and a warning says so.
+/// Outside a cluster, on a workstation or in a build, example values replace the variables of the pod, with a warning.
 fn load(args: &Args, env: Env<'_>) -> Result<Loaded, config::Errors> {
     if env("KUBERNETES_SERVICE_HOST").is_some() || env("NODE_NAME").is_some() {
         return Config::load(&args.config, env);
@@ -166,7 +166,7 @@ fn load(args: &Args, env: Env<'_>) -> Result<Loaded, config::Errors> {
     };
     let mut loaded = Config::load(&args.config, &elsewhere)?;
     if loaded.config.attestation == Attestation::Kubernetes {
-        let message = "is not set here; in its pod the agent needs it, and should have POD_NAMESPACE, POD_NAME and POD_UID \
+        let message = "is not set here; in its pod the agent needs it, and it should have POD_NAMESPACE, POD_NAME and POD_UID \
                        (docs/configuration.md shows how)";
         loaded.warnings.push(Warning { path: "NODE_NAME".into(), message: message.into() });
     }
@@ -194,10 +194,10 @@ fn summary(config: &Config) -> Option<Summary> {
     })
 }
 
-/// What `profile` gives to `workload`. The templates have been tried on such a one.
+/// The certificates that `workload` gets from `profile`. The templates were already checked with such a workload.
 fn certificates(config: &Config, resolver: &Resolver, profile: &Arc<Profile>, workload: &Workload) -> Option<Certificates> {
     let identity = resolver.identity(profile, workload).ok()?;
-    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a share of a lifetime, rounded for people")]
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a share of a lifetime, rounded for display")]
     let renewal = |spread: f64| (profile.lifetime.as_secs_f64() * profile.renew_at * spread).round() as u64;
     Some(Certificates {
         example_workload: workload.to_string(),
@@ -212,7 +212,7 @@ fn certificates(config: &Config, resolver: &Resolver, profile: &Arc<Profile>, wo
     })
 }
 
-/// The sample, as `matches` would have it.
+/// The sample workload, changed so that `matches` holds for it.
 fn example(matches: &Match, sample: &Workload) -> Workload {
     let mut workload = sample.clone();
     if let Workload::Pod { pod, service_account, labels, .. } = &mut workload {
@@ -257,12 +257,12 @@ fn words(summary: &Summary) -> String {
     lines.push(("load", load_in_words(&summary.default)));
     lines.extend(summary.cluster.iter().map(|load| {
         let Load { profile, requests_per_second, etcd_writes_per_second } = load;
-        let of = if profile == "default" { String::new() } else { format!(", were all of profile {profile}") };
+        let of = if profile == "default" { String::new() } else { format!(", if every identity had profile {profile}") };
         ("cluster", format!("{requests_per_second:.2} requests and {etcd_writes_per_second:.1} etcd writes per second{of}"))
     }));
     let mut text: String = lines.iter().map(|(label, text)| format!("  {label:<12} {text}\n")).collect();
     for profile in &summary.profiles {
-        let picked = if profile.selectable { ", where the pod picks it" } else { "" };
+        let picked = if profile.selectable { ", if the pod selects it" } else { "" };
         text += &format!("  profile {}, for {}{picked}\n", profile.name, profile.holds_for);
         let mut lines = of_certificates(&profile.certificates);
         lines.push(("load", load_in_words(&profile.certificates)));
@@ -340,7 +340,7 @@ mod tests {
                           renewal      after 27m to 33m\n    \
                           signed by    Issuer pay-ca of cert-manager.io, by requests in namespace requests, where the Issuer has to be\n    \
                           load         0.56 requests per second for each 1,000 identities of the cluster\n  \
-                        profile short, for service account till, where the pod picks it\n    \
+                        profile short, for service account till, if the pod selects it\n    \
                           identity     spiffe://cluster.local/ns/shop/sa/till for pod shop/cart-5d89c7b6f4-x2v9k\n    \
                           certificate  ecdsa-p256 for 30m\n    \
                           renewal      after 15m\n    \

@@ -1,4 +1,4 @@
-//! `sds-agent completions`: a script that teaches a shell the command line.
+//! `sds-agent completions`: prints the completion script of a shell.
 
 use clap::{CommandFactory, ValueEnum};
 
@@ -8,7 +8,7 @@ use super::{Cli, Exit, output};
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {
-    /// For which shell
+    /// Shell of the script
     #[arg(value_name = "SHELL")]
     pub shell: Shell,
 }
@@ -25,15 +25,15 @@ pub enum Shell {
 }
 
 const EXAMPLES: &str = "\
-The script goes to standard output; it asks nobody and needs no agent.
+The script goes to standard output. It needs no agent.
 
 Examples:
   source <(sds-agent completions bash)                                    for this shell only
-  sds-agent completions bash > /etc/bash_completion.d/sds-agent           for everybody
+  sds-agent completions bash > /etc/bash_completion.d/sds-agent           for all users
   sds-agent completions zsh > \"${fpath[1]}/_sds-agent\"
   sds-agent completions fish > ~/.config/fish/completions/sds-agent.fish
 
-Exit codes: 0 printed, 1 it cannot be printed, 64 usage.";
+Exit codes: 0 printed, 1 the output failed, 64 usage.";
 
 /// Prints the script.
 pub fn print(args: &Args) -> Exit {

@@ -1,4 +1,4 @@
-//! `sds-agent dev`: the agent with the embedded authority and callers known by their uid.
+//! `sds-agent dev`: the agent with the embedded authority. Callers are identified by their uid.
 
 use std::{
     net::SocketAddr,
@@ -12,36 +12,36 @@ use crate::config::{self, Config, Dev, Env, Loaded};
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {
-    /// Where to serve [default: $XDG_RUNTIME_DIR/sds-agent/sds.sock, or /tmp/sds-agent/sds.sock]
+    /// Path of the socket [default: $XDG_RUNTIME_DIR/sds-agent/sds.sock, or /tmp/sds-agent/sds.sock]
     #[arg(long, value_name = "PATH")]
     pub socket: Option<PathBuf>,
-    /// How long a certificate lives, at least 10s [default: 2m]
+    /// Lifetime of a certificate, at least 10s [default: 2m]
     #[arg(long, value_name = "DUR")]
     pub lifetime: Option<humantime::Duration>,
-    /// The trust domain of all identities [default: example.org]
+    /// Trust domain of all identities [default: example.org]
     #[arg(long, value_name = "TD")]
     pub trust_domain: Option<String>,
-    /// Where health, metrics and the list of certificates are served, loopback only [default: 127.0.0.1:15090]
+    /// Address of health, metrics and the list of certificates, loopback only [default: 127.0.0.1:15090]
     #[arg(long, value_name = "ADDR")]
     pub admin: Option<SocketAddr>,
 }
 
 const EXAMPLES: &str = "\
-Every caller gets the identity spiffe://<trust domain>/uid/<its user id>, signed by an authority that lives in memory and
-ends with the process.
+Every caller gets the identity spiffe://<trust domain>/uid/<its user id>. An authority in the memory of the process signs
+it, and ends with the process.
 
 Examples:
-  sds-agent dev                           serve, and say how to ask
-  sds-agent dev --lifetime 20s            rotate every ten seconds or so
+  sds-agent dev                           serve, and print how to call it
+  sds-agent dev --lifetime 20s            rotate about every ten seconds
   sds-agent dev --socket /tmp/a.sock --admin 127.0.0.1:0
-                                          a second one beside it
-  sds-agent fetch --watch                 in another terminal: see certificates rotate
-  sds-agent certs                         what it holds
+                                          run a second agent
+  sds-agent fetch --watch                 in another terminal: watch certificates rotate
+  sds-agent certs                         list its certificates
 
-Exit codes: 0 ended as it was told to, 1 it could not start, or the drain was aborted, 64 usage.";
+Exit codes: 0 stopped by a signal, 1 it could not start, or the drain was aborted, 64 usage.";
 
 impl Args {
-    /// The configuration that the flags ask for; errors have been told when this returns an exit code.
+    /// The configuration from the flags. Errors are already printed when this returns an exit code.
     pub fn load(self, env: Env<'_>) -> Result<Loaded, Exit> {
         let Self { socket, lifetime, trust_domain, admin } = self;
         let flags = Dev { socket, lifetime: lifetime.map(Into::into), trust_domain, admin };
@@ -52,7 +52,7 @@ impl Args {
     }
 }
 
-/// What a person can do with it now.
+/// Instructions for the user at the terminal.
 pub fn greeting(socket: &Path, admin: SocketAddr, config: &Config) -> String {
     let socket = socket.display();
     let id = format!("{}/uid/{}", config.trust_domain.id(), nix::unistd::geteuid());
@@ -60,15 +60,15 @@ pub fn greeting(socket: &Path, admin: SocketAddr, config: &Config) -> String {
     format!(
         r#"sds-agent serves {socket}; your processes are {id}
 
-ask as a workload would, and watch it rotate:
+fetch as a workload does, and watch certificates rotate:
   sds-agent fetch --socket {socket}
   sds-agent fetch --socket {socket} --watch
 
-ask with grpcurl (the answer holds the private key):
+fetch with grpcurl (the answer contains the private key):
   grpcurl -plaintext -d '{{"resource_names":["{certificate}"]}}' \
     unix://{socket} envoy.service.secret.v3.SecretDiscoveryService/FetchSecrets
 
-Envoy: a cluster, and the same config source wherever a secret is wanted:
+Envoy: a cluster, and the same config source for every secret:
   clusters:
   - name: sds-grpc
     connect_timeout: 1s
@@ -93,7 +93,7 @@ Envoy: a cluster, and the same config source wherever a secret is wanted:
           grpc_services: [ {{ envoy_grpc: {{ cluster_name: sds-grpc }} }} ]
     validation_context_sds_secret_config: {{ name: {bundle}, sds_config: *sds }}
 
-what it holds: http://{admin}/certs   metrics: http://{admin}/metrics
+certificates: http://{admin}/certs   metrics: http://{admin}/metrics
 
 "#
     )

@@ -1,8 +1,8 @@
-//! `sds-agent doctor`: what is wrong with an agent; and why a process or a pod gets its identity and its certificate, or none: step by step,
-//! with a remedy for each step that fails.
+//! `sds-agent doctor`: diagnoses an agent, and shows step by step why a process or a pod gets an identity and a certificate, or none. Each
+//! failed step has a remedy.
 //!
-//! Every verdict is the agent's own: the same attestor, the same index, the same parser. Nothing is written anywhere. A check is a
-//! function that returns [`report::Step`]s; they stand here in the order of the request path.
+//! The verdicts come from the agent's own attestor, index and parser. The command reads only. A check is a function that returns
+//! [`report::Step`]s; the checks are in the order of the request path.
 
 use std::{path::PathBuf, str::FromStr};
 
@@ -33,16 +33,16 @@ mod server;
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {
-    /// The agent's configuration: for its socket, its cluster and its templates
+    /// Configuration of the agent, with its socket, cluster and templates
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
-    /// Judge this process as if it had connected
+    /// Attest this process as if it had connected
     #[arg(long, value_name = "PID", conflicts_with = "pod", value_parser = clap::value_parser!(i32).range(1..))]
     pub pid: Option<i32>,
-    /// Judge this pod, and one of its processes
+    /// Check this pod, and attest one of its processes
     #[arg(long, value_name = "NS/NAME", requires = "config")]
     pub pod: Option<PodName>,
-    /// How to print: json is one object with healthy, steps
+    /// Format of the output: json is one object with healthy, steps
     #[arg(short, long, value_name = "FORMAT", default_value = "text")]
     pub output: Format,
 }
@@ -68,46 +68,46 @@ impl FromStr for PodName {
 }
 
 const EXAMPLES: &str = "\
-Run it where the agent runs, with its environment, so that it sees what the agent sees:
+Run it where the agent runs and with its environment, so that it sees the same processes, mounts and cluster:
   kubectl exec -n sds-agent ds/sds-agent -- sds-agent doctor --config /etc/sds-agent/agent.yaml
 
 Examples:
-  sds-agent doctor                                         an agent of `sds-agent dev`, without a cluster
-  sds-agent doctor --config agent.yaml                     the agent, its node, its rights, and its issuer
-  sds-agent doctor --config agent.yaml --pid 4711          which pod a process is in, and the identity it gets
+  sds-agent doctor                                         check an agent of `sds-agent dev`, without a cluster
+  sds-agent doctor --config agent.yaml                     check the agent, its node, its permissions and its issuer
+  sds-agent doctor --config agent.yaml --pid 4711          show the pod of a process, and the identity that it gets
   sds-agent doctor --config agent.yaml --pod shop/cart-0 -o json | jq '.steps[] | select(.result == \"failed\")'
-  sds-agent doctor --pid 4711                              without a cluster: handle and cgroups only
+  sds-agent doctor --pid 4711                              check only handle and cgroups, without a cluster
 
 The steps without --pid and --pod:
-  socket, health, directory, mounts                        what stands there, who serves it, and how workloads have it
-  agent, readiness, open files, memory lock                what the agent tells of itself
-  kernel, host pids, own prefix                            what the node gives it
-  api server, clock, rights                                what the cluster gives it: each verb that the configuration needs
-  verdict                                                  whom this very process would be taken for
-  issuer, requests, approver                               who signs, and what was refused lately or is kept waiting
+  socket, health, directory, mounts                        the socket, its server, and its mounts in workloads
+  agent, readiness, open files, memory lock                the state that the agent reports
+  kernel, host pids, own prefix                            the node
+  api server, clock, rights                                the cluster, and each verb that the configuration needs
+  verdict                                                  the identity of this process
+  issuer, requests, approver                               the issuer, and requests that were refused lately or wait
 
 The steps about a process or a pod, in the order in which the agent takes them:
-  socket, process, handle, own prefix, cgroups             what the node tells
-  rights, pod, index, service account, profile             what the cluster tells; the last where there are profiles
-  verdict, issuer, requests, approver                      what the agent would answer, and with which identity
+  socket, process, handle, own prefix, cgroups             from the node
+  rights, pod, index, service account, profile             from the cluster; the last one if there are profiles
+  verdict, issuer, requests, approver                      the agent's answer, with the identity
 
-A step is ok, a warning (it works, and somebody should look at it), failed, or unknown. It reads only.
+The result of a step is ok, warning (it works, but needs attention), failed, or unknown. The command reads only.
 
 Exit codes: 0 no step failed, 1 a step failed, 64 usage or configuration, 69 something is not reachable, such as the API
-server, 77 the caller, or the agent's account, may not; where several steps failed, the first one decides.";
+server, 77 the caller or the agent's account has no permission; if several steps failed, the first one decides.";
 
-/// Whom it is about.
+/// The subject of the examination.
 enum Target {
     Process(i32),
     Pod { namespace: String, name: String },
 }
 
-/// Looks and prints.
+/// Runs the checks and prints the report.
 pub async fn run(args: Args, env: Env<'_>) -> Exit {
     let is_asked_for = args.pid.is_some() || args.pod.is_some();
     let config = match args.config.as_deref().map(|path| Config::load(path, env)) {
         None if is_asked_for => None,
-        // Whoever names nothing has `sds-agent dev` before them.
+        // Without a configuration, a process or a pod, the command checks `sds-agent dev`.
         None => match config::dev(config::Dev::default(), env) {
             Ok(config) => Some(config),
             Err(errors) => {
@@ -143,7 +143,7 @@ pub async fn run(args: Args, env: Env<'_>) -> Exit {
     }
 }
 
-/// The agent, its node and its cluster.
+/// Checks the agent, its node and its cluster.
 async fn survey(config: &Config) -> Vec<Step> {
     let mut steps = Vec::new();
     let by_pod = config.attestation == Attestation::Kubernetes;
@@ -199,26 +199,28 @@ fn needs_cluster(config: &Config) -> bool {
 }
 
 fn without_shared_socket() -> Step {
-    Step::unknown("socket", "the shared socket is not enabled", Some("set sockets.shared.enabled, or look at the sockets of pods"))
+    Step::unknown("socket", "the shared socket is not enabled", Some("set sockets.shared.enabled, or check the sockets of pods"))
 }
 
-/// Whom this very process would be taken for.
+/// The verdict about this process.
 async fn myself(config: &Config, cluster: Option<(&Cluster, Option<&HostPrefix>)>) -> Step {
     let name = "verdict";
     let peer = i32::try_from(std::process::id()).map_err(std::io::Error::other).and_then(Peer::of_process);
     let peer = match peer {
         Ok(peer) => peer,
-        Err(error) => return Step::unknown(name, format!("this process gets no handle on itself: {error}"), Some("see the step kernel")),
+        Err(error) => {
+            return Step::unknown(name, format!("this process cannot open a pidfd of itself: {error}"), Some("see the step kernel"));
+        }
     };
     match cluster {
         None => judge(config, cluster::attestor(config, None), &peer).await,
         Some((cluster, own)) => match own.map(|own| process::cgroups(peer.pid, own)) {
             Some((_, Some(_))) => judge(config, cluster.attestor(config), &peer).await,
             Some((step, None)) => {
-                let detail = format!("this process is in no pod, so that there is nobody to judge\n{}", step.detail);
+                let detail = format!("this process is in no pod and cannot be attested\n{}", step.detail);
                 Step::unknown(name, detail, Some("name a process with --pid, or a pod with --pod"))
             }
-            None => Step::unknown(name, "this process's own place is not known", Some("see the step own prefix")),
+            None => Step::unknown(name, "the cgroup of this process is not known", Some("see the step own prefix")),
         },
     }
 }

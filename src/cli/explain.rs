@@ -1,4 +1,4 @@
-//! `sds-agent explain`: the configuration's reference where it is needed, in the words of `docs/configuration.md`.
+//! `sds-agent explain`: prints the reference of the configuration, with the texts of `docs/configuration.md`.
 
 use std::fmt::Write as _;
 
@@ -14,25 +14,25 @@ use crate::config::reference::{self, Completeness, Field, GROUPS, Kind};
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {
-    /// Its path, such as certificate.renewAt; without it, all
+    /// Path of a field, such as certificate.renewAt [default: all fields]
     #[arg(value_name = "FIELD")]
     pub field: Option<String>,
-    /// How to print: json is a JSON Schema of the field, or of the whole file
+    /// Format of the output: json is a JSON Schema of the field, or of the whole file
     #[arg(short, long, value_name = "FORMAT", default_value = "text")]
     pub output: Format,
 }
 
 const EXAMPLES: &str = "\
 Examples:
-  sds-agent explain                            every field in one line
-  sds-agent explain certificate                a section, with all that is in it
-  sds-agent explain 'profiles[0].match'        as errors name it
+  sds-agent explain                            list all fields, one on each line
+  sds-agent explain certificate                describe a section and its fields
+  sds-agent explain 'profiles[0].match'        describe a field by its path in an error
   sds-agent explain -o json > agent.schema.json
       for an editor: begin the file with `# yaml-language-server: $schema=agent.schema.json`
 
-Exit codes: 0 shown, 1 it cannot be printed, 64 usage or no such field.";
+Exit codes: 0 printed, 1 the output failed, 64 usage or unknown field.";
 
-/// Prints what is asked for.
+/// Prints the description or the schema.
 pub fn print(args: &Args) -> Exit {
     let text = explained(args, output::width());
     match text.map(|text| output::say(&text)) {
@@ -46,7 +46,7 @@ pub fn print(args: &Args) -> Exit {
     }
 }
 
-/// The text, or what to do about a field that there is not.
+/// The text, or the remedy for an unknown field.
 fn explained(args: &Args, width: Option<usize>) -> Result<String, String> {
     let field = match &args.field {
         Some(name) => Some(reference::find(name).ok_or_else(|| remedy(name))?),
@@ -64,10 +64,10 @@ fn explained(args: &Args, width: Option<usize>) -> Result<String, String> {
 }
 
 fn remedy(name: &str) -> String {
-    reference::nearest(name).map_or_else(|| "`sds-agent explain` tells all".to_owned(), |near| format!("did you mean {near}?"))
+    reference::nearest(name).map_or_else(|| "`sds-agent explain` lists all fields".to_owned(), |near| format!("did you mean {near}?"))
 }
 
-/// A line for each field: its path, and the first sentence.
+/// One line for each field: its path and the first sentence of its description.
 fn all(width: Option<usize>) -> String {
     let widest = reference::all().map(|field| field.path.len()).max().unwrap_or(0);
     let mut out = String::new();
@@ -81,7 +81,7 @@ fn all(width: Option<usize>) -> String {
         }
         out.push('\n');
     }
-    out.push_str("`sds-agent explain FIELD` tells more: what can stand there, the default, when a change comes into force.\n");
+    out.push_str("`sds-agent explain FIELD` prints its full description, its type, its default, and when a change takes effect.\n");
     out
 }
 
@@ -92,16 +92,16 @@ fn cut(line: &str, width: Option<usize>) -> String {
     }
 }
 
-/// All about a field, and about those below it.
+/// The full description of a field and of the fields below it.
 fn whole(field: &Field, width: Option<usize>) -> String {
     let mut out = one(field, width);
     if let Some(change) = field.change() {
-        let _ = writeln!(out, "    A change comes into force {}.", change.when());
+        let _ = writeln!(out, "    A change takes effect {}.", change.when());
     }
     for below in field.below() {
         let _ = write!(out, "\n{}", one(below, width));
         if let Some(change) = below.change().filter(|_| field.change().is_none()) {
-            let _ = writeln!(out, "    A change comes into force {}.", change.when());
+            let _ = writeln!(out, "    A change takes effect {}.", change.when());
         }
     }
     out
@@ -135,10 +135,10 @@ mod tests {
     fn a_field_is_told_with_its_kind_default_and_change() {
         let text = explain("certificate.renewAt", Format::Text).unwrap();
         assert!(text.starts_with("certificate.renewAt: number, 0.1 to 0.9; default 0.5\n    The share of its life"), "{text}");
-        assert!(text.ends_with("A change comes into force at once.\n"), "{text}");
+        assert!(text.ends_with("A change takes effect at once.\n"), "{text}");
         let section = explain("sockets", Format::Text).unwrap();
         assert!(section.contains("\nsockets.perPod.driverName: text; default csi.sds-agent.io\n"), "{section}");
-        assert!(section.contains("\n    A change comes into force with the next start.\n"), "{section}");
+        assert!(section.contains("\n    A change takes effect at the next start.\n"), "{section}");
         assert!(section.lines().all(|line| line.chars().count() <= 80), "{section}");
     }
 
@@ -162,6 +162,6 @@ mod tests {
     fn what_is_not_a_field_has_a_way_out() {
         assert_eq!(explain("renewAt", Format::Text).unwrap_err(), "did you mean certificate.renewAt?");
         assert_eq!(explain("certificate.lifetme", Format::Text).unwrap_err(), "did you mean certificate.lifetime?");
-        assert_eq!(explain("certificate.key.size", Format::Text).unwrap_err(), "`sds-agent explain` tells all");
+        assert_eq!(explain("certificate.key.size", Format::Text).unwrap_err(), "`sds-agent explain` lists all fields");
     }
 }

@@ -1,6 +1,6 @@
-//! `sds-agent fetch`: asks an SDS server as a workload would, and shows what it answers without the keys. Works with any SDS server.
+//! `sds-agent fetch`: fetches secrets as a workload does, and prints them without keys. It works with any SDS server.
 //!
-//! Without `--watch` one `FetchSecrets`; with it one `StreamSecrets` with every name, for ever (`watch`).
+//! Without `--watch` it makes one call of `FetchSecrets`. With it, it keeps one `StreamSecrets` open with every name, until it is stopped.
 
 use std::{
     io,
@@ -31,40 +31,40 @@ mod resource;
 mod subscription;
 mod watch;
 
-/// How long the server's own answer to a deadline may take to arrive.
+/// Time after the deadline in which the server's answer about the deadline may arrive.
 const GRACE: Duration = Duration::from_secs(1);
-/// Nobody waits longer for one answer.
+/// Maximum of `--timeout`, one day.
 const MAX_WAIT: Duration = Duration::from_secs(86_400);
 
 /// The flags of `fetch`.
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {
-    /// The server's socket [default: SPIFFE_ENDPOINT_SOCKET, or the first there is of $XDG_RUNTIME_DIR, /tmp and /run with
-    /// /sds-agent/sds.sock]
+    /// Socket of the server [default: SPIFFE_ENDPOINT_SOCKET, or the first existing sds-agent/sds.sock in $XDG_RUNTIME_DIR,
+    /// /tmp and /run]
     #[arg(long, value_name = "PATH")]
     pub socket: Option<String>,
-    /// A secret to ask for; may be repeated [default: default and ROOTCA]
+    /// Name of a secret; may be repeated [default: default and ROOTCA]
     #[arg(long = "name", value_name = "NAME")]
     pub names: Vec<String>,
-    /// Stay, and show every update; reconnect when the server goes away
+    /// Keep running, and print every update; reconnect when the connection ends
     #[arg(long)]
     pub watch: bool,
-    /// How long to wait for an answer, without --watch
+    /// Time to wait for an answer, without --watch
     #[arg(long, value_name = "DUR", default_value = "10s")]
     pub timeout: humantime::Duration,
-    /// The interface to ask
+    /// API of the server
     #[arg(long, value_name = "API", default_value = "sds", hide_possible_values = true)]
     pub api: Api,
-    /// How to print: text, json (one object for each update) or pem
+    /// Format of the output: text, json (one object for each update) or pem
     #[arg(short, long, value_name = "FORMAT", default_value = "text", hide_possible_values = true)]
     pub output: Format,
-    /// Write the private key to this file, which nobody else can read; with --watch it is replaced at each rotation
+    /// Write the private key to this file, which only its owner can read; with --watch it is replaced at each rotation
     #[arg(long, value_name = "FILE")]
     pub write_key: Option<PathBuf>,
 }
 
-/// The interface to ask.
+/// The API of the server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Api {
     /// Envoy's secret discovery service, v3
@@ -73,10 +73,10 @@ pub enum Api {
     Workload,
 }
 
-/// How to print.
+/// The format of the output.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Format {
-    /// For people
+    /// For users
     Text,
     /// One object for each update
     Json,
@@ -85,23 +85,23 @@ pub enum Format {
 }
 
 const EXAMPLES: &str = "\
-What is shown has no private key in it; only --write-key takes the key out of the answer. A name that the server does not
-answer is told on standard error.
+The output contains no private key; only --write-key writes the key of the answer. Names without an answer are listed on
+standard error.
 
 Examples:
-  sds-agent fetch                                      your own certificate and the trust bundle
-  sds-agent fetch --watch                              a line for each rotation
+  sds-agent fetch                                      print your certificate and the trust bundle
+  sds-agent fetch --watch                              print a line for each rotation
   sds-agent fetch -o json | jq -r .not_after
   sds-agent fetch --name ROOTCA -o pem > roots.pem
   sds-agent fetch --name default -o pem --write-key key.pem > chain.pem
   sds-agent fetch --socket unix:///run/other/agent.sock --name spiffe://example.org
 
-Exit codes: 0 answered, 1 failed, 64 usage, 69 no server or no answer, 77 the server knows no identity for you.";
+Exit codes: 0 answered, 1 failed, 64 usage, 69 no server or no answer, 77 the server has no identity for this process.";
 
-/// Prints one piece of text; a test takes it instead.
+/// Prints one piece of text; tests collect it instead.
 type Out<'a> = &'a mut (dyn FnMut(&str) -> io::Result<()> + Send);
 
-/// Asks and prints.
+/// Fetches and prints.
 pub async fn fetch(args: Args, env: Env<'_>) -> Exit {
     match ask(args, env, &mut output::say).await {
         Ok(()) => Exit::Ok,
@@ -115,7 +115,7 @@ pub async fn fetch(args: Args, env: Env<'_>) -> Exit {
 
 async fn ask(args: Args, env: Env<'_>, out: Out<'_>) -> Result<(), Failure> {
     if args.api == Api::Workload {
-        let sentence = "--api workload: this version serves and asks SDS only; leave the flag out, or use --api sds";
+        let sentence = "--api workload: this version supports only SDS; leave the flag out, or use --api sds";
         return Err(Failure::Usage(sentence.to_owned()));
     }
     let socket = endpoint::choose(args.socket.as_deref(), env, Path::exists).map_err(Failure::Usage)?;
@@ -149,7 +149,7 @@ async fn ask(args: Args, env: Env<'_>, out: Out<'_>) -> Result<(), Failure> {
     }
 }
 
-/// One `FetchSecrets`, or as much of a stream as answers every name where the server has nothing else.
+/// Calls `FetchSecrets`. If the server supports only streams, reads a stream until every name has an answer.
 async fn once(
     client: &mut Client,
     subscription: &mut Subscription,
@@ -178,7 +178,7 @@ async fn once(
                 let Taken { updates, problems, reply } = subscription.take(response);
                 show.all(&updates)?;
                 all.extend(problems);
-                // Where the server has gone, the next message says so.
+                // If the connection has ended, the next read returns the error.
                 let _ = replies.send(reply).await;
             }
             Ok(first_told(all))
@@ -187,7 +187,7 @@ async fn once(
     }
 }
 
-/// Tells all problems but the first, which the caller ends with.
+/// Prints all problems except the first, which the caller returns.
 fn first_told(problems: Vec<resource::Error>) -> Option<resource::Error> {
     let mut problems = problems.into_iter();
     let first = problems.next();
@@ -195,10 +195,10 @@ fn first_told(problems: Vec<resource::Error>) -> Option<resource::Error> {
     first
 }
 
-/// Shows resources as the flags ask.
+/// Prints resources in the format of the flags.
 struct Show<'a> {
     format: Format,
-    /// One line for each update, where otherwise there is room.
+    /// Whether text has one line for each update instead of a block.
     live: bool,
     key_file: Option<KeyFile>,
     out: Out<'a>,
@@ -209,7 +209,7 @@ impl Show<'_> {
         resources.iter().try_for_each(|resource| self.one(resource, SystemClock.now()))
     }
 
-    /// The key is in its file before its certificate is shown.
+    /// Writes the key to its file before it prints the certificate.
     fn one(&mut self, resource: &Resource, now: SystemTime) -> Result<(), Failure> {
         if let (Some(file), Material::Certificate { key, .. }) = (&mut self.key_file, &resource.material) {
             file.write(&resource.name, key.as_ref())?;

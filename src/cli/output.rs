@@ -1,4 +1,4 @@
-//! Printing: to readers that may go away, and of text that others chose.
+//! Printing: the reader may close the pipe, and texts may come from untrusted sources.
 
 use std::{
     fmt::{self, Write as _},
@@ -9,34 +9,34 @@ use clap::ValueEnum;
 
 use super::Exit;
 
-/// The forms of output of most commands.
+/// The output formats of most commands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Format {
-    /// For people
+    /// For users
     Text,
     /// For programs
     Json,
 }
 
-/// Prints to standard output at once, so that a reader behind a pipe sees it.
+/// Prints to standard output and flushes, so that a reader behind a pipe sees the text immediately.
 pub fn say(text: &str) -> io::Result<()> {
     let mut out = io::stdout().lock();
     out.write_all(text.as_bytes())?;
     out.flush()
 }
 
-/// One line to standard error, under the program's name.
+/// Prints one line to standard error, with the prefix `sds-agent: `.
 pub fn complain(message: fmt::Arguments<'_>) {
     tell(format_args!("sds-agent: {message}"));
 }
 
-/// One line to standard error.
+/// Prints one line to standard error.
 pub fn tell(message: fmt::Arguments<'_>) {
-    // Nobody is left to be told that nobody reads this.
+    // If standard error is closed, no other output remains to report the failure.
     let _ = writeln!(io::stderr().lock(), "{message}");
 }
 
-/// How a process ends that cannot print: a reader that has seen enough, such as `head`, is no failure.
+/// The exit code after a failure to print: a reader that closes the pipe, such as `head`, is no failure.
 pub fn unsaid(error: &io::Error) -> Exit {
     if error.kind() == io::ErrorKind::BrokenPipe {
         return Exit::Ok;
@@ -45,7 +45,7 @@ pub fn unsaid(error: &io::Error) -> Exit {
     Exit::Failed
 }
 
-/// `text` without what could command a terminal.
+/// `text` with its control characters escaped, so that it cannot control the terminal.
 pub fn printable(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {
@@ -59,14 +59,14 @@ pub fn printable(text: &str) -> String {
     out
 }
 
-/// The columns of the terminal that is standard output, where it tells.
+/// The number of columns of the terminal at standard output; `None` if it is unknown or below 40.
 pub fn width() -> Option<usize> {
     let size = rustix::termios::tcgetwinsize(io::stdout()).ok()?;
-    // Serial lines tell nothing, and a window of a few columns is no help to anybody.
+    // A serial line reports 0 columns, and text in a very narrow window is unreadable.
     (size.ws_col >= 40).then_some(size.ws_col.into())
 }
 
-/// `text` in lines of at most `width` characters, cut between words where there is a gap; a single line without a width.
+/// Wraps `text` at spaces into lines of at most `width` characters; a longer word has its own line. Without a width, one line.
 pub fn wrapped(text: &str, width: Option<usize>) -> Vec<String> {
     let Some(width) = width else { return vec![text.to_owned()] };
     let mut lines: Vec<String> = Vec::new();

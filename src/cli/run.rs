@@ -1,4 +1,4 @@
-//! `sds-agent run`: the agent as it runs on a node. `dev` starts here too.
+//! `sds-agent run`: starts the agent on a node. `dev` starts its agent here too.
 
 use std::{path::PathBuf, process::ExitCode, thread};
 
@@ -16,17 +16,17 @@ use crate::{
     process,
 };
 
-/// Of the log's lines.
+/// Target of the log lines.
 const LOG_TARGET: &str = "sds_agent::cli::run";
 
-/// A person at a terminal sees every issue, push and acknowledgement.
+/// The log filter of `dev`: a user at a terminal sees every issued certificate, response and acknowledgement.
 const DEV_FILTER: &str = "info,sds_agent::sds=debug,sds_agent::caller=debug";
 
 /// The flags of `run`.
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {
-    /// The configuration, a YAML file (docs/configuration.md describes it)
+    /// Configuration, a YAML file (docs/configuration.md describes it)
     #[arg(long, value_name = "FILE")]
     pub config: PathBuf,
 }
@@ -35,24 +35,24 @@ const EXAMPLES: &str = "\
 Example:
   sds-agent run --config /etc/sds-agent/agent.yaml
 
-The shortest configuration that serves a cluster:
+A minimal configuration for a cluster:
   issuer:
     certManager:
       issuerRef: { name: mesh-ca, kind: ClusterIssuer }
   trust:
     sources: [ { configMap: { namespace: cert-manager, name: mesh-roots } } ]
 
-In a pod it needs NODE_NAME (spec.nodeName), POD_NAMESPACE, POD_NAME and POD_UID from the downward API, and hostPID for
-the shared socket.
+In a pod, the agent needs NODE_NAME (spec.nodeName), POD_NAMESPACE, POD_NAME and POD_UID from the downward API, and
+hostPID for the shared socket.
 
-The log goes to standard error: text on a terminal, JSON lines otherwise. SDS_AGENT_LOG says how much of it, such as `debug`
-or `sds_agent::rotation=debug,info`.
+The log goes to standard error: as text on a terminal, otherwise as JSON lines. SDS_AGENT_LOG sets its filter, such as
+`debug` or `sds_agent::rotation=debug,info`. Default: `info`.
 
-Exit codes: 0 ended as it was told to, 1 it could not start, or a part of it failed, or the drain was aborted, 64 usage or
+Exit codes: 0 stopped by a signal, 1 it could not start, or a part of it failed, or the drain was aborted, 64 usage or
 configuration.";
 
 impl Args {
-    /// Reads the configuration; errors have been told when this returns an exit code.
+    /// Reads the configuration. Errors are already printed when this returns an exit code.
     pub fn load(&self, env: Env<'_>) -> Result<Loaded, Exit> {
         Config::load(&self.config, env).map_err(|errors| {
             output::complain(format_args!("{} cannot be used:\n{errors}", self.config.display()));
@@ -61,18 +61,18 @@ impl Args {
     }
 }
 
-/// For whom the agent runs.
+/// The form of the log and of the greeting.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Style {
-    /// A node: the log is for machines.
+    /// `run`: on a node.
     Run,
-    /// A person at a terminal.
+    /// `dev`: for a user at a terminal.
     Dev,
 }
 
-/// Hardens the process, sets up the log, and runs the agent until it is told to stop.
+/// Hardens the process, sets up the log, and runs the agent until a signal stops it.
 pub fn start(loaded: &Loaded, file: Option<app::File>, style: Style, env: Env<'_>) -> anyhow::Result<ExitCode> {
-    // Before the first other thread, which is the log's, and before the first key.
+    // Hardening must precede the first additional thread, which is the log's, and the first key.
     let hardened = process::harden(loaded.config.lock_memory)?;
     let mut base = Base::new(Shutdown::new(loaded.config.drain));
     let filter = env(telemetry::VARIABLE).or((style == Style::Dev).then(|| DEV_FILTER.to_owned()));
@@ -91,7 +91,7 @@ async fn run(config: &Config, base: Base, log: Log, style: Style) -> anyhow::Res
     let bound = app::build(config, base).await?;
     if let (Style::Dev, Some(socket)) = (style, bound.socket()) {
         let greeting = dev::greeting(socket, bound.admin()?, config);
-        // The terminal may be paused, and a pipe full: the agent does not wait for its reader.
+        // A paused terminal or a full pipe would block the write, so a thread of its own prints the greeting.
         thread::spawn(move || output::say(&greeting));
     }
     Ok(match bound.run().await? {
@@ -100,14 +100,13 @@ async fn run(config: &Config, base: Base, log: Log, style: Style) -> anyhow::Res
     })
 }
 
-/// Runs `work` to its end. An error goes through the log: the reader of standard error may stall, and nothing waits for it
-/// without a bound.
+/// Runs `work` to its end. An error goes through the log, which bounds the wait for a stalled reader of standard error.
 pub(super) fn serve(log: &Log, worker_threads: usize, work: impl Future<Output = anyhow::Result<ExitCode>>) -> ExitCode {
     let _end = log.until_dropped();
     let runtime = Builder::new_multi_thread().worker_threads(worker_threads).enable_all().build();
     let done = runtime.map_err(anyhow::Error::from).and_then(|runtime| {
         let done = runtime.block_on(work);
-        // What still runs has had its time.
+        // Tasks that still run have used up the drain time, so they are dropped.
         runtime.shutdown_background();
         done
     });

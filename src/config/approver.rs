@@ -1,4 +1,4 @@
-//! The section `approver`: what `sds-agent approver` needs beside what it shares with the agents.
+//! The section `approver`: settings of `sds-agent approver` beside those that it shares with the agents.
 
 use std::time::Duration;
 
@@ -12,30 +12,30 @@ use super::{
     values::{self, is_dns_name},
 };
 
-/// What the user name of a service account begins with.
+/// The prefix of a service account's user name.
 const SERVICE_ACCOUNT: &str = "system:serviceaccount:";
-/// Kubelets bring a new ConfigMap within a minute or two, and agents that are restarted for it come back within a roll-out.
+/// Covers the one to two minutes in which kubelets update a mounted ConfigMap, and a roll-out that restarts the agents.
 const OVERLAP: Duration = Duration::from_secs(600);
 
 /// `approver`
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Approver {
-    /// `agents`: the user names of the agents' service accounts. Nobody else's requests are approved.
+    /// `agents`: the user names of the agents' service accounts. Requests of other accounts are denied.
     pub agents: Vec<String>,
-    /// `annotations`: those of others that a request may carry.
+    /// `annotations`: keys of annotations that a request may carry beside the agents' own.
     pub annotations: Vec<Pattern>,
-    /// `overlap`: how long after a change the former configuration counts, too.
+    /// `overlap`: how long the previous configuration still applies after a change.
     pub overlap: Duration,
 }
 
 impl Approver {
-    /// The agents of one namespace under their usual name.
+    /// The service account `sds-agent` of one namespace.
     pub fn of_namespace(namespace: &str) -> Self {
         Self { agents: vec![format!("{SERVICE_ACCOUNT}{namespace}:sds-agent")], annotations: Vec::new(), overlap: OVERLAP }
     }
 }
 
-/// Walks the section.
+/// Decodes the section.
 pub(super) fn decode(section: &Section<'_>, pod: Option<&PodEnvironment>) -> Option<Approver> {
     let namespace = pod.and_then(|pod| pod.namespace.as_deref()).unwrap_or("sds-agent");
     let told = section.has("agents");
@@ -49,7 +49,7 @@ pub(super) fn decode(section: &Section<'_>, pod: Option<&PodEnvironment>) -> Opt
         (true, true) => {
             section.wrong(
                 "agents",
-                "names nobody, so that every request would be denied",
+                "names no account, so every request would be denied",
                 "name the agents' account, or leave the field out",
             );
             None
@@ -60,7 +60,7 @@ pub(super) fn decode(section: &Section<'_>, pod: Option<&PodEnvironment>) -> Opt
 fn annotation(value: &Value) -> Result<Pattern, FieldError> {
     let remedy = "write a key such as example.com/owner, or a part of one with '*' at its beginning or at its end";
     let pattern =
-        Pattern::parse(values::text(value)?).ok_or_else(|| FieldError::new("has a '*' elsewhere than at one end of it", remedy))?;
+        Pattern::parse(values::text(value)?).ok_or_else(|| FieldError::new("has a '*' that is not at its beginning or end", remedy))?;
     let is_part = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.' | b'/');
     if pattern.part().len() > 317 || !pattern.part().bytes().all(is_part) {
         return Err(FieldError::new("can match no key of an annotation", remedy));

@@ -1,7 +1,7 @@
-//! The sections that say what is issued and by whom: `identity`, `certificate`, `issuer`, `profiles`, `authorityEpoch`.
+//! The sections about certificates and issuers: `identity`, `certificate`, `issuer`, `profiles`, `authorityEpoch`.
 //!
 //! Owns their rules: templates fit the attestation, a certificate is renewed before it expires, an issuer is named completely, a profile
-//! can be reached. What a profile does not say is said by the sections of the same name at the top.
+//! can be reached. A profile inherits the fields that it does not set from the top-level sections of the same name.
 
 use std::{collections::BTreeMap, ops::RangeInclusive, sync::Arc, time::Duration};
 
@@ -16,40 +16,40 @@ mod profiles;
 use certificate::{Certificate, Identity};
 use profiles::UnresolvedProfile;
 
-/// The profile of whom no other takes, and its issuer.
+/// The name of the default profile and of its issuer.
 pub(super) const DEFAULT: &str = "default";
-/// Shorter lives are spent on renewing; longer ones are beyond use, and the bound keeps every sum of times in range.
+/// Below the minimum, an agent would renew continuously. The maximum keeps every sum of times in range.
 pub(super) const LIFETIMES: RangeInclusive<Duration> = Duration::from_secs(10)..=Duration::from_secs(3650 * 86_400);
-/// Below this a cluster's renewals are a load worth a thought.
+/// Below this lifetime, the configuration warns about the load of renewals.
 const SHORT_LIFETIME: Duration = Duration::from_secs(3600);
 
-/// What the sections are checked against; `None` where it is wrong itself.
+/// The values that the sections are checked against; `None` for a value that is invalid itself.
 pub(super) struct Context<'a> {
-    /// How callers are known.
+    /// How callers are identified.
     pub attestation: Option<Attestation>,
     /// The agent's trust domain.
     pub trust_domain: Option<&'a TrustDomain>,
-    /// What the environment tells.
+    /// The environment of the pod.
     pub pod: Option<&'a PodEnvironment>,
 }
 
-/// What is issued, to whom, and by whom.
+/// The decoded profiles and issuers.
 #[derive(Debug)]
 pub(super) struct Issuance {
-    /// For whom no rule is.
+    /// The profile of workloads that no rule matches.
     pub default_profile: Arc<Profile>,
     /// `profiles`
     pub rules: Vec<Rule>,
-    /// Each once, by the name of the first profile that has it; the default's is `default`.
+    /// Each issuer once, under the name of the first profile that uses it. The issuer of the default profile is `default`.
     pub issuers: BTreeMap<IssuerName, IssuerConfig>,
 }
 
-/// Walks the sections.
+/// Decodes the sections.
 pub(super) fn decode(root: &Section<'_>, context: &Context<'_>) -> Option<Issuance> {
     let identity = root.section("identity", |section| certificate::identity(section, context, None));
     let certificate = root.section("certificate", |section| certificate::certificate(section, context, Certificate::default()));
     let issuer = issuer::issuer(root, context);
-    // Where a default is wrong it has been said, and the profiles are still looked at.
+    // An invalid default has been reported already; the profiles are checked all the same.
     let base = profiles::Base {
         identity: identity.clone().unwrap_or_else(|| Identity::of(context.attestation)),
         certificate: certificate.unwrap_or_default(),
@@ -63,7 +63,7 @@ pub(super) fn decode(root: &Section<'_>, context: &Context<'_>) -> Option<Issuan
     Some(joined(UnresolvedProfile::default_of(identity, certificate, issuer), drafts?, epoch?))
 }
 
-/// Names the issuers, each once, and makes profiles of drafts. The global epoch counts for all, beside a profile's own.
+/// Names each distinct issuer and turns drafts into profiles. A profile's epoch is the sum of the global epoch and its own.
 fn joined(default: UnresolvedProfile, drafts: Vec<UnresolvedProfile>, epoch: u64) -> Issuance {
     let mut issuers: BTreeMap<IssuerName, IssuerConfig> = BTreeMap::new();
     let mut rule = |draft: UnresolvedProfile| {
@@ -96,16 +96,17 @@ fn warn_of_load(section: &Section<'_>, certificate: &Certificate, issuer: &Issue
         let rate = renewals_per_second(certificate.lifetime, certificate.renew_at, 1000);
         let lifetime = humantime::format_duration(certificate.lifetime);
         let load = format!("{lifetime} means {rate:.1} requests per second for each 1,000 identities of the cluster");
-        section.warn("certificate.lifetime", format!("{load}; see that cert-manager and its issuer keep up, or use 1h or more"));
+        section
+            .warn("certificate.lifetime", format!("{load}; check that cert-manager and its issuer can sign this many, or use 1h or more"));
     }
 }
 
-/// Renewals per second of `identities` in the long run.
+/// Renewals per second of `identities`, on average.
 pub fn renewals_per_second(lifetime: Duration, renew_at: f64, identities: u32) -> f64 {
     f64::from(identities) / (lifetime.as_secs_f64() * renew_at)
 }
 
-/// Whether the issuer brings no roots of its own.
+/// Whether the issuer provides no roots.
 pub(super) fn tells_no_roots(issuer: &IssuerConfig) -> bool {
     matches!(issuer, IssuerConfig::CertManager(certificate_request::Settings { trust_status_ca: false, .. }))
 }

@@ -1,4 +1,4 @@
-//! The configuration of `sds-agent dev`: no file, no cluster, the embedded authority, and users known by their uid.
+//! The configuration of `sds-agent dev`: no file, no cluster, the embedded authority, and callers identified by their uid.
 
 use std::{
     collections::BTreeMap,
@@ -20,7 +20,7 @@ use super::{
     template, values,
 };
 
-/// Short enough to see rotations without waiting for them.
+/// Short, so that a user sees rotations within a minute.
 const LIFETIME: Duration = Duration::from_secs(120);
 
 /// The flags of `sds-agent dev`.
@@ -36,15 +36,15 @@ pub struct Dev {
     pub admin: Option<SocketAddr>,
 }
 
-/// Where `dev` serves unless told otherwise.
+/// The default path of `dev`'s socket.
 pub fn dev_socket(env: Env<'_>) -> PathBuf {
     let runtime = env("XDG_RUNTIME_DIR").map(PathBuf::from).filter(|dir| dir.is_absolute());
     runtime.unwrap_or_else(|| PathBuf::from("/tmp")).join("sds-agent/sds.sock")
 }
 
-/// The configuration that the flags ask for, or every error at once.
+/// The configuration from the flags, or all errors.
 ///
-/// The metrics address is a port of 127.0.0.1 that the kernel chooses: the admin address serves all that it serves.
+/// The kernel chooses the port of the metrics address on 127.0.0.1, because the admin address serves the same pages.
 pub fn dev(flags: Dev, env: Env<'_>) -> Result<Config, Errors> {
     let report = Report::default();
     let path = flags.socket.map_or_else(|| dev_socket(env), |path| std::path::absolute(&path).unwrap_or(path));
@@ -102,7 +102,7 @@ fn config(path: &Path, trust_domain: TrustDomain, lifetime: Duration, admin: Soc
         federated: BTreeMap::new(),
         names: Names::default(),
         lock_memory: LockMemory::Auto,
-        // One person's: there is nobody to be protected from.
+        // The machine has one user, so one caller may use all of the limits.
         limits: Limits::default().undivided(),
         kubernetes: RequestRate::default(),
         reissue_over: Duration::from_secs(600),

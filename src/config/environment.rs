@@ -1,6 +1,6 @@
-//! The environment: the process's own, and what a pod learns from the downward API.
+//! The environment: the variables of the process, among them those that the downward API sets.
 //!
-//! The only reader of the environment. Everything else is handed a function, so that tests need not change the process.
+//! Only this module reads the environment. Other modules receive a function, so that tests do not change the process.
 
 use serde_json::Value;
 use workload_identity::PodRef;
@@ -20,14 +20,14 @@ pub fn process(name: &str) -> Option<String> {
     std::env::var(name).ok().filter(|value| !value.is_empty())
 }
 
-/// What the downward API tells, and the namespace even where the rest of the pod is not told.
+/// The variables of the downward API. `namespace` is set even if the rest of the pod is not known.
 #[derive(Debug, Clone, Default)]
 pub(super) struct PodEnvironment {
     pub node: NodeEnvironment,
     pub namespace: Option<String>,
 }
 
-/// Reads what the downward API tells. `attestation` decides what has to be there; `None` needs nothing.
+/// Reads the variables of the downward API. `attestation` decides which of them are required; with `None`, none is.
 pub(super) fn pod(report: &Report, attestation: Option<Attestation>, env: Env<'_>) -> Option<PodEnvironment> {
     let read = |name: &str, check: fn(&Value) -> Result<String, FieldError>| -> Result<Option<String>, ()> {
         let Some(text) = env(name).filter(|text| !text.is_empty()) else { return Ok(None) };
@@ -51,7 +51,7 @@ pub(super) fn pod(report: &Report, attestation: Option<Attestation>, env: Env<'_
     Some(PodEnvironment { node: NodeEnvironment { node_name: node_name.map(Into::into), pod }, namespace })
 }
 
-/// How a container is given an environment variable from its pod's fields.
+/// The YAML that sets an environment variable of a container from a field of its pod.
 pub(super) fn snippet(name: &str, field: &str) -> String {
     format!("`env: [{{ name: {name}, valueFrom: {{ fieldRef: {{ fieldPath: {field} }} }} }}]`")
 }

@@ -1,6 +1,6 @@
-//! What is wrong with a configuration, in words that name the field, its value and the way out.
+//! Errors and warnings about a configuration. Each names the field, its value and the fix.
 //!
-//! Owns the wording's form, so that a person and a script read every error alike. The reader fills it; nobody else makes one.
+//! Owns the form of the messages, so that users and scripts can read all errors in the same way. Only the reader creates them.
 
 use std::fmt;
 
@@ -8,19 +8,19 @@ use agent_runtime::text;
 use serde::Serialize;
 use serde_json::Value;
 
-/// No value is shown with more characters than this.
+/// Maximum characters of a quoted value.
 const MAX_VALUE_CHARS: usize = 80;
 
 /// One error: `{path}: {value} {what}; {remedy}`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Problem {
-    /// The field, an environment variable, or a place in the file.
+    /// The field, an environment variable, or a position in the file.
     pub path: String,
-    /// What stands there, where something does.
+    /// The value, if the field has one.
     pub value: Option<String>,
-    /// What is wrong with it.
+    /// The error, as a sentence without its subject.
     pub what: String,
-    /// The way out.
+    /// The fix.
     pub remedy: String,
 }
 
@@ -34,7 +34,7 @@ impl fmt::Display for Problem {
     }
 }
 
-/// Every error of one configuration, one a line. Never empty.
+/// All errors of one configuration, one on each line. Never empty.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Errors(pub Vec<Problem>);
 
@@ -52,12 +52,12 @@ impl fmt::Display for Errors {
 
 impl std::error::Error for Errors {}
 
-/// Something that works, and that the operator should know: `{path}: {message}`.
+/// A warning about a valid value: `{path}: {message}`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Warning {
     /// The field or environment variable.
     pub path: String,
-    /// What to know about it.
+    /// The warning, as a sentence without its subject.
     pub message: String,
 }
 
@@ -67,23 +67,24 @@ impl fmt::Display for Warning {
     }
 }
 
-/// What a value parser says: the sentence without its subject, and the way out.
+/// The error of a value parser.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct FieldError {
-    /// What is wrong.
+    /// The error, as a sentence without its subject.
     pub what: String,
-    /// The way out.
+    /// The fix.
     pub remedy: String,
 }
 
 impl FieldError {
-    /// Joins the two halves.
+    /// An error and its fix.
     pub(super) fn new(what: impl Into<String>, remedy: impl Into<String>) -> Self {
         Self { what: what.into(), remedy: remedy.into() }
     }
 }
 
-/// The value as it is shown: on one line, bounded, and never a private key, or a part of one, that was pasted into the wrong place.
+/// The value for a message: on one line, at most [`MAX_VALUE_CHARS`] characters, and without any part of a private key that was pasted
+/// into the wrong field.
 pub(super) fn shown(value: &Value) -> String {
     match value {
         Value::Null => "null".to_owned(),

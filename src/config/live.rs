@@ -1,21 +1,21 @@
-//! Which fields of the configuration can change while the agent runs, in one table: the agent goes by it, and so does the reference.
+//! The table of fields that can change while the agent runs. The agent and the reference use it.
 
 use super::Config;
 
-/// A field or section, and how a change of it comes into force.
+/// A field or section, and when a change of it takes effect.
 #[derive(Debug, Clone, Copy)]
 pub struct Field {
-    /// Where it stands in the file.
+    /// Path in the file.
     pub path: &'static str,
-    /// Whether it changes while the agent runs; otherwise with its next start.
+    /// Whether a change takes effect while the agent runs; otherwise it takes effect at the next start.
     pub is_live: bool,
     differs: fn(&Config, &Config) -> bool,
 }
 
 impl Field {
-    /// When a change comes into force, in words.
+    /// When a change takes effect, in words.
     pub fn when(&self) -> &'static str {
-        if self.is_live { "at once" } else { "with the next start" }
+        if self.is_live { "at once" } else { "at the next start" }
     }
 }
 
@@ -34,7 +34,7 @@ macro_rules! fields {
     (restart) => { false };
 }
 
-/// All of them. What is not live is used by parts that are made once.
+/// All fields. A field that is not live is used by parts that the agent creates once, at the start.
 pub const FIELDS: &[Field] = fields! {
     "trustDomain": restart |c| &c.trust_domain;
     "attestation": restart |c| c.attestation;
@@ -84,7 +84,7 @@ mod tests {
         Config::parse(&format!("{issuer}{text}\n"), &env).unwrap().config
     }
 
-    /// Where two configurations are unequal, the table says in what; and it says nothing where they are equal.
+    /// For two different configurations the table returns the fields that differ, and none for equal ones.
     #[test]
     fn every_change_is_found_under_its_name() {
         let base = parse("");
@@ -108,7 +108,7 @@ mod tests {
             ("keys: { lockMemory: never }", "keys", false),
             ("limits: { idle: 2h }", "limits", false),
             ("kubernetes: { burst: 50 }", "kubernetes", false),
-            // It concerns no agent, and the approver follows its file by itself.
+            // Agents do not use it, and the approver reloads its file itself.
             ("approver: { agents: ['system:serviceaccount:a:b'] }", "approver", true),
             ("events: false", "events", false),
             ("warmUp: { enabled: true }", "warmUp", false),
@@ -121,7 +121,7 @@ mod tests {
             let changed = parse(text);
             assert_ne!(changed, base, "{text}");
             let found: Vec<_> = differences(&base, &changed).into_iter().map(|field| (field.path, field.is_live)).collect();
-            // A trust domain is part of names that are written out by default.
+            // The default templates contain placeholders, so a change of the trust domain does not change `identity`.
             assert_eq!(found, [(expected, live)], "{text}");
         }
         let of_profile = |text: &str| parse(&format!("profiles: [ {{ name: a, match: {{}}, {text} }} ]"));
@@ -129,7 +129,7 @@ mod tests {
         assert_eq!(differences(&of_profile("namespace: more"), &other).iter().map(|f| f.path).collect::<Vec<_>>(), ["profiles"]);
     }
 
-    /// Without a line here a new field would change nothing and be reported by nobody.
+    /// Without an entry in the table, a change of a new field would have no effect and would not be reported.
     #[test]
     fn no_field_is_left_out() {
         let Config {
@@ -157,7 +157,7 @@ mod tests {
             metrics: _,
             metrics_per_workload: _,
             worker_threads: _,
-            // The environment: another process has another.
+            // The environment does not change while a process runs.
             node: _,
         } = parse("");
         let unix = parse("attestation: unix\nissuer: { embedded: {} }");

@@ -1,7 +1,7 @@
-//! From YAML text and the environment to a [`Config`], or to every error at once.
+//! Parses YAML text and the environment into a [`Config`], or returns all errors.
 //!
-//! Owns the file's fields, their defaults and the rules between them; [`super::reference`] describes each, and a test holds the two
-//! together. The sections about certificates and upstreams are in [`super::issuance`].
+//! Owns the fields of the file, their defaults and the rules between them. [`super::reference`] describes each field, and a test compares
+//! the two. The sections about certificates and issuers are in [`super::certificates`].
 
 #[cfg(test)]
 use std::collections::BTreeSet;
@@ -26,13 +26,13 @@ use super::{
     sockets, values, warm_up,
 };
 
-/// A configuration file larger than this is a mistake.
+/// Maximum size of the configuration file, 1 MiB.
 pub const MAX_FILE_BYTES: usize = 1 << 20;
-/// Envoy keeps a stream's secret while it reconnects, with a backoff of at most this.
+/// Maximum backoff of an Envoy that reconnects. It keeps its secrets meanwhile.
 const ENVOY_RECONNECT: Duration = Duration::from_secs(30);
 const DAY: Duration = Duration::from_secs(86_400);
 
-/// A configuration that can be used, and what its operator should know about it.
+/// A valid configuration and its warnings.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Loaded {
     /// The configuration.
@@ -42,7 +42,7 @@ pub struct Loaded {
 }
 
 impl Config {
-    /// Reads the file at `path`, with what the environment adds.
+    /// Reads the file at `path` and the environment.
     pub fn load(path: &Path, env: Env<'_>) -> Result<Loaded, Errors> {
         let mut bytes = Vec::new();
         let limit = u64::try_from(MAX_FILE_BYTES).unwrap_or(u64::MAX).saturating_add(1);
@@ -52,7 +52,7 @@ impl Config {
         }
     }
 
-    /// Reads what was found at `path`: at most one byte more than [`MAX_FILE_BYTES`].
+    /// Parses the content of the file at `path`, of which the caller reads at most one byte more than [`MAX_FILE_BYTES`].
     pub fn of_content(path: &Path, content: Result<&[u8], &io::Error>, env: Env<'_>) -> Result<Loaded, Errors> {
         let unreadable = |what: String| {
             let (path, remedy) = (path.display().to_string(), "name a readable YAML file with --config".to_owned());
@@ -66,7 +66,7 @@ impl Config {
         Self::parse(text, env)
     }
 
-    /// Reads YAML text, with what the environment adds.
+    /// Parses YAML text and the environment.
     pub fn parse(text: &str, env: Env<'_>) -> Result<Loaded, Errors> {
         let tree = tree(text)?;
         let report = Report::default();
@@ -80,10 +80,10 @@ impl Config {
 }
 
 fn tree(text: &str) -> Result<Value, Errors> {
-    // `0666` is a mode and `yes` a name: neither is to become a number or a truth behind the operator's back.
+    // `0666` is a file mode and `yes` may be a name: YAML must not turn them into a number or a boolean.
     let options = serde_saphyr::options! { leading_zero_numbers_as_strings: true, strict_booleans: true };
     serde_saphyr::from_str_with_options(text, options).map_err(|error| {
-        // Without the lines around it, and without keys in what it quotes.
+        // The message must not show the lines around the error, and its excerpt must not contain a key.
         let message = error.without_snippet().render_with_formatter(&serde_saphyr::UserMessageFormatter);
         let message = text::excerpt(&message, text::MAX_MESSAGE_CHARS);
         let (path, what) = match error.location() {
@@ -98,7 +98,7 @@ fn tree(text: &str) -> Result<Value, Errors> {
     })
 }
 
-/// Walks the whole file. Every section is read before the first `?`, so that every error is found.
+/// Decodes the whole file. All sections are decoded before the first `?`, so that all errors are found.
 pub(super) fn decode(root: &Section<'_>, report: &Report, env: Env<'_>) -> Option<Config> {
     let trust_domain = root.read("trustDomain", "cluster.local".into(), |v| values::text(v).map(str::to_owned));
     let trust_domain = trust_domain.and_then(|name| domain(root, &name));
@@ -115,7 +115,7 @@ pub(super) fn decode(root: &Section<'_>, report: &Report, env: Env<'_>) -> Optio
         } else if matches!(sockets, Some((None, _))) {
             root.warn(
                 "attestationPolicy",
-                "is about callers of sockets.shared, which is not enabled: whoever has a pod's own socket may fetch",
+                "applies to callers of sockets.shared, which is not enabled: every process that can open a pod's own socket may fetch",
             );
         }
     }
@@ -179,21 +179,21 @@ pub(super) fn decode(root: &Section<'_>, report: &Report, env: Env<'_>) -> Optio
     })
 }
 
-/// Where there are no sources, the issuers are all that could bring roots.
+/// Without trust sources, only the issuers can provide roots.
 fn warn_of_roots(report: &Report, issuers: &BTreeMap<IssuerName, IssuerConfig>) {
     let rootless: Vec<&str> = issuers.iter().filter(|(_, issuer)| certificates::tells_no_roots(issuer)).map(|(name, _)| &*name.0).collect();
     match rootless.len() {
         0 => {}
         all if all == issuers.len() => report.warn(
             "trust.sources",
-            "is empty: the bundle (ROOTCA) stays unanswered and certificates are not checked against roots; \
+            "is empty: requests for the bundle (ROOTCA) are not answered and certificates are not verified against roots; \
              name the ConfigMap or file that holds the roots",
         ),
         _ => {
             let names = rootless.join(", ");
             let message = format!(
-                "is empty, and of these issuers nobody brings the roots: {names}; their certificates do not lead to a root of the bundle \
-                 and are not served; name the ConfigMap or file that holds the roots of all"
+                "is empty, and these issuers provide no roots: {names}; their certificates do not chain to a root of the bundle and are \
+                 not served; name the ConfigMap or file that holds the roots of all issuers"
             );
             report.warn("trust.sources", message);
         }
@@ -251,7 +251,7 @@ fn federated(trust: &Section<'_>, own: Option<&TrustDomain>) -> Option<BTreeMap<
         let entries = federated.entries(|name, entry| {
             let domain = TrustDomain::new(name).ok();
             match &domain {
-                None => entry.wrong_here("is not under the name of a trust domain", "use a name such as partner.example"),
+                None => entry.wrong_here("has a name that is not a trust domain", "use a name such as partner.example"),
                 Some(domain) if Some(domain) == own => {
                     entry.wrong_here("is the agent's own trust domain", "put its roots under trust.sources");
                 }
@@ -270,7 +270,9 @@ fn names(names: &Section<'_>) -> Option<Names> {
         let name = values::text(v)?;
         match name {
             "ALL" => Err(FieldError::new("is the name for every bundle at once", "choose another name")),
-            _ if name.starts_with("spiffe://") => Err(FieldError::new("is a SPIFFE ID, and those name themselves", "choose another name")),
+            _ if name.starts_with("spiffe://") => {
+                Err(FieldError::new("is a SPIFFE ID, which already names its own secret", "choose another name"))
+            }
             _ if name.len() > 256 => Err(FieldError::new("is longer than 256 bytes", "choose a shorter name")),
             _ => Ok(name.to_owned()),
         }
@@ -325,12 +327,12 @@ fn request_rate(kubernetes: &Section<'_>) -> Option<RequestRate> {
     Some(RequestRate { per_second: per_second?, burst: burst? })
 }
 
-/// `admin`, and `metrics` with what belongs to it.
+/// `admin.address`, `metrics.address` and `metrics.perWorkload`.
 fn addresses(root: &Section<'_>) -> Option<(SocketAddr, (SocketAddr, bool))> {
     let admin = root.section("admin", |admin| {
         let address = admin.read("address", SocketAddr::from(([127, 0, 0, 1], 15090)), values::socket_address);
         if address.is_some_and(|address| !address.ip().is_loopback()) {
-            let what = "is not a loopback address, and anybody who reaches it can reissue certificates";
+            let what = "is not a loopback address, and every client that reaches it could reissue certificates";
             admin.wrong("address", what, "use 127.0.0.1 or [::1]; probes and Prometheus use metrics.address");
             return None;
         }
@@ -343,7 +345,7 @@ fn addresses(root: &Section<'_>) -> Option<(SocketAddr, (SocketAddr, bool))> {
             metrics.port() != 0 && metrics.port() == admin.port() && (metrics.ip() == admin.ip() || metrics.ip().is_unspecified())
         };
         if admin.zip(address).is_some_and(|(admin, metrics)| clash(admin, metrics)) {
-            metrics.wrong("address", "takes the port of admin.address", "give it a port of its own");
+            metrics.wrong("address", "uses the port of admin.address", "give it a port of its own");
             return None;
         }
         address.zip(per_workload)
@@ -351,7 +353,7 @@ fn addresses(root: &Section<'_>) -> Option<(SocketAddr, (SocketAddr, bool))> {
     admin.zip(metrics)
 }
 
-/// Every field that the parser knows, from files that lead it everywhere.
+/// Every field that the parser knows, collected with files that reach all sections.
 #[cfg(test)]
 pub(super) fn known_fields() -> BTreeSet<String> {
     let files = [

@@ -1,8 +1,8 @@
-//! A walk over a tree of values that gathers every error instead of stopping at the first.
+//! A walk over a tree of values that collects all errors instead of stopping at the first.
 //!
-//! Owns the bookkeeping: where the walk is, which fields it has asked for, and which of those in the file nobody asked for. A caller asks
-//! for every field of a section, in the section's closure; what it did not ask for is reported as unknown. A `None` where a value was
-//! wanted means that the error has been noted.
+//! Owns the state of the walk: the path, the fields that were read, and the fields of the file that were not read. A caller reads every
+//! field of a section in the section's closure; the remaining fields are reported as unknown. `None` instead of a value means that the
+//! error has been recorded.
 
 use std::{
     cell::{Cell, RefCell},
@@ -14,7 +14,7 @@ use serde_json::{Map, Value};
 
 use super::error::{FieldError, Problem, Warning, quoted, shown};
 
-/// What the walk has found so far.
+/// The results of the walk so far.
 #[derive(Debug, Default)]
 pub(super) struct Report {
     problems: RefCell<Vec<Problem>>,
@@ -23,25 +23,25 @@ pub(super) struct Report {
     strays: RefCell<Vec<Stray>>,
 }
 
-/// A field that nobody asked for; what it was meant to be is known at the end of the walk.
+/// An unknown field. Its remedy is chosen at the end of the walk, when all known fields are recorded.
 #[derive(Debug)]
 struct Stray {
-    /// Its place among the problems.
+    /// Index of its error in `problems`.
     problem: usize,
     key: String,
-    /// What can stand where it stands.
+    /// The known fields of the same section.
     asked: Vec<&'static str>,
 }
 
 impl Report {
-    /// Notes an error about `path`.
+    /// Records an error about `path`.
     pub(super) fn problem(&self, path: &str, value: Option<String>, wrong: FieldError) {
-        // Both may quote a value. The path quotes keys, see `plain`.
+        // Both may quote a value and are redacted here. `plain` redacts the keys in the path.
         let [what, remedy] = [wrong.what, wrong.remedy].map(|words| text::redact(&words).into_owned());
         self.problems.borrow_mut().push(Problem { path: path.to_owned(), value, what, remedy });
     }
 
-    /// Notes something that the operator should know.
+    /// Records a warning for the operator.
     pub(super) fn warn(&self, path: &str, message: impl Into<String>) {
         let message = text::redact(&message.into()).into_owned();
         self.warnings.borrow_mut().push(Warning { path: path.to_owned(), message });
@@ -63,19 +63,19 @@ impl Report {
         (problems, self.warnings.into_inner())
     }
 
-    /// Every field that the walk has asked for, with `[]` for a place in a list and `<name>` for a key that the operator chooses.
+    /// Every field that the walk has read, with `[]` for an index of a list and `<name>` for a key that the operator chooses.
     #[cfg(test)]
     pub(crate) fn known(&self) -> BTreeSet<String> {
         self.known.borrow().clone()
     }
 }
 
-/// One mapping of the file, or the absence of one: then every field has its default.
+/// One mapping of the file. If it is absent, every field has its default.
 #[derive(Debug)]
 pub(super) struct Section<'a> {
     report: &'a Report,
     path: String,
-    /// The path with places and chosen keys taken out, for [`Report::known`].
+    /// The path with `[]` instead of indexes and `<name>` instead of chosen keys, for [`Report::known`].
     generic: String,
     map: Option<&'a Map<String, Value>>,
     asked: RefCell<Vec<&'static str>>,
@@ -99,18 +99,18 @@ impl<'a> Section<'a> {
         result
     }
 
-    /// Where `field` stands.
+    /// The path of `field`.
     pub(super) fn path(&self, field: &str) -> String {
         join(&self.path, field)
     }
 
-    /// Whether the file has `field`, even with nothing in it.
+    /// Whether the file has `field`, even without a value.
     pub(super) fn has(&self, field: &'static str) -> bool {
         self.ask(field);
         self.map.is_some_and(|map| map.contains_key(field))
     }
 
-    /// Whether the file says something in `field`.
+    /// Whether the file has a value for `field`.
     pub(super) fn is_set(&self, field: &'static str) -> bool {
         self.value(field).is_some()
     }
@@ -128,7 +128,7 @@ impl<'a> Section<'a> {
         }
     }
 
-    /// `field` by `parse`, or `default` where it is absent.
+    /// Parses `field` by `parse`, or returns `default` if it is absent.
     pub(super) fn read<T>(&self, field: &'static str, default: T, parse: impl FnOnce(&Value) -> Result<T, FieldError>) -> Option<T> {
         match self.value(field) {
             None => Some(default),
@@ -136,7 +136,7 @@ impl<'a> Section<'a> {
         }
     }
 
-    /// `field` by `parse`; its absence is an error, for which `absent` has the words.
+    /// Parses `field` by `parse`. If it is absent, records the error of `absent`.
     pub(super) fn require<T>(
         &self,
         field: &'static str,
@@ -156,23 +156,23 @@ impl<'a> Section<'a> {
         parse(value).map_err(|wrong| self.report.problem(&self.path(field), Some(shown(value)), wrong)).ok()
     }
 
-    /// Walks the mapping in `field`.
+    /// Decodes the mapping in `field`.
     pub(super) fn section<T>(&self, field: &'static str, decode: impl FnOnce(&Section<'a>) -> T) -> T {
         let value = self.value(field);
         Section::enter(self.report, self.path(field), join(&self.generic, field), value, decode)
     }
 
-    /// Walks each mapping of the list in `field`; `None` where one of them is wrong.
+    /// Decodes each mapping of the list in `field`; `None` if one of them is invalid.
     pub(super) fn sections<T>(&self, field: &'static str, decode: impl Fn(&Section<'a>) -> Option<T>) -> Option<Vec<T>> {
         let items = self.items(field)?.iter().enumerate();
         let generic = format!("{}[]", join(&self.generic, field));
         let walked =
             items.map(|(i, item)| Section::enter(self.report, format!("{}[{i}]", self.path(field)), generic.clone(), Some(item), &decode));
-        // Every item is walked, so that every error is found.
+        // Decodes every item, so that all errors are found.
         walked.collect::<Vec<_>>().into_iter().collect()
     }
 
-    /// Parses each item of the list in `field`; `None` where one of them is wrong.
+    /// Parses each item of the list in `field`; `None` if one of them is invalid.
     pub(super) fn list<T>(&self, field: &'static str, parse: impl Fn(&Value) -> Result<T, FieldError>) -> Option<Vec<T>> {
         let items = self.items(field)?.iter().enumerate();
         let parsed = items.map(|(i, item)| {
@@ -194,7 +194,7 @@ impl<'a> Section<'a> {
         }
     }
 
-    /// Parses each value of the mapping in `field`, whose keys the operator chooses; `None` where one of them is wrong.
+    /// Parses each value of the mapping in `field`, whose keys the operator chooses; `None` if one of them is invalid.
     pub(super) fn map<T>(&self, field: &'static str, parse: impl Fn(&str, &Value) -> Result<T, FieldError>) -> Option<BTreeMap<String, T>> {
         let map = match self.value(field) {
             None => return Some(BTreeMap::new()),
@@ -212,7 +212,7 @@ impl<'a> Section<'a> {
         parsed.collect::<Vec<_>>().into_iter().collect()
     }
 
-    /// Walks each mapping of this one, whose keys the operator chooses.
+    /// Decodes each mapping of this section, whose keys the operator chooses.
     pub(super) fn entries<T>(&self, decode: impl Fn(&'a str, &Section<'a>) -> Option<T>) -> Option<Vec<T>> {
         self.free_keys.set(true);
         let generic = join(&self.generic, "<name>");
@@ -223,23 +223,23 @@ impl<'a> Section<'a> {
         walked.collect::<Vec<_>>().into_iter().collect()
     }
 
-    /// Notes an error about `field` that concerns more than its own value.
+    /// Records an error about `field` that follows from other values too.
     pub(super) fn wrong(&self, field: &str, what: impl Into<String>, remedy: impl Into<String>) {
         let value = self.map.and_then(|map| map.get(field)).filter(|value| !value.is_null()).map(shown);
         self.report.problem(&self.path(field), value, FieldError::new(what, remedy));
     }
 
-    /// Notes an error about this section as a whole.
+    /// Records an error about this section as a whole.
     pub(super) fn wrong_here(&self, what: impl Into<String>, remedy: impl Into<String>) {
         self.report.problem(&self.path, None, FieldError::new(what, remedy));
     }
 
-    /// Notes something about `field` that the operator should know.
+    /// Records a warning about `field` for the operator.
     pub(super) fn warn(&self, field: &str, message: impl Into<String>) {
         self.report.warn(&self.path(field), message);
     }
 
-    /// Notes something outside the file that the operator should know.
+    /// Records a warning about `path`, which is not in the file.
     pub(super) fn warn_outside(&self, path: &str, message: impl Into<String>) {
         self.report.warn(path, message);
     }
@@ -257,10 +257,11 @@ impl<'a> Section<'a> {
 }
 
 impl Stray {
-    /// Another spelling of a field here, the same field in another section, a typing error, or all that can stand here.
+    /// Suggests, in this order: another spelling of a field of this section, the same field in another section, a similar field of this
+    /// section, or lists the fields of this section.
     fn remedy(&self, known: &BTreeSet<String>) -> String {
         let key = folded(&self.key);
-        // One letter too many or too few, as in a plural, is another spelling.
+        // A difference of one letter, as in a plural, counts as another spelling.
         if let Some(same) = self.asked.iter().find(|name| distance(&key, &folded(name)) <= 1) {
             return format!("did you mean {same}?");
         }
@@ -279,7 +280,7 @@ fn join(path: &str, field: &str) -> String {
     if path.is_empty() { field.to_owned() } else { format!("{path}.{field}") }
 }
 
-/// A key as part of a path: in quotes where it is no plain word.
+/// A key as part of a path: in quotes unless it is a plain word.
 fn plain(key: &str) -> String {
     let fine = !key.is_empty() && key.len() <= 64 && key.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'));
     let fine = fine && text::redact(key) == key;
@@ -294,7 +295,7 @@ pub(super) fn nearest<'k>(key: &str, known: &[&'k str]) -> Option<&'k str> {
     (distance <= key.len().max(name.len()) / 2).then_some(name)
 }
 
-/// Without what spellings of one name differ in; bounded, because the distance takes the square of it.
+/// The name in lower case without `_` and `-`, cut to 64 characters, because the cost of the distance is quadratic.
 fn folded(name: &str) -> Vec<char> {
     name.chars().filter(|c| !matches!(c, '_' | '-')).flat_map(char::to_lowercase).take(64).collect()
 }

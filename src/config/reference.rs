@@ -1,8 +1,7 @@
-//! What each field of the configuration is, in one table: `docs/configuration.md`, the schema of the chart's values and
-//! `sds-agent explain` are made of it.
+//! The table of all fields of the configuration. `docs/configuration.md`, the schema of the chart's values and `sds-agent explain` are
+//! generated from it.
 //!
-//! Tests hold it to the parser: neither knows a field that the other does not, a default here is the one there, and what a kind excludes
-//! the parser refuses.
+//! Tests compare it with the parser: both have the same fields and defaults, and the parser rejects every value that a kind excludes.
 
 mod fields;
 mod schema;
@@ -12,7 +11,7 @@ pub use schema::{Completeness, plain, schema};
 
 use super::{live, values};
 
-/// The fields of one section of the page.
+/// The fields under one heading of the page.
 #[derive(Debug)]
 pub struct Group {
     /// The heading.
@@ -24,24 +23,24 @@ pub struct Group {
 /// One field.
 #[derive(Debug)]
 pub struct Field {
-    /// Where it stands in the file, with `[]` for a place in a list and `<name>` for a key that the operator chooses.
+    /// Path in the file, with `[]` for an index of a list and `<name>` for a key that the operator chooses.
     pub path: &'static str,
-    /// What can stand there.
+    /// The valid values.
     pub kind: Kind,
-    /// What counts where nothing stands there.
+    /// The value if the field is absent.
     pub default: Absence,
     /// In Markdown, for the operator.
     pub meaning: &'static str,
 }
 
-/// What can stand in a field. Ranges include both ends.
+/// The valid values of a field. Ranges include both ends.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Kind {
     /// A mapping of other fields.
     Section,
-    /// A list of such mappings.
+    /// A list of mappings.
     Sections,
-    /// Such mappings under names that the operator chooses.
+    /// Mappings under names that the operator chooses.
     Entries,
     /// Text.
     Text,
@@ -53,7 +52,7 @@ pub enum Kind {
     Boolean,
     /// One of these words.
     Choice(&'static [&'static str]),
-    /// A time with its unit.
+    /// A duration with its unit.
     Duration,
     /// A whole number.
     Integer(u64, u64),
@@ -69,21 +68,21 @@ pub enum Kind {
     Address,
 }
 
-/// What counts where a field is absent.
+/// The value of an absent field.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Absence {
-    /// There is nothing to be said.
+    /// No default is shown.
     Nothing,
-    /// It has to be there where its section is.
+    /// The field is required if its section is present.
     Required,
-    /// This, as it would stand in the file.
+    /// This value, as written in the file.
     Value(&'static str),
-    /// What depends on something else, in Markdown.
+    /// A default that depends on other values, described in Markdown.
     Words(&'static str),
 }
 
 impl Kind {
-    /// What can stand there, in words.
+    /// The valid values in words.
     pub fn words(self) -> String {
         match self {
             Self::Section => "section".to_owned(),
@@ -119,12 +118,12 @@ impl Absence {
 }
 
 impl Field {
-    /// How a change of it comes into force; nothing for a section whose fields differ in this.
+    /// When a change of the field takes effect; `None` for a section whose fields differ in this.
     pub fn change(&self) -> Option<&'static live::Field> {
         live::FIELDS.iter().find(|field| is_within(self.path, field.path))
     }
 
-    /// The fields of the section that it is, and theirs, in order.
+    /// All fields below this section, in order.
     pub fn below(&self) -> impl Iterator<Item = &'static Self> {
         let path = self.path;
         all().filter(move |field| field.path != path && is_within(field.path, path))
@@ -136,7 +135,7 @@ pub fn all() -> impl Iterator<Item = &'static Field> {
     GROUPS.iter().flat_map(|group| group.fields)
 }
 
-/// The field that an operator calls `name`: places of a list may be left out or be numbers, as errors have them.
+/// The field that `name` refers to. Indexes of a list may be left out, or be numbers as in error messages.
 pub fn find(name: &str) -> Option<&'static Field> {
     let plain = |path: &str| {
         let parts = path.split('.').map(|part| part.split_once('[').map_or(part, |(name, _)| name));
@@ -146,7 +145,7 @@ pub fn find(name: &str) -> Option<&'static Field> {
     all().find(|field| plain(field.path) == wanted)
 }
 
-/// The field that was probably meant by `name`: one of this name in another section, or one of a similar name in the same.
+/// The field that `name` probably refers to: a field of this name in another section, or of a similar name in the same section.
 pub fn nearest(name: &str) -> Option<&'static str> {
     let split = |path: &str| path.rfind('.').map_or(0, |at| at + 1);
     if let Some(field) = all().find(|field| field.path[split(field.path)..].eq_ignore_ascii_case(name)) {
@@ -159,7 +158,7 @@ pub fn nearest(name: &str) -> Option<&'static str> {
     beside.into_iter().find(|path| path[section.len()..] == *near)
 }
 
-/// Whether `path` is `section` or a field of it.
+/// Whether `path` is `section` or a field below it.
 pub fn is_within(path: &str, section: &str) -> bool {
     path.strip_prefix(section).is_some_and(|rest| rest.is_empty() || rest.starts_with(['.', '[']))
 }

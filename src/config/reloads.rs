@@ -1,4 +1,4 @@
-//! What reading the configuration file again counts, in the agent and in the approver alike.
+//! Metrics of reloads of the configuration file, for the agent and the approver.
 
 use prometheus_client::{
     encoding::{EncodeLabelSet, EncodeLabelValue},
@@ -6,15 +6,15 @@ use prometheus_client::{
     registry::Registry,
 };
 
-/// What a reading came to.
+/// The result of a reload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
 #[allow(non_camel_case_types, reason = "the names are the label's values")]
 pub enum Outcome {
-    /// What it says is in force.
+    /// The new configuration is in use.
     ok,
-    /// It is wrong, and changed nothing.
+    /// The file is invalid; the previous configuration stays in use.
     invalid,
-    /// It says what was in force already.
+    /// The file has the configuration that is in use already.
     unchanged,
 }
 
@@ -23,7 +23,7 @@ struct OutcomeLabel {
     result: Outcome,
 }
 
-/// See the module.
+/// The metrics of reloads.
 #[derive(Debug, Clone, Default)]
 pub struct Metrics {
     reloads: Family<OutcomeLabel, Counter>,
@@ -39,34 +39,38 @@ impl Metrics {
             drop(metrics.reloads.get_or_create(&OutcomeLabel { result }));
         }
         metrics.valid.set(1);
-        registry.register("configuration_reloads", "Times that the configuration file was read again, by result", metrics.reloads.clone());
-        registry.register("configuration_valid", "1 where the configuration file is good, as last read", metrics.valid.clone());
+        registry.register("configuration_reloads", "Reloads of the configuration file, by result", metrics.reloads.clone());
+        registry.register(
+            "configuration_valid",
+            "1 if the configuration file was valid when it was last read, otherwise 0",
+            metrics.valid.clone(),
+        );
         registry.register(
             "configuration_restart_required",
-            "Fields of the configuration file that come into force with the next start",
+            "Changed fields of the configuration file that take effect at the next start",
             metrics.restart_required.clone(),
         );
         metrics
     }
 
-    /// The file was read.
+    /// Counts a reload.
     pub fn read(&self, result: Outcome) {
         self.reloads.get_or_create(&OutcomeLabel { result }).inc();
         self.valid.set(i64::from(result != Outcome::invalid));
     }
 
-    /// So many fields wait for a restart.
+    /// Sets the number of fields that wait for a restart.
     pub fn waiting(&self, fields: usize) {
         self.restart_required.set(i64::try_from(fields).unwrap_or(i64::MAX));
     }
 
-    /// (readings with this result, whether the last one was good, fields that wait for a restart)
+    /// (reloads with this result, whether the last one was valid, fields that wait for a restart)
     #[cfg(test)]
     pub(crate) fn counts(&self, result: Outcome) -> (u64, i64, i64) {
         (self.reloads.get_or_create(&OutcomeLabel { result }).get(), self.valid.get(), self.restart_required.get())
     }
 
-    /// Registers one of everything, for the reference.
+    /// Registers all series, for the reference.
     #[cfg(test)]
     pub(crate) fn sample(registry: &mut Registry) {
         Self::register(registry);

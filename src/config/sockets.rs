@@ -1,7 +1,7 @@
-//! The section `sockets`: one for all pods, one for each, or both.
+//! The section `sockets`: the shared socket, sockets of pods, or both.
 //!
-//! Owns the rules between them: something is served; sockets of pods need pods; and nobody who is given the shared socket's directory
-//! finds other pods' sockets in it.
+//! Owns the rules between them: at least one kind is enabled, sockets of pods need `attestation: kubernetes`, and the directory of the
+//! shared socket does not contain the sockets of pods.
 
 use std::{
     path::{Path, PathBuf},
@@ -17,20 +17,20 @@ use super::{
     values::{self, MAX_SOCKET_PATH_BYTES},
 };
 
-/// The kubelet gives a call two minutes.
+/// The kubelet waits two minutes for a call; the agent's own limit stays below.
 const MAX_WAIT: Duration = Duration::from_secs(60);
 
-/// What is served, of either kind.
+/// The enabled sockets of either kind.
 pub(super) type Sockets = (Option<SharedSocket>, Option<PerPod>);
 
-/// Walks the section.
+/// Decodes the section.
 pub(super) fn decode(sockets: &Section<'_>, attestation: Option<Attestation>) -> Option<Sockets> {
     let shared = sockets.section("shared", |shared| {
         let enabled = shared.read("enabled", true, values::boolean);
         let path = shared.read("path", "/run/sds-agent/sds.sock".into(), values::socket_path);
         let mode = shared.read("mode", 0o666, values::mode);
         if mode.is_some_and(|mode| mode & 0o600 != 0o600) {
-            shared.wrong("mode", "keeps the agent itself from its socket", "begin it with 6, such as \"0666\" or \"0660\"");
+            shared.wrong("mode", "prevents the agent from using its own socket", "begin it with 6, such as \"0666\" or \"0660\"");
         }
         let accept_pid_reuse = shared.read("acceptPidReuse", false, values::boolean);
         if accept_pid_reuse == Some(true) {
@@ -43,7 +43,7 @@ pub(super) fn decode(sockets: &Section<'_>, attestation: Option<Attestation>) ->
     let per_pod = sockets.section("perPod", |section| per_pod(section, attestation, shared.as_ref().and_then(Option::as_ref)));
     let (shared, per_pod) = (shared?, per_pod?);
     if shared.is_none() && per_pod.is_none() {
-        sockets.wrong_here("has neither shared nor perPod enabled, so that nobody is served", "enable at least one of them");
+        sockets.wrong_here("has neither shared nor perPod enabled, so no client could be served", "enable at least one of them");
         return None;
     }
     Some((shared, per_pod))
@@ -64,34 +64,34 @@ fn per_pod(section: &Section<'_>, attestation: Option<Attestation>, shared: Opti
     }
     let inside = |directory: &Path| shared.and_then(|shared| shared.path.parent()).is_some_and(|other| directory.starts_with(other));
     if directory.as_deref().is_some_and(inside) {
-        let what = "lies in the directory of sockets.shared.path, which pods mount: they would find each other's sockets in it";
+        let what = "is inside the directory of sockets.shared.path, which pods mount: they could open each other's sockets";
         section.wrong("directory", what, "use a directory of its own, such as /run/sds-agent-pods");
     }
     let per_pod =
         PerPod { directory: directory?, driver_name: driver_name?, kubelet_directory: kubelet_directory?, wait_for_certificate: wait? };
     let longest = [per_pod.driver_socket(), per_pod.registration_socket()].map(|path| path.as_os_str().len()).into_iter().max();
     if longest.is_some_and(|len| len > MAX_SOCKET_PATH_BYTES) {
-        let what = format!("leads to sockets whose paths have more than the {MAX_SOCKET_PATH_BYTES} bytes that the kernel's limit leaves");
+        let what = format!("leads to socket paths of more than {MAX_SOCKET_PATH_BYTES} bytes, and the kernel's limit allows no more");
         section.wrong("kubeletDirectory", what, "shorten it, or sockets.perPod.driverName");
         return None;
     }
     Some(Some(per_pod))
 }
 
-/// An absolute path without a step back or sideways.
+/// An absolute path in normal form: without `.`, `..`, and doubled or final slashes.
 fn plain_path(value: &Value) -> Result<PathBuf, FieldError> {
     let path = values::absolute_path(value)?;
     let plain: PathBuf = path.components().collect();
-    // Components leave out `.` and doubled slashes; what differs then has them.
+    // `components` leaves out `.` and doubled slashes, so a path that contains them differs.
     let is_plain = plain.as_os_str() == path.as_os_str() && !path.components().any(|c| c.as_os_str() == "..");
     match path.parent() {
-        None => Err(FieldError::new("is the whole file system", "choose a directory")),
+        None => Err(FieldError::new("is the root of the file system", "choose a directory")),
         Some(_) if is_plain => Ok(path),
-        Some(_) => Err(FieldError::new("is not written plainly", "leave out '.', '..' and doubled or final slashes")),
+        Some(_) => Err(FieldError::new("is not in normal form", "leave out '.', '..' and doubled or final slashes")),
     }
 }
 
-/// A name that the Container Storage Interface takes.
+/// A driver name that the Container Storage Interface accepts.
 fn driver_name(value: &Value) -> Result<String, FieldError> {
     let name = values::object_name(value)?;
     if name.len() > 63 { Err(FieldError::new("is longer than 63 bytes", "choose a shorter name")) } else { Ok(name) }

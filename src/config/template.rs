@@ -1,7 +1,7 @@
-//! The operator's name templates, checked against the kind of attestation that will fill them.
+//! Checks of name templates against the kind of attestation.
 //!
-//! A template that passes here renders for every workload whose own names are valid, so that a mistake shows at start and not at the
-//! first caller.
+//! A template that passes renders for every workload whose own names are valid. An invalid template is reported at the start, not at
+//! the first call.
 
 use std::sync::Arc;
 
@@ -13,7 +13,7 @@ use super::{
     values::{DNS_NAME_RULE, is_dns_name, one_of},
 };
 
-/// The workload that checks and examples render templates for.
+/// The workload for which checks and examples render templates.
 pub fn sample(attestation: Attestation) -> Workload {
     match attestation {
         Attestation::Kubernetes => Workload::Pod {
@@ -30,7 +30,7 @@ pub fn sample(attestation: Attestation) -> Workload {
     }
 }
 
-/// The SPIFFE ID's template where none is configured.
+/// The default template of the SPIFFE ID.
 pub(super) fn default_spiffe_id(attestation: Attestation) -> &'static str {
     match attestation {
         Attestation::Kubernetes => "spiffe://{trustDomain}/ns/{namespace}/sa/{serviceAccount}",
@@ -56,16 +56,16 @@ pub(super) fn spiffe_id(template: &str, attestation: Attestation, trust_domain: 
     match SpiffeId::new(&id) {
         Ok(_) => Ok(()),
         Err(workload_identity::Error::SpiffeId { why, .. }) => {
-            Err(FieldError::new(format!("makes no valid SPIFFE ID: {why}"), format!("write, for example, {example}")))
+            Err(FieldError::new(format!("renders to an invalid SPIFFE ID: {why}"), format!("write, for example, {example}")))
         }
-        Err(error) => Err(FieldError::new(format!("makes no valid SPIFFE ID: {error}"), format!("write, for example, {example}"))),
+        Err(error) => Err(FieldError::new(format!("renders to an invalid SPIFFE ID: {error}"), format!("write, for example, {example}"))),
     }
 }
 
 /// Checks a DNS name's template.
 pub(super) fn dns_name(template: &str, attestation: Attestation, trust_domain: &TrustDomain) -> Result<(), FieldError> {
     let name = filled(template, attestation, trust_domain)?;
-    if is_dns_name(&name) { Ok(()) } else { Err(FieldError::new("makes no valid DNS name", DNS_NAME_RULE)) }
+    if is_dns_name(&name) { Ok(()) } else { Err(FieldError::new("renders to an invalid DNS name", DNS_NAME_RULE)) }
 }
 
 /// Whether the template gives different workloads different names.
@@ -82,7 +82,7 @@ fn filled(template: &str, attestation: Attestation, trust_domain: &TrustDomain) 
     let offered: Vec<String> = names.iter().map(|name| format!("{{{name}}}")).collect();
     let remedy = || format!("use {}", one_of(&offered));
     if !balanced(template) {
-        return Err(FieldError::new("has a brace without its counterpart", remedy()));
+        return Err(FieldError::new("has an unmatched brace", remedy()));
     }
     let workload = sample(attestation);
     render(template, |field| placeholder(field, trust_domain, &workload)).map_err(|error| match error {
@@ -97,7 +97,7 @@ fn filled(template: &str, attestation: Attestation, trust_domain: &TrustDomain) 
     })
 }
 
-/// Whether each `{` is closed before the next and no `}` stands alone.
+/// Whether each `{` is closed before the next one, and each `}` has a `{`.
 fn balanced(template: &str) -> bool {
     let mut open = false;
     for c in template.chars() {

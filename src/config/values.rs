@@ -1,4 +1,4 @@
-//! The parsers of single values. Pure; each says what is wrong without naming the value, which the reader shows.
+//! The parsers of single values, without side effects. An error does not repeat the value, because the reader shows it.
 
 use std::{net::SocketAddr, ops::RangeInclusive, path::PathBuf, time::Duration};
 
@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use super::error::FieldError;
 
-/// The longest socket path: the kernel takes 107 bytes, and the socket is bound under a temporary name beside it.
+/// The longest socket path in bytes: the kernel accepts 107, and the agent first binds a longer temporary name in the same directory.
 pub(super) const MAX_SOCKET_PATH_BYTES: usize = 100;
 
 /// Text that is not empty and has no control characters.
@@ -36,7 +36,7 @@ pub(super) fn choice<T: Copy>(names: &[(&str, T)]) -> impl Fn(&Value) -> Result<
         let found = value.as_str().and_then(|text| names.iter().find(|(name, _)| *name == text));
         found.map(|(_, choice)| *choice).ok_or_else(|| {
             let names: Vec<&str> = names.iter().map(|(name, _)| *name).collect();
-            FieldError::new("is not known here", format!("use {}", one_of(&names)))
+            FieldError::new("is not a valid value", format!("use {}", one_of(&names)))
         })
     }
 }
@@ -51,7 +51,7 @@ pub(super) fn one_of(names: &[impl AsRef<str>]) -> String {
     }
 }
 
-/// A time with its unit.
+/// A duration with its unit.
 pub(super) fn duration(range: RangeInclusive<Duration>) -> impl Fn(&Value) -> Result<Duration, FieldError> {
     move |value| {
         let example = "write a duration such as 24h, 5m or 90s";
@@ -70,7 +70,7 @@ pub(super) fn duration(range: RangeInclusive<Duration>) -> impl Fn(&Value) -> Re
     }
 }
 
-/// A whole number; quotes around it are no harm.
+/// A whole number, with or without quotes.
 pub(super) fn integer(range: RangeInclusive<u64>) -> impl Fn(&Value) -> Result<u64, FieldError> {
     move |value| {
         let number = match value {
@@ -82,12 +82,12 @@ pub(super) fn integer(range: RangeInclusive<u64>) -> impl Fn(&Value) -> Result<u
             (first, u64::MAX) => format!("use a whole number of at least {first}"),
             (first, last) => format!("use a whole number from {first} to {last}"),
         };
-        let number = number.ok_or_else(|| FieldError::new("is not a whole number that fits", remedy()))?;
+        let number = number.ok_or_else(|| FieldError::new("is not a valid whole number", remedy()))?;
         if range.contains(&number) { Ok(number) } else { Err(FieldError::new("is out of range", remedy())) }
     }
 }
 
-/// A share, such as 0.5; quotes around it are no harm.
+/// A share, such as 0.5, with or without quotes.
 pub(super) fn fraction(range: RangeInclusive<f64>) -> impl Fn(&Value) -> Result<f64, FieldError> {
     move |value| {
         let number = match value {
@@ -122,7 +122,7 @@ pub(super) fn socket_path(value: &Value) -> Result<PathBuf, FieldError> {
     let path = absolute_path(value)?;
     let text = path.as_os_str();
     if text.len() > MAX_SOCKET_PATH_BYTES {
-        let what = format!("is {} bytes long, and the kernel's limit leaves {MAX_SOCKET_PATH_BYTES}", text.len());
+        let what = format!("is {} bytes long, and the kernel's limit allows {MAX_SOCKET_PATH_BYTES}", text.len());
         return Err(FieldError::new(what, "choose a shorter path"));
     }
     if path.file_name().is_none() || text.as_encoded_bytes().ends_with(b"/") {
@@ -163,9 +163,9 @@ pub(super) fn config_map_key(value: &Value) -> Result<String, FieldError> {
     if fine { Ok(key.to_owned()) } else { Err(wrong()) }
 }
 
-/// What a DNS label is made of.
+/// The rule for a DNS label.
 pub(super) const DNS_LABEL_RULE: &str = "use 1 to 63 lower-case letters, digits and '-', with a letter or digit at both ends";
-/// What [`is_dns_name`] wants.
+/// The rule that [`is_dns_name`] checks.
 pub(super) const DNS_NAME_RULE: &str = "use lower-case letters, digits, '-' and '.', with a letter or digit at both ends of each part";
 
 /// A label of a pod and its value, which may be empty.
@@ -178,12 +178,12 @@ pub(super) fn pod_label(key: &str, value: &Value) -> Result<String, FieldError> 
     let fine = |text: &str| text.len() <= 63 && text.bytes().all(plain) && edges(text);
     let (prefix, name) = key.split_once('/').map_or((None, key), |(prefix, name)| (Some(prefix), name));
     if name.is_empty() || !fine(name) || !prefix.is_none_or(is_dns_name) {
-        return Err(FieldError::new("is under a key that no label can have", "write it as the pods do, such as app or example.com/tier"));
+        return Err(FieldError::new("is under an invalid label key", "write it as the pods do, such as app or example.com/tier"));
     }
     match value {
         Value::String(text) if fine(text) => Ok(text.clone()),
         Value::String(_) => {
-            let rule = "use at most 63 letters, digits, '-', '_' and '.', with a letter or digit at both ends; there are no patterns here";
+            let rule = "use at most 63 letters, digits, '-', '_' and '.', with a letter or digit at both ends; patterns are not supported";
             Err(FieldError::new("is not the value of a label", rule))
         }
         Value::Number(_) | Value::Bool(_) => Err(FieldError::new("is not text", "put it in quotes")),

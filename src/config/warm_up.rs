@@ -1,8 +1,8 @@
-//! The section `warmUp`: which pods get their certificate before they ask for it.
+//! The section `warmUp`: pods whose certificates the agent orders before the first call.
 
 use super::{Attestation, SharedSocket, WarmUp, reader::Section, values};
 
-/// Walks the section; the inner `None` is: nobody. `shared` is the shared socket, as far as it is known.
+/// Decodes the section; the inner `None` means that it is disabled. `shared` is the shared socket, or `None` if it is invalid.
 pub(super) fn decode(
     section: &Section<'_>,
     attestation: Option<Attestation>,
@@ -22,7 +22,7 @@ pub(super) fn decode(
     }
     let warm_up = WarmUp { pod_labels: pod_labels?, socket_mount: socket_mount? };
     if !warm_up.socket_mount && warm_up.pod_labels.is_empty() {
-        section.wrong("socketMount", "leaves nobody to warm up, as podLabels is empty", "name labels, or set enabled to false");
+        section.wrong("socketMount", "leaves no pod to warm up, because podLabels is empty", "name labels, or set enabled to false");
         return None;
     }
     Some(Some(warm_up))

@@ -1,8 +1,9 @@
-//! The directories in which the sockets are: `<directory>/<pod uid>/<volume>`, the record of what is published, without any file.
+//! The directories of the sockets, `<directory>/<pod uid>/<volume>`. They record which volumes are published; there is no other file.
 //!
-//! A volume whose socket has a name of its own is `<volume>+<socket>`, so that a restart knows the name even when the socket is gone.
-//! Upper directories are for root alone; the innermost is what its pod has mounted, and everybody may enter it. Nothing here follows a
-//! symbolic link, and nothing that another user could have made or can change is used or removed: it is an error that says so.
+//! If the socket does not have the default name, the directory is `<volume>+<socket>`, so that a restarted agent knows the name even if the
+//! socket was removed. Only root may enter the upper directories. The innermost directory is mounted in its pod, and any user may enter
+//! it. The functions follow no symbolic link. They return an error instead of using or removing anything that another user could have
+//! created or can change.
 
 use std::{
     ffi::OsStr,
@@ -22,35 +23,35 @@ use rustix::{
 
 use super::volume::{DEFAULT_SOCKET, Place, is_pod_uid, is_socket, is_volume};
 
-/// Where the read-only view of the directory is mounted: no pod's UID.
+/// The mount point of the read-only view of the directory. It is not a valid pod UID.
 pub const VIEW: &str = ".view";
 const SEPARATOR: char = '+';
 const ROOT_ONLY: RawMode = 0o700;
 const ENTERED_BY_ALL: RawMode = 0o755;
 const WRITTEN_BY_OTHERS: RawMode = 0o022;
 
-/// Why a directory cannot be used.
+/// A directory cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// Somebody else could have a hand in it.
+    /// Another user could have created it or can change it.
     #[error("{path} {why}")]
     Unsafe {
-        /// The directory or what stands in its place.
+        /// The path of the directory, or of the file there.
         path: PathBuf,
-        /// What is wrong with it, and the way out.
+        /// The reason and the remedy.
         why: String,
     },
-    /// The volume is there with another socket.
+    /// The volume is published with another socket name.
     #[error("the volume is published already, and its socket is called {0}; a pod's volume keeps its {name}", name = super::volume::SOCKET_NAME)]
     OtherSocket(Arc<str>),
-    /// The kernel refuses.
+    /// A system call failed.
     #[error("cannot {action} {path}: {cause}")]
     Io {
-        /// What was tried.
+        /// The operation.
         action: &'static str,
-        /// With what.
+        /// The path of the operation.
         path: PathBuf,
-        /// The answer.
+        /// The kernel's error.
         cause: io::Error,
     },
 }
@@ -60,37 +61,41 @@ fn refused(action: &'static str, path: &Path) -> impl FnOnce(Errno) -> Error {
     move |cause| Error::Io { action, path, cause: cause.into() }
 }
 
-/// The directory of all.
+/// The parent of all pods' directories.
 #[derive(Debug)]
 pub struct Root {
     path: PathBuf,
     fd: OwnedFd,
 }
 
-/// The innermost directory: one volume's.
+/// The innermost directory, which is that of one volume.
 #[derive(Debug)]
 pub struct Leaf {
-    /// Where.
+    /// The path of the directory.
     pub path: PathBuf,
-    /// Which device and inode.
+    /// Its device and inode.
     pub id: (u64, u64),
-    /// Whether it was made just now.
+    /// Whether this call has created it.
     pub is_new: bool,
 }
 
-/// A volume's directory that was found.
+/// A volume's directory that a scan has found.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Found {
-    /// Whose.
+    /// Its pod and volume.
     pub place: Place,
-    /// Its socket's name.
+    /// The name of its socket.
     pub socket: Arc<str>,
-    /// Where.
+    /// The path of the directory.
     pub path: PathBuf,
 }
 
 impl Root {
-    /// Opens `path`, and makes what is missing of it. Fails when anybody but this user or root can change it or the way to it.
+    /// Opens `path`, and creates missing directories.
+    ///
+    /// # Errors
+    ///
+    /// Another user than this one or root can change the directory or a parent of it, or a system call fails.
     pub fn open(path: &Path) -> Result<Self, Error> {
         let mut fd = rustix::fs::open("/", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
             .map_err(refused("open", Path::new("/")))?;
@@ -105,17 +110,17 @@ impl Root {
             let stat = rustix::fs::fstat(&fd).map_err(refused("look at", &way))?;
             if is_last { own(&stat, &way)? } else { on_the_way(&stat, &way)? }
         }
-        // One that was made for us, such as a host path, is open for all to read.
+        // A directory that the kubelet has created, as for a host path, is readable by all users.
         rustix::fs::chmodat(CWD, path, Mode::from_raw_mode(ROOT_ONLY), AtFlags::empty()).map_err(refused("close to others", path))?;
         Ok(Self { path: path.to_owned(), fd })
     }
 
-    /// Where.
+    /// The path of the directory.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The directory of `place`, made where it is missing.
+    /// Returns the directory of `place`, and creates it if it is missing.
     pub fn make(&self, place: &Place, socket: &str) -> Result<Leaf, Error> {
         let pod_path = self.path.join(&*place.uid);
         let made_pod = make(self.fd.as_fd(), OsStr::new(&*place.uid), &pod_path, ROOT_ONLY)?;
@@ -142,7 +147,7 @@ impl Root {
         Ok(Leaf { path, id: (stat.st_dev, stat.st_ino), is_new })
     }
 
-    /// Every volume's directory, and what does not belong here.
+    /// Returns the directory of every volume, and an error for every other entry.
     pub fn scan(&self) -> Result<(Vec<Found>, Vec<Error>), Error> {
         let (mut found, mut strays) = (Vec::new(), Vec::new());
         for uid in entries(self.fd.as_fd(), &self.path)?.iter().filter(|name| *name != VIEW) {
@@ -152,7 +157,7 @@ impl Root {
                     found.extend(volumes);
                     strays.extend(others);
                 }
-                // Left over from a publish that was cut short.
+                // An interrupted publish left the pod's directory empty.
                 Ok(_) => self.remove_pod(uid),
                 Err(Error::Io { cause, .. }) if cause.kind() == io::ErrorKind::NotFound => {}
                 Err(Error::Io { action, cause, .. }) => strays.push(Error::Io { action, path, cause }),
@@ -165,14 +170,14 @@ impl Root {
     fn scan_pod(&self, uid: &str) -> Result<(Vec<Found>, Vec<Error>), Error> {
         let path = self.path.join(uid);
         if !is_pod_uid(uid) {
-            return Err(stray(path, "has not the UID of a pod for its name"));
+            return Err(stray(path, "is not named by the UID of a pod"));
         }
         let pod = self.enter_own(uid)?;
         let (mut found, mut strays) = (Vec::<Found>::new(), Vec::new());
         for name in entries(pod.as_fd(), &path)? {
             let path = path.join(&name);
             let Some((volume, socket)) = parse(&name) else {
-                strays.push(stray(path, "has not the name of a volume"));
+                strays.push(stray(path, "is not named by a volume"));
                 continue;
             };
             if found.iter().any(|other| *other.place.volume == *volume) {
@@ -189,7 +194,7 @@ impl Root {
         Ok((found, strays))
     }
 
-    /// Removes the directory of `place` with the sockets in it; one that is not there is removed already.
+    /// Removes the directory of `place` with the sockets in it. A missing directory is not an error.
     pub fn remove(&self, place: &Place) -> Result<(), Error> {
         let path = self.path.join(&*place.uid);
         let pod = match self.enter_own(&place.uid) {
@@ -206,7 +211,7 @@ impl Root {
         Ok(())
     }
 
-    /// Removes a pod's directory where it is empty.
+    /// Removes a pod's directory if it is empty.
     fn remove_pod(&self, uid: &str) {
         let _ = rustix::fs::unlinkat(&self.fd, uid, AtFlags::REMOVEDIR);
     }
@@ -219,7 +224,7 @@ impl Root {
     }
 }
 
-/// Removes the sockets that a process left in a volume's directory before it got them into place.
+/// Removes unfinished sockets from a volume's directory: those that a process bound but did not rename to their final name.
 pub fn clear_unfinished(path: &Path) -> Result<(), Error> {
     let fd = enter(CWD, path.as_os_str(), path)?;
     for name in entries(fd.as_fd(), path)?.iter().filter(|name| name.starts_with('.')) {
@@ -247,10 +252,10 @@ fn remove_socket(leaf: BorrowedFd<'_>, name: &str, path: &Path) -> Result<(), Er
     rustix::fs::unlinkat(leaf, name, AtFlags::empty()).map_err(refused("remove", &path))
 }
 
-/// Makes a directory with exactly this mode; whether it was missing.
+/// Creates a directory with exactly this mode. Returns whether it was missing.
 fn make(parent: BorrowedFd<'_>, name: &OsStr, path: &Path, mode: RawMode) -> Result<bool, Error> {
     match rustix::fs::mkdirat(parent, name, Mode::from_raw_mode(mode)) {
-        // The process's mask may have taken something away.
+        // The umask of the process may have removed bits.
         Ok(()) => rustix::fs::chmodat(parent, name, Mode::from_raw_mode(mode), AtFlags::empty())
             .map(|()| true)
             .map_err(refused("set the mode of", path)),
@@ -271,7 +276,7 @@ fn entries(directory: BorrowedFd<'_>, path: &Path) -> Result<Vec<String>, Error>
     let mut names = Vec::new();
     for entry in Dir::read_from(directory).map_err(refused("read", path))? {
         let entry = entry.map_err(refused("read", path))?;
-        // A name that is no text is nobody's; it shows in the log as one that cannot be.
+        // No pod or volume has a name that is not UTF-8, so a lossy name is rejected and logged.
         let name = OsStr::from_bytes(entry.file_name().to_bytes()).to_string_lossy().into_owned();
         if name != "." && name != ".." {
             names.push(name);
@@ -281,7 +286,7 @@ fn entries(directory: BorrowedFd<'_>, path: &Path) -> Result<Vec<String>, Error>
     Ok(names)
 }
 
-/// A directory that only this user can change.
+/// Checks that only this user can change the directory.
 fn own(stat: &Stat, path: &Path) -> Result<(), Error> {
     let user = rustix::process::geteuid().as_raw();
     if stat.st_uid != user {
@@ -293,7 +298,7 @@ fn own(stat: &Stat, path: &Path) -> Result<(), Error> {
     Ok(())
 }
 
-/// A directory above ours: nobody but root or this user can put something else in the place of what is in it.
+/// Checks a parent directory: only root or this user can replace its entries.
 fn on_the_way(stat: &Stat, path: &Path) -> Result<(), Error> {
     let user = rustix::process::geteuid().as_raw();
     if stat.st_uid != user && stat.st_uid != 0 {

@@ -1,4 +1,4 @@
-//! What the driver counts.
+//! The metrics of the driver.
 
 use prometheus_client::{
     encoding::{EncodeLabelSet, EncodeLabelValue},
@@ -11,9 +11,9 @@ use tonic::Code;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
 #[allow(non_camel_case_types, reason = "the names are the label's values")]
 pub enum Call {
-    /// A socket for a pod.
+    /// `NodePublishVolume`.
     publish,
-    /// And its end.
+    /// `NodeUnpublishVolume`.
     unpublish,
 }
 

@@ -1,9 +1,9 @@
-//! A volume's directory, mounted where the kubelet wants it: read-only, and without set-user-id programs, devices or programs at all.
+//! Mounts a volume's directory on the kubelet's target path, with the flags `ro`, `nosuid`, `nodev` and `noexec`.
 //!
-//! The flags have to be there when the mount appears. In a container with `Bidirectional` propagation the host gets a copy of each new
-//! mount, from which the pod's is made; flags that are set on ours afterwards never reach that copy, and the pod could write. So the
-//! whole directory is mounted once, read-only, on a place in itself, the view, and what is attached to a target is cut out of the view
-//! with its flags. Targets are reached without following a symbolic link below the kubelet's directory.
+//! A mount must have these flags when it appears. In a container with `Bidirectional` propagation the host gets a copy of each new mount,
+//! and the pod's mount is made from that copy. Flags that the agent sets on its own mount later do not reach the copy, so the pod could
+//! write. Therefore the agent mounts the whole directory once, with the flags, on a subdirectory of it, the view. The mount on a target
+//! is a clone of a part of the view and has its flags. The driver follows no symbolic link below the kubelet's directory.
 
 use std::{
     io,
@@ -24,36 +24,36 @@ use super::{
 };
 use crate::mountinfo::{self, Mount};
 
-/// Of the log's lines.
+/// The log target of this module.
 const LOG_TARGET: &str = "sds_agent::csi::mounts";
 
-/// The kubelet makes directories so.
+/// The mode of directories that the kubelet creates.
 const TARGET_MODE: u32 = 0o750;
-/// Nobody stacks more on one target; a bound so that nothing goes on for ever.
+/// Maximum of mounts that are removed from one target, so that unmounting always ends.
 const STACKED: usize = 32;
 
-/// Why a volume cannot be mounted or unmounted.
+/// A volume cannot be mounted or unmounted.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The kubelet's directory for the volume is not there.
+    /// The kubelet's directory for the volume does not exist.
     #[error("{0} is not there; is sockets.perPod.kubeletDirectory mounted at its own path in the agent's container?")]
     NoParent(PathBuf),
-    /// A link, a file, or another mount.
+    /// The path is a link, a file, or another mount.
     #[error("{path} {why}")]
     Occupied {
         /// The target.
         path: PathBuf,
-        /// What is in the way.
+        /// The reason.
         why: &'static str,
     },
-    /// The kernel refuses.
+    /// A system call failed.
     #[error("cannot {action} {path}: {cause}{}", hint(cause))]
     Io {
-        /// What was tried.
+        /// The operation.
         action: &'static str,
-        /// With what.
+        /// The path of the operation.
         path: PathBuf,
-        /// The answer.
+        /// The kernel's error.
         cause: io::Error,
     },
 }
@@ -67,29 +67,29 @@ fn refused(action: &'static str, path: &Path) -> impl FnOnce(Errno) -> Error {
     move |cause| Error::Io { action, path, cause: cause.into() }
 }
 
-/// What is at a target.
+/// The state of a target.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Target {
-    /// Nothing.
+    /// The target does not exist.
     Absent,
-    /// A directory, with nothing mounted on it.
+    /// The target is a directory without a mount.
     Plain,
-    /// The volume's own directory, mounted as it has to be.
+    /// The volume's directory is mounted with the right flags.
     Ours,
-    /// Something is mounted.
+    /// Another directory is mounted.
     Other,
 }
 
-/// The mounts of this driver.
+/// Creates and removes the mounts of this driver.
 #[derive(Debug)]
 pub struct Mounts {
-    /// The directory of all sockets.
+    /// The parent of the directories of all sockets.
     directory: PathBuf,
     kubelet: PathBuf,
 }
 
 impl Mounts {
-    /// Mounts what is below `directory` on targets below `kubelet`.
+    /// Mounts directories below `directory` on targets below `kubelet`.
     pub fn new(directory: &Path, kubelet: &Path) -> Self {
         Self { directory: directory.to_owned(), kubelet: kubelet.to_owned() }
     }
@@ -98,7 +98,7 @@ impl Mounts {
         self.directory.join(VIEW)
     }
 
-    /// Sees that the view is there.
+    /// Mounts the view, if it is not mounted yet.
     pub fn prepare(&self) -> Result<(), Error> {
         let view = self.view();
         match rustix::fs::mkdir(&view, Mode::from_raw_mode(0o700)) {
@@ -110,7 +110,7 @@ impl Mounts {
         if is_view(&view, id)? {
             return Ok(());
         }
-        // Something else, or one that can be written: from a process that was killed between the two steps.
+        // The mount is another one, or is writable because a process was killed between the two steps below.
         unmount_all(&view)?;
         rustix::mount::mount_bind(&self.directory, &view).map_err(refused("mount the view", &view))?;
         let guarded = rustix::mount::mount_change(&view, MountPropagationFlags::PRIVATE)
@@ -122,20 +122,20 @@ impl Mounts {
         guarded
     }
 
-    /// Warns where what is mounted here would not be seen on the host.
+    /// Logs a warning if the host would not see the mounts of this driver.
     pub fn check_propagation(&self) {
         let pods = self.kubelet.join("pods");
         let Ok(mounts) = mountinfo::of_this_process() else { return };
         if is_shared(&mounts, &pods) == Some(false) {
             warn!(
                 target: LOG_TARGET, path = %pods.display(),
-                "what the agent mounts here is seen in its own mount namespace alone; in a container give the volume mountPropagation: \
-                 Bidirectional, or pods find an empty directory"
+                "mounts of the agent are visible only in its own mount namespace, and pods find an empty directory; in a container, set \
+                 mountPropagation: Bidirectional on the volume"
             );
         }
     }
 
-    /// Takes the view away. Mounts on targets stay.
+    /// Unmounts the view. Mounts on targets stay.
     pub fn finish(&self) {
         let view = self.view();
         let _ = rustix::mount::unmount(&view, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW);
@@ -150,7 +150,7 @@ impl Mounts {
         })
     }
 
-    /// Mounts `leaf` on its target; one that is mounted there stays. Nothing is left behind on an error.
+    /// Mounts `leaf` on its target, unless it is mounted already. After an error the target is as before.
     pub fn attach(&self, place: &Place, leaf: &Leaf) -> Result<(), Error> {
         let path = self.path(place);
         let parent = self.parent(place)?.ok_or_else(|| Error::NoParent(path.parent().unwrap_or(&path).to_owned()))?;
@@ -174,19 +174,19 @@ impl Mounts {
         attached
     }
 
-    /// A mount of `leaf`, on nothing yet.
+    /// Returns a detached mount of `leaf`, cloned from the view.
     fn cut(&self, place: &Place, leaf: &Leaf) -> Result<OwnedFd, Error> {
         self.prepare()?;
         let source = self.view().join(&*place.uid).join(leaf.path.file_name().unwrap_or_default());
         let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
-        let tree = rustix::mount::open_tree(CWD, &source, flags).map_err(refused("cut out of the view", &source))?;
+        let tree = rustix::mount::open_tree(CWD, &source, flags).map_err(refused("clone the mount of", &source))?;
         if identity(tree.as_fd(), &source)? != leaf.id || !is_guarded(tree.as_fd(), &source)? {
             return Err(Error::Occupied { path: source, why: "is not the read-only view of the volume's directory" });
         }
         Ok(tree)
     }
 
-    /// Unmounts whatever is on the target and removes it; one that is not there is removed already.
+    /// Removes all mounts from the target, and the target. A missing target is not an error.
     pub fn detach(&self, place: &Place) -> Result<(), Error> {
         let path = self.path(place);
         let Some(parent) = self.parent(place)? else { return Ok(()) };
@@ -194,7 +194,7 @@ impl Mounts {
             unmount_all(&path)?;
         }
         match rustix::fs::unlinkat(&parent, place.target().1, AtFlags::REMOVEDIR) {
-            // What somebody put there below the mount is theirs.
+            // The driver does not remove files that were in the target below the mount.
             Ok(()) | Err(Errno::NOENT | Errno::NOTEMPTY | Errno::EXIST) => Ok(()),
             Err(error) => Err(refused("remove", &path)(error)),
         }
@@ -205,7 +205,7 @@ impl Mounts {
         self.kubelet.join(directory).join(name)
     }
 
-    /// The directory that holds the target. The kubelet's own may be reached by a link, as the operator named it.
+    /// Opens the parent directory of the target. `kubeletDirectory` itself may be a symbolic link, because the operator configured it.
     fn parent(&self, place: &Place) -> Result<Option<OwnedFd>, Error> {
         let (directory, _) = place.target();
         let path = self.kubelet.join(&directory);
@@ -245,7 +245,7 @@ fn is_view(view: &Path, id: (u64, u64)) -> Result<bool, Error> {
     Ok(is_mounted(fd.as_fd(), view)? && identity(fd.as_fd(), view)? == id && is_guarded(fd.as_fd(), view)?)
 }
 
-/// Whether mounts below `path` reach others: the last of the longest mount points above it decides.
+/// Whether mounts below `path` propagate to other mounts. The visible mount with the longest mount point above `path` decides.
 fn is_shared(mounts: &[Mount], path: &Path) -> Option<bool> {
     mountinfo::above(mounts, path).map(|mount| mount.shared)
 }
@@ -263,8 +263,8 @@ fn open(parent: impl AsFd, path: &Path) -> rustix::io::Result<OwnedFd> {
 fn is_mounted(fd: BorrowedFd<'_>, path: &Path) -> Result<bool, Error> {
     let stat = rustix::fs::statx(fd, c"", AtFlags::EMPTY_PATH, StatxFlags::TYPE).map_err(refused("look at", path))?;
     if !stat.stx_attributes_mask.contains(StatxAttributes::MOUNT_ROOT) {
-        // Linux tells since 5.8.
-        return Err(refused("tell mounts at", path)(Errno::NOSYS));
+        // Linux reports it since 5.8.
+        return Err(refused("detect mounts at", path)(Errno::NOSYS));
     }
     Ok(stat.stx_attributes.contains(StatxAttributes::MOUNT_ROOT))
 }
@@ -277,14 +277,14 @@ fn identity(fd: BorrowedFd<'_>, path: &Path) -> Result<(u64, u64), Error> {
     Ok((stat.st_dev, stat.st_ino))
 }
 
-/// Whether nothing can be written, and nothing that is found be dangerous.
+/// Whether the mount of `fd` has all the flags of [`guarded`].
 fn is_guarded(fd: BorrowedFd<'_>, path: &Path) -> Result<bool, Error> {
     let flags = rustix::fs::fstatvfs(fd).map_err(refused("look at", path))?.f_flag;
     use StatVfsMountFlags as Flags;
     Ok(flags.contains(Flags::RDONLY | Flags::NOSUID | Flags::NODEV | Flags::NOEXEC))
 }
 
-/// Unmounts everything that is stacked on `path`. What is still in use goes when its last user goes.
+/// Removes every mount that is stacked on `path`. The kernel frees a mount that is in use when its last user ends.
 fn unmount_all(path: &Path) -> Result<(), Error> {
     for _ in 0..STACKED {
         {

@@ -1,14 +1,14 @@
-//! The generated wire types of what the kubelet calls.
+//! The generated types of the services that the kubelet calls.
 #![allow(clippy::all, clippy::pedantic, missing_docs)]
 
-/// `csi.*`: what the kubelet asks of a driver.
+/// `csi.*`: the services of a CSI driver.
 pub mod csi {
     pub mod v1 {
         include!(concat!(env!("OUT_DIR"), "/csi.v1.rs"));
     }
 }
 
-/// `pluginregistration`: how the kubelet learns of a driver.
+/// `pluginregistration`: the service by which the kubelet registers a driver.
 pub mod pluginregistration {
     include!(concat!(env!("OUT_DIR"), "/pluginregistration.rs"));
 }

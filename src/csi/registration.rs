@@ -1,4 +1,5 @@
-//! How the kubelet learns of the driver: it finds the socket in its directory of plugins, asks who that is, and says what came of it.
+//! The registration service. The kubelet finds its socket in `plugins_registry`, requests the driver's name and socket, and reports whether
+//! it has registered the driver.
 
 use std::sync::Arc;
 
@@ -14,20 +15,20 @@ use crate::csi::{
     },
 };
 
-/// Of the log's lines.
+/// The log target of this module.
 const LOG_TARGET: &str = "sds_agent::csi::registration";
 
-/// The kind of plugin.
+/// The plugin type of CSI drivers.
 const TYPE: &str = "CSIPlugin";
-/// Of the Container Storage Interface.
+/// The version of the Container Storage Interface.
 const INTERFACE: &str = "1.0.0";
 
-/// The service.
+/// Implements the kubelet's plugin registration service.
 #[derive(Debug, Clone)]
 pub struct Registrar {
     /// `sockets.perPod`
     pub config: Arc<PerPod>,
-    /// Wakes whoever can offer the socket anew: a kubelet that has refused does not ask again by itself.
+    /// Notified when the kubelet refuses the driver. The server then binds the socket again, because the kubelet does not retry by itself.
     pub refused: Arc<Notify>,
 }
 

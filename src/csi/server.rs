@@ -1,7 +1,7 @@
-//! A socket for the kubelet: a few gRPC services, for root alone.
+//! Serves gRPC services to the kubelet on a Unix socket that only root may use.
 //!
-//! It stays where it is for as long as the agent runs: a name that somebody has taken away is bound again, as an old agent on its way out
-//! may do. At the end only our own inode is removed.
+//! The server keeps the socket's name as long as the agent runs: if the name is removed, for example by an old agent that ends, it binds
+//! again. At the end it removes the name only if the name still refers to its own inode.
 
 use std::{io, path::PathBuf, sync::Arc, time::Duration};
 
@@ -20,21 +20,21 @@ use tower::ServiceExt;
 use tracing::{debug, error, info, warn};
 use unix_peer::{authority_rewrite::AuthorityNormalizer, listener};
 
-/// Of the log's lines.
+/// The log target of this module.
 const LOG_TARGET: &str = "sds_agent::csi::server";
 
-/// For root alone: the kubelet is root.
+/// Only root may connect; the kubelet runs as root.
 const MODE: u32 = 0o600;
-/// The kubelet opens one for each call.
+/// Maximum of concurrent connections. The kubelet opens one for each call.
 const CONNECTIONS: usize = 512;
-/// Between two looks at the name.
+/// Interval of checks whether the name exists.
 const LOOK: Duration = Duration::from_secs(30);
-/// Before the name is offered again to a kubelet that has refused.
+/// Delay before the socket is bound again for a kubelet that has refused the driver.
 const OFFER_RETRY_INTERVAL: Duration = Duration::from_secs(10);
-/// Between two attempts to accept.
+/// Pause after an error of `accept`.
 const ACCEPT_RETRY_INTERVAL: Duration = Duration::from_millis(200);
 
-/// A bound socket and what it serves.
+/// A bound socket and its services.
 #[derive(Debug)]
 pub struct Server {
     field: &'static str,
@@ -47,7 +47,7 @@ pub struct Server {
 }
 
 impl Server {
-    /// Binds `path`, which comes from `field` of the configuration. `again` has it bound anew after a while.
+    /// Binds `path`, which comes from `field` of the configuration. A notification of `again` binds it again after 10 s.
     pub fn bind(field: &'static str, path: PathBuf, services: Table, again: Arc<Notify>) -> Result<Self, listener::Error> {
         let bound = listener::bind_for(field, &path, MODE)?;
         let (services, places) = (Arc::new(services), Arc::new(Semaphore::new(CONNECTIONS)));
@@ -83,7 +83,7 @@ impl Server {
         self.bound.name.unlink_if_owned();
     }
 
-    /// Whether nobody has the name. Who else has it may be our successor.
+    /// Whether the name does not exist. A name that refers to another socket is left, because that may be the successor's.
     fn is_missing(&self) -> bool {
         std::fs::symlink_metadata(&self.path).is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
     }
@@ -91,10 +91,10 @@ impl Server {
     fn rebind(&mut self) {
         match listener::bind_for(self.field, &self.path, MODE) {
             Ok(bound) => {
-                info!(target: LOG_TARGET, socket = %self.path.display(), "bound again");
+                info!(target: LOG_TARGET, socket = %self.path.display(), "the socket for the kubelet is bound again");
                 self.bound = bound;
             }
-            Err(cause) => error!(target: LOG_TARGET, %cause, "cannot be bound again"),
+            Err(cause) => error!(target: LOG_TARGET, %cause, "cannot bind the socket for the kubelet again"),
         }
     }
 

@@ -1,7 +1,7 @@
-//! What the kubelet may ask: who the driver is, and a socket for a pod.
+//! The CSI services `Identity` and `Node` for the kubelet.
 //!
-//! A call is checked from end to end before anything is made, and never waits for the upstream longer than it says. A volume context is
-//! never shown, as it may hold tokens.
+//! The driver checks every field of a call before it creates anything. A publish call waits at most 3 s for the pod index, and at most
+//! `waitForCertificate` for a certificate. No log line or error has a value of the volume context, because it may be a token.
 
 use std::{sync::Arc, time::Duration};
 
@@ -31,28 +31,28 @@ use crate::{
     },
 };
 
-/// Of the log's lines.
+/// The log target of this module.
 const LOG_TARGET: &str = "sds_agent::csi::service";
 
-/// How long the index may take to say that a pod does not exist. When it cannot tell by then, the socket is published all the same: no
-/// key leaves on the kubelet's word.
+/// Time limit for the pod index to report that a pod does not exist. After it the driver publishes the socket without confirmation: no key
+/// is sent before the index confirms the pod.
 const CONFIRMATION: Duration = Duration::from_secs(3);
 
-/// Characters of a call's target path that the log shows.
+/// Maximum length of the target path in a log line, in characters.
 const MAX_TARGET_CHARS: usize = 300;
 
-/// Both services.
+/// Implements both services.
 #[derive(Debug, Clone)]
 pub struct Driver {
     /// `sockets.perPod`
     pub config: Arc<PerPod>,
     /// `NODE_NAME`
     pub node: Arc<str>,
-    /// The sockets.
+    /// The sockets of pods.
     pub sockets: Sockets,
-    /// How callers are named.
+    /// Derives the identity of a pod.
     pub resolver: watch::Receiver<Arc<Resolver>>,
-    /// What is counted.
+    /// The metrics of the driver.
     pub metrics: Metrics,
 }
 
@@ -65,7 +65,7 @@ impl Driver {
         let resolver = self.resolver.borrow().clone();
         confirm(self.sockets.pods(), &resolver, &volume).await?;
         let published = self.sockets.publish(volume).await?;
-        // The pod starts without it, too.
+        // After a timeout the pod starts without its certificate.
         let _ = timeout(self.config.wait_for_certificate, published.issued.cancelled()).await;
         Ok(())
     }
@@ -83,14 +83,14 @@ impl Driver {
         if let Err(status) = &result {
             let target = text::excerpt(target, MAX_TARGET_CHARS);
             let cause = text::excerpt(status.message(), text::MAX_MESSAGE_CHARS);
-            // Each time: the kubelet backs off, up to two minutes for each volume.
+            // Logged without a limit: the kubelet backs off, up to two minutes for each volume.
             warn!(target: LOG_TARGET, ?call, ?target, code = ?status.code(), cause, "refused a call of the kubelet");
         }
         result.map(|()| Response::new(done))
     }
 }
 
-/// Asks the index about the pod, where it is complete.
+/// Checks the volume against the pod index, if the index is in sync.
 async fn confirm(pods: &Pods, resolver: &Resolver, volume: &Volume) -> Result<(), Status> {
     if !*pods.synced().borrow() {
         return Ok(());
@@ -99,7 +99,7 @@ async fn confirm(pods: &Pods, resolver: &Resolver, volume: &Volume) -> Result<()
     match timeout(CONFIRMATION, pods.wait_for(&claim.pod.uid)).await {
         Ok(Ok(known)) => {
             claim.check(&known.pod, name).map_err(|error| Status::permission_denied(error.detail))?;
-            // No service account, or a profile that it may not pick.
+            // An error means that the pod has no service account, or picks a profile that it may not pick.
             let decided = resolver.decide(&known.pod.workload_at(name));
             decided.map(drop).map_err(|error| Status::failed_precondition(error.to_string()))
         }
@@ -124,7 +124,7 @@ impl Identity for Driver {
     }
 
     async fn probe(&self, _: Request<ProbeRequest>) -> Result<Response<ProbeResponse>, Status> {
-        // It publishes from the first moment on, whatever the upstream does.
+        // The driver publishes sockets from its start, regardless of the API server and issuers.
         Ok(Response::new(ProbeResponse { ready: Some(true) }))
     }
 }

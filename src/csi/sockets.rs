@@ -1,8 +1,7 @@
-//! The sockets of pods: published, unpublished, and rebuilt after a restart.
+//! Publishes and unpublishes the sockets of pods, and serves them again after a restart.
 //!
-//! Owns what is served on behalf of each volume. Changes go one at a time, on a thread that may block: each is a handful of system calls,
-//! and none of them, nor the lock of the book, waits for anything upstream. What is changed for a caller that has gone away is changed
-//! to the end.
+//! Owns the socket of each volume. Changes run one at a time on a blocking thread. A change is a few system calls and does not wait for
+//! the API server or an issuer; neither does the lock of the book. A change that has started completes, even if its future is dropped.
 
 use std::{collections::HashMap, path::Path, sync::Arc};
 
@@ -27,31 +26,31 @@ use super::{
 };
 use crate::{csi::PerPod, warm::Prefetcher};
 
-/// Of the log's lines.
+/// The log target of this module.
 const LOG_TARGET: &str = "sds_agent::csi::sockets";
 
 const FIELD: &str = "sockets.perPod.directory";
-/// The pod's users are whoever its images say.
+/// Any user may connect, because containers of the pod may run as any user.
 const SOCKET_MODE: u32 = 0o666;
-/// One pod's proxies and their reconnects, many times over.
+/// Maximum of connections to one pod's socket, far above those of its proxies with reconnects.
 const CONNECTIONS: usize = 256;
 
-/// Why a volume is not published or unpublished.
+/// A volume cannot be published or unpublished.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// Its directory.
+    /// The directory of the volume cannot be used.
     #[error(transparent)]
     Directory(#[from] directory::Error),
-    /// Its mount.
+    /// The directory cannot be mounted or unmounted.
     #[error(transparent)]
     Mount(#[from] mounts::Error),
-    /// Its socket.
+    /// The socket cannot be bound.
     #[error(transparent)]
     Socket(#[from] listener::Error),
-    /// It is another's.
+    /// The volume is published for another pod or service account.
     #[error("the volume is published already, for another pod name, namespace or service account")]
     OtherClaim,
-    /// The runtime is gone.
+    /// The runtime is shutting down.
     #[error("the agent is ending")]
     Ending,
 }
@@ -71,7 +70,7 @@ impl From<Error> for Status {
     }
 }
 
-/// All of them. Clones are the same.
+/// The sockets of all volumes. Clones share them.
 #[derive(Debug, Clone)]
 pub struct Sockets(Arc<Shared>);
 
@@ -87,7 +86,7 @@ struct Shared {
     metrics: Metrics,
 }
 
-/// A socket that is served. Dropping it ends it; its name goes by `unlink_if_owned`.
+/// A socket that is served. Dropping it ends its connections; `unlink_if_owned` removes its name.
 #[derive(Debug)]
 struct Live {
     name: listener::BoundPath,
@@ -100,7 +99,7 @@ struct Live {
 }
 
 impl Live {
-    /// Whether it is served as `volume` asks, and by this process.
+    /// Whether this process serves the socket that `volume` requests.
     fn is(&self, volume: &Volume) -> bool {
         self.attestor.claim().as_ref() == Some(&volume.claim)
             && self.name.path().file_name().is_some_and(|name| name == &*volume.socket)
@@ -113,20 +112,24 @@ impl Drop for Live {
         self.shutdown.drain.cancel();
         self.attestor.terminated().cancel();
         self.ending.cancel();
-        // Its pod's containers have ended: nobody is left for last words.
+        // The containers of the pod have ended, so no client waits for a final response.
         self.shutdown.abort.cancel();
     }
 }
 
-/// A volume that is published, and its certificate on the way.
+/// A volume that is published, and whose certificate may still be on order.
 #[derive(Debug, Clone)]
 pub struct Published {
-    /// Cancelled once the certificate is there.
+    /// Cancelled when the certificate is there.
     pub issued: CancellationToken,
 }
 
 impl Sockets {
-    /// Opens the directory and serves again what is published in it. `sessions` is what every socket serves, apart from the attestor.
+    /// Opens the directory and serves the sockets that are published in it. Every socket uses `sessions` with its own attestor.
+    ///
+    /// # Errors
+    ///
+    /// The directory cannot be used, or the view cannot be mounted. A single socket that cannot be served is logged.
     pub fn open(config: &PerPod, pods: Pods, sessions: Sessions, warmer: Prefetcher, metrics: Metrics) -> Result<Self, Error> {
         let root = Root::open(&config.directory)?;
         let mounts = Mounts::new(&config.directory, &config.kubelet_directory);
@@ -138,7 +141,7 @@ impl Sockets {
         Ok(sockets)
     }
 
-    /// Binds again inside the directories that are there: their inodes are what pods have mounted.
+    /// Binds sockets in the existing directories, because pods have mounted their inodes.
     fn rebuild(&self) -> Result<(), Error> {
         let (found, strays) = self.0.root.scan()?;
         for stray in strays {
@@ -168,7 +171,7 @@ impl Sockets {
         &self.0.pods
     }
 
-    /// Whether exactly this is published and mounted already.
+    /// Whether the volume is published and mounted already, exactly as requested.
     pub async fn is_published(&self, volume: &Volume) -> Result<bool, Error> {
         let volume = volume.clone();
         self.on_a_thread(move |shared| {
@@ -181,22 +184,22 @@ impl Sockets {
         .await
     }
 
-    /// Publishes; what is published stays as it is.
+    /// Publishes a volume. One that is published already stays as it is.
     pub async fn publish(&self, volume: Volume) -> Result<Published, Error> {
         self.in_turn(move |shared| shared.publish(&volume)).await
     }
 
-    /// Unpublishes; what is not published is no error.
+    /// Unpublishes a volume. One that is not published is not an error.
     pub async fn unpublish(&self, place: Place) -> Result<(), Error> {
         self.in_turn(move |shared| shared.unpublish(&place)).await
     }
 
-    /// The volumes that an earlier process has published, and that nobody has published again or unpublished since.
+    /// The volumes that an earlier process published, and that the kubelet has not published again or unpublished since.
     pub fn inherited(&self) -> Vec<Place> {
         self.0.book().iter().filter(|(_, live)| !live.is_published).map(|(place, _)| place.clone()).collect()
     }
 
-    /// Takes the names away at the very end. Directories and mounts stay: pods have them mounted.
+    /// Removes the sockets' names when the agent ends. Directories and mounts stay, because pods use them.
     pub async fn unlink_if_owned(&self) {
         let released = self.in_turn(|shared| {
             for (_, live) in shared.book().drain() {
@@ -239,7 +242,7 @@ impl Shared {
         if made.is_err() && leaf.is_new {
             self.forget(place);
             if let Err(cause) = self.root.remove(place) {
-                warn!(target: LOG_TARGET, %cause, "a directory that was made for nothing stays");
+                warn!(target: LOG_TARGET, %cause, "cannot remove the directory of a volume that was not published");
             }
         }
         made
@@ -249,7 +252,7 @@ impl Shared {
         let place = &volume.place;
         let (attestor, is_known) = {
             let mut book = self.book();
-            // One whose name or directory somebody has taken away is bound anew.
+            // A socket whose name or directory was replaced or removed is bound again.
             let live = book.get_mut(place).filter(|live| live.name.is_owned() && live.leaf == leaf.id);
             match live {
                 Some(live) => {
@@ -271,7 +274,7 @@ impl Shared {
         }
         let issued = CancellationToken::new();
         if is_known {
-            // Somebody holds the certificate already, or comes for it: a restart warms nobody up.
+            // The pod holds a certificate or requests one: the agent does not order certificates ahead of calls after a restart.
             issued.cancel();
         } else {
             self.warmer.published(attestor, issued.clone());
@@ -280,7 +283,7 @@ impl Shared {
         Ok(Published { issued })
     }
 
-    /// Binds, and answers on it from now on.
+    /// Binds the socket and starts to serve it.
     fn serve(
         &self,
         place: &Place,
@@ -310,15 +313,15 @@ impl Shared {
     }
 
     fn unpublish(&self, place: &Place) -> Result<(), Error> {
-        // First of all nobody is served any more; then what was made goes in the opposite order.
+        // Stops serving first, and then removes the mount and the directory, in the reverse order of `publish`.
         let was_served = self.forget(place);
         self.mounts.detach(place)?;
         match self.root.remove(place) {
             Ok(()) if was_served => info!(target: LOG_TARGET, pod_uid = %place.uid, volume = %place.volume, "socket unpublished"),
             Ok(()) => debug!(target: LOG_TARGET, pod_uid = %place.uid, volume = %place.volume, "unpublished; it was not served"),
-            // Nothing of it is mounted or served: a pod must not hang for what is not ours.
+            // The volume is neither mounted nor served, so the pod's end must not wait for a directory that is not the agent's.
             Err(cause @ directory::Error::Unsafe { .. }) => {
-                warn!(target: LOG_TARGET, pod_uid = %place.uid, volume = %place.volume, %cause, "unpublished, but");
+                warn!(target: LOG_TARGET, pod_uid = %place.uid, volume = %place.volume, %cause, "unpublished; its directory stays");
             }
             Err(cause) => return Err(cause.into()),
         }

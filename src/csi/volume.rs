@@ -1,8 +1,8 @@
-//! What the kubelet asks to publish, checked: pure, and before anything is made.
+//! Checks a publish request of the kubelet. It does no I/O and runs before anything is created.
 //!
-//! The volume context can be forged: where the CSIDriver object is missing, or has no `podInfoOnMount`, a pod's own attributes pass for
-//! the kubelet's. So it is only believed as far as the target path says the same, which the kubelet alone chooses, and the pod index has
-//! the last word before a key leaves. Nothing here shows a value of the context: there may be tokens in it.
+//! A pod can forge the volume context: if the CSIDriver object is missing or has no `podInfoOnMount`, the kubelet passes the pod's own
+//! attributes unchanged. Therefore the pod UID must equal that of the target path, which only the kubelet chooses, and the pod index must
+//! confirm the pod before a key is sent. No error contains a value of the context, because it may be a token.
 
 use std::{
     fmt,
@@ -21,42 +21,46 @@ use crate::csi::{
     proto::csi::v1::{NodePublishVolumeRequest, VolumeCapability, volume_capability::AccessType},
 };
 
-/// Attributes that belong to Kubernetes.
+/// The prefix of attributes that the kubelet sets.
 const KUBERNETES: &str = "csi.storage.k8s.io/";
 const POD_NAME: &str = "csi.storage.k8s.io/pod.name";
 const POD_NAMESPACE: &str = "csi.storage.k8s.io/pod.namespace";
 const POD_UID: &str = "csi.storage.k8s.io/pod.uid";
 const SERVICE_ACCOUNT: &str = "csi.storage.k8s.io/serviceAccount.name";
 const EPHEMERAL: &str = "csi.storage.k8s.io/ephemeral";
-/// The attribute that names the socket's file.
+/// The attribute for the file name of the socket.
 pub const SOCKET_NAME: &str = "sds-agent.io/socket-name";
-/// The socket's file where the volume names none.
+/// The default file name of the socket.
 pub const DEFAULT_SOCKET: &str = "socket";
-/// So that a directory's name can hold it beside the volume's.
+/// Maximum length of a socket's name. The name of the directory contains it and the volume's name.
 const MAX_SOCKET_NAME_BYTES: usize = 40;
-/// What the kernel takes.
+/// Maximum length of a path that the kernel accepts.
 const MAX_PATH_BYTES: usize = 4095;
 /// A volume's name is a DNS label.
 const MAX_VOLUME_NAME_BYTES: usize = 63;
-/// Where the kubelet has the volumes of CSI drivers.
+/// The kubelet's directory for volumes of CSI drivers, in the directory of a pod's volumes.
 const PLUGIN: &str = "kubernetes.io~csi";
 
-/// One volume of one pod: where the kubelet wants it, and whose it is.
+/// One volume of one pod, which also determines its target path.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Place {
-    /// The pod's UID, as the kubelet's path has it.
+    /// The pod's UID in the target path.
     pub uid: Arc<str>,
-    /// The volume's name in the pod.
+    /// The name of the volume in the pod's spec.
     pub volume: Arc<str>,
 }
 
 impl Place {
-    /// Below the kubelet's directory: the directory that holds the target, and the target's name.
+    /// The parent directory of the target, relative to the kubelet's directory, and the name of the target in it.
     pub fn target(&self) -> (PathBuf, &'static str) {
         (["pods", &self.uid, "volumes", PLUGIN, &self.volume].iter().collect(), "mount")
     }
 
-    /// Reads a target path, which has exactly the kubelet's form.
+    /// Parses a target path.
+    ///
+    /// # Errors
+    ///
+    /// `InvalidArgument` if the path does not have exactly the kubelet's form.
     pub fn of_target(path: &str, kubelet: &Path) -> Result<Self, Status> {
         let wrong = |what: &str| {
             let form = kubelet.join("pods/<uid>/volumes").join(PLUGIN).join("<volume>/mount");
@@ -68,9 +72,9 @@ impl Place {
         if path.len() > MAX_PATH_BYTES {
             return wrong(&format!("has {} bytes and the kernel takes {MAX_PATH_BYTES}", path.len()));
         }
-        // Compared as text, too: components would forgive `.` and doubled slashes.
+        // Compares the text too, because a comparison of components ignores `.` and doubled slashes.
         let Some(rest) = Path::new(path).strip_prefix(kubelet).ok().filter(|rest| kubelet.join(rest).as_os_str() == path) else {
-            return wrong(&format!("does not lie plainly below sockets.perPod.kubeletDirectory ({})", kubelet.display()));
+            return wrong(&format!("is not a plain path below sockets.perPod.kubeletDirectory ({})", kubelet.display()));
         };
         let parts: Option<Vec<&str>> = rest
             .components()
@@ -94,19 +98,23 @@ impl fmt::Display for Place {
     }
 }
 
-/// A request to publish that may be carried out.
+/// A valid publish request.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Volume {
-    /// Where.
+    /// The pod and volume of the target path.
     pub place: Place,
-    /// For whom, as the kubelet says; the pod index has to say the same.
+    /// The pod and service account in the volume context; the pod index must confirm them.
     pub claim: Claim,
     /// The socket's file name.
     pub socket: Arc<str>,
 }
 
 impl Volume {
-    /// Checks a request from end to end.
+    /// Checks every field of a request.
+    ///
+    /// # Errors
+    ///
+    /// `PermissionDenied` if the volume context names another pod than the target path; `InvalidArgument` for any other invalid field.
     pub fn check(request: &NodePublishVolumeRequest, config: &PerPod) -> Result<Self, Status> {
         if request.volume_id.is_empty() {
             return Err(Status::invalid_argument("volume_id is missing"));
@@ -143,7 +151,7 @@ fn capability(capability: Option<&VolumeCapability>) -> Result<(), Status> {
     }
 }
 
-/// Names that nobody knows are mistakes. Kubernetes' own are not the pod's to mistake, and newer kubelets have more of them.
+/// Rejects unknown attributes, which are mistakes of the pod. Any attribute of Kubernetes passes, because newer kubelets add some.
 fn attributes<'a>(names: impl Iterator<Item = &'a String>) -> Result<(), Status> {
     for name in names {
         match name.as_str() {
@@ -168,7 +176,7 @@ fn claim<'a>(place: &Place, config: &PerPod, told: impl Fn(&str) -> Option<&'a s
     let (name, namespace, uid, account) = (need(POD_NAME)?, need(POD_NAMESPACE)?, need(POD_UID)?, need(SERVICE_ACCOUNT)?);
     if need(EPHEMERAL)? != "true" {
         let remedy = format!("write it inline (csi: {{ driver: {driver} }}), and give the CSIDriver volumeLifecycleModes: [Ephemeral]");
-        return Err(Status::invalid_argument(format!("{EPHEMERAL} is not true: the volume is no part of its pod; {remedy}")));
+        return Err(Status::invalid_argument(format!("{EPHEMERAL} is not true: the volume is not inline; {remedy}")));
     }
     if uid != &*place.uid {
         return Err(Status::permission_denied(format!("{POD_UID} is not the pod of target_path, {}", place.uid)));
@@ -188,18 +196,18 @@ fn socket(name: &str) -> Result<Arc<str>, Status> {
     Err(Status::invalid_argument(format!("volume attribute {SOCKET_NAME} is not the plain name of a file; {form}")))
 }
 
-/// Whether a socket may be called so: a plain name, and not one of those under which sockets are bound before they are in place.
+/// Whether `name` is valid for a socket: a plain file name without a leading `.`, which names of unfinished sockets have.
 pub fn is_socket(name: &str) -> bool {
     let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.');
     (1..=MAX_SOCKET_NAME_BYTES).contains(&name.len()) && name.bytes().all(plain) && !name.starts_with('.')
 }
 
-/// Whether a pod's volume may be called so.
+/// Whether `name` is valid for a volume: a DNS label.
 pub fn is_volume(name: &str) -> bool {
     is_dns(name, MAX_VOLUME_NAME_BYTES, false)
 }
 
-/// A UUID, or the 32 digits by which the kubelet knows a static pod.
+/// Whether `uid` is a UUID, or has the 32 hexadecimal digits that the kubelet uses for a static pod.
 pub fn is_pod_uid(uid: &str) -> bool {
     let hex = |part: &str| part.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b));
     let lengths: Vec<usize> = uid.split('-').map(str::len).collect();

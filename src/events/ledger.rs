@@ -1,4 +1,4 @@
-//! When a pod is told: pure decisions about how it goes with each identity. It keeps no material and reads no clock.
+//! Decides when a pod gets an event about its certificate. It does no I/O, reads no clock and keeps no certificate.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -9,34 +9,34 @@ use std::{
 use tokio::time::Instant;
 use workload_identity::PodRef;
 
-/// So many failures in a row are trouble, whatever time they took.
+/// Consecutive failures after which pods get a Warning, regardless of their duration.
 const TROUBLE_AFTER_FAILURES: u32 = 3;
-/// So long without success is trouble, however few the failures.
+/// Time since the first failure after which the next failure is reported, regardless of their number.
 const TROUBLE_AFTER: Duration = Duration::from_secs(30);
-/// Pods of one identity that are told: the rest of a node's replicas have the same to say.
+/// Maximum of pods of one identity that get an event: those of further replicas would say the same.
 const MAX_PODS_PER_IDENTITY: usize = 8;
 
-/// Why a pod is told; one word for programs.
+/// The machine-readable reason of an event.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Reason {
-    /// An approver said no.
+    /// An approver denied the request.
     CertificateDenied,
-    /// It was tried, and again.
+    /// Issuance failed.
     CertificateNotIssued,
-    /// The request waits for somebody.
+    /// The request waits for approval or signature.
     CertificatePending,
-    /// The clock was set.
+    /// The certificate is not valid by the node's clock, which was set.
     CertificateWithheld,
-    /// It is over.
+    /// A certificate is issued after a Warning.
     CertificateIssued,
-    /// A process of it asks, and may have nothing.
+    /// A caller of the pod is refused.
     CallerRefused,
-    /// It may have something after all.
+    /// Callers of the pod are served after a Warning.
     CallerServed,
 }
 
 impl Reason {
-    /// The word.
+    /// The reason as the event has it.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::CertificateDenied => "CertificateDenied",
@@ -50,18 +50,18 @@ impl Reason {
     }
 }
 
-/// One event to be.
+/// An event to be written.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PodEvent {
-    /// On which pod.
+    /// The pod of the event.
     pub pod: PodRef,
-    /// Why.
+    /// The reason of the event.
     pub reason: Reason,
-    /// The operator's sentence.
+    /// The text for the operator.
     pub message: String,
 }
 
-/// How it goes with each identity that is in trouble, by the entry's id.
+/// The identities whose issuance fails, by the id of their store entry.
 #[derive(Debug, Default)]
 pub struct PodTransitions(HashMap<u64, Trouble>);
 
@@ -69,14 +69,14 @@ pub struct PodTransitions(HashMap<u64, Trouble>);
 struct Trouble {
     since: Instant,
     failures: u32,
-    /// Whether it has been told, so that pods that come later are told too.
+    /// Whether a Warning was reported, so that later pods get one too.
     is_told: bool,
     told: HashSet<Arc<str>>,
     pods: Vec<PodRef>,
 }
 
 impl PodTransitions {
-    /// It went wrong, for these `pods`. What goes wrong `at_once` is trouble the first time.
+    /// Records a failure for `pods`, and returns the events to write. With `at_once`, the first failure is reported.
     pub fn failed(&mut self, now: Instant, id: u64, pods: &[PodRef], reason: Reason, at_once: bool, message: &str) -> Vec<PodEvent> {
         let fresh = || Trouble { since: now, failures: 0, is_told: false, told: HashSet::new(), pods: Vec::new() };
         let trouble = self.0.entry(id).or_insert_with(fresh);
@@ -95,13 +95,13 @@ impl PodTransitions {
         notes
     }
 
-    /// It went well: whoever was told of trouble is told that it is over.
+    /// Records success. Returns a Normal event for each pod that got a Warning.
     pub fn issued(&mut self, id: u64, message: &str) -> Vec<PodEvent> {
         let pods = self.0.remove(&id).map(|trouble| trouble.pods).unwrap_or_default();
         pods.into_iter().map(|pod| PodEvent { pod, reason: Reason::CertificateIssued, message: message.to_owned() }).collect()
     }
 
-    /// Nobody asks for it any more.
+    /// Forgets an identity that has no subscriber.
     pub fn forgotten(&mut self, id: u64) {
         self.0.remove(&id);
     }
@@ -129,7 +129,7 @@ mod tests {
         for _ in 0..50 {
             assert!(fails(&mut ledger, now + Duration::from_secs(600), &pods).is_empty());
         }
-        assert_eq!(fails(&mut ledger, now, &[pod("a"), pod("late")]), ["late"], "who comes later is told too");
+        assert_eq!(fails(&mut ledger, now, &[pod("a"), pod("late")]), ["late"], "a later pod gets an event too");
         let over = ledger.issued(1, "yes");
         assert_eq!(over.iter().map(|note| &*note.pod.name).collect::<Vec<_>>(), ["a", "b", "late"]);
         assert!(over.iter().all(|note| note.reason == Reason::CertificateIssued && note.message == "yes"));
@@ -140,7 +140,7 @@ mod tests {
     fn a_hiccup_is_no_news_and_a_long_one_is() {
         let (mut ledger, now) = (PodTransitions::default(), Instant::now());
         assert!(fails(&mut ledger, now, &[pod("a")]).is_empty());
-        assert!(ledger.issued(1, "yes").is_empty(), "nobody was told of trouble");
+        assert!(ledger.issued(1, "yes").is_empty(), "no pod got a Warning");
         assert!(fails(&mut ledger, now, &[pod("a")]).is_empty());
         assert_eq!(fails(&mut ledger, now + Duration::from_secs(31), &[pod("a")]), ["a"]);
     }

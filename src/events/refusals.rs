@@ -1,18 +1,18 @@
-//! Which pods have been told that they are not served. It reads no clock, and forgets the oldest first.
+//! Remembers the pods that got a Warning because a caller was refused. It reads no clock and forgets the oldest entries first.
 
 use std::{collections::VecDeque, sync::Arc};
 
 use sds_server::attest::Reason;
 
-/// Pods and reasons at once: about as many as a node has pods.
+/// Maximum of remembered pairs of pod and reason: about the number of pods on a node.
 const MAX_PODS: usize = 256;
 
-/// What has been told, by pod and reason.
+/// The refusals that were reported, by pod UID and reason.
 #[derive(Debug, Default)]
 pub struct Refusals(VecDeque<(Arc<str>, Reason)>);
 
 impl Refusals {
-    /// Whether a refusal of the pod with this UID is news.
+    /// Records a refusal of the pod with this UID. Returns whether it has to be reported.
     pub fn refused(&mut self, uid: &Arc<str>, reason: Reason) -> bool {
         let is_news = is_told(reason) && !self.0.iter().any(|(told, why)| (told, *why) == (uid, reason));
         if is_news {
@@ -24,7 +24,8 @@ impl Refusals {
         is_news
     }
 
-    /// Whether it is news that the pod is served. That one process is says nothing of another that the policy does not let.
+    /// Records that a caller of the pod is served. Returns whether that has to be reported. A served process does not clear refusals of
+    /// other processes by the attestation policy.
     pub fn served(&mut self, uid: &Arc<str>) -> bool {
         let before = self.0.len();
         self.0.retain(|(told, reason)| told != uid || !is_the_pods(*reason));
@@ -32,7 +33,7 @@ impl Refusals {
     }
 }
 
-/// The reasons that are about a pod as it stands, and that somebody can do something about.
+/// Whether a reason is reported: it does not pass by itself, and an operator can fix it.
 fn is_told(reason: Reason) -> bool {
     is_the_pods(reason) || matches!(reason, Reason::uid_not_allowed | Reason::container_not_allowed)
 }
@@ -48,11 +49,11 @@ mod tests {
     #[test]
     fn a_refusal_is_news_once_and_its_end_too() {
         let (mut refusals, pod, other) = (Refusals::default(), Arc::from("a"), Arc::from("b"));
-        assert!(!refusals.served(&pod), "nobody was told of trouble");
+        assert!(!refusals.served(&pod), "no pod got a Warning");
         assert!(refusals.refused(&pod, Reason::no_identity) && !refusals.refused(&pod, Reason::no_identity));
         assert!(refusals.refused(&other, Reason::no_identity));
         assert!(refusals.served(&pod) && !refusals.served(&pod));
-        assert!(refusals.refused(&pod, Reason::no_identity), "and a new one again");
+        assert!(refusals.refused(&pod, Reason::no_identity), "a refusal after that is reported again");
     }
 
     #[test]
@@ -74,6 +75,6 @@ mod tests {
             assert!(refusals.refused(&Arc::from(pod.to_string()), Reason::no_identity));
         }
         assert_eq!(refusals.0.len(), MAX_PODS);
-        assert!(refusals.refused(&Arc::from("0"), Reason::no_identity), "the oldest is forgotten");
+        assert!(refusals.refused(&Arc::from("0"), Reason::no_identity), "the oldest entry is forgotten");
     }
 }

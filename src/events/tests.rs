@@ -1,4 +1,4 @@
-//! Layer two: the writer against an API server in memory, on paused time.
+//! Tests the writer against an in-memory API server, with paused time.
 
 use std::time::UNIX_EPOCH;
 

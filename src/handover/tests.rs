@@ -1,4 +1,4 @@
-//! Layer three: real sockets. What needs a predecessor that serves is in `tests/agent`.
+//! Tests with real sockets. Tests with a predecessor that serves are in `tests/agent`.
 
 use std::os::unix::net::UnixListener as StdListener;
 
@@ -15,7 +15,7 @@ async fn a_name_that_nobody_serves_is_taken_at_once() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("sds.sock");
     let (readiness, start) = Readiness::new(readiness::Metrics::default());
-    // Left by a process that was killed, and then by one that accepts nobody.
+    // A socket of a process that was killed, and then one of a process that does not accept.
     drop(StdListener::bind(&path).unwrap());
     let lease = SocketLease::acquire(&path, 0o666, &readiness).await.unwrap();
     assert!(lease.is_held(), "{lease:?}");
@@ -24,7 +24,7 @@ async fn a_name_that_nobody_serves_is_taken_at_once() {
     let (end, (open, mut opened)) = (CancellationToken::new(), mpsc::channel(1));
     let keeping = tokio::spawn(lease.keep(end.clone(), open));
     let _listener = timeout(Duration::from_secs(20), opened.recv()).await.unwrap().unwrap();
-    assert_ne!(inode(&path), before, "one that does not answer is no predecessor");
+    assert_ne!(inode(&path), before, "a process that does not answer is no predecessor");
     drop(start);
     assert!(readiness.is_ready());
     end.cancel();

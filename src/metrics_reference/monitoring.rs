@@ -1,4 +1,4 @@
-//! What is shipped for monitoring, against the code and the runbook: every metric that is named exists, and every alert has an entry.
+//! Compares the alerts and the dashboard with the code and the runbook: every named metric exists, and every alert has an entry.
 
 use serde_json::Value;
 
@@ -9,7 +9,7 @@ const DASHBOARD: &str = include_str!("../../daemonset/monitoring/dashboard.json"
 const RUNBOOK: &str = include_str!("../../docs/runbook.md");
 const RULES_TEST: &str = include_str!("../../tests/monitoring/rules_test.yaml");
 
-/// Names of ours in a text that no metric has.
+/// Names in `text` that look like metrics of the agent and are none.
 fn unknown(text: &str) -> BTreeSet<&str> {
     let names = names();
     let is_known = |word: &str| {
@@ -39,7 +39,7 @@ fn every_metric_that_is_named_anywhere_exists() {
     for (place, text) in [("rules", RULES), ("dashboard", DASHBOARD), ("runbook", RUNBOOK), ("rules_test", RULES_TEST)] {
         let unknown = unknown(text);
         assert!(unknown.is_empty(), "{place}: {unknown:?}");
-        assert!(text.contains("sds_agent_certificate_renewal_overdue_ratio"), "{place} is not what it was taken for");
+        assert!(text.contains("sds_agent_certificate_renewal_overdue_ratio"), "{place} does not contain the expected metrics");
     }
 }
 
@@ -53,7 +53,7 @@ fn every_alert_has_its_words_a_test_and_an_entry_in_the_runbook() {
         assert_eq!(text(annotations, "runbook_url"), format!("docs/runbook.md#{}", name.to_lowercase()));
         assert!(RUNBOOK.contains(&format!("\n## {name}\n")), "docs/runbook.md has no entry {name}");
         assert!(RULES_TEST.contains(&format!("- name: {name}\n")), "tests/monitoring/rules_test.yaml does not fire {name}");
-        // A label that the expression drops would be an empty word.
+        // A label that the expression drops would be empty in the text.
         let kept: Vec<&str> = match expr.split_once(" by (") {
             Some((_, rest)) => rest.split_once(')').unwrap().0.split(", ").collect(),
             None => vec!["node", "job"],
@@ -68,7 +68,7 @@ fn every_alert_has_its_words_a_test_and_an_entry_in_the_runbook() {
     let names: BTreeSet<&str> = alerts.iter().map(|alert| text(alert, "alert")).collect();
     let entries: BTreeSet<&str> =
         RUNBOOK.lines().filter_map(|line| line.strip_prefix("## ")).filter(|line| line.starts_with("Sds")).collect();
-    assert_eq!(entries, names, "the runbook has entries for alerts that there are not");
+    assert_eq!(entries, names, "the runbook has entries for alerts that do not exist");
     assert!(names.len() > 10 && names.len() == alerts.len());
 }
 

@@ -1,10 +1,10 @@
-//! Locking the whole address space, so that no key reaches swap: the decision, the facts it needs, and the system call.
+//! Locks the whole address space, so that no key reaches swap: the decision, the facts for it, and the system call.
 //!
-//! Everything is locked, not single buffers: keys pass through HTTP/2 buffers and stacks that nobody can list. "On fault" locks pages as
-//! they are touched, so that reserved but unused memory costs nothing.
+//! The process locks all its memory and not single buffers, because copies of keys pass through HTTP/2 buffers and stacks. `MLOCK_ONFAULT`
+//! locks a page when it is first used, so that reserved but unused memory costs nothing.
 //!
-//! With a finite `RLIMIT_MEMLOCK` and without the capability `mlockall` succeeds, and then the first mapping beyond the limit fails: a
-//! thread that cannot start, an allocation that aborts the process. That is why a finite limit counts as "not allowed", however large.
+//! With a finite `RLIMIT_MEMLOCK` and without `CAP_IPC_LOCK`, `mlockall` succeeds, but the first mapping beyond the limit fails: a thread
+//! does not start, or an allocation aborts the process. Therefore any finite limit counts as "not allowed".
 
 use std::{fmt, fs, io};
 
@@ -17,31 +17,31 @@ use rustix::{
 
 use crate::process::LockMemory;
 
-/// Where the kernel lists swap.
+/// The kernel's list of swap areas.
 const SWAPS: &str = "/proc/swaps";
 
 /// Whether memory is locked.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Locked {
-    /// All of it, now and later.
+    /// All memory is locked, including later mappings.
     Yes,
-    /// Nothing.
+    /// No memory is locked.
     No(Unlocked),
 }
 
 /// Why memory is not locked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Unlocked {
-    /// `keys.lockMemory: never`.
+    /// `keys.lockMemory` is `never`.
     Never,
-    /// There is nothing that pages could be written to.
+    /// The machine has no swap.
     NoSwap,
-    /// Neither the capability nor an unlimited limit.
+    /// The process has neither `CAP_IPC_LOCK` nor an unlimited `RLIMIT_MEMLOCK`.
     NotAllowed {
-        /// `RLIMIT_MEMLOCK`, in bytes.
+        /// The soft `RLIMIT_MEMLOCK`, in bytes.
         limit: u64,
     },
-    /// The kernel said no all the same.
+    /// `mlockall` failed.
     Refused(Errno),
 }
 
@@ -60,48 +60,48 @@ impl fmt::Display for Unlocked {
     }
 }
 
-/// What the decision rests on.
+/// The facts for the decision.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Facts {
-    /// `CAP_IPC_LOCK` is in the effective set; being root in a container says nothing about it.
+    /// `CAP_IPC_LOCK` is in the effective set. Root in a container does not always have it.
     pub capability: bool,
-    /// The soft `RLIMIT_MEMLOCK` in bytes; none when unlimited.
+    /// The soft `RLIMIT_MEMLOCK` in bytes; `None` if unlimited.
     pub limit: Option<u64>,
-    /// Swap is on. What is turned on later goes unnoticed.
+    /// The machine has swap. Swap that is turned on later is not noticed.
     pub swap: bool,
 }
 
 impl Facts {
-    /// Looks at this thread and this machine. What cannot be read counts as: not allowed, and there is swap.
+    /// Reads the facts of this thread and this machine. If a fact cannot be read, it counts as no capability, or as swap.
     fn gather() -> Self {
         let capability = capabilities(None).is_ok_and(|sets| sets.effective.contains(CapabilitySet::IPC_LOCK));
         let limit = getrlimit(Resource::Memlock).current;
         let swap = match fs::read_to_string(SWAPS) {
             Ok(table) => lists_swap(&table),
-            // A kernel that was built without swap.
+            // A kernel without swap support has no such file.
             Err(error) => error.kind() != io::ErrorKind::NotFound,
         };
         Self { capability, limit, swap }
     }
 }
 
-/// Whether a `/proc/swaps` has an entry below its heading.
+/// Whether the content of `/proc/swaps` has an entry below its heading.
 fn lists_swap(table: &str) -> bool {
     table.lines().skip(1).any(|line| !line.trim().is_empty())
 }
 
-/// What to do.
+/// The decision whether to lock memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Decision {
-    /// Lock.
+    /// Lock memory.
     Lock,
-    /// Go on without.
+    /// Continue without locking.
     Skip(Unlocked),
     /// Do not start.
     Fail(Unlocked),
 }
 
-/// What `policy` means where `facts` hold.
+/// Decides by `policy` and `facts`.
 pub fn decide(policy: LockMemory, facts: Facts) -> Decision {
     let refusal = match facts {
         Facts { capability: true, .. } | Facts { limit: None, .. } => None,
@@ -116,12 +116,12 @@ pub fn decide(policy: LockMemory, facts: Facts) -> Decision {
     }
 }
 
-/// What `policy` would mean in this process, as it is now.
+/// The decision for this process now, without locking.
 pub fn forecast(policy: LockMemory) -> Decision {
     decide(policy, Facts::gather())
 }
 
-/// Decides and acts; an error means that `policy` forbids going on.
+/// Decides and locks. An error means that the process must not continue under `policy`.
 pub(super) fn lock(policy: LockMemory) -> Result<Locked, Unlocked> {
     match decide(policy, Facts::gather()) {
         Decision::Skip(reason) => Ok(Locked::No(reason)),

@@ -1,4 +1,4 @@
-//! The effects change the whole process, so each test runs in a process of its own: this binary again, told to run one ignored test.
+//! Hardening changes the whole process, so each test starts this binary again as a child process that runs one ignored test.
 
 use std::{fs, process::Command};
 
@@ -9,7 +9,7 @@ use rustix::{
 
 use super::*;
 
-/// Set for the child, so that `--include-ignored` does not harden everybody's process.
+/// Set for the child, so that `--include-ignored` does not harden the process of all tests.
 const CHILD: &str = "SDS_AGENT_TEST_CHILD";
 
 fn is_child() -> bool {

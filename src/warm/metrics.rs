@@ -1,4 +1,4 @@
-//! What became of certificates that were made ahead of the first call.
+//! Counts warm-ups by result.
 
 use prometheus_client::{
     encoding::{EncodeLabelSet, EncodeLabelValue},
@@ -12,9 +12,9 @@ use prometheus_client::{
 pub enum Ended {
     /// The pod has called.
     called,
-    /// It has not, for as long as it was waited for.
+    /// The pod has not called within the time limit.
     unused,
-    /// It was gone first.
+    /// The pod ended before its first call.
     gone,
 }
 
@@ -23,7 +23,7 @@ struct Labels {
     result: Ended,
 }
 
-/// See the module.
+/// The metrics of warm-ups.
 #[derive(Debug, Clone, Default)]
 pub struct Metrics {
     ended: Family<Labels, Counter>,
@@ -36,11 +36,7 @@ impl Metrics {
         for result in [Ended::called, Ended::unused, Ended::gone] {
             drop(metrics.ended.get_or_create(&Labels { result }));
         }
-        registry.register(
-            "warm_ups",
-            "Pods whose certificate was ordered ahead of their first call, by how that ended",
-            metrics.ended.clone(),
-        );
+        registry.register("warm_ups", "Pods whose certificate was ordered ahead of their first call, by result", metrics.ended.clone());
         metrics
     }
 

@@ -1,7 +1,7 @@
-//! Pods that start on this node and will call the shared socket: who they are, and a lease for each.
+//! Selects pods that start on this node and will call the shared socket, and holds a lease for each.
 //!
-//! What counts is whether a pod has begun, not how it became known: a list after a restart of the agent, or after a watch that broke, holds
-//! pods that start beside those that run. The caller runs [`Starts::run`] until the agent drains.
+//! A pod is selected if its containers have not started, regardless of how the agent learned of it: a list, after a restart of the agent or
+//! of the watch, contains starting pods and running pods. The caller runs [`Starts::run`] until the agent drains.
 
 use std::{
     collections::BTreeMap,
@@ -21,26 +21,26 @@ use tokio_util::sync::CancellationToken;
 use super::{FIRST_CALL_TIMEOUT, Prefetch, Prefetcher};
 use crate::warm::WarmUp;
 
-/// Certificates that are made ahead of calls at once: half of what rotation makes at once, so that on a node that boots nobody who has
-/// called stands behind all those who have not.
+/// Maximum of certificates that are issued at once for pods that have not called. It is half of rotation's limit, so that on a booting
+/// node these orders do not delay a caller.
 pub const MAX_CONCURRENT: usize = 4;
 
-/// Who is warmed up.
+/// Selects the pods that are warmed up.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Rule {
     labels: BTreeMap<String, String>,
-    /// The shared socket's directory, where mounting it counts.
+    /// The directory of the shared socket, if a mount of it selects a pod.
     directory: Option<PathBuf>,
 }
 
 impl Rule {
-    /// What `warm_up` says about callers of the socket at `socket`.
+    /// The rule of `warm_up` for callers of the socket at `socket`.
     pub fn new(warm_up: &WarmUp, socket: &Path) -> Self {
         let directory = socket.parent().filter(|_| warm_up.socket_mount).map(Path::to_owned);
         Self { labels: warm_up.pod_labels.clone(), directory }
     }
 
-    /// Whether `pod`, which mounts `host_paths`, will call.
+    /// Whether the rule selects `pod`, which mounts `host_paths`.
     fn takes(&self, pod: &Pod, host_paths: &[String]) -> bool {
         let mounts = || {
             let directory = self.directory.as_deref()?;
@@ -51,13 +51,13 @@ impl Rule {
     }
 }
 
-/// Whether who mounts `path` of the node finds `directory`, or something in it, there. Who mounts the whole node is not after the socket.
+/// Whether a mount of the node's `path` contains `directory` or a part of it. A mount of `/` does not count: it is not for the socket.
 fn reaches(path: &Path, directory: &Path) -> bool {
     let (path, directory) = (plain(path), plain(directory));
     path.parent().is_some() && (path.starts_with(&directory) || directory.starts_with(&path))
 }
 
-/// The same path, as nodes name it: `/var/run` is a link to `/run` on all of them.
+/// Normalises a path of the node. `/var/run` becomes `/run`, because it is a link to it on nodes.
 fn plain(path: &Path) -> PathBuf {
     match path.strip_prefix("/var/run") {
         Ok(rest) => Path::new("/run").join(rest).components().collect(),
@@ -65,7 +65,7 @@ fn plain(path: &Path) -> PathBuf {
     }
 }
 
-/// See the module.
+/// Holds leases for the starting pods that the rule selects.
 #[derive(Debug)]
 pub struct Starts {
     warmer: Prefetcher,
@@ -76,12 +76,12 @@ pub struct Starts {
 }
 
 impl Starts {
-    /// Of those of `pods` whom `rule` takes. To be made before `pods` run.
+    /// Subscribes to the starting pods of `pods`. Call it before `pods` run.
     pub fn new(warmer: Prefetcher, rule: Rule, clock: Arc<dyn Clock>, pods: &Pods) -> Self {
         Self { warmer, rule, clock, told: pods.starts(), turns: Arc::new(Semaphore::new(MAX_CONCURRENT)) }
     }
 
-    /// Warms them up until `drain`, and then nobody any more.
+    /// Holds leases until `drain` is cancelled, and then drops them.
     pub async fn run(mut self, drain: CancellationToken) {
         let mut held = JoinSet::new();
         loop {
@@ -92,7 +92,7 @@ impl Starts {
             };
             match starting {
                 Some(starting) => self.begin(&mut held, starting),
-                // The index is gone, and with it all that could be told.
+                // The pod index has ended, so no more pods are reported.
                 None => return drain.cancelled().await,
             }
         }
@@ -102,7 +102,7 @@ impl Starts {
         let Starting { known, host_paths, since } = starting;
         let waited = since.map_or_else(Default::default, |since| self.clock.now().duration_since(since).unwrap_or_default());
         let patience = FIRST_CALL_TIMEOUT.saturating_sub(waited);
-        // A pod that cannot start is not warmed up again by each start of the agent.
+        // The time limit counts from the pod's start, so that restarts of the agent do not warm up a stuck pod again and again.
         if patience.is_zero() || !self.rule.takes(&known.pod, &host_paths) {
             return;
         }

@@ -1,4 +1,4 @@
-//! The socket passes from an agent to its successor.
+//! An agent hands its socket over to its successor.
 
 use std::{
     path::{Path, PathBuf},
@@ -28,7 +28,7 @@ fn config(socket: PathBuf) -> Config {
     config::dev(flags, &|_| None).unwrap()
 }
 
-/// A whole agent, running.
+/// A complete agent that runs.
 struct Agent {
     shutdown: Shutdown,
     running: JoinHandle<anyhow::Result<Drained>>,
@@ -47,7 +47,7 @@ impl Agent {
     }
 }
 
-/// A claim that is kept.
+/// A lease of the socket's path that a task keeps.
 struct Kept {
     end: CancellationToken,
     opened: mpsc::Receiver<UnixListener>,
@@ -60,7 +60,7 @@ impl Kept {
         Self { keeping: tokio::spawn(lease.keep(end.clone(), open)), end, opened }
     }
 
-    /// Waits until the name is held.
+    /// Waits until the task has the path.
     async fn opened(&mut self) -> UnixListener {
         timeout(Duration::from_secs(20), self.opened.recv()).await.unwrap().unwrap()
     }
@@ -71,7 +71,7 @@ impl Kept {
     }
 }
 
-/// Enough for a handover that would not wait.
+/// A time in which a handover without a wait would have happened.
 async fn a_while() {
     tokio::time::sleep(Duration::from_millis(200)).await;
 }
@@ -99,7 +99,7 @@ async fn a_healthy_predecessor_serves_until_all_else_is_in_sync() {
     let _listener = kept.opened().await;
     assert_ne!(inode(&path), before);
     timeout(Duration::from_secs(20), readiness.reached()).await.unwrap();
-    // The predecessor's end leaves its successor alone.
+    // The end of the predecessor does not affect its successor.
     old.end().await;
     assert!(kept.end().await.unwrap().is_owned());
 }
@@ -127,7 +127,7 @@ async fn a_successor_that_never_gets_in_sync_leaves_nothing_behind() {
     let kept = Kept::of(SocketLease::acquire(&path, 0o666, &readiness).await.unwrap());
     assert!(kept.end().await.is_none());
     assert_eq!(inode(&path), before);
-    assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1, "nothing is left beside it");
+    assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1, "another file is left in the directory");
     old.end().await;
 }
 
@@ -141,7 +141,8 @@ async fn a_name_that_was_lost_is_taken_back_once_whoever_has_it_goes() {
     drop(start);
     assert!(readiness.is_ready());
 
-    // Nobody here answers on that socket: the other one takes the name. Being in sync is no reason to take it back from one that serves.
+    // No server answers on this socket, so the other agent takes the path. The first one is in sync, but must not take the path back
+    // while the other one serves.
     let predecessor = Agent::start(&path).await;
     let theirs = inode(&path);
     a_while().await;
@@ -151,14 +152,15 @@ async fn a_name_that_was_lost_is_taken_back_once_whoever_has_it_goes() {
     let _second = kept.opened().await;
     assert!(path.exists());
 
-    // Whoever removes it does not keep it from being there.
+    // A socket file that is removed is created again.
     std::fs::remove_file(&path).unwrap();
     let _third = kept.opened().await;
     assert!(kept.end().await.unwrap().is_owned());
-    assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1, "nothing is left beside it");
+    assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1, "another file is left in the directory");
 }
 
-/// It has stepped in for a predecessor, whose restarted program takes the name: what it has not reached, it reaches with the name alone.
+/// This agent has taken over for a predecessor whose restarted program takes the path. It becomes ready when its remaining parts are
+/// ready and it has the path.
 #[tokio::test]
 async fn one_that_has_stepped_in_is_not_ready_without_the_name() {
     let directory = tempfile::tempdir().unwrap();

@@ -1,4 +1,4 @@
-//! A whole agent on real sockets. No other program is needed.
+//! A complete agent on real sockets. Needs no other program.
 
 #![allow(
     clippy::cast_precision_loss,

@@ -38,7 +38,7 @@ fn deps(tasks: Vec<BoxFuture<'static, ()>>) -> Deps {
 
 #[tokio::test]
 async fn a_part_that_ends_or_panics_ends_the_agent_as_failed() {
-    let parts: [BoxFuture<'static, ()>; 2] = [Box::pin(std::future::ready(())), Box::pin(async { panic!("as told") })];
+    let parts: [BoxFuture<'static, ()>; 2] = [Box::pin(std::future::ready(())), Box::pin(async { panic!("as requested") })];
     for part in parts {
         let directory = tempfile::tempdir().unwrap();
         let shutdown = Shutdown::new(Duration::from_secs(20));

@@ -1,4 +1,4 @@
-//! What becomes of creates and deletes.
+//! Faults of creates and deletes.
 
 use super::*;
 
@@ -11,7 +11,7 @@ fn broken(code: u16) -> Fault {
     Fault::Bytes(http(code, &["content-type: application/json"], &status))
 }
 
-/// The watch is blind, so that only the name can tell what became of the request: 409, and a look at what is there.
+/// The watch delivers nothing, so only the name shows the result of the request: a 409, and then a read of the existing object.
 #[tokio::test(start_paused = true)]
 async fn a_lost_response_is_resolved_by_the_name() {
     for fault in [Fault::Swallow, Fault::Half] {
@@ -19,7 +19,7 @@ async fn a_lost_response_is_resolved_by_the_name() {
         world.watching().await;
         world.wire.fail("watch", CR, Fault::HeadAndHang, 1);
         world.wire.api.cut_watches(false);
-        world.until("the blind watch", |api| (api.count("watch", CR) == 2).then_some(())).await;
+        world.until("the watch that delivers nothing", |api| (api.count("watch", CR) == 2).then_some(())).await;
         world.wire.fail("create", CR, fault.clone(), 1);
         let lease = world.want("a");
         world.until("the request is looked up by its name", |api| (api.count("get", CR) == 1).then_some(())).await;
@@ -61,7 +61,7 @@ async fn a_server_in_trouble_is_asked_a_few_times_and_nobody_multiplies_them() {
         world.wire.fail("create", CR, broken(code), 3);
         world.assert_served(&[world.want("a")], 1).await;
         assert_eq!((world.seen("create").len(), world.requests(Verb::create, Code::Status(code))), (4, 3));
-        assert_eq!(world.log.lines("no new certificate").len(), 0, "that was no failure yet");
+        assert_eq!(world.log.lines("no new certificate").len(), 0, "the request has failed already");
     }
     let world = World::new();
     world.watching().await;
@@ -93,7 +93,7 @@ async fn a_429_with_a_header_holds_back_every_create_of_the_process() {
         creates.iter().map(|s| s.at - refused).collect::<Vec<_>>()
     );
     assert_eq!(world.log.lines("the API server asks to wait").len(), 1);
-    assert_eq!(world.log.lines("takes these requests again").len(), 1);
+    assert_eq!(world.log.lines("accepts these requests again").len(), 1);
     let failed = world.log.lines("no new certificate");
     assert_eq!(failed.len(), 1, "only the first of them has failed");
     assert!(failed[0]["cause"].as_str().unwrap().ends_with("the API server is busy and asks to wait 9 s"), "{}", failed[0]);
@@ -112,7 +112,7 @@ async fn a_long_retry_after_gives_the_slots_back_and_is_obeyed() {
     let second = world.want("b");
     tokio::time::sleep(2 * SECOND).await;
     let waiting = world.log.lines("no new certificate");
-    assert_eq!(waiting.len(), 2, "the second is told at once, by the agent itself");
+    assert_eq!(waiting.len(), 2, "the agent itself rejects the second request at once");
     assert!(waiting[1]["retry_in_seconds"].as_u64().unwrap() >= 115, "{}", waiting[1]);
     world.assert_served(&[first, second], 2).await;
     let creates = world.seen("create");
@@ -133,7 +133,7 @@ async fn deletes_obey_too_and_a_lost_answer_of_theirs_leaves_nothing() {
     tokio::time::sleep(SECOND).await;
     assert_eq!(world.requests(Verb::delete, Code::Status(404)), 1);
 
-    // Somebody's 503 with a header, in the middle of many.
+    // A 503 with a header from a proxy, for one of many requests.
     let world = World::new();
     world.watching().await;
     world.wire.fail("delete", CR, Fault::Bytes(http(503, &["retry-after: 15"], "shutting down")), 1);
@@ -141,11 +141,11 @@ async fn deletes_obey_too_and_a_lost_answer_of_theirs_leaves_nothing() {
     world.assert_served(&leases, 6).await;
     let deletes = world.seen("delete");
     let held = deletes.iter().filter(|seen| seen.at - deletes[0].at < 15 * SECOND).count();
-    assert!(held <= 4, "only those that were under way: {held}");
+    assert!(held <= 4, "only requests in progress: {held}");
     assert_eq!(world.log.lines("the API server asks to wait").len(), 1);
 }
 
-/// A hundred identities at once are two hundred writes, five times the burst.
+/// A hundred new identities make two hundred writes, five times the burst.
 #[tokio::test(start_paused = true)]
 async fn the_process_keeps_to_its_rate_and_creates_go_first() {
     let world = World::new();

@@ -1,9 +1,9 @@
-//! What becomes of requests that exist.
+//! Failures of requests that exist.
 
 use super::*;
 
 impl World {
-    /// Waits until a request is there and its create has been answered.
+    /// Waits until `number` requests exist and their creates have been answered.
     async fn stuck(&self, number: usize) -> Vec<Value> {
         let requests = self.wire.api.until_count(CR, number).await;
         tokio::time::sleep(SECOND).await;
@@ -30,12 +30,12 @@ async fn a_deleted_or_relabelled_request_is_created_again() {
         world.assert_served(&[lease], 2).await;
         let told = world.log.lines("no new certificate");
         assert_eq!(told.len(), 1);
-        assert!(told[0]["cause"].as_str().unwrap().ends_with("somebody deleted or relabelled the request"), "{}", told[0]);
+        assert!(told[0]["cause"].as_str().unwrap().ends_with("another client deleted or relabelled the request"), "{}", told[0]);
     }
 }
 
-/// Vault's trouble with its own network ends a request for ever: a new one is made after a while. A request that is not acceptable is not
-/// made again soon: nothing but a change of configuration would help.
+/// A network failure of Vault ends a request permanently: the agent creates a new one later. It does not soon repeat a request that is
+/// invalid, because only a change of the configuration helps.
 #[tokio::test(start_paused = true)]
 async fn a_failed_request_is_made_anew_soon_and_an_invalid_one_is_not() {
     let condition = |kind: &str, status: &str, reason: &str| json!({"type": kind, "status": status, "reason": reason, "message": "words"});
@@ -54,7 +54,7 @@ async fn a_failed_request_is_made_anew_soon_and_an_invalid_one_is_not() {
         assert_eq!(world.log.lines("no new certificate").len(), 1);
         let mut watch = lease.watch();
         tokio::time::timeout(HOUR, watch.wait_for(Option::is_some)).await.expect("in time").unwrap();
-        // The failed one is there for ten minutes, in which the certificate might be renewed.
+        // The failed request is kept for ten minutes, in which the certificate might be renewed.
         drop(lease);
         world.wire.api.until_count(CR, 0).await;
         assert_eq!(world.wire.api.created(CR), 2);
@@ -69,7 +69,7 @@ async fn eight_requests_stuck_at_a_dead_issuer_do_not_hold_up_another_issuers() 
     world.watching().await;
     world.dead.lock().unwrap().insert("other-ca".into());
     let mut stuck: Vec<Lease> = (0..20).map(|n| world.want_other(&format!("w{n}"))).collect();
-    // Six slots, for those that wait for a first certificate; nothing is parked yet.
+    // Six slots are for identities without a certificate; no request is parked yet.
     world.stuck(6).await;
     let start = Instant::now();
     let lease = world.want("a");
@@ -77,7 +77,7 @@ async fn eight_requests_stuck_at_a_dead_issuer_do_not_hold_up_another_issuers() 
     tokio::time::timeout(SECOND, watch.wait_for(Option::is_some)).await.expect("at once").unwrap();
     assert!(start.elapsed() < SECOND / 2, "{:?}", start.elapsed());
 
-    // And its own: they are parked, and the next ones go on.
+    // The requests of the unresponsive issuer are parked, and its next ones are created.
     world.until("all", |api| (api.created(CR) == 21).then_some(())).await;
     world.dead.lock().unwrap().clear();
     world.wire.api.put("configmaps", json!({"metadata": {"name": "x", "namespace": "x"}}));
@@ -97,7 +97,7 @@ async fn two_hundred_identities_are_served_when_their_issuer_recovers() {
     tokio::time::sleep(Duration::from_secs(600)).await;
     let left = world.wire.api.objects(CR).len();
     assert!((40..=75).contains(&left), "{left} requests in ten minutes");
-    let lines = world.log.lines("the issuer answers nobody");
+    let lines = world.log.lines("the issuer is unresponsive");
     assert_eq!((lines.len(), &lines[0]["issuer"]), (1, &json!("mesh")), "the name of all other lines and of the metrics");
     assert!(world.metric("sds_agent_issuances_parked") >= 32.0);
     let start = Instant::now();
@@ -109,5 +109,5 @@ async fn two_hundred_identities_are_served_when_their_issuer_recovers() {
     world.assert_served(&leases, 201).await;
     assert!(start.elapsed() < Duration::from_secs(120), "{:?}", start.elapsed());
     assert_eq!(world.log.lines("gets requests as usual again").len(), 1);
-    assert_eq!(world.log.lines("no new certificate").len(), 0, "nobody has failed");
+    assert_eq!(world.log.lines("no new certificate").len(), 0, "an identity has failed");
 }

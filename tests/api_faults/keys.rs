@@ -1,26 +1,26 @@
-//! A private key in what the cluster says: no part of it, in any form, reaches the log, `/certs` or an Event.
+//! A private key in data from the cluster: no part of it, in any form, reaches the log, `/certs` or an Event.
 
 use agent_runtime::text::test_keys::Key;
 
 use super::*;
 
-/// The time an identity waits: its order is tried more than once at the longest backoff, and its pod gets an Event.
+/// A time in which an order is retried more than once, even with the longest backoff, and the pod gets an Event.
 const A_WHILE: Duration = Duration::from_secs(320);
 
 impl World {
-    /// A pod asks, for [`A_WHILE`]; whatever went wrong is shown by then.
+    /// A pod requests a certificate for [`A_WHILE`]; by then every failure is visible.
     async fn asked_for_a_while(&self) {
         self.watching().await;
         let pod = PodRef { namespace: "shop".into(), name: "cart-1".into(), uid: "pod-1".into() };
         let _lease = self.store.lease(&identity("a"), Demand::Now, Some(pod));
         tokio::time::sleep(A_WHILE).await;
-        // The guard against a test that looks at nothing.
+        // Guards against a test that checks nothing.
         assert!(self.log.count("no new certificate") + self.log.count("still waits") > 0, "{}", self.log.text());
         assert_eq!(self.inventory.rows().len(), 1);
         assert!(!self.wire.api.objects("events").is_empty(), "no Event: {}", self.log.text());
     }
 
-    /// No part of `key` in any sink.
+    /// Asserts that no output contains a part of `key`.
     fn assert_tame(&self, key: &Key, what: &str) {
         let log = self.log.text();
         for line in log.lines() {
@@ -57,7 +57,7 @@ async fn a_key_in_a_conditions_words_is_not_shown() {
     let key = Key::ecdsa();
     let conditions = [("Denied", "True", ""), ("InvalidRequest", "True", ""), ("Ready", "False", "Failed"), ("Ready", "False", "Pending")];
     for (at, (name, input)) in key.some_texts().enumerate() {
-        // Each text meets one of them, and each of them every form.
+        // Each text is used with one condition, and each condition with every form.
         let (kind, status, reason) = conditions[at % conditions.len()];
         let reason = if reason.is_empty() { input.as_str() } else { reason };
         let prefix = ["", "Vault failed to sign certificate: failed to sign certificate by vault: x509: "][at / conditions.len() % 2];

@@ -1,6 +1,6 @@
-//! Rotation, requests and the real client against an API server whose bytes are scripted, under a paused clock.
+//! Rotation, requests and the real client with an API server whose bytes are scripted, on a paused clock.
 //!
-//! Whatever goes wrong on the wire, an identity gets one certificate for one request that is carried out, nothing is left behind, other
+//! For every fault of the connection, an identity gets one certificate by one executed request, no object is left behind, other
 //! identities are served, and the fault is counted and logged.
 
 #![allow(
@@ -59,17 +59,17 @@ const CR: &str = "certificaterequests";
 const SECOND: Duration = Duration::from_secs(1);
 const HOUR: Duration = Duration::from_secs(3600);
 
-/// An agent's lower half, the server that it talks to, and cert-manager there.
+/// The lower half of an agent, its API server, and a simulated cert-manager.
 struct World {
     wire: Wire,
     store: Arc<Store>,
     kube_metrics: agent_kube::Metrics,
     exposition: Exposition,
-    /// Issuers that answer nobody, by their names in the cluster.
+    /// Names of unresponsive issuers in the cluster.
     dead: Arc<Mutex<HashSet<String>>>,
-    /// What cert-manager does with the next requests instead of signing them: a condition, or a whole status.
+    /// The results of the next requests instead of a signature: a condition, or a complete status.
     refusals: Arc<Mutex<Vec<Value>>>,
-    /// What `/certs` tells.
+    /// The content of `/certs`.
     inventory: Inventory,
     log: Captured,
     _log: DefaultGuard,
@@ -87,7 +87,7 @@ impl World {
         Self::with(|_| {})
     }
 
-    /// With faults that are there before the agent starts.
+    /// With faults that exist before the agent starts.
     fn with(plan: impl FnOnce(&Wire)) -> Self {
         let log = Captured::default();
         let (guard, _) = telemetry::capture("info", Format::Json, log.clone()).unwrap();
@@ -172,7 +172,7 @@ impl World {
         self.store.lease(&identity(who), Demand::Now, None)
     }
 
-    /// The same, of the other issuer.
+    /// Requests a certificate of the other issuer.
     fn want_other(&self, who: &str) -> Lease {
         self.store.lease(&of_other(who), Demand::Now, None)
     }
@@ -185,14 +185,15 @@ impl World {
         self.kube_metrics.requests(verb, Resource::certificaterequests, code)
     }
 
-    /// The value of a metric, labels included, as the exposition writes it.
+    /// The value of a metric with its labels, as the exposition writes them.
     fn metric(&self, line: &str) -> f64 {
         let text = self.exposition.encode(agent_runtime::metrics::Format::OpenMetrics).unwrap();
         let found = text.lines().find_map(|l| l.strip_prefix(line)?.trim().parse().ok());
         found.unwrap_or_else(|| panic!("{line} is not in {text}"))
     }
 
-    /// Each of `leases` has a certificate, `carried_out` requests were made in all, none is left, and every fault has happened.
+    /// Asserts that each of `leases` has a certificate, that `carried_out` requests were made in total, that none is left, and that every
+    /// fault has happened.
     async fn assert_served(&self, leases: &[Lease], carried_out: usize) {
         for lease in leases {
             let mut watch = lease.watch();
@@ -212,7 +213,7 @@ fn of_other(who: &str) -> Arc<Identity> {
     Arc::new(Identity { profile: Arc::new(profile), ..(*mine).clone() })
 }
 
-/// The request's issuer signs it, or what is planned happens, or nothing does.
+/// Signs requests of responsive issuers, or applies the next planned result.
 async fn cert_manager(api: FakeApi, authority: Arc<Embedded>, dead: Arc<Mutex<HashSet<String>>>, refusals: Arc<Mutex<Vec<Value>>>) {
     loop {
         let new = |api: &FakeApi| {

@@ -1,4 +1,4 @@
-//! What becomes of the watch.
+//! Faults of the watch.
 
 use agent_kube::labels::Ended;
 
@@ -14,7 +14,7 @@ impl World {
     }
 }
 
-/// The version from which a watch was asked for.
+/// The resource version from which a watch was requested.
 fn version(seen: &Seen) -> u64 {
     let (_, rest) = seen.target.split_once("resourceVersion=").unwrap();
     rest.split('&').next().unwrap().parse().unwrap()
@@ -26,7 +26,7 @@ async fn a_watch_is_resumed_from_its_last_bookmark() {
     world.watching().await;
     let first = world.seen("watch").remove(0);
     assert!(first.target.contains("allowWatchBookmarks=true"), "{}", first.target);
-    // Others change things: nothing of the selection, and yet the version moves on.
+    // Other clients change objects outside of the selection, so only the version increases.
     for n in 0..5 {
         world.wire.api.put("configmaps", json!({"metadata": {"name": format!("c{n}"), "namespace": "x"}}));
     }
@@ -38,7 +38,7 @@ async fn a_watch_is_resumed_from_its_last_bookmark() {
     assert_eq!(world.lists(), 1);
 }
 
-/// Each event of a request's life once: created, approved, issued, deleted.
+/// The watch delivers each event of a request once: created, approved, issued, deleted.
 #[tokio::test(start_paused = true)]
 async fn a_watch_cut_inside_an_event_resumes_without_loss_or_repeat() {
     for after in 0..4 {
@@ -49,12 +49,12 @@ async fn a_watch_cut_inside_an_event_resumes_without_loss_or_repeat() {
         world.until("the next watch", |api| (api.count("watch", CR) == 2).then_some(())).await;
         assert!(start.elapsed() < 3 * SECOND, "{:?}", start.elapsed());
         let watches = world.seen("watch");
-        assert_eq!(version(&watches[1]) - version(&watches[0]), after as u64, "it goes on behind the last whole event");
+        assert_eq!(version(&watches[1]) - version(&watches[0]), after as u64, "it resumes after the last complete event");
         assert_eq!((world.lists(), world.seen("delete").len()), (1, 1));
     }
 }
 
-/// The end of a line is what ends an event, and this end came with the connection's, in good order.
+/// An event ends with its line. Here the line ends with the connection, which closes without an error.
 #[tokio::test(start_paused = true)]
 async fn a_half_line_before_a_clean_end_is_no_event() {
     let half = "{\"type\":\"MODIFIED\",\"object\":{\"metadata\":{\"na";
@@ -65,7 +65,7 @@ async fn a_half_line_before_a_clean_end_is_no_event() {
     assert_eq!(world.lists(), 1);
 }
 
-/// What cannot be read may have been the one event that somebody waits for.
+/// An event that cannot be parsed could be one that an order waits for.
 #[tokio::test(start_paused = true)]
 async fn an_event_that_cannot_be_read_is_made_up_for_by_a_list() {
     let world = World::new();
@@ -97,7 +97,7 @@ async fn a_410_in_the_head_or_in_an_event_is_answered_by_one_list() {
         tokio::time::sleep(SECOND).await;
         world.wire.fail("watch", CR, Fault::Bytes(answer), 1);
         world.wire.api.cut_watches(false);
-        // It is issued while nobody looks.
+        // The certificate is issued while no watch runs.
         world.dead.lock().unwrap().clear();
         world.wire.api.put("configmaps", json!({"metadata": {"name": "x", "namespace": "x"}}));
         let start = Instant::now();
@@ -108,7 +108,7 @@ async fn a_410_in_the_head_or_in_an_event_is_answered_by_one_list() {
     }
 }
 
-/// 500 in an event, and the stream stays open: the server has said that it is over, whatever it does with the connection.
+/// The stream has an event with status 500 and stays open: the watch has ended, regardless of the connection.
 #[tokio::test(start_paused = true)]
 async fn an_error_event_ends_a_stream_that_stays_open() {
     let event = format!("{}\n", json!({"type": "ERROR", "object": {"kind": "Status", "code": 500, "message": "etcd leader changed"}}));
@@ -139,7 +139,7 @@ async fn a_watch_obeys_a_retry_after_and_tells_when_it_works_again() {
     assert!(watches[1].at - watches[0].at >= 20 * SECOND);
     assert_eq!((watches.len(), world.lists()), (2, 1));
     assert_eq!(world.log.lines("the watch does not work").len(), 1);
-    // It has nothing to tell, and yet it works.
+    // No event is delivered, and the watch still counts as working.
     tokio::time::sleep(70 * SECOND).await;
     assert_eq!(world.log.lines("the watch works again").len(), 1);
 }
@@ -173,7 +173,7 @@ async fn events_out_of_order_or_twice_change_nothing() {
     for fault in (0..4).map(Fault::Swap).chain([Fault::Twice]) {
         let world = World::with(|wire| wire.fail("watch", CR, fault.clone(), 1));
         world.watching().await;
-        // Two, so that there is an event after each event.
+        // Two requests, so that each event is followed by another.
         let leases = [world.want("a"), world.want("b")];
         world.assert_served(&leases, 2).await;
         tokio::time::sleep(60 * SECOND).await;

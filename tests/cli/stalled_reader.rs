@@ -1,4 +1,4 @@
-//! Programs whose output is read by a reader that stalls: they serve, and they end, all the same.
+//! Programs whose log reader stalls still serve and still end.
 
 use std::{
     fs,
@@ -20,12 +20,12 @@ use nix::{
     unistd::Pid,
 };
 
-/// Longer than anything takes on a busy machine; what is waited for here never came before.
+/// A limit for a busy machine. A regression never passes it.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// The metric of dropped lines.
 const DROPPED: &str = "sds_agent_log_lines_dropped_total ";
 
-/// A program, the pipe that is its standard error, and both its ends.
+/// A program, and both ends of the pipe that is its standard error.
 struct Program {
     child: Option<Child>,
     pid: Pid,
@@ -38,7 +38,7 @@ struct Program {
 impl Drop for Program {
     fn drop(&mut self) {
         if let Some(mut child) = self.child.take() {
-            // It may have ended.
+            // The program may have ended.
             let _ = child.kill();
             let _ = child.wait();
         }
@@ -54,9 +54,9 @@ fn command(arguments: &[&str]) -> Command {
     command
 }
 
-/// Fills the pipe to its last byte, beside a program that may do the same.
+/// Fills the pipe completely, while a program may write to it too.
 fn fill(writer: &PipeWriter) {
-    // Opened anew, so that the program's end of it goes on to block.
+    // Opened again, so that O_NONBLOCK does not apply to the program's end of the pipe.
     let path = format!("/proc/self/fd/{}", writer.as_raw_fd());
     let mut again = fs::OpenOptions::new().write(true).custom_flags(nix::libc::O_NONBLOCK).open(path).expect("the pipe is opened");
     for bytes in [&[b'\n'; 4096][..], b"\n"] {
@@ -70,14 +70,14 @@ fn fill(writer: &PipeWriter) {
     }
 }
 
-/// Lines as they come, from a thread of its own: so that waiting for one has an end.
+/// Reads lines in a separate thread, so that waiting for a line can time out.
 fn lines(reader: impl Read + Send + 'static) -> mpsc::Receiver<String> {
     let (tell, told) = mpsc::channel();
     thread::spawn(move || BufReader::new(reader).lines().map_while(Result::ok).try_for_each(|line| tell.send(line)));
     told
 }
 
-/// Waits for a line that `take` takes.
+/// Waits for a line for which `take` returns a value.
 fn line<T>(lines: &mpsc::Receiver<String>, take: impl Fn(&str) -> Option<T>) -> T {
     let deadline = Instant::now() + PATIENCE;
     loop {
@@ -88,20 +88,20 @@ fn line<T>(lines: &mpsc::Receiver<String>, take: impl Fn(&str) -> Option<T>) -> 
     }
 }
 
-/// Where metrics and probes are served, in the line that says so.
+/// The address of metrics and probes in the log line that reports it.
 fn address(line: &str) -> Option<String> {
     let line: serde_json::Value = serde_json::from_str(line).ok()?;
     (line["message"] == "serving metrics and probes").then(|| line["address"].as_str().map(str::to_owned))?
 }
 
 impl Program {
-    /// The agent with an authority of its own, whose log is not read from its first line on.
+    /// The agent with the embedded issuer. Its log is never read.
     fn agent(directory: &Path) -> Self {
         let socket = socket(directory);
         let (reader, writer) = std::io::pipe().expect("a pipe");
         fill(&writer);
         let mut command = command(&["dev", "--socket", socket.to_str().expect("a plain path"), "--admin", "127.0.0.1:0"]);
-        // Enough of it for a queue of any size to be full in the end.
+        // At this level the log fills a queue of any size.
         command.env("SDS_AGENT_LOG", "debug").stderr(writer.try_clone().expect("the pipe's end")).stdout(Stdio::piped());
         let mut child = command.spawn().expect("the agent starts");
         let told = lines(child.stdout.take().expect("a pipe"));
@@ -136,7 +136,7 @@ impl Program {
         kill(self.pid, signal).expect("the program is there");
     }
 
-    /// How it ends, which it has to do by itself.
+    /// Returns the exit code of a program that ends by itself.
     fn ended(&mut self) -> Option<i32> {
         let mut child = self.child.take().expect("it has not ended before");
         let (tell, told) = mpsc::channel();
@@ -158,7 +158,7 @@ fn fetch(directory: &Path) -> Output {
     command(&arguments).output().expect("fetch runs")
 }
 
-/// Some thousand PINGs on a connection, each of which is a line or two at this level, and their answers.
+/// Sends several thousand PINGs on a connection, each of which is one or two log lines at this level, and reads their answers.
 fn pings(directory: &Path) {
     const PINGS: usize = 2000;
     const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
@@ -175,7 +175,7 @@ fn pings(directory: &Path) {
 fn an_agent_whose_log_is_not_read_serves_and_ends() {
     let directory = tempfile::tempdir().expect("a temporary folder");
     let mut agent = Program::agent(directory.path());
-    // Each is a new connection, and the first of them an issue.
+    // Each is a new connection; the first one also causes an issuance.
     for _ in 0..3 {
         let fetched = fetch(directory.path());
         assert!(fetched.status.success(), "{fetched:?}");
@@ -191,7 +191,7 @@ fn a_second_signal_ends_an_agent_whose_log_is_not_read() {
     let mut agent = Program::agent(directory.path());
     agent.is_alive();
     agent.signal(Signal::SIGTERM);
-    // The two may come as one: then the first is the only one, and its end is as good.
+    // The two signals may be merged into one; then the exit code of a normal end is correct too.
     agent.signal(Signal::SIGINT);
     assert!(matches!(agent.ended(), Some(0 | 1)));
 }
@@ -236,7 +236,7 @@ fn an_agent_whose_greeting_is_not_read_serves_and_ends() {
     assert_eq!(agent.ended(), Some(0));
 }
 
-/// Its cluster is not there, which it bears with.
+/// The cluster does not exist, which the approver tolerates.
 #[test]
 fn an_approver_whose_log_is_not_read_any_more_answers_and_ends() {
     const KUBECONFIG: &str = r#"
@@ -265,7 +265,7 @@ current-context: none
     let child = command.stderr(writer.try_clone().expect("the pipe's end")).stdout(Stdio::null()).spawn().expect("the approver starts");
     let mut approver = Program::started(child, String::new(), None, writer);
 
-    // Reads up to the address, and no further: the reader is kept, so that the pipe stays one.
+    // Reads only up to the address. The reader is kept, so that the pipe stays open.
     let mut reader = BufReader::new(reader);
     while approver.address.is_empty() {
         let mut line = String::new();

@@ -24,7 +24,7 @@ const (
 	serviceRange   = "10.96.0.0/16"
 	firstServiceIP = "10.96.0.1"
 
-	// auditPolicy keeps one line for each request, without bodies.
+	// auditPolicy logs one line for each request, without bodies.
 	auditPolicy = `apiVersion: audit.k8s.io/v1
 kind: Policy
 omitStages: [RequestReceived, ResponseStarted]
@@ -34,7 +34,8 @@ rules: [{level: Metadata}]
 
 // startAPIServer starts the server and sets p.server; awaitAPIServer waits for it.
 func (p *plane) startAPIServer(etcd string) error {
-	// Binding here, and not by flag, lets the kernel choose a port without a race.
+	// A listener bound here, instead of a port flag, allows the kernel to choose a port
+	// without a race.
 	listener, err := net.Listen("tcp4", net.JoinHostPort("127.0.0.1", strconv.Itoa(p.port)))
 	if err != nil {
 		return fmt.Errorf("cannot listen for the API server: %w", err)
@@ -76,11 +77,11 @@ func (p *plane) startAPIServer(etcd string) error {
 		flags.AddFlagSet(set)
 	}
 	if err := flags.Parse(args); err != nil {
-		return fmt.Errorf("kube-apiserver does not take its flags: %w", err)
+		return fmt.Errorf("kube-apiserver rejects its flags: %w", err)
 	}
 	server.SecureServing.Listener = listener
 	if err := server.GenericServerRunOptions.ComponentGlobalsRegistry.Set(); err != nil {
-		return fmt.Errorf("kube-apiserver does not take its feature gates: %w", err)
+		return fmt.Errorf("kube-apiserver rejects its feature gates: %w", err)
 	}
 	completed, err := server.Complete(p.ctx)
 	if err != nil {
@@ -93,7 +94,8 @@ func (p *plane) startAPIServer(etcd string) error {
 	return nil
 }
 
-// startOtherAPIServer runs a program that cannot be given a listener: it takes the port that is free now.
+// startOtherAPIServer runs a program that cannot inherit a listener: it uses the port
+// that is free now.
 func (p *plane) startOtherAPIServer(listener net.Listener, args []string) error {
 	_, port, err := net.SplitHostPort(listener.Addr().String())
 	if err != nil {
@@ -108,11 +110,11 @@ func (p *plane) startOtherAPIServer(listener net.Listener, args []string) error 
 	}
 	command := exec.CommandContext(p.ctx, p.apiserver, append(args, "--secure-port="+port)...)
 	command.Stdout, command.Stderr = log, log
-	// It ends with this process, however that ends.
+	// The program ends with this process, regardless of how that ends.
 	command.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	started := make(chan error, 1)
 	p.run(p.apiserver, func(context.Context) error {
-		// The kernel sends the signal when the thread ends that has started it.
+		// The kernel sends the signal when the thread that started the program ends.
 		runtime.LockOSThread()
 		defer log.Close()
 		err := command.Start()
@@ -137,8 +139,8 @@ func (p *plane) awaitAPIServer(admin *clients) error {
 	})
 }
 
-// await polls until a condition holds. The last error is for the message only:
-// while things start, errors are normal.
+// await polls until a condition holds. The last error is only used in the message:
+// errors are normal during the start.
 func (p *plane) await(what string, interval time.Duration, condition func(context.Context) (bool, error)) error {
 	var last error
 	err := wait.PollUntilContextTimeout(p.ctx, interval, time.Minute, true, func(ctx context.Context) (bool, error) {
@@ -150,8 +152,8 @@ func (p *plane) await(what string, interval time.Duration, condition func(contex
 	case err == nil:
 		return nil
 	case last != nil:
-		return fmt.Errorf("waited in vain until %s: %w", what, last)
+		return fmt.Errorf("timeout while waiting until %s: %w", what, last)
 	default:
-		return fmt.Errorf("waited in vain until %s", what)
+		return fmt.Errorf("timeout while waiting until %s", what)
 	}
 }

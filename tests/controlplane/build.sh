@@ -1,8 +1,8 @@
 #!/bin/sh
 # Builds the control plane of the tests: build.sh OUTPUT
 #
-# cert-manager's CRDs come out of its Go module at build time, so that they
-# match the controllers and no copy of them lives in this repository.
+# cert-manager's CRDs are copied from its Go module at build time, so that they match the controllers and this repository contains no
+# copy.
 set -eu
 
 [ $# -eq 1 ] || { echo "usage: $0 OUTPUT" >&2; exit 2; }
@@ -14,7 +14,7 @@ module=github.com/cert-manager/cert-manager
 go mod download "$module"
 source=$(go list -m -f '{{.Dir}}' "$module")/deploy/crds
 
-# Touch a file only when it changed: an unchanged tree needs no new link.
+# A file is written only if it changed, so that an unchanged tree is not linked again.
 for file in crds/*.yaml; do
     [ -e "$source/${file#crds/}" ] || rm -f "$file"
 done
@@ -24,6 +24,6 @@ for file in "$source"/*.yaml; do
 done
 
 mkdir -p "$(dirname "$out")"
-# Helm asks the API server for its version.
+# Helm requests the API server's version.
 kubernetes=$(go list -m -f '{{.Version}}' k8s.io/kubernetes)
 CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags "-s -w -X k8s.io/component-base/version.gitVersion=$kubernetes" -o "$out" .

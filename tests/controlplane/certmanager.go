@@ -1,5 +1,5 @@
-// cert-manager's real controllers for CertificateRequests and issuers, run as its
-// own controller binary runs them, with the rights of its chart.
+// cert-manager's real controllers for CertificateRequests and issuers, run as its own
+// controller binary runs them, with the permissions of its chart.
 
 package main
 
@@ -28,8 +28,8 @@ import (
 const (
 	certManagerNamespace = "cert-manager"
 
-	// What cert-manager's own binary uses: five workers for each controller, and a
-	// client-side limit that it drops when the API server has priority and fairness.
+	// The values of cert-manager's own binary: five workers for each controller, and a
+	// client-side limit that it removes when the API server has priority and fairness.
 	certManagerWorkers = 5
 	certManagerQPS     = 20
 	certManagerBurst   = 50
@@ -44,8 +44,8 @@ var (
 	}
 )
 
-// selectControllers reads the --controllers flag: "*" stands for all, a leading
-// "-" takes one out, whatever the order.
+// selectControllers reads the --controllers flag: "*" means all, a leading "-" excludes
+// one, in any order.
 func selectControllers(wanted []string) ([]string, error) {
 	chosen := make(map[string]bool)
 	for _, word := range wanted {

@@ -1,6 +1,6 @@
-// The controllers of kube-controller-manager that tests rely on: the garbage
-// collector, namespaces, default service accounts, the root CA ConfigMap and
-// aggregated ClusterRoles. Each acts as the account it has in a real cluster.
+// The controllers of kube-controller-manager on which tests rely: the garbage
+// collector, namespaces, default service accounts, the root CA ConfigMap and aggregated
+// ClusterRoles. Each uses the account that it has in a real cluster.
 
 package main
 
@@ -27,12 +27,12 @@ import (
 const (
 	resync = 12 * time.Hour
 
-	// How long the garbage collector may take to notice a new CRD. 30 s in a real
-	// cluster; tests that install their own should not wait that long.
+	// The interval at which the garbage collector looks for new CRDs: 30 s in a real
+	// cluster. A shorter one saves time in tests that install their own CRDs.
 	collectorSync = 10 * time.Second
 )
 
-// collector says whether the garbage collector watches everything.
+// collector returns whether the garbage collector watches everything.
 type collector func() bool
 
 func (p *plane) startKubeControllers() (collector, error) {
@@ -106,7 +106,7 @@ func (p *plane) startKubeControllers() (collector, error) {
 	return func() bool { return garbage.IsSynced(logger) }, nil
 }
 
-// runWith is run for parts that return nothing and log to the context's logger.
+// runWith is run for parts that return nothing and log to the logger of the context.
 func (p *plane) runWith(ctx context.Context, part string, work func(context.Context)) {
 	p.run(part, func(context.Context) error {
 		work(ctx)

@@ -1,5 +1,5 @@
-// The promises that the agent's own tests build on, checked against the program.
-// It is taken from $CONTROLPLANE, or built.
+// The properties on which the agent's own tests rely, checked with the program
+// $CONTROLPLANE, or with one that is built here.
 
 package main
 
@@ -63,7 +63,7 @@ func TestMain(m *testing.M) {
 	m.Run()
 }
 
-// cluster is a running program and its administrator's clients.
+// cluster is a running program and clients with its administrator's access.
 type cluster struct {
 	command *exec.Cmd
 	stdin   io.Closer
@@ -104,7 +104,7 @@ func start(t *testing.T, dir string, args ...string) *cluster {
 	return c
 }
 
-// end closes standard input, on which the program must leave quickly and quietly.
+// end closes standard input, at which the program must end quickly without output.
 func (c *cluster) end(t *testing.T) {
 	t.Helper()
 	_ = c.stdin.Close()
@@ -120,8 +120,8 @@ func (c *cluster) end(t *testing.T) {
 	}
 }
 
-// agent makes a node, a pod on it and its account, with the rights that an agent
-// has in its own namespace, and returns clients that use the pod's bound token.
+// agent creates a node, a pod on it and its account, with the permissions of an agent
+// in its own namespace. It returns clients that use the pod's bound token.
 func (c *cluster) agent(t *testing.T) (*corev1.Pod, kubernetes.Interface, cmclient.Interface) {
 	t.Helper()
 	ctx := t.Context()
@@ -222,7 +222,7 @@ func TestRequestIsApprovedSignedAndCollected(t *testing.T) {
 		t.Fatal(err)
 	}
 
-	// The webhook fills in who asked, from which pod and node.
+	// The webhook records the requester, its pod and its node.
 	if got, want := created.Spec.Username, "system:serviceaccount:sds-agent:agent"; got != want {
 		t.Errorf("username %q, want %q", got, want)
 	}
@@ -238,7 +238,7 @@ func TestRequestIsApprovedSignedAndCollected(t *testing.T) {
 		}
 	}
 
-	// The approver and the CA do their part.
+	// The approver approves and the CA signs.
 	var issued *cmapi.CertificateRequest
 	eventually(t, "Ready", 20*time.Second, func() bool {
 		issued, err = requests.Get(ctx, created.Name, metav1.GetOptions{})
@@ -271,12 +271,12 @@ func TestRequestIsApprovedSignedAndCollected(t *testing.T) {
 		t.Errorf("URIs %v", leaf.URIs)
 	}
 
-	// The agent's token can do what its role says and no more.
+	// The agent's token has exactly the permissions of its role.
 	if _, err := kube.CoreV1().Secrets(agentNamespace).List(ctx, metav1.ListOptions{}); !apierrors.IsForbidden(err) {
 		t.Errorf("the agent may list secrets: %v", err)
 	}
 
-	// What the pod owns goes with it.
+	// Objects that the pod owns are deleted with it.
 	now := int64(0)
 	if err := c.kube.CoreV1().Pods(agentNamespace).Delete(ctx, pod.Name, metav1.DeleteOptions{GracePeriodSeconds: &now}); err != nil {
 		t.Fatal(err)
@@ -287,7 +287,7 @@ func TestRequestIsApprovedSignedAndCollected(t *testing.T) {
 		return apierrors.IsNotFound(err)
 	})
 	t.Logf("collected after %v", time.Since(began).Round(time.Millisecond))
-	// The API server remembers a good token for ten seconds.
+	// The API server caches a valid token for ten seconds.
 	eventually(t, "the token ends with its pod", 20*time.Second, func() bool {
 		_, err := requests.List(ctx, metav1.ListOptions{})
 		return apierrors.IsUnauthorized(err)
@@ -304,8 +304,8 @@ func TestApprovalNeedsTheRight(t *testing.T) {
 		t.Fatal(err)
 	}
 
-	// cert-manager's approver is not allowed this signer any more. Neither is
-	// someone who may write the status but not approve.
+	// cert-manager's approver no longer has permission for this signer. An account that
+	// can write the status but not approve has none either.
 	if _, err := c.kube.RbacV1().Roles(agentNamespace).Update(ctx, &rbacv1.Role{
 		ObjectMeta: metav1.ObjectMeta{Name: testAccount, Namespace: agentNamespace},
 		Rules:      []rbacv1.PolicyRule{rule([]string{"*"}, cmGroup, "certificaterequests", "certificaterequests/status")},
@@ -348,7 +348,7 @@ func TestApprovalNeedsTheRight(t *testing.T) {
 		t.Errorf("approved: %q", got)
 	}
 
-	// Killed and started again on its directory, nothing is lost; without the
+	// After a kill and a restart on its directory, no data is lost. Without the
 	// restriction the same request is approved, and the old token still works.
 	_ = c.command.Process.Kill()
 	_ = c.command.Wait()
@@ -367,7 +367,7 @@ func TestClusterBehavesLikeARealOne(t *testing.T) {
 	c := start(t, t.TempDir())
 	ctx := t.Context()
 
-	// A new namespace gets its default account, and goes away when deleted.
+	// A new namespace gets its default account, and disappears when deleted.
 	namespaces := c.kube.CoreV1().Namespaces()
 	if _, err := namespaces.Create(ctx, &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: "shop"}}, metav1.CreateOptions{}); err != nil {
 		t.Fatal(err)
@@ -384,7 +384,7 @@ func TestClusterBehavesLikeARealOne(t *testing.T) {
 		return apierrors.IsNotFound(err)
 	})
 
-	// Namespace editors get cert-manager's rights by aggregation.
+	// Namespace editors get cert-manager's permissions by aggregation.
 	edit, err := c.kube.RbacV1().ClusterRoles().Get(ctx, "edit", metav1.GetOptions{})
 	if err != nil {
 		t.Fatal(err)
@@ -425,7 +425,7 @@ func TestClusterBehavesLikeARealOne(t *testing.T) {
 		return err != nil && strings.Contains(err.Error(), "no CA certificates")
 	})
 
-	// Issuers of the other kinds are judged by their own controllers.
+	// Issuers of the other kinds get their status from their own controllers.
 	issuers := c.cm.CertmanagerV1().Issuers(agentNamespace)
 	for name, spec := range map[string]cmapi.IssuerConfig{
 		"selfsigned": {SelfSigned: &cmapi.SelfSignedIssuer{}},
@@ -446,14 +446,15 @@ func TestClusterBehavesLikeARealOne(t *testing.T) {
 		})
 	}
 
-	// A signal ends it like the end of its input.
+	// A signal ends the program like the end of its input.
 	if err := c.command.Process.Signal(os.Interrupt); err != nil {
 		t.Fatal(err)
 	}
 	c.end(t)
 }
 
-// A DaemonSet's pod is made and bound, which needs the scheduler, and a Deployment's as well, by way of a ReplicaSet.
+// A DaemonSet's pod is created and bound, which needs the scheduler, and a Deployment's
+// too, by a ReplicaSet.
 func TestWorkloadsAreMadeAndBound(t *testing.T) {
 	c := start(t, t.TempDir(), "--workloads", "--controllers", "")
 	ctx := context.Background()
@@ -523,7 +524,7 @@ func TestBadStartsAreOneSentence(t *testing.T) {
 		"unknown flag":       {[]string{"--nope"}, "-nope"},
 		"unknown controller": {[]string{"--dir", t.TempDir(), "--controllers", "*,-acme"}, `"acme" is not one of`},
 		"directory is file":  {[]string{"--dir", file}, "cannot create --dir"},
-		"bad server flag":    {[]string{"--dir", t.TempDir(), "--apiserver-arg", "--nope"}, "kube-apiserver does not take its flags"},
+		"bad server flag":    {[]string{"--dir", t.TempDir(), "--apiserver-arg", "--nope"}, "kube-apiserver rejects its flags"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

@@ -1,5 +1,6 @@
-// Many pods, for tests of who reads them all: one is made through the API as controllers and kubelets make it, and the others are copies
-// of its bytes in etcd, with names of their own. Creating them through the API takes minutes; this takes seconds.
+// Many pods, for tests of programs that read all of them. One is created through the
+// API as controllers and kubelets do; the others are copies of its bytes in etcd with
+// different names. This takes seconds, and creation through the API takes minutes.
 
 package main
 
@@ -20,20 +21,21 @@ import (
 
 const (
 	crowdNamespace = "crowd"
-	// crowdBatch is how many are written at once; etcd takes 128, and 1.5 MiB.
+	// crowdBatch is the number of pods in one write; etcd accepts 128, and 1.5 MiB.
 	crowdBatch = 100
-	// crowdNode is how many pods a node has.
+	// crowdNode is the number of pods of a node.
 	crowdNode = 30
-	// crowdPods is the most that the digits of their names allow.
+	// crowdPods is the maximum that the digits of their names allow.
 	crowdPods = 1000000
 )
 
-// crowdNames are what differs between the pods. All of one kind are equally long, so that they can be exchanged in encoded bytes.
+// crowdNames are the differences between the pods. All names of one kind have the same
+// length, so that they can be replaced in encoded bytes.
 func crowdNames(n int) (name, node, account string) {
 	return fmt.Sprintf("crowd-%06d-pod", n), fmt.Sprintf("crowd-%06d-node", n/crowdNode), fmt.Sprintf("crowd-%02d-account", n%25)
 }
 
-// makeCrowd makes so many pods, unless they are there.
+// makeCrowd creates count pods, unless they exist.
 func (p *plane) makeCrowd(admin *clients, count int) error {
 	if count == 0 {
 		return nil
@@ -65,7 +67,7 @@ func (p *plane) makeCrowd(admin *clients, count int) error {
 	return p.awaitCrowd(admin, last)
 }
 
-// awaitCrowd returns when the API server shows the last pod from its cache, too.
+// awaitCrowd returns when the API server also returns the last pod from its cache.
 func (p *plane) awaitCrowd(admin *clients, last string) error {
 	return p.await("the API server knows all pods", 50*time.Millisecond, func(ctx context.Context) (bool, error) {
 		_, err := admin.kube.CoreV1().Pods(crowdNamespace).Get(ctx, last, metav1.GetOptions{ResourceVersion: "0"})
@@ -75,7 +77,7 @@ func (p *plane) awaitCrowd(admin *clients, last string) error {
 
 func crowdKey(name string) string { return "/registry/pods/" + crowdNamespace + "/" + name }
 
-// copyPod gives the bytes of another pod, and its name.
+// copyPod returns the bytes of another pod, and its name.
 func copyPod(value []byte, first *corev1.Pod, n int) (string, []byte) {
 	oldName, oldNode, oldAccount := crowdNames(0)
 	name, node, account := crowdNames(n)
@@ -86,7 +88,8 @@ func copyPod(value []byte, first *corev1.Pod, n int) (string, []byte) {
 	return name, value
 }
 
-// makeFirst makes a pod as a real one is: its spec from a controller, its status from a kubelet, and the fields of both managed.
+// makeFirst creates a pod like a real one: the spec by a controller, the status by a
+// kubelet, with managed fields of both.
 func (p *plane) makeFirst(admin *clients) (*corev1.Pod, error) {
 	namespace := &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: crowdNamespace}}
 	if _, err := admin.kube.CoreV1().Namespaces().Create(p.ctx, namespace, metav1.CreateOptions{}); err != nil && !apierrors.IsAlreadyExists(err) {
@@ -110,7 +113,7 @@ func (p *plane) makeFirst(admin *clients) (*corev1.Pod, error) {
 	return pods.UpdateStatus(p.ctx, pod, metav1.UpdateOptions{FieldManager: "kubelet"})
 }
 
-// crowdPod is a small service with a proxy beside it.
+// crowdPod is a small service with a proxy as sidecar.
 func crowdPod(name, node, account string) *corev1.Pod {
 	variable := func(name, value string) corev1.EnvVar { return corev1.EnvVar{Name: name, Value: value} }
 	field := func(name, path string) corev1.EnvVar {
@@ -180,7 +183,7 @@ func crowdPod(name, node, account string) *corev1.Pod {
 	}
 }
 
-// crowdStatus is what a kubelet tells of it.
+// crowdStatus is the status that a kubelet writes.
 func crowdStatus(pod *corev1.Pod) corev1.PodStatus {
 	now := metav1.Now()
 	status := corev1.PodStatus{

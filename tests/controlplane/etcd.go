@@ -1,4 +1,4 @@
-// The embedded etcd: one member, loopback, any free ports, no fsync.
+// The embedded etcd: one member, on loopback, on free ports, without fsync.
 
 package main
 
@@ -12,7 +12,7 @@ import (
 	"go.etcd.io/etcd/server/v3/embed"
 )
 
-// startEtcd returns the address that the API server is to use.
+// startEtcd returns the address for the API server.
 func (p *plane) startEtcd() (string, error) {
 	anyPort := []url.URL{{Scheme: "http", Host: "127.0.0.1:0"}}
 
@@ -22,7 +22,7 @@ func (p *plane) startEtcd() (string, error) {
 	config.ListenPeerUrls, config.AdvertisePeerUrls = anyPort, anyPort
 	config.ListenClientUrls, config.AdvertiseClientUrls = anyPort, anyPort
 	config.InitialCluster = config.InitialClusterFromName(config.Name)
-	config.UnsafeNoFsync = true // a killed process loses nothing by this, only a killed machine
+	config.UnsafeNoFsync = true // a killed process loses no data by this, only a crashed machine does
 	config.WatchProgressNotifyInterval = 5 * time.Second
 	config.WarningUnaryRequestDuration = embed.DefaultWarningUnaryRequestDuration
 	config.LogOutputs = []string{p.path("etcd.log")}

@@ -29,8 +29,9 @@ type authority struct {
 	pem         []byte
 }
 
-// keys is what the API server is started with. It stays in DIR/pki, so that a
-// second start on the same directory keeps kubeconfigs and tokens valid.
+// keys are the credentials with which the API server is started. They stay in DIR/pki,
+// so that kubeconfigs and tokens remain valid after a second start on the same
+// directory.
 type keys struct {
 	dir     string
 	cluster *authority
@@ -38,7 +39,7 @@ type keys struct {
 
 func (k *keys) file(name string) string { return filepath.Join(k.dir, name) }
 
-// loadOrCreateKeys reads DIR/pki, or fills it.
+// loadOrCreateKeys reads DIR/pki, or creates it.
 func loadOrCreateKeys(dir string) (*keys, error) {
 	k := &keys{dir: dir}
 	certificate, err := os.ReadFile(k.file("ca.crt"))
@@ -87,7 +88,7 @@ func (k *keys) create() error {
 	if err != nil {
 		return err
 	}
-	// ca.crt is written last: its presence says that the others are there.
+	// ca.crt is written last: its presence means that the other files exist.
 	for _, file := range []struct {
 		name    string
 		content []byte
@@ -103,8 +104,8 @@ func (k *keys) create() error {
 	return nil
 }
 
-// client issues a client certificate for a user, as the API server reads it: the
-// common name is the user, the organisations are the groups.
+// client issues a client certificate for a user in the form that the API server reads:
+// the common name is the user, the organisations are the groups.
 func (k *keys) client(who user) (certificate, key []byte, err error) {
 	return k.cluster.issue(&x509.Certificate{
 		Subject:     pkix.Name{CommonName: who.name, Organization: who.groups},
@@ -112,7 +113,7 @@ func (k *keys) client(who user) (certificate, key []byte, err error) {
 	})
 }
 
-// newAuthority makes a self-signed P-256 root that lasts ten years.
+// newAuthority creates a self-signed P-256 root with a lifetime of ten years.
 func newAuthority(name string) (*authority, error) {
 	key, _, err := newKey()
 	if err != nil {
@@ -159,7 +160,7 @@ func parseAuthority(certificatePEM, keyPEM []byte) (*authority, error) {
 	return &authority{certificate: certificate, key: ecKey, pem: certificatePEM}, nil
 }
 
-// issue signs a leaf with a key of its own.
+// issue signs a leaf with a new key.
 func (a *authority) issue(template *x509.Certificate) (certificatePEM, keyPEM []byte, err error) {
 	key, keyPEM, err := newKey()
 	if err != nil {
@@ -177,7 +178,7 @@ func (a *authority) issue(template *x509.Certificate) (certificatePEM, keyPEM []
 	return encodeCertificate(der), keyPEM, nil
 }
 
-// newCSR makes a signing request with a key that nobody keeps.
+// newCSR creates a CSR with a key that is not stored.
 func newCSR(name string) ([]byte, error) {
 	key, _, err := newKey()
 	if err != nil {
@@ -190,7 +191,7 @@ func newCSR(name string) ([]byte, error) {
 	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: der}), nil
 }
 
-// complete fills in what all certificates here have in common.
+// complete sets the fields that all certificates here have in common.
 func complete(template *x509.Certificate) error {
 	serial, err := rand.Int(rand.Reader, new(big.Int).Lsh(big.NewInt(1), 120))
 	if err != nil {

@@ -1,4 +1,4 @@
-// Where the parts write their logs: one file each below the directory.
+// The logs of the parts: one file for each in the directory.
 
 package main
 
@@ -14,9 +14,8 @@ import (
 	ctrllog "sigs.k8s.io/controller-runtime/pkg/log"
 )
 
-// setUpLogs sends everything that logs through klog's globals, which is the API
-// server for the most part, to kube-apiserver.log. A fatal log line becomes a
-// failure of the process like any other.
+// setUpLogs sends all logs that use klog's globals, which are mostly the API server's,
+// to kube-apiserver.log. A fatal log line becomes a failure of the process.
 func setUpLogs(dir string, verbosity int, fail func(error)) error {
 	logger, err := openLog(dir, "kube-apiserver", verbosity)
 	if err != nil {
@@ -30,7 +29,7 @@ func setUpLogs(dir string, verbosity int, fail func(error)) error {
 	klog.EnableContextualLogging(true)
 	klog.SetLoggerWithOptions(logger, klog.ContextualLogger(true))
 	klog.OsExit = func(code int) {
-		fail(fmt.Errorf("a part gave up with exit code %d; its last words are in %s", code, filepath.Join(dir, "kube-apiserver.log")))
+		fail(fmt.Errorf("a part ended with exit code %d; its log is %s", code, filepath.Join(dir, "kube-apiserver.log")))
 		select {}
 	}
 	ctrllog.SetLogger(logger)

@@ -1,10 +1,10 @@
-// Command controlplane is a Kubernetes control plane for tests, in one process:
-// etcd, kube-apiserver, a few of kube-controller-manager's controllers and
-// cert-manager's webhook and CertificateRequest controllers. All of them are the
-// real code, taken from the public modules; only the wiring is here.
+// Command controlplane is a Kubernetes control plane for tests, in one process: etcd,
+// kube-apiserver, a few of kube-controller-manager's controllers and cert-manager's
+// webhook and CertificateRequest controllers. All of them are the real code from the
+// public modules; this module only connects them.
 //
-// It starts in seconds, listens on the loopback interface alone and ends when
-// its standard input does, so that a test that dies takes it along.
+// It starts in seconds, listens on the loopback interface only and ends with its
+// standard input, so that it ends when a test process is killed.
 package main
 
 import (
@@ -51,12 +51,12 @@ type settings struct {
 }
 
 func main() {
-	// Libraries that print must not reach the one line that callers wait for.
+	// Output of libraries must not mix with the one line for which callers wait.
 	stdout := os.Stdout
 	os.Stdout = os.Stderr
 
-	// The heap holds caches that hardly change: a smaller garbage quota saves a
-	// hundred megabytes for little work.
+	// The heap holds caches that hardly change: a lower GOGC saves a hundred megabytes for
+	// little work.
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(50)
 	}
@@ -130,8 +130,8 @@ func splitList(text string) []string {
 	return strings.FieldsFunc(text, func(r rune) bool { return r == ',' || r == ' ' })
 }
 
-// run starts everything, says so, and returns when it is told to end (nil) or
-// when a part fails.
+// run starts everything, reports it, and returns nil when it is asked to end, or an
+// error when a part fails.
 func run(opts settings, stdout io.Writer) error {
 	ctx, fail := context.WithCancelCause(context.Background())
 	defer fail(nil)
@@ -164,14 +164,14 @@ func run(opts settings, stdout io.Writer) error {
 			return fmt.Errorf("not started: %w", context.Cause(ctx))
 		}
 	case <-limit.C:
-		return fmt.Errorf("not ready after %v; the logs in %s say where it stopped", allowed, opts.dir)
+		return fmt.Errorf("not ready after %v; the logs are in %s", allowed, opts.dir)
 	case <-ctx.Done():
 		return fmt.Errorf("not started: %w", context.Cause(ctx))
 	}
 	fmt.Fprintf(stdout, "ready %s\n", plane.adminKubeconfig())
 	<-ctx.Done()
 
-	// Nothing is shut down in order: the data on disk is whole at any moment and
+	// The parts are not shut down in order: the data on disk is consistent at any time and
 	// the sockets close with the process.
 	cause := context.Cause(ctx)
 	if errors.Is(cause, errSignal) || errors.Is(cause, errInputEnded) {

@@ -1,4 +1,4 @@
-// The order in which the parts start, and what happens when one of them ends.
+// The order in which the parts start, and the reaction when one of them ends.
 
 package main
 
@@ -22,7 +22,7 @@ type plane struct {
 	fail context.CancelCauseFunc
 
 	etcd   *etcdserver.EtcdServer
-	locked *os.File // open for as long as the directory is ours
+	locked *os.File // open while this process owns the directory
 	keys   *keys    // the cluster's certificate authority and token key
 	server string   // https://127.0.0.1:port
 }
@@ -88,7 +88,7 @@ func (p *plane) start() error {
 	return p.writeKubeconfig(p.adminKubeconfig(), administrator)
 }
 
-// lock claims the directory for as long as this process lives.
+// lock claims the directory until this process ends.
 func (p *plane) lock() error {
 	file, err := os.OpenFile(p.path("lock"), os.O_CREATE|os.O_RDWR, 0o600)
 	if err != nil {
@@ -101,8 +101,8 @@ func (p *plane) lock() error {
 	return nil
 }
 
-// run keeps a part going in the background. A part that returns while the others
-// are still wanted takes the whole process down.
+// run runs a part in the background. If a part returns before the end, the whole
+// process ends.
 func (p *plane) run(part string, work func(ctx context.Context) error) {
 	go func() {
 		defer func() {

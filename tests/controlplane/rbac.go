@@ -1,5 +1,5 @@
-// What cert-manager may do, after the ClusterRoles of its chart, as far as the
-// controllers here need it; and the roles that it gives to people.
+// The permissions of cert-manager, from the ClusterRoles of its chart, as far as the
+// controllers here need them, and the roles that it provides for users.
 
 package main
 
@@ -14,7 +14,7 @@ const (
 )
 
 // defaultApproveSigners is the chart's default: every Issuer and ClusterIssuer of
-// cert-manager's own. An empty list allows all signers there are, as in the chart.
+// cert-manager's own. An empty list allows all signers, as in the chart.
 var defaultApproveSigners = []string{"issuers.cert-manager.io/*", "clusterissuers.cert-manager.io/*"}
 
 var (
@@ -22,7 +22,7 @@ var (
 	write = []string{"update", "patch"}
 )
 
-// rule reads as "may do these verbs on these resources of this group".
+// rule allows these verbs on these resources of this group.
 func rule(verbs []string, group string, resources ...string) rbacv1.PolicyRule {
 	return rbacv1.PolicyRule{Verbs: verbs, APIGroups: []string{group}, Resources: resources}
 }

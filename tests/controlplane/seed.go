@@ -1,5 +1,5 @@
-// What a test finds in the cluster: namespaces, cert-manager's accounts and roles,
-// a private CA with the ClusterIssuer mesh-ca, and its root in a ConfigMap.
+// The objects that tests rely on: namespaces, cert-manager's accounts and roles, a
+// private CA with the ClusterIssuer mesh-ca, and its root in a ConfigMap.
 
 package main
 
@@ -56,7 +56,7 @@ func (p *plane) applyTyped(admin *clients, resource schema.GroupVersionResource,
 	return p.apply(admin, resource, &unstructured.Unstructured{Object: fields})
 }
 
-// seedBasics makes what cert-manager needs before it can start.
+// seedBasics creates the objects that cert-manager needs before it can start.
 func (p *plane) seedBasics(admin *clients) error {
 	for _, name := range []string{certManagerNamespace, agentNamespace} {
 		namespace := &corev1.Namespace{
@@ -79,7 +79,7 @@ func (p *plane) seedBasics(admin *clients) error {
 	return p.applyGrants(admin)
 }
 
-// seedIssuer makes the private CA, unless an earlier run on this directory did.
+// seedIssuer creates the private CA, unless an earlier run on this directory did.
 func (p *plane) seedIssuer(admin *clients) error {
 	secrets := admin.kube.CoreV1().Secrets(certManagerNamespace)
 	secret, err := secrets.Get(p.ctx, caSecret, metav1.GetOptions{})
@@ -122,7 +122,7 @@ func (p *plane) seedIssuer(admin *clients) error {
 	return p.applyTyped(admin, clusterIssuers, issuer)
 }
 
-// awaitAll returns when nothing that a test may rely on is still on its way.
+// awaitAll returns when every object that tests may rely on exists.
 func (p *plane) awaitAll(admin *clients, collector collector) error {
 	const interval = 50 * time.Millisecond
 	if slices.Contains(p.controllers, clusterissuers.ControllerName) {
@@ -173,9 +173,9 @@ func issuerIsReady(ctx context.Context, admin *clients) (bool, error) {
 	return false, errors.New("it has no Ready condition")
 }
 
-// webhookWorks makes dry-run requests until the API server calls both halves: a
-// good request must come back with its requester filled in, which the mutating
-// half does, and one that holds no CSR must be refused by the validating half.
+// webhookWorks makes dry-run requests until the API server calls both webhooks: a valid
+// request must come back with its requester filled in by the mutating webhook, and a
+// request without a CSR must be rejected by the validating webhook.
 func webhookWorks(ctx context.Context, admin *clients, csr []byte) (bool, error) {
 	request := func(content []byte) (*unstructured.Unstructured, error) {
 		object := &unstructured.Unstructured{Object: map[string]any{
@@ -183,7 +183,7 @@ func webhookWorks(ctx context.Context, admin *clients, csr []byte) (bool, error)
 			"kind":       cmapi.CertificateRequestKind,
 			"metadata":   map[string]any{"generateName": "probe-"},
 			"spec": map[string]any{
-				// One that no policy guards: a resumed control plane may have some.
+				// An issuer that no policy guards: a resumed control plane may have policies.
 				"issuerRef": map[string]any{"name": "probe", "kind": cmapi.ClusterIssuerKind},
 				"request":   base64.StdEncoding.EncodeToString(content),
 			},

@@ -1,5 +1,5 @@
-// The users of the API server: every part has one of its own, with no more rights
-// than in a real cluster, because policies under test look at who asks.
+// The users of the API server. Each part has a separate user with only the permissions
+// of a real cluster, because policies under test check the user.
 
 package main
 
@@ -22,13 +22,13 @@ type user struct {
 	groups []string
 }
 
-// administrator may do anything; callers get its kubeconfig.
+// administrator has all permissions; callers get its kubeconfig.
 var administrator = user{name: "controlplane-admin", groups: []string{"system:masters"}}
 
-// controllerManager is who the shared informers read as.
+// controllerManager is the user of the shared informers.
 var controllerManager = user{name: "system:kube-controller-manager"}
 
-// serviceAccount is the user that a token of this account would make its caller.
+// serviceAccount is the user that a token of this account authenticates.
 func serviceAccount(namespace, name string) user {
 	return user{
 		name:   "system:serviceaccount:" + namespace + ":" + name,
@@ -36,7 +36,7 @@ func serviceAccount(namespace, name string) user {
 	}
 }
 
-// clients are the ways in which the parts talk to the API server.
+// clients are the clients of a part for the API server.
 type clients struct {
 	config     *rest.Config
 	kube       kubernetes.Interface
@@ -46,8 +46,8 @@ type clients struct {
 	discovery  discovery.DiscoveryInterface
 }
 
-// clients makes clients for a user, without a rate limit: priority and fairness
-// in the API server does that.
+// clients creates clients for a user without a rate limit: priority and fairness in the
+// API server limits them.
 func (p *plane) clients(who user) (*clients, error) {
 	config, err := p.restConfig(who)
 	if err != nil {
@@ -85,8 +85,8 @@ func (p *plane) restConfig(who user) (*rest.Config, error) {
 	}, nil
 }
 
-// writeKubeconfig writes a self-contained kubeconfig for a user; readers see the
-// whole file or none.
+// writeKubeconfig writes a self-contained kubeconfig for a user. The write is atomic
+// for readers.
 func (p *plane) writeKubeconfig(path string, who user) error {
 	certificate, key, err := p.keys.client(who)
 	if err != nil {

@@ -1,8 +1,9 @@
-// cert-manager's real admission webhook. It alone fills a CertificateRequest's
-// username, uid, groups and extra, and checks the right to approve. Its package is
-// internal to cert-manager; this module's path lies below cert-manager's for that.
+// cert-manager's real admission webhook. Only the webhook fills in a
+// CertificateRequest's username, uid, groups and extra, and checks the permission to
+// approve. Its package is internal to cert-manager, so the path of this module lies
+// below cert-manager's.
 //
-// Only the listener is ours: cert-manager's binds every interface.
+// Only the listener is different, because cert-manager's binds every interface.
 
 package main
 
@@ -39,7 +40,7 @@ func (p *plane) startWebhook(admin *clients) error {
 	if err := p.writeKubeconfig(kubeconfig, webhookUser); err != nil {
 		return err
 	}
-	// The server is made for its admission chain and scheme; it is never run.
+	// The server is created for its admission chain and scheme; it never runs.
 	chain, err := cmwebhook.NewCertManagerWebhookServer(logger, webhookconfig.WebhookConfiguration{KubeConfig: kubeconfig})
 	if err != nil {
 		return fmt.Errorf("cannot make cert-manager's webhook: %w", err)
@@ -74,8 +75,8 @@ func (p *plane) startWebhook(admin *clients) error {
 	return p.registerWebhook(admin, "https://"+listener.Addr().String())
 }
 
-// registerWebhook creates both configurations with the rules of cert-manager's
-// chart, by URL since there are no Services here.
+// registerWebhook creates both configurations with the rules of cert-manager's chart.
+// They use a URL, because the cluster has no Services.
 func (p *plane) registerWebhook(admin *clients, base string) error {
 	var (
 		allScopes  = admissionregistration.AllScopes

@@ -1,5 +1,7 @@
-// What makes pods of DaemonSets and Deployments and binds them to nodes: three more controllers of kube-controller-manager, and
-// kube-scheduler with its default profile. Only with --workloads: most tests place their pods themselves.
+// The parts that create pods of DaemonSets and Deployments and bind them to nodes:
+// three more controllers of kube-controller-manager, and kube-scheduler with its
+// default profile. They run only with --workloads: most tests place their pods
+// themselves.
 
 package main
 
@@ -19,7 +21,7 @@ import (
 	"k8s.io/kubernetes/pkg/scheduler/profile"
 )
 
-// schedulerUser is who binds pods.
+// schedulerUser is the user that binds pods.
 var schedulerUser = user{name: "system:kube-scheduler"}
 
 func (p *plane) startWorkloads() error {

@@ -1,6 +1,6 @@
-//! One pod floods the agent, another one works: real cgroups, real processes, the limits that an agent has by itself.
+//! One pod floods the agent while another one works: real cgroups, real processes, the default limits of an agent.
 //!
-//! A program of its own: cargo runs one after another, so that nothing else disturbs what it measures.
+//! This is a separate test program: cargo runs test programs one after the other, so that no other test disturbs the measurement.
 
 #![allow(
     clippy::disallowed_methods,
@@ -35,18 +35,18 @@ mod client;
 #[allow(dead_code, missing_docs, reason = "what the benches have; the tests use a part")]
 mod flooding;
 
-/// Set for the children, so that `--include-ignored` starts no flood.
+/// Set for the child processes, so that `--include-ignored` starts no flood.
 const SOCKET: &str = "SDS_AGENT_TEST_FLOOD";
-/// Fetches of which a median is told.
+/// Fetches for each reported median.
 const BATCH: usize = 50;
-/// Medians that count, quiet and in the flood.
+/// Number of medians that are measured without the flood, and the same with it.
 const BATCHES: usize = 20;
-/// Until one is as good as it must be.
+/// Maximum number of rounds until one passes.
 const ROUNDS: usize = 8;
-/// The flood must have tried so often.
+/// Minimum number of attempts by the flood.
 const ATTEMPTS: u64 = 10_000;
 
-/// This program as a process of a pod.
+/// Starts this program as a process of a pod.
 fn child(test: &str, cgroup: &PodCgroup, socket: &Path) -> Child {
     let mut command = cgroup.command(&std::env::current_exe().expect("this program"));
     command.args(["--exact", test, "--ignored", "--nocapture"]).env(SOCKET, socket);
@@ -73,7 +73,7 @@ async fn the_neighbour_of_a_flooding_pod_notices_nothing() {
         worker.stdout().until("medians", 4 * PATIENCE, |lines| Some(told(lines, "median ")).filter(|m| m.len() >= count)).await
     };
     let mut best = (0.0, f64::INFINITY);
-    // What else disturbs the machine only makes it worse: the best of some rounds is the flood's own doing.
+    // Other load on the machine only worsens a result, so the best of several rounds shows the effect of the flood.
     for _ in 0..ROUNDS {
         let since = batches(0).await.len() + 1;
         let before = median(batches(since + BATCHES).await.split_off(since));
@@ -90,7 +90,7 @@ async fn the_neighbour_of_a_flooding_pod_notices_nothing() {
             best = (before, during);
         }
         let open = agent.metric("sds_agent_connections").await;
-        assert!(open <= 260.0, "the flood was let in: {open}");
+        assert!(open <= 260.0, "the flood was accepted: {open}");
         if during <= 3.0 * before {
             break;
         }
@@ -100,20 +100,20 @@ async fn the_neighbour_of_a_flooding_pod_notices_nothing() {
     let (before, during) = best;
     eprintln!(
         "figure: a neighbour's cached fetch {before:.0} µs quiet, {during:.0} µs in a flood; \
-         {closed} connections closed, {refused} streams refused"
+         {closed} connections closed, {refused} streams rejected"
     );
     assert!(during <= 3.0 * before, "{before} µs became {during} µs");
     assert!(closed > 1000.0, "there was no flood");
-    // A fetch that fails ends its process.
+    // A failed fetch ends its process.
     let so_far = batches(0).await.len();
     batches(so_far + BATCHES).await;
 
-    // The log names the pod, once for each limit.
+    // The log names the pod once for each limit.
     let told: Vec<_> = agent.log().into_iter().filter(|line| line["message"].as_str().is_some_and(|m| m.contains("over quota"))).collect();
     assert!((1..=10).contains(&told.len()), "{told:?}");
     let flooder = format!("pod {}", flooding.pod.uid);
     assert!(told.iter().any(|line| line["origin"] == flooder), "{told:?}");
-    // A process that has ended is in no pod: what it left in the backlog is its user's.
+    // A process that has ended is in no pod: its connections in the backlog count for its user.
     assert!(told.iter().all(|line| line["origin"] == flooder || line["origin"] == "user 0"), "{told:?}");
 }
 

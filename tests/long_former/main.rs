@@ -1,7 +1,7 @@
-//! From the former version to this one and back, as clusters are upgraded: the program, the approver, the policy.
+//! Upgrade from the previous version to this one and downgrade, for the program, the approver and the policy.
 //!
-//! `make test-long GROUP=former`. The former version is the commit that `tests/tools.sh` names; its program is built from `git archive`, and
-//! its manifests are read from there.
+//! `make test-long GROUP=former`. The previous version is the commit that `tests/tools.sh` names. Its program is built from `git
+//! archive`, and its manifests are read from there.
 
 #![allow(
     clippy::disallowed_methods,
@@ -30,13 +30,13 @@ use test_harness::{
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// The objects in a file of the former version.
+/// The objects in a file of the previous version.
 fn objects(file: &str) -> Vec<Value> {
     let path = tools::former_source().join(file);
     manifests::documents(&fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display())))
 }
 
-/// Over to this version and back again, with requests between two Envoys all the time.
+/// Upgrades to this version and downgrades, with requests between two Envoys all the time.
 #[tokio::test]
 async fn an_upgrade_and_the_way_back_lose_nothing_and_order_nothing() {
     let _turn = test_harness::turn().await;
@@ -60,7 +60,7 @@ async fn an_upgrade_and_the_way_back_lose_nothing_and_order_nothing() {
     surge.agent.terminate();
     assert!(surge.agent.exit(PATIENCE).await.success());
     let has_streams = async |agent: &test_harness::agent::Agent| {
-        eventually("both Envoys have come over, with two streams each", PATIENCE, async || {
+        eventually("both Envoys have changed over, with two streams each", PATIENCE, async || {
             let streams = agent.metric("sds_agent_streams").await;
             if streams >= 4.0 { Ok(()) } else { Err(format!("{streams} streams")) }
         })
@@ -77,10 +77,10 @@ async fn an_upgrade_and_the_way_back_lose_nothing_and_order_nothing() {
 
     pair.assert_clean(&tally).await;
     let seen = recorder.seen();
-    assert!(seen.is_empty(), "nothing was due, and yet there were requests: {seen:?}");
+    assert!(seen.is_empty(), "no renewal was due, but there were requests: {seen:?}");
 }
 
-/// Each approver approves what each version's agent asks: in an upgrade either may be first.
+/// Each approver approves the requests of each version's agent: in an upgrade either may be first.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn either_approver_serves_agents_of_either_version() {
     let former = tools::former();
@@ -105,7 +105,8 @@ async fn either_approver_serves_agents_of_either_version() {
     }
 }
 
-/// The former policy with the ConfigMap of this version, and then this version's policy: at the API servers of two versions.
+/// The previous policy with the ConfigMap of this version, and then this version's policy, with the API servers of two Kubernetes
+/// versions.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_former_policy_works_beside_the_new_configmap_and_is_replaced() {
     let policy = objects("daemonset/approver/policy.yaml");
@@ -115,19 +116,19 @@ async fn the_former_policy_works_beside_the_new_configmap_and_is_replaced() {
     }
 }
 
-/// A ConfigMap of the former version serves this version's policy.
+/// This version's policy works with a ConfigMap of the previous version.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_former_configmap_works_with_the_new_policy() {
     let map = objects("daemonset/base/config.yaml").into_iter().find(|object| object["kind"] == "ConfigMap").expect("a ConfigMap");
     let scene = Guarded::of(World::start(GUARDED).await).await;
     scene.world.install_policy().await;
     scene.publish(&map, &[]).await;
-    scene.until_bounded("the former ConfigMap", Some("above 24h,")).await;
-    scene.assert_only_the_mesh_is_guarded("the former ConfigMap").await;
-    scene.assert_the_mesh_is_served("the former ConfigMap").await;
+    scene.until_bounded("the previous ConfigMap", Some("above 24h,")).await;
+    scene.assert_only_the_mesh_is_guarded("the previous ConfigMap").await;
+    scene.assert_the_mesh_is_served("the previous ConfigMap").await;
 }
 
-/// What stood in clusters is still a configuration.
+/// Configurations of the previous version are still valid.
 #[tokio::test]
 async fn every_former_configuration_is_accepted() {
     let mut checked = 0;

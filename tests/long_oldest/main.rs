@@ -1,6 +1,7 @@
-//! The oldest Kubernetes that is supported, by its own API server; cert-manager and the controllers are those of the other tests.
+//! The oldest supported Kubernetes, with its own API server. cert-manager and the controllers are those of the other tests.
 //!
-//! `make test-long GROUP=oldest`. In `make test` stands what needs no old API server: `manifests/applied` lists the versions of all kinds.
+//! `make test-long GROUP=oldest`. `make test` contains the check that needs no old API server: `manifests/applied` lists the versions of
+//! all kinds.
 
 #![allow(
     clippy::disallowed_methods,
@@ -24,7 +25,7 @@ use test_harness::{
 
 const VERSION: &str = "v1.30.";
 
-/// Of a control plane with the old API server.
+/// The flags of a control plane with the old API server.
 fn flags() -> Vec<&'static str> {
     let program = tools::oldest_apiserver().into_os_string().into_string().expect("a plain path");
     [GUARDED, &["--apiserver", program.leak()]].concat()
@@ -36,9 +37,9 @@ async fn everything_is_admitted_and_works() {
     let version = world.cluster.get("/version").await["gitVersion"].as_str().unwrap().to_owned();
     assert!(version.starts_with(VERSION), "{version}");
 
-    // Its policies refuse what they are there to refuse.
+    // The policies reject the requests that they must reject.
     world.install_policy().await;
-    // And the way of a certificate: with the node that its token names, approved by us, signed by cert-manager.
+    // The path of a certificate: the token names the node, the approver approves, cert-manager signs.
     let approver = world.approver("approver-0", "1h").await;
     let node = world.cluster.node().await;
     let actor = world.actor("agent-0", "sds-agent", &node).await;

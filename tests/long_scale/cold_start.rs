@@ -1,4 +1,4 @@
-//! All pods of several nodes ask at once, and none has a certificate yet: after a power cut, a drain or the first installation.
+//! All pods of several nodes call at once and no certificate exists yet, as after a power cut, a drain or the first installation.
 
 use std::time::{Duration, Instant};
 
@@ -11,20 +11,21 @@ use test_harness::{
     world::{NAMESPACE, World},
 };
 
-/// For one certificate, on a busy machine.
+/// Limit for one certificate, on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(300);
-/// Pods that are created at once.
+/// Number of pods that are created concurrently.
 const CREATORS: usize = 16;
-/// Writes for a certificate: create, approve, sign, delete, and four Events of cert-manager; and a few that nothing depends on.
+/// Maximum number of writes for a certificate: create, approve, sign, delete, and four Events of cert-manager; the rest is for
+/// independent writes.
 const MAX_WRITES: f64 = 8.5;
 const WEBHOOK: &str = "system:serviceaccount:cert-manager:cert-manager-webhook";
-/// Identities of the one node, and of each of the four.
+/// Identities of the single node, and of each of the four.
 const ALONE: usize = 250;
 const NODES: usize = 4;
 const EACH: usize = 100;
 const ROUNDS: usize = 3;
 
-/// An agent, and pods of its node with an identity each.
+/// An agent, and pods of its node with different identities.
 struct Node {
     agent: Agent,
     workloads: Vec<Workload>,
@@ -44,7 +45,7 @@ impl Node {
     }
 }
 
-/// Until each identity of each node has its certificate.
+/// Waits until each identity of each node has its certificate; returns the time.
 async fn cold_start(nodes: &[Node]) -> Duration {
     let start = Instant::now();
     let streams: Vec<(Stream, String)> =
@@ -64,7 +65,7 @@ async fn consumed(world: &World) {
     .await;
 }
 
-/// The questions of cert-manager's webhook so far, and the writes of requests and Events.
+/// The number of reviews by cert-manager's webhook so far, and of writes of requests and Events.
 fn calls(world: &World) -> (usize, usize) {
     let (mut reviews, mut writes) = (0, 0);
     for line in world.audit() {
@@ -79,7 +80,7 @@ fn calls(world: &World) -> (usize, usize) {
     (reviews, writes)
 }
 
-/// The time and the cost of one cold start.
+/// Measures the time and the cost of one cold start.
 async fn measured(world: &World, name: &str, nodes: usize, each: usize) -> f64 {
     let mut started = Vec::new();
     for n in 0..nodes {
@@ -98,9 +99,9 @@ async fn measured(world: &World, name: &str, nodes: usize, each: usize) -> f64 {
     took.as_secs_f64() / identities
 }
 
-/// The agent of one node is bound by its own limit of requests. More nodes at once must not be slower in all, as they were while decisions
-/// waited for each other in cert-manager's webhook: then each round fails. Other programs on the machine slow down the four alone, because
-/// the one waits most of the time; so one good round of three is enough.
+/// The agent of a single node is limited by its own request rate. Several nodes must not be slower in total. They were, while decisions
+/// waited for each other in cert-manager's webhook, and then each round fails. Other load on the machine slows down only the four nodes,
+/// because the single node mostly waits. So one good round of three is enough.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn four_nodes_take_less_time_for_an_identity_than_one_node() {
     let _turn = turn().await;

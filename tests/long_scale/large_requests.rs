@@ -1,13 +1,13 @@
-//! Requests of others that are as large as the API server takes them.
+//! Requests of other clients with the maximum size that the API server accepts.
 
 use futures::{StreamExt, stream};
 use serde_json::json;
 use test_harness::{agent::Agent, ask::Ask, manifests, memory, turn, world::World};
 
-/// Requests, and the least size of each in bytes.
+/// Number of requests, and the minimum size of each in bytes.
 const REQUESTS: usize = 250;
 const BYTES: usize = 1 << 20;
-/// What of the memory limit they may take.
+/// The peak must be at most the memory limit divided by this number.
 const SHARE: u64 = 2;
 
 fn assert_fits(who: &str, program: &Agent, limit: u64) {
@@ -24,12 +24,12 @@ async fn requests_of_a_mebibyte_fill_neither_the_approver_nor_an_agent() {
     let actor = world.actor("agent", "sds-agent", &node).await;
     let pod = world.cluster.pod(&world.cluster.namespace().await, "app", &node).await;
     let ask = Ask::of(&actor, &pod);
-    // Of an issuer of their own, which no policy of ours is about, and with the label of the node.
+    // The issuer does not exist and is not guarded by the policies; the requests have the label of the node.
     let ask = ask.spec("issuerRef", json!({"name": "x".repeat(BYTES), "kind": "Issuer"}));
     let created = stream::iter(0..REQUESTS).map(async |_| ask.create_in(&world.cluster).await.expect("a request is created"));
     assert_eq!(created.buffer_unordered(4).count().await, REQUESTS);
 
-    // Ready is to have read them all.
+    // A ready approver has read all of them.
     let approver = world.approver("approver-0", "24h").await;
     assert_fits("the approver", &approver, manifests::memory_limit("approver/deployment.yaml", "Deployment"));
     let agent = world.agent(&actor, "24h").await.start().await;

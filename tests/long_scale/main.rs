@@ -1,4 +1,4 @@
-//! Loads that take minutes: `make test-long GROUP=scale`. No limit depends on how fast the machine is.
+//! Loads that take minutes: `make test-long GROUP=scale`. No limit depends on the speed of the machine.
 
 #![allow(
     clippy::disallowed_methods,

@@ -9,7 +9,7 @@ use test_harness::{
 };
 
 const PODS: usize = 30_000;
-/// How often they fit the memory limit of the Deployment.
+/// The memory limit of the Deployment must be at least this multiple of the approver's peak.
 const TIMES: u64 = 3;
 const WITHOUT: &str = "*,-certificaterequests-approver,-certificaterequests-issuer-ca";
 
@@ -35,7 +35,7 @@ async fn thirty_thousand_pods_use_at_most_a_third_of_the_memory_limit() {
         if now > before { Ok(()) } else { Err(format!("{before} restarts, then {now}")) }
     })
     .await;
-    // A pod that the watch from before has not shown.
+    // A pod that the watch before the restart has not reported.
     let pod = cluster.pod(&cluster.namespace().await, "app", &node).await;
     let path = Ask::of(&agent, &pod).create(&agent).await.expect("a request is created");
     eventually("it is approved", PATIENCE, async || {
@@ -43,7 +43,7 @@ async fn thirty_thousand_pods_use_at_most_a_third_of_the_memory_limit() {
         condition(&request, "Approved").map(drop).ok_or_else(|| request["status"].to_string())
     })
     .await;
-    // Into a heap that is in pieces.
+    // The second list is read with a fragmented heap.
     list_pods_again(&cluster, &approver, &relay).await;
     let (after, limit) = (peak(), manifests::memory_limit("approver/deployment.yaml", "Deployment"));
     println!(

@@ -1,6 +1,6 @@
-//! Certificates from Vault, by cert-manager's own Vault issuer: chains of three, a role that refuses SPIFFE names, a Vault that is away.
+//! Certificates from Vault by cert-manager's own Vault issuer: chains of three, a role that refuses SPIFFE names, an unavailable Vault.
 //!
-//! `make test-long GROUP=vault`. The words in which Vault refuses are pinned by unit tests too (`vault_words.rs`); here Vault itself says them.
+//! `make test-long GROUP=vault`. Unit tests pin the texts of Vault's errors too (`vault_words.rs`); here they come from Vault itself.
 
 #![allow(
     clippy::disallowed_methods,
@@ -32,17 +32,17 @@ use self::server::{Vault, Wire};
 
 mod server;
 
-/// For what cert-manager tries again by its own backoff.
+/// Limit for steps that cert-manager retries with its own backoff.
 const SIGNED: Duration = Duration::from_secs(120);
 
-/// A node whose agent takes its roots from a ConfigMap with Vault's root in it.
+/// A node whose agent reads its roots from a ConfigMap that contains Vault's root.
 struct World {
     scene: Scene,
     vault: Vault,
 }
 
 impl World {
-    /// Vault has the role `mesh` as it must be, and the role `seed` as people have it.
+    /// Vault has a correct role `mesh`, and a role `seed` with typical settings for DNS names.
     async fn new() -> Self {
         let cluster = Cluster::shared().await;
         let mut scene = Scene::new(&cluster).await;
@@ -56,7 +56,7 @@ impl World {
         Self { scene, vault }
     }
 
-    /// How to start the agent on a ClusterIssuer of that role.
+    /// How to start the agent with a ClusterIssuer of that role.
     async fn launch(&mut self, role: &str, server: &str, certificate: &str) -> Launch {
         let issuer = self.vault.issuer(&self.scene.cluster, role, role, server).await;
         self.scene.agent_pod.issuer = format!("{{ name: {issuer}, kind: ClusterIssuer }}");
@@ -69,14 +69,14 @@ fn chain(certificate: &Value) -> Vec<Pem> {
     Pem::iter_from_buffer(pem.as_bytes()).map(Result::unwrap).collect()
 }
 
-/// The line about an order of `id` that failed or waits, and its cause.
+/// The log line about an order of `id` that failed or waits, and its cause.
 async fn no_certificate(agent: &Agent, id: &str) -> (Value, String) {
     let line = agent.logs("the refusal", PATIENCE, |line| text(line, "cause").is_some() && text(line, "identity") == Some(id)).await;
     let cause = text(&line, "cause").expect("a cause").to_owned();
     (line, cause)
 }
 
-/// A field of a log line, wherever the format keeps it.
+/// A field of a log line, at either level of the JSON.
 fn text<'a>(line: &'a Value, field: &str) -> Option<&'a str> {
     line.get(field).or_else(|| line["fields"].get(field))?.as_str()
 }
@@ -99,7 +99,7 @@ async fn a_chain_of_three_from_vault_serves_two_envoys() {
     let [at_server, at_client] = ends.map(|(id, sds, workload)| End { id, sds, cgroup: Some(&workload.cgroup) });
     let pair = Pair::start(agent.socket(), at_server, at_client).await;
 
-    // Leaf and intermediate are served; the root is in the bundle, and only there.
+    // Leaf and intermediate are served in the chain; the root is only in the bundle.
     let certificate = server.fetch(&agent).await;
     let shown = chain(&certificate);
     let [leaf, intermediate] = &shown[..] else { panic!("{} certificates", shown.len()) };
@@ -113,7 +113,7 @@ async fn a_chain_of_three_from_vault_serves_two_envoys() {
     let roots = server.fetch_roots(&agent).await;
     assert_eq!(roots["trusted_ca_pem"].as_str().map(str::trim), Some(world.vault.root.trim()));
 
-    // Vault dates back by half a minute, so these renewals come early; each of them is pushed.
+    // Vault sets `notBefore` 30 s back, so these renewals come early. Each is pushed.
     let before = pair.taken().await;
     let load = pair.load();
     pair.rotated_under(&load, before, ROTATIONS, Duration::from_secs(180)).await;
@@ -134,7 +134,7 @@ async fn a_role_that_refuses_spiffe_names_is_told_what_it_lacks() {
     let launch = world.launch("seed", &server, "{ lifetime: 1h }").await;
     let agent = launch.start().await;
 
-    // Vault tells one refusal at a time; each is lifted by what the sentence names, until there is a certificate.
+    // Vault reports one error at a time. The test applies the remedy of each message, until a certificate is issued.
     let uris = "allowed_uri_sans=\"spiffe://cluster.local/*\"";
     for (name, lacks, change) in [
         ("first", "key_type=any", json!({"key_type": "any"})),
@@ -148,8 +148,8 @@ async fn a_role_that_refuses_spiffe_names_is_told_what_it_lacks() {
         assert!(cause.contains("Vault's role pki/roles/seed refuses the request") && cause.contains(&sentence), "{cause}");
         assert!(number(&line, "retry_in_seconds") >= 240, "only the operator can help: {line}");
 
-        // The row follows the log by a moment.
-        eventually("the row tells it too", PATIENCE, async || {
+        // The row is updated shortly after the log line.
+        eventually("the row has the error too", PATIENCE, async || {
             let row = agent.certificate(&workload.id()).await.unwrap_or_default();
             if row["last_error"].as_str().is_some_and(|error| error.contains(&sentence)) { Ok(()) } else { Err(row.to_string()) }
         })
@@ -177,7 +177,7 @@ async fn a_login_or_a_policy_that_does_not_fit_is_told_and_tried_again() {
     let name = format!("vault-mesh-{}", world.scene.namespace);
     let policy = |role: &str| json!({"policy": format!("path \"pki/sign/{role}\" {{ capabilities = [\"create\", \"update\"] }}")});
 
-    // Logged in, but not allowed to sign by this role: failed for good, and asked again before long.
+    // The login succeeds and the policy does not allow this role: the request fails permanently, and the agent soon creates another.
     vault.write(&format!("sys/policies/acl/{name}"), policy("other")).await;
     let workload = world.scene.workload("first").await;
     let stream = workload.watch(agent.socket());
@@ -187,7 +187,7 @@ async fn a_login_or_a_policy_that_does_not_fit_is_told_and_tried_again() {
     vault.write(&format!("sys/policies/acl/{name}"), policy("mesh")).await;
     stream.update(1, SIGNED).await;
 
-    // Not even logged in: the request waits, and the log says for what.
+    // The login fails: the request waits, and the log says why.
     vault.write(&format!("auth/kubernetes/role/{name}"), json!({"bound_service_account_names": "somebody"})).await;
     let workload = world.scene.workload("second").await;
     let stream = workload.watch(agent.socket());
@@ -209,7 +209,7 @@ async fn a_failed_request_is_followed_by_a_new_one_and_nothing_good_is_lost() {
     let first = stream.update(1, PATIENCE).await;
     let recorder = world.scene.cluster.record_requests(&world.scene.agent_pod.pod.namespace).await;
 
-    // Logins pass, signatures do not: cert-manager fails the request for good, and the agent makes another.
+    // Logins succeed and signatures fail: cert-manager marks the request as failed, and the agent creates another.
     wire.cut_signing(true);
     let failures = || agent.log().into_iter().filter(|line| text(line, "cause").is_some_and(|c| c.contains("could not have Vault sign")));
     eventually("two requests have failed", SIGNED, async || {
@@ -223,7 +223,7 @@ async fn a_failed_request_is_followed_by_a_new_one_and_nothing_good_is_lost() {
     }
     assert!(recorder.seen().len() >= 2, "a failed request is not tried again by cert-manager: {:?}", recorder.seen());
     assert_eq!(stream.updates().len(), 1);
-    assert_eq!(workload.fetch(&agent).await["serial"], first["serial"], "the one in use stays");
+    assert_eq!(workload.fetch(&agent).await["serial"], first["serial"], "the certificate in use stays");
     let (code, steps) = doctor(&launch, &[]).await;
     assert_eq!(code, Some(1), "{steps:?}");
     assert!(detail(&steps, "requests").contains("it does not answer"), "{steps:?}");
@@ -245,13 +245,13 @@ async fn a_request_waits_while_vault_is_down_and_is_signed_when_it_is_back() {
     let stream = workload.watch(agent.socket());
     let first = stream.update(1, PATIENCE).await;
 
-    // Nobody can log in: cert-manager keeps the request and goes on trying, and so does the agent not give it up.
+    // The login is impossible: cert-manager keeps the request and retries, and the agent keeps it too.
     world.vault.stop();
     let waits =
         agent.logs("why the request waits", SIGNED, |line| text(line, "cause").is_some_and(|c| c.contains("could not log in"))).await;
     assert!(text(&waits, "cause").unwrap().contains("connection refused"), "{waits}");
     let request = text(&waits, "request").expect("its name").to_owned();
-    assert_eq!(workload.fetch(&agent).await["serial"], first["serial"], "the one in use stays");
+    assert_eq!(workload.fetch(&agent).await["serial"], first["serial"], "the certificate in use stays");
     let (code, steps) = doctor(&launch, &[]).await;
     assert_eq!(code, Some(1), "{steps:?}");
     assert!(detail(&steps, "requests").contains("waits: cert-manager could not log in to Vault"), "{steps:?}");

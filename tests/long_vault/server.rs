@@ -1,7 +1,7 @@
-//! A Vault with an intermediate CA, as `docs/guides/vault.md` sets it up, and the ClusterIssuers that cert-manager reaches it by.
+//! A Vault with an intermediate CA, set up as in `docs/guides/vault.md`, and the ClusterIssuers by which cert-manager uses it.
 //!
 //! The server is `tests/vault`: Vault's own PKI engine and Kubernetes auth method. It keeps its port and its files, so that it can be
-//! stopped and started again. A [`Wire`] is a way to it that can be cut for signing alone.
+//! stopped and started again. A [`Wire`] is a connection to it on which signing alone can be interrupted.
 
 use std::{
     io::{BufRead, BufReader},
@@ -31,9 +31,9 @@ use tokio::{
 };
 
 const ROOT_TOKEN: &str = "root";
-/// Until cert-manager has looked at an issuer, with a retry or two of its own.
+/// Limit until cert-manager has checked an issuer, including its own retries.
 const READY: Duration = Duration::from_secs(60);
-/// Where cert-manager looks for what a ClusterIssuer names.
+/// The namespace in which cert-manager looks for the objects that a ClusterIssuer names.
 const NAMESPACE: &str = "cert-manager";
 
 /// A running Vault. Killed when dropped.
@@ -47,7 +47,8 @@ pub struct Vault {
 }
 
 impl Vault {
-    /// Starts one with a root, an intermediate and the auth method, for `cluster`. `suffix` is what its names in the cluster end with.
+    /// Starts a Vault with a root, an intermediate and the auth method for `cluster`. The names of its objects in the cluster end with
+    /// `suffix`.
     pub async fn start(cluster: &Cluster, dir: &Path, suffix: &str) -> Self {
         let address = SocketAddr::from(([127, 0, 0, 1], free_port()));
         let mut vault = Self { dir: dir.join("vault"), address, process: None, root: String::new(), suffix: suffix.to_owned() };
@@ -57,7 +58,7 @@ impl Vault {
         vault
     }
 
-    /// Starts it again on what it has kept.
+    /// Starts it again with its files.
     pub async fn resume(&mut self) {
         let mut command = Command::new(tools::vault());
         command.arg("--dir").arg(&self.dir).args(["--port", &self.address.port().to_string()]);
@@ -72,7 +73,7 @@ impl Vault {
         self.process = Some(started.await.expect("vault starts"));
     }
 
-    /// Ends it; what calls it is refused.
+    /// Stops it; connections are refused.
     pub fn stop(&mut self) {
         if let Some(mut process) = self.process.take() {
             process.kill().expect("it runs");
@@ -107,7 +108,7 @@ impl Vault {
         Ok(if text.is_empty() { Value::Null } else { serde_json::from_str(&text).expect("JSON") })
     }
 
-    /// A root, and below it the intermediate that signs: chains of three.
+    /// Creates a root, and below it the intermediate that signs: chains of three.
     async fn authorities(&mut self) {
         for mount in ["pki_root", "pki"] {
             self.write(&format!("sys/mounts/{mount}"), json!({"type": "pki", "config": {"max_lease_ttl": "87600h"}})).await;
@@ -121,7 +122,7 @@ impl Vault {
         self.write("pki/intermediate/set-signed", json!({"certificate": signed["data"]["certificate"]})).await;
     }
 
-    /// Kubernetes auth: Vault has the API server review the tokens that cert-manager shows.
+    /// Enables Kubernetes auth: the API server reviews the tokens that cert-manager sends to Vault.
     async fn auth(&self, cluster: &Cluster) {
         let namespace = cluster.namespace().await;
         let accounts = format!("/api/v1/namespaces/{namespace}/serviceaccounts");
@@ -146,13 +147,13 @@ impl Vault {
         self.write("auth/kubernetes/config", config).await;
     }
 
-    /// Where it listens.
+    /// The address on which it listens.
     pub fn server(&self) -> String {
         format!("http://{}", self.address)
     }
 
-    /// A ClusterIssuer that signs by `role`, reached at `server`: the rights that it takes in Vault and in the cluster, and the issuer
-    /// itself, which is Ready on return. Gives its name.
+    /// Creates a ClusterIssuer that signs by `role` and is reached at `server`, with its permissions in Vault and in the cluster. Returns
+    /// its name when it is Ready.
     pub async fn issuer(&self, cluster: &Cluster, name: &str, role: &str, server: &str) -> String {
         let name = format!("vault-{name}-{}", self.suffix);
         let policy = format!("path \"pki/sign/{role}\" {{ capabilities = [\"create\", \"update\"] }}");
@@ -199,7 +200,7 @@ impl Drop for Vault {
     }
 }
 
-/// A way to Vault, on a port of its own.
+/// A relay to Vault, on a separate port.
 pub struct Wire {
     address: SocketAddr,
     cut: Arc<AtomicBool>,
@@ -207,7 +208,7 @@ pub struct Wire {
 }
 
 impl Wire {
-    /// Whole until told otherwise.
+    /// Forwards everything until `cut_signing`.
     pub async fn to(vault: &Vault) -> Self {
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.expect("a free port");
         let address = listener.local_addr().expect("its address");
@@ -221,12 +222,12 @@ impl Wire {
         Self { address, cut, task }
     }
 
-    /// Where it listens.
+    /// The address on which it listens.
     pub fn server(&self) -> String {
         format!("http://{}", self.address)
     }
 
-    /// Whether connections end when they ask for a signature. Logins pass.
+    /// Sets whether connections end when they request a signature. Logins pass.
     pub fn cut_signing(&self, cut: bool) {
         self.cut.store(cut, Ordering::Relaxed);
     }

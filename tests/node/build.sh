@@ -17,8 +17,8 @@ build() {
 
 kubernetes=$(go list -m -f '{{.Version}}' k8s.io/kubernetes)
 containerd=github.com/containerd/containerd/v2
-# The same settings as for the control plane, with which it shares most packages.
+# The same flags as for the control plane, which shares most packages.
 build 0 "" "-X k8s.io/component-base/version.gitVersion=$kubernetes" k8s.io/kubernetes/cmd/kubelet
 build 0 "" "" "$containerd/cmd/containerd" "$containerd/cmd/containerd-shim-runc-v2" "$containerd/cmd/ctr" ./pause
-# It enters namespaces before Go's runtime starts, which takes C; the runtime's profile for every pod takes libseccomp.
+# runc enters namespaces in C before Go's runtime starts, so it needs cgo. The runtime's seccomp profile for every pod needs libseccomp.
 build 1 seccomp "" github.com/opencontainers/runc

@@ -1,10 +1,11 @@
 #!/bin/sh
-# The first process of a node: containerd and the kubelet, in mount and process namespaces of their own.
+# The first process of a node: containerd and the kubelet, in separate mount and process namespaces.
 #
 #   unshare --mount --propagation private --pid --fork --kill-child node.sh DIR TOOLS NAME CGROUP
 #
-# DIR has images/*.tar and kubelet.kubeconfig, and gets the logs; TOOLS has the programs. This process ends with its standard input,
-# whatever was started here with it, and the files with the namespace: the usual places are file systems in memory here.
+# DIR contains images/*.tar and kubelet.kubeconfig, and gets the logs; TOOLS contains the programs. This process ends with its standard
+# input. All processes started here end with it, and the files end with the namespace: the usual directories are file systems in memory
+# here.
 set -eu
 trap 'exit 1' INT TERM
 dir=$1 tools=$2 name=$3 cgroup=$4
@@ -12,7 +13,7 @@ here=$(dirname "$0")
 
 mount -t proc proc /proc
 
-# /var as it is, but what is written to it is not the machine's.
+# /var with the machine's content; writes go to an overlay in memory.
 mkdir "$dir/var"
 mount -t tmpfs -o mode=755 node "$dir/var"
 mkdir "$dir/var/upper" "$dir/var/work"
@@ -22,11 +23,11 @@ for place in /var/lib/kubelet /var/lib/containerd /var/log/pods /var/log/contain
     mount -t tmpfs -o mode=755 node "$place"
 done
 mkdir -p /run/cni
-# What is mounted there reaches the pods that ask for it, and back, as everywhere where systemd was first.
+# Mounts below propagate to the pods that request it, and back, as on a machine with systemd.
 mount --make-rshared /var/lib/kubelet
 mount --make-rshared /run
 
-# The kubelet sets these for the whole machine, unless they are so already.
+# The kubelet sets these for the whole machine, unless they have these values already.
 setting() {
     [ -e "/proc/sys/$1" ] || return 0
     seen=$dir/$(basename "$1")

@@ -1,7 +1,7 @@
-//! How far a stolen node reaches: the approver and the policy, as `daemonset/` installs them, against the real API server and cert-manager.
+//! The requests that a compromised node can get signed: the approver and the policy, as `daemonset/` installs them, with the real API
+//! server and cert-manager.
 //!
-//! Each of the two is shown to stop what it is there for without the other. Everybody acts with a token of their own, and with no more
-//! rights than `daemonset/` gives.
+//! The tests show that each of the two works without the other. Every actor uses its own token, and only the permissions of `daemonset/`.
 
 mod alone;
 mod changes;

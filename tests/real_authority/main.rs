@@ -1,7 +1,7 @@
-//! Which authority signs what, and for which caller: approver and policy, profiles, a changed configuration, revocation lists. With the real
+//! Which authority signs which certificates for which caller: approver and policy, profiles, configuration changes, CRLs. With the real
 //! API server, cert-manager and Envoy.
 //!
-//! Nothing is skipped: where a program is missing, the tests that need it fail and say how to get it.
+//! No test is skipped: if a program is missing, the tests that need it fail and say how to get it.
 
 #![allow(
     clippy::disallowed_methods,

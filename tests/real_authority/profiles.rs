@@ -1,4 +1,4 @@
-//! Profiles with two authorities at once: who gets whose certificates, asked by processes in pods' cgroups.
+//! Profiles with two authorities at once. Processes in the cgroups of pods request certificates.
 
 use std::{fs, time::Duration};
 
@@ -15,7 +15,7 @@ use x509_parser::{pem::Pem, prelude::X509Certificate};
 
 const RBAC: &str = "/apis/rbac.authorization.k8s.io/v1";
 
-/// Lets the agent ask in one more namespace.
+/// Allows the agent to create requests in another namespace.
 async fn allow_requests(scene: &Scene, namespace: &str) {
     let (verbs, agent) = (["create", "get", "list", "watch", "delete"], &scene.agent_pod.pod);
     let path = format!("{RBAC}/namespaces/{namespace}");
@@ -29,7 +29,7 @@ async fn allow_requests(scene: &Scene, namespace: &str) {
     scene.cluster.create(&format!("{path}/rolebindings"), &binding).await;
 }
 
-/// A certificate as `fetch` shows it, read once more.
+/// A certificate from the output of `fetch`, parsed by another library.
 struct Seen {
     update: Value,
     leaf: Pem,
@@ -60,7 +60,7 @@ impl Seen {
     }
 }
 
-/// Whether the certificate leads to this root, and to it alone.
+/// Whether the chain verifies with this root as the only trust anchor.
 async fn leads_to(scene: &Scene, seen: &Seen, root: &str) -> bool {
     authority::leads_to(scene.dir.path(), seen.update["chain_pem"].as_str().unwrap(), root).await
 }
@@ -98,7 +98,7 @@ async fn two_authorities_serve_at_the_same_time_each_whose_profile_names_it() {
         label(&scene, pod, "tier", "gold").await;
     }
     let till = Workload::of(cluster.pod(&payments, "till", &scene.node).await);
-    // The namespace goes before the label.
+    // The namespace takes precedence over the label.
     label(&scene, &till, "tier", "gold").await;
 
     let settings = format!(
@@ -127,11 +127,11 @@ async fn two_authorities_serve_at_the_same_time_each_whose_profile_names_it() {
         let seen = Seen::of(pod.fetch(&agent).await);
         assert_eq!((seen.update["spiffe_id"].as_str(), seen.key_bits(), seen.lifetime()), (Some(cart.id().as_str()), 2048, 7200));
         assert!(leads_to(&scene, &seen, &first_root).await);
-        assert!(!serials.iter().any(|known| known == seen.serial()), "a pod's certificate is its own");
+        assert!(!serials.iter().any(|known| known == seen.serial()), "a pod shares the certificate of another pod");
         serials.push(seen.serial().to_owned());
     }
 
-    // One bundle for all, with the roots of both.
+    // All workloads get one bundle with the roots of both authorities.
     let roots = |text: &str| Pem::iter_from_buffer(text.as_bytes()).map(|pem| pem.unwrap().contents).collect::<Vec<_>>();
     for workload in [&cart, &till] {
         let bundle = roots(workload.fetch_roots(&agent).await["trusted_ca_pem"].as_str().unwrap());
@@ -139,7 +139,7 @@ async fn two_authorities_serve_at_the_same_time_each_whose_profile_names_it() {
         assert!(bundle.len() == 2 && wanted.iter().all(|root| bundle.contains(root)), "{} roots", bundle.len());
     }
 
-    // Each authority is one issuer in the metrics, called as its profile is; and nothing else is.
+    // The metrics have one issuer for each authority, named after its profile, and no other issuer.
     assert_eq!((issued(&agent, "default").await, issued(&agent, "payments").await, issued(&agent, "gold").await), (1.0, 1.0, 2.0));
     assert_eq!(agent.metric("sds_agent_issuances_total").await, 4.0);
     eventually("no request is left", PATIENCE, async || {
@@ -148,7 +148,7 @@ async fn two_authorities_serve_at_the_same_time_each_whose_profile_names_it() {
     })
     .await;
 
-    // A changed label counts from the next connection on.
+    // A changed label takes effect at the next connection.
     label(&scene, &cart_2, "tier", "gold").await;
     let changed = eventually("the label has arrived", PATIENCE, async || {
         let seen = Seen::of(cart_2.fetch(&agent).await);
@@ -171,7 +171,8 @@ async fn two_authorities_serve_at_the_same_time_each_whose_profile_names_it() {
     second.remove(&cluster).await;
 }
 
-/// Trust is one for all: what does not lead to a root of the bundle is not served, and nobody else waits for it.
+/// All profiles share one trust bundle. A certificate whose chain does not lead to a root of the bundle is not served, and other
+/// identities are not delayed.
 #[tokio::test]
 async fn an_authority_whose_root_is_not_in_the_bundle_serves_nobody() {
     let cluster = Cluster::connect().await;

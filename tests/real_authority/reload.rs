@@ -14,12 +14,12 @@ use test_harness::{
     scene::{PATIENCE, Scene, Workload},
 };
 
-/// Certificates live for ten minutes: the first renewal by itself comes after two at the earliest.
+/// Certificates live for ten minutes, so the first automatic renewal comes after two minutes at the earliest.
 const SETTINGS: &str = "certificate: { lifetime: 10m }\nreissueOver: 3s\n";
-/// A new certificate settles for half a minute where there is another.
+/// A new certificate that replaces another one is published after half a minute.
 const ARRIVES: Duration = Duration::from_secs(60);
 
-/// Replaces the file as an editor does.
+/// Replaces the file by a rename, as editors do.
 fn replace(file: &Path, text: &str) {
     let beside = file.with_extension("next");
     fs::write(&beside, text).unwrap();
@@ -38,7 +38,7 @@ async fn until_read(agent: &Agent, result: &str, count: f64) {
     .await;
 }
 
-/// Connections and streams that an Envoy has made to the agent, in all.
+/// The number of connections and of streams that an Envoy has opened to the agent.
 async fn streams(envoy: &Envoy) -> [u64; 2] {
     let stats = envoy.stats().await;
     ["sds-grpc.upstream_cx_total", "sds-grpc.upstream_rq_total"].map(|name| stats.sum(name))
@@ -49,7 +49,7 @@ async fn serial(agent: &Agent, workload: &Workload) -> String {
     row["serial"].as_str().unwrap_or_default().to_owned()
 }
 
-/// The row that is in use: one of an identity of before may be there, idle.
+/// The row in use: the row of a previous identity can still exist, idle.
 async fn row(agent: &Agent, workload: &Workload, issuer: &str) -> Result<Value, String> {
     let rows = agent.certificates().await;
     let found = rows.iter().find(|row| row["spiffe_id"] == workload.id() && row["issuer"] == issuer && row["state"] == "valid");
@@ -81,7 +81,7 @@ async fn a_change_of_authority_under_load_closes_no_stream() {
     assert!(leads_to(scene.dir.path(), &chain(&server).await, &first_root).await);
     let before = (streams(&pair.server).await, streams(&pair.client).await, pair.taken().await, serial(&agent, &client).await);
 
-    // The server's service account moves to the other authority.
+    // The server's service account changes to the other authority.
     let file = scene.dir.path().join("config.yaml");
     let text = fs::read_to_string(&file).unwrap();
     let profile = format!(
@@ -103,17 +103,17 @@ async fn a_change_of_authority_under_load_closes_no_stream() {
     assert_eq!(moved["profile"], "moved");
     let chain_now = chain(&server).await;
     assert!(leads_to(scene.dir.path(), &chain_now, &second.root).await && !leads_to(scene.dir.path(), &chain_now, &first_root).await);
-    assert_eq!(serial(&agent, &client).await, before.3, "whom the change is not about keeps what it has");
+    assert_eq!(serial(&agent, &client).await, before.3, "the other workload keeps its certificate");
     assert_eq!(pair.taken().await, [before.2[0] + 1, before.2[1]]);
 
     load.passes("with another authority").await;
 
-    // A broken file changes nothing, and is told of.
+    // A broken file changes nothing, and is logged.
     replace(&file, &format!("{with_profile}retention: soon\n"));
     until_read(&agent, "invalid", 1.0).await;
     assert_eq!(agent.metric("sds_agent_configuration_valid").await, 0.0);
     agent.logs("the error", PATIENCE, |line| line["field"] == "retention").await;
-    // What cannot change while it runs is named; the file is good again.
+    // The log names fields that require a restart; the file is valid again.
     replace(&file, &format!("{with_profile}workerThreads: 3\n"));
     until_read(&agent, "ok", 2.0).await;
     assert_eq!(agent.metric("sds_agent_configuration_valid").await, 1.0);
@@ -124,7 +124,7 @@ async fn a_change_of_authority_under_load_closes_no_stream() {
 
     load.passes("with a broken file, and a good one").await;
 
-    // By hand, and as somebody who is not sure that it was heard.
+    // Reissues by hand three times, as an operator who is unsure whether the first call had an effect.
     let taken = pair.taken().await;
     for _ in 0..3 {
         let answer = agent.post("/reissue?over=2s").await;

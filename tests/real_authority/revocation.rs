@@ -1,4 +1,4 @@
-//! Revocation lists beside the roots: Envoys refuse a certificate that is on one, and take the next.
+//! CRLs with the roots: Envoys reject a revoked certificate, and accept the next one.
 
 use std::{fs, path::Path, time::Duration};
 
@@ -14,11 +14,11 @@ use test_harness::{
 use time::OffsetDateTime;
 use x509_parser::extensions::ParsedExtension;
 
-/// A new certificate settles for a while where there is another: a twentieth of its life.
+/// A new certificate that replaces another one is published after a twentieth of its lifetime.
 const ARRIVES: Duration = Duration::from_secs(60);
 const SETTINGS: &str = "certificate: { lifetime: 5m }\nreissueOver: 1s\n";
 
-/// The list of the cluster's authority with these serial numbers, which are hexadecimal.
+/// A CRL of the cluster's authority with these hexadecimal serial numbers.
 async fn list(cluster: &Cluster, serials: &[&str]) -> String {
     let (certificate, key) = cluster.authority_with_key().await;
     let issuer = Issuer::from_ca_cert_pem(&certificate, KeyPair::from_pem(&key).unwrap()).unwrap();
@@ -44,7 +44,7 @@ async fn list(cluster: &Cluster, serials: &[&str]) -> String {
     params.signed_by(&issuer).unwrap().pem().unwrap()
 }
 
-/// How an authority's certificate calls its key. Envoy looks a list up by it.
+/// The key identifier of an authority's certificate. Envoy finds a CRL by it.
 fn key_id(pem: &str) -> Vec<u8> {
     let (_, pem) = x509_parser::pem::parse_x509_pem(pem.as_bytes()).expect("PEM");
     let certificate = pem.parse_x509().expect("a certificate");
@@ -60,7 +60,7 @@ async fn serial(agent: &Agent, workload: &Workload) -> String {
     row["serial"].as_str().expect("a serial number").to_owned()
 }
 
-/// As an editor does.
+/// Replaces the file by a rename, as editors do.
 fn replace(file: &Path, text: &str) {
     let beside = file.with_extension("next");
     fs::write(&beside, text).unwrap();
@@ -85,14 +85,14 @@ async fn peers_reject_a_revoked_certificate_and_accept_the_next_one() {
         End { id: &client_id, sds: Sds::Delta, cgroup: Some(&client.cgroup) },
     )
     .await;
-    // After the first certificate.
+    // The CRL is served after the first certificate.
     let roots = eventually("the list is served", PATIENCE, async || {
         let served = agent.metric_of("sds_agent_crls", &["state=\"served\""]).await;
         if served > 0.5 { Ok(client.fetch_roots(&agent).await) } else { Err(served.to_string()) }
     })
     .await;
     assert!(roots["crl_pem"].as_str().is_some_and(|pem| pem.contains("BEGIN X509 CRL")), "{roots}");
-    pair.request().await.expect("nobody is revoked");
+    pair.request().await.expect("no certificate is revoked");
 
     let revoked = serial(&agent, &server).await;
     replace(&file, &list(&cluster, &[&revoked]).await);
@@ -104,13 +104,13 @@ async fn peers_reject_a_revoked_certificate_and_accept_the_next_one() {
     .await;
     assert!(pair.client.stats().await.sum(".ssl.fail_verify_error") > 0);
 
-    // What the operator does next.
+    // The operator's next step.
     let answer = agent.post(&format!("/reissue?over=0s&spiffe_id={server_id}")).await;
     assert_eq!(answer.status, 200, "{}", answer.body);
     eventually("the next certificate is taken", ARRIVES, async || pair.request().await).await;
     assert_ne!(serial(&agent, &server).await, revoked);
 
-    // The next agent knows none of the chains that this one has seen: it has one certificate issued, and serves the lists.
+    // The next agent knows none of the chains that this one has seen: it requests one certificate, and then serves the CRLs.
     let mut agent = agent;
     agent.terminate();
     assert!(agent.exit(PATIENCE).await.success());
@@ -122,7 +122,7 @@ async fn peers_reject_a_revoked_certificate_and_accept_the_next_one() {
     .await;
     pair.request().await.unwrap();
 
-    // A list that is none changes nothing: the one before stands, and goes on being served.
+    // A file without a valid CRL changes nothing: the previous CRL is still served.
     let before = client.fetch_roots(&agent).await;
     replace(&file, "-----BEGIN X509 CRL-----\nAAAA\n-----END X509 CRL-----\n");
     eventually("it is refused", PATIENCE, async || {

@@ -1,4 +1,4 @@
-//! `dev` and `fetch`: what a newcomer types first, and how the agent ends.
+//! `dev` and `fetch`: the first commands of a new user, and the end of the agent.
 
 use std::{fs, time::Duration};
 
@@ -6,7 +6,7 @@ use nix::sys::signal::Signal;
 use test_harness::{agent::Launch, child, eventually, fetch, tools};
 use tokio::{io::AsyncWriteExt, net::UnixStream};
 
-/// Signals are obeyed at once; this is for a busy machine.
+/// Signals take effect at once; the limit is for a busy machine.
 const PROMPT: Duration = Duration::from_secs(60);
 
 #[tokio::test]
@@ -29,7 +29,7 @@ async fn fetch_shows_a_certificate_and_the_bundle_that_it_chains_to() {
     let verify = ["verify", "-no-CApath", "-no-CAstore", "-CAfile", roots, "-untrusted", chain, chain];
     child::succeed(&openssl, &verify, PROMPT).await;
 
-    // openssl's own reading of the leaf agrees with what fetch says about it.
+    // openssl's output for the leaf agrees with that of fetch.
     let read = ["x509", "-in", chain, "-noout", "-fingerprint", "-sha256", "-serial", "-ext", "subjectAltName"];
     let seen = child::succeed(&openssl, &read, PROMPT).await;
     let plain = |text: &str| text.replace(':', "").trim_start_matches('0').to_ascii_lowercase();
@@ -51,7 +51,7 @@ async fn fetch_watch_shows_rotations() {
         assert_ne!(pair[0]["version"], pair[1]["version"]);
         assert_eq!(pair[0]["spiffe_id"], pair[1]["spiffe_id"]);
         let end = |update: &serde_json::Value| update["not_after"].as_str().unwrap().to_owned();
-        assert!(end(&pair[0]) < end(&pair[1]), "each lives longer than the one before");
+        assert!(end(&pair[0]) < end(&pair[1]), "each expires later than the previous one");
     }
 }
 
@@ -66,15 +66,15 @@ async fn a_signal_ends_it_with_a_stream_open() {
     let status = agent.exit(PROMPT).await;
     assert!(status.success(), "{status}");
     let late = |line: &serde_json::Value| line["message"].as_str().is_some_and(|message| message.contains("within the drain's deadline"));
-    assert!(!agent.log().iter().any(late), "the stream was told to end, and did: {:?}", agent.log());
-    assert!(!agent.socket().exists(), "it takes its socket along");
+    assert!(!agent.log().iter().any(late), "the stream was asked to end, and ended: {:?}", agent.log());
+    assert!(!agent.socket().exists(), "it removes its socket");
 }
 
 #[tokio::test]
 async fn a_second_signal_aborts_the_drain() {
     let dir = tempfile::tempdir().unwrap();
     let mut agent = Launch::dev(dir.path()).start().await;
-    // A peer that never says another word keeps the drain open until its deadline of 10 s.
+    // A client that stops sending keeps the drain open until its deadline of 10 s.
     let mut silent = UnixStream::connect(agent.socket()).await.unwrap();
     silent.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await.unwrap();
     silent.readable().await.unwrap();

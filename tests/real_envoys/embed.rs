@@ -11,10 +11,10 @@ use tokio::{
 };
 
 #[path = "../../crates/sds-server/examples/embed.rs"]
-#[allow(dead_code, reason = "its main function is for people")]
+#[allow(dead_code, reason = "its main function is for users")]
 mod example;
 
-/// Certificates live for 10 s.
+/// Limit for each step. Certificates live for 10 s.
 const PATIENCE: Duration = Duration::from_secs(120);
 const SERVICE: &str = "envoy.service.secret.v3.SecretDiscoveryService";
 const TYPE_URL: &str = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret";
@@ -36,7 +36,7 @@ async fn rotations(target: &str) -> BTreeSet<String> {
     requests.write_all(request.to_string().as_bytes()).await.unwrap();
     let (mut versions, mut version) = (BTreeSet::new(), String::new());
     while versions.len() < 4 {
-        let line = answers.next_line().await.unwrap().expect("the stream goes on");
+        let line = answers.next_line().await.unwrap().expect("the stream continues");
         version = value(&line, "versionInfo").unwrap_or(version);
         if let Some(nonce) = value(&line, "nonce") {
             versions.insert(version.clone());
@@ -50,7 +50,7 @@ async fn rotations(target: &str) -> BTreeSet<String> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_example_rotates_on_one_stream_and_refuses_another_user() {
     let directory = tempfile::tempdir().unwrap();
-    // The other user calls, too.
+    // Another user needs access to the directory too.
     std::fs::set_permissions(directory.path(), PermissionsExt::from_mode(0o755)).unwrap();
     let socket = directory.path().join("sds.sock");
     let serving = tokio::spawn({

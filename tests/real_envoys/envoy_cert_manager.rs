@@ -1,4 +1,5 @@
-//! The main job: two real Envoys, each in its pod's cgroup, with certificates from a real cert-manager, replaced before they expire.
+//! The main case: two real Envoys, each in its pod's cgroup, with certificates from the real cert-manager that are replaced before they
+//! expire.
 
 use std::{fs, time::Duration};
 
@@ -29,7 +30,7 @@ struct Node {
 }
 
 impl Node {
-    /// `certificate` is what stands in the agent's configuration under that name.
+    /// `certificate` is the value of that field in the agent's configuration.
     async fn start(certificate: &str) -> Self {
         let cluster = Cluster::connect().await;
         let dir = tempfile::tempdir().unwrap();
@@ -52,7 +53,7 @@ impl Node {
         self.pair_expecting((&server, &client)).await
     }
 
-    /// One end with either kind of stream.
+    /// Two Envoys, one with each protocol variant.
     async fn pair_expecting(&self, expected: (&str, &str)) -> Pair {
         let (server, client) = self.ids();
         let server = End { id: &server, sds: Sds::StateOfTheWorld, cgroup: Some(&self.server.1) };
@@ -60,7 +61,7 @@ impl Node {
         Pair::expecting(self.agent.socket(), server, client, expected).await
     }
 
-    /// What a cold certificate took, and what of it was the agent's own; and what a cached one takes.
+    /// Prints the time for the first certificate, the agent's own share of it, and the time for a cached one.
     async fn figures(&self, pair: &Pair, key: &str) {
         let id = &self.ids().1;
         let second = Envoy::start(Side::Server { client: id }, self.agent.socket(), Sds::StateOfTheWorld, Some(&self.server.1)).await;
@@ -68,7 +69,7 @@ impl Node {
         let (cold, cached) = (pair.server.took().as_millis(), second.took().as_millis());
         eprintln!("figure: {key}: a server Envoy's start to its first secrets: {cold} ms cold, {cached} ms cached");
 
-        // In milliseconds, of each of the two orders that there were. All of them were cold: nothing has been renewed.
+        // Mean in milliseconds of the two orders so far. Neither of them was a renewal.
         let mean = async |name: &str, labels: &[&str]| {
             let count = self.agent.metric_of(&format!("sds_agent_{name}_seconds_count"), labels).await;
             assert!((count - 2.0).abs() < 0.5, "{name} {labels:?} was measured {count} times");
@@ -116,7 +117,7 @@ async fn mtls(key: &str, algorithm: &str, bits: usize) {
     let pair = node.pair().await;
     pair.request().await.unwrap();
 
-    // What the server shows to anybody who connects: its own name, the key that was asked for, and a chain to the private CA alone.
+    // The certificate that the server presents to every client: its name, its key type, and a chain to the private CA only.
     let authority = node.dir.path().join("authority.pem");
     fs::write(&authority, node.cluster.authority().await).unwrap();
     let shown = s_client(&pair, authority.to_str().unwrap()).await;
@@ -132,7 +133,7 @@ async fn mtls(key: &str, algorithm: &str, bits: usize) {
     let (_, root) = x509_parser::pem::parse_x509_pem(&root).unwrap();
     assert_eq!(leaf.issuer().as_raw(), root.parse_x509().unwrap().subject().as_raw());
 
-    // The check can fail: another authority is not taken.
+    // The check can fail: another authority is not accepted.
     let other = node.dir.path().join("other.pem");
     let foreign = rcgen::KeyPair::generate().unwrap();
     let mut params = rcgen::CertificateParams::default();
@@ -149,7 +150,7 @@ async fn s_client(pair: &Pair, authority: &str) -> String {
     let address = pair.tls.to_string();
     let arguments = ["s_client", "-connect", &address, "-showcerts", "-no-CApath", "-no-CAstore", "-CAfile", authority];
     let output = child::run(&tools::openssl(), &arguments, PATIENCE).await;
-    // Its exit code tells of the server's refusal: it came without a certificate of its own.
+    // The exit code is ignored: the server rejects this client, which has no certificate.
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
@@ -202,17 +203,17 @@ async fn certificates_of_30_seconds_rotate_under_load() {
 #[tokio::test]
 async fn a_restart_costs_no_handshake_and_no_early_request() {
     let _turn = test_harness::turn().await;
-    // Nothing may be due before the restart is over; how long that takes is the machine's business.
+    // No renewal may be due before the restart is over. The duration of the restart depends on the machine.
     for lifetime in ["90s", "5m", "20m"] {
         if restart_before_the_renewal(lifetime).await {
             return;
         }
-        eprintln!("a renewal of certificates of {lifetime} was due before the restart was over: once more, with longer ones");
+        eprintln!("a renewal of certificates of {lifetime} was due before the restart was over: again, with longer ones");
     }
-    panic!("the machine is too slow for this test to mean anything");
+    panic!("the machine is too slow for this test");
 }
 
-/// Whether the restart was over before anything was due.
+/// Returns whether the restart was over before a renewal was due.
 async fn restart_before_the_renewal(lifetime: &str) -> bool {
     let mut node = Node::start(&format!("{{ lifetime: {lifetime} }}")).await;
     let pair = node.pair().await;
@@ -234,7 +235,7 @@ async fn restart_before_the_renewal(lifetime: &str) -> bool {
     if planned.iter().any(|(_, at)| now >= *at) {
         return false;
     }
-    // As long as the longest of the lifetimes.
+    // At least the longest of the lifetimes.
     pair.rotated(before, 1, Duration::from_secs(1200)).await;
     load.passes("after the renewal").await;
     let tally = load.stop().await;
@@ -249,7 +250,7 @@ async fn restart_before_the_renewal(lifetime: &str) -> bool {
     true
 }
 
-/// The renewal time in a certificate's version, `<notAfter>-<renewAt>-…`, in unix seconds.
+/// The renewal time in a certificate's version, `<notAfter>-<renewAt>-…`, in Unix seconds.
 fn renewal(version: &str) -> u64 {
-    version.split('-').nth(1).and_then(|part| part.parse().ok()).unwrap_or_else(|| panic!("{version:?} tells no renewal time"))
+    version.split('-').nth(1).and_then(|part| part.parse().ok()).unwrap_or_else(|| panic!("{version:?} has no renewal time"))
 }

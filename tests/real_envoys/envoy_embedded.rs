@@ -1,4 +1,4 @@
-//! Two real Envoys on `dev`: mTLS, and certificates replaced under load, over every kind of stream.
+//! Two real Envoys on `dev`: mTLS, and certificates that are replaced under load, over each kind of stream.
 
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use test_harness::{
 
 const ROTATIONS: u64 = 4;
 
-/// Both run as this user and so have one identity.
+/// Both run as this user and so have the same identity.
 fn own_id() -> String {
     format!("spiffe://example.org/uid/{}", nix::unistd::getuid())
 }
@@ -50,7 +50,7 @@ async fn rotates_under_load(sds: Sds) {
     }
 }
 
-/// Also a check of the tests themselves: an Envoy is not live before it has its secrets.
+/// Also a check of the tests: an Envoy is not live before it has its secrets.
 #[tokio::test]
 async fn an_envoy_that_came_first_is_served_when_the_agent_comes() {
     let _turn = test_harness::turn().await;

@@ -1,4 +1,4 @@
-//! grpcurl with nothing but the socket: reflection lists and describes, a secret is readable, health is served.
+//! grpcurl with only the socket: reflection lists and describes, a secret is readable, health is served.
 
 use std::{path::Path, time::Duration};
 
@@ -34,7 +34,7 @@ async fn reflection_lists_and_describes() {
     }
 }
 
-/// Libraries call by the socket's path, escaped or not, or by whatever they were given.
+/// Libraries send the socket's path as `:authority`, escaped or not, or any configured value.
 #[tokio::test]
 async fn any_authority_is_taken() {
     let dir = tempfile::tempdir().unwrap();

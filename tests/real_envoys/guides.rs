@@ -1,4 +1,4 @@
-//! What the guides tell people to write works as it stands there: only sockets and ports are put in.
+//! The configuration and commands of the tutorial work unchanged, except for sockets and ports.
 
 use std::{fs, net::SocketAddr, path::Path, process::Stdio, time::Duration};
 
@@ -10,15 +10,15 @@ use test_harness::{
 use tokio::{io::AsyncWriteExt, process::Command};
 
 const PATIENCE: Duration = Duration::from_secs(60);
-const GUIDE: &str = include_str!("../../docs/guides/envoy.md");
+const GUIDE: &str = include_str!("../../docs/tutorial.md");
 
-/// The block of the guide that begins with `first`.
+/// The code block of the guide that begins with `first`.
 fn block(first: &str) -> String {
     let start = GUIDE.find(first).unwrap_or_else(|| panic!("the guide has no block that begins with {first:?}"));
     GUIDE[start..].split("\n```").next().unwrap_or_default().to_owned()
 }
 
-/// One of the guide's commands, run by a shell in `dir`, with the programs and the socket put in.
+/// Runs one of the guide's commands by a shell in `dir`, with the paths of programs and socket inserted.
 async fn command(line: &str, dir: &Path, socket: &Path) -> String {
     assert!(GUIDE.contains(line), "the guide no longer has {line:?}");
     let line = line.replace("target/release/sds-agent", agent::program().to_str().unwrap());
@@ -53,7 +53,7 @@ async fn the_plain_envoy_of_the_guide_serves_and_rotates() {
         command(line, dir.path(), agent.socket()).await;
     }
     let arguments = "-cert cert.pem -cert_chain cert.pem -key key.pem -CAfile roots.pem -quiet";
-    assert!(GUIDE.contains(arguments), "the guide asks in another way");
+    assert!(GUIDE.contains(arguments), "the guide has another command");
     let mut client = Command::new(tools::openssl());
     client.args(["s_client", "-connect", &format!("127.0.0.1:{tls}"), "-verify_return_error"]).args(arguments.split(' '));
     let mut client = client.current_dir(dir.path()).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();

@@ -1,7 +1,7 @@
-//! The agent between its clients and its issuers: two Envoys, grpcurl and `fetch` on one side, the embedded issuer and the real cert-manager
-//! on the other, and what goes wrong on that side.
+//! The agent between clients and issuers: two Envoys, grpcurl and `fetch` as clients, the embedded issuer and the real cert-manager as
+//! issuers, and failures of the issuers.
 //!
-//! Nothing is skipped: where a program is missing, the tests that need it fail and say how to get it.
+//! No test is skipped: if a program is missing, the tests that need it fail and say how to get it.
 
 #![allow(
     clippy::disallowed_methods,

@@ -1,4 +1,4 @@
-//! A rolling restart as a surge makes one: the successor starts beside the agent that serves, and takes its socket only once it can serve.
+//! A rolling restart with a surge: the new agent starts beside the one that serves, and takes its socket only when it can serve.
 
 use std::{fs, os::unix::fs::MetadataExt, path::Path, time::Duration};
 
@@ -8,7 +8,7 @@ use tokio::net::UnixStream;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// A successor that never finds the API server; whose pod it is in does not matter then.
+/// An agent that never reaches the API server. Its pod does not matter then.
 fn broken(surge: &Surge, dir: &Path) -> Launch {
     let port = test_harness::free_port();
     let nowhere = json!({
@@ -45,24 +45,24 @@ async fn a_rolling_restart_loses_nothing_and_orders_nothing() {
     let load = pair.load();
     load.passes("before the restart").await;
     let successor = surge.successor(dir.path()).await.start().await;
-    assert_ne!(inode(&socket), before, "who is ready has the socket");
+    assert_ne!(inode(&socket), before, "the ready agent has the socket");
     successor.logs("it waited", PATIENCE, |line| line["message"].as_str().is_some_and(|m| m.contains("a predecessor serves"))).await;
     load.passes("with two agents").await;
     surge.agent.terminate();
     assert!(surge.agent.exit(PATIENCE).await.success());
-    eventually("both Envoys have come over, with two streams each", PATIENCE, async || {
+    eventually("both Envoys have changed over, with two streams each", PATIENCE, async || {
         let streams = successor.metric("sds_agent_streams").await;
         if streams >= 4.0 { Ok(()) } else { Err(format!("{streams} streams")) }
     })
     .await;
-    // And a pod that starts now is served by the successor.
+    // The new agent serves a pod that starts now.
     assert_ne!(inode(&socket), before);
     load.passes("after the restart").await;
     let tally = load.stop().await;
 
     pair.assert_clean(&tally).await;
     let seen = recorder.seen();
-    assert!(seen.is_empty(), "nothing was due, and yet there were requests: {seen:?}");
+    assert!(seen.is_empty(), "no renewal was due, but there were requests: {seen:?}");
     let held = successor.metric_of("sds_agent_certificates", &["state=\"held_by_client\""]).await;
     assert!(held >= 2.0, "{held} certificates are held by clients");
 }
@@ -92,24 +92,24 @@ async fn a_broken_successor_never_takes_the_socket() {
         0
     );
 
-    // Where the old one goes meanwhile, somebody has to be there.
+    // If the old agent ends meanwhile, the new one takes the socket although it is not ready.
     let mut broken = launch.spawn();
     broken.logs("it waits", PATIENCE, |line| line["message"].as_str().is_some_and(|m| m.contains("a predecessor serves"))).await;
     surge.agent.kill().await;
-    broken.logs("it steps in", PATIENCE, |line| line["message"].as_str().is_some_and(|m| m.contains("the socket is ours"))).await;
+    broken.logs("it steps in", PATIENCE, |line| line["message"].as_str().is_some_and(|m| m.contains("the socket is acquired"))).await;
     assert_ne!(inode(&socket), before);
     broken.terminate();
     broken.exit(PATIENCE).await;
 }
 
-/// The program of an old pod ends while a new pod waits, and the kubelet starts it again before the controller takes the old pod away: it
-/// takes the socket, and takes it along.
+/// The container of the old pod restarts while a new pod waits, before the controller deletes the old pod: the restarted agent takes the
+/// socket, and removes it at its end.
 #[tokio::test]
 async fn whoever_is_left_has_the_socket() {
     let surge = Surge::start().await;
     let (socket, dirs) = (surge.agent.socket().to_owned(), [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()]);
     let (next, broken) = (surge.successor(dirs[0].path()).await, broken(&surge, dirs[1].path()));
-    // A number is given again as soon as it is free: the time tells the two apart.
+    // The kernel reuses inode numbers at once, so the change time is compared too.
     let look = || fs::metadata(&socket).map(|meta| (meta.ino(), meta.ctime(), meta.ctime_nsec()));
     let mut last = look().unwrap();
     let mut changed = async |what: &str| {
@@ -122,23 +122,23 @@ async fn whoever_is_left_has_the_socket() {
     };
     let taken = |line: &Value| line["message"].as_str().is_some_and(|m| m.contains("another agent has taken the socket"));
 
-    // Killed, the next one leaves its name behind; told to end, it takes it along.
+    // A killed agent leaves its socket's path behind; an agent that ends by SIGTERM removes it.
     for is_killed in [true, false] {
         let mut next = next.start().await;
         changed("the next one has taken the socket").await;
-        surge.agent.logs("the one before knows", PATIENCE, taken).await;
+        surge.agent.logs("the previous agent has noticed", PATIENCE, taken).await;
         if is_killed {
             next.kill().await;
         } else {
             next.terminate();
             assert!(next.exit(PATIENCE).await.success());
         }
-        changed("the one before has it again").await;
+        changed("the previous agent has it again").await;
         let answer = test_harness::fetch::ask(Some(&surge.server.1), &socket, &test_harness::fetch::BOTH, "10s").await;
         assert!(answer.is_ok(), "{answer:?}");
     }
 
-    // One that never gets ready and has stepped in stands back, and steps in again.
+    // An agent that is not ready yields the socket to one that is, and takes it again when that one ends.
     let mut broken = broken.spawn();
     broken.logs("it waits", PATIENCE, |line| line["message"].as_str().is_some_and(|m| m.contains("a predecessor serves"))).await;
     surge.agent.kill().await;
@@ -153,5 +153,5 @@ async fn whoever_is_left_has_the_socket() {
     changed("it steps in again").await;
     broken.terminate();
     assert!(broken.exit(PATIENCE).await.success());
-    assert!(!socket.exists(), "the last one takes the name along");
+    assert!(!socket.exists(), "the last agent removes the path");
 }

@@ -1,4 +1,4 @@
-//! `sds-agent doctor` about processes and pods of a node, beside the agent whose verdict it tells.
+//! `sds-agent doctor` for processes and pods of a node, compared with the agent's own result.
 
 use std::path::Path;
 
@@ -36,7 +36,7 @@ async fn the_doctor_tells_the_agents_verdict_and_its_evidence() {
     let pid = process.pid().to_string();
     let name = format!("{}/{}", workload.pod.namespace, workload.pod.name);
 
-    // It is in its cgroup a moment after it was started.
+    // The process is in its cgroup shortly after its start.
     let good = test_harness::eventually("the doctor is content", PATIENCE, async || match doctor(&launch, &["--pid", &pid]).await {
         (Some(0), steps) => Ok(steps),
         (_, steps) => Err(format!("{steps:?}")),
@@ -44,19 +44,19 @@ async fn the_doctor_tells_the_agents_verdict_and_its_evidence() {
     .await;
     let order =
         ["socket", "process", "handle", "own prefix", "cgroups", "rights", "index", "service account", "verdict", "issuer", "requests"];
-    // Nothing is asked for at present, so that nobody approves anything.
+    // No request exists now, so no request is approved.
     let unknown = ("approver", "unknown");
     assert_eq!(results(&good), order.into_iter().map(|name| (name, "ok")).chain([unknown]).collect::<Vec<_>>());
     assert!(detail(&good, "cgroups").contains(&format!("[decided by pod{}]", workload.pod.uid)), "{good:?}");
     assert!(detail(&good, "socket").contains(&format!("process {} (sds-agent)", agent.process().pid())), "{good:?}");
     assert!(detail(&good, "verdict").ends_with(&workload.id()), "{good:?}");
-    assert_eq!(workload.fetch(&agent).await["spiffe_id"], workload.id(), "the agent says otherwise");
+    assert_eq!(workload.fetch(&agent).await["spiffe_id"], workload.id(), "the agent disagrees");
 
     let (code, steps) = doctor(&launch, &["--pod", &name]).await;
     assert_eq!(code, Some(0), "{steps:?}");
     assert!(detail(&steps, "pod").contains(&workload.pod.uid) && detail(&steps, "verdict").ends_with(&workload.id()));
 
-    // No process, no pod, no pod of this node, no pod at all.
+    // A process outside of pods, a process that does not exist, a pod of another node, an unknown pod.
     let outside = std::process::id().to_string();
     let (code, steps) = doctor(&launch, &["--pid", &outside]).await;
     assert_eq!((code, failed(&steps)), (Some(77), vec!["cgroups", "verdict"]));
@@ -69,7 +69,7 @@ async fn the_doctor_tells_the_agents_verdict_and_its_evidence() {
         assert_eq!((code, failed(&steps)), (Some(1), vec!["pod"]), "{pod}");
     }
 
-    // A right that was taken is told before all that follows from it.
+    // A revoked permission is reported before its consequences.
     scene.agent_pod.allow(Right::Pods, &["list"]).await;
     let (code, steps) = doctor(&launch, &["--pid", &pid]).await;
     assert_eq!(code, Some(77), "{steps:?}");
@@ -123,7 +123,7 @@ async fn a_survey_tells_of_the_agent_its_node_and_its_rights() {
     let requests = format!("may create, get, list, watch, delete certificaterequests.cert-manager.io in namespace {namespace}");
     assert!(detail(&steps, "rights").contains(&requests), "{steps:?}");
 
-    // What can be done without is a warning, and what cannot is named with its verb.
+    // A missing optional permission is a warning; a missing required one is named with its verb.
     scene.agent_pod.allow(Right::Events, &[]).await;
     let (code, steps) = doctor(&launch, &[]).await;
     assert_eq!((code, result(&steps, "rights")), (Some(0), "warning"));
@@ -134,11 +134,11 @@ async fn a_survey_tells_of_the_agent_its_node_and_its_rights() {
     let lack = format!("this account may not delete certificaterequests.cert-manager.io in namespace {namespace}\n");
     assert!(detail(&steps, "rights").starts_with(&lack), "{steps:?}");
 
-    // Killed, it leaves its socket behind.
+    // A killed agent leaves its socket behind.
     agent.kill().await;
     let (code, steps) = doctor(&launch, &[]).await;
     assert_eq!((code, failed(&steps)), (Some(69), vec!["socket", "agent", "rights"]));
-    assert!(detail(&steps, "socket").contains("left over from an agent that has ended"), "{steps:?}");
+    assert!(detail(&steps, "socket").contains("left by an agent that ended"), "{steps:?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -156,7 +156,7 @@ async fn a_server_that_is_away_is_69_and_nothing_else_is_asked_of_it() {
     drop(agent);
 }
 
-/// Without a cluster and without a word about one.
+/// Neither a cluster nor a reference to one exists.
 #[tokio::test]
 async fn by_user_id_there_is_no_cluster_to_ask() {
     let dir = tempfile::tempdir().expect("a temporary folder");
@@ -166,7 +166,7 @@ async fn by_user_id_there_is_no_cluster_to_ask() {
     assert_eq!((code, failed(&steps)), (Some(0), vec![]), "{steps:?}");
     assert_eq!((result(&steps, "api server"), result(&steps, "verdict")), ("absent", "ok"), "{steps:?}");
 
-    // A workload that has mounted the socket file, and not its directory: it is lost with the agent that made it.
+    // A workload has mounted the socket file instead of its directory: this file does not change when a new agent creates its socket.
     let mounted = dir.path().join("mounted");
     std::fs::write(&mounted, "").expect("a file to mount on");
     let script = format!("mount --bind {} {} && exec sleep 600", agent.socket().display(), mounted.display());
@@ -185,8 +185,8 @@ async fn by_user_id_there_is_no_cluster_to_ask() {
         })
         .await;
     };
-    says("warning", "have the socket file mounted, which is lost with this agent").await;
+    says("warning", "mount the socket file, which becomes invalid when this agent ends").await;
     agent.kill().await;
     let _successor = launch.start().await;
-    says("failed", "lead to a socket that is gone").await;
+    says("failed", "refer to a deleted socket").await;
 }

@@ -1,7 +1,7 @@
-//! What is installed and run by operators: everything below `daemonset/`, `doctor` and `certs`. With the real API server, kubelet, helm and
+//! The installation and the commands of operators: all of `daemonset/`, `doctor` and `certs`. With the real API server, kubelet, helm and
 //! kustomize.
 //!
-//! Nothing is skipped: where a program is missing, the tests that need it fail and say how to get it.
+//! No test is skipped: if a program is missing, the tests that need it fail and say how to get it.
 
 #![allow(
     clippy::disallowed_methods,

@@ -1,7 +1,8 @@
-//! What `daemonset/` installs: the chart against kustomize, the objects against the real API server, the pods on the real kubelet.
+//! The manifests in `daemonset/`: the chart compared with kustomize, the objects with the real API server, the pods with the real
+//! kubelet.
 //!
-//! Everything here is rendered by the real programs and applied as it is. Where a pod cannot be as it is on a test's node, `site` says in
-//! one place what is changed.
+//! The real programs render all manifests, and the tests apply them unchanged. Where a pod cannot run unchanged on a test's node, `site`
+//! makes the changes in one place.
 
 mod applied;
 mod equal;

@@ -1,4 +1,4 @@
-//! What operators see: `sds-agent certs`, the admin address, and Events on pods, with the real API server.
+//! The interfaces for operators: `sds-agent certs`, the admin address, and Events on pods, with the real API server.
 
 use std::{path::Path, time::Duration};
 
@@ -12,7 +12,7 @@ use test_harness::{
     signer::{Answer, Signer},
 };
 
-/// Runs `sds-agent` with words; its exit code, and what it wrote to its two outputs.
+/// Runs `sds-agent` with arguments; returns its exit code, standard output and standard error.
 async fn sds_agent(words: &[&str]) -> (Option<i32>, String, String) {
     let output = child::run(agent::program(), words, PATIENCE).await;
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
@@ -29,7 +29,7 @@ async fn certs_tells_what_the_agent_holds_and_says_where_there_is_none() {
     let dir = tempfile::tempdir().expect("a temporary folder");
     let agent = Launch::dev(dir.path()).start().await;
     let (code, text, _) = certs(&agent, &[]).await;
-    assert_eq!((code, text.as_str()), (Some(0), "the agent holds no certificate: nobody has asked for one\n"));
+    assert_eq!((code, text.as_str()), (Some(0), "the agent holds no certificate: no client has requested one\n"));
 
     let socket = dir.path().join("sds.sock");
     let fetched =
@@ -51,14 +51,14 @@ async fn certs_tells_what_the_agent_holds_and_says_where_there_is_none() {
     agent.kill().await;
     let (code, text, words) = sds_agent(&["certs", "--admin", &admin]).await;
     assert_eq!((code, text.as_str()), (Some(69), ""));
-    assert!(words.contains("cannot be reached") && words.contains("is the agent running here?"), "{words}");
+    assert!(words.contains("cannot be reached") && words.contains("check that the agent runs here"), "{words}");
 }
 
 fn path(path: &Path) -> &str {
     path.to_str().expect("temporary folders have plain names")
 }
 
-/// A static pod may have nothing, and asks again and again; a process that the policy does not let is told of, too.
+/// A static pod has no identity and retries repeatedly. A process that the policy rejects also gets one Event.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_pod_that_may_have_nothing_is_told_once() {
     let scene = Scene::new(&Cluster::connect().await).await;
@@ -120,7 +120,7 @@ async fn trouble_is_one_event_on_the_pod_and_its_end_one_more() {
     let refused = event(&scene, &denied, 1).await;
     assert!(refused["reason"] == "CertificateDenied" && says(&refused, "not on my watch"), "{refused}");
 
-    // It goes on failing, and no pod hears of it again.
+    // The failure continues, and the pod gets no second Event.
     let tries = signer.given(&failing.id()).len();
     eventually("it fails again", PATIENCE, async || {
         if signer.given(&failing.id()).len() > tries { Ok(()) } else { Err("it was not tried".to_owned()) }

@@ -1,4 +1,4 @@
-//! Who is calling: processes in real cgroups, and what they try in order to be somebody else.
+//! Identification of callers: processes in real cgroups, and their attempts to get another identity.
 
 use std::{path::Path, time::Duration};
 
@@ -13,7 +13,7 @@ mod reuse;
 mod scene;
 
 const METHODS: [&str; 3] = ["StreamSecrets", "DeltaSecrets", "FetchSecrets"];
-/// Ends are told at once; this is for a busy machine.
+/// Streams end at once; the limit is for a busy machine.
 const PROMPT: Duration = Duration::from_secs(60);
 
 #[tokio::test]
@@ -22,7 +22,7 @@ async fn a_pod_never_gets_anothers_secret_by_any_name_or_call() {
     let scene = Scene::start("certificate: { lifetime: 1h }").await;
     let (a, b) = (scene.a.pod.spiffe_id(), scene.b.pod.spiffe_id());
     assert!(a != b && a.ends_with("/sa/a"));
-    // What the names may be taken for, one beside the other: not B's, whatever is made of them.
+    // Names that could be mistaken for B's: none of them gives B's secret.
     let (upper, slash, dot) = (b.to_uppercase(), format!("{b}/"), b.replace("/sa/", "/sa/./"));
     let (domain, bare) = (b.replace("cluster.local", "CLUSTER.LOCAL"), b.trim_start_matches("spiffe://").to_owned());
     let up = format!("{a}/../b");
@@ -35,7 +35,7 @@ async fn a_pod_never_gets_anothers_secret_by_any_name_or_call() {
         assert!(others.ids.iter().all(|id| *id == a), "{method}: {others:?}");
         let only = scene.ask(&scene.a.cgroup, method, WHILE, &[&b]).await;
         assert!(only.ids.is_empty() && !only.has_key, "{method}: {only:?}");
-        // The name is right: B itself gets it.
+        // The name is valid: B itself gets its secret by it.
         let by_b = scene.ask(&scene.b.cgroup, method, WHILE, &[&b]).await;
         assert!(by_b.has_key && by_b.ids == [&*b], "{method}: {by_b:?}");
     }
@@ -65,7 +65,7 @@ async fn streams_and_keys_go_with_the_pod_and_not_while_it_drains() {
     sibling.messages(1).await;
     let seen = stream.messages(1).await;
 
-    // A deletion with time to drain: certificates go on being replaced.
+    // A pod that drains after a deletion still gets renewals.
     scene.cluster.delete(&scene.a.path()).await;
     let pod = scene.cluster.get(&scene.a.path()).await;
     assert!(pod["metadata"]["deletionTimestamp"].is_string(), "{}", pod["metadata"]);
@@ -73,15 +73,15 @@ async fn streams_and_keys_go_with_the_pod_and_not_while_it_drains() {
     assert!(later.ids.iter().all(|id| *id == a));
 
     scene.cluster.delete_now(&scene.a.path()).await;
-    let last = tokio::time::timeout(PROMPT, stream.closed()).await.expect("the process lives, its pod does not");
+    let last = tokio::time::timeout(PROMPT, stream.closed()).await.expect("the stream ends with its pod");
     assert!(last.ended);
-    eventually("its key is gone, an hour before the retention's end", PROMPT, async || {
+    eventually("its key is deleted, an hour before the retention's end", PROMPT, async || {
         scene.agent.certificate(&a).await.map_or(Ok(()), |held| Err(held.to_string()))
     })
     .await;
     assert!(sibling.is_open() && scene.agent.certificate(&scene.b.pod.spiffe_id()).await.is_some());
 
-    // Containers outlive their pod for a while; and another pod of the same name is another pod.
+    // Containers can outlive their pod, and another pod with the same name is another pod.
     let outlived = scene.ask(&scene.a.cgroup, "FetchSecrets", LONG, &["default"]).await;
     assert!(outlived.is_refusal(), "{outlived:?}");
     let second = again(&scene.cluster, &scene.a.pod.namespace, "a", &scene.node).await;
@@ -90,7 +90,7 @@ async fn streams_and_keys_go_with_the_pod_and_not_while_it_drains() {
     let outlived = scene.ask(&scene.a.cgroup, "FetchSecrets", LONG, &["default"]).await;
     assert!(outlived.is_refusal(), "{outlived:?}");
 
-    // A pod that has run to its end is gone, too, though its object stays.
+    // A pod in a terminal phase has ended too, although its object still exists.
     scene.cluster.patch(&format!("{}/status", scene.b.path()), &serde_json::json!({"status": {"phase": "Succeeded"}})).await;
     tokio::time::timeout(PROMPT, sibling.closed()).await.expect("its pod has ended");
 }
@@ -103,8 +103,8 @@ async fn a_connection_kept_by_a_child_closes_when_the_parent_exits() {
     let parents = handed_over.messages(1).await;
     let child = tokio::time::timeout(PROMPT, handed_over.closed()).await.expect("the process that connected has ended");
     assert!(parents.has_key && child.ended);
-    assert_eq!(child.messages, parents.messages, "the child has got nothing of its own");
-    // The same, were it only a rotation away: a stream whose process lives goes on.
+    assert_eq!(child.messages, parents.messages, "the child has received further messages");
+    // A stream whose process still runs gets renewals, so the child would have received one.
     let kept = scene.stream(&scene.a.cgroup, "watch", &["default"]);
     kept.messages(3).await;
     kept.kill();
@@ -114,7 +114,7 @@ async fn a_connection_kept_by_a_child_closes_when_the_parent_exits() {
 async fn a_child_that_keeps_the_connection_loses_it_with_the_pod() {
     let _turn = test_harness::turn().await;
     let scene = Scene::start("certificate: { lifetime: 1h }").await;
-    // The shell stays as the parent, and only its child holds the connection.
+    // The shell stays as the parent, and only its child process has the connection.
     let mut command = scene.a.cgroup.command(Path::new("sh"));
     let words = "\"$0\" watch \"$1\" default & wait";
     let child = child::Child::spawn("a shell", command.arg("-c").arg(words).arg(caller()).arg(scene.agent.socket()));
@@ -132,7 +132,7 @@ async fn a_victims_path_below_ones_own_cgroup_gains_nothing() {
     nothing_is_gained(&scene).await;
 }
 
-/// What a container with a writable cgroup can make, and what it gets for it.
+/// Cgroups that a container with a writable cgroup file system can create, and the results.
 async fn nothing_is_gained(scene: &Scene) {
     let (a, b) = (&scene.a, &scene.b);
     let victims = format!("kubepods/burstable/pod{}/{}", b.pod.uid, test_harness::cgroups::container_id(&b.pod.uid, 0));
@@ -152,14 +152,15 @@ async fn nothing_is_gained(scene: &Scene) {
     assert!(answer.is_refusal(), "{answer:?}");
     assert_eq!(scene.refused("not_in_pod").await, refused + 1.0);
 
-    // Where a hierarchy leaves a container at its top, the container may make anything there; the others still say whose it is.
+    // In a hierarchy that gives a container write access to its root, the container can create any path; the other hierarchies still name
+    // its pod.
     if a.cgroup.hierarchies() > 1 {
         let mixed = a.cgroup.command_mixed_with(&b.cgroup, caller());
         let answer = scene.ask_by(mixed, "FetchSecrets", LONG, &["default"]).await;
         assert!(answer.is_refusal(), "{answer:?}");
         assert_eq!(scene.refused("conflicting_cgroups").await, 1.0);
     }
-    // The victim's path is right: the victim itself gets its own by it.
+    // The victim's path is valid: the victim itself gets its certificate by it.
     let answer = scene.ask(&b.cgroup, "FetchSecrets", LONG, &["default"]).await;
     assert!(answer.ids == [b.pod.spiffe_id()], "{answer:?}");
 }

@@ -1,4 +1,4 @@
-//! Callers that have no identity, or have none yet, or no longer.
+//! Callers without an identity, callers that get one later, and callers that lose it.
 
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use test_harness::{
 };
 use tokio::process::Command;
 
-/// What every caller is told that can never be served, whatever the cause.
+/// The error for every caller that can never be served, regardless of the cause.
 const FLAT: &str = "sds-agent: the server has no identity for this process: no identity is available to this caller\n";
 
 async fn scene() -> (Scene, Agent) {
@@ -21,15 +21,15 @@ async fn scene() -> (Scene, Agent) {
     (scene, agent)
 }
 
-/// Why its only caller was not served: one line in the log.
+/// The cause for which the only caller was rejected: one line in the log.
 async fn cause(agent: &Agent) -> String {
     let is_it = |line: &serde_json::Value| line["message"] == "caller not served";
     let line = agent.logs("the caller that is not served", PATIENCE, is_it).await;
-    assert_eq!(agent.log().iter().filter(|line| is_it(line)).count(), 1, "it is told more than once");
+    assert_eq!(agent.log().iter().filter(|line| is_it(line)).count(), 1, "it is logged more than once");
     line["cause"].as_str().expect("a cause").to_owned()
 }
 
-/// The cause is the operator's: one line in the log, and a count.
+/// Asserts that the cause is visible to the operator: one line in the log, and a count.
 async fn assert_refused(agent: &Agent, refusal: &fetch::Refusal, reason: &str, words: &[&str]) {
     assert_eq!((refusal.code, refusal.words.as_str()), (77, FLAT));
     let cause = cause(agent).await;
@@ -43,10 +43,10 @@ async fn assert_refused(agent: &Agent, refusal: &fetch::Refusal, reason: &str, w
 async fn a_process_outside_of_any_pod_is_refused() {
     let (_scene, agent) = scene().await;
     let refusal = fetch::ask(None, agent.socket(), &fetch::BOTH, "10s").await.expect_err("it is in no pod");
-    assert_refused(&agent, &refusal, "not_in_pod", &["its cgroups lead through no pod"]).await;
+    assert_refused(&agent, &refusal, "not_in_pod", &["its cgroup paths contain no pod"]).await;
 }
 
-/// Its mirror in the API may say what it likes: nobody vouches for the service account of a static pod.
+/// The service account in the mirror of a static pod proves nothing, because a kubelet can write any name there.
 #[tokio::test]
 async fn a_static_pod_is_refused() {
     let (scene, agent) = scene().await;
@@ -58,8 +58,9 @@ async fn a_static_pod_is_refused() {
     assert_refused(&agent, &refusal, "no_service_account", &[&words]).await;
 }
 
-/// A process may be faster than the news of its pod: it is asked to come again after one look at the API server, which nobody polls, and
-/// it is served when the watch has told. (While the index is not complete it is held instead, see `bad_upstream::rights`.)
+/// A process can call before the watch reports its pod. The agent reads the API server once and then asks the client to retry; it does
+/// not poll. It serves the pod when the watch has reported it. (While the index is incomplete, the agent holds the stream, see
+/// `bad_upstream::rights`.)
 #[tokio::test]
 async fn a_pod_that_is_known_later_than_it_calls_is_served_then() {
     let (scene, agent) = scene().await;
@@ -98,7 +99,7 @@ async fn a_pod_that_is_deleted_loses_its_stream_and_its_key() {
     assert_eq!(code, Some(77), "{words}");
     assert_eq!(words, "sds-agent: the server has no identity for this process: the workload has ended\n");
     let refusal = workload.refusal(&agent, "3s").await;
-    // A UID that has gone never comes back.
+    // The UID of a deleted pod is never reused.
     assert_eq!(refusal.code, 77, "{refusal:?}");
 
     eventually("the certificate is forgotten", PATIENCE, async || match agent.certificate(&workload.id()).await {
@@ -107,7 +108,7 @@ async fn a_pod_that_is_deleted_loses_its_stream_and_its_key() {
     })
     .await;
     eventually("the key is wiped", PATIENCE, async || if key.is_in(&agent) { Err("it is there".into()) } else { Ok(()) }).await;
-    assert!(others_key.is_in(&agent), "another's key has gone as well");
+    assert!(others_key.is_in(&agent), "the key of another pod was wiped as well");
     assert_eq!(others.updates().len(), 1);
     others.assert_undisturbed();
 }
@@ -130,12 +131,12 @@ impl Key {
         let pem = std::fs::read(&file).expect("the key");
         let (_, parsed) = x509_parser::pem::parse_x509_pem(&pem).expect("PEM");
         let line = pem.split(|byte| *byte == b'\n').nth(2).expect("a line in the middle").to_vec();
-        // The secret number of a P-256 key stands after its header.
+        // The private scalar of a P-256 key follows its header.
         let number = parsed.contents.get(36..68).expect("a key of P-256 in PKCS#8").to_vec();
         Self { text: line, bytes: number, _dir: dir }
     }
 
-    /// Whether the agent has it anywhere in its memory.
+    /// Whether the agent's memory contains the key.
     fn is_in(&self, agent: &Agent) -> bool {
         [&self.text, &self.bytes].into_iter().any(|form| memory::holds(agent.process().pid(), form))
     }

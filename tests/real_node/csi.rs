@@ -1,4 +1,5 @@
-//! Sockets of pods with real mounts: a kubelet's calls, Envoys that see one mounted directory, and agents that are killed in between.
+//! Per-pod sockets with real mounts: the calls of a kubelet, Envoys that see one mounted directory, and agents that are killed in
+//! between.
 
 use std::{
     fs,
@@ -24,10 +25,10 @@ mod restarts;
 use self::kubelet::Kubelet;
 
 const PATIENCE: Duration = Duration::from_secs(60);
-/// Publishing and unpublishing wait for nobody.
+/// Publishing and unpublishing wait for no other party.
 const PROMPT: Duration = Duration::from_secs(25);
 
-/// A node whose kubelet knows the agent as a driver; nothing is served but sockets of pods.
+/// A node whose kubelet knows the agent as a driver. Only per-pod sockets are served.
 struct Node {
     cluster: Cluster,
     name: String,
@@ -44,7 +45,7 @@ impl Node {
         Self::waiting("0s", settings).await
     }
 
-    /// With `waitForCertificate`.
+    /// Starts with `waitForCertificate`.
     async fn waiting(wait: &str, settings: &str) -> Self {
         let cluster = Cluster::connect().await;
         let dir = tempfile::tempdir().unwrap();
@@ -67,25 +68,25 @@ impl Node {
         self.cluster.pod(&self.namespace, name, &self.name).await
     }
 
-    /// Where the agent has the sockets.
+    /// The agent's directory of sockets.
     fn sockets(&self) -> PathBuf {
         self.dir.path().join("pods")
     }
 
-    /// Every directory of a volume.
+    /// The directories of all volumes.
     fn directories(&self) -> Vec<PathBuf> {
         let inner = |path: PathBuf| fs::read_dir(path).into_iter().flatten().map(|entry| entry.unwrap().path());
         inner(self.sockets()).filter(|path| !path.ends_with(".view")).flat_map(inner).collect()
     }
 
-    /// The paths on which somebody listens, below the directory of sockets.
+    /// The number of paths below the directory of sockets on which a server listens.
     fn listening(&self) -> usize {
         let table = fs::read_to_string("/proc/net/unix").unwrap();
         let own = self.sockets().display().to_string();
         table.lines().filter(|line| line.contains(&own) && line.split_whitespace().nth(3) == Some("00010000")).count()
     }
 
-    /// Asks in the pod that has `target` mounted.
+    /// Fetches in the pod that has `target` mounted.
     async fn fetch(&self, target: &Path, socket: &str) -> Result<serde_json::Value, String> {
         let program = format!("'{}' fetch --socket {IN_POD}/{socket} --name default -o json --timeout 20s", agent::program().display());
         let output = self.host.in_pod(target, &program).await;

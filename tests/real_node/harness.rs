@@ -25,9 +25,9 @@ use tokio::{
     process::Command,
 };
 
-/// So slow that a load of a fixed time would have next to no requests.
+/// With this delay a load of a fixed duration would have almost no requests.
 const SLOW: Duration = Duration::from_millis(50);
-/// Of two control planes, on a busy machine.
+/// Limit for two control planes, on a busy machine.
 const START: Duration = Duration::from_secs(180);
 
 #[tokio::test]
@@ -41,10 +41,10 @@ async fn a_load_passes_its_phases_however_slow_its_target_is() {
                 let mut request = [0; 1024];
                 assert_ne!(stream.read(&mut request).await.unwrap(), 0);
                 tokio::time::sleep(SLOW).await;
-                // The last phase meets failures.
+                // The last phase sees failures.
                 let (status, body) = if number < 60 { ("200 OK", "well") } else { ("503 Unavailable", "ill") };
                 let answer = format!("HTTP/1.1 {status}\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{body}", body.len());
-                // A load that was stopped does not read.
+                // A stopped load does not read.
                 let _ = stream.write_all(answer.as_bytes()).await;
             });
         }
@@ -73,8 +73,8 @@ async fn a_process_is_in_its_pods_cgroup_in_every_hierarchy() {
     assert!(folders.iter().all(|folder| !folder.exists()), "they are left behind");
 }
 
-/// A request like an agent's, by a token bound to its pod: cert-manager signs it, and records the pod and the node. It shows that
-/// the control plane is what the other tests take it for.
+/// A request like an agent's, with a token bound to its pod: cert-manager signs it, and records the pod and the node. This shows that the
+/// control plane behaves as the other tests assume.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_control_plane_issues_and_records_who_asked() {
     let dir = tempfile::tempdir().expect("a temporary folder");
@@ -119,17 +119,17 @@ async fn the_control_plane_issues_and_records_who_asked() {
     assert!(cluster.requests(namespace).await.is_empty());
     assert_eq!(recorder.seen().iter().map(|seen| seen.uris.clone()).collect::<Vec<_>>(), [[id.to_owned()]]);
 
-    // And no more than that: an agent may not approve, nor read Secrets.
+    // The agent has no further permission: it can neither approve nor read Secrets.
     for path in ["/api/v1/secrets", "/api/v1/namespaces/cert-manager/secrets/ca-key-pair"] {
         let refused = as_agent.try_get(path).await.expect_err("it has no right to");
         assert!(matches!(&refused, kube::Error::Api(status) if status.code == 403), "{refused}");
     }
 }
 
-/// Set for the child, so that `--include-ignored` starts no control plane of its own.
+/// Set for the child process, so that `--include-ignored` starts no second control plane.
 const CHILD: &str = "SDS_AGENT_TEST_SHARED_PLANE";
 
-/// Two test programs, one after another, below a program of the name `cargo`.
+/// Two test programs, one after the other, below a program of the name `cargo`.
 #[tokio::test]
 async fn test_programs_of_a_run_share_a_control_plane_that_ends_with_the_run() {
     let dir = tempfile::tempdir().unwrap();

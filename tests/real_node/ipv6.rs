@@ -1,4 +1,4 @@
-//! Where probes and metrics are reached: the kubelet and Prometheus come by addresses of either family, and a node may have one alone.
+//! The addresses of probes and metrics: the kubelet and Prometheus use addresses of either family, and a node may have only one family.
 
 use std::{
     fs,
@@ -30,12 +30,12 @@ async fn all_addresses_are_those_of_both_families() {
     }
 }
 
-/// As with `ipv6.disable=1` on the kernel's command line: there is no such family.
+/// As with `ipv6.disable=1` on the kernel's command line: the address family does not exist.
 #[tokio::test]
 async fn a_node_without_ipv6_is_served_over_ipv4() {
     let dir = tempfile::tempdir().unwrap();
     let port = free_port();
-    // The first socket is that of `admin.address`, the second the one that is to be of both families.
+    // The first socket is that of `admin.address`, the second is the dual-stack one.
     let trace = dir.path().join("trace");
     let strace = [tools::strace().to_str().unwrap(), "-D", "-f", "-o", trace.to_str().unwrap(), "-e", "trace=socket"].map(str::to_owned);
     let inject = ["-e", "inject=socket:error=EAFNOSUPPORT:when=2"].map(str::to_owned);
@@ -47,11 +47,11 @@ async fn a_node_without_ipv6_is_served_over_ipv4() {
     assert!(fs::read_to_string(trace).unwrap().contains("socket(AF_INET6, "), "what failed is the socket of IPv6");
 }
 
-/// A node where sockets of IPv6 take no IPv4 unless they are told to.
+/// A node on which IPv6 sockets accept no IPv4 unless the program requests it.
 #[test]
 fn a_node_may_have_sockets_of_ipv6_for_ipv6_alone() {
     let elsewhere = thread::spawn(|| {
-        // Of this thread alone.
+        // Affects only this thread.
         unshare(CloneFlags::CLONE_NEWNET).expect("run as root");
         fs::write("/proc/sys/net/ipv6/bindv6only", "1").unwrap();
         assert!(Command::new("ip").args(["link", "set", "lo", "up"]).status().unwrap().success());

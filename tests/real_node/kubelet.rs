@@ -1,5 +1,5 @@
-//! A real kubelet with a real containerd drives the agent: what the tests with a stand-in (`csi`) and with cgroups of their own (`attest`)
-//! take the two for.
+//! A real kubelet with a real containerd uses the agent, and behaves as the tests with a simulated kubelet (`csi`) and with cgroups of
+//! their own (`attest`) assume.
 
 use std::{fs, path::PathBuf, time::Duration};
 
@@ -18,17 +18,17 @@ use test_harness::{
 use tokio::time::Instant;
 
 const PATIENCE: Duration = Duration::from_secs(60);
-/// What every pod has where: its own socket, and the one that it shares with all.
+/// The paths in every pod: its own socket, and the socket shared by all pods.
 const OWN: &str = "/run/sds/socket";
 const SHARED: &str = "/run/sds-agent/sds.sock";
 const SOCKETS: &str = "/run/sds-agent-pods";
 const PODS: &str = "/var/lib/kubelet/pods";
 /// The image with the agent's program, for `fetch`.
 const IMAGE: &str = "sds-agent.test/sds-agent:1";
-/// The flags that a mount has on the host.
+/// The flags of a mount on the host.
 const GUARDED: [&str; 4] = ["ro", "nosuid", "nodev", "noexec"];
 
-/// A node with an agent on its host, at the usual places.
+/// A node with an agent on its host, at the default paths.
 struct Scene {
     launch: Launch,
     namespace: String,
@@ -45,7 +45,7 @@ impl Scene {
         let image = Image::of_programs(IMAGE, &dir.path().join("image"), &[agent::program()]).await;
         let node = Node::start(&cluster, dir.path(), &[image]).await;
         cluster.create("/apis/storage.k8s.io/v1/csidrivers", &driver()).await;
-        // The agent runs on the host here. What it has of its pod is the cgroup, and the account's token.
+        // The agent runs on the host here. Of its pod it has only the cgroup and the account's token.
         let pause = json!({"containers": [{"name": "main", "image": PAUSE, "command": ["/pause"]}]});
         let pod = node.pod(&cluster.namespace().await, "sds-agent", &pause).await;
         let agent_pod = AgentPod::of(&cluster, dir.path(), node.name(), pod).await;
@@ -55,13 +55,13 @@ impl Scene {
         Self { launch, namespace: cluster.namespace().await, node, cluster, _plane: plane, _dir: dir }
     }
 
-    /// The drivers that the kubelet has told the API server of.
+    /// The drivers that the kubelet has registered with the API server.
     async fn drivers(&self) -> Value {
         let path = format!("/apis/storage.k8s.io/v1/csinodes/{}", self.node.name());
         self.cluster.try_get(&path).await.map_or(Value::Null, |mut seen| seen["spec"]["drivers"].take())
     }
 
-    /// Asks in the pod's container, in which the runtime starts another program.
+    /// Runs `fetch` in the pod's container, in which the runtime starts another program.
     async fn fetch(&self, pod: &Pod, socket: &str, name: &str) -> Result<Value, String> {
         let program = ["/sds-agent", "fetch", "--socket", socket, "--name", name, "-o", "json", "--timeout", "10s"];
         let output = self.node.exec(pod, &program).await;
@@ -78,7 +78,7 @@ impl Scene {
         }
     }
 
-    /// What is left of a pod on the node.
+    /// The files of a pod that are left on the node.
     fn left_of(&self, pod: &Pod) -> Vec<String> {
         let mut left: Vec<_> = self.node.mounts(PODS).into_iter().map(|mount| mount.target.display().to_string()).collect();
         left.extend([SOCKETS, PODS].map(|place| format!("{place}/{}", pod.uid)).into_iter().filter(|path| self.node.path(path).exists()));
@@ -88,7 +88,7 @@ impl Scene {
     }
 }
 
-/// A workload that follows its certificate on its own socket and has the shared one too.
+/// A workload that watches its certificate on its own socket and also has the shared socket.
 fn workload() -> Value {
     let command = ["/sds-agent", "fetch", "--watch", "--socket", OWN, "--name", "default", "-o", "json"];
     json!({
@@ -106,7 +106,7 @@ fn workload() -> Value {
     })
 }
 
-/// As `docs/per-pod-sockets.md` has it.
+/// The CSIDriver of `docs/per-pod-sockets.md`.
 fn driver() -> Value {
     json!({
         "apiVersion": "storage.k8s.io/v1", "kind": "CSIDriver", "metadata": {"name": DRIVER},
@@ -130,7 +130,7 @@ async fn a_real_kubelet_gives_pods_their_sockets_and_takes_them_away() {
     })
     .await;
 
-    // The real cert-manager's certificate reaches a real pod, on the socket that the kubelet has mounted, and on the shared one.
+    // The real cert-manager's certificate reaches a real pod on its own socket, which the kubelet has mounted, and on the shared one.
     let begun = Instant::now();
     let cart = scene.node.pod(&scene.namespace, "cart", &workload()).await;
     println!("figure: a pod with a volume took {:.1} s to run", begun.elapsed().as_secs_f64());
@@ -154,7 +154,7 @@ async fn a_real_kubelet_gives_pods_their_sockets_and_takes_them_away() {
         assert!(GUARDED.iter().all(|flag| mount.options.split(',').any(|option| option == *flag)), "{mount:?}");
     }
 
-    // Killed, and back: a pod that starts in between waits, and those that run need do nothing.
+    // The agent is killed and restarted: a pod that starts in between waits, and running pods need no action.
     agent.kill().await;
     let late = scene.node.bound_pod(&scene.namespace, "late", &workload()).await;
     eventually("the kubelet makes the late pod's place", PATIENCE, async || {
@@ -173,7 +173,7 @@ async fn a_real_kubelet_gives_pods_their_sockets_and_takes_them_away() {
     })
     .await;
 
-    // A pod that ends takes all that was its own with it, and nothing of another's.
+    // The end of a pod removes all its files, and no files of another pod.
     assert!(scene.left_of(&cart).len() >= 4, "{:?}", scene.left_of(&cart));
     scene.node.delete(&cart).await;
     eventually("nothing is left of the pod", PATIENCE, async || match scene.left_of(&cart) {
@@ -183,10 +183,10 @@ async fn a_real_kubelet_gives_pods_their_sockets_and_takes_them_away() {
     .await;
     scene.assert_served(&other).await;
     let unpublished = agent.metric_of("sds_agent_csi_calls_total", &["call=\"unpublish\"", "code=\"Ok\""]).await;
-    assert!(unpublished > 0.0, "the kubelet has asked for it");
+    assert!(unpublished > 0.0, "the kubelet has called unpublish");
 }
 
-/// Whoever may change the CSIDriver object takes the kubelet's word away, and a pod's own attributes take its place.
+/// A user who can change the CSIDriver object can turn off the kubelet's pod information; then a pod's own attributes replace it.
 #[tokio::test]
 async fn a_pod_that_speaks_for_the_kubelet_does_not_start() {
     let _turn = test_harness::turn().await;
@@ -204,7 +204,7 @@ async fn a_pod_that_speaks_for_the_kubelet_does_not_start() {
     });
     let forger = scene.node.bound_pod(&scene.namespace, "forger", &forged).await;
     let events = format!("/api/v1/namespaces/{}/events?fieldSelector=involvedObject.uid%3D{}", scene.namespace, forger.uid);
-    eventually("the pod's events say why it does not start", PATIENCE, async || {
+    eventually("the pod's events name the cause", PATIENCE, async || {
         let events = scene.cluster.get(&events).await["items"].to_string();
         if events.contains("FailedMount") && events.contains("is not the pod of target_path") { Ok(()) } else { Err(events) }
     })
@@ -213,7 +213,7 @@ async fn a_pod_that_speaks_for_the_kubelet_does_not_start() {
     let left = scene.left_of(&forger);
     assert_eq!(left, [format!("{PODS}/{}", forger.uid)], "nothing but what the kubelet makes for every pod");
 
-    // Told by the kubelet whose it is, the same pod is itself.
+    // With the kubelet's pod information, the same pod gets its identity.
     scene.cluster.patch(&driver, &json!({"spec": {"podInfoOnMount": true}})).await;
     scene.node.until_running(&forger).await;
     scene.assert_served(&forger).await;

@@ -1,6 +1,6 @@
 //! The agent on a node: callers in real cgroups and namespaces, the kubelet and its mounts, memory and disk, addresses, Prometheus.
 //!
-//! Nothing is skipped: where a program is missing, the tests that need it fail and say how to get it.
+//! No test is skipped: if a program is missing, the tests that need it fail and say how to get it.
 
 #![allow(
     clippy::disallowed_methods,

@@ -1,5 +1,5 @@
-//! What is shipped for monitoring, with a real Prometheus: it scrapes real agents, every panel of the dashboard shows something, every rule can be
-//! evaluated, and promtool has nothing against rules and metrics.
+//! The files for monitoring with a real Prometheus: it scrapes real agents, every panel of the dashboard has data, every rule can be
+//! evaluated, and promtool reports no problem in rules and metrics.
 
 use std::{collections::BTreeSet, fs, path::Path, process::Stdio, time::Duration};
 
@@ -23,10 +23,10 @@ use tokio::{
     time::timeout,
 };
 
-/// Until there have been renewals, and Prometheus has seen them.
+/// Limit until renewals have happened and Prometheus has scraped them.
 const DATA: Duration = Duration::from_secs(120);
 
-/// What panels may ask for though no agent has it, and why.
+/// Panels that may have no data of an agent, and the reason.
 const ELSEWHERE: [(&str, &str); 1] =
     [("kube_daemonset_status_number_unavailable", "kube-state-metrics, which no control plane of the tests runs")];
 
@@ -47,7 +47,7 @@ async fn rules_pass_their_tests_and_each_is_tested() {
     let checked = child::succeed(&promtool, &["check", "rules", file.to_str().unwrap()], PATIENCE).await;
     eprintln!("figure: promtool check rules: {}", checked.split_whitespace().collect::<Vec<_>>().join(" "));
 
-    // Without it, or where it fires at once or always, a test fails: so there is one about each.
+    // Each rule has a test that fails if the rule is missing, fires at once, or fires always.
     let mut broken = 0;
     for (g, group) in rules["groups"].as_array().unwrap().iter().enumerate() {
         for (r, rule) in group["rules"].as_array().unwrap().iter().enumerate() {
@@ -57,12 +57,12 @@ async fn rules_pass_their_tests_and_each_is_tested() {
                 }
                 let mut mutated = rules.clone();
                 break_rule(&mut mutated["groups"][g]["rules"][r], what);
-                assert!(!test(&mutated).await.status.success(), "no test notices that {} is {what}", rule["alert"]);
+                assert!(!test(&mutated).await.status.success(), "no test fails although {} is {what}", rule["alert"]);
                 broken += 1;
             }
         }
     }
-    eprintln!("figure: {broken} broken rules, each noticed");
+    eprintln!("figure: {broken} broken rules, each detected");
 }
 
 fn break_rule(rule: &mut Value, how: &str) {
@@ -106,7 +106,7 @@ async fn every_panel_shows_data_of_real_agents() {
     let mut panels = queries(&scene.node);
     let count = panels.len();
     eventually("every panel has data", DATA, async || {
-        // New streams and callers, and not only those that are open.
+        // New streams and callers, in addition to those that are open.
         client.fetch(&agent).await;
         let mut empty = Vec::new();
         for (title, expr) in std::mem::take(&mut panels) {
@@ -120,7 +120,7 @@ async fn every_panel_shows_data_of_real_agents() {
     .await;
     eprintln!("figure: {count} queries of the dashboard, each with data of a real Prometheus");
 
-    // The labels that the rules' words use are those of the scrape.
+    // The labels in the texts of the rules are those of the scrape.
     let ready = prometheus.query("sum by (node) (sds_agent_ready{job=\"sds-agent\"})").await.unwrap();
     let nodes: BTreeSet<_> = ready.iter().map(|(labels, _)| labels["node"].as_str().unwrap()).collect();
     assert_eq!(nodes, [scene.node.as_str(), "laptop"].into());
@@ -128,9 +128,9 @@ async fn every_panel_shows_data_of_real_agents() {
     let jobs: BTreeSet<_> = jobs.iter().map(|(labels, count)| format!("{} {count}", labels["job"].as_str().unwrap())).collect();
     assert_eq!(jobs, ["sds-agent 2", "sds-agent-approver 1"].map(str::to_owned).into());
 
-    // Every rule can be evaluated on real series, and the one thing that is wrong is told.
+    // Every rule can be evaluated on real series, and the alert for the one failure fires.
     let firing = "ALERTS{alertname=\"SdsAgentSecretsRejected\", alertstate=\"firing\"}";
-    let firing = eventually("the rejected secret is told", PATIENCE, async || {
+    let firing = eventually("the alert for the rejected secret fires", PATIENCE, async || {
         let found = prometheus.query(firing).await?;
         if found.is_empty() { Err("nothing fires".into()) } else { Ok(found) }
     })
@@ -141,7 +141,7 @@ async fn every_panel_shows_data_of_real_agents() {
         assert_eq!(rule["health"], "ok", "{rule}");
     }
 
-    // It was OpenMetrics that the two agreed on: the other format has no units.
+    // Agent and Prometheus negotiated OpenMetrics: the other format has no units.
     let about = prometheus.get("/api/v1/metadata?metric=sds_agent_issuance_duration_seconds").await.unwrap();
     assert_eq!(about["sds_agent_issuance_duration_seconds"][0]["unit"], "seconds", "{about}");
 
@@ -151,14 +151,14 @@ async fn every_panel_shows_data_of_real_agents() {
         described(&page);
     }
 
-    // A workload's series go with its pod, here and in Prometheus, and the other's stay.
+    // The series of a workload end with its pod, in the agent and in Prometheus; those of the other workload stay.
     let of = |workload: &Workload| {
         let account = &workload.pod.service_account;
         format!("sds_agent_certificate_expiration_timestamp_seconds{{service_account=\"{account}\"}}")
     };
     assert_eq!(prometheus.query(&of(&client)).await.unwrap().len(), 1);
     cluster.delete(&client.pod.path()).await;
-    eventually("its series have gone", PATIENCE, async || {
+    eventually("its series have ended", PATIENCE, async || {
         let left = prometheus.query(&of(&client)).await?;
         if left.is_empty() { Ok(()) } else { Err(format!("{left:?}")) }
     })
@@ -166,7 +166,7 @@ async fn every_panel_shows_data_of_real_agents() {
     assert_eq!(prometheus.query(&of(&server)).await.unwrap().len(), 1);
 }
 
-/// A cluster of its own with the approver, and an agent with a client, so that there is something to decide.
+/// A separate cluster with the approver, and an agent with a client, so that the approver has requests to decide.
 struct Guarded {
     approver: Agent,
     _client: Stream,
@@ -189,7 +189,7 @@ impl Guarded {
     }
 }
 
-/// Takes a certificate as a pod's process and says that it cannot use it.
+/// Receives a certificate as a pod's process and sends a NACK.
 async fn reject(pod: &PodCgroup, socket: &Path) {
     let mut command = pod.command(&tools::grpcurl());
     command.args(["-plaintext", "-d", "@", &format!("unix://{}", socket.display())]);
@@ -212,12 +212,12 @@ async fn reject(pod: &PodCgroup, socket: &Path) {
         format!("{{\"resource_names\": [\"default\"], \"response_nonce\": {nonce}, \"error_detail\": {{\"message\": \"as told\"}}}}\n");
     requests.write_all(refusal.as_bytes()).await.unwrap();
     drop(requests);
-    // It ends when the agent has read all that it said.
+    // The stream ends when the agent has read the whole request.
     let ended = async { while lines.next_line().await.unwrap().is_some() {} };
     let _ = timeout(Duration::from_secs(2), ended).await;
 }
 
-/// (panel, query) of the dashboard, as they are asked for one node; those of other programs' metrics are left out.
+/// (panel, query) of the dashboard for one node, without queries of other programs' metrics.
 fn queries(node: &str) -> Vec<(String, String)> {
     let dashboard = prometheus::read("daemonset/monitoring/dashboard.json");
     let mut out = Vec::new();
@@ -225,7 +225,7 @@ fn queries(node: &str) -> Vec<(String, String)> {
     for panel in dashboard["panels"].as_array().unwrap().iter().filter(|panel| panel["type"] != "row") {
         let title = panel["title"].as_str().unwrap();
         let targets = panel["targets"].as_array().unwrap();
-        assert!(!targets.is_empty(), "{title} asks for nothing");
+        assert!(!targets.is_empty(), "{title} has no query");
         for target in targets {
             let expr = target["expr"].as_str().unwrap().replace("$__rate_interval", "30s").replace("$node", node);
             assert!(!expr.contains('$'), "{title}: {expr} has a variable that is not replaced here");
@@ -236,21 +236,21 @@ fn queries(node: &str) -> Vec<(String, String)> {
             }
         }
     }
-    assert_eq!(left_out, ELSEWHERE.len(), "an exemption that nobody needs, or more than one panel of a kind");
+    assert_eq!(left_out, ELSEWHERE.len(), "an exemption that no panel needs, or more than one panel of a kind");
     out
 }
 
-/// promtool reads the older format, in which a page comes to those that ask for nothing.
+/// promtool reads the older text format, which a client without an Accept header gets.
 async fn lint(page: &str) {
     assert!(page.lines().filter(|line| line.starts_with("# TYPE ") && line.ends_with("_total counter")).count() > 5, "{page}");
     let (passed, words) = check_metrics(page).await;
     assert!(passed, "{words}");
-    // It does look.
+    // Shows that the check can fail.
     let (passed, words) = check_metrics(&page.replace("process_cpu_seconds_total", "process_cpu_seconds")).await;
     assert!(!passed && words.contains("_total"), "{words}");
 }
 
-/// Whether promtool has nothing against it, and its words.
+/// Whether promtool reports no problem, and its output.
 async fn check_metrics(text: &str) -> (bool, String) {
     let mut command = Command::new(tools::promtool());
     command.args(["check", "metrics"]).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
@@ -261,7 +261,7 @@ async fn check_metrics(text: &str) -> (bool, String) {
     (output.status.success(), words)
 }
 
-/// The reference has every metric of a real page.
+/// Asserts that the reference has every metric of a real page.
 fn described(page: &str) {
     let reference = fs::read_to_string(prometheus::file("docs/metrics.md")).unwrap();
     let mut count = 0;

@@ -1,6 +1,6 @@
-//! Keys touch memory only: no file is written, no core can be had, and what is writable is locked where that is allowed.
+//! Keys exist only in memory: no file is written, no core dump is possible, and writable memory is locked where this is permitted.
 //!
-//! Each assertion is shown to fail on a process that does what the agent must not.
+//! Each assertion is also checked with a process that does what the agent must not do.
 
 use std::{
     fs,
@@ -18,7 +18,7 @@ use test_harness::{
 use tokio::process::Command;
 
 const PATIENCE: Duration = Duration::from_secs(30);
-/// The user `nobody`, by number: it has no rights anywhere.
+/// The ID of the user `nobody`, who has no permissions.
 const NOBODY: u32 = 65_534;
 const MEMLOCK: u64 = 64 << 10;
 
@@ -43,7 +43,7 @@ async fn nothing_is_written_in_a_whole_rotation() {
     assert!(trace::not_dumpable(&trace), "no PR_SET_DUMPABLE in the trace");
 }
 
-/// The control for the test above.
+/// The control of the test above.
 #[tokio::test]
 async fn the_trace_shows_a_process_that_writes() {
     let dir = tempfile::tempdir().unwrap();
@@ -65,14 +65,14 @@ async fn every_writable_mapping_is_locked_when_asked() {
         let agent = Launch::run(dir.path(), &format!("{EMBEDDED}keys: {{ lockMemory: {policy} }}\n")).start().await;
         assert_eq!(fetch::once(agent.socket()).await.len(), 2);
         let smaps = fs::read_to_string(format!("/proc/{}/smaps", agent.process().pid())).unwrap();
-        assert!(smaps.contains("VmFlags:"), "the kernel does not tell flags of mappings");
+        assert!(smaps.contains("VmFlags:"), "the kernel does not show the flags of mappings");
         let unlocked = trace::unlocked_writable(&smaps);
         assert_eq!(unlocked.is_empty(), locked, "lockMemory: {policy}: {unlocked:?}");
         assert_eq!(agent.metric("sds_agent_memory_locked").await > 0.5, locked);
     }
 }
 
-/// Nobody may lock much: with a finite limit `mlockall` would succeed and the next thread or allocation would fail.
+/// This user has a small limit for locked memory: `mlockall` would succeed, and the next thread or allocation would fail.
 #[tokio::test]
 async fn a_finite_limit_is_not_trusted() {
     let nobody = Nobody::new();
@@ -94,25 +94,26 @@ async fn a_lock_that_must_be_and_cannot_ends_the_agent() {
     assert!(output.contains("keys.lockMemory is always") && output.contains("IPC_LOCK"), "{output}");
 }
 
-/// To its own user a process that is not dumpable looks like root's. Root sees through, so this is asked as nobody.
+/// A process that is not dumpable is protected from its own user as if it were root's. Root can still read it, so this test reads as
+/// `nobody`.
 #[tokio::test]
 async fn its_own_user_cannot_read_it() {
     let nobody = Nobody::new();
     let agent = nobody.launch("auto").start().await;
     assert!(!Nobody::can_read_environ(agent.process()).await, "the agent's memory is open to its user");
 
-    // The control: any other process of that user is open to it.
+    // The control: the user can read every other process of its own.
     let (name, words) = Nobody::words();
     let mut command = Command::new(name);
     command.args(words).args(["sleep", "60"]);
     let open = Child::spawn("sleep", &mut command);
-    eventually("nobody can read another process of its own", PATIENCE, async || {
+    eventually("the user nobody can read another of its processes", PATIENCE, async || {
         if Nobody::can_read_environ(&open).await { Ok(()) } else { Err("refused".to_owned()) }
     })
     .await;
 }
 
-/// A user without rights, and a place that it can use.
+/// A user without permissions, and a directory that it can use.
 struct Nobody {
     dir: TempDir,
     program: PathBuf,
@@ -121,7 +122,7 @@ struct Nobody {
 impl Nobody {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        // A program that its user cannot read is not dumpable for that alone: it must be readable.
+        // A program that its user cannot read is not dumpable for that reason alone, so it must be readable.
         let program = dir.path().join("sds-agent");
         fs::copy(agent::program(), &program).unwrap();
         fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
@@ -130,7 +131,7 @@ impl Nobody {
         Self { dir, program }
     }
 
-    /// The program and arguments that make what follows run as this user, under a small limit for locked memory.
+    /// The program and arguments that run the following words as this user, with a small limit for locked memory.
     fn words() -> (String, Vec<String>) {
         let limit = format!("--memlock={MEMLOCK}:{MEMLOCK}");
         let (prlimit, setpriv) = (tools::prlimit(), tools::setpriv());
@@ -145,7 +146,7 @@ impl Nobody {
         NobodysLaunch { launch, words: [vec![program], words].concat() }
     }
 
-    /// Asks as this user; what is read is nobody's business, a failing test's neither.
+    /// Reads as this user. The content is not printed, not even by a failing test.
     async fn can_read_environ(process: &Child) -> bool {
         let (program, words) = Self::words();
         let path = format!("/proc/{}/environ", process.pid());
@@ -164,7 +165,7 @@ struct NobodysLaunch {
 }
 
 impl NobodysLaunch {
-    /// On a machine that seems to have swap: without, nobody would think of locking.
+    /// Simulates a machine with swap. Without swap there is no reason to lock memory.
     fn under_swap(mut self, nobody: &Nobody) -> Self {
         let swaps = nobody.dir.path().join("swaps");
         fs::write(&swaps, "Filename\tType\tSize\tUsed\tPriority\n/dev/none\tpartition\t1024\t0\t-2\n").unwrap();

@@ -1,4 +1,5 @@
-//! Certificates ahead of the first call, with the real API server and cert-manager: for a pod that starts, and for none that ran before.
+//! Certificates before the first call, with the real API server and cert-manager: for a pod that starts, and not for pods that ran before
+//! the agent.
 
 use serde_json::json;
 use test_harness::{
@@ -8,7 +9,7 @@ use test_harness::{
     scene::{PATIENCE, Scene, Workload},
 };
 
-/// How many streams found their first certificate, and how many had to wait for it.
+/// The number of streams whose first certificate was ready, and of those that had to wait.
 async fn first_secrets(agent: &Agent) -> [f64; 2] {
     let count = async |cache| agent.metric_of("sds_agent_first_secret_duration_seconds_count", &[cache]).await;
     [count("cache=\"hit\"").await, count("cache=\"miss\"").await]
@@ -19,7 +20,7 @@ async fn a_starting_pod_finds_its_certificate_at_its_first_call() {
     let scene = Scene::new(&Cluster::connect().await).await;
     let pods = format!("/api/v1/namespaces/{}/pods", scene.namespace);
     let path = |name: &str| format!("{pods}/{name}");
-    // What the kubelet and the scheduler would do; the directory is the socket's.
+    // Does the work of the kubelet and the scheduler; the directory is that of the socket.
     let start = async |name: &str| {
         let account = json!({"metadata": {"name": name}});
         scene.cluster.create(&format!("/api/v1/namespaces/{}/serviceaccounts", scene.namespace), &account).await;
@@ -44,7 +45,7 @@ async fn a_starting_pod_finds_its_certificate_at_its_first_call() {
     run("before").await;
     let agent = scene.agent_pod.launch(scene.dir.path(), "warmUp: { enabled: true }").start().await;
     let app = start("app").await;
-    let row = eventually("the certificate is there before anybody asks", PATIENCE, async || {
+    let row = eventually("the certificate is ready before the first call", PATIENCE, async || {
         let row = agent.certificate(&app.id()).await.ok_or("no identity")?;
         if row["serial"].is_null() && row["not_after"].is_null() { Err(row.to_string()) } else { Ok(row) }
     })

@@ -1,6 +1,6 @@
-//! Layer two: the service on paused time, with a real store, rotation and embedded issuer, and no socket.
+//! The service in paused time, with a real store, rotation and embedded issuer, and without a socket.
 //!
-//! A test plays the client: it says what a client would say and sees what one would see, message by message.
+//! A test acts as the client: it sends and receives single messages.
 
 mod bench;
 mod client;

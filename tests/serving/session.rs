@@ -1,4 +1,4 @@
-//! Layer three: real sockets and real time. Nothing is waited for but events, and those not for ever.
+//! Real sockets and real time. Tests wait only for events, with a limit.
 
 mod arrivals;
 mod bench;

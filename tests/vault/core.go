@@ -1,4 +1,4 @@
-// Mounts, their storage, and the tokens: what the engines need around them.
+// Mounts, their storage, and the tokens: the parts that the engines need.
 
 package main
 
@@ -21,7 +21,7 @@ import (
 )
 
 const (
-	// Vault's own defaults.
+	// The defaults of Vault.
 	defaultLeaseTTL = 32 * 24 * time.Hour
 	maxLeaseTTL     = 32 * 24 * time.Hour
 
@@ -29,7 +29,7 @@ const (
 	policiesPrefix = "core/policies/"
 )
 
-// engines are the kinds of mounts that there are, for secrets and for auth.
+// engines are the supported kinds of mounts, for secrets and for auth.
 var engines = map[bool]map[string]logical.Factory{
 	false: {"pki": pki.Factory},
 	true:  {"kubernetes": kubeauth.Factory},
@@ -52,7 +52,7 @@ type mount struct {
 	storage logical.Storage
 }
 
-// token is what a login gives.
+// token is the result of a login.
 type token struct {
 	policies []string
 	expires  time.Time
@@ -70,8 +70,7 @@ type core struct {
 	tokens   map[string]token
 }
 
-// newCore opens a directory and everything that was mounted in it. Tokens do not
-// outlive the process.
+// newCore opens a directory and all its mounts. Tokens end with the process.
 func newCore(ctx context.Context, dir, root string) (*core, error) {
 	logger := hclog.New(&hclog.LoggerOptions{Name: "vault", Level: hclog.Debug})
 	disk, err := file.NewFileBackend(map[string]string{"path": dir}, logger)
@@ -130,7 +129,7 @@ func (c *core) keep(key string, value any) error {
 	return c.storage.Put(c.ctx, &logical.StorageEntry{Key: key, Value: encoded})
 }
 
-// enable mounts an engine for good.
+// enable mounts an engine permanently.
 func (c *core) enable(path, kind string, maxTTL time.Duration) error {
 	e := entry{Path: path, Kind: kind, ID: rand.Text(), MaxTTL: maxTTL}
 	if _, known := engines[e.isAuth()][kind]; !known {
@@ -149,7 +148,7 @@ func (c *core) enable(path, kind string, maxTTL time.Duration) error {
 	return c.keep(mountsPrefix+e.ID, e)
 }
 
-// open starts an engine. The caller holds the lock, or is alone.
+// open starts an engine. The caller holds the lock, or no other goroutine runs.
 func (c *core) open(e entry) error {
 	storage := logical.NewStorageView(c.storage, "logical/"+e.ID+"/")
 	backend, err := engines[e.isAuth()][e.Kind](c.ctx, &logical.BackendConfig{
@@ -169,7 +168,7 @@ func (c *core) open(e entry) error {
 	return nil
 }
 
-// find gives the mount of a path, and the path within it.
+// find returns the mount of a path, and the path within it.
 func (c *core) find(path string) (*mount, string) {
 	c.lock.RLock()
 	defer c.lock.RUnlock()
@@ -181,7 +180,7 @@ func (c *core) find(path string) (*mount, string) {
 	return nil, ""
 }
 
-// setPolicy stores a policy in Vault's language.
+// setPolicy stores a policy in Vault's policy language.
 func (c *core) setPolicy(name, text string) error {
 	parsed, err := parsePolicy(text)
 	if err != nil {
@@ -193,7 +192,7 @@ func (c *core) setPolicy(name, text string) error {
 	return c.keep(policiesPrefix+name, [2]string{name, text})
 }
 
-// may says whether a token allows a capability on a path.
+// may returns whether a token has a capability on a path.
 func (c *core) may(given, path string, capability logical.Operation) bool {
 	if given == c.root {
 		return true
@@ -212,7 +211,7 @@ func (c *core) may(given, path string, capability logical.Operation) bool {
 	return false
 }
 
-// login makes the token that an auth method has granted.
+// login creates the token that an auth method has granted.
 func (c *core) login(auth *logical.Auth) error {
 	if auth.TTL == 0 {
 		auth.TTL = defaultLeaseTTL

@@ -1,5 +1,5 @@
-// The HTTP interface: a request becomes the engine's, its answer becomes Vault's
-// JSON, an error becomes {"errors": [...]} with the status that Vault gives it.
+// The HTTP interface. It translates a request for the engine, the response into Vault's
+// JSON, and an error into {"errors": [...]} with the status that Vault uses.
 
 package main
 
@@ -45,8 +45,8 @@ func (c *core) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	c.engine(w, r, path, given, body)
 }
 
-// system answers for the few of Vault's own paths that a set-up needs. They are
-// the root token's.
+// system implements the few paths of Vault itself that a set-up needs. They require the
+// root token.
 func (c *core) system(w http.ResponseWriter, method, path, given string, body map[string]any) {
 	text := func(field string) string {
 		value, _ := body[field].(string)
@@ -87,7 +87,7 @@ func (c *core) system(w http.ResponseWriter, method, path, given string, body ma
 	w.WriteHeader(http.StatusNoContent)
 }
 
-// engine hands a request to the engine that is mounted there.
+// engine passes a request to the engine that is mounted there.
 func (c *core) engine(w http.ResponseWriter, r *http.Request, path, given string, body map[string]any) {
 	found, rest := c.find(path)
 	if found == nil {
@@ -145,7 +145,7 @@ func (c *core) engine(w http.ResponseWriter, r *http.Request, path, given string
 	respond(w, http.StatusOK, logical.LogicalResponseToHTTPResponse(response))
 }
 
-// isOpen says whether a path of the engine needs no token.
+// isOpen returns whether a path of the engine needs no token.
 func (m *mount) isOpen(path string) bool {
 	if special := m.backend.SpecialPaths(); special != nil {
 		for _, pattern := range special.Unauthenticated {

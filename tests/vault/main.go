@@ -1,17 +1,17 @@
 // Command vault is a Vault for tests: the real PKI secrets engine and the real
-// Kubernetes auth method, taken from Vault's public modules, behind a small
-// server of ours that does for them what Vault's core does: mounts, storage,
-// tokens, policies, and the HTTP interface with its error envelope.
+// Kubernetes auth method, from Vault's public modules, behind a small server of this
+// repository. The server implements the parts of Vault's core that they need: mounts,
+// storage, tokens, policies, and the HTTP interface with its error format.
 //
-// What a role allows, what it refuses and in which words is therefore Vault's
-// own; so is the way in which a service account's token is reviewed. Not here:
-// seals, namespaces, leases, audit, replication, identity. Vault's core is left
-// out because it brings nearly three times the packages (1,395 for 521).
+// So the decisions and error texts of a role are Vault's own, and so is the review of a
+// service account's token. Not implemented are seals, namespaces, leases, audit,
+// replication and identity. Vault's core is not used, because it needs nearly three
+// times the packages (1,395 instead of 521).
 //
-// The PKI engine is under HashiCorp's Business Source License, the rest under
-// MPL-2.0. They are fetched and built for the tests, and shipped with nothing.
+// The PKI engine is under HashiCorp's Business Source License, the rest under MPL-2.0.
+// They are fetched and built for the tests only, and not shipped.
 //
-// It listens on the loopback interface and ends when its standard input does.
+// It listens on the loopback interface and ends with its standard input.
 package main
 
 import (

@@ -1,4 +1,4 @@
-// Policies in Vault's language: paths and what may be done there.
+// Policies in Vault's language: paths and their capabilities.
 
 package main
 
@@ -47,8 +47,8 @@ func (p policy) allows(path, capability string) bool {
 	return false
 }
 
-// matches goes by Vault's rules for special paths: a last * stands for any end,
-// a + for one segment.
+// matches implements Vault's rules for special paths: a * at the end matches any
+// suffix, a + matches one segment.
 func matches(pattern, path string) bool {
 	pattern, open := strings.CutSuffix(pattern, "*")
 	if !strings.Contains(pattern, "+") {

@@ -1,4 +1,4 @@
-//! An error of the API in one sentence for operators: what was tried, what came back, and what to do about it.
+//! Explains an error of the Kubernetes API in one sentence for operators: the cause, and where it is known the fix.
 
 use std::{error::Error as StdError, fmt, io, time::Duration};
 
@@ -7,26 +7,26 @@ use kube::core::Status;
 
 use crate::{ANSWER_TIMEOUT, MAX_ANSWER_BYTES};
 
-/// The API did not answer in time.
+/// No complete response within [`ANSWER_TIMEOUT`].
 #[derive(Debug, thiserror::Error)]
 #[error("no answer within {} s", ANSWER_TIMEOUT.as_secs())]
 pub struct TimedOut;
 
-/// The API's answer was not read to its end.
+/// The response body exceeds [`MAX_ANSWER_BYTES`] and was not read to its end.
 #[derive(Debug, thiserror::Error)]
 #[error("the answer is larger than {} MiB", MAX_ANSWER_BYTES >> 20)]
 pub struct TooLarge;
 
-/// What was asked of the API.
+/// An API call, for messages.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Call<'a> {
-    /// `create`, `get`, `list`, `watch`, `patch`, `delete`.
+    /// Verb: `create`, `get`, `list`, `watch`, `patch` or `delete`.
     pub verb: &'static str,
-    /// The plural, with the group: `certificaterequests.cert-manager.io`.
+    /// Plural, with the group: `certificaterequests.cert-manager.io`.
     pub resource: &'a str,
-    /// One object's name.
+    /// Name of the object, if the call concerns a single one.
     pub name: Option<&'a str>,
-    /// The namespace, where the call is bound to one.
+    /// Namespace, if the call is limited to one.
     pub namespace: Option<&'a str>,
 }
 
@@ -43,14 +43,14 @@ impl fmt::Display for Call<'_> {
     }
 }
 
-/// The kind of a failure.
+/// Class of a failed call.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Cause {
     /// 401: the token is not valid.
     Unauthorized,
     /// 403: no RBAC rule allows it.
     Rbac,
-    /// 403: an admission policy or webhook said no.
+    /// 403: an admission policy or webhook denied the request.
     Policy,
     /// 403: a quota is used up.
     Quota,
@@ -64,44 +64,44 @@ pub enum Cause {
     NotFound,
     /// 409: an object of this name exists.
     AlreadyExists,
-    /// 409: somebody else was faster.
+    /// 409: another client changed the object first.
     Conflict,
-    /// 410: the version to continue from is too old.
+    /// 410: the resource version to resume at is too old.
     Expired,
-    /// 400, 422: the object is not acceptable.
+    /// 400, 422: the object is not valid.
     Invalid,
-    /// 429, with the time to wait where the server told it.
+    /// 429, with the delay if the server named one.
     TooManyRequests(Option<Duration>),
     /// 5xx.
     Server,
-    /// No answer in time.
+    /// No complete response in time.
     Timeout,
-    /// The answer is larger than any that is read.
+    /// The response is too large to be read.
     TooLarge,
-    /// No connection.
+    /// The connection failed.
     Unreachable,
-    /// Something else.
+    /// Any other error.
     Other,
 }
 
 impl Cause {
-    /// Whether the request may have been carried out all the same.
+    /// Returns whether the server may have carried out the request although the call failed.
     pub fn is_ambiguous(&self) -> bool {
         matches!(self, Self::Server | Self::Timeout | Self::TooLarge | Self::Unreachable | Self::Other)
     }
 }
 
-/// A failed call, explained.
+/// A failed call and its explanation.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Failure {
-    /// What kind it is.
+    /// Class of the failure.
     pub cause: Cause,
-    /// What came back and what to do about it.
+    /// Explanation for operators: the cause, and where it is known the fix.
     pub message: String,
 }
 
 impl Failure {
-    /// Explains `error`, which came back from `call`.
+    /// Explains `error`, which `call` returned.
     pub fn of(error: &kube::Error, call: &Call<'_>) -> Self {
         match error {
             kube::Error::Api(status) => Self::of_status(status, call),
@@ -109,10 +109,10 @@ impl Failure {
         }
     }
 
-    /// Explains a status of the API server.
+    /// Explains a `Status` that the API server returned for `call`.
     pub fn of_status(status: &Status, call: &Call<'_>) -> Self {
         let cause = cause(status, call);
-        // The server repeats what it was asked for, and so do webhooks.
+        // The text is untrusted: the API server and webhooks quote the request in it.
         let said = text::excerpt(&status.message, text::MAX_MESSAGE_CHARS);
         let message = match &cause {
             Cause::Unauthorized => "the API server does not accept the agent's token: is it mounted, and is its audience right?".to_owned(),
@@ -130,8 +130,8 @@ impl Failure {
             Cause::NoNamespace => "the namespace does not exist".to_owned(),
             Cause::NotFound => "it does not exist".to_owned(),
             Cause::AlreadyExists => "it exists already".to_owned(),
-            Cause::Conflict => format!("somebody else changed it at the same time: {said}"),
-            Cause::Expired => "the version to continue from is too old".to_owned(),
+            Cause::Conflict => format!("another client changed it at the same time: {said}"),
+            Cause::Expired => "the resource version to resume at is too old".to_owned(),
             Cause::Invalid => format!("the API server does not accept it: {said}"),
             Cause::TooManyRequests(Some(after)) => format!("the API server is busy and asks to wait {} s", after.as_secs()),
             Cause::TooManyRequests(None) => "the API server is busy".to_owned(),
@@ -160,7 +160,7 @@ impl Failure {
                     _ => {}
                 }
             }
-            // The innermost error says most: the outer ones only name layers.
+            // The innermost error is the most specific: the outer ones only name layers.
             last = error.to_string();
             next = error.source();
         }
@@ -168,7 +168,7 @@ impl Failure {
             kube::Error::Service(_) | kube::Error::HyperError(_) | kube::Error::ReadEvents(_) => Cause::Unreachable,
             _ => Cause::Other,
         };
-        // What cannot be read is not repeated: it may be anything.
+        // An unreadable response is not quoted: it may contain anything.
         let message = match error {
             kube::Error::SerdeError(_) => "the answer could not be read".to_owned(),
             _ => format!("the API server could not be reached: {}", text::excerpt(&last, text::MAX_MESSAGE_CHARS)),
@@ -194,7 +194,7 @@ fn cause(status: &Status, call: &Call<'_>) -> Cause {
         403 if status.message.contains(" cannot ") || status.message.is_empty() => Cause::Rbac,
         403 => Cause::Policy,
         404 if kind == "namespaces" => Cause::NoNamespace,
-        // A missing kind is a bare page, not a Status about an object.
+        // For an unknown kind the server returns a plain page, not a Status about an object.
         404 if status.reason != "NotFound" || matches!(call.verb, "create" | "list" | "watch") => Cause::NoSuchKind,
         404 if kind.is_empty() => Cause::NoSuchKind,
         404 => Cause::NotFound,

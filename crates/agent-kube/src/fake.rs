@@ -1,4 +1,4 @@
-//! An API server for tests, at the wire: a `tower` service over objects in memory, with lists, resumable watches and scripted faults.
+//! An API server for tests: a `tower` service over objects in memory, with lists, resumable watches and scripted faults.
 //!
 //! It opens no file descriptor, so it can be used under a paused clock.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used, reason = "for tests alone")]
@@ -25,28 +25,28 @@ use crate::{Metrics, RequestRate, layer::Layer};
 type Answer = Response<UnsyncBoxBody<Bytes, BoxError>>;
 type Key = (String, String, String);
 
-/// What happens to a request instead of, or after, its effect.
+/// A fault that replaces the effect of a request or its response.
 #[derive(Debug, Clone)]
 pub enum Fault {
-    /// This status, with this JSON body.
+    /// The response has this status and this JSON body.
     Status(u16, Value),
-    /// This status, with this text.
+    /// The response has this status and this text.
     Text(u16, &'static str),
-    /// Nothing ever comes back, and nothing happens.
+    /// The request has no effect and no response.
     Hang,
-    /// It is carried out, and the connection breaks before the answer.
+    /// The request has its effect; the connection breaks before the response.
     LoseAnswer,
-    /// It is carried out, and nothing ever comes back.
+    /// The request has its effect and no response.
     CarryOutAndHang,
-    /// The connection breaks at once.
+    /// The connection is refused.
     Refuse,
-    /// 200, with this JSON body, after this time.
+    /// The response has status 200 and this JSON body, and is sent after this time.
     Late(Duration, Value),
-    /// A list without a limit, or with one above this, is answered with more than any client reads.
+    /// A list without a limit, or with a limit above this, gets a response that is larger than any client reads.
     LargeAbove(u64),
 }
 
-/// Faults, and the requests that they meet.
+/// Planned faults, and the requests that meet them.
 #[derive(Debug, Clone)]
 pub(crate) struct Script<F>(Vec<Planned<F>>);
 
@@ -65,19 +65,19 @@ impl<F> Default for Script<F> {
 }
 
 impl<F: Clone> Script<F> {
-    /// The next `times` requests of this kind meet this, after what is planned already.
+    /// The next `times` requests of this verb and plural meet `fault`, after the faults that are planned already.
     pub(crate) fn plan(&mut self, verb: &'static str, plural: &'static str, fault: F, times: usize) {
         self.0.push(Planned { verb, plural, fault, times });
     }
 
-    /// The fault that a request of this kind meets now.
+    /// Returns the fault that a request of this verb and plural meets now.
     pub(crate) fn meet(&mut self, verb: &str, plural: &str) -> Option<F> {
         let planned = self.0.iter_mut().find(|it| it.verb == verb && it.plural == plural && it.times > 0)?;
         planned.times -= 1;
         Some(planned.fault.clone())
     }
 
-    /// Whether every planned fault has happened.
+    /// Returns whether every planned fault has occurred.
     pub(crate) fn is_done(&self) -> bool {
         self.0.iter().all(|planned| planned.times == 0)
     }
@@ -110,12 +110,12 @@ struct State {
     seen: Vec<String>,
     queries: Vec<(String, BTreeMap<String, String>)>,
     delays: Vec<(&'static str, &'static str, Duration)>,
-    /// Of each kind of request: how many are being served, and how many were at most.
+    /// For each verb and plural: the number of requests being served, and its maximum so far.
     at_once: BTreeMap<String, (usize, usize)>,
     created: Vec<String>,
 }
 
-/// The server.
+/// The server. Clones share its state.
 #[derive(Clone, Default)]
 pub struct FakeApi {
     state: Arc<Mutex<State>>,
@@ -123,7 +123,7 @@ pub struct FakeApi {
 }
 
 impl FakeApi {
-    /// An empty cluster.
+    /// Creates an empty cluster.
     pub fn new() -> Self {
         Self::default()
     }
@@ -132,12 +132,12 @@ impl FakeApi {
         self.state.lock().unwrap()
     }
 
-    /// A client of this server, through the real layer.
+    /// Returns a client of this server with the real layer and the default rate limit.
     pub fn client(&self, metrics: &Metrics) -> Client {
         self.client_at(metrics, RequestRate::default())
     }
 
-    /// The same, with a limit of its own.
+    /// Returns a client of this server with the real layer and this rate limit.
     pub fn client_at(&self, metrics: &Metrics, rate: RequestRate) -> Client {
         let this = self.clone();
         let service = tower::service_fn(move |request: Request<Body>| this.clone().serve(request));
@@ -165,39 +165,39 @@ impl FakeApi {
         self.moved.send_replace(());
     }
 
-    /// The objects of a kind.
+    /// Returns the objects with this plural.
     pub fn objects(&self, plural: &str) -> Vec<Value> {
         self.lock().objects.iter().filter(|(key, _)| key.0 == plural).map(|(_, object)| object.clone()).collect()
     }
 
-    /// The next `times` requests of this kind fail so.
+    /// The next `times` requests of this verb and plural meet `fault`.
     pub fn fail(&self, verb: &'static str, plural: &'static str, fault: Fault, times: usize) {
         self.lock().faults.plan(verb, plural, fault, times);
     }
 
-    /// Every request of this kind takes so long from now on, and then has its effect.
+    /// Every request of this verb and plural waits for `time` from now on, and then has its effect.
     pub fn delay(&self, verb: &'static str, plural: &'static str, time: Duration) {
         let mut state = self.lock();
         state.delays.retain(|(v, p, _)| (*v, *p) != (verb, plural));
         state.delays.push((verb, plural, time));
     }
 
-    /// How many requests of this kind were served at once, at most.
+    /// Returns the maximum number of requests of this verb and plural that were served at the same time.
     pub fn most_at_once(&self, verb: &str, plural: &str) -> usize {
         self.lock().at_once.get(&format!("{verb} {plural}")).map_or(0, |(_, most)| *most)
     }
 
-    /// Counts anew how many are served at once.
+    /// Resets the maxima of `most_at_once` to the current numbers.
     pub fn forget_at_once(&self) {
         self.lock().at_once.values_mut().for_each(|(now, most)| *most = *now);
     }
 
-    /// No planned fault stays.
+    /// Removes all planned faults.
     pub fn heal(&self) {
         self.lock().faults = Script::default();
     }
 
-    /// Every watch ends here: cleanly, or in the middle of an event.
+    /// Ends every watch, cleanly or in the middle of an event.
     pub fn cut_watches(&self, mid_event: bool) {
         for watcher in self.lock().watchers.drain(..) {
             if mid_event {
@@ -207,7 +207,7 @@ impl FakeApi {
         }
     }
 
-    /// What happened so far is forgotten: a watch that wants to continue from before it gets 410.
+    /// Forgets all changes so far: a watch that continues from an earlier version gets 410.
     pub fn forget_history(&self) {
         let mut state = self.lock();
         state.version += 1;
@@ -215,24 +215,24 @@ impl FakeApi {
         state.changes.clear();
     }
 
-    /// Requests so far, as `verb plural`.
+    /// Returns the number of requests of this verb and plural so far.
     pub fn count(&self, verb: &str, plural: &str) -> usize {
         let wanted = format!("{verb} {plural}");
         self.lock().seen.iter().filter(|s| **s == wanted).count()
     }
 
-    /// The parameters of the requests so far of a verb and a plural.
+    /// Returns the query parameters of each request of this verb and plural so far.
     pub fn queries(&self, verb: &str, plural: &str) -> Vec<BTreeMap<String, String>> {
         let wanted = format!("{verb} {plural}");
         self.lock().queries.iter().filter(|(kind, _)| *kind == wanted).map(|(_, query)| query.clone()).collect()
     }
 
-    /// Changes whenever anything does.
+    /// Returns a receiver that is notified of every request and every change.
     pub fn moved(&self) -> watch::Receiver<()> {
         self.moved.subscribe()
     }
 
-    /// Waits, within an hour of (paused) time, until `condition` holds.
+    /// Waits until `condition` returns a value. Panics after an hour of (paused) time.
     pub async fn until<T>(&self, what: &str, mut condition: impl FnMut(&Self) -> Option<T>) -> T {
         let mut moved = self.moved.subscribe();
         let waiting = async {
@@ -244,16 +244,16 @@ impl FakeApi {
                 moved.changed().await.unwrap();
             }
         };
-        tokio::time::timeout(Duration::from_secs(3600), waiting).await.unwrap_or_else(|_| panic!("never happened: {what}"))
+        tokio::time::timeout(Duration::from_secs(3600), waiting).await.unwrap_or_else(|_| panic!("did not happen: {what}"))
     }
 
-    /// Waits until there are `n` objects of a kind, and returns them.
+    /// Waits until there are `n` objects with this plural, and returns them.
     pub async fn until_count(&self, plural: &'static str, n: usize) -> Vec<Value> {
         let what = format!("{n} {plural}");
         self.until(&what, |api| Some(api.objects(plural)).filter(|objects| objects.len() == n)).await
     }
 
-    /// Every watch of a kind is told how far it is.
+    /// Sends a bookmark with the current version to every watch of this plural.
     pub fn bookmark(&self, plural: &str) {
         let state = self.lock();
         let metadata = json!({"resourceVersion": state.version.to_string()});
@@ -263,12 +263,12 @@ impl FakeApi {
         }
     }
 
-    /// How many objects of a kind clients have created.
+    /// Returns the number of objects with this plural that clients have created.
     pub fn created(&self, plural: &str) -> usize {
         self.lock().created.iter().filter(|created| *created == plural).count()
     }
 
-    /// Verb and plural of a request.
+    /// Returns verb and plural of a request.
     pub(super) fn kind(request: &Request<Body>) -> (&'static str, String) {
         let (plural, _, name) = parse_path(request.uri().path());
         let watches = request.uri().query().is_some_and(|query| parse_query(query).contains_key("watch"));
@@ -377,7 +377,7 @@ impl FakeApi {
             "list" => {
                 let selector = Selector::of(namespace, query);
                 let items = state.objects.iter().filter(|(k, o)| k.0 == plural && selector.matches(o)).map(|(_, o)| o);
-                // An answer from the cache has no pages.
+                // A response from the cache has no pages.
                 let cached = query.get("resourceVersion").is_some_and(|version| version == "0");
                 let limit = limit(query).filter(|_| !cached).map_or(usize::MAX, |limit| limit.try_into().unwrap());
                 let begin: usize = query.get("continue").map_or(0, |token| token.parse().unwrap());
@@ -411,7 +411,7 @@ impl FakeApi {
     }
 }
 
-/// A request that is being served.
+/// Counts a request as being served until it is dropped.
 struct Serving(FakeApi, String);
 
 impl Serving {
@@ -502,7 +502,7 @@ impl Selector {
     }
 }
 
-/// RFC 7396.
+/// Applies a JSON merge patch (RFC 7396).
 fn merge(into: &mut Value, patch: Value) {
     match patch {
         Value::Object(fields) => {
@@ -527,7 +527,7 @@ fn answer(code: u16, body: String) -> Answer {
     response
 }
 
-/// An answer of a megabyte, and again, for ever.
+/// A response that repeats one MiB without end.
 fn endless() -> Answer {
     let part = Bytes::from(vec![b' '; 1 << 20]);
     let body = StreamBody::new(futures::stream::repeat(part).map(|part| Ok(Frame::data(part))));

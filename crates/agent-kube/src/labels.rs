@@ -1,30 +1,30 @@
-//! The words that metrics of the client have in their labels, and that its parts share.
+//! Label values of the client's metrics, which its modules share.
 
 use std::fmt;
 
 use prometheus_client::encoding::{EncodeLabelValue, LabelValueEncoder};
 
-/// What is asked, as a metric label.
+/// Verb of a request, as a metric label.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
 #[allow(non_camel_case_types, reason = "the names are the label's values")]
 pub enum Verb {
-    /// One object.
+    /// Reads one object.
     get,
-    /// Many.
+    /// Reads all selected objects.
     list,
-    /// Their changes.
+    /// Streams the changes of selected objects.
     watch,
-    /// A new one.
+    /// Creates an object.
     create,
-    /// A part of it changed.
+    /// Changes a part of an object.
     patch,
-    /// One less.
+    /// Deletes an object.
     delete,
-    /// Something else.
+    /// Any other request.
     other,
 }
 
-/// Of what, as a metric label.
+/// Resource of a request, as a metric label.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
 #[allow(non_camel_case_types, reason = "the names are the label's values")]
 pub enum Resource {
@@ -40,12 +40,12 @@ pub enum Resource {
     configmaps,
     /// Events.
     events,
-    /// Something else.
+    /// Any other resource.
     other,
 }
 
 impl Resource {
-    /// The label's value, which is the resource's plural.
+    /// Returns the label's value: the plural of the resource.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::certificaterequests => "certificaterequests",
@@ -58,7 +58,7 @@ impl Resource {
         }
     }
 
-    /// The resource that a path of the API is about.
+    /// Returns the resource that a path of the API names.
     pub(super) fn of(path: &str) -> Self {
         let mut segments = path.split('/').filter(|s| !s.is_empty());
         // `api/<version>` or `apis/<group>/<version>`.
@@ -80,12 +80,12 @@ impl Resource {
     }
 }
 
-/// What came back, as a metric label: the HTTP status, `timeout`, or `error` where there was no answer at all.
+/// Result of a request, as a metric label: the HTTP status, `timeout`, or `error` if there was no response.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Code {
     /// An HTTP status.
     Status(u16),
-    /// Nothing in time.
+    /// No complete response in time.
     Timeout,
     /// The connection failed.
     Error,
@@ -101,17 +101,17 @@ impl EncodeLabelValue for Code {
     }
 }
 
-/// What a request waited for before it was sent, as a metric label.
+/// Reason for which a request waited before it was sent, as a metric label.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
 #[allow(non_camel_case_types, reason = "the names are the label's values")]
 pub enum Wait {
-    /// The client's own limit.
+    /// The client's own rate limit.
     rate_limit,
-    /// The server asked for time.
+    /// A delay that the server has asked for.
     retry_after,
 }
 
-/// Why a watch broke, as a metric label.
+/// Reason for which a watch failed, as a metric label.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
 #[allow(non_camel_case_types, reason = "the names are the label's values")]
 pub enum Ended {
@@ -119,8 +119,8 @@ pub enum Ended {
     list_failed,
     /// The watch could not be started.
     start_failed,
-    /// It broke while it ran.
+    /// The watch failed while it ran.
     broken,
-    /// The server has forgotten the version to continue from: everything is listed again.
+    /// The server no longer has the resource version to resume at; everything is listed again.
     expired,
 }

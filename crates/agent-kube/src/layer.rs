@@ -1,8 +1,10 @@
-//! What every request to the API passes: the process's pace, time-outs, metrics, and a pace for each watch.
+//! The layer that every request to the API passes: rate limit, time-outs, metrics, and a minimum interval between starts of a watch.
 //!
-//! An answer is read whole before it is passed on, within [`ANSWER_TIMEOUT`] and up to [`MAX_ANSWER_BYTES`]; a watch that runs is passed on with its headers. A server
-//! that ends each watch at once is asked again once a second, not as fast as it can end them. Nothing is sent twice here, and `kube`'s own
-//! retries are not in this client: an answer of 429 or 5xx goes to who asked, and what it asks for holds back all others of its kind.
+//! A response is read completely before it is returned, within [`ANSWER_TIMEOUT`] and up to [`MAX_ANSWER_BYTES`]. A watch that the server
+//! has accepted is returned with its headers. A server that ends each watch at once gets one request per second for it.
+//!
+//! The layer retries nothing, and this client does not contain `kube`'s own retries. A response of 429 or 5xx goes to the caller. The delay
+//! that it asks for applies to all requests with the same verb and resource.
 
 use std::{
     collections::HashMap,
@@ -29,17 +31,17 @@ use crate::{
     throttle::{Kind, RetryAfter, Throttle, Waits},
 };
 
-/// Of the log's lines.
+/// Target of this module's log lines.
 const LOG_TARGET: &str = "sds_agent::kubernetes::layer";
 
-/// Between two starts of the same watch.
+/// Minimum interval between two starts of the same watch.
 const WATCH_RESTART_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Makes [`Observed`] services.
+/// Wraps services in [`Observed`]. Clones share the rate limiter and the metrics.
 #[derive(Debug, Clone)]
 pub struct Layer(Shared);
 
-/// What all requests of the client share.
+/// State that all requests of the client share.
 #[derive(Debug, Clone)]
 struct Shared {
     metrics: Metrics,
@@ -48,7 +50,7 @@ struct Shared {
 }
 
 impl Layer {
-    /// Counts into `metrics`, and sends at most at `rate`.
+    /// Records requests in `metrics` and limits them to `rate`.
     pub fn new(metrics: Metrics, rate: RequestRate) -> Self {
         Self(Shared { metrics, pace: Arc::default(), throttle: Arc::new(Throttle::new(rate)) })
     }
@@ -62,7 +64,7 @@ impl<S> tower::Layer<S> for Layer {
     }
 }
 
-/// A service whose requests are timed, counted and bounded.
+/// A service whose requests are rate-limited, bounded in time and size, and recorded in the metrics.
 #[derive(Debug, Clone)]
 pub struct Observed<S> {
     inner: S,
@@ -100,7 +102,7 @@ where
             let start = Instant::now();
             let whole = async {
                 let (mut parts, body) = answer.await.map_err(Into::into)?.into_parts();
-                // What refuses a watch is short, and may not come as slowly as a watch does.
+                // Only an accepted watch is a stream. The response that rejects a watch is read like any other, within the time-out.
                 if kind.0 == Verb::watch && parts.status.is_success() {
                     return Ok(Response::from_parts(parts, body.map_err(Into::into).boxed_unsync()));
                 }
@@ -125,7 +127,7 @@ where
 }
 
 impl Shared {
-    /// Waits until a request may be sent; the time that is left where that is too long to wait here.
+    /// Waits until a request may be sent. The error is the remaining delay, if that is too long to wait here.
     async fn admitted(&self, kind: Kind) -> Result<(), Duration> {
         let (result, waits) = match self.throttle.admit(kind).await {
             Ok(waits) => (Ok(()), waits),
@@ -147,21 +149,21 @@ impl Shared {
     fn observe(&self, kind: Kind, code: Code, since: Instant) {
         self.metrics.observe(kind.0, kind.1, code, since);
         if matches!(code, Code::Status(..429)) && self.throttle.answered(kind) {
-            tracing::info!(target: LOG_TARGET, verb = ?kind.0, resource = kind.1.as_str(), "the API server takes these requests again");
+            tracing::info!(target: LOG_TARGET, verb = ?kind.0, resource = kind.1.as_str(), "the API server accepts these requests again");
         }
     }
 }
 
-/// The answer that the server has asked not to be asked for.
+/// A local 429 for a request that is not sent, because the server has asked to wait longer than a request waits here.
 fn synthetic_429(left: Duration) -> Response<UnsyncBoxBody<Bytes, BoxError>> {
     let status = StatusCode::TOO_MANY_REQUESTS;
-    let body = retry_after::body(status, left, b"the API server has asked to wait, and the agent does");
+    let body = retry_after::body(status, left, b"the API server has asked to wait; the request was not sent");
     let mut response = Response::new(full(body.into()));
     *response.status_mut() = status;
     response
 }
 
-/// Names the one error that is the layer's own.
+/// Converts the error of the size limit to [`TooLarge`], and returns any other error unchanged.
 fn too_large(error: BoxError) -> BoxError {
     if error.is::<LengthLimitError>() { TooLarge.into() } else { error }
 }
@@ -170,7 +172,7 @@ fn full(bytes: Bytes) -> UnsyncBoxBody<Bytes, BoxError> {
     Full::new(bytes).map_err(|never| match never {}).boxed_unsync()
 }
 
-/// `kube` says in an extension which of its methods made the request.
+/// Returns the verb of a request. `kube` stores the name of its method in an extension of the request.
 fn verb(request: &Request<Body>) -> Verb {
     match request.extensions().get::<&'static str>().copied() {
         Some("get" | "get_metadata") => Verb::get,
@@ -183,12 +185,12 @@ fn verb(request: &Request<Body>) -> Verb {
     }
 }
 
-/// When each watch was last started.
+/// Time of the last start of each watch.
 #[derive(Debug, Default)]
 struct WatchRestartPacer(Mutex<HashMap<String, Instant>>);
 
 impl WatchRestartPacer {
-    /// The moment at which a watch of `uri` may start. There are as many kinds of them as the agent has watches.
+    /// Returns when a watch of `uri` may start. Watches that differ only in the resource version share one entry, so the map stays small.
     fn slot(&self, uri: &http::Uri) -> Instant {
         let selectors = uri.query().unwrap_or_default().split('&').filter(|p| !p.starts_with("resourceVersion="));
         let key = format!("{}?{}", uri.path(), selectors.collect::<Vec<_>>().join("&"));

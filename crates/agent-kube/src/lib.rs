@@ -1,8 +1,10 @@
-//! The way to the Kubernetes API: one client with explicit time-outs, its metrics, watches that recover, and errors in words.
+//! Client of the Kubernetes API: one rate-limited client per process, with time-outs, metrics, watches that recover, and errors for
+//! operators.
 //!
-//! The caller installs rustls' crypto provider first, and owes every `watch` a consumer that keeps polling. Nothing is retried here
-//! but watches: who asks decides when to ask again. All requests of a process share one client, and so its pace. The libraries below log whole responses when they cannot read them: keep the
-//! targets `kube_client` and `kube_runtime` out of the log.
+//! The caller installs rustls' crypto provider before [`connect`], and keeps polling each stream of [`watch::watch`]. Only watches are
+//! retried here. For every other request the caller decides whether and when to retry. All clones of a client share one rate limiter.
+//!
+//! `kube_client` and `kube_runtime` log complete responses that they cannot parse: keep these two log targets out of the log.
 
 use std::time::Duration;
 
@@ -35,22 +37,23 @@ pub use metrics::Metrics;
 
 use agent_runtime::text;
 
-/// For the TCP connection.
+/// Time-out of the TCP connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// The largest body of an answer that is read. It is in memory twice until it has been parsed, and the smallest container that reads lists
-/// has 512 MiB.
+/// Maximum size of a response body, 128 MiB. A body is in memory twice until it is parsed, and the smallest container that reads lists has
+/// 512 MiB.
 pub const MAX_ANSWER_BYTES: usize = 128 << 20;
-/// For a whole answer; for a watch, until its headers are there.
+/// Time-out of a complete response, 30 s; for a watch, of its response headers.
 pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
-/// A silent connection is probed after this time and at this interval, so that a watch across a dead path ends within a minute.
+/// TCP keep-alive: an idle connection is probed after this time and at this interval, so that a watch over a dead path ends within a
+/// minute.
 const KEEPALIVE: Duration = Duration::from_secs(15);
 
-/// How fast one process asks the Kubernetes API, whatever for.
+/// Rate limit of one process for all its requests to the Kubernetes API. Default: 20 per second, burst 40.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RequestRate {
-    /// `requestsPerSecond`, in the long run.
+    /// `requestsPerSecond`: sustained requests per second.
     pub per_second: u32,
-    /// `burst`: how many at once.
+    /// `burst`: requests that may be sent at once after a pause.
     pub burst: u32,
 }
 
@@ -60,13 +63,13 @@ impl Default for RequestRate {
     }
 }
 
-/// Why there is no client.
+/// Reasons why no client can be created.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// Neither a kubeconfig nor a pod's environment.
-    #[error("no way to the Kubernetes API: set KUBECONFIG, or run in a pod with a service account token: {0}")]
+    /// No configuration is found, or the kubeconfig cannot be read.
+    #[error("no configuration for the Kubernetes API: set KUBECONFIG, or run in a pod with a service account token: {0}")]
     Infer(String),
-    /// The configuration cannot be used.
+    /// A configuration is found but cannot be used.
     #[error("the Kubernetes API's configuration cannot be used: {0}")]
     Build(String),
 }
@@ -76,7 +79,7 @@ impl From<kube::config::InferConfigError> for Error {
         use kube::config::KubeconfigError;
         let source = std::error::Error::source(&error).and_then(|source| source.downcast_ref());
         Self::Infer(match source {
-            // Its text shows the lines around the mistake: a kubeconfig holds keys and tokens.
+            // The parser's error quotes the lines around the mistake, and a kubeconfig contains keys and tokens.
             Some(KubeconfigError::Parse(error)) => match error.location() {
                 Some(at) => format!("the kubeconfig is not valid: line {}, column {}", at.line(), at.column()),
                 None => "the kubeconfig is not valid".to_owned(),
@@ -92,8 +95,13 @@ impl From<kube::Error> for Error {
     }
 }
 
-/// A client from `KUBECONFIG`, the user's kubeconfig, or the pod's service account, whichever is found first. What one process sends
-/// at most at `rate` goes through one client and its clones.
+/// Returns a client that is configured from `KUBECONFIG`, the user's kubeconfig or the pod's service account, whichever is found first. The
+/// client and its clones together send at most `rate`.
+///
+/// # Errors
+///
+/// [`Error::Infer`] if no configuration is found or the kubeconfig is not valid. [`Error::Build`] if the configuration cannot be used, for
+/// example because of its certificates or credentials.
 pub async fn connect(metrics: &Metrics, rate: RequestRate) -> Result<Client, Error> {
     let mut tcp = HttpConnector::new();
     tcp.enforce_http(false);
@@ -108,7 +116,8 @@ pub async fn connect(metrics: &Metrics, rate: RequestRate) -> Result<Client, Err
     Ok(client(config, https, metrics, rate)?)
 }
 
-/// A client from a given configuration, over connections of `connector`. `kube`'s own builder would add retries of its own.
+/// Builds a client from `config` over connections of `connector`. `kube`'s own builder is not used, because it adds retries by default
+/// (kube-rs/kube#2007).
 fn client<C>(config: Config, connector: C, metrics: &Metrics, rate: RequestRate) -> Result<Client, kube::Error>
 where
     C: Connect + Clone + Send + Sync + 'static,

@@ -1,4 +1,4 @@
-//! What the client counts, and the labels by which it does: closed sets, so that no path and no name becomes a label.
+//! Metrics of the client. All labels have closed sets of values, so no path and no name becomes a label.
 
 use std::time::Duration;
 
@@ -33,7 +33,7 @@ pub struct ResourceLabel {
     resource: Resource,
 }
 
-/// A watch that does not work.
+/// Counts a watch as broken until it is dropped.
 #[derive(Debug)]
 pub(super) struct Broken(Gauge);
 
@@ -49,7 +49,7 @@ pub struct WaitLabels {
     cause: Wait,
 }
 
-/// What the client counts.
+/// Metrics of the client. Clones count together.
 #[derive(Debug, Clone)]
 pub struct Metrics {
     requests: Family<Labels, Counter>,
@@ -74,30 +74,30 @@ impl Default for Metrics {
 }
 
 impl Metrics {
-    /// Registers the module's metrics.
+    /// Registers the metrics in `registry`.
     pub fn register(registry: &mut Registry) -> Self {
         let metrics = Self::default();
         registry.register("kube_requests", "Requests to the Kubernetes API", metrics.requests.clone());
         registry.register(
             "kube_request_duration_seconds",
-            "Time to the whole answer; for a watch, to its headers",
+            "Time until the complete response was received; for a watch, until its headers",
             metrics.duration.clone(),
         );
         registry.register(
             "kube_request_wait_seconds",
-            "Time that requests to the Kubernetes API waited before they were sent; those that did not wait are not in it",
+            "Time that requests to the Kubernetes API waited before they were sent; requests that did not wait are not counted",
             metrics.waits.clone(),
         );
-        registry.register("watch_restarts", "Watches that broke and were started again", metrics.restarts.clone());
-        registry.register("watches_broken", "Watches that do not work now and are tried again", metrics.broken.clone());
-        // From zero on, or the first one would be no increase.
+        registry.register("watch_restarts", "Watches that failed and were started again", metrics.restarts.clone());
+        registry.register("watches_broken", "Watches that have failed and are being retried", metrics.broken.clone());
+        // The series start at zero, so that the first wait is an increase.
         for cause in every!(Wait: rate_limit, retry_after) {
             drop(metrics.waits.get_or_create(&WaitLabels { cause }));
         }
         metrics
     }
 
-    /// Registers and counts one of everything, for the reference.
+    /// Registers the metrics with one sample of each label value, for the reference.
     #[cfg(any(test, feature = "testing"))]
     pub fn sample(registry: &mut Registry) {
         let metrics = Self::register(registry);
@@ -115,50 +115,50 @@ impl Metrics {
         }
     }
 
-    /// There is a watch of this: how many of them are broken is told from now on.
+    /// Creates the series of broken watches of `resource`, which starts at zero.
     pub(super) fn watch_begun(&self, resource: Resource) {
         drop(self.broken.get_or_create(&ResourceLabel { resource }));
     }
 
-    /// Counts a watch as not working until the answer is dropped.
+    /// Counts a watch as broken until the returned value is dropped.
     pub(super) fn watch_broken(&self, resource: Resource) -> Broken {
         let count = self.broken.get_or_create_owned(&ResourceLabel { resource });
         count.inc();
         Broken(count)
     }
 
-    /// Counts a watch that broke.
+    /// Counts a watch that failed and is started again.
     pub fn watch_ended(&self, resource: Resource, reason: Ended) {
         self.restarts.get_or_create(&WatchLabels { resource, reason }).inc();
     }
 
-    /// A request was held back.
+    /// Records the time that a request waited before it was sent; zero is not recorded.
     pub(super) fn waited(&self, cause: Wait, time: Duration) {
         if !time.is_zero() {
             self.waits.get_or_create(&WaitLabels { cause }).observe(time.as_secs_f64());
         }
     }
 
-    /// An answer is there, or will not come.
+    /// Records a response, or a request that failed.
     pub(super) fn observe(&self, verb: Verb, resource: Resource, code: Code, since: Instant) {
         let labels = Labels { verb, resource, code };
         self.requests.get_or_create(&labels).inc();
         self.duration.get_or_create(&labels).observe(since.elapsed().as_secs_f64());
     }
 
-    /// How many watches broke, for tests.
+    /// Number of watches that failed, for tests.
     #[cfg(any(test, feature = "testing"))]
     pub fn restarts(&self, resource: Resource, reason: Ended) -> u64 {
         self.restarts.get_or_create(&WatchLabels { resource, reason }).get()
     }
 
-    /// How many watches do not work, for tests.
+    /// Number of watches that are broken now, for tests.
     #[cfg(test)]
     pub(super) fn broken(&self, resource: Resource) -> i64 {
         self.broken.get_or_create(&ResourceLabel { resource }).get()
     }
 
-    /// How many requests had this end, for tests.
+    /// Number of requests with this result, for tests.
     #[cfg(any(test, feature = "testing"))]
     pub fn requests(&self, verb: Verb, resource: Resource, code: Code) -> u64 {
         self.requests.get_or_create(&Labels { verb, resource, code }).get()

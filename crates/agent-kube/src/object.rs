@@ -1,8 +1,9 @@
-//! Objects as the program reads them: a few fields of the metadata, and the spec and status that the reader names.
+//! Objects as this program reads them: part of the metadata, and the fields of spec and status that the reader declares.
 //!
-//! The API server sends `metadata.managedFields` with every object, and as a tree of values it takes several times the memory of the
-//! rest. [`Observed`] skips it while the text is read, and with it owner references and finalizers; of labels and annotations it keeps
-//! those that its [`Kind`] names. It is for reading only: an object that is sent back to the server would lose what was skipped.
+//! The API server sends `metadata.managedFields` with every object. As a tree of values it takes several times the memory of the rest.
+//! [`Observed`] skips it during deserialisation, together with owner references and finalizers. Of labels and annotations it keeps those
+//! that the [`Kind`] selects. An `Observed` is for reading only: an object that is written back to the server would lose the skipped
+//! fields.
 
 use std::{borrow::Cow, collections::BTreeMap, fmt, marker::PhantomData};
 
@@ -16,30 +17,31 @@ use serde::{
     de::{IgnoredAny, MapAccess, Visitor},
 };
 
-/// A kind of namespaced object, and what is kept of its metadata.
+/// A kind of namespaced object, and the selection of its labels and annotations.
 pub trait Kind: Clone + fmt::Debug + Send + Sync + 'static {
-    /// The API group; empty for the core.
+    /// API group; empty for the core group.
     const GROUP: &'static str;
-    /// The version of the group.
+    /// Version of the group.
     const VERSION: &'static str;
-    /// The kind.
+    /// Kind, as in `kind`.
     const KIND: &'static str;
-    /// The plural, as paths have it.
+    /// Plural, as in API paths.
     const PLURAL: &'static str;
 
-    /// Whether the label with this key is kept.
+    /// Returns whether the label with this key is kept.
     fn keeps_label(key: &str) -> bool;
 
-    /// Whether the annotation with this key is kept.
+    /// Returns whether the annotation with this key is kept.
     fn keeps_annotation(key: &str) -> bool;
 }
 
-/// An object of the kind `K`, with what is read of its spec and its status.
+/// An object of kind `K`, with the spec fields `P` and the status fields `U`.
 #[derive(Debug, Clone, Deserialize)]
 #[cfg_attr(any(test, feature = "testing"), derive(serde::Serialize), serde(bound(serialize = "P: serde::Serialize, U: serde::Serialize")))]
 #[serde(bound(deserialize = "P: Default + Deserialize<'de>, U: Deserialize<'de>"))]
 pub struct Observed<K: Kind, P, U> {
-    /// Name, namespace, UID, version, the times of creation and deletion, and the labels and annotations that are kept.
+    /// Name, namespace, UID, resource version, the times of creation and deletion, and the labels and annotations that `K` keeps. All other
+    /// fields are empty.
     #[serde(default, deserialize_with = "metadata::<K, _>")]
     pub metadata: ObjectMeta,
     /// `spec`
@@ -53,7 +55,7 @@ pub struct Observed<K: Kind, P, U> {
 
 #[cfg(any(test, feature = "testing"))]
 impl<K: Kind, P, U> Observed<K, P, U> {
-    /// An object of this name with this spec, for tests.
+    /// Creates an object with this name and spec, for tests.
     pub fn new(name: &str, spec: P) -> Self {
         let metadata = ObjectMeta { name: Some(name.to_owned()), ..ObjectMeta::default() };
         Self { metadata, spec, status: None, kind: PhantomData }
@@ -89,7 +91,7 @@ impl<K: Kind, P, U> Resource for Observed<K, P, U> {
     }
 }
 
-/// The metadata that is read. What is not named here is skipped without a value of it being built.
+/// The metadata fields that are read. All others are skipped without building a value.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase", bound(deserialize = ""))]
 struct Metadata<K: Kind> {
@@ -118,7 +120,7 @@ fn metadata<'de, K: Kind, D: Deserializer<'de>>(deserializer: D) -> Result<Objec
     })
 }
 
-/// Says which entries of a map are kept.
+/// Selects the entries of a map that are kept.
 trait Filter {
     fn keeps(key: &str) -> bool;
 }
@@ -139,7 +141,7 @@ impl<K: Kind> Filter for Annotations<K> {
     }
 }
 
-/// A map of which some entries are kept.
+/// A map with only the entries that `F` keeps.
 struct Kept<F>(BTreeMap<String, String>, PhantomData<F>);
 
 impl<F> Kept<F> {
@@ -242,7 +244,7 @@ mod tests {
         let list =
             json!({"kind": "ExampleList", "apiVersion": "example.com/v2", "metadata": {"resourceVersion": "9"}, "items": [object()]});
         check(&serde_json::from_str::<ObjectList<Read>>(&list.to_string()).unwrap().items[0]);
-        // The server writes the type first.
+        // The API server writes `type` before `object`.
         let event = format!("{{\"type\":\"MODIFIED\",\"object\":{}}}", object());
         match serde_json::from_str(&event).unwrap() {
             WatchEvent::Modified(read) => check(&read),

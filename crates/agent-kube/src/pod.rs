@@ -1,4 +1,5 @@
-//! What a pod's object tells, read in one place: the agent names callers by it, and the approver what it may approve. Pure.
+//! Facts of a pod, read from its object. The agent identifies callers by them, and the approver derives from them what it may approve. No
+//! I/O.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -13,13 +14,14 @@ use super::object::{Kind, Observed};
 
 pub mod picks;
 
-/// The annotation of a static pod's mirror. Its value is the UID by which the kubelet knows the pod, and which its cgroups bear.
+/// Annotation of a static pod's mirror pod. Its value is the UID that the kubelet uses for the static pod, and that the pod's cgroup names
+/// contain.
 pub const MIRROR: &str = "kubernetes.io/config.mirror";
 
-/// A pod as agents and approver read it.
+/// A pod, with the fields that the agent and the approver read.
 pub type PodObject = Observed<PodKind, Spec, Status>;
 
-/// Pods: their labels, by which profiles match, and the one annotation that is read.
+/// Kind of pods. Keeps all labels, because profiles match them, and of the annotations only [`MIRROR`].
 #[derive(Debug, Clone)]
 pub struct PodKind;
 
@@ -54,14 +56,14 @@ pub struct Spec {
 #[serde(default, rename_all = "camelCase")]
 pub struct Status {
     phase: Option<String>,
-    /// When the kubelet took it on, by the node's own clock.
+    /// `startTime`: when the kubelet accepted the pod, by the node's clock.
     pub start_time: Option<String>,
     container_statuses: Option<Vec<Container>>,
     init_container_statuses: Option<Vec<Container>>,
     ephemeral_container_statuses: Option<Vec<Container>>,
 }
 
-/// `status.containerStatuses[]`, and its like for init and ephemeral containers
+/// `status.containerStatuses[]`, and the corresponding lists of init and ephemeral containers
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(default)]
 pub struct Container {
@@ -71,47 +73,47 @@ pub struct Container {
     id: Option<String>,
 }
 
-/// The facts of a pod.
+/// Facts of a pod.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Pod {
-    /// Which one.
+    /// Namespace, name and UID.
     pub pod: PodRef,
-    /// Where it runs; none before it has a node.
+    /// Node of the pod; `None` before it is scheduled.
     pub node_name: Option<Arc<str>>,
-    /// Whom it runs as. Static pods have no service account, whatever their mirror says.
+    /// Service account; always `None` for a static pod, regardless of its mirror pod's spec.
     pub service_account: Option<Arc<str>>,
-    /// Its labels, for the match rules of profiles.
+    /// Labels, for the match rules of profiles.
     pub labels: Arc<BTreeMap<String, String>>,
-    /// The profiles that it picks, by the names of the volumes by which it does; only where the driver is known.
+    /// Profiles that the pod picks, by the name of the volume that picks them. Empty if the CSI driver is not known.
     pub picks: BTreeMap<Arc<str>, Arc<str>>,
-    /// Whether it shares the node's network.
+    /// Whether the pod uses the node's network.
     pub host_network: bool,
-    /// Whether it is the mirror of a static pod.
+    /// Whether this is the mirror pod of a static pod.
     pub mirror: bool,
-    /// Whether its phase is terminal. A pod that is being deleted has not ended: its proxy still drains.
+    /// Whether the phase is `Succeeded` or `Failed`. A pod that is being deleted has not ended: its proxy still drains.
     pub ended: bool,
-    /// (id, name) of its containers of every kind that the kubelet has told of; only where they are asked for.
+    /// (id, name) of each init, ordinary and ephemeral container whose id the kubelet has reported. Empty unless containers are requested.
     pub containers: Vec<(Arc<str>, Arc<str>)>,
 }
 
 impl Pod {
-    /// The facts that `object` tells, without its containers; none where it is no whole object. `driver` is the CSI driver whose volumes
-    /// pick profiles.
+    /// Returns the facts of `object` without its containers; `None` if it has no namespace, name or UID. `driver` is the CSI driver whose
+    /// volumes pick profiles.
     pub fn of(object: &PodObject, driver: Option<&str>) -> Option<Self> {
         facts(object, driver, false)
     }
 
-    /// Who its processes are on the shared socket.
+    /// Returns the workload of the pod's processes on the shared socket.
     pub fn workload(&self) -> Workload {
         self.picking(None)
     }
 
-    /// Who its processes are on the socket in its volume of this name.
+    /// Returns the workload of the pod's processes on the socket in the volume with this name.
     pub fn workload_at(&self, volume: &str) -> Workload {
         self.picking(self.picks.get(volume).cloned())
     }
 
-    /// Who its processes can be, on whatever socket; each once.
+    /// Returns every workload that the pod's processes can be on any socket, each once.
     pub fn workloads(&self) -> impl Iterator<Item = Workload> + '_ {
         let picked: BTreeSet<_> = self.picks.values().cloned().collect();
         [None].into_iter().chain(picked.into_iter().map(Some)).map(|picked| self.picking(picked))
@@ -122,13 +124,13 @@ impl Pod {
         Workload::Pod { pod: self.pod.clone(), service_account, labels, picked }
     }
 
-    /// The name of the container with this id.
+    /// Returns the name of the container with this id.
     pub fn container(&self, id: &str) -> Option<Arc<str>> {
         self.containers.iter().find(|(known, _)| **known == *id).map(|(_, name)| name.clone())
     }
 }
 
-/// The facts of `pod`, with the names of its containers where they are asked for.
+/// Returns the facts of `pod`, with its containers if `with_containers` is set; `None` if it has no namespace, name or UID.
 pub fn facts(pod: &PodObject, driver: Option<&str>, with_containers: bool) -> Option<Pod> {
     let metadata = &pod.metadata;
     let mirror = metadata.annotations.as_ref().is_some_and(|a| a.contains_key(MIRROR));
@@ -150,8 +152,8 @@ pub fn facts(pod: &PodObject, driver: Option<&str>, with_containers: bool) -> Op
     })
 }
 
-/// Whether nothing of a pod can have run yet. In the phase `Pending` init containers may run, and with them a proxy; what decides is that
-/// the kubelet has told of no container.
+/// Returns whether no container of the pod can have run yet. The phase `Pending` is not sufficient: init containers run in that phase, and
+/// a proxy may be one of them. The kubelet must not have reported any container id either.
 pub fn has_not_begun(pod: &PodObject) -> bool {
     if pod.metadata.deletion_timestamp.is_some() {
         return false;

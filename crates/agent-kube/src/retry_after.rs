@@ -1,7 +1,7 @@
-//! How long a server asks to wait, whichever way it says so.
+//! Reads how long a server asks to wait, from the headers and the body of its response (`Retry-After`: RFC 9110, section 10.2.3).
 //!
-//! The API server's own queues answer 429 with a header and a line of text; its storage and its webhooks say it in the body; a proxy may
-//! send a date. `kube` passes on the body only, so that what a header says is written into it.
+//! The API server's own queues answer 429 with a header and a line of text. Its storage and its webhooks name the delay in the body. A
+//! proxy may send a date. `kube` passes on only the body, so a delay from a header is written into the body.
 
 use std::time::Duration;
 
@@ -9,10 +9,11 @@ use http::{HeaderMap, StatusCode, header};
 use serde_json::{Value, json};
 use time::{OffsetDateTime, format_description::well_known::Rfc2822};
 
-/// Where a server is busy and does not say for how long.
+/// Delay after a 429 that names none: 1 s.
 const DEFAULT_RETRY_AFTER: Duration = Duration::from_secs(1);
 
-/// What `status` asks for; none where it asks for nothing.
+/// Returns the delay that a response asks for; `None` if it asks for none. If header and body name different delays, the longer one
+/// applies.
 pub(super) fn asked(status: StatusCode, headers: &HeaderMap, body: &[u8]) -> Option<Duration> {
     let busy = status == StatusCode::TOO_MANY_REQUESTS;
     if !busy && !status.is_server_error() {
@@ -30,13 +31,14 @@ fn in_header(headers: &HeaderMap) -> Option<Duration> {
     if let Ok(seconds) = told.parse() {
         return Some(Duration::from_secs(seconds)).filter(|time| !time.is_zero());
     }
-    // By the server's clock, not by ours.
+    // The date is compared with the response's `Date`, because the clocks of server and agent may differ.
     let date = |text: &str| OffsetDateTime::parse(text, &Rfc2822).ok();
     let left = date(told)? - date(text(header::DATE)?)?;
     Duration::try_from(left).ok().filter(|time| !time.is_zero())
 }
 
-/// The body of an answer that asks to wait for `after`: what was there, with the time in its place.
+/// Returns the body as a `Status` that asks to wait for `after`, rounded up to seconds. A body that is no `Status` becomes the message of a
+/// new one.
 pub(super) fn body(status: StatusCode, after: Duration, body: &[u8]) -> Vec<u8> {
     let seconds = after.as_secs() + u64::from(after.subsec_nanos() > 0);
     let parsed: Option<Value> = serde_json::from_slice(body).ok().filter(|v: &Value| v["kind"] == "Status");

@@ -1,11 +1,12 @@
-//! The pace of this process towards the API server: so many requests a second, and none of a kind that the server has asked to wait with.
+//! Rate limit of this process towards the API server, and the delays that the server has asked for.
 //!
-//! Owns a token bucket, the order in which requests that wait for a token are let through, and the holds. A request waits where it is,
-//! without a task and without a lock held meanwhile; whoever gives up while waiting takes no token along.
+//! Owns a token bucket, the queues of requests that wait for a token, and the holds: a hold delays all requests of one [`Kind`] that the
+//! server has asked to retry later. A request waits in its own future, without a task and without a lock. A request that is dropped while
+//! it waits takes no token.
 //!
-//! The order: first come, first served within a class, and shares between the classes, so that a thousand leftovers to delete delay a
-//! new certificate by a fifth and not by a minute, and a flood of new certificates does not keep the watch from coming back that shows
-//! them.
+//! Requests of one class are served first come, first served. The classes share the tokens: 1,000 waiting deletions take a fifth of the
+//! tokens from new certificate requests, and do not delay them by a minute. In the same way, many new certificate requests do not block the
+//! restart of the watch that reports their results.
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},
@@ -25,39 +26,39 @@ use crate::{
     labels::{Resource, Verb},
 };
 
-/// A request that would be held back for longer than this in all is answered in the server's stead, so that who asks can do something
-/// else meanwhile: an order gives back its slot.
+/// A request whose hold ends later than this after its arrival, 30 s, gets a local 429 at once, so that its caller can do other work
+/// meanwhile: an order frees its slot.
 pub(super) const MAX_QUEUE_TIME: Duration = Duration::from_secs(30);
-/// Nobody is held back for longer, whatever a server or a proxy asks for: the agent would be blind.
+/// Upper bound of a delay that a server or a proxy asks for, 300 s: without list and watch the agent cannot see any result.
 const MAX_RETRY_AFTER: Duration = Duration::from_secs(300);
 
-/// What a hold is about. The server does not tell how far its own trouble reaches: a webhook or a cache that is being filled concerns one
-/// kind; its fair queues concern every kind, and each finds that out for the price of one request.
+/// The requests that one hold applies to. The server does not report the scope of its problem. A webhook or a cache that is being filled
+/// affects one kind. The server's fair queues affect every kind, and each kind finds that out with one request.
 pub(super) type Kind = (Verb, Resource);
 
-/// What a request waited for before it was let through.
+/// Time that a request waited before it was admitted, by cause.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) struct Waits {
     pub(super) rate_limit: Duration,
     pub(super) retry_after: Duration,
 }
 
-/// The server has asked for more time than a request waits here.
+/// The server has asked for a longer delay than a request waits here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct RetryAfter {
-    /// How long it goes on.
+    /// Remaining time of the hold.
     pub(super) left: Duration,
     pub(super) waits: Waits,
 }
 
-/// Who goes first. The higher the stride, the smaller the share.
+/// Class of a request. The higher its stride, the smaller its share of the tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Class {
-    /// Somebody waits for a certificate.
+    /// A client waits for the certificate.
     Create,
-    /// Reads and watches, without which no answer is seen.
+    /// Reads and watches, without which the agent sees no result.
     Read,
-    /// Nobody waits for it.
+    /// No client waits for the result.
     Rest,
 }
 
@@ -66,7 +67,7 @@ const STRIDES: [u64; 3] = [3, 6, 12];
 impl Class {
     fn of((verb, resource): Kind) -> Self {
         match verb {
-            // Nobody waits for an event.
+            // No client waits for an Event.
             Verb::create if resource == Resource::events => Self::Rest,
             Verb::create | Verb::patch => Self::Create,
             Verb::get | Verb::list | Verb::watch => Self::Read,
@@ -75,7 +76,7 @@ impl Class {
     }
 }
 
-/// See the module.
+/// Rate limiter and holds of one process.
 #[derive(Debug)]
 pub(super) struct Throttle {
     rate: Rate,
@@ -86,18 +87,18 @@ pub(super) struct Throttle {
 struct State {
     bucket: TokenBucket,
     queues: [Queue; 3],
-    /// The pass of the last request that had to wait.
+    /// Pass of the last request that was served from a queue.
     served: u64,
     tickets: u64,
     holds: HashMap<Kind, Instant>,
-    /// Kinds whose hold was told and that have not been answered otherwise since.
+    /// Kinds whose hold was logged, and that the server has not answered normally since.
     announced: HashSet<Kind>,
 }
 
 #[derive(Debug, Default)]
 struct Queue {
     waiting: VecDeque<(u64, Arc<Notify>)>,
-    /// The queue with the lowest is next; each turn adds the class's stride.
+    /// The queue with the lowest pass is next; each request from it adds the class's stride.
     pass: u64,
 }
 
@@ -118,7 +119,15 @@ impl Throttle {
         self.state.lock()
     }
 
-    /// Returns when a request of this kind may be sent.
+    /// Waits until a request of this kind may be sent, and returns the time that it waited.
+    ///
+    /// # Errors
+    ///
+    /// [`RetryAfter`] if the hold of this kind lasts for longer than [`MAX_QUEUE_TIME`].
+    ///
+    /// # Cancel safety
+    ///
+    /// A dropped future leaves its queue, takes no token, and does not delay the requests behind it.
     pub(super) async fn admit(&self, kind: Kind) -> Result<Waits, RetryAfter> {
         let mut waits = Waits::default();
         let deadline = Instant::now() + MAX_QUEUE_TIME;
@@ -138,14 +147,14 @@ impl Throttle {
             if self.held_until(kind).is_none() {
                 return Ok(waits);
             }
-            // The server has asked for time while this one stood in the queue.
+            // A hold began while this request was in the queue.
             self.give_back();
         }
     }
 
-    /// The server has asked to wait for `after`. Returns whether that is news.
+    /// Records that the server has asked to wait for `after`. Returns whether the kind was not on hold before: such a hold is logged.
     pub(super) fn hold(&self, kind: Kind, after: Duration) -> bool {
-        // A little longer than asked: the server told the same to all nodes.
+        // Extended by up to half at random, because the server asks all nodes for the same delay.
         let until = Instant::now() + after.min(MAX_RETRY_AFTER).mul_f64(1.0 + fastrand::f64() / 2.0);
         let mut state = self.lock();
         let hold = state.holds.entry(kind).or_insert(until);
@@ -153,7 +162,7 @@ impl Throttle {
         state.announced.insert(kind)
     }
 
-    /// The server has answered a request of this kind. Returns whether that is news, after a hold.
+    /// Records a normal response. Returns whether it is the first one after a hold.
     pub(super) fn answered(&self, kind: Kind) -> bool {
         self.lock().announced.remove(&kind)
     }
@@ -170,7 +179,7 @@ impl Throttle {
 
     async fn token(&self, class: Class) {
         let Some(ticket_in_queue) = self.enter(class) else { return };
-        // Only the first of all looks at the clock; it wakes the next one when it goes, whichever way.
+        // Only the first request of all queues sets a timer. When it leaves, served or dropped, it wakes the next one.
         loop {
             match self.slot(&ticket_in_queue) {
                 Slot::Ready => return,
@@ -183,7 +192,7 @@ impl Throttle {
         }
     }
 
-    /// A token at once, where nobody waits and there is one; or a place in the queue.
+    /// Takes a token at once if no request waits and a token is available; otherwise joins a queue.
     fn enter(&self, class: Class) -> Option<QueueTicket<'_>> {
         let mut state = self.lock();
         if state.first().is_none() && state.bucket.take(self.rate, Instant::now()).is_ok() {
@@ -193,7 +202,7 @@ impl Throttle {
         let (ticket, served, wake) = (state.tickets, state.served, Arc::new(Notify::new()));
         let queue = &mut state.queues[class as usize];
         if queue.waiting.is_empty() {
-            // Who was not here has saved up nothing.
+            // An idle class accumulates no credit.
             queue.pass = queue.pass.max(served);
         }
         queue.waiting.push_back((ticket, wake.clone()));
@@ -225,7 +234,7 @@ impl Throttle {
 }
 
 impl State {
-    /// Class and ticket of who is next.
+    /// Class, ticket and waker of the next request.
     fn first(&self) -> Option<(usize, u64, &Arc<Notify>)> {
         let waiting = self.queues.iter().enumerate().filter_map(|(class, queue)| {
             let (ticket, wake) = queue.waiting.front()?;
@@ -247,7 +256,7 @@ enum Slot {
     Behind,
 }
 
-/// A place in the queue. Dropping it gives it up.
+/// A place in a queue. Dropping it leaves the queue.
 struct QueueTicket<'a> {
     throttle: &'a Throttle,
     class: Class,

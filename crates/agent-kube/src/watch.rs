@@ -1,7 +1,7 @@
-//! A watch that recovers: the changes of a selection of objects, for ever, with words for what goes wrong.
+//! A watch that recovers: a stream of the changes of selected objects, with an explanation of each failure.
 //!
-//! One list, then one long request; after trouble it resumes where it was, and lists again where the server has forgotten. Nothing
-//! polls. Trouble is counted, and logged when it changes.
+//! It lists once and then watches. After a failure it resumes at the last resource version, and lists again if the server no longer has
+//! that version. Nothing polls. Each failure is counted, and logged if it differs from the one before.
 
 use std::{fmt, pin::Pin, time::Duration};
 
@@ -21,41 +21,41 @@ use crate::{
     throttle::MAX_QUEUE_TIME,
 };
 
-/// Of the log's lines.
+/// Target of this module's log lines.
 const LOG_TARGET: &str = "sds_agent::kubernetes::watch";
 
-/// After the first trouble; it doubles, and up to a half of it is taken off at random.
+/// Pause after the first failure, 500 ms. Each further failure doubles it. Up to half of a pause is removed at random.
 const MIN_BACKOFF: Duration = Duration::from_millis(500);
-/// Certificates may wait for the watch: it is back soon after the server is.
+/// Maximum pause, 10 s: certificates may wait for the watch, so it resumes soon after the server recovers.
 const MAX_BACKOFF: Duration = Duration::from_secs(10);
-/// And while a right is missing.
+/// Maximum pause while a permission is missing, 30 s.
 const MAX_BACKOFF_WITHOUT_PERMISSION: Duration = Duration::from_secs(30);
-/// Objects in a page after a list without pages was too large to be read.
+/// Objects in a page, after a list without pages was too large to be read.
 const FIRST_PAGE: u32 = 64;
-/// A watch that broke or could not be started is believed to run when it has told something, or no more trouble for so long: longer than
-/// its start may be held back and the answer to it may take.
+/// A watch that failed counts as healthy when it reports a change, or after this time without a failure. The time exceeds the longest hold
+/// of its start plus the time-out of the response.
 const HEALTHY_AFTER: Duration = ANSWER_TIMEOUT.saturating_add(MAX_QUEUE_TIME).saturating_add(Duration::from_secs(5));
 
-/// What a watch tells.
+/// An item of the watch's stream.
 #[derive(Debug)]
 pub enum Signal<K> {
-    /// The objects and their changes.
+    /// An object or a change.
     Event(Event<K>),
-    /// The watch does not run; it is tried again by itself. After [`Ended::list_failed`], and where a right was missing, the next good
-    /// news is a whole list.
+    /// The watch has failed, and is retried automatically. After [`Ended::list_failed`], and after a missing permission, the stream resumes
+    /// with a complete list.
     Trouble(Ended, Failure),
 }
 
-/// What to watch.
+/// The objects to watch.
 #[derive(Debug, Clone)]
 pub struct Selection {
-    /// For the metrics.
+    /// Label of the metrics.
     pub resource: Resource,
-    /// For people: the plural, with its group.
+    /// For messages: the plural, with its group.
     pub name: String,
-    /// For people: the namespace, where the watch is bound to one.
+    /// For messages: the namespace, if the watch is limited to one.
     pub namespace: Option<String>,
-    /// Selectors and the way to list.
+    /// Selectors and list options.
     pub config: watcher::Config,
 }
 
@@ -64,17 +64,21 @@ struct State<K> {
     selection: Selection,
     metrics: Metrics,
     events: Pin<Box<dyn Stream<Item = watcher::Result<Event<K>>> + Send>>,
-    /// Before the next try.
+    /// Pause before the next attempt.
     pause: Option<Duration>,
     next_pause: Duration,
     announced: Option<Failure>,
-    /// Counts it as broken.
+    /// Counts the watch as broken.
     broken: Option<Broken>,
-    /// It is the watch that broke or did not start: a list that works is no proof.
+    /// The watch itself has failed, and not its list: a successful list does not prove that the watch works.
     recovering: bool,
 }
 
-/// Watches `selection` of `api`, for as long as the stream is polled.
+/// Watches `selection` of `api`, as long as the returned stream is polled. The stream does not end.
+///
+/// # Cancel safety
+///
+/// Dropping the future of `next()` loses no event. Dropping the stream ends the watch; a new one begins with a complete list.
 pub fn watch<K>(api: Api<K>, selection: Selection, metrics: Metrics) -> impl Stream<Item = Signal<K>> + Send
 where
     K: KubeResource + Clone + DeserializeOwned + fmt::Debug + Send + 'static,
@@ -90,7 +94,7 @@ where
         let signal = match state.next().await? {
             Ok(event) => {
                 match event {
-                    // It only says that a list is about to be asked for.
+                    // It only announces that a list will be requested.
                     Event::Init => {}
                     Event::InitApply(_) | Event::InitDone if state.recovering => {}
                     _ => state.recovered(),
@@ -149,26 +153,27 @@ where
                 target: LOG_TARGET, resource = %self.selection.name,
                 error = %failure,
                 page_size = self.selection.config.page_size,
-                "the list cannot be read; it is asked for in smaller pages from now on"
+                "the list is too large to be read; requesting smaller pages from now on"
             );
         }
         let stuck = reason == Ended::start_failed && matches!(failure.cause, Cause::Expired | Cause::Rbac);
         let skipped = matches!(error, watcher::Error::WatchFailed(kube::Error::SerdeError(_)));
         let refused = matches!(error, watcher::Error::WatchError(_)) && !expired;
         if stuck || skipped || refused || too_large {
-            // The library would ask for the same version for ever, and only a new list can show that a right has come back; it would go on
-            // behind an event that it could not read; it would stay on a stream on which the server has said that it is over; and it would
-            // ask for the same page again.
+            // A new `watcher` is needed in these cases. After a failed start, the old one would request the same resource version again
+            // (kube-rs/kube#1042), while only a new list shows that a permission was granted. It would continue after an event that it
+            // could not read. It would keep a stream on which the server has reported an error. It would request a page of the same size
+            // again.
             self.events = Box::pin(watcher(self.api.clone(), self.selection.config.clone()));
         }
         self.recovering = reason != Ended::list_failed && !expired;
         if expired || too_large {
-            // The server answers: another list brings everything back at once.
+            // The server responds, so a new list restores everything at once.
             self.next_pause = MIN_BACKOFF;
         }
         let asked = if let Cause::TooManyRequests(Some(after)) = failure.cause { after } else { Duration::ZERO };
         self.pause = Some(self.next_pause.mul_f64(0.5 + 0.5 * fastrand::f64()).max(asked));
-        // A right that is missing comes back by a person's hand: no hurry.
+        // An operator has to grant a missing permission, so frequent attempts are of no use.
         let longest = if failure.cause == Cause::Rbac { MAX_BACKOFF_WITHOUT_PERMISSION } else { MAX_BACKOFF };
         self.next_pause = (self.next_pause * 2).min(longest);
         if !expired && !too_large && self.announced.as_ref() != Some(&failure) {
@@ -182,8 +187,8 @@ where
     }
 }
 
-/// The same selection in smaller pages: an answer was too large to be read. An answer from the server's cache has no pages in older
-/// servers, so that it becomes a consistent read.
+/// Returns `config` with smaller pages, after a response that was too large to be read. Older API servers do not page a list from their
+/// cache, so the list becomes a consistent read.
 fn smaller(config: &watcher::Config) -> watcher::Config {
     let page_size = config.page_size.map_or(FIRST_PAGE, |size| (size / 2).max(1));
     watcher::Config { page_size: Some(page_size), list_semantic: watcher::ListSemantic::MostRecent, ..config.clone() }
@@ -212,7 +217,7 @@ mod tests {
         api.put("configmaps", json!({"metadata": {"name": name, "namespace": "a"}}));
     }
 
-    /// Reads on until an object of this name is told.
+    /// Reads signals until an object with this name is reported.
     async fn announced(signals: &mut (impl Stream<Item = Signal<ConfigMap>> + Unpin), name: &str) {
         let reading = async {
             while let Some(signal) = signals.next().await {
@@ -223,7 +228,7 @@ mod tests {
                 }
             }
         };
-        timeout(Duration::from_secs(600), reading).await.expect("never told");
+        timeout(Duration::from_secs(600), reading).await.expect("not reported");
     }
 
     #[tokio::test(start_paused = true)]
@@ -251,10 +256,10 @@ mod tests {
         announced(&mut signals, "y").await;
         let restarts = metrics.restarts(Resource::configmaps, Ended::expired);
         assert!(restarts >= 1 && api.count("list", "configmaps") as u64 == 1 + restarts, "{restarts}");
-        assert_eq!(metrics.broken(Resource::configmaps), 0, "a server that forgets is no trouble");
+        assert_eq!(metrics.broken(Resource::configmaps), 0, "an expired version is not a failure");
     }
 
-    /// One page holds more than the client reads, until it is small enough.
+    /// A page is larger than the client reads, until the page size is small enough.
     #[tokio::test(start_paused = true)]
     async fn a_list_that_is_too_large_to_be_read_is_asked_for_in_smaller_pages() {
         for (page_size, first) in [(Some(500), Some("500")), (None, None)] {
@@ -299,7 +304,7 @@ mod tests {
                 Signal::Event(Event::InitDone) => lists += 1,
                 Signal::Trouble(_, failure) => {
                     assert_eq!(failure.cause, Cause::Rbac);
-                    assert_eq!(metrics.broken(Resource::configmaps), 1, "a list that works is no watch that does");
+                    assert_eq!(metrics.broken(Resource::configmaps), 1, "a successful list does not prove that the watch works");
                 }
                 Signal::Event(_) => {}
             }
@@ -310,7 +315,7 @@ mod tests {
         assert_eq!(metrics.restarts(Resource::configmaps, Ended::start_failed), 2);
     }
 
-    /// A list shows all there is, and yet the watch is forbidden: nobody may be asked for whole lists all the time.
+    /// Lists succeed while the watch is forbidden: complete lists must not be requested all the time.
     #[tokio::test(start_paused = true)]
     async fn a_watch_that_is_forbidden_is_tried_ever_less_though_lists_work() {
         let (api, metrics) = (FakeApi::new(), Metrics::default());
@@ -325,7 +330,7 @@ mod tests {
         }
         assert!(start.elapsed() > 14 * MAX_BACKOFF / 2, "20 lists in {:?}", start.elapsed());
 
-        // Then it is allowed, and says nothing for long. Its next trouble is another story.
+        // The watch is then allowed, and has no failure for longer than `HEALTHY_AFTER`. The pauses start again at the minimum.
         assert!(timeout(HEALTHY_AFTER * 2, async { while signals.next().await.is_some() {} }).await.is_err());
         let resumed = Instant::now();
         api.fail("watch", "configmaps", Fault::Refuse, 1);
@@ -334,7 +339,7 @@ mod tests {
         announced(&mut signals, "y").await;
         assert!(resumed.elapsed() < Duration::from_secs(4), "after {:?}", resumed.elapsed());
 
-        // What is not watched any more is not broken.
+        // A watch that was dropped does not count as broken.
         api.fail("watch", "configmaps", Fault::Refuse, 1);
         api.cut_watches(true);
         while !matches!(timeout(Duration::from_secs(60), signals.next()).await.unwrap().unwrap(), Signal::Trouble(Ended::start_failed, _)) {

@@ -1,7 +1,7 @@
-//! The API server of [`super::fake`] behind HTTP/1.1 on in-memory pipes: what happens to the bytes is scripted.
+//! The API server of [`super::fake`] behind HTTP/1.1 on in-memory pipes, with scripted faults in the bytes.
 //!
-//! The client is the real one, with its connections, its chunks and its time-outs; only the socket is a pipe, so that it works under a
-//! paused clock. The server reads and writes bytes itself, because a library would not break them.
+//! The client is the real one, with its connections, chunks and time-outs. Only its socket is a pipe, so it works under a paused
+//! clock. The server reads and writes bytes itself, because an HTTP library would not send broken responses.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used, reason = "for tests alone")]
 
 use std::{
@@ -31,72 +31,72 @@ use crate::{
     fake::{FakeApi, Script},
 };
 
-/// What happens to one answer.
+/// A fault in one response.
 #[derive(Debug, Clone)]
 pub enum Fault {
-    /// These bytes come instead, and nothing is carried out.
+    /// These bytes are sent instead; the request has no effect.
     Bytes(String),
-    /// Nothing is carried out, and nothing ever comes.
+    /// The request has no effect and no response.
     Hang,
-    /// It is carried out, and the connection closes without a byte.
+    /// The request has its effect; the connection closes without a byte.
     Swallow,
-    /// It is carried out; a part of the answer comes, and the connection closes.
+    /// The request has its effect; the connection closes after half of the response body.
     Half,
-    /// It is carried out; the head of the answer comes, and then nothing ever.
+    /// The request has its effect; only the response headers are sent.
     HeadAndHang,
-    /// Of a watch: so many events come, then a half of the next one, and the connection closes in the middle of the chunk.
+    /// For a watch: after this number of events and half of the next one, the connection closes in the middle of the chunk.
     CutEvent(usize),
-    /// Of a watch: so many events come, and the two after them change places.
+    /// For a watch: after this number of events, the next two are sent in reverse order.
     Swap(usize),
-    /// Of a watch: every event comes twice.
+    /// For a watch: every event is sent twice.
     Twice,
 }
 
-/// A request as it came over the wire.
+/// A request that the server has received.
 #[derive(Debug, Clone)]
 pub struct Seen {
-    /// When.
+    /// Time of arrival.
     pub at: Instant,
-    /// `create`, `list`, …
+    /// Verb, such as `create` or `list`.
     pub verb: &'static str,
-    /// Of what.
+    /// Plural of the resource.
     pub plural: String,
     /// Path and query.
     pub target: String,
 }
 
-/// The server. Clones share everything.
+/// The server. Clones share its state.
 #[derive(Clone)]
 pub struct Wire {
-    /// What is behind it.
+    /// The API server that carries out the requests.
     pub api: FakeApi,
     script: Arc<Mutex<Script<Fault>>>,
     seen: Arc<Mutex<Vec<Seen>>>,
 }
 
 impl Wire {
-    /// In front of `api`.
+    /// Creates a server in front of `api`.
     pub fn new(api: FakeApi) -> Self {
         Self { api, script: Arc::default(), seen: Arc::default() }
     }
 
-    /// A client, all of it real but the socket.
+    /// Returns a client that is real except for its socket.
     pub fn client(&self, metrics: &Metrics, rate: RequestRate) -> Client {
         let config = Config::new(Uri::from_static("http://api.test"));
         super::client(config, Pipes(self.clone()), metrics, rate).unwrap()
     }
 
-    /// The next `times` requests of this kind meet this.
+    /// The next `times` requests of this verb and plural meet `fault`.
     pub fn fail(&self, verb: &'static str, plural: &'static str, fault: Fault, times: usize) {
         self.script.lock().unwrap().plan(verb, plural, fault, times);
     }
 
-    /// Whether every planned fault has happened.
+    /// Returns whether every planned fault has occurred.
     pub fn is_done(&self) -> bool {
         self.script.lock().unwrap().is_done()
     }
 
-    /// The requests of a kind so far.
+    /// Returns the requests of this verb and plural so far.
     pub fn seen(&self, verb: &str, plural: &str) -> Vec<Seen> {
         self.seen.lock().unwrap().iter().filter(|seen| seen.verb == verb && seen.plural == plural).cloned().collect()
     }
@@ -107,7 +107,7 @@ impl Wire {
         fault
     }
 
-    /// One connection, request by request. Returning closes it.
+    /// Serves one connection, request by request. Returning closes it.
     async fn serve(self, mut stream: DuplexStream) -> io::Result<()> {
         let mut buffer = Vec::new();
         while let Some(request) = read(&mut stream, &mut buffer).await? {
@@ -160,7 +160,7 @@ impl Wire {
 
 type Events = http_body_util::combinators::UnsyncBoxBody<Bytes, tower::BoxError>;
 
-/// A watch's events, one chunk each. Whether the connection stays.
+/// Sends the events of a watch, one chunk each. Returns whether the connection stays open.
 async fn events(stream: &mut DuplexStream, body: &mut Events, fault: Option<Fault>) -> io::Result<bool> {
     let mut told = 0;
     let mut withheld: Option<Bytes> = None;
@@ -197,7 +197,7 @@ async fn chunk(stream: &mut DuplexStream, bytes: &[u8]) -> io::Result<()> {
     stream.write_all(b"\r\n").await
 }
 
-/// The next request; none where the client has closed the connection.
+/// Reads the next request; `None` if the client has closed the connection.
 async fn read(stream: &mut DuplexStream, buffer: &mut Vec<u8>) -> io::Result<Option<Request<Body>>> {
     loop {
         if let Some(end) = buffer.windows(4).position(|window| window == b"\r\n\r\n") {
@@ -220,7 +220,7 @@ async fn read(stream: &mut DuplexStream, buffer: &mut Vec<u8>) -> io::Result<Opt
     }
 }
 
-/// Makes connections to the server.
+/// Connector that opens in-memory connections to the server.
 #[derive(Clone)]
 struct Pipes(Wire);
 
@@ -272,7 +272,7 @@ impl Write for Pipe {
     }
 }
 
-/// An answer as bytes.
+/// Returns a response as bytes.
 pub fn http(status: u16, headers: &[&str], body: &str) -> String {
     let headers: String = headers.iter().map(|header| format!("{header}\r\n")).collect();
     format!("HTTP/1.1 {status} x\r\n{headers}content-length: {}\r\n\r\n{body}", body.len())

@@ -1,7 +1,7 @@
-//! The wall clock, and waiting for a moment of it.
+//! The wall clock, and waits until a time of it.
 //!
-//! Owns the only reads of the real time. A waiter wakes at its moment, when the clock is stepped, or after a minute, whichever is
-//! first: suspended machines and NTP steps are noticed, and the waiter looks at the time again. Policy takes `now` as an argument.
+//! Owns the only reads of the real time. A waiter wakes at its time, when the clock is stepped, or after one minute, whichever is first,
+//! and then reads the time again. It therefore notices suspended machines and NTP steps. Policy takes `now` as an argument.
 
 use std::{
     fmt, io,
@@ -22,38 +22,42 @@ use parking_lot::Mutex;
 use tokio::{sync::watch, time::Instant};
 use unix_peer::fd;
 
-/// Of the log's lines.
+/// Target of this module's log lines.
 const LOG_TARGET: &str = "sds_agent::clock";
 
-/// No sleep lasts longer, so that a step that the kernel does not report is noticed all the same.
+/// Maximum length of a sleep, 60 s, so that a step that the kernel does not report is still noticed.
 pub const MAX_SLEEP: Duration = Duration::from_secs(60);
 
-/// The time of day and waiting for it.
+/// A source of wall-clock time, and waits for it.
 pub trait Clock: fmt::Debug + Send + Sync + 'static {
-    /// The wall clock's time.
+    /// Returns the wall clock's time.
     fn now(&self) -> SystemTime;
 
     /// Returns at `until`, when the clock is stepped, or after [`MAX_SLEEP`]. The caller reads [`Clock::now`] again.
+    ///
+    /// # Cancel safety
+    ///
+    /// A dropped future only stops waiting.
     fn sleep_until(&self, until: SystemTime) -> BoxFuture<'_, ()>;
 }
 
-/// Seconds since the epoch; what lies before it counts as 0.
+/// Returns the seconds since the epoch; 0 for times before it.
 pub fn unix_seconds(time: SystemTime) -> u64 {
     time.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
 }
 
-/// The time that lies `seconds` after the epoch, bounded to the year 9999.
+/// Returns the time `seconds` after the epoch, limited to the years 1970 to 9999.
 pub fn from_unix_seconds(seconds: i64) -> SystemTime {
     const END_OF_9999: u64 = 253_402_300_799;
     UNIX_EPOCH + Duration::from_secs(u64::try_from(seconds).unwrap_or(0).min(END_OF_9999))
 }
 
-/// RFC 3339 in UTC, to the second.
+/// Formats a time as RFC 3339 in UTC, to the second.
 pub fn rfc3339(time: SystemTime) -> String {
     humantime::format_rfc3339_seconds(time).to_string()
 }
 
-/// The machine's clock, by a `timerfd` that the kernel cancels when the clock is set.
+/// The machine's clock. Waits use a `timerfd`, which the kernel cancels when the clock is set.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct SystemClock;
 
@@ -72,8 +76,8 @@ impl Clock for SystemClock {
             tokio::select! {
                 () = bound => {}
                 result = stepped(until) => if let Err(error) = result {
-                    // Without a timer the bound above still wakes the waiter.
-                    tracing::warn!(target: LOG_TARGET, %error, "cannot watch the clock for steps; looking once a minute instead");
+                    // Without a timer, this sleep still wakes the waiter.
+                    tracing::warn!(target: LOG_TARGET, %error, "cannot watch the clock for steps; checking the time once a minute instead");
                     tokio::time::sleep(wait.min(MAX_SLEEP)).await;
                 },
             }
@@ -90,7 +94,7 @@ async fn stepped(until: SystemTime) -> io::Result<()> {
     let timer = fd::watched(OwnedFd::from(timer))?;
     loop {
         let mut ready = timer.readable().await?;
-        // ECANCELED: the clock was set. EAGAIN: a false alarm of the poller.
+        // ECANCELED: the clock was set. EAGAIN: a spurious wake-up.
         let mut count = [0; 8];
         match nix::unistd::read(timer.get_ref(), &mut count) {
             Ok(_) | Err(Errno::ECANCELED) => return Ok(()),
@@ -110,12 +114,12 @@ pub struct TestClock {
 }
 
 impl TestClock {
-    /// Starts at `base`; call it inside a runtime.
+    /// Creates a clock that starts at `base`. Call it inside a runtime.
     pub fn new(base: SystemTime) -> Self {
         Self { base, start: Instant::now(), offset: Arc::default(), steps: watch::Sender::new(()) }
     }
 
-    /// Sets the clock by `seconds` and wakes every sleeper, as the kernel does.
+    /// Steps the clock by `seconds` and wakes every waiter, as the kernel does.
     pub fn step(&self, seconds: i64) {
         *self.offset.lock() += seconds;
         self.steps.send_replace(());

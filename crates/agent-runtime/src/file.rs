@@ -1,8 +1,8 @@
-//! One file, read again whenever it changes.
+//! A file that is read again after each change.
 //!
-//! What is watched is the directory, because files are replaced rather than rewritten: Kubernetes swaps a symlink beside the file, and
-//! editors rename over it. Where the file is a link to another directory, that one is watched too. The caller runs
-//! [`Followed::run`] inside a runtime with I/O.
+//! The watch is on the directory, because files are replaced rather than rewritten: Kubernetes swaps a symlink beside the file, and editors
+//! rename over it. If the file is a link to another directory, that directory is watched too. The caller runs [`Followed::run`] inside a
+//! runtime with I/O.
 
 use std::{
     collections::BTreeSet,
@@ -14,12 +14,12 @@ use std::{
 use notify::{RecommendedWatcher, RecursiveMode, Watcher};
 use tokio::{io::AsyncReadExt, sync::mpsc, time::timeout};
 
-/// Of the log's lines.
+/// Target of this module's log lines.
 const LOG_TARGET: &str = "sds_agent::file";
 
-/// Changes come in bursts: the file is read when they have paused for so long.
+/// Changes arrive in bursts: the file is read after a pause of this length.
 const DEBOUNCE: Duration = Duration::from_millis(100);
-/// Where the directory itself is missing, it is looked for again after this time.
+/// Interval of attempts while the directory cannot be watched, for example because it does not exist.
 const RECHECK_INTERVAL: Duration = Duration::from_secs(30);
 
 #[cfg(any(test, feature = "testing"))]
@@ -27,7 +27,7 @@ mod mounted;
 #[cfg(any(test, feature = "testing"))]
 pub use mounted::MountedFile;
 
-/// A watched file.
+/// A file to follow.
 #[derive(Debug)]
 pub struct Followed {
     path: PathBuf,
@@ -35,22 +35,26 @@ pub struct Followed {
 }
 
 impl Followed {
-    /// The file at `path`, of at most `limit` bytes.
+    /// Follows the file at `path`, of at most `limit` bytes. Watching begins with [`run`](Self::run).
     pub fn new(path: PathBuf, limit: usize) -> Self {
         Self { path, limit }
     }
 
-    /// Tells of the content now, and of each other content or failure from now on; for ever. A file that is longer than the limit is told
-    /// of with one byte more than that.
+    /// Reports the current content, and then each different content or kind of error, without an end. A file that is longer than the limit
+    /// is reported with one byte more than the limit.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future ends the watch. A new call reports the current content again.
     pub async fn run(&self, mut tell: impl FnMut(Result<&[u8], &io::Error>)) {
         let mut last: Option<Result<Vec<u8>, io::ErrorKind>> = None;
         loop {
-            // The watches are set before the file is read, so that no change falls between; and anew each time, because links move.
+            // The watches are set before the file is read, so that no change is missed. They are set again each time, because links change.
             let (changes, mut changed) = mpsc::channel(1);
             let watcher = Self::watch(self.directories().await, changes);
             if let Err(error) = &watcher {
                 let path = self.path.display();
-                tracing::warn!(target: LOG_TARGET, file = %path, %error, "cannot watch the file's directory; looking again in half a minute");
+                tracing::warn!(target: LOG_TARGET, file = %path, %error, "cannot watch the file's directory; retrying in 30 s");
             }
             let now = self.content().await;
             let comparable = now.as_ref().map(Vec::clone).map_err(io::Error::kind);
@@ -62,7 +66,7 @@ impl Followed {
                 Ok(_) => {
                     changed.recv().await;
                     let settled = async { while timeout(DEBOUNCE, changed.recv()).await.is_ok() {} };
-                    // A directory in which something always changes must not hide the file.
+                    // A directory that changes without a pause must not prevent the file from being read.
                     let _ = timeout(10 * DEBOUNCE, settled).await;
                 }
                 Err(_) => tokio::time::sleep(RECHECK_INTERVAL).await,
@@ -72,7 +76,7 @@ impl Followed {
 
     fn watch(directories: BTreeSet<PathBuf>, changes: mpsc::Sender<()>) -> notify::Result<RecommendedWatcher> {
         let mut watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
-            // Reading the file is an event too, but not a change. A full channel already says that something happened.
+            // Reading the file is an event too, but not a change. If the channel is full, a change is already pending.
             if event.map_or(true, |event| !event.kind.is_access()) {
                 let _ = changes.try_send(());
             }
@@ -83,7 +87,7 @@ impl Followed {
         Ok(watcher)
     }
 
-    /// Where the file is named, and where it really lies.
+    /// Returns the directory of the path and the directory of the file that it resolves to.
     async fn directories(&self) -> BTreeSet<PathBuf> {
         let parent = |path: &Path| match path.parent() {
             Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
@@ -93,7 +97,7 @@ impl Followed {
         std::iter::once(parent(&self.path)).chain(real.as_deref().map(parent)).collect()
     }
 
-    /// The content, and one byte more than is allowed where it is too long.
+    /// Reads the content, and at most one byte more than the limit.
     async fn content(&self) -> io::Result<Vec<u8>> {
         let mut content = Vec::new();
         let limit = u64::try_from(self.limit).unwrap_or(u64::MAX).saturating_add(1);
@@ -111,7 +115,7 @@ mod tests {
 
     const PATIENCE: Duration = Duration::from_secs(20);
 
-    /// What is reported of a file, one after another.
+    /// The reports about a file, in order.
     struct Reports(mpsc::UnboundedReceiver<Result<String, io::ErrorKind>>);
 
     impl Reports {
@@ -128,7 +132,7 @@ mod tests {
             timeout(PATIENCE, self.0.recv()).await.expect("nothing is reported").unwrap()
         }
 
-        /// Reports until one is this; contents in between may have been replaced before they were read.
+        /// Reads reports until one equals `wanted`. Contents in between may have been replaced before they were read.
         async fn until(&mut self, wanted: Result<&str, io::ErrorKind>) {
             while self.next().await.as_deref().map_err(|kind| *kind) != wanted {}
         }

@@ -1,12 +1,12 @@
-//! The common parts of a node agent's process. This crate knows neither certificates nor xDS nor Kubernetes.
+//! Common parts of a node agent's process. This crate contains nothing about certificates, xDS or Kubernetes.
 //!
 //! - [`clock`]: wall-clock time that may be stepped, and waits that follow it;
-//! - [`readiness`] and [`shutdown`]: when the process is ready, and how it ends;
+//! - [`readiness`] and [`shutdown`]: the process's readiness, and its end;
 //! - [`telemetry`]: the log, whose writer never delays service, and its rate limit;
-//! - [`metrics`]: the page of metrics and the process's own;
+//! - [`metrics`]: the metrics page, and the process's own metrics;
 //! - [`file`](mod@file): a file that is followed through replacements;
 //! - [`token_bucket`]: rates with a burst;
-//! - [`text`]: foreign text in errors and logs: cut, sanitised, and without keys.
+//! - [`text`]: untrusted text in errors and logs: truncated, sanitised, and without keys.
 
 pub mod clock;
 pub mod file;

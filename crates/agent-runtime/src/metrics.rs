@@ -1,7 +1,7 @@
-//! The metrics page: our own metrics under one prefix, and the standard ones about the process.
+//! The metrics page: this project's metrics under one prefix, and the standard metrics of the process.
 //!
-//! Owns the registry and its encoding, see [`Format`]. Each module registers its own metrics through [`Exposition::registry`], with
-//! names that lack the prefix and, for counters, the `_total` that the encoder adds.
+//! Owns the registry and its encoding ([`Format`]). Each module registers its metrics through [`Exposition::registry`], with names that
+//! lack the prefix and, for counters, the suffix `_total`: the encoder adds both.
 
 use std::fmt;
 
@@ -14,11 +14,11 @@ use prometheus_client::{
 mod format;
 mod process;
 
-/// Every variant of a label's type: one that is forgotten does not compile.
+/// Lists all variants of a label's type. A missing variant is a compile error.
 #[macro_export]
 macro_rules! every {
     ($label:ident: $($variant:ident),+ $(,)?) => {{
-        #[allow(dead_code, reason = "it is there to be exhaustive")]
+        #[allow(dead_code, reason = "the match has to be exhaustive")]
         fn is_complete(label: $label) {
             match label { $($label::$variant => {}),+ }
         }
@@ -28,14 +28,14 @@ macro_rules! every {
 pub use crate::every;
 pub use format::Format;
 
-/// The value of a label that anything can stand for, in the reference.
+/// Label value that represents any value, in the reference.
 #[cfg(any(test, feature = "testing"))]
 pub const ANY: &str = "*";
 
-/// What every metric of ours begins with.
+/// Prefix of the names of this project's metrics.
 pub const PREFIX: &str = "sds_agent";
 
-/// Every metric of the process.
+/// All metrics of the process.
 #[derive(Debug)]
 pub struct Exposition {
     ours: Registry,
@@ -43,24 +43,28 @@ pub struct Exposition {
 }
 
 impl Exposition {
-    /// The process's own metrics and `build_info` with this version and source revision; the modules add theirs.
+    /// Creates a page with the metrics of the process, and `build_info` with this version and source revision. The modules add their own.
     pub fn new(version: &'static str, revision: &'static str) -> Self {
         let mut ours = Registry::with_prefix(PREFIX);
         let build = Family::<Build, Gauge>::default();
         build.get_or_create(&Build { version, revision }).set(1);
-        ours.register("build_info", "1, labelled by what is running", build);
+        ours.register("build_info", "1, labelled with the version and the source revision", build);
 
         let mut standard = Registry::default();
         standard.register_collector(Box::new(process::Collector::new()));
         Self { ours, standard }
     }
 
-    /// Where a module registers.
+    /// Registry in which a module registers its metrics.
     pub fn registry(&mut self) -> &mut Registry {
         &mut self.ours
     }
 
-    /// The page, read now.
+    /// Returns the page with the current values.
+    ///
+    /// # Errors
+    ///
+    /// An error of a metric's encoder. Writing the page itself does not fail.
     pub fn encode(&self, format: Format) -> Result<String, fmt::Error> {
         let mut page = String::with_capacity(16 << 10);
         text::encode_registry(&mut page, &self.ours)?;

@@ -1,15 +1,15 @@
-//! Whether the agent has all that it needs to serve: once it has, it says so for ever.
+//! The agent's readiness. It is reached once, when all resources that are needed to serve are available, and is not lost again.
 //!
-//! Readiness is what is left when every [`Guard`] has been dropped. It latches: trouble upstream must not take a thousand agents out of
-//! service at once. Whoever must be in sync before the agent is ready holds a guard named after what is awaited; the composition root
-//! keeps the first one until every part has taken its own.
+//! The agent is ready when every [`Guard`] has been dropped, and stays ready until the process ends: a failure upstream must not take a
+//! thousand agents out of service at once. A part that must be in sync first holds a guard, which is named after the resource that it waits
+//! for. The composition root holds the first guard until every part has taken its own.
 
 use std::{fmt, sync::Arc};
 
 use prometheus_client::{metrics::gauge::Gauge, registry::Registry};
 use tokio::sync::watch;
 
-/// The name of the guard that the composition root holds.
+/// Name of the guard that the composition root holds.
 const START: &str = "start";
 
 /// The agent's readiness. Clones are the same readiness.
@@ -26,11 +26,11 @@ struct State {
     ready: bool,
 }
 
-/// Something is awaited, until this is dropped.
-#[must_use = "dropped at once, it awaits nothing"]
+/// Prevents readiness until it is dropped.
+#[must_use = "a guard that is dropped at once prevents nothing"]
 pub struct Guard {
     readiness: Readiness,
-    /// None once it is abandoned.
+    /// `None` after it was abandoned.
     id: Option<u64>,
 }
 
@@ -41,14 +41,14 @@ impl fmt::Debug for Guard {
 }
 
 impl Readiness {
-    /// Not ready, and awaiting the returned guard.
+    /// Creates a readiness that waits for the returned guard.
     pub fn new(metrics: Metrics) -> (Self, Guard) {
         let readiness = Self { state: watch::Sender::new(State::default()), metrics };
         let start = readiness.guard(START);
         (readiness, start)
     }
 
-    /// Awaits one more thing, called `name` in the answer to `/readyz?verbose`. After readiness has been reached it changes nothing.
+    /// Adds a guard, listed as `name` in the response to `/readyz?verbose`. It has no effect after readiness was reached.
     pub fn guard(&self, name: &str) -> Guard {
         let mut id = 0;
         self.state.send_if_modified(|state| {
@@ -62,32 +62,32 @@ impl Readiness {
         Guard { readiness: self.clone(), id: Some(id) }
     }
 
-    /// Whether readiness has been reached.
+    /// Returns whether readiness has been reached.
     pub fn is_ready(&self) -> bool {
         self.state.borrow().ready
     }
 
-    /// What is still awaited, oldest first.
+    /// Returns the names of the guards that are still held, oldest first.
     pub fn awaited(&self) -> Vec<Arc<str>> {
         self.state.borrow().awaited.iter().map(|(_, name)| name.clone()).collect()
     }
 
-    /// Returns once nothing but `guard` is awaited.
+    /// Waits until no guard except `guard` is held. Cancel safe.
     pub async fn awaits_only(&self, guard: &Guard) {
         let only = |state: &State| state.awaited.iter().all(|(id, _)| Some(*id) == guard.id);
-        // The sender lives in `self`: there is always an answer.
+        // The sender lives in `self`, so the wait does not fail.
         let _ = self.state.subscribe().wait_for(only).await;
     }
 
-    /// Returns once readiness has been reached.
+    /// Waits until readiness has been reached. Cancel safe.
     pub async fn reached(&self) {
-        // The sender lives in `self`: there is always an answer.
+        // The sender lives in `self`, so the wait does not fail.
         let _ = self.state.subscribe().wait_for(|state| state.ready).await;
     }
 }
 
 impl Guard {
-    /// What is awaited will never come: the agent does not become ready by this guard's end.
+    /// Drops the guard without releasing it: its resource will never be available, and the agent does not become ready.
     pub fn abandon(mut self) {
         self.id = None;
     }
@@ -108,21 +108,21 @@ impl Drop for Guard {
     }
 }
 
-/// What readiness tells.
+/// Metrics of readiness.
 #[derive(Debug, Clone, Default)]
 pub struct Metrics {
     ready: Gauge,
 }
 
 impl Metrics {
-    /// Registers the module's metrics.
+    /// Registers the metrics in `registry`.
     pub fn register(registry: &mut Registry) -> Self {
         let metrics = Self::default();
-        registry.register("ready", "1 once everything awaited at the start has come; never 0 again", metrics.ready.clone());
+        registry.register("ready", "1 after the agent has become ready; it does not return to 0", metrics.ready.clone());
         metrics
     }
 
-    /// Registers and shows them all, for the reference.
+    /// Registers all metrics, for the reference.
     #[cfg(any(test, feature = "testing"))]
     pub fn sample(registry: &mut Registry) {
         Self::register(registry);

@@ -1,8 +1,8 @@
-//! The end of the process: a drain that holders can block for a bounded time, and an abort.
+//! The end of the process: a drain that guards can extend up to a deadline, and an abort.
 //!
-//! The first SIGTERM or SIGINT begins the drain: [`Shutdown::drain`] is cancelled, nobody takes on new work, and whoever still has some
-//! holds a [`Guard`]. The drain is over when the last guard is dropped, at its deadline, or at a second signal, which ends the process
-//! with exit code 1. A task owes two things: to select on the token, and to hold a guard for as long as it has something to finish.
+//! The first SIGTERM or SIGINT begins the drain: [`Shutdown::drain`] is cancelled, and no task accepts new work. A task with unfinished
+//! work holds a [`Guard`]. The drain ends when the last guard is dropped or at its deadline. A second signal ends the process at once with
+//! exit code 1. Each task selects on the token, and holds a guard for as long as it has work to finish.
 
 use std::{
     fmt, io,
@@ -15,25 +15,25 @@ use tokio_util::{
     task::{TaskTracker, task_tracker::TaskTrackerToken},
 };
 
-/// Of the log's lines.
+/// Target of this module's log lines.
 const LOG_TARGET: &str = "sds_agent::shutdown";
 
-/// The exit code of an aborted process.
+/// Exit code of an aborted process.
 pub const EXIT_ABORTED: i32 = 1;
 
-/// The process's end, shared by all that must know. Clones are the same shutdown.
+/// The shutdown of the process. Clones are the same shutdown.
 #[derive(Debug, Clone)]
 pub struct Shutdown {
     /// Cancelled when the drain begins.
     pub drain: CancellationToken,
-    /// Cancelled when nothing may be waited for any more.
+    /// Cancelled when the drain is aborted: no task may wait any longer.
     pub abort: CancellationToken,
     holders: TaskTracker,
     deadline: Duration,
 }
 
-/// Blocks the end of the drain until it is dropped.
-#[must_use = "dropped at once, it holds nothing"]
+/// Delays the end of the drain until it is dropped.
+#[must_use = "a guard that is dropped at once delays nothing"]
 pub struct Guard {
     _holder: TaskTrackerToken,
 }
@@ -44,42 +44,47 @@ impl fmt::Debug for Guard {
     }
 }
 
-/// How a drain ended.
+/// Result of a drain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Drained {
-    /// Everybody has finished.
+    /// All guards were dropped.
     Complete,
-    /// The deadline passed with so many guards still held.
+    /// The deadline passed while guards were held.
     TimedOut {
-        /// How many.
+        /// Number of guards.
         holders: usize,
     },
-    /// A second signal came.
+    /// A second signal arrived.
     Aborted,
 }
 
 impl Shutdown {
-    /// A shutdown whose drain may take `deadline`. Without [`follow_signals`](Self::follow_signals) only [`begin`](Self::begin) starts it.
+    /// Creates a shutdown whose drain takes at most `deadline`. Without [`follow_signals`](Self::follow_signals), only
+    /// [`begin`](Self::begin) starts it.
     pub fn new(deadline: Duration) -> Self {
         Self { drain: CancellationToken::new(), abort: CancellationToken::new(), holders: TaskTracker::new(), deadline }
     }
 
-    /// The same shutdown for a part that may end before the whole: what is cancelled of it ends that part alone.
+    /// Returns a shutdown for a part that may end earlier. Cancelling its tokens ends only that part; its guards delay the whole.
     pub fn part(&self) -> Self {
         Self { drain: self.drain.child_token(), abort: self.abort.child_token(), ..self.clone() }
     }
 
-    /// Begins the drain; again is no change.
+    /// Begins the drain. Further calls have no effect.
     pub fn begin(&self) {
         self.drain.cancel();
     }
 
-    /// Blocks the end of the drain for as long as the guard lives. During a drain it still counts.
+    /// Returns a guard, which delays the end of the drain until it is dropped. A guard that is taken during a drain counts too.
     pub fn guard(&self) -> Guard {
         Guard { _holder: self.holders.token() }
     }
 
-    /// Waits for the drain to begin and then to end.
+    /// Waits until the drain has begun and then ended.
+    ///
+    /// # Cancel safety
+    ///
+    /// A dropped future loses nothing. A new call during the drain starts the deadline again.
     pub async fn drained(&self) -> Drained {
         self.drain.cancelled().await;
         self.holders.close();
@@ -91,10 +96,14 @@ impl Shutdown {
         }
     }
 
-    /// Takes over SIGTERM and SIGINT from here on: the first begins the drain, the second ends the process with [`EXIT_ABORTED`], after
-    /// `before_exit`, which must be bounded in time.
+    /// Handles SIGTERM and SIGINT from now on. The first signal begins the drain. The second one calls `before_exit`, which must be bounded
+    /// in time, and ends the process with [`EXIT_ABORTED`].
     ///
-    /// Call it inside the runtime, before anything is bound: until then a signal kills the process as usual.
+    /// Call it inside the runtime, before any socket is bound. Before this call a signal kills the process, as is the default.
+    ///
+    /// # Errors
+    ///
+    /// The error of registering the signal handlers.
     pub fn follow_signals(&self, before_exit: impl FnOnce() + Send + 'static) -> io::Result<()> {
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
@@ -102,7 +111,7 @@ impl Shutdown {
         tokio::spawn(async move {
             let name = either(&mut terminate, &mut interrupt).await;
             let begun = Instant::now();
-            // Before anything is logged about it: nothing may stand between a signal and its effect.
+            // The drain begins before the signal is logged, so that a blocked log cannot delay it.
             shutdown.begin();
             tracing::info!(target: LOG_TARGET, signal = name, deadline_seconds = shutdown.deadline.as_secs_f64(), "draining; a second signal aborts");
 
@@ -111,7 +120,7 @@ impl Shutdown {
             tracing::warn!(target: LOG_TARGET, signal = name, holders, seconds_after_the_first = after, "aborting");
             shutdown.abort.cancel();
             before_exit();
-            // From here, and not from `main`: whatever hangs there is what the second signal is against.
+            // The process exits here and not in `main`, because the second signal must work even if `main` hangs.
             std::process::exit(EXIT_ABORTED);
         });
         Ok(())
@@ -135,7 +144,7 @@ mod tests {
     use super::*;
 
     const DEADLINE: Duration = Duration::from_secs(20);
-    /// Set for the child, so that `--include-ignored` does not end everybody's process.
+    /// Set for the child process, so that `--include-ignored` does not end the test process.
     const CHILD: &str = "SDS_AGENT_TEST_CHILD";
 
     #[tokio::test(start_paused = true)]
@@ -206,18 +215,18 @@ mod tests {
     }
 
     #[tokio::test]
-    #[ignore = "runs in a process of its own"]
+    #[ignore = "runs in a separate process"]
     async fn child_is_signalled_twice() {
         if std::env::var_os(CHILD).is_none() {
             return;
         }
-        // A failed assertion makes the test binary's exit code 101.
+        // A failed assertion gives exit code 101.
         let shutdown = Shutdown::new(DEADLINE);
         let _held = shutdown.guard();
-        // Whatever a line of the log costs, the drain has begun before it.
+        // The drain has begun before the first log line is written.
         let has_begun = shutdown.drain.clone();
         let written = move || {
-            assert!(has_begun.is_cancelled(), "a signal is logged before it has an effect");
+            assert!(has_begun.is_cancelled(), "the signal is logged before the drain begins");
             std::io::sink()
         };
         let (_guard, _filter) = crate::telemetry::capture("info", crate::telemetry::Format::Json, written).unwrap();

@@ -1,9 +1,9 @@
-//! The log: text on a terminal, JSON lines otherwise, always to standard error and never to a file.
+//! The log: text on a terminal, JSON lines otherwise. It is written to standard error, and never to a file.
 //!
-//! Owns the subscriber and its filter, which can be replaced while the agent runs, and the [`writer`] that never blocks. The caller
-//! reads [`VARIABLE`] (the configuration is the only reader of the environment), owes every spawned task a span, and [ends](Log::end) the
-//! log before the process. No key, token or CSR is ever passed to a log macro; and because other crates print what crosses the wire at
-//! `trace`, that level is cut off for them whatever the filter says.
+//! Owns the subscriber and its filter, which can be replaced while the agent runs, and the [`writer`], which never blocks. The caller reads
+//! [`VARIABLE`], because only the configuration reads the environment. It gives each spawned task a span, and [ends](Log::end) the log
+//! before the process ends. No key, token or CSR is passed to a log macro. Other crates log wire data at `trace`, so that level is disabled
+//! for them regardless of the filter.
 
 use std::{
     fmt,
@@ -42,27 +42,27 @@ use lines::Lines;
 pub use metrics::Metrics;
 use writer::{LogWriter, StandardError};
 
-/// Of the log's lines.
+/// Target of this module's log lines.
 const LOG_TARGET: &str = "sds_agent::telemetry";
 
-/// The environment variable of the filter.
+/// Environment variable with the filter.
 pub const VARIABLE: &str = "SDS_AGENT_LOG";
-/// The filter where there is none.
+/// Default filter.
 pub const DEFAULT_FILTER: &str = "info";
-/// This crate's targets begin with it.
+/// Prefix of the log targets of this project.
 const OURS: &str = "sds_agent";
-/// The longest time that the end of the process waits for the reader of the log.
+/// Maximum wait for the reader of the log at the end of the process, 1 s.
 const FLUSH: Duration = Duration::from_secs(1);
 
-/// Why there is no log, or no other filter.
+/// Errors of setting up the log and of replacing its filter.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
     /// The filter cannot be read.
     #[error("log filter {filter:?} is not valid: {why}; use a level, such as `debug`, or `sds_agent::rotation=debug,info`")]
     Filter {
-        /// The beginning of what was given.
+        /// Excerpt of the filter.
         filter: String,
-        /// The parser's words.
+        /// Excerpt of the parser's message.
         why: String,
     },
     /// The process has a log already.
@@ -73,23 +73,23 @@ pub enum Error {
     Thread(io::ErrorKind),
 }
 
-/// How a line looks.
+/// Format of a log line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Format {
-    /// For people.
+    /// Text for a terminal.
     Text,
     /// One JSON object a line.
     Json,
 }
 
 impl Format {
-    /// Text where standard error is a terminal.
+    /// Returns text if standard error is a terminal, and JSON otherwise.
     pub fn of_stderr() -> Self {
         if io::stderr().is_terminal() { Self::Text } else { Self::Json }
     }
 }
 
-/// The handle on the filter. Clones are the same handle.
+/// Handle of the filter. Clones refer to the same filter.
 #[derive(Clone)]
 pub struct Filter {
     current: Arc<Mutex<String>>,
@@ -103,12 +103,16 @@ impl fmt::Debug for Filter {
 }
 
 impl Filter {
-    /// The directives in force.
+    /// Returns the current directives.
     pub fn current(&self) -> String {
         self.current.lock().clone()
     }
 
-    /// Replaces them; what cannot be read changes nothing.
+    /// Replaces the directives.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Filter`] if the directives cannot be parsed. The current ones then stay in force.
     pub fn replace(&self, directives: &str) -> Result<(), Error> {
         let filter = parse(directives)?;
         let mut current = self.current.lock();
@@ -121,24 +125,24 @@ impl Filter {
 /// The process's log. Clones are the same log.
 #[derive(Debug, Clone)]
 pub struct Log {
-    /// What is logged.
+    /// Filter of the log.
     pub filter: Filter,
     writer: LogWriter,
 }
 
 impl Log {
-    /// Writes a line as it is, for the last words of the process.
+    /// Writes a line without timestamp, level or filter, for the final message of the process.
     pub fn tell(&self, message: fmt::Arguments<'_>) {
-        // It does not fail.
+        // The writer does not fail.
         let _ = writeln!(self.writer.clone(), "{message}");
     }
 
-    /// Waits for the lines to be written, but not for a reader that stalls. Call it before the process ends.
+    /// Blocks until the queued lines are written, for at most 1 s. Call it before the process ends.
     pub fn end(&self) {
         self.writer.flush(FLUSH);
     }
 
-    /// Ends the log when it is dropped: also where a panic ends the process.
+    /// Returns a guard that ends the log when it is dropped, also when a panic unwinds.
     pub fn until_dropped(&self) -> impl Drop {
         struct End(Log);
         impl Drop for End {
@@ -150,8 +154,13 @@ impl Log {
     }
 }
 
-/// Sets up the process's log on standard error; `directives` is the value of [`VARIABLE`], where it is set. From here on a panic is logged,
-/// too: the usual hook writes to standard error itself, and would wait for its reader.
+/// Sets up the process's log on standard error. `directives` is the value of [`VARIABLE`], if it is set; the default is [`DEFAULT_FILTER`].
+/// Panics are logged from now on: the default hook would write to standard error itself and wait for its reader.
+///
+/// # Errors
+///
+/// [`Error::Thread`] if the writing thread cannot be started, [`Error::Filter`] if the directives cannot be parsed, [`Error::SetUp`] if the
+/// process already has a log.
 pub fn init(directives: Option<&str>, metrics: &Metrics) -> Result<Log, Error> {
     let format = Format::of_stderr();
     let writer = LogWriter::start(StandardError, format, metrics.lines_dropped.clone()).map_err(|error| Error::Thread(error.kind()))?;
@@ -163,18 +172,22 @@ pub fn init(directives: Option<&str>, metrics: &Metrics) -> Result<Log, Error> {
 
 fn log_panic(panic: &PanicHookInfo<'_>) {
     let thread = thread::current();
-    // Whatever a mistake of ours has quoted.
+    // A panic message may quote untrusted input.
     let cause = panic.payload_as_str().map(|cause| text::excerpt(cause, text::MAX_MESSAGE_CHARS));
     tracing::error!(target: LOG_TARGET, thread = thread.name(), location = panic.location().map(tracing::field::display), cause, "a thread has panicked");
 }
 
-/// Logs to `writer` on this thread for as long as the guard lives: for tests that look at the log.
+/// Logs to `writer` on this thread until the guard is dropped, for tests that read the log.
+///
+/// # Errors
+///
+/// [`Error::Filter`] if the directives cannot be parsed.
 pub fn capture<W>(directives: &str, format: Format, writer: W) -> Result<(DefaultGuard, Filter), Error>
 where
     W: for<'w> MakeWriter<'w> + Send + Sync + 'static,
 {
-    // While there is one subscriber alone, `tracing` asks only the thread that reaches an event first whether it is wanted: where that is
-    // another test's thread, without a subscriber, this one would never get the event.
+    // With a single subscriber, `tracing` computes the interest of a callsite on the thread that reaches it first (tokio-rs/tracing#3611).
+    // If that thread belongs to another test and has no subscriber, this one never receives the event. A second subscriber avoids that.
     static ANOTHER: LazyLock<Dispatch> = LazyLock::new(|| Dispatch::new(NoSubscriber::default()));
     LazyLock::force(&ANOTHER);
     let (subscriber, filter) = subscriber(directives, format, writer)?;
@@ -205,13 +218,13 @@ fn refused(directives: &str, error: &dyn fmt::Display) -> Error {
     Error::Filter { filter: shown(directives), why: shown(&error.to_string()) }
 }
 
-/// What other crates print at `trace` crosses the wire; and kube's print whole answers, with CSRs in them, when they cannot be read. What
-/// matters of the latter is told by our own watches.
+/// Excludes wire data: other crates log it at `trace`, and kube's crates log complete responses, including CSRs, that they cannot parse.
+/// The agent's own watches report the failures of the latter.
 fn no_wire_dump(metadata: &Metadata<'_>) -> bool {
     is_ours(metadata) || (*metadata.level() <= LevelFilter::DEBUG && !is_of(metadata, "kube_client") && !is_of(metadata, "kube_runtime"))
 }
 
-/// Whether this crate logs it.
+/// Returns whether the line has a target of this project.
 fn is_ours(metadata: &Metadata<'_>) -> bool {
     is_of(metadata, OURS)
 }
@@ -272,13 +285,13 @@ mod tests {
         assert_eq!(lines.take().lines().count(), 2);
     }
 
-    /// Set for the child, so that `--include-ignored` does not take over everybody's log.
+    /// Set for the child process, so that `--include-ignored` does not replace the log of the test process.
     const CHILD: &str = "SDS_AGENT_TEST_CHILD";
 
     #[test]
     fn a_panic_does_not_wait_for_the_reader_of_the_log() {
         let (_reader, writer) = io::pipe().unwrap();
-        // Written to its last byte.
+        // The pipe is full.
         (&writer)
             .write_all(&vec![b'\n'; nix::fcntl::fcntl(&writer, nix::fcntl::FcntlArg::F_GETPIPE_SZ).unwrap().try_into().unwrap()])
             .unwrap();
@@ -296,7 +309,7 @@ mod tests {
     }
 
     #[test]
-    #[ignore = "runs in a process of its own"]
+    #[ignore = "runs in a separate process"]
     fn child_panics() {
         if std::env::var_os(CHILD).is_none() {
             return;
@@ -305,7 +318,7 @@ mod tests {
         for _ in 0..1000 {
             thread::spawn(|| panic!("as a part of the agent might")).join().unwrap_err();
         }
-        log.tell(format_args!("sds-agent: last words"));
+        log.tell(format_args!("sds-agent: final message"));
         log.end();
     }
 

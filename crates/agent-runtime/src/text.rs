@@ -1,37 +1,38 @@
-//! Texts from elsewhere, before they are shown: in the log, in a status, an Event or an answer.
+//! Sanitises untrusted text before it appears in the log, in a status, an Event or a response.
 //!
-//! A condition's message, an error of the API server, a client's words and a name in a certificate are written by others. They may be
-//! long, hold control characters, or repeat what they are about: an input with a private key in it. [`excerpt`] removes what looks like
-//! key material, brings the text onto one line and cuts it. The caller passes every foreign text through it where the text enters, and
-//! before the text is joined with others: half a key is not recognised. Errors of our own hold a class and a place, and no input.
+//! A condition's message, an error of the API server, a client's message and a name in a certificate are untrusted. They may be long,
+//! contain control characters, or quote their input, which may contain a private key. [`excerpt`] removes text that looks like key
+//! material, joins the lines and truncates the result. The caller passes each untrusted text through it where the text enters, and before
+//! it is joined with other text: half a key is not recognised. Errors of this project contain a class and a place, and no input.
 //!
-//! Key material is recognised by its form, whatever it is: PEM blocks, whole or not; long runs of base64, base64url or hexadecimal digits,
-//! wrapped or escaped; and lists of bytes as numbers. Names, paths, UUIDs and addresses do not have these forms. A SHA-256 digest does: a
-//! foreign text loses it.
+//! Key material is recognised by its form: PEM blocks, complete or not; long runs of base64, base64url or hexadecimal digits, wrapped or
+//! escaped; and lists of bytes as numbers. Names, paths, UUIDs and addresses do not have these forms. A SHA-256 digest does, and is removed
+//! from untrusted text.
 
 use std::borrow::Cow;
 
-/// The most characters of a foreign message that are shown.
+/// Maximum characters of an untrusted message that are shown.
 pub const MAX_MESSAGE_CHARS: usize = 400;
-/// The most characters of a foreign name that are shown.
+/// Maximum characters of an untrusted name that are shown.
 pub const MAX_NAME_CHARS: usize = 100;
-/// The most bytes of a text that are looked at; what follows is left out.
+/// Maximum bytes of a text that are read, 64 KiB; the rest is left out.
 const MAX_READ_BYTES: usize = 64 << 10;
-/// What stands in the place of key material.
+/// Replacement of key material.
 const REDACTED: &str = "[redacted]";
-/// The beginnings and ends of PEM blocks, whatever follows.
+/// Begin and end markers of PEM blocks (RFC 7468), with any label.
 const MARKS: [&str; 2] = ["-----BEGIN", "-----END"];
 
-/// A run of so many characters of base64 in both cases is key material; in a run of hexadecimal digits, one more than a serial number has.
+/// Minimum length of a run that is key material: hexadecimal digits, or base64 with an upper-case letter and a lower-case letter or a
+/// digit. A serial number has at most 40 hexadecimal digits (RFC 5280, section 4.1.2.2).
 const MIN_RUN: usize = 41;
-/// Runs of at least so many characters beside key material are part of it.
+/// Minimum length of a run beside key material that is taken for a part of it.
 const MIN_PART: usize = 8;
-/// So many numbers in a list are bytes.
+/// Minimum number of decimal numbers in a list that are taken for bytes.
 const MIN_NUMBERS: usize = 4;
-/// So many pairs of hexadecimal digits in a list are bytes; a MAC address has fewer.
+/// Minimum number of hexadecimal pairs in a list that are taken for bytes; a MAC address has fewer.
 const MIN_PAIRS: usize = 8;
 
-/// At most `most` characters of `text`, on one line and without key material. The mark of a cut comes on top.
+/// Returns at most `most` characters of `text` on one line, without key material. A truncated text has one more character, the mark.
 pub fn excerpt(text: &str, most: usize) -> String {
     let clean: String = read(text).chars().map(|c| if breaks_lines(c) { ' ' } else { c }).collect();
     let mut out = redacted(&clean).split_whitespace().collect::<Vec<_>>().join(" ");
@@ -42,12 +43,12 @@ pub fn excerpt(text: &str, most: usize) -> String {
     out
 }
 
-/// `text` without key material, lines kept: for one that is read by its lines before it is shown. What it becomes is still foreign.
+/// Returns `text` without key material, with its lines, for text whose lines are parsed before it is shown. The result is still untrusted.
 pub fn redact(text: &str) -> Cow<'_, str> {
     redacted(read(text))
 }
 
-/// Whether a line may hold a key in PEM, as text or as numbers: a cheap look.
+/// Returns whether a line may contain a key in PEM, as text or as a list of numbers. A fast check.
 pub fn has_pem(text: &str) -> bool {
     text.contains("-----BEGIN") || text.contains("45, 45, 45, 45, 45, 66")
 }
@@ -56,7 +57,7 @@ fn read(text: &str) -> &str {
     &text[..text.floor_char_boundary(MAX_READ_BYTES)]
 }
 
-/// Control characters, line separators, and what changes the direction of the text or is not seen.
+/// Matches control characters, line separators, and characters that are invisible or change the direction of the text.
 fn breaks_lines(c: char) -> bool {
     c.is_control() || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}')
 }
@@ -72,7 +73,7 @@ fn redacted(text: &str) -> Cow<'_, str> {
     let (mut out, mut at) = (String::with_capacity(text.len()), 0);
     for (start, end) in spans {
         if start >= at {
-            // Parts with nothing between them are one.
+            // Spans with only white space between them become one.
             let between = &text[at..start];
             if !out.ends_with(REDACTED) || !between.trim().is_empty() {
                 out += between;
@@ -85,10 +86,11 @@ fn redacted(text: &str) -> Cow<'_, str> {
     Cow::Owned(out)
 }
 
-/// Where something stands.
+/// Start and end of a part of a text.
 type Span = (usize, usize);
 
-/// PEM blocks: from a BEGIN to the next END, whatever its label is, or to the text's end; and what stands before an END without a BEGIN.
+/// Finds PEM blocks: from a BEGIN to the next END with any label, or to the end of the text. The base64 before an END without a BEGIN
+/// counts too.
 fn blocks(text: &str) -> Vec<Span> {
     let mut spans = Vec::new();
     let mut at = 0;
@@ -96,7 +98,7 @@ fn blocks(text: &str) -> Vec<Span> {
         let begins = mark == MARKS[0];
         let first = if begins { start } else { before(text, at, start) };
         let end = if begins { text[start..].find(MARKS[1]).map(|end| start + end) } else { Some(start) };
-        // The label, and the dashes after it.
+        // Includes the label and the dashes after it.
         let end = end.and_then(|end| {
             let label = end + MARKS[1].len();
             let dashes = label + text[label..].find('-')?;
@@ -108,7 +110,7 @@ fn blocks(text: &str) -> Vec<Span> {
     spans
 }
 
-/// Where the base64 begins that ends at `end`.
+/// Returns the start of the base64 that ends at `end`.
 fn before(text: &str, from: usize, end: usize) -> usize {
     let mut first = end;
     let units: Vec<(usize, usize, Unit)> = units(&text[from..end]).map(|(at, len, unit)| (from + at, len, unit)).collect();
@@ -121,18 +123,18 @@ fn before(text: &str, from: usize, end: usize) -> usize {
     first
 }
 
-/// What a piece of a text is for base64 and its kin.
+/// Class of a piece of text: digits of base64 and hexadecimal, or the text between them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Unit {
-    /// A digit of it, perhaps escaped.
+    /// A digit, possibly escaped.
     Digit,
-    /// What may stand between two lines of it.
+    /// A separator that may occur between two lines of digits.
     Gap,
     /// Anything else.
     Other,
 }
 
-/// The pieces of a text: place, length, kind.
+/// Returns the pieces of a text: start, length, class.
 fn units(text: &str) -> impl Iterator<Item = (usize, usize, Unit)> + '_ {
     let mut at = 0;
     std::iter::from_fn(move || {
@@ -166,31 +168,31 @@ fn unit(rest: &str) -> Option<(usize, Unit)> {
     })
 }
 
-/// A run of digits, and the run of the same stretch that it belongs to.
+/// A run of digits.
 #[derive(Debug, Clone, Copy)]
 struct Run {
     start: usize,
     end: usize,
     form: Form,
-    /// Whether only gaps stand between it and the one before.
+    /// Whether only separators lie between this run and the previous one.
     continues: bool,
 }
 
-/// What a run looks like.
+/// Class of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Form {
-    /// Long, and encoded.
+    /// Long enough to be key material.
     Key,
-    /// Encoded, and short; or part of it.
+    /// Looks encoded, but is too short to be key material alone.
     Encoded,
-    /// A word that is long enough to be a part.
+    /// Does not look encoded, but is long enough to be a part of key material.
     Part,
     /// A short word.
     Word,
 }
 
-/// Runs of base64 and hexadecimal digits that are long, alone or together, and what is beside them. In a text with such a run, or with a
-/// PEM block (`has_key`), every run that looks encoded is taken for a part of it.
+/// Finds runs of base64 and hexadecimal digits that are long, alone or together, and the runs beside them. If the text contains such a run
+/// or a PEM block (`has_key`), every run that looks encoded counts as a part of the key.
 fn runs(text: &str, has_key: bool) -> Vec<Span> {
     let mut runs: Vec<Run> = Vec::new();
     let (mut start, mut broken) = (None, true);
@@ -218,11 +220,11 @@ fn runs(text: &str, has_key: bool) -> Vec<Span> {
     runs.iter().zip(marked).filter_map(is_key).collect()
 }
 
-/// Marks the keys of one stretch.
+/// Marks the keys among runs that are separated only by separators.
 fn mark(runs: &[Run], is_key: &mut [bool]) {
     let mut at = 0;
     while at < runs.len() {
-        // Neighbours that are long enough to be parts of one text.
+        // Adjacent runs that are long enough to be parts of one key.
         let end = (at..runs.len()).find(|at| runs[*at].form == Form::Word).unwrap_or(runs.len());
         let group = &runs[at..end];
         let encoded = group.iter().filter(|run| matches!(run.form, Form::Key | Form::Encoded));
@@ -248,7 +250,8 @@ fn form(run: &str) -> Form {
     let (upper, lower, digit) = (has(u8::is_ascii_uppercase), has(u8::is_ascii_lowercase), has(u8::is_ascii_digit));
     let sign = run.contains(['+', '=', '%', '\\']);
     let hex = run.split(|c: char| !c.is_ascii_hexdigit()).map(str::len).max().unwrap_or_default();
-    // A path or a name of several words may be as long. Its letters change their kind at the beginning of words alone.
+    // A path or a name of several words may be as long. In these, letters change between upper case, lower case and digits only at the
+    // start of a word.
     let is_one = !run.contains(['/', '-', '_']) || changes(run) * 4 >= run.len();
     if hex >= MIN_RUN || (run.len() >= MIN_RUN && is_one && upper && (lower || digit)) {
         Form::Key
@@ -261,14 +264,14 @@ fn form(run: &str) -> Form {
     }
 }
 
-/// How often a lower-case letter, an upper-case letter or a digit is followed by one of another kind.
+/// Counts changes between upper-case letters, digits and other characters in adjacent letters and digits.
 fn changes(run: &str) -> usize {
     let kind = |byte: u8| (byte.is_ascii_uppercase(), byte.is_ascii_digit());
     let pairs = run.as_bytes().windows(2).filter(|pair| pair.iter().all(u8::is_ascii_alphanumeric));
     pairs.filter(|pair| kind(pair[0]) != kind(pair[1])).count()
 }
 
-/// Lists of bytes: decimal numbers, or pairs of hexadecimal digits.
+/// Finds lists of bytes: decimal numbers, or pairs of hexadecimal digits.
 fn numbers(text: &str) -> Vec<Span> {
     let decimal = list(text, MIN_NUMBERS, ",;", |rest| {
         let len = rest.bytes().take_while(u8::is_ascii_digit).count();
@@ -282,7 +285,7 @@ fn numbers(text: &str) -> Vec<Span> {
     [decimal, pairs].concat()
 }
 
-/// Where at least `least` items stand in a row, with nothing but `signs` and blanks between them.
+/// Finds sequences of at least `least` items, with only `signs` and white space between them.
 fn list(text: &str, least: usize, signs: &str, item: impl Fn(&str) -> Option<usize>) -> Vec<Span> {
     let mut spans = Vec::new();
     let (mut at, mut current): (usize, Option<(Span, usize)>) = (0, None);
@@ -305,7 +308,7 @@ fn list(text: &str, least: usize, signs: &str, item: impl Fn(&str) -> Option<usi
     spans
 }
 
-/// Lower-case hexadecimal.
+/// Encodes bytes as lower-case hexadecimal.
 pub fn hex(bytes: &[u8]) -> String {
     const DIGITS: &[u8; 16] = b"0123456789abcdef";
     bytes.iter().flat_map(|b| [DIGITS[usize::from(b >> 4)], DIGITS[usize::from(b & 15)]]).map(char::from).collect()

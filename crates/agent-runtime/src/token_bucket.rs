@@ -1,35 +1,35 @@
-//! A rate with a burst, as a token bucket: the state is one instant.
+//! A rate limit with a burst, as a token bucket whose state is one instant.
 
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// So many a second, and so many at once after a pause.
+/// A sustained rate, and a burst after a pause.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Rate {
-    /// Between two tokens.
+    /// Interval between two tokens.
     interval: Duration,
-    /// How far ahead of time a full bucket gives tokens.
+    /// Time by which a full bucket returns tokens ahead of the sustained rate.
     tolerance: Duration,
 }
 
 impl Rate {
-    /// At least one a second, and at least one at once.
+    /// Creates a rate of `per_second` tokens per second with bursts of `burst` tokens. Both are at least 1.
     pub fn new(per_second: u32, burst: u32) -> Self {
         let interval = Duration::from_secs(1) / per_second.max(1);
         Self { interval, tolerance: interval * burst.saturating_sub(1) }
     }
 }
 
-/// What is left of a burst.
+/// State of a token bucket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TokenBucket {
-    /// When it is full if no token is taken.
+    /// Time at which the bucket is full if no token is taken.
     full_at: Instant,
 }
 
 impl TokenBucket {
-    /// A full one.
+    /// Creates a full bucket.
     pub fn full(now: Instant) -> Self {
         Self { full_at: now }
     }
@@ -38,7 +38,7 @@ impl TokenBucket {
     ///
     /// # Errors
     ///
-    /// There is none; the error is when there will be one.
+    /// If no token is available: the time at which the next one is.
     pub fn take(&mut self, rate: Rate, now: Instant) -> Result<(), Instant> {
         if self.full_at > now + rate.tolerance {
             return Err(self.full_at.checked_sub(rate.tolerance).unwrap_or(now + rate.interval));
@@ -47,12 +47,12 @@ impl TokenBucket {
         Ok(())
     }
 
-    /// Gives a token back that was not used.
+    /// Returns an unused token to the bucket.
     pub fn give_back(&mut self, rate: Rate) {
         self.full_at = self.full_at.checked_sub(rate.interval).unwrap_or(self.full_at);
     }
 
-    /// Whether it has recovered: a new one would be the same.
+    /// Returns whether the bucket is full, and so equal to a new one.
     pub fn is_full(&self, now: Instant) -> bool {
         self.full_at <= now
     }

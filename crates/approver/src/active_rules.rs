@@ -1,11 +1,12 @@
-//! The rules in force: the newest, and for a while those that they have replaced. No I/O, no clock.
+//! The rules in force: the newest rules, and superseded rules until their overlap ends. No I/O, no clock.
 //!
-//! A change of the configuration reaches approver and agents at different moments. For `approver.overlap` after it, what the former rules
-//! would have approved is approved too, so that no agent is denied for a file that it has not got yet. What an operator takes away
-//! for safety is gone at once, whatever the former rules said: an agent's user name, behind which a token may be stolen, an issuer, whose
-//! key may be, and an annotation, from which an issuer may take orders. Everything else in the file says who of an agent's pods gets what
-//! from an issuer that still counts, which is had by certificates that are out already anyway; a file cannot tell whether such a change is
-//! a roll-out or an alarm, so the operator does: with `overlap: 0s` in the same change the former rules are gone, too.
+//! A configuration change reaches the approver and the agents at different times. For `approver.overlap` (default 10 min) after a change,
+//! the approver also approves requests that the superseded rules allow, so that an agent with the older file is not denied.
+//!
+//! Three removals take effect immediately, because an operator makes them for security: an agent's user name (its token may be
+//! compromised), an issuer (its key may be compromised) and an allowed annotation (an issuer may obey it). Every other change only alters
+//! which names the agents' pods get from an issuer that is still trusted, and certificates issued before the change have those names
+//! anyway. An operator who makes such a change for security sets `overlap: 0s` in the same change, which ends the superseded rules.
 
 use std::{iter, time::Duration};
 
@@ -13,15 +14,15 @@ use tokio::time::Instant;
 
 use super::rules::Rules;
 
-/// Former rules that are remembered: changes come by a person's hand, and each reaches the agents within a minute or two.
+/// Maximum number of superseded rules. Operators make the changes, and each reaches the agents within two minutes.
 const MAX_SUPERSEDED: usize = 8;
-/// By so much may the approver's file be behind an agent's: a kubelet looks at a mounted ConfigMap every 60 to 90 seconds.
+/// Maximum time by which the approver's file is older than an agent's: a kubelet syncs a mounted ConfigMap every 60 to 90 seconds.
 const MAX_DEFERRAL: Duration = Duration::from_secs(120);
 
-/// See the module.
+/// The newest rules and the superseded rules that still approve. Immutable: a change makes a new value.
 #[derive(Debug, Clone)]
 pub struct ActiveRules {
-    /// The newest.
+    /// The newest rules.
     pub rules: Rules,
     superseded: Vec<Superseded>,
 }
@@ -33,12 +34,12 @@ struct Superseded {
 }
 
 impl ActiveRules {
-    /// These, and none before them.
+    /// Creates the value for `rules`, without superseded rules.
     pub fn new(rules: Rules) -> Self {
         Self { rules, superseded: Vec::new() }
     }
 
-    /// What is in force when `rules` replace these at `now`. How long the former count is for the new ones to say.
+    /// Returns the rules in force after `rules` replace these at `now`. The overlap of the new rules limits every superseded one.
     pub fn replaced(&self, rules: Rules, now: Instant) -> Self {
         let until = now + rules.overlap;
         let replaced = iter::once(Superseded { rules: self.rules.clone(), until });
@@ -52,12 +53,13 @@ impl ActiveRules {
         Self { rules, superseded }
     }
 
-    /// The former rules that still count at `now`, the latest first.
+    /// Returns the superseded rules whose overlap has not ended at `now`, newest first.
     pub fn superseded(&self, now: Instant) -> impl Iterator<Item = &Rules> {
         self.superseded.iter().filter(move |superseded| now < superseded.until).map(|superseded| &superseded.rules)
     }
 
-    /// For how long after its first sight a request that differs from the configuration is not denied: the agent's file may be newer.
+    /// Returns the time after first sight for which a request that differs from the configuration is not denied, because the agent's file
+    /// may be newer: `overlap`, at most 120 s.
     pub fn deferral(&self) -> Duration {
         self.rules.overlap.min(MAX_DEFERRAL)
     }
@@ -79,7 +81,7 @@ mod tests {
 
     const OVERLAP: Duration = Duration::from_secs(600);
 
-    /// The rules of the tests with another lifetime.
+    /// The test rules with a lifetime of `hours`.
     fn lasting(hours: u64) -> Rules {
         let mut rules = Rules { overlap: OVERLAP, ..rules() };
         let profile = Profile { lifetime: Duration::from_secs(hours * 3600), ..(*rules.resolver.default_profile).clone() };
@@ -87,14 +89,14 @@ mod tests {
         rules
     }
 
-    /// Why not, or nothing.
+    /// The reason of the denial; `None` for an approval.
     fn denial(active_rules: &ActiveRules, now: Instant) -> Option<&'static str> {
         let pod = pod();
         match judge::decide(&request(), PodView::Live(Some(&pod)), active_rules, now).0 {
             Decision::Approve(_) => None,
             Decision::Deny(denial) => Some(denial.code),
             Decision::Ignore => Some("ignored"),
-            Decision::NeedsLiveRead(_) => panic!("a live read leaves nothing to look at"),
+            Decision::NeedsLiveRead(_) => panic!("a second live read after a live read"),
         }
     }
 
@@ -110,7 +112,7 @@ mod tests {
         assert_eq!(denial(&two, now + OVERLAP - Duration::from_millis(1)), None);
         assert_eq!(denial(&two, now + OVERLAP), Some(denied::PROFILE_MISMATCH));
 
-        // Two changes in a row: each of the former has its own time.
+        // Two changes in a row: each superseded rule set has its own end.
         let later = now + OVERLAP / 2;
         let three = two.replaced(lasting(3), later);
         assert_eq!(denial(&three, later), None);
@@ -152,7 +154,7 @@ mod tests {
         let removed = ActiveRules::new(lasting(1)).replaced(Rules { issuers: vec![guarded("default", "new-ca")], ..lasting(1) }, now);
         assert_eq!(denial(&removed, now), Some("ignored"));
         assert!(removed.superseded(now).all(|rules| rules.issuers.is_empty()));
-        // One that still signs for others does so for those who had it, as long as the overlap lasts.
+        // An issuer that another profile still uses signs for its former profile until the overlap ends.
         let moved = vec![guarded("default", "new-ca"), guarded("payments", "mesh-ca")];
         let moved = ActiveRules::new(lasting(1)).replaced(Rules { issuers: moved, ..lasting(1) }, now);
         assert_eq!((denial(&moved, now), denial(&moved, now + OVERLAP)), (None, Some(denied::PROFILE_MISMATCH)));

@@ -1,7 +1,7 @@
-//! Events on denied requests: for people, beside the condition that programs read.
+//! Events on denied requests: for operators, in addition to the condition that programs read.
 //!
-//! One for each denial, within a budget: whoever asks in a loop does not fill etcd by way of the approver. One that cannot be written is
-//! counted, and not written again.
+//! Each denial has one Event, up to 300 Events per minute, so that a client that requests in a loop does not fill etcd. An Event that
+//! cannot be created is counted and not retried.
 
 use std::time::Duration;
 
@@ -18,32 +18,36 @@ use crate::{
     metrics::{Metrics, Step},
 };
 
-/// Of the log's lines.
+/// Target of the log lines.
 const LOG_TARGET: &str = "sds_agent::approver::events";
 
-/// The API server refuses longer messages of Events.
+/// Maximum length of an Event's message, in characters. The API server rejects longer messages.
 const MESSAGE: usize = 1000;
-/// Events in a [`WINDOW`].
+/// Maximum number of Events in a [`WINDOW`].
 const BUDGET: u32 = 300;
 const WINDOW: Duration = Duration::from_secs(60);
 
-/// See the module.
+/// Creates Events of denials. It owns their budget.
 pub struct Events {
     client: Client,
-    /// The name of the approver's pod.
+    /// Name of the approver's pod.
     instance: String,
     metrics: Metrics,
-    /// When the window began, and what has been spent of it.
+    /// Begin of the current window, and the number of Events in it.
     spent: Mutex<Option<(Instant, u32)>>,
 }
 
 impl Events {
-    /// Written by `client` in the name of the replica `instance`.
+    /// Creates Events with `client`, reported by the replica `instance`.
     pub fn new(client: Client, instance: String, metrics: Metrics) -> Self {
         Self { client, instance, metrics, spent: Mutex::default() }
     }
 
-    /// Tells of a denial, at a time in RFC 3339.
+    /// Creates the Event of a denial, if the budget allows it. `now` is in RFC 3339 format.
+    ///
+    /// # Cancel safety
+    ///
+    /// The budget is spent before the request is sent. If the future is dropped later, the Event may or may not exist.
     pub async fn tell(&self, request: &Request, denial: &Denial, now: &str) {
         let (namespace, _) = place(request);
         let Some(event) = self.event(request, denial, now).filter(|_| self.spend(Instant::now())) else { return };
@@ -52,7 +56,7 @@ impl Events {
             self.metrics.failed(Step::event);
             let call = Call { verb: "create", resource: "events", name: None, namespace: Some(namespace) };
             let failure = Failure::of(&error, &call);
-            tracing::debug!(target: LOG_TARGET, call = %call, error = %failure, "no Event tells of the denial");
+            tracing::debug!(target: LOG_TARGET, call = %call, error = %failure, "cannot create the Event of a denial");
         }
     }
 

@@ -1,7 +1,7 @@
-//! The gate before the writes: requests are judged in parallel, and decisions are written [a few at a time](Limit), first come, first served.
+//! Limits concurrent writes: requests are judged in parallel, and decisions are written [1 to 4 at a time](Limit), in FIFO order.
 //!
-//! A slot is held for one write. A write without an answer does not block the others: after `STUCK_WRITE_AFTER` an extra slot is given out
-//! for as long as it takes. The gate is shut while the replica is on standby.
+//! A slot permits one write. If a write has no response after 5 s (`STUCK_WRITE_AFTER`), the gate adds an extra slot until the response
+//! arrives, so one stuck write does not block the others. The gate is closed while the replica is on standby.
 
 use std::{future::Future, pin::pin, time::Duration};
 
@@ -13,12 +13,12 @@ use tokio::{
 
 use super::limit::Limit;
 
-/// A write without an answer for so long does not block the next one. cert-manager's webhook may take 30 s for an answer.
+/// Time without a response after which a write no longer blocks the next one. cert-manager's webhook may take up to 30 s.
 const STUCK_WRITE_AFTER: Duration = Duration::from_secs(5);
-/// Extra slots at once.
+/// Maximum number of extra slots at the same time.
 const MAX_EXTRA_SLOTS: usize = 3;
 
-/// See the module.
+/// Hands out [`Slot`]s for writes to the API server. Open by default.
 #[derive(Debug)]
 pub struct WriteGate {
     permits: Semaphore,
@@ -30,16 +30,16 @@ pub struct WriteGate {
 struct State {
     limit: Limit,
     extra: usize,
-    /// Permits to be taken away as they come back.
+    /// Permits to forget when their slots are dropped.
     surplus: usize,
 }
 
-/// The right to write one decision.
+/// Permission to write one decision. Dropping it returns the permit.
 #[derive(Debug)]
 pub struct Slot<'a> {
     gate: &'a WriteGate,
     permit: Option<SemaphorePermit<'a>>,
-    /// Whether it was waited for: a judgement from before the wait may be out of date.
+    /// Whether the caller waited for the slot: a judgement made before the wait may be out of date.
     pub waited: bool,
 }
 
@@ -51,12 +51,16 @@ impl Default for WriteGate {
 }
 
 impl WriteGate {
-    /// Opens or shuts the gate. Whatever waits when it is shut gets no slot; a write that has begun goes on.
+    /// Opens or closes the gate. Closing makes every waiting [`slot`](Self::slot) return `None`; writes that have begun continue.
     pub fn set_open(&self, open: bool) {
         self.open.send_if_modified(|was| std::mem::replace(was, open) != open);
     }
 
-    /// Waits for a slot; none where the gate is shut.
+    /// Waits for a slot. Returns `None` if the gate is closed, or closes during the wait.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future loses the place in the queue, and no slot.
     pub async fn slot(&self) -> Option<Slot<'_>> {
         let mut open = self.open.subscribe();
         if !*open.borrow() {
@@ -76,7 +80,7 @@ impl WriteGate {
         self.state.lock()
     }
 
-    /// Gives out one more slot; whether there is room for it.
+    /// Adds an extra slot, up to [`MAX_EXTRA_SLOTS`]. Returns whether it was added.
     fn add_extra(&self) -> bool {
         let mut state = self.state();
         let has_room = state.extra < MAX_EXTRA_SLOTS;
@@ -105,7 +109,11 @@ impl WriteGate {
 }
 
 impl Slot<'_> {
-    /// Makes the write; `counts` says whether its answer is a decision that was written.
+    /// Runs `write`. `counts` returns whether the response means a written decision, which the [`Limit`] needs.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future returns the slot. An extra slot that was added because this write is stuck is not taken back.
     pub async fn write<T>(self, write: impl Future<Output = T>, counts: impl Fn(&T) -> bool) -> T {
         let begun = Instant::now();
         let mut write = pin!(write);

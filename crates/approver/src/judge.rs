@@ -1,8 +1,8 @@
-//! The decision: a pure function of the request, what is known of its pod, and the rules.
+//! The decision about a request: a pure function of the request, the pod that it names, and the rules.
 //!
-//! Everything that a certificate will say is checked here against what the pod may have, derived anew from the pod itself. The names in
-//! a request's labels and annotations lead to the evidence; none of them is believed. A denial that rests on a pod's absence or on its
-//! facts is made only from a live read: the watch may be behind.
+//! Each name and attribute of the requested certificate is compared with the values that the rules derive from the pod object. The
+//! annotations of a request only name the pod; they prove nothing. A denial that depends on the pod requires a live read of the pod,
+//! because the watch may lag.
 
 use std::{fmt, time::Duration};
 
@@ -17,55 +17,55 @@ use crate::{
     rules::{Expectation, Rules},
 };
 
-/// No sentence of a denial repeats more of what others wrote than this, in characters.
+/// Maximum length of an excerpt of untrusted input in a denial, in characters.
 const SHOWN: usize = 200;
 
-/// What is known of the pod that a request names.
+/// The pod that a request names, and the source of the data.
 #[derive(Debug, Clone, Copy)]
 pub enum PodView<'a> {
-    /// What the watch tells; none where it has not seen the pod.
+    /// The pod from the watch. `None` if the watch has not reported it.
     Cached(Option<&'a Pod>),
-    /// What a read that began after the request was seen told; none where there is no such pod.
+    /// The pod from a read that began after the request was seen. `None` if the pod does not exist.
     Live(Option<&'a Pod>),
 }
 
-/// What becomes of a request.
+/// Result of judging a request.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Decision {
-    /// It gets its certificate. The sentence says for whom.
+    /// Approve the request. The text names the pod and the SPIFFE ID, and becomes the message of the condition.
     Approve(String),
-    /// It does not.
+    /// Deny the request.
     Deny(Denial),
-    /// It is none of ours, or decided already.
+    /// The request is for an unguarded issuer, is decided already, or is being deleted.
     Ignore,
-    /// Only a live read of this pod can tell.
+    /// The decision requires a live read of this pod.
     NeedsLiveRead(PodRef),
 }
 
-/// Why not.
+/// Reason of a denial.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Denial {
-    /// One of [`denied`].
+    /// One of [`denied`]; the reason of the condition and of the Event.
     pub code: &'static str,
-    /// For people: what is wrong, and what to do.
+    /// Cause and remedy for an operator; the message of the condition and of the Event.
     pub sentence: String,
 }
 
-/// Whether the approver has to decide about a request at all.
+/// Returns whether the approver has to decide a request.
 pub fn is_ours(request: &Request, rules: &Rules) -> bool {
     let decided = |kind: &str| request.status.iter().flat_map(|s| &s.conditions).any(|c| c.kind == kind && c.status == "True");
     let over = decided("Approved") || decided("Denied") || decided("InvalidRequest") || request.metadata.deletion_timestamp.is_some();
     !over && rules.guard(&issuer(request), namespace(request))
 }
 
-/// Who else has approved a request that was the approver's to decide: the reason of the condition.
+/// Returns the reason of the `Approved` condition if another approver has approved a request of a guarded issuer.
 pub fn approved_by_another<'a>(request: &'a Request, rules: &Rules) -> Option<&'a str> {
     let approval = request.status.as_ref()?.conditions.iter().find(|c| c.kind == "Approved" && c.status == "True")?;
     let reason = approval.reason.as_deref().unwrap_or_default();
     (reason != APPROVER && rules.guard(&issuer(request), namespace(request))).then_some(reason)
 }
 
-/// Whether an approver of this kind has decided about a request, as its reasons tell.
+/// Returns whether a replica of this approver has decided a request, by the reason of the condition.
 pub fn decided_by_a_replica(request: &Request) -> bool {
     let is_ours = |condition: &Condition| match (&*condition.kind, condition.reason.as_deref()) {
         ("Approved", Some(reason)) => reason == APPROVER,
@@ -75,7 +75,7 @@ pub fn decided_by_a_replica(request: &Request) -> bool {
     request.status.iter().flat_map(|status| &status.conditions).any(|condition| condition.status == "True" && is_ours(condition))
 }
 
-/// The pod that a request names as its evidence; none where the annotations do not say.
+/// Returns the pod that a request names in its annotations. `None` if one of the three annotations is missing or empty.
 pub fn evidence(request: &Request) -> Option<PodRef> {
     let annotation = |key: &str| request.metadata.annotations.as_ref()?.get(key).filter(|value| !value.is_empty());
     Some(PodRef {
@@ -85,15 +85,17 @@ pub fn evidence(request: &Request) -> Option<PodRef> {
     })
 }
 
-/// Decides about `request` by the newest rules, and where these do not approve it, by the former ones that still count at `now`; whether
-/// it is by those that it is approved. What no rule approves is denied in the words of the newest.
+/// Judges `request` by the newest rules, and if these do not approve it, by the superseded rules in force at `now`. Returns true with an
+/// approval by superseded rules. If no rules approve the request, the result is that of the newest rules.
 pub fn decide(request: &Request, view: PodView<'_>, active_rules: &ActiveRules, now: Instant) -> (Decision, bool) {
     let newest = judge(request, view, &active_rules.rules);
     if matches!(newest, Decision::Approve(_) | Decision::Ignore) {
         return (newest, false);
     }
     let by_superseded = active_rules.superseded(now).find_map(|rules| match judge(request, view, rules) {
-        Decision::Approve(sentence) => Some(Decision::Approve(format!("{sentence}, by a configuration that was replaced lately"))),
+        Decision::Approve(sentence) => {
+            Some(Decision::Approve(format!("{sentence}, by a configuration replaced less than approver.overlap ago")))
+        }
         _ => None,
     });
     match by_superseded {
@@ -102,7 +104,7 @@ pub fn decide(request: &Request, view: PodView<'_>, active_rules: &ActiveRules, 
     }
 }
 
-/// Decides about `request` by these rules.
+/// Judges `request` by these rules.
 pub fn judge(request: &Request, view: PodView<'_>, rules: &Rules) -> Decision {
     if !is_ours(request, rules) {
         return Decision::Ignore;
@@ -121,7 +123,7 @@ pub fn judge(request: &Request, view: PodView<'_>, rules: &Rules) -> Decision {
     }
 }
 
-/// What a request says, found to be an agent's and of the form that agents give it.
+/// Contents of a request that has passed the checks of [`request_alone`].
 struct Asked<'a> {
     evidence: PodRef,
     node: &'a str,
@@ -131,7 +133,7 @@ struct Asked<'a> {
     duration: &'a str,
 }
 
-/// All that needs no pod.
+/// The checks that need no pod: requester, claims, spec, annotations and CSR.
 fn request_alone<'a>(request: &'a Request, rules: &Rules) -> Result<Asked<'a>, Denial> {
     let spec = &request.spec;
     let username = spec.username.as_deref().unwrap_or_default();
@@ -139,7 +141,8 @@ fn request_alone<'a>(request: &'a Request, rules: &Rules) -> Result<Asked<'a>, D
         return deny(
             denied::NOT_THE_AGENT,
             format!(
-                "{} asks, and only sds-agent may use this issuer: use another issuer, or add the agent's service account to approver.agents",
+                "the requester is {}, and only sds-agent may use this issuer: use another issuer, or add the agent's service account to \
+                 approver.agents",
                 quoted(username)
             ),
         );
@@ -147,7 +150,7 @@ fn request_alone<'a>(request: &'a Request, rules: &Rules) -> Result<Asked<'a>, D
     let node = claim(request, claims::NODE_NAME)?;
     claim(request, claims::NODE_UID)?;
     if spec.is_ca {
-        return deny(denied::INVALID_SPEC, "isCA is set, and nobody gets a CA's certificate here".to_owned());
+        return deny(denied::INVALID_SPEC, "isCA is set, and the approver denies CA certificates".to_owned());
     }
     if spec.usages != USAGES {
         let found = quoted(&spec.usages.join(", "));
@@ -157,8 +160,8 @@ fn request_alone<'a>(request: &'a Request, rules: &Rules) -> Result<Asked<'a>, D
     let is_expected = |key: &str| key.starts_with(keys::PREFIX) || rules.annotations.iter().any(|pattern| pattern.matches(key));
     if let Some((key, _)) = annotations.into_iter().find(|(key, _)| !is_expected(key)) {
         let sentence = format!(
-            "the annotation {} is not an agent's, and an issuer may take orders from it: see who uses the agent's token; or, where something in \
-             the cluster adds it and the issuer does not read it, name it in approver.annotations",
+            "the annotation {} is not an agent's, and an issuer may obey it: find the client that uses the agent's token; or, if another \
+             component adds the annotation and the issuer ignores it, add it to approver.annotations",
             quoted(key)
         );
         return deny(denied::INVALID_ANNOTATION, sentence);
@@ -167,38 +170,35 @@ fn request_alone<'a>(request: &'a Request, rules: &Rules) -> Result<Asked<'a>, D
     let csr = csr::read(&pem).map_err(invalid_csr)?;
     let Some(evidence) = evidence(request) else {
         let keys = [keys::POD_NAMESPACE, keys::POD_NAME, keys::POD_UID].join(", ");
-        return deny(
-            denied::NO_EVIDENCE,
-            format!("the request names no pod: an agent says by the annotations {keys} for which one it asks"),
-        );
+        return deny(denied::NO_EVIDENCE, format!("the request names no pod: an agent names it in the annotations {keys}"));
     };
     let duration = spec.duration.as_deref().unwrap_or_default();
     Ok(Asked { evidence, node, csr, issuer: issuer(request), namespace: namespace(request), duration })
 }
 
-/// A claim of the requester's token, which stands there exactly once.
+/// Returns a claim of the requester's token, which must have exactly one value.
 fn claim<'a>(request: &'a Request, name: &str) -> Result<&'a str, Denial> {
     match request.spec.extra.get(name).map(Vec::as_slice) {
         Some([value]) if !value.is_empty() => Ok(value),
         found => {
             let times = found.map_or(0, <[String]>::len);
             let sentence = format!(
-                "the requester's token has the claim {name} {times} times, not once: the agent has to ask with its own pod's token, \
-                 of a cluster whose tokens name nodes (Kubernetes 1.30 or newer)"
+                "the requester's token has the claim {name} {times} times, not once: the agent must use its own pod's token, in a \
+                 cluster whose tokens name the node (Kubernetes 1.30 or newer)"
             );
             deny(denied::WRONG_NODE, sentence)
         }
     }
 }
 
-/// All that is about the pod; what is approved, in words.
+/// The checks that need the pod. Returns the text of the approval.
 fn with_pod(asked: &Asked<'_>, pod: Option<&Pod>, rules: &Rules) -> Result<String, Denial> {
     let Asked { evidence, node, .. } = asked;
     let shown = quoted(&evidence.to_string());
     let Some(pod) = pod else {
         return deny(
             denied::POD_GONE,
-            format!("there is no pod {shown} with UID {}: it has been deleted or made anew", quoted(&evidence.uid)),
+            format!("there is no pod {shown} with UID {}: it has been deleted or recreated", quoted(&evidence.uid)),
         );
     };
     if pod.ended {
@@ -208,13 +208,13 @@ fn with_pod(asked: &Asked<'_>, pod: Option<&Pod>, rules: &Rules) -> Result<Strin
         let place = pod.node_name.as_deref().map_or_else(|| "on no node yet".to_owned(), |node| format!("on node {node}"));
         return deny(
             denied::WRONG_NODE,
-            format!("pod {shown} is {place}, and the requester on node {}: an agent asks for the pods of its own node only", quoted(node)),
+            format!("pod {shown} is {place}, and the requester on node {}: an agent requests only for pods of its own node", quoted(node)),
         );
     }
     if pod.service_account.is_none() {
         return deny(
             denied::NO_SERVICE_ACCOUNT,
-            format!("pod {shown} has no service account, as static pods have none, and so no identity"),
+            format!("pod {shown} has no service account (static pods have none) and therefore no identity"),
         );
     }
     let expected = rules.expected(pod).map_err(|error| Denial { code: denied::PROFILE_MISMATCH, sentence: cut(&error.to_string()) })?;
@@ -222,7 +222,7 @@ fn with_pod(asked: &Asked<'_>, pod: Option<&Pod>, rules: &Rules) -> Result<Strin
     for expectation in &expected {
         match difference(asked, expectation) {
             None => return Ok(format!("pod {shown} on node {} may have {}", quoted(node), asked.csr.uri)),
-            // The one with the right name says most about what is wrong.
+            // A difference to the expectation with the requested SPIFFE ID is the most specific one.
             Some(difference) if nearest.is_none() || asked.csr.uri == expectation.spiffe_id => {
                 nearest.get_or_insert(difference);
             }
@@ -230,10 +230,10 @@ fn with_pod(asked: &Asked<'_>, pod: Option<&Pod>, rules: &Rules) -> Result<Strin
         }
     }
     Err(nearest
-        .unwrap_or_else(|| Denial { code: denied::PROFILE_MISMATCH, sentence: format!("no profile of the approver's is for pod {shown}") }))
+        .unwrap_or_else(|| Denial { code: denied::PROFILE_MISMATCH, sentence: format!("the approver has no profile for pod {shown}") }))
 }
 
-/// The first field in which a request differs from what is expected of it.
+/// Returns the first field in which a request differs from `expected`.
 fn difference(asked: &Asked<'_>, expected: &Expectation) -> Option<Denial> {
     let Asked { csr, .. } = asked;
     if csr.uri != expected.spiffe_id {
@@ -261,14 +261,15 @@ fn difference(asked: &Asked<'_>, expected: &Expectation) -> Option<Denial> {
         return None;
     };
     let sentence = format!(
-        "the {field} {}, and by the approver's profile {} {wanted:?}: give agents and approver the same configuration",
+        "the {field} {}, and the approver's profile {} requires {:?}: give agents and approver the same configuration",
         quoted(&found),
-        expected.profile
+        expected.profile,
+        wanted
     );
     Some(Denial { code: denied::PROFILE_MISMATCH, sentence })
 }
 
-/// A duration as Go writes whole seconds: `3600s`, `1h0m0s`.
+/// Parses a Go duration of whole seconds, such as `3600s` or `1h0m0s`.
 fn go_duration(text: &str) -> Option<Duration> {
     let (mut seconds, mut rest) = (0_u64, text);
     while !rest.is_empty() {
@@ -286,7 +287,7 @@ fn go_duration(text: &str) -> Option<Duration> {
     (!text.is_empty()).then(|| Duration::from_secs(seconds))
 }
 
-/// The issuer of a request, with cert-manager's defaults for what it leaves out.
+/// Returns the issuer of a request, with cert-manager's defaults for an empty kind or group.
 fn issuer(request: &Request) -> IssuerRef {
     let told = &request.spec.issuer_ref;
     let or = |text: &str, default: &str| if text.is_empty() { default.to_owned() } else { text.to_owned() };
@@ -304,11 +305,11 @@ fn deny<T>(code: &'static str, sentence: String) -> Result<T, Denial> {
 fn invalid_csr(why: impl fmt::Display) -> Denial {
     Denial {
         code: denied::INVALID_CSR,
-        sentence: format!("the CSR {}. No agent asks like this: see who uses its token", cut(&why.to_string())),
+        sentence: format!("the CSR {}. No agent sends such a CSR: find the client that uses its token", cut(&why.to_string())),
     }
 }
 
-/// What another wrote, in quotes, tame and bounded.
+/// Untrusted input, quoted, sanitised and truncated.
 fn quoted(text: &str) -> String {
     format!("{:?}", cut(text))
 }

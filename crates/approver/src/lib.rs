@@ -1,9 +1,9 @@
-//! The node-aware approver: it decides about the CertificateRequests of the agents' issuers, and nobody else does.
+//! The node-aware approver: the only approver of the CertificateRequests of the agents' issuers.
 //!
-//! An agent may ask cert-manager for any name; what keeps a stolen node from other nodes' identities is that the approver derives every
-//! name anew from the pod, and asks where that pod runs ([`judge`]). Of several replicas one decides and the others are on standby ([`role`]); a
-//! decision is written with the version of the request that was judged, so that of two the first counts. The caller runs
-//! [`Approver::run`] and [`Pods::run`] side by side.
+//! RBAC allows an agent to request a certificate for any name. The approver derives the permitted names from the pod object and compares
+//! the pod's node with the agent's ([`judge`]), so a compromised node cannot obtain identities of pods on other nodes. One replica
+//! decides and the others are on standby ([`role`]). A decision is written with the `resourceVersion` of the request that was judged, so
+//! the first of two concurrent writes wins. The caller runs [`Approver::run`] and [`Pods::run`] concurrently.
 
 use std::{collections::VecDeque, fmt, sync::Arc};
 
@@ -46,37 +46,38 @@ use reconciler::{Outcome, Reconciler};
 use replicas::Standing;
 use role::{Cause, Role};
 
-/// Of the log's lines.
+/// Target of the log lines.
 const LOG_TARGET: &str = "sds_agent::approver";
 
-/// Requests to the API: one approver works for a thousand agents, and what an agent may do is no measure for it.
+/// Rate limit of requests to the API server: 200 per second with a burst of 400. It is higher than an agent's, because one approver serves
+/// the agents of up to a thousand nodes.
 pub const RATE: RequestRate = RequestRate { per_second: 200, burst: 400 };
-/// Requests that are worked on at once.
+/// CertificateRequests that are reconciled concurrently.
 const WORKERS: usize = 16;
-/// Requests that are left undecided at once, because a newer file may allow them. What comes beyond them is decided at once.
+/// Requests that stay undecided at the same time because a newer configuration may allow them. Further requests are denied immediately.
 const MAX_DEFERRED: usize = 512;
-/// Requests approved by others that are remembered, so that each is told once.
+/// Remembered UIDs of requests that another approver approved, so that each is logged once. The oldest is forgotten first.
 const MAX_REPORTED: usize = 1024;
 
-/// What an approver is made of.
+/// Dependencies of an [`Approver`].
 pub struct Parts {
-    /// The way to the API.
+    /// Client of the API server, limited to [`RATE`].
     pub client: Client,
-    /// The rules, the newest of which count. When they change, undecided requests are looked at again, even those that were none of theirs.
+    /// The rules in force. When they change, undecided requests are judged again. A change of the issuers lists all requests again.
     pub active_rules: watch::Receiver<Arc<ActiveRules>>,
-    /// The cluster's pods.
+    /// Index of the cluster's pods.
     pub pods: Pods,
-    /// The time.
+    /// Wall clock for the times in conditions and Events.
     pub clock: Arc<dyn Clock>,
-    /// The name of this replica, for Events.
+    /// Name of this replica, reported as the `reportingInstance` of Events.
     pub instance: String,
-    /// What the client counts.
+    /// Metrics of the Kubernetes client.
     pub kube_metrics: agent_kube::Metrics,
-    /// What the approver counts.
+    /// Metrics of the approver.
     pub metrics: Metrics,
 }
 
-/// One replica.
+/// One replica of the approver. It owns the queue of undecided requests and the workers that decide them.
 pub struct Approver {
     client: Client,
     active_rules: watch::Receiver<Arc<ActiveRules>>,
@@ -85,7 +86,7 @@ pub struct Approver {
     may_have_others: bool,
     kube_metrics: agent_kube::Metrics,
     metrics: Metrics,
-    /// The UIDs of requests that others have approved, as far as the log has told of them.
+    /// UIDs of requests whose approval by another approver has been logged, oldest first.
     reported: Mutex<VecDeque<String>>,
     synced: watch::Sender<bool>,
 }
@@ -97,7 +98,7 @@ impl fmt::Debug for Approver {
 }
 
 impl Approver {
-    /// An approver that does nothing before it [runs](Self::run).
+    /// Creates an approver. It sends no request before [`run`](Self::run).
     pub fn new(parts: Parts) -> Self {
         let Parts { client, active_rules, pods, clock, instance, kube_metrics, metrics } = parts;
         let (standing, may_have_others) = (pods.standing(), pods.may_have_replicas());
@@ -115,12 +116,18 @@ impl Approver {
         }
     }
 
-    /// Becomes true when every request there is has been seen once, and stays so.
+    /// Becomes true when the first list of requests is complete, and stays true.
     pub fn synced(&self) -> watch::Receiver<bool> {
         self.synced.subscribe()
     }
 
-    /// Decides for ever, or is on standby.
+    /// Watches CertificateRequests and decides them while this replica is the deciding one. Returns only if the watch ends or a worker
+    /// panics.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future aborts the workers. A decision that is being written may or may not reach the API server; another replica or
+    /// the next start sees the result in the request.
     pub async fn run(self) {
         let (mut signals, mut changes, mut standing) = (Box::pin(self.watch()), self.active_rules.clone(), self.standing.clone());
         let (mut queue, mut workers, mut resting) = (Queue::default(), JoinSet::<(Key, Outcome)>::new(), DelayQueue::<Key>::new());
@@ -175,7 +182,7 @@ impl Approver {
                     queue.wake();
                     let newer = changes.borrow_and_update().rules.issuers.clone();
                     if newer != issuers {
-                        // Requests that were nobody's business are not remembered: all are listed again.
+                        // The queue does not hold requests of unguarded issuers, so all requests are listed again.
                         (issuers, signals) = (newer, Box::pin(self.watch()));
                     }
                 }
@@ -183,7 +190,7 @@ impl Approver {
         }
     }
 
-    /// The requests of everywhere: an issuer of the whole cluster can be asked from any namespace, by anybody who may create requests.
+    /// Watches the requests of all namespaces: a request in any namespace can name a ClusterIssuer.
     fn watch(&self) -> impl Stream<Item = Signal<Request>> + Send + use<> {
         let api: Api<Request> = Api::all(self.client.clone());
         let selection = Selection {
@@ -195,7 +202,7 @@ impl Approver {
         agent_kube::watch::watch(api, selection, self.kube_metrics.clone())
     }
 
-    /// Opens or shuts the gate for writes, and logs a change of the role.
+    /// Opens or closes the write gate, and logs a change of the role.
     fn apply_role(&self, decides: Option<Cause>) {
         self.reconciler.set_deciding(decides.is_some());
         if self.metrics.active.set(decides.is_some().into()) == i64::from(decides.is_some()) {
@@ -231,7 +238,8 @@ impl Approver {
         }
     }
 
-    /// Whoever else approves makes all of this worth nothing: the operator has to know. Approvals of before the start are not told.
+    /// Counts and logs an approval by another approver, which bypasses every check of this crate. Approvals in the initial list are not
+    /// reported.
     fn look_for_others(&self, request: &Request) {
         let Some(by) =
             judge::approved_by_another(request, &self.active_rules.borrow().rules).map(|by| text::excerpt(by, text::MAX_NAME_CHARS))
@@ -253,7 +261,7 @@ impl Approver {
             target: LOG_TARGET, namespace,
             request = name,
             by,
-            "somebody else has approved a request of the agents' issuer: take the issuer out of cert-manager's own approver \
+            "another approver has approved a request of the agents' issuer: remove the issuer from cert-manager's own approver \
              (approveSignerNames of its chart)"
         );
     }

@@ -1,38 +1,37 @@
-//! How many decisions may be on their way to the API server at once: a pure function of the answers so far.
+//! Adaptive limit of concurrent writes of decisions, 1 to 4: a pure function of the response times so far.
 //!
-//! cert-manager's webhook asks the API server two questions for each decision (may this user approve for all issuers, and for this one). Its
-//! client asks at most five questions a second after a burst of ten, and an answer is remembered for a second. Decisions one after another
-//! share the answers. Decisions at once miss the memory together in the moment in which it ends, and each of them asks; beyond five
-//! questions a second they wait for each other for as long as there is a backlog, and a few a second is all that is approved.
+//! For each decision, cert-manager's webhook sends two SubjectAccessReviews (may this user approve for all signers, and for this one). Its
+//! client is limited to 5 requests per second with a burst of 10, and caches an answer for 1 s. Sequential decisions share the cached
+//! answers. Concurrent decisions all miss the cache when it expires, and each sends its own reviews. Above 5 reviews per second the
+//! webhook's client queues them, and throughput drops to a few decisions per second while the backlog lasts.
 //!
-//! So one decision at a time is the rule. Where the network or the storage takes most of the time, up to four at once are approved that much
-//! faster. The limit grows while answers come quickly, and falls to one with the first slow answer; each fall doubles the number of quick
-//! answers until it grows again.
+//! So the limit starts at 1. If most of the time is spent in the network or in etcd, concurrent writes are faster. The limit grows by 1
+//! after a streak of fast responses, and falls to 1 at the first slow response. Each fall doubles the streak that the next growth needs.
 
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// An answer that takes longer has waited for the webhook's client, whose questions are 200 ms apart, or the API server is busy.
+/// A slower response has waited for the webhook's client, whose requests are 200 ms apart, or the API server is busy.
 const MAX_FAST_ANSWER: Duration = Duration::from_millis(200);
-/// Decisions on their way at once, however quick the answers are.
+/// Maximum number of concurrent writes.
 pub const MAX_IN_FLIGHT: usize = 4;
-/// Quick answers in a row before one more decision may be on its way; it doubles with each fall.
+/// Consecutive fast responses before the limit grows by 1. The number doubles with each fall, up to [`MAX_STREAK`].
 const MIN_STREAK: u32 = 32;
-/// The same after many falls: at fifty decisions a second, one more is tried every 20 s.
+/// Upper bound of the streak: at 50 decisions per second the limit tries to grow every 20 s.
 const MAX_STREAK: u32 = 1024;
-/// After a pause as long as the webhook's memory, the first answer needs fresh questions.
+/// Time for which the webhook caches an answer. After a longer pause the first response is slow, because the cache is empty.
 const WEBHOOK_CACHE: Duration = Duration::from_secs(1);
 
-/// See the module.
+/// Number of concurrent writes that are allowed, adapted to response times. Starts at 1.
 #[derive(Debug)]
 pub struct Limit {
     allowed: usize,
-    /// Quick answers in a row.
+    /// Consecutive fast responses.
     fast: u32,
-    /// Quick answers in a row that it takes to grow.
+    /// Consecutive fast responses that the next growth needs.
     streak: u32,
-    /// The last answer.
+    /// Time of the last response.
     last: Option<Instant>,
 }
 
@@ -43,12 +42,12 @@ impl Default for Limit {
 }
 
 impl Limit {
-    /// How many may be on their way.
+    /// Returns the number of allowed concurrent writes, 1 to [`MAX_IN_FLIGHT`].
     pub fn allowed(&self) -> usize {
         self.allowed
     }
 
-    /// A decision that was sent at `begun` was answered `now`; `written` where it counts.
+    /// Notes the response at `now` to a write that was sent at `begun`. A response without a written decision resets the limit to 1.
     pub fn answered(&mut self, begun: Instant, now: Instant, written: bool) {
         let after_pause = self.last.is_none_or(|last| begun.saturating_duration_since(last) >= WEBHOOK_CACHE);
         self.last = Some(now);
@@ -63,7 +62,7 @@ impl Limit {
         if self.fast >= self.streak {
             self.allowed = (self.allowed + 1).min(MAX_IN_FLIGHT);
             self.fast = 0;
-            // Where the most is borne, falls of long ago do not count.
+            // At the maximum, earlier falls no longer count.
             if self.allowed == MAX_IN_FLIGHT {
                 self.streak = MIN_STREAK;
             }
@@ -75,7 +74,7 @@ impl Limit {
 mod tests {
     use super::*;
 
-    /// A limit, and answers one after another.
+    /// A limit that gets sequential responses.
     struct Answers {
         limit: Limit,
         now: Instant,
@@ -86,7 +85,7 @@ mod tests {
             Self { limit: Limit::default(), now: Instant::now() }
         }
 
-        /// So many answers, each after this time; what is allowed then.
+        /// Notes `count` responses of `milliseconds` each, and returns the limit.
         fn come(&mut self, count: u32, milliseconds: u64) -> usize {
             for _ in 0..count {
                 let begun = self.now;
@@ -109,7 +108,7 @@ mod tests {
         assert_eq!(answers.come(MIN_STREAK, 20), 3);
         assert_eq!(answers.come(10 * MIN_STREAK, 20), MAX_IN_FLIGHT);
         assert_eq!(answers.come(1, 201), 1);
-        assert_eq!(answers.come(MIN_STREAK, 20), 1, "it was too many before: it takes longer now");
+        assert_eq!(answers.come(MIN_STREAK, 20), 1, "a fall doubles the streak that the next growth needs");
         assert_eq!(answers.come(MIN_STREAK, 20), 2);
     }
 
@@ -132,16 +131,16 @@ mod tests {
             answers.limit.answered(answers.now, answers.now, false);
         }
         assert_eq!(answers.limit.allowed(), 1);
-        assert_eq!(answers.come(MIN_STREAK, 20), 2, "what fell from one says nothing about two");
+        assert_eq!(answers.come(MIN_STREAK, 20), 2, "a slow response at limit 1 does not lengthen the streak");
     }
 
-    /// The webhook has forgotten the answers: that the first decision asks anew is no sign of trouble.
+    /// The webhook's cache is empty after a pause, so a slow first response is expected.
     #[test]
     fn the_first_answer_after_a_pause_may_be_slow() {
         let mut answers = Answers::new();
         assert_eq!(answers.come(MIN_STREAK, 20), 2);
         answers.pause();
         assert_eq!(answers.come(1, 900), 2);
-        assert_eq!(answers.come(1, 900), 1, "the second one may not");
+        assert_eq!(answers.come(1, 900), 1, "a slow second response lowers the limit");
     }
 }

@@ -1,4 +1,4 @@
-//! What the approver counts.
+//! Metrics of the approver.
 
 use cert_manager::denied;
 use prometheus_client::{
@@ -7,27 +7,27 @@ use prometheus_client::{
     registry::Registry,
 };
 
-/// What was decided, as a metric label.
+/// Value of the label `decision`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
 #[allow(non_camel_case_types, reason = "the names are the label's values")]
 pub enum Decided {
-    /// Yes.
+    /// The request was approved.
     approved,
-    /// No.
+    /// The request was denied.
     denied,
 }
 
-/// What failed, as a metric label.
+/// Value of the label `step`: the operation that failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
 #[allow(non_camel_case_types, reason = "the names are the label's values")]
 pub enum Step {
     /// Reading the pod.
     read_pod,
-    /// Reading a request again that somebody else had changed.
+    /// Reading a request again after a conflict.
     read_request,
     /// Writing the decision.
     write,
-    /// Telling of a denial by an Event.
+    /// Creating the Event of a denial.
     event,
 }
 
@@ -42,7 +42,7 @@ struct Error {
     step: Step,
 }
 
-/// See the module.
+/// Metrics of one replica. Clones share the values.
 #[derive(Debug, Clone)]
 pub struct Metrics {
     decisions: Family<Decision, Counter>,
@@ -73,10 +73,10 @@ impl Default for Metrics {
 }
 
 impl Metrics {
-    /// Registers the module's metrics.
+    /// Creates the metrics and registers them in `registry`.
     pub fn register(registry: &mut Registry) -> Self {
         let metrics = Self::default();
-        // The first denial is the one to be woken for.
+        // Every reason has a series from the start, so that an alert sees the first denial as an increase.
         for reason in denied::ALL {
             drop(metrics.decisions.get_or_create(&Decision { decision: Decided::denied, reason }));
         }
@@ -90,37 +90,41 @@ impl Metrics {
             "From a request's first sight to the written decision",
             metrics.duration.clone(),
         );
-        registry.register("approver_errors", "Calls to the API that failed, and are made again (Events are not)", metrics.errors.clone());
+        registry.register(
+            "approver_errors",
+            "Failed requests to the API server; all but the creation of Events are retried",
+            metrics.errors.clone(),
+        );
         registry.register(
             "approver_pending",
-            "Requests that wait for a decision; a replica on standby counts those that wait for the other",
+            "Requests that wait for a decision; a replica on standby counts the same requests",
             metrics.pending.clone(),
         );
         registry.register("approver_active", "1 while this replica decides, 0 while it is on standby", metrics.active.clone());
         registry.register(
             "approver_conflicts",
-            "Decisions of this replica that were not written, because another one had decided",
+            "Decisions of this replica that were not written, because another replica had decided first",
             metrics.conflicts.clone(),
         );
         registry.register(
             "approver_pod_reads",
-            "Pods that were read live, because the watch did not tell enough",
+            "Live reads of pods, because the data of the watch was not sufficient",
             metrics.live_reads.clone(),
         );
         registry.register(
             "approver_foreign_approvals",
-            "Requests of the agents' issuers that somebody else has approved; anything but 0 is a hole",
+            "Requests of the agents' issuers that another approver has approved; any value but 0 is a security problem",
             metrics.foreign.clone(),
         );
         registry.register(
             "approver_former_approvals",
-            "Requests that were approved by a configuration which has been replaced, within approver.overlap",
+            "Requests approved by a configuration that was replaced less than approver.overlap ago",
             metrics.by_superseded.clone(),
         );
         metrics
     }
 
-    /// Registers and counts one of everything, for the reference.
+    /// Registers the metrics and sets one series of each, for the reference of metrics.
     #[cfg(any(test, feature = "testing"))]
     pub fn sample(registry: &mut Registry) {
         use agent_runtime::metrics::every;

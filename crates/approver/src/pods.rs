@@ -1,6 +1,7 @@
-//! The cluster's pods, by UID: what the approver's watch tells of each, and a live read of one.
+//! Index of the cluster's pods by UID, filled by a watch, and live reads of single pods.
 //!
-//! The caller runs [`Pods::run`]. What the watch has not told is no news: only [`Pods::read`] says that a pod is not there.
+//! The caller runs [`Pods::run`]. A pod that is missing from the index may exist, because the watch may lag: only [`Pods::read`] proves
+//! that a pod does not exist.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -25,16 +26,16 @@ use workload_identity::PodRef;
 
 use super::replicas::{Replicas, Standing};
 
-/// Of the log's lines.
+/// Target of the log lines.
 const LOG_TARGET: &str = "sds_agent::approver::pods";
 
-/// Pods in one page of a list. A consistent read in pages is answered by every API server; an answer from its cache has none in older ones.
+/// Pods per page of a list. Every API server pages a consistent read. Older API servers do not page a read from their cache.
 const PODS_PER_PAGE: u32 = 500;
-/// The labels and picks of a pod that is held, in bytes. The API bounds labels by the object's size alone, and the index is for good: a pod
-/// that has more is read live.
+/// Maximum size of a pod's labels and picks in the index, in bytes. The API server limits labels only by the size of the object, and the
+/// index stays in memory. A pod with more is read live.
 const MAX_HELD_BYTES: usize = 16 << 10;
 
-/// The index. Clones share everything.
+/// The index of pods, and the rank of this replica among the approver's pods. Clones share one index.
 #[derive(Clone)]
 pub struct Pods(Arc<Shared>);
 
@@ -46,7 +47,7 @@ struct Shared {
     replicas: Mutex<Replicas>,
     standing: watch::Sender<Standing>,
     synced: watch::Sender<bool>,
-    /// The watch is broken, or has told nothing since it was: what it knows may be old.
+    /// True while the watch is broken: the index may be out of date.
     stale: AtomicBool,
 }
 
@@ -57,7 +58,8 @@ impl fmt::Debug for Pods {
 }
 
 impl Pods {
-    /// Empty until [`run`](Self::run) runs. `own` is the pod of this replica; `driver` is the CSI driver whose volumes pick profiles.
+    /// Creates an index, which stays empty until [`run`](Self::run) runs. `own` is the pod of this replica. `driver` is the name of the
+    /// CSI driver whose volumes pick profiles.
     pub fn new(client: Client, own: Option<PodRef>, driver: Option<String>, metrics: agent_kube::Metrics) -> Self {
         let replicas = Replicas::new(own);
         Self(Arc::new(Shared {
@@ -72,27 +74,33 @@ impl Pods {
         }))
     }
 
-    /// Where this replica stands among the approver's pods.
+    /// Returns the rank of this replica among the approver's pods, and its changes.
     pub fn standing(&self) -> watch::Receiver<Standing> {
         self.0.standing.subscribe()
     }
 
-    /// Whether this replica is a pod, and so may have others beside it.
+    /// Returns whether this replica runs as a pod, so that other replicas may exist.
     pub fn may_have_replicas(&self) -> bool {
         self.replicas().is_one()
     }
 
-    /// Becomes true when the index has been complete for the first time, and stays so.
+    /// Becomes true when the first list of pods is complete, and stays true.
     pub fn synced(&self) -> watch::Receiver<bool> {
         self.0.synced.subscribe()
     }
 
-    /// What the watch tells of the pod with this UID. None is no proof of its absence.
+    /// Returns the indexed pod with this UID. `None` does not prove that the pod does not exist; it is returned for every pod while the
+    /// watch is broken.
     pub fn watched(&self, uid: &str) -> Option<Arc<Pod>> {
         if self.0.stale.load(Ordering::Relaxed) { None } else { self.known().get(uid).cloned() }
     }
 
-    /// Reads the pod of this namespace and name live; none where there is none.
+    /// Reads the pod of this namespace and name from the API server. The UID of the result may differ. Returns `None` if the pod does not
+    /// exist.
+    ///
+    /// # Errors
+    ///
+    /// The request failed, for any reason other than 404.
     pub async fn read(&self, pod: &PodRef) -> Result<Option<Pod>, Failure> {
         let api: Api<PodObject> = Api::namespaced(self.0.client.clone(), &pod.namespace);
         let call = Call { verb: "get", resource: "pods", name: Some(&pod.name), namespace: None };
@@ -105,7 +113,12 @@ impl Pods {
         }
     }
 
-    /// Watches for ever.
+    /// Watches the pods of all namespaces until the future is dropped.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future stops updates of the index; [`watched`](Self::watched) then returns outdated pods. Run it for as long as the
+    /// index is used.
     pub async fn run(&self) {
         let api: Api<PodObject> = Api::all(self.0.client.clone());
         let config = watcher::Config::default().page_size(PODS_PER_PAGE);
@@ -177,7 +190,7 @@ impl Pods {
     }
 }
 
-/// The bytes of what a pod's author can make as long as an object may be.
+/// Returns the size of the parts of a pod that only the size of the object limits.
 fn held_bytes(pod: &Pod) -> usize {
     let labels = pod.labels.iter().map(|(key, value)| key.len() + value.len());
     let picks = pod.picks.iter().map(|(volume, profile)| volume.len() + profile.len());

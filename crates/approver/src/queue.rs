@@ -1,6 +1,7 @@
-//! What waits for a decision: bookkeeping without I/O or clock.
+//! Queue of undecided requests. No I/O, no clock.
 //!
-//! Each request is worked on by one worker at a time. What changed meanwhile is looked at again; what failed rests first.
+//! At most one worker handles a request at a time. A request that changes meanwhile is queued again. A request whose decision failed is
+//! queued again after a backoff.
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},
@@ -11,20 +12,20 @@ use std::{
 use cert_manager::Request;
 use tokio::time::Instant;
 
-/// After the first trouble with a request; it doubles.
+/// Backoff after the first failure of a request. It doubles with each further failure.
 const MIN_BACKOFF: Duration = Duration::from_millis(500);
-/// A right that is missing comes back by a person's hand; a server that is away, sooner than that.
+/// Upper bound of the backoff. An operator has to add a missing permission; an unavailable server usually recovers sooner.
 const MAX_BACKOFF: Duration = Duration::from_secs(30);
 
-/// Namespace and name.
+/// Namespace and name of a request.
 pub type Key = (String, String);
 
-/// One request to decide about.
+/// One request to decide.
 #[derive(Debug, Clone)]
 pub struct WorkItem {
-    /// As it was last seen.
+    /// The request as the watch last reported it.
     pub request: Arc<Request>,
-    /// When it was first seen.
+    /// Time at which the watch first reported it.
     pub since: Instant,
 }
 
@@ -32,7 +33,7 @@ pub struct WorkItem {
 struct Entry {
     item: WorkItem,
     state: State,
-    /// In a row.
+    /// Consecutive failures.
     failures: u32,
 }
 
@@ -42,13 +43,14 @@ enum State {
     Working {
         changed: bool,
     },
-    /// Being worked on, and gone meanwhile: it stays until its worker is done, so that what comes back has no second one beside it.
+    /// A worker has the request, which needs no decision anymore. The entry stays until the worker is done, so that a request that
+    /// returns does not get a second worker.
     Leaving,
     Resting,
 }
 
 impl Entry {
-    /// Notes that it is gone; true where its worker has to be awaited.
+    /// Notes that the request needs no decision. Returns true if the entry has to wait for its worker.
     fn stays(&mut self) -> bool {
         let works = matches!(self.state, State::Working { .. } | State::Leaving);
         if works {
@@ -58,7 +60,7 @@ impl Entry {
     }
 }
 
-/// See the module.
+/// Undecided requests, each of them ready, at a worker, or resting.
 #[derive(Debug, Default)]
 pub struct Queue {
     entries: HashMap<Key, Entry>,
@@ -66,24 +68,24 @@ pub struct Queue {
     list: HashSet<Key>,
 }
 
-/// The key of a request.
+/// Returns the key of a request.
 pub fn key(request: &Request) -> Key {
     let metadata = &request.metadata;
     (metadata.namespace.clone().unwrap_or_default(), metadata.name.clone().unwrap_or_default())
 }
 
 impl Queue {
-    /// How many wait, are being worked on, or rest.
+    /// Returns the number of requests that are ready, at a worker, or resting.
     pub fn len(&self) -> usize {
         self.entries.len()
     }
 
-    /// Whether there is nothing to do.
+    /// Returns whether the queue has no request.
     pub fn is_empty(&self) -> bool {
         self.entries.is_empty()
     }
 
-    /// A request that has to be decided, as it is now.
+    /// Notes the current state of a request that needs a decision.
     pub fn seen(&mut self, request: Request, now: Instant) {
         let key = key(&request);
         let request = Arc::new(request);
@@ -103,7 +105,7 @@ impl Queue {
         }
     }
 
-    /// A request that needs no decision any more, or is not there any more.
+    /// Notes that a request was decided or deleted.
     pub fn gone(&mut self, key: &Key) {
         if let Some(entry) = self.entries.get_mut(key)
             && entry.stays()
@@ -113,26 +115,26 @@ impl Queue {
         self.entries.remove(key);
     }
 
-    /// A whole list is about to be told.
+    /// Begins a complete list of requests.
     pub fn list_begins(&mut self) {
         self.list.clear();
     }
 
-    /// One of the list.
+    /// Notes a request of the list.
     pub fn listed(&mut self, key: Key) {
         self.list.insert(key);
     }
 
-    /// What the list lacked is gone.
+    /// Ends the list, and removes requests that it did not contain.
     pub fn list_ends(&mut self) {
         let list = std::mem::take(&mut self.list);
         self.entries.retain(|key, entry| list.contains(key) || entry.stays());
     }
 
-    /// The next to work on, oldest first.
+    /// Returns the next request to work on, in FIFO order.
     pub fn pop(&mut self) -> Option<(Key, WorkItem)> {
         while let Some(key) = self.ready.pop_front() {
-            // Others were gone before it was their turn, or came back meanwhile and stand in the line again.
+            // Skips a key whose request was removed, or whose entry is not ready.
             if let Some(entry) = self.entries.get_mut(&key).filter(|entry| entry.state == State::Ready) {
                 entry.state = State::Working { changed: false };
                 return Some((key, entry.item.clone()));
@@ -141,7 +143,7 @@ impl Queue {
         None
     }
 
-    /// Its worker has settled it.
+    /// Notes that the worker is done with a request.
     pub fn settled(&mut self, key: &Key) {
         let Some(entry) = self.entries.get_mut(key) else { return };
         match entry.state {
@@ -149,13 +151,14 @@ impl Queue {
                 (entry.state, entry.failures) = (State::Ready, 0);
                 self.ready.push_back(key.clone());
             }
-            // A request that was forgotten and made anew meanwhile is another's.
+            // The entry was removed and created again: it is not this worker's.
             State::Ready | State::Resting => {}
             State::Working { changed: false } | State::Leaving => drop(self.entries.remove(key)),
         }
     }
 
-    /// Its worker could not settle it: how long it is to rest, before half of it is taken off at random.
+    /// Notes that the worker failed. Returns the backoff, 500 ms to 30 s, or `None` if the request was removed. The caller reduces the
+    /// backoff by up to half at random, waits, and calls [`rested`](Self::rested).
     pub fn failed(&mut self, key: &Key) -> Option<Duration> {
         if self.entries.get(key)?.state == State::Leaving {
             self.entries.remove(key);
@@ -167,7 +170,8 @@ impl Queue {
         Some(pause)
     }
 
-    /// Its worker leaves it undecided; true where it is to rest now, and false where it changed meanwhile and is looked at again at once.
+    /// Notes that the worker defers the decision. Returns true if the request has to rest. Returns false if it changed meanwhile and is
+    /// ready again, or needs no decision.
     pub fn waits(&mut self, key: &Key) -> bool {
         let Some(entry) = self.entries.get_mut(key) else { return false };
         match entry.state {
@@ -188,7 +192,7 @@ impl Queue {
         }
     }
 
-    /// Its worker gives it back undecided: it is the next to be worked on.
+    /// Notes that the worker returns a request undecided. The request is the next to be worked on.
     pub fn given_back(&mut self, key: &Key) {
         let Some(entry) = self.entries.get_mut(key) else { return };
         match entry.state {
@@ -201,7 +205,7 @@ impl Queue {
         }
     }
 
-    /// Whether there is one to work on.
+    /// Returns whether a request is ready.
     pub fn has_ready(&mut self) -> bool {
         while let Some(key) = self.ready.front() {
             if self.entries.get(key).is_some_and(|entry| entry.state == State::Ready) {
@@ -212,7 +216,7 @@ impl Queue {
         false
     }
 
-    /// The rules have changed: what rests is looked at again at once, and what is being worked on once more.
+    /// Notes a change of the rules: resting requests are ready immediately, and requests at a worker are queued again afterwards.
     pub fn wake(&mut self) {
         for (key, entry) in &mut self.entries {
             match &mut entry.state {
@@ -226,7 +230,7 @@ impl Queue {
         }
     }
 
-    /// It has rested.
+    /// Notes that the rest of a request is over.
     pub fn rested(&mut self, key: &Key) {
         if let Some(entry) = self.entries.get_mut(key).filter(|entry| entry.state == State::Resting) {
             entry.state = State::Ready;
@@ -278,7 +282,7 @@ mod tests {
             queue.pop().unwrap();
             pauses.push(queue.failed(&a).unwrap().as_millis());
             queue.seen(request("a", "2"), now);
-            assert_eq!(next(&mut queue), None, "it rests, whatever is told of it");
+            assert_eq!(next(&mut queue), None, "a change does not end the backoff");
             queue.rested(&a);
         }
         assert_eq!(pauses, [500, 1000, 2000, 4000, 8000, 16_000, 30_000, 30_000, 30_000]);
@@ -299,10 +303,10 @@ mod tests {
         assert!(first.0.is_some() && first.1.is_some() && queue.waits(&a) && next(&mut queue).is_none());
         queue.wake();
         assert_eq!((next(&mut queue), next(&mut queue)), (Some(("a".into(), "1".into())), None));
-        assert!(!queue.waits(&b), "the rules changed while it was looked at");
+        assert!(!queue.waits(&b), "the rules changed while the worker had it");
         assert_eq!(next(&mut queue), Some(("b".into(), "1".into())));
         queue.gone(&a);
-        assert!(!queue.waits(&a), "it is gone");
+        assert!(!queue.waits(&a), "the request was removed");
     }
 
     #[test]
@@ -322,10 +326,10 @@ mod tests {
         queue.gone(&("n".to_owned(), "b".to_owned()));
         assert!(queue.has_ready());
         assert_eq!(next(&mut queue), Some(("c".into(), "1".into())));
-        assert!(!queue.has_ready() && queue.len() == 1, "c is being worked on");
+        assert!(!queue.has_ready() && queue.len() == 1, "a worker has c");
     }
 
-    /// Such as by rules that leave its issuer out and take it in again.
+    /// Rules that remove an issuer and add it again have this effect.
     #[test]
     fn a_request_that_returns_during_its_work_is_queued_again() {
         let (mut queue, now) = (Queue::default(), Instant::now());
@@ -337,10 +341,10 @@ mod tests {
         };
         begun(&mut queue);
         queue.seen(request("a", "2"), now);
-        assert_eq!(next(&mut queue), None, "one worker at a time");
+        assert_eq!(next(&mut queue), None, "at most one worker at a time");
         queue.settled(&a);
         assert_eq!(next(&mut queue), Some(("a".into(), "2".into())));
-        assert!(queue.failed(&a).is_some(), "the second one's trouble is not forgotten");
+        assert!(queue.failed(&a).is_some(), "a failure of the second worker counts");
         queue.gone(&a);
 
         begun(&mut queue);

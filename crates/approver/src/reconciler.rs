@@ -1,7 +1,8 @@
-//! One request, from its first sight to the written decision.
+//! Reconciles one request, from the first sight to the written decision.
 //!
-//! The decision is written together with the version of the request that was judged: who changed it meanwhile makes the write fail, and
-//! the request is judged again. So several replicas may work on the same request, and the first one counts.
+//! A decision is written with the `resourceVersion` of the request that was judged. If the request has changed meanwhile, the API server
+//! rejects the write with a conflict, and the request is judged again. So several replicas may handle the same request, and the first
+//! write wins.
 
 use std::{sync::Arc, time::Duration};
 
@@ -30,47 +31,48 @@ use crate::{
     queue::WorkItem,
 };
 
-/// Of the log's lines.
+/// Target of the log lines.
 const LOG_TARGET: &str = "sds_agent::approver::desk";
 
-/// The plural with its group, for people.
+/// Plural of the resource with its group, for the log.
 const RESOURCE: &str = "certificaterequests.cert-manager.io";
-/// How often a request that others keep changing is judged in one go.
+/// Maximum number of attempts for a request that other clients keep changing, before it is retried with a backoff.
 const MAX_ROUNDS: usize = 4;
 
-/// A live read of a pod that is older is made again before the decision that rests on it is written.
+/// Maximum age of a live read of a pod when it is reused for a second judgement. An older read is repeated.
 const MAX_LIVE_READ_AGE: Duration = Duration::from_secs(1);
 
 /// How a worker's attempt ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
-    /// Nothing is left to do.
+    /// The request needs no further work.
     Settled,
-    /// It is to be tried again.
+    /// The attempt failed and has to be retried.
     Failed,
-    /// Another replica has decided it first.
+    /// Another replica has decided the request first.
     Conflict,
-    /// It is left undecided, because this replica is on standby now.
+    /// The request stays undecided, because this replica is on standby.
     Yielded,
-    /// It is left undecided for so long: it differs from the configuration, and the agent's file may be newer than the approver's.
+    /// The request stays undecided for this time: it differs from the configuration, and the agent's file may be newer than the
+    /// approver's.
     Deferred(Duration),
 }
 
-/// A decision and what it rests on.
+/// A decision and the rules that led to it.
 struct Judged {
     decision: Decision,
     by_superseded: bool,
     active_rules: Arc<ActiveRules>,
 }
 
-/// What a live read of a pod has told.
+/// Result of a live read of a pod.
 struct LiveRead {
     asked: PodRef,
     begun: Instant,
     found: Option<Pod>,
 }
 
-/// What the workers share.
+/// Judges requests and writes the decisions. Shared by all workers; owns the write gate and the log limiters.
 pub struct Reconciler {
     client: Client,
     active_rules: watch::Receiver<Arc<ActiveRules>>,
@@ -79,11 +81,11 @@ pub struct Reconciler {
     events: Events,
     gate: WriteGate,
     metrics: Metrics,
-    /// Denials that the log has been told of, by reason, requester and node.
+    /// Log limiter of denials, by reason, requester and node.
     denials: LogLimiter<(&'static str, String, String)>,
-    /// The same of those that are put off.
+    /// Log limiter of deferred denials, by reason, requester and node.
     deferrals: LogLimiter<(&'static str, String, String)>,
-    /// The trouble that the log has been told of.
+    /// The last logged failure, until a decision is written again.
     logged_trouble: Mutex<Option<String>>,
 }
 
@@ -94,7 +96,7 @@ impl std::fmt::Debug for Reconciler {
 }
 
 impl Reconciler {
-    /// Decides by what is `active_rules`.
+    /// Creates a reconciler that judges by the current value of `active_rules`. `instance` is the name of this replica in Events.
     pub fn new(
         client: Client,
         active_rules: watch::Receiver<Arc<ActiveRules>>,
@@ -119,12 +121,16 @@ impl Reconciler {
         }
     }
 
-    /// Whether decisions are written. On standby, whatever waits to be written ends as [`Outcome::Yielded`].
+    /// Sets whether decisions are written. On standby, decisions that wait for the gate end as [`Outcome::Yielded`].
     pub fn set_deciding(&self, deciding: bool) {
         self.gate.set_open(deciding);
     }
 
-    /// Decides about one request, and writes it. `may_defer` is whether there is room for one more that is left undecided.
+    /// Decides one request and writes the decision. `may_defer` is whether one more request may stay undecided.
+    ///
+    /// # Cancel safety
+    ///
+    /// If the future is dropped during the write, the decision may or may not be in the request; it is not logged and not counted.
     pub async fn reconcile(&self, item: WorkItem, may_defer: bool) -> Outcome {
         let (mut request, mut live) = (item.request.clone(), None);
         for _ in 0..MAX_ROUNDS {
@@ -139,7 +145,7 @@ impl Reconciler {
             let condition = match &decision {
                 Decision::Approve(sentence) => self.condition("Approved", APPROVER, sentence),
                 Decision::Deny(denial) => self.condition("Denied", denial.code, &denial.sentence),
-                // A live read leaves nothing to look at.
+                // No decision asks for a second live read.
                 Decision::Ignore | Decision::NeedsLiveRead(_) => return Outcome::Settled,
             };
             match slot.write(self.write(&request, condition), Result::is_ok).await {
@@ -163,8 +169,9 @@ impl Reconciler {
         Outcome::Failed
     }
 
-    /// A decision, and the slot to write it. After a wait for the slot the request is judged again, because its pod may have gone meanwhile.
-    /// The slot is held for that: without it, a decision that rests on a live read could be out of date each time that its slot comes.
+    /// Returns a decision and the slot to write it. After a wait for the slot, the request is judged again, because its pod may have been
+    /// deleted meanwhile. The slot is held during that judgement: otherwise a decision based on a live read could be out of date each
+    /// time a slot becomes free.
     async fn judge_for_writing(
         &self,
         request: &Request,
@@ -183,9 +190,11 @@ impl Reconciler {
         Ok((judged, slot))
     }
 
+    /// Checks that the decision has to be written now.
+    ///
     /// # Errors
     ///
-    /// The outcome, where nothing is to be written now.
+    /// The outcome of the attempt, if the decision is deferred or the request is ignored.
     fn is_to_be_written(&self, request: &Request, judged: &Judged, item: &WorkItem, may_defer: bool) -> Result<(), Outcome> {
         match &judged.decision {
             Decision::Deny(denial)
@@ -203,7 +212,7 @@ impl Reconciler {
         }
     }
 
-    /// Judges by the watch, and where that does not do, by a live read: the one in `live`, if it is fresh, or a new one.
+    /// Judges by the watch's data, and if that is insufficient, by a live read: the one in `live`, if it is fresh, or a new one.
     async fn judge(&self, request: &Request, live: &mut Option<LiveRead>) -> Result<Judged, Outcome> {
         let active_rules = self.active_rules.borrow().clone();
         let watched = evidence(request).and_then(|pod| self.pods.watched(&pod.uid));
@@ -249,7 +258,7 @@ impl Reconciler {
         let call = call("patch", request);
         let mut conditions = request.status.as_ref().map(|status| status.conditions.clone()).unwrap_or_default();
         conditions.push(condition);
-        // A merge replaces lists as a whole; the version is what makes that safe.
+        // A merge patch replaces the whole list. The resourceVersion makes the API server reject the patch if the list has changed.
         let patch = json!({
             "metadata": {"resourceVersion": request.metadata.resource_version, "uid": request.metadata.uid},
             "status": {"conditions": conditions},
@@ -259,7 +268,7 @@ impl Reconciler {
         written.map(drop).map_err(|error| Failure::of(&error, &call))
     }
 
-    /// The request as it is now; none where it is another one, or gone.
+    /// Reads the request again. Returns `None` if it was deleted or recreated.
     async fn reread(&self, request: &Request) -> Result<Option<Request>, Outcome> {
         let call = call("get", request);
         match self.api(request).get(call.name.unwrap_or_default()).await {
@@ -291,7 +300,7 @@ impl Reconciler {
         }
     }
 
-    /// Tells the log of a request that is left undecided for now.
+    /// Logs a deferred denial.
     fn defer(&self, request: &Request, denial: &Denial, left: Duration) {
         let Some(left_out) = self.deferrals.permit(cause(request, denial), Instant::now()) else { return };
         let ((namespace, name), seconds) = (place(request), left.as_secs());
@@ -303,11 +312,11 @@ impl Reconciler {
             why,
             seconds,
             left_out,
-            "a request differs from the configuration; it is denied after this time, unless a newer file comes that allows it"
+            "a request differs from the configuration; it is denied after this number of seconds, unless a newer file allows it"
         );
     }
 
-    /// One line a minute for each reason, requester and node.
+    /// Logs a denial, at most once a minute for each reason, requester and node.
     fn log(&self, request: &Request, denial: &Denial) {
         let (namespace, request_name) = place(request);
         let Some(left_out) = self.denials.permit(cause(request, denial), Instant::now()) else { return };
@@ -319,10 +328,10 @@ impl Reconciler {
         }
     }
 
-    /// Counts trouble, and tells the log of it when it is another one than before.
+    /// Counts a failure, and logs it if it differs from the last logged one.
     fn trouble(&self, step: Step, call: &Call<'_>, failure: &Failure) -> Outcome {
         self.metrics.failed(step);
-        // Without the request's name: the same trouble meets all of them.
+        // Without the name of the request: one failure usually affects all requests.
         let text = format!("{} {}: {failure}", call.verb, call.resource);
         let mut logged_trouble = self.logged_trouble.lock();
         if logged_trouble.as_ref() != Some(&text) {
@@ -337,7 +346,7 @@ impl Reconciler {
     }
 }
 
-/// What makes two denials the same for the log: reason, requester and node.
+/// Returns the key of a log limiter: reason, requester and node.
 fn cause(request: &Request, denial: &Denial) -> (&'static str, String, String) {
     let spec = &request.spec;
     let node = spec.extra.get(claims::NODE_NAME).and_then(|names| names.first()).cloned().unwrap_or_default();

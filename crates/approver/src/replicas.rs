@@ -1,8 +1,8 @@
-//! The approver's own pods, and which of them is the first: the one that decides while the others stand by. No I/O.
+//! The approver's own pods and their order. The first replica decides, and the others are on standby. No I/O.
 //!
-//! The replicas need no election: each of them watches the cluster's pods anyway, and so sees the others. The first is the oldest pod of
-//! the own namespace and service account that runs on a node and is not being deleted. An old pod that is deleted hands over at that
-//! moment, which is before its process ends; a new pod never takes precedence over those that run.
+//! The replicas need no election, because each of them watches the cluster's pods and sees the others. The first replica is the oldest
+//! pod of the approver's namespace and service account that is assigned to a node, has not ended and is not being deleted. A pod hands
+//! over when its deletion begins, before its process ends. A new pod never precedes running ones.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -12,29 +12,29 @@ use std::{
 use agent_kube::pod::{Pod, PodObject};
 use workload_identity::PodRef;
 
-/// Where this replica stands among the others.
+/// Rank of this replica among the others.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Rank {
-    /// It does not know: its own pod has not been seen.
+    /// The watch has not reported the replica's own pod.
     Unknown,
-    /// Before all others.
+    /// The replica precedes all others.
     First,
-    /// Behind another one.
+    /// Another replica precedes this one.
     Later,
-    /// Its own pod is being deleted, and there is another one.
+    /// The replica's own pod is being deleted, and another replica is not.
     Leaving,
 }
 
-/// What the pods say.
+/// Rank of this replica, and departures of others.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Standing {
-    /// Its place.
+    /// Rank of this replica.
     pub rank: Rank,
-    /// How many others have left so far, or are on their way out.
+    /// Number of other replicas that have left since the start, or are being deleted.
     pub departures: u64,
 }
 
-/// See the module. It holds the pods of the own namespace.
+/// The running pods of the approver's own namespace, including those of other service accounts.
 #[derive(Debug)]
 pub struct Replicas {
     own: Option<PodRef>,
@@ -51,17 +51,17 @@ struct Replica {
 }
 
 impl Replicas {
-    /// Without `own` there are no replicas, and the rank stays unknown.
+    /// Creates an empty set. `own` is the pod of this replica; without it the rank stays [`Rank::Unknown`].
     pub fn new(own: Option<PodRef>) -> Self {
         Self { own, pods: HashMap::new(), departures: 0 }
     }
 
-    /// Whether the own pod is known by its name.
+    /// Returns whether this replica runs as a pod.
     pub fn is_one(&self) -> bool {
         self.own.is_some()
     }
 
-    /// A pod is there, or has changed. `slim` is the object of `pod`.
+    /// Notes a new or changed pod. `slim` is the API object of `pod`.
     pub fn applied(&mut self, slim: &PodObject, pod: &Pod) {
         if self.own.as_ref().is_none_or(|own| own.namespace != pod.pod.namespace) {
             return;
@@ -79,7 +79,7 @@ impl Replicas {
         self.pods.insert(pod.pod.uid.clone(), replica);
     }
 
-    /// A pod has gone.
+    /// Notes that the pod with this UID was deleted or has ended.
     pub fn deleted(&mut self, uid: &str) {
         if self.pods.get(uid).is_some_and(|replica| !replica.deleting) {
             self.count_departure(uid);
@@ -87,7 +87,7 @@ impl Replicas {
         self.pods.remove(uid);
     }
 
-    /// The pod with this UID leaves: counted where it is another replica.
+    /// Counts the departure of the pod with this UID, if it is another replica.
     fn count_departure(&mut self, uid: &str) {
         let account = |uid: &str| self.pods.get(uid).map(|replica| &replica.account);
         let own = self.own.as_ref().filter(|own| *own.uid != *uid);
@@ -96,13 +96,13 @@ impl Replicas {
         }
     }
 
-    /// What a whole list lacks has gone.
+    /// Removes pods that a complete list does not contain.
     pub fn retain(&mut self, list: &HashSet<Arc<str>>) {
         let gone: Vec<_> = self.pods.keys().filter(|uid| !list.contains(*uid)).cloned().collect();
         gone.iter().for_each(|uid| self.deleted(uid));
     }
 
-    /// Where this replica stands.
+    /// Returns the rank of this replica, and the departures of others.
     pub fn standing(&self) -> Standing {
         Standing { rank: self.rank(), departures: self.departures }
     }
@@ -132,7 +132,7 @@ mod tests {
         Some(PodRef { namespace: "mesh".into(), name: "b".into(), uid: "u-b".into() })
     }
 
-    /// A pod of the approver, created at this second.
+    /// A pod of the approver, created at `second`.
     fn pod(name: &str, second: u8) -> Value {
         json!({
             "metadata": {
@@ -153,21 +153,21 @@ mod tests {
         let mut replicas = Replicas::new(own());
         assert_eq!(replicas.standing().rank, Rank::Unknown);
         assert_eq!(apply(&mut replicas, &pod("a", 7)), Rank::Unknown, "its own pod has not been seen");
-        assert_eq!(apply(&mut replicas, &pod("b", 7)), Rank::Later, "of two that are equally old the UID decides");
+        assert_eq!(apply(&mut replicas, &pod("b", 7)), Rank::Later, "the UID orders two pods of the same age");
         assert_eq!(apply(&mut replicas, &pod("c", 8)), Rank::Later);
         let mut leaving = pod("a", 7);
         leaving["metadata"]["deletionTimestamp"] = json!("2026-01-01T00:10:00Z");
-        assert_eq!(apply(&mut replicas, &leaving), Rank::First, "the older one is on its way out");
+        assert_eq!(apply(&mut replicas, &leaving), Rank::First, "the older pod is being deleted");
 
-        // Its own role comes to be deleted: it hands over where there is another one.
+        // The deletion of the own pod begins: the replica hands over if another replica exists.
         let mut own = pod("b", 7);
         own["metadata"]["deletionTimestamp"] = json!("2026-01-01T00:20:00Z");
         assert_eq!(apply(&mut replicas, &own), Rank::Leaving);
         assert_eq!(replicas.standing().departures, 1);
         replicas.deleted("u-c");
         replicas.deleted("u-a");
-        assert_eq!(replicas.standing().departures, 2, "one of them had been counted when it began to leave");
-        assert_eq!(replicas.standing().rank, Rank::First, "there is nobody to hand over to");
+        assert_eq!(replicas.standing().departures, 2, "one deletion was counted when it began");
+        assert_eq!(replicas.standing().rank, Rank::First, "no other replica can take over");
         replicas.retain(&HashSet::new());
         assert_eq!(replicas.standing().rank, Rank::Unknown);
     }
@@ -192,7 +192,7 @@ mod tests {
             }
             assert_eq!(apply(&mut replicas, &other), Rank::First, "{other}");
         }
-        // Agents, of which there are many, come and go in the same namespace.
+        // Departures of agents in the same namespace are not counted.
         let mut replicas = Replicas::new(own());
         apply(&mut replicas, &pod("b", 7));
         let mut agent = pod("agent", 1);

@@ -1,13 +1,13 @@
 //! The role of this replica: it decides, or it is on standby. A state machine without I/O or clock.
 //!
-//! Two replicas that write at the same time lose about a third of their writes to each other, and together they ask cert-manager's webhook
-//! more than it answers. So one replica decides, the [first](Rank::First), and the others are on standby: they know every request, and
+//! Two replicas that write at the same time lose about a third of their writes to conflicts, and together they exceed the rate of
+//! cert-manager's webhook. So one replica decides, the [first](Rank::First). The others are on standby: they watch every request, and
 //! neither judge nor write.
 //!
-//! There is no lease. A replica on standby watches decisions, not heartbeats: when a request waits and no decision of another replica has
-//! been seen for [`TAKEOVER_AFTER`], it decides by itself. So a replica that lives and decides nothing is replaced as one that has died.
-//! Where two replicas decide, the one that loses a write to the other goes on standby, whichever it is. A decision is written with the
-//! version of the request that was judged: two replicas that decide at once are slow, and never wrong.
+//! The replicas use no Lease. A replica on standby watches decisions instead of heartbeats. If a request waits and no other replica has
+//! decided a request for 2 s ([`TAKEOVER_AFTER`]), it takes over. So a replica that runs without deciding is replaced like one that has
+//! died. If two replicas decide, the one that loses a write to a conflict goes on standby. A decision is written with the
+//! `resourceVersion` of the request that was judged, so two deciding replicas cost throughput and never overwrite each other.
 
 use std::time::Duration;
 
@@ -15,30 +15,31 @@ use tokio::time::Instant;
 
 use super::replicas::{Rank, Standing};
 
-/// How long a request may wait without any decision of another replica.
+/// Time for which a request may wait without a decision of another replica before a replica on standby takes over.
 pub const TAKEOVER_AFTER: Duration = Duration::from_secs(2);
-/// The same after takeovers that were not needed. They happen where each answer of the webhook takes longer than [`TAKEOVER_AFTER`].
+/// Upper bound of that time after unnecessary takeovers. They happen if each response of the webhook takes longer than
+/// [`TAKEOVER_AFTER`].
 const MAX_TAKEOVER_AFTER: Duration = Duration::from_secs(8);
-/// A takeover that lasted so long was needed.
+/// A takeover that lasts this long was necessary.
 const STABLE_AFTER: Duration = Duration::from_secs(60);
-/// After another replica has left, its successor loses writes to it and stays: the last writes of the one that leaves are on their way.
+/// Time after a handover in which the successor ignores conflicts: the last writes of the leaving replica may still be in flight.
 const HANDOVER_GRACE: Duration = Duration::from_secs(5);
 
 /// Why a replica decides.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Cause {
-    /// It does not run as a pod, and cannot know of others.
+    /// The replica does not run as a pod, and cannot find other replicas.
     Alone,
-    /// It is the first.
+    /// The replica is the first at its start.
     First,
-    /// Another replica has left, and this one is the first of those that stay.
+    /// Another replica has left, and this one is the first of the remaining ones.
     Successor,
     /// A request waited, and no other replica decided.
     Takeover,
 }
 
 impl Cause {
-    /// For the log.
+    /// Returns the text of the log field `cause`.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Alone => "it does not run as a pod",
@@ -49,42 +50,42 @@ impl Cause {
     }
 }
 
-/// See the module.
+/// Whether this replica decides, and when it takes over. The caller passes events and the time, and calls [`next`](Self::next) after each.
 #[derive(Debug)]
 pub struct Role {
     standing: Standing,
-    /// Why it decides; none on standby.
+    /// Why the replica decides; `None` on standby.
     decides: Option<Cause>,
     /// Between [`TAKEOVER_AFTER`] and [`MAX_TAKEOVER_AFTER`].
     takeover_after: Duration,
-    /// On standby, while a request waits: when it takes over.
+    /// Time of the takeover; set on standby while a request waits.
     takeover_at: Option<Instant>,
-    /// When it took over.
+    /// Time of the last takeover.
     took_over_at: Option<Instant>,
-    /// The end of the grace of a handover.
+    /// End of [`HANDOVER_GRACE`].
     grace_until: Option<Instant>,
 }
 
 impl Role {
-    /// The role at the start. A replica that may have others is on standby until it knows its rank, or takes over.
+    /// Creates the initial role. With `may_have_others`, the replica is on standby until it knows its rank or takes over.
     pub fn new(may_have_others: bool) -> Self {
         let standing = Standing { rank: Rank::Unknown, departures: 0 };
         let decides = if may_have_others { None } else { Some(Cause::Alone) };
         Self { standing, decides, takeover_after: TAKEOVER_AFTER, takeover_at: None, took_over_at: None, grace_until: None }
     }
 
-    /// Why it decides; none on standby.
+    /// Returns why the replica decides, or `None` on standby.
     pub fn decides(&self) -> Option<Cause> {
         self.decides
     }
 
-    /// Its place among the replicas is this one now.
+    /// Notes the replica's current standing.
     pub fn stands_at(&mut self, standing: Standing, now: Instant) {
         let before = std::mem::replace(&mut self.standing, standing);
         let decides = match standing.rank {
             Rank::First if before.rank == Rank::Unknown => Some(Cause::First),
             Rank::First if before.rank != Rank::First => Some(Cause::Successor),
-            // The replica that left may have been the one that decided.
+            // The replica that left may have been the deciding one.
             Rank::First if standing.departures != before.departures => Some(Cause::Successor),
             rank if rank != before.rank => None,
             _ => return,
@@ -93,12 +94,13 @@ impl Role {
         self.grace_until = (decides == Some(Cause::Successor)).then(|| now + HANDOVER_GRACE);
     }
 
-    /// Another replica has decided a request.
+    /// Notes that another replica has decided a request, which restarts the wait for a takeover.
     pub fn other_decided(&mut self) {
         self.takeover_at = None;
     }
 
-    /// A decision of this replica was not written, because another one had decided.
+    /// Notes that a decision of this replica was not written, because another replica had decided first. The replica goes on standby,
+    /// except within 5 s after a handover.
     pub fn lost_conflict(&mut self, now: Instant) {
         if self.grace_until.is_some_and(|until| now < until) {
             return;
@@ -110,8 +112,8 @@ impl Role {
         (self.decides, self.takeover_at) = (None, None);
     }
 
-    /// Takes over if it is time. On standby, the moment at which this has to be called again. `waits` says whether a request could be
-    /// decided; `jitter`, between 0 and 1, keeps several replicas from taking over at the same moment.
+    /// Takes over if the time has come. Returns the time of the next call, or `None` if no takeover is pending. `waits` is whether a
+    /// request is ready to be decided. `jitter`, 0 to 1, adds up to half of the wait, so that replicas do not take over simultaneously.
     pub fn next(&mut self, waits: bool, now: Instant, jitter: f64) -> Option<Instant> {
         if self.decides.is_some() || !waits {
             self.takeover_at = None;
@@ -149,12 +151,12 @@ mod tests {
 
     #[test]
     fn the_first_decides_and_the_others_are_on_standby() {
-        assert!(Role::new(false).decides().is_some(), "there are no others");
+        assert!(Role::new(false).decides().is_some(), "no other replica can exist");
         let mut role = Role::new(true);
-        assert!(role.decides().is_none(), "there may be others");
+        assert!(role.decides().is_none(), "other replicas may exist");
         assert!(ranked(&mut role, Rank::First));
         assert!(!ranked(&mut role, Rank::Later));
-        assert!(ranked(&mut role, Rank::First), "those before it have gone");
+        assert!(ranked(&mut role, Rank::First), "the older replicas have left");
         assert!(!ranked(&mut role, Rank::Leaving));
     }
 
@@ -163,34 +165,34 @@ mod tests {
         let (mut role, now) = (Role::new(true), Instant::now());
         assert!(ranked(&mut role, Rank::First));
         role.lost_conflict(now);
-        assert!(role.decides().is_none() && !ranked(&mut role, Rank::First), "another one took over while it was away, and does the work");
+        assert!(role.decides().is_none() && !ranked(&mut role, Rank::First), "another replica took over, and decides");
         role.stands_at(Standing { rank: Rank::First, departures: 1 }, now);
         assert_eq!(role.decides(), Some(Cause::Successor));
         role.lost_conflict(at(now, 4999));
-        assert_eq!(role.decides(), Some(Cause::Successor), "by a last decision of the one that leaves");
+        assert_eq!(role.decides(), Some(Cause::Successor), "the conflict is with a last decision of the leaving replica");
         role.lost_conflict(now + HANDOVER_GRACE);
         assert_eq!(role.decides(), None);
 
         let mut role = standing_by();
         role.stands_at(Standing { rank: Rank::Later, departures: 1 }, now);
-        assert!(role.decides().is_none(), "there is one before it");
+        assert!(role.decides().is_none(), "an older replica exists");
     }
 
     #[test]
     fn a_standby_takes_over_when_a_request_stays_undecided() {
         let (mut role, start) = (standing_by(), Instant::now());
-        assert_eq!(role.next(false, start, 0.0), None, "nothing waits");
-        assert_eq!(role.next(true, at(start, 500), 1.0), Some(at(start, 3500)), "the time, and a half of it");
-        assert_eq!(role.next(true, at(start, 1000), 0.0), Some(at(start, 3500)), "drawn once");
+        assert_eq!(role.next(false, start, 0.0), None, "no request waits");
+        assert_eq!(role.next(true, at(start, 500), 1.0), Some(at(start, 3500)), "the wait with the full jitter of one half");
+        assert_eq!(role.next(true, at(start, 1000), 0.0), Some(at(start, 3500)), "the jitter is drawn once for each wait");
         role.other_decided();
         assert_eq!(role.next(true, at(start, 3400), 0.0), Some(at(start, 5400)));
-        assert_eq!(role.next(false, at(start, 4000), 0.0), None, "what waited was decided");
+        assert_eq!(role.next(false, at(start, 4000), 0.0), None, "the waiting request was decided");
         assert_eq!(role.next(true, at(start, 5000), 0.0), Some(at(start, 7000)));
         assert!(role.decides().is_none());
         assert_eq!(role.next(true, at(start, 7000), 0.0), None);
         assert_eq!(role.decides(), Some(Cause::Takeover));
         role.other_decided();
-        assert!(role.decides().is_some() && !ranked(&mut role, Rank::Leaving), "as long as it loses no write, and stays");
+        assert!(role.decides().is_some() && !ranked(&mut role, Rank::Leaving), "it decides until it loses a write or leaves");
     }
 
     #[test]
@@ -211,7 +213,7 @@ mod tests {
         assert_eq!(role.next(true, now, 0.0), Some(now + TAKEOVER_AFTER));
     }
 
-    /// A program that does not run as a pod has no rank.
+    /// A replica that does not run as a pod has no rank.
     #[test]
     fn a_replica_without_a_rank_decides_until_it_loses_a_write() {
         let (mut role, now) = (Role::new(false), Instant::now());

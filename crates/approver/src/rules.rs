@@ -1,4 +1,4 @@
-//! What the approver decides by: the part of the configuration that it shares with the agents, and who those are.
+//! Rules of the approver: the agents' user names, and the part of the configuration that the approver shares with the agents.
 
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
@@ -6,22 +6,23 @@ use agent_kube::pod::Pod;
 use cert_manager::{IssuerRef, RequestNamespace};
 use workload_identity::{Error, Identity, IssuerName, KeyType, Pattern, Profile, Resolver};
 
-/// The group of an issuer that names none.
+/// API group of an issuer reference that names no group.
 const GROUP: &str = cert_manager::GROUP;
 
-/// One issuer whose requests are judged.
+/// One issuer whose requests the approver decides.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Guarded {
-    /// The name that profiles use.
+    /// Name by which profiles refer to the issuer.
     pub name: IssuerName,
-    /// As requests name it.
+    /// Reference to the issuer in requests.
     pub issuer: IssuerRef,
-    /// Where the agents' requests are.
+    /// Namespace of the agents' requests.
     pub namespace: RequestNamespace,
 }
 
 impl Guarded {
-    /// Whether a request in `namespace` that names `issuer` is this issuer's. An Issuer is another one in each namespace.
+    /// Returns whether a request in `namespace` that names `issuer` is for this issuer. An `Issuer` is namespaced, so the namespace of
+    /// the request selects the issuer too.
     fn takes(&self, issuer: &IssuerRef, namespace: &str) -> bool {
         let here = match &self.namespace {
             RequestNamespace::Fixed(own) if self.issuer.kind == "Issuer" && self.issuer.group == GROUP => own == namespace,
@@ -31,48 +32,52 @@ impl Guarded {
     }
 }
 
-/// The configuration of an approver.
+/// Configuration of an approver. Owned by [`ActiveRules`](crate::ActiveRules), immutable.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Rules {
-    /// The user names of agents.
+    /// User names of the agents' service accounts. Requests of other users are denied.
     pub agents: BTreeSet<String>,
-    /// The issuers. Requests of others are not looked at.
+    /// Guarded issuers. The approver ignores requests of other issuers.
     pub issuers: Vec<Guarded>,
-    /// From pods to identities and profiles, as the agents do it.
+    /// Maps pods to identities and profiles, with the agents' configuration.
     pub resolver: Resolver,
-    /// Annotations of others that a request may carry.
+    /// Allowed annotation keys besides the agent's own (`approver.annotations`).
     pub annotations: Vec<Pattern>,
-    /// How long the rules that these replace count beside them.
+    /// Time for which superseded rules still approve requests (`approver.overlap`, default 10 min). 0 ends them immediately.
     pub overlap: Duration,
 }
 
-/// What a pod may ask for.
+/// One certificate that a pod is allowed to have.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Expectation {
-    /// The profile by which.
+    /// Name of the profile.
     pub profile: Arc<str>,
-    /// The URI name.
+    /// URI SAN.
     pub spiffe_id: String,
-    /// The DNS names.
+    /// DNS SANs.
     pub dns_names: Vec<String>,
-    /// The kind of key.
+    /// Key type.
     pub key: KeyType,
-    /// The lifetime.
+    /// Requested lifetime.
     pub lifetime: Duration,
-    /// From whom.
+    /// Issuer that signs.
     pub issuer: IssuerRef,
-    /// By a request in which namespace.
+    /// Namespace of the request.
     pub namespace: String,
 }
 
 impl Rules {
-    /// Whether requests of `issuer` in `namespace` are the approver's to judge.
+    /// Returns whether the approver decides requests of `issuer` in `namespace`.
     pub fn guard(&self, issuer: &IssuerRef, namespace: &str) -> bool {
         self.issuers.iter().any(|guarded| guarded.takes(issuer, namespace))
     }
 
-    /// All that `pod` may ask for, on whatever socket: the one place where the approver derives what the agents derive. An error where
-    /// there is nothing; the pod has a service account.
+    /// Returns every certificate that `pod` is allowed to have, over the shared socket or a per-pod socket. The caller passes a pod with
+    /// a service account.
+    ///
+    /// # Errors
+    ///
+    /// The first error of [`Resolver::resolve`], if the pod has no certificate on any of its sockets.
     pub fn expected(&self, pod: &Pod) -> Result<Vec<Expectation>, Error> {
         let (mut expected, mut refused) = (Vec::new(), None);
         for workload in pod.workloads() {

@@ -1,4 +1,4 @@
-//! The controller against a scripted API server, under a paused clock.
+//! The approver with a scripted API server, on paused time.
 
 use std::time::{Duration, SystemTime};
 
@@ -36,17 +36,17 @@ impl Drop for Replica {
 }
 
 impl Replica {
-    /// Runs against `api`; without pods it has nothing but live reads.
+    /// Starts a replica with the test rules. Without `watches_pods`, every pod is read live.
     fn start(api: &FakeApi, watches_pods: bool) -> Self {
         Self::by(api, watches_pods, rules())
     }
 
-    /// The same by these rules.
+    /// Starts a replica with `rules`.
     fn by(api: &FakeApi, watches_pods: bool, rules: Rules) -> Self {
         Self::of(api, None, watches_pods, rules)
     }
 
-    /// The same in its own pod.
+    /// Starts a replica with `rules` that runs in the pod `own`.
     fn of(api: &FakeApi, own: Option<PodRef>, watches_pods: bool, rules: Rules) -> Self {
         let (kube_metrics, metrics) = (agent_kube::Metrics::default(), Metrics::default());
         let client = api.client_at(&kube_metrics, RATE);
@@ -69,7 +69,7 @@ impl Replica {
         Self { metrics, pods, active_rules, tasks }
     }
 
-    /// As a new file does.
+    /// Replaces the rules, as a new configuration file does.
     fn change(&self, rules: Rules) {
         let newer = self.active_rules.borrow().replaced(rules, Instant::now());
         self.active_rules.send_replace(Arc::new(newer));
@@ -93,7 +93,7 @@ fn put_pod(api: &FakeApi) {
     );
 }
 
-/// The condition that the request gets.
+/// Waits for the condition of the decision.
 async fn decided(api: &FakeApi, name: &str) -> Value {
     let find = |api: &FakeApi| {
         let request = api.objects(CR).into_iter().find(|request| request["metadata"]["name"] == name)?;
@@ -172,7 +172,7 @@ async fn two_replicas_write_one_decision_and_keep_the_others_conditions() {
     assert_eq!(replicas.iter().map(|r| r.metrics.pending.get()).sum::<i64>(), 0);
 }
 
-/// The pod is deleted between the read and the write: whoever changed the request meanwhile makes it be judged again.
+/// The request changes during the read of its pod, so the write conflicts and the request is judged again.
 #[tokio::test(start_paused = true)]
 async fn a_request_that_changed_meanwhile_is_judged_again() {
     let api = FakeApi::new();
@@ -233,9 +233,9 @@ async fn hanging_pod_reads_do_not_block_the_remaining_worker() {
     }
     let start = Instant::now();
     let approved = |api: &FakeApi| api.objects(CR).iter().filter(|o| o["status"]["conditions"][0]["type"] == "Approved").count();
-    api.until("all but the hanging", |api| (approved(api) == 100 - (WORKERS - 1)).then_some(())).await;
+    api.until("all but the hanging requests", |api| (approved(api) == 100 - (WORKERS - 1)).then_some(())).await;
     assert!(start.elapsed() < Duration::from_secs(1));
-    api.until("and those", |api| (approved(api) == 100).then_some(())).await;
+    api.until("the hanging requests", |api| (approved(api) == 100).then_some(())).await;
 }
 
 #[tokio::test(start_paused = true)]
@@ -252,7 +252,7 @@ async fn who_else_approves_is_counted_once_for_each_request() {
     assert_eq!((replica.metrics.foreign.get(), api.count("patch", CR)), (1, 0));
 }
 
-/// Somebody asks in a loop: all of it is denied, and the Events of a minute are bounded.
+/// A user creates requests in a loop: all are denied, and the Events per minute are limited.
 #[tokio::test(start_paused = true)]
 async fn a_flood_is_denied_and_does_not_become_one_of_events() {
     let api = FakeApi::new();
@@ -270,7 +270,7 @@ async fn a_flood_is_denied_and_does_not_become_one_of_events() {
     let mut foreign = object("later");
     foreign["spec"]["username"] = json!("mallory");
     api.put(CR, foreign);
-    api.until("one more", |api| (api.count("create", "events") == 301).then_some(())).await;
+    api.until("one more Event", |api| (api.count("create", "events") == 301).then_some(())).await;
 }
 
 #[tokio::test(start_paused = true)]

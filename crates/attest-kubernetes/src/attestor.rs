@@ -1,7 +1,8 @@
-//! Attestation on the shared socket: the peer's handle, its cgroups, its pod, the pod's service account.
+//! Attestation on the shared socket: the peer's pidfd, its cgroups, its pod, and the pod's service account.
 //!
-//! The order is the proof: the handle was taken first ([`Peer`]), the evidence is read while it lives, and that it still lives is asked
-//! last. The caller keeps the [`Peer`] for as long as the connection: with it ends the watch for the end of the process.
+//! The order is part of the proof. The pidfd is taken first ([`Peer`]), the evidence is read while the process lives, and the last step
+//! checks that it still lives. The caller of this module keeps the [`Peer`] for as long as the connection: dropping it ends the watch for
+//! the end of the process.
 
 use std::{fmt, fs::File, io, path::PathBuf, sync::Arc};
 
@@ -20,16 +21,16 @@ mod origins;
 
 pub use origins::CgroupOrigins;
 
-/// Who of a pod may fetch on the shared socket: everybody, unless told otherwise. Both lists have to let a caller through.
+/// Restricts which processes of a pod may fetch on the shared socket. Default: all. A caller must satisfy both lists.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct AttestationPolicy {
-    /// `containers`: by name; empty for all.
+    /// `containers`: names of allowed containers; empty for all.
     pub containers: Vec<Arc<str>>,
-    /// `uids`: user ids as the node sees them; empty for all.
+    /// `uids`: allowed user ids, as seen in the node's user namespace; empty for all.
     pub uids: Vec<u32>,
 }
 
-/// Peer → pod → service account.
+/// Attests callers on the shared socket: peer, pod, service account.
 pub struct KubernetesAttestor {
     pods: Pods,
     proc: PathBuf,
@@ -45,21 +46,25 @@ impl fmt::Debug for KubernetesAttestor {
 }
 
 impl KubernetesAttestor {
-    /// Attests by `pods`. `proc` is where procfs is mounted, `/proc`; the agent's own cgroups are read there, once. `own_pod` is the
-    /// agent's pod, where it runs in one.
+    /// Creates an attestor that looks up pods in `pods`. `proc` is the mount point of procfs, `/proc`; the agent's own cgroups are read
+    /// there once. `own_pod` is the agent's pod, if it runs in one.
+    ///
+    /// # Errors
+    ///
+    /// The error of reading `self/cgroup`, and [`io::ErrorKind::InvalidData`] if its content is not a cgroup file.
     pub fn new(pods: Pods, proc: PathBuf, own_pod: Option<&PodRef>) -> io::Result<Self> {
         let file = cgroup::read(File::open(proc.join("self/cgroup")))?;
         let own = HostPrefix::of(&file, own_pod.map(|pod| &*pod.uid)).map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))?;
         Ok(Self { pods, proc, own, policy: AttestationPolicy::default(), accepts_pid_reuse: false })
     }
 
-    /// Serves only whom `policy` lets. Where it names containers, the pods have to be kept [with theirs](Pods::with_containers).
+    /// Serves only callers that `policy` allows. If it names containers, `pods` must be created [with containers](Pods::with_containers).
     pub fn with_policy(self, policy: AttestationPolicy) -> Self {
         Self { policy, ..self }
     }
 
-    /// Serves callers of whom the kernel gives no handle, too: a process that took over the pid of one that had connected and ended is
-    /// taken for it.
+    /// Serves callers without a pidfd too (default: false). If such a caller ends after connecting and another process takes over its pid,
+    /// the agent attests that process as the caller.
     pub fn accepting_pid_reuse(self, accepts_pid_reuse: bool) -> Self {
         Self { accepts_pid_reuse, ..self }
     }
@@ -82,14 +87,14 @@ impl KubernetesAttestor {
         let pod = &known.pod;
         if pod.service_account.is_none() {
             let kind = if pod.mirror { "static pod" } else { "pod" };
-            // A static pod is told by the UID that the kubelet knows it by, as the kubelet tells it, and not by its mirror's.
+            // A static pod is reported with the UID that the kubelet uses, and not with the UID of its mirror pod.
             let told = PodRef { uid: place.pod.as_str().into(), ..pod.pod.clone() };
             return Err(Error::refused(Reason::no_service_account, format!("{kind} {} has no service account", pod.pod)).by(&told));
         }
         self.allow(peer, &place, &known).await?;
         let terminated = known.terminated.child_token();
         let ended = peer.ended().map_err(|e| Error::temporary(Reason::unreadable, format!("cannot watch the caller's process: {e}")))?;
-        // Last: all that was read above is about the process that connected.
+        // Last step: all evidence above is about the process that connected, if that process still lives.
         if !peer.is_alive() {
             return Err(Error::refused(Reason::process_gone, format!("process {} ended while it was being attested", peer.pid)));
         }
@@ -106,7 +111,7 @@ impl KubernetesAttestor {
         Ok(Attested { workload: pod.workload(), terminated })
     }
 
-    /// Asks the policy.
+    /// Checks the caller against the policy.
     async fn allow(&self, peer: &Peer, place: &PodCgroup, known: &Known) -> Result<(), Error> {
         let AttestationPolicy { containers, uids } = &self.policy;
         let (pod, pid) = (&known.pod.pod, peer.pid);
@@ -118,7 +123,8 @@ impl KubernetesAttestor {
             return Ok(());
         }
         let Some(id) = &place.container else {
-            let detail = format!("process {pid} is in no single container of pod {pod}, and attestationPolicy.containers names containers");
+            let detail =
+                format!("process {pid} cannot be attributed to one container of pod {pod}, as attestationPolicy.containers requires");
             return Err(Error::refused(Reason::container_not_allowed, detail).by(pod));
         };
         let name = self.pods.wait_for_container(&pod.uid, id).await?;
@@ -133,10 +139,10 @@ impl KubernetesAttestor {
         let pid = peer.pid;
         let opened = peer.directory().map(|directory| openat(directory, "cgroup", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()));
         let path = self.proc.join(pid.to_string()).join("cgroup");
-        // The quotas have read this file already (`CgroupOrigins`). Their reading is no evidence: it may be a second old, come from another
-        // connection of the process, and precede a move of the process by the container runtime. The proof is handle, evidence, liveness, in
-        // this order and for this call (docs/security.md).
-        // The kernel takes a global lock for this file: not on a thread that serves others.
+        // The quotas have already read this file (`CgroupOrigins`), but that result is no evidence. It may be a second old, come from
+        // another connection of the process, and precede a move of the process by the container runtime. The proof requires pidfd, evidence
+        // and liveness in this order, for this call (docs/security.md). The kernel takes a global lock to produce this file, so a thread
+        // that serves no other task reads it.
         let read =
             tokio::task::spawn_blocking(move || cgroup::read(opened.map_or_else(|| File::open(path), |opened| Ok(File::from(opened?)))))
                 .await;
@@ -169,7 +175,7 @@ impl Attestor for KubernetesAttestor {
         Method::kubernetes
     }
 
-    /// Every proxy of a mesh runs as the same user: by pod.
+    /// Origins are pods, because every proxy of a mesh runs as the same user.
     fn origins(&self) -> Origins {
         Origins::ByPod(Arc::new(CgroupOrigins::new(self.proc.clone(), Arc::new(self.own.clone()))))
     }

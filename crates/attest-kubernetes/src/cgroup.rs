@@ -1,10 +1,10 @@
-//! From the text of `/proc/<pid>/cgroup` to a pod and its container: a pure function of the text and of the agent's own place.
+//! Maps the text of `/proc/<pid>/cgroup` to a pod and its container: a pure function of that text and of the agent's own cgroup prefix.
 //!
-//! The rule against nesting: what lies above a pod's cgroup is made by the kubelet and by root; what lies below a container's may be made
-//! by the container itself, in the likeness of another pod's. So the agent's own prefix is taken off (for nodes that run in containers),
-//! then the *first* pod segment decides, reached only through segments that a kubelet makes; the segment below it is the container, and
-//! anything deeper is ignored. Hierarchies that contradict each other are an error, never a guess. A container's id without a pod's UID
-//! is no evidence. Only this file is: mounts can be forged.
+//! The kubelet and root create the cgroups above and at a pod's cgroup. A container may create cgroups below its own, and imitate those of
+//! another pod. The parser therefore removes the agent's own prefix (for nodes that run in containers). Then the *first* pod segment
+//! decides, and only segments that a kubelet creates may precede it. The segment below it is the container, and deeper segments are
+//! ignored. Hierarchies that contradict each other are an error. A container id without a pod UID is no evidence. No other file is evidence
+//! either: mounts can be forged.
 
 use std::{
     fmt,
@@ -12,15 +12,15 @@ use std::{
     io::{self, Read},
 };
 
-/// No cgroup file is longer: a dozen hierarchies, each with a path of at most 4,096 bytes.
+/// Maximum size of a cgroup file, 64 KiB: a dozen hierarchies, each with a path of at most 4,096 bytes.
 const MAX_CGROUP_BYTES: u64 = 64 << 10;
 
-/// The UID of a pod, as the API writes it; of a static pod, as the kubelet writes it.
+/// UID of a pod as in the API; for a static pod, as the kubelet writes it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PodUid(String);
 
 impl PodUid {
-    /// The text.
+    /// Returns the UID as text.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -32,42 +32,47 @@ impl fmt::Display for PodUid {
     }
 }
 
-/// Where a process runs.
+/// Pod and container of a process.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PodCgroup {
-    /// Its pod.
+    /// UID of the pod.
     pub pod: PodUid,
-    /// The id of its container, as the runtime knows it; none for what a runtime runs beside its containers, and where the hierarchies
-    /// do not agree.
+    /// Id of the container, as the runtime knows it. `None` for a process that the runtime runs beside the containers, and if the
+    /// hierarchies name different containers.
     pub container: Option<String>,
 }
 
-/// Why there is no UID.
+/// Reasons why a cgroup file yields no pod.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
-    /// No hierarchy leads through a pod.
-    #[error("its cgroups lead through no pod: {0}")]
+    /// No path contains a pod.
+    #[error("its cgroup paths contain no pod: {0}")]
     NotInPod(String),
-    /// Two hierarchies lead through different pods.
+    /// Two hierarchies contain different pods.
     #[error("its cgroups contradict each other: pod {first} and pod {second}")]
     Conflicting {
-        /// One pod.
+        /// UID of the first pod.
         first: PodUid,
-        /// Another.
+        /// UID of another pod.
         second: PodUid,
     },
-    /// A line that the kernel does not write.
+    /// A line does not have the kernel's format.
     #[error("line {0} of its cgroup file is not id:controllers:path")]
     Malformed(usize),
 }
 
-/// The agent's own place in each hierarchy, as a prefix of what it sees of others.
+/// The agent's own path in each hierarchy, as the prefix of the paths that it reads for other processes.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct HostPrefix(Vec<(String, String)>);
 
 impl HostPrefix {
-    /// Reads the agent's own cgroup file. In a pod (`pod_uid`), the prefix is what lies above its kubelet's cgroups: the container that is
-    /// the node, or nothing. Outside of any pod the agent runs where the node's processes run, and all of its path is the prefix.
+    /// Reads the prefix from the agent's own cgroup file. In a pod (`pod_uid`), the prefix is the part above the kubelet's cgroups: the
+    /// container that is the node, or nothing. Outside of pods, the agent runs beside the processes of the node, and its complete path is
+    /// the prefix.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Malformed`] if a line does not have the kernel's format.
     pub fn of(cgroup_file: &str, pod_uid: Option<&str>) -> Result<Self, Error> {
         let prefix = |path: &str| {
             let segments: Vec<&str> = segments(path).collect();
@@ -85,7 +90,7 @@ impl HostPrefix {
             .map(Self)
     }
 
-    /// `path` below the prefix, or all of it where it lies elsewhere.
+    /// Returns the part of `path` below the prefix, or `path` if it does not begin with the prefix.
     fn strip<'a>(&self, hierarchy: &str, path: &'a str) -> &'a str {
         let prefix = self.0.iter().find(|(name, _)| name == hierarchy).map_or("", |(_, prefix)| prefix);
         match path.strip_prefix(prefix) {
@@ -105,12 +110,21 @@ impl fmt::Display for HostPrefix {
     }
 }
 
-/// The pod that the process of `cgroup_file` runs in.
+/// Returns the pod of the process that `cgroup_file` belongs to.
+///
+/// # Errors
+///
+/// As for [`place`].
 pub fn pod_uid(cgroup_file: &str, own: &HostPrefix) -> Result<PodUid, Error> {
     place(cgroup_file, own).map(|place| place.pod)
 }
 
-/// The pod that the process of `cgroup_file` runs in, and the container.
+/// Returns the pod and the container of the process that `cgroup_file` belongs to.
+///
+/// # Errors
+///
+/// [`Error::NotInPod`] if no path contains a pod, [`Error::Conflicting`] if paths contain different pods, [`Error::Malformed`] if a line
+/// does not have the kernel's format.
 pub fn place(cgroup_file: &str, own: &HostPrefix) -> Result<PodCgroup, Error> {
     let mut pod: Option<PodUid> = None;
     let mut containers: Vec<&str> = Vec::new();
@@ -129,7 +143,7 @@ pub fn place(cgroup_file: &str, own: &HostPrefix) -> Result<PodCgroup, Error> {
     pod.map(|pod| PodCgroup { pod, container }).ok_or_else(|| Error::NotInPod(evidence(cgroup_file)))
 }
 
-/// (hierarchy, path) of each line. A path may hold colons, a hierarchy may not.
+/// Returns (hierarchy, path) of each line. A path may contain colons, a hierarchy may not.
 fn lines(file: &str) -> impl Iterator<Item = Result<(&str, &str), Error>> {
     file.lines().enumerate().filter(|(_, line)| !line.is_empty()).map(|(index, line)| {
         let mut parts = line.splitn(3, ':');
@@ -144,9 +158,9 @@ fn segments(path: &str) -> impl Iterator<Item = &str> {
     path.split('/').filter(|s| !s.is_empty())
 }
 
-/// The first pod of a path, and the container that is named with it or right below it.
+/// Returns the first pod in a path, and the container that is named in the same segment or in the next one.
 fn pod_of(path: &str) -> Option<(PodUid, Option<&str>)> {
-    // The way up from the agent's own cgroup namespace; the kernel writes it at the beginning and nowhere else.
+    // Paths outside of the agent's cgroup namespace begin with `..`; the kernel writes `..` only at the beginning.
     let mut segments = segments(path).skip_while(|segment| *segment == "..");
     loop {
         let segment = segments.next()?;
@@ -164,7 +178,7 @@ fn pod_of(path: &str) -> Option<(PodUid, Option<&str>)> {
     }
 }
 
-/// `<id>`, `cri-containerd-<id>.scope` and their like; not `crio-conmon-<id>.scope`, where the runtime watches over the container.
+/// Reads `<id>`, `cri-containerd-<id>.scope` and similar names; not `crio-conmon-<id>.scope`, which holds the monitor of the container.
 fn container_segment(segment: &str) -> Option<&str> {
     let name = segment.strip_suffix(".scope").unwrap_or(segment);
     let (runtime, id) = name.rsplit_once('-').unwrap_or(("", name));
@@ -176,23 +190,23 @@ fn container_id<'a>(runtime: &str, id: &'a str) -> Option<&'a str> {
     (known && id.len() == 64 && id.bytes().all(is_hex)).then_some(id)
 }
 
-/// A segment that lies above pods: made by a kubelet or by its service manager.
+/// Returns whether a segment lies above pods: created by a kubelet or by its service manager.
 fn is_kubelets(segment: &str) -> bool {
     matches!(
         segment,
         "kubelet" | "kubelet.slice" | "kubepods" | "burstable" | "besteffort" | "guaranteed"
-        // Runtimes that name the pod's slice and the container in one segment put it below their own service.
+        // Runtimes that name the pod's slice and the container in one segment create it below their own service.
             | "system.slice" | "containerd.service" | "crio.service" | "docker.service"
     ) || segment.strip_suffix(".slice").is_some_and(is_qos)
 }
 
-/// `kubepods`, `kubepods-burstable` or `kubepods-besteffort`, with the names of slices above it in front.
+/// Accepts `kubepods`, `kubepods-burstable` and `kubepods-besteffort`, optionally preceded by the names of the slices above.
 fn is_qos(name: &str) -> bool {
     let name = name.strip_suffix("-burstable").or_else(|| name.strip_suffix("-besteffort")).unwrap_or(name);
     name == "kubepods" || name.ends_with("-kubepods")
 }
 
-/// `pod<uid>` of the cgroupfs driver, or `kubepods-burstable-pod<uid with _>.slice` of the systemd driver.
+/// Reads `pod<uid>` of the cgroupfs driver, or `kubepods-burstable-pod<uid with _>.slice` of the systemd driver.
 fn pod_segment(segment: &str) -> Option<PodUid> {
     if let Some(uid) = segment.strip_prefix("pod") {
         return uid_of(uid, '-');
@@ -201,7 +215,7 @@ fn pod_segment(segment: &str) -> Option<PodUid> {
     if is_qos(above) { uid_of(uid, '_') } else { None }
 }
 
-/// A UUID with `separator`, or the 32 digits that a static pod has.
+/// Reads a UUID with this separator, or the 32 digits that a static pod has.
 fn uid_of(text: &str, separator: char) -> Option<PodUid> {
     let lengths: Vec<usize> = text.split(separator).map(str::len).collect();
     let fits = matches!(lengths[..], [8, 4, 4, 4, 12] | [32]);
@@ -212,12 +226,12 @@ fn is_hex(byte: u8) -> bool {
     byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte)
 }
 
-/// The paths, for the log: each once, and not more than a line holds.
+/// Returns each path once, truncated to 300 characters, for the log.
 fn evidence(file: &str) -> String {
     let mut paths: Vec<&str> = lines(file).flatten().map(|(_, path)| path).collect();
     paths.sort_unstable();
     paths.dedup();
-    // Whoever may make cgroups chooses their names.
+    // A process that may create cgroups chooses their names, so control characters are replaced.
     let text = paths.join(" ").replace(char::is_control, "?");
     match text.char_indices().nth(300) {
         Some((end, _)) => format!("{}…", &text[..end]),
@@ -225,12 +239,16 @@ fn evidence(file: &str) -> String {
     }
 }
 
-/// All of a cgroup file. Names need not be text; what is none stands for no name that matters.
+/// Reads a complete cgroup file. Bytes that are not UTF-8 are replaced: they occur in no name that matters here.
+///
+/// # Errors
+///
+/// The error of opening or reading `file`, and [`io::ErrorKind::InvalidData`] if it has more than 64 KiB.
 pub fn read(file: io::Result<File>) -> io::Result<String> {
     let mut bytes = Vec::new();
     file?.take(MAX_CGROUP_BYTES + 1).read_to_end(&mut bytes)?;
     if bytes.len() as u64 > MAX_CGROUP_BYTES {
-        // What a part of it says is not what it says.
+        // A truncated file could name another pod.
         return Err(io::Error::new(io::ErrorKind::InvalidData, format!("more than {MAX_CGROUP_BYTES} bytes")));
     }
     Ok(String::from_utf8_lossy(&bytes).into_owned())

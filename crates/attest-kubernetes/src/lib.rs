@@ -1,11 +1,11 @@
-//! Which pod a caller is, proven by the kernel and the Kubernetes API.
+//! Identifies the pod of a caller, proven by the kernel and the Kubernetes API.
 //!
-//! - [`attestor`]: peer, cgroup, pod, service account, for the socket that all pods of a node share;
-//! - [`mount`]: the pod that a socket of its own was mounted into;
-//! - [`cgroup`]: the reading of `/proc/<pid>/cgroup`;
-//! - [`pods`]: this node's pods, by UID, from one watch.
+//! - [`attestor`]: the socket that all pods of a node share: peer, cgroup, pod, service account;
+//! - [`mount`]: a socket that is mounted into a single pod;
+//! - [`cgroup`]: the parser of `/proc/<pid>/cgroup`;
+//! - [`pods`]: this node's pods by UID, from one watch.
 
-// It writes no file; its tests do.
+// Only the tests write files.
 #![cfg_attr(test, allow(clippy::disallowed_methods))]
 
 pub mod attestor;

@@ -1,8 +1,9 @@
-//! Attestation by mount: whoever can reach a pod's own socket is that pod, as nobody else has it mounted. No evidence about the peer.
+//! Attestation by mount: a caller that reaches a pod's own socket is that pod, because the socket is mounted into no other pod. No evidence
+//! about the peer is read.
 //!
-//! What the kubelet said at publish is a claim, for it can be forged. The pod index has to know the UID, and to say the same of it as the
-//! claim does, before anybody is served; after a restart there is no claim any more, and what the index says of the UID is enough: the
-//! UID was in the kubelet's own path. The caller cancels `terminated` when the volume is unpublished.
+//! The data that the kubelet passes at publish is only a claim, because it can be forged. A caller is served only if the pod index knows
+//! the UID and agrees with the claim. After a restart there is no claim, and the entry in the index is sufficient: the UID was part of the
+//! kubelet's own path. The caller of this module cancels `terminated` when the volume is unpublished.
 
 use std::sync::{
     Arc,
@@ -22,22 +23,26 @@ use workload_identity::{PodRef, Workload};
 
 use crate::pods::{Known, Pods};
 
-/// Whom a volume was published for, as the kubelet says.
+/// The pod that a volume was published for, according to the kubelet.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Claim {
-    /// The pod.
+    /// Namespace, name and UID.
     pub pod: PodRef,
-    /// Its service account.
+    /// Service account of the pod.
     pub service_account: Arc<str>,
-    /// The profile that the volume picks.
+    /// Profile that the volume picks, if any.
     pub picked: Option<Arc<str>>,
 }
 
 impl Claim {
-    /// Whether the index says the same of the pod and of its `volume`.
+    /// Compares the claim with the index's entry for the pod and its `volume`.
+    ///
+    /// # Errors
+    ///
+    /// [`Reason::other_pod`], not temporary, if namespace, name, picked profile or service account differ.
     pub fn check(&self, known: &Pod, volume: &str) -> Result<(), Error> {
         let says = |what: &str, index: &str, kubelet: &str| {
-            let detail = format!("pod UID {}: its {what} is {index}, and its volume was published for {kubelet}", self.pod.uid);
+            let detail = format!("pod UID {}: its {what} is {index}, but its volume was published for {kubelet}", self.pod.uid);
             Err(Error::refused(Reason::other_pod, detail))
         };
         if known.pod.namespace != self.pod.namespace {
@@ -47,7 +52,7 @@ impl Claim {
             return says("name", &known.pod.name, &self.pod.name);
         }
         if known.picks.get(volume) != self.picked.as_ref() {
-            return says("pick of a profile", "in its spec", "another");
+            return says("picked profile", "the one in its spec", "another");
         }
         match &known.service_account {
             Some(account) if *account != self.service_account => says("service account", account, &self.service_account),
@@ -56,7 +61,7 @@ impl Claim {
     }
 }
 
-/// One pod's socket → that pod.
+/// Attests all callers on one pod's socket as that pod.
 #[derive(Debug)]
 pub struct MountAttestor {
     pods: Pods,
@@ -69,8 +74,8 @@ pub struct MountAttestor {
 }
 
 impl MountAttestor {
-    /// For the socket in `volume` of the pod with this UID. `claim` is none for one that was published before a restart; `terminated` ends with
-    /// the socket.
+    /// Creates the attestor of the socket in `volume` of the pod with this UID. `claim` is `None` for a volume that was published before a
+    /// restart. `terminated` is cancelled with the socket.
     pub fn new(pods: Pods, uid: Arc<str>, volume: Arc<str>, claim: Option<Claim>, terminated: CancellationToken) -> Self {
         Self {
             pods,
@@ -83,12 +88,12 @@ impl MountAttestor {
         }
     }
 
-    /// What was said at publish.
+    /// The kubelet's claim at publish; `None` after a restart.
     pub fn claim(&self) -> Option<Claim> {
         self.claim.lock().clone()
     }
 
-    /// The volume was published again.
+    /// Replaces the claim, when the volume is published again.
     pub fn set_claim(&self, claim: Claim) {
         *self.claim.lock() = Some(claim);
     }
@@ -98,12 +103,21 @@ impl MountAttestor {
         &self.terminated
     }
 
-    /// Cancelled once somebody has called and been served.
+    /// Cancelled when the first caller has been attested.
     pub fn first_call(&self) -> &CancellationToken {
         &self.first_call
     }
 
-    /// Who everybody on this socket is; waits for the pod as the index does.
+    /// Returns the workload of every caller on this socket. Waits for the pod like [`Pods::wait_for`].
+    ///
+    /// # Errors
+    ///
+    /// The errors of [`Pods::wait_for`]. Not temporary: [`Reason::pod_ended`] if the pod has ended or the volume was unpublished,
+    /// [`Reason::other_pod`] if the index contradicts the claim, [`Reason::no_service_account`] if the pod has no service account.
+    ///
+    /// # Cancel safety
+    ///
+    /// A dropped future only stops waiting.
     pub async fn workload(&self) -> Result<Workload, Error> {
         let unpublished = || Error::refused(Reason::pod_ended, format!("pod UID {}: it has ended, or its volume is unpublished", self.uid));
         let known = tokio::select! {
@@ -122,7 +136,7 @@ impl MountAttestor {
         Ok(pod.workload_at(&self.volume))
     }
 
-    /// From now on the pod's end is the end of this, too. A UID never comes back, so once is enough.
+    /// Cancels `terminated` when the pod ends. One task is sufficient, because a UID is never used again.
     fn follow(&self, known: &Known) {
         if !self.follows_pod.swap(true, Ordering::Relaxed) {
             let (pod, terminated) = (known.terminated.clone(), self.terminated.clone());
@@ -141,7 +155,7 @@ impl Attestor for MountAttestor {
         Method::mount
     }
 
-    /// Whoever comes through the mount is the pod, whatever user it runs as: every proxy of a mesh is the same user.
+    /// The origin is the pod, regardless of the caller's user: every proxy of a mesh runs as the same user.
     fn origins(&self) -> Origins {
         Origins::Fixed(Origin::Pod(self.uid.clone()))
     }
@@ -225,7 +239,7 @@ mod tests {
             Workload::Pod { picked, .. } => picked,
             Workload::Unix { .. } => None,
         };
-        // After a restart nobody claims anything, and the pick is the same.
+        // After a restart there is no claim, and the picked profile is the same.
         for claimed in [None, Some(Claim { picked: Some("gold".into()), ..claim("shop", "cart-1", "cart") })] {
             assert_eq!(picked(world.attest(&world.attestor(claimed)).await.unwrap()).as_deref(), Some("gold"));
         }
@@ -234,7 +248,7 @@ mod tests {
             let error = world.attest(&attestor).await.unwrap_err();
             assert!(
                 error.reason == Reason::other_pod
-                    && error.detail.contains("its pick of a profile is in its spec, and its volume was published for another"),
+                    && error.detail.contains("its picked profile is the one in its spec, but its volume was published for another"),
                 "{error}"
             );
         }
@@ -249,7 +263,7 @@ mod tests {
         let Workload::Pod { pod, service_account, .. } = &attested.workload else { panic!("{:?}", attested.workload) };
         assert_eq!((pod.to_string().as_str(), service_account.as_deref()), ("shop/cart-1", Some("cart")));
         assert!(attestor.first_call().is_cancelled());
-        assert!(matches!(attestor.origins(), Origins::Fixed(Origin::Pod(uid)) if &*uid == UID), "its quotas are the pod's, not its user's");
+        assert!(matches!(attestor.origins(), Origins::Fixed(Origin::Pod(uid)) if &*uid == UID), "quotas are per pod, not per user");
         world.api.remove("pods", "shop", "cart-1");
         timeout(SOON, attested.terminated.cancelled()).await.unwrap();
         assert_eq!(world.attest(&attestor).await.unwrap_err().reason, Reason::pod_ended);
@@ -265,7 +279,7 @@ mod tests {
             assert_eq!((error.reason, error.temporary), (Reason::other_pod, false), "{error}");
             assert!(!attestor.first_call().is_cancelled());
         }
-        // After a restart the index alone counts; and a claim that comes later counts, too.
+        // After a restart only the index is checked; a claim that arrives later is checked too.
         let attestor = world.attestor(None);
         assert!(world.attest(&attestor).await.is_ok());
         attestor.set_claim(claim("shop", "cart-1", "admin"));
@@ -292,7 +306,7 @@ mod tests {
         assert!(attested.terminated.is_cancelled());
 
         let metrics = agent_kube::Metrics::default();
-        // An index that nobody runs is never complete.
+        // An index that does not run is never complete.
         let idle = Pods::new(world.api.client(&metrics), "n1", metrics);
         let attestor = Arc::new(MountAttestor::new(idle, UID.into(), "sds".into(), None, CancellationToken::new()));
         let waiting = tokio::spawn({

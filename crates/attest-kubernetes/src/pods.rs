@@ -1,9 +1,9 @@
-//! This node's pods, by UID: one watch, a few facts of each, and a token that is cancelled when a pod has ended.
+//! This node's pods by UID: one watch, a few facts of each pod, and a token that is cancelled when the pod has ended.
 //!
-//! The caller runs [`Pods::run`] for as long as the agent lives. A pod that is not known yet is awaited, not polled; a UID that the
-//! complete index does not know costs one live read, shared by all who ask and made at most once a second, and then none for half a minute:
-//! containers outlive their pods and ask for ever. Pods that a new list lacks are confirmed by a quorum read before anybody loses a
-//! stream.
+//! The caller runs [`Pods::run`] for as long as the agent lives. A lookup waits for a pod that is not known yet; it does not poll. A UID
+//! that the complete index does not know costs one live read, a quorum list. All waiting lookups share it, and there is at most one per
+//! second. For the next 30 s the same UID costs no further read: containers outlive their pods and retry without end. Known pods that a new
+//! list lacks are confirmed by a live read before any stream ends.
 
 use std::{collections::HashSet, fmt, sync::Arc, time::Duration};
 
@@ -29,20 +29,20 @@ mod index;
 use index::Index;
 pub use index::{Known, Starting};
 
-/// Of the log's lines.
+/// Target of this module's log lines.
 const LOG_TARGET: &str = "sds_agent::attest::pods";
 
-/// Between live reads.
+/// Minimum interval between live reads.
 const LIVE_READ_INTERVAL: Duration = Duration::from_secs(1);
-/// A pod is in the API before its containers run on the node: what a live read did not find is not there, or it is a static pod whose
-/// mirror comes late, and of that the watch tells.
+/// Time for which a UID that a live read did not find counts as unknown. A pod is in the API before its containers run on the node, so such
+/// a pod does not exist, or it is a static pod whose mirror pod is late. The watch reports the latter.
 const UNKNOWN_FOR: Duration = Duration::from_secs(30);
-/// After a live read that failed, where pods wait to be confirmed.
+/// Pause after a failed live read, while pods wait to be confirmed.
 const LIVE_READ_RETRY_INTERVAL: Duration = Duration::from_secs(5);
-/// The kubelet tells of a container some time after it has started it.
+/// Maximum wait for a container's status, which the kubelet reports some time after the start of the container.
 const CONTAINER_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// The node's pods. Clones share everything.
+/// The node's pods. Clones share one index.
 #[derive(Clone)]
 pub struct Pods(Arc<Shared>);
 
@@ -54,9 +54,9 @@ struct Shared {
     changed: watch::Sender<()>,
     pod_terminations: watch::Sender<u64>,
     synced: watch::Sender<bool>,
-    /// How many live reads were asked for.
+    /// Number of live reads that were requested.
     asked: watch::Sender<u64>,
-    /// Up to which of them the last live read counts, and how it ended.
+    /// Number of the last request that a live read has answered, and the result of that read.
     answered: watch::Sender<(u64, Result<(), Arc<str>>)>,
 }
 
@@ -67,7 +67,7 @@ impl fmt::Debug for Pods {
 }
 
 impl Pods {
-    /// The pods of `node`; empty until [`run`](Self::run) runs.
+    /// Creates the index of the pods on `node`. It stays empty until [`run`](Self::run) is called.
     pub fn new(client: Client, node: &str, metrics: agent_kube::Metrics) -> Self {
         Self(Arc::new(Shared {
             api: Api::all(client),
@@ -82,27 +82,32 @@ impl Pods {
         }))
     }
 
-    /// The same, with the containers of each pod. To be said before [`run`](Self::run).
+    /// Keeps the containers of each pod too. Call it before [`run`](Self::run).
     pub fn with_containers(self) -> Self {
         self.index().keeps_containers = true;
         self
     }
 
-    /// The same, with the profiles that pods pick by volumes of this CSI driver. To be said before [`run`](Self::run).
+    /// Keeps the profiles that pods pick by volumes of this CSI driver. Call it before [`run`](Self::run).
     pub fn with_picks_by(self, driver: &str) -> Self {
         self.index().driver = Some(driver.to_owned());
         self
     }
 
-    /// The pods that are first seen before any of their containers has started, each once, in whatever way they become known. To be
-    /// asked for before [`run`](Self::run), by one.
+    /// Returns a receiver of the pods that are first seen before any of their containers has started, each once, whether the watch or a
+    /// live read reports them. There is one receiver: call it once, before [`run`](Self::run).
     pub fn starts(&self) -> mpsc::UnboundedReceiver<Starting> {
         let (sender, receiver) = mpsc::unbounded_channel();
         self.index().starts = Some(sender);
         receiver
     }
 
-    /// Watches until `shutdown`.
+    /// Runs the watch and the live reads until `shutdown`.
+    ///
+    /// # Cancel safety
+    ///
+    /// A dropped future stops the updates, and the index keeps its content. Lookups that need an update then wait until `run` is called
+    /// again.
     pub async fn run(&self, shutdown: CancellationToken) {
         tokio::select! {
             () = shutdown.cancelled() => {}
@@ -111,22 +116,31 @@ impl Pods {
         }
     }
 
-    /// Becomes true when the index has been complete for the first time, and stays so.
+    /// Becomes true when the index is complete for the first time, and stays true.
     pub fn synced(&self) -> watch::Receiver<bool> {
         self.0.synced.subscribe()
     }
 
-    /// The pod with this UID; waits for it while the index is not complete. A pod that has ended is refused.
+    /// Returns the pod with this UID. Waits while the index is not complete, then for at most one live read.
+    ///
+    /// # Errors
+    ///
+    /// [`Reason::pod_ended`], not temporary, if the pod has ended or was deleted. Temporary: [`Reason::unknown_pod`] if the API server
+    /// knows no such pod on this node, [`Reason::unreadable`] if the live read fails.
+    ///
+    /// # Cancel safety
+    ///
+    /// A dropped future only stops waiting. A live read that it has requested is still made, and updates the index.
     pub async fn wait_for(&self, uid: &str) -> Result<Known, Error> {
         let mut arrival = match self.look(uid) {
             Ok(known) => return serveable(known),
-            // Its containers outlive it. No read would find it, and they may ask for ever.
+            // Containers may outlive their pod and retry without end, and a live read would not find the pod.
             Err(_) if self.index().has_gone(uid) => return Err(deleted(uid)),
             Err(arrival) => arrival,
         };
         let was_unknown = self.index().is_unknown(uid, Instant::now());
         if was_unknown {
-            // No read; but the watch has as long as one would have taken.
+            // No live read is made. The watch has as long to report the pod as a live read would have taken.
             return match timeout(LIVE_READ_INTERVAL, &mut arrival).await {
                 Ok(_) => self.arrived(uid),
                 Err(_) => Err(self.unknown(uid)),
@@ -159,7 +173,16 @@ impl Pods {
         Error::temporary(Reason::unknown_pod, detail)
     }
 
-    /// The name of the container with this id in the pod with this UID; waits a while for the kubelet to tell of it.
+    /// Returns the name of the container with this id in the pod with this UID. Waits up to 30 s for the kubelet to report it.
+    ///
+    /// # Errors
+    ///
+    /// [`Reason::pod_ended`], not temporary, if the pod has ended or was deleted. [`Reason::unknown_container`], temporary, if the pod's
+    /// status does not contain the container in time.
+    ///
+    /// # Cancel safety
+    ///
+    /// A dropped future only stops waiting.
     pub async fn wait_for_container(&self, uid: &str, id: &str) -> Result<Arc<str>, Error> {
         let mut changed = self.0.changed.subscribe();
         let told = async {
@@ -175,22 +198,27 @@ impl Pods {
             }
         };
         timeout(CONTAINER_TIMEOUT, told).await.unwrap_or_else(|_| {
-            let detail = format!("the status of the pod with UID {uid} tells of no container {id}");
+            let detail = format!("the status of the pod with UID {uid} contains no container {id}");
             Err(Error::temporary(Reason::unknown_container, detail))
         })
     }
 
-    /// Whom the node's pods that have not ended run as, on whatever socket, as far as is known.
+    /// Returns the known workloads of the node's pods that have not ended, on all their sockets.
     pub fn workloads(&self) -> Vec<Workload> {
         self.index().workloads()
     }
 
-    /// How many pods have ended so far; changes when another has.
+    /// Number of pods that have ended so far; the receiver is notified of each increase.
     pub fn pod_terminations(&self) -> watch::Receiver<u64> {
         self.0.pod_terminations.subscribe()
     }
 
-    /// The UIDs of the node's pods that have not ended, confirmed by a live read that begins after this call; none where that failed.
+    /// Returns the UIDs of the node's pods that have not ended, confirmed by a live read that begins after this call; `None` if that read
+    /// fails.
+    ///
+    /// # Cancel safety
+    ///
+    /// A dropped future only stops waiting.
     pub async fn live(&self) -> Option<HashSet<Arc<str>>> {
         self.ask().await.ok()?;
         Some(self.index().live())
@@ -200,7 +228,7 @@ impl Pods {
         self.0.index.lock()
     }
 
-    /// What is known, or a signal for when it is.
+    /// Returns the pod if it is known, or a signal for its arrival.
     fn look(&self, uid: &str) -> Result<Known, oneshot::Receiver<()>> {
         let mut index = self.index();
         index.get(uid).ok_or_else(|| index.await_arrival(uid))
@@ -209,7 +237,7 @@ impl Pods {
     fn arrived(&self, uid: &str) -> Result<Known, Error> {
         match self.index().get(uid) {
             Some(known) => serveable(known),
-            // It came and went.
+            // The pod was added and deleted again.
             None => Err(deleted(uid)),
         }
     }
@@ -230,8 +258,9 @@ impl Pods {
 
     async fn watch(&self) {
         let fields = format!("spec.nodeName={}", self.0.node);
-        // From the API server's cache: thousands of agents that start at once must not make it read every pod there is. What such a list
-        // lacks is confirmed before it counts. A limit would make it a read of the store again.
+        // The list comes from the API server's cache, so that thousands of agents that start at once do not make it read all pods from
+        // storage. Such a list may be stale, so pods that it lacks are confirmed before they count as deleted. A limit would turn the list
+        // into a read from storage again.
         let config = watcher::Config { page_size: None, ..watcher::Config::default().fields(&fields).any_semantic() };
         let selection = Selection { resource: Resource::pods, name: "pods".to_owned(), namespace: None, config };
         let mut signals = Box::pin(agent_kube::watch::watch(self.0.api.clone(), selection, self.0.metrics.clone()));
@@ -242,7 +271,7 @@ impl Pods {
                 Signal::Event(watcher::Event::InitDone) => {
                     let missing = self.index().list_ends();
                     if missing > 0 {
-                        tracing::info!(target: LOG_TARGET, pods = missing, "a new list lacks pods; asking again before their streams end");
+                        tracing::info!(target: LOG_TARGET, pods = missing, "a new list lacks pods; confirming with a live read");
                         self.0.asked.send_modify(|asked| *asked += 1);
                     }
                     if !self.0.synced.send_replace(true) {
@@ -257,14 +286,14 @@ impl Pods {
         }
     }
 
-    /// Wakes those who wait for a change of what is known.
+    /// Notifies the receivers of changes.
     fn announce(&self) {
         let now = self.index().pod_terminations;
         self.0.pod_terminations.send_if_modified(|pod_terminations| std::mem::replace(pod_terminations, now) != now);
         self.0.changed.send_replace(());
     }
 
-    /// Answers those who asked, all at once, by a quorum list.
+    /// Makes live reads, quorum lists, each of which answers all requests so far.
     async fn read_live(&self) {
         let mut asked = self.0.asked.subscribe();
         let parameters = ListParams::default().fields(&format!("spec.nodeName={}", self.0.node));

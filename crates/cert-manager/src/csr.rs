@@ -1,8 +1,8 @@
-//! A CSR as the approver reads it: strictly, so that what is signed is what was judged.
+//! Strict parser for the CSR of a CertificateRequest, as the approver reads it.
 //!
-//! cert-manager copies the names of a CSR into the certificate as they stand there, and other extensions with them. So nothing is
-//! skipped here: every byte of the request is either one of the values returned, or has the one form that it can have. Whatever an
-//! agent would not send is an error that says where it stands. Pure; the input may be anybody's.
+//! cert-manager copies the subject alternative names and other extensions of a CSR into the certificate. The parser therefore skips
+//! nothing: each byte of the CSR is part of a returned value, or is fixed by the format. An element that no agent sends is an error
+//! that names the element. The module does no I/O, and its input is untrusted.
 
 use std::fmt;
 
@@ -14,79 +14,79 @@ mod key;
 
 use der::{Element, Malformed, Reader, tag};
 
-/// More than the largest request that an agent makes: a key of 3,072 bits and some hundred names.
+/// Maximum size of a CSR in PEM: 16 KiB. The largest CSR of an agent, with a key of 3,072 bits and some hundred names, is smaller.
 pub const MAX_BYTES: usize = 16 << 10;
 
 const BEGIN: &[u8] = b"-----BEGIN CERTIFICATE REQUEST-----\n";
 const END: &[u8] = b"-----END CERTIFICATE REQUEST-----";
 
-/// 1.2.840.113549.1.9.14, the extensions that are asked for (RFC 2985, 5.4.2).
+/// `extensionRequest`, 1.2.840.113549.1.9.14 (RFC 2985, section 5.4.2).
 const EXTENSION_REQUEST: &[u8] = &[0x2a, 0x86, 0x48, 0x86, 0xf7, 0x0d, 0x01, 0x09, 0x0e];
-/// 2.5.29.17 (RFC 5280, 4.2.1.6).
+/// `subjectAltName`, 2.5.29.17 (RFC 5280, section 4.2.1.6).
 const SUBJECT_ALT_NAME: &[u8] = &[0x55, 0x1d, 0x11];
 
-/// What is asked for.
+/// Content of a valid CSR.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Asked {
-    /// The kind of the public key, whose holder has signed the request.
+    /// Type of the public key. The holder of its private key has signed the CSR.
     pub key: KeyType,
-    /// The one URI name.
+    /// The only URI name. The parser does not check that it is a SPIFFE ID.
     pub uri: String,
-    /// The DNS names, in the request's order, without duplicates.
+    /// DNS names in the order of the CSR, without duplicates.
     pub dns_names: Vec<String>,
 }
 
-/// Why a CSR is not to be signed. The texts complete the sentence "the CSR …".
+/// Why a CSR must not be signed. Each text completes the sentence "the CSR …".
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
-    /// Larger than [`MAX_BYTES`].
+    /// The PEM text is larger than [`MAX_BYTES`].
     #[error("has {0} bytes, more than {MAX_BYTES}")]
     Size(usize),
-    /// Not one PEM block and nothing else.
+    /// The input is not exactly one PEM block.
     #[error("is not exactly one PEM block CERTIFICATE REQUEST: {0}")]
     Pem(&'static str),
-    /// Not DER, or not of the form that PKCS#10 has.
+    /// The content is not DER, or has not the structure of PKCS#10 (RFC 2986).
     #[error("is not a PKCS#10 request in DER: {0}")]
     Der(#[from] Malformed),
-    /// A version other than the one that there is.
+    /// The version is not 1, which has the value 0 (RFC 2986, section 4.1).
     #[error("is not of version 1")]
     Version,
-    /// Names of another kind.
+    /// The subject is not empty.
     #[error("has a subject, which has to be empty")]
     Subject,
-    /// An attribute other than the extension request, such as a challenge password.
+    /// The CSR has an attribute other than one extension request, such as a challenge password.
     #[error("has the attribute {0}; only an extension request is allowed, once")]
     Attribute(Oid),
-    /// Nothing is asked for.
+    /// The CSR has no extension request, or no subject alternative names in it.
     #[error("has no extension request, and so no name")]
     NoExtensions,
-    /// An extension other than the names: constraints, usages.
+    /// The CSR requests an extension other than one `subjectAltName`, such as basic constraints or key usage.
     #[error("asks for the extension {0}; only subject alternative names are allowed, once")]
     Extension(Oid),
-    /// A kind of name that no profile gives.
+    /// The CSR requests a name that is neither a URI nor a DNS name.
     #[error("asks for a name of the kind {0}; only one URI and DNS names are allowed")]
     NameKind(&'static str),
-    /// A name that is no ASCII text.
+    /// A name is empty, or has characters other than printable ASCII.
     #[error("asks for a {0} name that is empty or not printable ASCII")]
     NameText(&'static str),
-    /// None, or several.
+    /// The CSR has no URI name, or several.
     #[error("asks for {0} URI names, not for one")]
     Uris(usize),
-    /// A name that stands twice.
+    /// A DNS name occurs twice. Case is ignored.
     #[error("asks for the DNS name {0:?} twice")]
     Duplicate(String),
-    /// A key that no profile has, or that is none.
+    /// The key is malformed, or of a type that no profile allows.
     #[error("has a key that no profile allows: {0}")]
     Key(&'static str),
-    /// Another algorithm than the one that belongs to the key.
+    /// The signature algorithm does not match the type of the key.
     #[error("is signed by an algorithm that does not belong to its key")]
     Algorithm,
-    /// Whoever made the request does not hold the key.
-    #[error("has a signature that is not its key's")]
+    /// The signature does not verify: the requester has not proven possession of the private key.
+    #[error("has a signature that its key does not verify")]
     Signature,
 }
 
-/// An object identifier's content, shown in numbers.
+/// An object identifier, shown in dotted decimal notation.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Oid(Vec<u8>);
 
@@ -94,7 +94,7 @@ impl fmt::Display for Oid {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut arc: u64 = 0;
         let mut first = true;
-        // Long ones are cut: they come from anybody.
+        // The value is untrusted: at most 32 bytes of it are shown.
         for byte in self.0.iter().take(32) {
             arc = arc << 7 | u64::from(byte & 0x7f);
             if byte & 0x80 != 0 {
@@ -113,7 +113,12 @@ impl fmt::Display for Oid {
     }
 }
 
-/// Reads a request in PEM, as a CertificateRequest carries it.
+/// Parses a CSR in PEM, as a CertificateRequest carries it, and verifies its signature.
+///
+/// # Errors
+///
+/// Returns the first [`Error`] found: the input is larger than [`MAX_BYTES`], is not exactly one PEM block, is not PKCS#10 in DER, has an
+/// element that no agent sends, or has a signature that does not verify.
 pub fn read(pem: &[u8]) -> Result<Asked, Error> {
     if pem.len() > MAX_BYTES {
         return Err(Error::Size(pem.len()));
@@ -121,12 +126,12 @@ pub fn read(pem: &[u8]) -> Result<Asked, Error> {
     read_der(&unwrapped(pem)?)
 }
 
-/// The one block's content. Text around it, headers and a second block are what another reader may see differently.
+/// Decodes the PEM block. Text around it, headers and a second block are rejected, because another parser may read them differently.
 fn unwrapped(pem: &[u8]) -> Result<Vec<u8>, Error> {
-    let body = pem.strip_prefix(BEGIN).ok_or(Error::Pem("it does not begin with its first line"))?;
+    let body = pem.strip_prefix(BEGIN).ok_or(Error::Pem("it does not begin with a BEGIN line"))?;
     let body = body.strip_suffix(b"\n").unwrap_or(body);
-    let body = body.strip_suffix(END).ok_or(Error::Pem("it does not end with its last line"))?;
-    let body = body.strip_suffix(b"\n").ok_or(Error::Pem("its last line does not stand alone"))?;
+    let body = body.strip_suffix(END).ok_or(Error::Pem("it does not end with an END line"))?;
+    let body = body.strip_suffix(b"\n").ok_or(Error::Pem("no line break precedes its END line"))?;
     let base64: Vec<u8> = body.iter().copied().filter(|byte| *byte != b'\n').collect();
     STANDARD.decode(base64).map_err(|_| Error::Pem("its content is not base64"))
 }
@@ -191,7 +196,7 @@ fn read_extensions(content: &[u8]) -> Result<Names, Error> {
             return Err(Error::Extension(Oid(kind.to_vec())));
         }
         if extension.next_tag() == Some(tag::BOOLEAN) {
-            // False is the default, which DER leaves out.
+            // DER omits FALSE, because it is the default.
             let critical = extension.take(tag::BOOLEAN, "an extension's criticality")?;
             if critical.content != [0xff] {
                 return Err(Malformed::form("an extension's criticality").into());
@@ -235,7 +240,7 @@ fn text(content: &[u8], kind: &'static str) -> Result<String, Error> {
     text.map(str::to_owned).ok_or(Error::NameText(kind))
 }
 
-/// RFC 5280, GeneralName.
+/// Name of a GeneralName choice by its tag (RFC 5280, section 4.2.1.6).
 fn kind_of_name(tag: u8) -> &'static str {
     match tag {
         0xa0 => "otherName",
@@ -245,7 +250,7 @@ fn kind_of_name(tag: u8) -> &'static str {
         0xa5 => "ediPartyName",
         0x87 => "iPAddress",
         0x88 => "registeredID",
-        _ => "that nobody knows",
+        _ => "unknown to RFC 5280",
     }
 }
 

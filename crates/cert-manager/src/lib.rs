@@ -1,7 +1,8 @@
-//! cert-manager's CertificateRequest as the agent writes it and the approver reads it: the typed resource, its names, and its verdict.
+//! cert-manager's CertificateRequest, as the agent writes it and the approver reads it.
 //!
-//! Owns the wire format and the vocabulary (labels, annotations, reasons) that both sides share. Nothing here does I/O or reads a
-//! clock. A caller owes nothing: every field that another may have written is optional, so that no odd object breaks a watch.
+//! The crate owns the wire format, the labels, annotations and denial reasons, the names of requests, the parser of CSRs, and the reading
+//! of a status. It does no I/O and reads no clock. Each field that another program may write is optional, so that a malformed object does
+//! not break a watch.
 
 use std::{collections::BTreeMap, fmt};
 
@@ -14,103 +15,103 @@ pub mod csr;
 pub mod naming;
 pub mod verdict;
 
-/// The API group.
+/// API group of cert-manager.
 pub const GROUP: &str = "cert-manager.io";
-/// The resource's plural.
+/// Plural name of the resource.
 pub const PLURAL: &str = "certificaterequests";
-/// Requests in one page of a list. A single request can be as large as etcd allows, 1.5 MiB, whoever made it.
+/// Requests in one page of a list. One request can be as large as etcd allows an object to be: 1.5 MiB.
 pub const REQUESTS_PER_PAGE: u32 = 20;
-/// The longest CSR that is kept, in characters of base64. An agent's largest, with an RSA key, has about 2,000.
+/// Maximum length of a CSR that is kept: 64 Ki characters of base64. The largest CSR of an agent, with an RSA key, has about 2,000.
 const MAX_CSR_CHARACTERS: usize = 64 << 10;
 
-/// cert-manager's reference to an issuer.
+/// Reference to an issuer, as configured.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct IssuerRef {
-    /// `name`
+    /// Name of the issuer.
     pub name: String,
-    /// `kind`
+    /// Kind of the issuer: `Issuer`, `ClusterIssuer` or an external kind.
     pub kind: String,
-    /// `group`
+    /// API group of the kind.
     pub group: String,
 }
 
-/// Where CertificateRequests go.
+/// Namespace in which CertificateRequests are created.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum RequestNamespace {
-    /// One namespace, the agents' own by default.
+    /// One namespace. Default: the namespace of the agents.
     Fixed(String),
-    /// `workload`: each into the namespace of its pod.
+    /// `workload`: the namespace of the pod that needs the certificate.
     Workload,
 }
 
-/// Labels and annotations of a request. They carry evidence and help people; none of them authorises anything.
+/// Keys of the labels and annotations of a request. They carry evidence and inform operators. They authorise nothing.
 pub mod keys {
-    /// What each of them begins with.
+    /// Common prefix of all keys.
     pub const PREFIX: &str = "sds-agent.io/";
-    /// Label: the node of the agent that asks, see [`node_label`](super::naming::node_label). The agent's watch selects by it.
+    /// Label: the node of the requesting agent, see [`node_label`](super::naming::node_label). The agent's watch selects by it.
     pub const NODE: &str = "sds-agent.io/node";
-    /// Label: the UID of the agent's pod, or [`PROCESS_PREFIX`](super::naming::PROCESS_PREFIX) and its instance where it has none.
+    /// Label: the UID of the agent's pod. An agent outside of a pod has [`PROCESS_PREFIX`](super::naming::PROCESS_PREFIX) and its instance.
     pub const AGENT: &str = "sds-agent.io/agent-uid";
-    /// Label: the process of the agent that holds the key. A restarted container keeps the pod's UID and loses the keys.
+    /// Label: the agent process that holds the key. A restarted container keeps the UID of its pod, but loses the keys.
     pub const INSTANCE: &str = "sds-agent.io/instance";
-    /// Annotation: the node's whole name, which a label cannot always hold.
+    /// Annotation: the full name of the node, which may be too long for a label.
     pub const NODE_NAME: &str = "sds-agent.io/node-name";
     /// Annotation: `namespace/name` of the agent's pod.
     pub const AGENT_POD: &str = "sds-agent.io/agent-pod";
-    /// Annotation: the pod for which the certificate is, as evidence: its namespace.
+    /// Annotation: namespace of the evidence pod, in whose name the agent requests the certificate.
     pub const POD_NAMESPACE: &str = "sds-agent.io/pod-namespace";
-    /// Annotation: the evidence pod's name.
+    /// Annotation: name of the evidence pod.
     pub const POD_NAME: &str = "sds-agent.io/pod-name";
-    /// Annotation: the evidence pod's UID.
+    /// Annotation: UID of the evidence pod.
     pub const POD_UID: &str = "sds-agent.io/pod-uid";
-    /// Annotation: the profile by which the agent asks. The approver derives it again.
+    /// Annotation: name of the profile by which the agent requests. The approver derives the profile again.
     pub const PROFILE: &str = "sds-agent.io/profile";
-    /// Annotation: the SPIFFE ID, for people; the CSR holds the one that counts.
+    /// Annotation: the SPIFFE ID, for operators. The SPIFFE ID in the CSR is the authoritative one.
     pub const SPIFFE_ID: &str = "sds-agent.io/spiffe-id";
 }
 
-/// Claims in `spec.extra`, which the API server takes from a pod-bound token and cert-manager's webhook copies.
+/// Claims in `spec.extra`. The API server takes them from a pod-bound token, and cert-manager's webhook copies them into the request.
 pub mod claims {
-    /// The node that the requester's pod runs on.
+    /// Name of the node of the requester's pod.
     pub const NODE_NAME: &str = "authentication.kubernetes.io/node-name";
-    /// That node's UID.
+    /// UID of that node.
     pub const NODE_UID: &str = "authentication.kubernetes.io/node-uid";
-    /// The requester's pod.
+    /// Name of the requester's pod.
     pub const POD_NAME: &str = "authentication.kubernetes.io/pod-name";
-    /// That pod's UID.
+    /// UID of that pod.
     pub const POD_UID: &str = "authentication.kubernetes.io/pod-uid";
 }
 
-/// The usages of every certificate that the agent asks for: both sides of mTLS. cert-manager keeps the order.
+/// Usages of each certificate that an agent requests: both sides of mutual TLS. cert-manager keeps the order.
 pub const USAGES: [&str; 4] = ["digital signature", "key encipherment", "server auth", "client auth"];
 
-/// The reason of the condition `Approved`, and who reports Events.
+/// Reason of the condition `Approved`, and reporter of the approver's Events.
 pub const APPROVER: &str = "approver.sds-agent.io";
 
-/// Reasons of denials: one word for programs, in the condition `Denied`. The agent decides by them when to ask again.
+/// Reasons of denials, as in the condition `Denied`. The agent chooses the time of its retry by them.
 pub mod denied {
-    /// The evidence pod has gone: the agent asks again at once, in a sibling's name.
+    /// The evidence pod no longer exists. The agent retries at once in the name of another pod of the identity, if there is one.
     pub const POD_GONE: &str = "PodGone";
-    /// The pod may have a certificate, but not this one: agent and approver read different configurations, for a while or by mistake.
+    /// The pod may have a certificate, but not this one: agent and approver use different configurations, during a rollout or by mistake.
     pub const PROFILE_MISMATCH: &str = "ProfileMismatch";
-    /// The SPIFFE ID is not the pod's: an attack, or different configurations again.
+    /// The SPIFFE ID is not the pod's: an attack, or different configurations of agent and approver.
     pub const WRONG_IDENTITY: &str = "WrongIdentity";
-    /// Somebody else asks of an issuer that is the agents' alone.
+    /// The requester is not an agent, and the issuer is reserved for agents.
     pub const NOT_THE_AGENT: &str = "NotTheAgent";
-    /// The requester's token names no node, or another one than the pod's.
+    /// The requester's token names no node, or another node than the pod's.
     pub const WRONG_NODE: &str = "WrongNode";
     /// The request names no pod.
     pub const NO_EVIDENCE: &str = "NoEvidence";
-    /// The pod has no service account, as static pods have none.
+    /// The pod has no service account. Static pods have none.
     pub const NO_SERVICE_ACCOUNT: &str = "NoServiceAccount";
-    /// The CSR asks for more than names, or is none.
+    /// The CSR requests more than names, or is malformed.
     pub const INVALID_CSR: &str = "InvalidCsr";
-    /// The request's own fields are not those of an agent: usages, `isCA`.
+    /// The usages or `isCA` of the request are not those of an agent.
     pub const INVALID_SPEC: &str = "InvalidSpec";
-    /// The request has annotations of others, from which an issuer may take orders.
+    /// The request has annotations that no agent sets. An issuer may obey them.
     pub const INVALID_ANNOTATION: &str = "InvalidAnnotation";
 
-    /// All of them.
+    /// All reasons.
     pub const ALL: [&str; 10] = [
         POD_GONE,
         PROFILE_MISMATCH,
@@ -125,46 +126,49 @@ pub mod denied {
     ];
 }
 
-/// `spec`. `username`, `uid`, `groups` and `extra` are the webhook's: whatever a creator writes is replaced. cert-manager's webhook refuses
-/// later changes, but not in namespaces with `cert-manager.io/disable-validation`; the policy of `daemonset/approver` refuses them everywhere.
+/// `spec` of a request.
+///
+/// cert-manager's webhook sets `username`, `uid`, `groups` and `extra`, and replaces values of the creator
+/// (cert-manager/cert-manager#3630). It rejects later changes of the spec, except in namespaces with
+/// `cert-manager.io/disable-validation`. The policy of `daemonset/approver` rejects them in every namespace.
 #[derive(CustomResource, Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[kube(group = "cert-manager.io", version = "v1", kind = "CertificateRequest", plural = "certificaterequests", namespaced)]
 #[kube(status = "Status", schema = "disabled", derive = "PartialEq")]
 #[serde(rename_all = "camelCase")]
 pub struct CertificateRequestSpec {
-    /// Who signs.
+    /// The issuer that signs.
     #[serde(default)]
     pub issuer_ref: Reference,
     /// The CSR.
     #[serde(default)]
     pub request: Csr,
-    /// The lifetime to ask for, in Go's notation.
+    /// Requested lifetime in Go's duration notation, such as `3600s`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub duration: Option<String>,
-    /// Whether a CA is asked for; the agent never does.
+    /// Whether the request is for a CA certificate. An agent always sends `false`.
     #[serde(default, rename = "isCA")]
     pub is_ca: bool,
     /// Key usages and extended key usages.
     #[serde(default, deserialize_with = "null_as_default")]
     pub usages: Vec<String>,
-    /// The requester's name.
+    /// Username of the requester.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub username: Option<String>,
-    /// The requester's UID.
+    /// UID of the requester.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub uid: Option<String>,
-    /// The requester's groups.
+    /// Groups of the requester.
     #[serde(default, skip_serializing_if = "Vec::is_empty", deserialize_with = "null_as_default")]
     pub groups: Vec<String>,
-    /// The requester's claims, see [`claims`].
+    /// Claims of the requester, see [`claims`].
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty", deserialize_with = "null_as_default")]
     pub extra: BTreeMap<String, Vec<String>>,
 }
 
-/// A request as the approver reads it: the annotations all count, the labels do not.
+/// A request as the approver reads it: with all annotations and without labels.
 pub type Request = Observed<RequestKind, CertificateRequestSpec, Status>;
 
-/// What the approver keeps of a request's metadata.
+/// Selects the metadata of a request that the approver keeps.
 #[derive(Debug, Clone)]
 pub struct RequestKind;
 
@@ -183,15 +187,15 @@ impl Kind for RequestKind {
     }
 }
 
-/// `spec.issuerRef`. Empty fields mean cert-manager's defaults.
+/// `spec.issuerRef`. An empty field means cert-manager's default.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Reference {
-    /// The issuer's name.
+    /// Name of the issuer.
     pub name: String,
     /// `Issuer`, `ClusterIssuer`, or an external kind.
     pub kind: String,
-    /// The API group of the kind.
+    /// API group of the kind.
     pub group: String,
 }
 
@@ -201,8 +205,8 @@ impl From<&IssuerRef> for Reference {
     }
 }
 
-/// A PEM CSR in base64, as JSON carries it. It is never printed. One that is longer than 64 KiB is read as none: it is no agent's, and
-/// a list of such requests must not fill the reader's memory.
+/// A CSR in PEM, encoded in base64 as in JSON. `Debug` does not print it. A CSR of more than 64 Ki characters is read as absent: no agent
+/// sends one, and a list of such requests would fill the memory of the reader.
 #[derive(Clone, Default, PartialEq, Eq, Serialize)]
 #[serde(transparent)]
 pub struct Csr(Option<String>);
@@ -228,13 +232,13 @@ impl Visitor<'_> for CsrVisitor {
 }
 
 impl Csr {
-    /// Wraps PKCS#10 DER.
+    /// Encodes a PKCS#10 request in DER as PEM.
     pub fn from_der(der: &[u8]) -> Self {
         let body = STANDARD.encode(der);
         let mut pem = String::with_capacity(body.len() + body.len() / 64 + 80);
         pem.push_str("-----BEGIN CERTIFICATE REQUEST-----\n");
         for line in body.as_bytes().chunks(64) {
-            // Base64 is ASCII: every cut is a character's.
+            // Base64 is ASCII, so each byte is a character.
             pem.extend(line.iter().copied().map(char::from));
             pem.push('\n');
         }
@@ -242,7 +246,7 @@ impl Csr {
         Self(Some(STANDARD.encode(pem)))
     }
 
-    /// The PEM bytes; none where it is no base64, or was too long to be kept.
+    /// Returns the PEM bytes. `None` if the CSR is absent, is not base64, or was too long to be kept.
     pub fn pem(&self) -> Option<Vec<u8>> {
         STANDARD.decode(self.0.as_ref()?).ok()
     }
@@ -254,20 +258,20 @@ impl fmt::Debug for Csr {
     }
 }
 
-/// `status`, written by approvers and signers.
+/// `status` of a request, written by approvers and signers.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, rename_all = "camelCase")]
 pub struct Status {
-    /// How far it is.
+    /// Conditions of the request.
     #[serde(deserialize_with = "null_as_default")]
     pub conditions: Vec<Condition>,
-    /// The chain, leaf first: PEM in base64.
+    /// Certificate chain, leaf first: PEM in base64.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub certificate: Option<String>,
-    /// What the issuer believes to be its root: PEM in base64. Not a trust bundle unless the operator says so.
+    /// Root certificate according to the issuer: PEM in base64. The agent trusts it only if the operator enables `trustStatusCA`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ca: Option<String>,
-    /// When signing failed for good.
+    /// Time at which signing finally failed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub failure_time: Option<String>,
 }
@@ -281,18 +285,18 @@ pub struct Condition {
     pub kind: String,
     /// `True`, `False` or `Unknown`.
     pub status: String,
-    /// One word for programs.
+    /// Machine-readable reason, one word.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
-    /// A sentence for people.
+    /// Message for operators.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub message: Option<String>,
-    /// Since when.
+    /// Time of the last change.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub last_transition_time: Option<String>,
 }
 
-/// PEM in base64, as the status carries it.
+/// Decodes PEM in base64, as `status` carries it. `None` if `field` is not base64.
 pub fn decode_pem(field: &str) -> Option<Vec<u8>> {
     STANDARD.decode(field).ok()
 }
@@ -301,7 +305,7 @@ fn null_as_default<'de, D: Deserializer<'de>, T: Default + Deserialize<'de>>(des
     Ok(Option::deserialize(deserializer)?.unwrap_or_default())
 }
 
-/// Namespace and name of a request; empty where it has none.
+/// Returns namespace and name of a request. An absent one is empty.
 pub fn place(request: &Request) -> (&str, &str) {
     let metadata = &request.metadata;
     (metadata.namespace.as_deref().unwrap_or_default(), metadata.name.as_deref().unwrap_or_default())

@@ -1,7 +1,7 @@
-//! Who asks, and what its requests are called.
+//! Names, labels and annotations of an agent's requests.
 //!
-//! A request's name is a function of (agent process, identity, counter), so that an agent that never heard the answer to its create
-//! can ask for the same name again. The parts are digests: names stay short, whatever a pod or a node is called.
+//! The name of a request consists of a digest of the agent process, a digest of the identity, and a counter. An agent that has received no
+//! answer to a create can retry under the same name. Digests keep names short for pods and nodes with long names.
 
 use std::{
     collections::BTreeMap,
@@ -17,26 +17,26 @@ use workload_identity::{Identity, NodeEnvironment, PodRef};
 
 use crate::keys;
 
-/// Before the instance in [`keys::AGENT`], where the agent runs outside of a pod.
+/// Prefix of the instance in [`keys::AGENT`], for an agent outside of a pod.
 pub const PROCESS_PREFIX: &str = "process-";
 
-/// A label's value may be this long.
+/// Maximum length of a label's value in bytes.
 const LABEL_BYTES: usize = 63;
 
-/// The agent as its requests name it.
+/// The agent, as its requests name it.
 #[derive(Debug)]
 pub struct Agent {
-    /// The node.
+    /// Name of the node.
     pub node_name: Arc<str>,
-    /// Its pod, where it has one.
+    /// The agent's pod, if it runs in one.
     pub pod: Option<PodRef>,
-    /// This process: random, so that no two ever share a request's name.
+    /// Identifier of this process, 12 hexadecimal digits. It is random, so that no two processes share the name of a request.
     pub instance: String,
     counter: AtomicU64,
 }
 
 impl Agent {
-    /// The agent of `node`; an unnamed node counts as `unknown`. `boot` is random, drawn once per process.
+    /// Creates the agent of `node`. A node without a name is called `unknown`. `boot` is a random number, drawn once per process.
     pub fn new(node: &NodeEnvironment, boot: u64) -> Self {
         let mut hash = digest::Context::new(&digest::SHA256);
         if let Some(pod) = &node.pod {
@@ -48,7 +48,7 @@ impl Agent {
         Self { node_name, pod: node.pod.clone(), instance, counter: AtomicU64::new(0) }
     }
 
-    /// The value of [`keys::AGENT`].
+    /// Returns the value of the label [`keys::AGENT`].
     pub fn uid(&self) -> String {
         match &self.pod {
             Some(pod) => pod.uid.to_string(),
@@ -56,20 +56,20 @@ impl Agent {
         }
     }
 
-    /// A name that this process has not used.
+    /// Returns a request name that this process has not used.
     pub fn request_name(&self, identity: &Identity) -> String {
         let count = self.counter.fetch_add(1, Ordering::Relaxed);
         format!("sds-{}-{}-{count}", self.instance, identity_digest(identity))
     }
 
-    /// The labels of this agent's requests.
+    /// Returns the labels of this agent's requests.
     pub fn labels(&self) -> BTreeMap<String, String> {
         [(keys::NODE, node_label(&self.node_name)), (keys::AGENT, self.uid()), (keys::INSTANCE, self.instance.clone())]
             .map(|(key, value)| (key.to_owned(), value))
             .into()
     }
 
-    /// The annotations of a request for `identity` in the name of `evidence`.
+    /// Returns the annotations of a request for `identity`. `evidence` is the pod in whose name the agent requests.
     pub fn annotations(&self, identity: &Identity, evidence: Option<&PodRef>) -> BTreeMap<String, String> {
         let mut out = BTreeMap::new();
         let mut put = |key: &str, value: &str| drop(out.insert(key.to_owned(), value.to_owned()));
@@ -88,8 +88,8 @@ impl Agent {
     }
 }
 
-/// A node's name as a label's value. Node names have up to 253 characters, label values 63: a longer one becomes `sha256-` and the first
-/// 40 hexadecimal digits of its SHA-256, and [`keys::NODE_NAME`] tells the whole name.
+/// Returns a node name as the value of a label. A node name has up to 253 characters, a label's value up to 63. A longer name becomes
+/// `sha256-` and the first 40 hexadecimal digits of its SHA-256. [`keys::NODE_NAME`] has the full name.
 pub fn node_label(node_name: &str) -> String {
     if node_name.len() <= LABEL_BYTES {
         return node_name.to_owned();
@@ -98,7 +98,7 @@ pub fn node_label(node_name: &str) -> String {
     format!("sha256-{}", hex(&hash.as_ref()[..20]))
 }
 
-/// A short digest of what is asked for, the same for every order of an identity.
+/// Returns a short digest of SPIFFE ID, profile name and pod UID. All orders of an identity have the same digest.
 pub fn identity_digest(identity: &Identity) -> String {
     let mut hash = digest::Context::new(&digest::SHA256);
     for part in [identity.spiffe_id.as_str(), &identity.profile.name, identity.pod_uid.as_deref().unwrap_or_default()] {

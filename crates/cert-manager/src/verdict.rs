@@ -1,7 +1,8 @@
-//! What a request's status says: one pure reading, shared by all who look.
+//! Reads the status of a request as one [`Verdict`]. All readers of a status share this function.
 //!
-//! A condition's words are an issuer's, and may repeat what it was given. They lose what looks like a key here; they keep their lines, by
-//! which some are read, and are still foreign: they are shown by an [`excerpt`](text::excerpt).
+//! The message of a condition is text of an issuer, and may repeat the issuer's input. This module removes text that looks like a key. It
+//! keeps the line breaks, because some messages are parsed by line. The text remains untrusted: show it only as an
+//! [`excerpt`](text::excerpt).
 
 use std::borrow::Cow;
 
@@ -9,37 +10,37 @@ use agent_runtime::text;
 
 use crate::{Condition, Status};
 
-/// How far a request is.
+/// State of a request.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Verdict {
-    /// It waits for the approver or the signer.
+    /// The request waits for an approver or for the signer.
     Pending {
-        /// Whether an approver has said yes.
+        /// Whether an approver has approved the request.
         approved: bool,
-        /// What the signer says that it waits for, if anything.
+        /// Message of the condition `Ready`, in which the signer names the cause of the wait. It may be empty.
         message: String,
     },
-    /// Signed: `status.certificate` is complete.
+    /// The certificate is signed, and `status.certificate` is complete.
     Issued,
-    /// An approver said no; for good.
+    /// An approver denied the request. Final.
     Denied(Why),
-    /// Signing failed; this request is never tried again.
+    /// Signing failed. cert-manager does not retry this request.
     Failed(Why),
-    /// cert-manager does not accept the request itself; for good.
+    /// cert-manager rejects the request as invalid. Final.
     Invalid(Why),
 }
 
-/// The words of a condition.
+/// Reason and message of a condition.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Why {
-    /// One word for programs.
+    /// Machine-readable reason, as an excerpt.
     pub reason: String,
-    /// A sentence for people.
+    /// Message for operators, without keys. Untrusted.
     pub message: String,
 }
 
 impl Verdict {
-    /// Reads `status`. The worst news wins: a request that is denied or invalid is never taken for an issued one.
+    /// Reads `status`. The most severe condition decides: a request that is denied or invalid is never read as issued.
     pub fn of(status: Option<&Status>) -> Self {
         let Some(status) = status else { return Self::Pending { approved: false, message: String::new() } };
         let find = |kind: &str, value: &str| status.conditions.iter().find(|c| c.kind == kind && c.status == value);
@@ -63,7 +64,7 @@ impl Verdict {
         }
     }
 
-    /// Whether nothing will change any more and there is no certificate.
+    /// Whether the request is final and has no certificate.
     pub fn is_refusal(&self) -> bool {
         matches!(self, Self::Denied(_) | Self::Failed(_) | Self::Invalid(_))
     }
@@ -76,7 +77,7 @@ impl Why {
     }
 }
 
-/// A condition's message, without keys.
+/// Returns the message of a condition, without keys.
 fn message(condition: &Condition) -> String {
     condition.message.as_deref().map(text::redact).map(Cow::into_owned).unwrap_or_default()
 }

@@ -1,7 +1,7 @@
-//! The upstream: something that turns an [`Order`] into a signed chain.
+//! Issuers: an [`Issuer`] turns an [`Order`] into a signed certificate chain.
 //!
-//! Owns the trait, the key and CSR of each order, and the checks before publish ([`verify`]). An issuer knows neither the store nor
-//! the streams. Dropping the future of [`Issuer::issue`] abandons the order: the issuer cleans up behind itself.
+//! The module owns the trait, the key and CSR of each order, and the checks before a certificate is published ([`verify`]). An issuer has
+//! no access to the store or to streams. Dropping the future of [`Issuer::issue`] abandons the order, and the issuer deletes its request.
 
 use std::{fmt, sync::Arc, time::Duration};
 
@@ -16,30 +16,30 @@ pub mod csr;
 pub mod embedded;
 pub mod verify;
 
-/// One certificate, please.
+/// An order for one certificate.
 #[derive(Debug, Clone)]
 pub struct Order {
-    /// For whom, and (by its profile) how.
+    /// The identity that needs the certificate. Its profile has the type of the key and the lifetime.
     pub identity: Arc<Identity>,
-    /// The pod in whose name an approver may judge the request. It changes when the pod goes.
+    /// The pod in whose name the certificate is requested. An approver decides by it. After the pod has ended, orders name another pod.
     pub evidence: Option<PodRef>,
-    /// Where the issuer tells how far it is.
+    /// Handle by which the issuer reports progress.
     pub progress: Progress,
 }
 
-/// A request that its upstream has not answered.
+/// A request that the upstream has not answered.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Pending {
-    /// Its name there.
+    /// Name of the request at the upstream.
     pub request: Arc<str>,
-    /// What it waits for, for people, where that is known.
+    /// Cause of the wait, as text for operators. `None` while it is unknown.
     pub waits_for: Option<Arc<str>>,
-    /// Whether it has waited for so long that somebody should look.
+    /// Whether an operator should investigate the wait. The issuer for cert-manager sets it after 60 s.
     pub is_late: bool,
 }
 
-/// The issuer's end of what an order reports before its answer. Until the first report the key and the request are being made; after it the
-/// upstream may take its time, and the order can be parked.
+/// Reports the progress of one order from its issuer. Before the first report, the issuer generates the key and creates the request. After
+/// the first report, the upstream has no time limit, and the planner can park the order.
 #[derive(Clone)]
 pub struct Progress {
     last: Arc<Mutex<Option<Pending>>>,
@@ -53,23 +53,24 @@ impl fmt::Debug for Progress {
 }
 
 impl Progress {
-    /// A handle that calls `report` for each change, in order. It must not block.
+    /// Creates a handle that calls `report` for each change, in order. `report` must not block.
     pub fn reporting(report: impl Fn(Pending) + Send + Sync + 'static) -> Self {
         Self { last: Arc::default(), report: Arc::new(report) }
     }
 
-    /// A handle, and what it reported last.
+    /// Creates a handle, and a receiver of the last report. The value is `None` until the first report.
     pub fn new() -> (Self, watch::Receiver<Option<Pending>>) {
         let (sender, receiver) = watch::channel(None);
         (Self::reporting(move |pending| drop(sender.send_replace(Some(pending)))), receiver)
     }
 
-    /// The upstream has the request, under `name`. Said once: an order whose request is lost fails and is ordered again.
+    /// Reports that the upstream has the request `name`. Call it once: an order whose request is lost fails, and is ordered again.
     pub fn submitted(&self, name: &str) {
         self.change(&mut self.last(), Pending { request: name.into(), waits_for: None, is_late: false });
     }
 
-    /// What the request waits for, and whether it has done so for long. Nothing is reported where nothing has changed.
+    /// Reports the cause of a wait, and whether the request is late. Does nothing without a change, or before
+    /// [`submitted`](Self::submitted).
     pub fn waits(&self, why: &str, late: bool) {
         let mut last = self.last();
         if let Some(pending) = &*last
@@ -84,20 +85,20 @@ impl Progress {
         self.last.lock()
     }
 
-    /// Reports under the lock, so that reports keep their order.
+    /// Calls `report` under the lock, so that reports keep their order.
     fn change(&self, last: &mut Option<Pending>, pending: Pending) {
         *last = Some(pending.clone());
         (self.report)(pending);
     }
 }
 
-/// A signed chain and its key: claims of the upstream, not yet verified.
+/// A signed chain and its key, as the upstream returned them. Not verified.
 pub struct Issued {
-    /// The key whose CSR was signed.
+    /// The key of the CSR.
     pub key: PrivateKey,
-    /// The chain, read and not judged.
+    /// The chain, parsed and not verified.
     pub chain: CertificateChain,
-    /// How long the parts took, for the metrics: (phase, seconds).
+    /// Duration of each phase, for the metrics.
     pub phases: Vec<(Phase, Duration)>,
 }
 
@@ -107,105 +108,105 @@ impl fmt::Debug for Issued {
     }
 }
 
-/// A part of an issue.
+/// A phase of an issuance.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Phase {
-    /// Key, CSR and the request's creation.
+    /// Key, CSR, and creation of the request.
     Create,
-    /// From creation to approval.
+    /// From creation to approval of the request.
     Approve,
     /// From approval to the signed chain.
     Sign,
 }
 
-/// When to try again after an error.
+/// When to retry after an error. A wait is shorter if a certificate in use would end during it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Retry {
-    /// At once: the error was about evidence that has been replaced.
+    /// At once, in the name of another pod: the error concerns the evidence pod.
     Now,
-    /// By the identity's own backoff.
+    /// After the backoff of the identity, see [`backoff`](crate::rotation::schedule::backoff).
     Backoff,
-    /// Not before this time has passed.
+    /// After this duration, of which the planner uses at most 300 s.
     After(Duration),
-    /// Only a change of configuration can help; until then at the longest backoff.
+    /// After 240 s to 300 s, or after a change of the configuration: only that can help.
     Configuration,
 }
 
-/// Why an order failed. The text is for the operator; it never holds key, token or CSR.
+/// Why an order failed. The text is for operators. It contains no key, token or CSR.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum Error {
-    /// The approver said no.
+    /// An approver denied the request.
     #[error("request {request} was denied: {reason}: {message}")]
     Denied {
-        /// The request's name.
+        /// Name of the request.
         request: String,
-        /// The condition's reason.
+        /// Reason of the condition.
         reason: String,
-        /// The condition's message.
+        /// Message of the condition.
         message: String,
-        /// When to ask again.
+        /// When to retry.
         retry: Retry,
     },
-    /// The issuer tried and failed.
+    /// The issuer failed to sign the request, or the request was lost.
     #[error("request {request} failed: {reason}: {message}")]
     Failed {
-        /// The request's name.
+        /// Name of the request.
         request: String,
-        /// The condition's reason.
+        /// Reason of the condition.
         reason: String,
-        /// The condition's message.
+        /// Message of the condition.
         message: String,
-        /// When to ask again.
+        /// When to retry.
         retry: Retry,
     },
-    /// The upstream's interface refused or did not answer.
+    /// A call to the upstream's API failed.
     #[error("{action}: {message}")]
     Api {
-        /// What was tried, such as `create CertificateRequest in namespace sds-agent`.
+        /// The operation, such as `create CertificateRequest in namespace sds-agent`.
         action: String,
-        /// What came back and what to do about it.
+        /// The error and its fix.
         message: String,
-        /// When to ask again.
+        /// When to retry.
         retry: Retry,
     },
-    /// No answer in time.
+    /// The upstream did not answer in time.
     #[error("{action}: no answer within {} s", after.as_secs())]
     Timeout {
-        /// What was waited for.
+        /// The operation.
         action: String,
-        /// How long.
+        /// Duration of the wait.
         after: Duration,
     },
-    /// The upstream's answer must not be served.
+    /// The upstream returned a certificate that must not be served.
     #[error("the issuer returned a certificate that must not be served: {0}")]
     InvalidCertificate(#[from] verify::Error),
-    /// The key or its CSR could not be made.
+    /// Generating the key or its CSR failed.
     #[error("cannot make a key and its CSR: {0}")]
     Csr(#[from] csr::Error),
-    /// The configuration asks for an issuer that cannot serve.
+    /// The configuration names an issuer that cannot serve.
     #[error("{0}")]
     Configuration(String),
 }
 
-/// An issue's result as a metric label.
+/// Result of an issuance, as a metric label.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Outcome {
-    /// Verified and published.
+    /// The certificate is verified.
     Ok,
-    /// Denied by the approver.
+    /// An approver denied the request.
     Denied,
-    /// Failed by the issuer.
+    /// The issuer failed, or the key could not be generated.
     Failed,
-    /// No answer in time.
+    /// The upstream did not answer in time.
     Timeout,
-    /// The API refused or broke.
+    /// An API call failed, or the configured issuer cannot serve.
     ApiError,
-    /// An answer that must not be served.
+    /// The certificate must not be served.
     InvalidCertificate,
 }
 
 impl Error {
-    /// When to try again.
+    /// When to retry after this error.
     pub fn retry(&self) -> Retry {
         match self {
             Self::Denied { retry, .. } | Self::Failed { retry, .. } | Self::Api { retry, .. } => *retry,
@@ -214,7 +215,7 @@ impl Error {
         }
     }
 
-    /// The metric label.
+    /// The value of the metric label.
     pub fn outcome(&self) -> Outcome {
         match self {
             Self::Denied { .. } => Outcome::Denied,
@@ -226,8 +227,18 @@ impl Error {
     }
 }
 
-/// A certificate authority, seen from the node.
+/// A certificate authority, as the agent uses it.
 pub trait Issuer: fmt::Debug + Send + Sync + 'static {
-    /// Makes a key and a CSR and has it signed. Single-flight is the caller's duty; so are retries.
+    /// Generates a key and a CSR, and has the CSR signed. The caller verifies the chain, retries by [`Error::retry`], and runs at most one
+    /// order per identity.
+    ///
+    /// # Errors
+    ///
+    /// Returns an [`Error`] if the key or CSR cannot be generated, if the upstream denies the request, fails or does not answer, or if the
+    /// answer is not a certificate chain in PEM.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future abandons the order: the key is lost, and the issuer deletes the request at the upstream.
     fn issue(&self, order: Order) -> BoxFuture<'static, Result<Issued, Error>>;
 }

@@ -1,8 +1,8 @@
-//! The single owner of renewals: it orders certificates, verifies them, and publishes them into the store.
+//! Orders certificates, verifies them, publishes them into the store, and renews them.
 //!
-//! Decisions are the [`planner`]'s; this is its driver. One task; each order runs in a task of its own, because an upstream may take
-//! for ever, and is dropped when nobody wants it any more. A failed or bad renewal never touches what is published: it is counted,
-//! logged with its cause, and tried again.
+//! The [`planner`] decides, and this module performs its actions in one task. Each order runs in a task of its own, because an upstream
+//! has no time limit. An order is dropped when its identity is forgotten or no profile issues it. A failed renewal does not change the
+//! published certificate: it is counted, logged with its cause, and retried.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -38,7 +38,7 @@ use self::{
 };
 use crate::issuer::{Error, Issued, Retry, verify};
 
-/// Of the log's lines.
+/// Target of the log lines.
 const LOG_TARGET: &str = "sds_agent::rotation";
 
 pub mod metrics;
@@ -49,94 +49,98 @@ pub mod reissue;
 mod roots;
 pub mod schedule;
 
-/// A difference between the two clocks that is a step and no drift.
+/// Minimum difference between the two clocks that counts as a step. A smaller difference is drift.
 const MIN_CLOCK_STEP: Duration = Duration::from_secs(2);
-/// Characters of an order's error that the log and the status show.
+/// Maximum length of an order's error in the log and the status, in characters.
 const MAX_CAUSE_CHARS: usize = 1200;
 
-/// Who may still ask for an identity. Keys outlive their last subscriber for the retention, but not the last who may have them.
+/// The workloads that may use an identity. A key stays for the retention after its last subscriber, but not after its last workload.
 pub trait IdentityUsers: fmt::Debug + Send + Sync {
-    /// Whether anybody here has `identity`.
+    /// Whether a workload on this node has `identity`.
     fn is_used(&self, identity: &Identity) -> bool;
 
-    /// Changes when somebody has gone.
+    /// A counter that changes when a pod has ended.
     fn pod_terminations(&self) -> watch::Receiver<u64>;
 }
 
-/// Who is told how it goes with identities, to tell others. Nothing of it may block.
+/// Observes the results of issuance, in order to report them. Implementations must not block.
 pub trait IssuanceObserver: fmt::Debug + Send + Sync {
-    /// There is no new certificate for the entry, for now.
+    /// An order for the entry failed.
     fn failed(&self, entry: &Entry, error: &Error);
 
-    /// The entry's request has waited at its upstream for long.
+    /// The request of the entry is late at its upstream. `request` is its name, `why` the cause.
     fn waits(&self, entry: &Entry, request: &str, why: &str);
 
-    /// The entry's certificate has ended by a clock that was set, and is withheld.
+    /// After a step of the clock, the certificate of the entry is not valid and is withheld.
     fn withheld(&self, entry: &Entry);
 
-    /// The entry has a new certificate.
+    /// The entry has a new certificate, or a withheld one is served again.
     fn issued(&self, entry: &Entry, svid: &Svid);
 
-    /// The entry has been forgotten.
+    /// The entry was forgotten.
     fn forgotten(&self, entry: &Entry);
 }
 
-/// What rotation works with.
+/// Inputs of rotation.
 #[derive(Debug)]
 pub struct Parts {
-    /// Where certificates are published.
+    /// The store into which certificates are published.
     pub store: Arc<Store>,
-    /// What the store tells.
+    /// Events of the store.
     pub events: mpsc::UnboundedReceiver<Event>,
-    /// What is in force.
+    /// The plan in force.
     pub plan: watch::Receiver<Arc<Plan>>,
-    /// Calls to reissue.
+    /// Calls to reissue certificates.
     pub reissues: mpsc::Receiver<Reissue>,
-    /// The bundles that chains are checked against.
+    /// The trust bundles against which chains are verified.
     pub trust: watch::Receiver<Arc<BundleSet>>,
-    /// Who hears of the authorities in chains; none where nobody asks.
+    /// Records the authorities in issued chains. `None` if they are not needed.
     pub authorities: Option<Trust>,
-    /// Whether a bundle will come from elsewhere than the issuers: nothing is verified before it has.
+    /// Whether a trust bundle comes from elsewhere than the issuers. If so, no chain is verified before the bundle has arrived.
     pub await_bundle: bool,
-    /// The time.
+    /// The wall clock.
     pub clock: Arc<dyn Clock>,
-    /// Who may ask; none where that is not known.
+    /// The workloads that may use an identity. `None` if they are not known.
     pub identity_users: Option<Arc<dyn IdentityUsers>>,
-    /// Who is told; none where nobody asks.
+    /// Observes the results. `None` if they are not observed.
     pub observer: Option<Arc<dyn IssuanceObserver>>,
-    /// What is counted.
+    /// Metrics of rotation.
     pub metrics: Metrics,
 }
 
-/// The task's state.
+/// State of the task.
 struct Rotation {
     parts: Parts,
     planner: Planner,
     entries: HashMap<Id, Arc<Entry>>,
     orders: HashMap<Id, Running>,
     tasks: JoinSet<()>,
-    /// Orders that were started, for the numbers that tell them apart.
+    /// Number of orders that were started. It identifies an order.
     attempts: u64,
-    /// Where orders report.
+    /// Channel for the reports of orders.
     reports: (mpsc::UnboundedSender<Report>, mpsc::UnboundedReceiver<Report>),
-    /// Verified, not yet published.
+    /// Verified certificates that are not yet published.
     verified: HashMap<Id, Arc<Svid>>,
-    /// Evidence that an approver found to be gone: a sibling stands in.
+    /// Evidence pods that an approver rejected. The next order names another pod of the identity.
     rejected_evidence: HashMap<Id, PodRef>,
-    /// What calls to reissue have done lately.
+    /// Results of recent calls to reissue.
     reissue_marks: HashMap<Id, Mark>,
-    /// Answers whose chain leads to no root that is known so far: judged again when the bundle changes.
+    /// Answers whose chain leads to no known root. They are verified again when the bundle changes.
     awaiting_anchor: HashMap<Id, Issued>,
-    /// Whether a certificate was renewed for the sake of its chain.
+    /// Whether a certificate was renewed early for its chain.
     has_looked: bool,
-    /// Issuers that answer nobody, with the name under which that was logged.
+    /// Unresponsive issuers, with the name under which each was logged.
     unresponsive: BTreeMap<Authority, IssuerName>,
     /// Issuers that have series in the metrics.
     counted: BTreeSet<IssuerName>,
     last_seen: Now,
 }
 
-/// Runs until `shutdown`; orders under way are abandoned then.
+/// Runs rotation until `shutdown` is cancelled or the store is dropped. Orders in progress are then abandoned.
+///
+/// # Cancel safety
+///
+/// Dropping the future abandons all orders, and loses verified certificates that are not yet published.
 pub async fn run(parts: Parts, shutdown: CancellationToken) {
     let now = Now { wall: parts.clock.now(), mono: Instant::now() };
     let planner = Planner::new(parts.plan.borrow().retention(), fastrand::u64(..));
@@ -164,7 +168,7 @@ pub async fn run(parts: Parts, shutdown: CancellationToken) {
     let mut wall_sleep = clock.sleep_until(wall_at);
     loop {
         let (wall, mono) = rotation.advance();
-        // A day ahead stands for "never"; the clock wakes us every minute anyway.
+        // One day stands for "never". The clock wakes the task every minute in any case.
         let wall = wall.unwrap_or(wall_at.max(rotation.last_seen.wall + Duration::from_secs(86_400)));
         if wall != wall_at {
             (wall_at, wall_sleep) = (wall, clock.sleep_until(wall));
@@ -182,7 +186,7 @@ pub async fn run(parts: Parts, shutdown: CancellationToken) {
                 None => break,
             },
             Some(report) = rotation.reports.1.recv() => rotation.reported(report),
-            // An order has reported its end by then.
+            // The order has already reported its end.
             Some(_) = rotation.tasks.join_next() => {}
             Ok(()) = rotation.parts.trust.changed() => rotation.bundle_changed(),
             Ok(()) = rotation.parts.plan.changed() => rotation.reconfigured(),
@@ -195,7 +199,7 @@ pub async fn run(parts: Parts, shutdown: CancellationToken) {
     rotation.tasks.shutdown().await;
 }
 
-/// Returns when somebody has gone; never where that is not known.
+/// Returns when a pod has ended. Never returns if the pods are not known.
 async fn pod_termination(pod_terminations: Option<&mut watch::Receiver<u64>>) {
     let told = match pod_terminations {
         Some(pod_terminations) => pod_terminations.changed().await.is_ok(),
@@ -211,7 +215,7 @@ impl Rotation {
         Now { wall: self.parts.clock.now(), mono: Instant::now() }
     }
 
-    /// Does all that is to be done now; returns when to come back.
+    /// Performs all actions that are due. Returns the times, of either clock, at which to call it again.
     fn advance(&mut self) -> (Option<SystemTime>, Option<Instant>) {
         self.notice_steps();
         while let Some(action) = self.planner.poll(self.now()) {
@@ -240,7 +244,7 @@ impl Rotation {
         self.planner.next_wake()
     }
 
-    /// Logs which issuers answer nobody, once for each, under the name that a profile uses.
+    /// Logs each unresponsive issuer once, under the name that a profile uses, and logs its recovery.
     fn log_unresponsive(&mut self) {
         let now = self.now();
         let unresponsive: BTreeSet<Authority> = self.planner.unresponsive(now).cloned().collect();
@@ -260,12 +264,12 @@ impl Rotation {
             else {
                 continue;
             };
-            warn!(target: LOG_TARGET, %issuer, "the issuer answers nobody; what it has stays there, and it gets one more request a minute");
+            warn!(target: LOG_TARGET, %issuer, "the issuer is unresponsive: its pending requests stay, and it gets one more request a minute");
             self.unresponsive.insert(authority, issuer);
         }
     }
 
-    /// Compares the clocks: the wall clock may have been stepped, or the machine suspended.
+    /// Compares the clocks. A difference means that the wall clock was stepped, or that the machine was suspended.
     fn notice_steps(&mut self) {
         let now = self.now();
         let expected = self.last_seen.wall + now.mono.duration_since(self.last_seen.mono);
@@ -308,7 +312,7 @@ impl Rotation {
         let (Event::Wanted(entry) | Event::Idle(entry)) = &event;
         let (id, is_leased) = (entry.id, entry.is_leased());
         if let Event::Wanted(entry) = event {
-            // One queue for each authority: names of issuers may move.
+            // Each authority has one queue, because the name of an issuer may move to another one.
             let authority = Authority(entry.identity.profile.authority.clone());
             self.planner.wanted(now, id, &authority, entry.demand());
             if self.entries.insert(id, entry).is_none() && self.identity_of(id).is_none() {
@@ -316,7 +320,7 @@ impl Rotation {
             }
         }
         self.look_for_a_chain();
-        // Who wanted it may have left meanwhile, and a new subscriber may have come: the state counts, not the event.
+        // The subscriber may have left, or another one may have come: the state of the entry counts, not the event.
         if !is_leased {
             self.planner.idle(now, id);
             self.forget_orphan(id);
@@ -363,13 +367,13 @@ impl Rotation {
         let has_sibling =
             |pod: &PodRef| self.entries.get(&id).and_then(|entry| entry.evidence(Some(pod))).is_some_and(|other| other != *pod);
         let retry = match (error.retry(), evidence.filter(has_sibling)) {
-            // A sibling's pod stands in; without one there is nothing else to show.
+            // The retry names another pod of the identity. If there is none, it would repeat the same evidence.
             (Retry::Now, None) => Retry::Backoff,
             (Retry::Now, Some(pod)) => {
                 self.rejected_evidence.insert(id, pod);
                 Retry::Now
             }
-            // The denial may be about this pod alone, such as one whose labels have changed: the next try is in another's name.
+            // The denial may concern only this pod, for example after a change of its labels: the next attempt names another pod.
             (retry, Some(pod)) if matches!(error, Error::Denied { .. }) => {
                 self.rejected_evidence.insert(id, pod);
                 retry
@@ -383,10 +387,10 @@ impl Rotation {
         let renewal = entry.current();
         self.parts.metrics.failed(issuer, error.outcome(), renewal.is_some());
         let left = renewal.as_ref().map(|svid| svid.chain.validity.remaining(now.wall).as_secs());
-        // Of the certificate that is in use.
+        // Serial of the certificate in use.
         let serial = renewal.as_ref().map(|svid| tracing::field::display(&svid.chain.serial));
         let pod = pod.as_ref().map(tracing::field::display);
-        // Its parts were bounded where they came in; this bounds the whole.
+        // Each part was limited where it was read. This limits the whole text.
         let cause = text::excerpt(&error.to_string(), MAX_CAUSE_CHARS);
         warn!(
             target: LOG_TARGET, identity = %entry.identity,
@@ -428,14 +432,15 @@ impl Rotation {
         self.replaced(id);
     }
 
-    /// Forgets what nobody may have any more. Pods end first and their streams a moment later: those are told as idle then.
+    /// Forgets the entries that no workload may use. A pod ends before its streams do: the store reports their entries as idle later.
     fn purge(&mut self) {
         for id in self.entries.keys().copied().collect::<Vec<_>>() {
             self.forget_orphan(id);
         }
     }
 
-    /// Forgets an entry whose key nobody uses and nobody here may have. A record of failures is no key: it stays for the retention.
+    /// Forgets an entry that has a key, but neither a subscriber nor a workload that may use it. A record of failures without a key stays
+    /// for the retention.
     fn forget_orphan(&mut self, id: Id) {
         let (Some(identity_users), Some(entry)) = (&self.parts.identity_users, self.entries.get(&id)) else { return };
         let has_key = entry.current().is_some()
@@ -450,7 +455,7 @@ impl Rotation {
     fn forget(&mut self, id: Id, retention: Duration) {
         let Some(entry) = self.entries.get(&id) else { return self.planner.forgotten(id) };
         if self.parts.store.forget(entry, retention) {
-            debug!(target: LOG_TARGET, identity = %entry.identity, ?retention, "certificate forgotten: nobody asks for it");
+            debug!(target: LOG_TARGET, identity = %entry.identity, ?retention, "certificate forgotten: no client uses it");
             self.planner.forgotten(id);
             let forgotten = self.entries.remove(&id);
             if let (Some(observer), Some(entry)) = (&self.parts.observer, forgotten) {

@@ -15,7 +15,7 @@ use workload_identity::{Identity, Profile, Resolver, TrustDomain, Workload};
 const LIFETIME: Duration = Duration::from_secs(10);
 type Failure = Box<dyn Error + Send + Sync>;
 
-/// Serves one user and refuses all others.
+/// Serves one user and rejects all others.
 #[derive(Debug)]
 struct OneUser(u32);
 
@@ -42,7 +42,7 @@ fn issue(identity: &Arc<Identity>, issuer: &Issuer<'_, KeyPair>) -> Result<Svid,
     Ok(Svid::new(identity.clone(), chain, key, now + LIFETIME / 2, now, authority))
 }
 
-/// Issues for each identity that has a subscriber, for as long as it has one.
+/// Issues a certificate for each identity while it has a subscriber.
 async fn publish(mut events: mpsc::UnboundedReceiver<Event>, issuer: Arc<Issuer<'static, KeyPair>>) {
     while let Some(event) = events.recv().await {
         let Event::Wanted(entry) = event else { continue };
@@ -59,6 +59,11 @@ async fn publish(mut events: mpsc::UnboundedReceiver<Event>, issuer: Arc<Issuer<
     }
 }
 
+/// Serves SDS on `socket` to `user`.
+///
+/// # Errors
+///
+/// If the authority or the server cannot be created, or the socket cannot be bound.
 pub async fn serve(socket: &Path, user: u32) -> Result<(), Failure> {
     let (mut ca, ca_key) = (CertificateParams::default(), KeyPair::generate()?);
     ca.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);

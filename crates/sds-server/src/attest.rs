@@ -1,7 +1,7 @@
-//! Who is calling: the trait, its errors, and the attestors.
+//! Attestation: the [`Attestor`] trait, its errors, and the attestor for user IDs.
 //!
-//! One attestor per listener; two ways to know a caller are never mixed on one socket. An attestor may wait (for a pod that the index
-//! does not know yet); it never guesses, and conflicting evidence is an error.
+//! Each listener has one attestor; a socket never mixes two methods of attestation. An attestor may wait, for example for a pod that is not
+//! in its index yet. It never guesses: conflicting evidence is an error.
 
 use std::fmt;
 
@@ -18,53 +18,53 @@ use workload_identity::{PodRef, Workload};
 pub mod origin;
 pub mod unix;
 
-/// A proven caller.
+/// An attested caller.
 #[derive(Debug, Clone)]
 pub struct Attested {
-    /// Who it is.
+    /// The workload of the caller.
     pub workload: Workload,
-    /// Cancelled when the workload has ended: its streams end, and no key leaves any more.
+    /// Cancelled when the workload has ended. Its streams then end, and no further key is sent.
     pub terminated: CancellationToken,
 }
 
-/// Why a caller is not served, as a metric label and for the log.
+/// The reason for refusing a caller, as a metric label and for the log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
 #[allow(non_camel_case_types, reason = "the names are the label's values")]
 pub enum Reason {
-    /// No trouble.
+    /// The caller is served.
     none,
     /// The peer's PID namespace is not visible: the agent needs `hostPID`.
     pid_invisible,
-    /// The kernel gives no pidfd.
+    /// The kernel returned no pidfd for the peer.
     no_pidfd,
     /// The process ended while it was being attested.
     process_gone,
     /// The process belongs to no pod.
     not_in_pod,
-    /// Its cgroups contradict each other.
+    /// The cgroups of the process contradict each other.
     conflicting_cgroups,
     /// No pod with this UID runs on this node.
     unknown_pod,
     /// The pod has ended.
     pod_ended,
-    /// The pod is not whom its volume was published for.
+    /// The pod of the caller is not the pod for which the volume was published.
     other_pod,
     /// The pod has no service account.
     no_service_account,
-    /// The policy does not let this user id fetch.
+    /// The policy does not allow this user ID.
     uid_not_allowed,
-    /// The policy does not let this container fetch.
+    /// The policy does not allow this container.
     container_not_allowed,
-    /// The policy asks for the container, and the kubelet has not told of this one.
+    /// The policy names containers, and the kubelet has not reported this one.
     unknown_container,
-    /// The pod's facts do not make a name.
+    /// The resolver cannot make an identity from the facts about the pod.
     no_identity,
     /// `/proc` or the Kubernetes API could not be read.
     unreadable,
 }
 
 impl Reason {
-    /// The label's value.
+    /// The value of the metric label.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::none => "none",
@@ -86,31 +86,31 @@ impl Reason {
     }
 }
 
-/// Why a caller is not served. The text is for the log; the caller gets a flat sentence.
+/// A caller is not served. The text is for the log; the caller gets a generic message.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Error {
-    /// The cause as a label.
+    /// The cause, as a label.
     pub reason: Reason,
-    /// The evidence and the remedy, for the operator.
+    /// The evidence and the fix, for the operator.
     pub detail: String,
-    /// Whether asking again later can help (UNAVAILABLE) or never (PERMISSION_DENIED).
+    /// Whether a retry can succeed (UNAVAILABLE) or not (PERMISSION_DENIED).
     pub temporary: bool,
-    /// Whose process it was, where that was proven before it was refused.
+    /// The pod of the caller, if it was proven before the caller was refused.
     pub pod: Option<PodRef>,
 }
 
 impl Error {
-    /// A caller that can never be served.
+    /// A permanent refusal: a retry cannot succeed.
     pub fn refused(reason: Reason, detail: impl Into<String>) -> Self {
         Self { reason, detail: detail.into(), temporary: false, pod: None }
     }
 
-    /// A caller that cannot be judged now.
+    /// A temporary refusal: the attestor cannot decide now.
     pub fn temporary(reason: Reason, detail: impl Into<String>) -> Self {
         Self { reason, detail: detail.into(), temporary: true, pod: None }
     }
 
-    /// The same, by a process of this pod.
+    /// Adds the proven pod of the caller.
     pub fn by(self, pod: &PodRef) -> Self {
         Self { pod: Some(pod.clone()), ..self }
     }
@@ -124,55 +124,64 @@ impl fmt::Display for Error {
 
 impl std::error::Error for Error {}
 
-/// Hears which pods are not served, and which are after all. It never waits.
+/// Observes which pods are refused and which are served. Implementations must not block.
 pub trait CallerObserver: fmt::Debug + Send + Sync {
-    /// A process of the pod got nothing.
+    /// A process of `pod` was refused.
     fn refused(&self, pod: &PodRef, error: &Error);
 
-    /// A process of the pod has been given a name.
+    /// A process of `pod` got an identity.
     fn served(&self, pod: &PodRef);
 }
 
-/// Tells who a peer is.
+/// Proves which workload a peer is.
 pub trait Attestor: fmt::Debug + Send + Sync + 'static {
-    /// The metric label of this way.
+    /// The method of attestation, as a metric label.
     fn method(&self) -> Method;
 
-    /// How connections are grouped before anybody is proven: by user id, unless an attestor knows better.
+    /// How connections are assigned to an origin before attestation. Default: by user ID.
     fn origins(&self) -> origin::Origins {
         origin::Origins::ByUser
     }
 
-    /// Proves who `peer` is; waits while the answer can still come.
+    /// Proves which workload `peer` is. Waits while the evidence may still arrive.
+    ///
+    /// # Errors
+    ///
+    /// If the peer is not to be served, or cannot be attested now; see [`Error::temporary`].
+    ///
+    /// # Cancel safety
+    ///
+    /// The future may be dropped at any await point. The next call on the connection attests again.
     fn attest<'a>(&'a self, peer: &'a Peer) -> BoxFuture<'a, Result<Attested, Error>>;
 
-    /// Whether what was proven of `peer` still holds. Asked whenever a key is about to leave: [`Attested::terminated`] tells a moment later.
+    /// Whether the attestation of the peer still holds. Called before a key is sent, because [`Attested::terminated`] may be cancelled a
+    /// moment late. Default: `true`.
     fn still_holds(&self, _peer: &Peer) -> bool {
         true
     }
 }
 
-/// A way of attestation, as a metric label.
+/// A method of attestation, as a metric label.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
 #[allow(non_camel_case_types, reason = "the names are the label's values")]
 pub enum Method {
     /// By user id.
     unix,
-    /// By peer, cgroup and pod.
+    /// By process, cgroup and pod.
     kubernetes,
-    /// By the mount that leads to the socket.
+    /// By the volume mount that contains the socket.
     mount,
 }
 
-/// Whether an attestation served, as a metric label.
+/// The result of an attestation, as a metric label.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
 #[allow(non_camel_case_types, reason = "the names are the label's values")]
 pub enum Verdict {
-    /// Proven.
+    /// The caller is attested.
     ok,
-    /// Never.
+    /// The caller is refused permanently.
     refused,
-    /// Not now.
+    /// The caller is refused for now.
     unavailable,
 }
 
@@ -190,7 +199,7 @@ pub struct MethodLabel {
     method: Method,
 }
 
-/// What attestation counts.
+/// Metrics of attestation.
 #[derive(Debug, Clone)]
 pub struct Metrics {
     attestations: Family<Labels, Counter>,
@@ -205,19 +214,19 @@ impl Default for Metrics {
 }
 
 impl Metrics {
-    /// Registers the module's metrics.
+    /// Registers the metrics of this module.
     pub fn register(registry: &mut Registry) -> Self {
         let metrics = Self::default();
-        registry.register("attestations", "Callers judged", metrics.attestations.clone());
+        registry.register("attestations", "Attestations of callers, by result", metrics.attestations.clone());
         registry.register(
             "attestation_duration_seconds",
-            "Time from a connection's first request to the verdict about its caller",
+            "Time from the first request of a connection to the result of its attestation",
             metrics.duration.clone(),
         );
         metrics
     }
 
-    /// Registers and counts one of everything, for the reference.
+    /// Registers the metrics and makes every series, for the metrics reference.
     #[cfg(any(test, feature = "testing"))]
     pub fn sample(registry: &mut Registry) {
         use agent_runtime::metrics::every;
@@ -237,7 +246,7 @@ impl Metrics {
         }
     }
 
-    /// Counts one verdict.
+    /// Counts one attestation and its duration in seconds.
     pub fn observe(&self, method: Method, verdict: Result<(), &Error>, seconds: f64) {
         let (result, reason) = match verdict {
             Ok(()) => (Verdict::ok, Reason::none),

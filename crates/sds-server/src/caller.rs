@@ -1,6 +1,6 @@
-//! The caller of one connection: attested when it first asks for something, once, and named by the rules as they are.
+//! The caller of one connection. It is attested once, at the first request, and gets its identity from the current resolver.
 //!
-//! The socket's side of the HTTP/2 handshake never waits for this: a client that only connects is answered at once.
+//! The HTTP/2 handshake never waits for attestation: a client that only connects gets the server's SETTINGS at once.
 
 use std::{sync::Arc, time::Instant};
 
@@ -14,34 +14,36 @@ use workload_identity::{Identity, Resolver};
 
 use crate::attest::{self, Attested, Attestor, Method, Reason, origin::Origin};
 
-/// Of the log's lines.
+/// Target of the log lines of this module.
 const LOG_TARGET: &str = "sds_agent::caller";
 
-/// A proven caller and what it may have.
+/// An attested caller and its identity.
 #[derive(Debug)]
 pub struct Caller {
-    /// Who it is; `attested.terminated` ends its streams.
+    /// The attested workload. `attested.terminated` ends its streams.
     pub attested: Attested,
-    /// What it may have, by the rules of the moment in which it was named.
+    /// The identity, from the resolver that was current when the caller was resolved.
     pub identity: Arc<Identity>,
 }
 
-/// Attests and names callers; one for each socket.
+/// Attests callers and maps them to identities. One for each socket.
 #[derive(Debug, Clone)]
 pub struct Authenticator {
-    /// How callers of this socket are known.
+    /// Proves which workload a caller of this socket is.
     pub attestor: Arc<dyn Attestor>,
-    /// How they are named.
+    /// Maps workloads to identities.
     pub resolver: watch::Receiver<Arc<Resolver>>,
-    /// What is counted.
+    /// Metrics of attestation.
     pub metrics: attest::Metrics,
-    /// Who hears of pods that are not served.
+    /// Observes which pods are refused and which are served.
     pub observer: Option<Arc<dyn attest::CallerObserver>>,
 }
 
 impl Authenticator {
-    /// What makes lines about callers from `origin` the same; `is_proven` where the caller has been attested. Callers that are in no pod,
-    /// or have ended, are one where pods are served: their user ids are theirs to choose.
+    /// The cause of a log line about callers from `origin`; the log limiter joins lines with equal causes. `is_proven` is `true` if the
+    /// caller is attested.
+    ///
+    /// On a socket for pods, all unproven callers outside of pods share one cause, because they can choose their user IDs.
     pub fn cause(&self, origin: &Origin, what: &'static str, is_proven: bool) -> Cause {
         let is_proven = is_proven || self.attestor.method() == Method::unix;
         let is_known = is_proven || matches!(origin, Origin::Pod(_));
@@ -49,33 +51,33 @@ impl Authenticator {
     }
 }
 
-/// One connection's caller, not yet known or known.
+/// The caller of one connection, attested or not yet.
 #[derive(Debug)]
 pub struct Connection {
     peer: Peer,
     authenticator: Authenticator,
     attested: OnceCell<Attested>,
-    /// The name, and the rules that gave it.
+    /// The caller, and the resolver that gave its identity.
     named: Mutex<Option<(Arc<Resolver>, Arc<Caller>)>>,
     known: Notify,
     origin: Origin,
     refusals: Arc<Refusals>,
 }
 
-/// Lines of the log about callers that are refused, and about clients that refuse what they get.
+/// Limits log lines about refused callers, and about clients that reject secrets.
 pub type Refusals = LogLimiter<Cause>;
 
-/// What makes two lines about callers the same.
+/// The key of the log limiter: lines with equal causes are joined.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Cause {
-    /// None where callers cannot be distinguished.
+    /// `None` if callers cannot be distinguished.
     origin: Option<Origin>,
     what: &'static str,
     is_proven: bool,
 }
 
 impl Cause {
-    /// About no caller in particular.
+    /// A cause without a caller.
     pub fn unattributed(what: &'static str) -> Self {
         Self { origin: None, what, is_proven: false }
     }
@@ -87,13 +89,14 @@ impl hush::Cause for Cause {
     }
 }
 
-/// What a caller that can never be served is told. The cause goes to the log.
+/// Message for a caller that can never be served. Only the log has the cause.
 const REFUSED_MESSAGE: &str = "no identity is available to this caller";
-/// What a caller that cannot be judged now is told.
+/// Message for a caller that cannot be attested now.
 const RETRY_MESSAGE: &str = "the caller cannot be identified right now";
 
 impl Connection {
-    /// A fresh connection of `peer`.
+    /// A connection of `peer` that is not attested yet. Its origin is the user ID of the peer, until [`coming_from`](Self::coming_from)
+    /// sets another one.
     pub fn new(peer: Peer, authenticator: Authenticator) -> Self {
         let origin = Origin::User(peer.uid);
         Self {
@@ -107,18 +110,29 @@ impl Connection {
         }
     }
 
-    /// The same, one of several that come from `origin` and are told of in one place.
+    /// Sets the origin of the connection, and the log limiter that it shares with other connections.
     pub fn coming_from(self, origin: Origin, refusals: Arc<Refusals>) -> Self {
         Self { origin, refusals, ..self }
     }
 
-    /// The peer.
+    /// The credentials of the peer.
     pub fn peer(&self) -> &Peer {
         &self.peer
     }
 
-    /// Who is calling, and what it may have now. The first call attests, and may wait as long as the attestor does; failures are not
-    /// remembered.
+    /// Returns the caller and its current identity. The first call attests the caller, and waits as long as the attestor does. Failures are
+    /// not cached: the next call tries again.
+    ///
+    /// # Errors
+    ///
+    /// - PERMISSION_DENIED: the caller can never be served.
+    /// - UNAVAILABLE: the caller cannot be attested now.
+    ///
+    /// The message is generic; the log has the cause.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future stops an attestation that is in progress. The next call starts it again.
     pub async fn caller(&self) -> Result<Arc<Caller>, Status> {
         let attested = self.attested.get_or_try_init(|| async {
             let start = Instant::now();
@@ -131,7 +145,7 @@ impl Connection {
             result
         });
         let attested = attested.await;
-        // After the cell has been set: who wakes finds it.
+        // After the cell has been set, so that a woken task finds the value.
         self.known.notify_waiters();
         attested.and_then(|attested| self.named(attested)).map_err(|error| {
             self.log(&error);
@@ -142,19 +156,19 @@ impl Connection {
         })
     }
 
-    /// The rules as they come: a caller that was named before another set has to be named again.
+    /// The current resolver and its changes. After a change the caller has to be resolved again, by [`caller`](Self::caller).
     pub fn rules(&self) -> watch::Receiver<Arc<Resolver>> {
         self.authenticator.resolver.clone()
     }
 
-    /// Attests, and is content only with who has a name.
+    /// Attests the caller. A caller without an identity is refused, and the attestation is not kept.
     async fn identify(&self) -> Result<Attested, attest::Error> {
         let attested = self.authenticator.attestor.attest(&self.peer).await?;
         self.named(&attested)?;
         Ok(attested)
     }
 
-    /// Who has been attested, named by the rules as they are now. An identity that these do not give is refused.
+    /// Returns the caller with its identity from the current resolver. Refuses a workload for which the resolver has no identity.
     fn named(&self, attested: &Attested) -> Result<Arc<Caller>, attest::Error> {
         let resolver = self.authenticator.resolver.borrow().clone();
         let mut named = self.named.lock();
@@ -178,8 +192,10 @@ impl Connection {
         Ok(caller)
     }
 
-    /// Whether the workload of `caller`, who has this connection, has ended. Asked before a key leaves: what `terminated` awaits is only about
-    /// to be told when the process that connected has just ended and another holds the connection.
+    /// Whether the workload of `caller` has ended. Once `true`, it stays `true`.
+    ///
+    /// Call this before a key is sent. `attested.terminated` may be cancelled a moment late: the process that connected has just ended, and
+    /// another process still holds the connection.
     pub fn has_ended(&self, caller: &Caller) -> bool {
         let terminated = &caller.attested.terminated;
         if !terminated.is_cancelled() && !self.authenticator.attestor.still_holds(&self.peer) {
@@ -188,7 +204,8 @@ impl Connection {
         terminated.is_cancelled()
     }
 
-    /// Whether to tell the log of `what` this caller does, and how many like it were left out: one line for each cause, origin and minute.
+    /// Whether to log `what` about this caller now. `Some` has the number of equal lines that were left out since the last one. The limit
+    /// is one line for each cause, origin and minute.
     pub fn permit_log(&self, what: &'static str) -> Option<u64> {
         self.line_is_due(what, self.attested.get().is_some())
     }
@@ -197,7 +214,7 @@ impl Connection {
         self.refusals.permit(self.authenticator.cause(&self.origin, what, is_proven), tokio::time::Instant::now())
     }
 
-    /// A caller that tries again and again does not fill the log.
+    /// Logs a refusal. A caller that retries in a loop gets one line a minute.
     fn log(&self, error: &attest::Error) {
         match self.line_is_due(error.reason.as_str(), error.pod.is_some() || self.attested.get().is_some()) {
             Some(0) => warn!(target: LOG_TARGET, peer = ?self.peer, cause = %error, "caller not served"),
@@ -208,7 +225,11 @@ impl Connection {
         }
     }
 
-    /// Returns when the workload of this connection has ended; never while the caller is unknown.
+    /// Returns when the workload of this connection has ended. Pending while the caller is not attested.
+    ///
+    /// # Cancel safety
+    ///
+    /// The future can be dropped and created again without losing the event.
     pub async fn terminated(&self) {
         loop {
             let known = self.known.notified();
@@ -235,7 +256,7 @@ mod tests {
 
     use super::*;
 
-    /// Knows everybody, until told that it does not.
+    /// Attests every caller, until the test sets the flag to `false`.
     #[derive(Debug)]
     struct Fickle(AtomicBool);
 
@@ -254,7 +275,7 @@ mod tests {
         }
     }
 
-    /// Names users.
+    /// Gives each user ID an identity.
     fn by_uid() -> Resolver {
         let profile = Profile { dns_names: Vec::new(), ..profile("spiffe://{trustDomain}/uid/{uid}") };
         Resolver::single(TrustDomain::new("example.org").unwrap(), Arc::new(profile))
@@ -278,10 +299,10 @@ mod tests {
         assert!(connection.has_ended(&caller));
         connection.terminated().await;
         attestor.0.store(true, Ordering::SeqCst);
-        assert!(connection.has_ended(&caller), "nobody comes back");
+        assert!(connection.has_ended(&caller), "an ended caller stays ended");
     }
 
-    /// Refuses everybody: processes that have ended, and pods by what is known of them.
+    /// Refuses every caller with this error.
     #[derive(Debug)]
     struct Refusing(attest::Error);
 
@@ -295,7 +316,7 @@ mod tests {
         }
     }
 
-    /// One call of a caller from `origin`, which is refused.
+    /// Makes one call from `origin`, which is refused.
     async fn refused(origin: Origin, error: attest::Error, refusals: &Arc<Refusals>) {
         let resolver = by_uid();
         let authenticator = Authenticator {

@@ -1,9 +1,13 @@
-//! gRPC framing for the calls that carry keys: requests are decoded without a retained buffer, responses are made of shared buffers.
+//! gRPC framing for calls that carry private keys. Requests are decoded without a retained buffer; responses are built from shared buffers.
 //!
-//! tonic's streaming types copy every message once more and keep a buffer as large as the largest request (an Envoy's first one has
-//! 61 KB) for as long as the stream lives. These types do neither. A streaming response is a body that owns the future which drives
-//! the stream: no task, no channel, and a client that does not read holds up nobody but itself. Follows the gRPC over HTTP/2 protocol;
-//! compressed messages are refused, as no compression is ever offered.
+//! tonic's streaming types copy every message again. They also keep a buffer as large as the largest request for the life of the stream;
+//! the first request of an Envoy has up to 61 KB. The types of this module do neither.
+//!
+//! The body of a streaming response owns the future that drives the stream. The stream needs no task and no channel, and a client that does
+//! not read blocks only itself.
+//!
+//! The framing follows [gRPC over HTTP/2](https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md). Compressed messages are rejected
+//! with UNIMPLEMENTED, because the server offers no compression.
 
 use std::{
     collections::VecDeque,
@@ -26,17 +30,17 @@ use tonic::{Code, Status};
 pub mod client;
 pub mod table;
 
-/// A message's prefix: the compression flag and the length.
+/// Bytes of the prefix of a message: the compression flag (1 byte) and the length (4 bytes, big-endian).
 pub const PREFIX: usize = 5;
 
-/// Writes the prefix of a message of `len` bytes.
+/// Returns the prefix of an uncompressed message of `len` bytes.
 pub fn prefix(len: usize) -> [u8; PREFIX] {
     // Messages are far below 4 GiB.
     let [a, b, c, d] = u32::try_from(len).unwrap_or(u32::MAX).to_be_bytes();
     [0, a, b, c, d]
 }
 
-/// Reads the messages of a request.
+/// Reads the messages of a request from its body.
 #[derive(Debug)]
 pub struct Incoming<B> {
     body: B,
@@ -49,12 +53,24 @@ where
     B: HttpBody<Data = Bytes> + Unpin,
     B::Error: std::fmt::Display,
 {
-    /// Reads from `body`; a message longer than `limit` bytes is RESOURCE_EXHAUSTED.
+    /// Reads from `body`. A message longer than `limit` bytes is rejected with RESOURCE_EXHAUSTED.
     pub fn new(body: B, limit: usize) -> Self {
         Self { body, pieces: Pieces::default(), limit }
     }
 
-    /// The next message; none when the client has said its last. Cancel-safe: what has arrived stays.
+    /// Returns the next message, or `None` after the end of the request.
+    ///
+    /// # Errors
+    ///
+    /// - CANCELLED: the body cannot be read.
+    /// - UNIMPLEMENTED: the message is compressed.
+    /// - RESOURCE_EXHAUSTED: the message is longer than the limit.
+    /// - INVALID_ARGUMENT: the message is not valid Protobuf.
+    /// - INTERNAL: the request ends within a message.
+    ///
+    /// # Cancel safety
+    ///
+    /// No data is lost if the future is dropped: received bytes stay in `self`.
     pub async fn next<M: Message + Default>(&mut self) -> Result<Option<M>, Status> {
         loop {
             if let Some(message) = self.decode()? {
@@ -73,7 +89,15 @@ where
         }
     }
 
-    /// The one message of a unary call.
+    /// Returns the only message of a unary call.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`next`](Self::next), and INTERNAL if the request has no message or more than one.
+    ///
+    /// # Cancel safety
+    ///
+    /// Not cancel safe: a message that was already read is lost if the future is dropped.
     pub async fn only<M: Message + Default>(&mut self) -> Result<M, Status> {
         let message = self.next().await?.ok_or_else(|| Status::internal("the request has no message"))?;
         match self.next::<M>().await? {
@@ -88,10 +112,7 @@ where
             return Err(Status::unimplemented("compressed messages are not accepted"));
         }
         if len > self.limit {
-            return Err(Status::resource_exhausted(format!(
-                "a message of {len} bytes is longer than the {} that are accepted",
-                self.limit
-            )));
+            return Err(Status::resource_exhausted(format!("a message of {len} bytes exceeds the limit of {} bytes", self.limit)));
         }
         if self.pieces.remaining() < PREFIX + len {
             return Ok(None);
@@ -100,7 +121,7 @@ where
         let rest = self.pieces.remaining() - len;
         let message =
             M::decode((&mut self.pieces).take(len)).map_err(|e| Status::invalid_argument(format!("the message cannot be decoded: {e}")))?;
-        // A message ends where its length says.
+        // The decoder may stop before the end of the message.
         let unread = self.pieces.remaining() - rest;
         self.pieces.advance(unread);
         if rest == 0 {
@@ -110,12 +131,12 @@ where
     }
 }
 
-/// A piece that is smaller is joined to the one before it …
+/// A received piece with fewer bytes than this is appended to the last piece, …
 const COALESCE_BELOW_BYTES: usize = 512;
-/// … until that is this large.
+/// … unless the last piece already has this many bytes.
 const MAX_COALESCED_BYTES: usize = 16 << 10;
 
-/// Bytes in several pieces, read as one buffer: received ones as they came, or a message's that is to be sent.
+/// Several buffers that are read as one: the received pieces of a request, or the pieces of a message to send.
 #[derive(Debug, Default)]
 pub struct Pieces {
     pieces: VecDeque<Bytes>,
@@ -129,7 +150,7 @@ impl Pieces {
         }
         self.len += piece.len();
         match self.pieces.back_mut() {
-            // A message that comes in crumbs costs what it has bytes, and not a buffer's handle for each.
+            // Each piece costs a `Bytes` handle. Joining small pieces bounds the memory of a message that arrives in many tiny frames.
             Some(last) if piece.len() < COALESCE_BELOW_BYTES && last.len() < MAX_COALESCED_BYTES => {
                 let mut joined = std::mem::take(last).try_into_mut().unwrap_or_else(|shared| BytesMut::from(&shared[..]));
                 joined.extend_from_slice(&piece);
@@ -189,19 +210,24 @@ impl Buf for Pieces {
     }
 }
 
-/// The driver's end of a streaming response.
+/// The sending half of a streaming response, for the future that drives it.
 #[derive(Debug, Clone)]
 pub struct Sender(Arc<Mutex<VecDeque<Bytes>>>);
 
 impl Sender {
-    /// Sends the pieces of one message (its prefix included) and returns when the transport has taken them.
+    /// Sends the pieces of one message, prefix included. Returns when the transport has taken all of them.
+    ///
+    /// # Cancel safety
+    ///
+    /// The pieces are queued at the first poll. They stay queued and are sent if the future is dropped after that. To discard them, call
+    /// [`take_back`](Self::take_back).
     pub async fn send(&mut self, pieces: impl IntoIterator<Item = Bytes>) {
         self.queue(|queue| queue.extend(pieces));
-        // Nobody needs to be woken: the body that polls this future empties the queue before it polls again.
+        // No wake-up is needed: the body that polls this future empties the queue before it polls again.
         poll_fn(|_| if self.queue(|queue| queue.is_empty()) { Poll::Ready(()) } else { Poll::Pending }).await;
     }
 
-    /// Takes back what the transport has not taken of the last message. The stream cannot go on after it.
+    /// Discards the pieces that the transport has not taken. The stream must end afterwards, because the last message may be incomplete.
     pub fn take_back(&mut self) {
         self.queue(VecDeque::clear);
     }
@@ -213,19 +239,19 @@ impl Sender {
 
 type Driver = Pin<Box<dyn Future<Output = Status> + Send>>;
 
-/// A response's body: shared buffers, then the status as trailers.
+/// The body of a response: shared buffers, then the status as trailers.
 pub struct Body {
     kind: Kind,
-    /// Dropped with the body; never looked at.
+    /// Dropped with the body, and otherwise unused.
     until_end: Option<Box<dyn Send>>,
 }
 
 enum Kind {
-    /// A stream, driven by its own future; the future's result is the status.
+    /// A stream, driven by its own future. The result of the future is the status.
     Driven { driver: Option<Driver>, queue: Sender, status: Option<Status> },
-    /// One message that is there already, or none. It is one frame of the transport, whatever the number of its pieces.
+    /// One complete message, or no message. All pieces of the message are one body frame.
     Fixed { message: Option<Pieces>, status: Option<Status> },
-    /// A tonic service's, until `end`.
+    /// The body of a tonic service. It ends with [`closing`] when `end` completes.
     Tonic { body: tonic::body::Body, end: Pin<Box<WaitForCancellationFutureOwned>> },
 }
 
@@ -241,9 +267,9 @@ impl Body {
     }
 }
 
-/// Keeps something for as long as a response is on its way.
+/// Attaches a value to a response.
 pub trait UntilEnd {
-    /// Drops `guard` with the response's body.
+    /// Keeps `guard` until the body of the response is dropped.
     fn until_end(self, guard: impl Send + 'static) -> Self;
 }
 
@@ -255,13 +281,14 @@ impl UntilEnd for Response<Body> {
 }
 
 impl Body {
-    /// A tonic service's body. It does not outlast `end`: a watch of the health would go on for as long as its client likes.
+    /// Wraps the body of a tonic service. The body ends with [`closing`] when `end` is cancelled. Otherwise a health watch would stay open
+    /// for as long as its client does.
     pub fn tonic(body: tonic::body::Body, end: CancellationToken) -> Self {
         Self::of(Kind::Tonic { body, end: Box::pin(end.cancelled_owned()) })
     }
 }
 
-/// What who is still there is told when the agent goes.
+/// Status for streams and calls that are open at shutdown: UNAVAILABLE.
 pub fn closing() -> Status {
     Status::unavailable("the agent is shutting down")
 }
@@ -285,7 +312,7 @@ impl HttpBody for Body {
                 None => status.take().map(|status| Ok(Frame::trailers(trailers(&status)))),
             }),
             Kind::Driven { driver, queue, status } => {
-                // Before each piece: the driver may take back what the transport has not taken.
+                // The driver is polled before each piece, because it may take back pieces that the transport has not taken.
                 if let Some(Poll::Ready(end)) = driver.as_mut().map(|future| future.as_mut().poll(cx)) {
                     *driver = None;
                     *status = Some(end);
@@ -311,7 +338,8 @@ impl HttpBody for Body {
     }
 }
 
-/// A streaming response, driven by the future that `drive` makes around its sender.
+/// Returns a streaming response. `drive` receives the [`Sender`] and returns the future that drives the stream; the result of the future is
+/// the status.
 pub fn streaming<F>(drive: impl FnOnce(Sender) -> F) -> Response<Body>
 where
     F: Future<Output = Status> + Send + 'static,
@@ -321,12 +349,12 @@ where
     respond(Body::of(Kind::Driven { driver: Some(driver), queue, status: None }))
 }
 
-/// The answer of a unary call: the pieces of one message (its prefix included), or an error.
+/// Returns the response of a unary call: the pieces of one message, prefix included, or an error.
 pub fn unary(result: Result<VecDeque<Bytes>, Status>) -> Response<Body> {
     match result {
         Ok(pieces) => respond(Body::of(Kind::Fixed { message: Some(pieces.into()), status: Some(Status::ok("")) })),
         Err(status) => {
-            // Trailers-only: the status is in the head.
+            // A Trailers-Only response: the status is in the headers.
             let mut response = respond(Body::of(Kind::Fixed { message: None, status: None }));
             response.headers_mut().extend(trailers(&status));
             response
@@ -348,7 +376,7 @@ fn trailers(status: &Status) -> HeaderMap {
     map
 }
 
-/// The caller's deadline: `grpc-timeout`, at most eight digits and a unit. What cannot be read counts as absent.
+/// Returns the deadline of the client from `grpc-timeout`: at most eight digits and a unit. An invalid value counts as absent.
 pub fn timeout(headers: &HeaderMap) -> Option<Duration> {
     let text = headers.get("grpc-timeout")?.to_str().ok()?;
     let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
@@ -367,7 +395,8 @@ pub fn timeout(headers: &HeaderMap) -> Option<Duration> {
     }
 }
 
-/// A protobuf message that is made of a small head and shared pieces: the prefix and the head's fields in one buffer.
+/// Returns the first buffer of a message: the prefix and the encoded `fields`. `pieces` is the number of bytes that follow in shared
+/// buffers.
 pub fn head(fields: &[u8], pieces: usize) -> Bytes {
     let mut out = BytesMut::with_capacity(PREFIX + fields.len());
     out.extend_from_slice(&prefix(fields.len() + pieces));

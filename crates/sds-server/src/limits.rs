@@ -1,34 +1,35 @@
-//! What one agent takes on.
+//! Limits for callers: connections, streams, message sizes.
 
 use std::time::Duration;
 
-/// `limits` of the configuration. The bounds of connections and streams count for all sockets of a process.
+/// `limits` of the configuration. The limits of connections and streams apply to all sockets of a process together.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Limits {
-    /// Connections in all.
+    /// Open connections. Default: 16,384.
     pub connections: usize,
-    /// Connections of one pod, or of one user outside of pods.
+    /// Open connections of one pod, or of one user outside of pods. Default: 256.
     pub connections_per_pod: usize,
-    /// Streams and unary calls in all.
+    /// Streams and unary calls in progress. Default: 65,536.
     pub streams: usize,
-    /// Streams and unary calls at once of one pod.
+    /// Streams and unary calls in progress, of one pod. Default: 1,024.
     pub streams_per_pod: usize,
-    /// Streams and unary calls at once on one connection.
+    /// Streams and unary calls in progress on one connection (`SETTINGS_MAX_CONCURRENT_STREAMS`, RFC 9113, section 6.5.2). Default: 100.
     pub streams_per_connection: u32,
-    /// How often one pod may connect, in the long run.
+    /// Sustained rate of new connections of one pod, per second. Default: 50.
     pub new_connections_per_second_per_pod: u32,
-    /// How often at once.
+    /// New connections that one pod may open in a burst. Default: 200.
     pub new_connections_burst_per_pod: u32,
-    /// Bytes in one request message.
+    /// Bytes of one request message. Default: 524,288 (512 KiB).
     pub message_bytes: usize,
-    /// Resource names on one stream.
+    /// Resource names on one stream, and in one `FetchSecrets` request. Default: 64.
     pub names_per_stream: usize,
-    /// A connection without a call in progress is closed after this time.
+    /// A connection without a call in progress is closed after this time. Default: 1 h.
     pub idle: Duration,
 }
 
 impl Limits {
-    /// For a socket with one caller, who may have nearly all that there is: an eighth stays for others even so.
+    /// Limits for a socket with one caller: the caller may use the limits of the whole process, and its connection rate is in effect
+    /// unlimited. An eighth of the connections and streams stays reserved for other callers, see [`quotas`](crate::session::quotas).
     pub fn undivided(self) -> Self {
         Self {
             connections_per_pod: self.connections,

@@ -1,7 +1,7 @@
-//! What is served: private keys, certificate chains, trust bundles, and the [`Svid`] that joins them.
+//! Private keys, certificate chains, trust bundles, and the [`Svid`] that joins a chain with its key.
 //!
-//! Owns key bytes: they live in wiped-on-drop buffers, are redacted in `Debug` and never serialised. What this cannot reach is said
-//! in `docs/security.md`: bytes on their way through HTTP/2 buffers and the kernel's socket.
+//! Owns the bytes of private keys: they are in buffers that are wiped on drop, `Debug` redacts them, and they are never serialised.
+//! `docs/security.md` lists the copies that this module cannot wipe: HTTP/2 buffers, and the kernel's socket buffer.
 
 use std::{
     any::Any,
@@ -25,75 +25,75 @@ use x509_parser::{
 };
 use zeroize::Zeroizing;
 
-/// No PEM input larger than this is read: a bundle or chain of this size is a mistake or an attack.
+/// Maximum PEM input, in bytes: 1 MiB. A larger bundle or chain is a mistake or an attack.
 pub const MAX_PEM_BYTES: usize = 1 << 20;
-/// A marker of a PEM block that is longer is no marker alone.
+/// Maximum PEM marker, in bytes. A longer one contains other text of its line.
 const MAX_MARK_BYTES: usize = 64;
-/// No more certificates than this in one PEM input.
+/// Maximum certificates, and maximum revocation lists, in one PEM input: 500.
 pub const MAX_CERTIFICATES: usize = 500;
 
-/// Why bytes are no usable certificate material.
+/// Bytes that are not usable as certificates or revocation lists. The messages have no content of the input, which may hold a private key.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
-    /// Nothing between PEM markers.
+    /// No certificate in the input.
     #[error("holds no certificate")]
     Empty,
     /// More than [`MAX_PEM_BYTES`].
-    #[error("is {0} bytes long, more than the {MAX_PEM_BYTES} that are read")]
+    #[error("is {0} bytes long, more than the limit of {MAX_PEM_BYTES} bytes")]
     TooLarge(usize),
-    /// More than [`MAX_CERTIFICATES`].
+    /// More than [`MAX_CERTIFICATES`] certificates, or as many revocation lists.
     #[error("holds more than {MAX_CERTIFICATES} certificates")]
     TooMany,
-    /// Broken PEM.
+    /// Invalid PEM.
     #[error("is not valid PEM: {0}")]
     Pem(BrokenPem),
-    /// No base64 where PEM in base64 is to be.
+    /// The input is not base64, and has to be PEM in base64.
     #[error("is not base64")]
     Base64,
-    /// Broken DER in the n-th revocation list, or one of a kind that is not served.
+    /// A revocation list with invalid DER, or of an unsupported kind.
     #[error("revocation list {index} cannot be used: {why}")]
     RevocationList {
-        /// Its place, from 1.
+        /// The position of the list, from 1.
         index: usize,
-        /// What is wrong with it.
+        /// The cause.
         why: String,
     },
-    /// Broken DER in the n-th certificate, counted from 1.
+    /// A certificate with invalid DER.
     #[error("certificate {index} is not valid X.509: {why}")]
     X509 {
-        /// Its place, from 1.
+        /// The position of the certificate, from 1.
         index: usize,
-        /// What is wrong with it.
+        /// The cause.
         why: String,
     },
 }
 
-/// What is wrong with a PEM text, and where. It holds nothing of the text, which may hold a private key.
+/// A fault in a PEM text, and its place. It has no content of the text, which may hold a private key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BrokenPem {
-    /// What is wrong.
+    /// The fault.
     pub fault: PemFault,
-    /// The blocks of the wanted kind that are before it.
+    /// The valid blocks of the requested kind before the fault.
     pub after: usize,
-    /// The line of the BEGIN, from 1, where that is known.
+    /// The line of the BEGIN marker, from 1. `None` if it is not known.
     pub line: Option<usize>,
 }
 
-/// What can be wrong with a PEM text.
+/// The kinds of faults in a PEM text (RFC 7468).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PemFault {
-    /// A BEGIN and something else on one line.
+    /// A BEGIN marker shares its line with other text.
     Begin,
-    /// A BEGIN without its END.
+    /// A BEGIN marker without a matching END marker.
     End,
-    /// Something else than base64 in a block.
+    /// A block with text that is not base64.
     Base64,
-    /// A block that is too large, or cannot be read.
+    /// A block that is too large or cannot be read.
     Block,
 }
 
 impl BrokenPem {
-    /// Says where `pem` is broken, of which `after` blocks and the rest behind them were read before.
+    /// Locates `error` in `pem`. The parser has read `after` blocks before it; `rest` is the input after them.
     pub fn of(error: &pem::Error, pem: &[u8], rest: &[u8], after: usize) -> Self {
         let line_at = |at: usize| 1 + pem[..at].iter().filter(|byte| **byte == b'\n').count();
         let find = |from: usize, what: &[u8]| {
@@ -103,7 +103,7 @@ impl BrokenPem {
         let begin = find(pem.len() - rest.len(), b"-----BEGIN");
         let (fault, begin) = match error {
             pem::Error::IllegalSectionStart { line } => (PemFault::Begin, find(0, line)),
-            // That of the last block. Its END may be there, on the same line.
+            // The last block. Its END marker may be on the same line.
             pem::Error::MissingSectionEnd { end_marker } => {
                 let last = pem.windows(b"-----BEGIN".len()).rposition(|window| window == b"-----BEGIN");
                 (if end_marker.len() > MAX_MARK_BYTES { PemFault::Begin } else { PemFault::End }, last)
@@ -118,34 +118,34 @@ impl BrokenPem {
 impl fmt::Display for BrokenPem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let what = match self.fault {
-            PemFault::Begin => "BEGIN, the base64 and END need lines of their own",
-            PemFault::End => "a BEGIN has no END of its kind",
+            PemFault::Begin => "BEGIN, the base64 text and END must be on separate lines",
+            PemFault::End => "a BEGIN line has no matching END line",
             PemFault::Base64 => "a block is not base64",
             PemFault::Block => "a block cannot be read",
         };
         f.write_str(what)?;
         match self.line {
-            Some(line) => write!(f, " (line {line}, after {} good ones)", self.after),
-            None => write!(f, " (after {} good ones)", self.after),
+            Some(line) => write!(f, " (line {line}, after {} valid blocks)", self.after),
+            None => write!(f, " (after {} valid blocks)", self.after),
         }
     }
 }
 
-/// A private key as PKCS#8 DER. Wiped when dropped, never printed.
+/// A private key as PKCS#8 DER. It is wiped on drop and never printed.
 pub struct PrivateKey(Zeroizing<Vec<u8>>);
 
 impl PrivateKey {
-    /// Takes over a PKCS#8 document.
+    /// Takes ownership of a PKCS#8 document.
     pub fn from_pkcs8_der(der: Zeroizing<Vec<u8>>) -> Self {
         Self(der)
     }
 
-    /// The PKCS#8 document.
+    /// The PKCS#8 document, in DER.
     pub fn pkcs8_der(&self) -> &[u8] {
         &self.0
     }
 
-    /// The document as PEM, in a buffer that wipes itself.
+    /// The document as PEM, in a buffer that is wiped on drop.
     pub fn to_pem(&self) -> Zeroizing<Vec<u8>> {
         let mut out = Zeroizing::new(Vec::with_capacity(pem_len("PRIVATE KEY", self.0.len())));
         push_pem("PRIVATE KEY", &self.0, &mut out);
@@ -159,37 +159,37 @@ impl fmt::Debug for PrivateKey {
     }
 }
 
-/// The moments between which a certificate is valid.
+/// The validity period of a certificate (RFC 5280, section 4.1.2.5).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Validity {
-    /// The first valid moment.
+    /// The first time at which the certificate is valid.
     pub not_before: SystemTime,
-    /// The last valid moment.
+    /// The last time at which the certificate is valid.
     pub not_after: SystemTime,
 }
 
 impl Validity {
-    /// From the first to the last valid moment.
+    /// The time from `not_before` to `not_after`.
     pub fn lifetime(&self) -> Duration {
         self.not_after.duration_since(self.not_before).unwrap_or_default()
     }
 
-    /// What is left at `now`; zero once it has expired.
+    /// The remaining time at `now`; zero after the expiry.
     pub fn remaining(&self, now: SystemTime) -> Duration {
         self.not_after.duration_since(now).unwrap_or_default()
     }
 
-    /// Whether it may still be served at `now`.
+    /// Whether the certificate may be served at `now`. `not_before` is not checked.
     pub fn is_live(&self, now: SystemTime) -> bool {
         now < self.not_after
     }
 }
 
-/// A leaf and its intermediates, leaf first, and the facts read from the leaf.
+/// A leaf certificate with its intermediates, leaf first, and values from the leaf.
 #[derive(Debug, Clone)]
 pub struct CertificateChain {
     certificates: Vec<CertificateDer<'static>>,
-    /// When the leaf is valid.
+    /// The validity period of the leaf.
     pub validity: Validity,
     /// The leaf's serial number, lower-case hexadecimal.
     pub serial: String,
@@ -199,14 +199,18 @@ pub struct CertificateChain {
     pub uris: Vec<String>,
     /// The leaf's DNS SANs, in order.
     pub dns_names: Vec<String>,
-    /// Whether the leaf has SANs of other kinds.
+    /// Whether the leaf has SANs of other types.
     pub other_names: bool,
     /// The leaf's SubjectPublicKeyInfo, DER.
     pub public_key: Vec<u8>,
 }
 
 impl CertificateChain {
-    /// Reads PEM, leaf first.
+    /// Reads a chain from PEM, leaf first.
+    ///
+    /// # Errors
+    ///
+    /// If the PEM is invalid, empty or larger than the limits, or a certificate is not valid X.509. The signatures are not verified.
     pub fn from_pem(pem: &[u8]) -> Result<Self, Error> {
         let certificates = certificates_from_pem(pem)?;
         let leaf = parse(&certificates[0], 1)?;
@@ -234,33 +238,41 @@ impl CertificateChain {
         Ok(Self { certificates, validity, serial, fingerprint, uris, dns_names, other_names, public_key })
     }
 
-    /// DER, leaf first.
+    /// The certificates in DER, leaf first.
     pub fn certificates(&self) -> &[CertificateDer<'static>] {
         &self.certificates
     }
 
-    /// PEM, leaf first.
+    /// The certificates in PEM, leaf first.
     pub fn to_pem(&self) -> Vec<u8> {
         to_pem(&self.certificates)
     }
 }
 
-/// The roots of one trust domain. Never empty; in the order in which they were given, without repetitions.
+/// The roots of one trust domain. The bundle is never empty, keeps the order of its input and has no duplicates.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TrustBundle {
     roots: Vec<CertificateDer<'static>>,
     version: String,
-    /// The first moment at which one of the roots has expired.
+    /// The earliest expiry of a root.
     pub earliest_expiry: SystemTime,
 }
 
 impl TrustBundle {
-    /// Reads PEM; an empty, oversized or unparsable input is an error, so that the last good bundle stays.
+    /// Reads a bundle from PEM.
+    ///
+    /// # Errors
+    ///
+    /// If the PEM is invalid, empty or larger than the limits, or a certificate is not valid X.509. The caller keeps the last good bundle.
     pub fn from_pem(pem: &[u8]) -> Result<Self, Error> {
         Self::from_certificates(certificates_from_pem(pem)?)
     }
 
-    /// Takes certificates; repetitions are dropped.
+    /// Makes a bundle from certificates and drops duplicates.
+    ///
+    /// # Errors
+    ///
+    /// If there is no certificate, or one is not valid X.509.
     pub fn from_certificates(certificates: Vec<CertificateDer<'static>>) -> Result<Self, Error> {
         let mut roots: Vec<CertificateDer<'static>> = Vec::with_capacity(certificates.len());
         let mut earliest_expiry: Option<SystemTime> = None;
@@ -278,28 +290,29 @@ impl TrustBundle {
         Ok(Self { roots, version: format!("b-{}", hex(&hash.finish().as_ref()[..8])), earliest_expiry })
     }
 
-    /// DER, in order.
+    /// The roots in DER, in order.
     pub fn roots(&self) -> &[CertificateDer<'static>] {
         &self.roots
     }
 
-    /// `b-` and a digest of the content: equal bundles have equal versions, on every node and after every restart.
+    /// `b-` and a digest of the content. Equal bundles have equal versions, on every node and after every restart.
     pub fn version(&self) -> &str {
         &self.version
     }
 
-    /// PEM, in order.
+    /// The roots in PEM, in order.
     pub fn to_pem(&self) -> Vec<u8> {
         to_pem(&self.roots)
     }
 }
 
-/// What a server keeps with a piece of material, such as its encoded forms: one value of one type, wiped with the material's last reference.
+/// A value that a server attaches to a certificate or bundle, such as its encoded forms. It is dropped with the last reference to the
+/// material.
 #[derive(Default)]
 pub struct Attached(OnceLock<Box<dyn Any + Send + Sync>>);
 
 impl Attached {
-    /// The value, made at its first use. None where a value of another type is attached.
+    /// Returns the attached value; creates it at the first use. `None` if a value of another type is attached.
     pub fn get<T: Default + Send + Sync + 'static>(&self) -> Option<&T> {
         self.0.get_or_init(|| Box::new(T::default())).downcast_ref()
     }
@@ -311,28 +324,28 @@ impl fmt::Debug for Attached {
     }
 }
 
-/// A verified certificate with its key, as published to the streams of one identity.
+/// A verified certificate with its key (SPIFFE X.509-SVID), as published to all streams of one identity.
 #[derive(Debug)]
 pub struct Svid {
-    /// What it was issued for.
+    /// The identity that the certificate was issued for.
     pub identity: Arc<Identity>,
-    /// Leaf and intermediates.
+    /// The leaf and its intermediates.
     pub chain: CertificateChain,
-    /// The leaf's key.
+    /// The private key of the leaf.
     pub key: PrivateKey,
-    /// When its replacement is due.
+    /// The planned time of its replacement.
     pub renew_at: SystemTime,
-    /// From when on peers with slow clocks take it too; who still holds a good one gets it then.
+    /// The time from which peers with slow clocks accept the certificate. A client that holds a valid certificate gets this one only then.
     pub settled_at: SystemTime,
-    /// See [`authority_digest`].
+    /// The digest of its authority, from [`authority_digest`].
     pub authority: String,
     version: OnceLock<String>,
-    /// Of the server.
+    /// Reserved for the server, for example for encoded forms.
     pub attached: Attached,
 }
 
 impl Svid {
-    /// Joins verified material; `authority` comes from [`authority_digest`].
+    /// Joins verified parts. `authority` is the result of [`authority_digest`].
     pub fn new(
         identity: Arc<Identity>,
         chain: CertificateChain,
@@ -344,12 +357,12 @@ impl Svid {
         Self { identity, chain, key, renew_at, settled_at, authority, version: OnceLock::new(), attached: Attached::default() }
     }
 
-    /// The leaf's SPIFFE ID.
+    /// The SPIFFE ID of the leaf.
     pub fn spiffe_id(&self) -> &SpiffeId {
         &self.identity.spiffe_id
     }
 
-    /// Its version, see [`Version`].
+    /// The version of the certificate, see [`Version`].
     pub fn version(&self) -> &str {
         self.version.get_or_init(|| {
             let version = Version {
@@ -363,14 +376,14 @@ impl Svid {
     }
 }
 
-/// Digest of who stands behind a certificate: the profile it was issued under (with its epoch) and the trust anchor that its chain ends in.
+/// Digest of the authority of a certificate: the profile that it was issued under, with its epoch, and the trust anchor of its chain.
 ///
-/// It is a function of what a restarted agent knows before it has issued anything: its configuration and its trust bundle. A version
-/// whose digest matches for one of the bundle's roots is of a current authority.
+/// A restarted agent can compute it before it has issued any certificate, from its configuration and its trust bundle. A reported version
+/// has a current authority if its digest matches for a root of the bundle.
 pub fn authority_digest(profile: &[u8; 32], anchor: Option<&CertificateDer<'_>>) -> String {
     let mut hash = digest::Context::new(&digest::SHA256);
     hash.update(profile);
-    // A root that was renewed with its name and key is the same authority.
+    // A root that was renewed with the same name and key is the same authority.
     if let Some(Ok(anchor)) = anchor.map(|anchor| parse(anchor, 1)) {
         hash.update(anchor.subject().as_raw());
         hash.update(anchor.public_key().raw);
@@ -378,8 +391,8 @@ pub fn authority_digest(profile: &[u8; 32], anchor: Option<&CertificateDer<'_>>)
     hex(&hash.finish().as_ref()[..8])
 }
 
-/// Whether a certificate with this authority would still be issued and trusted: under the profile as it is, by a root that is in the
-/// bundle. Without a bundle only what was issued without one is.
+/// Whether `authority` is the digest of the current profile and a root of the bundle. Without a bundle, it has to be the digest without a
+/// trust anchor.
 pub fn is_current_authority(authority: &str, profile: &[u8; 32], bundle: Option<&TrustBundle>) -> bool {
     match bundle {
         Some(bundle) => bundle.roots().iter().any(|root| authority_digest(profile, Some(root)) == authority),
@@ -404,7 +417,7 @@ fn certificates_from_pem(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, Err
     if certificates.is_empty() { Err(Error::Empty) } else { Ok(certificates) }
 }
 
-/// What is wrong with DER, in words that hold nothing of it.
+/// A fixed description of `error`, without content of the DER.
 pub fn fault(error: &X509Error) -> &'static str {
     match error {
         X509Error::InvalidVersion => "invalid version",
@@ -415,10 +428,10 @@ pub fn fault(error: &X509Error) -> &'static str {
         X509Error::InvalidSPKI => "invalid public key",
         X509Error::InvalidSubjectUID | X509Error::InvalidIssuerUID => "invalid unique identifier",
         X509Error::InvalidExtensions => "invalid extensions",
-        X509Error::DuplicateExtensions => "an extension stands in it twice",
+        X509Error::DuplicateExtensions => "duplicate extension",
         X509Error::InvalidAttributes | X509Error::DuplicateAttributes => "invalid attributes",
         X509Error::InvalidSignatureValue => "invalid signature value",
-        X509Error::InvalidTbsCertificate | X509Error::InvalidCertificate => "it is no certificate",
+        X509Error::InvalidTbsCertificate | X509Error::InvalidCertificate => "not a certificate",
         X509Error::InvalidUserCertificate => "invalid revoked certificate",
         X509Error::SignatureVerificationError => "the signature is wrong",
         X509Error::SignatureUnsupportedAlgorithm => "the signature's algorithm is not supported",
@@ -427,11 +440,11 @@ pub fn fault(error: &X509Error) -> &'static str {
     }
 }
 
-/// The same of a parser's error.
+/// A fixed description of a parser error, without content of the DER.
 pub fn fault_of(error: &nom::Err<X509Error>) -> &'static str {
     match error {
         nom::Err::Error(error) | nom::Err::Failure(error) => fault(error),
-        nom::Err::Incomplete(_) => "it is not complete",
+        nom::Err::Incomplete(_) => "incomplete DER",
     }
 }
 
@@ -449,16 +462,16 @@ fn to_pem(certificates: &[CertificateDer<'_>]) -> Vec<u8> {
     out
 }
 
-/// Bytes of DER on one line of PEM: 64 characters.
+/// Bytes of DER on one line of PEM: 64 characters (RFC 7468, section 2).
 const DER_PER_LINE: usize = 48;
 
-/// Bytes of one PEM block of so many bytes of DER.
+/// The length of a PEM block with this `label` and `der` bytes of DER, in bytes.
 pub fn pem_len(label: &str, der: usize) -> usize {
     let lines = der.div_ceil(DER_PER_LINE);
     2 * label.len() + "-----BEGIN -----\n-----END -----\n".len() + der.div_ceil(3) * 4 + lines
 }
 
-/// Appends one PEM block; never reallocates when `out` has room, so that a key leaves no copy behind.
+/// Appends one PEM block to `out`. If the capacity suffices, `out` is not reallocated, so that no copy of a key stays behind.
 pub fn push_pem(label: &str, der: &[u8], out: &mut Vec<u8>) {
     out.extend_from_slice(b"-----BEGIN ");
     out.extend_from_slice(label.as_bytes());
@@ -466,7 +479,7 @@ pub fn push_pem(label: &str, der: &[u8], out: &mut Vec<u8>) {
     for line in der.chunks(DER_PER_LINE) {
         let start = out.len();
         out.resize(start + line.len().div_ceil(3) * 4, 0);
-        // The room is exact by construction.
+        // The buffer has exactly the required size.
         let written = STANDARD.encode_slice(line, &mut out[start..]).unwrap_or(0);
         out.truncate(start + written);
         out.push(b'\n');

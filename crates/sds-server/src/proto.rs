@@ -1,4 +1,4 @@
-//! The generated wire types, under the package names they have on the wire, and the descriptors that reflection serves.
+//! The generated message types, under their Protobuf package names, and the descriptors for gRPC reflection.
 #![allow(clippy::all, clippy::pedantic, missing_docs)]
 
 /// `envoy.*`
@@ -40,5 +40,5 @@ pub mod google {
     }
 }
 
-/// The descriptor set of what workloads are served, encoded, for gRPC reflection.
+/// The encoded descriptor set of the services for workloads, for gRPC reflection.
 pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));

@@ -1,4 +1,6 @@
-//! The secret discovery service (SDS v3): names, the state of a stream, encoding, and the service itself.
+//! The secret discovery service (SDS v3): resource names, stream state, encoding, and the service itself.
+//!
+//! Envoy describes SDS in its [configuration reference](https://www.envoyproxy.io/docs/envoy/latest/configuration/security/secret).
 
 pub mod client_version;
 pub mod encoded;

@@ -1,4 +1,4 @@
-//! All parts of a server, joined.
+//! Composes a server from its parts.
 
 use std::{
     sync::Arc,
@@ -29,7 +29,7 @@ use crate::{
     trust::{BundleSet, Trust},
 };
 
-/// How long open streams may take to end, unless the user of the crate gives a [`Shutdown`].
+/// Default time for open streams to end at shutdown: 5 s. [`Builder::shutdown`] replaces it.
 const DRAIN: Duration = Duration::from_secs(5);
 
 /// The metrics of a server.
@@ -44,7 +44,7 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    /// Registers them all.
+    /// Registers all metrics of the server.
     pub fn register(registry: &mut Registry) -> Self {
         Self {
             attest: attest::Metrics::register(registry),
@@ -54,38 +54,39 @@ impl Metrics {
     }
 }
 
-/// A server that is not built yet. [`new`](Self::new) takes the parts that have no default. Each field may be set before
-/// [`build`](Self::build).
+/// The parts of a server. [`new`](Self::new) takes the parts without a default; every field may be changed before [`build`](Self::build).
 #[derive(Debug)]
 pub struct Builder {
-    /// How callers of the socket are proven.
+    /// Proves which workload a caller of the socket is.
     pub attestor: Arc<dyn Attestor>,
-    /// How they are named; a change reaches open streams. The trust domain stays that of the first: its bundle has the well-known name.
+    /// Maps workloads to identities. A new resolver applies to open streams, too. The trust domain is read once, in [`build`](Self::build):
+    /// the well-known bundle name always selects the bundle of that domain.
     pub resolver: watch::Receiver<Arc<Resolver>>,
-    /// Where certificates are published; the user of the crate does that, for each [`Event`](crate::store::Event) of it.
+    /// The published certificates. The user of the crate publishes one for each [`Event`](crate::store::Event) of the store.
     pub store: Arc<Store>,
     /// The trust bundles.
     pub trust: watch::Receiver<Arc<BundleSet>>,
-    /// The well-known resource names: `default` and `ROOTCA`.
+    /// The well-known resource names. Default: `default` and `ROOTCA`.
     pub names: Names,
-    /// The limits of callers.
+    /// Limits for callers. Default: [`Limits::default`].
     pub limits: Limits,
-    /// Timeouts of connections.
+    /// Timeouts of a connection. Default: [`Timeouts::default`].
     pub timeouts: Timeouts,
-    /// The time.
+    /// The wall clock. Default: the system clock.
     pub clock: Arc<dyn Clock>,
-    /// Is called about pods that are not served; none unless set.
+    /// Reports pods that are refused or served. Default: no observer.
     pub observer: Option<Arc<dyn CallerObserver>>,
-    /// The metrics; they are on a page only after [`Metrics::register`].
+    /// The metrics. Default: metrics without a registry; see [`Metrics::register`].
     pub metrics: Metrics,
-    /// Over which time certificates are issued anew that a change of the configuration has made foreign; at once unless set.
+    /// The window for reissuing certificates after a change of the configuration. Default: certificates are reissued at once.
     pub reissue_window: watch::Receiver<ReissueWindow>,
-    /// The end of accepting, and the drain; 5 s unless set.
+    /// Ends accepting, and bounds the drain. Default: a drain of 5 s.
     pub shutdown: Shutdown,
 }
 
 impl Builder {
-    /// A server for callers that `attestor` proves and `resolver` names, of certificates in `store` and bundles in `trust`.
+    /// Takes the parts without a default: `attestor` proves callers, `resolver` maps them to identities, `store` has their certificates and
+    /// `trust` the bundles.
     pub fn new(attestor: Arc<dyn Attestor>, resolver: watch::Receiver<Arc<Resolver>>, store: Arc<Store>, trust: &Trust) -> Self {
         Self {
             attestor,
@@ -103,11 +104,11 @@ impl Builder {
         }
     }
 
-    /// Joins the parts. Nothing is bound: [`Sessions::accept`] takes a listener.
+    /// Builds the server. It binds no socket: [`Sessions::accept`] takes a listener.
     ///
     /// # Errors
     ///
-    /// Where the descriptors that are built in cannot be read.
+    /// If the built-in descriptors for gRPC reflection cannot be decoded.
     pub async fn build(self) -> Result<Server, tonic_reflection::server::Error> {
         let ending = CancellationToken::new();
         let service = Arc::new(Service {
@@ -140,11 +141,11 @@ impl Builder {
     }
 }
 
-/// A server whose sockets are its user's to bind.
+/// A server. Its user binds the sockets.
 #[derive(Debug)]
 pub struct Server {
     /// The secret discovery service.
     pub service: Arc<Service>,
-    /// Accepts the connections of any number of sockets.
+    /// Accepts connections, of one or more sockets.
     pub sessions: Sessions,
 }

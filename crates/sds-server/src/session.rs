@@ -1,8 +1,8 @@
-//! The accept loop, and one connection's life on HTTP/2.
+//! The accept loop, and the HTTP/2 connections.
 //!
-//! Owns the limits of the protocol and every way in which a connection ends. The client's SETTINGS are answered at once, before anybody
-//! asks who it is; whether there is a place is asked before that, of the [`quotas`]. A connection ends when its client ends it, when
-//! nothing happens on it for long, when its workload has ended, at the drain's deadline, or when it never spoke at all.
+//! Owns the limits of the protocol and the end of each connection. The [`quotas`] are checked before a connection is served. The client's
+//! SETTINGS are answered before the caller is attested. A connection ends when its client closes it, when it is idle for too long, when its
+//! workload has ended, at the deadline of the drain, or when the client never sends a byte.
 
 use std::{
     convert::Infallible,
@@ -41,7 +41,7 @@ use crate::{
     limits::Limits,
 };
 
-/// Of the log's lines.
+/// Target of the log lines of this module.
 const LOG_TARGET: &str = "sds_agent::session";
 
 mod calls;
@@ -52,24 +52,25 @@ pub mod services;
 
 pub use calls::MAX_REFUSED_STREAMS;
 
-/// Both windows. Below the protocol's initial value the `h2` crate loses a WINDOW_UPDATE when the peer sent before it saw our SETTINGS,
-/// and the stream hangs; more buys nothing on a Unix socket.
+/// Flow-control window of streams and connections, in bytes: the initial value of RFC 9113, section 6.9.2. `h2` applies a smaller window
+/// before the client has acknowledged the SETTINGS (hyperium/h2#630): it then loses a WINDOW_UPDATE, and the stream hangs. A larger window
+/// has no benefit on a Unix socket.
 const WINDOW: u32 = 65_535;
 const FRAME: u32 = 16_384;
 const HEADER_LIST: u32 = 16_384;
-/// Bytes buffered for each stream of a client that reads slowly.
+/// Bytes buffered for each stream whose client reads slowly.
 const SEND_BUFFER: usize = 64 << 10;
-/// Connections that are taken or turned away before others have their turn.
+/// Connections that are accepted or rejected in a row before the accept loop yields.
 const MAX_ACCEPTED_IN_A_ROW: usize = 16;
 
-/// How long connections are borne with.
+/// Timeouts of a connection.
 #[derive(Debug, Clone)]
 pub struct Timeouts {
-    /// A connection that has said nothing by then never will.
+    /// Time for the client to send its first byte. The connection is closed after it. Default: 10 s.
     pub first_byte: Duration,
-    /// What a connection gets for its last words: its workload has ended, or it was idle.
+    /// Time for a graceful HTTP/2 close after GOAWAY. Default: 1 s.
     pub graceful_close: Duration,
-    /// How long a refused stream waits for its answer.
+    /// Delay before a refused stream gets its status, so that a client that retries at once is slowed down. Default: 100 ms.
     pub refusal_delay: Duration,
 }
 
@@ -79,38 +80,43 @@ impl Default for Timeouts {
     }
 }
 
-/// What the sessions of one socket share.
+/// The state that all connections of one socket share.
 #[derive(Debug, Clone)]
 pub struct Sessions {
-    /// What is served.
+    /// The gRPC services of the socket.
     pub services: Services,
-    /// How callers are known.
+    /// Attests callers and maps them to identities.
     pub authenticator: Authenticator,
-    /// What is taken on.
+    /// Limits for callers.
     pub limits: Limits,
-    /// Who may take how much of it; the same for all sockets.
+    /// Counts connections and calls against the limits. All sockets of a process share it.
     pub quotas: Quotas,
-    /// What the log has been told about callers that are refused.
+    /// Limits log lines about refused callers.
     pub refusals: Arc<Refusals>,
-    /// What is borne with.
+    /// Timeouts of a connection.
     pub timeouts: Timeouts,
-    /// What is counted.
+    /// Metrics of the sockets.
     pub metrics: Metrics,
-    /// The end of accepting, and the drain that connections hold up.
+    /// Ends accepting. Each connection holds a guard of the drain.
     pub shutdown: Shutdown,
-    /// The end of the streams: after the socket's name has been released.
+    /// Ends the streams. Cancelled after the name of the socket has been released.
     pub ending: CancellationToken,
 }
 
 impl Sessions {
-    /// Accepts connections until the drain begins. Connections outlive this; each holds a guard of the drain.
+    /// Accepts connections from `listener` until the drain begins. Open connections continue afterwards; each holds a guard of the drain.
+    ///
+    /// # Cancel safety
+    ///
+    /// If the future is dropped, accepting ends. A connection that is being accepted at that moment may be closed; open connections
+    /// continue.
     pub async fn accept(self, listener: UnixListener) {
         let sessions = Arc::new(self);
         let origin_cache = OriginCache::new(sessions.authenticator.attestor.origins());
         let mut pause = AcceptBackoff::default();
         let mut accepted_at_once = 0;
         loop {
-            // A queue that never empties is no reason to let those wait who are inside.
+            // Yields, so that a full accept queue does not starve the open connections.
             accepted_at_once += 1;
             if accepted_at_once > MAX_ACCEPTED_IN_A_ROW {
                 accepted_at_once = 0;
@@ -144,25 +150,25 @@ impl Sessions {
         }
     }
 
-    /// Takes a connection on or turns it away; waits only where it is not known whose it is and many others are being asked about.
+    /// Serves or rejects a connection. Waits only if the origin of the connection is not cached and all permits to read origins are in use.
     async fn accept_connection(self: &Arc<Self>, stream: UnixStream, origin_cache: &OriginCache) {
         if self.quotas.are_exhausted() {
             self.metrics.rejected(Rejection::connection_limit);
-            debug!(target: LOG_TARGET, "connection closed: there are as many as limits.connections allows");
+            debug!(target: LOG_TARGET, "connection closed: limits.connections is reached");
             return;
         }
-        // The handle is taken now, while the process that connected is most surely there.
+        // Taken at once, while the process that connected most probably still exists.
         let peer = match Peer::of(&stream) {
             Ok(peer) => peer,
             Err(error) => {
                 self.metrics.rejected(Rejection::no_credentials);
                 if let Some(left_out) = self.refusals.permit(Cause::unattributed("no credentials"), Instant::now()) {
-                    warn!(target: LOG_TARGET, %error, left_out, "connection closed: the kernel does not tell who it is");
+                    warn!(target: LOG_TARGET, %error, left_out, "connection closed: the kernel returned no peer credentials");
                 }
                 return;
             }
         };
-        // Held from here: a drain that begins before the task has run waits for it all the same.
+        // Held from here on, so that a drain that begins before the task has run waits for the connection.
         let guard = self.shutdown.guard();
         if let Some(origin) = origin_cache.cached(&peer) {
             if let Some(session) = self.admit(peer, &origin, guard) {
@@ -180,7 +186,7 @@ impl Sessions {
         });
     }
 
-    /// A place for the connection of `peer`, if there is one.
+    /// Returns a session for the connection of `peer`, or `None` if a quota is exceeded.
     fn admit(self: &Arc<Self>, peer: Peer, origin: &Origin, guard: Guard) -> Option<Session> {
         let place = match self.quotas.admit(origin, Instant::now()) {
             Ok(place) => place,
@@ -196,7 +202,7 @@ impl Sessions {
         Some(Session { sessions: self.clone(), connection, calls, _guard: guard })
     }
 
-    /// One line for each caller, limit and minute.
+    /// Logs that a quota is exceeded: one line for each caller, limit and minute.
     fn log_over_quota(&self, origin: &Origin, limit: &'static str, what: &str) {
         if let Some(left_out) = self.refusals.permit(self.authenticator.cause(origin, limit, false), Instant::now()) {
             warn!(target: LOG_TARGET, %origin, limit, left_out, "{what}: over quota; raise the limit if the caller needs more");
@@ -204,12 +210,12 @@ impl Sessions {
     }
 }
 
-/// Errors of the one connection, not of the socket.
+/// Whether `error` concerns one connection, and not the socket.
 fn is_connection_error(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset | io::ErrorKind::Interrupted)
 }
 
-/// The rest between two attempts to accept: neither spinning nor giving up.
+/// The pause after a failed accept: 50 ms, doubled after each further failure up to 1 s.
 #[derive(Default)]
 struct AcceptBackoff(u32);
 
@@ -240,7 +246,7 @@ impl Session {
                 Ok::<_, Infallible>(match call {
                     Ok((call, answer)) => answer.await.until_end(call),
                     Err(refusal) => {
-                        // Who asks again as soon as it is told is told late.
+                        // Slows down a client that retries at once.
                         tokio::time::sleep(pause).await;
                         grpc::unary(Err(refusal))
                     }
@@ -274,8 +280,8 @@ impl Session {
                 tokio::time::timeout(self.sessions.timeouts.graceful_close, served).await.ok()
             }
             () = self.sessions.ending.cancelled() => {
-                // The streams end by themselves; whoever does not read is left at the drain's deadline. Without a call there is nothing
-                // to wait for: a client may be silent, or not answer the goodbye.
+                // The streams end by themselves. The connection of a client that does not read is dropped at the deadline of the drain. A
+                // connection without a call is not waited for: its client may be idle, or may not answer the GOAWAY.
                 served.as_mut().graceful_shutdown();
                 let graceful_close = self.sessions.timeouts.graceful_close;
                 tokio::select! {
@@ -295,17 +301,17 @@ impl Session {
         }
     }
 
-    /// Begins a call, or says why there is no place for it.
+    /// Begins a call, or returns the status of a call over quota.
     fn begin_call(&self) -> Result<Call, Status> {
         self.calls.begin().map_err(|exceeded| {
             let (reason, limit) = exceeded.of_streams();
             self.sessions.metrics.refused(reason);
             self.sessions.log_over_quota(self.calls.origin(), limit, "stream refused");
-            Status::resource_exhausted("there are as many streams as this workload may have")
+            Status::resource_exhausted("the limit of concurrent streams is reached")
         })
     }
 
-    /// Returns when the connection never spoke, or has had no call for the idle time.
+    /// Returns when the client has not sent a byte in time, or when the connection has had no call for the idle time.
     async fn idle(&self, spoke: &AtomicBool) {
         tokio::time::sleep(self.sessions.timeouts.first_byte).await;
         if !spoke.load(Ordering::Relaxed) {
@@ -315,7 +321,7 @@ impl Session {
         self.without_calls(self.sessions.limits.idle).await;
     }
 
-    /// Returns when there has been no call for `time`.
+    /// Returns when the connection has had no call for `time`.
     async fn without_calls(&self, time: Duration) {
         loop {
             match self.calls.idle_since() {

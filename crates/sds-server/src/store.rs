@@ -1,8 +1,9 @@
-//! The certificates of this node, by identity: who holds what, and who wants it.
+//! The certificates of this node, by identity, and their subscribers.
 //!
-//! Owns one [`Entry`] for each [`Identity`] that has a subscriber or had one lately. A subscriber holds a [`Lease`]; `rotation` is told
-//! of what is wanted and publishes into the entry. The last lease's end starts the retention, and after that the entry is forgotten and
-//! its key wiped with its last reference. Locks are taken in the order map, then book, and never held across an await.
+//! Owns one [`Entry`] for each [`Identity`] that has a subscriber or had one within the retention. A subscriber holds a [`Lease`].
+//! `rotation` receives an [`Event`] for each change, and publishes certificates into the entry. The retention starts with the end of the
+//! last lease. After it the entry is removed, and its key is wiped with the last reference. Locks are taken in the order map, book, and
+//! never held across an await.
 
 use std::{
     collections::HashMap,
@@ -22,23 +23,23 @@ use workload_identity::{Identity, PodRef};
 
 use crate::material::Svid;
 
-/// When a subscriber needs a certificate.
+/// The time at which a subscriber needs a certificate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Demand {
-    /// As soon as can be.
+    /// At once.
     Now,
-    /// The subscriber still holds a good one, and until when is known: from before a restart of the agent, or of an identity that it had
-    /// before the configuration changed.
+    /// Later: the subscriber still holds a valid certificate. The certificate is from before a restart of the agent, or of an identity from
+    /// before a change of the configuration.
     Held {
-        /// When the one it holds was to be renewed.
+        /// The planned renewal of the held certificate.
         renew_at: SystemTime,
-        /// When the one it holds ends.
+        /// The expiry of the held certificate.
         not_after: SystemTime,
     },
 }
 
 impl Demand {
-    /// Whether `other` asks for more.
+    /// Whether `other` needs a certificate earlier.
     fn is_exceeded_by(self, other: Self) -> bool {
         match (self, other) {
             (Self::Now, _) => false,
@@ -48,35 +49,35 @@ impl Demand {
     }
 }
 
-/// What the store tells `rotation`, after each change. An event may be overtaken by the next change: look at the entry, which is told
-/// of once more then.
+/// A change that the store reports to `rotation`. The entry may have changed again when the event is received, so the receiver must read
+/// the entry. Each further change has its own event.
 #[derive(Debug)]
 pub enum Event {
-    /// The entry has a subscriber that it had not before, or one that needs more.
+    /// The entry has its first subscriber, or a subscriber that needs the certificate earlier.
     Wanted(Arc<Entry>),
-    /// The last lease has ended.
+    /// The last lease of the entry has ended.
     Idle(Arc<Entry>),
 }
 
-/// What is known of an entry beside its material.
+/// The status of issuance for an entry.
 #[derive(Debug, Clone, Default)]
 pub struct Status {
     /// The next planned attempt.
     pub next_attempt: Option<SystemTime>,
-    /// The last error, until an issue succeeds.
+    /// The last error. Cleared when a certificate is issued.
     pub last_error: Option<String>,
-    /// The upstream's name for the request under way.
+    /// The name of the request in progress, from the issuer.
     pub request: Option<Arc<str>>,
-    /// What that request waits for, in words.
+    /// The condition that the request waits for, as a text.
     pub waits_for: Option<Arc<str>>,
 }
 
-/// One identity's place.
+/// The state of one identity: its certificate, subscribers and status.
 #[derive(Debug)]
 pub struct Entry {
-    /// Distinguishes entries of one identity over time.
+    /// Distinguishes successive entries of one identity.
     pub id: u64,
-    /// For whom.
+    /// The identity of the certificate.
     pub identity: Arc<Identity>,
     material: watch::Sender<Option<Arc<Svid>>>,
     book: Mutex<Book>,
@@ -96,58 +97,58 @@ impl Entry {
         self.book.lock()
     }
 
-    /// The material now.
+    /// Returns the current certificate.
     pub fn current(&self) -> Option<Arc<Svid>> {
         self.material.borrow().clone()
     }
 
-    /// Publishes verified material; nothing else is asked for then.
+    /// Publishes a verified certificate to all subscribers and clears their demand.
     pub fn publish(&self, svid: Arc<Svid>) {
         self.book().demand = None;
         self.material.send_replace(Some(svid));
     }
 
-    /// Wakes the subscribers to judge again what they have: the clock was stepped.
+    /// Wakes the subscribers without a new certificate, so that they check its validity again after a step of the clock.
     pub fn reconsider(&self) {
         self.material.send_modify(|_| {});
     }
 
-    /// What the subscribers without material need; none when nobody asks.
+    /// The earliest demand of the subscribers. `None` without subscribers, or after a certificate was published.
     pub fn demand(&self) -> Option<Demand> {
         let book = self.book();
         if book.leases.is_empty() { None } else { book.demand }
     }
 
-    /// Whether a subscriber holds a good certificate from before, so that nothing was asked for yet.
+    /// Whether all subscribers still hold a valid certificate, so that no certificate is requested yet.
     pub fn is_held(&self) -> bool {
         matches!(self.demand(), Some(Demand::Held { .. }))
     }
 
-    /// Where a subscriber holds one from before, it is to be replaced by `at`.
+    /// Brings the replacement of held certificates forward to `at`.
     pub fn hurry(&self, at: SystemTime) {
         if let Some(Demand::Held { renew_at, .. }) = &mut self.book().demand {
             *renew_at = (*renew_at).min(at);
         }
     }
 
-    /// Whether anybody subscribes.
+    /// Whether the entry has a subscriber.
     pub fn is_leased(&self) -> bool {
         !self.book().leases.is_empty()
     }
 
-    /// How many subscribe.
+    /// The number of subscribers.
     pub fn subscribers(&self) -> usize {
         self.book().leases.len()
     }
 
-    /// A pod of a living subscriber, other than `but` where there is another.
+    /// The pod of a current subscriber, as the evidence for a request. Prefers a pod other than `but`.
     pub fn evidence(&self, but: Option<&PodRef>) -> Option<PodRef> {
         let book = self.book();
         let mut pods = book.leases.values().flatten();
         pods.clone().find(|pod| Some(*pod) != but).or_else(|| pods.next()).cloned()
     }
 
-    /// The pods of living subscribers, each once.
+    /// The pods of all current subscribers, without duplicates.
     pub fn pods(&self) -> Vec<PodRef> {
         let mut pods: Vec<PodRef> = self.book().leases.values().flatten().cloned().collect();
         pods.sort_unstable_by(|a, b| a.uid.cmp(&b.uid));
@@ -159,18 +160,18 @@ impl Entry {
         self.status.lock().next_attempt.is_some_and(|at| now < at)
     }
 
-    /// Changes the status.
+    /// Changes the status of issuance.
     pub fn set_status(&self, change: impl FnOnce(&mut Status)) {
         change(&mut self.status.lock());
     }
 
-    /// The status now.
+    /// Returns the status of issuance.
     pub fn status(&self) -> Status {
         self.status.lock().clone()
     }
 }
 
-/// All entries.
+/// The entries of all identities.
 #[derive(Debug)]
 pub struct Store {
     entries: Mutex<HashMap<Arc<Identity>, Arc<Entry>>>,
@@ -179,7 +180,7 @@ pub struct Store {
 }
 
 impl Store {
-    /// An empty store, and the events that `rotation` consumes.
+    /// An empty store, and the receiver of its events for `rotation`.
     pub fn new() -> (Arc<Self>, mpsc::UnboundedReceiver<Event>) {
         let (events, receiver) = mpsc::unbounded_channel();
         (Arc::new(Self { entries: Mutex::default(), events, next_id: AtomicU64::new(1) }), receiver)
@@ -189,7 +190,7 @@ impl Store {
         self.entries.lock()
     }
 
-    /// Subscribes to `identity`. `pod` is the subscriber, as the evidence for a request.
+    /// Subscribes to the certificate of `identity`. `pod` is the pod of the subscriber, as the evidence for a request.
     pub fn lease(self: &Arc<Self>, identity: &Arc<Identity>, demand: Demand, pod: Option<PodRef>) -> Lease {
         let mut entries = self.entries();
         let entry = match entries.get(identity) {
@@ -206,7 +207,7 @@ impl Store {
                 entry
             }
         };
-        // Registered under the map's lock: an entry that is being forgotten has no lease, or is not in the map.
+        // The book is locked before the map is released: `forget` then removes no entry that has a lease.
         let mut book = entry.book();
         drop(entries);
         book.next += 1;
@@ -221,8 +222,8 @@ impl Store {
         Lease { entry, key, store: self.clone() }
     }
 
-    /// The material of `identity` if all is well with it at `now`: it may be served, and nothing was to be done about it by then. For who
-    /// takes it and goes: rotation need not hear of that, but the retention begins anew.
+    /// Returns the certificate of `identity` if it may be served at `now` and no attempt to replace it is due. For a caller that does not
+    /// subscribe: `rotation` gets no event, but the retention starts again.
     pub fn at_rest(&self, identity: &Identity, now: SystemTime) -> Option<Arc<Svid>> {
         let entries = self.entries();
         let entry = entries.get(identity)?;
@@ -231,7 +232,7 @@ impl Store {
         Some(svid)
     }
 
-    /// Removes `entry` if nobody has subscribed to it for `retention`; true when it is gone.
+    /// Removes `entry` if it has had no subscriber for `retention`. Returns whether it has been removed.
     pub fn forget(&self, entry: &Arc<Entry>, retention: Duration) -> bool {
         let mut entries = self.entries();
         let book = entry.book();
@@ -245,13 +246,13 @@ impl Store {
         true
     }
 
-    /// Every entry, for people and metrics.
+    /// Returns all entries, for metrics and status pages.
     pub fn snapshot(&self) -> Vec<Arc<Entry>> {
         self.entries().values().cloned().collect()
     }
 
     fn tell(&self, event: Event) {
-        // Without a rotation (at the very end) nobody needs to know.
+        // The receiver may be dropped at shutdown.
         let _ = self.events.send(event);
     }
 }
@@ -264,7 +265,7 @@ fn strengthen(book: &mut Book, demand: Demand) -> bool {
     more
 }
 
-/// One subscription. Dropping it ends it.
+/// A subscription. Dropping it ends the subscription.
 #[derive(Debug)]
 pub struct Lease {
     entry: Arc<Entry>,
@@ -273,17 +274,17 @@ pub struct Lease {
 }
 
 impl Lease {
-    /// The material, now and later.
+    /// Returns a receiver for the current certificate and its changes.
     pub fn watch(&self) -> watch::Receiver<Option<Arc<Svid>>> {
         self.entry.material.subscribe()
     }
 
-    /// The material now.
+    /// Returns the current certificate.
     pub fn current(&self) -> Option<Arc<Svid>> {
         self.entry.current()
     }
 
-    /// The subscriber turned out to need more.
+    /// Replaces the demand if `demand` is earlier and no certificate is published.
     pub fn demand(&self, demand: Demand) {
         if self.entry.current().is_none() && strengthen(&mut self.entry.book(), demand) {
             self.store.tell(Event::Wanted(self.entry.clone()));
@@ -298,7 +299,7 @@ impl Drop for Lease {
         if !book.leases.is_empty() {
             return;
         }
-        // What the last one needed is nobody's need any more.
+        // The demand ends with the last subscriber.
         book.demand = None;
         book.idle_since = Instant::now();
         drop(book);
@@ -346,7 +347,7 @@ mod tests {
         let first = store.lease(&id, at(100), None);
         assert_eq!(told(&mut events), ["wanted"]);
         let _later = store.lease(&id, at(200), None);
-        assert_eq!(told(&mut events), [""; 0], "a later moment holds nobody up and hurries nobody");
+        assert_eq!(told(&mut events), [""; 0], "a later demand changes nothing");
         let _earlier = store.lease(&id, at(50), None);
         assert_eq!(told(&mut events), ["wanted"]);
         first.demand(Demand::Now);
@@ -367,9 +368,13 @@ mod tests {
 
         tokio::time::advance(Duration::from_secs(200)).await;
         let again = store.lease(&id, Demand::Now, None);
-        assert_eq!(again.entry.id, entry.id, "within the retention the entry is the same");
+        assert_eq!(again.entry.id, entry.id, "the entry is kept for the retention");
         drop(again);
-        assert_eq!(told(&mut events), ["wanted", "idle"], "every end is told: what was wanted again has lost its timer");
+        assert_eq!(
+            told(&mut events),
+            ["wanted", "idle"],
+            "each end of the last lease is an event, because a new lease has cancelled the retention"
+        );
         tokio::time::advance(Duration::from_secs(200)).await;
         assert!(!store.forget(&entry, retention), "idle for 200 s only");
         tokio::time::advance(Duration::from_secs(100)).await;
@@ -409,7 +414,7 @@ mod tests {
         let b = store.lease(&id, Demand::Now, Some(pod("b")));
         assert_eq!(a.entry.evidence(Some(&pod("a"))), Some(pod("b")));
         drop(b);
-        assert_eq!(a.entry.evidence(Some(&pod("a"))), Some(pod("a")), "there is no other");
+        assert_eq!(a.entry.evidence(Some(&pod("a"))), Some(pod("a")), "there is no other pod");
         let entry = a.entry.clone();
         drop(a);
         assert_eq!(entry.evidence(None), None);

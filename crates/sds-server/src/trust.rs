@@ -1,8 +1,8 @@
-//! The one owner of trust bundles: sources offer PEM, and everybody else watches the [`BundleSet`].
+//! The trust bundles. Sources offer PEM; all other parts watch the [`BundleSet`].
 //!
-//! A source that offers nothing, garbage or an empty file is reported and changes nothing: the last good bundle stays. The bundle of a
-//! domain is the union of its sources, in their order. Published only when the content changes. A source may offer revocation lists too,
-//! beside roots or alone; [`crl`] says when they are served.
+//! The bundle of a trust domain is the union of its sources, in their order. It is published only when its content changes. An offer that
+//! is empty or invalid is reported and changes nothing: the last good bundle stays. A source may also offer revocation lists, with roots or
+//! alone; [`crl`] describes when they are served.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -26,31 +26,31 @@ use workload_identity::TrustDomain;
 use self::crl::RevocationList;
 use crate::material::{self, Attached, CertificateChain, TrustBundle};
 
-/// Of the log's lines.
+/// Target of the log lines of this module.
 const LOG_TARGET: &str = "sds_agent::trust";
 
 pub mod crl;
 pub mod file;
 
-/// Why lists wait after the start.
-const FIRST_CHAIN: &str = "no certificate has been issued since the start: it is not known which authorities sign";
-/// Authorities below the roots that are remembered; more are not needed to see that there are many.
+/// The reason for withholding revocation lists after the start.
+const FIRST_CHAIN: &str = "no certificate has been issued since the start: the signing authorities are not known yet";
+/// Intermediate authorities that are remembered. Further ones are ignored.
 const MAX_INTERMEDIATES: usize = 64;
 
-/// A bundle, and what the server keeps with it.
+/// The bundle of one trust domain: roots and revocation lists.
 #[derive(Debug)]
 pub struct Bundle {
     /// The roots.
     pub roots: TrustBundle,
-    /// Revocation lists that go with them, or none.
+    /// The revocation lists that are served with the roots; may be empty.
     crls: Vec<RevocationList>,
     version: String,
-    /// Of the server.
+    /// Reserved for the server, for example for encoded forms.
     pub attached: Attached,
 }
 
 impl Bundle {
-    /// Roots and lists that fit them.
+    /// Makes a bundle. `crls` must have a list for each authority, see [`crl::fit`].
     pub fn new(roots: TrustBundle, crls: Vec<RevocationList>) -> Self {
         let mut version = roots.version().to_owned();
         if !crls.is_empty() {
@@ -62,17 +62,17 @@ impl Bundle {
         Self { roots, crls, version, attached: Attached::default() }
     }
 
-    /// `b-` and a digest of the content: of the roots alone where there are no lists.
+    /// `b-` and a digest of the content. Without revocation lists, it is the version of the roots.
     pub fn version(&self) -> &str {
         &self.version
     }
 
-    /// Its lists.
+    /// The revocation lists of the bundle.
     pub fn crls(&self) -> &[RevocationList] {
         &self.crls
     }
 
-    /// The lists as PEM; none where there are none.
+    /// The revocation lists as PEM. `None` if there are none.
     pub fn crls_pem(&self) -> Option<Vec<u8>> {
         let mut pem = Vec::new();
         self.crls.iter().for_each(|list| material::push_pem("X509 CRL", list.der(), &mut pem));
@@ -84,28 +84,28 @@ impl Bundle {
     }
 }
 
-/// Every bundle that the agent has.
+/// The bundles of all trust domains.
 #[derive(Debug, Default, Clone)]
 pub struct BundleSet {
-    /// The agent's own trust domain's; none until the first source has offered one.
+    /// The bundle of the own trust domain. `None` until a source has offered roots.
     pub own: Option<Arc<Bundle>>,
-    /// Other domains'.
+    /// The bundles of other trust domains.
     pub federated: BTreeMap<TrustDomain, Arc<Bundle>>,
-    /// Revocation lists wait for the first chain: only that shows which authorities sign.
+    /// Revocation lists wait for the first issued chain, which shows which authorities sign.
     pub wants_chain: bool,
 }
 
-/// What the operator should know: a source's offer was refused.
+/// The offer of a source was refused. The error is for the operator.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("trust bundle from {origin} {cause}; the last good one stays in use")]
 pub struct Refused {
-    /// The source's name.
+    /// The name of the source.
     pub origin: Arc<str>,
-    /// What is wrong with it.
+    /// The cause.
     pub cause: material::Error,
 }
 
-/// Owns the bundles.
+/// Owns the trust bundles. Clones share them.
 #[derive(Debug, Clone)]
 pub struct Trust(Arc<Inner>);
 
@@ -116,15 +116,15 @@ struct Inner {
     metrics: Metrics,
 }
 
-/// All that there is to make bundles of.
+/// The input for the bundles.
 #[derive(Debug, Default)]
 struct Offers {
     slots: Vec<Slot>,
-    /// Whether a chain of the own domain has been met.
+    /// Whether a chain of the own domain has been recorded.
     has_met: bool,
-    /// Authorities below the roots, as met in such chains, and until when their certificates live.
+    /// Intermediate authorities of recorded chains, each with the expiry of its last certificate.
     intermediates: HashMap<CertificateDer<'static>, SystemTime>,
-    /// Why lists are withheld, as it was told.
+    /// The last logged reason for withholding revocation lists, by domain.
     withheld: BTreeMap<Option<TrustDomain>, String>,
 }
 
@@ -135,7 +135,7 @@ struct Slot {
     crls: Vec<RevocationList>,
 }
 
-/// One source's place. Its owner offers whatever it reads.
+/// One source of a bundle. Its owner offers the content that it reads.
 #[derive(Debug, Clone)]
 pub struct Source {
     trust: Trust,
@@ -144,28 +144,29 @@ pub struct Source {
 }
 
 impl Trust {
-    /// Starts without sources.
+    /// Without sources and bundles.
     pub fn new(metrics: Metrics) -> Self {
         Self(Arc::new(Inner { offers: Mutex::default(), set: watch::Sender::new(Arc::default()), metrics }))
     }
 
-    /// The bundles, now and later.
+    /// Returns a receiver for the current bundles and their changes.
     pub fn subscribe(&self) -> watch::Receiver<Arc<BundleSet>> {
         self.0.set.subscribe()
     }
 
-    /// A place for one source of `domain`'s bundle; `None` is the agent's own domain. `name` is for people: `configMap a/b[c]`.
+    /// Adds a source for the bundle of `domain`; `None` is the own trust domain. `name` is for the log and metrics, for example `configMap
+    /// a/b[c]`.
     pub fn source(&self, domain: Option<TrustDomain>, name: &str) -> Source {
         let slots = &mut self.offers().slots;
         slots.push(Slot { domain, bundle: None, crls: Vec::new() });
         let source = Source { trust: self.clone(), index: slots.len() - 1, name: name.into() };
-        // From zero on, or the first refusal would be no increase.
+        // Starts at zero: otherwise the first refusal would not be an increase for Prometheus.
         drop(self.0.metrics.refused.get_or_create(&source.label()));
         source
     }
 
-    /// A certificate of the own domain came with these authorities below its root, if any, and lives for a time: lists have to cover them.
-    /// What a former process met is not known, so that lists wait for the first.
+    /// Records the intermediates of an issued chain of the own domain. A revocation list is required for each, until the certificates that
+    /// it has signed expire. The intermediates from before a restart are not known, so that lists are withheld until the first chain.
     pub fn met(&self, chain: &CertificateChain, now: SystemTime) {
         let intermediates = chain.certificates().get(1..).unwrap_or_default();
         let mut offers = self.offers();
@@ -202,17 +203,17 @@ impl Trust {
             roots.extend_from_slice(slot.bundle.as_ref().map_or(&[], TrustBundle::roots));
             crls.extend_from_slice(&slot.crls);
         }
-        // The same on every node and after every restart.
+        // Sorted, so that the version is equal on every node and after every restart.
         let mut below: Vec<_> = intermediates.keys().collect();
         below.sort_unstable_by(|one, other| one.as_ref().cmp(other.as_ref()));
         let (mut next, mut counts) = (BundleSet::default(), (0, 0));
         let current = self.0.set.borrow().clone();
         for (domain, (certificates, crls)) in domains {
-            // Each root was parsed when it was offered; where there is none yet, lists alone are of no use.
+            // Fails only if the domain has no root yet: each root was parsed when it was offered. Revocation lists alone are not served.
             let Ok(roots) = TrustBundle::from_certificates(certificates) else { continue };
             let fitting = match &domain {
                 _ if crls.is_empty() => Ok(Vec::new()),
-                Some(domain) => Err(format!("they are of {domain}, and nobody here sees which authorities sign there")),
+                Some(domain) => Err(format!("the lists are of {domain}, and its signing authorities are not known here")),
                 None if !*has_met => Err(FIRST_CHAIN.to_owned()),
                 None => crl::fit(roots.roots().iter().chain(below.iter().copied()), &crls),
             };
@@ -271,12 +272,16 @@ impl BundleSet {
 }
 
 impl Source {
-    /// The name given for people.
+    /// The name of the source, for the log and metrics.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Offers PEM: roots, revocation lists, or both. What cannot be used is refused, counted and logged, and changes nothing.
+    /// Offers PEM: roots, revocation lists, or both.
+    ///
+    /// # Errors
+    ///
+    /// If the PEM is not usable. The refusal is logged and counted, and the last good content stays in use.
     pub fn offer(&self, pem: &[u8]) -> Result<(), Refused> {
         let read = || {
             let crls = crl::from_pem(pem)?;
@@ -300,18 +305,19 @@ impl Source {
         }
     }
 
-    /// There is nothing to offer, and `why` says so: counted and logged like a refused offer, and changes nothing either.
+    /// Reports that the source has no content, for example because its file cannot be read. It is logged and counted like a refused offer,
+    /// and the last good content stays in use.
     pub fn missing(&self, why: impl fmt::Display) {
         self.trust.0.metrics.refused.get_or_create(&self.label()).inc();
-        tracing::warn!(target: LOG_TARGET, source = %self.name, error = %why, "no trust bundle there; the last good one stays in use");
+        tracing::warn!(target: LOG_TARGET, source = %self.name, error = %why, "source has no trust bundle; the last good one stays in use");
     }
 
-    /// Takes a bundle that has been read already.
+    /// Offers a bundle that is already parsed.
     pub fn take(&self, bundle: TrustBundle) {
         self.put(Some(bundle), None);
     }
 
-    /// Puts what there is into the source's place; what is none stays as it was. Roots never go for want of an offer.
+    /// Stores the content of an offer. `None` keeps the stored part: roots are never removed because an offer has none.
     fn put(&self, bundle: Option<TrustBundle>, crls: Option<Vec<RevocationList>>) {
         let metrics = &self.trust.0.metrics;
         let mut offers = self.trust.offers();
@@ -342,13 +348,13 @@ impl Source {
     }
 }
 
-/// The source's name; there are as many as are configured.
+/// The name of the source. Its values are limited by the configuration.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct Label {
     source: String,
 }
 
-/// Whether lists are served.
+/// Labels of `crls`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Standing {
     state: State,
@@ -361,7 +367,7 @@ enum State {
     withheld,
 }
 
-/// What trust counts.
+/// Metrics of the trust bundles.
 #[derive(Debug, Clone, Default)]
 pub struct Metrics {
     expiry: Family<Label, Gauge>,
@@ -372,32 +378,28 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    /// Registers the module's metrics.
+    /// Registers the metrics of this module.
     pub fn register(registry: &mut Registry) -> Self {
         let metrics = Self::default();
-        registry.register(
-            "bundle_expiration_timestamp_seconds",
-            "The first moment at which a root of this source has expired",
-            metrics.expiry.clone(),
-        );
+        registry.register("bundle_expiration_timestamp_seconds", "Earliest expiry of a root of this source", metrics.expiry.clone());
         registry.register(
             "bundles_refused",
-            "Times that a source had no bundle that could be used: missing, empty, oversized or unparsable",
+            "Offers of a source without a usable bundle: missing, empty, oversized or unparsable",
             metrics.refused.clone(),
         );
         registry.register(
             "crls",
-            "Revocation lists that the sources offer; withheld are those that would make clients refuse every peer",
+            "Revocation lists that the sources offer. They are withheld if clients would reject peers because of them",
             metrics.crls.clone(),
         );
         registry.register(
             "crl_this_update_timestamp_seconds",
-            "When that revocation list of this source was made which ends first",
+            "Issue time (thisUpdate) of the revocation list of this source that expires first",
             metrics.this_update.clone(),
         );
         registry.register(
             "crl_next_update_timestamp_seconds",
-            "When the first revocation list of this source ends: from then on clients refuse every peer of its authority",
+            "Earliest expiry (nextUpdate) of a revocation list of this source: from then on clients reject every peer of its authority",
             metrics.next_update.clone(),
         );
         metrics.served((0, 0));
@@ -410,7 +412,7 @@ impl Metrics {
         }
     }
 
-    /// The series of a source are there as long as it has lists that end.
+    /// A source has these series only while it has a revocation list with `nextUpdate`.
     fn listed(&self, label: &Label, crls: &[RevocationList]) {
         match crls.iter().filter_map(|list| Some((list.next_update?, list.this_update))).min() {
             Some((next, this)) => {
@@ -424,7 +426,7 @@ impl Metrics {
         }
     }
 
-    /// Registers and counts one of everything, for the reference.
+    /// Registers the metrics and makes every series, for the metrics reference.
     #[cfg(any(test, feature = "testing"))]
     pub fn sample(registry: &mut Registry) {
         let metrics = Self::register(registry);
@@ -463,7 +465,7 @@ mod tests {
             let refused = source.offer(bad).unwrap_err();
             assert!(refused.to_string().starts_with("trust bundle from file a "), "{refused}");
         }
-        source.missing("the file is gone");
+        source.missing("the file was removed");
         assert!(!watcher.has_changed().unwrap());
         assert!(Arc::ptr_eq(&good, watcher.borrow().own.as_ref().unwrap()));
         assert_eq!(trust.0.metrics.refused.get_or_create(&source.label()).get(), 4);
@@ -506,7 +508,7 @@ mod tests {
         let (a, b) = (Authority::new("a"), Authority::new("b"));
         let own = || trust.subscribe().borrow().own.clone().unwrap();
         let counts = || [State::served, State::withheld].map(|state| metrics.crls.get_or_create(&Standing { state }).get());
-        // Lists before roots wait for them, and for a certificate.
+        // Revocation lists without roots wait for roots, and for an issued chain.
         crls.offer(a.list(1, 0).as_bytes()).unwrap();
         assert!(trust.subscribe().borrow().own.is_none());
         roots.offer(a.certificate.pem().as_bytes()).unwrap();
@@ -515,13 +517,13 @@ mod tests {
         assert!(!trust.subscribe().borrow().wants_chain);
         assert!(own().crls_pem().is_some_and(|pem| pem.starts_with(b"-----BEGIN X509 CRL-----")));
         assert_eq!((own().crls()[0].revoked, counts()), (1, [1, 0]));
-        assert_ne!(own().version(), own().roots.version(), "another content is another version");
+        assert_ne!(own().version(), own().roots.version(), "other content has another version");
 
         for bad in [&b""[..], b"garbage", b"-----BEGIN X509 CRL-----\nAAAA\n-----END X509 CRL-----\n"] {
             crls.offer(bad).unwrap_err();
         }
         assert_eq!(own().crls().len(), 1);
-        // Another root without a list: clients would refuse all its peers.
+        // The second root has no list: clients would reject all its peers.
         roots.offer([a.certificate.pem(), b.certificate.pem()].concat().as_bytes()).unwrap();
         assert_eq!((own().crls().len(), own().roots.roots().len(), counts()), (0, 2, [0, 1]));
         assert_eq!(own().version(), own().roots.version());
@@ -529,7 +531,7 @@ mod tests {
         assert_eq!((own().crls().len(), counts()), (2, [2, 0]));
         assert!(metrics.next_update.get_or_create(&crls.label()).get() > metrics.this_update.get_or_create(&crls.label()).get());
 
-        // A file of lists alone takes no root away, and one of roots alone its lists.
+        // An offer of lists alone removes no root, and an offer of roots alone removes no list.
         roots.offer(a.list(3, 0).as_bytes()).unwrap();
         assert_eq!(own().roots.roots().len(), 2);
         roots.offer([a.certificate.pem(), b.certificate.pem()].concat().as_bytes()).unwrap();
@@ -548,10 +550,10 @@ mod tests {
         assert_eq!(served(), 1);
         let deep = chain(&[&leaf, &below]);
         trust.met(&deep, now);
-        assert_eq!(served(), 0, "nobody would accept what it has signed");
+        assert_eq!(served(), 0, "no client would accept a certificate of the intermediate");
         trust.source(None, "below").offer(below.list(0, 0).as_bytes()).unwrap();
         assert_eq!(served(), 2);
-        // Its last certificate has ended.
+        // The last certificate of the intermediate has expired.
         let later = deep.validity.not_after + std::time::Duration::from_secs(1);
         trust.met(&chain(&[&leaf, &root]), later);
         assert_eq!(trust.offers().intermediates.len(), 1);
@@ -565,7 +567,7 @@ mod tests {
         let own = trust.subscribe().borrow().own.clone().unwrap();
         trust.source(Some(partner.clone()), "partner").offer(&pem("b")).unwrap();
         let set = trust.subscribe().borrow().clone();
-        assert!(Arc::ptr_eq(&own, set.own.as_ref().unwrap()), "another domain's news do not touch it");
+        assert!(Arc::ptr_eq(&own, set.own.as_ref().unwrap()), "a change of another domain does not replace the own bundle");
         assert!(set.federated.contains_key(&partner));
     }
 }

@@ -1,14 +1,16 @@
-//! HTTP/2 from clients that put the path of their socket, or another name of their own, into `:authority`.
+//! Replaces the `:authority` of HTTP/2 requests, because clients of Unix sockets send values that the `h2` crate rejects.
 //!
-//! The kubelet registers plugins so (`%2Fvar%2Flib%2Fkubelet%2F…`), and older ones call drivers so; so do several gRPC libraries, and an
-//! Envoy whose cluster for SDS has a `|` or a `/` in its name. That is no authority as URIs have it, and the HTTP/2 library resets such a
-//! stream before any of our code runs. On a Unix socket the name means nothing: [`AuthorityNormalizer`] sits below the library and replaces it in every
-//! block of headers, whatever it was. Everything else passes as it came, and so does a block that cannot be read here: the library judges
-//! it.
+//! Some clients send the path of the socket, or another name that is not a URI authority. The kubelet does so when it registers a plugin
+//! (`%2Fvar%2Flib%2Fkubelet%2F…`), and older kubelets also when they call a CSI driver (kubernetes/kubernetes#112597). Several gRPC
+//! libraries do so, and an Envoy whose SDS cluster has a `|` or a `/` in its name. `h2` resets the stream of such a request before the
+//! server sees it (hyperium/h2#487). On a Unix socket the value has no meaning.
 //!
-//! The compression's state stays in step: an entry keeps its kind and its name, so both ends count the same entries, and the new value is
-//! the shortest there is, so an entry lives in the library's table for at least as long as in the client's. The frame keeps its length:
-//! what the value no longer takes becomes padding, so every other byte stays where the client has put it.
+//! [`AuthorityNormalizer`] wraps the server's side of a connection, below `h2`, and replaces the value in each HEADERS frame by `-` (RFC
+//! 9113, sections 6.2 and 8.3.1). All other bytes are unchanged, and so is a block that this module cannot parse: `h2` handles it.
+//!
+//! The HPACK state of both ends stays consistent (RFC 7541). A field keeps its representation and its name, so both ends add the same
+//! entries to their dynamic tables. The replacement has the minimal length, so an entry stays in the server's table for at least as long
+//! as in the client's. The frame keeps its length: the bytes that the shorter value frees become padding.
 
 use std::{
     io,
@@ -25,71 +27,74 @@ use std::{
 use bytes::Bytes;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-/// What a client says first.
+/// Length of the client's connection preface (RFC 9113, section 3.4).
 const PREFACE: usize = 24;
 const FRAME_HEADER: usize = 9;
-/// The kind of frame that begins a block of headers.
+/// Frame type HEADERS.
 const HEADERS: u8 = 1;
 const END_HEADERS: u8 = 0x4;
 const PADDED: u8 = 0x8;
 const PRIORITY: u8 = 0x20;
-/// No frame is longer unless the server says that it may be.
+/// Default of `SETTINGS_MAX_FRAME_SIZE`, in bytes. The server has to keep it.
 const MAX_FRAME_BYTES: usize = 16_384;
-/// The static table's entry of that name.
+/// Index of `:authority` in the static table (RFC 7541, appendix A).
 const AUTHORITY: usize = 1;
-/// The same as text, for clients that spell it out, as gRPC's C++ library does.
+/// The name as a literal, which gRPC's C++ library sends.
 const NAME_LITERAL: &[u8] = b":authority";
-/// The same in the code of RFC 7541, appendix B.
+/// The name in the Huffman code of RFC 7541, appendix B.
 const NAME_HUFFMAN: &[u8] = &[0xb8, 0x3b, 0x53, 0x39, 0xec, 0x32, 0x7d, 0x7f];
-/// `-`, which is valid and as short as can be, as it travels: in the code of appendix B, one byte long. A value that is not in that code
-/// would be a part of the library's read buffer, all of which its table would keep for as long as the connection is there.
+/// The string literal `-`, a valid authority of minimal length: a length of 1 and one byte in the Huffman code of RFC 7541, appendix B.
+/// `h2` keeps a value without Huffman code as a slice of its read buffer, so its dynamic table would keep the whole buffer in memory for
+/// as long as the connection lives.
 const REPLACEMENT: [u8; 2] = [0x81, 0x5b];
-/// Read at once where there is no room.
+/// Bytes that are read at once if the caller's buffer is smaller than the incomplete frame.
 const CHUNK: usize = 4096;
 
-/// A stream whose HTTP/2 client calls by no name that could be wrong.
+/// Wraps the server's side of an HTTP/2 connection and replaces the `:authority` of each request by `-`. Writes pass unchanged.
+///
+/// It buffers at most one incomplete HEADERS frame (up to 16,384 bytes of payload) and one read. An idle connection has no buffer.
 #[derive(Debug)]
 pub struct AuthorityNormalizer<S> {
     stream: S,
     frames: Frames,
-    /// The beginning of a frame that is not whole yet.
+    /// Beginning of an incomplete frame.
     held: Vec<u8>,
-    /// What was read before there was room for it.
+    /// Rewritten bytes that the caller has not read yet.
     ready: Bytes,
     spoke: Arc<AtomicBool>,
 }
 
 impl<S> AuthorityNormalizer<S> {
-    /// Wraps the server's end of a fresh connection.
+    /// Wraps the server's side of a new connection, from which no byte has been read.
     pub fn new(stream: S) -> Self {
         Self { stream, frames: Frames::default(), held: Vec::new(), ready: Bytes::new(), spoke: Arc::default() }
     }
 
-    /// Whether the client has ever said anything, now and later.
+    /// Returns a flag that becomes true when the client has sent a byte.
     pub fn spoke(&self) -> Arc<AtomicBool> {
         self.spoke.clone()
     }
 
-    /// Takes what is wanted of `ready`.
+    /// Moves bytes from `ready` to `buf`.
     fn take(&mut self, buf: &mut ReadBuf<'_>) {
         let some = self.ready.len().min(buf.remaining());
         buf.put_slice(&self.ready.split_to(some));
         if self.ready.is_empty() {
-            // Idle connections are many, and hold nothing.
+            // Frees the memory: a server has many idle connections.
             self.ready = Bytes::new();
         }
     }
 }
 
 impl<S: AsyncRead + Unpin> AuthorityNormalizer<S> {
-    /// Reads to where it is wanted and works there; whether there is anything to tell.
+    /// Reads into `buf` and rewrites frames there. Returns false if `buf` got no bytes, because the frame is still incomplete.
     fn poll_in_place(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<bool>> {
         let before = buf.filled().len();
         buf.put_slice(&self.held);
         let read = Pin::new(&mut self.stream).poll_read(cx, buf);
         let came = &mut buf.filled_mut()[before..];
         if !matches!(read, Poll::Ready(Ok(()))) || came.len() == self.held.len() {
-            // At the end, what was held back of an unfinished frame is of no use to anybody.
+            // At the end of the stream an incomplete frame is dropped.
             buf.set_filled(before);
             return read.map_ok(|()| true);
         }
@@ -100,7 +105,7 @@ impl<S: AsyncRead + Unpin> AuthorityNormalizer<S> {
         Poll::Ready(Ok(passed > 0))
     }
 
-    /// The same where there is less room than is held; whether the client has more to say.
+    /// Reads into a buffer of its own, for a `buf` that is smaller than `held`. Returns false at the end of the stream.
     fn poll_aside(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<bool>> {
         let mut chunk = [MaybeUninit::uninit(); CHUNK];
         let mut read = ReadBuf::uninit(&mut chunk);
@@ -156,10 +161,10 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for AuthorityNormalizer<S> {
     }
 }
 
-/// Where in its frames a client is.
+/// Position in the client's frames.
 #[derive(Debug)]
 struct Frames {
-    /// Bytes that pass as they are.
+    /// Number of the next bytes that pass unchanged.
     through: usize,
 }
 
@@ -170,8 +175,8 @@ impl Default for Frames {
 }
 
 impl Frames {
-    /// Takes the names out of `bytes`, which begin where the last ones have ended, and says how many go on: the others are the beginning
-    /// of a frame that is not whole.
+    /// Rewrites the complete HEADERS frames in `bytes`, and returns the number of bytes that pass. The rest is the beginning of an
+    /// incomplete frame: the next call begins with it.
     fn pass(&mut self, bytes: &mut [u8]) -> usize {
         let mut passed = 0;
         loop {
@@ -198,15 +203,15 @@ fn length([a, b, c]: [u8; 3]) -> usize {
     usize::from(a) << 16 | usize::from(b) << 8 | usize::from(c)
 }
 
-/// Replaces the authority in a whole HEADERS frame. What cannot be read stays as it is, and so do a block that goes on in another frame and
-/// a value that is longer than padding can be: no socket has such a path.
+/// Replaces the authority in a complete HEADERS frame. A frame without END_HEADERS or with an invalid block stays unchanged. So does a
+/// value that is longer than the maximum padding of 255 bytes; the path of a socket has at most 108 bytes.
 fn rewrite_authority(frame: &mut [u8]) {
     let flags = frame[4];
     let Some(value) = authority(&frame[FRAME_HEADER..], flags) else { return };
     let (start, end) = (FRAME_HEADER + value.start, FRAME_HEADER + value.end);
     let spare = end - start - REPLACEMENT.len();
     let is_padded = flags & PADDED != 0;
-    // Where there was no padding, its length takes the first byte of what becomes free.
+    // In a frame without padding, the Pad Length field takes one of the freed bytes.
     let (shift, padding) = match spare.checked_sub(1) {
         None => (0, None),
         Some(rest) if !is_padded => (1, Some(rest)),
@@ -225,7 +230,7 @@ fn rewrite_authority(frame: &mut [u8]) {
     frame[free..].fill(0);
 }
 
-/// Where in a HEADERS frame's payload the authority's value is, with its length: two bytes at least.
+/// Returns the range of the authority's value in the payload of a HEADERS frame, with its length prefix: at least two bytes.
 fn authority(payload: &[u8], flags: u8) -> Option<Range<usize>> {
     if flags & END_HEADERS == 0 {
         return None;
@@ -234,7 +239,7 @@ fn authority(payload: &[u8], flags: u8) -> Option<Range<usize>> {
     let before = usize::from(flags & PADDED != 0) + if flags & PRIORITY != 0 { 5 } else { 0 };
     let block = payload.get(before..payload.len().checked_sub(padding)?)?;
     let mut rest = block;
-    // RFC 7541, section 6: one representation after the other.
+    // RFC 7541, section 6: a block is a sequence of field representations.
     while let Some(first) = rest.first() {
         let (bits, is_literal) = match first.leading_zeros() {
             0 => (7, false),
@@ -263,14 +268,14 @@ fn authority(payload: &[u8], flags: u8) -> Option<Range<usize>> {
     None
 }
 
-/// Section 5.1: a number that begins in the last `bits` of the first byte.
+/// Parses an integer with a prefix of `bits` bits (RFC 7541, section 5.1).
 fn integer(rest: &mut &[u8], bits: u32) -> Option<usize> {
     let mask = (1_usize << bits) - 1;
     let mut value = usize::from(next(rest)?) & mask;
     if value < mask {
         return Some(value);
     }
-    // Three more bytes are far more than a frame holds.
+    // Three more bytes encode numbers far above the maximum size of a frame.
     for shift in [0, 7, 14] {
         let byte = next(rest)?;
         value += usize::from(byte & 0x7f) << shift;
@@ -281,14 +286,14 @@ fn integer(rest: &mut &[u8], bits: u32) -> Option<usize> {
     None
 }
 
-/// A string as it travels.
+/// An encoded string literal.
 struct Text<'a> {
-    /// In the code of appendix B.
+    /// Whether it is in the Huffman code of RFC 7541, appendix B.
     short: bool,
     bytes: &'a [u8],
 }
 
-/// Section 5.2: a length and so many bytes.
+/// Parses a string literal: a length and that number of bytes (RFC 7541, section 5.2).
 fn string<'a>(rest: &mut &'a [u8]) -> Option<Text<'a>> {
     let short = rest.first()? & 0x80 != 0;
     let len = integer(rest, 7)?;
@@ -319,12 +324,12 @@ mod tests {
         [&[a, b, c, kind, flags, 0, 0, 0, 1], payload].concat()
     }
 
-    /// A frame with a block that ends in it, with `padding` behind it.
+    /// A HEADERS frame with a block and `padding` bytes of padding.
     fn padded(flags: u8, block: &[u8], padding: u8) -> Vec<u8> {
         frame(HEADERS, flags | PADDED, &[&[padding], block, &vec![0; padding.into()]].concat())
     }
 
-    /// What goes on of `bytes` that come in pieces.
+    /// The output for `bytes` that arrive in pieces.
     fn passed(bytes: &[u8], piece: usize) -> Vec<u8> {
         let (mut frames, mut held, mut all) = (Frames::default(), Vec::new(), Vec::new());
         for bytes in bytes.chunks(piece) {
@@ -335,7 +340,7 @@ mod tests {
         all
     }
 
-    /// `:method POST`, `:scheme http`, a path, and an authority as literals of every kind.
+    /// A block of `:method POST`, `:scheme http`, a path and an authority. `kind` is the representation of the authority.
     fn block(authority: &[u8], kind: u8) -> Vec<u8> {
         block_with(&[kind | 1], authority)
     }
@@ -344,7 +349,7 @@ mod tests {
         block_of(name, &text(authority))
     }
 
-    /// The same, renamed.
+    /// The same block with the replaced authority.
     fn named(kind: u8) -> Vec<u8> {
         block_of(&[kind | 1], &REPLACEMENT)
     }
@@ -358,7 +363,7 @@ mod tests {
         [&[u8::try_from(text.len()).unwrap()], text].concat()
     }
 
-    /// A literal's beginning that spells its name.
+    /// The beginning of a literal field with a literal name.
     fn spelled(kind: u8, short: bool) -> Vec<u8> {
         let mut name = text(if short { NAME_HUFFMAN } else { NAME_LITERAL });
         name[0] |= u8::from(short) << 7;
@@ -387,7 +392,7 @@ mod tests {
             let came = [PRI, &*frame(HEADERS, END_HEADERS, &block(b"/run/a.sock"))].concat();
             assert_eq!(passed(&came, 3), [PRI, &*padded(END_HEADERS, &block_of(&spelled(kind, short), &REPLACEMENT), 9)].concat());
         }
-        // Neither is another name of that length.
+        // Another name of the same length is not rewritten.
         let other = [&[0x40], &*text(b":authoritx")].concat();
         let came = [&PRI[..], &frame(HEADERS, END_HEADERS, &block_with(&other, b"/run/a.sock"))].concat();
         assert_eq!(passed(&came, 3), came);
@@ -409,7 +414,7 @@ mod tests {
             let (came, meant) = ([PRI, &*came].concat(), [PRI, &*meant].concat());
             assert_eq!(passed(&came, came.len()), meant);
         }
-        // There is no more padding than this.
+        // The padding would be longer than 255 bytes.
         let came = [PRI, &*padded(there, &with(&block(b"/a/b", 0x40)), 253)].concat();
         assert_eq!(passed(&came, came.len()), came);
     }
@@ -430,7 +435,7 @@ mod tests {
         }
     }
 
-    /// Should this fail one day, the library takes such names by itself, and all of this can go.
+    /// If this test fails, `h2` accepts such values, and this module can be removed.
     #[tokio::test]
     async fn without_it_the_library_resets_the_stream() {
         let (mut client, server) = tokio::io::duplex(1 << 16);
@@ -445,7 +450,7 @@ mod tests {
         assert!(accepted.is_none_or(|request| request.is_err()));
     }
 
-    /// The library itself, with the filter.
+    /// `h2` accepts the requests behind the filter.
     #[tokio::test]
     async fn the_library_takes_it_twice_on_one_connection() {
         for name in [vec![0x41], spelled(0x40, false), spelled(0x40, true)] {
@@ -467,7 +472,7 @@ mod tests {
         });
         let mut second = frame(HEADERS, END_HEADERS | 1, &[0x83, 0x86, 0xbf, 0xbe]);
         second[8] = 3;
-        // The second refers to what the first has put into the table: the path, then the authority.
+        // The second request refers to the entries that the first one added to the dynamic table: the path and the authority.
         let first = [&[0x83, 0x86, 0x44, 0x06][..], b"/a.B/C", name, &[0x04], b"/a/b"].concat();
         let mut settings = frame(4, 0, &[]);
         settings[8] = 0;
@@ -480,7 +485,7 @@ mod tests {
         assert_eq!(seen, ["http://-/a.B/C", "http://-/a.B/C"]);
     }
 
-    /// With room for all of it, for less than is held, and for a little.
+    /// Reads into buffers larger than all frames, smaller than the incomplete frame, and of a few bytes.
     #[tokio::test]
     async fn the_inside_of_a_large_frame_keeps_its_place() {
         let bytes: Vec<u8> = (0..=250).cycle().take(MAX_FRAME_BYTES).collect();

@@ -1,13 +1,13 @@
-//! Parts for servers on Unix sockets: a listener, callers by their processes, and a filter for HTTP/2. The server itself is its user's, such
-//! as `hyper::server::conn::http2`; `sds-server` shows how the parts are joined (`session.rs`).
+//! Building blocks of servers on Unix sockets: a listener, peer credentials, and an HTTP/2 filter. The user brings the server, such as
+//! `hyper::server::conn::http2`; `session.rs` of `sds-server` shows how to combine them.
 //!
-//! - [`peer`] takes a caller's credentials and a handle on its process (`SO_PEERPIDFD`), which no later owner of its pid inherits.
+//! - [`peer`] reads the credentials of a caller and a handle on its process (`SO_PEERPIDFD`), which pid reuse does not affect.
 //! - [`listener`] binds a socket under a temporary name and renames it into place, so that one server replaces another without a gap.
-//! - [`authority_rewrite`] lets an HTTP/2 server take requests of any `:authority`: the `h2` crate rejects a socket's path
-//!   (<https://github.com/hyperium/h2/issues/487>).
-//! - [`fd`] waits for descriptors that the kernel makes readable.
+//! - [`authority_rewrite`] replaces the `:authority` of HTTP/2 requests, because the `h2` crate rejects the path of a socket
+//!   (hyperium/h2#487).
+//! - [`fd`] registers file descriptors with tokio.
 
-// It writes no file; its tests do.
+// The crate writes no file; its tests do.
 #![cfg_attr(test, allow(clippy::disallowed_methods))]
 
 pub mod authority_rewrite;

@@ -1,8 +1,8 @@
-//! The socket's name in the file system: bound beside it, given its mode, and moved into place in one step.
+//! Binds a Unix socket under a temporary name, sets its mode, and renames it to its public path atomically.
 //!
-//! There is no moment without a socket under the public name, and no moment with the wrong mode. Binding ([`prepare`]) and taking the name
-//! ([`Prepared::publish`]) are two steps, so that a predecessor can go on in between. At the end only our own socket is removed (same device
-//! and inode); a successor's stays. The directory is never removed: workloads have it mounted.
+//! So the public path always leads to a socket with the right mode. Binding ([`prepare`]) and renaming ([`Prepared::publish`]) are two
+//! steps, so that a predecessor can serve in between. At shutdown only the process's own socket is removed (same device and inode), and a
+//! successor's socket stays. The directory is never removed, because workloads have it mounted.
 
 use std::{
     future::pending,
@@ -21,13 +21,13 @@ use tracing::warn;
 
 use crate::fd;
 
-/// Of the log's lines.
+/// Target of the log lines.
 const LOG_TARGET: &str = "sds_agent::listener";
 
-/// Connections that wait to be accepted: a node's worth of proxies that reconnect at once.
+/// Maximum number of connections that wait to be accepted: all proxies of a node may reconnect at the same time.
 const BACKLOG: i32 = 4096;
 
-/// Why the socket cannot be served.
+/// The socket cannot be bound. The message names the configuration field, the path, the failed step and the remedy.
 #[derive(Debug, thiserror::Error)]
 #[error("{field} {path}: cannot {action}: {cause}{hint}")]
 pub struct Error {
@@ -38,16 +38,16 @@ pub struct Error {
     hint: &'static str,
 }
 
-/// A bound socket under its public name.
+/// A listening socket under its public path.
 #[derive(Debug)]
 pub struct Bound {
-    /// For the accept loop.
+    /// The listener for the accept loop.
     pub listener: UnixListener,
-    /// Its name.
+    /// The public path.
     pub name: BoundPath,
 }
 
-/// The public name, which led to our socket when it was taken.
+/// The public path of a socket, with the socket's device and inode. Dropping it does not remove the socket.
 #[derive(Debug)]
 pub struct BoundPath {
     path: PathBuf,
@@ -55,7 +55,7 @@ pub struct BoundPath {
     inode: u64,
 }
 
-/// A socket that listens beside its public name.
+/// A socket that listens under a temporary name beside its public path. Dropping it removes the temporary name.
 #[derive(Debug)]
 pub struct Prepared {
     field: &'static str,
@@ -64,19 +64,44 @@ pub struct Prepared {
     taken: bool,
 }
 
-/// Binds `path` with permission bits `mode`, replacing what is there. A missing directory is made, accessible to everybody, as the
-/// socket's own mode decides who may connect.
+/// Binds `path` with permission bits `mode`, and replaces an existing file. Creates missing directories with mode 0755; the mode of the
+/// socket decides which users can connect.
+///
+/// # Errors
+///
+/// Like [`prepare`] and [`Prepared::publish`].
+///
+/// # Panics
+///
+/// Outside of a tokio runtime with I/O enabled.
 pub fn bind(path: &Path, mode: u32) -> Result<Bound, Error> {
     bind_for("the socket's path", path, mode)
 }
 
-/// The same for a path that comes from `field` of the configuration.
+/// Like [`bind`], for a path from the configuration field `field`.
+///
+/// # Errors
+///
+/// Like [`prepare`] and [`Prepared::publish`].
+///
+/// # Panics
+///
+/// Outside of a tokio runtime with I/O enabled.
 pub fn bind_for(field: &'static str, path: &Path, mode: u32) -> Result<Bound, Error> {
     let (listener, prepared) = prepare(field, path, mode)?;
     Ok(Bound { listener, name: prepared.publish()? })
 }
 
-/// Binds and listens beside `path`, which comes from `field` of the configuration, and leaves the name itself alone.
+/// Binds and listens under a temporary name beside `path`, which is from the configuration field `field`. `path` itself is not changed.
+///
+/// # Errors
+///
+/// The directory cannot be created or opened, or the socket cannot be created, bound or given its mode. The name of the file may be too
+/// long for a socket address (108 bytes).
+///
+/// # Panics
+///
+/// Outside of a tokio runtime with I/O enabled.
 pub fn prepare(field: &'static str, path: &Path, mode: u32) -> Result<(UnixListener, Prepared), Error> {
     let failed = |action, hint| move |cause: rustix::io::Errno| Error { field, path: path.to_owned(), action, cause: cause.into(), hint };
     let directory = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
@@ -84,10 +109,10 @@ pub fn prepare(field: &'static str, path: &Path, mode: u32) -> Result<(UnixListe
 
     let name = path.file_name().map(|n| n.to_string_lossy()).unwrap_or_default();
     let beside = directory.join(format!(".{name}.{}", std::process::id()));
-    // Left over from a process of the same id that was killed in this very moment.
+    // A process of the same pid may have been killed between binding and renaming.
     let _ = rustix::fs::unlink(&beside);
     let too_long = "; a socket's path has at most 108 bytes, choose a shorter one";
-    // A path that is too long for an address is reached by its directory's descriptor; the file's name alone has to fit.
+    // If the path is too long for an address, the directory is addressed by its descriptor, and only the name of the file has to fit.
     let way = rustix::fs::open(directory, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
         .map_err(failed("open its directory", ""))?;
     let shorter = || format!("/proc/self/fd/{}/{}", way.as_raw_fd(), beside.file_name().unwrap_or_default().to_string_lossy());
@@ -95,8 +120,8 @@ pub fn prepare(field: &'static str, path: &Path, mode: u32) -> Result<(UnixListe
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).map_err(failed("make a socket", ""))?;
     rustix::net::bind(&socket, &address).map_err(failed("bind beside it", ""))?;
-    // From here on what is dropped is removed.
-    let stat = rustix::fs::statat(CWD, &beside, AtFlags::SYMLINK_NOFOLLOW).map_err(failed("look at it", ""))?;
+    // From here on, dropping `prepared` removes the temporary name.
+    let stat = rustix::fs::statat(CWD, &beside, AtFlags::SYMLINK_NOFOLLOW).map_err(failed("read its inode", ""))?;
     let name = BoundPath { path: path.to_owned(), device: stat.st_dev, inode: stat.st_ino };
     let prepared = Prepared { field, beside, name, taken: false };
     rustix::fs::chmodat(CWD, &prepared.beside, Mode::from_raw_mode(mode), AtFlags::empty()).map_err(failed("set its mode", ""))?;
@@ -112,16 +137,21 @@ pub fn prepare(field: &'static str, path: &Path, mode: u32) -> Result<(UnixListe
 }
 
 impl Prepared {
-    /// The public name that it is for.
+    /// Returns the public path.
     pub fn path(&self) -> &Path {
         &self.name.path
     }
 
-    /// Moves the socket into place, over whatever is there.
+    /// Renames the socket to its public path, and replaces an existing file.
+    ///
+    /// # Errors
+    ///
+    /// Another process of the same pid has replaced the temporary name, or the rename fails. The temporary name is removed if it is still
+    /// this socket's.
     pub fn publish(mut self) -> Result<BoundPath, Error> {
         let failed = |cause, hint| Error { field: self.field, path: self.name.path.clone(), action: "move it into place", cause, hint };
         if !self.name.is_socket_at(&self.beside) {
-            let hint = "; another process has prepared to take it since";
+            let hint = "; another process has replaced the prepared socket";
             return Err(failed(io::ErrorKind::NotFound.into(), hint));
         }
         rustix::fs::rename(&self.beside, &self.name.path).map_err(|cause| failed(cause.into(), "; is there a directory of that name?"))?;
@@ -133,7 +163,7 @@ impl Prepared {
 
 impl Drop for Prepared {
     fn drop(&mut self) {
-        // In another container there may be a process of the same id, which has bound its own under this name since.
+        // A process of the same pid in another container may have bound its own socket under this name.
         if !self.taken && self.name.is_socket_at(&self.beside) {
             let _ = rustix::fs::unlink(&self.beside);
         }
@@ -159,32 +189,41 @@ fn make_directory(directory: &Path) -> rustix::io::Result<()> {
 }
 
 impl BoundPath {
-    /// The public name.
+    /// Returns the public path.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Whether the name still leads to our socket.
+    /// Returns whether the public path still leads to this socket.
     pub fn is_owned(&self) -> bool {
         self.is_socket_at(&self.path)
     }
 
-    /// Returns once the name no longer leads to our socket, as the kernel tells; never where it cannot.
+    /// Completes when the public path no longer leads to this socket. Uses inotify; if that is unavailable, it logs a warning and stays
+    /// pending forever.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future loses nothing: each call checks the path before it waits.
     pub async fn superseded(&self) {
         let events = match self.watch() {
             Ok(events) => events,
-            // The name may have gone before it was watched.
+            // The path may have been removed before the watch was added.
             Err(_) if !self.is_owned() => return,
             Err(error) => {
-                warn!(target: LOG_TARGET, %error, socket = %self.path.display(), "cannot watch the socket's name; where somebody takes it, it is not taken back");
+                warn!(
+                    target: LOG_TARGET, %error,
+                    socket = %self.path.display(),
+                    "cannot watch the socket's name; if another process replaces the socket, the agent does not take the name back"
+                );
                 return pending().await;
             }
         };
-        // Looked at after it is watched, so that nothing falls between.
+        // Checked after the watch was added, so that no change is missed.
         while self.is_owned() {
             match events.readable().await {
                 Ok(mut ready) => {
-                    // What has happened is told by the name itself.
+                    // The events are discarded: the state of the path counts.
                     let mut buffer = [const { MaybeUninit::uninit() }; 1024];
                     let mut told = inotify::Reader::new(events.get_ref(), &mut buffer);
                     while told.next().is_ok() {}
@@ -195,7 +234,7 @@ impl BoundPath {
         }
     }
 
-    /// Of the inode: its links change when another one is moved over it.
+    /// Watches the inode of the socket: its link count changes when another file is renamed over it.
     fn watch(&self) -> io::Result<AsyncFd<OwnedFd>> {
         let events = inotify::init(inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK)?;
         let what = inotify::WatchFlags::ATTRIB | inotify::WatchFlags::MOVE_SELF | inotify::WatchFlags::DONT_FOLLOW;
@@ -207,8 +246,8 @@ impl BoundPath {
         rustix::fs::statat(CWD, path, AtFlags::SYMLINK_NOFOLLOW).is_ok_and(|stat| stat.st_dev == self.device && stat.st_ino == self.inode)
     }
 
-    /// Removes the name, if it is still ours. A successor may take it in this very moment, so that it is moved aside first and looked at
-    /// once more there: a successor's goes back.
+    /// Removes the public path if it leads to this socket. A successor may replace the socket at the same time, so the path is renamed to
+    /// a temporary name and checked again there; the socket of a successor is renamed back.
     pub fn unlink_if_owned(&self) {
         if !self.is_owned() {
             return;
@@ -221,7 +260,7 @@ impl BoundPath {
         if !self.is_socket_at(&aside) {
             let _ = rustix::fs::renameat_with(CWD, &aside, CWD, &self.path, RenameFlags::NOREPLACE);
         }
-        // Ours, or one that yet another has replaced meanwhile.
+        // This process's socket, or a successor's that was replaced meanwhile and could not be renamed back.
         let _ = rustix::fs::unlink(&aside);
     }
 }
@@ -245,7 +284,7 @@ mod tests {
         let meta = std::fs::metadata(&path).unwrap();
         assert!(meta.file_type().is_socket());
         assert_eq!(meta.permissions().mode() & 0o777, 0o640);
-        assert_eq!(std::fs::read_dir(path.parent().unwrap()).unwrap().count(), 1, "nothing is left beside it");
+        assert_eq!(std::fs::read_dir(path.parent().unwrap()).unwrap().count(), 1, "no temporary file is left");
         UnixStream::connect(&path).unwrap();
         bound.name.unlink_if_owned();
         assert!(!path.exists() && path.parent().unwrap().exists());
@@ -275,7 +314,7 @@ mod tests {
             }
             let mut superseded = std::pin::pin!(bound.name.superseded());
             assert!(futures::poll!(superseded.as_mut()).is_pending(), "{way}");
-            // Nothing of this takes it away.
+            // Neither a change of the mode nor another file replaces the socket.
             std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
             std::fs::write(dir.path().join("beside"), "").unwrap();
             tokio::time::sleep(std::time::Duration::from_millis(50)).await;
@@ -290,7 +329,7 @@ mod tests {
         }
     }
 
-    /// Each container has a process 1: two that wait for the name at once bind beside it under one name.
+    /// Processes with pid 1 in two containers use the same temporary name.
     #[tokio::test]
     async fn dropping_a_prepared_socket_leaves_a_later_one_in_place() {
         let dir = tempfile::tempdir().unwrap();
@@ -302,7 +341,7 @@ mod tests {
         drop(given_up);
         let error = superseded.publish().unwrap_err().to_string();
         assert!(error.contains("another process"), "{error}");
-        assert!(serving.name.is_owned(), "nobody takes the name with another's socket");
+        assert!(serving.name.is_owned(), "no process publishes the socket of another one");
         assert!(prepared.publish().unwrap().is_owned());
     }
 
@@ -313,7 +352,7 @@ mod tests {
         let path = deep.join("sds.sock");
         let bound = bind(&path, 0o666).unwrap();
         assert!(bound.name.is_owned() && bound.name.path() == path);
-        assert_eq!(std::fs::read_dir(&deep).unwrap().count(), 1, "nothing is left beside it");
+        assert_eq!(std::fs::read_dir(&deep).unwrap().count(), 1, "no temporary file is left");
         bound.name.unlink_if_owned();
         assert!(!path.exists());
     }
@@ -326,6 +365,6 @@ mod tests {
         std::fs::create_dir_all(dir.path().join("taken/inside")).unwrap();
         let error = bind(&dir.path().join("taken"), 0o666).unwrap_err().to_string();
         assert!(error.contains("move it into place"), "{error}");
-        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "nothing is left behind");
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "no temporary file is left");
     }
 }

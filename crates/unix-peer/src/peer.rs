@@ -1,10 +1,10 @@
-//! The process at the other end of a Unix socket: its credentials and a handle that survives pid reuse.
+//! The process at the other end of a Unix socket: its credentials, and a handle that pid reuse does not affect.
 //!
-//! The order matters: take the handle first (here), read evidence about the pid second (`attest`), and ask [`Peer::is_alive`] last.
-//! Evidence that was read while the handle lives is about the process that connected, and about no later owner of its pid.
+//! The order of the calls matters. First create the [`Peer`], then read evidence about the pid, then call [`Peer::is_alive`]. If it
+//! returns true, the evidence is about the process that connected, and not about a later owner of its pid.
 //!
-//! Kernels before 6.5 give no handle. There the process that has the pid a moment later is recorded instead; whether it is the one that
-//! connected cannot be known, and whoever relies on it has to be told to ([`Peer::is_pinned`]).
+//! Kernels before 6.5 have no `SO_PEERPIDFD`. On those, [`Peer::of`] records the process that has the pid shortly after the connection. It
+//! may not be the process that connected, so a caller that relies on it has to allow that explicitly ([`Peer::is_pinned`]).
 
 use std::{
     fmt, io,
@@ -31,7 +31,11 @@ use crate::fd;
 
 pub mod procfs_handle;
 
-/// Whether this kernel gives a handle on a peer (`SO_PEERPIDFD`, Linux 6.5).
+/// Returns whether the kernel supports `SO_PEERPIDFD` (Linux 6.5).
+///
+/// # Errors
+///
+/// A pair of sockets cannot be created, or the kernel returns an error other than `ENOPROTOOPT`.
 pub fn kernel_pins() -> io::Result<bool> {
     let (socket, _other) = UnixStream::pair()?;
     match getsockopt(&socket, sockopt::PeerPidfd) {
@@ -41,13 +45,13 @@ pub fn kernel_pins() -> io::Result<bool> {
     }
 }
 
-/// Credentials at connect time, and the handle.
+/// Credentials of a peer at connect time, and a handle on its process. Owns the descriptors of the handle.
 pub struct Peer {
-    /// The process id in our PID namespace; 0 when it is not visible there.
+    /// Process ID in the PID namespace of this process; 0 if the peer is not visible there.
     pub pid: i32,
-    /// The effective user id.
+    /// Effective user ID.
     pub uid: u32,
-    /// The effective group id.
+    /// Effective group ID.
     pub gid: u32,
     pidfd: Option<Arc<OwnedFd>>,
     procfs_handle: Option<ProcfsHandle>,
@@ -56,18 +60,28 @@ pub struct Peer {
 }
 
 impl Peer {
-    /// Reads `SO_PEERPIDFD` and `SO_PEERCRED` of a connected socket. Where the kernel gives no handle, it records who has the pid now.
+    /// Reads `SO_PEERPIDFD` and `SO_PEERCRED` of a connected socket. On kernels before 6.5 it calls [`recorded`](Self::recorded). The peer
+    /// has no handle if its process has ended or is not visible.
+    ///
+    /// # Errors
+    ///
+    /// The kernel returns no credentials, or an unexpected error for the handle.
     pub fn of(socket: &impl AsFd) -> io::Result<Self> {
         match getsockopt(socket, sockopt::PeerPidfd) {
             Ok(fd) => Self::with(socket, Some(fd)),
             Err(Errno::ENOPROTOOPT) => Self::recorded(socket, Path::new("/proc")),
-            // The process is gone and reaped (ESRCH), or invisible (EINVAL): the credentials tell which.
+            // The process has been reaped (ESRCH) or is invisible (EINVAL): the credentials show which.
             Err(Errno::ESRCH | Errno::EINVAL | Errno::ENODATA) => Self::with(socket, None),
             Err(error) => Err(error.into()),
         }
     }
 
-    /// What [`of`](Self::of) does on kernels before 6.5. `proc` is where procfs is mounted.
+    /// Reads the credentials and records the process that has the pid now, for kernels before 6.5. `proc` is the mount point of procfs.
+    /// The peer has no handle if the process cannot be recorded.
+    ///
+    /// # Errors
+    ///
+    /// The kernel returns no credentials.
     pub fn recorded(socket: &impl AsFd, proc: &Path) -> io::Result<Self> {
         let mut peer = Self::with(socket, None)?;
         peer.procfs_handle = ProcfsHandle::take(proc, peer.pid, peer.uid, peer.gid).ok();
@@ -83,7 +97,11 @@ impl Peer {
         Ok(Self { pid, uid, gid, pidfd: pidfd.map(Arc::new), procfs_handle: None, dropped, _drop: guard })
     }
 
-    /// A process that has not connected, for a look at how it would be judged.
+    /// Creates the peer of a process that has not connected, to diagnose how the process would be attested.
+    ///
+    /// # Errors
+    ///
+    /// `ESRCH` if the process does not exist. Other errors if it cannot be read in `/proc`.
     pub fn of_process(pid: i32) -> io::Result<Self> {
         let no_such = || io::Error::from(Errno::ESRCH);
         let handle = procfs_handle::open(pid)?;
@@ -94,7 +112,7 @@ impl Peer {
         Ok(Self { pid, uid, gid, pidfd: Some(Arc::new(handle)), procfs_handle: None, dropped, _drop: guard })
     }
 
-    /// A peer for tests that have no socket: no process, no handle.
+    /// Creates a peer without a process and a handle, for tests without a socket.
     #[cfg(any(test, feature = "testing"))]
     pub fn without_process(uid: u32) -> Self {
         let dropped = CancellationToken::new();
@@ -102,39 +120,48 @@ impl Peer {
         Self { pid: 0, uid, gid: uid, pidfd: None, procfs_handle: None, dropped, _drop: guard }
     }
 
-    /// Whether there is a handle at all.
+    /// Returns whether the peer has a handle, from the kernel or recorded.
     pub fn has_handle(&self) -> bool {
         self.pidfd.is_some() || self.procfs_handle.is_some()
     }
 
-    /// Whether the handle is the kernel's, on the very process that connected.
+    /// Returns whether the handle is from the kernel (`SO_PEERPIDFD`), and so proves which process connected.
     pub fn is_pinned(&self) -> bool {
         self.pidfd.is_some() && self.procfs_handle.is_none()
     }
 
-    /// The process's directory in `/proc`, where it was opened with the connection.
+    /// Returns the directory of the process in `/proc`, if the peer was [recorded](Self::recorded).
     pub fn directory(&self) -> Option<&OwnedFd> {
         self.procfs_handle.as_ref().map(ProcfsHandle::directory)
     }
 
-    /// The number of the handle. From Linux 6.9 on, no two processes ever have the same one; before, all have.
+    /// Returns the inode number of the pidfd. Since Linux 6.9 it is unique for each process; on older kernels it is the same for all.
     pub fn handle_number(&self) -> Option<u64> {
         fstat(self.pidfd.as_deref()?).ok().map(|stat| stat.st_ino)
     }
 
-    /// A second descriptor of the same handle.
+    /// Returns a duplicate of the pidfd, or `None` without one.
     pub fn handle(&self) -> Option<io::Result<OwnedFd>> {
         self.pidfd.as_deref().map(OwnedFd::try_clone)
     }
 
-    /// Waits for the end of the process: true when it has come, false when this peer was dropped before. The first waiter needs no
-    /// descriptor of its own; on kernels without pidfds (before 5.3) only the drop is noticed.
+    /// Returns a future that waits for the end of the process. It returns true when the process has ended, and false when this peer is
+    /// dropped first. The first waiter shares the descriptor of the handle; each further one duplicates it. On kernels without `pidfd_open`
+    /// (before 5.3), only the drop of the peer completes the future.
+    ///
+    /// # Errors
+    ///
+    /// `Unsupported` if the peer has no handle. Other errors if the descriptor cannot be duplicated or registered.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future loses nothing: call `ended` again.
     pub fn ended(&self) -> io::Result<impl Future<Output = bool> + Send + use<>> {
         let watched = match self.pidfd.clone() {
             None if self.procfs_handle.is_some() => None,
             None => return Err(io::ErrorKind::Unsupported.into()),
             Some(pidfd) => Some(match fd::watched_shared(pidfd.clone()) {
-                // A descriptor is registered once.
+                // epoll accepts a descriptor only once.
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => fd::watched_shared(Arc::new(pidfd.try_clone()?))?,
                 other => other?,
             }),
@@ -147,13 +174,13 @@ impl Peer {
             };
             tokio::select! {
                 () = dropped.cancelled() => false,
-                // A pidfd becomes readable when its process ends. Where the poller itself has ended, nothing is known.
+                // A pidfd becomes readable when its process ends. An error means that the runtime shuts down.
                 ready = pidfd.readable() => ready.is_ok(),
             }
         })
     }
 
-    /// Whether the process that connected still runs; false where there is no handle to ask.
+    /// Returns whether the process still runs. False without a handle.
     pub fn is_alive(&self) -> bool {
         let runs = |pidfd: &Arc<OwnedFd>| {
             let mut fds = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
@@ -180,7 +207,7 @@ mod tests {
         let peer = Peer::of(&ours).unwrap();
         assert_eq!(peer.pid, i32::try_from(std::process::id()).unwrap());
         assert_eq!(peer.uid, nix::unistd::geteuid().as_raw());
-        assert!(peer.is_pinned() && kernel_pins().unwrap(), "these tests want Linux 6.5 or newer");
+        assert!(peer.is_pinned() && kernel_pins().unwrap(), "these tests need Linux 6.5 or newer");
         assert!(peer.is_alive() && peer.directory().is_none());
         assert_eq!(peer.handle_number(), Peer::of(&ours).unwrap().handle_number());
     }

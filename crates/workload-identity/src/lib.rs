@@ -1,8 +1,8 @@
-//! Who a workload is: SPIFFE IDs, trust domains, profiles, and the rules that turn an attested [`Workload`] into an [`Identity`].
+//! Identities of workloads: SPIFFE IDs, trust domains, profiles, and the rules that map an attested [`Workload`] to an [`Identity`].
 //!
-//! Owns the naming rules of the SPIFFE ID specification (a trust domain of at most 255 bytes, an ID of at most 2,048 bytes), the
-//! operator's templates, and the choice among profiles. A caller owes nothing: a value of these types has been checked. Nothing here
-//! reads a clock or does I/O, so that the approver comes to the same as the agent.
+//! This crate owns the naming rules of the SPIFFE ID specification (section 2: a trust domain of at most 255 bytes, an ID of at most 2,048
+//! bytes), the operator's templates, and the choice of a profile. A [`TrustDomain`] or [`SpiffeId`] is always valid. The crate reads no
+//! clock and does no I/O, so the approver derives the same identities as the agent.
 
 use std::{
     collections::BTreeMap,
@@ -24,36 +24,36 @@ pub use resolver::{Decision, Reason, Resolver, placeholder, render};
 pub use rule::{Match, Mismatch, Pattern, Rule};
 pub use spiffe::{SpiffeId, TrustDomain};
 
-/// Why a string is no SPIFFE name, or a workload has no identity.
+/// A string is not a SPIFFE name, or a workload has no identity.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
-    /// The trust domain breaks the SPIFFE ID specification, section 2.1.
+    /// The trust domain violates section 2.1 of the SPIFFE ID specification.
     #[error("trust domain {0:?} is not valid: use 1 to 255 lower-case letters, digits, '.', '-' or '_'")]
     TrustDomain(String),
-    /// The SPIFFE ID breaks the specification, section 2.
+    /// The SPIFFE ID violates section 2 of the SPIFFE ID specification.
     #[error("SPIFFE ID {id:?} is not valid: {why}")]
     SpiffeId {
         /// The rejected text.
         id: String,
-        /// What is wrong with it.
+        /// Cause of the rejection.
         why: &'static str,
     },
     /// A template names a field that this kind of workload does not have.
-    #[error("template {template:?} asks for {{{field}}}, which a workload of this kind does not have")]
+    #[error("template {template:?} uses {{{field}}}, which a workload of this kind does not have")]
     Template {
         /// The template as configured.
         template: String,
         /// The unknown placeholder.
         field: String,
     },
-    /// The pod picks a profile that it may not have.
+    /// The pod picks a profile that it is not allowed to have.
     #[error("pod {pod} picks profile {profile:?} by its volume: {why}")]
     Pick {
         /// `namespace/name`.
         pod: String,
-        /// What it picks.
+        /// Name of the picked profile.
         profile: String,
-        /// Why it may not.
+        /// Cause of the rejection.
         why: String,
     },
     /// The workload runs without a service account (a static pod).
@@ -64,14 +64,14 @@ pub enum Error {
     },
 }
 
-/// One pod, as the evidence for a request.
+/// Reference to one pod, the evidence of a request.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct PodRef {
-    /// Its namespace.
+    /// Namespace of the pod.
     pub namespace: Arc<str>,
-    /// Its name.
+    /// Name of the pod.
     pub name: Arc<str>,
-    /// Its UID: a pod recreated under the same name is another pod.
+    /// UID of the pod. A pod that is recreated with the same name has another UID.
     pub uid: Arc<str>,
 }
 
@@ -81,38 +81,38 @@ impl fmt::Display for PodRef {
     }
 }
 
-/// What the downward API tells.
+/// The agent's node and pod, from environment variables of the downward API.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct NodeEnvironment {
-    /// `NODE_NAME`: whose pods are served.
+    /// `NODE_NAME`: the node whose pods the agent serves.
     pub node_name: Option<Arc<str>>,
-    /// The agent's own pod, which owns its requests.
+    /// The agent's own pod, the owner of its CertificateRequests.
     pub pod: Option<PodRef>,
 }
 
-/// What attestation proved about a caller.
+/// A caller as attestation has identified it.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Workload {
     /// A pod on this node.
     Pod {
         /// The pod itself.
         pod: PodRef,
-        /// The service account it runs as; static pods have none.
+        /// The service account of the pod. Static pods have none.
         service_account: Option<Arc<str>>,
-        /// Its labels: what the pod's object says, whatever the process says.
+        /// Labels of the pod object.
         labels: Arc<BTreeMap<String, String>>,
-        /// The profile that it picks by the volume through which it calls, the `picks` of its pod; none on the shared socket.
+        /// The profile that the pod picks in the CSI volume of the socket on which it calls. `None` on the shared socket.
         picked: Option<Arc<str>>,
     },
-    /// A process of a local user, for development and bare machines.
+    /// A process of a local user, for development and machines without Kubernetes.
     Unix {
-        /// The effective user id at connect time.
+        /// Effective user ID at connect time.
         uid: u32,
     },
 }
 
 impl Workload {
-    /// The service account, where there is one.
+    /// Returns the service account of a pod that has one.
     pub fn account(&self) -> Option<Account> {
         match self {
             Self::Pod { pod, service_account: Some(name), .. } => Some(Account { namespace: pod.namespace.clone(), name: name.clone() }),
@@ -120,7 +120,7 @@ impl Workload {
         }
     }
 
-    /// The pod, where there is one.
+    /// Returns the pod, or `None` for a local process.
     pub fn pod(&self) -> Option<&PodRef> {
         match self {
             Self::Pod { pod, .. } => Some(pod),
@@ -138,27 +138,27 @@ impl fmt::Display for Workload {
     }
 }
 
-/// What one certificate is for: the key of the store. Callers with equal identities share a certificate.
+/// Subject and profile of one certificate: the key of the certificate store. Callers with equal identities share a certificate.
 #[derive(Debug, Clone)]
 pub struct Identity {
-    /// The URI SAN.
+    /// URI SAN.
     pub spiffe_id: SpiffeId,
-    /// The DNS SANs.
+    /// DNS SANs.
     pub dns_names: Arc<[String]>,
-    /// How to issue.
+    /// Profile by which the certificate is issued.
     pub profile: Arc<Profile>,
-    /// The pod, where the profile gives every pod a certificate of its own.
+    /// UID of the pod, if the profile is per pod.
     pub pod_uid: Option<Arc<str>>,
-    /// Whose it is, for metrics: of accounts that come to the same names, the first that asked. No part of what makes identities equal.
+    /// Service account for metrics. If several accounts have the same names, it is the first that requested. Not compared by `==`.
     pub account: Option<Account>,
 }
 
 /// A service account.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Account {
-    /// Its namespace.
+    /// Namespace of the service account.
     pub namespace: Arc<str>,
-    /// Its name.
+    /// Name of the service account.
     pub name: Arc<str>,
 }
 

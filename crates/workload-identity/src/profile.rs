@@ -1,15 +1,15 @@
-//! Profiles: what the operator wants of the certificates of a class of workloads.
+//! Certificate profiles: how certificates of a class of workloads are issued.
 
 use std::{fmt, sync::Arc, time::Duration};
 
 use aws_lc_rs::digest;
 
-/// The kind and size of a certificate's key.
+/// Algorithm and size of a certificate's key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum KeyType {
-    /// ECDSA on P-256: the default, and the one every peer accepts.
+    /// ECDSA on P-256: the default, which every peer accepts.
     EcdsaP256,
-    /// ECDSA on P-384: between two Envoys only with TLS 1.3 set on the upstream.
+    /// ECDSA on P-384. Two Envoys can use it only if TLS 1.3 is set on the upstream.
     EcdsaP384,
     /// RSA with 2,048 bits.
     Rsa2048,
@@ -18,10 +18,10 @@ pub enum KeyType {
 }
 
 impl KeyType {
-    /// Every kind, in the order in which they are offered.
+    /// Every key type, in the order in which error messages list them.
     pub const ALL: [Self; 4] = [Self::EcdsaP256, Self::EcdsaP384, Self::Rsa2048, Self::Rsa3072];
 
-    /// The name used in the configuration.
+    /// Returns the name used in the configuration, such as `ecdsa-p256`.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::EcdsaP256 => "ecdsa-p256",
@@ -32,7 +32,7 @@ impl KeyType {
     }
 }
 
-/// The name of one configured issuer; each has its own queue and its own trouble.
+/// Name of one configured issuer. Each issuer has its own queue and its own backoff.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct IssuerName(pub Arc<str>);
 
@@ -42,37 +42,39 @@ impl fmt::Display for IssuerName {
     }
 }
 
-/// What the operator wants for a class of workloads. Two profiles with the same [`fingerprint`](Self::fingerprint) issue alike.
+/// How certificates of a class of workloads are issued and renewed. Two profiles with the same [`fingerprint`](Self::fingerprint) issue
+/// the same certificates.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Profile {
-    /// Its name: `default`, or the one that the operator gave it.
+    /// Name of the profile: `default`, or the configured one.
     pub name: Arc<str>,
-    /// Which issuer signs.
+    /// Name of the issuer that signs.
     pub issuer: IssuerName,
-    /// Who that issuer is and where it is asked, such as `ClusterIssuer mesh-ca of cert-manager.io in namespace sds-agent`: an issuer's name
-    /// may move to another, this may not.
+    /// The issuer object and the namespace of the requests, such as
+    /// `ClusterIssuer mesh-ca of cert-manager.io in namespace sds-agent`. The operator can give the name of an issuer to another object;
+    /// this field then differs.
     pub authority: Arc<str>,
-    /// The key to make.
+    /// Type of the generated keys.
     pub key: KeyType,
-    /// The lifetime to ask for; what comes back is believed.
+    /// Requested lifetime. The issuer may return a certificate with another one, which is accepted.
     pub lifetime: Duration,
-    /// The share of the lifetime after which a certificate is renewed, 0 to 1.
+    /// Share of the lifetime after which a certificate is renewed, 0 to 1.
     pub renew_at: f64,
-    /// The spread around `renew_at`, as a share of it.
+    /// Random spread around `renew_at`, as a share of it.
     pub jitter: f64,
-    /// The SPIFFE ID's template.
+    /// Template of the SPIFFE ID.
     pub spiffe_id: Arc<str>,
-    /// DNS names' templates.
+    /// Templates of the DNS names.
     pub dns_names: Vec<Arc<str>>,
-    /// One certificate for each pod, not for each service account.
+    /// Whether each pod has its own certificate, instead of one for each service account.
     pub per_pod: bool,
-    /// Raising it makes every certificate of the profile foreign, so that it is issued anew.
+    /// Part of the fingerprint. A higher value makes every certificate of the profile be issued again.
     pub epoch: u64,
 }
 
 impl Profile {
-    /// A profile named `default`, of an issuer of that name, for ECDSA keys on P-256: certificates are renewed after half of `lifetime`, give
-    /// or take a tenth of that, and name the workload by the template `spiffe_id` alone.
+    /// Creates a profile named `default` that uses the issuer `default` and ECDSA keys on P-256. Certificates are renewed after half of
+    /// `lifetime`, with a jitter of 0.1, and have the SPIFFE ID of the template `spiffe_id` and no DNS names.
     pub fn new(spiffe_id: &str, lifetime: Duration) -> Self {
         Self {
             name: "default".into(),
@@ -89,8 +91,8 @@ impl Profile {
         }
     }
 
-    /// A digest of all that decides what a certificate of this profile is. The schedule, the profile's name and place in the list, and
-    /// its issuer's name are no part of it: changing those reissues nothing.
+    /// Returns the SHA-256 digest of the fields that determine the content of a certificate. The renewal schedule, the name of the profile
+    /// and the name of the issuer are not included: a change of those reissues no certificate.
     pub fn fingerprint(&self) -> [u8; 32] {
         let mut hash = digest::Context::new(&digest::SHA256);
         let mut field = |bytes: &[u8]| {

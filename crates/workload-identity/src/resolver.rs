@@ -1,37 +1,37 @@
-//! The rule from workloads to identities. Pure: agent and approver come to the same from the same facts.
+//! Maps workloads to profiles and identities. No I/O: agent and approver get the same result from the same pod.
 
 use std::{fmt, sync::Arc};
 
 use super::{Error, Identity, Profile, Rule, SpiffeId, TrustDomain, Workload};
 
-/// The rules from workloads to identities, as configured. A value: another configuration is another one.
+/// The configured mapping from workloads to identities. Immutable: a new configuration makes a new value.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Resolver {
     /// The agent's own trust domain.
     pub trust_domain: TrustDomain,
-    /// In the order of the configuration; their profiles' names are unique.
+    /// Rules in the order of the configuration. The names of their profiles are unique.
     pub rules: Arc<[Rule]>,
-    /// The profile of everything that no rule takes.
+    /// Profile of every workload that no rule matches.
     pub default_profile: Arc<Profile>,
 }
 
-/// A profile for a workload, and why it is this one.
+/// The profile of a workload, and the reason.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Decision<'a> {
     /// The profile.
     pub profile: &'a Arc<Profile>,
-    /// What decided.
+    /// Reason for this profile.
     pub reason: Reason<'a>,
 }
 
-/// Why a workload has its profile.
+/// Reason why a workload has its profile.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Reason<'a> {
-    /// The pod picks it, it is selectable, and its match holds.
+    /// The pod picks the selectable rule at this index, and its match holds.
     Picked(usize, &'a Rule),
-    /// It is the first that is not selectable and whose match holds.
+    /// The rule at this index is the first that is not selectable and whose match holds.
     Matched(usize, &'a Rule),
-    /// No match holds.
+    /// No match holds, so the default profile applies.
     Default,
 }
 
@@ -46,18 +46,26 @@ impl fmt::Display for Reason<'_> {
 }
 
 impl Resolver {
-    /// One profile for everybody.
+    /// Creates a resolver with one profile for all workloads.
     pub fn single(trust_domain: TrustDomain, profile: Arc<Profile>) -> Self {
         Self { trust_domain, rules: Arc::new([]), default_profile: profile }
     }
 
-    /// The identity of `workload`.
+    /// Returns the identity of `workload`.
+    ///
+    /// # Errors
+    ///
+    /// The errors of [`decide`](Self::decide) and [`identity`](Self::identity).
     pub fn resolve(&self, workload: &Workload) -> Result<Identity, Error> {
         self.identity(self.decide(workload)?.profile, workload)
     }
 
-    /// The profile of `workload`: the one that it picks, else the first whose match holds, else the default. A pick that does not hold is
-    /// an error, and never another profile in its place.
+    /// Returns the profile of `workload`: the picked one, or else the first whose match holds, or else the default.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoServiceAccount`] for a pod without a service account. [`Error::Pick`] for a picked profile that is not configured, not
+    /// selectable, or does not match; an invalid pick never falls back to another profile.
     pub fn decide(&self, workload: &Workload) -> Result<Decision<'_>, Error> {
         let rules = || self.rules.iter().enumerate();
         match workload {
@@ -82,7 +90,12 @@ impl Resolver {
         }
     }
 
-    /// The identity that `profile` gives to `workload`, whether or not the workload is to have it.
+    /// Renders the identity of `workload` under `profile`, without a check that the profile applies to the workload.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Template`] if a template uses a field that the workload does not have. [`Error::SpiffeId`] or [`Error::TrustDomain`] if
+    /// the rendered SPIFFE ID is invalid.
     pub fn identity(&self, profile: &Arc<Profile>, workload: &Workload) -> Result<Identity, Error> {
         let render = |template: &str| render(template, |field| placeholder(field, &self.trust_domain, workload));
         let spiffe_id = SpiffeId::new(&render(&profile.spiffe_id)?)?;
@@ -91,7 +104,8 @@ impl Resolver {
         Ok(Identity { spiffe_id, dns_names, profile: profile.clone(), pod_uid, account: workload.account() })
     }
 
-    /// What each rule says of `workload`, up to the one that decides; for people.
+    /// Explains the profile of `workload` for an operator: first the decision, then one line for each rule before the deciding one. A
+    /// pick has no such lines.
     pub fn explain(&self, workload: &Workload) -> Vec<String> {
         let decided = self.decide(workload);
         let end = match &decided {
@@ -103,7 +117,7 @@ impl Resolver {
             let why = match rule.matches.check(workload) {
                 _ if rule.selectable => "only for pods that pick it".to_owned(),
                 Err(why) => why.to_string(),
-                // Not before the one that decides.
+                // Only for a pod without a service account: otherwise the first such rule is the deciding one.
                 Ok(()) => "its match holds".to_owned(),
             };
             format!("not {} of profiles[{place}]: {why}", rule.profile.name)
@@ -116,7 +130,7 @@ impl Resolver {
     }
 }
 
-/// What a template's `{field}` stands for; a kind of workload does not have every field.
+/// Returns the value of a template's `{field}`. `None` if the field is unknown, or this kind of workload does not have it.
 pub fn placeholder(field: &str, trust_domain: &TrustDomain, workload: &Workload) -> Option<String> {
     match (field, workload) {
         ("trustDomain", _) => Some(trust_domain.to_string()),
@@ -129,7 +143,11 @@ pub fn placeholder(field: &str, trust_domain: &TrustDomain, workload: &Workload)
     }
 }
 
-/// Replaces each `{field}` of `template` by what `value` says; a field without a value is an error that names it.
+/// Replaces each `{field}` of `template` by `value(field)`.
+///
+/// # Errors
+///
+/// [`Error::Template`] with the first field for which `value` returns `None`.
 pub fn render(template: &str, value: impl Fn(&str) -> Option<String>) -> Result<String, Error> {
     let mut out = String::with_capacity(template.len() + 32);
     let mut rest = template;
@@ -242,7 +260,7 @@ mod tests {
     #[test]
     fn a_pick_fails_unless_the_profile_is_selectable_and_matches() {
         let resolver = several();
-        // Before every other match: whoever picks has picked.
+        // A pick takes precedence over every match.
         assert_eq!(name(&resolver, &workload("shop", &[("tier", "gold")], Some("short"))), "short");
         for (namespace, picked, why) in [
             ("shop", "gold", "\"gold\" by its volume: profiles[0] is not selectable"),

@@ -1,13 +1,13 @@
-//! Rules: which workloads a profile is for, by facts of the pod's spec.
+//! Rules that select the workloads of a profile by namespace, service account and labels of the pod.
 //!
-//! A match holds where its namespaces, its service accounts and its labels all do. A list that is not there holds for all, one that is
-//! there holds where any of its patterns does, and every label has to be as written. Pure, as the approver decides by the same code.
+//! A match holds if its namespaces, its service accounts and its labels all hold. A list holds if it is empty or any of its patterns
+//! matches. Every label must have the given value. No I/O: the approver uses the same code.
 
 use std::{collections::BTreeMap, fmt, sync::Arc};
 
 use super::{Profile, Workload};
 
-/// A name, or a part of one with `*` for the rest: `payments`, `team-*`, `*-canary`, `*`.
+/// A name, or a prefix or suffix with `*` for the rest: `payments`, `team-*`, `*-canary`, `*`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Pattern(Shape);
 
@@ -19,7 +19,7 @@ enum Shape {
 }
 
 impl Pattern {
-    /// Reads `text`; none where a `*` stands elsewhere than at the one end of it.
+    /// Parses a pattern. Returns `None` if `text` has more than one `*`, or a `*` that is neither first nor last.
     pub fn parse(text: &str) -> Option<Self> {
         let shape = match (text.strip_suffix('*'), text.strip_prefix('*')) {
             (Some(part), _) => Shape::Beginning(part.into()),
@@ -29,7 +29,7 @@ impl Pattern {
         (!shape.part().contains('*')).then_some(Self(shape))
     }
 
-    /// Whether it is about `name`.
+    /// Returns whether the pattern matches `name`.
     pub fn matches(&self, name: &str) -> bool {
         match &self.0 {
             Shape::Exactly(part) => **part == *name,
@@ -38,12 +38,12 @@ impl Pattern {
         }
     }
 
-    /// What of a name it says.
+    /// Returns the text of the pattern without `*`.
     pub fn part(&self) -> &str {
         self.0.part()
     }
 
-    /// A name that it is about, made with `filler`.
+    /// Returns a name that the pattern matches, with `filler` in place of `*`.
     pub fn example(&self, filler: &str) -> String {
         match &self.0 {
             Shape::Exactly(part) => part.to_string(),
@@ -52,7 +52,7 @@ impl Pattern {
         }
     }
 
-    /// Whether it is about every name that `other` is about.
+    /// Returns whether the pattern matches every name that `other` matches.
     fn covers(&self, other: &Self) -> bool {
         match (&self.0, &other.0) {
             (shape, _) if shape.part().is_empty() && !matches!(shape, Shape::Exactly(_)) => true,
@@ -86,34 +86,34 @@ impl fmt::Display for Pattern {
     }
 }
 
-/// Facts that a pod has to have.
+/// Conditions on a pod. The default matches every pod.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Match {
-    /// `namespaces`: any of them; empty for all.
+    /// `namespaces`: one of them has to match; empty for all.
     pub namespaces: Vec<Pattern>,
-    /// `serviceAccounts`: any of them; empty for all.
+    /// `serviceAccounts`: one of them has to match; empty for all.
     pub service_accounts: Vec<Pattern>,
-    /// `podLabels`: each of them, with this very value.
+    /// `podLabels`: the pod has each of them with exactly this value.
     pub pod_labels: BTreeMap<String, String>,
 }
 
-/// Why a match does not hold.
+/// Reason why a match does not hold.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Mismatch {
-    /// Matches are about pods.
+    /// The workload is not a pod.
     NoPod,
-    /// The pod's namespace.
+    /// No pattern matches this namespace of the pod.
     Namespace(String),
-    /// The pod's service account.
+    /// No pattern matches this service account of the pod.
     ServiceAccount(String),
-    /// A label that the pod does not have, or not with this value.
+    /// The pod does not have this label with this value.
     Label(String, String),
 }
 
 impl fmt::Display for Mismatch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::NoPod => f.write_str("it is about pods"),
+            Self::NoPod => f.write_str("it applies to pods only"),
             Self::Namespace(name) => write!(f, "namespace {name} is not among its namespaces"),
             Self::ServiceAccount(name) => write!(f, "service account {name} is not among its serviceAccounts"),
             Self::Label(key, value) => write!(f, "the pod has no label {key}={value}"),
@@ -122,7 +122,11 @@ impl fmt::Display for Mismatch {
 }
 
 impl Match {
-    /// Whether it holds for `workload`, or why not.
+    /// Checks whether the match holds for `workload`.
+    ///
+    /// # Errors
+    ///
+    /// The first condition that does not hold.
     pub fn check(&self, workload: &Workload) -> Result<(), Mismatch> {
         let Workload::Pod { pod, service_account, labels, .. } = workload else { return Err(Mismatch::NoPod) };
         let holds = |patterns: &[Pattern], name: &str| patterns.is_empty() || patterns.iter().any(|pattern| pattern.matches(name));
@@ -139,7 +143,8 @@ impl Match {
         }
     }
 
-    /// Whether it holds wherever `other` does, as far as that can be told from the two alone.
+    /// Returns whether the match holds for every pod for which `other` holds. May return false for such a match if only several of its
+    /// patterns together cover one pattern of `other`.
     pub fn covers(&self, other: &Self) -> bool {
         let covers = |own: &[Pattern], others: &[Pattern]| match (own, others) {
             ([], _) => true,
@@ -166,14 +171,14 @@ impl fmt::Display for Match {
     }
 }
 
-/// A profile, and who may have it.
+/// A profile, and the pods that it applies to.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Rule {
-    /// For whom it is.
+    /// Conditions on the pod.
     pub matches: Match,
     /// The profile.
     pub profile: Arc<Profile>,
-    /// `selectable`: only pods that pick it get it, by an attribute of the volume that holds their socket; and only where `matches` holds.
+    /// `selectable`: the profile applies only to pods that pick it by an attribute of their CSI volume, and only if `matches` holds.
     pub selectable: bool,
 }
 
@@ -236,7 +241,7 @@ mod tests {
             (pod("shop", "till", &gold), "service account till is not among its serviceAccounts"),
             (pod("shop", "cart", &[("tier", "silver")]), "the pod has no label tier=gold"),
             (pod("shop", "cart", &[]), "the pod has no label tier=gold"),
-            (Workload::Unix { uid: 0 }, "it is about pods"),
+            (Workload::Unix { uid: 0 }, "it applies to pods only"),
         ] {
             assert_eq!(rule.check(&workload).unwrap_err().to_string(), why);
         }

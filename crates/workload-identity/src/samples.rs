@@ -6,13 +6,13 @@ use std::{sync::Arc, time::Duration};
 use crate::Identity;
 use crate::{IssuerName, KeyType, PodRef, Profile, Resolver, TrustDomain, Workload};
 
-/// An identity for the tests of other modules.
+/// The identity of a pod with this service account under [`ISTIO`].
 pub fn identity(service_account: &str) -> Arc<Identity> {
     let resolver = Resolver::single(TrustDomain::new("cluster.local").unwrap(), Arc::new(profile(ISTIO)));
     Arc::new(resolver.resolve(&pod(Some(service_account), "u1")).unwrap())
 }
 
-/// And a profile that names by `template`.
+/// A profile with `template` for the SPIFFE ID.
 pub fn profile(template: &str) -> Profile {
     Profile {
         name: "default".into(),
@@ -29,7 +29,7 @@ pub fn profile(template: &str) -> Profile {
     }
 }
 
-/// A pod with this service account and UID.
+/// The pod `shop/cart-1` with this service account and UID.
 pub fn pod(service_account: Option<&str>, uid: &str) -> Workload {
     Workload::Pod {
         pod: PodRef { namespace: "shop".into(), name: "cart-1".into(), uid: uid.into() },
@@ -39,5 +39,5 @@ pub fn pod(service_account: Option<&str>, uid: &str) -> Workload {
     }
 }
 
-/// The names that Istio expects.
+/// Template of the SPIFFE IDs that Istio expects.
 pub const ISTIO: &str = "spiffe://{trustDomain}/ns/{namespace}/sa/{serviceAccount}";

@@ -1,15 +1,19 @@
-//! SPIFFE trust domains and IDs, checked against the SPIFFE ID specification, sections 2 and 2.1.
+//! SPIFFE trust domains and IDs, checked against section 2 of the SPIFFE ID specification.
 
 use std::{fmt, sync::Arc};
 
 use super::Error;
 
-/// A SPIFFE trust domain name, such as `cluster.local`.
+/// A valid SPIFFE trust domain name, such as `cluster.local` (SPIFFE ID specification, section 2.1).
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct TrustDomain(Arc<str>);
 
 impl TrustDomain {
-    /// Checks `name` against the SPIFFE ID specification.
+    /// Parses a trust domain name.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::TrustDomain`] if `name` is empty, has more than 255 bytes, or has a character other than `a-z`, `0-9`, `.`, `-` and `_`.
     pub fn new(name: &str) -> Result<Self, Error> {
         let fine = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || matches!(b, b'.' | b'-' | b'_');
         if name.is_empty() || name.len() > 255 || !name.bytes().all(fine) {
@@ -18,12 +22,12 @@ impl TrustDomain {
         Ok(Self(name.into()))
     }
 
-    /// The bare name.
+    /// Returns the name without `spiffe://`.
     pub fn as_str(&self) -> &str {
         &self.0
     }
 
-    /// `spiffe://<name>`: the name under which the domain's bundle is served.
+    /// Returns `spiffe://<name>`, the name of the secret with the domain's trust bundle.
     pub fn id(&self) -> String {
         format!("spiffe://{}", self.0)
     }
@@ -35,12 +39,17 @@ impl fmt::Display for TrustDomain {
     }
 }
 
-/// A complete SPIFFE ID with a path, such as `spiffe://cluster.local/ns/shop/sa/cart`.
+/// A valid SPIFFE ID of a workload, such as `spiffe://cluster.local/ns/shop/sa/cart` (SPIFFE ID specification, sections 2 to 2.3).
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SpiffeId(Arc<str>);
 
 impl SpiffeId {
-    /// Checks `id` against the SPIFFE ID specification; a workload's ID has a path.
+    /// Parses the SPIFFE ID of a workload, which has a path.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::SpiffeId`] with the cause if `id` has more than 2,048 bytes, another scheme, no path, or an invalid path segment.
+    /// [`Error::TrustDomain`] if the trust domain is invalid.
     pub fn new(id: &str) -> Result<Self, Error> {
         let wrong = |why| Err(Error::SpiffeId { id: id.to_owned(), why });
         if id.len() > 2048 {
@@ -67,13 +76,13 @@ impl SpiffeId {
         Ok(Self(id.into()))
     }
 
-    /// The trust domain's name.
+    /// Returns the name of the trust domain.
     pub fn trust_domain(&self) -> &str {
-        // Checked when it was made.
+        // `new` has checked the format.
         self.0.strip_prefix("spiffe://").and_then(|rest| rest.split('/').next()).unwrap_or_default()
     }
 
-    /// The whole ID.
+    /// Returns the whole ID, with the scheme.
     pub fn as_str(&self) -> &str {
         &self.0
     }

@@ -1,30 +1,32 @@
-//! The version of a certificate, as clients of the secret discovery service get it and show it again.
+//! The SDS resource version of a certificate.
 //!
-//! It is `<notAfter>-<renewAt>-<authority>-<content>`: unix seconds in decimal, and two digests of 16 lower-case hexadecimal digits. A
-//! client that comes back with it after a restart of a server without a disk shows that it still holds a good certificate, and for how long.
+//! The format is `<notAfter>-<renewAt>-<authority>-<content>`: Unix seconds in decimal, and two digests of 16 lower-case hexadecimal
+//! digits. A client that reconnects sends the version of the resource that it holds. So an agent that has restarted, and stores nothing
+//! on disk, learns that the client has a valid certificate, and until when.
 
 use std::{fmt, str::FromStr};
 
-/// Characters of each digest.
+/// Length of each digest, in characters.
 const DIGEST_CHARS: usize = 16;
-/// Digits of a moment at most: more than X.509 can say.
+/// Maximum number of digits of a time: more than an X.509 time needs.
 const MAX_SECONDS_CHARS: usize = 12;
 
-/// See the module.
+/// A parsed resource version of a certificate.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Version {
-    /// When the certificate ends, in unix seconds.
+    /// `notAfter` of the certificate, in Unix seconds.
     pub not_after: u64,
-    /// When it is to be renewed, in unix seconds.
+    /// Time of the renewal, in Unix seconds.
     pub renew_at: u64,
     /// Digest of the profile and the trust anchor.
     pub authority: String,
-    /// Digest of the leaf.
+    /// Digest of the leaf certificate.
     pub content: String,
 }
 
 impl Version {
-    /// All but the digest of the content. A response that leaves the certificate with the client has a version with this prefix.
+    /// Returns the version without the digest of the content. A response that makes the client keep its certificate has a version with
+    /// this prefix.
     pub fn prefix(&self) -> String {
         format!("{}-{}-{}", self.not_after, self.renew_at, self.authority)
     }
@@ -36,7 +38,7 @@ impl fmt::Display for Version {
     }
 }
 
-/// A text is no version of a certificate.
+/// The text is not the version of a certificate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("it is not of the form <notAfter>-<renewAt>-<authority>-<content>")]
 pub struct NoVersion;
@@ -53,7 +55,7 @@ impl FromStr for Version {
     }
 }
 
-/// The prefix of a version in its text.
+/// Returns the [prefix](Version::prefix) of the text of a version.
 pub fn prefix(version: &str) -> &str {
     version.rsplit_once('-').map_or(version, |(prefix, _)| prefix)
 }

@@ -1,15 +1,15 @@
-{{/* What values make of the configuration. Written by hand; all other templates are derived by daemonset/derive.py. */}}
+{{/* Named templates for the configuration and lists derived from it. daemonset/derive.py generates all other templates, not this file. */}}
 
 {{- define "sds-agent.image" -}}
 {{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}
 {{- end }}
 
-{{/* The user name of the agents, a line. */}}
+{{/* The user name of the agents. */}}
 {{- define "sds-agent.agents" -}}
 system:serviceaccount:{{ .Release.Namespace }}:sds-agent
 {{- end }}
 
-{{/* config.yaml */}}
+{{/* config.yaml of the ConfigMap. */}}
 {{- define "sds-agent.config" -}}
 {{- $issuer := dict "name" .Values.issuer.name "kind" .Values.issuer.kind }}
 {{- if ne .Values.issuer.group "cert-manager.io" }}
@@ -31,7 +31,7 @@ system:serviceaccount:{{ .Release.Namespace }}:sds-agent
 {{- toYaml (mergeOverwrite $config (deepCopy .Values.config)) }}
 {{- end }}
 
-{{/* Every issuer of the configuration with the namespace of its requests, as JSON: the default, and those of profiles. */}}
+{{/* Every issuer of the configuration and its profiles, with the namespace of its requests, as JSON. */}}
 {{- define "sds-agent.guarded" -}}
 {{- $config := include "sds-agent.config" . | fromYaml }}
 {{- $default := $config.issuer.certManager }}
@@ -43,7 +43,7 @@ system:serviceaccount:{{ .Release.Namespace }}:sds-agent
 {{- toJson (uniq $all) }}
 {{- end }}
 
-{{/* The user names that may approve beside the approver's, one a line. Without an approver of ours it is cert-manager's own. */}}
+{{/* User names that may approve in addition to the approver, one per line. Default without an approver: cert-manager's own approver. */}}
 {{- define "sds-agent.approvers" -}}
 {{- $names := .Values.policy.approvers }}
 {{- if not (or .Values.approver.enabled $names) }}
@@ -52,7 +52,7 @@ system:serviceaccount:{{ .Release.Namespace }}:sds-agent
 {{- join "\n" $names }}
 {{- end }}
 
-{{/* The policies' lines. */}}
+{{/* The guarded issuers as the policies list them, one per line. */}}
 {{- define "sds-agent.issuers" -}}
 {{- $lines := list }}
 {{- range include "sds-agent.guarded" . | fromJsonArray }}
@@ -68,7 +68,7 @@ system:serviceaccount:{{ .Release.Namespace }}:sds-agent
 {{- uniq $lines | join "\n" }}
 {{- end }}
 
-{{/* The resourceNames of the approver's right to approve. */}}
+{{/* resourceNames of the approver's permission on `signers`. */}}
 {{- define "sds-agent.signers" -}}
 {{- $more := .Values.approver.signers }}
 {{- $names := list }}
@@ -85,7 +85,7 @@ system:serviceaccount:{{ .Release.Namespace }}:sds-agent
 {{- concat $names $more | uniq | toJson }}
 {{- end }}
 
-{{/* Something where an issuer's requests are made in the namespaces of the pods. */}}
+{{/* Not empty if requests for an issuer are created in the pods' namespaces. */}}
 {{- define "sds-agent.workloadRequests" -}}
 {{- range include "sds-agent.guarded" . | fromJsonArray }}
 {{- if eq .namespace "workload" }}true{{ end }}

@@ -1,6 +1,6 @@
-//! The configuration file, followed while the approver runs: the rules change with it, and a file that is wrong changes nothing.
+//! Applies changes of the configuration file while the approver runs. An invalid file changes nothing.
 //!
-//! Owns what is in force. The caller runs [`Reload::run`] for as long as the approver.
+//! Owns the rules in force. The caller runs [`Reload::run`] as long as the approver runs.
 
 use std::{path::PathBuf, sync::Arc};
 
@@ -15,19 +15,19 @@ use crate::config::{
     reloads::{Metrics, Outcome},
 };
 
-/// Of the log's lines.
+/// The log target of this module.
 const LOG_TARGET: &str = "sds_agent::approver::reload";
 
-/// The file, and what it is read with.
+/// The file and the environment with which it is read.
 #[derive(Clone)]
 pub struct File {
-    /// Where it is.
+    /// The path of the file.
     pub path: PathBuf,
     /// The environment.
     pub env: Env<'static>,
 }
 
-/// Follows the file.
+/// Follows the file and owns the rules in force.
 pub struct Reload {
     file: File,
     active_rules: watch::Sender<Arc<ActiveRules>>,
@@ -46,7 +46,7 @@ impl std::fmt::Debug for Reload {
 }
 
 impl Reload {
-    /// Of the file that `settings` were read from, which are in force.
+    /// Follows `file`, from which `settings` were read. They are in force until the file changes.
     pub fn new(file: File, settings: &Settings, metrics: Metrics) -> Self {
         Self {
             file,
@@ -60,12 +60,12 @@ impl Reload {
         }
     }
 
-    /// What is in force, now and later.
+    /// A receiver of the rules in force.
     pub fn active_rules(&self) -> watch::Receiver<Arc<ActiveRules>> {
         self.active_rules.subscribe()
     }
 
-    /// Follows it for ever.
+    /// Follows the file; does not return.
     pub async fn run(mut self) {
         let File { path, env } = self.file.clone();
         Followed::new(path.clone(), MAX_FILE_BYTES).run(|content| self.take(Settings::of_content(&path, content, env))).await;
@@ -84,7 +84,7 @@ impl Reload {
         self.tell(&settings);
         let before = self.active_rules.borrow().clone();
         if settings.rules == before.rules {
-            // What is read first is what was read a moment ago, at the start.
+            // The first read returns the file as it was at the start, so it is not counted.
             if !is_first {
                 self.metrics.read(Outcome::unchanged);
             }
@@ -94,12 +94,12 @@ impl Reload {
         let overlap = humantime::format_duration(settings.rules.overlap).to_string();
         info!(
             target: LOG_TARGET, file,
-            overlap, "the rules have changed; for the overlap, what the former ones allow to agents and issuers that stay is approved too"
+            overlap, "the rules have changed; during the overlap the former rules also apply to the agents and issuers that remain"
         );
         self.active_rules.send_replace(Arc::new(before.replaced(settings.rules, Instant::now())));
     }
 
-    /// What the log should have once.
+    /// Logs new warnings, and the fields that need a restart, once for each change.
     fn tell(&mut self, settings: &Settings) {
         for warning in settings.warnings.iter().filter(|warning| !self.warnings.contains(warning)) {
             warn!(target: LOG_TARGET, "{warning}");
@@ -110,7 +110,7 @@ impl Reload {
         if !waiting.is_empty() && waiting != self.waiting {
             warn!(
                 target: LOG_TARGET, fields = waiting.join(", "),
-                "these changes of the configuration need a restart; until then the approver goes by what was"
+                "these changes of the configuration need a restart; until then the approver uses the former values"
             );
         }
         self.waiting = waiting;
@@ -119,7 +119,7 @@ impl Reload {
     fn refuse(&mut self, refused: Refused) {
         self.metrics.read(Outcome::invalid);
         if self.refused.as_ref() != Some(&refused) {
-            error!(target: LOG_TARGET, file = %self.file.path.display(), "the configuration file cannot be used; the rules that are in force stay");
+            error!(target: LOG_TARGET, file = %self.file.path.display(), "the configuration file cannot be used; the former rules stay in force");
             match &refused {
                 Refused::Invalid(errors) => {
                     errors.0.iter().for_each(|problem| error!(target: LOG_TARGET, field = %problem.path, "{problem}"));
@@ -182,10 +182,10 @@ mod tests {
         let missing = std::io::Error::from(std::io::ErrorKind::NotFound);
         reload.take(Settings::of_content("config.yaml".as_ref(), Err(&missing), &|_| None));
         assert_eq!((now(2), metrics.counts(Outcome::ok).1, counted(&metrics)), (1, 0, [1, 4, 0]));
-        // What concerns agents alone is no other rule.
+        // A field that only agents use does not change the rules.
         reload.take(settings(&format!("{}retention: 1h\n", text("2h"))));
         assert_eq!((now(2), metrics.counts(Outcome::ok).1, counted(&metrics)), (1, 1, [1, 4, 1]));
-        // What needs a restart is said; the end of an overlap needs none.
+        // A change that needs a restart is counted; a change of the overlap needs none.
         reload.take(settings(&format!("{}workerThreads: 3\napprover: {{ overlap: 0s }}\n", text("2h"))));
         assert_eq!((now(2), metrics.counts(Outcome::ok).2, counted(&metrics)), (0, 1, [2, 4, 1]));
     }

@@ -1,4 +1,4 @@
-//! What an approver takes from the agents' configuration file.
+//! The settings of an approver, read from the agents' configuration file.
 
 use std::{io, path::Path};
 
@@ -10,43 +10,43 @@ use crate::config::{Attestation, Config, Env, Errors, IssuerConfig, Loaded, Warn
 /// A configuration that an approver can use.
 #[derive(Debug, Clone)]
 pub struct Settings {
-    /// All of it.
+    /// The whole configuration.
     pub config: Config,
-    /// What it decides by.
+    /// The rules of approval.
     pub rules: Rules,
-    /// What of it concerns the approver; agents tell the rest.
+    /// The warnings about `approver` fields; agents log the others.
     pub warnings: Vec<Warning>,
 }
 
-/// Why a configuration gives an approver nothing to do.
+/// Why an approver cannot use a valid configuration.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Unfit {
-    /// An issuer that does not go through cert-manager.
-    #[error("issuer {0}: an approver decides about requests of cert-manager, and this issuer makes none; use issuer.certManager")]
+    /// An issuer does not use cert-manager.
+    #[error("issuer {0}: an approver decides on CertificateRequests, and this issuer creates none; use issuer.certManager")]
     NoRequests(IssuerName),
-    /// Identities that are no pods'.
-    #[error("attestation: an approver derives what a pod may have, and `attestation: unix` knows no pods; use kubernetes")]
+    /// The identities are not those of pods.
+    #[error("attestation: an approver derives identities from pods, and `attestation: unix` has no pods; use kubernetes")]
     NoPods,
 }
 
 /// Why a configuration cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Refused {
-    /// The file is wrong.
+    /// The file is invalid.
     #[error(transparent)]
     Invalid(#[from] Errors),
-    /// It is right, and gives an approver nothing to do.
+    /// The file is valid, but an approver cannot use it.
     #[error(transparent)]
     Unfit(#[from] Unfit),
 }
 
 impl Settings {
-    /// Reads the file at `path`, with what the environment adds.
+    /// Reads the file at `path` and the variables of `env`.
     pub fn load(path: &Path, env: Env<'_>) -> Result<Self, Refused> {
         Self::of(Config::load(path, &anywhere(env))?)
     }
 
-    /// The same of what was found at `path`.
+    /// As [`load`](Self::load), with the content or the error that was read from `path`.
     pub fn of_content(path: &Path, content: Result<&[u8], &io::Error>, env: Env<'_>) -> Result<Self, Refused> {
         Self::of(Config::of_content(path, content, &anywhere(env))?)
     }
@@ -58,7 +58,7 @@ impl Settings {
         Ok(Self { config, rules, warnings })
     }
 
-    /// The fields that the approver uses, and in which the two differ though it goes by them from its start only.
+    /// The fields that the approver reads only at its start, and that differ from the configuration with which it started.
     pub(super) fn needing_restart(&self, started: &Config) -> Vec<&'static str> {
         let (one, other) = (&self.config, started);
         let driver = |config: &Config| config.per_pod.as_ref().map(|per_pod| per_pod.driver_name.clone());
@@ -73,7 +73,7 @@ impl Settings {
     }
 }
 
-/// An approver belongs to no node, and owns no requests: what agents miss without it is not missed here.
+/// The environment, with values for the variables that only an agent needs: an approver runs for no single node and owns no requests.
 fn anywhere<'a>(env: Env<'a>) -> impl Fn(&str) -> Option<String> + Sync + 'a {
     move |name| match name {
         "NODE_NAME" => Some("none".to_owned()),
@@ -116,7 +116,7 @@ mod tests {
         text.split("\n---\n").map(|document| serde_saphyr::from_str(document).unwrap()).collect()
     }
 
-    /// One fact stands in four places of `daemonset/`, because neither RBAC nor a policy reads the agents' configuration.
+    /// Four manifests in `daemonset/` repeat the same values, because neither RBAC nor a policy reads the agents' configuration.
     #[test]
     fn what_is_installed_says_the_same_in_all_places() {
         let map = objects(include_str!("../../../daemonset/base/config.yaml")).remove(0);

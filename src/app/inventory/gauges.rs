@@ -1,4 +1,4 @@
-//! The inventory as gauges, made anew for each scrape: what has gone from the store has no series.
+//! The inventory as gauges, computed for each scrape: an identity that the store no longer has leaves no series.
 
 use std::{
     collections::BTreeMap,
@@ -18,7 +18,7 @@ use workload_identity::Account;
 
 use super::{Inventory, STATES, State, state};
 
-/// When a certificate is to be renewed, and when it ends.
+/// The renewal time and the end of a certificate.
 #[derive(Debug, Clone, Copy)]
 struct Term {
     renew_at: SystemTime,
@@ -26,7 +26,7 @@ struct Term {
 }
 
 impl Term {
-    /// Of the certificate in use: the agent's, or the one that a client holds from before the agent's start.
+    /// The term of the certificate in use: the one that the agent serves, or the one that a client holds from before the agent's start.
     fn of(entry: &Entry) -> Option<Self> {
         match (entry.current(), entry.demand()) {
             (Some(svid), _) => Some(Self { renew_at: svid.renew_at, not_after: svid.chain.validity.not_after }),
@@ -35,7 +35,7 @@ impl Term {
         }
     }
 
-    /// How much of the time for its renewal, from the planned moment to the end, has passed without one: from 0 to 1.
+    /// The elapsed share of the renewal window, which begins at the planned renewal and ends with the certificate: from 0 to 1.
     fn overdue(&self, now: SystemTime) -> f64 {
         let late = now.duration_since(self.renew_at).unwrap_or_default();
         match self.not_after.duration_since(self.renew_at) {
@@ -81,16 +81,16 @@ impl Collector for Inventory {
         for ((_, name), count) in STATES.iter().zip(counts) {
             ConstGauge::new(count).encode(family.encode_family(&[("state", *name)])?)?;
         }
-        let help = "The largest share of its time for renewal, from the planned moment to its end, that a certificate in use has let pass: \
-                    0 where all are in time, 1 where one has expired";
+        let help = "The largest elapsed share of the renewal window, from the planned renewal to the expiry, of the certificates in use: \
+                    0 if no renewal is late, 1 if a certificate has expired";
         gauge(&mut encoder, "certificate_renewal_overdue_ratio", help, &ConstGauge::new(overdue))?;
         if let Some(earliest) = earliest {
-            let help = "When the first of the certificates in use ends; none where none is in use";
+            let help = "Earliest expiry of the certificates in use; absent if none is in use";
             gauge(&mut encoder, "certificate_earliest_expiration_timestamp_seconds", help, &timestamp(earliest))?;
         }
-        let help = "When the first of this service account's certificates on the node ends; with metrics.perWorkload";
+        let help = "Earliest expiry of this service account's certificates on the node; with metrics.perWorkload";
         by_account(&mut encoder, "certificate_expiration_timestamp_seconds", help, &accounts, |term| term.not_after)?;
-        let help = "When the first of this service account's certificates on the node is to be renewed; with metrics.perWorkload";
+        let help = "Earliest planned renewal of this service account's certificates on the node; with metrics.perWorkload";
         by_account(&mut encoder, "certificate_renewal_timestamp_seconds", help, &accounts, |term| term.renew_at)
     }
 }

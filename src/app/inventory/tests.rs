@@ -12,7 +12,7 @@ use workload_identity::{Identity, samples::identity};
 
 use super::*;
 
-/// For the reference: a certificate of a service account.
+/// Registers the gauges with one certificate of a service account, for the metrics reference.
 pub(crate) fn sample(registry: &mut Registry) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
     runtime.block_on(async {
@@ -23,7 +23,7 @@ pub(crate) fn sample(registry: &mut Registry) {
     });
 }
 
-/// Keeps a certificate in use for as long as there is the registry.
+/// Keeps a certificate in use as long as the registry exists.
 #[derive(Debug)]
 struct Kept {
     _lease: Lease,
@@ -35,13 +35,13 @@ impl Collector for Kept {
     }
 }
 
-/// One profile, which all have.
+/// A plan with one profile for all identities.
 fn plan() -> watch::Receiver<Arc<Plan>> {
     let plan = Plan::new(std::collections::BTreeMap::new(), [identity("a").profile.clone()], Duration::ZERO);
     watch::channel(Arc::new(plan)).1
 }
 
-/// A store, and certificates of one hour that are to be renewed after half an hour.
+/// A store, with certificates of one hour whose renewal is planned after half an hour.
 struct Node {
     clock: TestClock,
     store: Arc<Store>,
@@ -104,32 +104,32 @@ async fn what_nobody_subscribes_to_is_idle_and_alarms_nobody() {
     tokio::time::advance(Duration::from_secs(2000)).await;
     assert_eq!(count("overdue"), (true, true));
     drop(lease);
-    assert_eq!(count("idle"), (true, false), "nobody renews it, because nobody needs it");
+    assert_eq!(count("idle"), (true, false), "it has no subscriber, so it is not renewed");
     tokio::time::advance(Duration::from_secs(2000)).await;
     assert_eq!((count("idle"), overdue(&registry)), ((true, false), 0.0));
     let _lease = node.lease("a", Demand::Now);
     assert_eq!(count("expired"), (true, true));
 }
 
-/// The embedded authority backdates by so much that the certificate's own hour is not asked here: only the way from the planned renewal on.
+/// The embedded issuer backdates `notBefore`, so the test uses the window from the planned renewal on and not the lifetime of one hour.
 #[tokio::test(start_paused = true)]
 async fn a_certificate_is_overdue_by_the_share_of_its_own_time() {
     let mut registry = Registry::default();
     let node = Node::new(&mut registry);
-    assert_eq!(overdue(&registry), 0.0, "nobody has a certificate");
+    assert_eq!(overdue(&registry), 0.0, "there is no certificate");
     let _a = node.lease("a", Demand::Now);
-    assert_eq!(overdue(&registry), 0.0, "nor yet");
+    assert_eq!(overdue(&registry), 0.0, "the certificate is not issued yet");
     node.publish("a").await;
     let window = {
         let svid = node.entry(&identity("a")).current().unwrap();
         svid.chain.validity.not_after.duration_since(svid.renew_at).unwrap()
     };
     tokio::time::advance(Duration::from_secs(1800)).await;
-    assert_eq!(overdue(&registry), 0.0, "its moment has just come");
+    assert_eq!(overdue(&registry), 0.0, "the renewal is due now");
     tokio::time::advance(window / 4).await;
     assert!((overdue(&registry) - 0.25).abs() < 1e-3, "{}", overdue(&registry));
 
-    // Of two, the worse one counts; that of a client from before a restart too.
+    // The largest share of all certificates counts, also that of one that a client holds from before a restart.
     let (now, half) = (node.clock.now(), Duration::from_secs(50));
     let _b = node.lease("b", Demand::Held { renew_at: now - half, not_after: now + half });
     assert!((overdue(&registry) - 0.5).abs() < 1e-3, "{}", overdue(&registry));
@@ -148,7 +148,7 @@ async fn a_workloads_series_come_and_go_with_its_certificate() {
     let shown = |who: &str| names.map(|name| page(&registry).contains(&series(name, who)));
 
     let (a, _b) = (node.lease("a", Demand::Now), node.lease("b", Demand::Now));
-    assert_eq!(shown("a"), [false; 2], "nothing is known of it yet");
+    assert_eq!(shown("a"), [false; 2], "no certificate is issued yet");
     node.publish("a").await;
     node.publish("b").await;
     assert_eq!((shown("a"), shown("b")), ([true; 2], [true; 2]));

@@ -1,4 +1,4 @@
-//! What a file changes, what it does not, and what is told of it; against an API server of ours where issuers are made.
+//! Which changes of the file come into force, which do not, and which are logged. Tests that create issuers use a scripted API server.
 
 use std::{
     path::Path,
@@ -64,7 +64,7 @@ impl World {
         Self { reload, plan, resolver, reissue_window }
     }
 
-    /// Reads `text`; whether rotation, streams and their window have heard of another.
+    /// Reads `text`. Returns whether the plan, the resolver and the reissue window have changed.
     fn read(&mut self, text: &str) -> (bool, bool, bool) {
         self.reload.take(parse(text), false);
         self.heard()
@@ -122,14 +122,14 @@ async fn what_needs_a_restart_is_counted_and_the_rest_comes_into_force() {
     assert_eq!(w.restart_required(), 2);
     assert_eq!(&*w.resolver.borrow().rules[0].profile.name, "short");
     assert_eq!(w.reload.in_force.worker_threads, 2);
-    // What was taken back needs no restart any more.
+    // A reverted change needs no restart.
     assert_eq!(w.read(&format!("workerThreads: 3\n{profile}")), (true, false, false));
     assert_eq!(w.restart_required(), 1);
     w.read(profile);
     assert_eq!(w.restart_required(), 0);
 }
 
-/// Every stream would end, because the templates of one attestation fit no caller of the other.
+/// A change of `attestation` would end every stream: the templates for one attestation have no identity for callers of another.
 #[tokio::test]
 async fn identities_stay_while_what_they_depend_on_waits_for_a_restart() {
     let mut w = world("");
@@ -153,22 +153,22 @@ async fn issuers_come_and_go_and_one_that_stays_is_the_same() {
     assert_eq!((w.issuers(), w.scopes()), (vec!["default".into(), "shop".into()], 1));
     assert!(Arc::ptr_eq(&known, &w.reload.issuer_set.issuers()[&IssuerName("default".into())]));
     let of_shop = w.reload.issuer_set.issuers()[&IssuerName("shop".into())].clone();
-    // A namespace of its own is watched by a watch of its own.
+    // Another fixed namespace gets its own watch.
     w.read(&profile("elsewhere"));
     assert_eq!((w.issuers().len(), w.scopes()), (2, 2));
     w.read("");
     assert_eq!((w.issuers(), w.scopes()), (vec!["default".into()], 2));
     w.read(&profile("sds-agent"));
-    assert!(Arc::ptr_eq(&of_shop, &w.reload.issuer_set.issuers()[&IssuerName("shop".into())]), "its queue and its memory are as they were");
+    assert!(Arc::ptr_eq(&of_shop, &w.reload.issuer_set.issuers()[&IssuerName("shop".into())]), "the issuer keeps its queue and its state");
 
-    // One watch of all namespaces would meet the others: nothing of who signs what changes, the rest does.
+    // A watch of all namespaces would see the namespaces of the others: issuers and profiles stay, the other fields change.
     let before = w.reload.in_force.clone();
     assert_eq!(w.read(&format!("retention: 1m\nauthorityEpoch: 2\n{}", profile("workload"))), (true, false, false));
     assert_eq!((w.issuers().len(), w.scopes(), w.restart_required()), (2, 2, 2));
     assert_eq!(w.reload.in_force, Config { retention: Duration::from_secs(60), ..before });
-    // The other way round there is a watch that sees all.
+    // With a watch of all namespaces, a profile can change to a fixed namespace.
     let mut w = world(&profile("workload"));
-    assert_eq!(w.read(&profile("elsewhere")), (true, true, true), "asked elsewhere is asked of another");
+    assert_eq!(w.read(&profile("elsewhere")), (true, true, true), "another namespace is another issuer");
     assert_eq!((w.scopes(), w.restart_required()), (1, 0));
 }
 

@@ -21,7 +21,7 @@ use crate::app::Base;
 const CR: &str = "certificaterequests";
 const HOUR: Duration = Duration::from_secs(3600);
 
-/// Profiles `a` and `b` with requests in these namespaces, beside the default in `sds-agent`.
+/// Profiles `a` and `b` with requests in these namespaces; the default profile has `sds-agent`.
 fn config(a: &str, b: &str) -> Config {
     let text = format!(
         "issuer: {{ certManager: {{ issuerRef: {{ name: mesh-ca, kind: ClusterIssuer }} }} }}\n\
@@ -88,7 +88,7 @@ impl World {
         Self { api, config, issuer_set, last, running }
     }
 
-    /// Orders a certificate for a pod in `namespace`, as its profile says.
+    /// Orders a certificate for a pod in `namespace` with the profile of that pod.
     fn order(&self, namespace: &str) -> JoinHandle<Result<Issued, Error>> {
         let pod = PodRef { namespace: namespace.into(), name: "p".into(), uid: "u".into() };
         let account = Some("s".into());
@@ -109,7 +109,7 @@ impl World {
     }
 }
 
-/// Two namespaces of their own; one that follows the workloads, which sees those of the others, too.
+/// First case: each profile has its own namespace. Second case: profile `b` uses the workload's, so one watch sees all namespaces.
 #[tokio::test(start_paused = true)]
 async fn no_issuer_deletes_the_live_requests_of_another() {
     for (a, b, expected) in [("one", "two", ["one", "sds-agent", "two"]), ("one", "workload", ["b", "one", "sds-agent"])] {
@@ -121,7 +121,7 @@ async fn no_issuer_deletes_the_live_requests_of_another() {
         let one_of = |key: &str| requests.iter().all(|r| r["metadata"]["labels"][key] == requests[0]["metadata"]["labels"][key]);
         assert!(one_of(keys::INSTANCE) && one_of(keys::AGENT), "one agent: {requests:?}");
 
-        // Sweeps and fresh lists go over them for hours.
+        // Sweeps and new lists see the requests for hours.
         for _ in 0..4 {
             tokio::time::sleep(HOUR).await;
             world.api.cut_watches(false);
@@ -144,7 +144,7 @@ async fn no_issuer_deletes_the_live_requests_of_another() {
     }
 }
 
-/// Peers may still hold what it has signed; so its roots stay, and the operator is told.
+/// Peers may still hold certificates of a removed issuer, so its roots stay and the log says so.
 #[tokio::test(start_paused = true)]
 async fn an_issuer_that_is_taken_out_leaves_its_roots_and_says_so() {
     let log = Captured::default();
@@ -158,7 +158,7 @@ async fn an_issuer_that_is_taken_out_leaves_its_roots_and_says_so() {
         config
     };
     let mut world = World::start(told(true));
-    let words = "roots that an issuer brought stay";
+    let words = "the roots of a removed issuer stay";
     world.issuer_set.change(&told(true)).unwrap();
     assert_eq!(log.count(words), 0, "nothing has changed");
     world.issuer_set.change(&told(false)).unwrap();

@@ -1,4 +1,4 @@
-//! The table: the most pressing first, one line for each identity, and what is wrong with it below.
+//! The table: one line for each identity, the most urgent first, and its errors below.
 
 use std::{
     cmp::Ordering,
@@ -10,15 +10,15 @@ use super::Row;
 use crate::cli::output::{printable, wrapped};
 
 const HEADINGS: [&str; 6] = ["IDENTITY", "STATE", "SERIAL", "EXPIRES IN", "RENEWAL IN", "SUBS"];
-/// Digits of a serial number that tell it apart from the others of a node.
+/// Digits of a serial number that are shown. They distinguish it from the others of a node.
 const SERIAL: usize = 12;
-/// What is below an identity's line begins here.
+/// Indentation of the lines below an identity.
 const INDENT: &str = "    ";
 
 /// The rows as text, for a terminal of `width` columns; without one, nothing is wrapped.
 pub(super) fn text(mut rows: Vec<Row>, now: SystemTime, width: Option<usize>) -> String {
     if rows.is_empty() {
-        return "the agent holds no certificate: nobody has asked for one\n".to_owned();
+        return "the agent holds no certificate: no client has requested one\n".to_owned();
     }
     rows.sort_by(|a, b| pressing(a).cmp(&pressing(b)).then_with(|| by_end(a, b)).then_with(|| a.spiffe_id.cmp(&b.spiffe_id)));
     let cells: Vec<[String; 6]> = rows.iter().map(|row| cells(row, now)).collect();
@@ -54,7 +54,7 @@ fn line(cells: &[String; 6], widths: &[usize; 6]) -> String {
 
 fn cells(row: &Row, now: SystemTime) -> [String; 6] {
     let serial = row.serial.as_deref().map_or_else(|| "-".to_owned(), short);
-    // Where the last attempt failed, the next one is not the planned renewal.
+    // After a failed attempt, the next attempt precedes the planned renewal.
     let next = if row.state == "idle" { None } else { row.next_attempt.as_deref().or(row.renew_at.as_deref()) };
     [
         printable(&row.spiffe_id),
@@ -81,7 +81,7 @@ fn below(row: &Row) -> Vec<(&'static str, &str)> {
     [error, waits, request].into_iter().flatten().collect()
 }
 
-/// The two largest units; a time that has passed is negative.
+/// The time until `time` in its two largest units; negative if it has passed.
 fn until(time: Option<&str>, now: SystemTime) -> String {
     let Some(at) = time.and_then(|time| humantime::parse_rfc3339(time).ok()) else { return "-".to_owned() };
     match at.duration_since(now) {
@@ -114,7 +114,7 @@ fn pressing(row: &Row) -> u8 {
     }
 }
 
-/// What ends first; times are written so that they sort as text.
+/// Orders by expiry. The times are RFC 3339 in UTC, which sort as text.
 fn by_end(a: &Row, b: &Row) -> Ordering {
     match (&a.not_after, &b.not_after) {
         (Some(a), Some(b)) => a.cmp(b),
@@ -144,7 +144,7 @@ mod tests {
         let expired = row("spiffe://a/expired", "expired", Some("2025-12-31T23:59:58Z"));
         let pending = Row {
             last_error: Some("create: no\x1b[2J".into()),
-            waits_for: Some("an approver: nobody has approved or denied it".into()),
+            waits_for: Some("an approver: it is neither approved nor denied".into()),
             ..row("spiffe://a/pending", "pending", None)
         };
         let idle = Row { renew_at: Some("2026-01-01T12:00:30Z".into()), ..row("spiffe://a/idle", "idle", Some("2026-01-01T00:00:09Z")) };
@@ -153,14 +153,14 @@ IDENTITY            STATE    SERIAL         EXPIRES IN  RENEWAL IN  SUBS
 spiffe://a/expired  expired  -              -2s         -           2
 spiffe://a/pending  pending  -              -           -           2
     last error: create: no\\u{1b}[2J
-    waits for: an approver: nobody has approved or denied it
+    waits for: an approver: it is neither approved nor denied
 spiffe://a/good     valid    0123456789ab…  2d1h        1m5s        2
 spiffe://a/idle     idle     -              9s          -           2
 ";
         let rows = vec![idle, good, pending.clone(), expired];
         assert_eq!(text(rows, now, None), expected);
         let narrow = text(vec![pending], now, Some(32));
-        assert!(narrow.ends_with("    waits for: an approver:\n    nobody has approved or\n    denied it\n"), "{narrow}");
+        assert!(narrow.ends_with("    waits for: an approver: it\n    is neither approved nor\n    denied\n"), "{narrow}");
     }
 
     #[test]
@@ -174,6 +174,6 @@ spiffe://a/idle     idle     -              9s          -           2
 
     #[test]
     fn nothing_is_said_in_words() {
-        assert_eq!(text(Vec::new(), SystemTime::UNIX_EPOCH, None), "the agent holds no certificate: nobody has asked for one\n");
+        assert_eq!(text(Vec::new(), SystemTime::UNIX_EPOCH, None), "the agent holds no certificate: no client has requested one\n");
     }
 }

@@ -1,4 +1,4 @@
-//! What a configuration asks of a whole cluster: pure arithmetic, and a warning where cert-manager cannot sign that much.
+//! Calculates the load of a configuration on a whole cluster, and warns if cert-manager cannot sign that many requests.
 
 use std::time::Duration;
 
@@ -8,23 +8,23 @@ use crate::config::{self, Config, IssuerConfig, Warning};
 
 /// Writes to etcd for each certificate: the request is created, approved, signed and deleted, and cert-manager writes three Events.
 const WRITES: f64 = 7.0;
-/// Calls of cert-manager's controllers for each certificate.
+/// Requests of cert-manager's controllers to the API server for each certificate.
 const CALLS: f64 = 4.0;
-/// Up to this version all controllers of cert-manager share one limited client.
+/// Up to this version, all controllers of cert-manager share one rate-limited client.
 const LAST_LIMITED: Version = Version { major: 1, minor: 20 };
-/// What that client gets through without flags of its own, in requests signed per second: 20 calls, of which each takes four.
+/// CertificateRequests per second that this client can sign with its default limit of 20 calls per second.
 const LIMITED_RATE: f64 = 5.0;
 
 /// The size of a cluster.
 #[derive(Debug, Clone, Copy, Default, PartialEq, clap::Args)]
 pub struct Fleet {
-    /// How many nodes the cluster has: with --identities, check-config tells what all of its agents ask for
+    /// Number of nodes of the cluster; needs --identities, and prints the load of all agents
     #[arg(long, value_name = "N", requires = "identities", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub nodes: Option<u32>,
-    /// How many identities (service accounts, or pods with certificate.perPod) a node has
+    /// Number of identities on a node (service accounts, or pods with certificate.perPod)
     #[arg(long, value_name = "N", requires = "nodes", value_parser = clap::value_parser!(u32).range(1..=100_000))]
     pub identities: Option<u32>,
-    /// The cluster's version of cert-manager, such as 1.21: how much it signs depends on it
+    /// Version of cert-manager in the cluster, such as 1.21, which limits how many requests it can sign
     #[arg(long, value_name = "VERSION")]
     pub cert_manager: Option<Version>,
 }
@@ -48,19 +48,19 @@ impl std::str::FromStr for Version {
     }
 }
 
-/// What a cluster asks for, were every identity of one profile.
+/// The load of a cluster if every identity had the same profile.
 #[derive(Debug, Clone, PartialEq, serde::Serialize)]
 pub struct Load {
     /// The profile.
     pub profile: String,
-    /// CertificateRequests per second in the long run.
+    /// CertificateRequests per second, on average.
     pub requests_per_second: f64,
     /// Writes to etcd per second.
     pub etcd_writes_per_second: f64,
 }
 
 impl Fleet {
-    /// The load by each profile, and a warning for each that asks for too much. None without a size.
+    /// The load for each profile, and a warning for each that exceeds the limit. Empty if the size of the cluster is not known.
     pub fn loads(&self, config: &Config) -> (Vec<Load>, Vec<Warning>) {
         let (Some(nodes), Some(identities)) = (self.nodes, self.identities) else { return (Vec::new(), Vec::new()) };
         let profiles = config.profiles.iter().enumerate().map(|(place, rule)| (format!("profiles[{place}].certificate"), &rule.profile));
@@ -83,7 +83,7 @@ impl Fleet {
         let enough = humantime::format_duration(Duration::from_secs_f64(hours * 3600.0));
         let unsure = if self.cert_manager.is_none() { " (name a newer one with --cert-manager)" } else { "" };
         format!(
-            "{} asks for {rate:.1} requests per second in such a cluster, and cert-manager up to 1.20 signs about {LIMITED_RATE} with its \
+            "{} makes {rate:.1} requests per second in such a cluster, and cert-manager up to 1.20 signs about {LIMITED_RATE} with its \
              defaults{unsure}: use a lifetime of {enough} or more, or give cert-manager --kube-api-qps={:.0}",
             humantime::format_duration(profile.lifetime),
             rate * CALLS * 1.5,

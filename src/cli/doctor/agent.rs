@@ -1,4 +1,4 @@
-//! What a running agent tells of itself: health on its socket, probes and figures on its admin address.
+//! The state that a running agent reports: health on its socket, probes and metrics on its admin address.
 
 use std::{path::Path, time::Duration};
 
@@ -16,13 +16,13 @@ use crate::{
     config::Config,
 };
 
-/// For the health of a socket.
+/// Timeout of a health check.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Whether who listens at `socket` serves: `grpc.health.v1`, as the agent's successor asks too.
+/// Checks the health of the server at `socket` with `grpc.health.v1`, as the agent's successor does.
 pub(super) async fn health(socket: &Path) -> Step {
     let name = "health";
-    let remedy = "is it an agent that listens there? its log says what it does; an agent that drains is about to be replaced";
+    let remedy = "check that an agent listens there, and see its log; an agent that drains is about to be replaced";
     let ask = async {
         let (connection, driver) = client::connect(socket).await.map_err(|error| error.to_string())?;
         let driver = tokio::spawn(driver);
@@ -38,17 +38,17 @@ pub(super) async fn health(socket: &Path) -> Step {
     }
 }
 
-/// What the agent's figures say, where there are any.
+/// Values from the agent's metrics; `None` if they are not available.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Figures {
-    /// Descriptors in use, and at most.
+    /// Open file descriptors, and their limit.
     pub(super) files: Option<(u64, u64)>,
     pub(super) memory_locked: Option<bool>,
 }
 
 impl Figures {
     fn of(page: &str) -> Self {
-        // With or without the prefix of the agent's own.
+        // Metrics of the process have no prefix `sds_agent_`.
         let value = |name: &str| {
             let of = |line: &str| {
                 let (metric, value) = line.split_once(' ')?;
@@ -63,11 +63,12 @@ impl Figures {
     }
 }
 
-/// Liveness, readiness and the figures.
+/// Checks liveness and readiness, and reads the metrics.
 pub(super) async fn admin(config: &Config) -> (Vec<Step>, Figures) {
     let (agent, ready) = ("agent", "readiness");
     if config.admin.port() == 0 {
-        let step = Step::unknown(agent, "admin.address has port 0, which is another one at each start", Some("give it a port"));
+        let step =
+            Step::unknown(agent, "admin.address has port 0, so the kernel chooses another port at each start", Some("give it a port"));
         return (vec![step], Figures::default());
     }
     let address = Address::from(config.admin);
@@ -79,17 +80,17 @@ pub(super) async fn admin(config: &Config) -> (Vec<Step>, Figures) {
         }
         Err(error) => {
             let remedy =
-                "is the agent running? run this where it runs: its admin address is on its own loopback; its log says why it ended";
+                "check that the agent runs, and see its log; run this in its network namespace, because its admin address is on loopback";
             return (vec![Step::failed(agent, Exit::Unavailable, error.to_string(), remedy)], Figures::default());
         }
     };
     let ready = match admin_client::get(&address, "/readyz?verbose").await {
-        Ok((StatusCode::OK, _)) => Step::ok(ready, "it has all that it needs to serve"),
+        Ok((StatusCode::OK, _)) => Step::ok(ready, "all conditions of readiness are met"),
         Ok((_, page)) => {
             let detail = page.lines().map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join("\n");
-            Step::failed(ready, Exit::Unavailable, detail, "it comes by itself; where it does not, the steps below say what is in the way")
+            Step::failed(ready, Exit::Unavailable, detail, "the agent becomes ready by itself; if it does not, see the failed steps below")
         }
-        Err(error) => Step::failed(ready, Exit::Unavailable, error.to_string(), "its log says what it does"),
+        Err(error) => Step::failed(ready, Exit::Unavailable, error.to_string(), "see the log of the agent"),
     };
     let figures = match admin_client::get(&address, "/metrics").await {
         Ok((StatusCode::OK, page)) => Figures::of(&page),

@@ -1,4 +1,4 @@
-//! What the cluster tells: the pod, what the index knows of it, and the verdict of the attestor itself.
+//! The steps about the cluster: the pod, its entry in the index, and the verdict of the attestor.
 
 use std::{sync::Arc, time::Duration};
 
@@ -19,12 +19,12 @@ use crate::{
     config::{Attestation, Config},
 };
 
-/// For the index of pods, and for a verdict.
+/// Timeout for the index of pods, and for a verdict.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(20);
 
 const AS_THE_AGENT: &str = "run it in the agent's pod, or set KUBECONFIG and NODE_NAME as the agent has them";
 
-/// A way to the API server.
+/// A client of the API server.
 pub(super) async fn client(config: &Config) -> Result<Client, Step> {
     let client = agent_kube::connect(&agent_kube::Metrics::default(), config.kubernetes).await;
     client.map_err(|error| Step::failed("cluster", Exit::Unavailable, error.to_string(), AS_THE_AGENT))
@@ -35,12 +35,12 @@ pub(super) struct Cluster {
     client: Client,
     pods: Pods,
     node: String,
-    /// The index is watched for as long as this lives.
+    /// The watch of the index ends when this is dropped.
     _running: DropGuard,
 }
 
 impl Cluster {
-    /// Connects, and begins to watch the node's pods.
+    /// Connects, and starts the watch of the node's pods.
     pub(super) async fn connect(config: &Config) -> Result<Self, Step> {
         let client = client(config).await?;
         let Some(node) = config.node.node_name.as_deref() else {
@@ -56,12 +56,12 @@ impl Cluster {
         Ok(Self { client, pods, node: node.to_owned(), _running: shutdown.drop_guard() })
     }
 
-    /// For further questions.
+    /// The client, for further requests.
     pub(super) fn client(&self) -> &Client {
         &self.client
     }
 
-    /// Looks a pod up by its name; gives its UID where it is this node's.
+    /// Looks up a pod by its name. Returns its UID if it is on this node.
     pub(super) async fn named(&self, namespace: &str, pod: &str) -> (Step, Option<String>) {
         let name = "pod";
         let call = Call { verb: "list", resource: "pods", name: None, namespace: Some(namespace) };
@@ -86,10 +86,10 @@ impl Cluster {
         (Step::ok(name, detail), Some(uid))
     }
 
-    /// What the index of this node's pods knows of a UID: the pod, its phase, its service account, and the profile that follows.
+    /// Looks up a UID in the index of this node's pods: the pod, its phase, its service account and its profile.
     pub(super) async fn known(&self, config: &Config, uid: &str) -> Vec<Step> {
         let Ok(known) = timeout(ANSWER_TIMEOUT, self.pods.wait_for(uid)).await else {
-            let remedy = "see the step before; the index needs the verbs list and watch on pods";
+            let remedy = "see the previous step; the index needs the verbs list and watch on pods";
             return vec![Step::failed("index", Exit::Unavailable, "the index of this node's pods did not become complete", remedy)];
         };
         match known {
@@ -101,7 +101,7 @@ impl Cluster {
                     None if pod.mirror => Step::failed(
                         "service account",
                         Exit::NotPermitted,
-                        "it is a static pod: nobody vouches for a service account",
+                        "it is a static pod, whose service account the API server does not confirm",
                         "run it as a DaemonSet if it needs an identity",
                     ),
                     None => Step::failed("service account", Exit::NotPermitted, "it has none", "set spec.serviceAccountName"),
@@ -120,18 +120,18 @@ impl Cluster {
     }
 }
 
-/// The agent's own.
+/// The attestor that the agent would use.
 pub(super) fn attestor(config: &Config, pods: Option<Pods>) -> Result<Arc<dyn Attestor>, Step> {
     let made = app::attestor(config, pods);
     made.map_err(|error| Step::failed("verdict", Exit::Failed, format!("{error:#}"), "correct the configuration"))
 }
 
-/// What the agent would say to this process, and the identity that it would give.
+/// The agent's verdict about this process, and its identity.
 pub(super) async fn verdict(config: &Config, attestor: &dyn Attestor, peer: &Peer) -> Step {
     match timeout(ANSWER_TIMEOUT, attestor.attest(peer)).await {
         Ok(Ok(attested)) => identity(config, &attested.workload),
         Ok(Err(error)) => refused("verdict", &error),
-        Err(_) => Step::failed("verdict", Exit::Unavailable, "no verdict in time", "see the steps before"),
+        Err(_) => Step::failed("verdict", Exit::Unavailable, "no verdict within the timeout", "see the previous steps"),
     }
 }
 
@@ -144,7 +144,7 @@ fn identity(config: &Config, workload: &Workload) -> Step {
     }
 }
 
-/// Which profile the pod gets and by which rule: on the shared socket, and on each socket of its own where it picks one.
+/// The profile of the pod and the rule that selects it: on the shared socket, and on each socket for which a volume selects a profile.
 fn profile(resolver: &Resolver, pod: &Pod) -> Step {
     let mut detail = resolver.explain(&pod.workload());
     let mut wrong = None;
@@ -162,7 +162,7 @@ fn profile(resolver: &Resolver, pod: &Pod) -> Step {
     }
 }
 
-/// A pod without a process here: what its processes would be told.
+/// The verdict about a pod without a visible process.
 pub(super) fn without_process(config: &Config, target: &Target) -> Step {
     let detail = match (config.attestation, target) {
         (Attestation::Kubernetes, Target::Pod { .. }) => "no process of the pod is visible here, so nothing was attested",
@@ -175,14 +175,14 @@ fn refused(name: &'static str, error: &Error) -> Step {
     let remedy = match error.reason {
         Reason::pid_invisible => "run the agent with hostPID: true",
         Reason::no_pidfd => "the shared socket needs Linux 6.5 or newer",
-        Reason::process_gone => "ask about a process that still runs",
+        Reason::process_gone => "name a process that still runs",
         Reason::not_in_pod => "only processes of pods are served on the shared socket",
-        Reason::conflicting_cgroups => "something moved the process by hand: restart its pod",
-        Reason::unknown_pod => "is the pod one of this node (NODE_NAME), and of this cluster (KUBECONFIG)?",
-        Reason::pod_ended => "a pod that has ended gets nothing; its successor has another UID",
+        Reason::conflicting_cgroups => "the process was moved to another cgroup: restart its pod",
+        Reason::unknown_pod => "check that the pod is on this node (NODE_NAME) and in this cluster (KUBECONFIG)",
+        Reason::pod_ended => "a pod that has ended is not served; its successor has another UID",
         Reason::no_service_account => "give the pod a service account; a static pod cannot have one",
-        Reason::no_identity => "correct identity.spiffeId or identity.dnsNames in the configuration, or the profile that the pod picks",
-        _ => "see the steps before",
+        Reason::no_identity => "correct identity.spiffeId or identity.dnsNames in the configuration, or the profile that the pod selects",
+        _ => "see the previous steps",
     };
     let exit = if error.temporary { Exit::Unavailable } else { Exit::NotPermitted };
     Step::failed(name, exit, error.to_string(), remedy)
@@ -190,9 +190,9 @@ fn refused(name: &'static str, error: &Error) -> Step {
 
 pub(super) fn failed(name: &'static str, failure: &Failure) -> Step {
     let (exit, remedy) = match failure.cause {
-        Cause::Rbac | Cause::Policy => (Exit::NotPermitted, "grant the agent's service account what the message names"),
+        Cause::Rbac | Cause::Policy => (Exit::NotPermitted, "grant the agent's service account the permission that the message names"),
         Cause::Unauthorized => (Exit::NotPermitted, "mount a token of the agent's service account"),
-        _ => (Exit::Unavailable, "is the API server up, and may this node reach it?"),
+        _ => (Exit::Unavailable, "check that the API server runs and that this node can reach it"),
     };
     Step::failed(name, exit, failure.to_string(), remedy)
 }

@@ -1,6 +1,6 @@
-//! What the upstream tells: the issuer and how it is reached, and the requests of this node that it refused or keeps waiting.
+//! The steps about the issuer: its state, and the requests of this node that it refused or has not answered.
 //!
-//! Refused requests stay for about ten minutes; what is known of their messages is explained by the functions that the agent itself uses.
+//! Refused requests exist for about ten minutes. The agent's own functions explain their messages.
 
 use agent_kube::{Call, Cause, Failure};
 use agent_runtime::{
@@ -25,22 +25,22 @@ use crate::{
     config::{Config, IssuerConfig},
 };
 
-/// No more requests than this are shown.
+/// Maximum number of requests in a report.
 const SHOWN: usize = 5;
-/// Seconds after which somebody should have decided.
+/// Seconds after which an undecided request is a failure.
 const UNDECIDED: i64 = 30;
-/// No more than this are read.
+/// Maximum number of requests that are read.
 const READ: u32 = 500;
 
 type Request = Object<NotUsed, Status>;
 
-/// Each issuer of cert-manager's that the configuration names, and this node's requests.
+/// Checks each issuer of cert-manager in the configuration, and this node's requests.
 pub(super) async fn look(config: &Config) -> Vec<Step> {
     let issuers: Vec<&Settings> = config.issuers.values().filter_map(of_cert_manager).collect();
     if issuers.is_empty() {
         return Vec::new();
     }
-    // Where there is no way to the cluster, the step about the cluster has told.
+    // An earlier step has reported that the cluster is not reachable.
     let Ok(client) = agent_kube::connect(&agent_kube::Metrics::default(), config.kubernetes).await else { return Vec::new() };
     let mut steps = Vec::new();
     let mut namespaces: Vec<&RequestNamespace> = Vec::new();
@@ -75,18 +75,20 @@ async fn issuer(config: &Config, client: &Client, issuer: &Settings) -> Step {
         return Step::failed(name, exit, error.to_string(), "correct issuer.certManager.issuerRef, or what the message names");
     }
     if !reference.group.is_empty() && reference.group != GROUP {
-        return Step::ok(name, format!("{title} of group {}: an external issuer, which is not looked at", reference.group));
+        return Step::ok(name, format!("{title} of group {}: an external issuer, which is not checked", reference.group));
     }
     let of_cluster = reference.kind == "ClusterIssuer";
     if !of_cluster && namespace.is_none() {
-        return Step::ok(name, format!("{title}: each workload's namespace has its own"));
+        return Step::ok(name, format!("{title}: each workload's namespace has its own issuer"));
     }
     match get(client, reference, namespace.filter(|_| !of_cluster)).await {
         Ok(found) => judge(&title, &found.data, config.trust_domain.as_str()),
         Err(failure) if matches!(failure.cause, Cause::Rbac | Cause::Policy) => {
             Step::unknown(name, failure.to_string(), Some("grant the agent's service account the verb get on its issuers"))
         }
-        Err(failure) => Step::failed(name, Exit::Unavailable, failure.to_string(), "is the API server up, and may this node reach it?"),
+        Err(failure) => {
+            Step::failed(name, Exit::Unavailable, failure.to_string(), "check that the API server runs and that this node can reach it")
+        }
     }
 }
 
@@ -102,14 +104,14 @@ async fn get(client: &Client, reference: &IssuerRef, namespace: Option<&str>) ->
     api.get(&reference.name).await.map_err(|error| Failure::of(&error, &call))
 }
 
-/// An issuer as cert-manager keeps it.
+/// Checks the object of an issuer.
 fn judge(title: &str, issuer: &Value, trust_domain: &str) -> Step {
     let name = "issuer";
     let detail = format!("{title}: {}", authority(&issuer["spec"]));
     let conditions = issuer["status"]["conditions"].as_array();
     let ready = conditions.and_then(|all| all.iter().find(|condition| condition["type"] == "Ready"));
     let Some(ready) = ready else {
-        return Step::failed(name, Exit::Unavailable, format!("{detail}; it has no Ready condition yet"), "is cert-manager running?");
+        return Step::failed(name, Exit::Unavailable, format!("{detail}; it has no Ready condition yet"), "check that cert-manager runs");
     };
     if ready["status"] == "True" {
         return Step::ok(name, format!("{detail}; Ready"));
@@ -117,12 +119,12 @@ fn judge(title: &str, issuer: &Value, trust_domain: &str) -> Step {
     let message = ready["message"].as_str().unwrap_or_default();
     let (said, remedy) = match vault::explain(message, trust_domain) {
         Some(finding) => (finding.said, finding.remedy),
-        None => (one_line(message), format!("correct the issuer; more by: kubectl describe {}", title.to_lowercase())),
+        None => (one_line(message), format!("correct the issuer; for details run: kubectl describe {}", title.to_lowercase())),
     };
     Step::failed(name, Exit::Unavailable, format!("{detail}; not Ready: {said}"), remedy)
 }
 
-/// Who signs, in words.
+/// The certificate authority of the issuer, in words.
 fn authority(spec: &Value) -> String {
     let text = |value: &Value| value.as_str().unwrap_or("?").to_owned();
     if let Some(vault) = spec.get("vault") {
@@ -165,8 +167,8 @@ async fn requests(config: &Config, client: &Client, namespace: &RequestNamespace
     }
 }
 
-/// Whether anybody approves requests. Nobody can be asked that: what is known is what became of this node's requests, and those that were
-/// signed are gone.
+/// Checks that an approver decides requests. No API reports this, so the check uses the conditions of this node's requests. Signed
+/// requests are deleted and show nothing.
 fn approver(requests: &[Request], now: i64) -> Step {
     let name = "approver";
     let age = |request: &Request| now - request.metadata.creation_timestamp.as_ref().map_or(now, |time| time.0.as_second());
@@ -181,44 +183,44 @@ fn approver(requests: &[Request], now: i64) -> Step {
     if let Some(oldest) = waiting.iter().max_by_key(|request| age(request)) {
         let of = |text: &Option<String>| text.clone().unwrap_or_else(|| "?".to_owned());
         let detail = format!(
-            "nobody has approved or denied {} of {} requests of this node; the oldest, {}/{}, is {} s old",
+            "no approver has decided {} of {} requests of this node; the oldest, {}/{}, is {} s old",
             waiting.len(),
             requests.len(),
             of(&oldest.metadata.namespace),
             of(&oldest.metadata.name),
             age(oldest)
         );
-        let remedy = "run an approver: cert-manager's own, which its controller has unless --controllers says otherwise and whose account \
-                      needs the verb approve on signers, or a policy's; its log says why it leaves these";
+        let remedy = "run an approver: cert-manager's own, which runs in its controller unless --controllers excludes it and whose account \
+                      needs the verb approve on signers, or another one; its log shows why it does not decide these";
         return Step::failed(name, Exit::Failed, detail, remedy);
     }
     match requests.iter().filter_map(is_decided).next_back() {
         Some(condition) => {
             let reason = condition.reason.as_deref().unwrap_or("no reason");
-            Step::ok(name, format!("there is one: a request of this node was {} ({reason})", condition.kind.to_lowercase()))
+            Step::ok(name, format!("an approver runs: a request of this node was {} ({reason})", condition.kind.to_lowercase()))
         }
         None => {
-            let detail = "not known: no request of this node is there, and requests that were signed are deleted";
-            Step::unknown(name, detail, Some("run this again while a certificate is asked for"))
+            let detail = "not known: this node has no requests, because signed requests are deleted";
+            Step::unknown(name, detail, Some("run this again while a certificate is requested"))
         }
     }
 }
 
-/// The requests of a node: those that came to nothing, and those that their issuer cannot serve at present.
+/// Checks the requests of a node: those that failed, and those that their issuer cannot sign at present.
 fn weigh(requests: &[Request], trust_domain: &str) -> Step {
     let name = "requests";
     let mut troubles: Vec<_> = requests.iter().filter_map(|request| Trouble::of(request, trust_domain)).collect();
     if troubles.is_empty() {
-        return Step::ok(name, format!("{} of this node, none of them refused in the last minutes", requests.len()));
+        return Step::ok(name, format!("{} of this node, none of them refused in the last 10 minutes", requests.len()));
     }
-    // What is understood first, then the newest.
+    // Requests with a known remedy come first, then the newest.
     troubles.sort_by_key(|trouble| (trouble.remedy.is_none(), std::cmp::Reverse(trouble.created)));
     let mut lines: Vec<String> = troubles.iter().take(SHOWN).map(|trouble| trouble.line.clone()).collect();
     if troubles.len() > SHOWN {
         lines.push(format!("and {} more", troubles.len() - SHOWN));
     }
     let remedy = troubles.swap_remove(0).remedy;
-    let remedy = remedy.unwrap_or_else(|| "see the message; more by: kubectl describe certificaterequest".to_owned());
+    let remedy = remedy.unwrap_or_else(|| "see the message; for details run: kubectl describe certificaterequest".to_owned());
     Step::failed(name, Exit::Failed, lines.join("\n"), remedy)
 }
 
@@ -235,7 +237,7 @@ impl Trouble {
             Verdict::Failed(why) => ("failed", why.message),
             Verdict::Denied(why) => ("was denied", why.message),
             Verdict::Invalid(why) => ("is not valid", why.message),
-            // What waits without a known trouble is on its way.
+            // A pending request without a known problem is in progress.
             Verdict::Pending { message, .. } if vault::explain(&message, trust_domain).is_some() => ("waits", message),
             Verdict::Pending { .. } | Verdict::Issued => return None,
         };
@@ -281,7 +283,7 @@ mod tests {
     fn refused_requests_are_told_with_what_the_role_lacks() {
         let fine = request("a", "2026-01-01T00:00:00Z", "Pending", "Waiting on certificate issuance from order x: \"pending\"");
         let step = weigh(std::slice::from_ref(&fine), "example.org");
-        assert_eq!((step.result, step.detail.as_str()), (Outcome::Ok, "1 of this node, none of them refused in the last minutes"));
+        assert_eq!((step.result, step.detail.as_str()), (Outcome::Ok, "1 of this node, none of them refused in the last 10 minutes"));
 
         let other = request("c", "2026-01-01T00:00:09Z", "Failed", "out\nof ink");
         let step = weigh(&[fine, other, request("b", "2026-01-01T00:00:00Z", "Failed", REFUSED)], "example.org");
@@ -307,7 +309,7 @@ mod tests {
         );
         assert_eq!(
             approver(&[decided("Approved"), plain.clone()], at(5)).detail,
-            "there is one: a request of this node was approved (Policy)"
+            "an approver runs: a request of this node was approved (Policy)"
         );
         assert_eq!(approver(&[decided("Denied")], at(500)).result, Outcome::Ok);
         assert_eq!((approver(&[], at(0)).result, approver(&[plain], at(5)).result), (Outcome::Unknown, Outcome::Unknown));

@@ -1,7 +1,7 @@
-//! How the socket's directory is mounted, here and in the workloads that are visible: as a directory, and by workloads read-only.
+//! The mounts of the socket's directory, here and in the visible workloads. A workload should mount the directory, read-only.
 //!
-//! A mount of the socket file itself holds on to one inode. The next agent's socket is another one, and such a workload goes on calling
-//! nobody until it is restarted.
+//! A mount of the socket file itself refers to one inode. The next agent creates another socket, and such a workload cannot connect until
+//! it is restarted.
 
 use std::{
     collections::HashSet,
@@ -15,14 +15,14 @@ use crate::{
     mountinfo::{self, Mount},
 };
 
-/// Mount namespaces that are looked at.
+/// Maximum number of mount namespaces that are checked.
 const LOOKED_AT: usize = 2048;
-/// Processes that are named.
+/// Maximum number of processes that are named.
 const NAMED: usize = 5;
-/// What the kernel writes behind the root of a mount whose file has gone.
+/// The suffix that the kernel adds to the root of a mount whose file was deleted.
 const DELETED: &str = "//deleted";
 
-/// The mount that `path` is on, and its place on that file system.
+/// The mount that contains `path`, and the path in its file system.
 fn locate<'a>(mounts: &'a [Mount], path: &Path) -> Option<(&'a Mount, String)> {
     let mount = mountinfo::above(mounts, path)?;
     let below = path.strip_prefix(&mount.point).ok()?;
@@ -30,14 +30,14 @@ fn locate<'a>(mounts: &'a [Mount], path: &Path) -> Option<(&'a Mount, String)> {
     Some((mount, place.to_string_lossy().trim_end_matches('/').to_owned()))
 }
 
-/// How a workload has the socket.
+/// How a workload mounts the socket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Sight {
     Directory {
         read_only: bool,
     },
     File,
-    /// A file that is no more.
+    /// A deleted file.
     Stale,
 }
 
@@ -54,14 +54,14 @@ fn sights(mounts: &[Mount], device: &str, directory: &str, socket: &str) -> Vec<
     mounts.iter().filter_map(sight).collect()
 }
 
-/// How the directory of `socket` is mounted here, and in the mount namespaces that are visible; `server` has the socket.
+/// Checks the mounts of the directory of `socket` in this and in all visible mount namespaces. `server` is the process that listens.
 pub(super) fn look(socket: &Path, in_pod: bool, server: Option<i32>) -> Vec<Step> {
     let name = "directory";
     let directory = socket.parent().unwrap_or(Path::new("/"));
     let table = mountinfo::of_this_process();
     let (Ok(table), Ok(directory)) = (table, directory.canonicalize()) else {
-        let detail = format!("{} or the mounts of this process cannot be looked at", directory.display());
-        return vec![Step::unknown(name, detail, Some("see the step about the socket"))];
+        let detail = format!("{} or the mounts of this process cannot be read", directory.display());
+        return vec![Step::unknown(name, detail, Some("see the step socket"))];
     };
     let socket = directory.join(socket.file_name().unwrap_or_default());
     let Some((mount, place)) = locate(&table, &directory) else {
@@ -76,19 +76,22 @@ fn own(table: &[Mount], mount: &Mount, place: &str, directory: &Path, socket: &P
     let name = "directory";
     let (shown, at) = (directory.display(), mount.point.display());
     if table.iter().any(|mount| mount.point == socket) {
-        let detail = format!("{} is a mount of the socket file: it leads to one agent's socket and to no later one", socket.display());
-        return Step::failed(name, Exit::Failed, detail, "mount its directory, and not the file");
+        let detail = format!(
+            "{} is a mount of the socket file: it refers to the socket of one agent, and not to those of later agents",
+            socket.display()
+        );
+        return Step::failed(name, Exit::Failed, detail, "mount the directory, not the file");
     }
     let found = format!("{shown} is on {at} ({}, {})", mount.kind, if mount.read_only { "read-only" } else { "read-write" });
     if mount.read_only {
-        let remedy = "the agent's own mount of it has to be read-write; a workload's is right to be read-only";
-        return Step::warning(name, format!("{found}: an agent cannot make its socket here"), remedy);
+        let remedy = "the agent must mount the directory read-write; a workload should mount it read-only";
+        return Step::warning(name, format!("{found}: an agent cannot create its socket here"), remedy);
     }
     if place.contains("/kubernetes.io~empty-dir/") {
         let remedy = "use a hostPath of type DirectoryOrCreate";
         return Step::warning(
             name,
-            format!("{found}: an emptyDir, which ends with the agent's pod and takes the workloads' mounts along"),
+            format!("{found}: an emptyDir, which is deleted with the agent's pod and invalidates the workloads' mounts"),
             remedy,
         );
     }
@@ -102,7 +105,7 @@ fn own(table: &[Mount], mount: &Mount, place: &str, directory: &Path, socket: &P
 fn others(device: &str, directory: &str, socket: &str, server: Option<i32>) -> Step {
     let proc = Path::new("/proc");
     let namespace = |pid: i32| fs::read_link(proc.join(pid.to_string()).join("ns/mnt")).ok();
-    // Neither this process's sight nor the agent's is a workload's.
+    // Excludes the mount namespaces of this process and of the agent, which are not workloads.
     let mut seen: HashSet<PathBuf> = [i32::try_from(std::process::id()).ok(), server].into_iter().flatten().filter_map(namespace).collect();
     let (mut looked_at, mut found) = (0, Vec::new());
     let entries = fs::read_dir(proc).into_iter().flatten().flatten();
@@ -130,17 +133,18 @@ fn judge(looked_at: usize, found: &[(i32, Sight)], comm: impl Fn(i32) -> String)
     let (stale, file) = (of(Sight::Stale), of(Sight::File));
     let (writable, fine) = (of(Sight::Directory { read_only: false }), of(Sight::Directory { read_only: true }));
     if !stale.is_empty() {
-        let detail = format!("the mounts of these processes lead to a socket that is gone: {}", who(&stale));
+        let detail = format!("the mounts of these processes refer to a deleted socket: {}", who(&stale));
         return Step::failed(name, Exit::Failed, detail, "mount the socket's directory into these pods, not the file, and restart them");
     }
     if !file.is_empty() {
-        let detail = format!("these processes have the socket file mounted, which is lost with this agent: {}", who(&file));
+        let detail = format!("these processes mount the socket file, which becomes invalid when this agent ends: {}", who(&file));
         return Step::warning(name, detail, "mount the socket's directory into these pods, not the file");
     }
-    let others = format!("{looked_at} other mount namespaces are visible, {} of them have the directory", writable.len() + fine.len());
+    let others = format!("{looked_at} other mount namespaces are visible, {} of them mount the directory", writable.len() + fine.len());
     if !writable.is_empty() {
-        let detail = format!("{others}; read-write, so that root of these could put another socket there: {}", who(&writable));
-        return Step::warning(name, detail, "mount it with readOnly: true; a socket can be called all the same");
+        let detail =
+            format!("{others}; root in these processes could replace the socket, because their mount is read-write: {}", who(&writable));
+        return Step::warning(name, detail, "mount it with readOnly: true, which does not prevent connections");
     }
     Step::ok(name, others)
 }
@@ -177,9 +181,9 @@ nonsense
         for (found, result, words) in [
             (&[][..], Outcome::Ok, "7 other mount namespaces are visible, 0 of them"),
             (&[(1, read_only)], Outcome::Ok, "1 of them"),
-            (&[(1, read_only), (2, writable)], Outcome::Warning, "read-write, so that root of these could put another socket there: 2 (x)"),
-            (&[(2, writable), (3, Sight::File)], Outcome::Warning, "lost with this agent: 3 (x)"),
-            (&[(3, Sight::File), (4, Sight::Stale)], Outcome::Failed, "a socket that is gone: 4 (x)"),
+            (&[(1, read_only), (2, writable)], Outcome::Warning, "because their mount is read-write: 2 (x)"),
+            (&[(2, writable), (3, Sight::File)], Outcome::Warning, "becomes invalid when this agent ends: 3 (x)"),
+            (&[(3, Sight::File), (4, Sight::Stale)], Outcome::Failed, "a deleted socket: 4 (x)"),
         ] {
             let step = judge(7, found, |_| "x".to_owned());
             assert!(step.result == result && step.detail.contains(words), "{step:?}");
@@ -198,7 +202,7 @@ nonsense
         assert_eq!((judge(good).result, judge(none).result), (Outcome::Ok, Outcome::Warning));
         let empty_dir = "41 22 8:2 /kubelet/pods/u/volumes/kubernetes.io~empty-dir/s /run/sds rw - ext4 /dev/sda2 rw";
         assert!(judge(empty_dir).detail.contains("an emptyDir"));
-        assert!(judge("41 22 8:2 /run/sds /run/sds ro - ext4 /dev/sda2 rw").detail.contains("cannot make its socket"));
+        assert!(judge("41 22 8:2 /run/sds /run/sds ro - ext4 /dev/sda2 rw").detail.contains("cannot create its socket"));
         assert_eq!(judge("41 22 8:2 /x/sds.sock /run/sds/sds.sock rw - ext4 /dev/sda2 rw").result, Outcome::Failed);
     }
 }

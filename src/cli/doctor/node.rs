@@ -1,4 +1,4 @@
-//! What the node gives an agent: the kernel's handles, the sight of other processes, descriptors, and memory that stays out of swap.
+//! The steps about the node: pidfds of callers, visible processes, file descriptors, and locked memory.
 
 use std::{collections::BTreeMap, fs, path::Path};
 
@@ -13,21 +13,23 @@ use crate::{
     process::memory::{self, Decision, Unlocked},
 };
 
-/// Above this share of the limit, descriptors are few.
+/// Above this share of the limit, file descriptors are scarce.
 const MAX_FILES_SHARE: f64 = 0.8;
-/// Descriptors beside those of connections.
+/// File descriptors beside those of connections.
 const OTHER_FILES: u64 = 256;
 
-/// The kernel, and whether it gives a handle on a caller.
+/// Checks whether the kernel gives a pidfd of a caller.
 pub(super) fn kernel(config: &Config) -> Step {
     let name = "kernel";
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").map_or_else(|_| "?".to_owned(), |text| text.trim().to_owned());
     let shared = config.shared_socket.as_ref().filter(|_| config.attestation == Attestation::Kubernetes);
     match (peer::kernel_pins(), shared) {
-        (Ok(true), _) => Step::ok(name, format!("Linux {release}, which gives a handle on a caller (SO_PEERPIDFD)")),
-        (Ok(false), None) => Step::ok(name, format!("Linux {release}; no handle on a caller is needed")),
+        (Ok(true), _) => Step::ok(name, format!("Linux {release}, which gives a pidfd of a caller (SO_PEERPIDFD)")),
+        (Ok(false), None) => Step::ok(name, format!("Linux {release}; no pidfd of a caller is needed")),
         (Ok(false), Some(shared)) => {
-            let detail = format!("Linux {release} gives no handle on a caller (SO_PEERPIDFD): a recycled pid could be taken for a caller");
+            let detail = format!(
+                "Linux {release} gives no pidfd of a caller (SO_PEERPIDFD): a process with a reused pid could be taken for a caller"
+            );
             if shared.accept_pid_reuse {
                 Step::warning(name, detail, "use Linux 6.5 or newer, or sockets.perPod; sockets.shared.acceptPidReuse accepts the risk")
             } else {
@@ -35,13 +37,13 @@ pub(super) fn kernel(config: &Config) -> Step {
                 Step::failed(name, Exit::Failed, detail, remedy)
             }
         }
-        (Err(error), _) => Step::unknown(name, format!("Linux {release}; cannot be asked for a handle: {error}"), None),
+        (Err(error), _) => Step::unknown(name, format!("Linux {release}; the check for pidfds failed: {error}"), None),
     }
 }
 
-/// Whether other pods' processes are visible here.
+/// Checks whether processes of other pods are visible here.
 pub(super) fn host_pids(own: Option<&HostPrefix>) -> Step {
-    let Some(own) = own else { return Step::unknown("host pids", "this process's own place is not known", Some("mount /proc")) };
+    let Some(own) = own else { return Step::unknown("host pids", "the cgroup of this process is not known", Some("mount /proc")) };
     let read = |entry: &Path| cgroup::read(fs::File::open(entry.join("cgroup"))).ok();
     let uid = |file: &str| cgroup::pod_uid(file, own).ok().map(|uid| uid.to_string());
     let mine = read(Path::new("/proc/self")).and_then(|file| uid(&file));
@@ -50,7 +52,7 @@ pub(super) fn host_pids(own: Option<&HostPrefix>) -> Step {
     judge_pids(mine.as_deref(), processes.filter_map(|entry| read(&entry.path())).map(|file| uid(&file)))
 }
 
-/// By the pod of this process, and that of each that is visible.
+/// `mine` is the pod of this process, and `visible` has the pod of each visible process.
 fn judge_pids(mine: Option<&str>, visible: impl Iterator<Item = Option<String>>) -> Step {
     let name = "host pids";
     let mut counts: BTreeMap<Option<String>, usize> = BTreeMap::new();
@@ -60,29 +62,29 @@ fn judge_pids(mine: Option<&str>, visible: impl Iterator<Item = Option<String>>)
     let detail = format!("{processes} processes are visible here, of {pods} other pods");
     match mine {
         Some(mine) if counts.keys().all(|pod| pod.as_deref() == Some(mine)) => {
-            let remedy = "run the agent with hostPID: true: the shared socket knows callers by their processes";
-            Step::failed(name, Exit::Failed, format!("{detail}: this pod sees only itself"), remedy)
+            let remedy = "run the agent with hostPID: true: the shared socket identifies callers by their processes";
+            Step::failed(name, Exit::Failed, format!("{detail}: only processes of this pod are visible"), remedy)
         }
         _ => Step::ok(name, detail),
     }
 }
 
-/// Descriptors: the agent's where it tells them, in use and at most; or this process's own limit.
+/// Checks file descriptors: those of the agent if its metrics are available, otherwise the limit of this process.
 pub(super) fn open_files(config: &Config, agent: Option<(u64, u64)>) -> Step {
     let name = "open files";
     let needed = u64::try_from(config.limits.connections).unwrap_or(u64::MAX).saturating_mul(2).saturating_add(OTHER_FILES);
     let (detail, open, most) = match agent {
-        Some((open, most)) => (format!("the agent has {open} of {most} open"), open, most),
+        Some((open, most)) => (format!("the agent has {open} of {most} files open"), open, most),
         None => {
             let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else { return Step::unknown(name, "the limit cannot be read", None) };
-            (format!("an agent that is started here may open {hard}"), 0, hard)
+            (format!("an agent that is started here may open {hard} files"), 0, hard)
         }
     };
     let remedy = "raise the limit of open files of the container runtime or the unit (LimitNOFILE), or lower limits.connections";
     #[expect(clippy::cast_precision_loss, reason = "a share")]
     let share = open as f64 / most.max(1) as f64;
     if share > MAX_FILES_SHARE {
-        Step::failed(name, Exit::Failed, format!("{detail}: nearly all"), remedy)
+        Step::failed(name, Exit::Failed, format!("{detail}: nearly all of them"), remedy)
     } else if most < needed {
         Step::warning(name, format!("{detail}; limits.connections may take {needed}"), remedy)
     } else {
@@ -90,7 +92,7 @@ pub(super) fn open_files(config: &Config, agent: Option<(u64, u64)>) -> Step {
     }
 }
 
-/// Whether keys can reach swap: the agent's word where it answers, and what the rules say here.
+/// Checks whether keys can reach swap: from the agent's metrics if it answers, otherwise from the rules of `keys.lockMemory` on this node.
 pub(super) fn memory_lock(config: &Config, agent: Option<bool>) -> Step {
     let name = "memory lock";
     let words = match agent {
@@ -101,7 +103,7 @@ pub(super) fn memory_lock(config: &Config, agent: Option<bool>) -> Step {
     match memory::forecast(config.lock_memory) {
         Decision::Lock if agent.is_none() => Step::ok(name, format!("{words}; it would be locked here")),
         Decision::Lock => {
-            Step::warning(name, format!("{words}, though it could be here"), "its log says why, in the line `process hardened`")
+            Step::warning(name, format!("{words}, although it could be locked here"), "its log says why, in the line `process hardened`")
         }
         Decision::Skip(reason @ (Unlocked::Never | Unlocked::NoSwap)) => Step::ok(name, format!("{words}: {reason}")),
         Decision::Skip(reason) => {

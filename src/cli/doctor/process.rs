@@ -1,4 +1,4 @@
-//! What the node tells of a process: its handle and its cgroups, by the functions that attest it.
+//! The steps about a process: its pidfd and its cgroups, checked by the functions that attest it.
 
 use std::{fs, path::Path};
 
@@ -8,7 +8,7 @@ use unix_peer::peer::Peer;
 use super::report::Step;
 use crate::{cli::Exit, config::SharedSocket};
 
-/// The shared socket: what stands at its path, and the process that listens there.
+/// Checks the shared socket. Returns the process that listens on it.
 pub(super) fn socket(shared: &SharedSocket) -> (Step, Option<i32>) {
     match listening(shared) {
         Ok((step, pid)) => (step, Some(pid)),
@@ -19,13 +19,13 @@ pub(super) fn socket(shared: &SharedSocket) -> (Step, Option<i32>) {
 fn listening(shared: &SharedSocket) -> Result<(Step, i32), Step> {
     use std::os::unix::fs::{FileTypeExt, MetadataExt};
     let (path, name) = (shared.path.display(), "socket");
-    let running = "is the agent running on this node, and is its directory mounted here?";
+    let running = "check that the agent runs on this node and that its directory is mounted here";
     let meta = match fs::symlink_metadata(&shared.path) {
         Ok(meta) => meta,
         Err(error) => return Err(Step::failed(name, Exit::Unavailable, format!("{path}: {error}"), running)),
     };
     if !meta.file_type().is_socket() {
-        return Err(Step::failed(name, Exit::Failed, format!("{path} is no socket"), "remove it and restart the agent"));
+        return Err(Step::failed(name, Exit::Failed, format!("{path} is not a socket"), "remove it and restart the agent"));
     }
     let mode = meta.mode() & 0o7777;
     let found = format!("{path}: mode {mode:04o}, inode {}", meta.ino());
@@ -39,29 +39,29 @@ fn listening(shared: &SharedSocket) -> Result<(Step, i32), Step> {
             Ok((Step::ok(name, format!("{found}; process {} ({who}) listens on it", server.pid)), server.pid))
         }
         Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => {
-            let detail = format!("{found}; nobody listens on it: it is left over from an agent that has ended without cleaning up");
-            let remedy = "start the agent, which replaces it; where one runs, it serves another directory: compare the mounts";
+            let detail = format!("{found}; no process listens on it: it was left by an agent that ended without removing it");
+            let remedy = "start the agent, which replaces it; if an agent runs, it serves another directory: compare the mounts";
             Err(Step::failed(name, Exit::Unavailable, detail, remedy))
         }
         Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => {
             let detail = format!("{found}; this user may not connect");
             Err(Step::failed(name, Exit::NotPermitted, detail, "see sockets.shared.mode, and the modes of the directories above it"))
         }
-        Err(error) => Err(Step::failed(name, Exit::Unavailable, format!("{found}; nobody answers: {error}"), running)),
+        Err(error) => Err(Step::failed(name, Exit::Unavailable, format!("{found}; cannot connect: {error}"), running)),
     }
 }
 
-/// Process and handle; the peer that attestation is asked about.
+/// Checks a process and opens its pidfd. Returns the peer for attestation.
 pub(super) fn process(pid: i32) -> (Vec<Step>, Option<Peer>) {
     let proc = Path::new("/proc");
     if !proc.join(pid.to_string()).exists() {
-        let remedy = "use the pid that it has on the node (hostPID), not the one inside of its container";
+        let remedy = "use its pid on the node (hostPID), not its pid in the container";
         return (vec![Step::failed("process", Exit::Failed, format!("there is no process {pid}"), remedy)], None);
     }
     match Peer::of_process(pid) {
         Ok(peer) => {
             let runs = Step::ok("process", format!("{pid} ({}), uid {}, gid {}", comm(proc, pid), peer.uid, peer.gid));
-            let step = Step::ok("handle", "the kernel gives a pidfd, and the process lives");
+            let step = Step::ok("handle", "the kernel gives a pidfd, and the process runs");
             (vec![runs, step], Some(peer))
         }
         Err(error) => {
@@ -71,16 +71,16 @@ pub(super) fn process(pid: i32) -> (Vec<Step>, Option<Peer>) {
     }
 }
 
-/// The agent's own place, as this process has it: run it where the agent runs.
+/// The agent's cgroup prefix, taken from this process, which must run where the agent runs.
 pub(super) fn own(pod_uid: Option<&str>) -> (Step, Option<HostPrefix>) {
     let read = cgroup::read(fs::File::open("/proc/self/cgroup")).map_err(|error| error.to_string());
     match read.and_then(|file| HostPrefix::of(&file, pod_uid).map_err(|error| error.to_string())) {
-        Ok(own) => (Step::ok("own prefix", format!("taken off every path: {own}")), Some(own)),
+        Ok(own) => (Step::ok("own prefix", format!("removed from every path: {own}")), Some(own)),
         Err(error) => (Step::failed("own prefix", Exit::Failed, error, "mount /proc"), None),
     }
 }
 
-/// The lines of the process's cgroup file, each with what it says, and what they say together.
+/// Checks the cgroup file of a process: the verdict of each line, and the pod that follows from all lines.
 pub(super) fn cgroups(pid: i32, own: &HostPrefix) -> (Step, Option<PodUid>) {
     match cgroup::read(fs::File::open(Path::new("/proc").join(pid.to_string()).join("cgroup"))) {
         Ok(file) => judge(&file, own),
@@ -101,10 +101,10 @@ fn judge(file: &str, own: &HostPrefix) -> (Step, Option<PodUid>) {
         Err(error) => {
             let remedy = match error {
                 cgroup::Error::NotInPod(_) => {
-                    "only processes of pods are served on the shared socket; is it a container of this node's kubelet?"
+                    "only processes of pods are served on the shared socket; check that it is a container of this node's kubelet"
                 }
-                cgroup::Error::Conflicting { .. } => "something moved the process by hand: restart its pod",
-                cgroup::Error::Malformed(_) => "this is no cgroup file of a kernel: is /proc mounted?",
+                cgroup::Error::Conflicting { .. } => "the process was moved to another cgroup: restart its pod",
+                cgroup::Error::Malformed(_) => "this is not a cgroup file of the kernel; check that /proc is mounted",
             };
             detail.insert(0, error.to_string());
             (Step::failed("cgroups", Exit::NotPermitted, detail.join("\n"), remedy), None)
@@ -112,7 +112,7 @@ fn judge(file: &str, own: &HostPrefix) -> (Step, Option<PodUid>) {
     }
 }
 
-/// What one line says, by the judgement of a file that has only this line.
+/// The verdict of one line: the result for a file with only this line.
 fn verdict(line: &str, own: &HostPrefix) -> String {
     match cgroup::pod_uid(line, own) {
         Ok(uid) => {
@@ -124,7 +124,7 @@ fn verdict(line: &str, own: &HostPrefix) -> String {
     }
 }
 
-/// The processes of a pod, by the same judgement.
+/// The processes of a pod, found by the same check of their cgroup files.
 pub(super) fn of_pod(uid: &str, own: &HostPrefix) -> Vec<i32> {
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
     let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
@@ -155,7 +155,7 @@ mod tests {
 
         let (step, uid) = judge("0::/user.slice/x", &HostPrefix::default());
         assert_eq!((step.result, uid), (Outcome::Failed, None));
-        assert!(step.detail.starts_with("its cgroups lead through no pod") && step.remedy.is_some(), "{step:?}");
+        assert!(step.detail.starts_with("its cgroup paths contain no pod") && step.remedy.is_some(), "{step:?}");
     }
 
     #[test]
@@ -178,8 +178,8 @@ mod tests {
         assert_eq!((step.result, pid), (Outcome::Ok, i32::try_from(std::process::id()).ok()));
         drop(std::os::unix::net::UnixListener::bind(dir.path().join("stale")).unwrap());
         let (step, pid) = socket(&shared("stale", mode));
-        assert!(step.detail.contains("left over from an agent that has ended") && pid.is_none(), "{step:?}");
-        for (name, words) in [("none", "No such file"), ("file", "is no socket"), ("served", "mode")] {
+        assert!(step.detail.contains("left by an agent that ended") && pid.is_none(), "{step:?}");
+        for (name, words) in [("none", "No such file"), ("file", "is not a socket"), ("served", "mode")] {
             let (step, _) = socket(&shared(name, 0o1));
             assert!(step.result == Outcome::Failed && step.detail.contains(words), "{step:?}");
         }

@@ -1,33 +1,33 @@
-//! What a doctor has found: named steps, each with its evidence, and what to do where it failed.
+//! The report of `doctor`: named steps, each with its evidence, and a remedy if it failed.
 
 use serde::Serialize;
 
 use crate::cli::{Exit, output};
 
-/// How a step came out.
+/// The result of a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Outcome {
-    /// As it should be.
+    /// No problem.
     Ok,
-    /// It works, and somebody should look at it.
+    /// It works, but needs attention.
     Warning,
-    /// Not as it should be.
+    /// A problem.
     Failed,
-    /// It could not be looked at.
+    /// It could not be checked.
     Unknown,
 }
 
-/// One thing that was looked at.
+/// One check.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Step {
-    /// What.
+    /// The name of the check.
     pub name: &'static str,
-    /// How it is.
+    /// Its result.
     pub result: Outcome,
-    /// The evidence; several lines where there is more than one piece of it.
+    /// The evidence, one piece on each line.
     pub detail: String,
-    /// What to do about it.
+    /// The remedy.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub remedy: Option<String>,
     #[serde(skip)]
@@ -35,28 +35,28 @@ pub struct Step {
 }
 
 impl Step {
-    /// As it should be.
+    /// A step without a problem.
     pub fn ok(name: &'static str, detail: impl Into<String>) -> Self {
         Self { name, result: Outcome::Ok, detail: detail.into(), remedy: None, exit: Exit::Ok }
     }
 
-    /// It works, and somebody should look at it; no reason to end with a failure.
+    /// A step that works but needs attention. It does not change the exit code.
     pub fn warning(name: &'static str, detail: impl Into<String>, remedy: impl Into<String>) -> Self {
         Self { name, result: Outcome::Warning, detail: detail.into(), remedy: Some(remedy.into()), exit: Exit::Ok }
     }
 
-    /// Not as it should be; `exit` is how the doctor ends if this is the first such step.
+    /// A failed step; `exit` is the exit code if this is the first failed step.
     pub fn failed(name: &'static str, exit: Exit, detail: impl Into<String>, remedy: impl Into<String>) -> Self {
         Self { name, result: Outcome::Failed, detail: detail.into(), remedy: Some(remedy.into()), exit }
     }
 
-    /// Not looked at, and why.
+    /// A step that could not be checked; `detail` is the reason.
     pub fn unknown(name: &'static str, detail: impl Into<String>, remedy: Option<&str>) -> Self {
         Self { name, result: Outcome::Unknown, detail: detail.into(), remedy: remedy.map(str::to_owned), exit: Exit::Ok }
     }
 }
 
-/// All of it, in the order of the request path.
+/// All steps, in the order of the request path.
 #[derive(Debug, Default, Serialize)]
 pub struct Report {
     /// Whether no step failed.
@@ -71,12 +71,12 @@ impl Report {
         Self { healthy: steps.iter().all(|step| step.result != Outcome::Failed), steps }
     }
 
-    /// How the doctor ends: as the first failed step says.
+    /// The exit code: that of the first failed step.
     pub fn exit(&self) -> Exit {
         self.steps.iter().find(|step| step.result == Outcome::Failed).map_or(Exit::Ok, |step| step.exit)
     }
 
-    /// For people.
+    /// The report as text for users.
     pub fn text(&self) -> String {
         let mut out = String::new();
         for step in &self.steps {
@@ -96,9 +96,9 @@ impl Report {
         out
     }
 
-    /// For programs.
+    /// The report as JSON.
     pub fn json(&self) -> String {
-        // Strings and a truth: there is nothing in it that JSON cannot say.
+        // Serialisation does not fail, because the report contains only strings and booleans.
         let mut text = serde_json::to_string_pretty(self).unwrap_or_default();
         text.push('\n');
         text

@@ -1,4 +1,4 @@
-//! What the agent's account has to be allowed, by its configuration, asked of the API server itself (SelfSubjectAccessReview).
+//! The permissions that the configuration requires for the agent's account. The API server checks each (SelfSubjectAccessReview).
 
 use agent_kube::{Call, Failure};
 use cert_manager::{GROUP, RequestNamespace};
@@ -11,7 +11,7 @@ use crate::{
     config::{Attestation, Config, IssuerConfig, TrustSource},
 };
 
-/// Some verbs on one resource.
+/// Required verbs on one resource.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Need {
     verbs: &'static [&'static str],
@@ -19,7 +19,7 @@ pub(super) struct Need {
     resource: &'static str,
     namespace: Option<String>,
     name: Option<String>,
-    /// What is lost without it, where the agent goes on all the same.
+    /// The effect of a missing optional permission; `None` if the agent does not work without it.
     without: Option<&'static str>,
 }
 
@@ -35,7 +35,7 @@ impl Need {
     }
 }
 
-/// All that an agent with this configuration asks of the API server.
+/// All permissions that an agent with this configuration needs.
 pub(super) fn needs(config: &Config) -> Vec<Need> {
     let mut out: Vec<Need> = Vec::new();
     let mut add = |need: Need| {
@@ -61,7 +61,7 @@ pub(super) fn needs(config: &Config) -> Vec<Need> {
             match reference.kind.as_str() {
                 "ClusterIssuer" => add(Need { verbs, group, resource: "clusterissuers", namespace: None, name, without }),
                 _ if namespace.is_some() => add(Need { verbs, group, resource: "issuers", namespace, name, without }),
-                // Each workload's namespace has its own, and they are not looked at.
+                // Each workload's namespace has its own issuer, and these are not checked.
                 _ => {}
             }
         }
@@ -73,13 +73,13 @@ pub(super) fn needs(config: &Config) -> Vec<Need> {
         }
     }
     if config.events && config.attestation == Attestation::Kubernetes {
-        let without = Some("pods are not told of trouble with their certificates; `events: false` asks for none");
+        let without = Some("no Events report problems with the certificates of pods; `events: false` disables them");
         add(Need { verbs: &["create"], group: "events.k8s.io", resource: "events", namespace: None, name: None, without });
     }
     out
 }
 
-/// Asks about each. A verb that is missing is named, with its resource and place.
+/// Checks each permission. The step names each missing verb with its resource and namespace.
 pub(super) async fn look(client: &Client, needs: &[Need]) -> Step {
     let mut missing: Vec<(&Need, Vec<&'static str>)> = Vec::new();
     for need in needs {
@@ -108,7 +108,7 @@ fn judge(needs: &[Need], missing: &[(&Need, Vec<&'static str>)]) -> Step {
         let without = need.without.map_or_else(String::new, |without| format!(": {without}"));
         format!("this account may not {} {}{without}", verbs.join(", "), need.place())
     };
-    // What nothing goes on without stands first.
+    // Required permissions come before optional ones.
     let (optional, required): (Vec<_>, Vec<_>) = missing.iter().partition(|(need, _)| need.without.is_some());
     let detail = required.iter().chain(&optional).map(|one| line(one)).collect::<Vec<_>>().join("\n");
     let grants: Vec<String> = missing.iter().map(|(need, verbs)| format!("{} on {}", verbs.join(", "), need.place())).collect();
@@ -160,7 +160,7 @@ mod tests {
         assert_eq!(places(&config(TEXT)), all);
         assert_eq!(places(&config(&format!("{TEXT}events: false\n"))), all[..4]);
         let profiles = "profiles: [ { name: a, match: {}, issuerRef: { name: own, kind: Issuer }, namespace: workload } ]\n";
-        assert_eq!(places(&config(&format!("{TEXT}{profiles}"))).len(), 6, "the requests of all namespaces, and no issuer in particular");
+        assert_eq!(places(&config(&format!("{TEXT}{profiles}"))).len(), 6, "the requests of all namespaces, and no single issuer");
         assert!(needs(&config::dev(config::Dev::default(), &|_| None).unwrap()).is_empty());
     }
 
@@ -169,7 +169,9 @@ mod tests {
         let needs = needs(&config(TEXT));
         assert_eq!(judge(&needs, &[]).result, Outcome::Ok);
         let step = judge(&needs, &[(&needs[4], vec!["create"])]);
-        assert!(step.result == Outcome::Warning && step.detail.contains("may not create events.events.k8s.io in the whole cluster: pods"));
+        assert!(
+            step.result == Outcome::Warning && step.detail.contains("may not create events.events.k8s.io in the whole cluster: no Events")
+        );
         let step = judge(&needs, &[(&needs[2], vec!["get"]), (&needs[1], vec!["watch", "delete"])]);
         let words = "this account may not watch, delete certificaterequests.cert-manager.io in namespace agents\n";
         assert!(step.result == Outcome::Failed && step.detail.starts_with(words), "{step:?}");

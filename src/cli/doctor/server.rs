@@ -1,4 +1,4 @@
-//! The API server: whether it answers, and how far this node's clock is from its own.
+//! The steps about the API server: its answer, and the difference between its clock and this node's.
 
 use std::time::{Duration, Instant, SystemTime};
 
@@ -12,13 +12,13 @@ use time::{OffsetDateTime, format_description::well_known::Rfc2822};
 use super::report::Step;
 use crate::cli::Exit;
 
-/// The header tells whole seconds, and an answer takes its time; what is below is no skew.
+/// The header has whole seconds, and an answer takes time: a smaller difference is not treated as skew.
 const UNSURE: Duration = Duration::from_secs(3);
 
-/// Asks for its version. The second step is absent where the first one fails.
+/// Requests the version of the server. The second step is absent if the request fails.
 pub(super) async fn look(client: &Client) -> (Step, Option<Step>) {
     let name = "api server";
-    let remedy = "is the API server up, and may this node reach it?";
+    let remedy = "check that the API server runs and that this node can reach it";
     let request = match Request::get("/version").body(Body::empty()) {
         Ok(request) => request,
         Err(error) => return (Step::failed(name, Exit::Failed, error.to_string(), remedy), None),
@@ -33,24 +33,26 @@ pub(super) async fn look(client: &Client) -> (Step, Option<Step>) {
     };
     let took = begun.elapsed();
     let (status, date) = (answer.status(), answer.headers().get(header::DATE).and_then(|date| date.to_str().ok()));
-    let clock = date
-        .map_or_else(|| Step::unknown("clock", "the API server's answer has no Date", None), |date| skew(date, SystemClock.now(), took));
+    let clock = date.map_or_else(
+        || Step::unknown("clock", "the API server's answer has no Date header", None),
+        |date| skew(date, SystemClock.now(), took),
+    );
     let server = match status {
         StatusCode::UNAUTHORIZED => {
-            let remedy = "mount a token of the agent's service account; a bound token ends with its pod";
+            let remedy = "mount a token of the agent's service account; a bound token becomes invalid when its pod ends";
             Step::failed(name, Exit::NotPermitted, "it does not accept this account's token", remedy)
         }
         status if status.is_server_error() => Step::failed(name, Exit::Unavailable, format!("it answers {status}"), remedy),
-        // Whoever may not see the version may still see all that is needed.
+        // An account without permission for `/version` may still have all permissions that the agent needs.
         _ => Step::ok(name, format!("it answers within {} ms", took.as_millis())),
     };
     (server, Some(clock))
 }
 
-/// `date` was written while an answer that took `took` was on its way, and is read at `now`.
+/// Compares the header `date` with `now`. `took` is the duration of the request, which limits the accuracy.
 fn skew(date: &str, now: SystemTime, took: Duration) -> Step {
     let name = "clock";
-    // The header says GMT, for which the format has an older word.
+    // HTTP writes `GMT`, for which the parser of RFC 2822 expects a numeric offset.
     let Ok(server) = OffsetDateTime::parse(&date.replace("GMT", "+0000"), &Rfc2822).map(SystemTime::from) else {
         return Step::unknown(name, format!("the API server's Date cannot be read: {date}"), None);
     };
@@ -60,12 +62,12 @@ fn skew(date: &str, now: SystemTime, took: Duration) -> Step {
     };
     let unsure = UNSURE + took;
     if by <= unsure {
-        return Step::ok(name, format!("it agrees with the API server's, within {} s", unsure.as_secs()));
+        return Step::ok(name, format!("it agrees with the API server's clock, within {} s", unsure.as_secs()));
     }
-    let detail = format!("it is {} {direction} the API server's", humantime::format_duration(Duration::from_secs(by.as_secs())));
+    let detail = format!("it is {} {direction} the API server's clock", humantime::format_duration(Duration::from_secs(by.as_secs())));
     let remedy = "synchronise the clocks (chrony, systemd-timesyncd) of this node and of the control plane";
     if by > ALLOWED_SKEW {
-        let detail = format!("{detail}: new certificates may not be valid yet here, or are renewed at the wrong time");
+        let detail = format!("{detail}: new certificates may not be valid yet on this node, or are renewed at the wrong time");
         Step::failed(name, Exit::Failed, detail, remedy)
     } else {
         Step::warning(name, detail, remedy)
@@ -99,7 +101,7 @@ mod tests {
             let step = skew(date, at(seconds), Duration::ZERO);
             assert!(step.result == result && step.detail.contains(words), "{seconds}: {step:?}");
         }
-        assert_eq!(skew(date, at(8), Duration::from_secs(6)).result, Outcome::Ok, "the answer was long on its way");
+        assert_eq!(skew(date, at(8), Duration::from_secs(6)).result, Outcome::Ok, "the answer was slow");
         assert_eq!(skew("yesterday", then, Duration::ZERO).result, Outcome::Unknown);
     }
 }

@@ -1,4 +1,4 @@
-//! The secret discovery service's client, on one connection.
+//! A client of the secret discovery service on one connection.
 
 use std::path::Path;
 
@@ -18,7 +18,7 @@ use super::failure::Failure;
 /// A client on one connection.
 pub(super) type Client = SecretDiscoveryServiceClient<Connection>;
 
-/// Connects.
+/// Connects to the socket at `path`.
 pub(super) async fn connect(path: &Path) -> Result<Client, Failure> {
     let (connection, driver) = client::connect(path).await.map_err(|error| match error {
         Error::Connect(source) => Failure::Connect { path: path.to_owned(), source },
@@ -28,13 +28,13 @@ pub(super) async fn connect(path: &Path) -> Result<Client, Failure> {
     Ok(Client::with_origin(connection, client::origin()))
 }
 
-/// Opens a stream with its first request. What is sent into the first half goes to the server.
+/// Opens a stream with its first request. Requests that are sent to the returned sender go to the server.
 pub(super) async fn stream(
     client: &mut Client,
     first: DiscoveryRequest,
 ) -> Result<(mpsc::Sender<DiscoveryRequest>, Streaming<DiscoveryResponse>), Failure> {
     let (sender, receiver) = mpsc::channel(4);
-    // There is room for it.
+    // The new channel has capacity for it.
     let _ = sender.try_send(first);
     let responses = client.stream_secrets(ReceiverStream::new(receiver)).await.map_err(Failure::status)?;
     Ok((sender, responses.into_inner()))

@@ -1,15 +1,15 @@
-//! Which socket to ask: the flag, the environment's SPIFFE convention, or the first of the usual places that exists.
+//! The socket of the server: from the flag, from the environment variable of SPIFFE, or the first default path that exists.
 
 use std::path::{Path, PathBuf};
 
 use crate::config::Env;
 
-/// Where an agent on a node serves.
+/// The default socket of an agent on a node.
 const NODE: &str = "/run/sds-agent/sds.sock";
-/// Where `sds-agent dev` serves without a runtime directory.
+/// The socket of `sds-agent dev` without a runtime directory.
 const TEMPORARY: &str = "/tmp/sds-agent/sds.sock";
 
-/// The socket's path, or what is wrong with how it was given.
+/// The path of the socket, or an error about the flag or the variable.
 pub(super) fn choose(flag: Option<&str>, env: Env<'_>, exists: impl Fn(&Path) -> bool) -> Result<PathBuf, String> {
     if let Some(flag) = flag {
         return path(flag).map_err(|wrong| format!("--socket: {flag:?} {wrong}"));
@@ -19,12 +19,12 @@ pub(super) fn choose(flag: Option<&str>, env: Env<'_>, exists: impl Fn(&Path) ->
     }
     let own = env("XDG_RUNTIME_DIR").map(|dir| Path::new(&dir).join("sds-agent/sds.sock"));
     let usual = own.iter().map(PathBuf::as_path).chain([TEMPORARY.as_ref(), NODE.as_ref()]);
-    // Where there is none, the first is the one that `sds-agent dev` would make.
+    // If no default path exists, the result is the path that `sds-agent dev` would create.
     let found = usual.clone().find(|path| exists(path)).or_else(|| usual.clone().next());
     Ok(found.map_or_else(|| PathBuf::from(NODE), Path::to_owned))
 }
 
-/// `unix:///path`, `unix:/path`, `unix:path` or a plain path.
+/// Parses `unix:///path`, `unix:/path`, `unix:path` or a plain path.
 fn path(address: &str) -> Result<PathBuf, &'static str> {
     let path = match address.strip_prefix("unix:") {
         Some(rest) => match rest.strip_prefix("//") {

@@ -1,4 +1,4 @@
-//! Why an answer could not be had, in a sentence for people and an exit code for scripts.
+//! Failures of `fetch`: a message for users and an exit code for scripts.
 
 use std::{error::Error as _, io, path::PathBuf, time::Duration};
 
@@ -7,35 +7,35 @@ use tonic::{Code, Status};
 use super::{key_file, resource};
 use crate::cli::{Exit, output::printable};
 
-/// Why there is no answer.
+/// The reason for the failure.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Failure {
     /// The command line or the environment is wrong.
     #[error("{0}")]
     Usage(String),
-    /// Nobody listens, or not to us.
+    /// The connection failed.
     #[error("{}", connect(.path, .source))]
     Connect {
         /// The socket.
         path: PathBuf,
-        /// What the kernel says.
+        /// The error of the kernel.
         source: io::Error,
     },
-    /// It answers, but not in HTTP/2.
-    #[error("what listens at {} does not speak gRPC: {source}", .path.display())]
+    /// The server does not speak HTTP/2.
+    #[error("the program that listens at {} does not speak gRPC: {source}", .path.display())]
     Handshake {
         /// The socket.
         path: PathBuf,
-        /// What went wrong.
+        /// The error of the handshake.
         source: hyper::Error,
     },
-    /// The server's own words.
+    /// An error status of the server or of the connection.
     #[error("{}", status(.0))]
     Status(Box<Status>),
-    /// Not even the server's own deadline was answered.
+    /// The server did not answer, not even about the deadline.
     #[error("no answer within {}", humantime::format_duration(*.0))]
     Timeout(Duration),
-    /// An answer without anything in it.
+    /// An answer without resources.
     #[error("the server answered, but has nothing under {}", printable(.0))]
     Nothing(String),
     /// An answer that cannot be used.
@@ -44,13 +44,13 @@ pub(super) enum Failure {
     /// The key could not be written.
     #[error("{0}")]
     Key(#[from] key_file::Error),
-    /// Nobody reads the output.
+    /// Writing the output failed.
     #[error("cannot write to standard output: {0}")]
     Unsaid(io::Error),
 }
 
 impl Failure {
-    /// Of a call.
+    /// The failure of a call.
     pub(super) fn status(status: Status) -> Self {
         Self::Status(Box::new(status))
     }
@@ -71,7 +71,7 @@ impl Failure {
         }
     }
 
-    /// Whether asking again can help a client that has been served before.
+    /// Whether a retry can succeed for a client that was served before.
     pub(super) fn is_passing(&self) -> bool {
         match self {
             Self::Connect { .. } | Self::Handshake { .. } | Self::Timeout(_) => true,
@@ -87,8 +87,8 @@ fn connect(path: &std::path::Path, source: &io::Error) -> String {
     let shown = path.display();
     let way_out = format!("start one with `sds-agent dev --socket {shown}`, or name another socket with --socket");
     match source.kind() {
-        io::ErrorKind::NotFound => format!("there is no socket at {shown}; {way_out}"),
-        io::ErrorKind::ConnectionRefused => format!("nobody listens at {shown}; {way_out}"),
+        io::ErrorKind::NotFound => format!("no socket exists at {shown}; {way_out}"),
+        io::ErrorKind::ConnectionRefused => format!("no process listens at {shown}; {way_out}"),
         io::ErrorKind::PermissionDenied => format!("this user may not connect to {shown}; see the modes of the socket and its directories"),
         _ => format!("cannot connect to {shown}: {source}"),
     }
@@ -105,7 +105,7 @@ fn status(status: &Status) -> String {
     }
 }
 
-/// Whether the status was made on this side, because the connection ended.
+/// Whether the client created the status because the connection ended.
 fn lost(status: &Status) -> bool {
     let mut source = status.source();
     while let Some(error) = source {
@@ -118,7 +118,7 @@ fn lost(status: &Status) -> bool {
     false
 }
 
-/// The innermost reason.
+/// The innermost error.
 fn cause(status: &Status) -> String {
     let mut cause = status.message().to_owned();
     let mut source = status.source();
@@ -156,7 +156,7 @@ mod tests {
     #[test]
     fn a_missing_socket_says_how_to_make_one() {
         let failure = Failure::Connect { path: "/tmp/a.sock".into(), source: io::ErrorKind::NotFound.into() };
-        let expected = "there is no socket at /tmp/a.sock; start one with `sds-agent dev --socket /tmp/a.sock`, \
+        let expected = "no socket exists at /tmp/a.sock; start one with `sds-agent dev --socket /tmp/a.sock`, \
                         or name another socket with --socket";
         assert_eq!(failure.to_string(), expected);
     }

@@ -1,7 +1,7 @@
-//! `--write-key`: the only file that this program writes, and only where it is told to.
+//! `--write-key`: writes the private key to the file that the user names. The program writes no other file.
 //!
-//! The key goes into a new file beside the old one, which nobody else can read and which no link leads elsewhere, and takes the old
-//! one's place in one step. A reader sees one key or the other, whole.
+//! The key is written to a new file in the same directory, which only the owner can read and which follows no link. A rename then replaces
+//! the old file, so that a reader sees either the old or the new key, complete.
 
 use std::{
     fs::{self, File, OpenOptions, Permissions},
@@ -15,34 +15,34 @@ use rustix::fs::OFlags;
 use super::resource::Key;
 use crate::cli::output::printable;
 
-/// Why a key was not written.
+/// The reason why a key was not written.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Error {
-    /// The certificate came alone.
+    /// The server sent the certificate without a key.
     #[error("{}: the server sent no private key to write", printable(.0))]
     NoKey(String),
-    /// One file holds one key.
+    /// The server sent two keys, and the file holds one.
     #[error("--write-key takes one key, and the server sent two, for {} and {}; ask for one with --name", printable(.0), printable(.1))]
     Two(String, String),
-    /// Something else is in its place.
+    /// The path is occupied by something else.
     #[error("--write-key: {} {why}; remove it or choose another file", .path.display())]
     Occupied {
         /// The file.
         path: PathBuf,
-        /// What stands there.
+        /// The reason, as a sentence without its subject.
         why: &'static str,
     },
-    /// The kernel said no.
+    /// The file system returned an error.
     #[error("--write-key: cannot write {}: {source}", .path.display())]
     Io {
         /// The file.
         path: PathBuf,
-        /// What the kernel says.
+        /// The error of the kernel.
         source: io::Error,
     },
 }
 
-/// The place for one certificate's key.
+/// The file for the key of one certificate.
 #[derive(Debug)]
 pub(super) struct KeyFile {
     path: PathBuf,
@@ -50,12 +50,12 @@ pub(super) struct KeyFile {
 }
 
 impl KeyFile {
-    /// Writes nothing yet.
+    /// Creates no file yet.
     pub(super) fn new(path: PathBuf) -> Self {
         Self { path, owner: None }
     }
 
-    /// Puts the key of the certificate `name` in its place. The first name keeps the file.
+    /// Writes the key of the certificate `name`. The file accepts only the first name.
     pub(super) fn write(&mut self, name: &str, key: Option<&Key>) -> Result<(), Error> {
         match &self.owner {
             Some(owner) if owner != name => return Err(Error::Two(owner.clone(), name.to_owned())),
@@ -80,7 +80,7 @@ impl KeyFile {
 }
 
 #[expect(clippy::disallowed_methods, reason = "the one file that is written, because its user named it")]
-/// Writes beside `path` and renames over it; a failure leaves what was there.
+/// Writes a temporary file beside `path` and renames it; after a failure the old file is unchanged.
 fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let file_name = path.file_name().ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "it names no file"))?;
     let mut hidden = std::ffi::OsString::from(".");
@@ -91,14 +91,14 @@ fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let file = OpenOptions::new().write(true).create_new(true).mode(0o600).custom_flags(flags).open(&beside)?;
     let done = fill(file, bytes).and_then(|()| fs::rename(&beside, path));
     if done.is_err() {
-        // The error that matters is the first.
+        // The caller receives the first error, so this one is ignored.
         let _ = fs::remove_file(&beside);
     }
     done
 }
 
 fn fill(mut file: File, bytes: &[u8]) -> io::Result<()> {
-    // Whatever the umask is, the owner can read it and nobody else.
+    // The mode must not depend on the umask: only the owner can read the file.
     file.set_permissions(Permissions::from_mode(0o600))?;
     file.write_all(bytes)?;
     file.sync_all()
@@ -121,9 +121,9 @@ mod tests {
         let old = File::open(&path).unwrap();
         file.write("default", Some(&key("second"))).unwrap();
         assert_eq!(fs::read(&path).unwrap(), b"second");
-        assert_eq!(io::read_to_string(old).unwrap(), "first", "whoever has the old one open keeps it whole");
+        assert_eq!(io::read_to_string(old).unwrap(), "first", "an open old file stays complete");
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
-        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "nothing is left beside it");
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "no temporary file remains");
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! How a resource is shown: in words, as a line, as the JSON of the command line's contract, or as PEM. Never with its key.
+//! Renders a resource as a block of text, as one line, as JSON in its stable form, or as PEM. The output never contains the key.
 
 use std::{
     fmt::Write,
@@ -16,7 +16,7 @@ use x509_parser::prelude::{FromDer, X509Certificate};
 use super::resource::{Material, Resource};
 use crate::cli::output::printable;
 
-/// The contract: the same keys in the same order for every resource, but for the last, which is of its kind.
+/// The stable form: every resource has the same keys in the same order, except the last keys, which depend on the kind.
 #[derive(Serialize)]
 struct Object<'a> {
     name: &'a str,
@@ -27,7 +27,7 @@ struct Object<'a> {
     serial: Option<&'a str>,
     fingerprint_sha256: Option<&'a str>,
     not_before: Option<String>,
-    /// Of a bundle: the first moment at which one of its roots has expired.
+    /// For a bundle, the earliest expiry of its roots.
     not_after: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     chain_pem: Option<String>,
@@ -70,7 +70,7 @@ pub(super) fn json(resource: &Resource) -> String {
             crl_pem: bundle.crls_pem().map(text),
         },
     };
-    // Strings and lists of them: there is nothing in it that JSON cannot say.
+    // Serialisation does not fail, because the object contains only strings and lists.
     let mut line = serde_json::to_string(&object).unwrap_or_default();
     line.push('\n');
     line
@@ -84,7 +84,7 @@ pub(super) fn pem(resource: &Resource) -> String {
     }
 }
 
-/// A few lines in words.
+/// The resource as a block of text.
 pub(super) fn block(resource: &Resource, now: SystemTime) -> String {
     let mut fields: Vec<(&str, String)> = Vec::new();
     let kind = match &resource.material {
@@ -116,7 +116,7 @@ pub(super) fn block(resource: &Resource, now: SystemTime) -> String {
     out
 }
 
-/// One line in words, for a reader who watches.
+/// The resource as one line of text, for `--watch`.
 pub(super) fn line(resource: &Resource, now: SystemTime) -> String {
     let (time, name) = (rfc3339(now), printable(&resource.name));
     match &resource.material {

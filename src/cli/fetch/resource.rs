@@ -1,4 +1,4 @@
-//! What a server sent under one name: a certificate or a bundle, checked and with its facts. Keys are never printed.
+//! A resource of the server: a certificate or a bundle, parsed and checked. Keys are never printed.
 
 use std::fmt;
 
@@ -22,25 +22,25 @@ pub(super) const TYPE_URL: &str = "type.googleapis.com/envoy.extensions.transpor
 /// One resource in one version.
 #[derive(Debug)]
 pub(super) struct Resource {
-    /// The name it was asked for by.
+    /// Its name in the request.
     pub name: String,
     /// The server's version.
     pub version: String,
-    /// What it is.
+    /// Its content.
     pub material: Material,
 }
 
-/// What a secret is.
+/// The content of a secret.
 #[derive(Debug)]
 pub(super) enum Material {
-    /// A certificate, with its key where the server sends one.
+    /// A certificate, with its key if the server sends one.
     Certificate {
         /// Leaf first.
         chain: Box<CertificateChain>,
         /// PEM.
         key: Option<Key>,
     },
-    /// Roots, and revocation lists where there are any.
+    /// Roots, and revocation lists if the server sends any.
     Bundle(Bundle),
 }
 
@@ -48,7 +48,7 @@ pub(super) enum Material {
 pub(super) struct Key(Bytes);
 
 impl Key {
-    /// Takes over PEM.
+    /// A key from its PEM.
     pub(super) fn new(pem: Bytes) -> Self {
         Self(pem)
     }
@@ -65,38 +65,38 @@ impl fmt::Debug for Key {
     }
 }
 
-/// Why a resource cannot be shown.
+/// The reason why a resource cannot be shown.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(super) enum Error {
-    /// Something else than a secret.
-    #[error("the server sent a resource of type {}, which is no secret", printable(.0))]
+    /// The resource is not a secret.
+    #[error("the server sent a resource of type {}, which is not a secret", printable(.0))]
     Type(String),
-    /// Not protobuf.
+    /// The secret is not valid protobuf.
     #[error("the server sent a secret that cannot be read: {0}")]
     Encoding(String),
-    /// A kind that has neither chain nor roots, such as session ticket keys.
+    /// A kind without a chain or roots, such as session ticket keys.
     #[error("{}: a kind of secret that cannot be shown here", printable(.0))]
     Kind(String),
-    /// A certificate or bundle that is not one.
+    /// The certificate or bundle is invalid.
     #[error("{}: the {what} {cause}", printable(.name))]
     Material {
         /// The resource's name.
         name: String,
         /// `certificate chain` or `trust bundle`.
         what: &'static str,
-        /// What is wrong with it.
+        /// The error of the parser.
         cause: material::Error,
     },
 }
 
 impl Error {
-    /// Whether an Envoy would refuse it too. What is only not shown here is none of the server's faults.
+    /// Whether an Envoy would reject the resource too. A kind that only this command cannot show is not an error of the server.
     pub(super) fn is_refusal(&self) -> bool {
         !matches!(self, Self::Kind(_))
     }
 }
 
-/// Reads one resource of a response of `version`.
+/// Parses one resource of a response with `version`.
 pub(super) fn read(any: &Any, version: &str) -> Result<Resource, Error> {
     if any.type_url != TYPE_URL {
         return Err(Error::Type(any.type_url.clone()));

@@ -21,13 +21,13 @@ type Codec = ProstCodec<DiscoveryResponse, DiscoveryRequest>;
 type Answer = Result<DiscoveryResponse, Status>;
 type FetchScript = Arc<dyn Fn(DiscoveryRequest, &http::HeaderMap) -> Answer + Send + Sync>;
 
-/// One opened stream: what the client sends, and where to answer.
+/// One open stream: the client's requests, and the sender of responses.
 pub(crate) struct Opened {
     pub requests: Streaming<DiscoveryRequest>,
     pub responses: mpsc::Sender<Answer>,
 }
 
-/// A server that answers `FetchSecrets` by a script and hands streams to the test. Dropping it ends its connections.
+/// A server that answers `FetchSecrets` with a script and passes streams to the test. Dropping it ends its connections.
 pub(crate) struct Server {
     pub path: PathBuf,
     pub streams: mpsc::Receiver<Opened>,

@@ -1,6 +1,6 @@
-//! The client's side of a state-of-the-world subscription: what was accepted, what was seen. Pure.
+//! The client's state of a state-of-the-world subscription: the accepted version and the resources seen. It has no side effects.
 //!
-//! It outlives connections, so that a server that comes back is told the last version, as Envoy does.
+//! It outlives connections, so that the first request of a new connection has the last version, as with Envoy.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -12,7 +12,7 @@ use sds_server::proto::{
 
 use super::resource::{self, Resource, TYPE_URL};
 
-/// What has been asked for and answered.
+/// The requested names, and the answers so far.
 #[derive(Debug)]
 pub(super) struct Subscription {
     names: Vec<String>,
@@ -21,19 +21,19 @@ pub(super) struct Subscription {
     seen: BTreeMap<String, Digest>,
 }
 
-/// What is in one response.
+/// The content of one response.
 #[derive(Debug)]
 pub(super) struct Taken {
-    /// What is new.
+    /// New and changed resources.
     pub updates: Vec<Resource>,
-    /// What cannot be shown.
+    /// Resources that cannot be shown.
     pub problems: Vec<resource::Error>,
-    /// The ACK, or the NACK where Envoy would refuse the response too.
+    /// The ACK, or a NACK if Envoy would reject the response too.
     pub reply: DiscoveryRequest,
 }
 
 impl Subscription {
-    /// Asks for `names`.
+    /// A subscription to `names`.
     pub(super) fn new(names: Vec<String>) -> Self {
         Self { names, accepted: String::new(), answered: BTreeSet::new(), seen: BTreeMap::new() }
     }
@@ -53,7 +53,7 @@ impl Subscription {
         self.names.iter().map(String::as_str).filter(|name| !self.answered.contains(*name)).collect()
     }
 
-    /// Takes a response. A resource that has not changed since it was last sent is no news.
+    /// Processes a response. A resource that has not changed since the server last sent it is not an update.
     pub(super) fn take(&mut self, response: DiscoveryResponse) -> Taken {
         let DiscoveryResponse { version_info, resources, nonce, .. } = response;
         let (mut updates, mut problems) = (Vec::new(), Vec::new());

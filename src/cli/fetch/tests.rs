@@ -1,4 +1,4 @@
-//! `fetch` from its flags to what it prints, against a scripted server.
+//! `fetch` from its flags to its output, with a scripted server.
 
 use std::{fs, time::UNIX_EPOCH};
 
@@ -75,7 +75,7 @@ fn socket() -> (TempDir, PathBuf) {
     (dir, path)
 }
 
-/// Runs `fetch` to its end: what it printed, and how it ended.
+/// Runs `fetch` to its end. Returns its output and its result.
 async fn run(args: Args) -> (String, Result<(), Failure>) {
     let mut printed = String::new();
     let result = ask(args, &nothing, &mut |text: &str| {
@@ -86,7 +86,7 @@ async fn run(args: Args) -> (String, Result<(), Failure>) {
     (printed, result)
 }
 
-/// Runs `fetch --watch`: what it prints, piece by piece, and its task.
+/// Runs `fetch --watch`. Returns a receiver of its output, and its task.
 fn watch(args: Args) -> (mpsc::UnboundedReceiver<String>, JoinHandle<Result<(), Failure>>) {
     let (sender, receiver) = mpsc::unbounded_channel();
     let task = tokio::spawn(async move {
@@ -175,7 +175,7 @@ async fn without_a_server_it_says_how_to_start_one() {
     drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
     let refused = run(Args { watch: true, ..args(&path) }).await.1.unwrap_err();
     assert_eq!(refused.exit(), Exit::Unavailable);
-    assert!(refused.to_string().starts_with("nobody listens at "), "{refused}");
+    assert!(refused.to_string().starts_with("no process listens at "), "{refused}");
 }
 
 #[tokio::test]
@@ -262,28 +262,28 @@ async fn a_watch_reconnects_with_the_last_accepted_version() {
     assert!(printed.recv().await.unwrap().contains("\"default\"") && printed.recv().await.unwrap().contains("\"ROOTCA\""));
     assert_eq!(fs::read_to_string(&key).unwrap(), KEY);
 
-    // What cannot be used is refused, and the accepted version stays.
+    // An invalid certificate is rejected, and the accepted version stays.
     stream.responses.send(Ok(response("bad", vec![certificate("default", "garbage")]))).await.unwrap();
     let nack = stream.requests.message().await.unwrap().unwrap();
     assert_eq!((nack.version_info.as_str(), nack.response_nonce.as_str()), ("v1", "nonce-bad"));
     assert!(nack.error_detail.unwrap().message.contains("holds no certificate"));
 
-    // A rotation: the bundle is sent again, and only the certificate is news.
+    // A rotation: the bundle is sent again, and only the certificate is an update.
     let new = certificate("default", &pem("new"));
     stream.responses.send(Ok(response("v2", vec![new.clone(), root.clone()]))).await.unwrap();
     assert_eq!(stream.requests.message().await.unwrap().unwrap().version_info, "v2");
     assert!(printed.recv().await.unwrap().contains("\"version\":\"v2\""));
 
-    // The server goes away and comes back.
+    // The server ends and starts again.
     drop((stream, server));
     let mut server = Server::start(path, never);
     let mut stream = server.streams.recv().await.unwrap();
     let again = stream.requests.message().await.unwrap().unwrap();
     assert_eq!((again.version_info.as_str(), again.response_nonce.as_str()), ("v2", ""));
     stream.responses.send(Ok(response("v3", vec![new, root, bundle("spiffe://other", &pem("x"))]))).await.unwrap();
-    assert!(printed.recv().await.unwrap().contains("spiffe://other"), "what has not changed is no news");
+    assert!(printed.recv().await.unwrap().contains("spiffe://other"), "an unchanged resource is not printed again");
 
-    // An identity that is gone for good ends it.
+    // PERMISSION_DENIED ends the watch, because the identity no longer exists.
     stream.responses.send(Err(Status::permission_denied("gone"))).await.unwrap();
     assert_eq!(task.await.unwrap().unwrap_err().exit(), Exit::NotPermitted);
 }
@@ -319,7 +319,7 @@ async fn an_update_is_one_line_of_text() {
 async fn the_workload_api_is_not_asked() {
     let failure = run(Args { api: Api::Workload, ..args(Path::new("/nowhere")) }).await.1.unwrap_err();
     assert_eq!(failure.exit(), Exit::Usage);
-    assert!(failure.to_string().contains("this version serves and asks SDS only"));
+    assert!(failure.to_string().contains("this version supports only SDS"));
 }
 
 #[tokio::test]

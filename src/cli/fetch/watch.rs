@@ -1,4 +1,4 @@
-//! `fetch --watch`: one stream with every name, opened again whenever it ends.
+//! `fetch --watch`: one stream with every name. It is opened again whenever it ends.
 
 use std::{path::Path, time::Duration};
 
@@ -9,11 +9,11 @@ use super::{
 };
 use crate::cli::output;
 
-/// Envoy's own bounds.
+/// Limits of the delay between connections, as in Envoy.
 const MIN_RECONNECT_DELAY: Duration = Duration::from_millis(500);
 const MAX_RECONNECT_DELAY: Duration = Duration::from_secs(30);
 
-/// Shows updates for ever. Returns what no new connection can mend; a server that has never been reached is such a thing.
+/// Prints updates until a failure that a new connection cannot fix. That includes a server that was never reached.
 pub(super) async fn watch(socket: &Path, subscription: &mut Subscription, show: &mut Show<'_>) -> Result<(), Failure> {
     let mut backoff = Backoff::default();
     let mut served = false;
@@ -25,12 +25,12 @@ pub(super) async fn watch(socket: &Path, subscription: &mut Subscription, show: 
         };
         let wait = backoff.next(fastrand::f64());
         let why = failure.map_or_else(|| "the server ended the stream".to_owned(), |failure| failure.to_string());
-        output::complain(format_args!("{why}; asking again in {:.1} s", wait.as_secs_f64()));
+        output::complain(format_args!("{why}; retrying in {:.1} s", wait.as_secs_f64()));
         tokio::time::sleep(wait).await;
     }
 }
 
-/// One connection's life.
+/// Prints the updates of one connection until it ends.
 async fn follow(
     socket: &Path,
     subscription: &mut Subscription,
@@ -51,20 +51,20 @@ async fn follow(
         for problem in problems {
             output::complain(format_args!("{problem}"));
         }
-        // Where the server has gone, the next message says so.
+        // If the connection has ended, the next read returns the error.
         let _ = replies.send(reply).await;
     }
     Ok(())
 }
 
-/// Jittered, 0.5 to 30 s, from the start again after each message.
+/// A backoff with jitter, from 0.5 s to 30 s. Each message resets it.
 #[derive(Debug, Default)]
 struct Backoff {
     attempts: u32,
 }
 
 impl Backoff {
-    /// The next wait; `random` is uniform over 0 to 1.
+    /// The next delay; `random` is uniform over 0 to 1.
     fn next(&mut self, random: f64) -> Duration {
         self.attempts = self.attempts.saturating_add(1);
         let ceiling = MAX_RECONNECT_DELAY.min(MIN_RECONNECT_DELAY * 2_u32.saturating_pow(self.attempts.min(8)));

@@ -1,4 +1,4 @@
-//! `identity` and `certificate`, at the top and in a profile: what a certificate says, and when it is replaced.
+//! `identity` and `certificate`, at the top level and in a profile: names, key and lifetime of a certificate, and its renewal.
 
 use std::time::Duration;
 
@@ -8,9 +8,9 @@ use workload_identity::KeyType;
 use super::{Context, LIFETIMES};
 use crate::config::{Attestation, error::FieldError, reader::Section, template, values};
 
-/// From here on somebody should ask whether this is meant.
+/// Above this lifetime, the configuration warns.
 const LONG_LIFETIME: Duration = Duration::from_secs(366 * 86_400);
-/// A renewal later than this share of a certificate's life leaves no time to try again.
+/// A renewal later than this share of a certificate's lifetime leaves no time for retries.
 const MAX_RENEW_AT: f64 = 0.95;
 
 /// `identity`
@@ -23,14 +23,14 @@ pub(super) struct Identity {
 }
 
 impl Identity {
-    /// Where nothing is said.
+    /// The defaults.
     pub(super) fn of(attestation: Option<Attestation>) -> Self {
         let spiffe_id = attestation.map(template::default_spiffe_id).unwrap_or_default().to_owned();
         Self { spiffe_id, dns_names: Vec::new() }
     }
 }
 
-/// Reads `identity`; `base` has what it does not say.
+/// Reads `identity`; absent fields have the values of `base`.
 pub(super) fn identity(section: &Section<'_>, context: &Context<'_>, base: Option<&Identity>) -> Option<Identity> {
     let known = context.attestation.zip(context.trust_domain);
     let base = base.cloned().unwrap_or_else(|| Identity::of(context.attestation));
@@ -76,7 +76,7 @@ impl Default for Certificate {
     }
 }
 
-/// Reads `certificate`; `base` has what it does not say.
+/// Reads `certificate`; absent fields have the values of `base`.
 pub(super) fn certificate(section: &Section<'_>, context: &Context<'_>, base: Certificate) -> Option<Certificate> {
     let lifetime = section.read("lifetime", base.lifetime, values::duration(LIFETIMES));
     let key = section.read("key", base.key, key);
@@ -85,7 +85,7 @@ pub(super) fn certificate(section: &Section<'_>, context: &Context<'_>, base: Ce
     let per_pod = section.read("perPod", base.per_pod, values::boolean);
 
     if section.is_set("lifetime") && lifetime.is_some_and(|lifetime| lifetime > LONG_LIFETIME) {
-        section.warn("lifetime", "is longer than a year, and nothing but its end takes a stolen key out of use; 24h is common");
+        section.warn("lifetime", "is longer than a year, and a compromised key stays usable until the certificate expires; 24h is common");
     }
     if section.is_set("key") && key == Some(KeyType::EcdsaP384) {
         let message = "ecdsa-p384 works between Envoys only with tls_maximum_protocol_version: TLSv1_3 on the upstream; \

@@ -1,4 +1,4 @@
-//! Who signs: `issuer`, and the parts of it that a profile may say.
+//! The issuer: `issuer`, and the fields of it that a profile may set.
 
 use cert_manager::{IssuerRef, RequestNamespace};
 use issuance::issuer::certificate_request;
@@ -14,7 +14,7 @@ pub(super) fn issuer(root: &Section<'_>, context: &Context<'_>) -> Option<Issuer
     let example = "write, for example, `issuer: { certManager: { issuerRef: { name: mesh-ca, kind: ClusterIssuer } } }`";
     let present = root.has("issuer");
     root.section("issuer", |issuer| {
-        // `embedded:` with nothing after it is as good as `embedded: {}`.
+        // `embedded:` without a value means `embedded: {}`.
         let embedded = issuer.has("embedded").then(|| issuer.section("embedded", |_| ()));
         let cert_manager = issuer.has("certManager").then(|| issuer.section("certManager", |section| cert_manager(section, context)));
         match (cert_manager, embedded) {
@@ -46,7 +46,7 @@ fn cert_manager(section: &Section<'_>, context: &Context<'_>) -> Option<certific
 
     if context.attestation == Some(Attestation::Kubernetes) && context.pod.is_some_and(|pod| pod.node.pod.is_none()) {
         let message = format!(
-            "is not set with POD_NAMESPACE and POD_UID: requests are not owned by the agent's pod, and stay behind when it is deleted; \
+            "is not set with POD_NAMESPACE and POD_UID: requests are not owned by the agent's pod and remain when it is deleted; \
              add to the container {} and the like for metadata.namespace and metadata.uid",
             snippet("POD_NAME", "metadata.name")
         );
@@ -55,8 +55,8 @@ fn cert_manager(section: &Section<'_>, context: &Context<'_>) -> Option<certific
     Some(certificate_request::Settings { issuer_ref: issuer_ref?, namespace: namespace?, trust_status_ca: trust_status_ca? })
 }
 
-/// Reads the `issuerRef`, `namespace` and `trustStatusCA` of a profile; `base` has what it does not say. A reference is taken whole: its
-/// kind and group say nothing about another name.
+/// Reads the `issuerRef`, `namespace` and `trustStatusCA` of a profile; absent fields have the values of `base`. A profile's reference
+/// replaces the whole reference, because the kind and group of one name do not apply to another.
 pub(super) fn of_profile(section: &Section<'_>, context: &Context<'_>, base: Option<&IssuerConfig>) -> Option<IssuerConfig> {
     let named = section.is_set("issuerRef").then(|| section.section("issuerRef", issuer_ref));
     let fields = [named.is_some(), section.is_set("namespace"), section.is_set("trustStatusCA")];
@@ -70,9 +70,9 @@ pub(super) fn of_profile(section: &Section<'_>, context: &Context<'_>, base: Opt
         None => None,
     };
     let issuer_ref = named.unwrap_or_else(|| base.map(|base| base.issuer_ref.clone()));
-    // Where the default is wrong this one is not used.
+    // If the default is invalid, the result is discarded.
     let inherited = base.map_or_else(|| RequestNamespace::Fixed(String::new()), |base| base.namespace.clone());
-    // What is inherited has been judged where it stands.
+    // Inherited values were checked in their own section.
     let judged = issuer_ref.as_ref().filter(|_| fields[0] || fields[1]);
     let namespace = namespace(section, context, inherited, judged);
     let trust_status_ca = section.read("trustStatusCA", base.is_some_and(|base| base.trust_status_ca), values::boolean);
@@ -127,9 +127,9 @@ pub(super) fn issuer_ref(section: &Section<'_>) -> Option<IssuerRef> {
     Some(IssuerRef { name: name?, kind: kind?, group: group? })
 }
 
-/// Who signs and where it is asked, in words that stay the same for as long as it is the same. The place is part of it for more than
-/// Issuers, which are others in each namespace: pods of two profiles with two places must not share a request, of which an approver would
-/// say to one of them that it is in the wrong one.
+/// The issuer and the namespace of its requests, as a stable text for comparisons. The namespace is part of it for ClusterIssuers too:
+/// pods of two profiles with different namespaces must not share a request, because the approver expects each request in the namespace
+/// of its profile.
 pub(super) fn authority(issuer: &IssuerConfig) -> String {
     match issuer {
         IssuerConfig::Embedded => "embedded".to_owned(),

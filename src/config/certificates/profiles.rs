@@ -1,4 +1,4 @@
-//! `profiles`: who gets which certificates of whom.
+//! `profiles`: which workloads get which certificates from which issuer.
 
 use std::cell::RefCell;
 
@@ -13,13 +13,13 @@ use super::{
 };
 use crate::config::{Attestation, IssuerConfig, error::FieldError, reader::Section, values};
 
-/// What the sections at the top say.
+/// The values of the top-level sections.
 pub(super) struct Base<'a> {
     /// `identity`
     pub identity: Identity,
     /// `certificate`
     pub certificate: Certificate,
-    /// `issuer`; none where it is wrong.
+    /// `issuer`; `None` if it is invalid.
     pub issuer: Option<&'a IssuerConfig>,
 }
 
@@ -43,13 +43,13 @@ pub(super) struct UnresolvedProfile {
 }
 
 impl UnresolvedProfile {
-    /// The profile of whom no other takes.
+    /// The profile of workloads that no other profile matches.
     pub(super) fn default_of(identity: Identity, certificate: Certificate, issuer: IssuerConfig) -> Self {
         Self { name: DEFAULT.to_owned(), matches: Match::default(), selectable: false, identity, certificate, issuer, epoch: 0 }
     }
 }
 
-/// The ones before: name, match where it is good, selectable.
+/// An earlier profile of the list: its name and its match, if they are valid, and whether it is selectable.
 type Seen = (Option<String>, Option<Match>, bool);
 
 /// Reads the list.
@@ -64,7 +64,8 @@ pub(super) fn decode(root: &Section<'_>, context: &Context<'_>, base: &Base<'_>)
 }
 
 fn profile(section: &Section<'_>, context: &Context<'_>, base: &Base<'_>, seen: &RefCell<Vec<Seen>>) -> Option<UnresolvedProfile> {
-    let absent = || FieldError::new("is missing: metrics, requests and volumes call the profile by it", "give it a name such as payments");
+    let absent =
+        || FieldError::new("is missing: metrics, requests and volumes refer to the profile by its name", "give it a name such as payments");
     let name = section.require("name", absent, name);
     let has_match = section.has("match");
     let matches = section.section("match", matches);
@@ -90,7 +91,7 @@ fn profile(section: &Section<'_>, context: &Context<'_>, base: &Base<'_>, seen: 
     Some(UnresolvedProfile { name, matches, selectable, identity: identity?, certificate, issuer, epoch: epoch? })
 }
 
-/// Two of one name, and one that is never reached, are mistakes.
+/// Reports a duplicate name, and a profile that an earlier one always precedes.
 fn compare(section: &Section<'_>, name: Option<&str>, matches: Option<&Match>, seen: &[Seen]) {
     if let Some(place) = name.and_then(|name| seen.iter().position(|(known, ..)| known.as_deref() == Some(name))) {
         section.wrong("name", format!("is the name of profiles[{place}] too"), "give each profile a name of its own");
@@ -99,14 +100,14 @@ fn compare(section: &Section<'_>, name: Option<&str>, matches: Option<&Match>, s
         seen.iter().position(|(_, known, selectable)| !selectable && known.as_ref().is_some_and(|known| known.covers(matches)))
     };
     if let Some(place) = matches.and_then(takes_all) {
-        let what = format!("is never reached: profiles[{place}] comes first, and takes every pod that this one could");
+        let what = format!("is never used: profiles[{place}] comes first and matches every pod that this one matches");
         section.wrong_here(what, format!("put it before profiles[{place}], or narrow the match of that one"));
     }
 }
 
 fn name(value: &Value) -> Result<String, FieldError> {
     match values::text(value)? {
-        DEFAULT => Err(FieldError::new("is the name of whom no profile takes", "choose another name")),
+        DEFAULT => Err(FieldError::new("is the name of the default profile", "choose another name")),
         name if picks::is_name(name) => Ok(name.to_owned()),
         _ => Err(FieldError::new("is not the name of a profile", values::DNS_LABEL_RULE)),
     }
@@ -116,7 +117,7 @@ fn matches(section: &Section<'_>) -> Option<Match> {
     let patterns = |field: &'static str, kind: &'static str, is_part: fn(u8) -> bool| {
         let patterns = section.list(field, |value| pattern(value, kind, is_part));
         if section.is_set(field) && patterns.as_ref().is_some_and(Vec::is_empty) {
-            section.wrong(field, "is empty, and so would hold for nobody", "name some, or leave it out for all");
+            section.wrong(field, "is empty and matches no pod", "name some, or leave it out for all");
             return None;
         }
         patterns
@@ -134,7 +135,7 @@ fn in_names(b: u8) -> bool {
 fn pattern(value: &Value, kind: &str, is_part: fn(u8) -> bool) -> Result<Pattern, FieldError> {
     let text = values::text(value)?;
     let remedy = "write a name, or a part of one with '*' at its beginning or at its end";
-    let pattern = Pattern::parse(text).ok_or_else(|| FieldError::new("has a '*' elsewhere than at one end of it", remedy))?;
+    let pattern = Pattern::parse(text).ok_or_else(|| FieldError::new("has a '*' that is not at its beginning or end", remedy))?;
     if pattern.part().len() > 253 || !pattern.part().bytes().all(is_part) {
         return Err(FieldError::new(format!("can match no {kind}"), "use lower-case letters, digits and '-', as such names have"));
     }

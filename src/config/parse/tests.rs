@@ -1,4 +1,4 @@
-//! The rules of the file as a whole: defaults, order, warnings, the environment, and that nothing makes it panic.
+//! The rules of the whole file: defaults, order, warnings, the environment, and no panic for any input.
 
 use cert_manager::{IssuerRef, RequestNamespace};
 use issuance::issuer::certificate_request;
@@ -15,7 +15,7 @@ use crate::{
 mod mistakes;
 mod profiles;
 
-/// The sample of the design; a profile has a name.
+/// A sample with every default written out, and one profile.
 const SAMPLE: &str = r#"
 trustDomain: cluster.local
 sockets:
@@ -42,7 +42,7 @@ admin: { address: 127.0.0.1:15090 }
 metrics: { address: "[::]:15091", perWorkload: false }
 "#;
 
-/// What every configuration of a pod needs, and nothing else.
+/// The shortest configuration for a pod.
 const LEAST: &str = "issuer: { certManager: { issuerRef: { name: mesh-ca, kind: ClusterIssuer } } }\n\
                      trust: { sources: [ { configMap: { namespace: cert-manager, name: mesh-roots } } ] }\n";
 
@@ -172,7 +172,7 @@ fn who_of_a_pod_may_fetch_is_read_and_is_everybody_unless_told() {
     let unread = load(&format!(
         "attestationPolicy: {{ uids: [1] }}\nsockets: {{ shared: {{ enabled: false }}, perPod: {{ enabled: true }} }}\n{LEAST}"
     ));
-    assert!(unread.warnings[0].to_string().starts_with("attestationPolicy: is about callers of sockets.shared"), "{:?}", unread.warnings);
+    assert!(unread.warnings[0].to_string().starts_with("attestationPolicy: applies to callers of sockets.shared"), "{:?}", unread.warnings);
 }
 
 #[test]
@@ -276,7 +276,7 @@ fn what_works_but_deserves_a_thought_is_a_warning() {
     assert!(embedded[0].starts_with("issuer.embedded: is an authority in this process's memory, for development and tests only"));
     let rootless = warnings("issuer: { certManager: { issuerRef: { name: a, kind: Issuer }, namespace: workload } }");
     assert!(rootless[0].starts_with("issuer.certManager.namespace: workload: every workload's namespace needs an Issuer \"a\""));
-    assert!(rootless[1].starts_with("trust.sources: is empty: the bundle (ROOTCA) stays unanswered"));
+    assert!(rootless[1].starts_with("trust.sources: is empty: requests for the bundle (ROOTCA) are not answered"));
     let told = |name: &str| (name == "NODE_NAME").then(|| "n".to_owned());
     let unowned = Config::parse(LEAST, &told).unwrap().warnings;
     assert!(unowned[0].to_string().starts_with("POD_NAME: is not set with POD_NAMESPACE and POD_UID"), "{unowned:?}");
@@ -286,7 +286,7 @@ fn what_works_but_deserves_a_thought_is_a_warning() {
 fn the_length_of_the_socket_path_is_bounded() {
     let at = |len: usize| format!("sockets: {{ shared: {{ path: /{} }} }}\n{LEAST}", "a".repeat(len - 1));
     assert!(Config::parse(&at(100), &in_a_pod).is_ok());
-    assert!(errors(&at(101))[0].ends_with("is 101 bytes long, and the kernel's limit leaves 100; choose a shorter path"));
+    assert!(errors(&at(101))[0].ends_with("is 101 bytes long, and the kernel's limit allows 100; choose a shorter path"));
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! The table itself, in the order of the page.
+//! The entries of the table, in the order of the page.
 
 use super::{
     Absence::{Nothing, Required, Value, Words},
@@ -16,239 +16,259 @@ const fn field(path: &'static str, kind: super::Kind, default: super::Absence, m
 /// Every field of the file.
 pub const GROUPS: &[Group] = &[
     Group {
-        title: "Who is served",
+        title: "Callers and sockets",
         fields: &[
-            field("trustDomain", Text, Value("cluster.local"), "The SPIFFE trust domain of every identity that the agent gives."),
+            field("trustDomain", Text, Value("cluster.local"), "The SPIFFE trust domain of every identity that the agent serves."),
             field(
                 "attestation",
                 Choice(&["kubernetes", "unix"]),
                 Value("kubernetes"),
-                "How a caller is known. `kubernetes`: the calling process, its cgroup, its pod, its service account; needs `NODE_NAME`. \
-                 `unix`: the user id; for development and bare machines.",
+                "How the agent identifies a caller. `kubernetes`: by its process, cgroup, pod and service account; needs `NODE_NAME`. \
+                 `unix`: by its user id, for development and for machines without Kubernetes.",
             ),
             field(
                 "attestationPolicy",
                 Section,
                 Nothing,
-                "Who of a pod may fetch on the shared socket, with `attestation: kubernetes`. Both lists have to let a caller through.",
+                "Which processes of a pod may fetch on the shared socket, with `attestation: kubernetes`. A caller must pass both \
+                 lists.",
             ),
             field(
                 "attestationPolicy.containers",
                 Texts,
                 Value("[]"),
-                "Only these containers, by name: regular, init or ephemeral. Empty: all. A container that the kubelet has not told of \
-                 yet waits for up to 30 s.",
+                "Names of the containers that may fetch: regular, init or ephemeral ones. Empty: all containers. A call from a \
+                 container that the kubelet has not yet reported waits for up to 30 s.",
             ),
             field(
                 "attestationPolicy.uids",
                 Integers(0, MAX_UID),
                 Value("[]"),
-                "Only these user ids, as the node sees them: with `hostUsers: false` they are not those of the container. Empty: all.",
+                "User ids that may fetch, as the node sees them: with `hostUsers: false` they differ from those in the container. \
+                 Empty: all user ids.",
             ),
-            field("sockets", Section, Nothing, "Where workloads ask; at least one of the two is enabled."),
+            field("sockets", Section, Nothing, "The sockets that workloads call. At least one of the two is enabled."),
             field("sockets.shared", Section, Nothing, "The socket that every pod of the node may call."),
-            field("sockets.shared.enabled", Boolean, Value("true"), "Whether there is one."),
-            field("sockets.shared.path", Path, Value("/run/sds-agent/sds.sock"), "Where it is: a path of at most 100 bytes."),
+            field("sockets.shared.enabled", Boolean, Value("true"), "Whether the agent serves the shared socket."),
+            field("sockets.shared.path", Path, Value("/run/sds-agent/sds.sock"), "Path of the socket, at most 100 bytes."),
             field(
                 "sockets.shared.mode",
                 Mode,
                 Value("\"0666\""),
-                "Its permission bits. Who may connect is not who is served: that is attestation's work.",
+                "Permission bits of the socket. They control which processes can connect; attestation decides which callers are served.",
             ),
             field(
                 "sockets.shared.acceptPidReuse",
                 Boolean,
                 Value("false"),
-                "With `attestation: kubernetes`, the agent does not serve this socket where the kernel gives no handle on a caller \
-                 (before Linux 6.5), unless this is `true`: a process that takes over the pid of a caller that has just ended is then \
-                 served as that caller. See [security.md](security.md#the-shared-socket).",
+                "With `attestation: kubernetes`, the agent serves the shared socket only if the kernel gives a pidfd of the caller \
+                 (Linux 6.5 or newer). `true` serves it on an older kernel too: a process that takes over the pid of a caller that has \
+                 just ended is then served as that caller. See [security.md](security.md#the-shared-socket).",
             ),
             field(
                 "sockets.perPod",
                 Section,
                 Nothing,
-                "A socket for each pod: the agent is a CSI driver, and who calls is known by the mount. Needs `attestation: kubernetes`.",
+                "A socket for each pod: the agent is a CSI driver and identifies a caller by the mount. Needs `attestation: \
+                 kubernetes`.",
             ),
-            field("sockets.perPod.enabled", Boolean, Value("false"), "Whether pods can have them."),
+            field("sockets.perPod.enabled", Boolean, Value("false"), "Whether pods can have their own sockets."),
             field(
                 "sockets.perPod.directory",
                 Path,
                 Value("/run/sds-agent-pods"),
-                "Where those sockets are. A directory of the host that outlives the agent, that only root can write, and that no pod \
-                 mounts; never inside the directory of `sockets.shared.path`.",
+                "Directory of these sockets on the host. It must outlive the agent, only root may write to it, and no pod may mount it. \
+                 It must not be inside the directory of `sockets.shared.path`.",
             ),
             field(
                 "sockets.perPod.driverName",
                 Text,
                 Value("csi.sds-agent.io"),
-                "The driver that a pod's volume names; a CSIDriver object has the same name.",
+                "Name of the CSI driver, which a pod's volume refers to. A CSIDriver object must have the same name.",
             ),
             field(
                 "sockets.perPod.kubeletDirectory",
                 Path,
                 Value("/var/lib/kubelet"),
-                "The kubelet's directory, at the same path in the agent as on the host, its `pods` with `mountPropagation: \
-                 Bidirectional`.",
+                "Directory of the kubelet. The agent must mount it at the same path as on the host, and its subdirectory `pods` with \
+                 `mountPropagation: Bidirectional`.",
             ),
             field(
                 "sockets.perPod.waitForCertificate",
                 Duration,
                 Value("0s"),
-                "How long a pod's start may wait until its certificate is there; at most `1m`. When it is not, the pod starts all the \
-                 same.",
+                "How long the start of a pod may wait for its certificate; at most `1m`. If the certificate is not issued by then, the \
+                 pod starts without it.",
             ),
             field(
                 "warmUp",
                 Section,
                 Nothing,
-                "Certificates ahead of the first call, for pods that start and will call the shared socket. A pod whose containers have \
-                 started when the agent first sees it is left alone: after a restart of the agent, clients say what they hold. It is \
-                 held until the pod has called, or for 10 minutes; at most four are made at once that nobody has asked for. \
-                 `warm_ups_total` tells how many were used. A volume of the CSI driver needs none of this: publishing it orders the \
-                 certificate.",
+                "Orders certificates before the first call, for starting pods that will call the shared socket. The agent skips a pod \
+                 whose containers were already started when it first sees the pod: after a restart of the agent, clients report the \
+                 version that they hold. A certificate is kept until the pod has called, or for 10 minutes. At most four orders without \
+                 a waiting client run at the same time. `warm_ups_total` counts how many were used. A volume of the CSI driver does not \
+                 need this: publishing it orders the certificate.",
             ),
             field(
                 "warmUp.enabled",
                 Boolean,
                 Value("false"),
-                "Whether there are any. Needs `attestation: kubernetes` and `sockets.shared`.",
+                "Whether the agent orders certificates before the first call. Needs `attestation: kubernetes` and `sockets.shared`.",
             ),
             field(
                 "warmUp.socketMount",
                 Boolean,
                 Value("true"),
-                "Pods that mount the directory of `sockets.shared.path` by `hostPath`, or one above or below it. Who mounts `/` is not \
-                 among them; `/var/run` is `/run`.",
+                "Selects pods that mount the directory of `sockets.shared.path` by `hostPath`, or a directory above or below it. A \
+                 mount of `/` does not count; `/var/run` is the same as `/run`.",
             ),
             field(
                 "warmUp.podLabels",
                 Labels,
                 Words("none"),
-                "Pods that carry every one of these labels, with exactly this value, whatever they mount.",
+                "Selects pods that carry every one of these labels with exactly this value, regardless of their mounts.",
             ),
         ],
     },
     Group {
-        title: "What a certificate says",
+        title: "Certificates",
         fields: &[
             field(
                 "identity",
                 Section,
                 Nothing,
-                "Templates. With `attestation: kubernetes` they may use `{trustDomain}`, `{namespace}`, `{serviceAccount}`, `{podName}` \
-                 and `{podUid}`; with `unix`, `{trustDomain}` and `{uid}`.",
+                "Templates of the names in a certificate. With `attestation: kubernetes` they may use `{trustDomain}`, `{namespace}`, \
+                 `{serviceAccount}`, `{podName}` and `{podUid}`; with `unix`, `{trustDomain}` and `{uid}`.",
             ),
             field(
                 "identity.spiffeId",
                 Text,
                 Words("`spiffe://{trustDomain}/ns/{namespace}/sa/{serviceAccount}`, or `spiffe://{trustDomain}/uid/{uid}` with `unix`"),
-                "The certificate's URI name. It begins with `spiffe://` and the trust domain.",
+                "SPIFFE ID, the URI name of the certificate. It begins with `spiffe://` and the trust domain.",
             ),
             field(
                 "identity.dnsNames",
                 Texts,
                 Value("[]"),
-                "DNS names beside it, such as `\"{serviceAccount}.{namespace}.svc\"`. No wildcards.",
+                "DNS names of the certificate, such as `\"{serviceAccount}.{namespace}.svc\"`. Wildcards are not allowed.",
             ),
-            field("certificate", Section, Nothing, "What is asked for, and when it is asked for again."),
+            field("certificate", Section, Nothing, "Properties of a certificate, and the time of its renewal."),
             field(
                 "certificate.lifetime",
                 Duration,
                 Value("24h"),
-                "The lifetime to ask for, from `10s` to ten years. The issuer may give less; what it gives is believed.",
+                "The requested lifetime, from `10s` to ten years. The issuer may shorten it; the agent uses the validity of the issued \
+                 certificate.",
             ),
             field(
                 "certificate.key",
                 Choice(KEYS),
                 Value("ecdsa-p256"),
-                "The kind of key, of which each certificate has one of its own. Between Envoys, P-384 works only with \
-                 `tls_maximum_protocol_version: TLSv1_3` on the upstream. Ed25519 is refused: Envoy does not take it.",
+                "Type of the key. Each certificate has its own key. Between Envoys, P-384 works only with \
+                 `tls_maximum_protocol_version: TLSv1_3` on the upstream. Ed25519 is rejected, because Envoy does not accept it.",
             ),
-            field("certificate.renewAt", Fraction(0.1, 0.9), Value("0.5"), "The share of its life after which a certificate is replaced."),
+            field(
+                "certificate.renewAt",
+                Fraction(0.1, 0.9),
+                Value("0.5"),
+                "The share of its lifetime after which a certificate is replaced.",
+            ),
             field(
                 "certificate.jitter",
                 Fraction(0.0, 0.3),
                 Value("0.1"),
-                "The spread around that moment, as a share of it. `renewAt × (1 + jitter)` is at most 0.95.",
+                "Random spread around that time, as a share of it. `renewAt × (1 + jitter)` is at most 0.95.",
             ),
             field(
                 "certificate.perPod",
                 Boolean,
                 Value("false"),
-                "One certificate for each pod, where otherwise the pods of a service account on a node share one.",
+                "`true`: each pod has its own certificate. `false`: the pods of a service account on a node share one.",
             ),
             field(
                 "authorityEpoch",
                 Integer(0, u64::MAX),
                 Value("0"),
-                "A whole number. Raising it makes every certificate foreign to the agent, which then issues all of them anew: the \
-                 break-glass after a stolen key or authority.",
+                "Raising it makes every certificate outdated, and the agent replaces all of them: the emergency measure after a key or \
+                 an authority was compromised.",
             ),
         ],
     },
     Group {
-        title: "Who signs",
+        title: "Issuer",
         fields: &[
-            field("issuer", Section, Required, "The authority: exactly one of the two below."),
-            field("issuer.certManager", Section, Nothing, "cert-manager, by CertificateRequests."),
-            field("issuer.certManager.issuerRef", Section, Required, "Which issuer."),
+            field("issuer", Section, Required, "The certificate authority: exactly one of the two sections below."),
+            field("issuer.certManager", Section, Nothing, "cert-manager, through CertificateRequests."),
+            field("issuer.certManager.issuerRef", Section, Required, "Reference to the issuer."),
             field("issuer.certManager.issuerRef.name", Text, Required, "Its name."),
             field(
                 "issuer.certManager.issuerRef.kind",
                 Text,
                 Required,
-                "`ClusterIssuer` or `Issuer`. There is no default, because cert-manager's own is `Issuer`: the name of a ClusterIssuer \
-                 without its kind is a request that never ends. External issuers have kinds of their own.",
+                "`ClusterIssuer` or `Issuer`. It has no default, because cert-manager's default is `Issuer`: a request that names a \
+                 ClusterIssuer without its kind is never signed. External issuers have their own kinds.",
             ),
             field("issuer.certManager.issuerRef.group", Text, Value("cert-manager.io"), "The API group of an external issuer."),
             field(
                 "issuer.certManager.namespace",
                 Text,
                 Words("`POD_NAMESPACE`, else `sds-agent`"),
-                "Where the requests are created. An `Issuer` has to be in the same namespace. `workload` puts each request into the \
-                 namespace of its pod.",
+                "Namespace of the requests. An `Issuer` must be in the same namespace. `workload` creates each request in the namespace \
+                 of its pod.",
             ),
             field(
                 "issuer.certManager.trustStatusCA",
                 Boolean,
                 Value("false"),
-                "Take the CA certificate that cert-manager reports with a signed request as a source of the trust bundle. Only for \
-                 issuers whose word on their own root is good enough; prefer `trust.sources`.",
+                "Adds the CA certificate that cert-manager reports with a signed request to the trust bundle. Use it only for issuers \
+                 that you trust to report their own root; prefer `trust.sources`.",
             ),
             field(
                 "issuer.embedded",
                 Section,
                 Nothing,
-                "`{}`: an authority in the memory of this process, for development and tests only. No other node trusts it, and a \
-                 restart replaces it.",
+                "`{}`: a certificate authority in the memory of this process, for development and tests only. No other node trusts it, \
+                 and a restart replaces it.",
             ),
         ],
     },
     Group {
         title: "Several authorities, several kinds of certificates",
         fields: &[
-            field("profiles", Sections, Value("[]"), "In order."),
+            field("profiles", Sections, Value("[]"), "Profiles in order: the first that matches a pod applies."),
             field(
                 "profiles[].name",
                 Text,
                 Required,
-                "A name of its own: at most 63 lower-case letters, digits and `-`; not `default`. It stands in metrics (`issuer`), in \
-                 requests and in volumes.",
+                "Unique name: at most 63 lower-case letters, digits and `-`; not `default`. Metrics (label `issuer`), requests and \
+                 volumes use it.",
             ),
-            field("profiles[].match", Section, Required, "Whose profile it is. All that it says has to hold; `{}` holds for every pod."),
+            field(
+                "profiles[].match",
+                Section,
+                Required,
+                "The pods that get this profile. All conditions must hold; `{}` matches every pod.",
+            ),
             field(
                 "profiles[].match.namespaces",
                 Texts,
                 Words("all"),
-                "Any of them. A name, or a part of one with one `*` at its beginning or at its end: `payments`, `pay-*`, `*-canary`.",
+                "Any of these namespaces. An entry is a name, or a part of one with one `*` at its beginning or at its end: `payments`, \
+                 `pay-*`, `*-canary`.",
             ),
-            field("profiles[].match.serviceAccounts", Texts, Words("all"), "Any of them, written in the same way."),
-            field("profiles[].match.podLabels", Labels, Words("none"), "Every one of them, with exactly this value: `{ tier: gold }`."),
-            field("profiles[].selectable", Boolean, Value("false"), "Only pods that pick it get it."),
-            field("profiles[].identity", Section, Nothing, "Where its names differ."),
+            field("profiles[].match.serviceAccounts", Texts, Words("all"), "Any of these service accounts, written in the same way."),
+            field(
+                "profiles[].match.podLabels",
+                Labels,
+                Words("none"),
+                "Every one of these labels, with exactly this value: `{ tier: gold }`.",
+            ),
+            field("profiles[].selectable", Boolean, Value("false"), "`true`: only pods that select this profile get it."),
+            field("profiles[].identity", Section, Nothing, "The fields that differ from `identity`."),
             field("profiles[].identity.spiffeId", Text, Words("`identity.spiffeId`"), "As above, for this profile."),
-            field("profiles[].identity.dnsNames", Texts, Words("`identity.dnsNames`"), "The whole list; `[]` for none."),
-            field("profiles[].certificate", Section, Nothing, "Where its certificates differ."),
+            field("profiles[].identity.dnsNames", Texts, Words("`identity.dnsNames`"), "Replaces the whole list; `[]` means no DNS names."),
+            field("profiles[].certificate", Section, Nothing, "The fields that differ from `certificate`."),
             field("profiles[].certificate.lifetime", Duration, Words("`certificate.lifetime`"), "As above, for this profile."),
             field("profiles[].certificate.key", Choice(KEYS), Words("`certificate.key`"), "As above, for this profile."),
             field("profiles[].certificate.renewAt", Fraction(0.1, 0.9), Words("`certificate.renewAt`"), "As above, for this profile."),
@@ -258,12 +278,17 @@ pub const GROUPS: &[Group] = &[
                 "profiles[].issuerRef",
                 Section,
                 Words("that of `issuer.certManager`"),
-                "Who signs. A reference is taken whole: its kind and group are not those of another.",
+                "Reference to the issuer. It replaces the whole reference: kind and group are not inherited.",
             ),
             field("profiles[].issuerRef.name", Text, Required, "As in `issuer.certManager.issuerRef`."),
             field("profiles[].issuerRef.kind", Text, Required, "As in `issuer.certManager.issuerRef`."),
             field("profiles[].issuerRef.group", Text, Value("cert-manager.io"), "As in `issuer.certManager.issuerRef`."),
-            field("profiles[].namespace", Text, Words("`issuer.certManager.namespace`"), "Where its requests are created; or `workload`."),
+            field(
+                "profiles[].namespace",
+                Text,
+                Words("`issuer.certManager.namespace`"),
+                "Namespace of the requests of this profile, or `workload`.",
+            ),
             field(
                 "profiles[].trustStatusCA",
                 Boolean,
@@ -274,123 +299,130 @@ pub const GROUPS: &[Group] = &[
                 "profiles[].authorityEpoch",
                 Integer(0, u64::MAX),
                 Value("0"),
-                "Counts beside the global one: raising either issues the profile's certificates anew.",
+                "Added to the global `authorityEpoch`: raising either of them replaces the certificates of this profile.",
             ),
         ],
     },
     Group {
-        title: "Whom workloads trust",
+        title: "Trust bundles",
         fields: &[
-            field("trust", Section, Nothing, "Which roots workloads are given."),
+            field("trust", Section, Nothing, "The roots that workloads receive."),
             field(
                 "trust.sources",
                 Sections,
                 Value("[]"),
-                "Where the roots of the agent's own trust domain come from; the bundle is the union. A source that offers nothing usable \
-                 changes nothing: the last good roots stay. With cert-manager, no source and no `trustStatusCA`, nobody gets a bundle. \
-                 A source may hold revocation lists (`X509 CRL`) too, beside roots or alone, see security.md.",
+                "Sources of the roots of the agent's own trust domain; the bundle is their union. If a source has no usable roots, its \
+                 last good roots stay in use. With cert-manager, no source and no `trustStatusCA`, clients receive no bundle. A source \
+                 may also hold revocation lists (`X509 CRL`), with or without roots; see security.md.",
             ),
             field("trust.sources[].configMap", Section, Nothing, "A ConfigMap, as trust-manager writes it."),
             field("trust.sources[].configMap.namespace", Text, Required, "Its namespace."),
             field("trust.sources[].configMap.name", Text, Required, "Its name."),
             field("trust.sources[].configMap.key", Text, Value("ca.crt"), "The key that holds the PEM."),
-            field("trust.sources[].file", Path, Nothing, "Instead of a ConfigMap: the absolute path of a PEM file."),
+            field("trust.sources[].file", Path, Nothing, "Absolute path of a PEM file, instead of a ConfigMap."),
             field(
                 "trust.federated",
                 Entries,
                 Value("{}"),
-                "Other trust domains by name, each with one source. The agent's own is not among them.",
+                "Other trust domains by name, each with one source. The agent's own trust domain is not allowed here.",
             ),
             field("trust.federated.<name>.configMap", Section, Nothing, "As in `trust.sources`."),
             field("trust.federated.<name>.configMap.namespace", Text, Required, "Its namespace."),
             field("trust.federated.<name>.configMap.name", Text, Required, "Its name."),
             field("trust.federated.<name>.configMap.key", Text, Value("ca.crt"), "The key that holds the PEM."),
             field("trust.federated.<name>.file", Path, Nothing, "As in `trust.sources`."),
-            field("names", Section, Nothing, "The names under which clients ask, where they are not SPIFFE IDs."),
-            field("names.certificate", Text, Value("default"), "The workload's own certificate."),
-            field("names.bundle", Text, Value("ROOTCA"), "The bundle of the agent's trust domain."),
+            field("names", Section, Nothing, "Resource names that clients can use instead of SPIFFE IDs."),
+            field("names.certificate", Text, Value("default"), "Name of the workload's own certificate."),
+            field("names.bundle", Text, Value("ROOTCA"), "Name of the bundle of the agent's trust domain."),
         ],
     },
     Group {
-        title: "Who decides what is signed",
+        title: "Approver",
         fields: &[
-            field("approver", Section, Nothing, "What the approver needs beside what it shares with the agents, which do not use it."),
+            field(
+                "approver",
+                Section,
+                Nothing,
+                "Settings that only the approver uses. It also reads the sections that it shares with the agents.",
+            ),
             field(
                 "approver.agents",
                 Texts,
                 Words("`[system:serviceaccount:<POD_NAMESPACE, else sds-agent>:sds-agent]`"),
-                "The user names of the agents' service accounts. Requests of the configured issuers by anybody else are denied.",
+                "User names of the agents' service accounts. The approver denies requests for the configured issuers from any other \
+                 account.",
             ),
             field(
                 "approver.annotations",
                 Texts,
                 Value("[]"),
-                "Annotations that a request may carry beside the agents' own, as keys, or parts of one with one `*` at an end: \
-                 those that something in the cluster adds to every object. Any other is a denial, because issuers take orders from \
-                 annotations. Never name what your issuer reads.",
+                "Annotations that a request may carry beside the agents' own: keys, or parts of a key with one `*` at an end. List the \
+                 annotations that components of the cluster add to every object. A request with any other annotation is denied, because \
+                 issuers read instructions from annotations. Never list an annotation that your issuer reads.",
             ),
             field(
                 "approver.overlap",
                 Duration,
                 Value("10m"),
-                "How long after a change of this file the former one counts, too, so that agents which have not got the new one are not \
-                 denied; at most a day. A request that neither allows is left undecided for this time, and at most two minutes, because \
-                 an agent's file may be the newer one. An agent or issuer that is taken out is out at once. `0s` takes everything back \
-                 at once that the change takes back, and denies at once. See [security.md](security.md#changes-of-the-configuration).",
+                "How long the previous configuration still applies after a change of this file, so that agents without the new file are \
+                 not denied; at most a day. A request that neither configuration allows stays undecided for this time, at most two \
+                 minutes, because the agent may have a newer file. A removed agent or issuer is denied at once. `0s` applies every \
+                 restriction at once, and denies at once. See [security.md](security.md#changes-of-the-configuration).",
             ),
         ],
     },
     Group {
         title: "How the agent runs",
         fields: &[
-            field("keys", Section, Nothing, "How keys are kept."),
+            field("keys", Section, Nothing, "How the agent keeps keys in memory."),
             field(
                 "keys.lockMemory",
                 Choice(&["auto", "always", "never"]),
                 Value("auto"),
-                "Keep keys out of swap. `auto`: where the process may lock without a limit and there is swap. `always`: or do not start. \
-                 `never`: not at all.",
+                "Keeps keys out of swap. `auto`: lock memory if the process may lock without a limit and the node has swap. `always`: \
+                 do not start if memory cannot be locked. `never`: do not lock.",
             ),
-            field("limits", Section, Nothing, "What one agent takes on."),
+            field("limits", Section, Nothing, "Limits of one agent."),
             field(
                 "limits.connections",
                 Integer(1, 1_000_000),
                 Value("16384"),
-                "Connections in all. The last eighth is kept for pods that hold fewer than four, so that no pod takes every place.",
+                "Open connections in total. The last eighth is reserved for pods with fewer than four connections, so that no pod can \
+                 take all of them.",
             ),
             field(
                 "limits.connectionsPerPod",
                 Integer(1, 1_000_000),
                 Value("256"),
-                "Connections of one pod. Who is in no pod counts by user id, here and below.",
+                "Open connections of one pod. A caller outside of pods counts by its user id, here and below.",
             ),
             field(
                 "limits.newConnectionsPerSecondPerPod",
                 Integer(1, 1_000_000),
                 Value("50"),
-                "How often one pod may connect, in the long run. What comes too often is closed at once.",
+                "New connections of one pod per second, on average. The agent closes a connection above this rate at once.",
             ),
-            field("limits.newConnectionsBurstPerPod", Integer(1, 1_000_000), Value("200"), "How often at once."),
+            field("limits.newConnectionsBurstPerPod", Integer(1, 1_000_000), Value("200"), "New connections of one pod in a burst."),
             field(
                 "limits.streams",
                 Integer(1, 10_000_000),
                 Value("65536"),
-                "Streams and other calls at once in all, with the same reserve.",
+                "Concurrent streams and other calls in total, with the same reserve.",
             ),
             field(
                 "limits.streamsPerPod",
                 Integer(1, 10_000_000),
                 Value("1024"),
-                "Streams and other calls at once of one pod; one more is `RESOURCE_EXHAUSTED`.",
+                "Concurrent streams and other calls of one pod. The next call returns `RESOURCE_EXHAUSTED`.",
             ),
-            field("limits.streamsPerConnection", Integer(1, 10_000), Value("100"), "Calls at once on one connection."),
+            field("limits.streamsPerConnection", Integer(1, 10_000), Value("100"), "Concurrent calls on one connection."),
             field(
                 "limits.messageBytes",
                 Integer(65_536, 16_777_216),
                 Value("524288"),
-                "Bytes in one request. An Envoy's first is 61 KB, so at least 65536.",
+                "Bytes of one request. The first request of an Envoy has 61 KB, so the minimum is 65536.",
             ),
-            field("limits.namesPerStream", Integer(1, 10_000), Value("64"), "Names on one stream."),
+            field("limits.namesPerStream", Integer(1, 10_000), Value("64"), "Resource names on one stream."),
             field(
                 "limits.idle",
                 Duration,
@@ -401,60 +433,66 @@ pub const GROUPS: &[Group] = &[
                 "kubernetes",
                 Section,
                 Nothing,
-                "How fast the agent asks the Kubernetes API, for whatever: creating and deleting requests, reading, watching. A \
-                 certificate costs two requests.",
+                "Rate limit for all requests of the agent to the Kubernetes API: creates, deletes, reads and watches. A certificate \
+                 costs two of them.",
             ),
             field(
                 "kubernetes.requestsPerSecond",
                 Integer(1, 10_000),
                 Value("20"),
-                "In the long run. What comes faster waits, new certificates first; `kube_request_wait_seconds` counts \
-                 it. Whatever is set here, a server that answers 429 or 503 with `Retry-After` is left alone for that time, and at most \
-                 5 to 7½ minutes.",
+                "Requests per second, on average. Requests above this rate wait, and those for new certificates go first; \
+                 `kube_request_wait_seconds` measures the wait. If the server answers 429 or 503 with `Retry-After`, the agent always \
+                 waits for that time, at most 5 to 7½ minutes.",
             ),
-            field("kubernetes.burst", Integer(1, 10_000), Value("40"), "How many at once."),
+            field("kubernetes.burst", Integer(1, 10_000), Value("40"), "Requests in a burst."),
             field(
                 "events",
                 Boolean,
                 Value("true"),
-                "Tell pods of trouble with their certificates, and that they may have none, by Kubernetes Events: one Warning when it \
-                 begins, one Normal when it is over, never one for each try; at most 30 a minute in all. Needs the verb `create` on `events` of `events.k8s.io` in the \
-                 pods' namespaces; without it nothing else changes.",
+                "Writes Kubernetes Events about problems with the certificates of a pod, and about pods that may not have one. Each \
+                 problem has one Warning when it begins and one Normal when it ends, not one for each retry; at most 30 Events a minute \
+                 in total. Needs the verb `create` on `events` of `events.k8s.io` in the pods' namespaces; without it only the Events \
+                 are missing.",
             ),
             field(
                 "retention",
                 Duration,
                 Value("5m"),
-                "How long a certificate is kept after its last subscriber has gone; at most a day. An Envoy takes up to 30 s to come \
-                 back. When no pod of the node has the identity any more, its key goes at once.",
+                "How long a certificate is kept after its last stream has ended; at most a day. An Envoy reconnects within 30 s. When \
+                 no pod of the node has the identity any longer, its key is removed at once.",
             ),
             field(
                 "reissueOver",
                 Duration,
                 Value("10m"),
-                "The time over which certificates are issued anew that a change of this file makes foreign, each at a moment drawn \
-                 within it, and none later than its own renewal; at most seven days.",
+                "The time over which the agent replaces certificates that a change of this file makes outdated; at most seven days. \
+                 Each is replaced at a random time within it, and not later than its own renewal.",
             ),
             field("drain", Duration, Value("10s"), "How long open streams may take to end at shutdown; at most `10m`."),
-            field("admin", Section, Nothing, "What is for the node's operator alone."),
-            field("admin.address", Address, Value("127.0.0.1:15090"), "What the agent holds, the log level, reissuing. Loopback only."),
-            field("metrics", Section, Nothing, "What is for Prometheus and the kubelet."),
+            field("admin", Section, Nothing, "The interface for the operator of the node."),
+            field(
+                "admin.address",
+                Address,
+                Value("127.0.0.1:15090"),
+                "Address for the inventory of certificates, the log level and reissuing. Loopback only.",
+            ),
+            field("metrics", Section, Nothing, "The interface for Prometheus and the kubelet."),
             field(
                 "metrics.address",
                 Address,
                 Value("\"[::]:15091\""),
-                "Metrics and probes: kubelet and Prometheus come by the pod's address. `[::]` is every address, of IPv6 and of IPv4, and \
-                 of IPv4 alone on a node without IPv6; `0.0.0.0` is IPv4 alone.",
+                "Address for metrics and probes, which Prometheus and the kubelet reach at the address of the pod. `[::]` listens on \
+                 every IPv6 and IPv4 address, and on IPv4 alone on a node without IPv6; `0.0.0.0` listens on IPv4 alone.",
             ),
             field(
                 "metrics.perWorkload",
                 Boolean,
                 Value("false"),
-                "Two more series for each service account that uses a certificate on the node: when it ends, and when it is to be \
-                 renewed. They go with its last stream. Without it no series carries the name of a workload. [metrics.md](metrics.md) \
-                 describes all.",
+                "Adds two series for each service account that uses a certificate on the node: when the certificate expires, and when \
+                 it will be renewed. They end with the last stream of the account. Without it, no series carries the name of a \
+                 workload. [metrics.md](metrics.md) describes all series.",
             ),
-            field("workerThreads", Integer(1, 512), Value("2"), "Threads that serve."),
+            field("workerThreads", Integer(1, 512), Value("2"), "Threads that serve requests."),
         ],
     },
 ];

@@ -1,19 +1,20 @@
-//! The table as a JSON Schema (draft 7): for editors, pipelines, and the values of the chart.
+//! The table as a JSON Schema (draft 7), for editors, pipelines and the values of the chart.
 
 use serde_json::{Map, Value, json};
 
 use super::{Absence, Field, Kind, all, is_within};
 
-/// Whether the file that is described is whole.
+/// Whether the schema describes a complete file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Completeness {
-    /// The agent's own: what has to be there is required.
+    /// The agent's file: required fields are required.
     Whole,
-    /// A part that something else completes, as the chart does: nothing is required outside of lists.
+    /// A part of a file, which the chart completes: no field is required outside of lists.
     Part,
 }
 
-/// The schema of `section`, or of the whole file. What only the parser can judge (rules between fields, names, places) it lets through.
+/// The schema of `section`, or of the whole file. It accepts some values that the parser rejects: rules between fields, names and paths
+/// are not part of it.
 pub fn schema(section: Option<&Field>, completeness: Completeness) -> Value {
     match section {
         Some(field) => of_field(field, completeness),
@@ -62,7 +63,7 @@ fn integer(least: u64, most: u64, kind: &Value) -> Value {
     schema
 }
 
-/// The mapping at `path`. Without fields of its own it takes none.
+/// The schema of the mapping at `path`, which accepts only known fields.
 fn object(path: &str, field: Option<&Field>, completeness: Completeness) -> Value {
     let children: Vec<_> = all().filter_map(|field| Some((child(field.path, path)?, field))).collect();
     let properties: Map<_, _> = children.iter().map(|(name, field)| ((*name).to_owned(), of_field(field, completeness))).collect();
@@ -76,13 +77,13 @@ fn object(path: &str, field: Option<&Field>, completeness: Completeness) -> Valu
     schema
 }
 
-/// The last name of `path`, where that is a field of the mapping at `parent` and no deeper.
+/// The last name of `path` if it is a direct field of the mapping at `parent`.
 fn child(path: &'static str, parent: &str) -> Option<&'static str> {
     let name = if parent.is_empty() { path } else { path.strip_prefix(parent)?.strip_prefix('.')? };
     (is_within(path, parent) || parent.is_empty()).then_some(name).filter(|name| !name.contains(['.', '[', '<']))
 }
 
-/// Markdown without its signs: a link is its text.
+/// Markdown as plain text: a link becomes its text.
 pub fn plain(markdown: &str) -> String {
     let mut out = String::with_capacity(markdown.len());
     let mut rest = markdown;

@@ -7,7 +7,7 @@ use crate::config::{Config, Errors, live, parse};
 
 const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 
-/// A file that leads the parser everywhere that a single file can.
+/// A file that contains every section that a single file can have.
 fn base() -> Value {
     let config_map = json!({"namespace": "a", "name": "b"});
     json!({
@@ -28,7 +28,7 @@ fn parsed(tree: &Value) -> Result<Config, Errors> {
     Config::parse(&tree.to_string(), &in_a_pod).map(|loaded| loaded.config)
 }
 
-/// The place of `path` in a tree like [`base`], made where it is missing, and the last name.
+/// The mapping that contains `path` in a tree like [`base`], created if it is missing, and the last name.
 fn place<'t>(tree: &'t mut Value, path: &str) -> (&'t mut Map<String, Value>, String) {
     let mut at = tree;
     let parts: Vec<_> = path.split('.').collect();
@@ -57,7 +57,7 @@ fn without(path: &str) -> Value {
     tree
 }
 
-/// What the parser says of this value in this field.
+/// The parser's errors about this value in this field.
 fn complaints(path: &str, value: Value) -> Vec<String> {
     let place = path.replace("[]", "[0]").replace("<name>", "partner.example");
     let problems = parsed(&with(path, value)).err().map(|errors| errors.0).unwrap_or_default();
@@ -78,7 +78,7 @@ fn the_table_knows_what_the_parser_knows() {
         known,
         "src/config/reference/fields.rs and the parser"
     );
-    assert_eq!(table.len(), known.len(), "a field stands twice");
+    assert_eq!(table.len(), known.len(), "a field occurs twice");
 }
 
 #[test]
@@ -94,7 +94,7 @@ fn a_default_is_what_counts_where_nothing_stands() {
     for field in all() {
         match field.default {
             Absence::Value(value) => {
-                // As YAML has it: what is no number, truth or list is text.
+                // The default is written as YAML.
                 let value = serde_saphyr::from_str(value).unwrap_or_else(|e| panic!("{}: {e}", field.path));
                 let absent = parsed(&without(field.path)).unwrap_or_else(|e| panic!("{}: {e}", field.path));
                 let present = parsed(&with(field.path, value)).unwrap_or_else(|e| panic!("{}: {e}", field.path));
@@ -149,7 +149,7 @@ fn what_a_kind_excludes_the_parser_refuses() {
     }
 }
 
-/// Every field is in the table of what changes when, by itself or with its section.
+/// Every field is in the table of [`live`], by itself or through its section.
 #[test]
 fn every_field_changes_at_once_or_with_the_next_start() {
     for field in all() {
@@ -198,7 +198,7 @@ fn the_schema_has_every_field_in_its_place() {
     assert!(part.get("required").is_none() && part["properties"]["issuer"].get("required").is_none());
     assert_eq!(part["properties"]["profiles"]["items"]["required"], json!(["name", "match"]));
 
-    // Each field is there once, as deep as it stands.
+    // The schema contains each field once, at its depth.
     fn count(schema: &Value) -> usize {
         let properties = schema["properties"].as_object().into_iter().flatten().map(|(_, field)| 1 + count(field)).sum::<usize>();
         properties
@@ -228,14 +228,14 @@ fn table(group: &Group) -> String {
 }
 
 fn changes() -> String {
-    let mut out = "| field | comes into force |\n|---|---|\n".to_owned();
+    let mut out = "| field | takes effect |\n|---|---|\n".to_owned();
     for field in live::FIELDS {
         writeln!(out, "| `{}` | {} |", field.path, field.when()).unwrap();
     }
     out
 }
 
-/// `text` with `part` between the line `begin` and the next line `end`, and what follows it.
+/// The text up to the line `end`, with `part` between the lines `begin` and `end`; and the rest of the text.
 fn replaced<'t>(text: &'t str, begin: &str, end: &str, part: &str) -> (String, &'t str) {
     let (before, rest) = text.split_once(begin).unwrap_or_else(|| panic!("there is no line {begin:?}"));
     let (_, after) = rest.split_once(end).unwrap_or_else(|| panic!("nothing ends {begin:?}"));
@@ -258,7 +258,7 @@ fn page(written: &str) -> String {
     out + rest
 }
 
-/// The chart serves Kubernetes alone.
+/// The chart supports only `attestation: kubernetes`.
 fn values_schema(written: &str) -> String {
     let mut config = schema(None, Completeness::Part);
     config["properties"]["attestation"] = json!({"const": "kubernetes"});

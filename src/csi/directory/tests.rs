@@ -1,4 +1,5 @@
-//! On a real file system, with everything that does not belong there. Changing owners needs root; those checks are left out without.
+//! Tests on a real file system, with files and directories that the driver did not create. Changing owners needs root; without it those
+//! checks are left out.
 
 use std::{
     fs,
@@ -88,12 +89,12 @@ fn strays_are_named_and_left_alone() {
     reasons.sort_unstable();
     for (end, why) in [
         ("/file", "is a symbolic link or no directory"),
-        ("/Upper", "has not the name of a volume"),
+        ("/Upper", "is not named by a volume"),
         ("/linked", "is a symbolic link"),
         ("/open", "can be written by others (mode 0777)"),
-        ("/other+socket", "has not the name of a volume"),
+        ("/other+socket", "is not named by a volume"),
         ("/sds+second", "is a second directory of its volume"),
-        ("/no-uid", "has not the UID of a pod"),
+        ("/no-uid", "is not named by the UID of a pod"),
         (&UID.replace('2', "3"), "is a symbolic link"),
     ] {
         assert!(reasons.iter().any(|r| r.contains(&format!("{end} {why}"))), "{end}: {reasons:#?}");
@@ -129,7 +130,7 @@ fn a_top_directory_that_others_can_change_is_not_used() {
     symlink(dir.path(), dir.path().join("link")).unwrap();
     assert!(why(Root::open(&dir.path().join("link/pods"))).contains("link is a symbolic link"));
 
-    // As a host path is made; this user's, and closed to others from now on.
+    // The kubelet creates a host path with this mode; opening it removes the access of other users.
     let host = dir.path().join("host");
     fs::create_dir(&host).unwrap();
     fs::set_permissions(&host, fs::Permissions::from_mode(0o755)).unwrap();

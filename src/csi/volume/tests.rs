@@ -1,4 +1,4 @@
-//! Requests as the kubelet makes them, and everything that somebody could make of them.
+//! Tests with requests of the kubelet, and with requests that a pod could forge.
 
 use std::time::Duration;
 

@@ -1,4 +1,4 @@
-//! Pods of a scripted API server, a real rotation with an authority in memory, and paused time.
+//! Tests with pods of a scripted API server, a real rotation with an in-memory issuer, and paused time.
 
 use std::{
     collections::BTreeMap,
@@ -32,7 +32,7 @@ use crate::{
 const MINUTE: Duration = Duration::from_secs(60);
 const MOUNT: &str = "/run/sds-agent";
 
-/// Counts orders, and answers them while it is told to.
+/// An issuer that counts orders, and completes them only if the test says so.
 #[derive(Debug)]
 struct Counting {
     embedded: Embedded,
@@ -58,7 +58,7 @@ struct World {
 }
 
 impl World {
-    /// An agent that starts now, before the pods in `api`, or after.
+    /// Starts an agent against `api`. Pods may be there already or follow.
     async fn start(api: FakeApi, warm_up: &str) -> Self {
         Self::with_issuer(api, warm_up, true).await
     }
@@ -112,7 +112,7 @@ impl World {
         self.orders.load(Ordering::SeqCst)
     }
 
-    /// The accounts for which a lease is held.
+    /// The service accounts for which a lease is held.
     fn held(&self) -> Vec<String> {
         let entries = self.store.snapshot().into_iter().filter(|entry| entry.is_leased());
         let mut names: Vec<_> = entries.map(|entry| entry.identity.to_string().rsplit_once('/').unwrap().1.to_owned()).collect();
@@ -131,7 +131,7 @@ impl Drop for World {
     }
 }
 
-/// A pod whose containers have not started, and which mounts the socket's directory; its account is called as it is.
+/// A pod whose containers have not started, and which mounts the socket's directory. Its service account has the name of the pod.
 fn starting(name: &str) -> Value {
     let volumes = json!([{"name": "sds", "hostPath": {"path": MOUNT}}]);
     json!({
@@ -157,15 +157,15 @@ async fn a_starting_pod_is_warmed_up_until_its_first_call() {
     sleep(Duration::from_secs(1)).await;
     assert_eq!((world.orders(), world.held()), (1, vec!["cart".to_owned()]));
     let entry = world.store.snapshot().remove(0);
-    assert!(entry.current().is_some(), "the first call finds it");
+    assert!(entry.current().is_some(), "the certificate is there before the first call");
     assert_eq!(entry.evidence(None).unwrap().to_string(), "shop/cart");
 
-    // It runs, which is no second start; and it calls.
+    // The pod runs, which is not a second start, and calls.
     world.api.put("pods", running("cart"));
     sleep(Duration::from_secs(1)).await;
     world.pods.wait_for("u-cart").await.unwrap().first_call.cancel();
     sleep(LEASE_HANDOVER / 2).await;
-    assert_eq!(world.held(), ["cart"], "its own lease has time to come");
+    assert_eq!(world.held(), ["cart"], "the lease is held until the caller has its own");
     sleep(LEASE_HANDOVER).await;
     assert_eq!((world.held(), world.ended()), (vec![], [1, 0, 0]));
 }
@@ -179,7 +179,7 @@ async fn a_new_list_warms_up_who_starts_and_nobody_else() {
     sleep(2 * LEASE_HANDOVER).await;
     assert_eq!(world.held(), [""; 0]);
 
-    // While the watch is away, pods come up, run, and one is about to start; `cart` is as it was.
+    // While the watch is down, pods start and run, and one has not started yet; `cart` is unchanged.
     world.api.fail("watch", "pods", agent_kube::fake::Fault::Refuse, 3);
     world.api.cut_watches(true);
     for pod in [running("came-and-runs"), starting("starts")] {
@@ -192,7 +192,7 @@ async fn a_new_list_warms_up_who_starts_and_nobody_else() {
     world.api.until("a new list", |api| (api.count("list", "pods") >= 2).then_some(())).await;
     sleep(Duration::from_secs(5)).await;
     assert_eq!(world.held(), ["starts"]);
-    // A list that lacks and then has a pod again does not make it a new one.
+    // A pod that is missing in one list and present in the next is not a new pod.
     world.api.forget_history();
     world.api.cut_watches(true);
     world.api.until("one more", |api| (api.count("list", "pods") >= 3).then_some(())).await;
@@ -201,7 +201,7 @@ async fn a_new_list_warms_up_who_starts_and_nobody_else() {
     assert_eq!(world.ended(), [1, 0, 0]);
 }
 
-/// The agent is restarted while pods start: who has not begun is warmed up, and who cannot start is not, again and again.
+/// The agent is restarted while pods start. It warms up pods that have not started, except one that has been stuck for over 10 min.
 #[tokio::test(start_paused = true)]
 async fn a_restart_warms_up_starting_pods_until_their_timeout() {
     let api = FakeApi::new();
@@ -251,7 +251,7 @@ async fn the_end_of_a_pod_is_the_end_of_its_lease() {
     assert_eq!((world.held(), world.ended()), (vec![], [0, 0, 2]));
 }
 
-/// A node boots: all is ordered, but never so much at once that a caller stands behind it.
+/// On a booting node every pod is warmed up, but only a few at once, so that callers are not delayed.
 #[tokio::test(start_paused = true)]
 async fn a_node_that_boots_orders_few_at_once() {
     let silent = World::with_issuer(FakeApi::new(), "", false).await;
@@ -263,7 +263,7 @@ async fn a_node_that_boots_orders_few_at_once() {
     sleep(Duration::from_secs(5)).await;
     assert_eq!((silent.held().len(), silent.orders()), (MAX_CONCURRENT, MAX_CONCURRENT));
     assert_eq!((answering.held().len(), answering.orders() >= 100), (100, true));
-    // Who calls before its turn needs none any more.
+    // A pod that calls before its turn needs no lease.
     silent.pods.wait_for("u-p99").await.unwrap().first_call.cancel();
     sleep(2 * LEASE_HANDOVER).await;
     assert_eq!(silent.ended(), [1, 0, 0]);
@@ -296,7 +296,7 @@ async fn labels_do_it_too_and_static_pods_or_others_are_left_alone() {
     assert_eq!(world.held(), ["both"]);
     world.drain.cancel();
     sleep(Duration::from_secs(1)).await;
-    assert_eq!(world.held(), [""; 0], "who drains warms nobody up");
+    assert_eq!(world.held(), [""; 0], "a draining agent holds no such leases");
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! The agent as a child process, in any of its ways to run, on a socket and ports of its own.
+//! The agent as a child process, with each of its subcommands, on a free socket and free ports.
 
 use std::{
     fs,
@@ -15,7 +15,7 @@ use tokio::process::Command;
 
 use crate::{child::Child, eventually, free_port, http, paths};
 
-/// From start to ready, on a busy machine.
+/// Limit from start to ready, on a busy machine.
 const START: Duration = Duration::from_secs(60);
 
 /// The program under test.
@@ -24,7 +24,7 @@ pub fn program() -> &'static Path {
     &PROGRAM
 }
 
-/// How to start an agent; starting twice is a restart on the same socket.
+/// How to start an agent. Starting the same value twice restarts the agent on the same socket.
 #[derive(Debug, Clone)]
 pub struct Launch {
     wrapper: Vec<String>,
@@ -49,7 +49,7 @@ impl Launch {
         Self::run_on(dir, &shared, settings)
     }
 
-    /// The same with `sockets` as given.
+    /// Like [`Launch::run`], with `sockets` as given.
     pub fn run_on(dir: &Path, sockets: &str, settings: &str) -> Self {
         let (socket, admin, metrics) = (dir.join("sds.sock"), loopback(), loopback());
         let config = dir.join("config.yaml");
@@ -60,7 +60,7 @@ impl Launch {
         Self { wrapper: Vec::new(), program: program().to_owned(), arguments, environment: Vec::new(), socket, admin }
     }
 
-    /// The same with this `metrics.address`.
+    /// Replaces `metrics.address`.
     pub fn metrics_on(self, address: &str) -> Self {
         let config = self.arguments.last().expect("the configuration");
         let yaml = fs::read_to_string(config).expect("the configuration");
@@ -89,19 +89,19 @@ impl Launch {
         self
     }
 
-    /// Starts it through another program, such as `strace`.
+    /// Starts the agent through another program, such as `strace`.
     pub fn under<S: Into<String>>(mut self, wrapper: impl IntoIterator<Item = S>) -> Self {
         self.wrapper.extend(wrapper.into_iter().map(Into::into));
         self
     }
 
-    /// A copy of the program elsewhere.
+    /// Starts a copy of the program at this path.
     pub fn program(mut self, program: &Path) -> Self {
         program.clone_into(&mut self.program);
         self
     }
 
-    /// `doctor` with the same configuration and environment, about whom `arguments` say.
+    /// `doctor` with the same configuration and environment; `arguments` name its subject.
     pub fn doctor(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(&self.program);
         let config = self.arguments.iter().skip_while(|argument| *argument != "--config").take(2);
@@ -110,23 +110,23 @@ impl Launch {
         command
     }
 
-    /// Where it will serve.
+    /// The path of the workload socket.
     pub fn socket(&self) -> &Path {
         &self.socket
     }
 
-    /// Starts it and waits for nothing.
+    /// Starts the agent without waiting for anything.
     pub fn spawn(&self) -> Agent {
         let mut words = self.wrapper.iter().map(String::as_str).chain([text(&self.program)]);
         let mut command = Command::new(words.next().expect("the program at least"));
         command.args(words).args(&self.arguments);
-        // What the caller of the tests has set is not the agent's business.
+        // Settings of the user who runs the tests must not affect the agent.
         command.env_remove("KUBECONFIG").env_remove("SDS_AGENT_LOG");
         command.envs(self.environment.iter().map(|(name, value)| (name, value)));
         Agent { child: Child::spawn("sds-agent", &mut command), socket: self.socket.clone(), admin: self.admin }
     }
 
-    /// Starts it and waits until it says that it is ready.
+    /// Starts the agent and waits until it is ready.
     pub async fn start(&self) -> Agent {
         let mut agent = self.spawn();
         agent.ready().await;
@@ -142,7 +142,7 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// Waits for `/readyz`; an agent that ends instead fails the test at once.
+    /// Waits for `/readyz`. Panics at once if the agent ends before.
     pub async fn ready(&mut self) {
         let (admin, child) = (self.admin, &mut self.child);
         eventually("the agent is ready", START, async || {
@@ -169,12 +169,12 @@ impl Agent {
         &self.child
     }
 
-    /// The value of a metric, summed over its labels; zero where it has not been counted yet.
+    /// The value of a metric, summed over its labels; zero before the first count.
     pub async fn metric(&self, name: &str) -> f64 {
         self.metric_of(name, &[]).await
     }
 
-    /// The same, where all of `labels` are there: `result="ok"`.
+    /// The value of the series that have all of `labels`, such as `result="ok"`, summed.
     pub async fn metric_of(&self, name: &str, labels: &[&str]) -> f64 {
         let text = http::get_ok(self.admin, "/metrics").await.expect("the agent's metrics");
         let values = text.lines().filter(|line| line.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' '])));
@@ -182,7 +182,7 @@ impl Agent {
         values.filter_map(|line| line.rsplit_once(' ')?.1.parse::<f64>().ok()).sum()
     }
 
-    /// Waits until such a metric is at least `least`, and returns it: other parties see a write before its writer has counted it.
+    /// Waits until such a metric is at least `least`, and returns it. Other processes can see a write before the agent has counted it.
     pub async fn counted(&self, name: &str, labels: &[&str], least: f64) -> f64 {
         eventually(&format!("{name} is {least}"), START, async || {
             let value = self.metric_of(name, labels).await;
@@ -191,7 +191,7 @@ impl Agent {
         .await
     }
 
-    /// Waits until it has written these words so many times: its log is written beside its answers.
+    /// Waits until the output contains these words `times` times: the agent writes its log asynchronously.
     pub async fn wrote(&self, words: &str, times: usize) -> String {
         eventually(&format!("the agent writes {words:?} {times} times"), START, async || {
             let output = self.child.output();
@@ -200,50 +200,50 @@ impl Agent {
         .await
     }
 
-    /// Its answer to a POST on the admin address.
+    /// The response to a POST on the admin address.
     pub async fn post(&self, path: &str) -> http::Response {
         http::post(self.admin, path).await.expect("the agent answers")
     }
 
-    /// Its readiness and what it awaits.
+    /// The detailed readiness page.
     pub async fn readiness(&self) -> Result<String, String> {
         http::get_ok(self.admin, "/readyz?verbose").await
     }
 
-    /// What it holds, as `/certs` tells.
+    /// The certificates that `/certs` lists.
     pub async fn certificates(&self) -> Vec<Value> {
         let text = http::get_ok(self.admin, "/certs").await.expect("the agent's certificates");
         let answer: Value = serde_json::from_str(&text).expect("JSON");
         answer["certificates"].as_array().expect("a list").clone()
     }
 
-    /// What it holds for a SPIFFE id.
+    /// The row of `/certs` for a SPIFFE ID.
     pub async fn certificate(&self, id: &str) -> Option<Value> {
         self.certificates().await.into_iter().find(|row| row["spiffe_id"] == id)
     }
 
-    /// The lines of its log so far, each an object.
+    /// The lines of the log so far, each a JSON object.
     pub fn log(&self) -> Vec<Value> {
         lines(&self.child.stderr().text().lines().map(str::to_owned).collect::<Vec<_>>())
     }
 
-    /// Waits for a line in its log.
+    /// Waits for a line of the log that matches `is_it`.
     pub async fn logs(&self, what: &str, limit: Duration, is_it: impl Fn(&Value) -> bool) -> Value {
         self.child.stderr().until(what, limit, |text| lines(text).into_iter().find(&is_it)).await
     }
 
-    /// Asks it to end.
+    /// Sends SIGTERM.
     pub fn terminate(&self) {
         self.child.signal(Signal::SIGTERM);
     }
 
-    /// Ends it without a chance to clean up.
+    /// Sends SIGKILL and waits for the end.
     pub async fn kill(mut self) {
         self.child.signal(Signal::SIGKILL);
         self.child.exit(Duration::from_secs(10)).await;
     }
 
-    /// Waits for its end.
+    /// Waits for the end of the process.
     pub async fn exit(&mut self, limit: Duration) -> ExitStatus {
         self.child.exit(limit).await
     }

@@ -1,6 +1,6 @@
-//! The agent as a pod of a cluster: where it runs, what it may do there, and how it logs in.
+//! The agent as a pod of a cluster: its node, its permissions and its login.
 //!
-//! Each right is a role of its own, so that a test can take one away and give it back.
+//! Each permission is a separate role, so that a test can revoke one and grant it again.
 
 use std::{
     fs,
@@ -17,11 +17,11 @@ use crate::{
     eventually,
 };
 
-/// Until the API server's authorizer knows of a change.
+/// Limit until the API server's authorizer has seen a change.
 const AUTHORIZER: Duration = Duration::from_secs(30);
 const GROUP: &str = "/apis/rbac.authorization.k8s.io/v1";
 
-/// What an agent may be allowed to do.
+/// A permission of an agent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Right {
     /// CertificateRequests in its own namespace.
@@ -32,13 +32,13 @@ pub enum Right {
     Issuers,
     /// Every pod.
     Pods,
-    /// The ConfigMap of its trust.
+    /// The ConfigMap of its trust source.
     Trust,
     /// Events on every pod.
     Events,
 }
 
-/// What an agent needs and nothing else.
+/// The permissions that an agent needs.
 const LEAST: [(Right, &[&str]); 6] = [
     (Right::Requests, &["create", "get", "list", "watch", "delete"]),
     (Right::ClusterIssuers, &["get"]),
@@ -48,7 +48,7 @@ const LEAST: [(Right, &[&str]); 6] = [
     (Right::Events, &["create"]),
 ];
 
-/// A ConfigMap with roots in it.
+/// A ConfigMap that contains roots.
 #[derive(Debug, Clone)]
 pub struct Roots {
     pub namespace: String,
@@ -59,17 +59,17 @@ pub struct Roots {
 /// An agent's pod, its account and its configuration.
 pub struct AgentPod {
     pub pod: Pod,
-    /// What stands in its configuration as `issuerRef`.
+    /// The value of `issuerRef` in its configuration.
     pub issuer: String,
     pub roots: Roots,
-    /// Files with more roots.
+    /// Files with additional roots.
     pub more_roots: Vec<PathBuf>,
     cluster: Cluster,
     node: String,
     kubeconfig: PathBuf,
 }
 
-/// Writes a kubeconfig with a token of a pod's account, bound to the pod or not.
+/// Writes a kubeconfig with a token of a pod's service account. `bound` binds the token to the pod.
 pub async fn log_in(cluster: &Cluster, pod: &Pod, bound: bool, path: &Path) {
     let account = format!("/api/v1/namespaces/{}/serviceaccounts/{}", pod.namespace, pod.service_account);
     let bound_to = bound.then(|| json!({"kind": "Pod", "apiVersion": "v1", "name": pod.name, "uid": pod.uid}));
@@ -89,13 +89,13 @@ pub async fn log_in(cluster: &Cluster, pod: &Pod, bound: bool, path: &Path) {
 }
 
 impl AgentPod {
-    /// In a fresh namespace, with the least rights, and a token bound to that pod. The kubeconfig goes into `dir`.
+    /// Creates the pod in a new namespace, with the least permissions and a token bound to it. The kubeconfig is written into `dir`.
     pub async fn new(cluster: &Cluster, dir: &Path, node: &str) -> Self {
         let pod = cluster.pod(&cluster.namespace().await, "sds-agent", node).await;
         Self::of(cluster, dir, node, pod).await
     }
 
-    /// The same for a pod that is there, in a namespace of its own.
+    /// Uses an existing pod, in its own namespace.
     pub async fn of(cluster: &Cluster, dir: &Path, node: &str, pod: Pod) -> Self {
         let [namespace, name, key] = [ROOTS.0, ROOTS.1, ROOTS.2].map(str::to_owned);
         let agent = Self {
@@ -114,7 +114,7 @@ impl AgentPod {
         agent
     }
 
-    /// Another pod of the same DaemonSet on the same node, as a surge makes one. Its kubeconfig goes into `dir`.
+    /// Another pod of the same DaemonSet on the same node, as in a surge. Its kubeconfig is written into `dir`.
     pub async fn successor(&self, dir: &Path) -> Self {
         let Pod { namespace, service_account, .. } = &self.pod;
         let pod = self.cluster.pod_of(namespace, service_account, "sds-agent-next", &self.node).await;
@@ -125,7 +125,7 @@ impl AgentPod {
         agent
     }
 
-    /// Takes its roots from a ConfigMap in its own namespace, which is not there yet.
+    /// Reads the roots from a ConfigMap in the pod's namespace, which does not exist yet.
     pub async fn with_own_roots(mut self) -> Self {
         self.cluster.delete(&self.role(Right::Trust, "roles")).await;
         self.cluster.delete(&self.role(Right::Trust, "rolebindings")).await;
@@ -138,12 +138,12 @@ impl AgentPod {
         log_in(&self.cluster, &self.pod, true, &self.kubeconfig).await;
     }
 
-    /// `run` against this cluster as this pod; `settings` is more YAML, such as `certificate`.
+    /// `run` for this cluster and this pod. `settings` is additional YAML, such as `certificate`.
     pub fn launch(&self, dir: &Path, settings: &str) -> Launch {
         self.launched(settings, |settings| Launch::run(dir, settings))
     }
 
-    /// The same with `sockets` as given.
+    /// Like [`AgentPod::launch`], with `sockets` as given.
     pub fn launch_on(&self, dir: &Path, sockets: &str, settings: &str) -> Launch {
         self.launched(settings, |settings| Launch::run_on(dir, sockets, settings))
     }
@@ -165,17 +165,17 @@ impl AgentPod {
             .env("POD_UID", &self.pod.uid)
     }
 
-    /// The cluster as this agent sees it, with its token and its rights.
+    /// A client with this agent's token and permissions.
     pub async fn client(&self) -> Client {
         cluster::client(Kubeconfig::read_from(&self.kubeconfig).expect("the kubeconfig just written")).await
     }
 
-    /// The same, for calls by path.
+    /// Like [`AgentPod::client`], for calls by path.
     pub async fn view(&self) -> Cluster {
         Cluster::at(&self.kubeconfig).await
     }
 
-    /// Lets it do `verbs` and nothing else of `right`; returns when the API server goes by it.
+    /// Allows exactly `verbs` of `right`; returns when the API server enforces it.
     pub async fn allow(&self, right: Right, verbs: &[&str]) {
         self.cluster.patch(&self.role(right, &self.kind(right)), &json!({"rules": self.rules(right, verbs)})).await;
         for verb in ["create", "get", "list", "watch", "delete"] {
@@ -203,7 +203,7 @@ impl AgentPod {
         .await;
     }
 
-    /// The role and its binding.
+    /// Creates the role and its binding.
     async fn grant(&self, right: Right, verbs: &[&str]) {
         let (kind, name) = (self.kind(right), self.name(right));
         let metadata = json!({"name": name, "labels": cluster::labels()});
@@ -220,7 +220,7 @@ impl AgentPod {
         self.cluster.create(&self.path(right, &kind.replace("roles", "rolebindings")), &binding).await;
     }
 
-    /// (group, resource, namespace, name) that a right is about; empty stands for all.
+    /// The (group, resource, namespace, name) of a permission; an empty name means all.
     fn subject(&self, right: Right) -> (&str, &str, &str, &str) {
         match right {
             Right::Requests => ("cert-manager.io", "certificaterequests", &self.pod.namespace, ""),

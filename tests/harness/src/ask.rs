@@ -1,4 +1,4 @@
-//! CertificateRequests by hand: what an agent would write, and every lie that a thief could tell.
+//! CertificateRequests written by a test: what an agent would write, and every forgery that an attacker could try.
 
 use base64::{Engine, prelude::BASE64_STANDARD};
 use rcgen::{CertificateParams, CustomExtension, DistinguishedName, KeyPair, SanType, SignatureAlgorithm};
@@ -12,7 +12,7 @@ use crate::{
 
 #[derive(Clone)]
 pub struct Ask {
-    /// Of the object, ready to be sent but for its CSR.
+    /// The object, complete except for its CSR.
     pub object: Value,
     pub namespace: String,
     names: Vec<SanType>,
@@ -22,7 +22,7 @@ pub struct Ask {
 }
 
 impl Ask {
-    /// What `agent` would ask for `pod`, by the installed configuration.
+    /// The request that `agent` would create for `pod`, by the installed configuration.
     pub fn of(agent: &Actor, pod: &Pod) -> Self {
         let object = json!({
             "apiVersion": "cert-manager.io/v1", "kind": "CertificateRequest",
@@ -76,13 +76,13 @@ impl Ask {
         Self { namespace: namespace.to_owned(), ..self }
     }
 
-    /// One more name.
+    /// Adds a name.
     pub fn and(mut self, name: SanType) -> Self {
         self.names.push(name);
         self
     }
 
-    /// Another name in the place of the pod's.
+    /// Replaces the pod's name.
     pub fn named(self, name: SanType) -> Self {
         Self { names: vec![name], ..self }
     }
@@ -101,17 +101,17 @@ impl Ask {
         Self { algorithm, ..self }
     }
 
-    /// Creates it as `actor`; gives its path.
+    /// Creates the request as `actor` and returns its path.
     pub async fn create(&self, actor: &Actor) -> kube::Result<String> {
         self.create_in(&actor.cluster).await
     }
 
-    /// What the API server says to it, which makes nothing.
+    /// Sends the request as a dry run, which creates nothing.
     pub async fn try_dry_run(&self, actor: &Actor) -> kube::Result<String> {
         self.send(&actor.cluster, "?dryRun=All").await
     }
 
-    /// The same as whoever has this view of the cluster.
+    /// Creates the request with the account of this cluster view.
     pub async fn create_in(&self, cluster: &Cluster) -> kube::Result<String> {
         self.send(cluster, "").await
     }
@@ -129,7 +129,7 @@ impl Ask {
         Ok(format!("{requests}/{}", name_of(&made)))
     }
 
-    /// The words of the API server's refusal to create it.
+    /// The API server's error when it rejects the request.
     pub async fn refused(&self, actor: &Actor) -> String {
         self.refused_in(&actor.cluster).await
     }
@@ -137,7 +137,7 @@ impl Ask {
     pub async fn refused_in(&self, cluster: &Cluster) -> String {
         match self.create_in(cluster).await {
             Err(kube::Error::Api(status)) if status.code == 403 => status.message.clone(),
-            other => panic!("{} was not refused: {other:?}", self.object),
+            other => panic!("{} was not rejected: {other:?}", self.object),
         }
     }
 }
@@ -150,12 +150,12 @@ pub fn dns(name: &str) -> SanType {
     SanType::DnsName(name.try_into().expect("a name"))
 }
 
-/// The condition of this type, where it is true.
+/// The condition of this type, if its status is true.
 pub fn condition<'a>(request: &'a Value, kind: &str) -> Option<&'a Value> {
     request["status"]["conditions"].as_array()?.iter().find(|c| c["type"] == kind && c["status"] == "True")
 }
 
-/// Waits for the approver's no; gives its reason and its sentence. Nothing was signed.
+/// Waits until the approver denies the request; returns reason and message. Asserts that no certificate was signed.
 pub async fn denied(cluster: &Cluster, path: &str) -> (String, String) {
     eventually("a denial", PATIENCE, async || {
         let request = cluster.get(path).await;

@@ -1,4 +1,4 @@
-//! A second private CA beside the control plane's, and which of two a certificate leads to.
+//! A second private CA besides the control plane's, and a check which of the two a chain leads to.
 
 use std::{fs, path::Path};
 
@@ -13,7 +13,7 @@ use crate::{
 
 const CERT_MANAGER: &str = "/apis/cert-manager.io/v1";
 
-/// A CA that is not the control plane's, and a ClusterIssuer on it.
+/// A second CA and a ClusterIssuer that uses it.
 pub struct Second {
     pub issuer: String,
     pub root: String,
@@ -40,13 +40,13 @@ impl Second {
         Self { issuer, root }
     }
 
-    /// Takes the issuer away; nothing is asked of it any more.
+    /// Deletes the issuer. The caller must not use it afterwards.
     pub async fn remove(self, cluster: &Cluster) {
         cluster.delete(&format!("{CERT_MANAGER}/clusterissuers/{}", self.issuer)).await;
     }
 }
 
-/// Whether openssl finds its way from a chain to this root, and to it alone. Files for it go into `dir`.
+/// Whether openssl verifies a chain with this root as the only trust anchor. Temporary files are written into `dir`.
 pub async fn leads_to(dir: &Path, chain_pem: &str, root: &str) -> bool {
     let [chain, file] = ["chain.pem", "root.pem"].map(|name| dir.join(name));
     fs::write(&chain, chain_pem).unwrap();

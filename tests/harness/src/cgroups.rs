@@ -1,6 +1,6 @@
-//! Cgroups shaped like a pod's, in every hierarchy that the machine has mounted: v1, v2 or both at once.
+//! Cgroups with the paths of a pod's, in every hierarchy that the machine has mounted: v1, v2 or both.
 //!
-//! Processes are started in them by a shell that moves itself and then becomes the program. Needs root.
+//! A shell moves itself into the cgroup and then executes the program. Needs root.
 
 use std::{
     fs,
@@ -12,42 +12,42 @@ use std::{
 
 use tokio::process::Command;
 
-/// What the kubelet's cgroupfs driver makes for pods of the middle class.
+/// The parents that the kubelet's cgroupfs driver creates for burstable pods.
 const PARENTS: [&str; 2] = ["kubepods", "kubepods/burstable"];
 
-/// How often a removal is tried while killed processes are still on their way out, 10 ms apart.
+/// Attempts to remove a cgroup, 10 ms apart, while its killed processes end.
 const REMOVALS: usize = 200;
 
-/// A cgroup in each hierarchy, such as a container's. Removed when dropped; its processes must have been told to end by then.
+/// A cgroup in each hierarchy, such as a container's. Removed when dropped; its processes must have been killed before.
 pub struct PodCgroup {
     /// (mount point, cgroup)
     folders: Vec<(PathBuf, PathBuf)>,
 }
 
 impl PodCgroup {
-    /// Makes `kubepods/burstable/pod<uid>/<container id>` everywhere.
+    /// Creates `kubepods/burstable/pod<uid>/<container id>` in each hierarchy.
     pub fn new(pod_uid: &str) -> Self {
         Self::container(pod_uid, &container_id(pod_uid, 0))
     }
 
-    /// Its folders, one in each hierarchy.
+    /// Its directories, one in each hierarchy.
     pub fn paths(&self) -> Vec<PathBuf> {
         self.folders.iter().map(|(_, folder)| folder.clone()).collect()
     }
 
-    /// The same for a certain container.
+    /// Creates the cgroup of the container `id` of a pod.
     pub fn container(pod_uid: &str, id: &str) -> Self {
         Self::at(&format!("{}/pod{pod_uid}/{id}", PARENTS[1]))
     }
 
-    /// Makes `path` everywhere. Of what is made, the last four folders are removed again.
+    /// Creates `path` in each hierarchy. Dropping the value removes its last four directories.
     pub fn at(path: &str) -> Self {
         let hierarchies = hierarchies();
         assert!(!hierarchies.is_empty(), "no cgroup hierarchy is mounted");
         Self::made(hierarchies.into_iter().map(|root| (root.clone(), root)), path)
     }
 
-    /// Makes `path` below this one everywhere, as a container with a writable cgroup may.
+    /// Creates `path` below this cgroup in each hierarchy, as a container with a writable cgroup file system can.
     pub fn below(&self, path: &str) -> Self {
         Self::made(self.folders.iter().cloned(), path)
     }
@@ -64,7 +64,7 @@ impl PodCgroup {
         Self { folders: places.map(make_all).collect() }
     }
 
-    /// How many hierarchies there are.
+    /// The number of hierarchies.
     pub fn hierarchies(&self) -> usize {
         self.folders.len()
     }
@@ -74,7 +74,7 @@ impl PodCgroup {
         Self::moved(self.folders.iter(), program)
     }
 
-    /// A command that runs `program` in this cgroup, but for the last hierarchy, where it is in `other`.
+    /// A command that runs `program` in this cgroup, except in the last hierarchy, where it runs in `other`.
     pub fn command_mixed_with(&self, other: &Self, program: &Path) -> Command {
         let last = self.folders.len() - 1;
         Self::moved(self.folders[..last].iter().chain(&other.folders[last..]), program)
@@ -86,20 +86,20 @@ impl PodCgroup {
         command
     }
 
-    /// Shell words that move the shell into this cgroup; more words may follow.
+    /// Shell code that moves the shell into this cgroup. More commands can follow.
     pub fn moves(&self) -> String {
         moves(self.folders.iter())
     }
 }
 
-/// A cgroup in each hierarchy for programs that make more below it. All of it is removed when this is dropped.
+/// A cgroup in each hierarchy for programs that create cgroups below it. Dropping the value removes all of them.
 pub struct Tree {
     root: PodCgroup,
     own: PodCgroup,
 }
 
 impl Tree {
-    /// Makes `root` everywhere, and `own` in it for the programs themselves.
+    /// Creates `root` in each hierarchy, and `own` in it for the programs themselves.
     pub fn new(root: &str, own: &str) -> Self {
         let root = PodCgroup::at(root);
         let own = root.below(own);
@@ -111,7 +111,7 @@ impl Tree {
         self.own.command(program)
     }
 
-    /// Shell words that move the shell into a cgroup that somebody has made anywhere below, such as a runtime for a container.
+    /// Shell code that moves the shell into a cgroup below this one that another program has created, such as a runtime for a container.
     pub fn moves(&self, name: &str) -> String {
         let found: Vec<_> = self.root.folders.iter().filter_map(|(root, top)| Some((root.clone(), find_below(top, name)?))).collect();
         assert!(!found.is_empty(), "there is no cgroup {name}");
@@ -133,7 +133,7 @@ impl Drop for Tree {
     }
 }
 
-/// Removes what is below a cgroup, the innermost first.
+/// Removes the cgroups below a cgroup, the innermost first.
 fn remove_below(folder: &Path) {
     for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
         if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
@@ -143,7 +143,7 @@ fn remove_below(folder: &Path) {
     }
 }
 
-/// Removes a cgroup whose processes are on their way out.
+/// Removes a cgroup whose processes are ending.
 fn remove(folder: &Path) {
     for _ in 0..REMOVALS {
         match fs::remove_dir(folder) {
@@ -157,7 +157,7 @@ fn moves<'a>(folders: impl Iterator<Item = &'a (PathBuf, PathBuf)>) -> String {
     folders.map(|(_, folder)| format!("echo $$ >'{}/cgroup.procs' && ", folder.display())).collect()
 }
 
-/// An id as runtimes give it: the `index`th of a pod.
+/// A container ID in the format of runtimes: the `index`th of a pod.
 pub fn container_id(pod_uid: &str, index: u8) -> String {
     let uid = u128::from_str_radix(&pod_uid.replace('-', ""), 16).expect("a pod's UID is hexadecimal");
     format!("{index:032x}{uid:032x}")
@@ -167,7 +167,7 @@ impl Drop for PodCgroup {
     fn drop(&mut self) {
         for (_, folder) in &self.folders {
             remove(folder);
-            // Parents that another pod still uses refuse and stay.
+            // Parents that another pod still uses cannot be removed and stay.
             for parent in folder.ancestors().skip(1).take(1 + PARENTS.len()) {
                 let _ = fs::remove_dir(parent);
             }
@@ -175,7 +175,7 @@ impl Drop for PodCgroup {
     }
 }
 
-/// The mount points of all cgroup hierarchies, each once.
+/// The mount points of all cgroup hierarchies, without duplicates.
 fn hierarchies() -> Vec<PathBuf> {
     let mounts = fs::read_to_string("/proc/self/mountinfo").expect("/proc is mounted");
     let mut seen = Vec::new();
@@ -198,7 +198,7 @@ fn make(root: &Path, folder: &Path) {
         Err(e) if e.kind() == ErrorKind::AlreadyExists => {}
         Err(e) => panic!("cannot make the cgroup {}: {e}; these tests need root and a writable cgroup file system", folder.display()),
     }
-    // A v1 cpuset takes no process before it has cores and memory.
+    // A v1 cpuset accepts no process before it has cores and memory nodes.
     for file in ["cpuset.cpus", "cpuset.mems"] {
         let own = folder.join(file);
         if root.join("cgroup.subtree_control").exists() || fs::read_to_string(&own).is_ok_and(|value| !value.trim().is_empty()) {

@@ -1,4 +1,4 @@
-//! A program in the background: its output kept and awaited line by line, its end with the test's.
+//! A program in the background. Its output is kept and can be awaited line by line. It ends with the test.
 
 use std::{
     path::Path,
@@ -18,10 +18,10 @@ use tokio::{
     time::timeout,
 };
 
-/// How much of a program's output a failing test shows.
+/// Number of output lines that a failing test prints for each program.
 const SHOWN_LINES: usize = 80;
 
-/// A running program. Killed when dropped; a panicking test shows the end of its output.
+/// A running program. Killed when dropped; a panicking test prints the end of its output.
 pub struct Child {
     name: String,
     process: tokio::process::Child,
@@ -31,12 +31,12 @@ pub struct Child {
 }
 
 impl Child {
-    /// Starts it, with nothing to read.
+    /// Starts the program with an empty standard input.
     pub fn spawn(name: &str, command: &mut Command) -> Self {
         Self::spawn_with(name, command, Stdio::null())
     }
 
-    /// Starts one that ends with its standard input, and so with this process, however that ends.
+    /// Starts a program that ends with its standard input, and so with this process, regardless of how that ends.
     pub fn spawn_tied(name: &str, command: &mut Command) -> Self {
         Self::spawn_with(name, command, Stdio::piped())
     }
@@ -50,22 +50,22 @@ impl Child {
         Self { name: name.to_owned(), process, pid: Pid::from_raw(pid), stdout, stderr }
     }
 
-    /// Its process id.
+    /// The process ID.
     pub fn pid(&self) -> Pid {
         self.pid
     }
 
-    /// What it wrote to its standard output.
+    /// The standard output.
     pub fn stdout(&self) -> Lines {
         self.stdout.clone()
     }
 
-    /// What it wrote to its standard error.
+    /// The standard error.
     pub fn stderr(&self) -> Lines {
         self.stderr.clone()
     }
 
-    /// Both outputs, for a search.
+    /// Both outputs together, for searches.
     pub fn output(&self) -> String {
         [self.stdout.text(), self.stderr.text()].concat()
     }
@@ -75,7 +75,7 @@ impl Child {
         kill(self.pid, signal).unwrap_or_else(|e| panic!("cannot send {signal} to {}: {e}", self.name));
     }
 
-    /// Waits for its end, and for the end of its output.
+    /// Waits for the end of the process and of its output.
     pub async fn exit(&mut self, limit: Duration) -> ExitStatus {
         let waited = timeout(limit, async {
             let status = self.process.wait().await;
@@ -86,7 +86,7 @@ impl Child {
         waited.await.unwrap_or_else(|_| panic!("{} has not ended within {limit:?}", self.name)).expect("it can be waited for")
     }
 
-    /// Whether it has ended by itself.
+    /// The exit status, if the process has ended.
     pub fn ended(&mut self) -> Option<ExitStatus> {
         self.process.try_wait().expect("it can be waited for")
     }
@@ -103,7 +103,7 @@ impl Drop for Child {
     }
 }
 
-/// A growing text, shared by whoever waits for a line in it.
+/// A growing text, shared by all tasks that wait for a line in it.
 #[derive(Clone)]
 pub struct Lines {
     lines: Arc<Mutex<Vec<String>>>,
@@ -129,19 +129,19 @@ impl Lines {
         Self { lines, count }
     }
 
-    /// Returns when there will be no more.
+    /// Returns when the output is complete.
     async fn ended(&self) {
         let mut count = self.count.clone();
         while count.changed().await.is_ok() {}
     }
 
-    /// All of it.
+    /// The text so far.
     pub fn text(&self) -> String {
         let lines = self.lines.lock().expect("not poisoned");
         lines.iter().flat_map(|line| [line, "\n"]).collect()
     }
 
-    /// Waits until the text as a whole passes `enough`; panics when it ends or the limit passes before.
+    /// Waits until `enough` returns a value for the text as a whole. Panics if the text ends or `limit` passes before.
     pub async fn until<T>(&self, what: &str, limit: Duration, mut enough: impl FnMut(&[String]) -> Option<T>) -> T {
         let mut count = self.count.clone();
         let waited = timeout(limit, async {
@@ -161,14 +161,14 @@ impl Lines {
     }
 }
 
-/// Runs a program to its end and gives its output.
+/// Runs a program to its end and returns its output.
 pub async fn run(program: &Path, arguments: &[&str], limit: Duration) -> Output {
     let mut command = Command::new(program);
     command.args(arguments);
     finish(command, limit).await
 }
 
-/// Runs a command to its end and gives its output.
+/// Runs a command to its end and returns its output.
 pub async fn finish(mut command: Command, limit: Duration) -> Output {
     command.stdin(Stdio::null()).kill_on_drop(true);
     let output = timeout(limit, command.output()).await;
@@ -176,7 +176,7 @@ pub async fn finish(mut command: Command, limit: Duration) -> Output {
     output.unwrap_or_else(|e| panic!("cannot run {:?}: {e}", command.as_std()))
 }
 
-/// The same, where anything but success is a failure; gives its standard output.
+/// Runs a program to its end and returns its standard output. Panics unless it succeeds.
 pub async fn succeed(program: &Path, arguments: &[&str], limit: Duration) -> String {
     let output = run(program, arguments, limit).await;
     let stdout = String::from_utf8_lossy(&output.stdout).into_owned();

@@ -1,8 +1,8 @@
-//! A Kubernetes API with the real cert-manager: one control plane for all test programs of a run, or the cluster that `KUBECONFIG` names;
-//! or one of a test's own.
+//! A Kubernetes API with the real cert-manager: the control plane that all test programs of a run share, the cluster that `KUBECONFIG`
+//! names, or a control plane of one test.
 //!
-//! There is no kubelet, but for tests with a `node::Node`: pods are objects that say where they run, and their processes are started by
-//! the tests. Every test has namespaces of its own, labelled `sds-agent-test`, which a borrowed cluster can be cleared of by that label.
+//! Only tests with a `node::Node` have a kubelet. Elsewhere pods are objects with a node name, and the tests start their processes. Each
+//! test creates its own namespaces with the label `sds-agent-test`, by which another cluster can be cleaned up.
 
 use std::{
     env,
@@ -24,13 +24,13 @@ use crate::{
     shared_plane,
 };
 
-/// What the control plane of the tests is seeded with; a borrowed cluster needs the same.
+/// The issuer with which the control plane of the tests is seeded. Another cluster needs the same.
 pub const ISSUER: &str = "mesh-ca";
 pub const ROOTS: (&str, &str, &str) = ("cert-manager", "mesh-roots", "ca.crt");
 /// The private CA of that issuer.
 const CA_SECRET: (&str, &str) = ("cert-manager", "ca-key-pair");
 
-/// An administrator's access.
+/// An administrator's access to a cluster.
 #[derive(Clone)]
 pub struct Cluster {
     client: Client,
@@ -51,7 +51,7 @@ impl Write {
     pub const ALL: [Self; 4] = [Self::MergePatch, Self::JsonPatch, Self::Update, Self::Apply];
 }
 
-/// A pod that runs as far as the API server knows.
+/// A pod that runs according to the API server.
 #[derive(Debug, Clone)]
 pub struct Pod {
     pub namespace: String,
@@ -61,12 +61,12 @@ pub struct Pod {
 }
 
 impl Pod {
-    /// The SPIFFE id that it must get.
+    /// The SPIFFE ID that it must get.
     pub fn spiffe_id(&self) -> String {
         format!("spiffe://cluster.local/ns/{}/sa/{}", self.namespace, self.service_account)
     }
 
-    /// Where the API server has it.
+    /// Its path in the API.
     pub fn path(&self) -> String {
         format!("/api/v1/namespaces/{}/pods/{}", self.namespace, self.name)
     }
@@ -78,30 +78,30 @@ impl Cluster {
         Self::at(&env::var_os("KUBECONFIG").map_or_else(|| shared_plane::kubeconfig().to_owned(), PathBuf::from)).await
     }
 
-    /// The control plane that tests share, whatever `KUBECONFIG` says: it can reach what listens on loopback.
+    /// The control plane that tests share, regardless of `KUBECONFIG`: it can reach servers on loopback.
     pub async fn shared() -> Self {
         Self::at(shared_plane::kubeconfig()).await
     }
 
-    /// A control plane of the caller's own, to be changed and stopped, whatever `KUBECONFIG` says. `flags` are its program's.
+    /// A separate control plane that the caller can change and stop, regardless of `KUBECONFIG`. `flags` are passed to its program.
     pub async fn own(flags: &[&str]) -> (Self, Plane) {
         let plane = Plan::new(flags).start().await;
         (Self::at(plane.kubeconfig()).await, plane)
     }
 
-    /// The cluster as whoever has this kubeconfig sees it.
+    /// The cluster with the access of this kubeconfig.
     pub async fn at(path: &Path) -> Self {
         let kubeconfig = Kubeconfig::read_from(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
         Self { client: client(kubeconfig.clone()).await, kubeconfig }
     }
 
-    /// Where it is, as a kubeconfig says it.
+    /// The `cluster` entry of a kubeconfig.
     pub fn address(&self) -> Value {
         let cluster = self.kubeconfig.clusters.first().and_then(|named| named.cluster.as_ref()).expect("a cluster");
         serde_json::to_value(cluster).expect("it was read from text")
     }
 
-    /// An administrator's access in the name of `user`, as a kubeconfig: the API server judges that user's rights alone.
+    /// A kubeconfig with which an administrator impersonates `user`: the API server checks only that user's permissions.
     pub fn access_as(&self, user: &str, groups: &[&str]) -> Value {
         let login = self.kubeconfig.auth_infos.first().and_then(|named| named.auth_info.as_ref()).expect("a user");
         let mut login = serde_json::to_value(login).expect("it was read from text");
@@ -115,36 +115,36 @@ impl Cluster {
         })
     }
 
-    /// A node without a kubelet.
+    /// Creates a node without a kubelet.
     pub async fn node(&self) -> String {
         let node = self.create("/api/v1/nodes", &json!({"metadata": {"generateName": "test-", "labels": labels()}})).await;
         name_of(&node)
     }
 
-    /// A fresh namespace.
+    /// Creates a namespace.
     pub async fn namespace(&self) -> String {
         let namespace = json!({"metadata": {"generateName": "sds-test-", "labels": labels()}});
         name_of(&self.create("/api/v1/namespaces", &namespace).await)
     }
 
-    /// A service account and a pod of it, both called `name`, running on `node`.
+    /// Creates a service account and a pod of it, both called `name`, running on `node`.
     pub async fn pod(&self, namespace: &str, name: &str, node: &str) -> Pod {
         self.create(&format!("/api/v1/namespaces/{namespace}/serviceaccounts"), &json!({"metadata": {"name": name}})).await;
         self.run_pod(namespace, &json!({"metadata": {"name": name}, "spec": spec(name, Some(node))})).await
     }
 
-    /// A pod of a service account that exists, running on `node`.
+    /// Creates a pod of an existing service account, running on `node`.
     pub async fn pod_of(&self, namespace: &str, account: &str, name: &str, node: &str) -> Pod {
         self.run_pod(namespace, &json!({"metadata": {"name": name}, "spec": spec(account, Some(node))})).await
     }
 
-    /// The same, of no node: as long as it is not [bound](Self::bind), no node's agent knows of it.
+    /// Creates a pod without a node. Until it is [bound](Self::bind), no agent sees it.
     pub async fn unbound_pod(&self, namespace: &str, name: &str) -> Pod {
         self.create(&format!("/api/v1/namespaces/{namespace}/serviceaccounts"), &json!({"metadata": {"name": name}})).await;
         self.run_pod(namespace, &json!({"metadata": {"name": name}, "spec": spec(name, None)})).await
     }
 
-    /// A static pod as its mirror shows it. It has no service account, and its cgroups bear the UID that the kubelet gave it, `hash`.
+    /// Creates the mirror of a static pod. It has no service account, and its cgroups have the UID that the kubelet assigned, `hash`.
     pub async fn mirror_pod(&self, namespace: &str, name: &str, node: &str, hash: &str) -> Pod {
         let annotations = json!({"kubernetes.io/config.mirror": hash, "kubernetes.io/config.source": "file"});
         let mut spec = spec(name, Some(node));
@@ -166,7 +166,7 @@ impl Cluster {
         }
     }
 
-    /// Does the scheduler's work.
+    /// Binds a pod to a node, as the scheduler does.
     pub async fn bind(&self, pod: &Pod, node: &str) {
         let binding = json!({
             "apiVersion": "v1", "kind": "Binding", "metadata": {"name": pod.name},
@@ -175,7 +175,7 @@ impl Cluster {
         self.create(&format!("{}/binding", pod.path()), &binding).await;
     }
 
-    /// A pod for the agent, see [`AgentPod::new`].
+    /// Creates a pod for the agent, see [`AgentPod::new`].
     pub async fn agent(&self, dir: &Path, node: &str) -> AgentPod {
         AgentPod::new(self, dir, node).await
     }
@@ -186,7 +186,7 @@ impl Cluster {
         list.items.into_iter().filter_map(|request| request.metadata.name).collect()
     }
 
-    /// Records every CertificateRequest of a namespace from now on, also those deleted at once.
+    /// Records every CertificateRequest of a namespace from now on, also those that are deleted at once.
     pub async fn record_requests(&self, namespace: &str) -> Recorder {
         Recorder::start(self.certificate_requests(namespace)).await
     }
@@ -196,7 +196,7 @@ impl Cluster {
         self.authority_with_key().await.0
     }
 
-    /// The same, and its key.
+    /// The certificate of the private CA, and its key.
     pub async fn authority_with_key(&self) -> (String, String) {
         let secret = self.get(&format!("/api/v1/namespaces/{}/secrets/{}", CA_SECRET.0, CA_SECRET.1)).await;
         let pem = |field: &str| {
@@ -206,52 +206,53 @@ impl Cluster {
         (pem("tls.crt"), pem("tls.key"))
     }
 
-    /// Creates an object; gives it as the server completed it.
+    /// Creates an object and returns it as the server completed it.
     pub async fn create(&self, path: &str, object: &Value) -> Value {
         self.send("POST", path, "application/json", object).await
     }
 
-    /// The same, where it may not work yet.
+    /// Creates an object and returns the error, if any.
     pub async fn try_create(&self, path: &str, object: &Value) -> kube::Result<Value> {
         self.try_send("POST", path, "application/json", object).await
     }
 
-    /// Creates an object, or makes it what is given; its path is that of its kind. A field that the API server does not know is an error.
+    /// Creates or updates an object by server-side apply; `path` is that of its kind. A field that the API server does not know is an
+    /// error.
     pub async fn apply(&self, path: &str, object: &Value) -> Value {
         let path = format!("{path}?fieldManager=test&force=true&fieldValidation=Strict");
         self.send("PATCH", &path, "application/apply-patch+yaml", object).await
     }
 
-    /// Deletes an object, where that may be refused.
+    /// Deletes an object and returns the error, if any.
     pub async fn try_delete(&self, path: &str) -> kube::Result<Value> {
         self.try_send("DELETE", path, "application/json", &json!({})).await
     }
 
-    /// Merges into an object.
+    /// Changes an object by a merge patch.
     pub async fn patch(&self, path: &str, change: &Value) -> Value {
         self.send("PATCH", path, "application/merge-patch+json", change).await
     }
 
-    /// Merges into an object as `kubectl patch` does: lists by the names of their items.
+    /// Changes an object by a strategic merge patch, as `kubectl patch` does: list items are merged by name.
     pub async fn merge(&self, path: &str, change: &Value) -> Value {
         self.send("PATCH", path, "application/strategic-merge-patch+json", change).await
     }
 
-    /// Sets one field of the CertificateRequest at `path`, or of its subresource, by `write`; that may be refused. A list is set as a whole, except by
-    /// [`Write::Apply`], which merges one with keys.
+    /// Sets one field of the CertificateRequest at `path`, or of its subresource, by `write`, and returns the error, if any. A list is
+    /// replaced as a whole, except by [`Write::Apply`], which merges a list with keys.
     pub async fn try_set(&self, write: Write, path: &str, field: &[&str], value: &Value) -> kube::Result<Value> {
         let nested = field.iter().rev().fold(value.clone(), |inner, key| json!({(*key): inner}));
         match write {
             Write::MergePatch => self.try_send("PATCH", path, "application/merge-patch+json", &nested).await,
             Write::JsonPatch => {
-                // A parent that is missing is made: JSON patch makes none.
+                // A JSON patch does not create a missing parent, so it is created here.
                 let current = self.try_get(path).await?;
                 let depth = (1..field.len()).find(|depth| current.pointer(&pointer(&field[..*depth])).is_none()).unwrap_or(field.len());
                 let rest = field[depth..].iter().rev().fold(value.clone(), |inner, key| json!({(*key): inner}));
                 let patch = json!([{"op": "add", "path": pointer(&field[..depth]), "value": rest}]);
                 self.try_send("PATCH", path, "application/json-patch+json", &patch).await
             }
-            // Again where a controller has changed the object meanwhile.
+            // Retry if a controller has changed the object in between.
             Write::Update => loop {
                 let mut object = self.try_get(path).await?;
                 let place = field.iter().fold(&mut object, |inner, key| &mut inner[*key]);
@@ -277,7 +278,7 @@ impl Cluster {
         self.send("GET", path, "application/json", &Value::Null).await
     }
 
-    /// The same, where it may not be there.
+    /// Reads an object and returns the error, if any.
     pub async fn try_get(&self, path: &str) -> kube::Result<Value> {
         self.try_send("GET", path, "application/json", &Value::Null).await
     }
@@ -287,7 +288,7 @@ impl Cluster {
         self.send("DELETE", path, "application/json", &json!({})).await
     }
 
-    /// Deletes an object at once, whatever time it was to have.
+    /// Deletes an object at once, without its grace period.
     pub async fn delete_now(&self, path: &str) -> Value {
         self.send("DELETE", path, "application/json", &json!({"gracePeriodSeconds": 0})).await
     }
@@ -309,15 +310,15 @@ impl Cluster {
     }
 }
 
-/// A client that logs in as `kubeconfig` says.
+/// A client with the login of `kubeconfig`.
 pub async fn client(kubeconfig: Kubeconfig) -> Client {
-    // Another test may have been first; either way there is a provider.
+    // Another test may have installed it first.
     let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
     let config = Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await.expect("a usable kubeconfig");
     Client::try_from(config).expect("a client")
 }
 
-/// On everything that a test makes outside of its namespaces, and on these.
+/// Labels of every object that a test creates outside of its namespaces, and of these.
 pub fn labels() -> Value {
     json!({"sds-agent-test": "true"})
 }
@@ -338,7 +339,7 @@ fn pointer(field: &[&str]) -> String {
     field.iter().map(|key| format!("/{}", key.replace('~', "~0").replace('/', "~1"))).collect()
 }
 
-/// The name that the API server has given.
+/// The name that the API server has generated.
 pub fn name_of(object: &Value) -> String {
     object["metadata"]["name"].as_str().expect("the API server names it").to_owned()
 }

@@ -1,10 +1,10 @@
-//! `sds-agent doctor` as a child.
+//! `sds-agent doctor` as a child process.
 
 use serde_json::Value;
 
 use crate::{agent::Launch, child, scene::PATIENCE};
 
-/// Runs `doctor` as `launch` would run the agent. Its exit code and its steps.
+/// Runs `doctor` with the configuration of `launch`; returns its exit code and its steps.
 pub async fn doctor(launch: &Launch, arguments: &[&str]) -> (Option<i32>, Vec<Value>) {
     let output = child::finish(launch.doctor(arguments), PATIENCE).await;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();

@@ -1,7 +1,7 @@
-//! A real Envoy whose certificate and trust come from the agent: a server that answers, or a client that forwards to one.
+//! A real Envoy that gets its certificate and trust bundle from the agent: a server that answers, or a client that forwards to a server.
 //!
-//! Both sides demand the other's SPIFFE id. Every request between them is a TLS connection of its own with a full handshake: nothing is
-//! pooled and no session is resumed, so a request that passes proves the certificates of that moment.
+//! Each side requires the SPIFFE ID of its peer. Each request between them uses a new TLS connection with a full handshake: connections
+//! are not pooled and sessions are not resumed. So a request that succeeds proves that the certificates are valid at that moment.
 
 use std::{
     collections::BTreeMap,
@@ -18,27 +18,27 @@ use tokio::process::Command;
 
 use crate::{cgroups::PodCgroup, child::Child, eventually, http, tools};
 
-/// Envoy's own start, without any secret.
+/// Limit for Envoy's start, without secrets.
 const START: Duration = Duration::from_secs(60);
-/// Until both secrets are there: the slowest issuer under load.
+/// Limit until Envoy has both secrets, with the slowest issuer under load.
 const SECRETS: Duration = Duration::from_secs(90);
 
-/// What the server answers.
+/// The body of the server's answer.
 pub const ANSWER: &str = "hello from the other side";
 
-/// How it asks for secrets.
+/// The protocol for requesting secrets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Sds {
     /// `StreamSecrets`
     StateOfTheWorld,
-    /// `DeltaSecrets`, over a cluster whose name is no authority of a URI
+    /// `DeltaSecrets`, over a cluster whose name is not valid as the authority of a URI
     Delta,
-    /// `StreamSecrets` over gRPC's C++ library, which calls by the socket's path
+    /// `StreamSecrets` over gRPC's C++ library, which sends the socket's path as `:authority`
     GoogleGrpc,
 }
 
 impl Sds {
-    /// The cluster that leads to the agent.
+    /// The name of the cluster for the agent.
     fn cluster(self) -> &'static str {
         match self {
             Self::StateOfTheWorld | Self::GoogleGrpc => "sds-grpc",
@@ -47,10 +47,10 @@ impl Sds {
     }
 }
 
-/// Which end of the connection it is; each requires its peer's SPIFFE id.
+/// The end of the connection that this Envoy is. Each requires its peer's SPIFFE ID.
 #[derive(Debug, Clone, Copy)]
 pub enum Side<'a> {
-    /// TLS listener that answers by itself.
+    /// TLS listener that answers itself.
     Server { client: &'a str },
     /// Plain listener that forwards over TLS.
     Client { server: &'a str, at: SocketAddr },
@@ -66,7 +66,7 @@ pub struct Envoy {
     _files: TempDir,
 }
 
-/// A secret that it holds.
+/// A secret that an Envoy holds.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Secret {
     pub name: String,
@@ -74,14 +74,14 @@ pub struct Secret {
 }
 
 impl Envoy {
-    /// Starts one, in a pod's cgroup if given, and waits for its admin interface only.
+    /// Starts an Envoy, in a pod's cgroup if given, and waits only for its admin interface.
     pub async fn start(side: Side<'_>, socket: &Path, sds: Sds, cgroup: Option<&PodCgroup>) -> Self {
         let program = tools::envoy();
         let command = cgroup.map_or_else(|| Command::new(&program), |cgroup| cgroup.command(&program));
         Self::start_by(command, side, socket, sds).await
     }
 
-    /// The same behind other words, such as those that make it a pod.
+    /// Like [`Envoy::start`], with words before the command, such as those that move it into a pod.
     pub async fn start_under(words: &[String], side: Side<'_>, socket: &Path, sds: Sds) -> Self {
         let (first, words) = words.split_first().expect("at least one word");
         let mut command = Command::new(first);
@@ -113,7 +113,7 @@ impl Envoy {
         Self { name, started, took: OnceLock::new(), admin: admin.await, _process: process, _files: dir }
     }
 
-    /// Waits until it has all its secrets and accepts connections; gives its listener's address.
+    /// Waits until it has all its secrets and accepts connections; returns the address of its listener.
     pub async fn live(&self) -> SocketAddr {
         eventually("Envoy is live", SECRETS, async || http::get_ok(self.admin, "/ready").await).await;
         let took = self.took.get_or_init(|| self.started.elapsed());
@@ -127,12 +127,12 @@ impl Envoy {
         .await
     }
 
-    /// How long after its start it was [live](Self::live), as far as was looked.
+    /// The time from its start until it was [live](Self::live), to the precision of the polls.
     pub fn took(&self) -> Duration {
         *self.took.get().expect("it was waited for")
     }
 
-    /// What it says of itself: `PRE_INITIALIZING`, `INITIALIZING`, `LIVE`.
+    /// Its own state: `PRE_INITIALIZING`, `INITIALIZING`, `LIVE`.
     pub async fn state(&self) -> Result<String, String> {
         let info = self.json("/server_info").await?;
         info["state"].as_str().map(str::to_owned).ok_or_else(|| info.to_string())
@@ -145,7 +145,7 @@ impl Envoy {
         Stats(values.filter_map(|stat| Some((stat["name"].as_str()?.to_owned(), stat["value"].as_u64()?))).collect())
     }
 
-    /// The secrets that it uses now, with the versions that they came with.
+    /// The secrets that it uses now, with their versions.
     pub async fn secrets(&self) -> Result<Vec<Secret>, String> {
         let dump = self.json("/config_dump?resource=dynamic_active_secrets").await?;
         let secrets = dump["configs"].as_array().map(Vec::as_slice).unwrap_or_default().iter();
@@ -153,7 +153,7 @@ impl Envoy {
         Ok(secrets.map(|secret| Secret { name: text(&secret["name"]), version: text(&secret["version_info"]) }).collect())
     }
 
-    /// The version of the one with this name.
+    /// The version of the secret with this name.
     pub async fn version(&self, name: &str) -> Result<String, String> {
         let secrets = self.secrets().await?;
         let found = secrets.iter().find(|secret| secret.name == name && !secret.version.is_empty());
@@ -171,14 +171,14 @@ impl Envoy {
 pub struct Stats(BTreeMap<String, u64>);
 
 impl Stats {
-    /// The sum over all names that end so; a name that does not exist is a mistake in the test.
+    /// The sum over all names with this suffix. Panics if no name has it.
     pub fn sum(&self, suffix: &str) -> u64 {
         let mut found = self.0.iter().filter(|(name, _)| name.ends_with(suffix)).map(|(_, value)| value).peekable();
         assert!(found.peek().is_some(), "Envoy has no statistic that ends with {suffix}; among its names: {:?}", self.like("ssl"));
         found.sum()
     }
 
-    /// Those with `part` in their names.
+    /// The statistics with `part` in their names.
     pub fn like(&self, part: &str) -> Vec<(&str, u64)> {
         self.0.iter().filter(|(name, _)| name.contains(part)).map(|(name, value)| (name.as_str(), *value)).collect()
     }
@@ -215,7 +215,7 @@ fn bootstrap_for(name: &str, side: Side<'_>, socket: &Path, sds: Sds) -> Value {
     })
 }
 
-/// As istio-proxy has it: a pipe, HTTP/2, one second to connect.
+/// As istio-proxy configures it: a pipe, HTTP/2, one second to connect.
 fn sds_cluster(socket: &Path, sds: Sds) -> Value {
     json!({
         "name": sds.cluster(),

@@ -13,11 +13,11 @@ use crate::{
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// What the contract promises for each kind of update.
+/// Fields of every kind of update.
 const COMMON: [&str; 3] = ["name", "kind", "version"];
 const CERTIFICATE: [&str; 7] = ["spiffe_id", "dns_names", "serial", "fingerprint_sha256", "not_before", "not_after", "chain_pem"];
 
-/// Asks once; the updates by kind.
+/// Requests secrets once; returns the updates by kind.
 pub async fn once(socket: &Path) -> BTreeMap<String, Value> {
     ask(None, socket, &BOTH, "10s").await.unwrap_or_else(|refusal| panic!("{}: {}", refusal.code, refusal.words))
 }
@@ -25,23 +25,23 @@ pub async fn once(socket: &Path) -> BTreeMap<String, Value> {
 /// The certificate and the trust bundle.
 pub const BOTH: [&str; 2] = ["default", "ROOTCA"];
 
-/// No answer.
+/// A failed call of `fetch`.
 #[derive(Debug)]
 pub struct Refusal {
     /// The exit code.
     pub code: i32,
-    /// What it wrote to its standard error.
+    /// The standard error.
     pub words: String,
 }
 
-/// Asks once for secrets, as a process of a pod if given; the updates by kind.
+/// Requests secrets once, as a process of a pod if given; returns the updates by kind.
 pub async fn ask(pod: Option<&PodCgroup>, socket: &Path, names: &[&str], patience: &str) -> Result<BTreeMap<String, Value>, Refusal> {
     let mut command = command(pod, socket);
     command.args(["--timeout", patience]);
     command.args(names.iter().flat_map(|name| ["--name", name]));
     let output = child::finish(command, PATIENCE).await;
     let stdout = String::from_utf8_lossy(&output.stdout);
-    assert!(!stdout.contains("PRIVATE KEY"), "fetch shows no key unless told where to write it");
+    assert!(!stdout.contains("PRIVATE KEY"), "fetch prints a private key");
     if !output.status.success() {
         let words = String::from_utf8_lossy(&output.stderr).into_owned();
         return Err(Refusal { code: output.status.code().unwrap_or(-1), words });
@@ -50,14 +50,14 @@ pub async fn ask(pod: Option<&PodCgroup>, socket: &Path, names: &[&str], patienc
     Ok(updates.map(|update| (update["kind"].as_str().expect("a kind").to_owned(), update)).collect())
 }
 
-/// Watches the certificate until dropped.
+/// Watches the certificate until the child is dropped.
 pub fn watch(socket: &Path) -> (Child, Lines) {
     let child = watch_as(None, socket, "default");
     let lines = child.stdout();
     (child, lines)
 }
 
-/// Watches a secret until dropped, as a process of a pod if given.
+/// Watches a secret until the child is dropped, as a process of a pod if given.
 pub fn watch_as(pod: Option<&PodCgroup>, socket: &Path, name: &str) -> Child {
     let mut command = command(pod, socket);
     command.args(["--name", name, "--watch"]);
@@ -71,7 +71,7 @@ fn command(pod: Option<&PodCgroup>, socket: &Path) -> Command {
     command
 }
 
-/// One object a line, each with what its kind promises.
+/// Parses one object per line and checks that it has the fields of its kind.
 pub fn updates(lines: &[String]) -> Vec<Value> {
     lines
         .iter()

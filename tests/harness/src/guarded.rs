@@ -1,4 +1,5 @@
-//! The mesh's issuers, guarded by the policies, in every state of their parameters: only those issuers are affected.
+//! The mesh's issuers, guarded by the policies, with every state of the policies' parameters: requests for other issuers are not
+//! affected.
 
 use std::fs;
 
@@ -14,7 +15,7 @@ use crate::{
     world::{Actor, PATIENCE, World},
 };
 
-/// A cluster with the policies, a request of each kind of caller, and an issuer that is no business of theirs.
+/// A cluster with the policies, a request of each kind of caller, and an issuer that the policies do not guard.
 pub struct Guarded {
     pub world: World,
     agent: Actor,
@@ -25,7 +26,7 @@ pub struct Guarded {
 }
 
 impl Guarded {
-    /// Agents and approver run in the namespace of `world`, where all but the policies is installed.
+    /// Agents and approver run in the namespace of `world`, where everything except the policies is installed.
     pub async fn of(world: World) -> Self {
         world.install("workload-requests/rbac.yaml").await;
         let node = world.cluster.node().await;
@@ -33,7 +34,7 @@ impl Guarded {
         let shop = world.cluster.namespace().await;
         let pod = world.cluster.pod(&shop, "app", &node).await;
         let editor = world.editor(&shop).await;
-        // A CA of the namespace itself, signed for by the same authority's key pair.
+        // A CA of the namespace itself, with the same key pair.
         let (certificate, key) = world.cluster.authority_with_key().await;
         let secret = json!({
             "metadata": {"name": "own-ca", "labels": labels()}, "type": "kubernetes.io/tls",
@@ -52,7 +53,7 @@ impl Guarded {
         Ask::of(&self.agent, &self.pod).in_namespace(&self.world.namespace)
     }
 
-    /// Other issuers' requests pass to the end and can be deleted, a stranger's request to a guarded issuer is refused.
+    /// Requests for other issuers are signed and can be deleted; another account's request for a guarded issuer is rejected.
     pub async fn assert_only_the_mesh_is_guarded(&self, state: &str) {
         let cluster = &self.world.cluster;
         let other = json!({"name": "own", "kind": "Issuer", "group": "cert-manager.io"});
@@ -63,12 +64,12 @@ impl Guarded {
         self.editor.cluster.patch(&path, &note).await;
         self.editor.cluster.try_delete(&path).await.unwrap_or_else(|e| panic!("{state}: it cannot be deleted: {e}"));
         let refusal = self.ask().in_namespace(&self.shop).refused(&self.editor).await;
-        // Two policies refuse it then, and the API server names one of them.
+        // In this state two policies reject the request, and the API server reports one of them.
         let is_malformed = refusal.contains("is no duration such as 24h");
         assert!(is_malformed || refusal.contains("only sds-agent may ask ClusterIssuer/mesh-ca"), "{state}: {refusal}");
     }
 
-    /// The approver decides about an agent's request, and cert-manager signs it.
+    /// The approver approves an agent's request, and cert-manager signs it.
     pub async fn assert_the_mesh_is_served(&self, state: &str) {
         let path = self.ask().create(&self.agent).await.unwrap_or_else(|e| panic!("{state}: an agent's request: {e}"));
         let request = issued(&self.world.cluster, &path).await;
@@ -77,10 +78,10 @@ impl Guarded {
         self.agent.cluster.try_delete(&path).await.unwrap_or_else(|e| panic!("{state}: the agent cannot delete it: {e}"));
     }
 
-    /// Waits until an agent's request for a very long life is refused in these words, or passes where there are none.
+    /// Waits until an agent's request with a very long lifetime is rejected with these words, or accepted if `words` is `None`.
     pub async fn until_bounded(&self, state: &str, words: Option<&str>) {
         let ask = self.ask().spec("duration", json!("10000h"));
-        eventually(&format!("the API server goes by: {state}"), PATIENCE, async || match (ask.try_dry_run(&self.agent).await, words) {
+        eventually(&format!("the API server enforces: {state}"), PATIENCE, async || match (ask.try_dry_run(&self.agent).await, words) {
             (Ok(_), None) => Ok(()),
             (Err(kube::Error::Api(status)), Some(words)) if status.message.contains(words) => Ok(()),
             (answer, _) => Err(format!("{answer:?}")),
@@ -88,14 +89,14 @@ impl Guarded {
         .await;
     }
 
-    /// Every state of the parameters in which a cluster may be.
+    /// Checks every state that the parameters can have in a cluster.
     pub async fn assert_no_state_of_the_parameters_matters_to_others(&self) {
         let map = format!("/api/v1/namespaces/{}/configmaps/sds-agent", self.world.namespace);
         let whole = self.world.cluster.get(&map).await;
         let mut bound = 0;
         for state in ["agentUsernames", "issuers"].iter().flat_map(|key| [(key, None), (key, Some(""))]) {
             let (key, value) = state;
-            // A bound of its own for each state shows when the API server goes by it.
+            // Each state has a different bound, which shows when the API server enforces that state.
             bound += 1;
             let limit = format!("24h{bound}s");
             self.publish(&whole, &[(key, value), ("maxDuration", Some(&limit))]).await;
@@ -113,16 +114,16 @@ impl Guarded {
             self.assert_only_the_mesh_is_guarded(&state).await;
             self.assert_the_mesh_is_served(&state).await;
         }
-        // An issuer that stands there alone is nobody's until the policies are rendered again.
+        // No account can use an issuer that only the ConfigMap names, until the policies are rendered again.
         self.publish(&whole, &[("issuers", Some("ClusterIssuer/mesh-ca\nClusterIssuer/added\n"))]).await;
         let added = json!({"name": "added", "kind": "ClusterIssuer", "group": "cert-manager.io"});
         let ask = self.ask().in_namespace(&self.shop).spec("issuerRef", added);
-        eventually("an issuer of the ConfigMap alone is refused", PATIENCE, async || match ask.try_dry_run(&self.editor).await {
+        eventually("an issuer of the ConfigMap alone is rejected", PATIENCE, async || match ask.try_dry_run(&self.editor).await {
             Err(kube::Error::Api(status)) if status.message.contains("stands in issuers of ConfigMap") => Ok(()),
             answer => Err(format!("{answer:?}")),
         })
         .await;
-        // As much as a ConfigMap holds.
+        // The maximum size of a ConfigMap.
         let names = "\n".repeat(900_000);
         self.publish(&whole, &[("agentUsernames", Some(&names)), ("maxDuration", Some("24h9s"))]).await;
         self.until_bounded("agentUsernames is huge", Some("above 24h9s,")).await;
@@ -140,26 +141,26 @@ impl Guarded {
         self.assert_only_the_mesh_is_guarded("no ConfigMap").await;
         self.assert_the_mesh_is_served("no ConfigMap").await;
 
-        // The ConfigMap of before: three keys, and a configuration that names the namespace.
+        // The ConfigMap of the previous version: three keys, and a configuration that names the namespace.
         let mut former = whole.clone();
         former["data"] = json!({
             "config.yaml": whole["data"]["config.yaml"], "maxDuration": "24h",
             "agentUsernames": "system:serviceaccount:sds-agent:sds-agent\n", "issuers": "ClusterIssuer/mesh-ca\n",
         });
         self.publish(&former, &[]).await;
-        self.until_bounded("a former ConfigMap", Some("above 24h,")).await;
-        self.assert_only_the_mesh_is_guarded("a former ConfigMap").await;
-        self.assert_the_mesh_is_served("a former ConfigMap").await;
+        self.until_bounded("the previous ConfigMap", Some("above 24h,")).await;
+        self.assert_only_the_mesh_is_guarded("the previous ConfigMap").await;
+        self.assert_the_mesh_is_served("the previous ConfigMap").await;
     }
 
-    /// In a namespace that kustomize has set, with the policies applied as they were rendered.
+    /// Uses a namespace that kustomize has set, with the policies as rendered.
     pub async fn assert_another_namespace_holds_up_no_other_issuer(&self) {
         self.until_bounded("another namespace", Some("above 24h,")).await;
         self.assert_only_the_mesh_is_guarded("another namespace").await;
         self.assert_the_mesh_is_served("another namespace").await;
     }
 
-    /// Writes the ConfigMap with these values in place of its own.
+    /// Writes the ConfigMap with these values replaced.
     pub async fn publish(&self, map: &Value, changes: &[(&str, Option<&str>)]) {
         let mut data = map["data"].clone();
         for (key, value) in changes {
@@ -173,20 +174,20 @@ impl Guarded {
         self.world.cluster.create(&maps, &json!({"metadata": {"name": "sds-agent"}, "data": data})).await;
     }
 
-    /// A former policy takes the ConfigMap of today; then today's policy takes its place.
+    /// The previous policy reads the current ConfigMap; then the current policy replaces it.
     pub async fn upgrade(&self, former: &[Value]) {
         install(&self.world.cluster, former).await;
         self.until_a_stranger_is_refused("to agentUsernames of ConfigMap").await;
-        self.assert_only_the_mesh_is_guarded("a former policy").await;
-        self.assert_the_mesh_is_served("a former policy").await;
+        self.assert_only_the_mesh_is_guarded("the previous policy").await;
+        self.assert_the_mesh_is_served("the previous policy").await;
         self.world.install_policy().await;
         self.until_a_stranger_is_refused("guardedissuers.sds-agent.io").await;
     }
 
-    /// Waits until the API server goes by the policy that says it like this.
+    /// Waits until the API server enforces the policy with these words.
     pub async fn until_a_stranger_is_refused(&self, words: &str) {
         let stranger = self.ask().in_namespace(&self.shop);
-        eventually(&format!("a policy that says {words:?} is enforced"), PATIENCE, async || {
+        eventually(&format!("the policy with the text {words:?} is enforced"), PATIENCE, async || {
             match stranger.try_dry_run(&self.editor).await {
                 Err(kube::Error::Api(status)) if status.message.contains(words) => Ok(()),
                 answer => Err(format!("{answer:?}")),
@@ -196,7 +197,7 @@ impl Guarded {
     }
 }
 
-/// `shared` with one line more.
+/// The rendered mode `shared` in another namespace.
 pub async fn moved(namespace: &str) -> Vec<Value> {
     let folder = tempfile::tempdir_in(paths::tmp()).unwrap();
     let up = up_from(folder.path());

@@ -1,6 +1,7 @@
-//! A node's mounts: the host's mount namespace, an agent's container in it whose mounts reach the host, and pods that see one volume.
+//! The mounts of a node: the host's mount namespace, the container of an agent whose mounts propagate to the host, and pods that see one
+//! volume.
 //!
-//! The host's namespace is held by a process of its own, as mounts have to outlive the agent. All of it goes with that process.
+//! A separate process holds the host's namespace, because mounts have to outlive the agent. All mounts end with that process.
 
 use std::{
     fs,
@@ -16,16 +17,16 @@ use crate::{
     tools,
 };
 
-/// Where a pod has its volume.
+/// The mount point of a volume in a pod.
 pub const IN_POD: &str = "/mnt";
 
-/// A host. Unmounted when dropped.
+/// A mount namespace that represents the host. Unmounted when dropped.
 pub struct Host {
     holder: Child,
     dir: PathBuf,
 }
 
-/// A mount that the host has.
+/// A mount of the host.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Mount {
     pub target: PathBuf,
@@ -33,7 +34,8 @@ pub struct Mount {
 }
 
 impl Host {
-    /// A host with its files in `dir`. What is mounted below `kubelet` there reaches everybody who asks for it, as a kubelet's mounts do.
+    /// Creates a host with its files in `dir`. Mounts below `kubelet` there propagate to every namespace that requests it, as a kubelet's
+    /// mounts do.
     pub async fn new(dir: &Path) -> Self {
         let kubelet = dir.join("kubelet");
         fs::create_dir_all(kubelet.join("pods")).expect("the kubelet's directory");
@@ -56,21 +58,21 @@ impl Host {
         vec![nsenter, format!("--mount=/proc/{}/ns/mnt", self.holder.pid())]
     }
 
-    /// The words before a program that runs on the host itself.
+    /// The words before a program that runs directly on the host.
     pub fn words(&self) -> Vec<String> {
         self.enter()
     }
 
-    /// The words before a program in a container whose mounts below the kubelet's directory reach the host (`Bidirectional`).
+    /// The words before a program in a container whose mounts below the kubelet's directory propagate to the host (`Bidirectional`).
     pub fn container(&self) -> Vec<String> {
         let mut words = self.enter();
         words.extend([&unshare(), "--mount", "--propagation", "unchanged"].map(str::to_owned));
         words
     }
 
-    /// The words before a program in a pod that has `volume` at [`IN_POD`], and nothing of the host's directories.
+    /// The words before a program in a pod that has `volume` at [`IN_POD`] and does not see the host's directories.
     pub fn pod(&self, volume: &Path) -> Vec<String> {
-        // As a runtime does: the volume is taken from the host, bound where the pod wants it, and the host is left behind.
+        // As a runtime does: the volume is taken from the host, bound to its place in the pod, and the host's directories are hidden.
         let script = format!("mount --bind \"$0\" {IN_POD} && mount -t tmpfs none '{}' && exec \"$@\"", self.dir.display());
         let mut words = self.enter();
         words.extend([&unshare(), "--mount", "--propagation", "slave", "sh", "-c", &script].map(str::to_owned));
@@ -78,7 +80,7 @@ impl Host {
         words
     }
 
-    /// Runs a program of the system in such a pod, to its end.
+    /// Runs a program of the system in such a pod to its end.
     pub async fn in_pod(&self, volume: &Path, program: &str) -> std::process::Output {
         let words = self.pod(volume);
         let mut words: Vec<&str> = words.iter().map(String::as_str).collect();
@@ -86,20 +88,20 @@ impl Host {
         child::run(Path::new(words[0]), &words[1..], std::time::Duration::from_secs(30)).await
     }
 
-    /// What the host has mounted on targets below the pods' directory.
+    /// The host's mounts below the directory of the pods.
     pub fn mounts(&self) -> Vec<Mount> {
         let pods = self.kubelet().join("pods");
         mounts(self.holder.pid()).into_iter().filter(|mount| mount.target.starts_with(&pods)).collect()
     }
 
-    /// Device and inode of what the host sees at `path`.
+    /// Device and inode of `path` on the host.
     pub fn inode(&self, path: &Path) -> Option<(u64, u64)> {
         let seen = format!("/proc/{}/root{}", self.holder.pid(), path.display());
         fs::metadata(seen).ok().map(|meta| (meta.dev(), meta.ino()))
     }
 }
 
-/// Everything that a process has mounted.
+/// All mounts of a process.
 pub fn mounts(process: Pid) -> Vec<Mount> {
     let table = fs::read_to_string(format!("/proc/{process}/mountinfo")).expect("the process lives");
     let mounts = table.lines().filter_map(|line| {

@@ -1,4 +1,4 @@
-//! HTTP/1.1 over TCP, one connection a request: enough for probes, an admin interface and load.
+//! HTTP/1.1 over TCP with one connection per request, for probes, an admin interface and load.
 
 use std::net::SocketAddr;
 
@@ -7,18 +7,18 @@ use hyper::{Method, Request, StatusCode, body::Bytes};
 use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
 
-/// An answer, whatever its status.
+/// A response with any status.
 pub struct Response {
     pub status: StatusCode,
     pub body: String,
 }
 
-/// Asks once. The error is a sentence.
+/// Sends one GET request. The error is a sentence.
 pub async fn get(from: SocketAddr, path: &str) -> Result<Response, String> {
     ask(Method::GET, from, path).await
 }
 
-/// The same by POST, without a body.
+/// Sends one POST request without a body.
 pub async fn post(to: SocketAddr, path: &str) -> Result<Response, String> {
     ask(Method::POST, to, path).await
 }
@@ -41,7 +41,7 @@ async fn ask(method: Method, from: SocketAddr, path: &str) -> Result<Response, S
     answer
 }
 
-/// Asks once and takes nothing but 200.
+/// Sends one GET request; any status but 200 is an error.
 pub async fn get_ok(from: SocketAddr, path: &str) -> Result<String, String> {
     let response = get(from, path).await?;
     if response.status == StatusCode::OK {

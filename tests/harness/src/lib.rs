@@ -1,11 +1,14 @@
-//! The harness of the tests with real programs: the agent and other programs as children, a cluster, a node, load, and waiting with a limit.
+//! The harness of the tests with real programs: the agent and other programs as child processes, a cluster, a node, load, and waits with
+//! a limit.
 //!
-//! It depends on no crate of the workspace: the agent is a program here, and a change to the agent does not compile the harness again.
-//! Cargo runs test programs one after another, so what is unique within a process ([`turn`], the addresses of nodes) is unique within a run.
+//! It depends on no crate of the workspace: it uses the agent as a program, so a change of the agent does not recompile the harness.
+//! Cargo runs test programs one after the other, so a value that is unique in a process ([`turn`], the addresses of nodes) is unique in a
+//! run.
 
 #![allow(
     clippy::disallowed_methods,
     clippy::expect_used,
+    clippy::missing_errors_doc,
     clippy::cast_precision_loss,
     clippy::panic,
     clippy::print_stderr,
@@ -53,16 +56,17 @@ pub mod tools;
 pub mod trace;
 pub mod world;
 
-/// Between two looks at a program that cannot be awaited.
+/// Interval between two polls of a program's state that cannot be awaited.
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
 
-/// Tests with Envoys and load go one at a time: they measure, and two cores are few. Held for a whole test.
+/// Serialises tests with Envoys and load: they measure times, which parallel tests would distort on two cores. The caller holds the
+/// guard for a whole test.
 pub async fn turn() -> MutexGuard<'static, ()> {
     static TURN: Mutex<()> = Mutex::const_new(());
     TURN.lock().await
 }
 
-/// Looks until `probe` has an answer. For other programs' states only; panics with the last obstacle when `limit` has passed.
+/// Polls until `probe` returns a value. Only for states of other programs. Panics with the last error when `limit` has passed.
 pub async fn eventually<T>(what: &str, limit: Duration, mut probe: impl AsyncFnMut() -> Result<T, String>) -> T {
     let deadline = Instant::now() + limit;
     let mut obstacle = "it was never seen".to_owned();
@@ -77,7 +81,7 @@ pub async fn eventually<T>(what: &str, limit: Duration, mut probe: impl AsyncFnM
     panic!("{what}: not within {limit:?}: {obstacle}");
 }
 
-/// A port of 127.0.0.1 that was free a moment ago.
+/// A port of 127.0.0.1 that was free at the time of the call.
 pub fn free_port() -> u16 {
     let listener = std::net::TcpListener::bind(("127.0.0.1", 0)).expect("a free port");
     listener.local_addr().expect("its address").port()

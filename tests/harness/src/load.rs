@@ -1,5 +1,5 @@
-//! A steady flow of requests, and a count of those that failed. It is measured in requests and not in time: a slow machine takes longer,
-//! and proves as much.
+//! A steady flow of requests, and a count of the failed ones. Phases have a number of requests and no duration: a slow machine takes
+//! longer, and the test proves the same.
 
 use std::{
     net::SocketAddr,
@@ -16,19 +16,19 @@ use tokio_util::sync::CancellationToken;
 
 use crate::http;
 
-/// Requests that run side by side, and the pace of each at most.
+/// Number of parallel requests, and the minimum interval of each.
 const WORKERS: usize = 2;
 const PACE: Duration = Duration::from_millis(10);
-/// A request that takes longer has failed. Where nobody serves, the answer comes at once.
+/// A request that takes longer has failed. Where no server listens, the error comes at once.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// Requests of a phase.
+/// Minimum number of requests in a phase.
 const PHASE: u64 = 50;
-/// A phase in which they take longer is hopeless.
+/// A phase that takes longer fails the test.
 const PHASE_PATIENCE: Duration = Duration::from_secs(300);
-/// Failures that are told in words.
+/// Maximum number of failures that are reported with their text.
 const MOST_TOLD: usize = 5;
 
-/// Requests going on in the background.
+/// Requests in the background.
 pub struct Load {
     workers: JoinSet<()>,
     end: CancellationToken,
@@ -36,20 +36,20 @@ pub struct Load {
     phases: Mutex<Vec<String>>,
 }
 
-/// What came of them.
+/// The results of the requests.
 #[derive(Debug, Clone, Default)]
 pub struct Tally {
-    /// Requests that have been answered or have failed.
+    /// Requests that were answered or failed.
     pub requests: u64,
     pub failed: u64,
-    /// The first few failures, each a sentence.
+    /// The text of the first few failures.
     pub failures: Vec<String>,
-    /// What was waited for, and its share of the requests, each at least [`PHASE`].
+    /// The name of each phase and the number of its requests, each at least [`PHASE`].
     pub phases: Vec<String>,
 }
 
 impl Load {
-    /// Asks `target` until stopped; only an answer of 200 with `expected` in it counts as good.
+    /// Sends requests to `target` until stopped. A request succeeds only with status 200 and `expected` in the body.
     pub fn start(target: SocketAddr, expected: &'static str) -> Self {
         let (end, tally) = (CancellationToken::new(), Arc::new(watch::channel(Tally::default()).0));
         let mut workers = JoinSet::new();
@@ -59,11 +59,11 @@ impl Load {
         Self { workers, end, tally, phases: Mutex::default() }
     }
 
-    /// Waits until [`PHASE`] requests have begun and ended in this phase of the test, however long they take.
+    /// Waits until [`PHASE`] requests have begun and ended in this phase of the test, regardless of the time.
     pub async fn passes(&self, phase: &str) {
         let mut tally = self.tally.subscribe();
         let since = tally.borrow().requests;
-        // Those that are under way began before.
+        // Requests in progress began before this phase.
         let goal = since + PHASE + WORKERS as u64;
         let passed = timeout(PHASE_PATIENCE, tally.wait_for(|tally| tally.requests >= goal)).await.is_ok();
         let made = self.tally.borrow().requests - since;
@@ -71,7 +71,7 @@ impl Load {
         self.phases.lock().expect("not poisoned").push(format!("{phase}: {made}"));
     }
 
-    /// Lets the requests under way finish and counts.
+    /// Waits for the requests in progress and returns the counts.
     pub async fn stop(self) -> Tally {
         self.end.cancel();
         self.workers.join_all().await;

@@ -1,4 +1,4 @@
-//! What `daemonset/` installs: its files, what kustomize and helm make of them, and the way of that into a cluster.
+//! The manifests of `daemonset/`: its files, the output of kustomize and helm for them, and their installation into a cluster.
 
 use std::{
     fs,
@@ -12,27 +12,27 @@ use tokio::process::Command;
 
 use crate::{child, cluster::Cluster, eventually, paths, tools};
 
-/// Of a program that renders, on a busy machine.
+/// Limit for a program that renders, on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// Until the API server serves a kind that it has been given.
+/// Limit until the API server serves a new kind.
 const SERVED: Duration = Duration::from_secs(60);
-/// Where everything is installed.
+/// The namespace of the installation.
 pub const NAMESPACE: &str = "sds-agent";
-/// The folders of kustomize and what the chart calls them.
+/// The directories of kustomize and the chart's names for them.
 pub const MODES: [(&str, &str); 3] = [("shared", "shared"), ("per-pod", "perPod"), ("both", "both")];
 
-/// The folder.
+/// The directory `daemonset`.
 pub fn folder() -> PathBuf {
     paths::root().join("daemonset")
 }
 
-/// A file of it.
+/// Reads a file of that directory.
 pub fn read(file: &str) -> String {
     let path = folder().join(file);
     fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
 }
 
-/// The objects of a file with several. What holds nothing but comments is none.
+/// The objects of a file with several documents. A document with comments only is skipped.
 pub fn documents(text: &str) -> Vec<Value> {
     let mut documents = vec![String::new()];
     for line in text.lines() {
@@ -49,7 +49,7 @@ pub fn documents(text: &str) -> Vec<Value> {
     documents.map(|document| serde_saphyr::from_str(document).unwrap_or_else(|e| panic!("{e}:\n{document}"))).collect()
 }
 
-/// The memory limit of the first container of the first object of a kind in a file of the folder, in bytes.
+/// The memory limit, in bytes, of the first container of the first object of a kind in a file of the directory.
 pub fn memory_limit(file: &str, kind: &str) -> u64 {
     let objects = documents(&read(file));
     let object = objects.iter().find(|object| object["kind"] == kind).unwrap_or_else(|| panic!("no {kind} in {file}"));
@@ -58,19 +58,19 @@ pub fn memory_limit(file: &str, kind: &str) -> u64 {
     mebibytes.unwrap_or_else(|| panic!("{file}: a limit in Mi: {text}")) << 20
 }
 
-/// What kustomize builds of a folder.
+/// The objects that kustomize builds from a directory.
 pub async fn kustomize(folder: &Path) -> Vec<Value> {
     documents(&child::succeed(&tools::kustomize(), &["build", plain(folder)], PATIENCE).await)
 }
 
-/// What helm renders in a namespace, with arguments such as `--set`; the namespace's object is part of it.
+/// The objects that helm renders in a namespace, with arguments such as `--set`. The Namespace object is one of them.
 pub async fn helm(namespace: &str, arguments: &[&str]) -> Vec<Value> {
     let output = try_helm(namespace, arguments).await;
     assert!(output.status.success(), "helm: {}", String::from_utf8_lossy(&output.stderr));
     documents(&String::from_utf8_lossy(&output.stdout))
 }
 
-/// The same, where it may refuse.
+/// Runs helm and returns its output, also when it fails.
 pub async fn try_helm(namespace: &str, arguments: &[&str]) -> Output {
     let chart = folder().join("chart");
     let mut command = Command::new(tools::helm());
@@ -89,7 +89,7 @@ pub fn named<'a>(objects: &'a [Value], kind: &str, name: &str) -> &'a Value {
     found.unwrap_or_else(|| panic!("no {kind} {name}"))
 }
 
-/// Where the API server has an object.
+/// The path of an object in the API.
 pub fn path(object: &Value) -> String {
     let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
     let (version, kind, name) = (text(&object["apiVersion"]), text(&object["kind"]), text(&object["metadata"]["name"]));
@@ -104,14 +104,14 @@ pub fn path(object: &Value) -> String {
     }
 }
 
-/// What kustomize makes of a mode's folder.
+/// The objects that kustomize builds for a mode.
 pub async fn rendered(mode: &str) -> Vec<Value> {
     kustomize(&folder().join(mode)).await
 }
 
-/// The same with components, as somebody else's kustomization adds them.
+/// The objects for a mode with components, as a user's kustomization adds them.
 pub async fn rendered_with(mode: &str, components: &[&str]) -> Vec<Value> {
-    // Below the repository: kustomize takes no absolute paths.
+    // In the repository: kustomize accepts no absolute paths.
     let folder = tempfile::tempdir_in(paths::tmp()).unwrap();
     let up = up_from(folder.path());
     let components: Vec<_> = components.iter().map(|component| format!("{up}/daemonset/{component}")).collect();
@@ -123,7 +123,7 @@ pub async fn rendered_with(mode: &str, components: &[&str]) -> Vec<Value> {
     kustomize(folder.path()).await
 }
 
-/// The way from a folder to the repository's.
+/// The relative path from a directory to the repository.
 pub fn up_from(folder: &Path) -> String {
     let folder = folder.canonicalize().unwrap();
     let root = paths::root();
@@ -133,7 +133,7 @@ pub fn up_from(folder: &Path) -> String {
     steps.chain(down).collect::<Vec<_>>().join("/")
 }
 
-/// Applies all of it by the API server, in order; gives what the API server made of it.
+/// Applies all objects in order; returns them as the API server completed them.
 pub async fn install(cluster: &Cluster, objects: &[Value]) -> Vec<Value> {
     let mut made = Vec::new();
     for object in objects {
@@ -142,7 +142,7 @@ pub async fn install(cluster: &Cluster, objects: &[Value]) -> Vec<Value> {
     made
 }
 
-/// The Prometheus operator's kinds, as far as the API server has to know of them.
+/// The kinds of the Prometheus operator, as far as the API server has to know them.
 pub async fn install_operator_kinds(cluster: &Cluster) {
     for (kind, plural) in [("PodMonitor", "podmonitors"), ("PrometheusRule", "prometheusrules")] {
         let name = format!("{plural}.monitoring.coreos.com");
@@ -160,24 +160,24 @@ pub async fn install_operator_kinds(cluster: &Cluster) {
     }
 }
 
-/// Every object of every mode and of the example, by kustomize and by helm; how many there are.
+/// Applies every object of every mode and of the example, by kustomize and by helm; returns the number of objects.
 pub async fn apply_all(cluster: &Cluster) -> usize {
     install_operator_kinds(cluster).await;
     let mut count = 0;
     for (folder, mode) in MODES {
         let objects = rendered_with(folder, &["workload-requests", "monitoring"]).await;
         install(cluster, &objects).await;
-        // An object that the API server has completed in a way of its own would change each time.
+        // An object that the API server completes differently from the manifest would change at each apply.
         for (first, object) in install(cluster, &objects).await.iter().zip(&objects) {
             let second = cluster.apply(&path(object), object).await;
             assert_eq!(first["metadata"]["resourceVersion"], second["metadata"]["resourceVersion"], "{folder}: {}", path(object));
         }
-        // From kustomize to helm and back nothing is left over that the other does not own.
+        // A change from kustomize to helm and back leaves no object that the other tool does not own.
         install(cluster, &helm(NAMESPACE, &["--set", &format!("mode={mode}")]).await).await;
         count += objects.len();
     }
     let example = documents(&read("example/authority.yaml"));
-    // The control plane of the tests has that ClusterIssuer, on a Secret of its own: it stays as it is.
+    // The control plane of the tests has this ClusterIssuer with another Secret, so it stays unchanged.
     install(cluster, &example[..2]).await;
     cluster.patch(&format!("{}?dryRun=All", path(&example[2])), &example[2]).await;
     count + example.len()

@@ -1,5 +1,4 @@
-//! A look at another process's memory: how much it has had, and whether some bytes are anywhere in what it can write to. The latter needs
-//! root.
+//! Reads the memory of another process: its peak size, and whether its writable memory contains some bytes. The latter needs root.
 
 use std::{
     fs::{self, File},
@@ -8,18 +7,18 @@ use std::{
 
 use nix::unistd::Pid;
 
-/// The part of a mapping that is read at a time.
+/// The number of bytes that are read at a time.
 const CHUNK: usize = 1 << 20;
 
-/// The most that `process` has had resident so far, in bytes.
+/// The peak of the resident memory of `process`, in bytes.
 pub fn peak(process: Pid) -> u64 {
     let status = fs::read_to_string(format!("/proc/{process}/status")).expect("the process runs");
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("the kernel tells it");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("the kernel reports it");
     let kibibytes: u64 = line.trim().trim_end_matches(" kB").parse().expect("a number");
     kibibytes << 10
 }
 
-/// Whether all of `needle` stands somewhere in the writable memory of `process`.
+/// Whether the writable memory of `process` contains `needle`.
 pub fn holds(process: Pid, needle: &[u8]) -> bool {
     let maps = fs::read_to_string(format!("/proc/{process}/maps")).expect("the process runs");
     let memory = File::open(format!("/proc/{process}/mem")).expect("these tests need root");
@@ -28,10 +27,10 @@ pub fn holds(process: Pid, needle: &[u8]) -> bool {
     let found = writable.filter_map(range).any(|(start, end)| {
         let mut at = start;
         while at < end {
-            // Each part reaches into the next by as much as the needle may lie across.
+            // Parts overlap by the length of the needle.
             let length = usize::try_from(end - at).unwrap_or(usize::MAX).min(CHUNK + needle.len());
             let mut part = vec![0; length];
-            // Mappings may go while they are read.
+            // A mapping can disappear while it is read.
             if memory.read_exact_at(&mut part, at).is_ok() {
                 read += length as u64;
                 if contains(&part, needle) {

@@ -1,8 +1,8 @@
-//! A node with the real kubelet and the real containerd, which run what the API server binds to it: `tests/node`.
+//! A node with the real kubelet and the real containerd, which run the pods that the API server binds to it: `tests/node`.
 //!
-//! It has mount and process namespaces of its own and a cgroup below which everything is. Its usual places (`/var/lib/kubelet`, `/run`)
-//! are file systems in memory that only it sees, so several nodes can be there at once and a dead one leaves only its cgroups, which
-//! are removed here. Pods have the host's network, which is the only one. No image is pulled: the tests make them ([`Image`]).
+//! It has its own mount and process namespaces, and one cgroup for everything below. Its usual directories (`/var/lib/kubelet`, `/run`)
+//! are file systems in memory that only the node sees. So several nodes can exist at once, and a killed node leaves only its cgroups,
+//! which are removed here. Pods have the host's network and no other. The node pulls no image: the tests build them ([`Image`]).
 
 use std::{
     fs,
@@ -26,20 +26,20 @@ use crate::{
     paths, tools,
 };
 
-/// Of a node on a busy machine, until pods can be bound to it; of a pod, until it runs or is gone.
+/// Limit until pods can be bound to a node, and until a pod runs or is deleted, on a busy machine.
 const START: Duration = Duration::from_secs(120);
 const POD: Duration = Duration::from_secs(60);
-/// A program in a container.
+/// Limit for a program in a container.
 const PROGRAM: Duration = Duration::from_secs(30);
-/// Of a log, when something fails.
+/// Number of log lines that are printed when a test fails.
 const SHOWN_LINES: usize = 12;
 
 /// The agent's name as a CSI driver.
 pub const DRIVER: &str = "csi.sds-agent.io";
-/// The image of a container that does nothing; of every pod's first one too.
+/// The image of a container that does nothing, and of the first container of every pod.
 pub const PAUSE: &str = "sds-agent.test/pause:1";
 
-/// An image for a node's containerd: a root file system and the name that pods ask for.
+/// An image for a node's containerd: a root file system and the name that pods use.
 pub struct Image {
     name: String,
     root: PathBuf,
@@ -47,19 +47,19 @@ pub struct Image {
 }
 
 impl Image {
-    /// Of everything below `root`. `program` is what runs in it where a pod does not say.
+    /// An image of everything below `root`. It runs `program` in pods that name no command.
     pub fn new(name: &str, root: &Path, program: &str) -> Self {
         Self { name: name.to_owned(), root: root.to_owned(), program: program.to_owned() }
     }
 
-    /// Of programs of this machine and the libraries that they are linked with. They lie in `/`, the first is
-    /// what runs; the root file system is made in `root`.
+    /// An image of programs of this machine and their shared libraries. The programs are in `/`, and the image runs the first one. The
+    /// root file system is created in `root`.
     pub async fn of_programs(name: &str, root: &Path, programs: &[&Path]) -> Self {
         fs::create_dir_all(root).expect("a folder for the image");
         for program in programs {
             let file = program.file_name().expect("a program has a name");
             fs::copy(program, root.join(file)).unwrap_or_else(|e| panic!("cannot copy {}: {e}", program.display()));
-            // It says so of a static one, and fails.
+            // For a static program, ldd reports this and fails.
             let libraries = child::run(&tools::system("ldd", "libc-bin"), &[program.to_str().expect("a plain path")], PROGRAM).await;
             for library in String::from_utf8_lossy(&libraries.stdout).split_whitespace().filter(|word| word.starts_with('/')) {
                 let copy = root.join(library.trim_start_matches('/'));
@@ -71,7 +71,7 @@ impl Image {
         Self::new(name, root, &format!("/{}", first.display()))
     }
 
-    /// Packs it as `docker save` does; `work` is for the pieces.
+    /// Packs the image in the format of `docker save`; `work` is for temporary files.
     async fn pack(&self, work: &Path, archive: &Path) {
         fs::create_dir_all(work).expect("a folder for the pieces");
         let layer = work.join("layer.tar");
@@ -98,9 +98,9 @@ async fn pack(archive: &Path, folder: &Path, names: &str) {
     assert!(output.status.success(), "tar: {}", String::from_utf8_lossy(&output.stderr));
 }
 
-/// A running node. Everything on it is killed and unmounted when it is dropped.
+/// A running node. Dropping it kills and unmounts everything on it.
 pub struct Node {
-    // In this order: first the processes, then their cgroups.
+    // Drop order: first the processes, then their cgroups.
     processes: Child,
     cgroups: Tree,
     cluster: Cluster,
@@ -109,9 +109,9 @@ pub struct Node {
 }
 
 impl Node {
-    /// Starts containerd with these images, and a kubelet that joins `cluster`. Logs and the like go into `dir`.
+    /// Starts containerd with these images, and a kubelet that joins `cluster`. Logs and other files are written into `dir`.
     pub async fn start(cluster: &Cluster, dir: &Path, images: &[Image]) -> Self {
-        // A kubelet wants an address for its node, and takes a name that is one. On the loopback there are enough.
+        // A kubelet needs an address for its node, and accepts an address as its name. Loopback has enough of them.
         static NEXT: AtomicU8 = AtomicU8::new(1);
         let [high, low] = u16::try_from(std::process::id() % 0xffff).expect("so small").to_be_bytes();
         let name = format!("127.{}.{high}.{low}", 100 + NEXT.fetch_add(1, Ordering::Relaxed));
@@ -145,7 +145,7 @@ impl Node {
         &self.name
     }
 
-    /// The words before a program that runs on the node itself, and ends with them.
+    /// The words before a program that runs on the node itself and ends with the words.
     pub fn words(&self) -> Vec<String> {
         let own = format!("/proc/{}/ns", self.processes.pid());
         let nsenter = tools::system("nsenter", "util-linux").display().to_string();
@@ -154,7 +154,7 @@ impl Node {
         vec![nsenter, mounts, processes, setpriv, "--pdeathsig".into(), "KILL".into()]
     }
 
-    /// The same for a program in the cgroup of a pod's first container: on the host, and yet of that pod.
+    /// The words before a program in the cgroup of a pod's first container: it runs on the host, but belongs to that pod.
     pub async fn words_as(&self, pod: &Pod) -> Vec<String> {
         let moves = self.cgroups.moves(&self.container(pod).await);
         let mut words = self.words();
@@ -162,7 +162,7 @@ impl Node {
         words
     }
 
-    /// Runs a program on the node, to its end.
+    /// Runs a program on the node to its end.
     pub async fn run(&self, program: &[&str]) -> Output {
         let words = self.words();
         let mut command = Command::new(&words[0]);
@@ -170,19 +170,19 @@ impl Node {
         child::finish(command, PROGRAM).await
     }
 
-    /// Where this process sees the node's `path`.
+    /// The path under which this process sees the node's `path`.
     pub fn path(&self, path: &str) -> PathBuf {
         PathBuf::from(format!("/proc/{}/root{path}", self.processes.pid()))
     }
 
-    /// What is mounted below the node's `place`.
+    /// The mounts below the node's `place`.
     pub fn mounts(&self, place: &str) -> Vec<Mount> {
         let mounts = host::mounts(self.processes.pid());
         mounts.into_iter().filter(|mount| mount.target.starts_with(place)).collect()
     }
 
-    /// Binds a new pod to the node and waits until it runs. `spec` needs no more than containers and volumes;
-    /// a service account that it does not name is made, with the pod's name.
+    /// Binds a new pod to the node and waits until it runs. `spec` needs only containers and volumes. A service account with the pod's
+    /// name is created unless `spec` names one.
     pub async fn pod(&self, namespace: &str, name: &str, spec: &Value) -> Pod {
         let pod = self.bound_pod(namespace, name, spec).await;
         self.until_running(&pod).await;
@@ -200,7 +200,7 @@ impl Node {
         .await;
     }
 
-    /// The same, and waits for nothing.
+    /// Binds a new pod to the node without waiting.
     pub async fn bound_pod(&self, namespace: &str, name: &str, spec: &Value) -> Pod {
         let mut spec = spec.clone();
         if spec["serviceAccountName"].is_null() {
@@ -224,10 +224,10 @@ impl Node {
         }
     }
 
-    /// Deletes a pod and waits until the kubelet has let it go.
+    /// Deletes a pod and waits until the kubelet has removed it.
     pub async fn delete(&self, pod: &Pod) {
         self.cluster.delete(&pod.path()).await;
-        eventually("the pod is gone", POD, async || match self.cluster.try_get(&pod.path()).await {
+        eventually("the pod is deleted", POD, async || match self.cluster.try_get(&pod.path()).await {
             Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
             Err(e) => Err(e.to_string()),
             Ok(pod) => Err(format!("{}\n{}", pod["status"], self.log("kubelet"))),
@@ -235,14 +235,14 @@ impl Node {
         .await;
     }
 
-    /// The id of a pod's first container.
+    /// The ID of a pod's first container.
     pub async fn container(&self, pod: &Pod) -> String {
         let seen = self.cluster.get(&pod.path()).await;
         let id = seen["status"]["containerStatuses"][0]["containerID"].as_str().expect("it runs");
         id.trim_start_matches("containerd://").to_owned()
     }
 
-    /// Runs a program in a pod's first container, to its end.
+    /// Runs a program in a pod's first container to its end.
     pub async fn exec(&self, pod: &Pod, program: &[&str]) -> Output {
         let (ctr, id) = (tools::node().join("ctr"), self.container(pod).await);
         let exec_id = format!("test-{:x}", fastrand::u64(..));
@@ -251,7 +251,7 @@ impl Node {
         self.run(&words).await
     }
 
-    /// Kills a pod's first container. The kubelet starts it anew.
+    /// Kills a pod's first container. The kubelet restarts it.
     pub async fn kill(&self, pod: &Pod) {
         let (ctr, id) = (tools::node().join("ctr"), self.container(pod).await);
         let output =
@@ -259,7 +259,7 @@ impl Node {
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     }
 
-    /// What a container has written, and when, in all of its starts that the kubelet still keeps.
+    /// The output of a container with times, of all its starts that the kubelet still keeps.
     pub fn container_log(&self, pod: &Pod, container: &str) -> String {
         let place = self.path(&format!("/var/log/pods/{}_{}_{}/{container}", pod.namespace, pod.name, pod.uid));
         let starts = fs::read_dir(place).into_iter().flatten().flatten().map(|entry| entry.path());
@@ -268,7 +268,7 @@ impl Node {
         starts.into_iter().map(|path| fs::read_to_string(path).unwrap_or_default()).collect()
     }
 
-    /// The last lines of `containerd`'s or the `kubelet`'s log.
+    /// The last lines of the log of `containerd` or `kubelet`.
     pub fn log(&self, program: &str) -> String {
         let text = fs::read_to_string(self.dir.join(format!("{program}.log"))).unwrap_or_default();
         let lines: Vec<_> = text.lines().collect();

@@ -1,4 +1,4 @@
-//! Two Envoys that talk to each other over mTLS, and what has to hold after a load has passed through them.
+//! Two Envoys that call each other over mTLS, and the conditions that hold after load has passed through them.
 
 use std::{net::SocketAddr, path::Path, time::Duration};
 
@@ -9,7 +9,7 @@ use crate::{
     load::{Load, Tally},
 };
 
-/// Who an end is, how it asks for secrets, and in which pod it runs.
+/// The identity of an end, the protocol by which it requests secrets, and its pod.
 #[derive(Clone, Copy)]
 pub struct End<'a> {
     pub id: &'a str,
@@ -17,23 +17,23 @@ pub struct End<'a> {
     pub cgroup: Option<&'a PodCgroup>,
 }
 
-/// A client Envoy in front of a server Envoy, both live.
+/// A client Envoy that forwards to a server Envoy, both live.
 pub struct Pair {
     pub server: Envoy,
     pub client: Envoy,
     /// The server's TLS port.
     pub tls: SocketAddr,
-    /// The client's plain port: a request here passes both.
+    /// The client's plain port: a request to it passes through both Envoys.
     pub entrance: SocketAddr,
 }
 
 impl Pair {
-    /// Starts both on the agent's socket.
+    /// Starts both on the socket of the agent.
     pub async fn start(socket: &Path, server: End<'_>, client: End<'_>) -> Self {
         Self::expecting(socket, server, client, (server.id, client.id)).await
     }
 
-    /// The same, where the client expects `expected.0` of the server and the server `expected.1` of the client.
+    /// Like [`Pair::start`]; the client expects `expected.0` of the server, and the server `expected.1` of the client.
     pub async fn expecting(socket: &Path, server: End<'_>, client: End<'_>, expected: (&str, &str)) -> Self {
         let first = Envoy::start(Side::Server { client: expected.1 }, socket, server.sds, server.cgroup).await;
         let tls = first.live().await;
@@ -42,24 +42,24 @@ impl Pair {
         Self { server: first, client: second, tls, entrance }
     }
 
-    /// One request through both.
+    /// Sends one request through both.
     pub async fn request(&self) -> Result<(), String> {
         let body = http::get_ok(self.entrance, "/").await?;
         if body == ANSWER { Ok(()) } else { Err(format!("unexpected answer {body:?}")) }
     }
 
-    /// Requests until stopped.
+    /// Sends requests through both until stopped.
     pub fn load(&self) -> Load {
         Load::start(self.entrance, ANSWER)
     }
 
-    /// How often each end has taken a new certificate, as server and client.
+    /// The number of certificates that each end has received, as server and client.
     pub async fn taken(&self) -> [u64; 2] {
         let taken = async |envoy: &Envoy| envoy.stats().await.sum("sds.default.update_success");
         [taken(&self.server).await, taken(&self.client).await]
     }
 
-    /// Waits until both ends have taken `count` more certificates than at `since`.
+    /// Waits until both ends have received `count` more certificates than at `since`.
     pub async fn rotated(&self, since: [u64; 2], count: u64, limit: Duration) {
         eventually(&format!("{count} rotations at both ends"), limit, async || {
             let now = self.taken().await;
@@ -69,7 +69,7 @@ impl Pair {
         .await;
     }
 
-    /// The same one by one, with a phase of `load` before the first and after each.
+    /// Waits for `count` rotations one by one, with a phase of `load` before the first and after each.
     pub async fn rotated_under(&self, load: &Load, since: [u64; 2], count: u64, limit: Duration) {
         load.passes("before the first rotation").await;
         for number in 1..=count {
@@ -78,7 +78,7 @@ impl Pair {
         }
     }
 
-    /// Nothing failed anywhere, and every request was a full handshake of its own.
+    /// Asserts that no request failed and that each request used a full handshake.
     pub async fn assert_clean(&self, tally: &Tally) {
         let [server, client] = self.taken().await;
         let handshakes = self.server.stats().await.sum(".ssl.handshake");

@@ -1,4 +1,4 @@
-//! Where the repository and what cargo builds are.
+//! Paths of the repository and of the files that cargo builds.
 
 use std::{
     env, fs,
@@ -6,7 +6,7 @@ use std::{
     sync::LazyLock,
 };
 
-/// The repository's folder.
+/// The directory of the repository.
 pub fn root() -> &'static Path {
     static ROOT: LazyLock<PathBuf> = LazyLock::new(|| {
         let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
@@ -15,7 +15,8 @@ pub fn root() -> &'static Path {
     &ROOT
 }
 
-/// A program of the package whose test this is. Cargo names it in the environment; a test that is started by hand looks beside its own folder.
+/// A program of the package whose test this is. Cargo names it in the environment; a test that is started by hand looks beside its own
+/// directory.
 pub fn program(name: &str) -> PathBuf {
     let program = env::var_os(format!("CARGO_BIN_EXE_{name}")).map_or_else(|| profile().join(name), PathBuf::from);
     assert!(program.is_file(), "{} is missing: cargo build --features real-tests --bin {name}", program.display());
@@ -29,7 +30,7 @@ pub fn tmp() -> PathBuf {
     tmp
 }
 
-/// The folder of the profile, such as `target/debug`: a test program lies in its `deps`.
+/// The directory of the profile, such as `target/debug`: test programs are in its `deps`.
 fn profile() -> PathBuf {
     let program = env::current_exe().expect("a path of this program");
     program.ancestors().nth(2).expect("cargo puts test programs into target/PROFILE/deps").to_owned()

@@ -1,4 +1,4 @@
-//! The control plane as a process of a test's own, which the test changes or stops. All others use the one of the run: `shared_plane`.
+//! The control plane as a process of one test, which the test changes or stops. All other tests use that of the run: `shared_plane`.
 
 use std::{
     fs,
@@ -15,10 +15,10 @@ use nix::{
 
 use crate::{free_port, paths, tools};
 
-/// The folders' names: this, the test process's id, and a number. See `shared_plane` for those of a run.
+/// Prefix of the directories' names; the ID of the test process and a number follow. See `shared_plane` for those of a run.
 pub(crate) const PREFIX: &str = "controlplane-";
 
-/// How to start one: the same port and files each time, so that clients and tokens outlive it.
+/// How to start a control plane: with the same port and files each time, so that clients and tokens survive a restart.
 #[derive(Debug, Clone)]
 pub struct Plan {
     folder: PathBuf,
@@ -26,7 +26,8 @@ pub struct Plan {
     flags: Vec<String>,
 }
 
-/// A running control plane. Killed when dropped; it also ends with its standard input, and so with this process, however that ends.
+/// A running control plane. Killed when dropped; it also ends with its standard input, and so with this process, regardless of how that
+/// ends.
 pub struct Plane {
     plan: Plan,
     kubeconfig: PathBuf,
@@ -35,13 +36,13 @@ pub struct Plane {
 }
 
 impl Plan {
-    /// One with files and a port of its own. `flags` are the program's, see `tests/controlplane/README.md`.
+    /// A plan with new files and a new port. `flags` are passed to the program, see `tests/controlplane/README.md`.
     pub fn new(flags: &[&str]) -> Self {
         let flags = flags.iter().copied().map(str::to_owned).collect();
         Self { folder: files(), port: free_port(), flags }
     }
 
-    /// Starts it; returns when it is ready.
+    /// Starts the control plane; returns when it is ready.
     pub async fn start(self) -> Plane {
         tokio::task::spawn_blocking(|| Plane::start(self)).await.expect("the control plane starts")
     }
@@ -62,22 +63,22 @@ impl Plane {
         let mut line = String::new();
         BufReader::new(process.stdout.take().expect("a pipe")).read_line(&mut line).expect("the control plane speaks");
         let kubeconfig = line.trim_end().strip_prefix("ready ").map(PathBuf::from);
-        let kubeconfig = kubeconfig.unwrap_or_else(|| panic!("the control plane did not start (it said {line:?}); its words are above"));
+        let kubeconfig = kubeconfig.unwrap_or_else(|| panic!("the control plane did not start (output {line:?}); its log is above"));
         Self { plan, kubeconfig, process, _alive: alive }
     }
 
-    /// An administrator's access.
+    /// An administrator's kubeconfig.
     pub fn kubeconfig(&self) -> &Path {
         &self.kubeconfig
     }
 
-    /// It keeps its connections and answers nothing, until it is killed.
+    /// Stops the process: it keeps its connections and answers nothing, until it is killed.
     pub fn freeze(&self) {
         let pid = Pid::from_raw(i32::try_from(self.process.id()).expect("process ids are small"));
         kill(pid, Signal::SIGSTOP).expect("it runs");
     }
 
-    /// Ends it without a word to anybody; the plan starts the same cluster again.
+    /// Kills the control plane. The returned plan starts the same cluster again.
     pub fn kill(self) -> Plan {
         self.plan.clone()
     }
@@ -90,7 +91,7 @@ impl Drop for Plane {
     }
 }
 
-/// A folder below `target/tmp`, named after this process. Its logs stay for a look after a failure; the next run takes them away.
+/// A directory below `target/tmp`, named after this process. Its logs stay for diagnosis after a failure; the next run removes them.
 fn files() -> PathBuf {
     static NEXT: AtomicUsize = AtomicUsize::new(0);
     let number = NEXT.fetch_add(1, Ordering::Relaxed);
@@ -100,7 +101,7 @@ fn files() -> PathBuf {
     paths::tmp().join(format!("{PREFIX}{}-{number}", std::process::id()))
 }
 
-/// Removes the files of control planes whose test process, or whose run, has ended.
+/// Removes the files of control planes whose test process or run has ended.
 pub(crate) fn sweep() {
     let owner = |name: &str| {
         let name = name.strip_prefix(PREFIX)?;
@@ -109,7 +110,7 @@ pub(crate) fn sweep() {
     for entry in fs::read_dir(paths::tmp()).expect("target/tmp can be read").flatten() {
         let owner = entry.file_name().to_str().and_then(owner);
         if owner.is_some_and(|pid| !Path::new("/proc").join(pid.to_string()).exists()) {
-            // Another test program may remove them at the same time.
+            // Another test program can remove them at the same time.
             let removed = fs::remove_dir_all(entry.path());
             assert!(removed.is_ok() || !entry.path().exists(), "{}: {removed:?}", entry.path().display());
         }

@@ -1,4 +1,4 @@
-//! A real Prometheus that scrapes agents as the operator would make it: with the relabelings of the PodMonitor, and the rules.
+//! A real Prometheus that scrapes agents as the operator configures it: with the relabelings of the PodMonitor, and the rules.
 
 use std::{
     fs,
@@ -15,25 +15,25 @@ use crate::{child::Child, eventually, free_port, http, paths, tools};
 const START: Duration = Duration::from_secs(60);
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// A file of the repository.
+/// The path of a file of the repository.
 pub fn file(path: &str) -> PathBuf {
     paths::root().join(path)
 }
 
-/// Reads YAML, or JSON, of the repository.
+/// Reads a YAML or JSON file of the repository.
 pub fn read(path: &str) -> Value {
     let text = fs::read_to_string(file(path)).unwrap_or_else(|e| panic!("{path}: {e}"));
     serde_saphyr::from_str(&text).unwrap_or_else(|e| panic!("{path}: {e}"))
 }
 
-/// What Prometheus reads of the PrometheusRule.
+/// The part of the PrometheusRule that Prometheus reads.
 pub fn rules() -> Value {
     read("daemonset/monitoring/prometheusrule.yaml")["spec"].take()
 }
 
-/// What to scrape.
+/// A scrape target.
 pub struct Target<'a> {
-    /// A file of `daemonset/monitoring`: what is scraped, and how.
+    /// The PodMonitor in `daemonset/monitoring` that applies to it.
     pub monitor: &'static str,
     pub address: SocketAddr,
     pub node: &'a str,
@@ -49,7 +49,7 @@ pub struct Prometheus {
 }
 
 impl Prometheus {
-    /// Starts one with its files in `dir`; returns when it has scraped every target.
+    /// Starts Prometheus with its files in `dir`; returns when it has scraped every target.
     pub async fn start(dir: &Path, targets: &[Target<'_>]) -> Self {
         let (config, rules_file) = (dir.join("prometheus.yml"), dir.join("rules.yaml"));
         fs::write(&rules_file, rules().to_string()).expect("the rules are written");
@@ -77,14 +77,14 @@ impl Prometheus {
         prometheus
     }
 
-    /// `data` of an answer of its API.
+    /// The field `data` of an answer of its API.
     pub async fn get(&self, path: &str) -> Result<Value, String> {
         let text = http::get_ok(self.address, path).await?;
         let mut answer: Value = serde_json::from_str(&text).map_err(|e| format!("{path}: {e}"))?;
         Ok(answer["data"].take())
     }
 
-    /// The values of an instant query, each with its labels; those that are no numbers are left out.
+    /// The values of an instant query, each with its labels; values that are not numbers are omitted.
     pub async fn query(&self, expr: &str) -> Result<Vec<(Value, f64)>, String> {
         let data = self.get(&format!("/api/v1/query?query={}", encoded(expr))).await?;
         let samples = data["result"].as_array().ok_or("no list")?;
@@ -94,7 +94,7 @@ impl Prometheus {
     }
 }
 
-/// The operator's labels come from the pod: they are given as they would be discovered, and relabelled as the PodMonitors say.
+/// The operator derives labels from the pod. Here they are given as discovery would set them, and relabelled by the PodMonitors.
 fn configuration(rules: &Path, targets: &[Target<'_>]) -> Value {
     let scrapes = [AGENTS, APPROVERS].map(|monitor| scrape(monitor, targets));
     json!({
@@ -112,7 +112,7 @@ fn scrape(file: &str, targets: &[Target<'_>]) -> Value {
         assert_eq!(unknown, None, "this part of a relabeling is not translated here");
         json!({"source_labels": rule["sourceLabels"], "target_label": rule["targetLabel"]})
     });
-    // What `jobLabel` takes from the pods.
+    // The value that `jobLabel` reads from the pods.
     let job = monitor["spec"]["selector"]["matchLabels"]["app.kubernetes.io/name"].as_str().expect("the pods' name");
     let groups = targets.iter().filter(|target| target.monitor == file).map(|target| {
         json!({

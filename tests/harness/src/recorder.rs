@@ -1,4 +1,4 @@
-//! The CertificateRequests that come by, as the API server shows them.
+//! Records the CertificateRequests that the API server reports.
 
 use std::{
     collections::BTreeMap,
@@ -18,7 +18,7 @@ use x509_parser::{certification_request::X509CertificationRequest, extensions::G
 
 const WATCH_START: Duration = Duration::from_secs(30);
 
-/// A CertificateRequest that was seen.
+/// A recorded CertificateRequest.
 #[derive(Debug, Clone)]
 pub struct Request {
     pub name: String,
@@ -30,7 +30,7 @@ pub struct Request {
 }
 
 impl Request {
-    /// Reads what a test may want to know of it.
+    /// Reads the fields that tests use.
     pub fn read(object: &DynamicObject) -> Self {
         let csr = csr(object);
         let (_, pem) = x509_parser::pem::parse_x509_pem(csr.as_bytes()).expect("PEM");
@@ -59,7 +59,7 @@ pub struct Recorder {
 }
 
 impl Recorder {
-    /// Records from now on.
+    /// Starts the recording.
     pub async fn start(requests: Api<DynamicObject>) -> Self {
         let seen = Arc::<Mutex<BTreeMap<String, Request>>>::default();
         let (started, mut ready) = tokio::sync::watch::channel(false);
@@ -78,11 +78,11 @@ impl Recorder {
             }
         });
         let listed = tokio::time::timeout(WATCH_START, ready.wait_for(|listed| *listed)).await;
-        listed.expect("the watch starts in time").expect("the watch goes on");
+        listed.expect("the watch starts in time").expect("the watch continues");
         Self { seen, task }
     }
 
-    /// Those seen so far, oldest first.
+    /// The recorded requests, oldest first.
     pub fn seen(&self) -> Vec<Request> {
         let mut seen: Vec<_> = self.seen.lock().expect("not poisoned").values().cloned().collect();
         seen.sort_by_key(|request| request.created);

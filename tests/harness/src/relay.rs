@@ -1,4 +1,4 @@
-//! A relay of TCP connections, so that a test can cut those of one program.
+//! A relay of TCP connections, by which a test can cut the connections of one program.
 
 use std::net::SocketAddr;
 
@@ -9,7 +9,7 @@ use tokio::{
     task::JoinHandle,
 };
 
-/// Carries connections until dropped.
+/// Forwards connections until dropped.
 pub struct Relay {
     address: SocketAddr,
     cuts: watch::Sender<()>,
@@ -17,7 +17,7 @@ pub struct Relay {
 }
 
 impl Relay {
-    /// To `server`, a host and a port.
+    /// Forwards to `server`, a host and a port.
     pub async fn to(server: &str) -> Self {
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.expect("a free port");
         let address = listener.local_addr().expect("its address");
@@ -31,12 +31,12 @@ impl Relay {
         Self { address, cuts, task }
     }
 
-    /// Where it listens.
+    /// The address on which it listens.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// Ends every connection that is open; new ones are carried.
+    /// Closes every open connection; new ones are forwarded.
     pub fn cut(&self) {
         self.cuts.send_replace(());
     }

@@ -1,4 +1,4 @@
-//! A node with an agent's pod and workloads on it, asked by `fetch` as the workloads would.
+//! A node with an agent's pod and workloads, whose processes run `fetch`.
 
 use std::{path::Path, time::Duration};
 
@@ -14,10 +14,10 @@ use crate::{
     fetch::{self, Refusal},
 };
 
-/// For everything that is only a matter of processes on a busy machine.
+/// Limit for steps that depend only on processes on a busy machine.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
-/// A node, an agent's pod with the least rights, and a namespace for workloads.
+/// A node, an agent's pod with the least permissions, and a namespace for workloads.
 pub struct Scene {
     pub cluster: Cluster,
     pub node: String,
@@ -34,7 +34,7 @@ impl Scene {
         Self { cluster: cluster.clone(), namespace: cluster.namespace().await, node, agent_pod, dir }
     }
 
-    /// A running pod of a service account of this name.
+    /// Creates a running pod with a service account of this name.
     pub async fn workload(&self, name: &str) -> Workload {
         Workload::of(self.cluster.pod(&self.namespace, name, &self.node).await)
     }
@@ -45,7 +45,7 @@ impl Scene {
     }
 }
 
-/// A pod whose processes are ours to start.
+/// A pod whose processes the test starts.
 pub struct Workload {
     pub pod: Pod,
     pub cgroup: PodCgroup,
@@ -60,17 +60,17 @@ impl Workload {
         self.pod.spiffe_id()
     }
 
-    /// The certificate that a process of the pod gets now.
+    /// The certificate that a process of the pod gets.
     pub async fn fetch(&self, agent: &Agent) -> Value {
         self.fetch_kind(agent, "certificate").await
     }
 
-    /// The trust bundle that it gets now.
+    /// The trust bundle that a process of the pod gets.
     pub async fn fetch_roots(&self, agent: &Agent) -> Value {
         self.fetch_kind(agent, "bundle").await
     }
 
-    /// That it gets no certificate within `patience`, and how it is told.
+    /// Asserts that the pod gets no certificate within `patience`; returns the error of `fetch`.
     pub async fn refusal(&self, agent: &Agent, patience: &str) -> Refusal {
         let answer = fetch::ask(Some(&self.cgroup), agent.socket(), &["default"], patience).await;
         answer.expect_err("it has got a certificate")
@@ -99,28 +99,28 @@ pub struct Stream {
 }
 
 impl Stream {
-    /// What it has been sent so far.
+    /// The updates so far.
     pub fn updates(&self) -> Vec<Value> {
         fetch::updates(&self.child.stdout().text().lines().map(str::to_owned).collect::<Vec<_>>())
     }
 
-    /// Waits for so many updates in all; gives the last of them.
+    /// Waits for `count` updates in total; returns the last of them.
     pub async fn update(&self, count: usize, limit: Duration) -> Value {
         let lines = self.child.stdout();
         lines.until(&format!("update {count} of a stream"), limit, |lines| fetch::updates(lines).into_iter().nth(count - 1)).await
     }
 
-    /// The same connection as ever, without a word from the server but its updates.
+    /// Asserts that the connection was never replaced and the server sent only updates.
     pub fn assert_undisturbed(&self) {
         assert_eq!(self.child.stderr().text(), "", "the client was disturbed");
     }
 
-    /// What the client complained about so far.
+    /// The errors of the client so far.
     pub fn complaints(&self) -> String {
         self.child.stderr().text()
     }
 
-    /// Waits for the client's end; gives its exit code and its words.
+    /// Waits for the client's end; returns its exit code and its standard error.
     pub async fn end(&mut self, limit: Duration) -> (Option<i32>, String) {
         let status = self.child.exit(limit).await;
         (status.code(), self.complaints())

@@ -1,7 +1,8 @@
-//! The control plane that the test programs of a run share. Cargo starts those programs one after another, and the control plane ends with cargo.
+//! The control plane that the test programs of a run share. Cargo starts these programs one after the other, and the control plane ends
+//! with cargo.
 //!
-//! Its files are in `target/tmp/controlplane-run-<pid of cargo>-<start of cargo>`. A test program that is not started by cargo has one that
-//! ends with the program.
+//! Its files are in `target/tmp/controlplane-run-<pid of cargo>-<start of cargo>`. A test program that cargo did not start gets a control
+//! plane that ends with the program.
 
 use std::{
     fs::{self, File},
@@ -20,10 +21,10 @@ use crate::{
     tools,
 };
 
-/// Of its log, when it does not start.
+/// Number of log lines that are printed if it does not start.
 const SHOWN_LINES: usize = 40;
 
-/// A process, told apart from a later one with the same id.
+/// A process, distinguished from a later one with the same ID.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Process {
     id: u32,
@@ -31,13 +32,13 @@ struct Process {
     started: u64,
 }
 
-/// An administrator's access to it. The first call of a run starts it; panics when it does not start.
+/// An administrator's kubeconfig. The first call of a run starts the control plane. Panics if it does not start.
 pub fn kubeconfig() -> &'static Path {
     static KUBECONFIG: OnceLock<PathBuf> = OnceLock::new();
     KUBECONFIG.get_or_init(|| of_run(cargo().unwrap_or_else(|| process(id()).expect("this process").0)))
 }
 
-/// The control plane of the run that lasts as long as `run`.
+/// The control plane of the run, which lives as long as `run`.
 fn of_run(run: Process) -> PathBuf {
     let folder = paths::tmp().join(format!("{PREFIX}run-{}-{}", run.id, run.started));
     fs::create_dir_all(&folder).unwrap_or_else(|e| panic!("{}: {e}", folder.display()));
@@ -56,13 +57,13 @@ fn of_run(run: Process) -> PathBuf {
     start(run, &folder, &files)
 }
 
-/// It holds a lock for as long as it lives.
+/// The control plane holds a lock while it runs.
 fn is_running(files: &Path) -> bool {
     let lock = File::open(files.join("lock")).expect("the control plane's lock");
     Flock::lock(lock, FlockArg::LockExclusiveNonblock).is_err()
 }
 
-/// Starts it in a process group of its own: a signal to the tests' group reaches it as the end of cargo.
+/// Starts it in a separate process group: a signal to the tests' group reaches it as the end of cargo.
 #[allow(clippy::zombie_processes, reason = "both processes go on when this one ends")]
 fn start(run: Process, folder: &Path, files: &Path) -> PathBuf {
     let mut end = Command::new(tools::system("tail", "coreutils"));

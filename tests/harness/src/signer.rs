@@ -1,4 +1,4 @@
-//! A signer and approver by hand, for a cluster whose own do not run: it answers each request as it was told to for its service account.
+//! A signer and approver that a test controls, for a cluster whose own are disabled. The test sets the answer for each SPIFFE ID.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -22,7 +22,7 @@ use crate::{
     recorder::{Request, csr},
 };
 
-/// What a request gets.
+/// The answer to a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Answer {
     Good,
@@ -32,25 +32,25 @@ pub enum Answer {
     NotYetValid,
     WrongKey,
     WrongName,
-    /// PEM around something else.
+    /// PEM with content that is no certificate.
     Garbage,
-    /// No PEM.
+    /// Text that is no PEM.
     Words,
     /// Ready, without any certificate.
     Nothing,
 }
 
-/// One request and what became of it.
+/// A request and its answer.
 #[derive(Debug, Clone)]
 pub struct Answered {
     pub name: String,
     pub answer: Answer,
     pub at: Instant,
-    /// Of what was signed, as `fetch` writes it.
+    /// The serial of the signed certificate, in the format of `fetch`.
     pub serial: Option<String>,
 }
 
-/// Answers until dropped.
+/// Answers requests until dropped.
 pub struct Signer {
     orders: Arc<Mutex<BTreeMap<String, Answer>>>,
     given: Arc<Mutex<Vec<(String, Answered)>>>,
@@ -58,7 +58,7 @@ pub struct Signer {
 }
 
 impl Signer {
-    /// Answers the requests of `namespace`, all of them well until told otherwise, with certificates that live for `lifetime`.
+    /// Answers the requests of `namespace` with certificates that live for `lifetime`, until [`Signer::answer`] sets another answer.
     pub async fn start(cluster: &Cluster, namespace: &str, lifetime: Duration) -> Self {
         let (orders, given) = (Arc::<Mutex<BTreeMap<_, _>>>::default(), Arc::<Mutex<Vec<_>>>::default());
         let hand = Hand { authority: authority(cluster).await, lifetime };
@@ -86,19 +86,19 @@ impl Signer {
         Self { orders, given, task }
     }
 
-    /// From now on, requests for this SPIFFE id get this answer.
+    /// Sets the answer for this SPIFFE ID from now on.
     pub fn answer(&self, id: &str, answer: Answer) {
         self.orders.lock().expect("not poisoned").insert(id.to_owned(), answer);
     }
 
-    /// What the requests for this id got so far, in order.
+    /// The answers to the requests for this ID so far, in order.
     pub fn given(&self, id: &str) -> Vec<Answered> {
-        assert!(!self.task.is_finished(), "the signer has failed; its words are above");
+        assert!(!self.task.is_finished(), "the signer has failed; its output is above");
         let given = self.given.lock().expect("not poisoned");
         given.iter().filter(|(asked, _)| asked == id).map(|(_, answered)| answered.clone()).collect()
     }
 
-    /// The serials of the good certificates for this id.
+    /// The serials of the valid certificates for this ID.
     pub fn good(&self, id: &str) -> Vec<String> {
         self.given(id).into_iter().filter(|given| given.answer == Answer::Good).filter_map(|given| given.serial).collect()
     }
@@ -121,7 +121,7 @@ struct Hand {
 }
 
 impl Hand {
-    /// The serial of what is signed, and the status that carries it.
+    /// The serial of the signed certificate, and the status that contains it.
     fn status(&self, answer: Answer, request: &DynamicObject) -> (Option<String>, Value) {
         let approved = json!({"type": "Approved", "status": "True", "reason": "ByHand", "message": "approved by the test"});
         let issued = json!({"type": "Ready", "status": "True", "reason": "Issued", "message": "signed by the test"});

@@ -1,4 +1,4 @@
-//! An agent, two Envoys of pods of its node, and successors on the same socket, as a surge of the DaemonSet makes them.
+//! An agent, two Envoys of pods of its node, and further agents on the same socket, as a surge of the DaemonSet creates them.
 
 use std::path::Path;
 
@@ -13,7 +13,7 @@ use crate::{
     pair::{End, Pair},
 };
 
-/// Long enough that nothing is due during a test.
+/// A lifetime for which no renewal is due during a test.
 const SETTINGS: &str = "certificate: { lifetime: 1h }";
 
 /// A node with an agent, and the pods of two Envoys.
@@ -27,12 +27,12 @@ pub struct Surge {
 }
 
 impl Surge {
-    /// With the program under test.
+    /// Starts with the program under test.
     pub async fn start() -> Self {
         Self::start_with(program()).await
     }
 
-    /// With another version of the program.
+    /// Starts with another version of the program.
     pub async fn start_with(program: &Path) -> Self {
         let (cluster, dir) = (Cluster::connect().await, tempfile::tempdir().unwrap());
         let (node, namespace) = (cluster.node().await, cluster.namespace().await);
@@ -43,7 +43,7 @@ impl Surge {
         Self { cluster, agent_pod, agent, server: (server, server_cgroup), client: (client, client_cgroup), _dir: dir }
     }
 
-    /// An agent of another pod on the same socket.
+    /// An agent of another pod, on the same socket.
     pub async fn successor(&self, dir: &Path) -> Launch {
         self.launch(&self.agent_pod.successor(dir).await, dir)
     }
@@ -54,7 +54,7 @@ impl Surge {
         pod.launch_on(dir, &sockets, SETTINGS)
     }
 
-    /// Two Envoys on the socket, one with each kind of stream.
+    /// Two Envoys on the socket, one with each protocol variant.
     pub async fn pair(&self) -> Pair {
         let (server, client) = (self.server.0.spiffe_id(), self.client.0.spiffe_id());
         let server = End { id: &server, sds: Sds::StateOfTheWorld, cgroup: Some(&self.server.1) };

@@ -1,4 +1,4 @@
-//! Where the other programs are. A missing one fails the test that needs it, with the way to get it.
+//! Paths of the other programs. If one is missing, the test that needs it fails and the message says how to get it.
 
 use std::{env, path::PathBuf};
 
@@ -24,12 +24,12 @@ pub fn oldest_apiserver() -> PathBuf {
     fetched("OLDEST_APISERVER", "kube-apiserver-oldest")
 }
 
-/// The agent's former version.
+/// The previous version of the agent.
 pub fn former() -> PathBuf {
     fetched("FORMER", "former/sds-agent")
 }
 
-/// The repository as it was in that version.
+/// The repository at that version.
 pub fn former_source() -> PathBuf {
     former().with_file_name("source")
 }
@@ -49,7 +49,7 @@ pub fn promtool() -> PathBuf {
     fetched("PROMTOOL", "prometheus/usr/bin/promtool")
 }
 
-/// The folder with kubelet, containerd and runc.
+/// The directory with kubelet, containerd and runc.
 pub fn node() -> PathBuf {
     let kubelet = fetched("KUBELET", "node/kubelet");
     kubelet.parent().expect("a program lies in a folder").to_owned()
@@ -60,7 +60,7 @@ pub fn helm() -> PathBuf {
     fetched("HELM", "render/helm")
 }
 
-/// Renders the folders beside the chart.
+/// Renders the kustomizations.
 pub fn kustomize() -> PathBuf {
     fetched("KUSTOMIZE", "render/kustomize")
 }
@@ -80,7 +80,7 @@ pub fn setpriv() -> PathBuf {
     system("setpriv", "util-linux")
 }
 
-/// Starts a program under other limits.
+/// Starts a program with other limits.
 pub fn prlimit() -> PathBuf {
     system("prlimit", "util-linux")
 }

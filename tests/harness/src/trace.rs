@@ -1,4 +1,4 @@
-//! What a process did to files and to itself, as strace saw it.
+//! The file accesses and process settings of a process, recorded by strace.
 
 use std::{fs, path::Path, time::Duration};
 
@@ -7,11 +7,11 @@ use crate::eventually;
 /// Flags of an `open` that can change a file.
 const WRITING: [&str; 6] = ["O_WRONLY", "O_RDWR", "O_CREAT", "O_TRUNC", "O_APPEND", "O_TMPFILE"];
 
-/// Where to write without a disk.
+/// Files to which a write does not reach a disk.
 const HARMLESS: [&str; 1] = ["\"/dev/null\""];
 
-/// The words before a program that record its file accesses, memory files and process settings in `log`, its children's too. The
-/// tracer stands aside (`-D`): the process started is the program itself.
+/// The words before a program that record file accesses, memory files and process settings in `log`, for its child processes too. The
+/// tracer is a grandchild (`-D`): the process that is started is the program itself.
 pub fn wrapper(strace: &Path, log: &Path) -> Vec<String> {
     let plain = |path: &Path| path.to_str().expect("a plain path").to_owned();
     let mut words = vec![plain(strace)];
@@ -20,7 +20,7 @@ pub fn wrapper(strace: &Path, log: &Path) -> Vec<String> {
     words
 }
 
-/// Waits until the traced program's end has been recorded.
+/// Waits until the end of the traced program has been recorded.
 pub async fn read(log: &Path, limit: Duration) -> String {
     eventually("the trace is whole", limit, async || {
         let trace = fs::read_to_string(log).map_err(|e| e.to_string())?;
@@ -30,7 +30,7 @@ pub async fn read(log: &Path, limit: Duration) -> String {
     .await
 }
 
-/// Every call that opened, made or cut a file for writing, failed ones too.
+/// All calls that opened, created or truncated a file for writing, including failed ones.
 pub fn writes(trace: &str) -> Vec<&str> {
     trace.lines().filter(|line| is_write(line)).collect()
 }
@@ -48,13 +48,13 @@ fn is_write(line: &str) -> bool {
     }
 }
 
-/// Whether the process was made not dumpable, and stayed so.
+/// Whether the process set itself not dumpable, and did not change it back.
 pub fn not_dumpable(trace: &str) -> bool {
     let last = trace.lines().rfind(|line| line.contains("prctl(PR_SET_DUMPABLE, "));
     last.is_some_and(|line| line.contains("SUID_DUMP_DISABLE") && line.ends_with("= 0"))
 }
 
-/// The writable mappings in a `/proc/<pid>/smaps` that may be swapped out.
+/// The writable mappings in a `/proc/<pid>/smaps` that can be swapped out.
 pub fn unlocked_writable(smaps: &str) -> Vec<&str> {
     let mut unlocked = Vec::new();
     let mut mapping = "";

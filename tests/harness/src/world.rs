@@ -1,4 +1,4 @@
-//! A cluster with sds-agent installed from `daemonset/`, and those who act in it.
+//! A cluster with sds-agent installed from `daemonset/`, and the accounts that act in it.
 
 use std::{
     fs,
@@ -22,20 +22,20 @@ use crate::{
 
 pub const NAMESPACE: &str = "sds-agent";
 pub const PATIENCE: Duration = Duration::from_secs(60);
-/// cert-manager's own approver keeps away from the ClusterIssuers, of which the mesh's is one.
+/// cert-manager's own approver approves no request for a ClusterIssuer, and so none for the mesh's.
 pub const GUARDED: &[&str] = &["--approve-signers", "issuers.cert-manager.io/*"];
-/// What the installed configuration asks for.
+/// The lifetime in the installed configuration.
 const LIFETIME: &str = "lifetime: 24h";
 
 pub struct World {
     pub cluster: Cluster,
     pub plane: Plane,
-    /// Where agents and approver run.
+    /// The namespace of agents and approver.
     pub namespace: String,
     dir: TempDir,
 }
 
-/// An account's pod, and the cluster as it sees it.
+/// A pod, its account, and a view of the cluster with its token.
 pub struct Actor {
     pub pod: Pod,
     pub node: String,
@@ -44,13 +44,14 @@ pub struct Actor {
 }
 
 impl World {
-    /// A control plane of its own, with the accounts, rights and configuration of agents and approver. Nothing of it runs yet.
+    /// Starts a separate control plane, with the accounts, permissions and configuration of agents and approver. No agent and no approver
+    /// runs yet.
     pub async fn start(flags: &[&str]) -> Self {
         let files = ["base/namespace.yaml", "base/rbac.yaml", "base/config.yaml", "approver/rbac.yaml", "approver/deployment.yaml"];
         Self::start_in(flags, NAMESPACE, &files.map(objects).concat()).await
     }
 
-    /// The same, of all that is rendered for a namespace.
+    /// Installs the objects that were rendered for `namespace`.
     pub async fn start_in(flags: &[&str], namespace: &str, rendered: &[Value]) -> Self {
         let (cluster, plane) = Cluster::own(flags).await;
         for object in rendered {
@@ -66,7 +67,7 @@ impl World {
         }
     }
 
-    /// Applies the policy; returns when the API server goes by both halves of it.
+    /// Applies the policy; returns when the API server enforces all its parts.
     pub async fn install_policy(&self) {
         self.install("approver/policy.yaml").await;
         let probe = self.actor("probe", "sds-agent", &self.cluster.node().await).await;
@@ -104,7 +105,7 @@ impl World {
         .await;
     }
 
-    /// Names cert-manager's own approver as the one that decides, as the chart does where `approver.enabled` is false.
+    /// Makes cert-manager's own approver the account that decides, as the chart does where `approver.enabled` is false.
     pub async fn let_cert_manager_approve(&self) {
         let mut objects = manifests::helm(NAMESPACE, &["--set", "approver.enabled=false"]).await;
         objects.retain(|object| object["metadata"]["name"] == "sds-agent-approvals");
@@ -114,13 +115,13 @@ impl World {
         }
     }
 
-    /// A pod of an account of the agents' namespace, on `node`, with a token bound to it.
+    /// Creates a pod of an account of the agents' namespace on `node`, with a token bound to it.
     pub async fn actor(&self, name: &str, account: &str, node: &str) -> Actor {
         let pod = self.cluster.pod_of(&self.namespace, account, name, node).await;
         self.log_in(pod, node, true).await
     }
 
-    /// An actor by any pod, with a token that is bound to it or not.
+    /// An actor for any pod; `bound` binds its token to the pod.
     pub async fn log_in(&self, pod: Pod, node: &str, bound: bool) -> Actor {
         let dir = self.dir.path().join(format!("{}-{bound}", pod.uid));
         fs::create_dir(&dir).unwrap();
@@ -129,7 +130,7 @@ impl World {
         Actor { pod, node: node.to_owned(), cluster: Cluster::at(&kubeconfig).await, dir }
     }
 
-    /// The configuration that is installed, with another lifetime.
+    /// The installed configuration, with another lifetime.
     async fn configuration(&self, lifetime: &str) -> String {
         let map = self.cluster.get(&format!("/api/v1/namespaces/{}/configmaps/sds-agent", self.namespace)).await;
         let text = map["data"]["config.yaml"].as_str().unwrap().to_owned();
@@ -137,12 +138,13 @@ impl World {
         text.replace(LIFETIME, &format!("lifetime: {lifetime}"))
     }
 
-    /// An approver with the account and rights of `daemonset/`, ready. It knows one configuration and decides at once.
+    /// Starts an approver with the account and permissions of `daemonset/` and waits until it is ready. Its overlap is zero, so it
+    /// decides at once.
     pub async fn approver(&self, name: &str, lifetime: &str) -> Agent {
         self.approver_of(None, name, lifetime).await
     }
 
-    /// The same of another version of the program.
+    /// Like [`World::approver`], with another version of the program.
     pub async fn approver_of(&self, program: Option<&Path>, name: &str, lifetime: &str) -> Agent {
         let actor = self.replica(name).await;
         let configuration = overlapping(&self.configuration(lifetime).await, "0s");
@@ -150,7 +152,7 @@ impl World {
         program.map_or(launch.clone(), |program| launch.program(program)).start().await
     }
 
-    /// The same, with all of its connections to the API server through `relay`.
+    /// Like [`World::approver`], with all connections to the API server through `relay`.
     pub async fn approver_through(&self, name: &str, lifetime: &str, relay: &Relay) -> Agent {
         let actor = self.replica(name).await;
         let configuration = overlapping(&self.configuration(lifetime).await, "0s");
@@ -162,12 +164,12 @@ impl World {
         launch.env("KUBECONFIG", relayed.to_str().unwrap()).start().await
     }
 
-    /// Where the API server listens: a host and a port.
+    /// The API server's address: a host and a port.
     pub fn server(&self) -> String {
         self.cluster.address()["server"].as_str().unwrap().trim_start_matches("https://").to_owned()
     }
 
-    /// The same with an overlap, and its configuration as a mounted ConfigMap.
+    /// Like [`World::approver`], with an overlap, and with the configuration as a mounted ConfigMap.
     pub async fn approver_with_overlap(&self, name: &str, lifetime: &str, overlap: &str) -> (Agent, Mounted) {
         let actor = self.replica(name).await;
         let configuration = overlapping(&self.configuration(lifetime).await, overlap);
@@ -176,7 +178,7 @@ impl World {
         (launch.start().await, mounted)
     }
 
-    /// A pod as the Deployment makes it.
+    /// Creates a pod as the Deployment does.
     async fn replica(&self, name: &str) -> Actor {
         let (node, pods) = (self.cluster.node().await, format!("/api/v1/namespaces/{}/pods", self.namespace));
         let deployment = objects("approver/deployment.yaml").into_iter().find(|object| object["kind"] == "Deployment").unwrap();
@@ -196,7 +198,7 @@ impl World {
         actor.environment(launch).env("NODE_NAME", &actor.node)
     }
 
-    /// An account of its own that may edit everything of `namespace`, as people may.
+    /// Creates an account that can edit all objects of `namespace`, as users can.
     pub async fn editor(&self, namespace: &str) -> Actor {
         let node = self.cluster.node().await;
         let pod = self.cluster.pod(namespace, "editor", &node).await;
@@ -209,14 +211,14 @@ impl World {
         self.log_in(pod, &node, true).await
     }
 
-    /// The cluster as a user with these groups sees it, by an administrator who impersonates that user.
+    /// A view of the cluster as a user with these groups, by impersonation.
     pub async fn impersonate(&self, user: &str, groups: &[&str]) -> Cluster {
         let kubeconfig = self.dir.path().join(format!("as-{user}"));
         fs::write(&kubeconfig, self.cluster.access_as(user, groups).to_string()).unwrap();
         Cluster::at(&kubeconfig).await
     }
 
-    /// A namespace in which cert-manager's validating webhook looks at nothing.
+    /// Creates a namespace in which cert-manager's validating webhook is disabled.
     pub async fn unvalidated_namespace(&self) -> String {
         let namespace = self.cluster.namespace().await;
         let labels = json!({"metadata": {"labels": {"cert-manager.io/disable-validation": "true"}}});
@@ -230,7 +232,7 @@ impl World {
         names.map(|name| format!("/apis/cert-manager.io/v1/namespaces/{namespace}/certificaterequests/{name}")).collect()
     }
 
-    /// Lines of the API server's audit log, each a request and its user; with `--audit`.
+    /// The lines of the API server's audit log, each a request and its user. Needs the flag `--audit`.
     pub fn audit(&self) -> Vec<Value> {
         let log = self.plane.kubeconfig().parent().unwrap().join("audit.log");
         fs::read_to_string(log).unwrap().lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
@@ -244,7 +246,7 @@ fn overlapping(configuration: &str, overlap: &str) -> String {
     configuration.replace(section, &told)
 }
 
-/// A file as the kubelet mounts one of a ConfigMap: it is reached through a link that is swapped.
+/// A file that is mounted as the kubelet mounts one of a ConfigMap: its path leads through a symbolic link, which is swapped.
 pub struct Mounted {
     directory: PathBuf,
     version: u32,
@@ -252,7 +254,7 @@ pub struct Mounted {
 }
 
 impl Mounted {
-    /// In the place of a file that is there.
+    /// Replaces an existing file.
     fn instead_of(file: &Path) -> Self {
         let text = fs::read_to_string(file).unwrap();
         let mut mounted = Self { directory: file.parent().unwrap().to_owned(), version: 0, text: String::new() };
@@ -262,7 +264,7 @@ impl Mounted {
         mounted
     }
 
-    /// Brings another content, and takes the former away.
+    /// Publishes new content and removes the previous one.
     pub fn publish(&mut self, text: &str) {
         let at = |name: &str| self.directory.join(name);
         let (old, new) = (format!("..{}", self.version), format!("..{}", self.version + 1));
@@ -292,12 +294,13 @@ fn objects(file: &str) -> Vec<Value> {
     manifests::documents(&manifests::read(file))
 }
 
-/// Pages of pods that the approver has got in its lists.
+/// The number of pages of pods that the approver has received in its lists.
 pub async fn pod_pages(approver: &Agent) -> f64 {
     approver.metric_of("sds_agent_kube_requests_total", &["verb=\"list\"", "resource=\"pods\"", "code=\"200\""]).await
 }
 
-/// Has the approver list all pods again: its watch may not be started any more, and only a list shows that it may again.
+/// Makes the approver list all pods again: it revokes the permission to watch, waits for a rejected watch and a complete list, and
+/// grants the permission again.
 pub async fn list_pods_again(cluster: &Cluster, approver: &Agent, relay: &Relay) {
     const ROLE: &str = "/apis/rbac.authorization.k8s.io/v1/clusterroles/sds-agent-approver";
     let listed = pod_pages(approver).await;
@@ -307,7 +310,7 @@ pub async fn list_pods_again(cluster: &Cluster, approver: &Agent, relay: &Relay)
         rule["verbs"] = json!(["get", "list"]);
     }
     cluster.patch(ROLE, &json!({"rules": fewer})).await;
-    eventually("the watch is refused", PATIENCE, async || {
+    eventually("the watch is rejected", PATIENCE, async || {
         let refused = approver.metric_of("sds_agent_kube_requests_total", &["verb=\"watch\"", "resource=\"pods\"", "code=\"403\""]).await;
         if refused > 0.5 {
             return Ok(());

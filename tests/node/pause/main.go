@@ -1,6 +1,6 @@
-// Command pause is the first process of every pod of the tests' node: it holds
-// the pod's namespaces, reaps what is orphaned in them, and ends when it is
-// told to. The node also runs it as a container that does nothing.
+// Command pause is the first process of every pod of the tests' node: it holds the
+// pod's namespaces, reaps orphans in them, and ends at a signal. The node also runs it
+// as a container that does nothing.
 package main
 
 import (

@@ -9,7 +9,8 @@ use test_harness::{
     world::{GUARDED, NAMESPACE, PATIENCE, World},
 };
 
-/// Whoever holds the token of node A's agent asks for all that it must not have. All of it is in the API server before the first answer.
+/// An attacker with the token of node A's agent requests everything that it must not get. All requests exist in the API server before the
+/// approver's first decision.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stolen_token_gets_the_names_of_its_nodes_pods_and_nothing_else() {
     let world = World::start(GUARDED).await;
@@ -33,14 +34,14 @@ async fn a_stolen_token_gets_the_names_of_its_nodes_pods_and_nothing_else() {
 
     let good = || Ask::of(&agent, &here);
     let other_name = SanType::OtherName((vec![1, 3, 6, 1, 4, 1, 311, 20, 2, 3], "root@corp".into()));
-    // Name constraints (RFC 5280, 4.2.1.10): everything permitted below a name. cert-manager copies them raw.
+    // Name constraints (RFC 5280, 4.2.1.10) with one permitted DNS name. cert-manager copies the bytes unparsed.
     let constraints = [0x30, 0x09, 0xa0, 0x07, 0x30, 0x05, 0x82, 0x03, b'c', b'o', b'm'];
     let cases = [
         ("a pod of another node", Ask::of(&agent, &there), "WrongNode"),
         ("a pod of no node", Ask::of(&agent, &nowhere), "WrongNode"),
         ("another node's label as well", Ask::of(&agent, &there).label(&b).annotation("sds-agent.io/node-name", &b), "WrongNode"),
         ("an invented pod", Ask::of(&agent, &invented), "PodGone"),
-        ("a pod that was made anew", Ask::of(&agent, &made_anew), "PodGone"),
+        ("a pod that was recreated", Ask::of(&agent, &made_anew), "PodGone"),
         ("one pod's UID under another's name", Ask::of(&agent, &as_another), "PodGone"),
         ("a pod that has ended", Ask::of(&agent, &ended), "PodGone"),
         ("a static pod", Ask::of(&agent, &mirror), "NoServiceAccount"),
@@ -85,7 +86,7 @@ async fn a_stolen_token_gets_the_names_of_its_nodes_pods_and_nothing_else() {
     let expected = format!("pod \"{shop}/here\" on node {a:?} may have {}", here.spiffe_id());
     assert_eq!(why["message"], json!(expected));
 
-    // Each denial is told beside its request, and counted.
+    // Each denial is written into an Event of its request, and counted.
     let (_, denied_path, _) = &asked[0];
     let name = denied_path.rsplit('/').next().unwrap();
     eventually("an Event", PATIENCE, async || {
@@ -101,7 +102,7 @@ async fn a_stolen_token_gets_the_names_of_its_nodes_pods_and_nothing_else() {
     assert!((decided("decision=\"approved\"", 1.0).await - 1.0).abs() < 0.5);
 }
 
-/// The approver may not approve for other issuers, and does not look at their requests.
+/// The approver has no permission to approve for other issuers, and ignores their requests.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn other_issuers_are_left_alone_and_two_replicas_agree() {
     let world = World::start(GUARDED).await;
@@ -130,12 +131,13 @@ async fn other_issuers_are_left_alone_and_two_replicas_agree() {
     assert!(condition(&untouched, "Approved").is_none() && condition(&untouched, "Denied").is_none(), "{untouched}");
 }
 
-/// The operator has forgotten to take the issuer out of cert-manager's own approver: that is counted, and the log says what to do.
+/// The operator has not removed the issuer from cert-manager's own approver. The approver counts its approvals, and the log says how to
+/// fix this.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_second_approver_is_noticed() {
     let world = World::start(&[]).await;
     let approver = world.approver("approver-0", "24h").await;
-    // Ours may not write: the other one is always first.
+    // The approver under test has no permission to write, so the other one is always first.
     let role = "/apis/rbac.authorization.k8s.io/v1/clusterroles/sds-agent-approver";
     let mut rules = world.cluster.get(role).await["rules"].clone();
     rules.as_array_mut().unwrap().retain(|rule| rule["resources"] != json!(["signers"]));
@@ -143,7 +145,7 @@ async fn a_second_approver_is_noticed() {
     let [a, b] = [world.cluster.node().await, world.cluster.node().await];
     let agent = world.actor("agent-a", "sds-agent", &a).await;
     let elsewhere = world.cluster.pod(&world.cluster.namespace().await, "app", &b).await;
-    eventually("a foreign approval", PATIENCE, async || {
+    eventually("an approval by another approver", PATIENCE, async || {
         let path = Ask::of(&agent, &elsewhere).create(&agent).await.unwrap();
         let request = eventually("a decision", PATIENCE, async || {
             let request = world.cluster.get(&path).await;
@@ -151,7 +153,7 @@ async fn a_second_approver_is_noticed() {
             if decided { Ok(request) } else { Err(request["status"].to_string()) }
         })
         .await;
-        let Some(approval) = condition(&request, "Approved") else { return Err("the authorizer has not learnt of it yet".to_owned()) };
+        let Some(approval) = condition(&request, "Approved") else { return Err("the authorizer has not seen the change yet".to_owned()) };
         assert_eq!(approval["reason"], "cert-manager.io", "what must not be signed was approved by us");
         let counted = approver.metric("sds_agent_approver_foreign_approvals_total").await;
         if counted > 0.5 { Ok(()) } else { Err(format!("{counted}")) }

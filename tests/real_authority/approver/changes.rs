@@ -1,4 +1,4 @@
-//! What the policy alone keeps from being changed, where cert-manager's own webhook looks away: a request's spec and its decision.
+//! Changes that only the policy prevents where cert-manager's own webhook is disabled: of a request's spec and of its decision.
 
 use serde_json::{Value, json};
 use test_harness::{
@@ -8,7 +8,8 @@ use test_harness::{
     world::{GUARDED, NAMESPACE, PATIENCE, World},
 };
 
-/// cert-manager's own approver approves a request for a foreign issuer; the request then may not become one for the mesh's issuer.
+/// cert-manager's own approver approves a request for another issuer. The request cannot be changed into one for the mesh's issuer
+/// afterwards.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_approved_request_is_not_changed_into_one_for_a_guarded_issuer() {
     let world = World::start(&[]).await;
@@ -34,14 +35,14 @@ async fn an_approved_request_is_not_changed_into_one_for_a_guarded_issuer() {
             let refusal = refused(account.try_set(write, &path, &["spec", "issuerRef"], &guarded).await, &format!("{write:?} by {who}"));
             assert!(refusal.contains("the spec of a request cannot be changed"), "{write:?} by {who}: {refusal}");
         }
-        // What is no part of the spec is the editor's, and so is a request for a foreign issuer.
+        // The editor can change fields outside of the spec, and requests for other issuers.
         editor.cluster.try_set(write, &path, &["metadata", "annotations", "example.com/note"], &json!("mine")).await.unwrap();
         let other = json!({"name": "other", "kind": "Issuer", "group": "cert-manager.io"});
         editor.cluster.try_set(write, &path, &["spec", "issuerRef"], &other).await.unwrap();
         assert!(cluster.get(&path).await["status"]["certificate"].is_null());
     }
 
-    // A client that writes a request back in its own notation changes nothing.
+    // A client that writes a request back in another notation changes nothing.
     let own = Ask::of(&agent, &victim).in_namespace(&shop).spec("duration", json!("86400s")).spec("isCA", json!(false));
     let own = own.create(&agent).await.unwrap();
     let mut spec = cluster.get(&own).await["spec"].clone();
@@ -49,7 +50,8 @@ async fn an_approved_request_is_not_changed_into_one_for_a_guarded_issuer() {
     spec.as_object_mut().unwrap().remove("isCA");
     cluster.try_set(Write::Update, &own, &["spec"], &spec).await.unwrap();
 
-    // Neither may a request for the mesh's issuer become another one, approved or not: it was judged as it was.
+    // A request for the mesh's issuer cannot become one for another issuer either, approved or not: the decision was about its original
+    // spec.
     for write in Write::ALL {
         let usages = json!(["cert sign"]);
         for (field, value) in [("issuerRef", none.clone()), ("duration", json!("8760h")), ("isCA", json!(true)), ("usages", usages)] {
@@ -59,7 +61,7 @@ async fn an_approved_request_is_not_changed_into_one_for_a_guarded_issuer() {
     }
 }
 
-/// Who holds every right but the named ones still decides nothing; the approver and the members of the break-glass group do.
+/// An account with all verbs by a wildcard decides nothing; the approver and the members of the break-glass group do.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn only_named_accounts_decide_about_a_guarded_issuer() {
     let world = World::start(GUARDED).await;
@@ -73,7 +75,7 @@ async fn only_named_accounts_decide_about_a_guarded_issuer() {
     let ask = |namespace: &str| Ask::of(&agent, &pod).in_namespace(namespace);
     grant_all_by_wildcards(cluster, "mallory").await;
     let mallory = world.impersonate("mallory", &[]).await;
-    // As docs/runbook.md has it: an administrator in the name of that group.
+    // As in docs/runbook.md: an administrator impersonates a member of that group.
     let break_glass = world.impersonate("jane", &["sds-agent:break-glass"]).await;
 
     let own = [Write::MergePatch, Write::Update].map(|write| (NAMESPACE, write));
@@ -87,7 +89,7 @@ async fn only_named_accounts_decide_about_a_guarded_issuer() {
                 assert!(refusal.contains("only the approver may change the conditions"), "{kind} by {who}, {write:?}: {refusal}");
             }
         }
-        // Conditions that are not decisions are not the policy's.
+        // The policy does not restrict conditions that are not decisions.
         let note = json!([{"type": "Note", "status": "True", "reason": "Noted"}]);
         mallory.try_set(write, &status, &["status", "conditions"], &note).await.unwrap();
         break_glass.try_set(write, &status, &["status", "conditions"], &decision("Approved")).await.unwrap();
@@ -95,19 +97,19 @@ async fn only_named_accounts_decide_about_a_guarded_issuer() {
         let request = issued(cluster, &path).await;
         assert_eq!(condition(&request, "Approved").unwrap()["reason"], "ByHand", "{write:?}");
 
-        // Nor is a decision taken back or reworded.
+        // A decision can be neither removed nor changed.
         let conditions = request["status"]["conditions"].as_array().unwrap();
         let others: Vec<_> = conditions.iter().filter(|c| c["type"] != "Approved").cloned().collect();
         let reworded = json!([{"type": "Approved", "status": "True", "reason": "cert-manager.io", "message": "approved"}]);
         let changes = [("taken back", json!(others)), ("reworded", reworded)];
-        // To apply less than before takes away only what the same manager has applied.
+        // A server-side apply with fewer fields removes only fields of the same manager.
         for (what, conditions) in changes.into_iter().filter(|(what, _)| write != Write::Apply || *what != "taken back") {
             let refusal = refused(mallory.try_set(write, &status, &["status", "conditions"], &conditions).await, what);
             assert!(refusal.contains("only the approver may change the conditions"), "{what}, {write:?}: {refusal}");
         }
     }
 
-    // In other words that mean the same to cert-manager, which writes all conditions back in its own.
+    // Other notations with the same meaning: cert-manager writes all conditions back in its own notation.
     for (field, value) in [("message", json!("")), ("lastTransitionTime", json!("2026-01-02T04:04:05+01:00"))] {
         let path = ask(&shop).create(&agent).await.unwrap();
         let mut conditions = decision("Approved");
@@ -121,7 +123,8 @@ async fn only_named_accounts_decide_about_a_guarded_issuer() {
     assert_eq!(condition(&issued(cluster, &path).await, "Approved").unwrap()["reason"], "approver.sds-agent.io");
 }
 
-/// cert-manager's own approver may approve every signer, and the webhook that would ask is switched off: the policy refuses it.
+/// cert-manager's own approver has permission for every signer, and the webhook that would check it is disabled: the policy rejects its
+/// approval.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn cert_managers_own_approver_does_not_decide_about_a_guarded_issuer() {
     let world = World::start(&["--audit"]).await;
@@ -148,7 +151,7 @@ fn decision(kind: &str) -> Value {
     json!([{"type": kind, "status": "True", "reason": "ByHand", "message": "looked at", "lastTransitionTime": time}])
 }
 
-/// Gives `user` all verbs on requests, their status and every signer, and on everything else the verbs that count, spelled out.
+/// Grants `user` all verbs on requests, their status and every signer by wildcards, and on everything else the relevant verbs explicitly.
 async fn grant_all_by_wildcards(cluster: &Cluster, user: &str) {
     let rbac = "/apis/rbac.authorization.k8s.io/v1";
     let rules = json!([
@@ -164,10 +167,10 @@ async fn grant_all_by_wildcards(cluster: &Cluster, user: &str) {
     cluster.create(&format!("{rbac}/clusterrolebindings"), &binding).await;
 }
 
-/// The words of a policy's refusal.
+/// The message of a policy's rejection.
 fn refused(answer: kube::Result<Value>, what: &str) -> String {
     match answer {
         Err(kube::Error::Api(status)) if status.code == 403 || status.code == 422 => status.message.clone(),
-        other => panic!("{what} was not refused: {other:?}"),
+        other => panic!("{what} was not rejected: {other:?}"),
     }
 }

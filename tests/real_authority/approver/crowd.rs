@@ -1,4 +1,4 @@
-//! A cluster with many pods: what the approver needs for them.
+//! The approver's memory in a cluster with many pods.
 
 use test_harness::{
     ask::{Ask, condition},
@@ -7,17 +7,17 @@ use test_harness::{
     world::{PATIENCE, World, list_pods_again, pod_pages},
 };
 
-/// Pods of the cluster, as `tests/controlplane` makes them, and their least size in bytes: as the API server sends one, and of its managed
-/// fields alone.
+/// Number of pods, as `tests/controlplane` creates them, and their minimum size in bytes: of a whole pod as the API server sends it, and
+/// of its managed fields alone.
 const PODS: usize = 10_000;
 const POD_BYTES: usize = 10_000;
 const MANAGED_BYTES: usize = 4_000;
-/// How often they fit the memory limit of the Deployment.
+/// The memory limit of the Deployment must be at least this multiple of the approver's peak.
 const TIMES: u64 = 3;
-/// Nobody else approves, and nobody signs.
+/// No other approver and no signer runs.
 const WITHOUT: &str = "*,-certificaterequests-approver,-certificaterequests-issuer-ca";
 
-/// At the start, and once more when all is listed again, into a heap that is in pieces.
+/// Measured at the start, and again after a second list of all pods with a fragmented heap.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn ten_thousand_pods_fit_the_shipped_limit_three_times() {
     let world = World::start(&["--controllers", WITHOUT, "--pods", &PODS.to_string()]).await;

@@ -1,6 +1,6 @@
-//! The approver under load: many requests at once, by one replica and by several.
+//! The approver under load: many requests at once, with one replica and with several.
 //!
-//! The limits are counts, and times of one run against each other: none depends on how fast the machine is.
+//! The limits are counts, or ratios of times of one run: none depends on the speed of the machine.
 
 use std::{
     collections::BTreeSet,
@@ -17,16 +17,17 @@ use test_harness::{
     world::{Actor, NAMESPACE, PATIENCE, World},
 };
 
-/// Nodes that ask at once.
+/// Number of nodes that create requests.
 const NODES: usize = 4;
-/// Requests that are created at once.
+/// Number of requests that are created concurrently.
 const CREATORS: usize = 16;
-/// Requests of a backlog.
+/// Number of requests in a backlog.
 const BACKLOG: usize = 80;
-/// What cert-manager's webhook may ask for an approval, or in a second: its client asks five.
+/// Maximum number of reviews that cert-manager's webhook makes per approval, or per second: its client is limited to five per second.
 const REVIEWS_PER_APPROVAL: f64 = 0.4;
 const REVIEWS_PER_SECOND: f64 = 4.0;
-/// A decision may take so long after the one that decides was killed: the patience of another, and time to write on a busy machine.
+/// Limit for the first decision after the deciding replica was killed: the lease timeout of another one, and time to write on a busy
+/// machine.
 const TAKEOVER: Duration = Duration::from_secs(10);
 
 /// A node's agent, and a pod of the node.
@@ -40,7 +41,7 @@ struct Load {
     nodes: Vec<Asking>,
 }
 
-/// What a backlog has cost.
+/// The cost of a backlog.
 struct Cost {
     approvals: usize,
     took: Duration,
@@ -48,7 +49,7 @@ struct Cost {
 }
 
 impl Load {
-    /// A cluster in which nobody else approves, and nobody signs: what is measured is the approver.
+    /// Starts a cluster without another approver and without a signer, so that only the approver is measured.
     async fn start() -> Self {
         let without = "*,-certificaterequests-approver,-certificaterequests-issuer-ca";
         let world = World::start(&["--controllers", without, "--audit"]).await;
@@ -63,14 +64,14 @@ impl Load {
         Self { world, nodes }
     }
 
-    /// Creates so many requests, of the nodes in turn, as many at once as `creators`.
+    /// Creates `count` requests, of the nodes in turn, `creators` at a time.
     async fn ask(&self, count: usize, creators: usize) -> Vec<String> {
         let asks = stream::iter(self.nodes.iter().cycle().take(count))
             .map(async |Asking { agent, pod }| Ask::of(agent, pod).create(agent).await.expect("a request is created"));
         asks.buffer_unordered(creators).collect().await
     }
 
-    /// Waits until all of these are approved.
+    /// Waits until all of these requests are approved.
     async fn approved(&self, paths: &[String]) {
         let mut open: BTreeSet<&str> = paths.iter().map(|path| path.rsplit('/').next().expect("a name")).collect();
         let list = format!("/apis/cert-manager.io/v1/namespaces/{NAMESPACE}/certificaterequests");
@@ -87,7 +88,7 @@ impl Load {
         .await;
     }
 
-    /// Questions that cert-manager's webhook has asked so far.
+    /// The number of reviews that cert-manager's webhook has requested so far.
     fn reviews(&self) -> usize {
         let asked = self.world.audit().into_iter().filter(|line| line["objectRef"]["resource"] == "subjectaccessreviews");
         asked.filter(|line| line["user"]["username"] == "system:serviceaccount:cert-manager:cert-manager-webhook").count()
@@ -102,7 +103,7 @@ impl Load {
 }
 
 impl Cost {
-    /// That the webhook's client is not what the approvals wait for.
+    /// Asserts that the approvals do not wait for the webhook's client.
     fn assert_few_reviews(&self, when: &str) {
         let reviews = f64::from(u32::try_from(self.reviews).expect("few"));
         let (each, a_second) = (reviews / self.approvals as f64, reviews / self.took.as_secs_f64());
@@ -111,7 +112,7 @@ impl Cost {
     }
 }
 
-/// Decisions of this replica that came too late, and all that it has written.
+/// Conflicting writes of this replica, and all its writes.
 async fn conflicts(replica: &Agent) -> (f64, f64) {
     let patches = async |labels: &[&str]| replica.metric_of("sds_agent_kube_requests_total", labels).await;
     (patches(&["verb=\"patch\"", "code=\"409\""]).await, patches(&["verb=\"patch\""]).await)
@@ -121,13 +122,13 @@ async fn decides(replica: &Agent) -> bool {
     replica.metric("sds_agent_approver_active").await > 0.5
 }
 
-/// The causes by which it began to decide, as its log tells.
+/// The causes for which it began to decide, according to its log.
 fn causes(replica: &Agent) -> Vec<String> {
     let lines = replica.log().into_iter().filter(|line| line["message"] == "this replica decides now");
     lines.map(|line| line["cause"].as_str().expect("a cause").to_owned()).collect()
 }
 
-/// One control plane for all of it: its start takes longer than each of the parts.
+/// All parts share one control plane, because its start takes longer than each of them.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn many_requests_are_decided_quickly_by_one_replica_and_by_several() {
     let load = Load::start().await;
@@ -138,7 +139,7 @@ async fn many_requests_are_decided_quickly_by_one_replica_and_by_several() {
     a_replica_that_is_rolled_over_leaves_no_gap(&load, second).await;
 }
 
-/// Each request alone waits for its own creation, too: many at once take less time for each.
+/// A single request waits for its own creation too: with many at once, the time per request is shorter.
 async fn a_backlog_is_decided_as_fast_as_one_after_another(load: &Load) {
     const ALONE: usize = BACKLOG / 4;
     let start = Instant::now();
@@ -150,7 +151,7 @@ async fn a_backlog_is_decided_as_fast_as_one_after_another(load: &Load) {
     let at_once = cost.took / u32::try_from(BACKLOG).expect("few");
     println!("figure: an approval takes {alone:?} alone, {at_once:?} of {BACKLOG} at once");
     cost.assert_few_reviews("one replica");
-    // A backlog that waits for the webhook's client takes several times as long; creating it takes its share, too.
+    // A backlog that waits for the webhook's client takes several times as long. The limit leaves room for the creation of the requests.
     assert!(at_once <= 2 * alone, "alone {alone:?}, of many {at_once:?}");
 }
 
@@ -168,7 +169,7 @@ async fn two_replicas_do_not_fight(load: &Load, first: &Agent) -> Agent {
     second
 }
 
-/// It is killed with requests open, and its pod stays as it is: the kubelet will start it again, some time.
+/// The replica is killed with requests open. Its pod stays unchanged, because the kubelet restarts it later.
 async fn a_replica_that_is_killed_is_replaced_within_seconds(load: &Load, first: Agent, second: &Agent) {
     let paths = load.ask(BACKLOG / 2, CREATORS).await;
     first.kill().await;
@@ -178,11 +179,11 @@ async fn a_replica_that_is_killed_is_replaced_within_seconds(load: &Load, first:
     load.approved(&paths).await;
     println!("figure: another replica decides {waited:?} after the first one was killed");
     assert_eq!(causes(second), ["no other replica decided"]);
-    // What a controller does about a pod that does not come back.
+    // A controller deletes a pod that does not come back.
     load.world.cluster.delete_now(&format!("/api/v1/namespaces/{NAMESPACE}/pods/approver-0")).await;
 }
 
-/// As a rollout does it: a new pod, and then the end of the old one, first in the API and then of its process.
+/// As in a rollout: a new pod starts, then the old one ends, first in the API and then its process.
 async fn a_replica_that_is_rolled_over_leaves_no_gap(load: &Load, mut old: Agent) {
     let new = load.world.approver("approver-2", "24h").await;
     assert!(decides(&old).await && !decides(&new).await);

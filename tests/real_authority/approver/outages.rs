@@ -1,4 +1,4 @@
-//! Rights that are taken away, agents that are killed, and agents that overlap.
+//! Revoked permissions, killed agents, and agents that overlap.
 
 use serde_json::json;
 use test_harness::{
@@ -29,8 +29,8 @@ async fn a_right_that_is_revoked_is_reported_and_waited_for() {
         assert!(fewer.len() < rules.as_array().unwrap().len());
         let errors = approver.metric("sds_agent_approver_errors_total").await;
         world.cluster.patch(role, &json!({"rules": fewer})).await;
-        // The authorizer learns of it a moment later: until then requests are decided.
-        let waiting = eventually("requests are not decided any more", PATIENCE, async || {
+        // The authorizer sees the change later: until then requests are decided.
+        let waiting = eventually("requests are no longer decided", PATIENCE, async || {
             let paths = [Ask::of(&agent, &here).create(&agent).await.unwrap(), Ask::of(&agent, &there).create(&agent).await.unwrap()];
             tokio::time::sleep(std::time::Duration::from_secs(1)).await;
             let open = world.cluster.get(&paths[1]).await["status"]["conditions"].is_null();
@@ -53,7 +53,7 @@ async fn a_right_that_is_revoked_is_reported_and_waited_for() {
     }
 }
 
-/// Nobody approves: the agent is killed while it waits, and its successor in the same pod takes away what it left.
+/// No approver runs. The agent is killed while it waits, and its successor in the same pod deletes the request that it left.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_agent_that_is_killed_between_create_and_issue_leaves_nothing() {
     let world = World::start(GUARDED).await;
@@ -78,7 +78,7 @@ async fn an_agent_that_is_killed_between_create_and_issue_leaves_nothing() {
     assert!(agent.metric("sds_agent_orphaned_requests_deleted_total").await > 0.5);
 }
 
-/// A rolling update with a surge: two agents on a node, each with a request that waits. What a dead agent left is swept, and that alone.
+/// A rolling update with a surge: two agents on a node, each with a waiting request. Only requests of an ended agent are swept.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn two_agents_on_a_node_never_delete_each_others_requests() {
     let world = World::start(GUARDED).await;
@@ -89,7 +89,7 @@ async fn two_agents_on_a_node_never_delete_each_others_requests() {
         [Workload::of(world.cluster.pod(&shop, "app-0", &node).await), Workload::of(world.cluster.pod(&shop, "app-1", &node).await)];
     let (mut agents, mut streams, mut live) = (Vec::new(), Vec::new(), Vec::<String>::new());
     for (n, workload) in workloads.iter().enumerate() {
-        // It marks the sweep: an agent's pod that is gone has left it.
+        // This request shows that the sweep has run: its agent's pod has been deleted.
         let ghost = world.actor(&format!("ghost-{n}"), "sds-agent", &node).await;
         let mut ask = Ask::of(&ghost, &workload.pod);
         ask.object["metadata"]["labels"]["sds-agent.io/agent-uid"] = json!(ghost.pod.uid);
@@ -104,7 +104,7 @@ async fn two_agents_on_a_node_never_delete_each_others_requests() {
             if requests.contains(&orphan) { Err(format!("{requests:?}")) } else { Ok(()) }
         })
         .await;
-        assert_eq!(world.requests(NAMESPACE).await, live, "the sweep took what was alive");
+        assert_eq!(world.requests(NAMESPACE).await, live, "the sweep deleted requests of running agents");
         streams.push(workload.watch(agent.socket()));
         agents.push(agent);
         live = eventually("a request of each agent", PATIENCE, async || {

@@ -1,4 +1,5 @@
-//! The policy without an approver: cert-manager's own approves whatever gets as far as it, where it is named as the approver.
+//! The policy without an approver: cert-manager's own approver approves every request that the policy accepts, where it is named as the
+//! approver.
 
 use serde_json::{Value, json};
 use test_harness::{
@@ -18,7 +19,7 @@ async fn the_policy_alone_stops_what_it_is_there_for() {
     let shop = cluster.namespace().await;
     let pod = cluster.pod(&shop, "app", &a).await;
     let good = || Ask::of(&agent, &pod);
-    // Without the policy, all of it goes through.
+    // Without the policy, all of these requests are signed.
     issued(cluster, &good().label(&b).create(&agent).await.unwrap()).await;
     world.install_policy().await;
     world.let_cert_manager_approve().await;
@@ -49,7 +50,7 @@ async fn the_policy_alone_stops_what_it_is_there_for() {
     let refusal = good().refused(&unbound).await;
     assert!(refusal.contains("the agent's token names no node"), "{refusal}");
 
-    // A label cannot hold every node's name, and its digest cannot be computed here: the annotation is what counts.
+    // A label cannot hold the name of every node, and CEL cannot compute its digest: the annotation counts.
     let long = format!("{}.{}", "n".repeat(60), "m".repeat(40));
     cluster.create("/api/v1/nodes", &json!({"metadata": {"name": long, "labels": labels()}})).await;
     let far = world.actor("agent-far", "sds-agent", &long).await;
@@ -63,7 +64,7 @@ async fn the_policy_alone_stops_what_it_is_there_for() {
     }
     ask(digest).create(&far).await.unwrap();
 
-    // Everybody else is kept from the mesh's issuer, and from no other.
+    // Other accounts cannot use the mesh's issuer, and can use every other one.
     for namespace in [NAMESPACE, &shop] {
         let editor = world.editor(namespace).await;
         let ask = good().in_namespace(namespace);
@@ -73,11 +74,11 @@ async fn the_policy_alone_stops_what_it_is_there_for() {
     }
     assert!(good().refused_in(cluster).await.contains("only sds-agent may ask"));
 
-    // What agents really ask goes through, to the end.
+    // The requests that agents really make are signed.
     let path = good().create(&agent).await.unwrap();
     issued(cluster, &path).await;
 
-    // An agent deletes what agents of its node have made, and nothing else.
+    // An agent can delete requests that agents of its node have made, and no others.
     let refusal = neighbour.cluster.try_delete(&path).await.unwrap_err().to_string();
     assert!(refusal.contains("an agent may delete only requests that an agent of its own node has made"), "{refusal}");
     let of_an_editor = world.requests(NAMESPACE).await;
@@ -109,14 +110,14 @@ async fn the_garbage_collector_and_the_end_of_a_namespace_pass_the_policy() {
     Ask::of(&agent, &pod).in_namespace(&shop).spec("issuerRef", other).create(&editor).await.unwrap();
 
     cluster.delete(&agent.pod.path()).await;
-    eventually("the collector takes the request of the agent that is gone", PATIENCE, async || match cluster.try_get(&owned).await {
+    eventually("the collector deletes the request of the agent that has ended", PATIENCE, async || match cluster.try_get(&owned).await {
         Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
         other => Err(format!("{other:?}")),
     })
     .await;
     let path = format!("/api/v1/namespaces/{shop}");
     cluster.delete(&path).await;
-    eventually("the namespace is gone", PATIENCE, async || match cluster.try_get(&path).await {
+    eventually("the namespace is deleted", PATIENCE, async || match cluster.try_get(&path).await {
         Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
         other => Err(format!("{other:?}")),
     })

@@ -1,4 +1,4 @@
-//! Agents, approver and policy together: what is there for everybody else still works.
+//! Agents, approver and policy together: agents and other accounts keep working.
 
 use std::time::{Duration, Instant};
 
@@ -15,7 +15,7 @@ const DECISIONS: &str = "sds_agent_approver_decisions_total";
 const APPROVED: &str = "decision=\"approved\"";
 const DENIED: &str = "decision=\"denied\"";
 
-/// The whole way, with the rights of `daemonset/` alone; and that a certificate costs the agent two writes.
+/// The whole path with only the permissions of `daemonset/`. A certificate costs the agent two writes.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn pods_of_two_nodes_get_their_certificates_by_two_writes_each() {
     const PODS: usize = 6;
@@ -23,7 +23,7 @@ async fn pods_of_two_nodes_get_their_certificates_by_two_writes_each() {
     world.install_policy().await;
     let approver = world.approver("approver-0", "1h").await;
     let shop = world.cluster.namespace().await;
-    // What came before is not the agents'.
+    // Writes of other accounts before are not counted.
     let writes = |world: &World| -> Vec<String> {
         let lines = world.audit().into_iter().filter(|line| line["user"]["username"] == AGENT);
         let lines = lines.filter(|line| line["objectRef"]["resource"] == "certificaterequests");
@@ -63,7 +63,8 @@ async fn pods_of_two_nodes_get_their_certificates_by_two_writes_each() {
     println!("figure: from a request's first sight to the written approval: {:.1} ms on average of {count}", sum / count * 1000.0);
 }
 
-/// The agent and the approver read different configurations for a while, as in a rollout: it is told which, and goes on by itself.
+/// The agent and the approver have different configurations, as during a rollout. The log names the difference, and the request is
+/// approved without intervention once they agree.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_rollout_that_changes_the_configuration_is_waited_out() {
     let world = World::start(GUARDED).await;
@@ -78,15 +79,15 @@ async fn a_rollout_that_changes_the_configuration_is_waited_out() {
     };
     let line = agent.logs("the mismatch", PATIENCE, cause).await;
     let expected =
-        "the duration is \"3600s\", and by the approver's profile default \"7200s\": give agents and approver the same configuration";
+        "the duration is \"3600s\", and the approver's profile default requires \"7200s\": give agents and approver the same configuration";
     assert!(line["cause"].as_str().unwrap().contains(expected), "{line}");
     drop(old);
     let _new = world.approver("approver-new", "1h").await;
     assert_eq!(stream.update(1, PATIENCE).await["spiffe_id"], workload.id());
 }
 
-/// Lifetime and profile change, once with the approver ahead of the agent and once behind it: it goes on by itself, and nobody is denied.
-/// After the overlap only the new configuration counts.
+/// Lifetime and profile change, once with the approver first and once with the agent first. Requests are approved without intervention
+/// and none is denied. After the overlap only the new configuration counts.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_change_of_the_configuration_denies_nobody_in_either_order() {
     const OVERLAP: Duration = Duration::from_secs(40);
@@ -103,13 +104,13 @@ async fn a_change_of_the_configuration_denies_nobody_in_either_order() {
         })
         .await;
     };
-    // The agent is restarted with a configuration, as long as the live change of one is not what is tested.
+    // The test restarts the agent with each configuration, because the live change is not under test here.
     let run = async |lifetime: &str, key: &str| world.agent(&actor, &format!("{lifetime}, key: {key}")).await.start().await;
     let first = run("1h", "ecdsa-p256").await;
     let workload = app("before").await;
     assert_eq!(workload.fetch(&first).await["spiffe_id"], workload.id());
 
-    // The approver is ahead: of an agent that is as it was, and of one that follows.
+    // The approver is first: with an agent that has the previous configuration, and then with one that has the new one.
     mounted.publish(&mounted.text.replace("lifetime: 1h", "lifetime: 2h"));
     reloaded(&approver, 1.0).await;
     let workload = app("behind").await;
@@ -122,7 +123,7 @@ async fn a_change_of_the_configuration_denies_nobody_in_either_order() {
     assert_eq!(workload.fetch(&second).await["spiffe_id"], workload.id());
     second.kill().await;
 
-    // The agent is ahead: its request waits until the approver has the file, too, and no longer.
+    // The agent is first: its request waits only until the approver has the file too.
     let third = run("3h", "rsa-2048").await;
     let workload = app("ahead").await;
     let stream = workload.watch(third.socket());
@@ -140,7 +141,7 @@ async fn a_change_of_the_configuration_denies_nobody_in_either_order() {
     assert_eq!(approver.counted(DECISIONS, &[APPROVED], 4.0).await, 4.0);
     assert_eq!(approver.metric_of(DECISIONS, &[DENIED]).await, 0.0);
 
-    // After the overlap the former files are forgotten.
+    // After the overlap the previous files do not count.
     third.kill().await;
     tokio::time::sleep(OVERLAP).await;
     let late = run("2h", "ecdsa-p256").await;
@@ -150,7 +151,7 @@ async fn a_change_of_the_configuration_denies_nobody_in_either_order() {
     approver.counted(DECISIONS, &[DENIED], 1.0).await;
 }
 
-/// The pod that stands for a shared identity goes before the approval: a sibling stands in at once.
+/// The pod that represents a shared identity ends before the approval: another pod of the identity replaces it at once.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_sibling_stands_in_for_a_pod_that_went_before_the_approval() {
     let world = World::start(GUARDED).await;
@@ -170,7 +171,7 @@ async fn a_sibling_stands_in_for_a_pod_that_went_before_the_approval() {
     .await;
     let Pod { name, .. } = &first.pod;
     world.cluster.delete(&first.pod.path()).await;
-    eventually("the pod is gone", PATIENCE, async || match world.cluster.try_get(&first.pod.path()).await {
+    eventually("the pod is deleted", PATIENCE, async || match world.cluster.try_get(&first.pod.path()).await {
         Err(_) => Ok(()),
         Ok(_) => Err(name.clone()),
     })
@@ -178,7 +179,7 @@ async fn a_sibling_stands_in_for_a_pod_that_went_before_the_approval() {
     let approver = world.approver("approver-0", "1h").await;
     assert_eq!(stream.update(1, PATIENCE).await["spiffe_id"], sibling.id());
     let gone = approver.metric_of(DECISIONS, &["reason=\"PodGone\""]).await;
-    // The agent may have withdrawn the request by itself when the pod went.
+    // The agent may have deleted the request itself when the pod ended.
     assert!(gone < 1.5, "{gone}");
     println!("figure: {request}: denied {gone} times before the sibling's was approved");
 }

@@ -1,4 +1,4 @@
-//! Issuers that are not there, not what their reference says, or of a type that cannot serve.
+//! Issuers that do not exist, that differ from their reference, or that have an unsupported type.
 
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ use test_harness::{
 use super::{HASTY, failure, failures};
 
 const CERT_MANAGER: &str = "/apis/cert-manager.io/v1";
-/// Only another configuration helps: the wait is of minutes, in seconds.
+/// Minimum wait in seconds after a failure that only another configuration fixes.
 const LONG: u64 = 200;
 
 /// A workload that waits for a certificate of an issuer that cannot serve. Its process ends before its cgroup does.
@@ -25,11 +25,11 @@ struct Waiting {
 }
 
 impl Waiting {
-    /// `issuer` is the reference in the agent's configuration; `words` must be in the cause.
+    /// `issuer` is the reference in the agent's configuration. The cause must contain `words`.
     async fn for_issuer(scene: Scene, issuer: &str, words: &[&str]) -> Self {
         let mut scene = scene;
         issuer.clone_into(&mut scene.agent_pod.issuer);
-        // It may look at issuers of either kind, so that it can tell one from the other.
+        // The agent can read issuers of both kinds, so that it can distinguish them.
         scene.agent_pod.allow(Right::Issuers, &["get"]).await;
         let agent = scene.agent_pod.launch(scene.dir.path(), HASTY).start().await;
         let workload = scene.workload("app").await;
@@ -38,30 +38,31 @@ impl Waiting {
         let cause = failure(&agent, &workload.id(), PATIENCE).await;
         assert!(words.iter().all(|word| cause.contains(word)), "{issuer}: {cause}");
         let at_start: Vec<_> = agent.log().into_iter().filter(|line| line["level"] == "ERROR").collect();
-        assert!(at_start.len() == 1 && at_start[0]["cause"] == *cause, "{issuer}: not told once at the start: {at_start:?}");
+        assert!(at_start.len() == 1 && at_start[0]["cause"] == *cause, "{issuer}: not logged once at the start: {at_start:?}");
 
         let waiting = Self { stream, workload, agent, scene };
         waiting.assert_held().await;
         waiting
     }
 
-    /// Nothing is asked of cert-manager, and the client waits in its stream; one that cannot wait is told so.
+    /// Asserts that the agent makes no request and that the client waits in its stream. A client with a short timeout gets an error that
+    /// says so.
     async fn assert_held(&self) {
         let refusal = self.workload.refusal(&self.agent, "500ms").await;
         assert_eq!(refusal.code, 69, "{refusal:?}");
         assert!(refusal.words.contains("the certificate is being issued"), "{refusal:?}");
         assert!(self.stream.updates().is_empty());
         self.stream.assert_undisturbed();
-        assert!(self.scene.requests().await.is_empty(), "a request was made in vain");
+        assert!(self.scene.requests().await.is_empty(), "a request was made");
     }
 
-    /// One line for each failure, and one count.
+    /// Asserts one log line and one count for each failure.
     async fn assert_told_once(&self) {
         assert_eq!(failures(&self.agent, &self.workload.id()).len(), 1);
         let counted = self.agent.metric_of("sds_agent_issuances_total", &["result=\"api_error\""]).await;
         assert!((counted - 1.0).abs() < 0.5, "counted {counted} times");
         let wait = failures(&self.agent, &self.workload.id())[0]["retry_in_seconds"].as_u64();
-        assert!(wait.is_some_and(|wait| wait > LONG), "asked again after {wait:?} s");
+        assert!(wait.is_some_and(|wait| wait > LONG), "retried after {wait:?} s");
     }
 }
 
@@ -97,7 +98,7 @@ async fn a_name_of_the_other_kind_is_told_with_the_kind() {
     other.assert_told_once().await;
 }
 
-/// It may be created later than the agents are, so it is looked for again soon.
+/// An operator can create the issuer after the agents started, so the agent checks again soon.
 #[tokio::test]
 async fn an_issuer_that_comes_later_serves_who_has_waited() {
     let cluster = Cluster::connect().await;
@@ -111,10 +112,10 @@ async fn an_issuer_that_comes_later_serves_who_has_waited() {
     let counted = waiting.agent.metric_of("sds_agent_issuances_total", &["result=\"api_error\""]).await;
     #[expect(clippy::cast_precision_loss, reason = "a few")]
     let same = (counted - told as f64).abs() < 0.5;
-    assert!(same, "{told} told, {counted} counted");
+    assert!(same, "{told} logged, {counted} counted");
 }
 
-/// What can be known without a cluster is an error of the configuration, before anything else happens.
+/// An error that is visible without a cluster is an error of the configuration, before anything else happens.
 #[tokio::test]
 async fn an_unknown_kind_is_a_mistake_of_the_configuration() {
     let cluster = Cluster::connect().await;
@@ -130,7 +131,7 @@ async fn an_unknown_kind_is_a_mistake_of_the_configuration() {
     assert!(!launch.socket().exists());
 }
 
-/// An Issuer on a copy of the private CA, in the agent's own namespace.
+/// Creates an Issuer with a copy of the private CA in the agent's namespace.
 async fn create_issuer(scene: &Scene, name: &str) {
     let (certificate, key) = scene.cluster.authority_with_key().await;
     let namespace = &scene.agent_pod.pod.namespace;

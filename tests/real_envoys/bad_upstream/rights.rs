@@ -1,4 +1,4 @@
-//! Rights that the agent lacks, or loses and gets back.
+//! Permissions that the agent does not have, or that are revoked and granted again.
 
 use test_harness::{
     agent_pod::Right,
@@ -40,7 +40,8 @@ async fn a_right_that_is_taken_and_given_back_costs_nobody_a_certificate() {
     [stream, waiting].iter().for_each(test_harness::scene::Stream::assert_undisturbed);
 }
 
-/// Lists show what a watch would, so that the agent serves all the same, slowly; it says what it lacks, and does not ask all the time.
+/// Lists show the same objects as the watch, so the agent still serves, slowly. It logs the missing permission once and retries less and
+/// less often.
 #[tokio::test]
 async fn a_watch_that_is_forbidden_is_told_once_and_asked_for_ever_less() {
     let cluster = Cluster::connect().await;
@@ -61,7 +62,7 @@ async fn a_watch_that_is_forbidden_is_told_once_and_asked_for_ever_less() {
     })
     .await;
     let told = agent.log().iter().filter(|line| about(line, "the watch ")).count();
-    assert_eq!(told, 1, "the same trouble is told again and again");
+    assert_eq!(told, 1, "the same failure is logged repeatedly");
 
     assert!(agent.metric_of("sds_agent_watch_restarts_total", &["reason=\"start_failed\""]).await > 3.5);
 
@@ -69,7 +70,7 @@ async fn a_watch_that_is_forbidden_is_told_once_and_asked_for_ever_less() {
     let stream = workload.watch(agent.socket());
     stream.update(1, PATIENCE).await;
     scene.agent_pod.allow(Right::Requests, &["create", "get", "list", "watch", "delete"]).await;
-    // What the watch shows proves that it works: the next certificate.
+    // The next certificate comes by the watch and so proves that it works.
     stream.update(2, PATIENCE).await;
     agent.logs("the watch that works", PATIENCE, |line| about(line, "the watch works again")).await;
     stream.assert_undisturbed();
@@ -93,7 +94,7 @@ async fn an_issuer_that_may_not_be_looked_at_is_used_all_the_same() {
     assert!(failures(&agent, &workload.id()).is_empty());
 }
 
-/// Nobody can be known, so nobody is refused: the socket is open, streams are held, and the agent is not ready.
+/// The agent cannot identify callers, so it rejects none: the socket is open, streams wait, and the agent is not ready.
 #[tokio::test]
 async fn without_pods_callers_wait() {
     let cluster = Cluster::connect().await;

@@ -1,4 +1,4 @@
-//! Trust that is forbidden, missing, empty or garbage: before there was any, and after.
+//! Trust sources that are forbidden, missing, empty or garbage, before and after a first valid bundle.
 
 use serde_json::json;
 use test_harness::{
@@ -23,7 +23,7 @@ async fn a_bundle_that_goes_bad_changes_nothing() {
     let is_it = |line: &serde_json::Value| line["resource"] == "configmaps roots" && line["level"] == "WARN";
     let line = agent.logs("the ConfigMap that is forbidden", PATIENCE, is_it).await;
     assert!(line["error"].as_str().is_some_and(|error| error.contains("lacks the verb list on configmaps roots")), "{line}");
-    // A certificate that nobody could check is not served.
+    // The agent does not serve a certificate that it cannot verify.
     let (certificate, roots) = (workload.watch(agent.socket()), workload.watch_roots(agent.socket()));
     scene.agent_pod.allow(Right::Trust, &["get", "list", "watch"]).await;
     refused(&agent, 1, "the ConfigMap does not exist").await;
@@ -51,7 +51,7 @@ async fn a_bundle_that_goes_bad_changes_nothing() {
     refused(&agent, 5, "the ConfigMap has no such key").await;
     cluster.delete(&path).await;
     refused(&agent, 6, "the ConfigMap does not exist").await;
-    // Certificates go on being checked against it, and replaced.
+    // The agent still verifies and renews certificates with the last valid bundle.
     certificate.update(2, PATIENCE).await;
     assert_eq!(workload.fetch_roots(&agent).await["trusted_ca_pem"], first["trusted_ca_pem"]);
     assert_eq!(roots.updates().len(), 1, "something was pushed");
@@ -63,12 +63,12 @@ async fn a_bundle_that_goes_bad_changes_nothing() {
     [certificate, roots].iter().for_each(test_harness::scene::Stream::assert_undisturbed);
 }
 
-/// The source had nothing usable for the `count`th time; each is counted and told once, with these words.
+/// Waits until the source had no valid content for the `count`th time. Each failure is counted and logged once, with these words.
 async fn refused(agent: &Agent, count: usize, words: &str) {
     let told = || agent.log().into_iter().filter(|line| line["source"].as_str().is_some() && line["level"] == "WARN");
-    eventually(&format!("refused for the {count}th time: {words}"), PATIENCE, async || {
+    eventually(&format!("rejected for the {count}th time: {words}"), PATIENCE, async || {
         let told = told().count();
-        if told >= count { Ok(()) } else { Err(format!("told {told} times")) }
+        if told >= count { Ok(()) } else { Err(format!("logged {told} times")) }
     })
     .await;
     let told: Vec<_> = told().collect();
@@ -78,5 +78,5 @@ async fn refused(agent: &Agent, count: usize, words: &str) {
     let counted = agent.metric("sds_agent_bundles_refused_total").await;
     #[expect(clippy::cast_precision_loss, reason = "a few")]
     let same = (counted - count as f64).abs() < 0.5;
-    assert!(same, "{count} told, {counted} counted");
+    assert!(same, "{count} logged, {counted} counted");
 }

@@ -1,4 +1,4 @@
-//! An API server that is away for a while, and one without cert-manager's resources.
+//! An API server that is unavailable for some time, and one without cert-manager's resources.
 
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use test_harness::{
 
 use super::{HASTY, is_failure};
 
-/// From the API server's return to everything working: its start, and the longest pause between tries.
+/// Limit from the API server's return until everything works: its start, and the longest pause between retries.
 const RETURN: Duration = Duration::from_secs(60);
 const CRDS: &str = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions";
 
@@ -26,7 +26,7 @@ async fn a_server_that_is_away_costs_nobody_a_certificate_or_a_stream() {
     let before = early.watch(agent.socket());
     let first = before.update(1, PATIENCE).await;
 
-    // It hangs, then it is gone: what is there goes on being served, who is new waits.
+    // The API server freezes, then ends: existing certificates are still served, new callers wait.
     plane.freeze();
     assert_eq!(early.fetch(&agent).await["serial"], first["serial"]);
     let plan = plane.kill();
@@ -36,12 +36,12 @@ async fn a_server_that_is_away_costs_nobody_a_certificate_or_a_stream() {
     before.assert_undisturbed();
     agent.kill().await;
 
-    // An agent that starts meanwhile opens its socket and keeps whoever comes.
+    // An agent that starts during the outage opens its socket and holds the streams of its callers.
     let agent = launch.spawn();
     agent.logs("serving", PATIENCE, |line| line["message"] == "serving").await;
     let held = [early.watch(agent.socket()), late.watch(agent.socket())];
     let refused = |line: &Value| line["message"] == "the watch does not work; trying again" && line["resource"] == "pods";
-    let line = agent.logs("the server that is away", PATIENCE, refused).await;
+    let line = agent.logs("the unavailable server", PATIENCE, refused).await;
     assert!(line["error"].as_str().is_some_and(|error| error.contains("the connection was refused")), "{line}");
     assert_waits(&agent, &late).await;
     let state = agent.readiness().await.expect_err("it cannot be ready");
@@ -60,7 +60,7 @@ async fn a_server_that_is_away_costs_nobody_a_certificate_or_a_stream() {
     .await;
 }
 
-/// A client without patience is told to come again, and not that it will never be served.
+/// A client with a short timeout gets an error that allows a retry, and not a permanent one.
 async fn assert_waits(agent: &Agent, workload: &test_harness::scene::Workload) {
     let refusal = workload.refusal(agent, "500ms").await;
     assert_eq!(refusal.code, 69, "{refusal:?}");
@@ -83,20 +83,20 @@ async fn without_its_resources_nothing_is_issued_and_nothing_is_lost() {
     }
     let waiting = newcomer.watch(agent.socket());
     for workload in [&served, &newcomer] {
-        // While the definition is on its way out, its issuer is what is missing first.
+        // While the definition is being deleted, the first missing object is its issuer.
         let id = workload.id();
         let says = |line: &Value| {
             line["cause"]
                 .as_str()
                 .is_some_and(|c| c.contains("cert-manager's CRDs are not installed in this cluster: install cert-manager"))
         };
-        agent.logs("the missing definitions are told", RETURN, |line| is_failure(line, &id) && says(line)).await;
+        agent.logs("the missing definitions are reported", RETURN, |line| is_failure(line, &id) && says(line)).await;
     }
     assert_eq!(served.fetch(&agent).await["serial"], first["serial"]);
     assert_eq!(stream.updates().len(), 1);
     assert!(agent.metric_of("sds_agent_issuances_total", &["result=\"api_error\""]).await > 1.5);
 
-    // Another agent, of another node, that starts meanwhile.
+    // An agent of another node that starts during the outage.
     let other = Scene::new(&cluster).await;
     let starting = other.agent_pod.launch(other.dir.path(), HASTY).spawn();
     starting.logs("serving", PATIENCE, |line| line["message"] == "serving").await;

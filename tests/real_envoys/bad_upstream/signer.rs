@@ -1,4 +1,4 @@
-//! What an approver or signer may answer beside a good certificate, each to a workload of its own, all at once.
+//! The wrong answers of an approver or signer, each for a separate workload, all at the same time.
 
 use std::time::Duration;
 
@@ -15,7 +15,7 @@ use super::failures;
 
 const LIFETIME: Duration = Duration::from_secs(40);
 
-/// What is answered, how it is counted, and what the log says of it and of the way out.
+/// The workload, the answer, the label by which it is counted, and the texts in the log about the cause and the remedy.
 const CASES: [(&str, Answer, &str, [&str; 2]); 9] = [
     ("denied", Answer::Denied, "denied", ["was denied: Policy: not on my watch", "kubectl describe"]),
     ("failed", Answer::Failed, "failed", ["failed: Failed: the signer is out of ink", "kubectl describe"]),
@@ -38,7 +38,7 @@ const CASES: [(&str, Answer, &str, [&str; 2]); 9] = [
     ("nothing", Answer::Nothing, "invalid_certificate", ["the chain holds no certificate", "the issuer must return certificates in PEM"]),
 ];
 
-/// Failures that an identity must have seen before it is judged. A denial's wait is long.
+/// Number of failures of an identity before the assertions. The wait after a denial is long.
 fn enough(answer: Answer) -> usize {
     if answer == Answer::Denied { 1 } else { 2 }
 }
@@ -69,7 +69,7 @@ async fn whatever_a_signer_answers_the_good_certificate_stays() {
     for (((workload, case), stream), first) in workloads.iter().zip(CASES).zip(&streams).zip(&first) {
         assert_eq!(stream.updates().len(), 1, "{}: something was pushed", case.0);
         stream.assert_undisturbed();
-        // A client that comes again gets the good one, and does not hurry the next attempt.
+        // A client that reconnects gets the valid certificate, and does not advance the next attempt.
         assert_eq!(workload.fetch(&agent).await["serial"], first["serial"], "{}", case.0);
     }
     assert_told(&agent, &workloads).await;
@@ -88,7 +88,7 @@ async fn whatever_a_signer_answers_the_good_certificate_stays() {
     }
 }
 
-/// Each failure is one line with its cause and the way out, and one count.
+/// Asserts that each failure has one log line with its cause and remedy, and one count.
 async fn assert_told(agent: &Agent, workloads: &[Workload]) {
     for (workload, (name, _, _, words)) in workloads.iter().zip(CASES) {
         let told = failures(agent, &workload.id());
@@ -106,16 +106,16 @@ async fn assert_told(agent: &Agent, workloads: &[Workload]) {
             let told = workloads.iter().zip(CASES).filter(|(_, case)| case.2 == result).map(|(w, _)| failures(agent, &w.id()).len());
             (told.sum::<usize>(), agent.metric_of("sds_agent_issuances_total", &[&format!("result=\"{result}\"")]).await)
         };
-        eventually("what was told was counted", PATIENCE, async || {
+        eventually("every logged failure was counted", PATIENCE, async || {
             let (told, counted) = all().await;
             #[expect(clippy::cast_precision_loss, reason = "a few")]
-            if (counted - told as f64).abs() < 0.5 { Ok(()) } else { Err(format!("{result}: {told} told, {counted} counted")) }
+            if (counted - told as f64).abs() < 0.5 { Ok(()) } else { Err(format!("{result}: {told} logged, {counted} counted")) }
         })
         .await;
     }
 }
 
-/// Never at once, and after a denial not soon, though clients have come meanwhile.
+/// Asserts that no retry came at once, and none soon after a denial, although clients have connected in between.
 fn assert_backed_off(signer: &Signer, workloads: &[Workload]) {
     for (workload, (name, answer, ..)) in workloads.iter().zip(CASES) {
         let bad: Vec<_> = signer.given(&workload.id()).into_iter().filter(|given| given.answer == answer).collect();
@@ -127,7 +127,7 @@ fn assert_backed_off(signer: &Signer, workloads: &[Workload]) {
     }
 }
 
-/// Of a refusal the last request stays, readable; whatever was issued has been taken away.
+/// The last request of a failure stays for diagnosis; requests with a certificate have been deleted.
 async fn assert_one_refusal_is_left(scene: &Scene, signer: &Signer, workloads: &[Workload]) {
     eventually("only the last refusals are left", PATIENCE, async || {
         let left = scene.requests().await;
@@ -135,7 +135,7 @@ async fn assert_one_refusal_is_left(scene: &Scene, signer: &Signer, workloads: &
             let given = signer.given(&workload.id());
             let kept: Vec<_> = given.iter().filter(|given| left.contains(&given.name)).collect();
             let wanted = matches!(answer, Answer::Denied | Answer::Failed).then(|| &given.last().expect("a refusal").name);
-            // One more may be under way.
+            // One further request may be in progress.
             if kept.len() != usize::from(wanted.is_some()) || kept.first().map(|kept| &kept.name) != wanted {
                 return Err(format!("{name}: of {given:?} there are {kept:?}"));
             }

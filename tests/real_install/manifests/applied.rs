@@ -1,4 +1,4 @@
-//! Every object, as rendered, at the real API server: validated, admitted, and the same when it is applied again.
+//! The real API server validates and admits every rendered object, and a second apply changes nothing.
 
 use std::collections::BTreeSet;
 
@@ -9,7 +9,7 @@ use test_harness::{
     world::GUARDED,
 };
 
-/// What is used, all of it there in Kubernetes 1.30; ValidatingAdmissionPolicy is the youngest.
+/// The API versions in use. Kubernetes 1.30 has all of them; ValidatingAdmissionPolicy is the newest.
 const VERSIONS: [&str; 6] =
     ["admissionregistration.k8s.io/v1", "apps/v1", "policy/v1", "rbac.authorization.k8s.io/v1", "storage.k8s.io/v1", "v1"];
 
@@ -34,7 +34,7 @@ async fn nothing_newer_than_kubernetes_1_30_is_used() {
     }
 }
 
-/// Workloads keep the level that they have: with sockets of pods they need no path of the host.
+/// Workloads keep the pod security level of their namespace: with per-pod sockets they need no hostPath.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_restricted_namespace_admits_csi_and_rejects_host_path_volumes() {
     let cluster = Cluster::connect().await;

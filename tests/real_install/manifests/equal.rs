@@ -1,4 +1,4 @@
-//! The chart and kustomize: the same objects, and what values change in them.
+//! The chart and kustomize render the same objects; the chart's values change them.
 
 use std::{collections::BTreeMap, fs, time::Duration};
 
@@ -9,7 +9,7 @@ use test_harness::{
     tools,
 };
 
-/// By kind, namespace and name; the configuration as what it says, not how it is written.
+/// The objects by kind, namespace and name. The configuration is parsed, so that its notation does not matter.
 fn by_name(objects: Vec<Value>) -> BTreeMap<String, Value> {
     let count = objects.len();
     let named = objects.into_iter().map(|mut object| {
@@ -66,11 +66,11 @@ async fn the_chart_without_an_approver_is_the_same_without_its_objects() {
         objects.retain(|object| !by_name(vec![object.clone()]).keys().all(|name| own.contains(name)));
         objects
     };
-    // cert-manager's own approver decides then, and the policy lets it.
+    // Then cert-manager's own approver decides, and the policy allows it.
     let mut made = helm(NAMESPACE, &["--set", "approver.enabled=false"]).await;
     assert_eq!(approvals(&mut made), ["system:serviceaccount:cert-manager:cert-manager"]);
     assert_same(made, without(&names(&["rbac", "deployment"])).await, "without approver");
-    // Or another one, if the values say so.
+    // The values can name another approver.
     let named = r#"policy.approvers=["system:serviceaccount:approvers:policy","jane"]"#;
     let mut made = helm(NAMESPACE, &["--set", "approver.enabled=false", "--set-json", named]).await;
     assert_eq!(approvals(&mut made), ["system:serviceaccount:approvers:policy", "jane"]);
@@ -81,7 +81,7 @@ async fn the_chart_without_an_approver_is_the_same_without_its_objects() {
     assert_same(helm(NAMESPACE, &["--set", "policy.enabled=false"]).await, without(&names(&["policy"])).await, "without policies");
 }
 
-/// The names of the accounts that may approve beside the approver; takes the objects that say so away.
+/// The names of the accounts that can approve besides the approver. Removes the objects that grant this.
 fn approvals(objects: &mut Vec<Value>) -> Vec<String> {
     let binding = named(objects, "ClusterRoleBinding", "sds-agent-approvals");
     let users = binding["subjects"].as_array().unwrap().iter();
@@ -92,7 +92,7 @@ fn approvals(objects: &mut Vec<Value>) -> Vec<String> {
     users
 }
 
-/// The one who forgot to derive is told.
+/// The test fails if `derive.py` was not run after a change.
 #[tokio::test]
 async fn the_chart_is_as_derived_and_says_the_same_version_everywhere() {
     let script = manifests::folder().join("derive.py");
@@ -129,7 +129,7 @@ async fn modes_differ_in_sockets_and_privileges_alone() {
     assert_eq!(configurations[0], configurations[2]);
 }
 
-/// How fast a version reaches the nodes is a value; what the mode needs of the rollout is not.
+/// The speed of a rollout is a value; the strategy that a mode requires is fixed.
 #[tokio::test]
 async fn the_speed_of_a_rollout_is_a_value() {
     let strategy = async |mode: &str, more: &[&str]| {
@@ -148,7 +148,7 @@ async fn the_speed_of_a_rollout_is_a_value() {
     }
 }
 
-/// An overlay that changes the list of guarded issuers, with the block that daemonset/README.md names, and the chart with the same list.
+/// An overlay that changes the list of guarded issuers, with the block from daemonset/README.md, equals the chart with the same list.
 #[tokio::test]
 async fn the_guarded_issuers_stand_in_the_policies() {
     let list = "ClusterIssuer/mesh-ca\nIssuer/authority/own-ca\n";
@@ -177,7 +177,7 @@ async fn the_guarded_issuers_stand_in_the_policies() {
     }
 }
 
-/// What is said once is in all the places that have to know it, and the program takes the file.
+/// A single value sets every place that depends on it, and the program accepts the configuration.
 #[tokio::test]
 async fn values_reach_all_that_has_to_know_of_them() {
     let dir = tempfile::tempdir().unwrap();
@@ -199,7 +199,7 @@ async fn values_reach_all_that_has_to_know_of_them() {
 
     let text: Vec<_> = objects.iter().map(Value::to_string).collect();
     assert!(!text.iter().any(|text| text.contains("\"namespace\":\"sds-agent\"")), "the release's namespace is another one");
-    assert!(!text.iter().any(|text| text.contains("sds-agent/sds-agent")), "what is told is told of the release's namespace");
+    assert!(!text.iter().any(|text| text.contains("sds-agent/sds-agent")), "the notes name the namespace of the release");
     let map = named(&objects, "ConfigMap", "sds-agent");
     assert_eq!(map["data"]["agentUsernames"], "system:serviceaccount:mesh:sds-agent\n");
     assert_eq!(map["data"]["issuers"], "Issuer/mesh/fleet\nClusterIssuer/pay-ca\nIssuer/authority/own-ca\n");
@@ -218,7 +218,7 @@ async fn values_reach_all_that_has_to_know_of_them() {
         (&json!("registry.example/sds-agent:1"), &json!("pull"))
     );
 
-    // By the program, as agent and as approver.
+    // The program checks the configuration, as agent and as approver.
     let config = dir.path().join("config.yaml");
     fs::write(&config, map["data"]["config.yaml"].as_str().unwrap()).unwrap();
     let env = |name: &str| matches!(name, "NODE_NAME" | "POD_NAMESPACE" | "POD_NAME" | "POD_UID").then(|| "mesh".to_owned());

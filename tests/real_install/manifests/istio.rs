@@ -1,11 +1,11 @@
-//! The templates for Istio's injector, merged as it merges them: by a strategic merge patch, which is the API server's too.
+//! The templates for Istio's injector, merged as the injector does: by a strategic merge patch, which the API server applies too.
 
 use serde_json::{Value, json};
 use test_harness::{cluster::Cluster, manifests, node::DRIVER};
 
-/// The variable that names the socket. A proxy that has it, and not the socket, ends.
+/// The variable that names the socket. A proxy with this variable and without the socket ends.
 const VARIABLE: &str = "WORKLOAD_IDENTITY_SOCKET_FILE";
-/// Where istio-proxy looks for the socket.
+/// The path at which istio-proxy looks for the socket.
 const PLACE: &str = "/var/run/secrets/workload-spiffe-uds";
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -17,7 +17,7 @@ async fn the_templates_replace_the_socket_of_sidecars_and_gateways() {
     {
         let text = values["sidecarInjectorWebhook"]["templates"][template].as_str().unwrap();
         let overlay: Value = serde_saphyr::from_str(text).unwrap();
-        // What the injector's own templates leave: a proxy with the volume, an emptyDir, mounted where it can write, and variables.
+        // The result of the injector's own templates: a proxy with the volume (an emptyDir), a writable mount, and variables.
         let mut spec = json!({
             "containers": [{"name": "app", "image": "none"}],
             "initContainers": [{"name": "istio-init", "image": "none"}],
@@ -44,7 +44,7 @@ async fn the_templates_replace_the_socket_of_sidecars_and_gateways() {
         let named = |list: &Value, name: &str| list.as_array().unwrap().iter().find(|item| item["name"] == name).cloned();
         let proxy = named(&spec[list], "istio-proxy").unwrap();
         let socket = named(&proxy["env"], VARIABLE).unwrap_or_else(|| panic!("{template}: no {VARIABLE}: {proxy}"))["value"].clone();
-        assert_ne!(socket, "socket", "with Istio's own name a proxy that comes too early asks another authority");
+        assert_ne!(socket, "socket", "with Istio's own name a proxy that starts too early requests from another authority");
         assert!(named(&proxy["env"], "CA_ADDR").is_some(), "{template}: {proxy}");
         let volume = named(&spec["volumes"], "workload-socket").unwrap();
         let attributes = json!({"sds-agent.io/socket-name": socket});
@@ -55,8 +55,8 @@ async fn the_templates_replace_the_socket_of_sidecars_and_gateways() {
     }
 }
 
-/// What stands in `meshConfig` is every proxy's, with a template of ours or without: there is nothing there that a proxy without our
-/// volume could fail by. Of the values, only the templates and the trust domain are set.
+/// Every proxy gets the settings in `meshConfig`, with or without one of these templates. They must not make a proxy without the agent's
+/// volume fail. Of the values, only the templates and the trust domain are set.
 #[test]
 fn a_pod_that_chooses_no_template_is_left_as_it_is() {
     let values: Value = serde_saphyr::from_str(&manifests::read("istio/values.yaml")).unwrap();
@@ -64,7 +64,7 @@ fn a_pod_that_chooses_no_template_is_left_as_it_is() {
     let injector = values["sidecarInjectorWebhook"].as_object().unwrap();
     assert_eq!(injector.keys().collect::<Vec<_>>(), ["templates"]);
     let templates = injector["templates"].as_object().unwrap();
-    // A template of another name than Istio's own changes nothing until a pod names it.
+    // A template with another name than Istio's own affects only pods that name it.
     assert_eq!(templates.keys().collect::<Vec<_>>(), ["sds-agent", "sds-agent-container"]);
     assert_eq!(values.as_object().unwrap().len(), 2);
 }

@@ -1,4 +1,4 @@
-//! Agent and approver in pods of the real kubelet, with the security context, rights and configuration of the manifests and no more.
+//! Agent and approver in pods of the real kubelet, with only the security context, permissions and configuration of the manifests.
 
 use serde_json::json;
 use test_harness::{eventually, node::DRIVER};
@@ -11,11 +11,11 @@ const SHARED: Way = Way {
     socket: "/run/sds-agent/sds.sock",
     volume: || json!({"hostPath": {"path": "/run/sds-agent", "type": "Directory"}}),
 };
-/// `CAP_IPC_LOCK` alone, as /proc shows it.
+/// `CAP_IPC_LOCK` alone, in the format of /proc.
 const IPC_LOCK: &str = "0000000000004000";
 const NONE: &str = "0000000000000000";
 
-/// The approver, and that it runs as a nobody.
+/// Starts the approver and asserts that it runs without privileges.
 async fn approver(site: &Site) -> Ours {
     let approver = site.run("Deployment", "sds-agent-approver", "approver-0", "{}").await;
     assert_eq!(site.process(&approver, "CapEff").await, NONE);
@@ -25,7 +25,7 @@ async fn approver(site: &Site) -> Ours {
     approver
 }
 
-/// Nothing that they asked for was forbidden, and every approval is the approver's.
+/// Asserts that no call was forbidden and that the approver made every approval.
 async fn assert_rights_sufficed(site: &Site, agent: &Ours, approver: &Ours) {
     for ours in [agent, approver] {
         let metrics = site.metrics(ours).await;
@@ -49,13 +49,13 @@ async fn until_registered(site: &Site) {
     .await;
 }
 
-/// With one capability, no other user's rights, and the kernel's filter: that suffices to know callers and to lock keys.
+/// One capability, no permissions of other users and the seccomp filter suffice to identify callers and to lock keys.
 #[tokio::test]
 async fn the_shared_socket_daemonset_hands_over_to_a_surge_pod() {
     let _turn = test_harness::turn().await;
     let site = Site::start("shared").await;
     let approver = approver(&site).await;
-    // Or it does not start.
+    // With `always` the agent does not start without locked memory.
     let agent = site.run("DaemonSet", "sds-agent", "sds-agent-one", "{ lockMemory: always }").await;
     for (key, value) in [("CapEff", IPC_LOCK), ("CapBnd", IPC_LOCK), ("CapAmb", NONE), ("Seccomp", "2"), ("NoNewPrivs", "1")] {
         assert_eq!(site.process(&agent, key).await, value, "{key}");
@@ -67,13 +67,13 @@ async fn the_shared_socket_daemonset_hands_over_to_a_surge_pod() {
     for pod in [&cart, &other] {
         site.assert_served(pod, SHARED).await;
     }
-    // A pod can take neither the socket nor its place.
+    // A pod can replace neither the socket nor its path.
     let words = site.thief("thief", SHARED).await;
     assert!(words.contains("Read-only file system"), "{words}");
 
-    // As maxSurge: 1 has it: the next one is ready, then the first one goes.
+    // With `maxSurge: 1`, the next pod becomes ready before the first one ends.
     let next = site.run("DaemonSet", "sds-agent", "sds-agent-two", "{ lockMemory: always }").await;
-    assert!(site.node.container_log(&next.pod, "sds-agent").contains("the socket is ours"));
+    assert!(site.node.container_log(&next.pod, "sds-agent").contains("the socket is acquired"));
     site.node.delete(&agent.pod).await;
     for pod in [&cart, &other] {
         site.assert_connected_again(pod, SHARED).await;
@@ -94,9 +94,9 @@ async fn the_per_pod_daemonset_serves_pods_without_the_host_pid_namespace() {
     for pod in [&cart, &other] {
         site.assert_served(pod, OWN).await;
     }
-    assert!(!site.node.path("/run/sds-agent").exists(), "nobody has made a shared socket's directory");
+    assert!(!site.node.path("/run/sds-agent").exists(), "the directory of a shared socket exists");
 
-    // As maxSurge: 0 has it: the first one goes, then the next one comes.
+    // With `maxSurge: 0`, the first pod ends before the next one starts.
     site.node.delete(&agent.pod).await;
     let next = site.run("DaemonSet", "sds-agent", "sds-agent-two", "{}").await;
     for pod in [&cart, &other] {

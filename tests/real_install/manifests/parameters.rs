@@ -1,4 +1,5 @@
-//! The policies with parameters that are missing, incomplete, elsewhere or of another version: only the mesh's issuers are affected.
+//! The policies with parameters that are missing, incomplete, in another place or of another version: only the mesh's issuers are
+//! affected.
 
 use serde_json::json;
 use test_harness::{
@@ -17,14 +18,14 @@ async fn parameters_that_are_missing_hold_up_no_other_issuer() {
     assert_the_list_is_the_charts(&scene).await;
 }
 
-/// Nothing but `namespace:` is added: accounts, rights, ConfigMap and the policies' parameters follow.
+/// Only `namespace:` is added: accounts, permissions, ConfigMap and the policies' parameters follow.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn another_namespace_by_kustomize_holds_up_no_other_issuer() {
     let world = World::start_in(GUARDED, "mesh-system", &moved("mesh-system").await).await;
     Guarded::of(world).await.assert_another_namespace_holds_up_no_other_issuer().await;
 }
 
-/// What the chart writes into the policies is what is guarded: a second ClusterIssuer, and an Issuer in its own namespace alone.
+/// The policies guard exactly the issuers that the chart lists: a second ClusterIssuer, and an Issuer only in its own namespace.
 async fn assert_the_list_is_the_charts(scene: &Guarded) {
     let profiles = json!([
         {"name": "pay", "match": {"namespaces": ["pay"]}, "issuerRef": {"name": "pay-ca", "kind": "ClusterIssuer"}},
@@ -51,7 +52,7 @@ async fn assert_the_list_is_the_charts(scene: &Guarded) {
         })
         .await;
     }
-    // External issuers take a request for theirs that names no group, where cert-manager's webhook lets it pass.
+    // External issuers accept a request without a group in its `issuerRef`, where cert-manager's webhook is disabled.
     let unvalidated = scene.world.unvalidated_namespace().await;
     let tenant = scene.world.editor(&unvalidated).await;
     for (reference, is_guarded) in [

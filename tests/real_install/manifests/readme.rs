@@ -1,6 +1,6 @@
-//! The commands that the READMEs print for a cluster, in their order: names, tags, folders and namespaces are those that are there.
+//! The commands of the READMEs for a cluster, in their order: the names, tags, directories and namespaces in them exist.
 //!
-//! There is no kubectl here: what it would apply, the API server is given. Helm is the real one.
+//! kubectl is not used: the API server gets the objects that kubectl would apply. Helm is the real program.
 
 use std::{path::Path, time::Duration};
 
@@ -16,10 +16,10 @@ use test_harness::{
 use tokio::process::Command;
 
 const PATIENCE: Duration = Duration::from_secs(60);
-/// The control plane of the tests has an authority of this name, on a Secret of its own.
+/// The control plane of the tests has an authority of this name, with another Secret.
 const SEEDED: &str = "mesh-ca";
 
-/// The shell block of a page that has this line in it, as commands without their comments.
+/// The shell block of a page that contains this line, as commands without comments.
 fn commands(page: &str, line: &str) -> Vec<String> {
     let text = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(page)).unwrap();
     let block = text.split("```sh\n").skip(1).filter_map(|rest| rest.split("\n```").next()).find(|block| block.contains(line));
@@ -55,7 +55,7 @@ impl Newcomer {
                 objects.retain(|object| object["metadata"]["name"] != SEEDED || object["kind"] != "ClusterIssuer");
                 install(&self.cluster, &objects).await;
             }
-            // It is there, and ready.
+            // The object exists and is ready.
             ["kubectl", "wait", _, object, _] => {
                 assert_eq!(object, format!("clusterissuer/{SEEDED}"));
                 self.cluster.get(&format!("/apis/cert-manager.io/v1/clusterissuers/{SEEDED}")).await;
@@ -76,7 +76,7 @@ impl Newcomer {
         }
     }
 
-    /// What was built is what the pods name.
+    /// Asserts that the image that was built is the one that the pods name.
     fn assert_images_are_there(&self, objects: &[Value]) {
         let pods = objects.iter().map(|object| &object["spec"]["template"]["spec"]).filter(|pod| pod.is_object());
         let mut count = 0;
@@ -101,7 +101,7 @@ async fn the_commands_for_a_cluster_work_as_printed() {
     for command in commands(folder, "kubectl apply -k daemonset/shared") {
         newcomer.run(&command).await;
     }
-    // Helm takes over nothing that it has not made: another cluster.
+    // Helm does not adopt objects of another tool, so this part uses another cluster.
     let mut newcomer = Newcomer::start().await;
     let by_helm = |command: &&String| !command.contains(" -k ");
     for command in all.iter().filter(by_helm) {

@@ -1,4 +1,4 @@
-//! What the two accounts may do, by the API server's own word, against what they need. A right more is a failure as one less is.
+//! The permissions of both accounts, as the API server reports them, equal those that they need. One more is a failure, as is one less.
 
 use std::collections::BTreeSet;
 
@@ -14,7 +14,7 @@ use test_harness::{
 /// In every namespace.
 const AGENT: [&str; 5] =
     ["create events.events.k8s.io", "get clusterissuers.cert-manager.io", "list pods", "request guardedissuers.sds-agent.io", "watch pods"];
-/// In their own, for requests.
+/// In the agents' namespace, for requests.
 const AGENT_OWN: [&str; 6] = [
     "create certificaterequests.cert-manager.io",
     "delete certificaterequests.cert-manager.io",
@@ -23,7 +23,7 @@ const AGENT_OWN: [&str; 6] = [
     "list certificaterequests.cert-manager.io",
     "watch certificaterequests.cert-manager.io",
 ];
-/// Where the roots are.
+/// In the namespace of the roots.
 const AGENT_ROOTS: [&str; 3] = ["get configmaps mesh-roots", "list configmaps mesh-roots", "watch configmaps mesh-roots"];
 /// In every namespace.
 const APPROVER: [&str; 10] = [
@@ -39,7 +39,7 @@ const APPROVER: [&str; 10] = [
     "watch pods",
 ];
 
-/// All that an account may do in a namespace, a line for each verb and resource.
+/// All permissions of an account in a namespace, one line for each verb and resource.
 async fn rights(account: &Cluster, namespace: &str) -> BTreeSet<String> {
     let review = json!({
         "apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectRulesReview", "spec": {"namespace": namespace},
@@ -77,7 +77,7 @@ async fn agent_and_approver_may_do_what_they_need_and_nothing_else() {
     let node = cluster.node().await;
     install(&cluster, &rendered("both").await).await;
     let elsewhere = cluster.namespace().await;
-    // What everybody may who can log in: discovery, and asking what oneself may.
+    // The permissions of every authenticated account: discovery and self-reviews.
     let stranger = account(&cluster, cluster.pod(&elsewhere, "stranger", &node).await, dir.path()).await;
     let agent = account(&cluster, cluster.pod_of(NAMESPACE, "sds-agent", "agent", &node).await, dir.path()).await;
     let approver = account(&cluster, cluster.pod_of(NAMESPACE, "sds-agent-approver", "approver", &node).await, dir.path()).await;
@@ -90,8 +90,8 @@ async fn agent_and_approver_may_do_what_they_need_and_nothing_else() {
                 _ => &[],
             };
             let expected: BTreeSet<_> = everywhere.iter().chain(more).map(|line| (*line).to_owned()).collect();
-            // The authorizer may not know yet of what was just made.
-            eventually(&format!("the rights of the {who} in {namespace}"), super::site::PATIENCE, async || {
+            // The authorizer may not know the new objects yet.
+            eventually(&format!("the permissions of the {who} in {namespace}"), super::site::PATIENCE, async || {
                 let common = rights(&stranger, namespace).await;
                 let own: BTreeSet<_> = rights(account, namespace).await.difference(&common).cloned().collect();
                 if own == expected { Ok(()) } else { Err(format!("{own:#?}")) }
@@ -101,7 +101,7 @@ async fn agent_and_approver_may_do_what_they_need_and_nothing_else() {
     }
 }
 
-/// The cluster as a pod's account sees it.
+/// The cluster with the access of a pod's account.
 async fn account(cluster: &Cluster, pod: Pod, dir: &std::path::Path) -> Cluster {
     let kubeconfig = dir.join(&pod.uid);
     log_in(cluster, &pod, true, &kubeconfig).await;

@@ -1,4 +1,5 @@
-//! The DaemonSet as the real controller rolls it out: pods that it has made, the scheduler has bound and the kubelet runs.
+//! The DaemonSet as the real controller rolls it out: the controller creates the pods, the scheduler binds them and the kubelet runs
+//! them.
 
 use std::{fs, net::SocketAddr, os::unix::fs::MetadataExt, path::Path, time::Duration};
 
@@ -20,13 +21,13 @@ const SHARED: Way = Way {
     socket: "/run/sds-agent/sds.sock",
     volume: || json!({"hostPath": {"path": "/run/sds-agent", "type": "Directory"}}),
 };
-/// So often a bad version is looked at, and so long it is left alone in between.
+/// How often a bad version is checked, and the interval between two checks.
 const LOOKS: usize = 30;
 const BETWEEN_LOOKS: Duration = Duration::from_millis(500);
 /// `EX_USAGE`: the configuration cannot be used.
 const USAGE: i64 = 64;
 
-/// A pod in which an Envoy can be.
+/// Creates a pod for an Envoy.
 async fn place(node: &Node, namespace: &str, name: &str) -> Pod {
     let pause = json!({"containers": [{"name": "main", "image": PAUSE, "command": ["/pause"]}]});
     node.pod(namespace, name, &pause).await
@@ -36,7 +37,7 @@ async fn envoy(node: &Node, pod: &Pod, side: Side<'_>, sds: Sds) -> Envoy {
     Envoy::start_under(&node.words_as(pod).await, side, Path::new(SHARED.socket), sds).await
 }
 
-/// Envoys in pods of their own on these nodes, which demand each other's identity.
+/// Starts Envoys in separate pods on these nodes, which require each other's identity.
 async fn pair(site: &Site, [for_server, for_client]: [&Node; 2]) -> Pair {
     let [server, client] = [place(for_server, &site.shop, "server").await, place(for_client, &site.shop, "client").await];
     let (server_id, client_id) = (server.spiffe_id(), client.spiffe_id());
@@ -47,7 +48,7 @@ async fn pair(site: &Site, [for_server, for_client]: [&Node; 2]) -> Pair {
     Pair { server, client, tls, entrance }
 }
 
-/// Agents of version `one` and the approver, and a pair that has all it needs.
+/// Starts agents of version `one`, the approver, and two Envoys, and waits until all are ready.
 async fn begin(site: &Site, nodes: [&Node; 2]) -> Pair {
     site.release("Deployment", "sds-agent-approver", "one", "").await;
     site.until_rolled_out("Deployment", "sds-agent-approver").await;
@@ -85,7 +86,7 @@ fn is_ready(pod: &Value) -> bool {
     pod["status"]["containerStatuses"][0]["ready"] == true
 }
 
-/// Two versions that work, one that does not, and the way back, with load on two Envoys all the while.
+/// Rolls out two versions that work, one that does not, and returns to the previous one, with load on two Envoys all the time.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_daemonset_rolls_out_without_a_gap_and_a_broken_version_stops_it() {
     let _turn = test_harness::turn().await;
@@ -98,7 +99,7 @@ async fn a_daemonset_rolls_out_without_a_gap_and_a_broken_version_stops_it() {
     let load = pair.load();
     load.passes("before the release").await;
 
-    // As a new release of ours is installed.
+    // A new release of the manifests is installed.
     let first = inode(&site.node);
     let two = site.release("DaemonSet", "sds-agent", "two", "").await;
     site.until_rolled_out("DaemonSet", "sds-agent").await;
@@ -110,7 +111,7 @@ async fn a_daemonset_rolls_out_without_a_gap_and_a_broken_version_stops_it() {
 
     load.passes("after the release").await;
 
-    // One that cannot be used: every start of it ends.
+    // A version with an invalid configuration: its program ends at every start.
     site.release("DaemonSet", "sds-agent", "three", "keys: { lockMemory: perhaps }\n").await;
     let broken = eventually("the new version has ended more than once", PATIENCE, async || {
         let pods = site.pods("sds-agent").await;
@@ -144,7 +145,7 @@ async fn a_daemonset_rolls_out_without_a_gap_and_a_broken_version_stops_it() {
     let late = site.workload("late", &[SHARED]).await;
     site.assert_served(&late, SHARED).await;
 
-    // And back: the one that serves is what is wanted again, and nobody notices.
+    // Rolls back: the desired version is the one that serves, and no client is disturbed.
     site.release_again("DaemonSet", "sds-agent", "two", two, |_| {}).await;
     site.until_rolled_out("DaemonSet", "sds-agent").await;
     assert_eq!(text(&site.pods("sds-agent").await[0], "/metadata/uid"), text(&good, "/metadata/uid"));
@@ -157,7 +158,8 @@ async fn a_daemonset_rolls_out_without_a_gap_and_a_broken_version_stops_it() {
     assert_eq!(ordered, [late.spiffe_id()], "for the Envoys nothing was due");
 }
 
-/// Runs, never comes into sync, and reaches one node of two. Then the old agent's program ends there, and with it its pod.
+/// A version that runs and never becomes ready reaches one node of two. Then the old agent's program on that node ends, and the
+/// controller deletes its pod.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_version_that_never_becomes_ready_stays_on_one_node() {
     let _turn = test_harness::turn().await;
@@ -172,12 +174,12 @@ async fn a_version_that_never_becomes_ready_stays_on_one_node() {
     let before: Vec<_> = nodes.iter().map(|node| inode(node)).collect();
     let is_first = |pod: &Value| first.iter().any(|old| text(old, "/metadata/uid") == text(pod, "/metadata/uid"));
 
-    // The API server is not where it is looked for.
+    // The configured address of the API server is wrong.
     let two = site.configure("sds-agent-two", "").await;
     let nowhere = test_harness::free_port().to_string();
     let breaks = |container: &mut Value| {
         let env = container["env"].as_array_mut().unwrap();
-        env.iter_mut().find(|row| row["name"] == "KUBERNETES_SERVICE_PORT").expect("it is told")["value"] = json!(nowhere);
+        env.iter_mut().find(|row| row["name"] == "KUBERNETES_SERVICE_PORT").expect("the variable is set")["value"] = json!(nowhere);
     };
     site.release_again("DaemonSet", "sds-agent", "two", two, breaks).await;
     let broken = eventually("a new pod is bound", PATIENCE, async || {
@@ -187,7 +189,7 @@ async fn a_version_that_never_becomes_ready_stays_on_one_node() {
     })
     .await;
     let (hit, broken) = (site.node_of(&broken), site.pod(&broken));
-    eventually("it runs, and tries in vain", PATIENCE, async || {
+    eventually("it runs and retries", PATIENCE, async || {
         let words = hit.container_log(&broken, "sds-agent");
         if words.contains("a predecessor serves") && words.contains("the watch does not work") { Ok(()) } else { Err(words) }
     })
@@ -207,22 +209,22 @@ async fn a_version_that_never_becomes_ready_stays_on_one_node() {
     let status = site.cluster.get(&format!("/apis/apps/v1/namespaces/{NAMESPACE}/daemonsets/sds-agent")).await["status"].take();
     let seen = ["desiredNumberScheduled", "numberAvailable", "numberUnavailable"].map(|field| status[field].as_u64().unwrap_or(0));
     assert_eq!(seen, [2, 2, 0], "{status}");
-    // Beside it a new Envoy has all its secrets.
+    // A new Envoy beside this version gets all its secrets.
     let late = place(hit, &site.shop, "late").await;
     let late_envoy = envoy(hit, &late, Side::Server { client: &late.spiffe_id() }, Sds::Delta).await;
     late_envoy.live().await;
 
-    // The controller keeps an old pod only while it is ready: once its program has ended, it is gone for good.
+    // The controller keeps an old pod only while it is ready. Once its program has ended, the controller deletes it.
     let old = first.iter().find(|pod| pod["spec"]["nodeName"] == hit.name()).expect("each node has one");
     hit.kill(&site.pod(old)).await;
-    eventually("the controller has taken the old pod away", PATIENCE, async || {
+    eventually("the controller has deleted the old pod", PATIENCE, async || {
         let pods = site.pods("sds-agent").await;
         let there = pods.iter().filter(|pod| pod["spec"]["nodeName"] == hit.name());
         let there: Vec<_> = there.map(|pod| text(pod, "/metadata/uid").to_owned()).collect();
         if there == [broken.uid.as_str()] { Ok(()) } else { Err(format!("{there:?}")) }
     })
     .await;
-    eventually("the one that is left has the socket", PATIENCE, async || {
+    eventually("the remaining agent has the socket", PATIENCE, async || {
         UnixStream::connect(hit.path(SHARED.socket)).await.map(drop).map_err(|e| e.to_string())
     })
     .await;

@@ -1,5 +1,5 @@
-//! A node with the real kubelet, on which what was installed runs: pods as the controllers of DaemonSet and Deployment
-//! would make them, or make them.
+//! A node with the real kubelet that runs the installed manifests. The tests create the pods as the controllers of DaemonSet and
+//! Deployment would, or those controllers create them.
 
 use std::{net::SocketAddr, path::Path, sync::Mutex, time::Duration};
 
@@ -16,48 +16,49 @@ use test_harness::{
 };
 
 pub const PATIENCE: Duration = Duration::from_secs(60);
-/// Until a new version runs and the old one has ended, with its time to drain.
+/// Limit until a new version runs and the old one has ended after its drain.
 const ROLL_OUT: Duration = Duration::from_secs(120);
-/// What the controllers make pods of.
+/// The kinds from which controllers create pods.
 const CONTROLLED: [&str; 2] = ["DaemonSet", "Deployment"];
-/// As the manifests name it.
+/// The name in the manifests.
 const IMAGE: &str = concat!("sds-agent:", env!("CARGO_PKG_VERSION"));
 
-/// How a workload reaches its socket.
+/// The path by which a workload reaches its socket.
 #[derive(Clone, Copy)]
 pub struct Way {
     pub name: &'static str,
     pub socket: &'static str,
-    /// Its volume, but for the name.
+    /// Its volume, without the name.
     pub volume: fn() -> Value,
 }
 
 pub struct Site {
-    /// As rendered.
+    /// The rendered objects.
     pub objects: Vec<Value>,
     pub shop: String,
     ours: Mutex<Vec<Pod>>,
     pub node: Node,
-    /// Beside it, where there are several.
+    /// Further nodes, where there are several.
     others: Vec<Node>,
     pub cluster: Cluster,
     _plane: Plane,
     _dir: TempDir,
 }
 
-/// A pod of ours.
+/// A pod of an agent or an approver.
 pub struct Ours {
     pub pod: Pod,
     metrics: SocketAddr,
 }
 
 impl Site {
-    /// Applies a mode's folder, all of it, and starts the node.
+    /// Applies all objects of a mode and starts the node.
     pub async fn start(mode: &str) -> Self {
         Self::begin(mode, GUARDED, 1, |_| true).await
     }
 
-    /// The same with the controllers of DaemonSet and Deployment and the scheduler: those two kinds are left to [`release`](Self::release).
+    /// Like [`Site::start`], with the controllers of DaemonSet and Deployment and the scheduler. Objects of these two kinds are created
+    /// by [`release`](Self::release).
     pub async fn controlled(mode: &str, nodes: usize) -> Self {
         let flags = [GUARDED, &["--workloads"]].concat();
         Self::begin(mode, &flags, nodes, |object| !CONTROLLED.iter().any(|kind| object["kind"] == *kind)).await
@@ -85,12 +86,12 @@ impl Site {
         std::iter::once(&self.node).chain(&self.others)
     }
 
-    /// The node of a pod, as the API server has it.
+    /// The node of a pod, according to the API server.
     pub fn node_of(&self, pod: &Value) -> &Node {
         self.nodes().find(|node| pod["spec"]["nodeName"] == node.name()).unwrap_or_else(|| panic!("it is on no node: {pod}"))
     }
 
-    /// A pod of a DaemonSet or Deployment on the node, running and ready; `keys` is the configuration's `keys`.
+    /// Runs a pod of a DaemonSet or Deployment on the node and waits until it is ready. `keys` is that field of the configuration.
     pub async fn run(&self, kind: &str, workload: &str, name: &str, keys: &str) -> Ours {
         let metrics = self.configure(name, &format!("keys: {keys}\n")).await;
         let controller = self.cluster.get(&manifests::path(named(&self.objects, kind, workload))).await;
@@ -104,28 +105,28 @@ impl Site {
         Ours { pod, metrics }
     }
 
-    /// Makes a DaemonSet or Deployment run a version of its template, or another one than before. A version is a configuration of its own,
-    /// as where its name has a hash of its content; `more` is added to it. Gives where that version's pods expose their metrics.
+    /// Makes a DaemonSet or Deployment run a version of its template. Each version has a separate configuration, as if the ConfigMap's
+    /// name had a hash of its content; `more` is added to it. Returns the metrics address of that version's pods.
     pub async fn release(&self, kind: &str, workload: &str, version: &str, more: &str) -> SocketAddr {
         let metrics = self.configure(&format!("{workload}-{version}"), more).await;
         self.release_again(kind, workload, version, metrics, |_| {}).await;
         metrics
     }
 
-    /// The same for a version whose configuration is there, with a `change` of the container.
+    /// Like [`release`](Self::release), for a version whose configuration exists, with a `change` of the container.
     pub async fn release_again(&self, kind: &str, workload: &str, version: &str, metrics: SocketAddr, change: impl FnOnce(&mut Value)) {
         let mut object = named(&self.objects, kind, workload).clone();
         self.move_to_the_host(&mut object["spec"]["template"], &format!("{workload}-{version}"), metrics.port());
         change(&mut object["spec"]["template"]["spec"]["containers"][0]);
         if kind == "Deployment" {
-            // There is one node, and it never says that it is ready: its pods have no network of their own.
+            // The cluster has one node, which never becomes ready because its pods have no network.
             object["spec"]["replicas"] = json!(1);
             object["spec"]["template"]["spec"]["tolerations"] = json!([{"operator": "Exists"}]);
         }
         self.cluster.apply(&manifests::path(&object), &object).await;
     }
 
-    /// Waits until the controller says that all pods are of the last version, and available, and there are no others.
+    /// Waits until the controller reports that all pods have the last version and are available, and that no others exist.
     pub async fn until_rolled_out(&self, kind: &str, workload: &str) {
         let path = manifests::path(named(&self.objects, kind, workload));
         let (wanted, [updated, available, all]) = match kind {
@@ -146,7 +147,7 @@ impl Site {
         .await;
     }
 
-    /// The pods that a controller has made, the oldest first, as the API server has them.
+    /// The pods that a controller has created, the oldest first, as the API server returns them.
     pub async fn pods(&self, workload: &str) -> Vec<Value> {
         let path = format!("/api/v1/namespaces/{NAMESPACE}/pods?labelSelector=app.kubernetes.io/name%3D{workload}");
         let mut pods = self.cluster.get(&path).await["items"].take();
@@ -156,7 +157,7 @@ impl Site {
         pods.into_iter().map(|(_, pod)| pod).collect()
     }
 
-    /// A pod as tests know it.
+    /// Converts an object into the pod type of the tests.
     pub fn pod(&self, made: &Value) -> Pod {
         let text = |value: &Value| value.as_str().unwrap().to_owned();
         let (uid, service_account) = (text(&made["metadata"]["uid"]), text(&made["spec"]["serviceAccountName"]));
@@ -165,7 +166,7 @@ impl Site {
         pod
     }
 
-    /// The same, with all that the manifest says.
+    /// Like [`pod`](Self::pod); also asserts that the pod has everything that the manifest contains.
     pub fn ours(&self, made: &Value, kind: &str, workload: &str) -> Pod {
         let manifest = &named(&self.objects, kind, workload)["spec"]["template"]["spec"];
         let (wanted, got) = (&manifest["containers"][0], &made["spec"]["containers"][0]);
@@ -178,8 +179,8 @@ impl Site {
         self.pod(made)
     }
 
-    /// The configuration as it is installed, under another name, with addresses of its own and `more`. Several nodes have one network:
-    /// for each of their agents there is one more, which listens on its node's address.
+    /// Writes the installed configuration under another name, with free ports and `more`. Several nodes share one network: each of their
+    /// agents needs a separate configuration that listens on its node's address.
     pub async fn configure(&self, name: &str, more: &str) -> SocketAddr {
         let (metrics, admin) = (free_port(), free_port());
         let mut map = named(&self.objects, "ConfigMap", "sds-agent").clone();
@@ -198,9 +199,9 @@ impl Site {
         SocketAddr::from(([127, 0, 0, 1], metrics))
     }
 
-    /// Changes what this node lacks, and nothing else: pods have no network of their own, so they take the host's, where each needs ports of its
-    /// own, and a configuration that names them; and no service has an address, so they are told the API server's. The image, the account,
-    /// the token, all of the security context, mounts, probes and resources are the manifest's.
+    /// Changes only what this node cannot provide. Pods have no network of their own, so they use the host's, where each needs its own
+    /// ports and a configuration with them. Services have no address, so pods get that of the API server. Image, account, token, security
+    /// context, mounts, probes and resources remain those of the manifest.
     fn move_to_the_host(&self, template: &mut Value, map: &str, metrics: u16) {
         let spec = &mut template["spec"];
         spec["hostNetwork"] = json!(true);
@@ -226,12 +227,12 @@ impl Site {
         volume.extend(files.as_object_mut().map(std::mem::take).unwrap_or_default());
     }
 
-    /// A workload that follows its certificate and its roots on each of these sockets, each in a container of its own.
+    /// Creates a workload that watches its certificate and its roots on each of these sockets, in one container for each.
     pub async fn workload(&self, name: &str, ways: &[Way]) -> Pod {
         self.node.pod(&self.shop, name, &spec(ways, follow)).await
     }
 
-    /// A pod that would serve on this socket itself, with what it has said of that.
+    /// Runs a pod that tries to serve on this socket itself; returns its log.
     pub async fn thief(&self, name: &str, way: Way) -> String {
         let serve = |socket: &str| ["/sds-agent", "dev", "--socket", socket, "--admin", "127.0.0.1:0"].map(str::to_owned).to_vec();
         let pod = self.node.bound_pod(&self.shop, name, &spec(&[way], serve)).await;
@@ -247,7 +248,7 @@ impl Site {
         log
     }
 
-    /// Waits until a workload has its own certificate and the roots on a socket.
+    /// Waits until a workload has its certificate and the roots on a socket.
     pub async fn assert_served(&self, pod: &Pod, way: Way) {
         eventually(&format!("{} is served on {}", pod.name, way.socket), PATIENCE, async || {
             let log = self.node.container_log(pod, &container(way));
@@ -264,7 +265,7 @@ impl Site {
         .await;
     }
 
-    /// Waits until a workload has found the next agent.
+    /// Waits until a workload has connected to the next agent.
     pub async fn assert_connected_again(&self, pod: &Pod, way: Way) {
         eventually(&format!("{} is connected again", pod.name), PATIENCE, async || {
             let log = self.node.container_log(pod, &container(way));
@@ -287,7 +288,7 @@ impl Site {
         line.unwrap_or_else(|| panic!("no {key} in\n{status}")).trim().to_owned()
     }
 
-    /// What a pod of ours exposes.
+    /// The metrics of a pod.
     pub async fn metrics(&self, ours: &Ours) -> String {
         exposed(ours.metrics).await.unwrap()
     }
@@ -307,7 +308,7 @@ fn follow(socket: &str) -> Vec<String> {
     words.map(str::to_owned).to_vec()
 }
 
-/// Of a pod with a container for each way.
+/// The spec of a pod with one container for each socket.
 fn spec(ways: &[Way], command: impl Fn(&str) -> Vec<String>) -> Value {
     let containers = ways.iter().map(|way| {
         let place = Path::new(way.socket).parent().unwrap().to_str().unwrap();
@@ -334,7 +335,7 @@ impl Drop for Site {
     }
 }
 
-/// All that `wanted` says is so; the API server may have completed it.
+/// Asserts that `got` contains all of `wanted`. The API server may have added defaults.
 fn assert_holds(got: &Value, wanted: &Value, what: &str) {
     match wanted {
         Value::Object(fields) => fields.iter().for_each(|(key, value)| assert_holds(&got[key], value, &format!("{what}.{key}"))),

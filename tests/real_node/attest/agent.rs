@@ -1,4 +1,4 @@
-//! Where the agent itself stands: in a cgroup namespace of its own, on an old kernel; and how long it takes to know a caller.
+//! The environment of the agent itself: a separate cgroup namespace, an old kernel; and the time to identify a caller.
 
 use std::{fs, sync::Arc, time::Instant};
 
@@ -40,7 +40,7 @@ async fn on_an_old_kernel_the_agent_starts_only_where_the_risk_was_accepted() {
     scene.agent.terminate();
     scene.agent.exit(PATIENCE).await;
 
-    // The first thing that is asked of a socket is whether its peer can be held.
+    // The agent first checks whether a socket returns a pidfd of its peer.
     let log = scene.dir.path().join("trace");
     let inject = ["-f", "-e", "trace=getsockopt", "-e", "inject=getsockopt:error=ENOPROTOOPT:when=1", "-o"];
     let wrapper = [tools::strace().to_str().unwrap().to_owned()].into_iter().chain(inject.map(str::to_owned));
@@ -49,7 +49,7 @@ async fn on_an_old_kernel_the_agent_starts_only_where_the_risk_was_accepted() {
     let status = agent.exit(PATIENCE).await;
     let said = agent.process().output();
     assert!(!status.success() && said.contains("Linux 6.5") && said.contains("sockets.shared.acceptPidReuse: true"), "{status} {said}");
-    assert!(!agent.socket().exists(), "nobody is kept waiting");
+    assert!(!agent.socket().exists(), "clients are kept waiting");
 
     let config = scene.dir.path().join("config.yaml");
     let accepting = fs::read_to_string(&config).unwrap().replace("mode: \"0666\"", "mode: \"0666\", acceptPidReuse: true");
@@ -58,11 +58,11 @@ async fn on_an_old_kernel_the_agent_starts_only_where_the_risk_was_accepted() {
     agent.wrote("takes over the pid", 1).await;
 }
 
-/// The figure of the note: all that stands between a connection and the name of its pod.
+/// Measures the time from a connection to the name of its pod, for the note.
 #[tokio::test]
 async fn a_caller_is_known_within_milliseconds() {
     const ROUNDS: usize = 5000;
-    /// An attestation costs less than so many reads of a file in `/proc`.
+    /// Maximum cost of an attestation, in reads of a file in `/proc`.
     const MOST_READS: u32 = 100;
     let _turn = test_harness::turn().await;
     let scene = Scene::start("certificate: { lifetime: 1h }").await;
@@ -87,7 +87,7 @@ async fn a_caller_is_known_within_milliseconds() {
         let attested = attestor.attest(&peer).await.unwrap();
         times.push(start.elapsed());
         assert_eq!(*attested.workload.pod().unwrap().uid, *scene.a.pod.uid);
-        // In the same run, what no attestation can do without.
+        // The minimum work of an attestation, measured in the same run.
         let start = Instant::now();
         std::fs::read(format!("/proc/{}/cgroup", peer.pid)).unwrap();
         reads.push(start.elapsed());

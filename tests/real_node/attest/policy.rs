@@ -1,4 +1,4 @@
-//! Who of a pod may fetch.
+//! The containers and users of a pod that can fetch.
 
 use serde_json::json;
 use test_harness::{
@@ -9,7 +9,7 @@ use tokio::process::Command;
 
 use super::scene::{LONG, Scene, caller};
 
-/// A user that no process of the tests runs as.
+/// A user ID that no process of the tests has.
 const USER: u32 = 31_337;
 
 #[tokio::test]
@@ -21,7 +21,7 @@ async fn only_the_named_containers_and_the_given_users_fetch() {
     let cgroups = [0, 1, 2].map(|index| PodCgroup::container(uid, &container_id(uid, index)));
     let [main, proxy, debugger] = &cgroups;
 
-    // The kubelet tells of them while one waits.
+    // The kubelet reports the containers while the caller waits.
     let (proxys, told) = tokio::join!(scene.ask_by(as_user(proxy, USER), "FetchSecrets", LONG, &["default"]), async {
         let status = |name: &str, index| {
             json!({
@@ -44,7 +44,7 @@ async fn only_the_named_containers_and_the_given_users_fetch() {
 
     for (command, reason) in [
         (as_user(main, USER), "container_not_allowed"),
-        // What a container makes below itself is not another container.
+        // A cgroup that a container creates below its own is not another container.
         (as_user(&main.below(&container_id(uid, 1)), USER), "container_not_allowed"),
         (as_user(proxy, USER + 1), "uid_not_allowed"),
         (proxy.command(caller()), "uid_not_allowed"),

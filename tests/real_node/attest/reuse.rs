@@ -1,5 +1,5 @@
-//! The attack on a pid, in a PID namespace that the agent shares with attacker and victim. Beside it, a server that trusts pids falls for
-//! every try: so the attack is one.
+//! The attack by a recycled pid, in a PID namespace that the agent shares with attacker and victim. A server that trusts pids is deceived
+//! at every attempt, which shows that the attack works.
 
 use std::path::Path;
 
@@ -9,9 +9,9 @@ use tokio::process::Command;
 use super::scene::{LONG, Scene, caller};
 
 const TRIES: usize = 1000;
-/// Of these, how many may miss the victim: the agent's own threads take pids, too.
+/// Number of attempts that may miss the victim, because the agent's own threads take pids too.
 const MISSED: usize = 10;
-/// A thousand processes, each in its turn.
+/// Limit for a thousand processes, one after the other.
 const LIMIT: std::time::Duration = std::time::Duration::from_secs(300);
 
 #[derive(Debug, PartialEq, Eq)]
@@ -24,14 +24,14 @@ struct Outcome {
 #[tokio::test]
 async fn a_recycled_pid_is_never_taken_for_its_owner() {
     let _turn = test_harness::turn().await;
-    // A quota would turn most of the attack away before anybody is asked who it is.
+    // With a quota, the agent would reject most of the attempts before attestation.
     let unlimited = "certificate: { lifetime: 1h }\nlimits: { newConnectionsPerSecondPerPod: 1000000, newConnectionsBurstPerPod: 1000000 }";
     let scene = Scene::launched(unlimited, |_, launch| {
-        // Its first process reaps what others leave behind.
+        // The first process of the namespace reaps orphans.
         launch.under(["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", "\"$0\" \"$@\" & wait"])
     })
     .await;
-    // Both certificates are there: whoever is taken for the victim is answered at once.
+    // Both certificates exist, so a caller that is taken for the victim is answered at once.
     for member in [&scene.a, &scene.b] {
         let answer = scene.ask_by(inside(&scene, &member.cgroup), "FetchSecrets", LONG, &["default"]).await;
         assert!(answer.has_key && answer.ids == [member.pod.spiffe_id()], "{answer:?}");
@@ -45,23 +45,23 @@ async fn a_recycled_pid_is_never_taken_for_its_owner() {
     for server in ["-", "naive"] {
         let outcome = attack(&scene, &path, server, TRIES / 5).await;
         eprintln!("figure: pid reuse against a naive server ({server}): {outcome:?} of {}", TRIES / 5);
-        assert!(outcome.recycled >= TRIES / 5 - MISSED && outcome.fooled >= outcome.recycled, "the attack is none: {outcome:?}");
+        assert!(outcome.recycled >= TRIES / 5 - MISSED && outcome.fooled >= outcome.recycled, "the attack does not work: {outcome:?}");
     }
 
     for server in ["-", "run"] {
         let before = scene.refused("process_gone").await;
         let outcome = attack(&scene, scene.agent.socket(), server, TRIES).await;
         eprintln!("figure: pid reuse against the agent ({server}): {outcome:?} of {TRIES}");
-        assert!(outcome.recycled >= TRIES - MISSED, "the attack is none: {outcome:?}");
+        assert!(outcome.recycled >= TRIES - MISSED, "the attack does not work: {outcome:?}");
         assert_eq!((outcome.fooled, outcome.messages), (0, 0), "{outcome:?}");
         let refused = scene.refused("process_gone").await - before;
-        assert!(refused >= outcome.recycled as f64, "{refused} were refused as gone of {outcome:?}");
+        assert!(refused >= outcome.recycled as f64, "{refused} were rejected as ended, of {outcome:?}");
     }
     let now = scene.agent.metric_of("sds_agent_attestations_total", &["result=\"ok\""]).await;
-    assert_eq!(ok, now, "nobody was taken for anybody");
+    assert_eq!(ok, now, "a caller got another identity");
 }
 
-/// The attack from pod A on pod B.
+/// Runs the attack of pod A on pod B.
 async fn attack(scene: &Scene, socket: &Path, server: &str, tries: usize) -> Outcome {
     let breeder = scene.b.cgroup.command(caller());
     let breeder = breeder.as_std();
@@ -78,7 +78,7 @@ async fn attack(scene: &Scene, socket: &Path, server: &str, tries: usize) -> Out
     Outcome { recycled, fooled, messages }
 }
 
-/// A caller in `cgroup` and in the agent's PID namespace.
+/// A caller in `cgroup` and in the PID namespace of the agent.
 fn inside(scene: &Scene, cgroup: &PodCgroup) -> Command {
     let namespaces = format!("/proc/{}/ns", scene.agent.process().pid());
     let mut command = Command::new(tools::system("nsenter", "util-linux"));

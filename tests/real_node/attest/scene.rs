@@ -14,11 +14,11 @@ use test_harness::{
 use tokio::process::Command;
 use x509_parser::{extensions::GeneralName, pem::Pem};
 
-/// For what takes milliseconds on a quiet machine.
+/// Limit for steps that take milliseconds on a quiet machine.
 pub const PATIENCE: Duration = Duration::from_secs(30);
-/// For what must come, in milliseconds.
+/// Timeout in milliseconds for answers that must come.
 pub const LONG: &str = "20000";
-/// For what must not come.
+/// Timeout in milliseconds for answers that must not come.
 pub const WHILE: &str = "1500";
 
 /// The agent, and two pods on its node.
@@ -33,19 +33,19 @@ pub struct Scene {
     pub dir: TempDir,
 }
 
-/// A pod, and its container's cgroup.
+/// A pod and the cgroup of its container.
 pub struct Member {
     pub pod: Pod,
     pub cgroup: PodCgroup,
 }
 
 impl Scene {
-    /// `settings` stand in the agent's configuration.
+    /// Starts an agent with `settings` in its configuration.
     pub async fn start(settings: &str) -> Self {
         Self::launched(settings, |_, launch| launch).await
     }
 
-    /// The same, where `change` says how the agent is started.
+    /// Like [`Scene::start`]; `change` modifies the launch of the agent.
     pub async fn launched(settings: &str, change: impl FnOnce(&AgentPod, Launch) -> Launch) -> Self {
         let cluster = Cluster::connect().await;
         let dir = tempfile::tempdir().unwrap();
@@ -58,12 +58,12 @@ impl Scene {
         Self { cluster, agent_pod, launch, agent, a, b, node, dir }
     }
 
-    /// A call of a pod's process, to its end.
+    /// Makes a call from a pod's process and waits for its end.
     pub async fn ask(&self, cgroup: &PodCgroup, method: &str, milliseconds: &str, names: &[&str]) -> Answer {
         self.ask_by(cgroup.command(caller()), method, milliseconds, names).await
     }
 
-    /// A call of whatever runs the caller.
+    /// Makes a call by any command.
     pub async fn ask_by(&self, mut command: Command, method: &str, milliseconds: &str, names: &[&str]) -> Answer {
         command.arg("ask").arg(self.agent.socket()).arg(method).arg(milliseconds).args(names);
         let mut child = Child::spawn("test-caller", &mut command);
@@ -72,26 +72,26 @@ impl Scene {
         Answer::read(&child.stdout().text().lines().map(str::to_owned).collect::<Vec<_>>())
     }
 
-    /// A stream of a pod's process, until dropped.
+    /// Opens a stream from a pod's process, until dropped.
     pub fn stream(&self, cgroup: &PodCgroup, word: &str, names: &[&str]) -> Stream {
         let mut command = cgroup.command(caller());
         let child = Child::spawn("test-caller", command.arg(word).arg(self.agent.socket()).args(names));
         Stream { lines: child.stdout(), child }
     }
 
-    /// How many callers were not served for this reason.
+    /// The number of callers that were rejected for this reason.
     pub async fn refused(&self, reason: &str) -> f64 {
         self.agent.metric_of("sds_agent_attestations_total", &[&format!("reason=\"{reason}\"")]).await
     }
 }
 
-/// A pod that is given a minute to drain when it is deleted.
+/// Creates a pod with a grace period of one minute.
 pub async fn member(cluster: &Cluster, namespace: &str, name: &str, node: &str) -> Member {
     cluster.create(&format!("/api/v1/namespaces/{namespace}/serviceaccounts"), &json!({"metadata": {"name": name}})).await;
     again(cluster, namespace, name, node).await
 }
 
-/// The same, of a service account that exists.
+/// Like [`member`], with an existing service account.
 pub async fn again(cluster: &Cluster, namespace: &str, name: &str, node: &str) -> Member {
     let pods = format!("/api/v1/namespaces/{namespace}/pods");
     let pod = json!({
@@ -114,25 +114,25 @@ pub async fn again(cluster: &Cluster, namespace: &str, name: &str, node: &str) -
 }
 
 impl Member {
-    /// The pod in the API.
+    /// The path of the pod in the API.
     pub fn path(&self) -> String {
         format!("/api/v1/namespaces/{}/pods/{}", self.pod.namespace, self.pod.name)
     }
 }
 
-/// The program that calls.
+/// The program that calls the agent.
 pub fn caller() -> &'static Path {
     Path::new(env!("CARGO_BIN_EXE_test-caller"))
 }
 
-/// What a call brought.
+/// The result of a call.
 #[derive(Debug)]
 pub struct Answer {
-    /// The SPIFFE ids of all certificates in it.
+    /// The SPIFFE IDs of all certificates in it.
     pub ids: Vec<String>,
-    /// Whether there was a private key among it.
+    /// Whether it contained a private key.
     pub has_key: bool,
-    /// How many messages there were.
+    /// The number of messages.
     pub messages: usize,
     /// Whether the server ended the call.
     pub ended: bool,
@@ -150,7 +150,7 @@ impl Answer {
         }
     }
 
-    /// Nobody's secret, and the end of the call.
+    /// Whether the call ended without a secret.
     pub fn is_refusal(&self) -> bool {
         self.ended && self.messages == 0
     }
@@ -177,14 +177,14 @@ fn ids(text: &str) -> Vec<String> {
     out
 }
 
-/// A call that goes on.
+/// A call that continues.
 pub struct Stream {
     child: Child,
     lines: Lines,
 }
 
 impl Stream {
-    /// Waits for this many messages in all.
+    /// Waits until `count` messages have arrived in total.
     pub async fn messages(&self, count: usize) -> Answer {
         let enough =
             |lines: &[String]| (lines.iter().filter(|line| line.starts_with("message ")).count() >= count).then(|| Answer::read(lines));
@@ -197,12 +197,12 @@ impl Stream {
         self.lines.until("the end of the connection", PATIENCE, enough).await
     }
 
-    /// Whether it is open, as far as has been seen.
+    /// Whether the connection is open according to the output so far.
     pub fn is_open(&self) -> bool {
         !self.lines.text().lines().any(|line| line == "end" || line == "closed")
     }
 
-    /// Ends its process.
+    /// Kills its process.
     pub fn kill(&self) {
         self.child.signal(Signal::SIGKILL);
     }

@@ -1,8 +1,8 @@
-//! The little of HTTP/2, gRPC and SDS that one call takes, as bytes: so that a call can be prepared by one process and made by another.
+//! The part of HTTP/2, gRPC and SDS that one call needs, as bytes. So one process can prepare a call that another one makes.
 
 use std::{fmt, io::Read};
 
-/// The call's stream.
+/// The stream ID of the call.
 const STREAM: u32 = 1;
 const DATA: u8 = 0;
 const HEADERS: u8 = 1;
@@ -12,7 +12,7 @@ const GOAWAY: u8 = 7;
 const END_STREAM: u8 = 1;
 const END_HEADERS: u8 = 4;
 
-/// A whole connection's words: preface, settings, and one call for `names`.
+/// The bytes of a whole connection: preface, settings, and one call for `names`.
 pub(crate) fn request(method: &str, names: &[&str]) -> Vec<u8> {
     let path = format!("/envoy.service.secret.v3.SecretDiscoveryService/{method}");
     let headers = [
@@ -25,7 +25,7 @@ pub(crate) fn request(method: &str, names: &[&str]) -> Vec<u8> {
     ];
     let mut block = Vec::new();
     for (name, value) in headers {
-        // A literal that is not indexed; all of these are shorter than 127 bytes.
+        // Literals without indexing; all of them are shorter than 127 bytes.
         block.push(0);
         for text in [name, value] {
             block.push(u8::try_from(text.len()).expect("short"));
@@ -69,13 +69,13 @@ fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     [&length[1..], &[kind, flags], &stream.to_be_bytes(), payload].concat()
 }
 
-/// What comes back.
+/// An event of the call.
 pub(crate) enum Event {
-    /// A whole gRPC message.
+    /// A complete gRPC message.
     Message(Vec<u8>),
-    /// The call's end: its trailers, or a reset.
+    /// The end of the call: its trailers, or a reset.
     End,
-    /// The server will take no new calls.
+    /// GOAWAY: the server accepts no new calls.
     Leaving,
 }
 
@@ -92,14 +92,14 @@ impl fmt::Display for Event {
     }
 }
 
-/// Reads frames, and puts messages together.
+/// Reads frames and assembles messages.
 #[derive(Default)]
 pub(crate) struct Reader {
     data: Vec<u8>,
 }
 
 impl Reader {
-    /// The next thing that happens; none when the connection has been closed.
+    /// Returns the next event, or `None` when the connection is closed.
     pub(crate) fn next(&mut self, from: &mut impl Read) -> Option<Event> {
         loop {
             if let Some(length) = self.data.get(1..5) {

@@ -1,14 +1,15 @@
-//! A caller that the tests put into pods' cgroups, PID namespaces and trouble: one process that does exactly what it is told, frame by frame.
+//! A caller that the tests run in cgroups and PID namespaces of pods: one process that does exactly what its arguments say, frame by
+//! frame.
 //!
 //! ```text
-//! test-caller ask SOCKET METHOD MILLISECONDS NAME…   asks and shows what comes, one line each, until the call's end or for so long
-//! test-caller watch SOCKET NAME…                     opens a stream and shows what comes until the connection is closed
-//! test-caller hand-over SOCKET NAME…                 opens a stream; after the first answer a child keeps the connection and it ends
-//! test-caller read                                   shows what comes on the connection that is its standard input
+//! test-caller ask SOCKET METHOD MILLISECONDS NAME…   makes a call and prints each event, until its end or the timeout
+//! test-caller watch SOCKET NAME…                     opens a stream and prints each event until the connection is closed
+//! test-caller hand-over SOCKET NAME…                 opens a stream; after the first answer it ends, and a child keeps the connection
+//! test-caller read                                   prints each event of the connection that is its standard input
 //! test-caller dial SOCKET                            connects the socket that is its standard input, and ends
-//! test-caller hold                                   lives until its standard input ends
+//! test-caller hold                                   runs until its standard input ends
 //! test-caller breed                                  starts one `hold` for each line that it reads; the next line ends it
-//! test-caller naive SOCKET                           serves as one would who trusts a pid: answers with the cgroups of the caller's pid
+//! test-caller naive SOCKET                           a server that trusts pids: answers with the cgroups of the caller's pid
 //! test-caller reuse …                                see `reuse`
 //! ```
 
@@ -103,8 +104,8 @@ fn breed() {
     for _ in std::io::stdin().lock().lines() {
         match child.take() {
             Some(mut old) => {
-                old.kill().expect("it is ours");
-                old.wait().expect("it is ours");
+                old.kill().expect("a child of this process");
+                old.wait().expect("a child of this process");
                 println!("0");
             }
             None => {
@@ -119,7 +120,7 @@ fn breed() {
     }
 }
 
-/// What the agent must not do: it believes that the pid of the credentials is still the caller's.
+/// A server that does what the agent must not do: it assumes that the pid of the credentials is still the caller's.
 fn naive(path: &str) {
     let listener = UnixListener::bind(path).expect("a fresh name");
     println!("listening");

@@ -1,7 +1,8 @@
-//! The attack on a pid: connect, end, and let a process of the victim have the number before the server asks whose it is.
+//! The attack by a recycled pid: the attacker connects and ends, and a process of the victim gets the pid before the server reads the
+//! evidence.
 //!
-//! It has what no attacker has: it chooses the next pid (`ns_last_pid`), lets the victim start a process at that moment, and stops the
-//! server meanwhile. It counts how often the number really was the victim's from before the question until after the answer.
+//! The test has abilities that no attacker has: it chooses the next pid (`ns_last_pid`), starts the victim's process at that moment, and
+//! stops the server meanwhile. It counts the attempts in which the pid was the victim's from before the lookup until after the answer.
 
 use std::{
     fs,
@@ -19,13 +20,13 @@ use nix::{
 
 use super::{fresh_socket, http2, me};
 
-/// Tries to get the number before giving one try up.
+/// Number of attempts to get the pid before an attack is given up.
 const RECYCLINGS: usize = 50;
-/// An answer takes milliseconds.
+/// Limit for an answer, which takes milliseconds.
 const ANSWER: Duration = Duration::from_secs(10);
 
-/// `SOCKET SERVER TRIES VICTIM BREEDER…`: the server's first argument, by which it is found, or `-` to leave it running; the victim's mark
-/// in its cgroups; and the command that breeds in them.
+/// `SOCKET SERVER TRIES VICTIM BREEDER…`: the server's first argument, by which its process is found, or `-` to leave it running; the
+/// victim's mark in its cgroups; and the command that starts processes in them.
 pub(crate) fn attack(words: &[&str]) {
     let [path, server, tries, victim, breeder @ ..] = words else { panic!("{words:?}") };
     let server = (*server != "-").then(|| pid_of(server));
@@ -42,11 +43,11 @@ pub(crate) fn attack(words: &[&str]) {
         let is_victims = || fs::read_to_string(format!("/proc/{pid}/cgroup")).is_ok_and(|text| text.contains(victim));
         let before = taken && is_victims();
         if let Some(server) = server {
-            kill(server, Signal::SIGCONT).expect("it is ours");
+            kill(server, Signal::SIGCONT).expect("the signal is sent");
         }
         let (shown, answers) = answer(connection, &request);
         recycled += usize::from(before && is_victims());
-        // A naive server tells what it saw.
+        // A naive server shows the cgroups that it read.
         fooled += usize::from(shown.windows(victim.len()).any(|window| window == victim.as_bytes()));
         messages += answers;
         if taken {
@@ -56,20 +57,20 @@ pub(crate) fn attack(words: &[&str]) {
     println!("tries {tries} recycled {recycled} fooled {fooled} messages {messages}");
 }
 
-/// A connection whose process has ended and was reaped, and the number that it had.
+/// A connection whose process has ended and was reaped, and the pid of that process.
 fn connect_and_end(path: &str) -> (UnixStream, i32) {
     let socket = fresh_socket();
     let stdin = socket.try_clone().expect("a second descriptor");
     let mut child = me("dial").arg(path).stdin(stdin).spawn().expect("a child");
     let pid = i32::try_from(child.id()).expect("a pid");
-    assert!(child.wait().expect("it is ours").success(), "it connects");
+    assert!(child.wait().expect("a child of this process").success(), "it connects");
     (UnixStream::from(socket), pid)
 }
 
-/// All that comes, and how many messages are in it.
+/// All received bytes, and the number of messages in them.
 fn answer(mut connection: UnixStream, request: &[u8]) -> (Vec<u8>, usize) {
     connection.set_read_timeout(Some(ANSWER)).expect("a time-out");
-    // Who is refused at once may already have been left.
+    // The server may already have closed the connection of a caller that it rejects.
     let _ = connection.write_all(request);
     let mut seen = Seen { from: &connection, bytes: Vec::new() };
     let (mut reader, mut messages) = (http2::Reader::default(), 0);
@@ -82,7 +83,7 @@ fn answer(mut connection: UnixStream, request: &[u8]) -> (Vec<u8>, usize) {
     (seen.bytes, messages)
 }
 
-/// Keeps what passes.
+/// Records the bytes that pass.
 struct Seen<'a> {
     from: &'a UnixStream,
     bytes: Vec<u8>,
@@ -110,7 +111,7 @@ impl Breeder {
         Self { orders: child.stdin.take().expect("a pipe"), answers: BufReader::new(child.stdout.take().expect("a pipe")) }
     }
 
-    /// The next step: a child's pid, or 0 when it has ended.
+    /// Reads the next answer: the pid of a child process, or 0 when it has ended.
     fn next(&mut self) -> i32 {
         self.orders.write_all(b"\n").expect("it reads");
         let mut line = String::new();
@@ -118,7 +119,7 @@ impl Breeder {
         line.trim().parse().expect("a pid")
     }
 
-    /// Lets it start a process with this number; true when it has one.
+    /// Makes it start a process with this pid; returns true if that process has the pid.
     fn take(&mut self, pid: i32) -> bool {
         for _ in 0..RECYCLINGS {
             fs::write("/proc/sys/kernel/ns_last_pid", (pid - 1).to_string()).expect("a PID namespace of our own");
@@ -140,7 +141,7 @@ fn pid_of(word: &str) -> Pid {
 
 /// Stops every thread of a process.
 fn stop(process: Pid) {
-    kill(process, Signal::SIGSTOP).expect("it is ours");
+    kill(process, Signal::SIGSTOP).expect("the signal is sent");
     let stopped = |task: &Path| {
         let stat = fs::read_to_string(task.join("stat")).unwrap_or_default();
         stat.rsplit_once(") ").is_none_or(|(_, rest)| rest.starts_with('T'))

@@ -1,4 +1,4 @@
-//! As many pods as a node has, all at once: nothing of them is left behind.
+//! As many pods as a node can have, all at once: nothing of them is left behind.
 
 use futures::future::{Either, join_all};
 use test_harness::{cluster::Pod, eventually};
@@ -19,7 +19,7 @@ async fn two_hundred_and_fifty_pods_at_once_leave_nothing_behind() {
     }));
     let pods: Vec<Pod> = std::iter::once(first).chain(others.await).collect();
 
-    // One round warms up what a process keeps for itself.
+    // The first round allocates what the process keeps.
     for round in 0..3 {
         let before = fds(&agent);
         let begun = Instant::now();
@@ -34,7 +34,7 @@ async fn two_hundred_and_fifty_pods_at_once_leave_nothing_behind() {
         let begun = Instant::now();
         join_all(pods.iter().map(|pod| node.kubelet.unpublish(&pod.uid, "sds"))).await;
         eprintln!("figure: {PODS} pods at once: published in {published:?}, unpublished in {:?}", begun.elapsed());
-        eventually("nobody listens any more", PATIENCE, async || match node.listening() {
+        eventually("no server listens", PATIENCE, async || match node.listening() {
             0 => Ok(()),
             left => Err(format!("{left} listen")),
         })
@@ -47,7 +47,7 @@ async fn two_hundred_and_fifty_pods_at_once_leave_nothing_behind() {
         settled.await;
         assert!(agent.metric("sds_agent_pod_sockets").await < 0.5);
     }
-    // Publishing and unpublishing cross: whatever wins, an unpublish ends it.
+    // Publishing and unpublishing overlap: regardless of the order, an unpublish ends the socket.
     let crossed = pods.iter().flat_map(|pod| {
         let (kubelet, uid) = (&node.kubelet, &pod.uid);
         let publish = async move { drop(kubelet.publish_as(kubelet.request(pod, "sds", &[])).await) };
@@ -56,7 +56,7 @@ async fn two_hundred_and_fifty_pods_at_once_leave_nothing_behind() {
     });
     join_all(crossed).await;
     join_all(pods.iter().map(|pod| node.kubelet.unpublish(&pod.uid, "sds"))).await;
-    eventually("nobody listens any more", PATIENCE, async || match node.listening() {
+    eventually("no server listens", PATIENCE, async || match node.listening() {
         0 => Ok(()),
         left => Err(format!("{left} listen")),
     })

@@ -1,4 +1,4 @@
-//! What a pod gets, and what it cannot do with it; the driver as the kubelet sees it.
+//! The files that a pod gets, and the operations on them that fail; the driver as the kubelet sees it.
 
 use std::{fs, os::unix::fs::PermissionsExt};
 
@@ -9,7 +9,7 @@ use tonic::Code;
 
 use super::{Node, PATIENCE, PROMPT, certificate};
 
-/// The flags that every mount has.
+/// The flags of every mount.
 const GUARDED: [&str; 4] = ["ro", "nosuid", "nodev", "noexec"];
 
 #[tokio::test]
@@ -18,7 +18,7 @@ async fn a_pod_gets_its_own_identity_through_a_mount_that_it_cannot_change() {
     let agent = node.start().await;
     let (cart, other) = (node.pod("cart").await, node.pod("other").await);
     let cart_target = node.kubelet.publish(&cart, "sds").await;
-    // The longest names there are.
+    // The longest possible names.
     let (volume, socket) = ("v".repeat(63), "s".repeat(40));
     let named = node.kubelet.request(&other, &volume, &[("sds-agent.io/socket-name", &socket)]);
     let other_target = node.kubelet.publish_as(named).await.unwrap();
@@ -27,7 +27,7 @@ async fn a_pod_gets_its_own_identity_through_a_mount_that_it_cannot_change() {
     let certificate = node.fetch(&other_target, &socket).await.unwrap();
     assert_eq!(certificate["spiffe_id"], other.spiffe_id());
 
-    // By no name does one get the other's.
+    // Neither pod gets the other's certificate, by any name.
     let program =
         format!("'{}' fetch --socket {IN_POD}/socket --name {} -o json --timeout 3s", agent::program().display(), other.spiffe_id());
     let output = node.host.in_pod(&cart_target, &program).await;
@@ -86,7 +86,7 @@ async fn unpublishing_ends_connections_whether_or_not_they_have_spoken() {
     lines.until("the stream's first secret", PATIENCE, |lines| (!lines.is_empty()).then_some(())).await;
 
     node.kubelet.unpublish(&pod.uid, "sds").await;
-    // Whatever it was told before, it comes to an end.
+    // The call ends, regardless of the answers before.
     let mut told = Vec::new();
     drop(timeout(PROMPT, silent.read_to_end(&mut told)).await.expect("the connection ends"));
     node.assert_nothing_left();
@@ -110,7 +110,7 @@ async fn publishing_the_same_volume_again_changes_nothing() {
     assert_eq!(node.host.mounts(), mounts);
     node.assert_served(&pod, &target).await;
 
-    // A name that is taken away comes back with the next call.
+    // A socket path that is removed is created again at the next call.
     fs::remove_file(node.directories()[0].join("socket")).unwrap();
     node.kubelet.publish(&pod, "sds").await;
     node.assert_served(&pod, &target).await;

@@ -1,7 +1,7 @@
-//! A kubelet as a CSI driver meets it: it finds the registration socket, asks, says what came of it, and then calls the driver with its
-//! own paths and the volume contexts that it makes of a pod.
+//! A kubelet from the point of view of a CSI driver: it finds the registration socket, calls it, reports the result, and then calls the
+//! driver with its own paths and the volume contexts of pods.
 //!
-//! Registration is spoken by grpc-go, with the authority that the kubelet sends: the path of the socket, percent-encoded.
+//! Registration uses grpc-go with the `:authority` that the kubelet sends: the path of the socket, percent-encoded.
 
 use std::{
     collections::HashMap,
@@ -27,7 +27,7 @@ use test_harness::{child, cluster::Pod, eventually, node::DRIVER, tools};
 use tokio::{net::UnixStream, time::timeout};
 use tonic::{Status, body::Body};
 
-/// The kubelet's own patience.
+/// The kubelet's own timeout.
 const CALL: Duration = Duration::from_secs(120);
 const START: Duration = Duration::from_secs(30);
 
@@ -38,7 +38,7 @@ pub struct Kubelet {
 }
 
 impl Kubelet {
-    /// With its files in `directory`.
+    /// Creates a kubelet with its files in `directory`.
     pub fn new(directory: &Path) -> Self {
         Self { directory: directory.to_owned() }
     }
@@ -63,7 +63,7 @@ impl Kubelet {
         assert_eq!(info["endpoint"].as_str(), endpoint.to_str());
 
         let mut identity = self.identity().await;
-        let told = identity.get_plugin_info(GetPluginInfoRequest {}).await.expect("the driver says who it is").into_inner();
+        let told = identity.get_plugin_info(GetPluginInfoRequest {}).await.expect("the driver identifies itself").into_inner();
         assert_eq!(told.name, DRIVER);
         let mut node = self.node().await;
         node.node_get_capabilities(NodeGetCapabilitiesRequest {}).await.expect("and what it can do");
@@ -72,7 +72,7 @@ impl Kubelet {
         self.ask("NotifyRegistrationStatus", &json!({"pluginRegistered": true})).await;
     }
 
-    /// One call of the registration, as grpc-go makes it for a kubelet.
+    /// Makes one call of the registration as grpc-go does for a kubelet.
     pub async fn ask(&self, method: &str, message: &Value) -> Value {
         let socket = self.registration_socket();
         let (protos, message) = (Path::new(env!("CARGO_MANIFEST_DIR")).join("proto"), message.to_string());
@@ -85,12 +85,12 @@ impl Kubelet {
         serde_json::from_str(&answer).unwrap_or_else(|e| panic!("{method}: {e}: {answer}"))
     }
 
-    /// Where it wants a pod's volume.
+    /// The target path of a pod's volume.
     pub fn target(&self, uid: &str, volume: &str) -> PathBuf {
         self.directory.join("pods").join(uid).join("volumes/kubernetes.io~csi").join(volume).join("mount")
     }
 
-    /// What it asks for a pod's volume with these attributes.
+    /// The publish request for a pod's volume with these attributes.
     pub fn request(&self, pod: &Pod, volume: &str, attributes: &[(&str, &str)]) -> NodePublishVolumeRequest {
         let own = [
             ("csi.storage.k8s.io/pod.name", pod.name.as_str()),
@@ -99,7 +99,7 @@ impl Kubelet {
             ("csi.storage.k8s.io/serviceAccount.name", &pod.service_account),
             ("csi.storage.k8s.io/ephemeral", "true"),
         ];
-        // Its own win, where the driver's object asks for them.
+        // The kubelet's own attributes take precedence if the CSIDriver object requests them.
         let context: HashMap<_, _> = attributes.iter().chain(&own).map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
         NodePublishVolumeRequest {
             volume_id: format!("csi-{}-{volume}", pod.uid),
@@ -111,24 +111,24 @@ impl Kubelet {
         }
     }
 
-    /// Publishes a volume and gives its target.
+    /// Publishes a volume and returns its target.
     pub async fn publish(&self, pod: &Pod, volume: &str) -> PathBuf {
         let request = self.request(pod, volume, &[]);
         self.publish_as(request).await.unwrap_or_else(|status| panic!("publish: {status:?}"))
     }
 
-    /// Publishes whatever is asked. As the kubelet does it makes the directory above the target, and clears up after a refusal.
+    /// Publishes any request. Like the kubelet, it creates the parent directory of the target, and removes it after an error.
     pub async fn publish_as(&self, request: NodePublishVolumeRequest) -> Result<PathBuf, Status> {
         let target = PathBuf::from(&request.target_path);
         let is_its_own = target.starts_with(self.directory.join("pods")) && !request.target_path.contains("/../");
         let was_there = target.symlink_metadata().is_ok();
         if let Some(parent) = target.parent().filter(|_| is_its_own) {
-            // A path that no file system takes is the driver's to refuse.
+            // The driver has to reject a path that no file system accepts.
             let _ = fs::create_dir_all(parent);
         }
         let mut node = self.node().await;
         let answer = timeout(CALL, node.node_publish_volume(request)).await.expect("the driver answers in time");
-        // What is mounted it leaves alone; here it cannot see that, and removing it would unmount it.
+        // The kubelet does not remove a mount point. This code cannot see mounts of the host, and a removal would unmount it.
         if answer.is_err() && is_its_own && !was_there {
             for empty in target.ancestors().take_while(|path| !path.ends_with("pods")) {
                 let _ = fs::remove_dir(empty);
@@ -137,7 +137,7 @@ impl Kubelet {
         answer.map(|_| target)
     }
 
-    /// Asks to unpublish a volume.
+    /// Calls unpublish for a volume.
     pub async fn unpublish_quietly(&self, uid: &str, volume: &str) -> Result<(), Status> {
         let target_path = self.target(uid, volume).display().to_string();
         let request = NodeUnpublishVolumeRequest { volume_id: format!("csi-{uid}-{volume}"), target_path };
@@ -145,7 +145,7 @@ impl Kubelet {
         timeout(CALL, node.node_unpublish_volume(request)).await.expect("the driver answers in time").map(drop)
     }
 
-    /// Unpublishes a volume and removes what it has made for it.
+    /// Unpublishes a volume and removes the directories that were created for it.
     pub async fn unpublish(&self, uid: &str, volume: &str) {
         self.unpublish_quietly(uid, volume).await.unwrap_or_else(|status| panic!("unpublish: {status:?}"));
         let target = self.target(uid, volume);
@@ -163,7 +163,7 @@ impl Kubelet {
         NodeClient::with_origin(self.dial().await, Uri::from_static("http://localhost"))
     }
 
-    /// A connection for each call, as the kubelet does.
+    /// Opens a connection for each call, as the kubelet does.
     async fn dial(&self) -> Connection {
         let stream = UnixStream::connect(self.driver_socket()).await.expect("the driver's socket");
         let (sender, connection) = http2::handshake(TokioExecutor::new(), TokioIo::new(stream)).await.expect("HTTP/2");
@@ -172,7 +172,7 @@ impl Kubelet {
     }
 }
 
-/// As grpc-go does with a name that is no authority.
+/// grpc-go encodes a name that is not a valid authority in this way.
 fn percent_encoded(path: &Path) -> String {
     let mut out = String::new();
     for byte in path.to_str().expect("a plain path").bytes() {

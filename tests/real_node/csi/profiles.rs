@@ -1,4 +1,4 @@
-//! Profiles that a pod picks by its own volume.
+//! Profiles that a pod selects by its own volume.
 
 use serde_json::{Value, json};
 use test_harness::{cluster::Pod, node::DRIVER};
@@ -9,7 +9,7 @@ use super::Node;
 
 const PROFILE: &str = "sds-agent.io/profile";
 
-/// A pod whose spec has these volumes of the driver, each with the profile that it picks.
+/// A pod whose spec has these volumes of the driver, each with the profile that it selects.
 async fn pod(node: &Node, name: &str, volumes: &[(&str, Option<&str>)]) -> Pod {
     let accounts = format!("/api/v1/namespaces/{}/serviceaccounts", node.namespace);
     node.cluster.create(&accounts, &json!({"metadata": {"name": name}})).await;
@@ -52,7 +52,7 @@ async fn a_pod_picks_a_selectable_profile_by_its_volume_and_no_other() {
         node.kubelet.publish_as(node.kubelet.request(pod, volume, &attributes)).await
     };
 
-    // Two sockets of one pod, each with its own.
+    // Two sockets of one pod, each with a different profile.
     let targets = [publish(&cart, "plain", None).await.unwrap(), publish(&cart, "short", Some("short")).await.unwrap()];
     for (target, seconds) in targets.iter().zip([7200, 3600]) {
         let certificate = node.fetch(target, "socket").await.unwrap();
@@ -63,15 +63,15 @@ async fn a_pod_picks_a_selectable_profile_by_its_volume_and_no_other() {
         (&cart, "gold", Some("gold"), Code::FailedPrecondition, "profiles[1] is not selectable"),
         (&other, "none", Some("none"), Code::FailedPrecondition, "no profile of this name is configured"),
         (&other, "short", Some("short"), Code::FailedPrecondition, "service account other is not among its serviceAccounts"),
-        // The call of the kubelet says otherwise than the pod's spec.
-        (&cart, "plain-2", Some("short"), Code::PermissionDenied, "its pick of a profile"),
-        (&other, "short", None, Code::PermissionDenied, "its pick of a profile"),
+        // The kubelet's call names another profile than the pod's spec.
+        (&cart, "plain-2", Some("short"), Code::PermissionDenied, "its picked profile"),
+        (&other, "short", None, Code::PermissionDenied, "its picked profile"),
     ] {
         let status = publish(pod, volume, picked).await.unwrap_err();
         assert!(status.code() == code && status.message().contains(words), "{volume}: {status:?}");
     }
 
-    // Nobody says it again after a restart: the pod's spec does.
+    // After a restart no call names the profile; the pod's spec does.
     agent.kill().await;
     let _agent = node.start().await;
     let certificate = node.fetch(&targets[1], "socket").await.unwrap();

@@ -1,4 +1,4 @@
-//! What is refused: forged volume contexts, and whatever stands where the driver wants to make something.
+//! Requests that the driver rejects: forged volume contexts, and files at the paths that the driver needs.
 
 use std::{
     fs,
@@ -26,7 +26,8 @@ async fn what_is_forged_or_in_the_way_is_refused_and_leaves_nothing() {
     };
 
     let mut table = vec![
-        // Without a CSIDriver object a pod's own attributes are all there is: it names another pod, or itself wrongly.
+        // Without a CSIDriver object the context consists of the pod's own attributes. They name another pod, or this pod with a wrong
+        // field.
         (context("csi.storage.k8s.io/pod.uid", &victim.uid), Code::PermissionDenied),
         (context("csi.storage.k8s.io/pod.name", &victim.name), Code::PermissionDenied),
         (context("csi.storage.k8s.io/pod.namespace", "kube-system"), Code::PermissionDenied),
@@ -61,7 +62,7 @@ async fn what_is_forged_or_in_the_way_is_refused_and_leaves_nothing() {
     let log = agent.wrote("refused a call of the kubelet", 15).await;
     assert!(!log.contains("s3cr3t"), "values of a volume context are in the log");
 
-    // The good one is still good.
+    // The valid request is still accepted.
     let target = node.kubelet.publish(&cart, "sds").await;
     node.assert_served(&cart, &target).await;
 }
@@ -99,7 +100,7 @@ async fn a_target_or_a_directory_that_is_not_ours_is_refused() {
     fs::remove_file(&target).unwrap();
     let volumes = target.ancestors().nth(2).unwrap();
     fs::remove_dir_all(volumes).unwrap();
-    // It holds something, so that nobody's clearing up takes it away.
+    // The directory is not empty, so that no clean-up removes it.
     fs::create_dir_all(outside.join("sds/kept")).unwrap();
     symlink(&outside, volumes).unwrap();
     assert!(refused("a link on the way").await.contains("on the way"));
@@ -111,7 +112,7 @@ async fn a_target_or_a_directory_that_is_not_ours_is_refused() {
     assert_eq!(status.code(), Code::FailedPrecondition, "{status:?}");
     assert!(status.message().contains("is a symbolic link or no directory"), "{status:?}");
     assert!(own.is_symlink(), "it is left alone");
-    // A pod must not hang for it.
+    // The deletion of the pod must not hang because of it.
     node.kubelet.unpublish(&pod.uid, "sds").await;
     fs::remove_file(&own).unwrap();
 

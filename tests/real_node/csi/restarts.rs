@@ -1,4 +1,4 @@
-//! Agents that are killed or end and come back, and an upstream that is away.
+//! Agents that are killed or end and start again, and an unavailable upstream.
 
 use std::{
     fs,
@@ -38,7 +38,7 @@ async fn envoys_that_see_one_mounted_directory_talk_and_survive_a_killed_agent()
     let pair = Pair { server: first, client: second, tls, entrance };
     pair.request().await.unwrap();
 
-    // The pods' own mounts are of the directories' inodes: nobody touches them while the agent is away and comes back.
+    // The mounts of pods refer to the inodes of the directories, so the directories must not change while the agent restarts.
     let before = pair.taken().await;
     let mounts = node.host.mounts();
     assert_eq!(mounts.len(), 2, "{mounts:?}");
@@ -73,7 +73,7 @@ async fn a_restart_clears_ended_pods_and_serves_the_remaining_ones() {
     let inode = node.host.inode(&target);
     node.assert_served(&stays, &target).await;
 
-    // A proper end takes the names and leaves the mounts.
+    // A graceful end removes the socket paths and keeps the mounts.
     agent.terminate();
     assert!(agent.exit(PATIENCE).await.success());
     assert_eq!(node.listening(), 0);
@@ -90,7 +90,7 @@ async fn a_restart_clears_ended_pods_and_serves_the_remaining_ones() {
     fs::set_permissions(&open, fs::Permissions::from_mode(0o777)).unwrap();
 
     let agent = node.start().await;
-    eventually("the pod that is gone is cleared", PATIENCE, async || {
+    eventually("the ended pod is cleared", PATIENCE, async || {
         let (mounted, there) = (node.host.mounts().iter().any(|m| m.target == gone), node.sockets().join(&goes.uid).exists());
         if mounted || there { Err(format!("mounted: {mounted}, there: {there}")) } else { Ok(()) }
     })
@@ -101,18 +101,18 @@ async fn a_restart_clears_ended_pods_and_serves_the_remaining_ones() {
     assert!(file.exists() && link.is_symlink() && open.exists());
     assert_eq!(fs::read_dir(&open).unwrap().count(), 0);
     let log = agent.process().output();
-    for stray in ["is a symbolic link or no directory", "file has not the UID of a pod", "open can be written by others"] {
+    for stray in ["is a symbolic link or no directory", "file is not named by the UID of a pod", "open can be written by others"] {
         assert!(log.contains(stray), "{stray}: {log}");
     }
 
-    // What it does not know it unpublishes all the same, and what it has inherited.
+    // The agent also unpublishes volumes that it does not know, and volumes of the previous process.
     node.kubelet.unpublish(&goes.uid, "sds").await;
     node.kubelet.unpublish(&stays.uid, "named").await;
     node.kubelet.unpublish(&stays.uid, "sds").await;
     assert_eq!(node.host.mounts(), []);
     agent.kill().await;
 
-    // An unpublish of what nobody serves: only the paths tell.
+    // An unpublish of a volume that is not served: only the paths identify it.
     let agent = node.start().await;
     let target = node.kubelet.publish(&stays, "sds").await;
     agent.kill().await;
@@ -123,7 +123,7 @@ async fn a_restart_clears_ended_pods_and_serves_the_remaining_ones() {
     assert_eq!(node.host.mounts(), []);
 }
 
-/// Neither call asks anybody: pods start and end while the API server is away.
+/// Neither call contacts the upstream: pods start and end while the API server is unavailable.
 #[tokio::test]
 async fn the_upstream_is_away_and_pods_start_and_end() {
     let node = Node::new(&certificate("1h")).await;
@@ -144,7 +144,7 @@ async fn the_upstream_is_away_and_pods_start_and_end() {
     let forged_target = node.kubelet.publish_as(request).await.unwrap();
     assert!(begun.elapsed() < PROMPT, "{:?}", begun.elapsed());
     assert_eq!(node.listening(), 2);
-    // Nobody can say whose they are: a caller waits, and no key leaves.
+    // The agent cannot identify the pods: a caller waits, and no key leaves.
     for target in [&target, &forged_target] {
         let program = format!("'{}' fetch --socket {IN_POD}/socket --name default -o json --timeout 3s", agent::program().display());
         let output = node.host.in_pod(target, &program).await;
@@ -155,7 +155,7 @@ async fn the_upstream_is_away_and_pods_start_and_end() {
     let target = node.kubelet.publish(&pod, "sds").await;
     assert!(begun.elapsed() < PROMPT, "{:?}", begun.elapsed());
 
-    // The upstream comes back with the next process; what was published for another than the index knows is not served.
+    // The upstream returns with the next process. A volume that was published for a pod which the index does not confirm is not served.
     agent.kill().await;
     fs::write(&kubeconfig, access).unwrap();
     let agent = node.start().await;
@@ -167,7 +167,7 @@ async fn the_upstream_is_away_and_pods_start_and_end() {
     drop(agent);
 }
 
-/// Told the wrong node, an agent knows no pod at all: that is no reason to take every pod's socket away.
+/// An agent with a wrong node name sees no pods. It must not remove the sockets of all pods for this reason.
 #[tokio::test]
 async fn an_agent_on_the_wrong_node_clears_nothing() {
     let node = Node::new(&certificate("1h")).await;
@@ -178,7 +178,7 @@ async fn an_agent_on_the_wrong_node_clears_nothing() {
     let mounts = node.host.mounts();
     let elsewhere = node.cluster.node().await;
     let agent = node.launch.clone().env("NODE_NAME", &elsewhere).start().await;
-    eventually("it says so", PATIENCE, async || {
+    eventually("the log says so", PATIENCE, async || {
         if agent.process().output().contains("the agent's own pod is not on NODE_NAME") { Ok(()) } else { Err("not yet".into()) }
     })
     .await;

@@ -1,4 +1,4 @@
-//! The agent around the service: an issuer that can be down, an attestor that answers when told, and a clock that can be stepped.
+//! The parts around the service: an issuer that can be down, an attestor that a test controls, and a clock that can be stepped.
 
 use std::{
     collections::BTreeMap,
@@ -23,14 +23,14 @@ use workload_identity::{IssuerName, PodRef, Profile, Resolver, TrustDomain, Work
 
 use super::*;
 
-/// What the upstream does with orders.
+/// The upstream's reaction to orders.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Upstream {
     /// Signs at once.
     Up,
     /// Fails at once.
     Down,
-    /// Takes orders and answers when it is up again.
+    /// Accepts orders and answers them when it is up again.
     Slow,
 }
 
@@ -57,7 +57,7 @@ impl Issuer for Scripted {
     }
 }
 
-/// What the attestor says of everybody; nothing until it is told.
+/// The attestor's result for every caller; `None` until a test sets it.
 pub type Verdict = Option<Result<Attested, attest::Error>>;
 
 #[derive(Debug)]
@@ -81,7 +81,7 @@ impl Attestor for Told {
     }
 }
 
-/// One agent.
+/// An agent without sockets.
 pub struct Bench {
     pub service: Arc<Service>,
     pub clock: TestClock,
@@ -101,28 +101,28 @@ pub struct Bench {
     pub reissue: mpsc::Sender<Reissue>,
 }
 
-/// Over which time certificates are issued anew after a change.
+/// The time over which certificates are reissued after a change.
 pub const SPREAD: Duration = Duration::from_secs(600);
 
-/// How long a subscription without subscribers is kept.
+/// The time for which a subscription without subscribers is kept.
 pub const RETENTION: Duration = Duration::from_secs(300);
 
 impl Bench {
-    /// Everything is there: the bundle, an upstream that signs, an attestor that knows everybody.
+    /// All parts are ready: the bundle, an upstream that signs, an attestor that accepts every caller.
     pub fn new() -> Self {
         let bench = Self::without_bundle();
         bench.source.take(bench.embedded.bundle().unwrap());
         bench
     }
 
-    /// The bundle is still to come.
+    /// The bundle does not exist yet.
     pub fn without_bundle() -> Self {
         let clock = TestClock::new(UNIX_EPOCH + Duration::from_secs(1_700_000_000));
         let embedded = Arc::new(Embedded::new("cluster.local", Arc::new(clock.clone())).unwrap());
         Self::of(clock, embedded)
     }
 
-    /// An agent that was started anew: it knows nothing, and the upstream is the same. It has no bundle yet.
+    /// A restarted agent: it has no state and no bundle yet, and uses the same upstream.
     pub fn restarted(&self) -> Self {
         Self::of(self.clock.clone(), self.embedded.clone())
     }
@@ -192,18 +192,18 @@ impl Bench {
         }
     }
 
-    /// A connection of its own.
+    /// A new connection.
     pub fn connection(&self) -> Arc<Connection> {
         Arc::new(Connection::new(Peer::without_process(1000), self.authenticator.clone()))
     }
 
-    /// A connection of its own, from this pod.
+    /// A new connection from this pod.
     pub fn connection_of(&self, pod: &str, refusals: &Arc<Refusals>) -> Arc<Connection> {
         let connection = Connection::new(Peer::without_process(1000), self.authenticator.clone());
         Arc::new(connection.coming_from(Origin::Pod(pod.into()), refusals.clone()))
     }
 
-    /// From now on callers get another profile: what was issued before is foreign.
+    /// From now on callers get a profile of another epoch: earlier certificates do not match it.
     pub fn raise_epoch(&self) {
         self.change_profile(|profile| profile.epoch += 1);
     }
@@ -217,7 +217,7 @@ impl Bench {
         self.reload(next);
     }
 
-    /// Another configuration, as a reload brings it.
+    /// Applies another configuration, as a reload does.
     pub fn reload(&self, next: Resolver) {
         let profiles = next.rules.iter().map(|rule| &rule.profile).chain([&next.default_profile]).cloned();
         self.plan.send_replace(Arc::new(Plan::new(self.issuers.clone(), profiles, RETENTION)));
@@ -230,12 +230,12 @@ impl Bench {
         (**self.resolver.borrow()).clone()
     }
 
-    /// Nobody is known any more, until a verdict is sent.
+    /// From now on the attestor accepts no caller, until a result is sent.
     pub fn know_nobody(&self) {
         self.verdict.send_replace(None);
     }
 
-    /// The caller picks this profile by its volume.
+    /// The caller selects this profile by its volume.
     pub fn pick(&self, profile: &str) {
         let mut attested = attested("a", &self.terminated);
         if let Workload::Pod { picked, .. } = &mut attested.workload {
@@ -248,7 +248,7 @@ impl Bench {
         self.verdict.send_replace(Some(Ok(attested("a", &self.terminated))));
     }
 
-    /// The process that connected has ended a moment ago, and nobody has been told yet.
+    /// The process that connected has ended, and no event has been sent about it yet.
     pub fn end_process(&self) {
         self.holds.store(false, Ordering::SeqCst);
     }
@@ -258,12 +258,12 @@ impl Bench {
         self.verdict.send_replace(Some(Err(error)));
     }
 
-    /// Orders that the upstream has had.
+    /// The number of orders that the upstream has received.
     pub fn orders(&self) -> usize {
         self.orders.load(Ordering::SeqCst)
     }
 
-    /// Subscriptions to any certificate.
+    /// The number of subscriptions to certificates.
     pub fn leases(&self) -> usize {
         self.service.store.snapshot().iter().map(|entry| entry.subscribers()).sum()
     }
@@ -284,18 +284,18 @@ fn attested(service_account: &str, terminated: &CancellationToken) -> Attested {
     }
 }
 
-/// Lets everything happen that can happen now.
+/// Runs every task until all of them wait.
 pub async fn settle() {
     tokio::time::sleep(Duration::from_millis(1)).await;
 }
 
-/// The bundle of `bench` and another root: what was issued stays good.
+/// The bundle of `bench` with an additional root: issued certificates stay valid.
 pub fn grown_bundle(bench: &Bench) -> TrustBundle {
     let (own, other) = (bench.embedded.bundle().unwrap(), foreign_bundle(bench));
     TrustBundle::from_certificates([own.roots(), other.roots()].concat()).unwrap()
 }
 
-/// Another authority's roots.
+/// The roots of another authority.
 pub fn foreign_bundle(bench: &Bench) -> TrustBundle {
     Embedded::new("cluster.local", Arc::new(bench.clock.clone())).unwrap().bundle().unwrap()
 }

@@ -1,4 +1,4 @@
-//! A client of either face, as the protocol wants it: it remembers names, versions and the last nonce, and answers as it is told.
+//! A client of either protocol variant. It stores names, versions and the last nonce, and sends the responses that a test requests.
 
 use std::convert::Infallible;
 
@@ -21,7 +21,7 @@ use tonic::Code;
 use super::{bench::Bench, *};
 
 pub const FACES: [Variant; 2] = [Variant::Sotw, Variant::Delta];
-/// Longer than anything takes that is not to be waited for; on paused time it costs nothing.
+/// A limit that no expected event reaches; in paused time it costs nothing.
 const PATIENCE: Duration = Duration::from_secs(24 * 3600);
 
 /// One resource of a response.
@@ -35,9 +35,9 @@ pub struct Resource {
 
 #[derive(Clone, PartialEq, Eq)]
 pub enum Content {
-    /// The chain, PEM.
+    /// The chain in PEM.
     Certificate(Vec<u8>),
-    /// The roots, PEM.
+    /// The roots in PEM.
     Bundle(Vec<u8>),
 }
 
@@ -61,13 +61,13 @@ impl Reply {
         self.resources.iter().map(|r| &*r.name).collect()
     }
 
-    /// The version of the only resource, in either face.
+    /// The version of the only resource, in either variant.
     pub fn only_version(&self) -> &str {
         assert_eq!(self.resources.len(), 1);
         if self.version.is_empty() { &self.resources[0].version } else { &self.version }
     }
 
-    /// Whether the resource called `name` is `svid`, with its chain.
+    /// Whether the resource `name` is the certificate `svid` with its chain.
     pub fn carries(&self, name: &str, svid: &Svid) -> bool {
         self.resources.iter().any(|r| r.name == name && r.content == Content::Certificate(svid.chain.to_pem()))
     }
@@ -111,24 +111,24 @@ fn resource(any: &prost_types::Any, of: Option<(&str, &str)>) -> Resource {
     Resource { name: secret.name, version: of.map(|(_, version)| version.to_owned()).unwrap_or_default(), content }
 }
 
-/// What a stream's other side sees.
+/// An event on the client's side of a stream.
 #[derive(Debug, PartialEq)]
 enum Seen {
     Reply(Reply),
     End(Code, String),
 }
 
-/// A message as it travels.
+/// A message in gRPC framing.
 pub fn framed(message: &impl Message) -> Bytes {
     Bytes::from([&grpc::prefix(message.encoded_len())[..], &message.encode_to_vec()].concat())
 }
 
-/// A body of the given pieces, which ends after them.
+/// A body that consists of the pieces of this channel.
 pub fn body(pieces: mpsc::UnboundedReceiver<Bytes>) -> impl HttpBody<Data = Bytes, Error = Infallible> + Send + Unpin {
     StreamBody::new(futures::StreamExt::map(UnboundedReceiverStream::new(pieces), |piece| Ok(Frame::data(piece))))
 }
 
-/// The status of a response that has ended.
+/// The status in the trailers of a response.
 pub fn status(trailers: &http::HeaderMap) -> (Code, String) {
     let status = Status::from_header_map(trailers).expect("a status");
     (status.code(), status.message().to_owned())
@@ -146,7 +146,7 @@ pub struct Client {
 }
 
 impl Client {
-    /// Opens a stream on a connection of its own, and says nothing yet.
+    /// Opens a stream on a new connection, without sending a request.
     pub async fn open(bench: &Bench, variant: Variant) -> Self {
         Self::on(bench, &bench.connection(), variant).await
     }
@@ -161,14 +161,14 @@ impl Client {
         Self { variant, said: Some(said), seen, transport, names: Vec::new(), nonce: String::new(), version: String::new() }
     }
 
-    /// Opens a stream that asks for `names`.
+    /// Opens a stream and requests `names`.
     pub async fn asking(bench: &Bench, variant: Variant, names: &[&str]) -> Self {
         let mut client = Self::open(bench, variant).await;
         client.ask(names);
         client
     }
 
-    /// Opens a stream as a client that comes back: it brings `version` along for each of `names`.
+    /// Opens a stream as a reconnecting client: it sends `version` for each of `names`.
     pub async fn returning(bench: &Bench, variant: Variant, names: &[&str], version: &str) -> Self {
         let mut client = Self::open(bench, variant).await;
         client.version = version.to_owned();
@@ -178,7 +178,7 @@ impl Client {
         client
     }
 
-    /// Wants exactly `names` from now on.
+    /// Changes the subscription to exactly `names`.
     pub fn ask(&mut self, names: &[&str]) {
         let next: Vec<String> = names.iter().map(|n| (*n).to_owned()).collect();
         let added: Vec<String> = next.iter().filter(|n| !self.names.contains(n)).cloned().collect();
@@ -198,14 +198,14 @@ impl Client {
         self.say(&[], &[], Default::default(), Some("bad certificate"), &reply.nonce);
     }
 
-    /// Rejects `reply` and wants other names, in one message.
+    /// Rejects `reply` and subscribes to another name, in one message.
     pub fn nack_and_add(&mut self, reply: &Reply, name: &str) {
         self.nonce.clone_from(&reply.nonce);
         self.names.push(name.to_owned());
         self.say(&[name.to_owned()], &[], Default::default(), Some("bad certificate"), &reply.nonce);
     }
 
-    /// Rejects `reply` and wants the same names anew, in one message.
+    /// Rejects `reply` and subscribes to the same names again, in one message.
     pub fn nack_and_ask_again(&mut self, reply: &Reply) {
         self.nonce.clone_from(&reply.nonce);
         let names = self.names.clone();
@@ -241,18 +241,18 @@ impl Client {
         });
     }
 
-    /// Says `piece` as it is.
+    /// Sends `piece` unchanged.
     pub fn send(&self, piece: Bytes) {
-        // A stream that has ended does not listen.
+        // A stream that has ended does not receive it.
         let _ = self.said.as_ref().expect("the client has not said its last").send(piece);
     }
 
-    /// Has said its last, and still listens.
+    /// Ends the client's side of the stream and still receives.
     pub fn close(&mut self) {
         self.said = None;
     }
 
-    /// The next response, whenever it comes.
+    /// The next response, without a limit in paused time.
     pub async fn reply(&mut self) -> Reply {
         match tokio::time::timeout(PATIENCE, self.seen.recv()).await.expect("a response in time") {
             Some(Seen::Reply(reply)) => reply,
@@ -260,21 +260,21 @@ impl Client {
         }
     }
 
-    /// The next response, accepted.
+    /// Receives and acknowledges the next response.
     pub async fn accepted(&mut self) -> Reply {
         let reply = self.reply().await;
         self.ack(&reply);
         reply
     }
 
-    /// Nothing comes for `time`.
+    /// Asserts that nothing arrives for `time`.
     pub async fn quiet(&mut self, time: Duration) {
         if let Ok(seen) = tokio::time::timeout(time, self.seen.recv()).await {
-            panic!("nothing was to come, but {seen:?}");
+            panic!("expected no response, got {seen:?}");
         }
     }
 
-    /// How the stream ends; nothing else comes before.
+    /// Returns the final status; asserts that no response comes before it.
     pub async fn end(&mut self) -> (Code, String) {
         match tokio::time::timeout(PATIENCE, self.seen.recv()).await.expect("an end in time") {
             Some(Seen::End(code, message)) => (code, message),
@@ -282,7 +282,7 @@ impl Client {
         }
     }
 
-    /// Resets the stream, and returns when the service has heard of it.
+    /// Resets the stream, and returns when the service has processed it.
     pub async fn reset(self) {
         self.transport.abort();
         let _ = self.transport.await;
@@ -294,7 +294,7 @@ pub fn bytes(mut data: grpc::Pieces) -> Bytes {
     data.copy_to_bytes(data.remaining())
 }
 
-/// Reads a response as a transport does: piece by piece, at once.
+/// Reads a response as a transport does: each piece at once.
 async fn carry(variant: Variant, mut response: Body, tell: mpsc::UnboundedSender<Seen>) {
     let mut pending = Vec::new();
     while let Some(frame) = response.frame().await {

@@ -1,4 +1,4 @@
-//! How streams end, and what is left behind: nothing.
+//! The end of streams. No state is left behind.
 
 use http_body_util::BodyExt;
 use tokio::sync::mpsc;
@@ -58,7 +58,7 @@ async fn no_key_leaves_when_the_process_has_ended_though_nobody_has_been_told() 
         b.end_process();
         b.upstream.send_replace(Upstream::Up);
         assert_eq!(client.end().await, (Code::PermissionDenied, "the workload has ended".into()));
-        assert!(b.terminated.is_cancelled(), "now everybody is told");
+        assert!(b.terminated.is_cancelled(), "now every stream ends");
     }
 }
 
@@ -77,7 +77,7 @@ async fn what_the_transport_has_not_taken_when_a_workload_ends_stays_here() {
     drop(said);
 }
 
-/// A stream whose response is read by hand.
+/// A stream whose response a test reads itself.
 async fn by_hand(b: &Bench, name: &str) -> (mpsc::UnboundedSender<Bytes>, Body) {
     let (said, pieces) = mpsc::unbounded_channel();
     let request = Request::post(format!("/{SERVICE}/StreamSecrets")).body(body(pieces)).unwrap();
@@ -122,7 +122,7 @@ async fn a_client_that_has_said_its_last_is_answered_once_and_then_done() {
         assert_eq!(nothing.end().await.0, Code::Ok);
         let mut unknown = Client::asking(&b, variant, &["file-root:system", "spiffe://nobody.example"]).await;
         unknown.close();
-        assert_eq!(unknown.end().await.0, Code::Ok, "for a name that is not ours nothing will come");
+        assert_eq!(unknown.end().await.0, Code::Ok, "no response comes for a name of another provider");
         settle().await;
         assert_eq!(b.leases(), 0);
     }
@@ -151,7 +151,7 @@ async fn a_caller_without_identity_gets_permission_denied_or_unavailable() {
 async fn an_ended_stream_drops_its_lease_and_stops_renewals() {
     for variant in FACES {
         let b = Bench::new();
-        // Twice within the retention: the second end counts as well as the first.
+        // Twice within the retention: the second end starts the retention again.
         for _ in 0..2 {
             let mut client = Client::asking(&b, variant, &["default"]).await;
             client.accepted().await;
@@ -193,7 +193,7 @@ async fn a_client_that_does_not_read_misses_nothing_but_what_was_overtaken() {
     }
     let rest = bytes(body.frame().await.unwrap().unwrap().into_data().unwrap());
     assert_eq!(head.len() + rest.len() - grpc::PREFIX, usize::try_from(u32::from_be_bytes(head[1..5].try_into().unwrap())).unwrap());
-    // One more response, with the newest of twenty bundles.
+    // A second response follows, with the newest of twenty bundles.
     let mut message = Vec::new();
     for _ in 0..2 {
         message.extend(bytes(body.frame().await.unwrap().unwrap().into_data().unwrap()));

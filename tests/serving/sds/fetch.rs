@@ -1,4 +1,4 @@
-//! `FetchSecrets`: one answer, in the caller's time.
+//! `FetchSecrets`: one response within the caller's deadline.
 
 use http_body_util::BodyExt;
 use tokio::sync::mpsc;
@@ -10,12 +10,12 @@ use super::{
     *,
 };
 
-/// On paused time it costs nothing.
+/// In paused time this limit costs nothing.
 const PATIENCE: Duration = Duration::from_secs(24 * 3600);
 
 type Answer = Result<Reply, (Code, String)>;
 
-/// A call, as a client makes it. `deadline` is its `grpc-timeout`.
+/// A call of a client. `deadline` is its `grpc-timeout`.
 struct Call<'a> {
     bench: &'a Bench,
     request: DiscoveryRequest,
@@ -33,7 +33,7 @@ impl<'a> Call<'a> {
         self
     }
 
-    /// The answer, and how long it took.
+    /// The response, and the time that it took.
     async fn answer(self) -> (Answer, Duration) {
         let (say, pieces) = mpsc::unbounded_channel();
         say.send(framed(&self.request)).unwrap();
@@ -268,7 +268,7 @@ async fn a_fetch_that_waits_across_a_reload_returns_the_new_identity() {
         assert_eq!(b.orders(), 1);
         b.raise_epoch();
         settle().await;
-        assert_eq!(b.orders(), 2, "who has nothing is not spread");
+        assert_eq!(b.orders(), 2, "an order without a certificate is not delayed");
         b.upstream.send_replace(Upstream::Up);
     };
     let ((answer, took), ()) = tokio::join!(call(&b, &["default"]).answer(), change);

@@ -1,4 +1,4 @@
-//! Clients that come back with the version that they hold: nothing is issued before its time, and nothing odd is believed.
+//! Clients that reconnect with the version of the certificate that they hold: none is issued early, and invalid versions are ignored.
 
 use agent_runtime::clock;
 
@@ -10,7 +10,7 @@ use super::{
 
 const MINUTE: Duration = Duration::from_secs(60);
 
-/// An agent that was restarted, with its bundle, and the certificate that a client has from before.
+/// A restarted agent with its bundle, and the certificate that a client got before.
 async fn restarted() -> (Bench, Arc<Svid>) {
     let (b, svid) = restarted_without_bundle().await;
     b.source.take(b.embedded.bundle().unwrap());
@@ -26,7 +26,7 @@ async fn restarted_without_bundle() -> (Bench, Arc<Svid>) {
 }
 
 fn renew_at(svid: &Svid) -> SystemTime {
-    // The version carries whole seconds.
+    // The version has a resolution of one second.
     clock::from_unix_seconds(i64::try_from(clock::unix_seconds(svid.renew_at)).unwrap())
 }
 
@@ -57,7 +57,7 @@ async fn the_bundle_is_sent_at_once_while_the_certificate_is_held() {
     client.quiet(MINUTE).await;
     assert_eq!(b.orders(), 0);
 
-    // With that version it may come back once more.
+    // The client can reconnect with that version again.
     let again = b.restarted();
     again.source.take(again.embedded.bundle().unwrap());
     let mut client = Client::returning(&again, Variant::Sotw, &["default", "ROOTCA"], &reply.version).await;
@@ -114,7 +114,7 @@ async fn another_clients_certificate_replaces_a_held_one_after_settling() {
         let mut other = Client::asking(&b, variant, &["default"]).await;
         let begun = Instant::now();
         assert!(other.accepted().await.carries("default", &b.material()));
-        assert!(begun.elapsed() < Duration::from_secs(1), "who has nothing is held up by nobody");
+        assert!(begun.elapsed() < Duration::from_secs(1), "a client without a certificate does not wait");
 
         let settled_at = b.material().settled_at;
         assert!(settled_at > b.clock.now());
@@ -132,11 +132,11 @@ async fn a_later_bundle_without_the_reported_authority_triggers_an_order() {
         let (b, svid) = restarted_without_bundle().await;
         let mut client = Client::returning(&b, variant, &["default"], svid.version()).await;
         client.quiet(MINUTE).await;
-        assert_eq!(b.orders(), 0, "nobody can tell yet, and the client is believed");
+        assert_eq!(b.orders(), 0, "without a bundle the client's version is accepted");
         b.source.take(foreign_bundle(&b));
         settle().await;
         assert!(b.orders() >= 1);
-        // What our authority signs is good once its root is trusted again.
+        // A certificate of this authority is valid once its root is trusted again.
         b.source.take(b.embedded.bundle().unwrap());
         assert!(client.accepted().await.carries("default", &b.material()));
     }

@@ -1,4 +1,4 @@
-//! What clients can make the agent log: one line for each pod and cause, however often they do it.
+//! Log lines that clients cause: one for each pod and cause, regardless of the number of occurrences.
 
 use agent_runtime::{
     telemetry::{self, Format, captured::Captured},
@@ -13,7 +13,7 @@ use super::{
     *,
 };
 
-/// The times that a client does it.
+/// How often the client repeats the action.
 const TIMES: u64 = 1000;
 
 #[tokio::test(start_paused = true)]
@@ -29,7 +29,7 @@ async fn a_client_that_rejects_in_a_loop_is_one_line_and_every_time_is_counted()
     client.reply().await;
     assert_eq!(bench.service.metrics.nacks(Kind::bundle), TIMES);
     assert_eq!(log.count("rejected by the client"), 1);
-    // The next one tells how many there were.
+    // The next line has the number of suppressed ones.
     tokio::time::advance(Duration::from_secs(60)).await;
     let mut other = Client::asking(&bench, Variant::Delta, &["ROOTCA"]).await;
     let reply = other.reply().await;
@@ -78,7 +78,7 @@ async fn streams_that_are_refused_in_a_loop_are_one_line_for_each_cause() {
         }
         for number in 0..TIMES {
             let mut client = Client::on(&bench, &connection, variant).await;
-            // The same field in both faces' messages.
+            // The field is the same in the messages of both variants.
             let type_url = format!("another type {number}");
             client.send(match variant {
                 Variant::Sotw => framed(&DiscoveryRequest { type_url, ..Default::default() }),
@@ -91,7 +91,7 @@ async fn streams_that_are_refused_in_a_loop_are_one_line_for_each_cause() {
     assert_eq!(log.take().lines().count(), 3, "and the certificate that was issued is a line");
 }
 
-/// Of a name, of a type, of what the client says about itself, and of its words about what it rejects.
+/// In a name, a type URL, the client's description of itself, and its error detail of a NACK.
 #[tokio::test(start_paused = true)]
 async fn a_key_in_what_a_client_says_is_neither_logged_nor_answered() {
     let key = Key::ecdsa();
@@ -100,7 +100,7 @@ async fn a_key_in_what_a_client_says_is_neither_logged_nor_answered() {
     let bench = Bench::new();
     for (name, text) in key.some_texts() {
         let mut told = String::new();
-        // A caller of its own each time, so that every line is written.
+        // Each case uses a new caller, so that every line is written.
         let mut client = Client::open(&bench, Variant::Sotw).await;
         client.ask(&["default"]);
         let reply = client.reply().await;

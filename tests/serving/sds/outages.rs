@@ -1,4 +1,4 @@
-//! The clock and the upstream in trouble: what is good is served, what has ended is not, and no stream fails.
+//! A stepped clock and an unavailable upstream: valid certificates are served, expired ones are not, and no stream fails.
 
 use super::{
     bench::{Bench, Upstream, settle},
@@ -64,7 +64,7 @@ async fn a_caller_who_is_not_known_yet_waits_in_the_stream() {
         first.ask(&["default"]);
         second.ask(&["ROOTCA"]);
         first.quiet(60 * MINUTE).await;
-        // The one whose request began the attestation goes; the other goes on with it.
+        // The stream that started the attestation ends; the other stream continues with it.
         first.reset().await;
         settle().await;
         b.know_everybody();

@@ -1,4 +1,4 @@
-//! What is asked, answered, accepted and rejected.
+//! Requests, responses, ACKs and NACKs.
 
 use tonic::Code;
 
@@ -43,7 +43,7 @@ async fn a_bundle_is_pushed_when_it_comes_and_needs_no_certificate() {
         assert_eq!(reply.resources[0].content, Content::Bundle(bundle.to_pem()));
         assert_eq!(reply.only_version(), bundle.version().to_owned());
         client.quiet(MINUTE).await;
-        assert_eq!((b.orders(), b.leases()), (0, 0), "who asks for a bundle has asked for no certificate");
+        assert_eq!((b.orders(), b.leases()), (0, 0), "a request for the bundle orders a certificate");
     }
 }
 
@@ -75,7 +75,7 @@ async fn nothing_is_sent_again_after_an_answer_of_either_kind() {
             answer(&mut client, &reply);
             client.quiet(5 * MINUTE).await;
             let next = client.reply().await;
-            assert_ne!(next.only_version(), reply.only_version(), "a newer version is sent to whoever rejected the older one too");
+            assert_ne!(next.only_version(), reply.only_version(), "a client that rejected the older version gets the newer one");
         }
     }
 }
@@ -127,7 +127,7 @@ async fn a_stale_nonce_is_ignored_except_for_delta_subscriptions() {
         if variant == Variant::Sotw {
             client.quiet(MINUTE).await;
             assert_eq!(b.orders(), 0, "the names of a stale request are stale");
-            // Its sender sees the newer response, and answers that.
+            // The client receives the newer response and acknowledges it.
             client.ack(&second);
         }
         assert!(client.accepted().await.carries("default", &b.material()));
@@ -204,7 +204,7 @@ async fn unsubscribing_from_all_names_is_not_a_wildcard() {
         client.accepted().await;
         client.ask(&[]);
         client.quiet(120 * MINUTE).await;
-        assert_eq!((b.leases(), b.orders()), (0, 1), "nobody wants it renewed");
+        assert_eq!((b.leases(), b.orders()), (0, 1), "no stream needs a renewal");
         client.ask(&["default"]);
         client.accepted().await;
     }
@@ -259,7 +259,7 @@ async fn a_wildcard_is_the_certificate_and_the_bundle() {
     }
 }
 
-/// A request for `count` names, none of which is ours.
+/// A request for `count` names that the agent does not provide.
 fn typed(variant: Variant, type_url: &str, count: usize) -> Bytes {
     named(variant, type_url, (0..count).map(|n| format!("name-{n}")).collect())
 }

@@ -1,4 +1,4 @@
-//! Open streams when the configuration changes: another identity is taken on without a close and without a gap.
+//! Open streams when the configuration changes: a stream changes to another identity without a close and without a gap.
 
 use issuance::rotation::reissue::{Reissue, Reissued, Which};
 use tonic::Code;
@@ -11,10 +11,10 @@ use super::{
 };
 
 const MINUTE: Duration = Duration::from_secs(60);
-/// Beyond the spread: the settling of a certificate that lives for an hour.
+/// Beyond the spread: the settling time of a certificate with a lifetime of one hour.
 const SETTLING: Duration = Duration::from_secs(62);
 
-/// The certificate of the entry that issues under the rules in force.
+/// The certificate of the entry with the issuer of the current rules.
 fn current(b: &Bench) -> Option<Arc<Svid>> {
     let profile = b.rules().default_profile.fingerprint();
     let entries = b.service.store.snapshot();
@@ -33,7 +33,7 @@ async fn a_raised_epoch_replaces_the_certificate_within_the_window() {
         settle().await;
         assert_eq!(b.leases(), 1, "the new lease, and not the old one");
         assert_eq!(b.orders(), 1, "not at once");
-        // Who comes anew with a name more is answered with what there is.
+        // A request with an additional name is answered with the existing secrets.
         client.ask(&["default", "ROOTCA"]);
         let reply = client.accepted().await;
         assert!(reply.names().contains(&"ROOTCA"));
@@ -45,7 +45,7 @@ async fn a_raised_epoch_replaces_the_certificate_within_the_window() {
         assert!(begun.elapsed() <= SPREAD + SETTLING, "{:?}", begun.elapsed());
         assert!(begun.elapsed() > SETTLING / 2, "a certificate settles where there is another: {:?}", begun.elapsed());
         assert_eq!((b.orders(), b.leases()), (2, 1));
-        // From here on it is renewed like any other.
+        // From here on the certificate is renewed as usual.
         let reply = client.accepted().await;
         assert!(reply.carries("default", &current(&b).unwrap()));
         assert_eq!(b.orders(), 3);
@@ -100,7 +100,7 @@ async fn going_back_before_the_new_certificate_was_ordered_costs_nothing() {
         let old = b.material();
         b.raise_epoch();
         settle().await;
-        // Even where the old entry has been forgotten.
+        // This holds even if the old entry has been removed.
         b.change_profile(|profile| profile.epoch = 0);
         client.quiet(old.renew_at.duration_since(b.clock.now()).unwrap() - Duration::from_secs(2)).await;
         assert_eq!(b.orders(), 1);
@@ -127,7 +127,7 @@ async fn all_streams_of_an_identity_share_one_order_for_a_new_epoch() {
     }
 }
 
-/// A profile that takes namespace `shop`, where the caller is.
+/// A profile that matches the caller's namespace `shop`.
 fn shop(b: &Bench, change: impl FnOnce(&mut Profile), selectable: bool) -> Rule {
     let matches = Match { namespaces: vec![Pattern::parse("shop").unwrap()], ..Match::default() };
     let mut profile = (*b.rules().default_profile).clone();
@@ -148,7 +148,7 @@ async fn a_new_spiffe_id_reaches_open_and_new_streams_of_a_connection() {
         let rule = shop(&b, |profile| profile.spiffe_id = other.into(), false);
         b.reload(Resolver { rules: [rule].into(), ..b.rules() });
         settle().await;
-        // Who has nothing does not wait for the window, and brings it forward for the other.
+        // A client without a certificate does not wait for the window, and advances the order for the other stream too.
         let mut late = Client::on(&b, &connection, variant).await;
         late.ask(&["default"]);
         let reply = late.accepted().await;
@@ -161,7 +161,7 @@ async fn a_new_spiffe_id_reaches_open_and_new_streams_of_a_connection() {
     }
 }
 
-/// A certificate that the client has rejected is none that it could go on with, whichever response carried it.
+/// A client cannot continue with a certificate that it has rejected, regardless of the response that contained it.
 #[tokio::test(start_paused = true)]
 async fn a_rejected_certificate_delays_no_order_for_another_identity() {
     for variant in FACES {
@@ -213,7 +213,7 @@ async fn an_identity_that_was_taken_away_ends_its_streams_and_is_not_renewed() {
 #[tokio::test(start_paused = true)]
 async fn certificates_held_across_a_restart_are_replaced_in_the_window() {
     for variant in FACES {
-        // Raised while the agent was away, and raised while the client is held.
+        // The epoch is raised while the agent is down, or while the client's version is held.
         for raised_before in [true, false] {
             let before = Bench::new();
             Client::asking(&before, variant, &["default"]).await.accepted().await;
@@ -266,7 +266,7 @@ async fn repeated_reissue_calls_replace_a_certificate_once() {
         assert_eq!(reissue(&b, other("spiffe://cluster.local/ns/shop/sa/a"), Duration::ZERO).await, all);
         client.accepted().await;
         assert_eq!(b.orders(), 3);
-        // The one who repeats it at once has what he wanted.
+        // A repetition right after the reissue changes nothing.
         assert_eq!(reissue(&b, Which::default(), Duration::ZERO).await, Reissued { matched: 1, just_done: 1, retried: 0 });
         client.quiet(MINUTE).await;
         assert_eq!(b.orders(), 3);

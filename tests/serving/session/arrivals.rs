@@ -1,4 +1,4 @@
-//! Connections that come: who is taken on, who is not, and who stays.
+//! New connections: which of them are accepted, rejected and kept.
 
 use std::process::Command;
 
@@ -12,19 +12,19 @@ use super::{
     *,
 };
 
-/// The protocol's first words of a client, with empty SETTINGS.
+/// A client's connection preface with an empty SETTINGS frame.
 pub const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
 const SETTINGS: u8 = 4;
 
-/// The type of the first frame that the server sends; none when it closes instead.
+/// The type of the server's first frame, or `None` if it closes the connection.
 async fn first_frame(stream: &mut UnixStream) -> Option<u8> {
     let mut head = [0; 9];
-    soon("the server's first words", stream.read_exact(&mut head)).await.ok().map(|_| head[3])
+    soon("the server's first frame", stream.read_exact(&mut head)).await.ok().map(|_| head[3])
 }
 
-/// Returns when the server has closed.
+/// Returns when the server has closed the connection.
 async fn closed(mut stream: UnixStream) {
-    // Whatever it says before: a reset is an end as well.
+    // Ignores data before the end; a reset is an end too.
     let _ = soon("the server's end", stream.read_to_end(&mut Vec::new())).await;
 }
 
@@ -36,7 +36,7 @@ async fn settings_come_before_anybody_asks_who_it_is() {
     stream.write_all(PREFACE).await.unwrap();
     assert_eq!(first_frame(&mut stream).await, Some(SETTINGS));
 
-    // And calls that need nobody's name are answered.
+    // Calls that need no identity are answered too.
     let mut link = Link::connect(&agent.path).await;
     let mut held = link.asking(&["default"]).await;
     assert_eq!(link.call("nothing.Here/AtAll").await.end().await.0, tonic::Code::Unimplemented);
@@ -67,7 +67,7 @@ async fn an_idle_connection_is_closed_and_one_with_an_open_stream_is_not() {
     let mut busy = Link::connect(&agent.path).await;
     let mut stream = busy.asking(&["ROOTCA"]).await;
     stream.reply().await;
-    // Younger, and their calls are over.
+    // These connections are younger, and their calls have ended.
     for _ in 0..2 {
         let mut idle = Link::connect(&agent.path).await;
         idle.call("nothing.Here/AtAll").await.end().await;
@@ -96,7 +96,7 @@ async fn connections_are_limited_and_a_closed_one_frees_its_place() {
     soon("a free place", async {
         loop {
             let mut stream = UnixStream::connect(&agent.path).await.unwrap();
-            // One that is refused may be closed before it has spoken.
+            // The server may close a rejected connection before it sends a frame.
             let _ = stream.write_all(PREFACE).await;
             if first_frame(&mut stream).await == Some(SETTINGS) {
                 break;
@@ -106,7 +106,7 @@ async fn connections_are_limited_and_a_closed_one_frees_its_place() {
     .await;
 }
 
-/// Set for the child, so that `--include-ignored` does not take everybody's descriptors away.
+/// Set for the child process, so that `--include-ignored` does not use up the descriptors of this one.
 const CHILD: &str = "SDS_AGENT_TEST_CHILD";
 
 #[test]
@@ -130,7 +130,7 @@ async fn child_without_descriptors() {
     let mut stream = before.asking(&["ROOTCA"]).await;
     stream.reply().await;
 
-    // The client's end has its descriptor before there are no more.
+    // The client's end gets its descriptor before they run out.
     let client = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::NONBLOCK, None).unwrap();
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
     let mut taken = Vec::new();
@@ -142,7 +142,7 @@ async fn child_without_descriptors() {
     let client = UnixStream::from_std(std::os::unix::net::UnixStream::from(client)).unwrap();
     let refused = || agent.sessions.metrics.rejections(Rejection::accept_error);
     until("the first failure", || refused() > 0).await;
-    // The time is the measure here, and nothing is waited for: a loop that spins fails thousands of times in it.
+    // This test measures in a fixed time: a loop that spins fails thousands of times in it.
     tokio::time::sleep(Duration::from_millis(700)).await;
     assert!((2..=10).contains(&refused()), "{} attempts", refused());
     agent.change_bundle();
@@ -152,5 +152,5 @@ async fn child_without_descriptors() {
     setrlimit(Resource::RLIMIT_NOFILE, soft, hard).unwrap();
     let mut client = client;
     client.write_all(PREFACE).await.unwrap();
-    assert_eq!(first_frame(&mut client).await, Some(SETTINGS), "who waited is served");
+    assert_eq!(first_frame(&mut client).await, Some(SETTINGS), "the waiting client is served");
 }

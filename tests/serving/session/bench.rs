@@ -1,4 +1,4 @@
-//! A socket that is served, with a real store and rotation behind it, and an attestor that answers when it is let.
+//! A socket that is served, with a real store and rotation, and an attestor that answers when a test opens it.
 
 use std::{collections::BTreeMap, path::PathBuf, sync::Mutex};
 
@@ -23,15 +23,15 @@ use workload_identity::{IssuerName, PodRef, Resolver, TrustDomain, Workload, sam
 
 use super::*;
 
-/// Longer than anything takes on a busy machine.
+/// A limit that no expected event reaches on a busy machine.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Awaits an event, and not for ever.
+/// Awaits an event, with a limit.
 pub async fn soon<T>(what: &str, event: impl Future<Output = T>) -> T {
     tokio::time::timeout(PATIENCE, event).await.unwrap_or_else(|_| panic!("{what} did not come"))
 }
 
-/// Returns when `condition` holds; for what tells nobody when it changes.
+/// Polls until `condition` holds, for states that send no event.
 pub async fn until(what: &str, condition: impl Fn() -> bool) {
     soon(what, async {
         while !condition() {
@@ -41,7 +41,7 @@ pub async fn until(what: &str, condition: impl Fn() -> bool) {
     .await;
 }
 
-/// Lets callers in when it is open, each with a token of its own.
+/// Accepts callers while it is open, each with a separate token.
 #[derive(Debug)]
 struct TestAttestor {
     open: watch::Receiver<bool>,
@@ -72,14 +72,14 @@ pub struct Agent {
     pub sessions: Sessions,
     pub sds: Arc<sds::service::Service>,
     pub origin_cache: watch::Sender<bool>,
-    /// One token for each connection that was attested, in that order.
+    /// One token for each attested connection, in that order.
     pub let_in: Arc<Mutex<Vec<CancellationToken>>>,
     pub source: trust::Source,
     pub accepting: JoinHandle<()>,
     _directory: tempfile::TempDir,
 }
 
-/// How long a drain may take.
+/// Limit of a drain.
 pub const DRAIN: Duration = Duration::from_millis(300);
 
 impl Agent {
@@ -128,7 +128,7 @@ impl Agent {
         Self { path, sessions, sds, origin_cache, let_in, source, accepting, _directory: directory }
     }
 
-    /// Subscriptions to any certificate.
+    /// The number of subscriptions to certificates.
     pub fn leases(&self) -> usize {
         self.sds.store.snapshot().iter().map(|entry| entry.subscribers()).sum()
     }
@@ -137,7 +137,7 @@ impl Agent {
         self.sds.metrics.streams.get()
     }
 
-    /// Other roots than before: something to push.
+    /// Changes the roots, so that the service has an update to push.
     pub fn change_bundle(&self) {
         let other = Embedded::new("cluster.local", Arc::new(SystemClock)).unwrap();
         self.source.take(other.bundle().unwrap());

@@ -1,4 +1,4 @@
-//! What is called on a connection, SDS and the rest, and how calls on one connection and of different clients get along.
+//! Calls on a connection, SDS and others, and the independence of calls on one connection and of different clients.
 
 use hyper_util::rt::TokioIo;
 use sds_server::{
@@ -48,7 +48,7 @@ async fn two_full_size_envoy_requests_arrive_before_attestation_ends() {
     agent.origin_cache.send_replace(false);
     let mut link = Link::connect(&agent.path).await;
     let (mut certificate, mut bundle) = (link.stream().await, link.stream().await);
-    // More than the connection's window: the second gets through only when the first has been read.
+    // Together larger than the connection's window: the second request gets through only when the first has been read.
     certificate.send_through(request(&["default"], 61_440)).await;
     bundle.send_through(request(&["ROOTCA"], 61_440)).await;
     agent.origin_cache.send_replace(true);
@@ -69,7 +69,7 @@ async fn a_client_that_does_not_read_holds_up_nobody_else() {
         let mut stream = link.asking(&["ROOTCA"]).await;
         assert_eq!(names(&stream.reply().await), ["ROOTCA"]);
     }
-    // On its own connection too, other calls are answered: their errors need no window.
+    // Other calls on the same connection are answered too: their errors need no window.
     assert_eq!(deaf.call("nothing.Here/AtAll").await.end().await.0, Code::Unimplemented);
 }
 

@@ -1,4 +1,4 @@
-//! How connections end: with their workload, and with the agent.
+//! The end of connections: with their workload, and with the agent.
 
 use agent_runtime::shutdown::Drained;
 use sds_agent::{
@@ -93,7 +93,7 @@ async fn who_has_no_call_holds_up_no_drain_whatever_it_does_not_say() {
     let silent = UnixStream::connect(&agent.path).await.unwrap();
     let mut rude = UnixStream::connect(&agent.path).await.unwrap();
     rude.write_all(PREFACE).await.unwrap();
-    // Accepted in order: when this one is served, the others have been.
+    // Connections are accepted in order: when this one is served, the others have been accepted.
     let mut link = Link::connect(&agent.path).await;
     link.asking(&["ROOTCA"]).await.reply().await;
     agent.sessions.shutdown.begin();
@@ -116,7 +116,7 @@ async fn the_agents_name_is_free_before_its_streams_end() {
     stream.reply().await;
     shutdown.begin();
     assert_eq!(stream.end().await.0, Code::Unavailable);
-    assert!(!socket.exists(), "a client that comes back at once finds a successor, or nobody, and not who is going");
+    assert!(!socket.exists(), "a client that reconnects at once could reach the agent that ends");
     drop(stream);
     link.ended().await;
     let drained = soon("the agent's end", running).await.unwrap();

@@ -1,4 +1,4 @@
-//! Callers that want more than their share: they are turned away, and nobody else notices.
+//! Callers that exceed their share are rejected, and other callers are not affected.
 
 use std::path::{Path, PathBuf};
 
@@ -16,7 +16,7 @@ use super::{
     *,
 };
 
-/// The attestor of a socket that is one pod's own.
+/// The attestor of a per-pod socket.
 #[derive(Debug)]
 struct OfOnePod(Arc<dyn Attestor>, &'static str);
 
@@ -34,7 +34,7 @@ impl Attestor for OfOnePod {
     }
 }
 
-/// A further socket of the same agent, which belongs to `pod`.
+/// A further socket of the same agent, for `pod`.
 fn socket_of(agent: &Agent, pod: &'static str) -> PathBuf {
     let mut sessions = agent.sessions.clone();
     sessions.authenticator.attestor = Arc::new(OfOnePod(sessions.authenticator.attestor, pod));
@@ -44,11 +44,11 @@ fn socket_of(agent: &Agent, pod: &'static str) -> PathBuf {
     path
 }
 
-/// Connects; whether the server closes at once.
+/// Connects and returns whether the server closes at once.
 async fn is_turned_away(path: &Path) -> bool {
     let mut stream = UnixStream::connect(path).await.unwrap();
     let mut byte = [0];
-    // The server speaks first to whom it takes on.
+    // The server sends the first bytes to a connection that it accepts.
     !matches!(soon("the server's first word or its end", stream.read(&mut byte)).await, Ok(1))
 }
 
@@ -108,7 +108,7 @@ async fn streams_are_counted_over_all_connections_and_one_too_many_is_told_so() 
         }
     }
     let (code, words) = one.asking(&["ROOTCA"]).await.end().await;
-    assert_eq!((code, words.as_str()), (Code::ResourceExhausted, "there are as many streams as this workload may have"));
+    assert_eq!((code, words.as_str()), (Code::ResourceExhausted, "the limit of concurrent streams is reached"));
     assert_eq!(agent.sessions.metrics.refusals(metrics::Refusal::pod_stream_limit), 1);
     served(&quiet).await;
 
@@ -140,7 +140,7 @@ async fn who_goes_on_with_refused_streams_loses_the_connection_and_only_that() {
     stream.reply().await;
 }
 
-/// Nobody has an identity.
+/// Rejects every caller.
 #[derive(Debug)]
 struct Closed;
 
@@ -150,7 +150,7 @@ impl Attestor for Closed {
     }
 
     fn attest<'a>(&'a self, _: &'a Peer) -> BoxFuture<'a, Result<Attested, attest::Error>> {
-        Box::pin(std::future::ready(Err(attest::Error::refused(Reason::not_in_pod, "it is nobody"))))
+        Box::pin(std::future::ready(Err(attest::Error::refused(Reason::not_in_pod, "no identity"))))
     }
 }
 
@@ -181,7 +181,7 @@ async fn what_a_library_says_about_a_clients_bytes_does_not_fill_the_log() {
     let (_guard, _filter) = telemetry::capture("info", Format::Json, log.clone()).unwrap();
     let agent = Agent::start().await;
     let mut stream = UnixStream::connect(&agent.path).await.unwrap();
-    // An acknowledgement of a PING that was never sent; and one PING that is one, so that its answer comes after them.
+    // An acknowledgement of a PING that was never sent, and then one real PING, whose answer marks the end.
     let ping = |flags: u8| [&[0, 0, 8, 6, flags, 0, 0, 0, 0][..], b"whatever"].concat();
     let told = [PREFACE, &ping(1).repeat(1000), &ping(0)].concat();
     stream.write_all(&told).await.unwrap();

@@ -1,4 +1,4 @@
-//! A client's connection, close to the wire: the `h2` crate's client and gRPC framing by hand.
+//! A client's connection at the level of the wire: the client of the `h2` crate, with gRPC framing in the test.
 
 use std::{future::poll_fn, path::Path};
 
@@ -39,7 +39,7 @@ impl Link {
         Self { requests, connection: tokio::spawn(connection) }
     }
 
-    /// Begins a call of `path`.
+    /// Starts a call of `path`.
     pub async fn call(&mut self, path: &str) -> Call {
         let request = Request::post(format!("http://localhost/{path}"))
             .header("content-type", "application/grpc")
@@ -56,16 +56,16 @@ impl Link {
         self.call(&format!("{SERVICE}/StreamSecrets")).await
     }
 
-    /// Opens a stream that asks for `names`.
+    /// Opens a stream and requests `names`.
     pub async fn asking(&mut self, names: &[&str]) -> Call {
         let mut call = self.stream().await;
         call.ask(names);
         call
     }
 
-    /// The connection's end.
+    /// Waits for the end of the connection.
     pub async fn ended(self) {
-        // A reset is an end as well as a goodbye.
+        // A reset is an end, as a GOAWAY is.
         let _ = soon("the connection's end", self.connection).await.unwrap();
     }
 
@@ -74,7 +74,7 @@ impl Link {
     }
 }
 
-/// A request for `names`, as it travels, with as many more bytes in the field that carries an Envoy's description of itself.
+/// A framed request for `names`, with `node` additional bytes in the node metadata, where an Envoy describes itself.
 pub fn request(names: &[&str], node: usize) -> Bytes {
     let names = names.iter().map(|n| (*n).to_owned()).collect();
     let mut message = DiscoveryRequest { resource_names: names, ..Default::default() }.encode_to_vec();
@@ -87,7 +87,7 @@ impl Call {
         self.say.send_data(request(names, 0), false).unwrap();
     }
 
-    /// Sends `bytes` and returns when the server's windows have let all of them through.
+    /// Sends `bytes` and returns when the server's windows have accepted all of them.
     pub async fn send_through(&mut self, mut bytes: Bytes) {
         while !bytes.is_empty() {
             self.say.reserve_capacity(bytes.len());
@@ -97,7 +97,7 @@ impl Call {
     }
 
     pub async fn headers(&mut self) -> http::HeaderMap {
-        let response = soon("the response", self.response.take().expect("asked for once")).await.unwrap();
+        let response = soon("the response", self.response.take().expect("requested once")).await.unwrap();
         let (head, body) = response.into_parts();
         self.body = Some(body);
         head.headers
@@ -128,7 +128,7 @@ impl Call {
         }
     }
 
-    /// The status; no other message comes before it.
+    /// The final status; asserts that no message comes before it.
     pub async fn end(&mut self) -> (Code, String) {
         if self.body.is_none() {
             let headers = self.headers().await;
@@ -147,7 +147,7 @@ fn status(headers: &http::HeaderMap) -> (Code, String) {
     (status.code(), status.message().to_owned())
 }
 
-/// Names of a response's secrets.
+/// The names of a response's secrets.
 pub fn names(response: &DiscoveryResponse) -> Vec<String> {
     use sds_server::proto::envoy::extensions::transport_sockets::tls::v3::Secret;
     response.resources.iter().map(|any| Secret::decode(&any.value[..]).unwrap().name).collect()

@@ -1,19 +1,19 @@
-//! What pods pick by themselves: the one reading of a pod's volumes, for the agent and for the approver.
+//! Profiles that pods pick through their volumes. The agent and the approver share this code.
 //!
-//! A pod's own socket comes by an inline CSI volume, and an attribute of that volume may name a profile. The volumes are part of the
-//! pod's spec, which nobody changes after it was made: whoever reads the pod comes to the same picks.
+//! A per-pod socket is an inline CSI volume, and an attribute of that volume may name a profile. A pod's volumes are immutable, so every
+//! reader of the pod obtains the same picks.
 
 use std::{collections::BTreeMap, sync::Arc};
 
 use k8s_openapi::api::core::v1::Volume as ApiVolume;
 use serde::{Deserialize, Serialize};
 
-/// The attribute that picks a profile.
+/// Volume attribute that picks a profile.
 pub const PROFILE: &str = "sds-agent.io/profile";
-/// A profile is called by a DNS label.
+/// Maximum length of a profile's name, which is a DNS label.
 const MAX_NAME_CHARS: usize = 63;
 
-/// `spec.volumes[]` of a pod, without what nobody needs here.
+/// `spec.volumes[]` of a pod, with the fields that are read here.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, rename_all = "camelCase")]
 pub struct Volume {
@@ -52,7 +52,7 @@ impl From<&ApiVolume> for Volume {
     }
 }
 
-/// The profiles that a pod picks, by the names of the volumes by which it does; `driver` is the agent's CSI driver.
+/// Returns the profile that each volume picks, by the volume's name. `driver` is the agent's CSI driver.
 pub fn picks(volumes: &[Volume], driver: &str) -> BTreeMap<Arc<str>, Arc<str>> {
     let pick = |volume: &Volume| {
         let csi = volume.csi.as_ref().filter(|csi| csi.driver == driver)?;
@@ -62,7 +62,8 @@ pub fn picks(volumes: &[Volume], driver: &str) -> BTreeMap<Arc<str>, Arc<str>> {
     volumes.iter().filter_map(pick).collect()
 }
 
-/// What the attribute's value picks; nothing where it is empty. What can be no profile's name picks `""`, which no profile is called.
+/// Returns the profile that an attribute's value picks; `None` if the value is empty. For a value that is no valid profile name it returns
+/// `""`, which is the name of no profile.
 pub fn picked(value: &str) -> Option<Arc<str>> {
     match value {
         "" => None,
@@ -71,7 +72,7 @@ pub fn picked(value: &str) -> Option<Arc<str>> {
     }
 }
 
-/// Whether a profile can be called so: a DNS label.
+/// Returns whether `name` is a valid name of a profile: a DNS label.
 pub fn is_name(name: &str) -> bool {
     let edge = |b: Option<&u8>| b.is_some_and(|b| *b != b'-');
     let bytes = name.as_bytes();
@@ -101,7 +102,7 @@ mod tests {
         let expected = BTreeMap::from([("sds".into(), "gold".into()), ("odd".into(), "".into())]);
         let slim: Vec<Volume> = serde_json::from_value(volumes.clone()).unwrap();
         assert_eq!(picks(&slim, "csi.sds-agent.io"), expected);
-        // And the same from the whole type.
+        // The complete API type yields the same volumes.
         let whole: Vec<ApiVolume> = serde_json::from_value(volumes).unwrap();
         let read: Vec<Volume> = whole.iter().map(Volume::from).collect();
         assert_eq!(read, slim);

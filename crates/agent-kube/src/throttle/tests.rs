@@ -10,7 +10,7 @@ fn throttle(per_second: u32, burst: u32) -> Arc<Throttle> {
     Arc::new(Throttle::new(RequestRate { per_second, burst }))
 }
 
-/// A request that waits its turn; its end is when it was let through.
+/// Starts a request. Its task returns the time at which the request was admitted.
 fn ask(throttle: &Arc<Throttle>, kind: Kind) -> JoinHandle<Instant> {
     let throttle = throttle.clone();
     tokio::spawn(async move {
@@ -41,7 +41,7 @@ async fn a_burst_goes_at_once_and_the_rest_at_the_rate() {
     for _ in 0..40 {
         throttle.admit(CREATE).await.unwrap();
     }
-    assert_eq!(later.elapsed(), Duration::ZERO, "a minute of silence saves up one burst");
+    assert_eq!(later.elapsed(), Duration::ZERO, "an idle minute accumulates one burst");
     let waits = throttle.admit(CREATE).await.unwrap();
     assert_eq!(waits, Waits { rate_limit: Duration::from_millis(50), retry_after: Duration::ZERO });
 }
@@ -77,10 +77,10 @@ async fn who_gives_up_takes_no_token_along_and_holds_up_nobody() {
     throttle.admit(CREATE).await.unwrap();
     let all: Vec<_> = (0..10).map(|_| ask(&throttle, CREATE)).collect();
     settle().await;
-    // All but the last, the one that watches the clock among them.
+    // All except the last, including the first one, which has set the timer.
     all[..9].iter().for_each(JoinHandle::abort);
     let last = all.into_iter().last().unwrap();
-    let last = timeout(Duration::from_secs(60), last).await.expect("nobody watches the clock");
+    let last = timeout(Duration::from_secs(60), last).await.expect("no request has a timer");
     assert_eq!(last.unwrap() - start, Duration::from_secs(1));
     assert!(throttle.lock().first().is_none());
 }
@@ -92,7 +92,7 @@ async fn a_hold_stops_its_own_kind_those_in_the_queue_included_and_nobody_else()
     let queued = ask(&throttle, CREATE);
     settle().await;
     assert!(throttle.hold(CREATE, Duration::from_secs(10)));
-    assert!(!throttle.hold(CREATE, Duration::from_secs(1)), "told once");
+    assert!(!throttle.hold(CREATE, Duration::from_secs(1)), "logged once");
     let late = ask(&throttle, CREATE);
     let other = ask(&throttle, WATCH);
     assert!(other.await.unwrap() - start < Duration::from_secs(1));

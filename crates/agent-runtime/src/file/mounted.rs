@@ -1,4 +1,4 @@
-//! For tests: a file as the kubelet mounts one of a ConfigMap or a Secret.
+//! For tests: a file of a ConfigMap or a Secret, as the kubelet mounts it.
 #![allow(clippy::disallowed_methods, clippy::unwrap_used, reason = "for tests alone")]
 
 use std::{
@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// A file that is reached through a link to a directory, which is swapped.
+/// A file behind a symlink to a directory. Publishing replaces the symlink.
 #[derive(Debug)]
 pub struct MountedFile {
     folder: PathBuf,
@@ -16,7 +16,7 @@ pub struct MountedFile {
 }
 
 impl MountedFile {
-    /// A file of this name in `folder`, with a first content.
+    /// Creates a file with this name in `folder`, with its first content.
     pub fn new(folder: &Path, name: &str, text: &str) -> Self {
         let mut file = Self { folder: folder.to_owned(), name: name.to_owned(), version: 0 };
         file.publish(text);
@@ -24,12 +24,12 @@ impl MountedFile {
         file
     }
 
-    /// Where it is.
+    /// Path of the file.
     pub fn path(&self) -> PathBuf {
         self.folder.join(&self.name)
     }
 
-    /// Swaps another content in, and removes the former one, as the kubelet does.
+    /// Replaces the content and removes the previous one, as the kubelet does.
     pub fn publish(&mut self, text: &str) {
         let at = |name: &str| self.folder.join(name);
         let (former, version) = (format!("..{}", self.version), format!("..{}", self.version + 1));

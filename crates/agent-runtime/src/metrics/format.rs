@@ -1,7 +1,8 @@
-//! In which of its two formats a scraper takes the page.
+//! The two formats of the metrics page, and their selection by a request's `Accept` header.
 //!
-//! OpenMetrics 1.0 for those that ask for it, as Prometheus does; the older text format, version 0.0.4, for everybody else. The page is
-//! written as OpenMetrics, and the older one made of it: they differ in how counters are named where they are described, and in comments.
+//! OpenMetrics 1.0 is for scrapers that name it, as Prometheus does, and the older text format, version 0.0.4, for all others. The page is
+//! encoded as OpenMetrics and converted to the older format if needed. The two differ in the names of counters in their descriptions, and
+//! in comments.
 
 use http::{HeaderMap, header};
 
@@ -18,7 +19,8 @@ const OPEN_METRICS: &str = "application/openmetrics-text";
 const TEXT: &str = "text/plain";
 
 impl Format {
-    /// What a request's `Accept` asks for. OpenMetrics has to be named, and not less wanted than text: `*/*` is said by people's programs.
+    /// Selects the format by the request's `Accept` header. OpenMetrics must be named, with a weight at least as high as that of text.
+    /// `*/*` selects text, because browsers and command-line clients send it.
     pub fn of(request: &HeaderMap) -> Self {
         let (mut open_metrics, mut text) = (0.0, 0.0);
         for value in request.get_all(header::ACCEPT) {
@@ -43,7 +45,7 @@ impl Format {
         if open_metrics > 0.0 && open_metrics >= text { Self::OpenMetrics } else { Self::Text }
     }
 
-    /// Its media type.
+    /// Returns the media type of the format.
     pub fn content_type(self) -> &'static str {
         match self {
             Self::OpenMetrics => "application/openmetrics-text; version=1.0.0; charset=utf-8",
@@ -52,10 +54,10 @@ impl Format {
     }
 }
 
-/// The same page in the older format.
+/// Converts an OpenMetrics page to the older text format.
 pub(super) fn as_text(page: &str) -> String {
     let mut text = String::with_capacity(page.len());
-    // A description goes before its type, which says how the metric is called.
+    // In OpenMetrics `HELP` precedes `TYPE`, which decides the name in the description.
     let mut help = None;
     for line in page.split_inclusive('\n') {
         let words = line.trim_end().strip_prefix("# ").map(|rest| rest.splitn(3, ' '));

@@ -1,6 +1,6 @@
-//! The standard `process_*` metrics, read from `/proc/self` at each scrape, under the names that every Prometheus user knows.
+//! The standard `process_*` metrics, read from `/proc/self` at each scrape, under the names that Prometheus client libraries use.
 //!
-//! A not dumpable process may still read these files. What cannot be read is left out of the page.
+//! A process that is not dumpable may still read these files. A metric that cannot be read is left out of the page.
 
 use std::fs;
 
@@ -15,11 +15,11 @@ use prometheus_client::{
     metrics::{counter::ConstCounter, gauge::ConstGauge},
 };
 
-/// Reads `/proc` when asked.
+/// Reads `/proc` at each scrape.
 #[derive(Debug)]
 pub(super) struct Collector {
     ticks_per_second: f64,
-    /// When the machine was booted, in seconds since the epoch.
+    /// Boot time of the machine, in seconds since the epoch.
     booted: Option<u64>,
 }
 
@@ -56,12 +56,12 @@ impl collector::Collector for Collector {
             }
         }
         if let Ok(entries) = fs::read_dir("/proc/self/fd") {
-            // One of them is the directory itself, being read.
+            // The directory that is being read is one of them.
             let open = entries.count().saturating_sub(1) as u64;
             show("process_open_fds", "Open file descriptors.", &ConstGauge::new(open))?;
         }
         if let Ok((limit, _)) = getrlimit(Resource::RLIMIT_NOFILE) {
-            show("process_max_fds", "Most file descriptors that may be open.", &ConstGauge::new(limit))?;
+            show("process_max_fds", "Maximum number of open file descriptors.", &ConstGauge::new(limit))?;
         }
         Ok(())
     }

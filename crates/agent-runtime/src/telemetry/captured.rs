@@ -1,4 +1,4 @@
-//! What was logged, for tests that look at it.
+//! Captured log lines, for tests that read the log.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used, reason = "for tests alone")]
 
 use std::{
@@ -9,29 +9,29 @@ use std::{
 use serde_json::Value;
 use tracing_subscriber::fmt::MakeWriter;
 
-/// A writer for [`capture`](super::capture), whose clones write and read the same.
+/// A writer for [`capture`](super::capture). Clones share one buffer.
 #[derive(Debug, Clone, Default)]
 pub struct Captured(Arc<Mutex<Vec<u8>>>);
 
 impl Captured {
-    /// How many lines hold `words`.
+    /// Number of lines that contain `words`.
     pub fn count(&self, words: &str) -> usize {
         self.text().lines().filter(|line| line.contains(words)).count()
     }
 
-    /// Of lines in JSON, those with this message.
+    /// Parses all lines as JSON and returns those whose message contains `message`.
     pub fn lines(&self, message: &str) -> Vec<Value> {
         let text = self.text();
         let lines = text.lines().map(|line| serde_json::from_str(line).unwrap());
         lines.filter(|line: &Value| line["message"].as_str().is_some_and(|m| m.contains(message))).collect()
     }
 
-    /// All of it.
+    /// All text.
     pub fn text(&self) -> String {
         String::from_utf8(self.0.lock().unwrap().clone()).unwrap()
     }
 
-    /// All that was written since it was last taken.
+    /// Removes and returns the text that was written since the last call.
     pub fn take(&self) -> String {
         String::from_utf8(std::mem::take(&mut self.0.lock().unwrap())).unwrap()
     }

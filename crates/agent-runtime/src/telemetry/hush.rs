@@ -1,8 +1,9 @@
-//! One line for each cause and minute: a caller that does the same wrong thing in a loop does not fill the log.
+//! Log limiter: one line for each cause and minute, so that a caller that repeats the same mistake does not fill the log.
 //!
-//! The caller logs when it is given a number, and puts that number into the line: how many like it were left out before. Metrics count
-//! them all. The number of causes is bounded, too. A quarter of it is kept for causes that are [proven](Cause::is_proven), so that callers
-//! that invent causes do not silence the others; and one line a minute tells that lines about further causes are left out.
+//! A line is logged if [`LogLimiter::permit`] returns a number, and contains that number: the similar lines that were left out before it.
+//! Metrics count all of them. The number of causes is limited to 4,096. A quarter of them is reserved for [proven](Cause::is_proven)
+//! causes, so that callers that invent causes do not suppress the others. One line a minute reports that lines about further causes are
+//! left out.
 
 use std::{collections::HashMap, hash::Hash, time::Duration};
 
@@ -10,21 +11,21 @@ use parking_lot::Mutex;
 use tokio::time::Instant;
 use tracing::{callsite::Identifier, warn};
 
-/// Of the log's lines.
+/// Target of this module's log lines.
 const LOG_TARGET: &str = "sds_agent::telemetry::hush";
 
-/// Between two lines about the same.
+/// Minimum interval between two lines about one cause.
 const LOG_INTERVAL: Duration = Duration::from_secs(60);
-/// After this time a cause is forgotten.
+/// Time after which a cause with a pending number is removed.
 const FORGET_AFTER: Duration = Duration::from_secs(600);
-/// Causes at once. Lines about further ones are left out.
+/// Maximum number of causes. Lines about further causes are left out.
 const MAX_CAUSES: usize = 4096;
-/// Of these, the ones that only proven causes may take.
+/// Share of the causes that is reserved for proven ones.
 const RESERVED_FOR_PROVEN: usize = MAX_CAUSES / 4;
 
-/// What makes two lines the same.
+/// Key of a log line: two lines with equal causes are similar.
 pub trait Cause: Hash + Eq {
-    /// Whether it is about an object that is known, and not only about what a caller says of itself or can make up.
+    /// Whether the cause concerns a known object, and not only data that a caller can invent. Default: true.
     fn is_proven(&self) -> bool {
         true
     }
@@ -34,7 +35,7 @@ impl Cause for &'static str {}
 impl Cause for Identifier {}
 impl Cause for (&'static str, String, String) {}
 
-/// What has been told, by cause.
+/// Limits log lines by cause.
 #[derive(Debug)]
 pub struct LogLimiter<K>(Mutex<Told<K>>);
 
@@ -51,7 +52,7 @@ struct Record {
     left_out: u64,
 }
 
-/// Lines about causes for which there was no place.
+/// Lines about causes beyond the maximum.
 #[derive(Debug, Default)]
 struct Further {
     told: Option<Instant>,
@@ -65,14 +66,14 @@ impl<K> Default for LogLimiter<K> {
 }
 
 impl<K: Cause> LogLimiter<K> {
-    /// Whether to tell of `cause` now, and how many like it were left out since the last line about it.
+    /// Returns the number of similar lines left out since the last one if a line about `cause` may be logged now, and `None` otherwise.
     pub fn permit(&self, cause: K, now: Instant) -> Option<u64> {
         let mut told = self.0.lock();
         let answer = told.permit(cause, now);
         let further = told.further.due(now);
         drop(told);
         if let Some(left_out) = further {
-            warn!(target: LOG_TARGET, causes = MAX_CAUSES, left_out, "too many different causes in the log: lines about further ones are left out");
+            warn!(target: LOG_TARGET, causes = MAX_CAUSES, left_out, "too many different causes in the log: lines about further causes are left out");
         }
         answer
     }
@@ -103,13 +104,13 @@ impl<K: Cause> Told<K> {
             return;
         }
         self.swept = Some(now);
-        // One that owes a number is kept a while longer, for the next line to pay.
+        // A cause with left out lines is kept for 600 s, so that its next line can report their number.
         self.causes.retain(|_, cause| now.duration_since(cause.told) < if cause.left_out > 0 { FORGET_AFTER } else { LOG_INTERVAL });
     }
 }
 
 impl Further {
-    /// The number of lines that were left out, where it is time to tell it: at once, and then once a minute.
+    /// Returns the number of lines that were left out if it is due: at once for the first, and then once a minute.
     fn due(&mut self, now: Instant) -> Option<u64> {
         if self.left_out == 0 || self.told.is_some_and(|at| now.duration_since(at) < LOG_INTERVAL) {
             return None;
@@ -133,11 +134,11 @@ mod tests {
         assert_eq!(hush.permit("b", at(59)), Some(0), "another cause is another line");
         assert_eq!(hush.permit("a", at(60)), Some(2));
         assert_eq!(hush.permit("a", at(119)), None);
-        assert_eq!(hush.permit("a", at(400)), Some(1), "a number is owed for a while");
+        assert_eq!(hush.permit("a", at(400)), Some(1), "the number is kept for 600 s");
         assert_eq!(hush.permit("a", at(2000)), Some(0));
     }
 
-    /// A number that is made up, or proven.
+    /// A cause, invented or proven.
     #[derive(Debug, PartialEq, Eq, Hash)]
     struct Number(usize, bool);
 
@@ -154,7 +155,7 @@ mod tests {
         assert_eq!(told(false), MAX_CAUSES - RESERVED_FOR_PROVEN);
         assert_eq!(told(true), RESERVED_FOR_PROVEN);
         assert_eq!(hush.permit(Number(20_000, false), start + LOG_INTERVAL), Some(0));
-        assert_eq!(hush.0.lock().causes.len(), 1, "they are forgotten");
+        assert_eq!(hush.0.lock().causes.len(), 1, "old causes are removed");
     }
 
     #[test]
@@ -169,7 +170,7 @@ mod tests {
             log.lines("too many different causes").iter().map(|line| line["left_out"].as_u64().unwrap()).collect()
         };
         assert_eq!(left_out(&log), [1], "at once");
-        // Whatever comes next pays the rest.
+        // The next line of any cause reports the rest.
         hush.permit(Number(0, true), start + LOG_INTERVAL);
         assert_eq!(left_out(&log), [1, 99]);
     }

@@ -1,8 +1,8 @@
-//! What every line of the log passes last: a bound on its length, a bound on how often other crates repeat a line, and a last look for PEM.
+//! The last step of every log line: a limit of its length, a limit of repeated lines from other crates, and a check for PEM.
 //!
-//! Our own lines that a caller can cause are limited where they are written, by caller and cause ([`hush`](super::hush)). Lines of other
-//! crates are not ours to change, and some of them come from a client's bytes: `h2` warns of each unsolicited PING
-//! acknowledgement. Each of their lines is written once a minute, with `left_out` saying how many were not.
+//! Lines of this project that a caller can cause are limited where they are logged, by caller and cause ([`hush`](super::hush)). Lines of
+//! other crates cannot be changed there, and bytes from a client cause some of them: `h2` warns of each unsolicited PING acknowledgement.
+//! Each line of another crate is written once a minute, with `left_out` as the number of lines that were not written.
 
 use std::{
     borrow::Cow,
@@ -18,14 +18,14 @@ use tracing_subscriber::fmt::MakeWriter;
 use super::{Format, hush::LogLimiter, is_ours};
 use crate::text;
 
-/// The most bytes of a line, with its end. A pipe takes a line of this length as a whole (`PIPE_BUF`).
+/// Maximum size of a line in bytes, including its line end. A write of this size to a pipe is atomic (`PIPE_BUF`).
 const MAX_LINE_BYTES: usize = 4096;
-/// The most bytes of one text in a line that is too long; half as many where that is not enough, and so on.
+/// Maximum bytes of one text in a line that is too long. If the line is still too long, the limit is halved, repeatedly.
 const MAX_TEXT_BYTES: usize = 1024;
-/// The end of a text that was cut.
+/// Marks the end of a text that was truncated.
 const MARK: &str = "… [cut]";
 
-/// Makes a writer for each event, which gets the event's whole line at once.
+/// Creates a writer for each event. It receives the complete line of the event at once.
 #[derive(Debug, Clone)]
 pub(super) struct Lines<W> {
     out: W,
@@ -57,7 +57,7 @@ impl<'a, W: MakeWriter<'a>> MakeWriter<'a> for Lines<W> {
     }
 }
 
-/// Writes one line, or none.
+/// Writes one line, or discards it.
 #[derive(Debug)]
 pub(super) struct Line<W> {
     out: Option<W>,
@@ -78,14 +78,14 @@ impl<W: Write> Write for Line<W> {
     }
 }
 
-/// The line within its bound, with the number of its repetitions.
+/// Returns the line within its limits, with the number of lines that were left out.
 fn bounded(line: &[u8], format: Format, left_out: u64) -> Cow<'_, [u8]> {
     let body = line.strip_suffix(b"\n").unwrap_or(line);
     let has_pem = str::from_utf8(body).is_ok_and(text::has_pem);
     if line.len() <= MAX_LINE_BYTES && left_out == 0 && !has_pem && !body.contains(&b'\n') {
         return Cow::Borrowed(line);
     }
-    // One event is one line: a text of a client must not look like another event.
+    // One event is one line, so that text from a client cannot look like another event.
     let text = String::from_utf8_lossy(body).replace('\n', "\\n");
     let fields = match format {
         Format::Json => serde_json::from_str::<Map<String, Value>>(&text).ok(),
@@ -104,7 +104,7 @@ fn bounded(line: &[u8], format: Format, left_out: u64) -> Cow<'_, [u8]> {
     Cow::Owned((bounded + "\n").into_bytes())
 }
 
-/// A line in JSON stays one: its texts are cut, and `line_bytes` says how long it was.
+/// Truncates the texts of a JSON line, which stays valid JSON. `line_bytes` is its original size.
 fn bounded_json(mut fields: Map<String, Value>, line_bytes: usize, left_out: u64) -> String {
     if left_out > 0 {
         fields.insert("left_out".to_owned(), left_out.into());
@@ -119,7 +119,7 @@ fn bounded_json(mut fields: Map<String, Value>, line_bytes: usize, left_out: u64
             return line;
         }
         if most < MARK.len() {
-            // So many fields that even without their texts they are too long.
+            // With this number of fields, the line is too long even without their texts.
             fields.retain(|name, _| ["timestamp", "level", "target", "message", "line_bytes"].contains(&name.as_str()));
             return Value::Object(fields).to_string();
         }
@@ -149,7 +149,7 @@ fn bounded_text(line: &str, left_out: u64) -> String {
     if line.len() <= most { line.to_owned() + &suffix } else { cut(line, most) + &suffix }
 }
 
-/// At most `most` bytes of `text`, mark included.
+/// Returns at most `most` bytes of `text`, including the mark.
 fn cut(text: &str, most: usize) -> String {
     text[..text.floor_char_boundary(most.saturating_sub(MARK.len()))].to_owned() + MARK
 }
@@ -168,7 +168,7 @@ mod tests {
                 let huge = unit.repeat(1 << 16);
                 tracing::info!(target: "sds_agent", cause = huge, other = ?huge, n = 7, "huge {huge}");
             }
-            // As many fields as a line may have.
+            // Many long fields.
             let long = "y".repeat(500);
             tracing::info!(target: "sds_agent", a = long, b = long, c = long, d = long, e = long, f = long, g = long, h = long, i = long, "many");
             let text = lines.take();
@@ -191,7 +191,7 @@ mod tests {
         for format in [Format::Json, Format::Text] {
             assert_eq!(bounded(b"{\"a\": 1}\n", format, 0), Cow::Borrowed(b"{\"a\": 1}\n"));
         }
-        assert_eq!(&*bounded(b"one\ntwo\n", Format::Text, 0), b"one\\ntwo\n", "an event is a line");
+        assert_eq!(&*bounded(b"one\ntwo\n", Format::Text, 0), b"one\\ntwo\n", "one event is one line");
         let long = "z".repeat(MAX_LINE_BYTES - 1) + "\n";
         assert_eq!(&*bounded(long.as_bytes(), Format::Text, 0), long.as_bytes());
     }

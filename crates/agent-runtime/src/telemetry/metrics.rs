@@ -1,15 +1,15 @@
-//! What the log tells about itself.
+//! Metrics of the log.
 
 use prometheus_client::{metrics::counter::Counter, registry::Registry};
 
-/// The log's metrics. Clones count together.
+/// Metrics of the log. Clones count together.
 #[derive(Debug, Clone, Default)]
 pub struct Metrics {
     pub(super) lines_dropped: Counter,
 }
 
 impl Metrics {
-    /// Registers the module's metrics.
+    /// Registers the metrics in `registry`.
     pub fn register(registry: &mut Registry) -> Self {
         let metrics = Self::default();
         registry.register(
@@ -20,7 +20,7 @@ impl Metrics {
         metrics
     }
 
-    /// Registers and shows them all, for the reference.
+    /// Registers all metrics, for the reference.
     #[cfg(any(test, feature = "testing"))]
     pub fn sample(registry: &mut Registry) {
         Self::register(registry);

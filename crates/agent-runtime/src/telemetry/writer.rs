@@ -1,12 +1,12 @@
-//! The log's writer: events go into a bounded queue, and a thread of its own writes that queue to standard error.
+//! The log's writer: events enter a bounded queue, and a separate thread writes that queue to standard error.
 //!
-//! A log reader may stall: a node's disk hangs, a container runtime is away, a pipe is full. `write(2)` then blocks for as long as the
-//! reader stalls. Only this module's thread may block there. The queue is bounded in bytes and in lines; lines that do not fit are dropped
-//! and counted, and one line in the log tells how many once the reader is back. The caller owes a [`flush`](LogWriter::flush), which is
+//! The reader of the log may stall: the node's disk hangs, the container runtime does not respond, or the pipe is full. `write(2)` then
+//! blocks, and only this module's thread may block there. The queue is limited to 512 KiB and 4,096 lines. Lines that do not fit are
+//! dropped and counted, and a log line reports their number when the reader resumes. The caller calls [`flush`](LogWriter::flush), which is
 //! bounded in time, before the process ends.
 //!
-//! `tracing-appender` was considered. Its queue is bounded in lines only, its count of dropped lines does not reach the log, and it brings
-//! two more dependencies.
+//! `tracing-appender` was considered. Its queue is limited in lines only, its count of dropped lines does not reach the log, and it adds
+//! two dependencies.
 
 use std::{
     fmt,
@@ -23,20 +23,20 @@ use tracing_subscriber::fmt::MakeWriter;
 
 use super::Format;
 
-/// The most bytes that wait for the reader. As many again are being written.
+/// Maximum bytes in the queue. The thread may be writing as many again.
 const MAX_QUEUED_BYTES: usize = 512 << 10;
-/// The most lines that wait for the reader.
+/// Maximum lines in the queue.
 const MAX_QUEUED_LINES: usize = 4096;
-/// A buffer that has grown beyond this many bytes is given back once it is empty.
+/// An empty buffer with a larger capacity than this, in bytes, is freed.
 const MAX_IDLE_BYTES: usize = 16 << 10;
-/// The stack of the writing thread, in bytes. Locked memory counts it.
+/// Stack size of the writing thread in bytes. It counts as locked memory.
 const STACK_BYTES: usize = 128 << 10;
-/// The target of the line about dropped lines.
+/// Target of the line about dropped lines.
 const TARGET: &str = "sds_agent::telemetry::writer";
-/// The message of that line.
+/// Message of that line.
 const DROPPED: &str = "log lines were dropped: the reader of the log was too slow";
 
-/// Takes lines without blocking. Clones write to the same queue.
+/// Queues lines without blocking. Clones share one queue.
 #[derive(Clone)]
 pub struct LogWriter(Arc<Shared>);
 
@@ -65,16 +65,20 @@ struct Queue {
 }
 
 impl LogWriter {
-    /// Starts the thread that writes to `out`; `dropped` counts the lines that were not written.
+    /// Starts the thread that writes to `out`. `dropped` counts the lines that were not written. The thread runs until the process ends.
+    ///
+    /// # Errors
+    ///
+    /// The error of starting the thread.
     pub fn start(out: impl Write + Send + 'static, format: Format, dropped: Counter) -> io::Result<Self> {
         let shared = Arc::new(Shared { queue: Mutex::default(), filled: Condvar::new(), emptied: Condvar::new(), dropped });
         let writing = shared.clone();
-        // It ends with the process: events may come until then.
+        // The thread is not joined, because events may arrive until the process ends.
         thread::Builder::new().name("log".to_owned()).stack_size(STACK_BYTES).spawn(move || writing.write(out, format))?;
         Ok(Self(shared))
     }
 
-    /// Waits until every line that was queued before has been written, for at most `within`. Returns whether they were.
+    /// Blocks until all queued lines have been written, for at most `within`. Returns whether they have been written.
     pub fn flush(&self, within: Duration) -> bool {
         let deadline = Instant::now() + within;
         let mut queue = self.0.queue();
@@ -102,7 +106,7 @@ impl LogWriter {
     }
 }
 
-/// Each call is one line, as the formatting layer writes them. It never fails: there is no other place to report to.
+/// Each call writes one line, as the formatting layer does. It returns no error, because there is no other place to report one.
 impl Write for LogWriter {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
         self.push(line);
@@ -127,11 +131,11 @@ impl Shared {
         self.queue.lock()
     }
 
-    /// The writing thread.
+    /// Runs the writing thread.
     fn write(&self, mut out: impl Write, format: Format) {
         let mut batch = Vec::new();
         loop {
-            // Lines were dropped because the batch was full: they belong after it.
+            // Lines were dropped because the queue was full, so their number is reported after this batch.
             let dropped = self.next(&mut batch);
             let lost = write_lines(&mut out, &batch);
             self.dropped.inc_by(lost);
@@ -142,7 +146,7 @@ impl Shared {
         }
     }
 
-    /// Waits for lines, swaps them with the empty `batch`, and returns how many were dropped after them.
+    /// Waits for lines, swaps them into the empty `batch`, and returns the number of lines that were dropped after them.
     fn next(&self, batch: &mut Vec<u8>) -> u64 {
         batch.clear();
         if batch.capacity() > MAX_IDLE_BYTES {
@@ -161,7 +165,7 @@ impl Shared {
     }
 }
 
-/// Writes whole `lines`, and returns how many could not be written.
+/// Writes `lines`, and returns the number of lines that could not be written.
 fn write_lines(out: &mut impl Write, lines: &[u8]) -> u64 {
     let mut rest = lines;
     while !rest.is_empty() {
@@ -175,7 +179,7 @@ fn write_lines(out: &mut impl Write, lines: &[u8]) -> u64 {
     rest.iter().filter(|byte| **byte == b'\n').count() as u64
 }
 
-/// The line about `lines` that were dropped.
+/// Returns the log line that reports `lines` dropped lines.
 fn about(lines: u64, format: Format, now: SystemTime) -> String {
     let timestamp = humantime::format_rfc3339_micros(now);
     match format {
@@ -186,7 +190,7 @@ fn about(lines: u64, format: Format, now: SystemTime) -> String {
     }
 }
 
-/// Standard error without the lock and the buffer of [`io::Stderr`]: another writer, such as the one of a panic, must not wait for it.
+/// Standard error without the lock of [`io::Stderr`], so that no other writer, such as a panic, waits for a write that blocks.
 #[derive(Debug)]
 pub struct StandardError;
 
@@ -194,7 +198,7 @@ impl Write for StandardError {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         loop {
             match nix::unistd::write(io::stderr(), bytes) {
-                // Another process that has the same pipe may have made it non-blocking.
+                // Another process with the same pipe may have set it to non-blocking mode.
                 Err(nix::Error::EAGAIN) => {
                     let stderr = io::stderr();
                     let mut fds = [PollFd::new(std::os::fd::AsFd::as_fd(&stderr), PollFlags::POLLOUT)];
@@ -222,9 +226,9 @@ mod tests {
 
     use super::*;
 
-    /// A machine that is this slow fails every other test, too.
+    /// A generous time-out: a slower machine fails every other test too.
     const PATIENCE: Duration = Duration::from_secs(60);
-    /// As long as a full line of the log.
+    /// A line of 1 KiB.
     const LINE: [u8; 1024] = {
         let mut line = [b'x'; 1024];
         line[1023] = b'\n';
@@ -237,18 +241,18 @@ mod tests {
         (LogWriter::start(writer, format, dropped.clone()).unwrap(), reader, dropped)
     }
 
-    /// Reads lines on a thread of its own, so that the test can wait with a bound.
+    /// Reads lines on a separate thread, so that the test can wait with a time-out.
     fn lines(reader: PipeReader) -> mpsc::Receiver<String> {
         let (tell, told) = mpsc::channel();
         thread::spawn(move || BufReader::new(reader).lines().try_for_each(|line| tell.send(line.unwrap())));
         told
     }
 
-    /// Awaits what the writing thread brings about.
+    /// Waits until the writing thread has made `condition` true.
     fn until(condition: impl Fn() -> bool) {
         let deadline = Instant::now() + PATIENCE;
         while !condition() {
-            assert!(Instant::now() < deadline, "it did not come");
+            assert!(Instant::now() < deadline, "the condition did not become true");
             thread::yield_now();
         }
     }
@@ -257,7 +261,7 @@ mod tests {
     fn lines_dropped_on_a_stalled_reader_are_reported_in_the_log() {
         let (mut writer, reader, dropped) = started(Format::Json);
         let all = 3 * MAX_QUEUED_BYTES / LINE.len();
-        // Nothing is read, and the pipe is full long before the end.
+        // The pipe is not read, and is full long before the end.
         for _ in 0..all {
             writer.write_all(&LINE).unwrap();
         }
@@ -285,7 +289,7 @@ mod tests {
     #[test]
     fn short_lines_are_bounded_by_their_number() {
         let (mut writer, _reader, dropped) = started(Format::Text);
-        // More than a pipe holds: the thread takes it, and is busy with it from then on.
+        // This line exceeds the capacity of the pipe: the thread takes it from the queue and blocks.
         writer.write_all(&[b'x'; MAX_QUEUED_BYTES]).unwrap();
         until(|| writer.0.queue().bytes.is_empty());
         for _ in 0..MAX_QUEUED_LINES + 10 {

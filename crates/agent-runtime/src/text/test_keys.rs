@@ -1,4 +1,4 @@
-//! Private keys for tests, in every form in which they may stand in a text.
+//! Private keys for tests, in every form in which they may occur in a text.
 #![allow(clippy::unwrap_used, reason = "for tests alone")]
 
 use std::collections::HashSet;
@@ -9,29 +9,29 @@ use base64::{
     engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD},
 };
 
-/// A private key, and every form in which it may stand in a text.
+/// A private key, and every form in which it may occur in a text.
 pub struct Key {
-    /// PKCS#8.
+    /// The key as PKCS#8 in PEM.
     pub pem: String,
     der: Vec<u8>,
     windows: HashSet<String>,
 }
 
-/// The longest text that may be shown of one mistake.
+/// Maximum size of the text that may be shown for one error.
 const MAX_BYTES: usize = 4096;
-/// So many characters of a form of a key are part of it.
+/// Number of consecutive characters of a key that count as a leak.
 const WINDOW: usize = 12;
-/// This much of it is no secret.
+/// The first line of the PEM text, which is not secret.
 const MARK: &str = "-----BEGIN PRIVATE KEY-----";
 
 impl Key {
-    /// As agents and most CAs have it.
+    /// Generates an ECDSA key, as agents and most CAs use.
     pub fn ecdsa() -> Self {
         let key = rcgen::KeyPair::generate().unwrap();
         Self::new(key.serialize_pem(), key.serialize_der())
     }
 
-    /// As some CAs have it.
+    /// Generates an RSA key, as some CAs use.
     pub fn rsa() -> Self {
         let der = rsa::KeyPair::generate(rsa::KeySize::Rsa2048).unwrap();
         let der: aws_lc_rs::encoding::Pkcs8V1Der<'_> = der.as_der().unwrap();
@@ -45,7 +45,7 @@ impl Key {
         Self { pem, der, windows }
     }
 
-    /// Its lines of base64.
+    /// The lines of base64.
     fn lines(&self) -> Vec<&str> {
         self.pem.lines().filter(|line| !line.starts_with('-')).collect()
     }
@@ -54,7 +54,7 @@ impl Key {
         self.lines().concat()
     }
 
-    /// The key in a source, with a root beside it or not, broken or not.
+    /// The key as the content of a source, with or without a root certificate, valid or broken.
     pub fn inputs(&self) -> Vec<(&'static str, String)> {
         let root = rcgen::CertificateParams::new(Vec::new()).unwrap().self_signed(&rcgen::KeyPair::generate().unwrap()).unwrap().pem();
         let (pem, both) = (self.pem.clone(), self.pem.clone() + &root);
@@ -80,7 +80,7 @@ impl Key {
         ]
     }
 
-    /// The same in the words of a server or a client.
+    /// The key as quoted in messages of a server or a client.
     pub fn texts(&self) -> Vec<(&'static str, String)> {
         let list = |bytes: &[u8], format: fn(u8) -> String, between: &str| {
             bytes.iter().map(|byte| format(*byte)).collect::<Vec<_>>().join(between)
@@ -121,7 +121,7 @@ impl Key {
             ("numbers with blanks alone", list(self.pem.as_bytes(), decimal, " ")),
             ("numbers on lines", list(self.pem.as_bytes(), decimal, ",\n\t")),
         ]);
-        // As a part of it is left where a text was cut by others.
+        // Truncated texts contain only a part of the key.
         for at in [1, 7, 30, 50, 90, 130] {
             texts.push(("cut at its beginning", self.pem[at..].to_owned()));
             texts.push(("cut at its end", self.pem[..self.pem.len() - at].to_owned()));
@@ -130,12 +130,12 @@ impl Key {
         texts.iter().map(|(name, text)| (*name, around(text))).chain(texts.iter().cloned()).collect()
     }
 
-    /// Enough of them for a test that takes its time with each.
+    /// A selection of the texts, for tests that are slow for each of them.
     pub fn some_texts(&self) -> impl Iterator<Item = (&'static str, String)> {
         self.texts().into_iter().filter(|(name, _)| !name.contains("megabyte")).step_by(4)
     }
 
-    /// Where `text` holds a part of the key, in any of its forms; with or without what stands between the pieces.
+    /// Returns a part of the key that `text` contains in any form, with or without white space; `None` if it contains none.
     pub fn leak_in(&self, text: &str) -> Option<String> {
         let squeezed: String = text.split_whitespace().collect();
         let look = |text: &str| {
@@ -145,14 +145,14 @@ impl Key {
         look(text).or_else(|| look(&squeezed))
     }
 
-    /// That what is `shown` of `what` is short and holds no part of the key.
+    /// Panics if the text `shown`, derived from `what`, contains a part of the key or exceeds 4 KiB.
     pub fn assert_tame(&self, what: &str, shown: &str) {
         assert_eq!(self.leak_in(shown), None, "{what}: {shown}");
         assert!(shown.len() < MAX_BYTES, "{what}: {} bytes", shown.len());
     }
 }
 
-/// Every part of a key, in each of its forms.
+/// All substrings of `WINDOW` characters, for each form of the key.
 fn windows(pem: &str, der: &[u8]) -> HashSet<String> {
     let body: String = pem.lines().filter(|line| !line.starts_with('-')).collect();
     let numbers = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte}, ")).collect::<String>();

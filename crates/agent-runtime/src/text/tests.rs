@@ -15,7 +15,7 @@ fn no_part_of_a_key_is_left_in_whatever_form_it_comes() {
     }
 }
 
-/// The guard against a test that looks for nothing.
+/// Shows that `leak_in` finds a key in each plain form, so that the tests above do not pass without a check.
 #[test]
 fn a_key_is_found_where_it_is() {
     let key = Key::ecdsa();

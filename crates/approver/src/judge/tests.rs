@@ -1,4 +1,4 @@
-//! Every item of the list of checks, each as one change to a request that is approved without it.
+//! Each check of a request, tested by one change to a request that is approved without the change.
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -64,7 +64,7 @@ fn csr(spiffe_id: &str, dns_names: &[&str], algorithm: &'static rcgen::Signature
     Csr::from_der(params.serialize_request(&key).unwrap().der())
 }
 
-/// What the agent on `n1` asks for [`pod`].
+/// The request of the agent on `n1` for [`pod`].
 pub(crate) fn request() -> Request {
     let extra = [(claims::NODE_NAME, "n1"), (claims::NODE_UID, "node-uid"), (claims::POD_NAME, "sds-agent-x"), (claims::POD_UID, "a-1")];
     let spec = CertificateRequestSpec {
@@ -89,7 +89,7 @@ fn decide(request: &Request, pod: Option<&Pod>) -> Decision {
     judge(request, PodView::Live(pod), &rules())
 }
 
-/// The denial of a request with one change, which needs no pod to be seen.
+/// The denial of a request with one change that is denied regardless of the pod.
 pub(crate) fn denied_at_once(change: impl Fn(&mut Request)) -> Denial {
     let mut request = request();
     change(&mut request);
@@ -100,7 +100,7 @@ pub(crate) fn denied_at_once(change: impl Fn(&mut Request)) -> Denial {
     }
 }
 
-/// The denial of a request with one change, which rests on the pod: it is not made before a live read.
+/// The denial of a request with one change that depends on the pod, and so requires a live read.
 fn denied(change: impl Fn(&mut Request), pod: Option<&Pod>) -> Denial {
     let mut request = request();
     change(&mut request);
@@ -197,7 +197,7 @@ fn an_issuer_of_a_namespace_is_another_one_elsewhere() {
     rules.issuers[0].namespace = RequestNamespace::Workload;
     let Decision::Deny(denial) = judge(&request, PodView::Live(Some(&pod())), &rules) else { panic!() };
     assert!(
-        denial.sentence.starts_with("the namespace is \"elsewhere\", and by the approver's profile default \"shop\": give"),
+        denial.sentence.starts_with("the namespace is \"elsewhere\", and the approver's profile default requires \"shop\": give"),
         "{denial:?}"
     );
 }
@@ -209,7 +209,7 @@ fn nobody_else_may_ask() {
     {
         let denial = denied_at_once(|request| request.spec.username = name.map(Into::into));
         assert_eq!(denial.code, denied::NOT_THE_AGENT);
-        assert!(denial.sentence.contains(&format!("{:?} asks, and only sds-agent", name.unwrap_or_default())), "{denial:?}");
+        assert!(denial.sentence.contains(&format!("the requester is {:?}, and only sds-agent", name.unwrap_or_default())), "{denial:?}");
     }
 }
 
@@ -249,7 +249,8 @@ fn the_requests_own_fields_are_an_agents() {
         invalid,
         Denial {
             code: denied::INVALID_CSR,
-            sentence: "the CSR is not in base64, or is longer than 64 KiB. No agent asks like this: see who uses its token".into()
+            sentence: "the CSR is not in base64, or is longer than 64 KiB. No agent sends such a CSR: find the client that uses its token"
+                .into()
         }
     );
     assert_eq!(denied_at_once(|request| request.spec.request = Csr::from_der(&[0x30, 0])).code, denied::INVALID_CSR);
@@ -265,7 +266,7 @@ fn annotations_of_others_are_no_agents() {
     let denial = denied_at_once(annotate("venafi.cert-manager.io/custom-fields", "[]"));
     assert_eq!(denial.code, denied::INVALID_ANNOTATION);
     assert!(denial.sentence.starts_with("the annotation \"venafi.cert-manager.io/custom-fields\" is not an agent's"), "{denial:?}");
-    // The agent's of a later version, too.
+    // Annotations of later versions of the agent are allowed too.
     let mut request = request();
     annotate("sds-agent.io/later", "x")(&mut request);
     assert!(matches!(decide(&request, Some(&pod())), Decision::Approve(_)));
@@ -284,7 +285,7 @@ fn a_pod_that_is_not_there_any_more_is_gone_whichever_way() {
         denied(same, None),
         Denial {
             code: denied::POD_GONE,
-            sentence: "there is no pod \"shop/cart-1\" with UID \"u-1\": it has been deleted or made anew".into()
+            sentence: "there is no pod \"shop/cart-1\" with UID \"u-1\": it has been deleted or recreated".into()
         }
     );
     let anew = Pod { pod: PodRef { uid: "u-2".into(), ..pod().pod }, ..pod() };
@@ -319,26 +320,29 @@ fn names_are_exactly_the_pods() {
     for names in [&[][..], &["cart.shop.svc"], &["cart.shop.svc", "cart.shop", "api.bank.svc"], &["cart.shop.svc", "*.shop"]] {
         let denial = denied(asks(ID, names), Some(&pod()));
         assert_eq!(denial.code, denied::PROFILE_MISMATCH);
-        let expected =
-            format!("the DNS names are {:?}, and by the approver's profile default \"cart.shop.svc, cart.shop\": give", names.join(", "));
+        let expected = format!(
+            "the DNS names are {:?}, and the approver's profile default requires \"cart.shop.svc, cart.shop\": give",
+            names.join(", ")
+        );
         assert!(denial.sentence.starts_with(&expected), "{denial:?}");
     }
     let mut turned = request();
     asks(ID, &["cart.shop", "cart.shop.svc"])(&mut turned);
-    assert!(matches!(decide(&turned, Some(&pod())), Decision::Approve(_)), "their order is of no importance");
+    assert!(matches!(decide(&turned, Some(&pod())), Decision::Approve(_)), "the order of DNS names does not matter");
 }
 
 #[test]
 fn another_configuration_is_told_by_field_and_by_both_values() {
     let denial = denied(|request| request.metadata.namespace = Some("shop".into()), Some(&pod()));
     assert!(
-        denial.sentence.starts_with("the namespace is \"shop\", and by the approver's profile default \"sds-agent\": give"),
+        denial.sentence.starts_with("the namespace is \"shop\", and the approver's profile default requires \"sds-agent\": give"),
         "{denial:?}"
     );
     for duration in [None, Some("24h"), Some("3601s"), Some("1h0m0.5s"), Some("-1h"), Some("99999999999999999999h"), Some("")] {
         let denial = denied(|request| request.spec.duration = duration.map(Into::into), Some(&pod()));
         assert_eq!(denial.code, denied::PROFILE_MISMATCH);
-        let expected = format!("the duration is {:?}, and by the approver's profile default \"3600s\": give", duration.unwrap_or_default());
+        let expected =
+            format!("the duration is {:?}, and the approver's profile default requires \"3600s\": give", duration.unwrap_or_default());
         assert!(denial.sentence.starts_with(&expected), "{denial:?}");
     }
     let p384 = |request: &mut Request| {
@@ -347,11 +351,11 @@ fn another_configuration_is_told_by_field_and_by_both_values() {
     };
     let denial = denied(p384, Some(&pod()));
     assert!(
-        denial.sentence.starts_with("the key is \"ecdsa-p384\", and by the approver's profile default \"ecdsa-p256\": give"),
+        denial.sentence.starts_with("the key is \"ecdsa-p384\", and the approver's profile default requires \"ecdsa-p256\": give"),
         "{denial:?}"
     );
 
-    // An issuer of ours, but not this profile's.
+    // A guarded issuer, but of another profile.
     let mut rules = rules();
     let mut payments = rules.issuers[0].clone();
     payments.name = IssuerName("payments".into());
@@ -360,7 +364,7 @@ fn another_configuration_is_told_by_field_and_by_both_values() {
     let mut request = request();
     request.spec.issuer_ref.name = "payments-ca".into();
     let Decision::Deny(denial) = judge(&request, PodView::Live(Some(&pod())), &rules) else { panic!() };
-    let expected = "the issuer is \"ClusterIssuer.cert-manager.io/payments-ca\", and by the approver's profile default \
+    let expected = "the issuer is \"ClusterIssuer.cert-manager.io/payments-ca\", and the approver's profile default requires \
                     \"ClusterIssuer.cert-manager.io/mesh-ca\": give agents and approver the same configuration";
     assert_eq!(denial, Denial { code: denied::PROFILE_MISMATCH, sentence: expected.into() });
 }

@@ -1,4 +1,4 @@
-//! Changes of the configuration: what was approved, what is, and what is looked at again.
+//! Changes of the configuration: requests under superseded rules, under new rules, and requests that are judged again.
 
 use workload_identity::Profile;
 
@@ -6,7 +6,7 @@ use super::*;
 
 const OVERLAP: Duration = Duration::from_secs(600);
 
-/// The rules of the tests with an overlap and another lifetime.
+/// The test rules with an overlap and a lifetime of `hours`.
 fn lasting(hours: u64) -> Rules {
     let mut rules = Rules { overlap: OVERLAP, ..rules() };
     let profile = Profile { lifetime: Duration::from_secs(hours * 3600), ..(*rules.resolver.default_profile).clone() };
@@ -14,7 +14,7 @@ fn lasting(hours: u64) -> Rules {
     rules
 }
 
-/// A request for a certificate of so many hours.
+/// A request for a certificate with a lifetime of `hours`.
 fn asked(name: &str, hours: u64) -> Value {
     let mut request = object(name);
     request["spec"]["duration"] = json!(format!("{hours}h0m0s"));
@@ -26,7 +26,7 @@ fn undecided(api: &FakeApi, name: &str) -> bool {
     request["status"]["conditions"].is_null()
 }
 
-/// The approver's file first, the agents' later.
+/// The approver gets the new file before the agents.
 #[tokio::test(start_paused = true)]
 async fn agents_with_the_superseded_file_are_approved_in_the_overlap() {
     let api = FakeApi::new();
@@ -43,11 +43,11 @@ async fn agents_with_the_superseded_file_are_approved_in_the_overlap() {
     api.put(CR, asked("late", 1));
     let start = Instant::now();
     assert_eq!(decided(&api, "late").await["reason"], "ProfileMismatch");
-    assert!(start.elapsed() >= Duration::from_secs(120), "its agent might have been ahead: {:?}", start.elapsed());
+    assert!(start.elapsed() >= Duration::from_secs(120), "a mismatch is denied only after the deferral: {:?}", start.elapsed());
     assert_eq!(replica.metrics.count(Decided::denied, "ProfileMismatch"), 1);
 }
 
-/// An agent's file first, the approver's later.
+/// An agent gets the new file before the approver.
 #[tokio::test(start_paused = true)]
 async fn agents_that_have_the_new_file_first_wait_for_the_approvers() {
     let api = FakeApi::new();
@@ -77,11 +77,11 @@ async fn a_request_of_an_issuer_that_came_later_is_looked_at_then_and_only_then(
     replica.change(lasting(1));
     assert_eq!(decided(&api, "early").await["type"], "Approved");
     assert_eq!(api.count("list", CR), lists + 1);
-    // The same issuers: nothing is listed again.
+    // A change that keeps the issuers does not list the requests again.
     replica.change(lasting(2));
     tokio::time::sleep(Duration::from_secs(60)).await;
     assert_eq!(api.count("list", CR), lists + 1);
-    // And an issuer that went is nobody's business from then on.
+    // Requests of a removed issuer are ignored.
     replica.change(other);
     tokio::time::sleep(Duration::from_secs(1)).await;
     api.put(CR, asked("gone", 1));
@@ -106,7 +106,7 @@ async fn a_waiting_request_of_a_removed_agent_is_denied_at_once() {
     assert_eq!(replica.metrics.count(Decided::denied, "NotTheAgent"), 2);
 }
 
-/// The pod is being read when the rules change: what the read leads to is judged by the new ones.
+/// The rules change during the read of the pod: the request is judged by the new rules.
 #[tokio::test(start_paused = true)]
 async fn a_decision_by_rules_that_were_replaced_meanwhile_is_not_written() {
     let api = FakeApi::new();
@@ -121,7 +121,7 @@ async fn a_decision_by_rules_that_were_replaced_meanwhile_is_not_written() {
     assert_eq!(decided(&api, "a").await["reason"], "NotTheAgent");
 }
 
-/// Somebody's agent asks for names that no rule gives, in a loop: few of its requests wait, the rest is denied at once.
+/// An agent requests names that no rule allows, in a loop: `MAX_DEFERRED` of its requests wait, the others are denied immediately.
 #[tokio::test(start_paused = true)]
 async fn no_more_than_so_many_requests_wait_for_a_file() {
     let api = FakeApi::new();
@@ -134,7 +134,7 @@ async fn no_more_than_so_many_requests_wait_for_a_file() {
     tokio::time::sleep(Duration::from_secs(60)).await;
     let denied = replica.metrics.count(Decided::denied, "ProfileMismatch");
     assert!((100 - WORKERS as u64..=100).contains(&denied), "{denied}");
-    // Who asks for what the rules give is not held up by them.
+    // The waiting requests do not delay a request that the rules allow.
     api.put(CR, asked("good", 1));
     let start = Instant::now();
     assert_eq!(decided(&api, "good").await["type"], "Approved");

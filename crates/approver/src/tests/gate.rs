@@ -1,8 +1,8 @@
-//! The gate before the writes.
+//! The write gate.
 
 use super::*;
 
-/// cert-manager's webhook answers one after another in its own time, and decisions at once only wait for each other.
+/// With slow responses of cert-manager's webhook, requests are judged concurrently and written one at a time.
 #[tokio::test(start_paused = true)]
 async fn decisions_are_judged_side_by_side_and_written_one_at_a_time() {
     let api = FakeApi::new();
@@ -15,7 +15,7 @@ async fn decisions_are_judged_side_by_side_and_written_one_at_a_time() {
         api.put(CR, object(&format!("r{n}")));
     }
     api.until("all are being judged", |api| (api.count("get", "pods") == WORKERS).then_some(())).await;
-    assert!(start.elapsed() < Duration::from_secs(1), "live reads are side by side");
+    assert!(start.elapsed() < Duration::from_secs(1), "live reads are concurrent");
     for n in 0..WORKERS {
         assert_eq!(decided(&api, &format!("r{n}")).await["type"], "Approved");
     }
@@ -38,7 +38,7 @@ async fn while_answers_come_quickly_a_few_are_on_their_way_at_once() {
     assert_eq!(api.most_at_once("patch", CR), crate::limit::MAX_IN_FLIGHT);
 }
 
-/// One write gets no answer until the client gives up.
+/// One write gets no response before the client's timeout.
 #[tokio::test(start_paused = true)]
 async fn a_write_without_an_answer_holds_up_the_others_for_a_moment_only() {
     let api = FakeApi::new();
@@ -51,10 +51,10 @@ async fn a_write_without_an_answer_holds_up_the_others_for_a_moment_only() {
         api.put(CR, object(&format!("r{n}")));
     }
     let approved = |api: &FakeApi| api.objects(CR).iter().filter(|o| o["status"]["conditions"][0]["type"] == "Approved").count();
-    api.until("all but the one", |api| (approved(api) == 19).then_some(())).await;
+    api.until("all but the stuck write", |api| (approved(api) == 19).then_some(())).await;
     assert!((Duration::from_secs(5)..Duration::from_secs(6)).contains(&start.elapsed()), "{:?}", start.elapsed());
-    api.until("and that", |api| (approved(api) == 20).then_some(())).await;
-    // The slot that was lent out has been taken back.
+    api.until("the stuck write", |api| (approved(api) == 20).then_some(())).await;
+    // The extra slot has been taken back.
     api.delay("patch", CR, Duration::from_millis(300));
     api.forget_at_once();
     for n in 20..40 {
@@ -64,7 +64,7 @@ async fn a_write_without_an_answer_holds_up_the_others_for_a_moment_only() {
     assert_eq!((api.most_at_once("patch", CR), replica.metrics.errors(Step::write)), (1, 1));
 }
 
-/// The pod goes while the approval of its request waits for others to be written.
+/// The pod is deleted while the approval of its request waits for the gate.
 #[tokio::test(start_paused = true)]
 async fn what_was_judged_before_it_waited_is_judged_again() {
     for watches_pods in [true, false] {
@@ -83,7 +83,7 @@ async fn what_was_judged_before_it_waited_is_judged_again() {
     }
 }
 
-/// Denials rest on live reads, and those get old while they wait: they are not put off for ever.
+/// A denial depends on a live read, which becomes too old while it waits for the gate. The denial is written nevertheless.
 #[tokio::test(start_paused = true)]
 async fn a_denial_is_written_in_its_turn_however_slow_the_writes_are() {
     let api = FakeApi::new();
@@ -104,5 +104,5 @@ async fn a_denial_is_written_in_its_turn_however_slow_the_writes_are() {
     }
     assert_eq!(decided(&api, "gone").await["reason"], "PodGone");
     assert!(start.elapsed() <= Duration::from_secs(7 * 3), "{:?}", start.elapsed());
-    assert_eq!(api.count("get", "pods"), 2, "and a read that is old is made again");
+    assert_eq!(api.count("get", "pods"), 2, "an old live read is repeated");
 }

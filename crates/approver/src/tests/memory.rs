@@ -1,4 +1,4 @@
-//! What is held of the cluster's objects, and how it is asked for.
+//! The parts of the cluster's objects that stay in memory, and the pages of their lists.
 
 use agent_kube::pod::PodObject;
 use cert_manager::Request;
@@ -6,7 +6,7 @@ use kube::runtime::watcher;
 
 use super::*;
 
-/// As kubelet and kube-controller-manager leave them on every pod.
+/// Managed fields as the kubelet writes them to every pod.
 fn managed_fields() -> Value {
     json!([{
         "manager": "kubelet", "operation": "Update", "apiVersion": "v1", "fieldsType": "FieldsV1", "subresource": "status",
@@ -40,7 +40,7 @@ fn neither_a_pod_nor_a_request_keeps_managed_fields() {
     assert_eq!((metadata.labels.is_none(), metadata.annotations.as_ref().unwrap().len()), (true, 3));
 }
 
-/// A list that is answered from the server's cache has no pages, whatever is asked for.
+/// A list with `resourceVersion` is answered from the API server's cache, which may ignore `limit`.
 #[tokio::test(start_paused = true)]
 async fn both_lists_come_in_pages() {
     let api = FakeApi::new();
@@ -64,10 +64,10 @@ async fn both_lists_come_in_pages() {
         assert_eq!(queries.len(), pages, "{queries:?}");
         assert!(queries.iter().all(|query| query["limit"] == size && !query.contains_key("resourceVersion")), "{queries:?}");
     }
-    assert_eq!(watcher::Config::default().page_size, Some(500), "what the library does where nothing is said");
+    assert_eq!(watcher::Config::default().page_size, Some(500), "the default of kube");
 }
 
-/// The API server bounds labels by the size of an object alone.
+/// The API server limits labels only by the size of the object.
 #[tokio::test(start_paused = true)]
 async fn a_pod_with_more_labels_than_is_held_is_read_live() {
     let api = FakeApi::new();
@@ -82,7 +82,7 @@ async fn a_pod_with_more_labels_than_is_held_is_read_live() {
     assert!(replica.pods.watched("u-1").is_none());
     assert_eq!(replica.metrics.live_reads.get(), 1);
 
-    // And one that grows is held no longer.
+    // A pod is indexed while its labels are below the limit.
     api.change("pods", "shop", "cart-1", |pod| pod["metadata"]["labels"] = json!({"app": "cart"}));
     api.put(CR, object("b"));
     assert_eq!(decided(&api, "b").await["type"], "Approved");

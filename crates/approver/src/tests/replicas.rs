@@ -1,12 +1,12 @@
-//! Several replicas: one decides, the others are on standby, and one of them takes over when nothing is decided.
+//! Several replicas: one decides, the others are on standby, and one of them takes over if requests stay undecided.
 
 use super::*;
 use crate::role::TAKEOVER_AFTER;
 
-/// More than the longest time until a replica on standby decides, which is half as long again.
+/// Upper bound of the time until a replica on standby decides: more than [`TAKEOVER_AFTER`] with the full jitter of one half.
 const TAKEOVER: Duration = TAKEOVER_AFTER.saturating_add(TAKEOVER_AFTER);
 
-/// The pod of a replica, created at this second.
+/// Creates the pod of a replica, with this second as its creation time.
 fn put_replica(api: &FakeApi, name: &str, second: u8) -> PodRef {
     let uid = format!("u-{name}");
     api.put(
@@ -21,7 +21,7 @@ fn put_replica(api: &FakeApi, name: &str, second: u8) -> PodRef {
     PodRef { namespace: "sds-agent".into(), name: name.into(), uid: uid.as_str().into() }
 }
 
-/// The older one, and the younger.
+/// Starts two replicas, the older one first.
 async fn two(api: &FakeApi) -> [Replica; 2] {
     put_pod(api);
     let [old, young] = [put_replica(api, "old", 1), put_replica(api, "young", 2)];
@@ -29,7 +29,7 @@ async fn two(api: &FakeApi) -> [Replica; 2] {
     for replica in &replicas {
         replica.pods.synced().wait_for(|synced| *synced).await.unwrap();
     }
-    // The loops have seen their rank.
+    // The replicas see their rank.
     tokio::time::sleep(Duration::from_millis(10)).await;
     replicas
 }
@@ -64,7 +64,7 @@ async fn the_older_one_decides_and_the_other_neither_writes_nor_reads() {
     let replicas = two(&api).await;
     assert_eq!(deciding(&replicas), [1, 0]);
     assert!(ask(&api, names("a", 300)).await < Duration::from_secs(2));
-    // And of a pod that the watch does not tell of, one of them asks.
+    // Only the deciding replica reads a pod that the watch has not reported.
     let mut other = object("other");
     other["metadata"]["annotations"]["sds-agent.io/pod-uid"] = json!("u-0");
     api.put(CR, other);
@@ -85,18 +85,18 @@ async fn a_standby_replica_takes_over_from_a_killed_one() {
     let waited = ask(&api, names("b", 20)).await;
     assert!((TAKEOVER_AFTER..TAKEOVER).contains(&waited), "{waited:?}");
     tokio::time::sleep(Duration::from_secs(600)).await;
-    assert!(ask(&api, names("c", 20)).await < Duration::from_secs(1), "it stays in charge");
+    assert!(ask(&api, names("c", 20)).await < Duration::from_secs(1), "it keeps deciding");
 
     let own = PodRef { namespace: "sds-agent".into(), name: "old".into(), uid: "u-old".into() };
     let replicas = [Replica::of(&api, Some(own), true, rules()), young];
     replicas[0].pods.synced().wait_for(|synced| *synced).await.unwrap();
     ask(&api, names("d", 200)).await;
-    assert_eq!(deciding(&replicas).iter().sum::<i64>(), 1, "one of them has lost a write, and is on standby");
+    assert_eq!(deciding(&replicas).iter().sum::<i64>(), 1, "the replica that lost a write is on standby");
     let conflicts = replicas.iter().map(|replica| replica.metrics.conflicts.get()).sum::<u64>();
-    assert!(conflicts <= 4, "{conflicts} of 200 decisions were lost until one of them yielded");
+    assert!(conflicts <= 4, "{conflicts} of 200 decisions were lost until one replica went on standby");
 }
 
-/// The pod is deleted: its process has some time left, and its successor decides from that moment on.
+/// When the deletion of the pod begins, its process still runs, and the successor decides immediately.
 #[tokio::test(start_paused = true)]
 async fn a_replica_that_is_being_deleted_hands_over_at_once() {
     let api = FakeApi::new();
@@ -112,7 +112,7 @@ async fn a_replica_that_is_being_deleted_hands_over_at_once() {
     assert!(ask(&api, names("b", 20)).await < Duration::from_secs(1));
     assert_eq!(approvals(&[young]), [40]);
 
-    // The last one that is there decides until its end.
+    // The only replica decides until its process ends.
     let alone = FakeApi::new();
     put_pod(&alone);
     let own = put_replica(&alone, "only", 1);
@@ -121,7 +121,7 @@ async fn a_replica_that_is_being_deleted_hands_over_at_once() {
     assert!(ask(&alone, names("a", 3)).await < Duration::from_secs(1));
 }
 
-/// The first one is alive, and its write gets no answer.
+/// The first replica runs, and its write gets no response.
 #[tokio::test(start_paused = true)]
 async fn a_replica_that_is_alive_and_decides_nothing_is_replaced() {
     let api = FakeApi::new();
@@ -135,7 +135,7 @@ async fn a_replica_that_is_alive_and_decides_nothing_is_replaced() {
     assert_eq!(approvals(&replicas), [0, 1]);
 }
 
-/// As long as another replica decides, requests may wait longer: the queue is long, and a second writer would make it longer.
+/// While another replica decides, requests may wait longer: a second writer would slow down both.
 #[tokio::test(start_paused = true)]
 async fn a_long_queue_of_another_is_no_reason_to_take_over() {
     let api = FakeApi::new();
@@ -146,7 +146,7 @@ async fn a_long_queue_of_another_is_no_reason_to_take_over() {
     assert_eq!((approvals(&replicas), deciding(&replicas), api.count("patch", CR)), (vec![200, 0], vec![1, 0], 200));
 }
 
-/// cert-manager's own approver has not been kept away from the issuer, and is faster.
+/// cert-manager's own approver may approve for the issuer, and is faster.
 #[tokio::test(start_paused = true)]
 async fn a_decision_of_a_foreign_approver_puts_no_replica_on_standby() {
     let api = FakeApi::new();

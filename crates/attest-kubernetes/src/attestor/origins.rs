@@ -6,17 +6,17 @@ use sds_server::attest::origin::PodOfProcess;
 
 use crate::cgroup::{self, HostPrefix};
 
-/// The pod in a process's cgroups.
+/// Reads the pod of a process from its cgroups.
 #[derive(Debug, Clone)]
 pub struct CgroupOrigins {
-    /// Where procfs is mounted.
+    /// Mount point of procfs.
     proc: Arc<PathBuf>,
-    /// The agent's own place.
+    /// The agent's own cgroup prefix.
     own: Arc<HostPrefix>,
 }
 
 impl CgroupOrigins {
-    /// By what `proc` says, seen from the agent's `own` place.
+    /// Reads below `proc`; `own` is the agent's own cgroup prefix.
     pub fn new(proc: PathBuf, own: Arc<HostPrefix>) -> Self {
         Self { proc: Arc::new(proc), own }
     }
@@ -57,7 +57,7 @@ mod tests {
         write(10, "0::/user.slice/b");
         let origins = by_pod(proc.path());
         assert_eq!(origins.read(7, 1337), Origin::Pod(UID.into()));
-        assert_eq!(origins.read(8, 0), Origin::Pod(UID.into()), "what a pod makes below itself is of no use");
+        assert_eq!(origins.read(8, 0), Origin::Pod(UID.into()), "cgroups that a pod creates below its own are ignored");
         assert_eq!((origins.read(9, 5), origins.read(10, 5), origins.read(11, 6)), (Origin::User(5), Origin::User(5), Origin::User(6)));
     }
 
@@ -66,7 +66,7 @@ mod tests {
         let mut peer = Peer::without_process(5);
         let pod = Origin::Pod(UID.into());
         let shared = by_pod(Path::new("/nonexistent"));
-        assert_eq!(shared.at_once(&peer), Some(Origin::User(5)), "nothing can be read of it");
+        assert_eq!(shared.at_once(&peer), Some(Origin::User(5)), "its process is not visible");
         peer.pid = 7;
         assert_eq!(shared.at_once(&peer), None);
         assert_eq!(Origins::ByUser.at_once(&peer), Some(Origin::User(5)));

@@ -1,4 +1,4 @@
-//! Attestation of this process, with a `/proc` and an API server that say what the test wants.
+//! Attestation of this process, with a scripted `/proc` and API server.
 
 use std::{fs, os::unix::net::UnixStream, path::Path, time::Duration};
 
@@ -13,7 +13,7 @@ use super::*;
 const UID: &str = "2b1fb2f4-4b5a-4b9a-9a4e-0c5a1b2c3d4e";
 const CONTAINER: &str = "b3cd3e5f7a9b1c3d5e7f9a1b3c5d7e9fb3cd3e5f7a9b1c3d5e7f9a1b3c5d7e9f";
 
-/// A peer (this process), and what `/proc` says of it.
+/// A peer (this process), and the content of `/proc` about it.
 struct World {
     api: FakeApi,
     attestor: KubernetesAttestor,
@@ -78,7 +78,7 @@ async fn a_process_in_a_pods_cgroup_is_that_pod_until_the_pod_goes() {
     assert_eq!((pod.to_string().as_str(), service_account.as_deref()), ("shop/cart-1", Some("cart")));
     let other = world.attest().await.unwrap();
     other.terminated.cancel();
-    assert!(!attested.terminated.is_cancelled(), "a connection's token is its own");
+    assert!(!attested.terminated.is_cancelled(), "each connection has its own token");
     world.api.remove("pods", "shop", "cart-1");
     timeout(Duration::from_secs(20), attested.terminated.cancelled()).await.unwrap();
 }
@@ -115,7 +115,7 @@ async fn who_cannot_be_proven_is_refused_with_the_reason() {
     assert_eq!(invisible.reason, Reason::pid_invisible);
     assert!(invisible.detail.contains("hostPID: true"));
 }
-/// A pod whose containers of every kind the kubelet has told of.
+/// A pod with containers of every kind that the kubelet has reported.
 fn pod_of_containers() -> Value {
     let status = |name: &str, id: &str| json!([{"name": name, "containerID": format!("containerd://{id}")}]);
     let mut pod = pod(UID, Some("cart"));
@@ -165,7 +165,7 @@ async fn only_the_users_that_are_given_may_fetch() {
     let error = world().allowing(&[], &[me + 1]).attest().await.unwrap_err();
     assert_eq!((error.reason, error.temporary), (Reason::uid_not_allowed, false));
     assert!(error.detail.contains(&format!("runs as user {me}, who is not among attestationPolicy.uids")), "{error}");
-    assert_eq!(world().allowing(&["proxy"], &[me + 1]).refusal().await, (Reason::uid_not_allowed, false), "both lists count");
+    assert_eq!(world().allowing(&["proxy"], &[me + 1]).refusal().await, (Reason::uid_not_allowed, false), "both lists apply");
     assert_eq!(world().allowing(&["other"], &[me]).refusal().await, (Reason::container_not_allowed, false));
 }
 
@@ -175,7 +175,7 @@ async fn a_caller_without_a_pidfd_is_refused_unless_pid_reuse_is_accepted() {
     world.peer = Peer::recorded(&world.socket, Path::new("/proc")).unwrap();
     assert_eq!(world.refusal().await, (Reason::no_pidfd, false));
     world.attestor = world.attestor.accepting_pid_reuse(true);
-    // Its evidence is read through the directory that was opened with the connection, and this process is in no pod.
+    // The evidence is read through the directory that was opened with the connection, and this process is in no pod.
     assert_eq!(world.refusal().await, (Reason::not_in_pod, false));
     let nowhere = tempfile::tempdir().unwrap();
     world.peer = Peer::recorded(&world.socket, nowhere.path()).unwrap();

@@ -1,4 +1,4 @@
-//! Every shape that occurs, and what a workload may add to it.
+//! Every format of cgroup paths that occurs, and segments that a workload may append.
 
 use proptest::prelude::*;
 
@@ -7,10 +7,10 @@ use super::*;
 const A: &str = "2b1fb2f4-4b5a-4b9a-9a4e-0c5a1b2c3d4e";
 const B: &str = "99999999-8888-7777-6666-555555555555";
 const STATIC: &str = "0123456789abcdef0123456789abcdef";
-/// A container's id.
+/// Id of a container.
 const C: &str = "b3cd3e5f7a9b1c3d5e7f9a1b3c5d7e9fb3cd3e5f7a9b1c3d5e7f9a1b3c5d7e9f";
 
-/// Replaces `{A}`, `{B}` by the UIDs, `{a}`, `{b}` by the same with underscores.
+/// Replaces `{A}` and `{B}` by the UIDs, and `{a}` and `{b}` by the UIDs with underscores.
 fn fill(text: &str) -> String {
     let under = |uid: &str| uid.replace('-', "_");
     text.replace("{A}", A).replace("{B}", B).replace("{a}", &under(A)).replace("{b}", &under(B)).replace("{S}", STATIC).replace("{C}", C)
@@ -20,7 +20,7 @@ fn judge(file: &str, own: &HostPrefix) -> Result<String, Error> {
     pod_uid(&fill(file), own).map(|uid| uid.to_string())
 }
 
-/// What a process in container C of pod A shows, on every kind of node.
+/// Cgroup files of a process in container C of pod A, on every kind of node.
 const SHAPES: &[(&str, &str)] = &[
     ("v2, cgroupfs", "0::/kubepods/burstable/pod{A}/{C}"),
     ("v2, cgroupfs, guaranteed", "0::/kubepods/pod{A}/{C}"),
@@ -84,12 +84,12 @@ fn what_is_in_no_pod() {
         "0::/user.slice/user-1000.slice/session-1.scope",
         "0::/system.slice/docker-f00.scope",
         "0::/docker/f00",
-        // A container's id without a pod's UID.
+        // A container id without a pod UID.
         "0::/docker/{C}",
         "0::/system.slice/docker-{C}.scope",
         "0::/kubepods/{C}",
         "0::/kubepods/burstable",
-        // The kernel writes the way up at the beginning only.
+        // The kernel writes `..` at the beginning only.
         "0::/kubepods/../pod{A}/{C}",
         "0::/../other-container-of-the-agents-pod",
         "0::/kubepods/pod",
@@ -99,10 +99,10 @@ fn what_is_in_no_pod() {
         "0::/kubepods/pod{a}",
         "0::/kubepods/pod{A} (deleted)",
         "0::/machine.slice/machine-libpod_pod_f00.slice",
-        // Made by a user below what systemd lends to users.
+        // Created by a user below the cgroup that systemd delegates to users.
         "0::/user.slice/user-1000.slice/user@1000.service/kubepods/pod{A}/f00",
         "0::/user.slice/user-1000.slice/user@1000.service/kubepods-pod{a}.slice/x",
-        // Made below a container that is in no pod.
+        // Created below a container that is in no pod.
         "0::/docker/f00/kubepods/pod{A}/x",
         "0::/kubepods.slice/mykubepods-pod{a}.slice/x",
     ] {
@@ -138,7 +138,7 @@ fn contradictions_and_broken_lines_are_errors() {
 
 #[test]
 fn a_node_in_a_container_is_taken_off_by_the_agents_own_place() {
-    // kind: the node is a container, here even one in a pod of an outer cluster; the agent is a pod of the inner one.
+    // kind: the node is a container, here in a pod of an outer cluster; the agent is a pod of the inner one.
     let outer = "/kubepods/burstable/pod{B}/c0de";
     let agent = "11111111-2222-3333-4444-555555555555";
     let own = fill(&format!("0::{outer}/kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-pod{}.slice/x", agent.replace('-', "_")));
@@ -149,13 +149,13 @@ fn a_node_in_a_container_is_taken_off_by_the_agents_own_place() {
     // A process of the node container itself is in no pod of the inner cluster.
     assert!(matches!(judge(&format!("0::{outer}/init.scope"), &own), Err(Error::NotInPod(_))));
 
-    // An agent that is a plain process of such a node.
+    // The agent is a process of such a node outside of pods.
     let own = HostPrefix::of(&fill(&format!("0::{outer}\n1:memory:/")), None).unwrap();
     assert_eq!(judge(&format!("0::{outer}/kubepods/pod{{A}}/x\n1:memory:/kubepods/pod{{A}}/x"), &own).as_deref(), Ok(A));
-    // The prefix ends at a segment's end, and counts for its own hierarchy only.
+    // The prefix ends at the end of a segment, and applies only to its own hierarchy.
     assert_eq!(judge(&format!("1:memory:{outer}/kubepods/pod{{A}}/x"), &own).as_deref(), Ok(B));
 
-    // The ordinary cases: nothing is taken off.
+    // The ordinary cases: no prefix is removed.
     let own = HostPrefix::of(&fill("0::/kubepods/burstable/pod{B}/x"), Some(B)).unwrap();
     assert_eq!(own, HostPrefix(vec![(String::new(), String::new())]));
     assert_eq!(judge("0::/kubepods/burstable/pod{A}/x", &own).as_deref(), Ok(A));
@@ -168,7 +168,7 @@ fn names_in_the_log_are_tame_and_bounded() {
     assert!(error.contains("/?[31mxx") && error.len() < 400, "{error}");
 }
 
-/// A segment as a workload may make it: among others in the likeness of a pod's.
+/// A segment that a workload may create, including imitations of a pod's segments.
 fn segment() -> impl Strategy<Value = String> {
     let likeness = prop::sample::select(vec![
         "kubepods",
@@ -189,7 +189,7 @@ fn shape() -> impl Strategy<Value = String> {
     prop::sample::select(SHAPES.iter().map(|(_, file)| fill(file)).collect::<Vec<_>>())
 }
 
-/// `file` with `below` appended to every path that leads through a pod.
+/// Appends `below` to every path of `file` that contains a pod.
 fn deeper(file: &str, below: &str) -> String {
     file.lines()
         .map(|line| if line.contains("pod") && line.len() > 30 { format!("{line}{below}\n") } else { format!("{line}\n") })
@@ -216,7 +216,7 @@ proptest! {
         let below = format!("/{}", below.join("/"));
         let place = place(&deeper(&file, &below), &HostPrefix::default()).unwrap();
         prop_assert_eq!(place.pod.as_str(), A);
-        // Where a hierarchy has no container's segment of its own, nobody vouches for what stands in its place.
+        // In a hierarchy without a segment of the container, the next segment may be one that the workload has created.
         prop_assert!(place.container.is_none_or(|id| id == C));
     }
 

@@ -1,4 +1,4 @@
-//! The index itself: what is known of the pods, and what the watch's events make of it. No I/O, no clock.
+//! The index: the known pods, and their updates by events of the watch. No I/O, no clock.
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},
@@ -14,18 +14,19 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use workload_identity::Workload;
 
-/// UIDs of deleted pods that are remembered, so that an older list does not bring them back.
+/// Maximum number of deleted pods whose UIDs are remembered, so that an older list does not restore them.
 const MAX_ENDED_PODS: usize = 1024;
-/// UIDs that the API server does not know, and which are believed to be unknown for a while.
+/// Maximum number of UIDs that are remembered as unknown to the API server.
 const MAX_UNKNOWN_PODS: usize = 256;
-/// A pod and the token of its end.
+
+/// A pod, and the tokens of its end and of its first call.
 #[derive(Debug, Clone)]
 pub struct Known {
-    /// The facts.
+    /// Facts of the pod.
     pub pod: Arc<Pod>,
-    /// Cancelled when it has been deleted or its phase is terminal.
+    /// Cancelled when the pod is deleted or its phase is terminal.
     pub terminated: CancellationToken,
-    /// Cancelled once one of its processes has been served on the shared socket.
+    /// Cancelled when one of its processes has been attested on the shared socket.
     pub first_call: CancellationToken,
 }
 
@@ -34,38 +35,39 @@ pub struct Known {
 pub struct Starting {
     /// The pod.
     pub known: Known,
-    /// The node's directories and files that it mounts.
+    /// Paths of the node's directories and files that it mounts.
     pub host_paths: Vec<String>,
-    /// When the kubelet took it on; none where it has not yet.
+    /// Time at which the kubelet accepted the pod; `None` before that.
     pub since: Option<SystemTime>,
 }
 
-/// Every pod of the node.
+/// All known pods of the node.
 #[derive(Debug, Default)]
 pub(super) struct Index {
     pods: HashMap<Arc<str>, Known>,
-    /// The kubelet's UID of a static pod → its mirror's.
+    /// UID that the kubelet uses for a static pod → UID of its mirror pod.
     mirrors: HashMap<String, Arc<str>>,
     arrivals: HashMap<String, Vec<oneshot::Sender<()>>>,
-    /// Missing from the last list, not confirmed yet.
+    /// Pods that the last list lacked, and that no live read has confirmed or removed yet.
     doubtful: HashSet<Arc<str>>,
-    /// What the list that is being read holds.
+    /// UIDs in the list that is being read.
     list: HashSet<Arc<str>>,
     deleted: VecDeque<Arc<str>>,
-    /// UIDs that a live read did not find, and until when that is believed.
+    /// UIDs that a live read did not find, with the time until which they count as unknown.
     unknown: VecDeque<(Instant, String)>,
     /// Whether the containers of pods are kept.
     pub(super) keeps_containers: bool,
     /// The CSI driver whose volumes pick profiles.
     pub(super) driver: Option<String>,
-    /// How many pods have ended so far.
+    /// Number of pods that have ended so far.
     pub(super) pod_terminations: u64,
-    /// Who is told of pods that start.
+    /// Receives the pods that start.
     pub(super) starts: Option<mpsc::UnboundedSender<Starting>>,
 }
 
 impl Index {
-    /// By the pod's UID, or by the one that a static pod has in its cgroups. A real UID goes first: annotations can be written.
+    /// Returns the pod with this UID, or the mirror of the static pod with this UID. A real UID takes precedence, because annotations can
+    /// be forged.
     pub(super) fn get(&self, uid: &str) -> Option<Known> {
         self.pods.get(uid).or_else(|| self.mirrors.get(uid).and_then(|real| self.pods.get(real))).cloned()
     }
@@ -74,12 +76,12 @@ impl Index {
         self.pods.len()
     }
 
-    /// Whether a pod with this UID was here and was deleted.
+    /// Returns whether a pod with this UID was known and was deleted.
     pub(super) fn has_gone(&self, uid: &str) -> bool {
         self.deleted.iter().any(|terminated| &**terminated == uid)
     }
 
-    /// Whether a live read has lately found that there is no pod with this UID.
+    /// Returns whether a recent live read did not find this UID.
     pub(super) fn is_unknown(&mut self, uid: &str, now: Instant) -> bool {
         while self.unknown.front().is_some_and(|(until, _)| *until <= now) {
             self.unknown.pop_front();
@@ -87,7 +89,7 @@ impl Index {
         self.unknown.iter().any(|(_, unknown)| unknown == uid)
     }
 
-    /// A live read has found no pod with this UID.
+    /// Records until when a UID that a live read did not find counts as unknown.
     pub(super) fn note_unknown(&mut self, uid: &str, until: Instant) {
         if self.unknown.iter().any(|(_, unknown)| unknown == uid) {
             return;
@@ -98,24 +100,24 @@ impl Index {
         self.unknown.push_back((until, uid.to_owned()));
     }
 
-    /// The pods that wait to be confirmed.
+    /// Returns the pods that wait to be confirmed.
     pub(super) fn doubts(&self) -> HashSet<Arc<str>> {
         self.doubtful.clone()
     }
 
-    /// Those that have not ended.
+    /// Returns the UIDs of the pods that have not ended.
     pub(super) fn live(&self) -> HashSet<Arc<str>> {
         self.pods.iter().filter(|(_, known)| !known.pod.ended).map(|(uid, _)| uid.clone()).collect()
     }
 
-    /// Whom those that have not ended run as, on whatever socket.
+    /// Returns the workloads of the pods that have not ended, on all their sockets.
     pub(super) fn workloads(&self) -> Vec<Workload> {
         self.pods.values().filter(|known| !known.pod.ended).flat_map(|known| known.pod.workloads()).collect()
     }
 
-    /// A signal for when the pod is there.
+    /// Returns a signal for the arrival of the pod.
     pub(super) fn await_arrival(&mut self, uid: &str) -> oneshot::Receiver<()> {
-        // Those who gave up leave nothing behind.
+        // Remove the signals of lookups that were dropped.
         self.arrivals.retain(|_, senders| {
             senders.retain(|sender| !sender.is_closed());
             !senders.is_empty()
@@ -136,7 +138,7 @@ impl Index {
         self.applied(pod);
     }
 
-    /// Returns how many known pods the list lacks: they are in doubt until a live read confirms it.
+    /// Returns the number of known pods that the list lacks. They are in doubt until a live read confirms or removes them.
     pub(super) fn list_ends(&mut self) -> usize {
         let list = std::mem::take(&mut self.list);
         self.doubtful = self.pods.keys().filter(|uid| !list.contains(*uid)).cloned().collect();
@@ -146,7 +148,7 @@ impl Index {
     pub(super) fn applied(&mut self, slim: &PodObject) {
         let Some(pod) = facts(slim, self.driver.as_deref(), self.keeps_containers) else { return };
         let uid = pod.pod.uid.clone();
-        // A UID never comes back: whoever tells of it tells an old story.
+        // A UID is never used again, so an event about a deleted pod is stale.
         if self.deleted.contains(&uid) {
             return;
         }
@@ -174,8 +176,8 @@ impl Index {
         }
     }
 
-    /// A live read that began when these `doubts` were open: it tells which of them have gone, and may know pods before the watch does.
-    /// Of a doubt that arose later it tells nothing: that pod may be younger than the read.
+    /// Applies a live read that began when these `doubts` were open. It removes each of them that the read lacks, and adds pods that the
+    /// watch has not reported yet. It decides no doubt that arose later: that pod may be younger than the read.
     pub(super) fn confirmed(&mut self, pods: &[PodObject], doubts: &HashSet<Arc<str>>) {
         for pod in pods {
             match pod.metadata.uid.as_deref() {
@@ -190,7 +192,7 @@ impl Index {
         }
     }
 
-    /// Notes a static pod's other UID: the kubelet's, which its cgroups bear.
+    /// Records the UID that the kubelet uses for a static pod, and that its cgroup names contain.
     fn note_mirror(&mut self, pod: &PodObject, uid: &Arc<str>) {
         let annotation = |key: &str| pod.metadata.annotations.as_ref().and_then(|a| a.get(key));
         if let Some(hash) = annotation(MIRROR) {
@@ -204,7 +206,7 @@ impl Index {
             let volumes = slim.spec.volumes.iter().flatten();
             let host_paths = volumes.filter_map(|volume| Some(volume.host_path.as_ref()?.path.clone())).collect();
             let since = slim.status.as_ref().and_then(|status| humantime::parse_rfc3339(status.start_time.as_deref()?).ok());
-            // Who does not listen any more is not told.
+            // A receiver that was dropped is ignored.
             let _ = starts.send(Starting { known: known.clone(), host_paths, since });
         }
     }

@@ -45,7 +45,7 @@ impl World {
 }
 
 async fn soon<T>(future: impl Future<Output = T>) -> T {
-    timeout(5 * MINUTE, future).await.expect("never happened")
+    timeout(5 * MINUTE, future).await.expect("did not happen in time")
 }
 
 fn pod(name: &str, uid: &str, node: &str) -> Value {
@@ -101,7 +101,7 @@ async fn a_pod_is_somebody_on_each_of_its_sockets_and_a_live_read_says_the_same(
 
     let slim: PodObject = serde_json::from_value(object).unwrap();
     assert_eq!(Pod::of(&slim, Some("csi.sds-agent.io")).as_ref(), Some(&*known.pod));
-    assert!(Pod::of(&slim, None).unwrap().picks.is_empty(), "without sockets of pods nobody picks");
+    assert!(Pod::of(&slim, None).unwrap().picks.is_empty(), "without per-pod sockets no profile is picked");
 }
 
 #[tokio::test(start_paused = true)]
@@ -115,7 +115,7 @@ async fn a_pod_that_is_not_there_yet_is_awaited_without_polling() {
     world.api.heal();
     soon(waiting).await.unwrap().unwrap();
 
-    // And by its event, once the index is complete: nobody has to ask.
+    // When the index is complete, the pod's event ends the wait without the result of the live read.
     world.api.fail("list", "pods", Fault::Hang, 1);
     let waiting = world.waiting("u-b");
     world.api.until("the live read", |api| (api.count("list", "pods") > 1).then_some(())).await;
@@ -140,7 +140,7 @@ async fn an_unknown_uid_costs_one_live_read_for_all_who_ask() {
     assert_eq!((error.reason, error.temporary), (Reason::unreadable, true));
 }
 
-/// Containers that outlived their pod, and the agent started after it had gone.
+/// Containers have outlived their pod, and the agent started after the pod was deleted.
 #[tokio::test(start_paused = true)]
 async fn live_reads_for_an_unknown_uid_are_limited_to_two_a_minute() {
     let world = World::synced(FakeApi::new()).await;
@@ -155,7 +155,7 @@ async fn live_reads_for_an_unknown_uid_are_limited_to_two_a_minute() {
     let lists = world.api.count("list", "pods") - lists;
     assert!(asked > 500 && lists <= 21, "{lists} lists for {asked} questions");
 
-    // Another unknown one has a read of its own at once, and the very same UID is served as soon as the watch tells of it.
+    // Another unknown UID gets its own live read at once. The first UID is served as soon as the watch reports its pod.
     let start = tokio::time::Instant::now();
     soon(world.pods.wait_for("u-new")).await.unwrap_err();
     assert!(start.elapsed() <= LIVE_READ_INTERVAL, "{:?}", start.elapsed());
@@ -188,11 +188,7 @@ async fn a_pod_token_is_cancelled_when_the_pod_ends_and_not_before() {
     let lists = world.api.count("list", "pods");
     let error = soon(world.pods.wait_for("u-a")).await.unwrap_err();
     assert_eq!((error.reason, error.temporary), (Reason::pod_ended, false));
-    assert_eq!(
-        world.api.count("list", "pods"),
-        lists,
-        "containers that outlive their pod do not make the agent read all pods again and again"
-    );
+    assert_eq!(world.api.count("list", "pods"), lists, "containers that outlive their pod cause no further live read");
 
     world.api.change("pods", "shop", "b", |o| o["status"]["phase"] = json!("Succeeded"));
     soon(b.terminated.cancelled()).await;
@@ -210,14 +206,14 @@ async fn a_list_that_lacks_pods_is_confirmed_before_a_stream_ends() {
     let world = World::synced(api).await;
     let (a, b) = (soon(world.pods.wait_for("u-a")).await.unwrap(), soon(world.pods.wait_for("u-b")).await.unwrap());
 
-    // A stale cache knows nobody, the store knows both.
+    // The stale cache contains no pod, storage contains both.
     world.api.fail("list", "pods", list(&[]), 1);
     world.api.forget_history();
     world.api.cut_watches(false);
     world.api.until("relist and confirmation", |api| (api.count("list", "pods") >= 3).then_some(())).await;
     assert!(timeout(MINUTE, a.terminated.cancelled()).await.is_err());
 
-    // One has really gone, but the store cannot be asked for a while.
+    // One pod was deleted, but live reads fail three times.
     world.api.cut_watches(false);
     world.api.remove("pods", "shop", "a");
     world.api.forget_history();
@@ -262,7 +258,7 @@ async fn a_static_pod_has_no_service_account_under_either_of_its_uids() {
         let known = soon(world.pods.wait_for(uid)).await.unwrap();
         assert_eq!((known.pod.mirror, &known.pod.service_account), (true, &None), "{uid}");
     }
-    assert_eq!(&*soon(world.pods.wait_for("u-a")).await.unwrap().pod.pod.name, "a", "a real UID goes before an annotation");
+    assert_eq!(&*soon(world.pods.wait_for("u-a")).await.unwrap().pod.pod.name, "a", "a real UID takes precedence over an annotation");
 }
 
 #[tokio::test(start_paused = true)]
@@ -298,7 +294,7 @@ async fn each_end_of_a_pod_is_a_departure_and_nothing_else_is() {
     let mut pod_terminations = world.pods.pod_terminations();
     assert_eq!((*pod_terminations.borrow(), world.pods.workloads().len()), (0, 2));
     world.api.change("pods", "shop", "a", |o| o["metadata"]["deletionTimestamp"] = json!("2026-01-01T00:00:00Z"));
-    assert!(timeout(MINUTE, pod_terminations.changed()).await.is_err(), "it still drains");
+    assert!(timeout(MINUTE, pod_terminations.changed()).await.is_err(), "a pod that drains has not ended");
     world.api.change("pods", "shop", "b", |o| o["status"]["phase"] = json!("Succeeded"));
     soon(pod_terminations.wait_for(|count| *count == 1)).await.unwrap();
     assert_eq!(world.pods.workloads().len(), 1);
@@ -307,7 +303,8 @@ async fn each_end_of_a_pod_is_a_departure_and_nothing_else_is() {
     assert_eq!(world.pods.workloads().len(), 0);
 }
 
-/// What a list lacks is in doubt, and only a read that began after that settles it: the pod of an answer that is under way may be younger.
+/// A pod that a list lacks is in doubt. Only a live read that begins later decides: the pod may be younger than a live read that is under
+/// way.
 #[tokio::test(start_paused = true)]
 async fn a_live_read_that_is_older_than_the_doubt_ends_nobody() {
     let api = FakeApi::new();
@@ -315,7 +312,7 @@ async fn a_live_read_that_is_older_than_the_doubt_ends_nobody() {
     let world = World::synced(api).await;
     let a = soon(world.pods.wait_for("u-a")).await.unwrap();
 
-    // A read for somebody else is under way; its answer, which knows nobody, comes after the doubt has arisen.
+    // A live read for another pod is under way. Its response contains no pod, and arrives after the doubt has arisen.
     world.api.fail("list", "pods", Fault::Late(Duration::from_secs(20), body(&[])), 1);
     let other = world.waiting("u-other");
     world.api.until("the live read", |api| (api.count("list", "pods") == 2).then_some(())).await;

@@ -1,4 +1,4 @@
-//! DER, as little of it as a CSR needs: definite, shortest lengths and single-byte tags, so that no value has two encodings.
+//! A DER reader for CSRs. It accepts only definite, shortest lengths and tags of one byte, so that no value has two encodings.
 
 use std::fmt;
 
@@ -11,15 +11,15 @@ pub(super) mod tag {
     pub(crate) const OID: u8 = 0x06;
     pub(crate) const SEQUENCE: u8 = 0x30;
     pub(crate) const SET: u8 = 0x31;
-    /// `[0]`, constructed: a CSR's attributes.
+    /// `[0]`, constructed: the attributes of a CSR.
     pub(crate) const CONTEXT_0: u8 = 0xa0;
-    /// `[2]`, primitive: a general name's dNSName.
+    /// `[2]`, primitive: `dNSName` of a GeneralName.
     pub(crate) const DNS_NAME: u8 = 0x82;
-    /// `[6]`, primitive: a general name's uniformResourceIdentifier.
+    /// `[6]`, primitive: `uniformResourceIdentifier` of a GeneralName.
     pub(crate) const URI: u8 = 0x86;
 }
 
-/// What is wrong, and with which part.
+/// An error in the DER encoding, with the name of the element.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Malformed {
     part: &'static str,
@@ -27,9 +27,9 @@ pub struct Malformed {
 }
 
 impl Malformed {
-    /// A part whose content has another form than it must have.
+    /// The content of `part` is malformed.
     pub(super) fn form(part: &'static str) -> Self {
-        Self { part, why: "has not the form that it must have" }
+        Self { part, why: "is malformed" }
     }
 }
 
@@ -41,16 +41,16 @@ impl fmt::Display for Malformed {
 
 impl std::error::Error for Malformed {}
 
-/// One value.
+/// One DER value.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Element<'a> {
     pub tag: u8,
-    /// With tag and length.
+    /// Tag, length and content.
     pub whole: &'a [u8],
     pub content: &'a [u8],
 }
 
-/// Values, one after the other.
+/// Reads consecutive DER values.
 #[derive(Debug, Clone)]
 pub(super) struct Reader<'a>(&'a [u8]);
 
@@ -67,7 +67,7 @@ impl<'a> Reader<'a> {
         self.0.first().copied()
     }
 
-    /// The next value, whatever it is.
+    /// Reads the next value, which may have any tag.
     pub(super) fn any(&mut self, part: &'static str) -> Result<Element<'a>, Malformed> {
         let short = Malformed { part, why: "is cut short" };
         let length_is = |why| Malformed { part, why };
@@ -86,7 +86,7 @@ impl<'a> Reader<'a> {
                 [high @ 1..=0xff, low, rest @ ..] => (usize::from(*high) << 8 | usize::from(*low), rest),
                 _ => return Err(length_is("has a length that is not in its shortest form")),
             },
-            _ => return Err(length_is("has a length that is endless or too large")),
+            _ => return Err(length_is("has a length that is indefinite or too large")),
         };
         let (content, rest) = rest.split_at_checked(length).ok_or(short)?;
         let whole = &self.0[..self.0.len() - rest.len()];
@@ -94,21 +94,21 @@ impl<'a> Reader<'a> {
         Ok(Element { tag, whole, content })
     }
 
-    /// The next value, which must be of this kind.
+    /// Reads the next value, which must have the tag `tag`.
     pub(super) fn take(&mut self, tag: u8, part: &'static str) -> Result<Element<'a>, Malformed> {
         match self.next_tag() {
-            Some(found) if found != tag => Err(Malformed { part, why: "is of another kind than it must be" }),
+            Some(found) if found != tag => Err(Malformed { part, why: "has an unexpected tag" }),
             _ => self.any(part),
         }
     }
 
-    /// That nothing follows `part`.
+    /// Checks that no data follows `part`.
     pub(super) fn end(&self, part: &'static str) -> Result<(), Malformed> {
-        if self.0.is_empty() { Ok(()) } else { Err(Malformed { part, why: "is followed by something else" }) }
+        if self.0.is_empty() { Ok(()) } else { Err(Malformed { part, why: "is followed by other data" }) }
     }
 }
 
-/// A bit string without a broken last byte.
+/// Returns the content of a bit string, which must have no unused bits.
 pub(super) fn whole_bytes<'a>(bits: &Element<'a>, part: &'static str) -> Result<&'a [u8], Malformed> {
     match bits.content {
         [0, bytes @ ..] => Ok(bytes),
@@ -116,7 +116,7 @@ pub(super) fn whole_bytes<'a>(bits: &Element<'a>, part: &'static str) -> Result<
     }
 }
 
-/// A positive integer's bytes without the sign's zero, which stands only where it must.
+/// Returns the bytes of a positive integer, without the leading zero of the sign. That zero is accepted only where DER requires it.
 pub(super) fn positive<'a>(integer: &Element<'a>, part: &'static str) -> Result<&'a [u8], Malformed> {
     match integer.content {
         [0, rest @ ..] if rest.first().is_some_and(|first| *first >= 0x80) => Ok(rest),

@@ -1,4 +1,4 @@
-//! The public keys that profiles have, and the signatures that they make: one algorithm for each, in one encoding.
+//! Public keys of the types that profiles allow, and their signatures. Each type has one signature algorithm and one encoding.
 
 use aws_lc_rs::signature::{
     ECDSA_P256_SHA256_ASN1, ECDSA_P384_SHA384_ASN1, RSA_PKCS1_2048_8192_SHA256, UnparsedPublicKey, VerificationAlgorithm,
@@ -12,31 +12,31 @@ use super::{
 
 /// id-ecPublicKey with prime256v1 (RFC 5480).
 const P256: &[u8] = &[0x06, 0x07, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x02, 0x01, 0x06, 0x08, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x03, 0x01, 0x07];
-/// id-ecPublicKey with secp384r1.
+/// id-ecPublicKey with secp384r1 (RFC 5480).
 const P384: &[u8] = &[0x06, 0x07, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x02, 0x01, 0x06, 0x05, 0x2b, 0x81, 0x04, 0x00, 0x22];
 /// rsaEncryption with its NULL (RFC 3279).
 const RSA: &[u8] = &[0x06, 0x09, 0x2a, 0x86, 0x48, 0x86, 0xf7, 0x0d, 0x01, 0x01, 0x01, 0x05, 0x00];
 
 /// ecdsa-with-SHA256 (RFC 5758).
 const ECDSA_SHA256: &[u8] = &[0x06, 0x08, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x04, 0x03, 0x02];
-/// ecdsa-with-SHA384.
+/// ecdsa-with-SHA384 (RFC 5758).
 const ECDSA_SHA384: &[u8] = &[0x06, 0x08, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x04, 0x03, 0x03];
 /// sha256WithRSAEncryption with its NULL (RFC 4055).
 const RSA_SHA256: &[u8] = &[0x06, 0x09, 0x2a, 0x86, 0x48, 0x86, 0xf7, 0x0d, 0x01, 0x01, 0x0b, 0x05, 0x00];
 
-/// 65537
+/// The only accepted RSA exponent: 65537.
 const EXPONENT: &[u8] = &[1, 0, 1];
 
-/// A public key of a known kind.
+/// A public key of a type that profiles allow.
 #[derive(Debug)]
 pub(super) struct PublicKey<'a> {
     pub kind: KeyType,
-    /// A point, or an RSAPublicKey in DER.
+    /// An EC point, or an RSAPublicKey in DER.
     bytes: &'a [u8],
 }
 
 impl<'a> PublicKey<'a> {
-    /// Reads a SubjectPublicKeyInfo.
+    /// Reads a SubjectPublicKeyInfo (RFC 5280, section 4.1).
     pub(super) fn read(info: &Element<'a>) -> Result<Self, Error> {
         let mut info = Reader::new(info.content);
         let algorithm = info.take(tag::SEQUENCE, "the key's algorithm")?.content;
@@ -52,7 +52,7 @@ impl<'a> PublicKey<'a> {
         Ok(Self { kind, bytes })
     }
 
-    /// That this key has signed `message`. A point that is not on its curve verifies nothing.
+    /// Verifies that this key has signed `message`. A point that is not on its curve verifies no signature.
     pub(super) fn verify(&self, algorithm: &[u8], message: &[u8], signature: &[u8]) -> Result<(), Error> {
         let (expected, by): (&[u8], &'static dyn VerificationAlgorithm) = match self.kind {
             KeyType::EcdsaP256 => (ECDSA_SHA256, &ECDSA_P256_SHA256_ASN1),

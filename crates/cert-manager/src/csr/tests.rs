@@ -1,4 +1,4 @@
-//! Every way to ask for more than a name, by hand, and the requests that agents make.
+//! CSRs that request more than names, built by hand, and CSRs as agents make them.
 
 use aws_lc_rs::{
     rand::SystemRandom,
@@ -60,7 +60,7 @@ fn extension_request(extensions: &[Vec<u8>]) -> Vec<u8> {
     attribute(EXTENSION_REQUEST, &seq(&[&extensions.concat()]))
 }
 
-/// The parts of a request; whatever is changed is signed anew.
+/// The parts of a CSR. The signature covers a changed part.
 struct Forge {
     pair: EcdsaKeyPair,
     version: Vec<u8>,
@@ -134,7 +134,7 @@ fn other_names_and_other_numbers_of_names_are_refused() {
         (vec![uri(ID), value(0x87, &[&[10, 0, 0, 1]])], "asks for a name of the kind iPAddress; only"),
         (vec![uri(ID), value(0xa4, &[&seq(&[])])], "asks for a name of the kind directoryName; only"),
         (vec![uri(ID), value(0x88, &[&[0x55]])], "asks for a name of the kind registeredID; only"),
-        (vec![uri(ID), value(0xa6, &[ID.as_bytes()])], "asks for a name of the kind that nobody knows; only"),
+        (vec![uri(ID), value(0xa6, &[ID.as_bytes()])], "asks for a name of the kind unknown to RFC 5280; only"),
         (vec![uri(ID), uri("spiffe://cluster.local/ns/kube-system/sa/root")], "asks for 2 URI names, not for one"),
         (vec![uri(ID), uri(ID)], "asks for 2 URI names, not for one"),
         (vec![dns("a.b")], "asks for 0 URI names, not for one"),
@@ -183,14 +183,14 @@ fn other_extensions_and_attributes_are_refused() {
             attribute(EXTENSION_REQUEST, &[seq(&[&san()]), seq(&[&san()])].concat()),
             "is not a PKCS#10 request in DER: the extensions is followed".into(),
         ),
-        (extension_request(&[not_critical]), "is not a PKCS#10 request in DER: an extension's criticality has not the form".into()),
+        (extension_request(&[not_critical]), "is not a PKCS#10 request in DER: an extension's criticality is malformed".into()),
         (
             extension_request(&[extension(SUBJECT_ALT_NAME, &[seq(&[&uri(ID)]), seq(&[&uri(ID)])].concat())]),
-            "is not a PKCS#10 request in DER: the list of names is followed by something else".into(),
+            "is not a PKCS#10 request in DER: the list of names is followed by other data".into(),
         ),
         (
             extension_request(&[seq(&[&value(tag::OID, &[SUBJECT_ALT_NAME]), &value(tag::OCTET_STRING, &[&seq(&[&uri(ID)])]), &[5, 0]])]),
-            "is not a PKCS#10 request in DER: the names is followed by something else".into(),
+            "is not a PKCS#10 request in DER: the names is followed by other data".into(),
         ),
     ] {
         let found = refused(&Forge::with(&attributes));
@@ -208,11 +208,11 @@ fn a_subject_another_version_and_trailing_bytes_are_refused() {
     }
 
     let good = Forge::default().der();
-    assert!(read_der(&[&good[..], &[0]].concat()).unwrap_err().to_string().ends_with("the request is followed by something else"));
+    assert!(read_der(&[&good[..], &[0]].concat()).unwrap_err().to_string().ends_with("the request is followed by other data"));
     assert!(read_der(&good[..good.len() - 1]).unwrap_err().to_string().ends_with("the request is cut short"));
-    // The same value with a longer length, and with an endless one.
+    // The same value with a longer encoding of its length, and with an indefinite length.
     let longer = [&[0x30, 0x83, 0], &good[2..]].concat();
-    assert!(read_der(&longer).unwrap_err().to_string().ends_with("has a length that is endless or too large"));
+    assert!(read_der(&longer).unwrap_err().to_string().ends_with("has a length that is indefinite or too large"));
     let padded = Forge::with(&[&[0x30, 0x81, 0x05], &[0; 5][..]].concat());
     assert!(refused(&padded).ends_with("an attribute has a length that is not in its shortest form"));
     assert!(read_der(&[0x30, 0x80, 0, 0]).is_err());
@@ -221,7 +221,7 @@ fn a_subject_another_version_and_trailing_bytes_are_refused() {
 #[test]
 fn a_signature_that_is_not_the_keys_is_refused() {
     let (mine, theirs) = (Forge::default(), Forge::default());
-    // Somebody else's key, signed by mine; and a good request's parts around another's signature.
+    // The key of another requester, with the own signature; and the parts of a valid CSR with the signature of another requester.
     let stolen = seq(&[&seq(&[P256]), &value(tag::BIT_STRING, &[&[0], theirs.pair.public_key().as_ref()])]);
     assert_eq!(Forge { key: Some(stolen), ..Forge::default() }.read(), Err(Error::Signature));
     let signature = theirs.pair.sign(&SystemRandom::new(), &mine.info()).unwrap();
@@ -243,7 +243,7 @@ fn a_key_that_no_profile_has_is_refused() {
     let point = Forge::default().pair.public_key().as_ref().to_vec();
     let compressed = [&[2 + (point[64] & 1)][..], &point[1..33]].concat();
     assert_eq!(keyed(P256, &compressed).read(), Err(Error::Key("its point is not in the uncompressed form")));
-    // Not on the curve: one bit of y is another.
+    // Not on the curve: one bit of y is changed.
     let mut off = point.clone();
     off[64] ^= 1;
     assert_eq!(keyed(P256, &off).read(), Err(Error::Signature));
@@ -268,8 +268,8 @@ fn a_key_that_no_profile_has_is_refused() {
     let short = [&[0x7f][..], &modulus(255, 1)[1..]].concat();
     assert_eq!(rsa(&short, &[1, 0, 1]), wrong("it is RSA with neither 2,048 nor 3,072 bits"));
     let negative = &modulus(256, 1)[1..];
-    assert!(rsa(negative, &[1, 0, 1]).ends_with("the modulus has not the form that it must have"));
-    // The right size, and the algorithm of the forge: not an RSA signature.
+    assert!(rsa(negative, &[1, 0, 1]).ends_with("the modulus is malformed"));
+    // The modulus has an allowed size, but the signature algorithm is not one of RSA.
     assert_eq!(rsa(&modulus(256, 1), &[1, 0, 1]), Error::Algorithm.to_string());
 }
 
@@ -325,7 +325,7 @@ proptest! {
         prop_assert!(read(&Csr::from_der(&bytes).pem().unwrap()).is_err());
     }
 
-    /// Good requests with some bytes changed, taken out or doubled come closer than noise does.
+    /// Valid CSRs with one byte changed, removed or inserted reach more of the parser than random bytes do.
     #[test]
     fn broken_requests_are_refused_and_never_panic(at in 0_usize..200, byte in any::<u8>(), how in 0..3) {
         let good = Forge::default().der();

@@ -1,8 +1,8 @@
-//! The issuer that asks cert-manager: one CertificateRequest per order, created, waited for by the node's one watch, and deleted.
+//! The issuer for cert-manager. Each order creates one CertificateRequest, waits for its answer through the node's watch, and deletes it.
 //!
-//! Owns an order from its key to the signed chain; [`Requests`] owns everything that orders share. The caller runs
-//! [`Requests::run`], keeps orders single-flight per identity, verifies what comes back, and retries as the error says. Dropping an
-//! order's future deletes its request. A pending request is never given up while its order lives.
+//! An order owns its state from the key to the signed chain. [`Requests`] owns the state that all orders share. The caller runs
+//! [`Requests::run`], runs at most one order per identity, verifies the chain, and retries as the error says. Dropping the future of an
+//! order deletes its request. A pending request has no time limit while its order lives.
 
 use std::{fmt, sync::Arc, time::Duration};
 
@@ -34,28 +34,28 @@ pub mod vault;
 pub use preflight::check;
 pub use requests::{LivePods, Metrics, Requests};
 
-/// Of the log's lines.
+/// Target of the log lines.
 const LOG_TARGET: &str = "sds_agent::issuer::cert_manager";
 
-/// After a denial that does not say otherwise.
+/// Wait after a denial, unless its reason has another rule.
 const DENIAL_BACKOFF: Duration = Duration::from_secs(300);
-/// A request that has waited for longer is told of: somebody should look.
+/// Time after which a pending request is reported as late.
 const PENDING_LOG_AFTER: Duration = Duration::from_secs(60);
-/// The plural with its group, for people.
+/// Plural with API group, for messages.
 const RESOURCE: &str = "certificaterequests.cert-manager.io";
 
-/// `issuer.certManager` of the configuration.
+/// Settings of one issuer: `issuer.certManager` in the configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Settings {
-    /// `issuerRef`
+    /// `issuerRef`: the issuer that signs.
     pub issuer_ref: IssuerRef,
-    /// Where the requests are created.
+    /// `namespace`: where requests are created.
     pub namespace: RequestNamespace,
-    /// `trustStatusCA`: take `status.ca` of issued requests as a trust bundle source. Off unless said.
+    /// `trustStatusCA`: whether `status.ca` of issued requests is a source of the trust bundle. Default: `false`.
     pub trust_status_ca: bool,
 }
 
-/// One configured issuer on top of the node's [`Requests`].
+/// One configured issuer. Issuers of an agent can share its [`Requests`].
 pub struct CertManager {
     inner: Arc<Inner>,
 }
@@ -68,13 +68,18 @@ struct Inner {
 }
 
 impl CertManager {
-    /// The issuer of `config`. `status_ca` takes `status.ca` of every issued request as a bundle, where the operator said so.
+    /// Creates the issuer of `config`. `status_ca` receives `status.ca` of each issued request, if the operator enables it.
     pub fn new(requests: Requests, config: Settings, status_ca: Option<trust::Source>) -> Self {
         let preflight = preflight::Memo::default();
         Self { inner: Arc::new(Inner { requests, config, status_ca, preflight }) }
     }
 
-    /// Looks whether the configured issuer can serve. Orders ask by themselves; call it at start so that the log tells early.
+    /// Checks whether the configured issuer can serve. Each order checks it too; a call at start logs a mistake early.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`Error::Configuration`] if `issuerRef` is wrong or names an issuer that cannot sign CSRs of the agent. Returns
+    /// [`Error::Api`] or [`Error::Timeout`] if the issuer does not exist or cannot be read.
     pub fn preflight(&self) -> BoxFuture<'static, Result<(), Error>> {
         let inner = self.inner.clone();
         Box::pin(async move { inner.checked().await })
@@ -102,9 +107,9 @@ impl Issuer for CertManager {
 
 /// Why one request did not lead to a certificate.
 enum Attempt {
-    /// Somebody deleted or relabelled it.
+    /// Another client deleted or relabelled the request.
     Lost(Arc<str>),
-    /// Anything else.
+    /// Any other error.
     Error(Error),
 }
 
@@ -118,13 +123,13 @@ impl Inner {
     async fn order(&self, order: &Order) -> Result<Issued, Error> {
         self.requests.ready().await?;
         self.checked().await?;
-        // A lost request is ordered anew by the caller, in its turn: when somebody deletes them all, they do not come back all at once.
+        // The caller orders again after a backoff. If a client deletes all requests, they are not all created again at once.
         self.request(order).await.map_err(|miss| match miss {
             Attempt::Error(error) => error,
             Attempt::Lost(request) => Error::Failed {
                 request: request.to_string(),
                 reason: "Lost".into(),
-                message: "somebody deleted or relabelled the request".into(),
+                message: "another client deleted or relabelled the request".into(),
                 retry: Retry::Backoff,
             },
         })
@@ -138,7 +143,7 @@ impl Inner {
         self.preflight.check(self.requests.client(), &self.config.issuer_ref, namespace).await
     }
 
-    /// One request, from the key to the end.
+    /// Runs one request, from the key to the result.
     async fn request(&self, order: &Order) -> Result<Issued, Attempt> {
         let start = Instant::now();
         let namespace = self.namespace(order)?;
@@ -179,7 +184,7 @@ impl Inner {
                 Verdict::Pending { approved: false, .. } => {}
                 Verdict::Pending { approved: true, message } => {
                     approved.get_or_insert_with(Instant::now);
-                    // The signer goes on trying by itself and tells the same trouble at each attempt, often with other numbers in it.
+                    // The signer retries by itself, and reports the same problem at each attempt, often with other numbers.
                     if let Some(finding) = vault::explain(&message, order.identity.spiffe_id.trust_domain())
                         && told.as_ref() != Some(&finding.remedy)
                     {
@@ -208,7 +213,7 @@ impl Inner {
             (RequestNamespace::Fixed(namespace), _) => Ok(namespace.as_str().into()),
             (RequestNamespace::Workload, Some(pod)) => Ok(pod.namespace.clone()),
             (RequestNamespace::Workload, None) => Err(Error::Configuration(format!(
-                "issuer.certManager.namespace is \"workload\", but {} is asked for without a pod: name a namespace",
+                "issuer.certManager.namespace is \"workload\", but no pod is known for {}: configure a namespace",
                 order.identity
             ))),
         }
@@ -227,16 +232,17 @@ impl Inner {
         object.metadata.namespace = Some(namespace.to_owned());
         object.metadata.labels = Some(agent.labels());
         object.metadata.annotations = Some(agent.annotations(&order.identity, order.evidence.as_ref()));
-        // The key dies with the agent's pod, so may the request. Owners work within their namespace only: elsewhere it is the pod in whose
-        // name it is asked. Nobody sweeps the requests of a node that has been removed; its pods are collected, and these with them. The
-        // price is that a request whose pod goes is lost even where a sibling could have used it: the sibling then asks anew.
+        // The key ends with the agent's pod, so the request may end with it too. An owner must be in the namespace of the request. In
+        // another namespace, the evidence pod is the owner. No agent sweeps the requests of a removed node: the garbage collector deletes
+        // its pods, and the requests with them. The cost is that a request is lost with its evidence pod, even if another pod of the
+        // identity could use it. The next order then creates another request in the name of that pod.
         let owners = [agent.pod.as_ref(), order.evidence.as_ref()];
         let within = owners.into_iter().flatten().find(|pod| &*pod.namespace == namespace);
         object.metadata.owner_references = within.map(|pod| vec![owner(pod)]);
         object
     }
 
-    /// The chain of an issued request; and the root that its issuer names, where that is wanted.
+    /// Returns the chain of an issued request. If `trustStatusCA` is set, offers `status.ca` as a trust bundle.
     fn take(&self, order: &Order, status: Option<&Status>) -> Result<CertificateChain, Error> {
         let field = |field: fn(&Status) -> Option<&String>| status.and_then(field).map(String::as_str).unwrap_or_default();
         if let Some(source) = &self.status_ca {
@@ -250,11 +256,11 @@ impl Inner {
     }
 }
 
-/// What a request waits for, in words.
+/// Returns the cause of a wait, as text.
 fn pending_reason(approved: bool, message: &str) -> String {
     let said = text::excerpt(message, text::MAX_MESSAGE_CHARS);
     match (approved, said.as_str()) {
-        (false, _) => "an approver: nobody has approved or denied it".to_owned(),
+        (false, _) => "an approver: it is neither approved nor denied".to_owned(),
         (true, "") => "the issuer: it is approved and not signed".to_owned(),
         (true, said) => format!("the issuer: {said}"),
     }
@@ -266,13 +272,13 @@ fn owner(pod: &PodRef) -> OwnerReference {
         kind: "Pod".to_owned(),
         name: pod.name.to_string(),
         uid: pod.uid.to_string(),
-        // Blocking the owner's deletion would need rights on pods/finalizers.
+        // Blocking the deletion of the owner requires permissions on pods/finalizers.
         block_owner_deletion: None,
         controller: None,
     }
 }
 
-/// The error for a request that will never be issued. It stays for a while, so that its reader can be sent there.
+/// Returns the error for a request that will never be issued. The request is kept for 10 minutes, so that the operator can read it.
 fn refused(order: &Order, namespace: &str, request: &str, verdict: Verdict) -> Error {
     let more = format!("(more by: kubectl describe certificaterequest -n {namespace} {request})");
     let request = request.to_owned();
@@ -287,13 +293,13 @@ fn refused(order: &Order, namespace: &str, request: &str, verdict: Verdict) -> E
             Error::Failed { request, reason, message, retry: Retry::Configuration }
         }
         Verdict::Failed(Why { reason, message }) => {
-            // Whatever cannot be told apart may have been the network: a failed request is never tried again, but a new one may do.
+            // An unknown failure may come from the network. cert-manager does not retry a failed request, but another request may succeed.
             let finding = vault::explain(&message, order.identity.spiffe_id.trust_domain());
             let retry = finding.as_ref().map_or(Retry::Backoff, |finding| finding.retry);
             let message = finding.map_or_else(|| excerpt(&message), |finding| finding.to_string());
             Error::Failed { request, reason, message: format!("{message} {more}"), retry }
         }
-        // Not refusals; the caller does not pass them.
+        // These verdicts are no refusals. The caller does not pass them.
         Verdict::Pending { message, .. } => {
             Error::Failed { request, reason: "Pending".into(), message: excerpt(&message), retry: Retry::Backoff }
         }
@@ -303,7 +309,7 @@ fn refused(order: &Order, namespace: &str, request: &str, verdict: Verdict) -> E
     }
 }
 
-/// When to ask again after a denial. One that another configuration explains ends with a rollout: no reason to wait for long.
+/// When to retry after a denial. A difference of configurations ends with a rollout, so that a long wait has no use.
 fn after_denial(reason: &str) -> Retry {
     match reason {
         denied::POD_GONE => Retry::Now,
@@ -312,7 +318,7 @@ fn after_denial(reason: &str) -> Retry {
     }
 }
 
-/// A failed call as an issue's error.
+/// Converts a failed API call to an error of an issuance.
 fn api_error(call: &Call<'_>, failure: Failure) -> Error {
     let retry = match failure.cause {
         Cause::TooManyRequests(Some(after)) => Retry::After(after),

@@ -1,8 +1,9 @@
-//! A fresh key and the PKCS#10 request for it.
+//! Generates a key and the PKCS#10 request for it (RFC 2986).
 //!
-//! The request carries an empty subject and one extension, the SANs (URI first, then DNS names): neither key usage nor extended key
-//! usage, which cert-manager would compare with the request's `usages`, the latter in order. The key exists as a key pair of
-//! `aws-lc-rs` and as a PKCS#8 document that wipes itself; no other copy is made.
+//! The CSR has an empty subject and one extension: the subject alternative names, the URI first and then the DNS names. It has no key usage
+//! and no extended key usage, because cert-manager compares those with `spec.usages`, the extended ones in order
+//! (cert-manager/cert-manager#6182). The key exists as a key pair of `aws-lc-rs` and as a PKCS#8 document that is wiped on drop. No other
+//! copy is made.
 
 use std::sync::{Arc, LazyLock};
 
@@ -18,36 +19,45 @@ use tokio::sync::Semaphore;
 use workload_identity::{Identity, KeyType};
 use zeroize::Zeroizing;
 
-/// Why no CSR could be made.
+/// Why a key or a CSR could not be generated.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum Error {
     /// The random source or the key generator failed.
     #[error("generating the {} key failed", .0.as_str())]
     Generate(KeyType),
-    /// A name that a certificate cannot hold.
+    /// A certificate cannot hold the name.
     #[error("name {0:?} cannot be a subject alternative name: use ASCII only")]
     Name(String),
-    /// Signing or encoding failed.
+    /// Signing or encoding the CSR failed.
     #[error("signing the CSR failed: {0}")]
     Sign(String),
-    /// The worker that generates RSA keys was lost.
+    /// The task that generates RSA keys ended without a result.
     #[error("the key worker was cancelled")]
     Cancelled,
 }
 
-/// A key and the request for its certificate.
+/// A key and its CSR.
 #[derive(Debug)]
 pub struct KeyAndCsr {
-    /// The key.
+    /// The private key.
     pub key: PrivateKey,
-    /// PKCS#10, DER. Not a secret, but never logged.
+    /// The CSR: PKCS#10 in DER. It is not secret, but is never logged.
     pub csr_der: Vec<u8>,
 }
 
-/// RSA keys cost tens of milliseconds of a core: one at a time, on the blocking pool.
+/// Allows one RSA key generation at a time. It takes tens of milliseconds of a CPU core.
 static RSA: LazyLock<Arc<Semaphore>> = LazyLock::new(|| Arc::new(Semaphore::new(1)));
 
-/// Makes a key of the profile's type and its CSR. RSA runs on the blocking pool, bounded to one at a time.
+/// Generates a key of the profile's type, and its CSR. RSA keys are generated on the blocking pool, one at a time.
+///
+/// # Errors
+///
+/// Returns [`Error::Generate`] if the key generator fails, [`Error::Name`] if a name is not ASCII, [`Error::Sign`] if the CSR cannot be
+/// signed or encoded, and [`Error::Cancelled`] if the task on the blocking pool is lost.
+///
+/// # Cancel safety
+///
+/// Dropping the future discards the key. RSA generation that has begun runs to its end, and delays the next RSA key until then.
 pub async fn generate(identity: &Identity) -> Result<KeyAndCsr, Error> {
     generate_within(identity, &RSA).await
 }
@@ -58,7 +68,7 @@ async fn generate_within(identity: &Identity, rsa: &Arc<Semaphore>) -> Result<Ke
         KeyType::EcdsaP256 | KeyType::EcdsaP384 => Key::generate(key_type)?,
         KeyType::Rsa2048 | KeyType::Rsa3072 => {
             let permit = rsa.clone().acquire_owned().await.map_err(|_| Error::Cancelled)?;
-            // The permit goes with the work, not with the waiter: an abandoned order still counts until its core is free.
+            // The blocking task owns the permit, not the waiting order: an abandoned order counts until its CPU core is free.
             let made = tokio::task::spawn_blocking(move || {
                 let key = Key::generate(key_type);
                 drop(permit);
@@ -88,7 +98,7 @@ enum Pair {
     Rsa(RsaKeyPair),
 }
 
-/// A key pair that signs for `rcgen` and leaves as a wiped-on-drop PKCS#8 document.
+/// A key pair that signs for `rcgen`, and its PKCS#8 document, which is wiped on drop.
 struct Key {
     pair: Pair,
     pkcs8: Zeroizing<Vec<u8>>,

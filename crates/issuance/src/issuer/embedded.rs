@@ -1,6 +1,6 @@
-//! A certificate authority in memory, for development and tests: a root, an intermediate, and nothing that outlives the process.
+//! A certificate authority in memory, for development and tests: a root and an intermediate that end with the process.
 //!
-//! It reads the CSR that every issuer gets, and signs what the CSR asks for, so that the path is the same as with a real upstream.
+//! It signs the CSR that every other issuer receives too, so that an order takes the same path as with a real upstream.
 
 use std::{
     fmt,
@@ -19,12 +19,12 @@ use sds_server::material::{CertificateChain, TrustBundle};
 
 use crate::issuer::{Error, Issued, Issuer, Order, Phase, Retry, csr, verify};
 
-/// The root and the intermediate live this long.
+/// Lifetime of the root and the intermediate: 10 years.
 const AUTHORITY_LIFETIME: Duration = Duration::from_secs(10 * 365 * 86_400);
-/// A certificate's notBefore lies this far back, for peers whose clocks run behind.
+/// Maximum backdating of `notBefore`, for peers whose clocks are behind: 10 s.
 const BACKDATE: Duration = Duration::from_secs(10);
 
-/// An in-memory root and intermediate.
+/// A root and an intermediate in memory. Its certificates have the lifetime of the profile, and end with the intermediate at the latest.
 pub struct Embedded {
     inner: Arc<Authority>,
     clock: Arc<dyn Clock>,
@@ -44,19 +44,27 @@ impl fmt::Debug for Embedded {
 }
 
 impl Embedded {
-    /// Makes a fresh authority, named after the trust domain.
+    /// Generates a root and an intermediate, named after the trust domain.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`Error::Configuration`] if a key or a certificate cannot be generated.
     pub fn new(trust_domain: &str, clock: Arc<dyn Clock>) -> Result<Self, Error> {
         let authority = Authority::new(trust_domain, clock.now())
             .map_err(|e| Error::Configuration(format!("cannot make the embedded authority: {e}")))?;
         Ok(Self { inner: Arc::new(authority), clock })
     }
 
-    /// The root, as the trust bundle.
+    /// Returns the root as the trust bundle.
+    ///
+    /// # Errors
+    ///
+    /// Returns the error of [`TrustBundle::from_certificates`].
     pub fn bundle(&self) -> Result<TrustBundle, sds_server::material::Error> {
         TrustBundle::from_certificates(vec![self.inner.root.der().clone()])
     }
 
-    /// Signs a CSR as an upstream of other tests.
+    /// Signs a CSR, for tests that play an upstream.
     #[cfg(any(test, feature = "testing"))]
     #[allow(clippy::unwrap_used, reason = "for tests alone")]
     pub fn sign(&self, csr_der: Vec<u8>, lifetime: Duration) -> Vec<u8> {
@@ -80,14 +88,14 @@ impl Authority {
     fn sign(&self, csr_der: Vec<u8>, lifetime: Duration, now: SystemTime) -> Result<Vec<u8>, rcgen::Error> {
         let mut request = CertificateSigningRequestParams::from_der(&CertificateSigningRequestDer::from(csr_der))?;
         let params = &mut request.params;
-        // A short life is not spent on backdating.
+        // At most a twentieth of the lifetime is backdated.
         params.not_before = (now - BACKDATE.min(lifetime / 20)).into();
-        // Nothing outlives its signer.
+        // A certificate must not outlive its signer.
         params.not_after = (now + lifetime.min(AUTHORITY_LIFETIME)).min(self.expires).into();
         params.is_ca = IsCa::ExplicitNoCa;
         params.use_authority_key_identifier_extension = true;
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-        // RFC 8813 forbids it to elliptic curves.
+        // RFC 8813 does not allow keyEncipherment with elliptic-curve keys.
         if request.public_key.algorithm() == &rcgen::PKCS_RSA_SHA256 {
             params.key_usages.push(KeyUsagePurpose::KeyEncipherment);
         }

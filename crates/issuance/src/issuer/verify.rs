@@ -1,12 +1,14 @@
-//! The checks between an issuer's answer and its publication.
+//! Checks an issuer's answer before it is published.
 //!
-//! A pure function of (order, answer, bundle, now). Exactly the bytes that were checked are served, in the order in which they came: leaf
-//! first, then whatever else the issuer sent. Certificates that are on no path to a root are harmless to peers and are left in: one of
-//! them may be the cross-signed root that peers with an older bundle need.
+//! [`verify`] is a pure function of identity, key, chain, bundle and time. The agent serves exactly the certificates that were checked, in
+//! the issuer's order: the leaf first, then the others. Certificates that are on no path to a root stay in the chain. Peers ignore them,
+//! and one of them may be the cross-signed root that peers with an older bundle need.
 //!
-//! What a peer would refuse is refused here. Usages follow the SPIFFE X.509-SVID specification as Envoy and go-spiffe enforce it: an
-//! absent extended key usage allows every use (RFC 5280), a present one must name both sides of TLS; a present key usage must allow
-//! signatures and must not allow those of an authority.
+//! The checks reject certificates that a peer would reject. Usages follow the SPIFFE X.509-SVID specification (sections 4.1, 4.3 and 4.4),
+//! as Envoy and go-spiffe enforce it:
+//!
+//! - An absent extended key usage allows every use (RFC 5280, section 4.2.1.12). A present one must name `serverAuth` and `clientAuth`.
+//! - A present key usage must have `digitalSignature`, and must have neither `keyCertSign` nor `cRLSign`.
 
 use std::time::{Duration, SystemTime};
 
@@ -22,80 +24,86 @@ use webpki::{EndEntityCert, KeyUsage, anchor_from_trusted_cert};
 use workload_identity::{Identity, KeyType};
 use x509_parser::prelude::{FromDer, X509Certificate, X509Error};
 
-/// How far the signer's clock may be ahead of ours.
+/// Maximum time by which the signer's clock may be ahead of the agent's: 60 s.
 pub const ALLOWED_SKEW: Duration = Duration::from_secs(60);
-/// Names of a certificate that an error shows.
+/// Maximum number of a certificate's names that an error shows.
 const MAX_SHOWN_NAMES: usize = 8;
 
-/// Why a certificate must not be served. The caller keeps what it has.
+/// Why a certificate must not be served. The caller keeps the certificate in use.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
-    /// Not PEM, not X.509, empty, or too large.
+    /// The chain is not PEM or not X.509, is empty, or is too large.
     #[error("the chain {0}; the issuer must return certificates in PEM, the leaf first")]
     Chain(#[from] material::Error),
-    /// The leaf is for another key.
+    /// No certificate of the chain has the key of the order, or that key is not of the profile's type.
     #[error("the leaf's public key is not the one that was asked for; the issuer must sign the key of the request")]
     Key,
-    /// The leaf is there, but not in front.
+    /// A certificate after the first one has the key of the order.
     #[error("certificate {index} of the chain, not the first, is for the key that was asked for; the leaf must come first")]
     Order {
-        /// Its place, from 1.
+        /// Position of that certificate, from 1.
         index: usize,
     },
-    /// The URI SANs are not exactly the identity.
+    /// The URI SANs are not exactly the SPIFFE ID of the identity.
     #[error(
         "the leaf's URI SANs are {found:?}, not exactly [{expected:?}]; the issuer may rewrite or drop names (Vault: allowed_uri_sans, use_csr_sans)"
     )]
     SpiffeId {
-        /// What was asked for.
+        /// The SPIFFE ID of the identity.
         expected: String,
-        /// What came.
+        /// The URI SANs of the leaf.
         found: Vec<String>,
     },
-    /// DNS names that the identity does not have, or lacks.
+    /// The DNS SANs are not those of the identity.
     #[error("the leaf's DNS SANs are {found:?}, not {expected:?}")]
     DnsNames {
-        /// What was asked for.
+        /// The DNS names of the identity.
         expected: Vec<String>,
-        /// What came.
+        /// The DNS SANs of the leaf.
         found: Vec<String>,
     },
-    /// SANs of kinds that were not asked for.
+    /// The leaf has SANs of other kinds than URI and DNS.
     #[error("the leaf has subject alternative names of other kinds than URI and DNS")]
     OtherNames,
-    /// Past its end.
+    /// The leaf has expired.
     #[error("the leaf expired at {0}: is the issuer's clock or this node's wrong?")]
     Expired(String),
-    /// Before its beginning.
+    /// The leaf becomes valid later than [`ALLOWED_SKEW`] from now.
     #[error("the leaf is valid only from {from}, more than {} s from now: is this node's clock behind?", ALLOWED_SKEW.as_secs())]
     NotYetValid {
-        /// Its notBefore.
+        /// `notBefore` of the leaf.
         from: String,
     },
-    /// Never valid.
+    /// `notAfter` is not later than `notBefore`.
     #[error("the leaf's validity ends before it begins")]
     Validity,
-    /// A certificate authority's certificate, or a usage that peers would refuse.
+    /// The leaf is a certificate of a CA, or has a usage that peers reject.
     #[error("the leaf {0}")]
     Usage(&'static str),
-    /// A chain that leads to none of the roots.
+    /// No path leads to a root.
     #[error("{what}: {why}")]
     Path {
-        /// What was checked.
+        /// The check that failed.
         what: &'static str,
-        /// What the verifier found.
+        /// The finding of the path verifier.
         why: String,
     },
 }
 
-/// What passed.
+/// Result of a successful check.
 #[derive(Debug)]
 pub struct Verified {
-    /// The root that it leads to, where there is a bundle.
+    /// The root to which the chain leads. `None` without a bundle.
     pub anchor: Option<CertificateDer<'static>>,
 }
 
-/// Checks `chain` for `identity` and `key` at `now`; with a bundle, that it leads to one of its roots.
+/// Checks `chain` for `identity` and `key` at `now`.
+///
+/// With a `bundle`, the chain must lead to one of its roots that has not expired. Without one, it must lead to its own last certificate.
+///
+/// # Errors
+///
+/// Returns the first [`Error`] found. The checks are, in order: key, SPIFFE ID, DNS names, other names, validity, usages, path.
 pub fn verify(
     identity: &Identity,
     key: &PrivateKey,
@@ -120,7 +128,7 @@ pub fn verify(
     Ok(Verified { anchor })
 }
 
-/// The leaf, and no other certificate, is for the key.
+/// Checks that the leaf has this key. The error says if another certificate of the chain has it.
 fn is_for(chain: &CertificateChain, public_key: &[u8]) -> Result<(), Error> {
     if chain.public_key == public_key {
         return Ok(());
@@ -145,7 +153,8 @@ fn in_time(validity: Validity, now: SystemTime) -> Result<(), Error> {
     Ok(())
 }
 
-/// An end entity's certificate for both sides of TLS. The path's verifier looks at extended key usages only, and only if there is a path.
+/// Checks that the leaf is an end-entity certificate for both sides of TLS. The path verifier checks only extended key usages, and only if
+/// there is a path.
 fn usages(leaf: &CertificateDer<'_>) -> Result<(), Error> {
     let broken = |why: X509Error| Error::Chain(material::Error::X509 { index: 1, why: material::fault(&why).to_owned() });
     let (_, leaf) = X509Certificate::from_der(leaf).map_err(|why| broken(why.into()))?;
@@ -171,7 +180,7 @@ fn usages(leaf: &CertificateDer<'_>) -> Result<(), Error> {
     Ok(())
 }
 
-/// The path to a root that has not expired, for both usages. Without a bundle the chain's own last certificate stands in for the root.
+/// Builds the path to a root that has not expired, for both usages. Without a bundle, the last certificate of the chain is the root.
 fn path(
     leaf: &CertificateDer<'_>,
     others: &[CertificateDer<'_>],
@@ -183,10 +192,10 @@ fn path(
     let (roots, what) = match (bundle, others) {
         (Some(bundle), _) => (bundle.roots(), "the chain does not lead to the trust bundle"),
         (None, [.., last]) => (std::slice::from_ref(last), "the chain does not lead to its own last certificate"),
-        // A lone leaf and no bundle: nothing to build a path to.
+        // A lone leaf without a bundle: there is no path to check.
         (None, []) => return Ok(None),
     };
-    // The verifier does not look at a root's own validity; peers do.
+    // The verifier does not check the validity of a trust anchor (RFC 5280, section 6.1.1; rustls/webpki-roots#70). Peers do.
     let live: Vec<&CertificateDer<'_>> = roots.iter().filter(|root| is_live(root, at)).collect();
     let anchors: Vec<TrustAnchor<'_>> = live.iter().filter_map(|root| anchor_from_trusted_cert(root).ok()).collect();
     if anchors.is_empty() {
@@ -211,10 +220,10 @@ fn is_live(root: &CertificateDer<'_>, at: SystemTime) -> bool {
     X509Certificate::from_der(root).is_ok_and(|(_, root)| clock::from_unix_seconds(root.validity().not_after.timestamp()) > at)
 }
 
-/// The findings that have a usual cause; the others by the verifier's name for them.
+/// Describes errors that have a usual cause. For other errors, returns the verifier's name of the error.
 fn in_words(error: &webpki::Error) -> String {
     match error {
-        webpki::Error::UnknownIssuer => "no root has signed it, not through the intermediates that came with it either".to_owned(),
+        webpki::Error::UnknownIssuer => "no root has signed it, neither directly nor through the intermediates of the chain".to_owned(),
         webpki::Error::InvalidSignatureForPublicKey => "a signer of the right name has another key: was the authority replaced?".to_owned(),
         webpki::Error::CertExpired { not_after, .. } => {
             let at = clock::from_unix_seconds(i64::try_from(not_after.as_secs()).unwrap_or(i64::MAX));
@@ -227,12 +236,12 @@ fn in_words(error: &webpki::Error) -> String {
     }
 }
 
-/// The verifier's name for a finding, without what it quotes of a certificate.
+/// Returns the verifier's name of an error, without values from a certificate.
 fn kind(error: &webpki::Error) -> String {
     format!("{error:?}").chars().take_while(char::is_ascii_alphanumeric).collect()
 }
 
-/// Names of a certificate: a few of them, as they may be shown.
+/// Returns up to [`MAX_SHOWN_NAMES`] names of a certificate, as excerpts.
 fn shown(names: &[String]) -> Vec<String> {
     names.iter().take(MAX_SHOWN_NAMES).map(|name| text::excerpt(name, text::MAX_NAME_CHARS)).collect()
 }
@@ -246,7 +255,7 @@ fn same_names(a: &[String], b: &[String]) -> bool {
     sorted(a) == sorted(b)
 }
 
-/// The SubjectPublicKeyInfo that belongs to `key`.
+/// Returns the SubjectPublicKeyInfo of `key`.
 fn public_key(key_type: KeyType, key: &PrivateKey) -> Option<Vec<u8>> {
     let ecdsa = |scheme| -> Option<Vec<u8>> {
         let pair = EcdsaKeyPair::from_pkcs8(scheme, key.pkcs8_der()).ok()?;

@@ -1,4 +1,4 @@
-//! What rotation counts.
+//! Metrics of rotation.
 
 use std::time::Duration;
 
@@ -138,9 +138,9 @@ impl Metrics {
     pub fn register(registry: &mut Registry) -> Self {
         let m = Self::default();
         registry.register("issuances", "Orders answered, by issuer and result", m.issuances.clone());
-        registry.register_with_unit("issuance_duration", "Time of the parts of an issue", Unit::Seconds, m.durations.clone());
+        registry.register_with_unit("issuance_duration", "Duration of the phases of an issuance", Unit::Seconds, m.durations.clone());
         registry.register("issuances_in_flight", "Orders under way, parked ones included", m.in_flight.clone());
-        registry.register("issuances_parked", "Orders that their issuer has left pending, and that hold nobody up", m.parked.clone());
+        registry.register("issuances_parked", "Orders that are pending at their issuer and occupy no slot", m.parked.clone());
         registry.register("issuance_queue_length", "Orders that wait for a slot", m.queued.clone());
         registry.register("renewals", "Attempts to replace a certificate that is in use", m.renewals.clone());
         registry.register_with_unit(
@@ -150,7 +150,7 @@ impl Metrics {
             m.lag.clone(),
         );
         registry.register("clock_jumps", "Steps of the wall clock, suspended time included", m.jumps.clone());
-        // From zero on, or the first one would be no increase.
+        // The series begin at zero. Otherwise the first event would not be an increase.
         for result in every!(RenewalResult: ok, error) {
             drop(m.renewals.get_or_create(&RenewalLabel { result }));
         }
@@ -160,14 +160,14 @@ impl Metrics {
         m
     }
 
-    /// An issuer may be asked: its results count from zero on, or its first failure would be no increase.
+    /// Adds the series of an issuer, which begin at zero. Otherwise its first failure would not be an increase.
     pub fn add_issuer(&self, issuer: &IssuerName) {
         for result in RESULTS {
             drop(self.issuances.get_or_create(&IssuanceLabels { issuer: issuer.to_string(), result }));
         }
     }
 
-    /// An issuer will not be asked any more: its series go.
+    /// Removes the series of an issuer that is no longer configured.
     pub fn remove_issuer(&self, issuer: &IssuerName) {
         for result in RESULTS {
             self.issuances.remove(&IssuanceLabels { issuer: issuer.to_string(), result });
@@ -177,7 +177,7 @@ impl Metrics {
         }
     }
 
-    /// Registers and counts one of everything, for the reference.
+    /// Registers all metrics and counts one event of each, for the reference of metrics.
     #[cfg(any(test, feature = "testing"))]
     pub fn sample(registry: &mut Registry) {
         let metrics = Self::register(registry);

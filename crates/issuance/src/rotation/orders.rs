@@ -1,4 +1,4 @@
-//! One order from its start to its answer: in a task of its own, with the issuer, and verified there.
+//! One order, from its start to its verified answer. Each order runs in a task of its own.
 
 use std::sync::Arc;
 
@@ -15,21 +15,21 @@ use workload_identity::{Identity, PodRef};
 use super::{Id, Rotation, roots::bundle_moved_on};
 use crate::issuer::{Error, Issued, Order, Pending, Progress, Retry, verify};
 
-/// Of the log's lines.
+/// Target of the log lines.
 const LOG_TARGET: &str = "sds_agent::rotation::orders";
 
-/// What an order reports to its owner, in order.
+/// A report of an order. The reports of an order arrive in order.
 pub(super) struct Report {
     id: Id,
-    /// Of several orders of one entry, one after another: an abandoned one may still report.
+    /// Number of the order. The orders of an entry follow each other, and an abandoned one may still report.
     attempt: u64,
     event: OrderEvent,
 }
 
 enum OrderEvent {
-    /// The upstream has it, and how far it is there.
+    /// The upstream has the request, in this state.
     Submitted(Pending),
-    /// The answer, verified or not. Boxed: it is much larger than the rest.
+    /// The answer, verified or not. It is boxed because it is much larger than the other variants.
     Ended(Box<Ended>),
     /// The task ended without an answer.
     Lost,
@@ -37,7 +37,7 @@ enum OrderEvent {
 
 type Ended = Result<(Issued, verify::Verified), (Error, Option<Issued>)>;
 
-/// An order's end of the channel. Dropped before the order has ended, it reports that.
+/// Sends the reports of an order. If it is dropped before the order has ended, it reports the order as lost.
 struct Reporter {
     id: Id,
     attempt: u64,
@@ -52,7 +52,7 @@ impl Reporter {
     }
 
     fn report(&self, event: OrderEvent) {
-        // It fails once the rotation has ended, and then no report is needed.
+        // Sending fails only after rotation has ended, when no report is needed.
         let _ = self.reports.send(Report { id: self.id, attempt: self.attempt, event });
     }
 }
@@ -65,7 +65,7 @@ impl Drop for Reporter {
     }
 }
 
-/// An order under way.
+/// An order in progress.
 pub(super) struct Running {
     pub(super) task: AbortHandle,
     attempt: u64,
@@ -76,7 +76,7 @@ pub(super) struct Running {
 impl Rotation {
     pub(super) fn start(&mut self, id: Id) {
         let Some(entry) = self.entries.get(&id) else { return };
-        // The planner starts nothing that is not in force.
+        // The planner starts no order for a retired entry.
         let Some(identity) = self.identity_of(id) else { return };
         let issuer = self.parts.plan.borrow().issuer(&identity.profile.issuer).cloned();
         let Some(issuer) = issuer else {
@@ -109,7 +109,7 @@ impl Rotation {
         self.orders.insert(id, Running { task, attempt, started: Instant::now(), evidence });
     }
 
-    /// Takes what an order reports, unless it was abandoned.
+    /// Handles a report, unless its order was abandoned.
     pub(super) fn reported(&mut self, Report { id, attempt, event }: Report) {
         if self.orders.get(&id).is_none_or(|order| order.attempt != attempt) {
             return;
@@ -158,7 +158,7 @@ impl Rotation {
     }
 }
 
-/// Judges an answer in the order's own task.
+/// Verifies an answer in the task of its order.
 struct Judge {
     identity: Arc<Identity>,
     trust: watch::Receiver<Arc<BundleSet>>,

@@ -1,4 +1,4 @@
-//! What is in force: the issuers, the profiles, and how long things are kept. A value; a change of the configuration is another one.
+//! The configuration in force: issuers, profiles and retention. A change of the configuration replaces the [`Plan`].
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -12,10 +12,10 @@ use workload_identity::{Identity, IssuerName, Profile};
 use super::{Id, Rotation};
 use crate::issuer::Issuer;
 
-/// Of the log's lines.
+/// Target of the log lines.
 const LOG_TARGET: &str = "sds_agent::rotation::plan";
 
-/// By what certificates are ordered and renewed.
+/// The issuers and profiles by which certificates are ordered and renewed. Immutable.
 #[derive(Debug, Clone)]
 pub struct Plan {
     issuers: BTreeMap<IssuerName, Arc<dyn Issuer>>,
@@ -24,7 +24,7 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// The upstreams by the names that `profiles` use; `retention` is how long an entry without subscribers is kept.
+    /// Creates a plan. `issuers` has the names that `profiles` use. `retention` is how long an entry without subscribers is kept.
     pub fn new(
         issuers: BTreeMap<IssuerName, Arc<dyn Issuer>>,
         profiles: impl IntoIterator<Item = Arc<Profile>>,
@@ -39,18 +39,18 @@ impl Plan {
         self.retention
     }
 
-    /// The upstreams' names.
+    /// Names of the issuers.
     pub fn issuers(&self) -> impl Iterator<Item = &IssuerName> {
         self.issuers.keys()
     }
 
-    /// The upstream of this name.
+    /// The issuer of this name.
     pub fn issuer(&self, name: &IssuerName) -> Option<&Arc<dyn Issuer>> {
         self.issuers.get(name)
     }
 
-    /// The same identity under the profile that issues alike now: its schedule and the names of things may have changed. None where no
-    /// profile does any more.
+    /// Returns the identity under a current profile with the same fingerprint. Its schedule and its names may have changed. `None` if no
+    /// profile has the fingerprint.
     pub fn current(&self, identity: &Arc<Identity>) -> Option<Arc<Identity>> {
         let own = &identity.profile;
         if self.profiles.iter().any(|(_, profile)| Arc::ptr_eq(profile, own)) {
@@ -64,7 +64,7 @@ impl Plan {
 }
 
 impl Rotation {
-    /// Issuers that may be asked have series in the metrics, and others have none.
+    /// Adds metric series for new issuers, and removes those of issuers that are no longer configured.
     pub(super) fn count_issuers(&mut self) {
         let issuers: BTreeSet<IssuerName> = self.parts.plan.borrow().issuers().cloned().collect();
         issuers.difference(&self.counted).for_each(|issuer| self.parts.metrics.add_issuer(issuer));
@@ -72,7 +72,8 @@ impl Rotation {
         self.counted = issuers;
     }
 
-    /// What may not be issued any more is not, though it may still be served; and whatever failed is tried again: the reason may be gone.
+    /// Applies a changed plan. Identities that no profile issues are not renewed, but may still be served. Failed orders are retried,
+    /// because the cause may be fixed.
     pub(super) fn reconfigured(&mut self) {
         let plan = self.parts.plan.borrow_and_update().clone();
         self.count_issuers();
@@ -89,17 +90,17 @@ impl Rotation {
                 self.awaiting_anchor.remove(id);
             }
             if self.planner.retire(now, *id, is_retired) {
-                debug!(target: LOG_TARGET, identity = %entry.identity, profile = %entry.identity.profile.name, is_retired, "judged by another plan");
+                debug!(target: LOG_TARGET, identity = %entry.identity, profile = %entry.identity.profile.name, is_retired, "the configuration change affects this identity");
                 retired += usize::from(is_retired);
             }
         }
         if retired > 0 {
-            info!(target: LOG_TARGET, identities = retired, "no profile issues these any more: they are not renewed, and go when their clients have others");
+            info!(target: LOG_TARGET, identities = retired, "no profile issues these identities: they are not renewed, and are forgotten when their clients have others");
         }
         self.planner.configuration_changed(now);
     }
 
-    /// The identity of an entry, as it is issued now.
+    /// Returns the identity of an entry under the current plan. `None` if no profile issues it.
     pub(super) fn identity_of(&self, id: Id) -> Option<Arc<Identity>> {
         let entry = self.entries.get(&id)?;
         self.parts.plan.borrow().current(&entry.identity)

@@ -1,8 +1,8 @@
-//! What to do next, and when to look again: the decisions of rotation as a pure state machine.
+//! The decisions of rotation: a state machine without I/O.
 //!
-//! It owns a `Job` for each entry of the store, and no I/O: the driver feeds it what happened, with the time, and performs the
-//! [`Action`]s that it asks for. Renewals are moments of the wall clock; waits (backoff, parking, settling, retention) are monotonic, so
-//! that a stepped clock neither delays nor hurries them.
+//! The planner owns a `Job` for each entry of the store. The driver reports each event with its time, and performs the returned
+//! [`Action`]s. Renewals are times of the wall clock. Waits (backoff, parking, settling, retention) use the monotonic clock, so that a step
+//! of the wall clock neither delays nor shortens them.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
@@ -22,19 +22,19 @@ use job::{InUse, Job, Phase, Rank, class, due, end, turning_point};
 use queue::Queue;
 pub use queue::{Authority, RESERVED, SLOTS};
 
-/// An order that has not reached its upstream by then has failed.
+/// Time within which an order must reach its upstream. After it, the order has failed.
 const PREPARING: Duration = Duration::from_secs(60);
-/// An order that its upstream leaves pending for longer gives up its slot, and nothing else.
+/// Time after which an order that is pending at its upstream gives up its slot. The order itself goes on.
 const PARK_AFTER: Duration = Duration::from_secs(10);
-/// Retries at once, with other evidence, in a row.
+/// Maximum number of consecutive retries at once, each in the name of another pod.
 const SWIFT_RETRIES: u32 = 3;
-/// A forgotten identity's order that is still pending, or its backoff, is kept for at most this long.
+/// Maximum time for which a pending order or a backoff keeps an entry after its last subscriber has left.
 const LINGER: Duration = Duration::from_secs(3600);
 
-/// An entry's id.
+/// Identifier of an entry.
 pub type Id = u64;
 
-/// Both clocks.
+/// The time of both clocks.
 #[derive(Debug, Clone, Copy)]
 pub struct Now {
     /// The wall clock.
@@ -43,31 +43,31 @@ pub struct Now {
     pub mono: Instant,
 }
 
-/// What the driver has to do.
+/// An action for the driver.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Action {
     /// Order a certificate.
     Start(Id),
-    /// Abandon an order that never reached its upstream, then report it as failed.
+    /// Abandon an order that has not reached its upstream, then report it as failed.
     Abandon(Id),
-    /// Publish what was issued.
+    /// Publish the issued certificate.
     Publish(Id),
-    /// Ask the store to forget the entry, then report the answer.
+    /// Ask the store to forget the entry, then report the result.
     Forget(Id),
 }
 
-/// How pressing an order is.
+/// Priority of an order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Class {
-    /// A certificate in use has less than a fifth of its life left.
+    /// The certificate in use has less than a fifth of its lifetime left.
     Ending,
-    /// Clients wait and have nothing.
+    /// Clients wait and have no certificate.
     Waiting,
-    /// A renewal in good time.
+    /// A renewal long before the end of the certificate.
     Routine,
 }
 
-/// The state machine.
+/// The state machine of rotation.
 #[derive(Debug)]
 pub struct Planner {
     jobs: HashMap<Id, Job>,
@@ -81,7 +81,7 @@ pub struct Planner {
 }
 
 impl Planner {
-    /// An empty planner. `retention` is how long an entry without subscribers is kept.
+    /// Creates an empty planner. `retention` is how long an entry without subscribers is kept. `seed` is for the random numbers.
     pub fn new(retention: Duration, seed: u64) -> Self {
         Self {
             jobs: HashMap::new(),
@@ -95,12 +95,12 @@ impl Planner {
         }
     }
 
-    /// A number in 0..1.
+    /// Draws a random number in 0..1.
     pub fn draw(&mut self) -> f64 {
         self.random.f64()
     }
 
-    /// An entry has subscribers; `demand` is what those without material need. `authority` names its queue, for ever.
+    /// An entry has subscribers. `demand` is the need of those without material. `authority` names the entry's queue and never changes.
     pub fn wanted(&mut self, now: Now, id: Id, authority: &Authority, demand: Option<Demand>) {
         let job = self.jobs.entry(id).or_insert_with(|| Job {
             authority: authority.clone(),
@@ -122,7 +122,7 @@ impl Planner {
         self.consider(now, id);
     }
 
-    /// What the subscribers without material need has changed.
+    /// The need of the subscribers without material has changed.
     pub fn wanted_by(&mut self, now: Now, id: Id, demand: Option<Demand>) {
         if let Some(job) = self.jobs.get_mut(&id) {
             job.demand = demand;
@@ -130,13 +130,13 @@ impl Planner {
         }
     }
 
-    /// How long entries without subscribers are kept, from their next end on.
+    /// Sets how long an entry without subscribers is kept. It applies when the last subscriber of an entry leaves.
     pub fn set_retention(&mut self, retention: Duration) {
         self.retention = retention;
     }
 
-    /// Whether no profile issues the entry any more. Then nothing is ordered for it, and what was under way is over: the driver drops it.
-    /// True where this is news.
+    /// Sets whether no profile issues the entry. Nothing is ordered for a retired entry, and the driver drops an order in progress. Returns
+    /// whether the value has changed.
     pub fn retire(&mut self, now: Now, id: Id, retired: bool) -> bool {
         if self.jobs.get(&id).is_none_or(|job| job.retired == retired) {
             return false;
@@ -151,7 +151,7 @@ impl Planner {
         true
     }
 
-    /// An entry's last subscriber has gone.
+    /// The last subscriber of an entry has left.
     pub fn idle(&mut self, now: Now, id: Id) {
         let retention = self.retention;
         let Some(job) = self.jobs.get_mut(&id) else { return };
@@ -168,7 +168,7 @@ impl Planner {
         self.jobs.remove(&id);
     }
 
-    /// The upstream has the order.
+    /// The upstream has the request of an order.
     pub fn submitted(&mut self, now: Now, id: Id) {
         if let Some(Job { phase: Phase::Running { submitted: submitted @ false, deadline, .. }, .. }) = self.jobs.get_mut(&id) {
             (*submitted, *deadline) = (true, Some(now.mono + PARK_AFTER));
@@ -176,13 +176,13 @@ impl Planner {
         }
     }
 
-    /// Which draw the certificate that has just been issued gets.
+    /// Returns the jitter for the certificate that was just issued. Call it before [`issued`](Self::issued).
     pub fn renewal_jitter(&self, now: Now, id: Id) -> RenewalJitter {
         let Some(job) = self.jobs.get(&id) else { return RenewalJitter::FullCycle };
         let in_time = match (&job.in_use, job.demand) {
             (Some(c), _) => now.wall <= c.renew_at + c.validity.lifetime().mul_f64(0.1),
-            // Its place in the cycle was drawn before this process began; drawing it again would make a restarted fleet ask for more. Half
-            // its life is left at the renewal, more or less.
+            // An earlier process drew the renewal time. If this process drew again, a restarted fleet would order more. About half of the
+            // lifetime is left at the renewal.
             (None, Some(Demand::Held { renew_at, not_after })) => {
                 now.wall <= renew_at + not_after.duration_since(renew_at).unwrap_or_default().mul_f64(0.2)
             }
@@ -191,7 +191,7 @@ impl Planner {
         if job.failures == 0 && in_time { RenewalJitter::Configured } else { RenewalJitter::FullCycle }
     }
 
-    /// An order was answered with a verified certificate.
+    /// An order was answered with a verified certificate. It is published after a settling time, or at once if the old one ends too soon.
     pub fn issued(&mut self, now: Now, id: Id, validity: Validity, renew_at: SystemTime) {
         self.note_answer(now, id);
         self.leave_phase(id);
@@ -200,13 +200,13 @@ impl Planner {
         job.issued = Some(InUse { validity, renew_at });
         let settle = schedule::settled_at(&validity).duration_since(now.wall).unwrap_or_default();
         let old = job.in_use.map_or(Duration::ZERO, |c| c.validity.remaining(now.wall));
-        // Half of what is left stays as a margin: settling never lets the old one end.
+        // At least half of the remaining lifetime stays as a margin: the old certificate does not end while the new one settles.
         let wait = if old / 2 > settle { settle } else { Duration::ZERO };
         job.phase = Phase::Settling(now.mono + wait);
         self.consider(now, id);
     }
 
-    /// An order failed. `by_clock` says that a mended clock would mend it. Returns the wait before the next attempt.
+    /// An order failed. `by_clock` says that a wrong clock explains the failure. Returns the wait before the next attempt.
     pub fn failed(&mut self, now: Now, id: Id, retry: Retry, by_clock: bool) -> Duration {
         self.note_answer(now, id);
         self.leave_phase(id);
@@ -222,7 +222,7 @@ impl Planner {
         let wait = match retry {
             Retry::Now if swift => Duration::ZERO,
             Retry::Now | Retry::Backoff => schedule::backoff(job.failures, left, draw),
-            // A little late rather than all at once.
+            // Up to 20 % is added, so that orders do not retry all at once.
             Retry::After(wait) => wait.min(schedule::MAX_BACKOFF).mul_f64(1.0 + draw / 5.0),
             Retry::Configuration => schedule::MAX_BACKOFF.mul_f64(1.0 - draw / 5.0),
         };
@@ -234,12 +234,12 @@ impl Planner {
         wait
     }
 
-    /// A configuration change: every wait is over.
+    /// The configuration has changed: all waits end within 2 s.
     pub fn configuration_changed(&mut self, now: Now) {
         self.end_waits(now, |_| true);
     }
 
-    /// The wall clock was stepped: every moment of it is looked at again, and failures that a wrong clock explains are tried again.
+    /// The wall clock was stepped: all its times are compared again, and waits after failures that a wrong clock explains end within 2 s.
     pub fn clock_stepped(&mut self, now: Now) {
         self.end_waits(now, |job| job.by_clock);
     }
@@ -255,7 +255,7 @@ impl Planner {
         }
     }
 
-    /// Brings a renewal forward to `at`: the certificate in use is no longer of a current authority.
+    /// Advances a renewal to `at`, if it is planned later. Used when the certificate in use must be replaced early.
     pub fn expedite(&mut self, now: Now, id: Id, at: SystemTime) {
         if let Some(certificate) = self.jobs.get_mut(&id).and_then(|job| job.in_use.as_mut()) {
             certificate.renew_at = certificate.renew_at.min(at);
@@ -263,7 +263,7 @@ impl Planner {
         }
     }
 
-    /// Lets a wait after a failure end within `over`; says whether there was one.
+    /// Shortens a wait after a failure, so that it ends within `over`. Returns whether the entry was waiting.
     pub fn hasten(&mut self, now: Now, id: Id, over: Duration) -> bool {
         let at = now.mono + over.mul_f64(self.draw());
         let Some(job) = self.jobs.get_mut(&id).filter(|job| job.not_before.is_some_and(|wait| wait > now.mono)) else { return false };
@@ -272,7 +272,7 @@ impl Planner {
         true
     }
 
-    /// When the entry will be tried next, for people: a moment of the wall clock.
+    /// Returns the wall-clock time of the next attempt, for operators. `None` if no attempt is planned.
     pub fn next_attempt(&self, now: Now, id: Id) -> Option<SystemTime> {
         let job = self.jobs.get(&id)?;
         let due = due(job, now)?;
@@ -280,22 +280,22 @@ impl Planner {
         Some(due.max(wait))
     }
 
-    /// Orders that wait for a slot, by class.
+    /// Number of orders of `class` that wait for a slot.
     pub fn queued(&self, class: Class) -> usize {
         self.queues.values().map(|queue| queue.waiting[class as usize].len()).sum()
     }
 
-    /// Orders without a slot that their upstreams have not answered.
+    /// Number of orders that are pending at their upstream and occupy no slot.
     pub fn parked(&self) -> usize {
         self.queues.values().map(|queue| queue.parked).sum()
     }
 
-    /// Issuers that hold many orders and have long answered none.
+    /// Returns the unresponsive issuers: at least 32 orders are parked there, and none was answered for 60 s.
     pub fn unresponsive(&self, now: Now) -> impl Iterator<Item = &Authority> {
         self.queues.iter().filter(move |(_, queue)| queue.is_unresponsive(now.mono)).map(|(authority, _)| authority)
     }
 
-    /// The next thing to do now.
+    /// Returns the next action that is due.
     pub fn poll(&mut self, now: Now) -> Option<Action> {
         while let Some(&(_, id)) = self.wall.first().filter(|(at, _)| *at <= now.wall) {
             self.wall.pop_first();
@@ -315,15 +315,15 @@ impl Planner {
         self.actions.pop_front()
     }
 
-    /// The next moments, of either clock, at which [`poll`](Self::poll) has something to do.
+    /// Returns the next times, of either clock, at which [`poll`](Self::poll) has something to do.
     pub fn next_wake(&self) -> (Option<SystemTime>, Option<Instant>) {
-        // What could start and has not waits for a silent issuer.
+        // An order that could start, but has not started, waits for an unresponsive issuer.
         let probe = self.queues.values().filter_map(Queue::probe_at).min();
         let mono = self.mono.first().map(|(at, _)| *at);
         (self.wall.first().map(|(at, _)| *at), [mono, probe].into_iter().flatten().min())
     }
 
-    /// Moves a job on as far as the time allows, and sets its timers for the rest.
+    /// Advances a job as far as the time allows, and sets its timers for the next change.
     fn consider(&mut self, now: Now, id: Id) {
         let Some(job) = self.jobs.get_mut(&id) else { return };
         let (mut wall, mut mono) = (None, None);
@@ -344,7 +344,7 @@ impl Planner {
                 }
                 None => {}
             },
-            // Where the clock was stepped meanwhile, there may be no good certificate left to wait with.
+            // After a step of the clock, the certificate in use may have ended. Then the new one is published at once.
             Phase::Settling(at) if at > now.mono && job.in_use.is_some_and(|c| c.validity.is_live(now.wall)) => mono = Some(at),
             Phase::Settling(_) => {
                 (job.in_use, job.phase, job.demand) = (job.issued.take(), Phase::Resting, None);
@@ -359,7 +359,7 @@ impl Planner {
                     Some(at) if at > now.wall => wall = Some(at),
                     Some(_) => {
                         is_due = true;
-                        // Its class changes when its certificate nears its end, and again when that has come.
+                        // The class changes when the certificate nears its end, and again when it has ended.
                         wall = turning_point(job, now);
                     }
                     None => {}
@@ -369,7 +369,7 @@ impl Planner {
                 if let Phase::Queued(old, rank) = job.phase
                     && (!is_due || old != class)
                 {
-                    // Its class has changed; or it is no longer due: its subscribers have gone, or the clock was set back.
+                    // The class has changed; or the order is no longer due, because its subscribers have left or the clock was set back.
                     queue.waiting[old as usize].remove(&(rank, id));
                     job.phase = Phase::Resting;
                 }
@@ -389,7 +389,7 @@ impl Planner {
             if at > now.mono {
                 mono = Some(mono.map_or(at, |m| m.min(at)));
             } else if lingers {
-                // Neither a pending order nor a record of failures is lost because its clients are away for a while.
+                // A pending order and a record of failures survive a temporary absence of the clients.
                 let again = now.mono + self.retention.max(Duration::from_secs(1));
                 job.forget_at = Some(again);
                 mono = Some(mono.map_or(again, |m| m.min(again)));
@@ -414,7 +414,7 @@ impl Planner {
         }
     }
 
-    /// What the upstream had has been answered.
+    /// Records the time of an answer to a submitted order.
     fn note_answer(&mut self, now: Now, id: Id) {
         if let Some(Job { phase: Phase::Running { submitted: true, .. }, authority, .. }) = self.jobs.get(&id)
             && let Some(queue) = self.queues.get_mut(authority)
@@ -423,7 +423,7 @@ impl Planner {
         }
     }
 
-    /// Gives back the slot, or the place in the queue.
+    /// Gives back the slot or the place in the queue.
     fn leave_phase(&mut self, id: Id) {
         let Some(job) = self.jobs.get_mut(&id) else { return };
         let queue = self.queues.entry(job.authority.clone()).or_default();
@@ -436,7 +436,7 @@ impl Planner {
         job.phase = Phase::Resting;
     }
 
-    /// Fills free slots, each issuer's by itself.
+    /// Starts queued orders in free slots. Each issuer has its own slots.
     fn dispatch(&mut self, now: Now) {
         for queue in self.queues.values_mut() {
             while let Some((class, rank, id)) = queue.next().filter(|_| queue.is_open(now.mono)) {

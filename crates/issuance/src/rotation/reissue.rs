@@ -1,6 +1,7 @@
-//! Reissuing by hand: renewals are brought forward, spread over a chosen time. No certificate is thrown away: each stays until its
-//! replacement is there, and calls that are repeated while one of them is at work add no orders. What had failed and waits for its next
-//! attempt is tried again within the same time: whoever calls has mended something.
+//! Reissue on demand: renewals are advanced, and spread over a chosen duration.
+//!
+//! Each certificate stays until its replacement is published. Calls that are repeated during a reissue add no orders. Failed orders that
+//! wait for their next attempt are retried within the same duration, because the operator may have fixed the cause.
 
 use std::{
     sync::Arc,
@@ -14,44 +15,44 @@ use tracing::info;
 
 use super::{Id, Now, Rotation};
 
-/// Of the log's lines.
+/// Target of the log lines.
 const LOG_TARGET: &str = "sds_agent::rotation::reissue";
 
-/// So long after a certificate was reissued another call leaves it alone, at the least.
+/// Minimum time after a reissue for which another call leaves the certificate alone.
 const JUST_DONE_WINDOW: Duration = Duration::from_secs(60);
 
-/// Whose certificates.
+/// Selects certificates. An absent field selects all.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Which {
-    /// Only of this SPIFFE ID.
+    /// Only certificates of this SPIFFE ID.
     pub spiffe_id: Option<String>,
-    /// Only of the profile of this name.
+    /// Only certificates of the profile of this name.
     pub profile: Option<String>,
 }
 
-/// A call.
+/// A call to reissue certificates.
 #[derive(Debug)]
 pub struct Reissue {
-    /// Whose.
+    /// The certificates.
     pub which: Which,
-    /// Over which time.
+    /// Duration over which renewals are spread.
     pub over: Duration,
-    /// Who wants to know what will be done.
+    /// Receives the result.
     pub answer: oneshot::Sender<Reissued>,
 }
 
-/// What will be done.
+/// Result of a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Reissued {
-    /// Certificates in use, ours or held by clients from before a restart, that the call is about.
+    /// Selected certificates: those in use, and those that clients hold from before a restart of the agent.
     pub matched: usize,
-    /// Of these, the ones that an earlier call has just had replaced, and that are left alone.
+    /// Selected certificates that an earlier call has just replaced. They are left alone.
     pub just_done: usize,
-    /// Orders that had failed and are tried again, among them those of workloads without a certificate.
+    /// Failed orders that are retried, including those of workloads without a certificate.
     pub retried: usize,
 }
 
-/// What an earlier call has done to an entry.
+/// Result of an earlier call for an entry.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Mark {
     until: Instant,
@@ -80,7 +81,7 @@ impl Rotation {
                     counts.just_done += 1;
                     continue;
                 }
-                // Sooner, if it says so; but once.
+                // The call may advance the renewal further, but the certificate is replaced only once.
                 Some(mark) => drop(self.reissue_marks.insert(id, Mark { until: mark.until.max(until), replaced: false })),
                 None => drop(self.reissue_marks.insert(id, Mark { until, replaced: false })),
             }
@@ -98,11 +99,11 @@ impl Rotation {
             retried = counts.retried,
             "certificates are reissued as asked"
         );
-        // Who asked may have gone.
+        // The caller may no longer wait for the result.
         let _ = answer.send(counts);
     }
 
-    /// A certificate that is there, or that clients have, is renewed at `at`, unless it is sooner.
+    /// Advances the renewal of a certificate, in use or held by a client, to `at`, unless it is planned earlier.
     pub(super) fn bring_forward(&mut self, now: Now, id: Id, entry: &Arc<Entry>, at: SystemTime) {
         entry.hurry(at);
         self.planner.wanted_by(now, id, entry.demand());
@@ -116,7 +117,7 @@ impl Rotation {
         of_id && which.profile.as_deref().is_none_or(|wanted| wanted == &*identity.profile.name)
     }
 
-    /// A certificate was published.
+    /// Records that a certificate was published.
     pub(super) fn replaced(&mut self, id: Id) {
         if let Some(mark) = self.reissue_marks.get_mut(&id) {
             mark.replaced = true;

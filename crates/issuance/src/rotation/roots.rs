@@ -1,4 +1,4 @@
-//! What the trust bundle decides about certificates and answers, and what a change of it does to them.
+//! Effects of the trust bundle, and of its changes, on certificates and answers.
 
 use std::{sync::Arc, time::Duration};
 
@@ -9,11 +9,11 @@ use tracing::{info, warn};
 use super::{Id, Rotation};
 use crate::issuer::{Error, verify};
 
-/// Of the log's lines.
+/// Target of the log lines.
 const LOG_TARGET: &str = "sds_agent::rotation::roots";
 
 impl Rotation {
-    /// Whether what leads to `anchor` leads to a root of the bundle as it is now: it may have changed since the order's task looked.
+    /// Whether `anchor` is a root of the current bundle. The bundle may have changed since the order verified the chain.
     pub(super) fn is_current(&self, id: Id, anchor: Option<&CertificateDer<'_>>) -> bool {
         let set = self.parts.trust.borrow();
         let bundle = set.own.as_ref().map(|bundle| &bundle.roots);
@@ -23,8 +23,8 @@ impl Rotation {
         })
     }
 
-    /// Where revocation lists wait for a chain, one certificate that a client has brought along is renewed now: what a former process
-    /// knew of it is lost. Once; what is issued anyway comes by itself.
+    /// If revocation lists wait for a chain, renews one certificate that a client holds from before a restart of the agent: the earlier
+    /// process knew its chain, and this one does not. Done once, because every issued certificate shows its chain.
     pub(super) fn look_for_a_chain(&mut self) {
         if self.has_looked || !self.parts.trust.borrow().wants_chain {
             return;
@@ -36,8 +36,8 @@ impl Rotation {
         self.has_looked = true;
     }
 
-    /// Certificates of an authority that is no longer trusted are renewed soon, and not published where they still settle; answers that
-    /// could not be proven are judged again.
+    /// Certificates of an authority that is no longer trusted are renewed within 60 s. If they still settle, they are not published.
+    /// Answers whose chain led to no known root are verified again.
     pub(super) fn bundle_changed(&mut self) {
         let set = self.parts.trust.borrow_and_update().clone();
         let bundle = set.own.as_ref().map(|bundle| &bundle.roots);
@@ -76,7 +76,7 @@ impl Rotation {
     }
 }
 
-/// An answer that was proven, by a bundle that is no more.
+/// The error for an answer that was verified by an earlier bundle.
 pub(super) fn bundle_moved_on() -> Error {
     let why = "the bundle has changed since it was verified".to_owned();
     Error::InvalidCertificate(verify::Error::Path { what: "the chain does not lead to the trust bundle", why })

@@ -1,36 +1,36 @@
-//! When: pure arithmetic on (validity, now, a number drawn at random).
+//! Times of renewals and retries: pure arithmetic on a validity, the current time and a random number.
 
 use std::time::{Duration, SystemTime};
 
 use sds_server::material::Validity;
 use workload_identity::Profile;
 
-/// The longest wait between two attempts, unless a certificate is in use that has long to live.
+/// Maximum wait between two attempts: 5 min. [`backoff`] exceeds it if a certificate in use has long to live.
 pub const MAX_BACKOFF: Duration = Duration::from_secs(300);
-/// The longest in any case.
+/// Maximum wait in any case: 1 h.
 const MAX_BACKOFF_WITH_CERTIFICATE: Duration = Duration::from_secs(3600);
-/// So many times at the least, on the average twice as often, a renewal is tried again before the certificate in use ends.
+/// Minimum number of attempts at a renewal before the certificate in use ends. On average, there are twice as many.
 const MIN_ATTEMPTS_BEFORE_EXPIRY: u32 = 24;
-/// No renewal is planned later than this share of the lifetime, whatever was configured and drawn.
+/// Latest planned renewal, as a share of the lifetime. It limits any configuration and any random number.
 const MAX_RENEWAL_SHARE: f64 = 0.9;
-/// No first renewal is planned earlier than this share of the usual one.
+/// Earliest planned first renewal, as a share of the configured one.
 const MIN_FIRST_RENEWAL_SHARE: f64 = 0.2;
 
-/// Which draw a renewal gets.
+/// Jitter of a renewal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RenewalJitter {
-    /// The identity's first certificate, or the first after trouble: drawn as wide as the time between two renewals, because a fleet that
-    /// starts or recovers together would otherwise stay in lockstep.
+    /// For an identity's first certificate, and the first after a failure or a delay: drawn over the whole time between two renewals.
+    /// Otherwise a fleet that starts or recovers at the same time would renew at the same time.
     FullCycle,
-    /// Any other: the configured share and jitter.
+    /// For any other certificate: the configured share and jitter.
     Configured,
 }
 
-/// When the replacement of a certificate of this `validity`, received at `now`, is due. `draw` lies in 0..1 and is drawn once per
-/// certificate.
+/// Returns when to replace a certificate of this `validity` that was received at `now`. `draw` is a random number in 0..1, drawn once for
+/// each certificate.
 ///
-/// Whatever the certificate says, the answer lies after `now` by at least a tenth of what is left: an issuer that backdates, or that
-/// caps lifetimes near its own end, does not make the agent order in a loop.
+/// The result is later than `now` by at least a tenth of the remaining lifetime. Therefore an issuer that backdates, or that limits
+/// lifetimes near its own end, does not make the agent order in a loop.
 pub fn renew_at(validity: &Validity, now: SystemTime, profile: &Profile, renewal_jitter: RenewalJitter, draw: f64) -> SystemTime {
     let low = (profile.renew_at * (1.0 - profile.jitter)).min(MAX_RENEWAL_SHARE);
     let high = (profile.renew_at * (1.0 + profile.jitter)).min(MAX_RENEWAL_SHARE);
@@ -44,29 +44,32 @@ pub fn renew_at(validity: &Validity, now: SystemTime, profile: &Profile, renewal
     planned.max(earliest)
 }
 
-/// The time to the next renewal, as seen from any moment, of something that is renewed again and again after `low` to `high`: drawn so, a
-/// fleet's renewals are even from the first on. A plain draw over the same width leaves a wave in every cycle, a narrower one a larger
-/// wave (`examples/fleet` shows it).
+/// Draws the time from a random moment to the next renewal, if the time between renewals is uniform in `low..high` (the residual life of a
+/// renewal process). With this draw, the renewals of a fleet are even from the first one on. A uniform draw over the same width leaves a
+/// wave in every cycle, and a narrower one a larger wave (`examples/fleet` shows it).
 fn spread(low: f64, high: f64, draw: f64) -> f64 {
     let mean = f64::midpoint(low, high);
     if draw * mean <= low { draw * mean } else { high - (2.0 * mean * (high - low) * (1.0 - draw)).max(0.0).sqrt() }
 }
 
-/// From when on a new certificate is taken by peers whose clocks run behind: issuers such as cert-manager do not backdate.
+/// Returns when peers whose clocks are behind accept a new certificate: 60 s after `notBefore`, or a twentieth of the lifetime if that is
+/// less. Issuers such as cert-manager do not backdate.
 pub fn settled_at(validity: &Validity) -> SystemTime {
     validity.not_before + Duration::from_secs(60).min(validity.lifetime() / 20)
 }
 
-/// The wait after `failures` failures in a row (at least one): full jitter below 2 s, 4 s, 8 s …, and never below half a second. The most is
-/// five minutes; or an hour at most where the certificate in use has so long to live (`left`) that there are attempts enough all the same.
-/// A fleet whose issuer is down for an hour then asks for little more than what is due: it is not what keeps the issuer down.
+/// Returns the wait after `failures` consecutive failures, at least one. The backoff is exponential with full jitter: below 2 s, 4 s, 8 s
+/// and so on, but at least 500 ms.
+///
+/// The maximum is 5 min. If the certificate in use lives for another `left`, the maximum is `left` / 24, but at least 5 min and at most
+/// 1 h. In an outage of an hour, a fleet therefore retries little more than what is due, and does not keep the issuer overloaded.
 pub fn backoff(failures: u32, left: Option<Duration>, draw: f64) -> Duration {
     let most = left.map_or(MAX_BACKOFF, |left| (left / MIN_ATTEMPTS_BEFORE_EXPIRY).clamp(MAX_BACKOFF, MAX_BACKOFF_WITH_CERTIFICATE));
     let ceiling = Duration::from_secs(1 << failures.clamp(1, 12)).min(most);
     ceiling.mul_f64(draw).max(Duration::from_millis(500))
 }
 
-/// A wait, shortened where a certificate that is in use would end meanwhile: a quarter of what is left, and at least a second.
+/// Limits a wait, so that a certificate in use does not end during it: to a quarter of its remaining lifetime, but at least 1 s.
 pub fn capped_by_expiry(wait: Duration, remaining: Option<Duration>) -> Duration {
     match remaining {
         Some(left) if !left.is_zero() => wait.min((left / 4).max(Duration::from_secs(1))),
@@ -132,7 +135,7 @@ mod tests {
         assert_eq!(capped_by_expiry(wait, Some(Duration::from_secs(30))), Duration::from_millis(7500));
         assert_eq!(capped_by_expiry(wait, Some(Duration::from_secs(2))), Duration::from_secs(1));
         assert_eq!(capped_by_expiry(wait, None), wait);
-        assert_eq!(capped_by_expiry(wait, Some(Duration::ZERO)), wait, "what has ended hurries nobody");
+        assert_eq!(capped_by_expiry(wait, Some(Duration::ZERO)), wait, "an ended certificate does not shorten the wait");
     }
 
     proptest! {

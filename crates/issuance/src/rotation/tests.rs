@@ -1,4 +1,4 @@
-//! Layer two: the real task on paused time, with a scripted issuer.
+//! The real rotation task on paused time, with a scripted issuer.
 
 mod plans;
 
@@ -20,16 +20,16 @@ use workload_identity::samples::identity;
 use super::*;
 use crate::issuer::{Issuer, Order, embedded::Embedded};
 
-/// What the scripted issuer does with the next order.
+/// Answer of the scripted issuer to the next order.
 enum Script {
     Issue,
     Fail(Retry),
-    /// Denied, with the wait that follows.
+    /// A denial, with the wait that follows.
     Deny(Duration),
     Panic,
-    /// Answers with a certificate of another authority.
+    /// A certificate of another authority.
     Foreign,
-    /// Tells that it was submitted, and never answers.
+    /// A report that the request is submitted, and then no answer.
     Pend,
 }
 
@@ -49,7 +49,7 @@ impl std::fmt::Debug for Script {
     }
 }
 
-/// Everybody may have an identity until told to have left.
+/// Every workload may have its identity until the test makes it leave.
 #[derive(Debug, Clone, Default)]
 struct Present {
     left: Arc<Mutex<Vec<Arc<Identity>>>>,
@@ -92,12 +92,12 @@ impl Issuer for Scripted {
             match next {
                 Script::Issue => embedded.issue(order).await,
                 Script::Foreign => foreign.issue(order).await,
-                Script::Fail(retry) => Err(Error::Failed { request: "r".into(), reason: "Test".into(), message: "as told".into(), retry }),
+                Script::Fail(retry) => Err(Error::Failed { request: "r".into(), reason: "Test".into(), message: "scripted".into(), retry }),
                 Script::Deny(wait) => {
-                    let (request, reason, message) = ("r".into(), "ProfileMismatch".into(), "as told".into());
+                    let (request, reason, message) = ("r".into(), "ProfileMismatch".into(), "scripted".into());
                     Err(Error::Denied { request, reason, message, retry: Retry::After(wait) })
                 }
-                Script::Panic => panic!("as told"),
+                Script::Panic => panic!("scripted"),
                 Script::Pend => {
                     let _guard = guard;
                     order.progress.submitted("pending-1");
@@ -182,7 +182,7 @@ impl Bench {
     }
 }
 
-/// The material once it is there, or newer than `than`.
+/// Waits for material, or for material that is newer than `than`.
 async fn material(lease: &Lease, than: Option<&Arc<Svid>>) -> Arc<Svid> {
     let mut watch = lease.watch();
     let svid = tokio::time::timeout(
@@ -193,7 +193,7 @@ async fn material(lease: &Lease, than: Option<&Arc<Svid>>) -> Arc<Svid> {
     svid.expect("a certificate in time").unwrap().clone().unwrap()
 }
 
-/// Lets everything that can happen now happen.
+/// Runs all tasks that are ready.
 async fn settle() {
     tokio::time::sleep(Duration::from_millis(1)).await;
 }
@@ -247,7 +247,7 @@ async fn a_certificate_is_not_published_until_its_root_is_trusted() {
     assert!(lease.current().is_none());
     b.source.take(b.foreign.bundle().unwrap());
     let svid = material(&lease, None).await;
-    assert_eq!(b.orders(), 1, "the answer that was there already is judged again");
+    assert_eq!(b.orders(), 1, "the first answer is verified again");
     assert!(svid.version().contains(&svid.authority));
 }
 
@@ -280,25 +280,25 @@ async fn a_root_that_leaves_the_bundle_takes_its_certificates_along_soon() {
 async fn what_is_at_rest_can_be_taken_in_passing_and_what_is_due_cannot() {
     let b = Bench::new([]);
     let passing = |at| b.store.at_rest(&identity("a"), at);
-    assert!(passing(b.clock.now()).is_none(), "nobody has asked for it yet");
+    assert!(passing(b.clock.now()).is_none(), "no client has subscribed yet");
     let svid = material(&b.want("a"), None).await;
     settle().await;
     let now = b.clock.now();
     assert!(Arc::ptr_eq(&svid, &passing(now).unwrap()));
     assert!(passing(svid.renew_at).is_none());
-    // Nobody subscribes any more, but somebody came by.
+    // No client subscribes, but `at_rest` is called.
     tokio::time::sleep(Duration::from_secs(200)).await;
     assert!(passing(now).is_some());
     tokio::time::sleep(Duration::from_secs(200)).await;
-    assert!(passing(now).is_some(), "the retention has begun anew");
-    // Its authority is gone: the next who comes has it replaced.
+    assert!(passing(now).is_some(), "the retention has begun again");
+    // Its authority is no longer trusted: the next subscriber has it replaced.
     b.source.take(b.foreign.bundle().unwrap());
     settle().await;
     assert!(passing(b.clock.now() + Duration::from_secs(60)).is_none());
     assert_eq!(b.orders(), 1);
 }
 
-/// Only a chain shows which authorities sign, and what a former process knew of them is lost.
+/// Only a chain shows which authorities sign, and a restart loses that knowledge.
 #[tokio::test(start_paused = true)]
 async fn a_waiting_crl_renews_exactly_one_held_certificate() {
     let b = Bench::new([]);
@@ -366,7 +366,7 @@ async fn a_sibling_stands_in_for_a_pod_that_has_gone() {
     assert_ne!(shown[0], shown[1]);
 }
 
-/// A pod whose labels have changed may be denied what its siblings may have.
+/// An approver may deny a pod whose labels have changed, and approve its siblings.
 #[tokio::test(start_paused = true)]
 async fn after_a_denial_the_next_try_is_in_a_siblings_name_and_in_its_time() {
     let wait = Duration::from_secs(300);
@@ -415,7 +415,7 @@ async fn a_subscriber_that_leaves_again_keeps_no_key_or_renewal() {
     let lease = b.want("a");
     let weak = Arc::downgrade(&material(&lease, None).await);
     drop(lease);
-    // The second visit comes when rotation knows of the first one's end, the third before it has heard of the second's.
+    // The second lease begins after rotation has handled the end of the first, the third before it has handled the end of the second.
     tokio::time::sleep(Duration::from_secs(100)).await;
     drop(b.want("a"));
     drop(b.want("a"));
@@ -424,7 +424,7 @@ async fn a_subscriber_that_leaves_again_keeps_no_key_or_renewal() {
     tokio::time::sleep(Duration::from_secs(2)).await;
     assert!(weak.upgrade().is_none(), "no reference is left behind");
     tokio::time::sleep(Duration::from_secs(7200)).await;
-    assert_eq!(b.orders(), 1, "nobody has asked for a renewal");
+    assert_eq!(b.orders(), 1, "no client has requested a renewal");
     assert!(b.store.snapshot().is_empty());
 }
 
@@ -443,7 +443,7 @@ async fn a_settling_renewal_is_not_published_under_a_changed_bundle() {
     assert_ne!(first.authority, second.authority, "what was verified under the old bundle is not published under the new one");
 }
 
-/// Lets the tasks run that are ready, each once.
+/// Polls each ready task once.
 async fn turn() {
     let mut turned = false;
     std::future::poll_fn(|context| {
@@ -469,7 +469,7 @@ async fn whenever_the_bundle_changes_what_is_served_leads_to_it_soon() {
             let (svid, roots) = (lease.current().unwrap(), b.foreign.bundle().unwrap());
             assert!(material::is_current_authority(&svid.authority, &svid.identity.profile.fingerprint(), Some(&roots)), "{moment} turns");
         };
-        // In a task, which takes its turns among the others.
+        // The body runs in a task, so that it takes turns with the others.
         tokio::spawn(body).await.unwrap();
     }
 }
@@ -500,7 +500,7 @@ async fn a_key_goes_with_the_last_who_may_have_it_whatever_the_retention() {
     settle().await;
     assert!(svid.upgrade().is_none() && b.store.snapshot().len() == 1);
 
-    // Idle for a while, and then the pod ends.
+    // The entry is idle, and then the pod ends.
     assert!(kept.upgrade().is_some());
     b.present.leaves("b");
     settle().await;
@@ -523,5 +523,5 @@ async fn an_order_is_dropped_with_the_last_user_of_its_identity() {
     settle().await;
     let _again = b.want("b");
     tokio::time::sleep(Duration::from_secs(50)).await;
-    assert_eq!(b.orders(), 2, "whoever comes next waits as long as the issuer had asked for");
+    assert_eq!(b.orders(), 2, "the next subscriber waits as long as the issuer has requested");
 }

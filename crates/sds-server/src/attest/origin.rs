@@ -1,7 +1,9 @@
-//! Where a connection comes from, as far as quotas and the log are concerned: cheap, told before anybody is attested, and no proof.
+//! The origin of a connection: the pod or user to which quotas and the log limiter assign it. It is known before attestation, is cheap to
+//! find, and proves nothing.
 //!
-//! It groups what one pod does, whatever its processes and user ids are, by what the pod cannot choose: its cgroup, or the socket that is
-//! its own. Whoever is in no pod is grouped by user id. An identity is never given for it; that is an [`Attestor`]'s work.
+//! All connections of a pod have one origin, regardless of process and user ID. The origin comes from facts that the pod cannot choose: its
+//! cgroup, or its own socket. A process outside of pods is grouped by user ID. An origin never grants an identity; only an [`Attestor`]
+//! does.
 //!
 //! [`Attestor`]: super::Attestor
 
@@ -9,12 +11,12 @@ use std::{fmt, sync::Arc};
 
 use unix_peer::peer::Peer;
 
-/// A group of connections.
+/// A group of connections, for quotas and the log limiter.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Origin {
-    /// Of the pod with this UID.
+    /// Connections of the pod with this UID.
     Pod(Arc<str>),
-    /// Of a user's processes that are in no pod, or have ended.
+    /// Connections of this user, from processes that are in no pod or have ended.
     User(u32),
 }
 
@@ -27,35 +29,35 @@ impl fmt::Display for Origin {
     }
 }
 
-/// Finds the pod of a process, without proof.
+/// Finds the pod of a process. The result is no proof.
 pub trait PodOfProcess: fmt::Debug + Send + Sync {
-    /// The UID of the pod that the process `pid` is in; none where it is in no pod, is gone, or is in several.
+    /// The UID of the pod of the process `pid`. `None` if the process is in no pod, has ended, or is in several pods.
     fn pod(&self, pid: i32) -> Option<Arc<str>>;
 }
 
-/// How the connections of one socket are grouped.
+/// The rule that assigns the connections of one socket to origins.
 #[derive(Debug, Clone)]
 pub enum Origins {
-    /// By the pod of the peer's process.
+    /// By the pod of the peer process.
     ByPod(Arc<dyn PodOfProcess>),
-    /// By the peer's user id.
+    /// By the user ID of the peer.
     ByUser,
-    /// All are one: the socket belongs to one pod.
+    /// All connections have this origin, because one pod owns the socket.
     Fixed(Origin),
 }
 
 impl Origins {
-    /// The origin, where nothing has to be read for it.
+    /// The origin, if it is known without reading `/proc`.
     pub fn at_once(&self, peer: &Peer) -> Option<Origin> {
         match self {
             Self::Fixed(origin) => Some(origin.clone()),
-            // A process that is not visible has no cgroups to read, and is served by nobody.
+            // A process that is not visible (pid 0) has no cgroups to read. The attestor refuses it.
             Self::ByPod(_) if peer.pid > 0 => None,
             Self::ByPod(_) | Self::ByUser => Some(Origin::User(peer.uid)),
         }
     }
 
-    /// The origin of the process `pid` of user `uid`. It may wait for the kernel: not for a thread that serves others.
+    /// Reads the origin of the process `pid` of user `uid`. The read may block: do not call it on a thread of the runtime.
     pub fn read(&self, pid: i32, uid: u32) -> Origin {
         let pod = match self {
             Self::Fixed(origin) => return origin.clone(),

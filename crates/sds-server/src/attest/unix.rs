@@ -1,6 +1,6 @@
-//! Attestation by user id, for development and bare machines: the kernel vouches for the peer's uid at connect time.
+//! Attestation by user ID, for development and for hosts without Kubernetes. The kernel reports the user ID of the peer at connect time.
 //!
-//! Any process of the user has the user's identity.
+//! Every process of a user has the identity of that user.
 
 use futures::future::BoxFuture;
 use tokio_util::sync::CancellationToken;
@@ -9,7 +9,7 @@ use workload_identity::Workload;
 
 use crate::attest::{Attested, Attestor, Error, Method};
 
-/// uid → [`Workload::Unix`].
+/// Attests the user ID of the peer as [`Workload::Unix`].
 #[derive(Debug, Clone, Copy, Default)]
 pub struct UnixAttestor;
 
@@ -19,7 +19,7 @@ impl Attestor for UnixAttestor {
     }
 
     fn attest<'a>(&'a self, peer: &'a Peer) -> BoxFuture<'a, Result<Attested, Error>> {
-        // The uid is what is attested, not the process: a connection handed to a child of the same user stays that user's.
+        // The user is attested, not the process: a connection that is passed to a child process of the user keeps the identity.
         let attested = Attested { workload: Workload::Unix { uid: peer.uid }, terminated: CancellationToken::new() };
         Box::pin(std::future::ready(Ok(attested)))
     }

@@ -1,6 +1,7 @@
-//! One HTTP/2 connection to a Unix socket, as a service for tonic's generated clients.
+//! A client connection: one HTTP/2 connection to a Unix socket, as a service for the clients that tonic generates.
 //!
-//! tonic's own channel would reconnect and time out by itself; here both are decided by the caller, and a lost connection is an error.
+//! tonic's own channel reconnects and times out by itself. This connection does neither: the caller decides both, and a lost connection is
+//! an error.
 
 use std::{
     future::Future,
@@ -20,18 +21,18 @@ use tokio::net::UnixStream;
 use tonic::body::Body;
 use tower::Service;
 
-/// The sending half of an HTTP/2 connection. The connection ends with its last holder.
+/// The sending half of an HTTP/2 connection. The connection closes when the last clone is dropped.
 #[derive(Debug, Clone)]
 pub struct Connection(SendRequest<Body>);
 
-/// Why there is no connection.
+/// The connection could not be established.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// Nobody listens, or the caller may not connect.
+    /// No process listens on the socket, or the caller has no permission to connect.
     #[error("cannot connect: {0}")]
     Connect(#[source] io::Error),
-    /// Who listens does not speak HTTP/2.
-    #[error("no HTTP/2: {0}")]
+    /// The server does not speak HTTP/2.
+    #[error("the HTTP/2 handshake failed: {0}")]
     Handshake(#[source] hyper::Error),
 }
 
@@ -49,15 +50,20 @@ impl Service<Request<Body>> for Connection {
     }
 }
 
-/// Connects to the socket at `path`. The second half drives the connection and returns when it has ended; its error reaches the calls
-/// on the connection, too.
+/// Connects to the socket at `path`. Returns the connection and the future that drives it.
+///
+/// The caller must poll the future; it returns when the connection has ended. Calls on the connection report the error that ended it.
+///
+/// # Errors
+///
+/// [`Error::Connect`] if the socket cannot be reached, and [`Error::Handshake`] if the HTTP/2 handshake fails.
 pub async fn connect(path: &Path) -> Result<(Connection, impl Future<Output = ()> + Send + use<>), Error> {
     let stream = UnixStream::connect(path).await.map_err(Error::Connect)?;
     let (sender, connection) = http2::handshake(TokioExecutor::new(), TokioIo::new(stream)).await.map_err(Error::Handshake)?;
     Ok((Connection(sender), async move { drop(connection.await) }))
 }
 
-/// The origin that generated clients are given: its authority, `localhost`, is one that every server accepts.
+/// The origin for generated clients. Its authority is `localhost`, which every server accepts.
 pub fn origin() -> Uri {
     Uri::from_static("http://localhost")
 }

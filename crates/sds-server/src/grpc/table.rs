@@ -1,4 +1,4 @@
-//! tonic's services of a socket, by the name in a request's path.
+//! The tonic services of a socket, found by the service name in the path of a request.
 
 use std::{convert::Infallible, fmt};
 
@@ -7,10 +7,10 @@ use hyper::body::Incoming;
 use tonic::server::NamedService;
 use tower::{Service, util::BoxCloneSyncService};
 
-/// A service whose calls have one answer.
+/// A tonic service with its type erased. Its calls may be unary or streaming.
 pub type TonicService = BoxCloneSyncService<Request<Incoming>, Response<tonic::body::Body>, Infallible>;
 
-/// The services of a socket, by their names.
+/// The tonic services of a socket, by service name.
 #[derive(Clone, Default)]
 pub struct Table(Vec<(&'static str, TonicService)>);
 
@@ -21,7 +21,7 @@ impl fmt::Debug for Table {
 }
 
 impl Table {
-    /// And this one.
+    /// Adds `service` under its gRPC name.
     pub fn with<S>(mut self, service: S) -> Self
     where
         S: NamedService
@@ -36,7 +36,7 @@ impl Table {
         self
     }
 
-    /// The service that `request` is for.
+    /// Returns the service that the path of `request` names.
     pub fn find<B>(&self, request: &Request<B>) -> Option<TonicService> {
         let (service, _) = request.uri().path().strip_prefix('/')?.split_once('/')?;
         self.0.iter().find(|(name, _)| *name == service).map(|(_, service)| service.clone())

@@ -1,4 +1,4 @@
-//! Framing, cut and joined in every way, and the bodies that streams are driven by.
+//! Framing of messages that arrive in pieces of any size, and the bodies of responses.
 
 use std::convert::Infallible;
 
@@ -122,7 +122,7 @@ async fn a_unary_answer_is_one_frame_of_its_pieces_and_then_the_status() {
     let mut body = unary(Ok(["a", "bc"].map(Bytes::from).into())).into_body();
     let message = body.frame().await.unwrap().unwrap().into_data().unwrap();
     let mut slices = [IoSlice::new(&[]); 4];
-    assert_eq!(message.chunks_vectored(&mut slices), 2, "nothing is copied, and one call to the kernel takes all");
+    assert_eq!(message.chunks_vectored(&mut slices), 2, "the pieces are not copied and can be written with one system call");
     assert_eq!((message.remaining(), &*slices[0], &*slices[1]), (3, &b"a"[..], &b"bc"[..]));
     assert_eq!(body.frame().await.unwrap().unwrap().trailers_ref().unwrap()["grpc-status"], "0");
     assert!(body.is_end_stream());

@@ -1,5 +1,5 @@
 //! Values for tests.
-#![allow(clippy::unwrap_used, reason = "for tests alone")]
+#![allow(clippy::unwrap_used, reason = "for tests only")]
 
 use std::sync::Arc;
 
@@ -9,7 +9,7 @@ use zeroize::Zeroizing;
 
 use super::{CertificateChain, PrivateKey, Svid, TrustBundle};
 
-/// A certificate for `identity` by a root of its own, due at its end, and that root.
+/// Returns a certificate for `identity` and the root that issued it. Its renewal is due at its expiry.
 pub fn svid(identity: Arc<Identity>) -> (Svid, TrustBundle) {
     let ca_key = KeyPair::generate().unwrap();
     let mut ca = CertificateParams::new(Vec::new()).unwrap();

@@ -1,7 +1,7 @@
-//! What a reconnecting client says it holds: the version of a certificate from before a restart of the agent.
+//! The version that a reconnecting client reports for its certificate. The certificate may be from before a restart of the server.
 //!
-//! It is a scheduling hint and authorises nothing. It counts only when it is plausible in every part and its authority is current;
-//! anything odd about it means "issue now".
+//! A reported version is a scheduling hint and authorises nothing. It is used only if every part is plausible and its authority is current;
+//! otherwise the certificate is issued at once.
 
 use std::time::{Duration, SystemTime};
 
@@ -10,35 +10,35 @@ use workload_identity::{Identity, Profile, version::Version};
 
 use crate::material::{self, TrustBundle};
 
-/// A lifetime that an issuer may give beyond twice what was asked for.
+/// The latest plausible end of a certificate is twice the requested lifetime plus this time: 1 h.
 const LIFETIME_SLACK: Duration = Duration::from_secs(3600);
 
-/// An epoch that was raised by no more than this is known as one.
+/// Previous epochs of a profile that are recognised.
 const MAX_PREVIOUS_EPOCHS: u64 = 16;
 
-/// Whose the certificate is that a client holds.
+/// The authority that issued a reported certificate, compared with the current profile and bundle.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Provenance {
-    /// Of the profile as it is, by a root of the bundle; or nobody can tell, because there is no bundle yet.
+    /// The current profile and a root of the bundle. Also returned while there is no bundle to compare with.
     Current,
-    /// The same but for the epoch, which has been raised since: it is good, and is to be replaced.
+    /// The current profile, apart from its epoch, which was lower. The certificate is valid and has to be replaced.
     PreviousEpoch,
-    /// Of anybody else.
+    /// Any other profile or root.
     Unknown,
 }
 
-/// The parts of a certificate's version (see `material::Svid::version`).
+/// The version of a certificate, with its times; see [`material::Svid::version`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ClientVersion {
-    /// When the client's certificate was to be renewed.
+    /// The planned renewal of the certificate.
     pub renew_at: SystemTime,
-    /// When it ends.
+    /// The end of the certificate.
     pub not_after: SystemTime,
     version: Version,
 }
 
 impl ClientVersion {
-    /// Reads `version`; none unless it is well-formed and plausible for `identity` at `now`.
+    /// Parses `version`. Returns `None` unless it is well-formed and plausible for `identity` at `now`.
     pub fn read(version: &str, identity: &Identity, now: SystemTime) -> Option<Self> {
         let version: Version = version.parse().ok()?;
         let [not_after, renew_at] = [version.not_after, version.renew_at].map(|seconds| clock::from_unix_seconds(seconds.cast_signed()));
@@ -47,7 +47,7 @@ impl ClientVersion {
         plausible.then_some(Self { renew_at, not_after, version })
     }
 
-    /// Whose it is, as far as its version tells.
+    /// Compares the authority of the version with the profile of `identity` and the roots of `bundle`.
     pub fn provenance(&self, identity: &Identity, bundle: Option<&TrustBundle>) -> Provenance {
         let is_of = |profile: &Profile| material::is_current_authority(&self.version.authority, &profile.fingerprint(), bundle);
         let profile = &identity.profile;
@@ -62,7 +62,7 @@ impl ClientVersion {
         }
     }
 
-    /// The version's first three parts, for responses that leave the certificate with the client.
+    /// The first three parts of the version, for responses that leave the certificate with the client.
     pub fn version_prefix(&self) -> String {
         self.version.prefix()
     }
@@ -88,7 +88,7 @@ mod tests {
         let good = read(&format!("{}-{}-{tail}", NOW + 3600, NOW + 1800)).unwrap();
         assert_eq!(good.renew_at, clock::from_unix_seconds(NOW + 1800));
         assert_eq!(good.version_prefix(), format!("{}-{}-0123456789abcdef", NOW + 3600, NOW + 1800));
-        assert!(read(&format!("{}-{}-{tail}", NOW + 60, NOW - 60)).is_some(), "overdue, and still good");
+        assert!(read(&format!("{}-{}-{tail}", NOW + 60, NOW - 60)).is_some(), "the renewal is overdue, and the certificate is valid");
 
         for bad in [
             String::new(),
@@ -125,7 +125,7 @@ mod tests {
         let held = ClientVersion::read(&format!("{}-{}-{authority}-fedcba9876543210", NOW + 3600, NOW + 1800), &id, now).unwrap();
         assert_eq!(held.provenance(&id, Some(&ours)), Provenance::Current);
         assert_eq!(held.provenance(&id, Some(&theirs)), Provenance::Unknown);
-        assert_eq!(held.provenance(&id, None), Provenance::Current, "nobody can tell yet");
+        assert_eq!(held.provenance(&id, None), Provenance::Current, "there is no bundle to compare with");
 
         let raised = |by: u64| Identity { profile: Arc::new(Profile { epoch: by, ..(*id.profile).clone() }), ..(*id).clone() };
         for (by, expected) in [

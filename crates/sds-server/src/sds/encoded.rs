@@ -1,4 +1,4 @@
-//! The encoded forms of certificates and bundles: each is made once and shared by all streams that get it.
+//! The encoded forms of certificates and bundles. Each is encoded once and shared by all streams that send it.
 
 use std::fmt;
 
@@ -8,7 +8,7 @@ use zeroize::Zeroizing;
 
 use crate::material::Attached;
 
-/// Which protocol a resource is encoded for.
+/// The protocol variant that a resource is encoded for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Variant {
     /// SotW SDS: `DiscoveryResponse.resources`.
@@ -17,12 +17,12 @@ pub enum Variant {
     Delta,
 }
 
-/// The encoded forms of one piece of material: each is made once, shared by all its receivers and wiped with its last reference.
+/// The encoded forms of one certificate or bundle. Each is encoded once, shared by all receivers, and wiped with its last reference.
 #[derive(Default)]
 pub struct EncodedCache(Mutex<Vec<(Variant, Box<str>, Bytes)>>);
 
 impl EncodedCache {
-    /// The buffer for (`variant`, `name`), made by `encode` at its first use.
+    /// Returns the encoding for (`variant`, `name`). Calls `encode` at the first use.
     pub fn get_or_encode(&self, variant: Variant, name: &str, encode: impl FnOnce() -> Zeroizing<Vec<u8>>) -> Bytes {
         let mut forms = self.0.lock();
         if let Some((_, _, bytes)) = forms.iter().find(|(f, n, _)| *f == variant && &**n == name) {
@@ -40,11 +40,11 @@ impl fmt::Debug for EncodedCache {
     }
 }
 
-/// The buffer for (`variant`, `name`) of the material that `attached` belongs to, made by `encode` at its first use.
+/// Returns the encoding for (`variant`, `name`) from the cache in `attached`. Calls `encode` at the first use.
 pub fn of(attached: &Attached, variant: Variant, name: &str, encode: impl FnOnce() -> Zeroizing<Vec<u8>>) -> Bytes {
     match attached.get::<EncodedCache>() {
         Some(cache) => cache.get_or_encode(variant, name, encode),
-        // Another user of the material has attached something: nothing is shared then.
+        // Another value is attached, so there is no cache.
         None => Bytes::from_owner(encode()),
     }
 }

@@ -1,8 +1,8 @@
 //! The certificate that the client of one stream holds, and the time of its replacement. A state machine without I/O or clock.
 //!
-//! A client holds the certificate that it was sent last, or the one that it reports from before a restart of the server. Its identity may
-//! change while the stream is open: then it keeps the certificate of its previous identity until that of the new one is there and peers
-//! with slow clocks accept it.
+//! A client holds the certificate that was sent last, or the one that it reports from before a restart of the server. The identity of the
+//! caller may change while the stream is open. The client then keeps the certificate of the previous identity, until the certificate of the
+//! new identity is issued and peers with slow clocks accept it.
 
 use std::{sync::Arc, time::SystemTime};
 
@@ -14,20 +14,20 @@ use crate::{
     store::Demand,
 };
 
-/// A certificate that the client holds, and that is still good.
+/// A valid certificate that the client holds.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HeldCertificate {
-    /// When it is to be replaced.
+    /// The time of its replacement.
     pub renew_at: SystemTime,
-    /// When it ends.
+    /// The end of its validity.
     pub not_after: SystemTime,
-    /// Its version's first three parts, for responses that leave it with the client.
+    /// The first three parts of its version, for responses that leave the certificate with the client.
     pub version_prefix: String,
 }
 
 impl HeldCertificate {
-    /// The certificate of `identity` that the client reports by its `version`. None where the version is not plausible at `now`, or its
-    /// authority is not current by `roots`. A certificate of a previous epoch is to be replaced by `due_at`.
+    /// The certificate of `identity` that the client reports with `version`. `None` if the version is not plausible at `now`, or its
+    /// authority is not current according to `roots`. A certificate of a previous epoch is replaced by `due_at` at the latest.
     pub fn reported(
         version: &str,
         identity: &Identity,
@@ -50,22 +50,23 @@ impl HeldCertificate {
     }
 }
 
-/// The demand on the store of a client that holds `held`.
+/// Returns the demand on the store, for a client that holds `held`.
 pub fn demand(held: Option<&HeldCertificate>) -> Demand {
     held.map_or(Demand::Now, |held| Demand::Held { renew_at: held.renew_at, not_after: held.not_after })
 }
 
-/// The certificate of an identity that the caller had before. It is served until that of its identity is there, and not renewed.
+/// The certificate of a previous identity of the caller. It is served until the certificate of the current identity is available, and is
+/// not renewed.
 #[derive(Debug)]
 struct Previous {
     identity: Arc<Identity>,
-    /// None where the client has it from before a restart.
+    /// `None` if the client has the certificate from before a restart.
     svid: Option<Arc<Svid>>,
     held: HeldCertificate,
 }
 
 impl Previous {
-    /// The certificate of `svid`. `kept` is `svid` where it is to be served, and none where its key must not be kept for this.
+    /// Describes `svid`. `kept` is the same certificate if it is to be served, and `None` if its key must not be kept.
     fn of(svid: &Svid, kept: Option<Arc<Svid>>) -> Self {
         Self { identity: svid.identity.clone(), svid: kept, held: HeldCertificate::of(svid) }
     }
@@ -74,36 +75,38 @@ impl Previous {
 /// The certificate to serve now.
 #[derive(Debug)]
 pub struct Choice {
-    /// The certificate; none where there is none yet.
+    /// `None` if no certificate is available.
     pub svid: Option<Arc<Svid>>,
-    /// A newer certificate is withheld until then, because the client still holds a good one and peers with slow clocks refuse the newer.
+    /// A newer certificate is withheld until this time. The client holds a valid certificate, and peers with slow clocks reject the newer
+    /// one.
     pub withheld_until: Option<SystemTime>,
 }
 
-/// See the module.
+/// The certificates that the client of one stream holds. Owns the references to the previous certificate and to the last one sent.
 #[derive(Debug, Default)]
 pub struct Holdings {
     previous: Option<Previous>,
-    /// The last one that was sent; none where the client has rejected it.
+    /// The last certificate that was sent. `None` if the client has rejected it.
     last_sent: Option<Arc<Svid>>,
-    /// The one before, which the client keeps where it rejects the last one. Without the key, which is not kept for this.
+    /// The certificate that was sent before the last one; the client keeps it if it rejects the last one. Its key is not kept.
     sent_before: Option<Previous>,
 }
 
 impl Holdings {
-    /// The identity of the caller changes at `now`; until then it is `identity`, whose certificate the client may have `reported`.
+    /// Records that the caller gets another identity at `now`. `identity` is the one until now; the client may have
+    /// `reported` a certificate of it.
     pub fn identity_changes(&mut self, identity: &Arc<Identity>, reported: Option<HeldCertificate>, now: SystemTime) {
         let of_sent = match &self.last_sent {
             Some(svid) => svid.chain.validity.is_live(now).then(|| Previous::of(svid, Some(svid.clone()))),
             None => self.sent_before.take().filter(|sent| now < sent.held.not_after),
         };
         let of_reported = || reported.map(|held| Previous { identity: identity.clone(), svid: None, held });
-        // Where neither is there, the client keeps that of an identity from before the last one.
+        // Without either, the client still holds the certificate of an earlier identity.
         self.previous = of_sent.or_else(of_reported).or_else(|| self.previous.take());
     }
 
-    /// The good certificate that the client of `identity` holds at `now`: that of its previous identity, or the `reported` one. A
-    /// certificate of another identity is to be replaced by `due_at`.
+    /// Returns the valid certificate that the client of `identity` holds at `now`: that of the previous identity, or else the `reported`
+    /// one. A certificate of another identity is replaced by `due_at` at the latest.
     pub fn held(
         &self,
         identity: &Arc<Identity>,
@@ -113,15 +116,15 @@ impl Holdings {
     ) -> Option<HeldCertificate> {
         let Some(previous) = self.previous.as_ref().filter(|previous| now < previous.held.not_after) else { return reported() };
         let mut held = previous.held.clone();
-        // Where the configuration went back meanwhile, it is simply its own.
+        // The identities are equal if the configuration was changed back.
         if *previous.identity != **identity {
             held.renew_at = held.renew_at.min(due_at());
         }
         Some(held)
     }
 
-    /// Serves `current` at `now`. A `current` one that is too fresh is withheld from a client that holds a good one; the previous one, if
-    /// any, is served in its place.
+    /// Chooses the certificate to serve at `now`. A `current` certificate that peers with slow clocks still reject is withheld from a
+    /// client that holds a valid one. The previous certificate is served instead, if there is one.
     pub fn choose(&self, current: Option<Arc<Svid>>, held: Option<&HeldCertificate>, now: SystemTime) -> Choice {
         let is_live = |svid: &Arc<Svid>| svid.chain.validity.is_live(now);
         let current = current.filter(is_live);
@@ -134,7 +137,7 @@ impl Holdings {
         Choice { svid, withheld_until }
     }
 
-    /// `svid` is sent to the client, whose identity is `identity`.
+    /// Records that `svid` is sent to the client, whose identity is `identity`.
     pub fn sent(&mut self, svid: Option<&Arc<Svid>>, identity: &Arc<Identity>) {
         if let Some(before) = std::mem::replace(&mut self.last_sent, svid.cloned()) {
             self.sent_before = Some(Previous::of(&before, None));
@@ -144,7 +147,7 @@ impl Holdings {
         }
     }
 
-    /// The client has rejected the certificate that was sent last, and keeps the one before.
+    /// Records that the client has rejected the last certificate, and keeps the one before it.
     pub fn rejected(&mut self) {
         self.last_sent = None;
     }
@@ -161,7 +164,7 @@ mod tests {
 
     const HOUR: Duration = Duration::from_secs(3600);
 
-    /// The time, a certificate for `name`, and the same as a client holds it.
+    /// Returns the current time, a certificate for `name`, and the same certificate as a client holds it.
     fn world(name: &str) -> (SystemTime, Arc<Svid>, HeldCertificate) {
         let (svid, _) = samples::svid(identity(name));
         let held = HeldCertificate::of(&svid);
@@ -169,7 +172,7 @@ mod tests {
     }
 
     fn never() -> SystemTime {
-        panic!("nothing is foreign")
+        panic!("every certificate is of the current identity")
     }
 
     #[test]
@@ -180,7 +183,10 @@ mod tests {
         let Choice { svid: chosen, withheld_until } = holdings.choose(Some(svid.clone()), None, now);
         assert!(Arc::ptr_eq(&chosen.unwrap(), &svid));
         assert_eq!(withheld_until, None);
-        assert!(holdings.choose(Some(svid.clone()), None, svid.chain.validity.not_after + HOUR).svid.is_none(), "one that has ended");
+        assert!(
+            holdings.choose(Some(svid.clone()), None, svid.chain.validity.not_after + HOUR).svid.is_none(),
+            "an expired certificate is not served"
+        );
     }
 
     #[test]
@@ -198,13 +204,13 @@ mod tests {
         let mut holdings = Holdings::default();
         holdings.sent(Some(&old), &old.identity);
         holdings.identity_changes(&old.identity, None, now);
-        let held = holdings.held(&new.identity, || panic!("it was sent"), || due_at, now).unwrap();
+        let held = holdings.held(&new.identity, || panic!("the certificate was sent"), || due_at, now).unwrap();
         assert_eq!((held.renew_at, held.not_after), (due_at.min(old.renew_at), old.chain.validity.not_after));
         assert!(Arc::ptr_eq(&holdings.choose(None, Some(&held), now).svid.unwrap(), &old));
 
         holdings.sent(Some(&new), &new.identity);
         assert_eq!(holdings.held(&new.identity, || None, never, now), None);
-        assert!(holdings.choose(None, None, now).svid.is_none(), "the previous one is gone");
+        assert!(holdings.choose(None, None, now).svid.is_none(), "the previous certificate is dropped");
     }
 
     #[test]
@@ -216,7 +222,7 @@ mod tests {
         holdings.sent(Some(&svid), &svid.identity);
         holdings.rejected();
         holdings.identity_changes(&svid.identity, None, now);
-        assert_eq!(demand(holdings.held(&other, || None, || now + HOUR, now).as_ref()), Demand::Now, "it has none at all");
+        assert_eq!(demand(holdings.held(&other, || None, || now + HOUR, now).as_ref()), Demand::Now, "the client holds no certificate");
 
         let mut holdings = Holdings::default();
         holdings.sent(Some(&svid), &svid.identity);
@@ -224,8 +230,8 @@ mod tests {
         holdings.rejected();
         holdings.identity_changes(&svid.identity, None, now);
         let kept = holdings.held(&other, || None, || now + HOUR, now).unwrap();
-        assert_eq!(kept.version_prefix, version::prefix(svid.version()), "it keeps the one before");
-        assert!(Arc::strong_count(&svid) == 1, "and the server keeps no key for that");
+        assert_eq!(kept.version_prefix, version::prefix(svid.version()), "the client keeps the certificate before it");
+        assert!(Arc::strong_count(&svid) == 1, "the server keeps no key for it");
     }
 
     #[test]
@@ -246,8 +252,8 @@ mod tests {
         holdings.identity_changes(&other.identity, None, now);
         let kept = holdings.held(&other.identity, || None, || now + HOUR, now).unwrap();
         assert_eq!((kept.not_after, &kept.version_prefix), (held.not_after, &held.version_prefix));
-        assert!(holdings.choose(None, Some(&held), now).svid.is_none(), "the client has it, and the server has not");
-        assert_eq!(holdings.held(&other.identity, || None, never, held.not_after), None, "it has ended");
+        assert!(holdings.choose(None, Some(&held), now).svid.is_none(), "only the client has the certificate");
+        assert_eq!(holdings.held(&other.identity, || None, never, held.not_after), None, "the certificate has expired");
     }
 
     #[test]
@@ -264,7 +270,10 @@ mod tests {
         assert!(choice.svid.is_none() && choice.withheld_until == Some(settled_at));
         assert!(holdings.choose(Some(fresh(settled_at)), None, now).svid.is_some(), "a client without one cannot wait");
         let ends_soon = HeldCertificate { not_after: now + Duration::from_secs(90), ..held };
-        assert!(holdings.choose(Some(fresh(settled_at)), Some(&ends_soon), now).svid.is_some(), "there is no time to wait");
+        assert!(
+            holdings.choose(Some(fresh(settled_at)), Some(&ends_soon), now).svid.is_some(),
+            "the held certificate expires too soon to wait"
+        );
         assert!(holdings.choose(Some(svid), Some(&ends_soon), now).svid.is_some());
     }
 }

@@ -1,4 +1,4 @@
-//! What the secret discovery service counts. The handles of the hot path are taken once.
+//! Metrics of the secret discovery service. The handles for the hot path are created once.
 
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use prometheus_client::{
     registry::{Registry, Unit},
 };
 
-/// What a resource is.
+/// The kind of a resource, as a metric label.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
 #[allow(non_camel_case_types, reason = "the names are the label's values")]
 pub enum Kind {
@@ -18,17 +18,17 @@ pub enum Kind {
     bundle,
 }
 
-/// Why it was sent.
+/// The trigger of a response, as a metric label.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
 #[allow(non_camel_case_types, reason = "the names are the label's values")]
 pub enum Trigger {
-    /// The client asked.
+    /// A request of the client.
     subscribe,
-    /// There was a new version.
+    /// A new version of the resource.
     rotate,
 }
 
-/// Whether a stream's first secret was there.
+/// Whether the first secret of a stream was available at its first request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
 #[allow(non_camel_case_types, reason = "the names are the label's values")]
 enum Cache {
@@ -52,7 +52,7 @@ struct CacheLabel {
     cache: Cache,
 }
 
-/// Labels of what is counted for each interface of a socket.
+/// Labels of metrics that are counted for each interface of a socket.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub(crate) struct ApiLabel {
     pub(crate) api: Api,
@@ -65,7 +65,7 @@ pub(crate) enum Api {
     sds,
 }
 
-/// The service's metrics.
+/// Metrics of the service.
 #[derive(Debug, Clone)]
 pub struct Metrics {
     /// Open streams.
@@ -84,7 +84,7 @@ impl Default for Metrics {
 }
 
 impl Metrics {
-    /// Registers the module's metrics.
+    /// Registers the metrics of this module.
     pub fn register(registry: &mut Registry) -> Self {
         let quick = || Histogram::new([0.000_25, 0.001, 0.005, 0.025, 0.1, 0.5, 2.5, 10.0, 60.0]);
         let responses = Family::<ResponseLabels, Counter>::default();
@@ -116,35 +116,35 @@ impl Metrics {
         }
     }
 
-    /// Registers and shows them all, for the reference: registering makes every series.
+    /// Registers the metrics, for the metrics reference. Registering makes every series.
     #[cfg(any(test, feature = "testing"))]
     pub fn sample(registry: &mut Registry) {
         Self::register(registry);
     }
 
-    /// A resource was sent.
+    /// Counts a resource that was sent.
     pub fn sent(&self, kind: Kind, trigger: Trigger) {
         self.responses[kind as usize][trigger as usize].inc();
     }
 
-    /// A resource was accepted, `after` it was sent.
+    /// Counts a resource that the client accepted, `after` it was sent.
     pub fn acked(&self, kind: Kind, after: Duration) {
         self.acks[kind as usize].inc();
         self.ack_duration[kind as usize].observe(after.as_secs_f64());
     }
 
-    /// A resource was rejected.
+    /// Counts a resource that the client rejected.
     pub fn nacked(&self, kind: Kind) {
         self.nacks[kind as usize].inc();
     }
 
-    /// How many resources of this kind were rejected.
+    /// Resources of this kind that clients rejected.
     #[cfg(any(test, feature = "testing"))]
     pub fn nacks(&self, kind: Kind) -> u64 {
         self.nacks[kind as usize].get()
     }
 
-    /// A stream got its first resource; `hit` when it was there already.
+    /// Observes the time to the first resource of a stream. `hit` is `true` if the resource was available at the first request.
     pub fn first_secret(&self, hit: bool, after: Duration) {
         self.first_secret[usize::from(!hit)].observe(after.as_secs_f64());
     }

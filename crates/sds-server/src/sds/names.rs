@@ -1,29 +1,29 @@
-//! What a resource name selects. A name never authorises: it selects among what the attested identity may have.
+//! Resource names. A name authorises nothing: it selects among the resources of the attested identity.
 
 use workload_identity::{Identity, TrustDomain};
 
 /// The explicit wildcard of the xDS protocol.
 pub const WILDCARD: &str = "*";
 
-/// What a name stands for, for one caller.
+/// The resource that a name selects for one caller.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Target {
     /// The caller's own certificate and key.
     Certificate,
-    /// The bundle of the agent's trust domain.
+    /// The bundle of the server's trust domain.
     OwnBundle,
-    /// Another trust domain's bundle.
+    /// The bundle of another trust domain.
     FederatedBundle(TrustDomain),
-    /// Not ours: left unanswered, and never a reason to fail the stream.
+    /// Unknown. The name gets no response, and the stream stays open.
     Unknown,
 }
 
-/// The well-known resource names.
+/// The configurable resource names.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Names {
-    /// The workload's own certificate: `default`.
+    /// Selects the certificate of the caller. Default: `default`.
     pub certificate: String,
-    /// The bundle of the agent's trust domain: `ROOTCA`.
+    /// Selects the bundle of the server's trust domain. Default: `ROOTCA`.
     pub bundle: String,
 }
 
@@ -33,7 +33,7 @@ impl Default for Names {
     }
 }
 
-/// The names that the agent answers to.
+/// Maps resource names to targets.
 #[derive(Debug, Clone)]
 pub struct Directory {
     names: Names,
@@ -41,17 +41,17 @@ pub struct Directory {
 }
 
 impl Directory {
-    /// The configured names, and `spiffe://<trust domain>`.
+    /// Uses the configured names. `spiffe://<trust domain>` also selects the bundle of `trust_domain`.
     pub fn new(names: Names, trust_domain: &TrustDomain) -> Self {
         Self { names, own_domain: trust_domain.id() }
     }
 
-    /// What a wildcard subscription gets.
+    /// The names of a wildcard subscription: the certificate and the bundle.
     pub fn wildcard(&self) -> [Box<str>; 2] {
         [self.names.certificate.as_str().into(), self.names.bundle.as_str().into()]
     }
 
-    /// What `name` stands for when `identity` asks.
+    /// Returns the target of `name` for a caller with `identity`.
     pub fn target(&self, name: &str, identity: &Identity) -> Target {
         if name == self.names.certificate || name == identity.spiffe_id.as_str() {
             Target::Certificate

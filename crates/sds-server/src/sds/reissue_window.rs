@@ -1,5 +1,5 @@
-//! When a certificate is issued anew that a change of the configuration has made foreign: at a moment within a chosen time, the same for
-//! all streams of an identity, so that a raised epoch does not storm the signer.
+//! The time at which a certificate is reissued after a change of the configuration. The times are spread over a window, so that a raised
+//! epoch does not overload the issuer. All streams of an identity have the same time.
 
 use std::{
     hash::{DefaultHasher, Hash, Hasher},
@@ -8,7 +8,7 @@ use std::{
 
 use workload_identity::Identity;
 
-/// The time over which certificates are issued anew.
+/// The window in which certificates are reissued.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ReissueWindow {
     since: SystemTime,
@@ -17,12 +17,12 @@ pub struct ReissueWindow {
 }
 
 impl ReissueWindow {
-    /// From `since` on, over so long; agents with other seeds draw other moments.
+    /// A window that begins at `since` and lasts `over`. Agents with different seeds choose different times.
     pub fn new(since: SystemTime, over: Duration, seed: u64) -> Self {
         Self { since, over, seed }
     }
 
-    /// The moment of `identity`.
+    /// The time at which the certificate of `identity` is reissued.
     pub fn due_at(&self, identity: &Identity) -> SystemTime {
         let mut hash = DefaultHasher::new();
         (self.seed, identity).hash(&mut hash);

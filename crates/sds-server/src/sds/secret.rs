@@ -1,7 +1,7 @@
-//! Encoding: one shared buffer for each (material, variant, name), and the small head that makes a message of them.
+//! Encoding of responses: one shared buffer for each (material, variant, name), and a small head for each message.
 //!
-//! The buffers are written directly, in one piece of the exact size, so that a private key leaves no copy in a buffer that nobody wipes.
-//! Protobuf allows a message's fields in any order: the head carries version, type and nonce, the resources follow as they are.
+//! Each buffer is allocated with its exact size and written directly, so that no copy of a private key stays in a buffer that is not wiped.
+//! Protobuf allows the fields of a message in any order: the head has version, type and nonce, and the encoded resources follow.
 
 use std::collections::VecDeque;
 
@@ -21,7 +21,7 @@ use crate::{
     trust::Bundle,
 };
 
-/// A length-delimited field.
+/// A length-delimited Protobuf field.
 enum Field<'a> {
     Bytes(u32, &'a [u8]),
     Message(u32, Vec<Field<'a>>),
@@ -56,7 +56,7 @@ impl Field<'_> {
     }
 }
 
-/// Field numbers, by message.
+/// Protobuf field numbers, by message.
 mod tag {
     pub(super) const DISCOVERY_RESPONSE_VERSION: u32 = 1;
     pub(super) const RESPONSE_RESOURCES: u32 = 2;
@@ -77,7 +77,7 @@ mod tag {
     pub(super) const DATA_SOURCE_INLINE_BYTES: u32 = 2;
 }
 
-/// The certificate and key of `svid` under `name`, as one entry of a response's `resources`.
+/// Encodes the certificate chain and key of `svid` under `name`, as one entry of `resources` of a response.
 pub fn certificate(svid: &Svid, variant: Variant, name: &str) -> Bytes {
     encoded::of(&svid.attached, variant, name, || {
         let (chain, key) = (svid.chain.to_pem(), svid.key.to_pem());
@@ -92,7 +92,8 @@ pub fn certificate(svid: &Svid, variant: Variant, name: &str) -> Bytes {
     })
 }
 
-/// The roots of `bundle` and its revocation lists under `name`. Never with matchers: a client merges them into its own, and they would weaken its check.
+/// Encodes the roots and revocation lists of `bundle` under `name`. The validation context has no SAN matchers: a client would merge them
+/// into its own and so weaken its check.
 pub fn bundle(bundle: &Bundle, variant: Variant, name: &str) -> Bytes {
     encoded::of(&bundle.attached, variant, name, || {
         let (roots, crls) = (bundle.roots.to_pem(), bundle.crls_pem());
@@ -122,7 +123,8 @@ fn resource(variant: Variant, name: &str, version: &str, secret: Field<'_>) -> Z
     out
 }
 
-/// A whole message: prefix, head and resources. `version` is the response's (SotW only), `nonce` is empty for a unary answer.
+/// Returns a whole message: prefix, head and resources. `version` is the version of a SotW response; delta ignores it. `nonce` is empty for
+/// a unary response.
 pub fn response(variant: Variant, version: &str, nonce: &str, resources: impl IntoIterator<Item = Bytes>) -> VecDeque<Bytes> {
     let mut pieces: VecDeque<Bytes> = resources.into_iter().collect();
     let mut head = Vec::with_capacity(160);
@@ -138,10 +140,11 @@ pub fn response(variant: Variant, version: &str, nonce: &str, resources: impl In
     pieces
 }
 
-/// The version of a SotW response: that of its only resource; of several, a certificate's first three parts (`prefix`: the one it
-/// carries, or the one that the client keeps) and a digest of all.
+/// Returns the version of a SotW response. A response with one resource has the version of that resource. A response with several has a
+/// digest of all versions, after the first three parts of the certificate's version. `prefix` has these parts, of the certificate in the
+/// response or of the one that the client keeps.
 pub fn response_version(prefix: Option<&str>, resources: &[(&str, &str)]) -> String {
-    // A response that leaves the certificate with the client must not make it forget its version.
+    // A response without the certificate must keep the prefix: the client reports the version when it reconnects.
     if let [(_, only)] = resources
         && prefix.is_none_or(|prefix| only.starts_with(prefix))
     {
@@ -256,6 +259,6 @@ mod tests {
         assert!(both.starts_with(prefix) && both != cert);
         assert_ne!(both, response_version(Some(prefix), &[("default", cert), ("ROOTCA", "b-2")]));
         let kept = response_version(Some(prefix), &[("ROOTCA", "b-1")]);
-        assert!(kept.starts_with(prefix), "the client keeps its certificate and its hint: {kept}");
+        assert!(kept.starts_with(prefix), "the client keeps its certificate and reports its prefix: {kept}");
     }
 }

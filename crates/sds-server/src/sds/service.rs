@@ -1,7 +1,7 @@
-//! The service: it joins a request's stream, the pure state, the store and the bundles, and does the I/O.
+//! The service. It connects the stream state with requests, the store and the bundles, and does the I/O.
 //!
-//! Streams are held, not failed: while a certificate is being issued, while the bundle is unknown, while the upstream is down. A stream
-//! ends when its client ends it, when its workload has ended or has no identity any more, when the agent drains, or by an error of the client.
+//! A stream stays open without a response while a certificate is being issued, the bundle is unknown or the issuer is unavailable. A stream
+//! ends when its client ends it or breaks the protocol, when its workload has ended or no longer has an identity, and at shutdown.
 
 use std::sync::Arc;
 
@@ -33,31 +33,31 @@ use crate::{
 mod drive;
 mod fetch;
 
-/// The service's path on the wire.
+/// The full name of the gRPC service.
 pub const SERVICE: &str = "envoy.service.secret.v3.SecretDiscoveryService";
 
-/// The secret discovery service, for every connection.
+/// The secret discovery service. All connections share it.
 #[derive(Debug)]
 pub struct Service {
-    /// Where certificates are.
+    /// The certificates.
     pub store: Arc<Store>,
-    /// Where bundles are.
+    /// The trust bundles.
     pub trust: watch::Receiver<Arc<BundleSet>>,
-    /// What names mean.
+    /// Maps resource names to targets.
     pub directory: Directory,
-    /// The time.
+    /// The wall clock.
     pub clock: Arc<dyn Clock>,
-    /// What one stream may ask.
+    /// Limits of message size and names.
     pub limits: Limits,
-    /// What is counted.
+    /// Metrics of the service.
     pub metrics: Metrics,
-    /// Over which time certificates are issued anew that a change of the configuration has made foreign.
+    /// The window for reissuing certificates after a change of the configuration.
     pub reissue_window: watch::Receiver<ReissueWindow>,
-    /// Ends every stream.
+    /// Ends every stream and call with UNAVAILABLE.
     pub ending: CancellationToken,
 }
 
-/// What exists now, for one caller.
+/// The resources that are available now, for one caller.
 struct View {
     svid: Option<Arc<Svid>>,
     bundles: Arc<BundleSet>,
@@ -92,7 +92,11 @@ impl View {
 }
 
 impl Service {
-    /// Answers a call of this service; `None` when the method is not one of it.
+    /// Serves a call of this service. Returns `None` if the service has no such method.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future cancels the call. For a stream, dropping the body of the response ends the stream and its lease.
     pub async fn call<B>(self: &Arc<Self>, connection: &Arc<Connection>, request: Request<B>) -> Option<Response<Body>>
     where
         B: HttpBody<Data = Bytes> + Send + Unpin + 'static,
@@ -122,7 +126,7 @@ impl Service {
     }
 }
 
-/// Whether `target` will have an answer, now or soon: a certificate can be issued, and the own bundle comes.
+/// Whether `target` is available now or will be: a certificate can be issued, and the own bundle will be loaded.
 fn is_known(target: &Target, bundles: &BundleSet) -> bool {
     match target {
         Target::Unknown => false,
@@ -131,7 +135,7 @@ fn is_known(target: &Target, bundles: &BundleSet) -> bool {
     }
 }
 
-/// Returns when there is something new; never without something to watch.
+/// Returns when the material has changed. Pending forever without a lease.
 async fn changed(material: Option<&mut watch::Receiver<Option<Arc<Svid>>>>) {
     let ended = match material {
         Some(material) => material.changed().await.is_err(),
@@ -153,7 +157,7 @@ fn ended() -> Status {
     Status::permission_denied("the workload has ended")
 }
 
-/// Counts the stream as closed when it is dropped, however it ends.
+/// Returns a guard that counts the stream as closed when it is dropped.
 fn scopeguard(metrics: &Metrics) -> impl Drop + use<> {
     struct Open(prometheus_client::metrics::gauge::Gauge);
     impl Drop for Open {

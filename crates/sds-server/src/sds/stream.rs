@@ -1,17 +1,22 @@
-//! One SDS stream as a pure state machine, for both faces of the protocol: state of the world (SotW) and incremental (delta).
+//! One SDS stream as a pure state machine, for both variants of the protocol: state of the world (SotW) and incremental (delta).
 //!
-//! It owns what the client watches, what it was sent, and what it answered (xDS protocol, "ACK/NACK and resource type instance
-//! version"). It does no I/O, reads no clock and knows no secrets: the driver feeds it requests, asks what is [due](StreamState::due)
-//! given the versions that exist now, and sends it.
+//! It owns the names that the client watches, the versions that were sent, and the responses that the client has not answered. It does no
+//! I/O, reads no clock and has no secrets. The driver passes requests to it, asks which response is [due](StreamState::due) for the current
+//! versions, and sends it.
 //!
-//! The rules, where the protocol leaves room:
-//! - A NACK is a request with an error, never a guess from versions. The rejected version is not sent again; a newer one is. The
-//!   names of a NACK count.
-//! - SotW: a request with an old nonce is ignored: its sender will see the newer response and answer that. A request without a nonce
-//!   changes the names and acknowledges nothing.
-//! - Delta: names are changes and always count; a nonce only decides which response is acknowledged.
-//! - An empty list in a stream's first request, or the name `*`, is a wildcard. An empty list later means: nothing any more.
-//! - A name that is added is answered even if its version is an old one; a repeated one is not.
+//! It implements the [xDS protocol], sections "ACK/NACK and resource type instance version", "How the client specifies what resources to
+//! return" and "Resource updates". Where the protocol leaves a choice, these rules apply:
+//!
+//! - A request with `error_detail` is a NACK; versions are not compared. A rejected version is not sent again, a newer version is. The
+//!   names in a NACK are applied.
+//! - SotW: a request with a stale nonce is ignored, because the client will answer the newer response. A request without a nonce changes
+//!   the names and acknowledges nothing.
+//! - Delta: changes of names are always applied. The nonce only selects the response that is acknowledged.
+//! - An empty list in the first request of a stream, or the name `*`, is a wildcard. An empty list in a later SotW request unsubscribes
+//!   from all names.
+//! - An added name gets a response even if its version is old. A repeated name gets one only in delta.
+//!
+//! [xDS protocol]: https://www.envoyproxy.io/docs/envoy/latest/api-docs/xds_protocol
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -19,42 +24,42 @@ use agent_runtime::text;
 
 use crate::sds::{encoded::Variant, names::WILDCARD};
 
-/// The only type of resource that is served.
+/// The only resource type that is served.
 pub const TYPE_URL: &str = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret";
 
-/// Responses whose acknowledgement may be outstanding; older ones are taken as lost.
+/// Responses that may await their acknowledgement. The oldest is dropped when there are more.
 const OUTSTANDING: usize = 16;
 
-/// A request of either variant, borrowed from its message.
+/// A request of either variant.
 #[derive(Debug, Default)]
 pub struct Request {
     /// `type_url`; empty means [`TYPE_URL`].
     pub type_url: String,
     /// `response_nonce`
     pub nonce: String,
-    /// `error_detail.message`, where there is an `error_detail`.
+    /// `error_detail.message`, if the request has an `error_detail`.
     pub error: Option<String>,
-    /// The names.
+    /// The names, in the form of the variant.
     pub names: Names,
 }
 
 /// The names of a request.
 #[derive(Debug)]
 pub enum Names {
-    /// SotW: the whole list, and the last version that the client took.
+    /// SotW: the whole list, and the last version that the client accepted.
     All {
         /// `resource_names`
         names: Vec<String>,
         /// `version_info`
         version: String,
     },
-    /// Delta: changes to the list, and versions that the client brings along.
+    /// Delta: changes of the list, and versions that the client has from an earlier stream.
     Changes {
         /// `resource_names_subscribe`
         subscribe: Vec<String>,
         /// `resource_names_unsubscribe`
         unsubscribe: Vec<String>,
-        /// `initial_resource_versions`; of the first request only.
+        /// `initial_resource_versions`; used only in the first request.
         versions: BTreeMap<String, String>,
     },
 }
@@ -65,19 +70,19 @@ impl Default for Names {
     }
 }
 
-/// A request that ends the stream with INVALID_ARGUMENT or RESOURCE_EXHAUSTED.
+/// A request that breaks the protocol or a limit. It ends the stream with INVALID_ARGUMENT or RESOURCE_EXHAUSTED.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Violation {
-    /// Another resource type.
+    /// The request is for another resource type.
     #[error("type_url {:?} is not served here; this socket serves {TYPE_URL}", text::excerpt(.0, text::MAX_NAME_CHARS))]
     TypeUrl(String),
-    /// More names than the limit.
+    /// The stream has more names than the limit.
     #[error("more than {0} resource names on one stream")]
     TooManyNames(usize),
 }
 
 impl Violation {
-    /// Its kind, which holds nothing of the request.
+    /// The kind of violation, without content of the request.
     pub fn as_str(&self) -> &'static str {
         match self {
             Self::TypeUrl(_) => "type_url",
@@ -86,27 +91,27 @@ impl Violation {
     }
 }
 
-/// What a request was.
+/// The meaning of a request.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Received {
-    /// It only said which names are wanted.
+    /// A change of names only.
     Subscription,
-    /// It accepted the response with this nonce.
+    /// The client accepted the response with this nonce.
     Ack(u64),
-    /// It rejected the response with this nonce.
+    /// The client rejected the response with this nonce, with this error.
     Nack(u64, String),
-    /// It answered a response that has been superseded.
+    /// The answer to a response that has been superseded.
     Stale,
 }
 
 /// One watched name.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Watch {
-    /// The name as the client said it.
+    /// The name, as the client sent it.
     pub name: Box<str>,
-    /// The version that the client says it has, of the stream's first request.
+    /// The version that the client reported in the first request of the stream.
     pub client_reported: Option<Box<str>>,
-    /// The version last sent.
+    /// The version that was sent last.
     sent: Option<Box<str>>,
     /// The version that the client rejected.
     rejected: Option<Box<str>>,
@@ -117,7 +122,7 @@ impl Watch {
         Self { name: name.into(), client_reported: client_reported.map(Into::into), sent: None, rejected: None }
     }
 
-    /// Whether `version` is news for the client.
+    /// Whether `version` is new for the client.
     fn wants(&self, version: &str) -> bool {
         self.sent.as_deref() != Some(version) && self.client_reported.as_deref() != Some(version) && self.may_get(version)
     }
@@ -127,12 +132,12 @@ impl Watch {
     }
 }
 
-/// One response, to be encoded and sent by the driver.
+/// One response that the driver has to encode and send.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Due {
-    /// The response's nonce.
+    /// The nonce of the response.
     pub nonce: u64,
-    /// The names to answer, each with the version that exists now.
+    /// The names in the response, each with its current version.
     pub names: Vec<(Box<str>, Box<str>)>,
 }
 
@@ -149,23 +154,27 @@ pub struct StreamState {
 }
 
 impl StreamState {
-    /// A stream without subscriptions. `wildcard_names` is what a wildcard stands for; `limit` bounds the names.
+    /// A stream without subscriptions. `wildcard_names` are the names that a wildcard stands for. `limit` is the maximum number of names.
     pub fn new(variant: Variant, wildcard_names: [Box<str>; 2], limit: usize) -> Self {
         Self { variant, wildcard_names, limit, started: false, watches: Vec::new(), last_nonce: 0, outstanding: VecDeque::new() }
     }
 
-    /// What is watched, in the order of subscription.
+    /// The watched names, in the order of subscription.
     pub fn watches(&self) -> &[Watch] {
         &self.watches
     }
 
-    /// Takes a request.
+    /// Applies a request.
+    ///
+    /// # Errors
+    ///
+    /// A [`Violation`] if the request is for another resource type, or has more names than the limit. The stream must end.
     pub fn request(&mut self, request: Request) -> Result<Received, Violation> {
         if !request.type_url.is_empty() && request.type_url != TYPE_URL {
             return Err(Violation::TypeUrl(request.type_url));
         }
         let first = !std::mem::replace(&mut self.started, true);
-        // A nonce in a stream's first request is of another stream: it answers nothing, and its names count.
+        // A nonce in the first request is from another stream. It acknowledges nothing, and the names are applied.
         let received = if first { Received::Subscription } else { self.answer(&request.nonce, request.error) };
         if received == Received::Stale && self.variant == Variant::Sotw {
             return Ok(received);
@@ -177,14 +186,14 @@ impl StreamState {
         Ok(received)
     }
 
-    /// Which response a request answers, and how.
+    /// Finds the response that the request answers, and whether the client accepted it.
     fn answer(&mut self, nonce: &str, error: Option<String>) -> Received {
         if nonce.is_empty() {
             return Received::Subscription;
         }
         let Some(index) = nonce.parse().ok().and_then(|n: u64| self.outstanding.iter().position(|due| due.nonce == n)) else {
             return match nonce.parse::<u64>() {
-                // Already answered, and the latest: another word about the names, as clients do when they add one.
+                // The latest response is already answered: the request only changes the names.
                 Ok(n) if n == self.last_nonce && self.last_nonce > 0 && error.is_none() => Received::Subscription,
                 _ => Received::Stale,
             };
@@ -199,7 +208,7 @@ impl StreamState {
         }
         let Some(error) = error else { return Received::Ack(due.nonce) };
         for (name, version) in due.names {
-            // A late word about an older response does not forgive the newer version that was rejected since.
+            // A late NACK of an older response does not replace the rejection of a newer version.
             if let Some(watch) =
                 self.watches.iter_mut().find(|w| w.name == name && (w.rejected.is_none() || w.sent.as_ref() == Some(&version)))
             {
@@ -217,7 +226,7 @@ impl StreamState {
             if next.iter().any(|w| w.name == name) {
                 continue;
             }
-            // Before the next one: every name is compared with those before it, and a message has room for a hundred thousand.
+            // Checked before each name: a message has room for 100,000 names, and each is compared with all before it.
             if next.len() >= self.limit {
                 return Err(Violation::TooManyNames(self.limit));
             }
@@ -242,7 +251,7 @@ impl StreamState {
         for name in self.expand(subscribe) {
             let full = self.watches.len() >= self.limit;
             match self.watches.iter_mut().find(|w| w.name == name) {
-                // Delta: subscribing again asks for the resource again (a client that has lost it does so).
+                // Delta: a repeated subscription requests the resource again, for a client that has dropped it.
                 Some(watch) => (watch.sent, watch.client_reported) = (None, None),
                 None if full => return Err(Violation::TooManyNames(self.limit)),
                 None => {
@@ -262,9 +271,10 @@ impl StreamState {
         out
     }
 
-    /// The response that is due, given the version that each name has now (none: not available). Asking records it as sent.
+    /// Returns the response that is due, if any, and records it as sent. `version` returns the current version of a name, or `None` if the
+    /// resource is not available.
     ///
-    /// SotW answers every watched name that has an answer as soon as one of them is news; delta answers the news only.
+    /// As soon as one watched name has a new version, SotW sends all available names; delta sends only the new versions.
     pub fn due(&mut self, version: impl Fn(&str) -> Option<String>) -> Option<Due> {
         let mut any = false;
         let mut names = Vec::new();
@@ -293,7 +303,7 @@ impl StreamState {
         Some(Due { nonce: self.last_nonce, names })
     }
 
-    /// Whether everything that is watched and can be answered has been sent: a client that has stopped asking is done then.
+    /// Whether every watched name that can be answered has been sent. A stream whose client has ended its requests is then complete.
     pub fn is_settled(&self, answerable: impl Fn(&str) -> bool, version: impl Fn(&str) -> Option<String>) -> bool {
         self.watches.iter().filter(|w| answerable(&w.name)).all(|w| version(&w.name).is_some_and(|v| !w.wants(&v)))
     }

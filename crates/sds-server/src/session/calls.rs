@@ -1,4 +1,4 @@
-//! The calls of one connection: how many are in progress, since when there are none, and how many were refused.
+//! The calls of one connection: calls in progress, the idle time, and refused calls.
 
 use std::sync::{
     Arc,
@@ -12,10 +12,11 @@ use tokio_util::sync::CancellationToken;
 use super::quotas::{CallSlot, ConnectionSlot, Exceeded};
 use crate::attest::origin::Origin;
 
-/// Calls that are refused in a row on one connection before it is closed: who goes on is made to come back, and that has a rate.
+/// Refused calls in a row after which a connection is closed. The client then has to connect again, and the rate of new connections is
+/// limited.
 pub const MAX_REFUSED_STREAMS: usize = 32;
 
-/// The calls of one connection, and its slot.
+/// The calls of one connection, and its quota slot.
 #[derive(Debug)]
 pub(super) struct Calls {
     slot: ConnectionSlot,
@@ -25,18 +26,18 @@ pub(super) struct Calls {
 }
 
 impl Calls {
-    /// None, on the connection with this slot.
+    /// No calls yet, on the connection with this slot.
     pub(super) fn new(slot: ConnectionSlot) -> Self {
         let in_progress = Mutex::new((0, Instant::now()));
         Self { slot, in_progress, refused: AtomicUsize::new(0), too_many: CancellationToken::new() }
     }
 
-    /// Whose they are.
+    /// The origin of the connection.
     pub(super) fn origin(&self) -> &Origin {
         self.slot.origin()
     }
 
-    /// Begins one, where there is a slot for it.
+    /// Begins a call, if the quota has a slot for it.
     pub(super) fn begin(self: &Arc<Self>) -> Result<Call, Exceeded> {
         let slot = self.slot.call().inspect_err(|_| {
             if self.refused.fetch_add(1, Ordering::Relaxed) + 1 >= MAX_REFUSED_STREAMS {
@@ -48,12 +49,12 @@ impl Calls {
         Ok(Call { calls: self.clone(), _slot: slot })
     }
 
-    /// Returns when too many calls have been refused.
+    /// Returns when [`MAX_REFUSED_STREAMS`] calls in a row have been refused.
     pub(super) async fn too_many_refused(&self) {
         self.too_many.cancelled().await;
     }
 
-    /// Since when there has been none; nothing while there is one.
+    /// The time since which no call is in progress. `None` during a call.
     pub(super) fn idle_since(&self) -> Option<Instant> {
         let (calls, since) = *self.in_progress();
         (calls == 0).then_some(since)
@@ -64,7 +65,7 @@ impl Calls {
     }
 }
 
-/// A call in progress, until its response has been sent or dropped.
+/// A call in progress. It ends when its response has been sent or dropped.
 #[derive(Debug)]
 pub(super) struct Call {
     calls: Arc<Calls>,

@@ -1,4 +1,4 @@
-//! What the sockets count.
+//! Metrics of the sockets.
 
 use agent_runtime::metrics::every;
 use prometheus_client::{
@@ -9,7 +9,7 @@ use prometheus_client::{
 
 use crate::sds::metrics::{Api, ApiLabel};
 
-/// Why a connection was not taken, or was dropped.
+/// The reason for rejecting or dropping a connection, as a metric label.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
 #[allow(non_camel_case_types, reason = "the names are the label's values")]
 pub enum Rejection {
@@ -19,13 +19,13 @@ pub enum Rejection {
     pod_connection_limit,
     /// `limits.newConnectionsPerSecondPerPod`
     pod_connection_rate,
-    /// It went on opening streams that were refused.
+    /// The client kept opening streams that were refused.
     refused_streams,
-    /// The kernel gave no credentials.
+    /// The kernel returned no peer credentials.
     no_credentials,
-    /// `accept` failed: mostly for want of file descriptors.
+    /// `accept` failed, most often because the process has no free file descriptor.
     accept_error,
-    /// It connected and said nothing.
+    /// The client connected and sent nothing.
     silent,
 }
 
@@ -33,7 +33,7 @@ const REJECTIONS: [Rejection; 7] = every!(
     Rejection: connection_limit, pod_connection_limit, pod_connection_rate, refused_streams, no_credentials, accept_error, silent
 );
 
-/// Why a stream was refused.
+/// The reason for refusing a stream, as a metric label.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
 #[allow(non_camel_case_types, reason = "the names are the label's values")]
 pub enum Refusal {
@@ -53,7 +53,7 @@ struct ReasonLabel {
     reason: Rejection,
 }
 
-/// The sockets' metrics.
+/// Metrics of the sockets.
 #[derive(Debug, Clone, Default)]
 pub struct Metrics {
     open: Gauge,
@@ -63,15 +63,15 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    /// Registers the module's metrics.
+    /// Registers the metrics of this module.
     pub fn register(registry: &mut Registry) -> Self {
         let (open, accepted) = (Family::<ApiLabel, Gauge>::default(), Family::<ApiLabel, Counter>::default());
         let (rejected, refused) = (Family::<ReasonLabel, Counter>::default(), Family::<RefusalLabel, Counter>::default());
         registry.register("connections", "Open connections", open.clone());
         registry.register("connections_accepted", "Connections accepted", accepted.clone());
-        registry.register("connections_rejected", "Connections that were not taken, or dropped", rejected.clone());
-        registry.register("streams_rejected", "Streams and other calls that were refused for want of a place", refused.clone());
-        // From zero on, or the first one would be no increase.
+        registry.register("connections_rejected", "Connections that were rejected or dropped", rejected.clone());
+        registry.register("streams_rejected", "Streams and unary calls that were refused because a limit was reached", refused.clone());
+        // Starts at zero: otherwise the first count would not be an increase for Prometheus.
         for reason in REJECTIONS {
             drop(rejected.get_or_create(&ReasonLabel { reason }));
         }
@@ -82,7 +82,7 @@ impl Metrics {
         Self { open: open.get_or_create(&label).clone(), accepted: accepted.get_or_create(&label).clone(), rejected, refused }
     }
 
-    /// Registers and shows them all, for the reference: registering makes every series.
+    /// Registers the metrics, for the metrics reference. Registering makes every series.
     #[cfg(any(test, feature = "testing"))]
     pub fn sample(registry: &mut Registry) {
         Self::register(registry);
@@ -97,18 +97,18 @@ impl Metrics {
     }
 
     #[cfg(any(test, feature = "testing"))]
-    /// How many were refused for this reason.
+    /// Streams that were refused for this reason.
     pub fn refusals(&self, reason: Refusal) -> u64 {
         self.refused.get_or_create(&RefusalLabel { reason }).get()
     }
 
     #[cfg(any(test, feature = "testing"))]
-    /// How many were closed for this reason.
+    /// Connections that were rejected or dropped for this reason.
     pub fn rejections(&self, reason: Rejection) -> u64 {
         self.rejected.get_or_create(&ReasonLabel { reason }).get()
     }
 
-    /// Counts a connection as open until the answer is dropped.
+    /// Counts a connection as open until the returned guard is dropped.
     pub(super) fn connected(&self) -> Open {
         self.accepted.inc();
         self.open.inc();

@@ -1,8 +1,9 @@
-//! Finds out whose a new connection is, quickly: the accept loop turns a flood away only as fast as it can tell who floods.
+//! Finds the origin of a new connection. It has to be fast: the accept loop rejects a flood only as fast as it finds the origin of each
+//! connection.
 //!
-//! A process that connects again and again is recognised by its handle, without another look at `/proc`. What has to be read is read
-//! off the threads that serve, a few at a time; the accept loop waits while there are as many, so that a flood of short-lived processes
-//! is held up in the kernel's queue and not in memory.
+//! A process that connects repeatedly is recognised by its handle, without another read of `/proc`. Reads of `/proc` run on blocking
+//! threads, at most 8 at once. The accept loop waits while all 8 are in use, so that the connections of many short-lived processes wait in
+//! the queue of the kernel and not in memory.
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
@@ -15,14 +16,14 @@ use unix_peer::peer::Peer;
 
 use crate::attest::origin::{Origin, Origins};
 
-/// Reads at once. They share a lock in the kernel: more would only wait.
+/// Concurrent reads of `/proc`. They share a kernel lock, so that more reads would only wait.
 const MAX_CONCURRENT_READS: usize = 8;
-/// How long a process is believed to be where it was: an older kernel's handles do not tell a pid's owners apart.
+/// The time for which an origin is cached. Handle numbers of older kernels do not distinguish the successive owners of a pid.
 const MAX_AGE: Duration = Duration::from_secs(1);
-/// Processes that are remembered. When there are more, all are forgotten: the next look is cheap.
+/// Cached processes. A full cache is cleared, because a new read is cheap.
 const MAX_PROCESSES: usize = 1024;
 
-/// Tells the connections of one socket apart. Clones share what they know.
+/// Finds and caches the origins of the connections of one socket. Clones share the cache.
 #[derive(Debug, Clone)]
 pub(super) struct OriginCache {
     origins: Origins,
@@ -30,7 +31,7 @@ pub(super) struct OriginCache {
     seen: Arc<Mutex<HashMap<Process, (Origin, Instant)>>>,
 }
 
-/// A pid, and the number of its handle, which newer kernels never give twice.
+/// A pid and the number of its handle. Newer kernels never reuse the number.
 type Process = (i32, u64);
 
 impl OriginCache {
@@ -38,7 +39,7 @@ impl OriginCache {
         Self { origins, reads: Arc::new(Semaphore::new(MAX_CONCURRENT_READS)), seen: Arc::default() }
     }
 
-    /// The origin of `peer`, where it is known without a look.
+    /// The origin of `peer`, if it is known without a read.
     pub(super) fn cached(&self, peer: &Peer) -> Option<Origin> {
         self.origins.at_once(peer).or_else(|| {
             let seen = self.seen();
@@ -47,20 +48,21 @@ impl OriginCache {
         })
     }
 
-    /// Waits for the turn to look.
+    /// Waits for a permit to read an origin.
     pub(super) async fn read_permit(&self) -> OwnedSemaphorePermit {
         match self.reads.clone().acquire_owned().await {
             Ok(read_permit) => read_permit,
-            // Nobody closes it.
+            // The semaphore is never closed.
             Err(_) => std::future::pending().await,
         }
     }
 
-    /// Looks where `peer` belongs. None when the agent is ending.
+    /// Reads and caches the origin of `peer`. `None` if the runtime is shutting down.
     pub(super) async fn resolve(&self, peer: &Peer, _permit: OwnedSemaphorePermit) -> Option<Origin> {
         let (origins, pid, uid) = (self.origins.clone(), peer.pid, peer.uid);
         let origin = tokio::task::spawn_blocking(move || origins.read(pid, uid)).await.ok()?;
-        // Only of one that lives: then what was read is about it, and about no later owner of its pid, who is not to pay for it.
+        // Cached only while the process lives. Otherwise the read may be about a later owner of the pid, which must not use up that owner's
+        // quota.
         if !peer.is_alive() {
             return Some(Origin::User(uid));
         }
@@ -94,7 +96,7 @@ mod tests {
 
     const UID: &str = "2b1fb2f4-4b5a-4b9a-9a4e-0c5a1b2c3d4e";
 
-    /// A process is in the pod for as long as there is its file below this folder.
+    /// A process is in the pod while a file for it exists in this directory.
     #[derive(Debug)]
     struct Files(PathBuf);
 
@@ -118,7 +120,7 @@ mod tests {
         pause();
         assert_eq!(origin_cache.resolve(&peer, origin_cache.read_permit().await).await, pod);
         fs::remove_file(file).unwrap();
-        assert_eq!(origin_cache.clone().cached(&Peer::of(&ours).unwrap()), pod, "of another connection of the same process");
+        assert_eq!(origin_cache.clone().cached(&Peer::of(&ours).unwrap()), pod, "another connection of the same process is recognised");
         advance(MAX_AGE).await;
         assert_eq!(origin_cache.cached(&peer), None);
         assert_eq!(origin_cache.resolve(&peer, origin_cache.read_permit().await).await, Some(Origin::User(peer.uid)));
@@ -128,7 +130,7 @@ mod tests {
     async fn who_has_a_recycled_pid_does_not_pay_for_its_former_owner() {
         let (ours, _theirs) = UnixStream::pair().unwrap();
         let proc = tempfile::tempdir().unwrap();
-        // Of a process that has ended; its number is another's by now.
+        // The process has ended, and another process has its pid.
         let peer = Peer::recorded(&ours, proc.path()).unwrap();
         let file = proc.path().join(peer.pid.to_string()).join("cgroup");
         fs::create_dir(file.parent().unwrap()).unwrap();

@@ -1,9 +1,9 @@
-//! Who may take how much: connections and calls of one caller and in all, and how often a caller may connect.
+//! Quotas: connections and calls of one caller and of all callers, and the rate of new connections of one caller.
 //!
-//! A caller is an [`Origin`]: a pod, before anybody has attested it. One [`Quotas`] counts for all sockets. An eighth of what there is in
-//! all is kept for callers that hold next to nothing, so that however many pods flood, another one still finds a place. What is known of
-//! a caller is forgotten with its last connection, once its rate has recovered. The decisions are functions of the time that they are
-//! given; only the counting of calls is without a lock.
+//! A caller is an [`Origin`], before attestation. All sockets share one [`Quotas`]. An eighth of all connections and streams is reserved
+//! for callers that hold fewer than 4 of them. A new caller is then admitted even while others use all that is not reserved. The account of
+//! a caller is removed after its last connection, when its rate limit has recovered. Decisions take the current time as an argument. Calls
+//! are counted without a lock.
 
 use std::{
     collections::HashMap,
@@ -21,14 +21,14 @@ use tokio::time::Instant;
 use super::metrics::{Refusal, Rejection};
 use crate::{attest::origin::Origin, limits::Limits};
 
-/// Who holds fewer is served from the reserve. An Envoy has one connection, and a stream for each secret.
+/// Callers that hold fewer than this may use the reserve. An Envoy has one connection, and a stream for each secret.
 const RESERVE_ELIGIBLE_BELOW: usize = 4;
-/// The reserve is so large a part of all.
+/// The reserve is the total divided by this.
 const RESERVE_DIVISOR: usize = 8;
-/// Between two looks for what can be forgotten.
+/// The interval between two searches for accounts to remove.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
 
-/// The quotas of an agent. Clones share the counts.
+/// The quotas of a process. Clones share the counts.
 #[derive(Debug, Clone)]
 pub struct Quotas(Arc<Shared>);
 
@@ -37,12 +37,12 @@ struct Shared {
     connections: Capacity,
     streams: Capacity,
     rate: Rate,
-    /// Calls of everybody.
+    /// Calls of all callers.
     calls: AtomicUsize,
     counts: Mutex<Counts>,
 }
 
-/// How much there is of something.
+/// The limits of one kind: connections or calls.
 #[derive(Debug, Clone, Copy)]
 struct Capacity {
     all: usize,
@@ -63,19 +63,19 @@ struct Account {
     calls: Arc<AtomicUsize>,
 }
 
-/// Why there is nothing left.
+/// The limit that a caller has reached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Exceeded {
-    /// This caller has its share.
+    /// The limit of this caller.
     Own,
-    /// Others have all that is not kept for callers with little.
+    /// The limit of all callers. For a caller that may not use the reserve, this is the limit without the reserve.
     All,
-    /// This caller connects too often.
+    /// The rate of new connections of this caller.
     Rate,
 }
 
 impl Exceeded {
-    /// What it is called where it was about a connection: in metrics, and in the configuration.
+    /// Returns the metric label and the configuration field of the limit, for a connection.
     pub fn of_connections(self) -> (Rejection, &'static str) {
         match self {
             Self::Own => (Rejection::pod_connection_limit, "limits.connectionsPerPod"),
@@ -84,7 +84,7 @@ impl Exceeded {
         }
     }
 
-    /// The same about a stream, which has no rate.
+    /// Returns the metric label and the configuration field of the limit, for a stream. Streams have no rate limit.
     pub fn of_streams(self) -> (Refusal, &'static str) {
         match self {
             Self::Own | Self::Rate => (Refusal::pod_stream_limit, "limits.streamsPerPod"),
@@ -94,12 +94,12 @@ impl Exceeded {
 }
 
 impl Capacity {
-    /// One caller never has all of it, whatever it is allowed.
+    /// The limit of one caller is at most the total without the reserve.
     fn of(all: usize, of_one: usize) -> Self {
         Self { all, of_one: of_one.min(all - all / RESERVE_DIVISOR).max(1) }
     }
 
-    /// Whether a caller that holds `own` of the `taken` may have one more.
+    /// Checks whether a caller that holds `own` of the `taken` slots may have one more.
     fn admit_one(self, own: usize, taken: usize) -> Result<(), Exceeded> {
         if own >= self.of_one {
             return Err(Exceeded::Own);
@@ -110,7 +110,7 @@ impl Capacity {
 }
 
 impl Quotas {
-    /// Fresh counts.
+    /// Quotas without connections and calls.
     pub fn new(limits: &Limits) -> Self {
         Self(Arc::new(Shared {
             connections: Capacity::of(limits.connections, limits.connections_per_pod),
@@ -121,12 +121,16 @@ impl Quotas {
         }))
     }
 
-    /// Whether there is no place for anybody: the answer that costs least.
+    /// Whether all connections are in use. The cheapest check, for floods.
     pub fn are_exhausted(&self) -> bool {
         self.counts().connections >= self.0.connections.all
     }
 
-    /// Takes a place for a connection from `origin`. A caller that is refused pays nothing for having asked.
+    /// Takes a slot for a connection from `origin` at `now`. A refused attempt does not count against the rate.
+    ///
+    /// # Errors
+    ///
+    /// The limit that the caller has reached.
     pub fn admit(&self, origin: &Origin, now: Instant) -> Result<ConnectionSlot, Exceeded> {
         let rate = self.0.rate;
         let mut counts = self.counts();
@@ -134,7 +138,7 @@ impl Quotas {
         let taken = counts.connections;
         let account = match counts.accounts.get_mut(origin) {
             Some(account) => account,
-            // Nobody is remembered for having been refused by a full house.
+            // A caller that is refused because all connections are in use gets no account.
             None => {
                 self.0.connections.admit_one(0, taken)?;
                 counts.accounts.entry(origin.clone()).or_insert_with(|| Account::new(now))
@@ -153,7 +157,7 @@ impl Quotas {
         self.0.counts.lock()
     }
 
-    /// How many callers are remembered.
+    /// The number of callers that have an account.
     #[cfg(any(test, feature = "testing"))]
     pub fn remembered(&self) -> usize {
         self.counts().accounts.len()
@@ -179,7 +183,7 @@ impl Account {
     }
 }
 
-/// A connection's place. Dropping it frees it.
+/// The slot of a connection. Dropping it releases the slot.
 #[derive(Debug)]
 pub struct ConnectionSlot {
     quotas: Quotas,
@@ -188,15 +192,19 @@ pub struct ConnectionSlot {
 }
 
 impl ConnectionSlot {
-    /// Whose it is.
+    /// The origin of the connection.
     pub fn origin(&self) -> &Origin {
         &self.origin
     }
 
-    /// Takes a place for a call on this connection.
+    /// Takes a slot for a call on this connection.
+    ///
+    /// # Errors
+    ///
+    /// The limit that the caller has reached.
     pub fn call(&self) -> Result<CallSlot, Exceeded> {
         let shared = &self.quotas.0;
-        // Counted first and looked at afterwards: two that come at once never both take the last.
+        // Counts first and checks afterwards, so that two concurrent calls never both take the last slot.
         let own = self.calls.fetch_add(1, Ordering::Relaxed);
         let slot = CallSlot { quotas: self.quotas.clone(), calls: self.calls.clone() };
         let taken = shared.calls.fetch_add(1, Ordering::Relaxed);
@@ -218,7 +226,7 @@ impl Drop for ConnectionSlot {
     }
 }
 
-/// A call's place. Dropping it frees it.
+/// The slot of a call. Dropping it releases the slot.
 #[derive(Debug)]
 pub struct CallSlot {
     quotas: Quotas,

@@ -1,4 +1,4 @@
-//! What a socket serves, by the service's name in the request's path: SDS by framing of our own, health and reflection by tonic.
+//! The gRPC services of a socket, by service name. SDS uses the framing of [`grpc`]; health and reflection use tonic.
 
 use std::{fmt, sync::Arc};
 
@@ -20,7 +20,7 @@ use crate::{
     sds,
 };
 
-/// Every service of a socket.
+/// All services of a socket.
 #[derive(Clone)]
 pub struct Services {
     sds: Arc<sds::service::Service>,
@@ -35,7 +35,11 @@ impl fmt::Debug for Services {
 }
 
 impl Services {
-    /// SDS with health and reflection (v1 and v1alpha) beside it. Fails only if the descriptors that were built in are broken.
+    /// SDS, health and reflection (v1 and v1alpha).
+    ///
+    /// # Errors
+    ///
+    /// If the built-in descriptors for reflection cannot be decoded.
     pub async fn new(sds: Arc<sds::service::Service>) -> Result<Self, tonic_reflection::server::Error> {
         let reflection = || {
             tonic_reflection::server::Builder::configure()
@@ -51,14 +55,14 @@ impl Services {
         Ok(Self { sds, others: Arc::new(others), health })
     }
 
-    /// Tells health checks that the agent is about to go.
+    /// Sets the health status of all services to NOT_SERVING, before shutdown.
     pub async fn leaving(&self) {
         for name in ["", sds::service::SERVICE] {
             self.health.set_service_status(name, ServingStatus::NotServing).await;
         }
     }
 
-    /// Answers one call. Boxed: a connection keeps as much room for each open stream as the largest of all calls' futures needs.
+    /// Serves one call. The future is boxed: otherwise each open stream would reserve memory for the largest future of all calls.
     pub fn call(&self, connection: &Arc<Connection>, request: Request<Incoming>) -> BoxFuture<'static, Response<Body>> {
         let sds = self.sds.clone();
         if let Some(other) = self.others.find(&request) {

@@ -1,8 +1,10 @@
-//! Revocation lists (RFC 5280, section 5) that go with the roots of a bundle.
+//! Certificate revocation lists (CRLs; RFC 5280, section 5) that are served with the roots of a bundle.
 //!
-//! A client that is given lists refuses every peer with an authority in its chain whose list is missing, has ended, or is not signed by
-//! it. So lists are served all or none: [`fit`] lets them through only where each authority that is known has its own. What it cannot see
-//! is the future: a list that ends is still served, as its authority has said, and `crl_next_update_timestamp_seconds` tells in time.
+//! A client that gets lists rejects a peer if the list of any authority in its chain is missing, expired, or not signed by the authority.
+//! Envoy documents this for the field `crl` of its `CertificateValidationContext` (envoyproxy/envoy#12784). Therefore [`fit`] returns lists
+//! only if each known authority has one.
+//!
+//! An expired list is still served. The metric `crl_next_update_timestamp_seconds` shows the expiry in advance.
 
 use std::time::SystemTime;
 
@@ -14,17 +16,17 @@ use x509_parser::{
 
 use crate::material::{BrokenPem, Error, MAX_CERTIFICATES, fault_of};
 
-/// One authority's list.
+/// The revocation list of one authority.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RevocationList {
     der: Vec<u8>,
-    /// The authority's name, in DER.
+    /// The name of the authority, in DER.
     issuer: Vec<u8>,
-    /// When it was made.
+    /// The issue time (`thisUpdate`).
     pub this_update: SystemTime,
-    /// When it ends; none for one that does not say.
+    /// The expiry (`nextUpdate`). `None` if the list has no such field.
     pub next_update: Option<SystemTime>,
-    /// How many certificates are on it.
+    /// The number of revoked certificates.
     pub revoked: usize,
 }
 
@@ -35,7 +37,8 @@ impl RevocationList {
         if !rest.is_empty() {
             return Err(broken(format!("{} bytes follow it", rest.len())));
         }
-        // A part of a list, or changes to one, are not what they look like to who does not know the extension.
+        // A delta CRL, or a CRL with a limited scope, has a critical extension (RFC 5280, section 5.2). A client that does not know the
+        // extension would misread the list.
         if let Some(extension) = list.extensions().iter().find(|extension| extension.critical) {
             let oid = text::excerpt(&extension.oid.to_string(), text::MAX_NAME_CHARS);
             return Err(broken(format!("it has the critical extension {oid}; only complete lists can be served")));
@@ -49,12 +52,12 @@ impl RevocationList {
         })
     }
 
-    /// The list.
+    /// The list in DER.
     pub fn der(&self) -> &[u8] {
         &self.der
     }
 
-    /// Whether a client finds that it is the authority's: by its signature, and by the name of the key where both tell it.
+    /// Whether a client assigns the list to `authority`: by the signature, and by the key identifiers if both have one.
     fn is_of(&self, authority: &X509Certificate<'_>) -> bool {
         let Ok((_, list)) = CertificateRevocationList::from_der(&self.der) else { return false };
         let told = list.extensions().iter().find_map(|extension| match extension.parsed_extension() {
@@ -69,7 +72,11 @@ impl RevocationList {
     }
 }
 
-/// Reads the lists in PEM; there may be none, beside certificates.
+/// Reads the revocation lists of a PEM input. The result may be empty; certificates in the input are ignored.
+///
+/// # Errors
+///
+/// If the PEM is invalid or has more than [`MAX_CERTIFICATES`] lists, a list is not valid DER, or a list has a critical extension.
 pub fn from_pem(pem: &[u8]) -> Result<Vec<RevocationList>, Error> {
     let mut lists: Vec<RevocationList> = Vec::new();
     let mut blocks = CertificateRevocationListDer::pem_slice_iter(pem);
@@ -88,8 +95,12 @@ pub fn from_pem(pem: &[u8]) -> Result<Vec<RevocationList>, Error> {
     Ok(lists)
 }
 
-/// The lists to serve with these authorities, which are certificates that were parsed before: the newest of each, and those of authorities
-/// that nobody has met. An error says, for people, why none can be.
+/// Returns the lists to serve with `authorities`, which must be valid certificates: the newest list of each, and all lists of other
+/// authorities.
+///
+/// # Errors
+///
+/// The reason why no list can be served, as a text for the operator: an authority has no list that it has signed, or must not sign lists.
 pub fn fit<'a>(
     authorities: impl Iterator<Item = &'a CertificateDer<'static>>,
     lists: &[RevocationList],
@@ -111,7 +122,7 @@ pub fn fit<'a>(
             Some(list) if fitting.contains(list) => {}
             Some(list) => fitting.push(list.clone()),
             None if own().next().is_some() => {
-                return Err(format!("the revocation list of {name} is not signed by its key, or names another one"));
+                return Err(format!("the revocation list of {name} is not signed by its key, or names another key"));
             }
             None => return Err(format!("there is no revocation list of {name}")),
         }
@@ -156,10 +167,10 @@ mod tests {
         assert_eq!(fit(&lists(&[a.list(0, 0), b.list(1, 0)])), Ok(2));
         assert_eq!(fit(&lists(&[a.list(0, 0)])), Err("there is no revocation list of CN=b".to_owned()));
         let forged = lists(&[other_a.list(0, 0), b.list(1, 0)]);
-        assert_eq!(fit(&forged), Err("the revocation list of CN=a is not signed by its key, or names another one".to_owned()));
+        assert_eq!(fit(&forged), Err("the revocation list of CN=a is not signed by its key, or names another key".to_owned()));
         let misnamed = lists(&[a.list_naming(KeyIdMethod::PreSpecified(vec![1; 20]), 0, 0), b.list(1, 0)]);
-        assert_eq!(fit(&misnamed), fit(&forged), "Envoy does not find it");
-        // Of an authority below the roots.
+        assert_eq!(fit(&misnamed), fit(&forged), "Envoy does not find the list");
+        // A list of an intermediate authority.
         assert_eq!(fit(&lists(&[a.list(0, 0), b.list(1, 0), Authority::new("c").list(0, 0)])), Ok(3));
     }
 

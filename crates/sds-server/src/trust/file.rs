@@ -1,4 +1,5 @@
-//! A PEM file as a source of a trust bundle, read again when it changes. The caller runs [`FileSource::run`] inside a runtime with I/O.
+//! A PEM file as a source of a trust bundle; it is read again when it changes. The caller runs [`FileSource::run`] in a tokio runtime with
+//! I/O.
 
 use std::path::{Path, PathBuf};
 
@@ -15,21 +16,25 @@ pub struct FileSource {
 }
 
 impl FileSource {
-    /// The name for [`Trust::source`](crate::trust::Trust::source).
+    /// The name of the source for [`Trust::source`](crate::trust::Trust::source).
     pub fn source_name(path: &Path) -> String {
         format!("file {}", path.display())
     }
 
-    /// The file at `path`, offered to `source`.
+    /// Follows the file at `path` and offers its content to `source`.
     pub fn new(path: PathBuf, source: Source) -> Self {
         Self { file: Followed::new(path, MAX_PEM_BYTES), source }
     }
 
-    /// Reads the file, and again at each change until `shutdown`.
+    /// Reads the file now and after each change, until `shutdown` is cancelled.
+    ///
+    /// # Cancel safety
+    ///
+    /// If the future is dropped, the file is no longer followed. The last good bundle stays in use.
     pub async fn run(self, shutdown: CancellationToken) {
         let Self { file, source } = self;
         let follow = file.run(|content| match content {
-            // A refusal is counted and logged there.
+            // `offer` logs and counts a refusal.
             Ok(pem) => drop(source.offer(pem)),
             Err(error) => source.missing(format_args!("cannot read the file: {error}")),
         });
@@ -95,7 +100,7 @@ mod tests {
         fs::write(&path, &second).unwrap();
         assert!(same(&world.next().await, &second));
 
-        // Neither garbage nor a missing file takes a good bundle away; a file renamed into its place is read.
+        // Neither invalid content nor a missing file removes a good bundle. A file that is renamed to the path is read.
         fs::write(&path, "garbage").unwrap();
         fs::remove_file(&path).unwrap();
         let beside = directory.path().join("new");

@@ -1,8 +1,8 @@
-//! A process by number, for kernels that give no handle on a peer: taken a moment after the connection, not with it.
+//! A handle on a process by its pid, for kernels without `SO_PEERPIDFD`. It is taken shortly after the connection.
 //!
-//! The directory of `/proc/<pid>` is opened once and everything is read through it: whatever later becomes of the number, it leads to
-//! this process or nowhere. What nobody can tell is whether the number had been recycled before; the user and the group at least must be
-//! those of the credentials.
+//! `/proc/<pid>` is opened once, and every file is read relative to that descriptor. If the pid is reused later, reads fail, and never
+//! return data of the new process. A reuse of the pid before the directory was opened cannot be detected; the effective user and group
+//! have to be those of the credentials.
 
 use std::{
     fs::File,
@@ -17,10 +17,10 @@ use rustix::{
     process::{Pid, PidfdFlags, pidfd_open},
 };
 
-/// Files of `/proc` that describe one process are shorter.
+/// Maximum number of bytes that are read of a file in `/proc/<pid>`.
 const MAX_BYTES: u64 = 16 << 10;
 
-/// A process, and when it started.
+/// The directory of a process in `/proc`, and the start time of the process.
 #[derive(Debug)]
 pub struct ProcfsHandle {
     directory: OwnedFd,
@@ -28,7 +28,12 @@ pub struct ProcfsHandle {
 }
 
 impl ProcfsHandle {
-    /// Of the process that has the number now; `NotFound` where it is none, or another user's. `proc` is where procfs is mounted.
+    /// Records the process that has `pid` now. `proc` is the mount point of procfs.
+    ///
+    /// # Errors
+    ///
+    /// `NotFound` if no process has the pid, the process is a zombie, or its effective user or group is not `uid` or `gid`. Other errors
+    /// if procfs cannot be read.
     pub fn take(proc: &Path, pid: i32, uid: u32, gid: u32) -> io::Result<Self> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let directory = openat(CWD, proc.join(pid.to_string()), flags, Mode::empty())?;
@@ -37,30 +42,30 @@ impl ProcfsHandle {
         if effective_ids(&status) == Some((uid, gid)) { Ok(Self { directory, started }) } else { Err(io::ErrorKind::NotFound.into()) }
     }
 
-    /// Its directory in `/proc`.
+    /// Returns the directory of the process in `/proc`.
     pub fn directory(&self) -> &OwnedFd {
         &self.directory
     }
 
-    /// Whether it runs, and is the one that was recorded.
+    /// Returns whether the recorded process still runs.
     pub fn is_alive(&self) -> bool {
         read(&self.directory, "stat").and_then(|stat| started(&stat)).is_ok_and(|started| started == self.started)
     }
 
-    /// A handle that tells of its end, where the kernel knows such (Linux 5.3).
+    /// Returns a pidfd of the recorded process, if the kernel supports `pidfd_open` (Linux 5.3) and the process still runs.
     pub fn pidfd(&self, pid: i32) -> Option<OwnedFd> {
         let handle = open(pid).ok()?;
-        // Had the number been recycled by now, the recorded process would have ended.
+        // If the pid has been reused, the recorded process has ended.
         self.is_alive().then_some(handle)
     }
 }
 
-/// The kernel's handle on the process that has this id now.
+/// Returns a pidfd of the process that has this pid now.
 pub(super) fn open(pid: i32) -> io::Result<OwnedFd> {
     Ok(pidfd_open(Pid::from_raw(pid).ok_or(Errno::SRCH)?, PidfdFlags::empty())?)
 }
 
-/// The effective user and group in `/proc/<pid>/status`: the second of four, which credentials have too.
+/// Returns the effective user and group IDs in `/proc/<pid>/status`, the second of four numbers. `SO_PEERCRED` has effective IDs too.
 pub(super) fn effective_ids(status: &str) -> Option<(u32, u32)> {
     let id = |field: &str| status.lines().find_map(|line| line.strip_prefix(field)?.split_whitespace().nth(1)?.parse::<u32>().ok());
     Some((id("Uid:")?, id("Gid:")?))
@@ -73,9 +78,9 @@ fn read(directory: &OwnedFd, name: &str) -> io::Result<String> {
     Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
-/// The start time in `/proc/<pid>/stat`, in clock ticks since the machine's; `NotFound` for a process that has ended and waits to be reaped.
+/// Returns the start time in `/proc/<pid>/stat`, in clock ticks since boot. `NotFound` for a zombie.
 fn started(stat: &str) -> io::Result<u64> {
-    // The second field is the program's name, in brackets, and may hold anything.
+    // The second field is the program's name in parentheses, which may contain any character.
     let fields: Vec<&str> = stat.rsplit_once(')').map_or(Vec::new(), |(_, rest)| rest.split_whitespace().collect());
     match (fields.first(), fields.get(19).and_then(|ticks| ticks.parse().ok())) {
         (Some(&("Z" | "X" | "x")), _) => Err(io::ErrorKind::NotFound.into()),
@@ -109,7 +114,7 @@ mod tests {
         let pidfd = procfs_handle.pidfd(pid).unwrap();
         child.kill().unwrap();
         poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], None).unwrap();
-        assert!(!procfs_handle.is_alive(), "it has ended, and nobody has asked for its status yet");
+        assert!(!procfs_handle.is_alive(), "it has ended, and is not reaped yet");
         child.wait().unwrap();
         assert!(!procfs_handle.is_alive() && procfs_handle.pidfd(pid).is_none());
         assert!(ProcfsHandle::take(Path::new("/proc"), pid, uid, gid).is_err());

@@ -1,4 +1,4 @@
-//! A bad file, and the sentence that it gets.
+//! Invalid files and their errors.
 
 use super::{LEAST, errors, load};
 use crate::config::IssuerConfig;
@@ -33,7 +33,7 @@ fn each_mistake_has_its_sentence() {
         ("certificate: { perPod: yes }", r#"certificate.perPod: "yes" is neither true nor false; write true or false"#),
         (
             "approver: { agents: [] }",
-            "approver.agents: a list names nobody, so that every request would be denied; name the agents' account, or leave the field out",
+            "approver.agents: a list names no account, so every request would be denied; name the agents' account, or leave the field out",
         ),
         (
             "approver: { agents: [sds-agent] }",
@@ -70,15 +70,15 @@ fn each_mistake_has_its_sentence() {
         ),
         (
             "sockets: { shared: { mode: '0066' } }",
-            r#"sockets.shared.mode: "0066" keeps the agent itself from its socket; begin it with 6, such as "0666" or "0660""#,
+            r#"sockets.shared.mode: "0066" prevents the agent from using its own socket; begin it with 6, such as "0666" or "0660""#,
         ),
         (
             "sockets: { shared: { enabled: false } }",
-            "sockets: has neither shared nor perPod enabled, so that nobody is served; enable at least one of them",
+            "sockets: has neither shared nor perPod enabled, so no client could be served; enable at least one of them",
         ),
         (
             "sockets: { perPod: { enabled: true, directory: /run/sds-agent/pods } }",
-            r#"sockets.perPod.directory: "/run/sds-agent/pods" lies in the directory of sockets.shared.path, which pods mount: they would find each other's sockets in it; use a directory of its own, such as /run/sds-agent-pods"#,
+            r#"sockets.perPod.directory: "/run/sds-agent/pods" is inside the directory of sockets.shared.path, which pods mount: they could open each other's sockets; use a directory of its own, such as /run/sds-agent-pods"#,
         ),
         (
             "attestation: unix\nsockets: { perPod: { enabled: true } }",
@@ -94,13 +94,13 @@ fn each_mistake_has_its_sentence() {
         ),
         (
             "warmUp: { enabled: true, socketMount: false }",
-            "warmUp.socketMount: false leaves nobody to warm up, as podLabels is empty; name labels, or set enabled to false",
+            "warmUp.socketMount: false leaves no pod to warm up, because podLabels is empty; name labels, or set enabled to false",
         ),
         (
             "sockets: { perPod: { directory: /run/../etc } }",
-            r#"sockets.perPod.directory: "/run/../etc" is not written plainly; leave out '.', '..' and doubled or final slashes"#,
+            r#"sockets.perPod.directory: "/run/../etc" is not in normal form; leave out '.', '..' and doubled or final slashes"#,
         ),
-        ("sockets: { perPod: { directory: / } }", r#"sockets.perPod.directory: "/" is the whole file system; choose a directory"#),
+        ("sockets: { perPod: { directory: / } }", r#"sockets.perPod.directory: "/" is the root of the file system; choose a directory"#),
         (
             "sockets: { perPod: { driverName: Sds } }",
             r#"sockets.perPod.driverName: "Sds" is not the name of a Kubernetes object; use lower-case letters, digits, '-' and '.', with a letter or digit at both ends of each part"#,
@@ -108,7 +108,7 @@ fn each_mistake_has_its_sentence() {
         ("sockets: { perPod: { waitForCertificate: 2m } }", r#"sockets.perPod.waitForCertificate: "2m" is too long; use at most 1m"#),
         (
             "sockets: { perPod: { enabled: true, kubeletDirectory: /a/very/long/way/to/the/kubelet/that/nobody/takes/anywhere } }",
-            r#"sockets.perPod.kubeletDirectory: "/a/very/long/way/to/the/kubelet/that/nobody/takes/anywhere" leads to sockets whose paths have more than the 100 bytes that the kernel's limit leaves; shorten it, or sockets.perPod.driverName"#,
+            r#"sockets.perPod.kubeletDirectory: "/a/very/long/way/to/the/kubelet/that/nobody/takes/anywhere" leads to socket paths of more than 100 bytes, and the kernel's limit allows no more; shorten it, or sockets.perPod.driverName"#,
         ),
         (
             "attestationPolicy: { containers: [Envoy] }",
@@ -116,14 +116,14 @@ fn each_mistake_has_its_sentence() {
         ),
         (
             "attestationPolicy: { uids: [-1] }",
-            "attestationPolicy.uids[0]: -1 is not a whole number that fits; use a whole number from 0 to 4294967294",
+            "attestationPolicy.uids[0]: -1 is not a valid whole number; use a whole number from 0 to 4294967294",
         ),
         ("attestationPolicy: { uids: 1337 }", "attestationPolicy.uids: 1337 is not a list; write `[a, b]`, or one `- ` line for each item"),
         (
             "attestation: unix\nattestationPolicy: { uids: [1] }",
             "attestationPolicy: a mapping is about pods, which `attestation: unix` does not know; remove it",
         ),
-        ("attestation: k8s", r#"attestation: "k8s" is not known here; use kubernetes or unix"#),
+        ("attestation: k8s", r#"attestation: "k8s" is not a valid value; use kubernetes or unix"#),
         (
             "identity: { spiffeId: 'spiffe://{trustDomain}/uid/{uid}' }",
             r#"identity.spiffeId: "spiffe://{trustDomain}/uid/{uid}" has the placeholder {uid}, which `attestation: kubernetes` does not know; use {trustDomain}, {namespace}, {serviceAccount}, {podName} or {podUid}"#,
@@ -138,15 +138,15 @@ fn each_mistake_has_its_sentence() {
         ),
         (
             "identity: { spiffeId: 'spiffe://{trustDomain}/ns/{namespace' }",
-            r#"identity.spiffeId: "spiffe://{trustDomain}/ns/{namespace" has a brace without its counterpart; use {trustDomain}, {namespace}, {serviceAccount}, {podName} or {podUid}"#,
+            r#"identity.spiffeId: "spiffe://{trustDomain}/ns/{namespace" has an unmatched brace; use {trustDomain}, {namespace}, {serviceAccount}, {podName} or {podUid}"#,
         ),
         (
             "identity: { spiffeId: 'spiffe://{trustDomain}/{namespace}//x' }",
-            r#"identity.spiffeId: "spiffe://{trustDomain}/{namespace}//x" makes no valid SPIFFE ID: a path segment is empty; write, for example, spiffe://{trustDomain}/ns/{namespace}/sa/{serviceAccount}"#,
+            r#"identity.spiffeId: "spiffe://{trustDomain}/{namespace}//x" renders to an invalid SPIFFE ID: a path segment is empty; write, for example, spiffe://{trustDomain}/ns/{namespace}/sa/{serviceAccount}"#,
         ),
         (
             "identity: { dnsNames: ['ok.{namespace}.svc', '*.{namespace}.svc'] }",
-            r#"identity.dnsNames[1]: "*.{namespace}.svc" makes no valid DNS name; use lower-case letters, digits, '-' and '.', with a letter or digit at both ends of each part"#,
+            r#"identity.dnsNames[1]: "*.{namespace}.svc" renders to an invalid DNS name; use lower-case letters, digits, '-' and '.', with a letter or digit at both ends of each part"#,
         ),
         ("identity: { dnsNames: a.b }", r#"identity.dnsNames: "a.b" is not a list; write `[a, b]`, or one `- ` line for each item"#),
         ("trust: { sources: [ {} ] }", SOURCELESS),
@@ -169,7 +169,7 @@ fn each_mistake_has_its_sentence() {
         ),
         (
             "trust: { federated: { Partner: { file: /a } } }",
-            "trust.federated.Partner: is not under the name of a trust domain; use a name such as partner.example",
+            "trust.federated.Partner: has a name that is not a trust domain; use a name such as partner.example",
         ),
         (
             "names: { bundle: default }",
@@ -177,18 +177,18 @@ fn each_mistake_has_its_sentence() {
         ),
         (
             "names: { certificate: 'spiffe://a/b' }",
-            r#"names.certificate: "spiffe://a/b" is a SPIFFE ID, and those name themselves; choose another name"#,
+            r#"names.certificate: "spiffe://a/b" is a SPIFFE ID, which already names its own secret; choose another name"#,
         ),
-        ("keys: { lockMemory: sometimes }", r#"keys.lockMemory: "sometimes" is not known here; use auto, always or never"#),
+        ("keys: { lockMemory: sometimes }", r#"keys.lockMemory: "sometimes" is not a valid value; use auto, always or never"#),
         ("limits: { connections: 0 }", "limits.connections: 0 is out of range; use a whole number from 1 to 1000000"),
-        ("limits: { connections: -1 }", "limits.connections: -1 is not a whole number that fits; use a whole number from 1 to 1000000"),
+        ("limits: { connections: -1 }", "limits.connections: -1 is not a valid whole number; use a whole number from 1 to 1000000"),
         ("limits: { messageBytes: 4096 }", "limits.messageBytes: 4096 is out of range; use a whole number from 65536 to 16777216"),
         ("limits: { idle: 1s }", r#"limits.idle: "1s" is too short; use at least 10s"#),
         ("retention: 2days", r#"retention: "2days" is too long; use at most 1day"#),
         ("drain: 11m", r#"drain: "11m" is too long; use at most 10m"#),
         (
             "admin: { address: 0.0.0.0:15090 }",
-            r#"admin.address: "0.0.0.0:15090" is not a loopback address, and anybody who reaches it can reissue certificates; use 127.0.0.1 or [::1]; probes and Prometheus use metrics.address"#,
+            r#"admin.address: "0.0.0.0:15090" is not a loopback address, and every client that reaches it could reissue certificates; use 127.0.0.1 or [::1]; probes and Prometheus use metrics.address"#,
         ),
         (
             "admin: { address: localhost:1 }",
@@ -196,17 +196,17 @@ fn each_mistake_has_its_sentence() {
         ),
         (
             "metrics: { address: \"[::]:15090\" }",
-            r#"metrics.address: "[::]:15090" takes the port of admin.address; give it a port of its own"#,
+            r#"metrics.address: "[::]:15090" uses the port of admin.address; give it a port of its own"#,
         ),
         (
             "metrics: { address: 0.0.0.0:15090 }",
-            r#"metrics.address: "0.0.0.0:15090" takes the port of admin.address; give it a port of its own"#,
+            r#"metrics.address: "0.0.0.0:15090" uses the port of admin.address; give it a port of its own"#,
         ),
         ("workerThreads: 0", "workerThreads: 0 is out of range; use a whole number from 1 to 512"),
-        ("authorityEpoch: 1.5", "authorityEpoch: 1.5 is not a whole number that fits; use a whole number of at least 0"),
+        ("authorityEpoch: 1.5", "authorityEpoch: 1.5 is not a valid whole number; use a whole number of at least 0"),
     ];
     for (text, expected) in table {
-        // The rest of the file is the least that a pod needs, unless the case is about it.
+        // The rest of the file is the shortest configuration, without the lines that the case replaces.
         let rest: String = LEAST.lines().filter(|line| !text.contains(&line[..5])).map(|line| format!("{line}\n")).collect();
         let text = format!("{text}\n{rest}");
         assert_eq!(errors(&text), [*expected], "{text}");

@@ -1,4 +1,4 @@
-//! `profiles`: what they inherit, how their issuers are named, and their mistakes.
+//! `profiles`: inherited fields, names of issuers, and errors.
 
 use cert_manager::{IssuerRef, RequestNamespace};
 use issuance::issuer::certificate_request;
@@ -48,7 +48,7 @@ profiles:
 
     assert_eq!((&other.spiffe_id, other.dns_names.len()), (&default.spiffe_id, 0));
     assert_eq!((other.key, other.renew_at, other.jitter, other.per_pod), (KeyType::Rsa2048, 0.6, 0.2, true));
-    // The global epoch counts, too: raising it is the break-glass for all.
+    // A profile's epoch includes the global one, so raising the global epoch replaces all certificates.
     assert_eq!((default.epoch, same.epoch, other.epoch), (4, 4, 7));
     assert_eq!(&*other.authority, "AWSPCAClusterIssuer x of awspca.cert-manager.io in the namespace of the workload");
     let expected = certificate_request::Settings {
@@ -74,7 +74,7 @@ fn an_issuer_is_configured_once_under_its_first_profiles_name() {
     let names: Vec<_> = config.profiles.iter().map(|rule| rule.profile.issuer.to_string()).collect();
     assert_eq!(names, ["a", "default", "a", "d"]);
     assert_eq!(config.issuers.keys().map(|IssuerName(name)| &**name).collect::<Vec<_>>(), ["a", "d", "default"]);
-    // Two places share no certificate: the approver expects a request in its pod's own.
+    // Profiles with different namespaces share no certificate: the approver expects each request in the namespace of its profile.
     assert_ne!(profile(&config, 0).fingerprint(), profile(&config, 3).fingerprint());
     assert_eq!(&*profile(&config, 3).authority, "ClusterIssuer pay-ca of cert-manager.io in namespace elsewhere");
     assert_eq!(issuer(&config, profile(&config, 3)).namespace, RequestNamespace::Fixed("elsewhere".into()));
@@ -82,18 +82,20 @@ fn an_issuer_is_configured_once_under_its_first_profiles_name() {
 
 #[test]
 fn each_mistake_has_its_sentence() {
-    let reached = "comes first, and takes every pod that this one could";
+    let reached = "comes first and matches every pod that this one matches";
     let table: &[(&str, &[&str])] = &[
         (
             "- { match: {} }",
-            &["profiles[0].name: is missing: metrics, requests and volumes call the profile by it; give it a name such as payments"],
+            &[
+                "profiles[0].name: is missing: metrics, requests and volumes refer to the profile by its name; give it a name such as payments",
+            ],
         ),
         (
             "- { name: a }",
             &["profiles[0].match: is missing: it says whose profile this is; \
                write, for example, `match: { namespaces: [payments] }`, or `match: {}` for every pod"],
         ),
-        ("- { name: default, match: {} }", &[r#"profiles[0].name: "default" is the name of whom no profile takes; choose another name"#]),
+        ("- { name: default, match: {} }", &[r#"profiles[0].name: "default" is the name of the default profile; choose another name"#]),
         (
             "- { name: Gold, match: {} }",
             &[
@@ -107,7 +109,7 @@ fn each_mistake_has_its_sentence() {
         (
             "- { name: a, match: { namespaces: [x, 'a*b'] } }",
             &[
-                r#"profiles[0].match.namespaces[1]: "a*b" has a '*' elsewhere than at one end of it; write a name, or a part of one with '*' at its beginning or at its end"#,
+                r#"profiles[0].match.namespaces[1]: "a*b" has a '*' that is not at its beginning or end; write a name, or a part of one with '*' at its beginning or at its end"#,
             ],
         ),
         (
@@ -119,7 +121,7 @@ fn each_mistake_has_its_sentence() {
         ),
         (
             "- { name: a, match: { namespaces: [] } }",
-            &["profiles[0].match.namespaces: a list is empty, and so would hold for nobody; name some, or leave it out for all"],
+            &["profiles[0].match.namespaces: a list is empty and matches no pod; name some, or leave it out for all"],
         ),
         (
             "- { name: a, match: { namespace: shop } }",
@@ -128,8 +130,8 @@ fn each_mistake_has_its_sentence() {
         (
             "- { name: a, match: { podLabels: { tier: 1, app: 'x*', '': x } } }",
             &[
-                r#"profiles[0].match.podLabels."": "x" is under a key that no label can have; write it as the pods do, such as app or example.com/tier"#,
-                r#"profiles[0].match.podLabels.app: "x*" is not the value of a label; use at most 63 letters, digits, '-', '_' and '.', with a letter or digit at both ends; there are no patterns here"#,
+                r#"profiles[0].match.podLabels."": "x" is under an invalid label key; write it as the pods do, such as app or example.com/tier"#,
+                r#"profiles[0].match.podLabels.app: "x*" is not the value of a label; use at most 63 letters, digits, '-', '_' and '.', with a letter or digit at both ends; patterns are not supported"#,
                 "profiles[0].match.podLabels.tier: 1 is not text; put it in quotes",
             ],
         ),
@@ -156,11 +158,11 @@ fn each_mistake_has_its_sentence() {
     for (text, line) in [
         (
             "- { name: a, match: {} }\n- { name: b, match: { namespaces: [b] } }",
-            format!("profiles[1]: is never reached: profiles[0] {reached}"),
+            format!("profiles[1]: is never used: profiles[0] {reached}"),
         ),
         (
             "- { name: a, match: { namespaces: ['pay*', x] } }\n- { name: b, match: { namespaces: [payments], podLabels: { a: b } } }",
-            format!("profiles[1]: is never reached: profiles[0] {reached}"),
+            format!("profiles[1]: is never used: profiles[0] {reached}"),
         ),
     ] {
         assert_eq!(errors(&with(text)), [format!("{line}; put it before profiles[0], or narrow the match of that one")]);
@@ -202,7 +204,7 @@ fn what_works_but_deserves_a_thought_is_a_warning_at_the_profile() {
                  profiles: [ { name: b, match: { namespaces: [b] }, issuerRef: { name: b, kind: ClusterIssuer }, trustStatusCA: false } ]";
     let rootless = warnings(roots);
     assert!(
-        rootless.len() == 1 && rootless[0].starts_with("trust.sources: is empty, and of these issuers nobody brings the roots: b; "),
+        rootless.len() == 1 && rootless[0].starts_with("trust.sources: is empty, and these issuers provide no roots: b; "),
         "{rootless:?}"
     );
 }

@@ -1,7 +1,7 @@
-//! Making sure that a request exists exactly once, whatever becomes of the answers.
+//! Creates a request exactly once, even if answers are lost.
 //!
-//! The name is this process's alone, so asking again under the same name is safe: a 409 means that an earlier try arrived, and the
-//! watch may show it before any answer does.
+//! Only this process uses the name, so that a retry under the same name is safe. A 409 means that an earlier attempt succeeded. The watch
+//! may show the request before the API server answers.
 
 use std::time::Duration;
 
@@ -15,17 +15,17 @@ use crate::issuer::{
     certificate_request::{RESOURCE, api_error, tracker::RequestHandle},
 };
 
-/// Of the log's lines.
+/// Target of the log lines.
 const LOG_TARGET: &str = "sds_agent::issuer::cert_manager::create";
 
-/// Tries with an uncertain end before the order fails.
+/// Attempts with an uncertain result, after which the order fails.
 const MAX_TRIES: u32 = 4;
-/// Before the second try; it doubles.
+/// Wait before the second attempt. It doubles with each further attempt.
 const INITIAL_BACKOFF: Duration = Duration::from_millis(500);
-/// How long an answer may stay out once the watch has shown the request.
+/// Time to wait for the API server's answer after the watch has shown the request.
 const LATE_ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Creates `object` under `handle`.
+/// Creates `object` and records the result in `handle`.
 pub(super) async fn create(client: &Client, handle: &mut RequestHandle, object: &CertificateRequest) -> Result<(), Error> {
     let key = handle.key().clone();
     let api: Api<CertificateRequest> = Api::namespaced(client.clone(), &key.namespace);
@@ -59,7 +59,7 @@ pub(super) async fn create(client: &Client, handle: &mut RequestHandle, object: 
             }
             return Err(api_error(&call, failure));
         }
-        tracing::debug!(target: LOG_TARGET, request = %key.name, error = %failure, tries, "no sure answer to a create; asking again under the same name");
+        tracing::debug!(target: LOG_TARGET, request = %key.name, error = %failure, tries, "the result of a create is uncertain; retrying under the same name");
         tokio::select! {
             () = sleep(jittered(INITIAL_BACKOFF * 2_u32.pow(tries - 1))) => {}
             () = handle.shown() => {}
@@ -68,7 +68,7 @@ pub(super) async fn create(client: &Client, handle: &mut RequestHandle, object: 
     }
 }
 
-/// The name is taken: by an earlier try of ours, or by somebody who guessed it.
+/// Handles a name that exists already: an earlier attempt of this agent made it, or a client that guessed the name.
 async fn resolve(api: &Api<CertificateRequest>, handle: &mut RequestHandle, object: &CertificateRequest) -> Result<(), Error> {
     let key = handle.key().clone();
     let call = Call { verb: "get", resource: RESOURCE, name: Some(&key.name), namespace: Some(&key.namespace) };
@@ -92,7 +92,7 @@ async fn shown_for(handle: &RequestHandle, grace: Duration) {
     sleep(grace).await;
 }
 
-/// Between a half of `pause` and the whole of it.
+/// Returns a random duration between half of `pause` and all of it.
 pub(super) fn jittered(pause: Duration) -> Duration {
     pause.mul_f64(0.5 + 0.5 * fastrand::f64())
 }

@@ -1,6 +1,6 @@
-//! Deleting requests behind the orders' backs: retried, bounded, and ended after a best effort at shutdown.
+//! Deletes requests in the background, with a bounded number of retries. At shutdown it makes a best effort of at most 5 s.
 //!
-//! What could not be deleted is left to the sweep, and after the process to its successor's.
+//! The sweep deletes requests that this worker could not delete. After the process has ended, the sweep of the next agent does.
 
 use std::{sync::Arc, time::Duration};
 
@@ -20,20 +20,20 @@ use crate::issuer::certificate_request::{
     tracker::{Deletion, RequestTracker},
 };
 
-/// Of the log's lines.
+/// Target of the log lines.
 const LOG_TARGET: &str = "sds_agent::issuer::cert_manager::deleter";
 
-/// At once.
+/// Maximum number of deletions at the same time.
 const CONCURRENCY: usize = 4;
-/// Tries for one request; the rest is the sweep's.
+/// Attempts for one request. After them, the sweep deletes it.
 const MAX_TRIES: u32 = 8;
-/// Before the second try; it doubles up to [`MAX_BACKOFF`].
+/// Wait before the second attempt. It doubles up to [`MAX_BACKOFF`].
 const INITIAL_BACKOFF: Duration = Duration::from_millis(500);
 const MAX_BACKOFF: Duration = Duration::from_secs(30);
-/// How long the end may take.
+/// Time limit of [`Deleter::finish`].
 pub(super) const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The worker.
+/// The worker that deletes requests.
 pub(super) struct Deleter {
     client: Client,
     tracker: Arc<RequestTracker>,
@@ -47,12 +47,12 @@ impl Deleter {
         Self { client, tracker, queue, running: FuturesUnordered::new(), orphans }
     }
 
-    /// Works for ever. Cancelling it loses nothing: what was begun goes on with the next call.
+    /// Deletes requests without a time limit. Cancel safe: deletions that have begun continue with the next call.
     pub(super) async fn work(&mut self) {
         while self.step().await {}
     }
 
-    /// Works until nothing is left and no order can add anything, or until time is up.
+    /// Deletes requests until none is left and no order can add one, but at most for [`SHUTDOWN_TIMEOUT`].
     pub(super) async fn finish(&mut self) {
         let rest = async {
             while !(self.running.is_empty() && self.queue.is_empty() && !self.tracker.has_orders()) {
@@ -92,14 +92,14 @@ async fn delete(client: Client, tracker: Arc<RequestTracker>, deletion: Deletion
             Ok(_) => {
                 if orphan {
                     orphans.inc();
-                    tracing::info!(target: LOG_TARGET, request = %key.name, namespace = %key.namespace, "deleted the request of an agent that has gone");
+                    tracing::info!(target: LOG_TARGET, request = %key.name, namespace = %key.namespace, "deleted the request of an agent that no longer runs");
                 }
                 break;
             }
             Err(error) => Failure::of(&error, &call),
         };
         match failure.cause {
-            // Gone already; or another object has taken the name, which is not ours to delete.
+            // The request no longer exists; or another object has the name, which is not the agent's to delete.
             Cause::NotFound | Cause::NoSuchKind | Cause::NoNamespace | Cause::Conflict => break,
             _ if tries == MAX_TRIES => {
                 gone = false;

@@ -1,5 +1,5 @@
-//! Whether the configured issuer exists and can serve, before anything is asked of it: a mistake in the configuration is told in its
-//! own words, and not by a request that stays pending for ever.
+//! Checks that the configured issuer exists and can serve, before a request is created. The error names the mistake in the configuration.
+//! Without the check, a request would stay pending.
 
 use std::time::Duration;
 
@@ -18,20 +18,20 @@ use tokio::time::Instant;
 
 use crate::issuer::{Error, Retry, certificate_request::api_error};
 
-/// Of the log's lines.
+/// Target of the log lines.
 const LOG_TARGET: &str = "sds_agent::issuer::cert_manager::preflight";
 
-/// A verdict stands at least so long: orders that fail together ask together.
+/// Minimum time for which a positive result is used. Orders that fail together share the next check.
 const GOOD_FOR: Duration = Duration::from_secs(60);
-/// A refusal is asked about again after this time. Where the API server said so, it doubles up to [`GOOD_FOR`]: an issuer that was deleted
-/// makes every node of a cluster ask.
+/// Time for which a negative result is used. If the API server answered, it doubles with each further refusal, up to [`GOOD_FOR`]: after
+/// an issuer is deleted, every node of the cluster checks it.
 const BAD_FOR: Duration = Duration::from_secs(5);
 
-/// The last check, shared by all orders.
+/// Result of the last check, shared by all orders.
 #[derive(Default)]
 pub(super) struct Memo(Mutex<State>);
 
-/// A refusal, and whether it is the API server's own answer and not the lack of one.
+/// Result of a check. An error says whether the API server answered.
 type Answer = Result<(), (Error, bool)>;
 type Check = Shared<BoxFuture<'static, Answer>>;
 
@@ -39,12 +39,12 @@ type Check = Shared<BoxFuture<'static, Answer>>;
 struct State {
     check: Option<(Instant, Check)>,
     doubted: bool,
-    /// How often in a row the API server has refused.
+    /// Consecutive refusals by the API server before the current check.
     refusals: u32,
 }
 
 impl State {
-    /// How long a refusal stands.
+    /// Time for which a negative result is used.
     fn bad_for(&self, answered: bool) -> Duration {
         let doublings = if answered { self.refusals.min(4) } else { 0 };
         (BAD_FOR * (1 << doublings)).min(GOOD_FOR)
@@ -52,7 +52,7 @@ impl State {
 }
 
 impl Memo {
-    /// The verdict that stands, or a new one.
+    /// Returns the last result if it can still be used. Otherwise checks again.
     pub(super) async fn check(&self, client: &Client, issuer: &IssuerRef, namespace: Option<String>) -> Result<(), Error> {
         let check = {
             let mut state = self.0.lock();
@@ -76,7 +76,7 @@ impl Memo {
         check.await.map_err(|(error, _)| error)
     }
 
-    /// An order failed: perhaps the issuer was changed.
+    /// Records that an order failed: the issuer may have changed.
     pub(super) fn doubt(&self) {
         self.0.lock().doubted = true;
     }
@@ -91,7 +91,12 @@ struct IssuerSpec {
 
 type AnyIssuer = Object<IssuerSpec, Status>;
 
-/// Checks `issuer`, for requests in `namespace`; without one, only what can be known without.
+/// Checks `issuer` for requests in `namespace`. Without a namespace, an `Issuer` is not checked. An external issuer is never checked.
+///
+/// # Errors
+///
+/// Returns [`Error::Configuration`] if the reference is wrong or names an issuer that cannot sign CSRs of the agent. Returns [`Error::Api`]
+/// or [`Error::Timeout`] if the issuer does not exist or cannot be read. A missing permission to read it is logged and is no error.
 pub async fn check(client: &Client, issuer: &IssuerRef, namespace: Option<&str>) -> Result<(), Error> {
     look(client, issuer, namespace).await.map_err(|(error, _)| error)
 }
@@ -113,7 +118,7 @@ async fn look(client: &Client, issuer: &IssuerRef, namespace: Option<&str>) -> A
         }
     };
     if kind == Kind::Issuer && namespace.is_none() {
-        // Each workload's namespace has its own.
+        // Each namespace of a workload has its own issuer.
         return Ok(());
     }
     let name = &issuer.name;
@@ -144,7 +149,7 @@ fn judge(kind: Kind, name: &str, found: &AnyIssuer) -> Result<(), Error> {
     let ready = found.status.iter().flat_map(|s| &s.conditions).find(|c| c.kind == "Ready");
     match ready {
         Some(condition) if condition.status == "True" => {
-            tracing::info!(target: LOG_TARGET, issuer = name, kind = kind.as_str(), "the issuer is there and ready");
+            tracing::info!(target: LOG_TARGET, issuer = name, kind = kind.as_str(), "the issuer exists and is ready");
         }
         other => {
             let why = other.and_then(|c| c.message.as_deref()).unwrap_or("it has no Ready condition yet");
@@ -155,7 +160,7 @@ fn judge(kind: Kind, name: &str, found: &AnyIssuer) -> Result<(), Error> {
     Ok(())
 }
 
-/// The issuer is not there: does one of the other kind bear its name?
+/// Returns the error for an issuer that does not exist. It says whether an issuer of the other kind has the name.
 async fn missing(client: &Client, kind: Kind, name: &str, namespace: Option<&str>) -> Error {
     let other = kind.other();
     let place = |kind: Kind| match (kind, namespace) {

@@ -1,7 +1,7 @@
-//! What all orders of the agent share: the watch, the deleter, the sweep.
+//! State that all orders of the agent share: the watch, the deleter and the sweep.
 //!
-//! The caller runs [`Requests::run`] once, for as long as the agent lives, and after the orders have ended a little longer: it ends by
-//! itself when its shutdown token is cancelled and the last requests are deleted, or after five seconds.
+//! The caller runs [`Requests::run`] once, from start to shutdown, and for some time after the orders have ended. After its token is
+//! cancelled, it deletes the last requests and returns within 5 s.
 
 use std::{collections::HashSet, fmt, sync::Arc, time::Duration};
 
@@ -33,23 +33,23 @@ use crate::issuer::{
     },
 };
 
-/// Of the log's lines.
+/// Target of the log lines.
 const LOG_TARGET: &str = "sds_agent::issuer::cert_manager::requests";
 
-/// Between sweeps.
+/// Interval between sweeps, before jitter.
 const SWEEP_EVERY: Duration = Duration::from_secs(600);
-/// Until the next sweep, where the pods could not be read.
+/// Interval until the next sweep if the pods could not be read, before jitter.
 const SWEEP_RETRY_INTERVAL: Duration = Duration::from_secs(30);
-/// How long an order waits for the watch before it fails with the watch's trouble.
+/// Time for which an order waits for the watch. After it, the order fails with the error of the watch.
 const WATCH_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Who of this node's pods lives. Asked by the sweep, rarely.
+/// Lists the running pods of the node. The sweep uses it.
 pub trait LivePods: fmt::Debug + Send + Sync + 'static {
-    /// The UIDs of the node's pods that have not ended, read from the API server after this call; none where they cannot be read.
+    /// Returns the UIDs of the node's pods that have not ended, read from the API server after this call. `None` if they cannot be read.
     fn live(&self) -> BoxFuture<'_, Option<HashSet<Arc<str>>>>;
 }
 
-/// What the requests count.
+/// Metrics of the requests.
 #[derive(Debug, Clone, Default)]
 pub struct Metrics {
     orphans: Counter,
@@ -61,26 +61,26 @@ impl Metrics {
         let metrics = Self::default();
         registry.register(
             "orphaned_requests_deleted",
-            "CertificateRequests of agents that have gone, deleted by the sweep",
+            "CertificateRequests of agents that no longer run, deleted by the sweep",
             metrics.orphans.clone(),
         );
         metrics
     }
 
-    /// Registers and shows them all, for the reference.
+    /// Registers all metrics with a sample, for the reference of metrics.
     #[cfg(any(test, feature = "testing"))]
     pub fn sample(registry: &mut Registry) {
         Self::register(registry);
     }
 
-    /// How many there were, for tests.
+    /// Number of deleted orphans, for tests.
     #[cfg(any(test, feature = "testing"))]
     pub fn orphans(&self) -> u64 {
         self.orphans.get()
     }
 }
 
-/// The node's requests. Clones share everything.
+/// The requests of one agent in one scope. Clones share all state.
 #[derive(Clone)]
 pub struct Requests(Arc<Shared>);
 
@@ -103,8 +103,9 @@ impl fmt::Debug for Requests {
 }
 
 impl Requests {
-    /// The requests of `agent` in `scope`. Issuers of one scope share one, and the scopes of an agent must not meet: each takes for an
-    /// orphan what is the agent's and what its own orders do not know. Without `pods` only the agent's own leftovers are swept.
+    /// Creates the requests of `agent` in `scope`. Issuers with the same scope share one value. The scopes of an agent must not overlap,
+    /// because each value deletes those of the agent's requests that its own orders do not know. Without `pods`, the sweep deletes no
+    /// requests of other pods.
     pub fn new(
         client: Client,
         scope: RequestNamespace,
@@ -120,7 +121,12 @@ impl Requests {
         Self(Arc::new(Shared { client, scope, agent, pods, clock, tracker, queue, kube_metrics, metrics }))
     }
 
-    /// Watches, deletes and sweeps until `shutdown`, and then for as long as the last deletions take, at most five seconds.
+    /// Watches, deletes and sweeps requests until `shutdown`. Then deletes the last requests, for at most 5 s. Call it once: a second call
+    /// logs an error and returns.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future loses the queue of deletions. The sweep of the next agent process deletes the requests that are left.
     pub async fn run(&self, shutdown: CancellationToken) {
         let taken = self.0.queue.lock().take();
         let Some(queue) = taken else {
@@ -138,13 +144,13 @@ impl Requests {
         deleter.finish().await;
     }
 
-    /// Returns when the watch has listed everything for the first time.
+    /// Returns when the watch runs, after its first complete list. Cancel safe.
     pub async fn synced(&self) {
         let mut watching = self.tracker().watching();
         let _ = watching.wait_for(|w| *w == Watching::Running).await;
     }
 
-    /// An order may create a request only where its answer would be seen.
+    /// Waits until the watch runs. Without the watch, an order could not see the answer to its request.
     pub(super) async fn ready(&self) -> Result<(), Error> {
         let mut watching = self.tracker().watching();
         if timeout(WATCH_TIMEOUT, watching.wait_for(|w| *w == Watching::Running)).await.is_ok() {
@@ -185,7 +191,7 @@ impl Requests {
             resource: Resource::certificaterequests,
             name: RESOURCE.to_owned(),
             namespace: self.namespace().map(str::to_owned),
-            // A quorum list: what was created before it and is not in it has gone.
+            // A quorum read: a request that was created before the list and is not in it no longer exists.
             config: watcher::Config::default()
                 .labels(&format!("{}={}", keys::NODE, node_label(&self.0.agent.node_name)))
                 .page_size(REQUESTS_PER_PAGE),
@@ -210,7 +216,7 @@ impl Requests {
             let unclaimed = self.tracker().unclaimed();
             let mut pause = SWEEP_EVERY;
             if !unclaimed.is_empty() {
-                // After the requests were read: a pod exists before its first request does.
+                // The pods are read after the requests, because a pod exists before its first request.
                 let live = match &self.0.pods {
                     Some(pods) => pods.live().await,
                     None => None,
@@ -221,7 +227,7 @@ impl Requests {
                 let now = i64::try_from(clock::unix_seconds(self.0.clock.now())).unwrap_or(i64::MAX);
                 let orphans = sweep::orphans(&self.0.agent, unclaimed, live.as_ref(), now);
                 if !orphans.is_empty() {
-                    tracing::info!(target: LOG_TARGET, requests = orphans.len(), "sweeping requests whose agents have gone");
+                    tracing::info!(target: LOG_TARGET, requests = orphans.len(), "sweeping requests of agents that no longer run");
                     self.tracker().delete_orphans(orphans);
                 }
             }

@@ -1,4 +1,4 @@
-//! Which requests of the node belong to nobody: a pure decision.
+//! Decides which requests of the node are orphans. It does no I/O.
 
 use std::{collections::HashSet, sync::Arc, time::Duration};
 
@@ -6,11 +6,12 @@ use cert_manager::naming::{Agent, PROCESS_PREFIX};
 
 use crate::issuer::certificate_request::tracker::{KEPT_FOR, Key, Record};
 
-/// The request of an agent outside of a pod is an orphan after this time: whether its process lives cannot be known.
+/// Age at which the request of an agent outside of a pod is an orphan: 1 h. The sweep cannot know whether that process still runs.
 const PROCESS_GRACE: Duration = Duration::from_secs(3600);
 
-/// Those of `unclaimed` whose agents have gone. `live` holds the UIDs of the node's living pods, read after `unclaimed` was; without it
-/// only this pod's own past can be judged. A refused request is left for people for a while.
+/// Returns the requests of `unclaimed` whose agents no longer run. `live` has the UIDs of the node's running pods, read after `unclaimed`.
+/// Without it, only requests of this pod and of agents outside of a pod can be orphans. A refused request stays for [`KEPT_FOR`], so that
+/// an operator can read it.
 pub(super) fn orphans(
     agent: &Agent,
     unclaimed: Vec<(Key, Record)>,
@@ -27,7 +28,7 @@ pub(super) fn orphans(
             return false;
         }
         if record.agent == own {
-            // An earlier process of this very pod: its keys have gone with it.
+            // An earlier process of this pod made it, and its keys are lost.
             return true;
         }
         if record.agent.starts_with(PROCESS_PREFIX) {

@@ -1,4 +1,4 @@
-//! Orders against a scripted API server, under a paused clock.
+//! Orders against a scripted API server, on a paused clock.
 
 use std::{collections::HashSet, time::SystemTime};
 
@@ -24,7 +24,7 @@ mod vault_words;
 const CR: &str = "certificaterequests";
 const MINUTE: Duration = Duration::from_secs(60);
 
-/// What cert-manager's issuer answers: a certificate, of whoever. It is not judged here.
+/// The certificate that cert-manager's issuer returns. Orders do not verify it, so that any certificate will do.
 static CHAIN: std::sync::LazyLock<String> = std::sync::LazyLock::new(|| {
     let params = rcgen::CertificateParams::new(Vec::new()).unwrap();
     params.self_signed(&rcgen::KeyPair::generate().unwrap()).unwrap().pem()
@@ -39,7 +39,7 @@ impl LivePods for Pods {
     }
 }
 
-/// An agent, its issuer, and the server that it talks to.
+/// An agent, its issuer, and its API server.
 struct World {
     api: FakeApi,
     issuer: CertManager,
@@ -91,7 +91,7 @@ impl World {
         (tokio::spawn(self.issuer.issue(order)), stage)
     }
 
-    /// The one request that there is.
+    /// Returns the only request.
     async fn request(&self) -> Value {
         self.api.until_count(CR, 1).await.remove(0)
     }
@@ -144,7 +144,7 @@ async fn end<T>(task: JoinHandle<T>) -> T {
     timeout(60 * MINUTE, task).await.expect("never ended").unwrap()
 }
 
-/// How often the agent has written.
+/// Number of creates and deletes by the agent.
 fn writes(api: &FakeApi) -> (usize, usize) {
     (api.count("create", CR), api.count("delete", CR))
 }
@@ -232,7 +232,7 @@ async fn a_pending_request_outlives_every_trouble_of_the_watch() {
     let request = world.request().await;
     let mut still_pending = async |why: &str| assert!(timeout(61 * MINUTE, &mut task).await.is_err(), "{why}");
 
-    still_pending("an hour of silence").await;
+    still_pending("an hour without an answer").await;
     world.api.cut_watches(true);
     world.api.cut_watches(false);
     still_pending("cut watches").await;
@@ -277,7 +277,7 @@ async fn a_deleted_or_relabelled_request_fails_its_order() {
         lose(&world, text(&request, "name"));
         let error = end(task).await.unwrap_err();
         assert_eq!(error.retry(), Retry::Backoff);
-        assert!(error.to_string().contains("somebody deleted or relabelled the request"), "{error}");
+        assert!(error.to_string().contains("another client deleted or relabelled the request"), "{error}");
         world.api.until_count(CR, 0).await;
     }
 }
@@ -303,7 +303,7 @@ async fn an_abandoned_order_leaves_nothing() {
     task.abort();
     world.api.until_count(CR, 0).await;
 
-    // Abandoned while the create is on its way: the watch shows what became of it.
+    // The order is abandoned during the create. The request is deleted when the watch shows it.
     world.api.fail("create", CR, Fault::CarryOutAndHang, 1);
     let (task, _) = world.order("cart");
     world.api.until("the create", |api| (api.count("create", CR) == 2).then_some(())).await;

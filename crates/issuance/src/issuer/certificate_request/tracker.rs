@@ -1,7 +1,7 @@
-//! What is known of the node's requests: fed by the one watch, read by the orders that wait, asked by the sweep.
+//! State of the node's requests. The watch writes it; waiting orders and the sweep read it.
 //!
-//! Owns the link between a request and the order that holds its key. A request of this process that no order claims, whatever lost it,
-//! is deleted when it is seen. No lock here is held across an await.
+//! The tracker owns the link between a request and the order that holds its key. A request of this process that has no order is deleted
+//! when the watch shows it, unless it is kept for operators. No lock is held across an await.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -22,15 +22,15 @@ use tokio::{
 };
 use workload_identity::Identity;
 
-/// A refused request stays so long for people to read.
+/// Time for which a refused request is kept for operators.
 pub(super) const KEPT_FOR: Duration = Duration::from_secs(600);
-/// No more refused requests than this stay.
+/// Maximum number of refused requests that are kept.
 const MAX_KEPT: usize = 32;
 
-/// A request as the watch reads it: without its CSR.
+/// A request as the watch reads it: without its spec.
 pub(super) type Watched = Observed<WatchedKind, NotUsed, Status>;
 
-/// What the agent keeps of a request's metadata: the labels that say whose it is.
+/// Selects the metadata of a request that the agent keeps: the labels that name its owner.
 #[derive(Debug, Clone)]
 pub(super) struct WatchedKind;
 
@@ -49,52 +49,52 @@ impl Kind for WatchedKind {
     }
 }
 
-/// Namespace and name.
+/// Namespace and name of a request.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) struct Key {
     pub(super) namespace: Arc<str>,
     pub(super) name: Arc<str>,
 }
 
-/// One request to delete.
+/// A request to delete.
 #[derive(Debug, Clone)]
 pub(super) struct Deletion {
     pub(super) key: Key,
-    /// The object that is meant; none where the create was never answered.
+    /// UID of the object to delete. `None` if the create was never answered.
     pub(super) uid: Option<String>,
-    /// Whether it belongs to an agent that has gone.
+    /// Whether the request is of an agent that no longer runs.
     pub(super) orphan: bool,
 }
 
-/// One look at a request.
+/// One observation of a request.
 #[derive(Debug)]
 pub(super) struct Observation {
     pub(super) uid: String,
     pub(super) status: Option<Status>,
 }
 
-/// What the sweep needs of a request.
+/// The part of a request that the sweep needs.
 #[derive(Debug, Clone)]
 pub(super) struct Record {
     pub(super) uid: String,
-    /// [`keys::AGENT`].
+    /// Value of [`keys::AGENT`].
     pub(super) agent: String,
-    /// [`keys::INSTANCE`].
+    /// Value of [`keys::INSTANCE`].
     pub(super) instance: String,
-    /// Seconds since the epoch.
+    /// Time of creation, in seconds since the Unix epoch.
     pub(super) created: i64,
-    /// Denied, failed or invalid.
+    /// Whether the request is denied, failed or invalid.
     pub(super) refused: bool,
 }
 
-/// Whether the watch runs.
+/// State of the watch.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Watching {
-    /// Not yet.
+    /// The first list is not complete.
     Starting,
-    /// It does.
+    /// The watch runs.
     Running,
-    /// It does not, and this is why.
+    /// The watch does not run, for this reason.
     Trouble(Arc<str>),
 }
 
@@ -109,10 +109,10 @@ struct State {
 
 #[derive(Debug)]
 struct Waiter {
-    /// None: nothing seen yet. A closed channel: lost.
+    /// `None` until the watch has shown the request. The channel is closed when the request is lost.
     sightings: watch::Sender<Option<Arc<Observation>>>,
     created: bool,
-    /// Created before the list that is being read was asked for: it must be in it.
+    /// The request was created before the current list was requested, so that the list must contain it.
     expected: bool,
 }
 
@@ -123,7 +123,7 @@ struct Kept {
     until: Instant,
 }
 
-/// See the module.
+/// Tracks the node's requests, and the orders that wait for them.
 #[derive(Debug)]
 pub(super) struct RequestTracker {
     instance: String,
@@ -147,7 +147,7 @@ impl RequestTracker {
         self.watching.subscribe()
     }
 
-    /// Announces an order's request before it is created, so that no event can be missed.
+    /// Registers the request of an order before it is created, so that no event is missed.
     pub(super) fn open(self: &Arc<Self>, namespace: &Arc<str>, name: &Arc<str>) -> RequestHandle {
         let key = Key { namespace: namespace.clone(), name: name.clone() };
         let (sightings, receiver) = watch::channel(None);
@@ -155,21 +155,21 @@ impl RequestTracker {
         RequestHandle { tracker: self.clone(), key, receiver, uid: None, on_drop: OnDrop::Delete }
     }
 
-    /// A list is about to be asked for.
+    /// The watch is about to request a list.
     pub(super) fn list_begins(&self) {
         let mut state = self.lock();
         state.list.clear();
         state.orders.values_mut().for_each(|waiter| waiter.expected = waiter.created);
     }
 
-    /// One object of the list.
+    /// The list contains `object`.
     pub(super) fn listed(&self, object: &Watched) {
         if let Some((key, record, observation)) = read(object) {
             self.lock().list.insert(key, (record, observation));
         }
     }
 
-    /// The list is complete: what is not in it has gone.
+    /// The list is complete. A request that is not in it no longer exists.
     pub(super) fn list_ends(&self) {
         let mut state = self.lock();
         let list = std::mem::take(&mut state.list);
@@ -184,14 +184,14 @@ impl RequestTracker {
         self.watching.send_replace(Watching::Running);
     }
 
-    /// A request is new or has changed.
+    /// The watch shows a new or changed request.
     pub(super) fn applied(&self, object: &Watched) {
         if let Some((key, record, observation)) = read(object) {
             self.seen(&mut self.lock(), key, record, observation);
         }
     }
 
-    /// A request has gone from the selection: deleted, or relabelled.
+    /// A request has left the selection of the watch: it was deleted or relabelled.
     pub(super) fn deleted(&self, object: &Watched) {
         let Some((key, record, _)) = read(object) else { return };
         let mut state = self.lock();
@@ -199,12 +199,13 @@ impl RequestTracker {
         state.deleting.remove(&key);
         state.kept.retain(|_, kept| kept.key != key);
         if state.orders.remove(&key).is_some() {
-            // Where it was relabelled it still exists, and nobody else will delete it.
+            // A relabelled request still exists, and no other agent deletes it.
             self.delete(&mut state, Deletion { key, uid: Some(record.uid), orphan: false });
         }
     }
 
-    /// The watch does not run. What was created before may have to wait; nothing new is created where no answer could be seen.
+    /// The watch has failed. Waiting orders go on waiting. After a failed list, or without permission, orders create no requests, because
+    /// they would not see the answers.
     pub(super) fn trouble(&self, ended: Ended, why: &str, lacks_right: bool) {
         if ended == Ended::list_failed || lacks_right {
             self.watching.send_replace(Watching::Trouble(why.into()));
@@ -222,15 +223,15 @@ impl RequestTracker {
         }
     }
 
-    /// Hands a request to the deleter, once.
+    /// Sends a request to the deleter, once.
     fn delete(&self, state: &mut State, deletion: Deletion) {
         if state.deleting.insert(deletion.key.clone()) {
-            // The receiver ends with the process; what is left then is swept by the successor.
+            // The receiver ends with the process. The sweep of the next agent deletes the requests that are left.
             let _ = self.deletions.send(deletion);
         }
     }
 
-    /// Hands requests of others to the deleter.
+    /// Sends orphans to the deleter.
     pub(super) fn delete_orphans(&self, orphans: Vec<(Key, Record)>) {
         let mut state = self.lock();
         for (key, record) in orphans {
@@ -238,8 +239,8 @@ impl RequestTracker {
         }
     }
 
-    /// The deleter is done with a request: it has gone, or it is left to the next sweep. What has gone stays marked until the watch
-    /// says so too: an older event that is still on its way must not delete it again.
+    /// The deleter has finished with a request: it no longer exists (`gone`), or is left to the next sweep. A deleted request stays marked
+    /// until the watch shows the deletion, so that an older event does not delete it again.
     pub(super) fn done(&self, key: &Key, gone: bool) {
         let mut state = self.lock();
         if !gone || !state.records.contains_key(key) {
@@ -247,19 +248,19 @@ impl RequestTracker {
         }
     }
 
-    /// Whether orders still hold requests.
+    /// Whether orders hold requests.
     pub(super) fn has_orders(&self) -> bool {
         !self.lock().orders.is_empty()
     }
 
-    /// Everything on the node that neither an order nor a person needs.
+    /// Returns the requests of the node that no order holds and that are not kept for operators.
     pub(super) fn unclaimed(&self) -> Vec<(Key, Record)> {
         let state = self.lock();
         let claimed = |key: &Key| state.orders.contains_key(key) || state.kept.values().any(|kept| kept.key == *key);
         state.records.iter().filter(|(key, _)| !claimed(key)).map(|(key, record)| (key.clone(), record.clone())).collect()
     }
 
-    /// Deletes refused requests when their time is over; never returns.
+    /// Deletes kept requests after [`KEPT_FOR`]. Never returns.
     pub(super) async fn expire_kept(&self) {
         loop {
             let next = self.lock().kept.values().map(|kept| kept.until).min();
@@ -288,7 +289,7 @@ impl RequestTracker {
         let lost = state.orders.remove(&key).is_none();
         match std::mem::take(&mut handle.on_drop) {
             OnDrop::Leave => {}
-            // Already with the deleter, or gone.
+            // The deleter has it already, or has deleted it.
             OnDrop::Delete if lost && state.deleting.contains(&key) => {}
             OnDrop::Delete => self.delete(&mut state, Deletion { key, uid, orphan: false }),
             OnDrop::Keep(identity) => {
@@ -316,7 +317,7 @@ enum OnDrop {
     Leave,
 }
 
-/// An order's hold on its request. Dropping it lets the request be deleted, unless it is kept for people or was never made.
+/// An order's handle of its request. Dropping it deletes the request, unless it is kept for operators or was never created.
 #[derive(Debug)]
 pub(super) struct RequestHandle {
     tracker: Arc<RequestTracker>,
@@ -331,7 +332,7 @@ impl RequestHandle {
         &self.key
     }
 
-    /// The API server has answered that the request exists.
+    /// The API server has confirmed the request.
     pub(super) fn created(&mut self, uid: Option<String>) {
         self.uid = uid;
         if let Some(waiter) = self.tracker.lock().orders.get_mut(&self.key) {
@@ -339,7 +340,7 @@ impl RequestHandle {
         }
     }
 
-    /// The next look at the request; none when it has been lost.
+    /// Returns the next observation of the request. `None` if the request is lost.
     pub(super) async fn next(&mut self) -> Option<Arc<Observation>> {
         loop {
             self.receiver.changed().await.ok()?;
@@ -356,12 +357,12 @@ impl RequestHandle {
         let _ = receiver.wait_for(Option::is_some).await;
     }
 
-    /// Leaves the request for a person to read, in the place of an earlier one of this identity.
+    /// Keeps the request for operators, in place of an earlier one of this identity.
     pub(super) fn keep(&mut self, identity: &Identity) {
         self.on_drop = OnDrop::Keep(identity_digest(identity));
     }
 
-    /// There is nothing of ours to delete.
+    /// The agent has no request of this name to delete.
     pub(super) fn leave(&mut self) {
         self.on_drop = OnDrop::Leave;
     }

@@ -1,8 +1,8 @@
-//! What a Vault behind cert-manager says in a request's status, and what its operator has to do about it: a pure reading of words.
+//! Explains errors of a Vault behind cert-manager from the status of a request, and names the fix. It only parses text.
 //!
-//! The words are those of Vault's PKI secrets engine (the same in OpenBao), of its HTTP interface and of cert-manager's Vault issuer, which
-//! wraps them. A role that cannot serve is told apart from a Vault that does not answer: the first waits for its operator, the second is
-//! tried again by the usual backoff. What is not known here is not explained, and is tried again too.
+//! The texts are those of Vault's PKI secrets engine (OpenBao has the same), of Vault's HTTP API, and of cert-manager's Vault issuer, which
+//! wraps them. If a role cannot serve, the order waits for the operator. If Vault does not answer, the order is retried after the usual
+//! backoff. An unknown error is not explained, and is retried too.
 
 use std::fmt;
 
@@ -10,25 +10,25 @@ use agent_runtime::text;
 
 use crate::issuer::Retry;
 
-/// A mount or a role with a longer path is not named.
+/// Maximum length of a mount or a role in bytes. A longer one is not named.
 const MAX_PATH_BYTES: usize = 100;
-/// How cert-manager begins when signing failed, for good.
+/// Beginning of cert-manager's message after signing has finally failed.
 const SIGNING: &str = "Vault failed to sign certificate";
-/// And when it could not log in: of a request, and of the issuer itself. It goes on trying.
+/// Beginnings of cert-manager's messages after a failed login, in a request and in the issuer. cert-manager retries the login.
 const LOGIN: [&str; 3] = [
     "Failed to initialise vault client for signing",
     "Failed to initialize Vault client",
     "Failed to verify Vault is initialized and unsealed",
 ];
 
-/// An explained failure. As text it is one sentence.
+/// An explained failure. `Display` writes it as one sentence.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Finding {
-    /// Who says what.
+    /// The failure, and the program that reports it.
     pub said: String,
-    /// What to do.
+    /// The fix.
     pub remedy: String,
-    /// When to ask again.
+    /// When to retry.
     pub retry: Retry,
 }
 
@@ -38,7 +38,7 @@ impl fmt::Display for Finding {
     }
 }
 
-/// Reads a condition's `message`; none where it is not of a Vault, or not known. `trust_domain` is the agent's.
+/// Explains the `message` of a condition. `None` if it is not of a Vault, or is unknown. `trust_domain` is the agent's.
 pub fn explain(message: &str, trust_domain: &str) -> Option<Finding> {
     let at_login = LOGIN.iter().any(|beginning| message.starts_with(beginning));
     if !at_login && !message.starts_with(SIGNING) {
@@ -56,7 +56,7 @@ pub fn explain(message: &str, trust_domain: &str) -> Option<Finding> {
     Some(Finding { said: format!("cert-manager could not {doing}: {what}"), remedy, retry: Retry::Backoff })
 }
 
-/// Why a role does not sign. The agent's requests have an empty subject, one URI name, perhaps DNS names, and a key of the profile's type.
+/// Why a role does not sign. The agent's CSRs have an empty subject, one URI name, possibly DNS names, and a key of the profile's type.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Refusal {
     Uri,
@@ -83,7 +83,7 @@ impl Refusal {
         known.iter().find(|(beginning, _)| words.starts_with(beginning)).map(|(_, refusal)| *refusal)
     }
 
-    /// Vault tells one refusal at a time, so the remedy names all that a role for SPIFFE needs.
+    /// Vault reports one refusal at a time, so that the remedy names every setting that a role for SPIFFE needs.
     fn remedy(self, role: Option<&Role>, trust_domain: &str) -> String {
         let uris = format!("allowed_uri_sans=\"spiffe://{trust_domain}/*\"");
         let path = role.map_or_else(|| "pki/roles/ROLE".to_owned(), Role::path);
@@ -115,7 +115,7 @@ impl Refusal {
     }
 }
 
-/// What hinders Vault, or cert-manager on the way to it; and what to do.
+/// Explains a failure of Vault, or of cert-manager on the way to it. Returns the finding and the fix.
 fn trouble(message: &str, words: &str, at_login: bool) -> Option<(String, String)> {
     let quoted = || format!("{words:?}");
     let found = if words.contains("Vault is sealed") {
@@ -142,14 +142,14 @@ fn trouble(message: &str, words: &str, at_login: bool) -> Option<(String, String
             "allow cert-manager to create serviceaccounts/token of the account that the issuer's serviceAccountRef names".to_owned(),
         )
     } else if message.contains("which is not a Vault error response") {
-        (last_words(message), "something before Vault answered in its place; this is tried again".to_owned())
+        (last_words(message), "another server answered instead of Vault; this is tried again".to_owned())
     } else if ["connection refused", "connection reset", "no such host", "i/o timeout", "deadline exceeded", "EOF", "no route to host"]
         .iter()
         .any(|sign| message.contains(sign))
     {
         (
             format!("it does not answer ({})", last_words(message)),
-            "is it up, and is spec.vault.server right? This is tried again".to_owned(),
+            "check that Vault runs and that spec.vault.server is right; this is tried again".to_owned(),
         )
     } else if message.contains("x509:") || message.contains("tls:") {
         (last_words(message), "set spec.vault.caBundle or caBundleSecretRef to the CA of Vault's own certificate".to_owned())
@@ -161,7 +161,7 @@ fn trouble(message: &str, words: &str, at_login: bool) -> Option<(String, String
     Some(found)
 }
 
-/// A PKI role, from the URL that cert-manager has called.
+/// A PKI role, from the URL that cert-manager called.
 #[derive(Debug, PartialEq, Eq)]
 struct Role {
     mount: String,
@@ -169,7 +169,7 @@ struct Role {
 }
 
 impl Role {
-    /// Of `URL: POST https://vault/v1/pki/sign/mesh` or `…/v1/pki/issuer/NAME/sign/mesh`.
+    /// Parses `URL: POST https://vault/v1/pki/sign/mesh` or `…/v1/pki/issuer/NAME/sign/mesh`.
     fn of(message: &str) -> Option<Self> {
         let url = message.lines().find_map(|line| line.strip_prefix("URL: "))?;
         let (_, path) = url.split_once("/v1/")?;
@@ -186,7 +186,7 @@ impl Role {
     }
 }
 
-/// What stands in Vault's list of errors, without the envelope of its client: `Code: 400. Errors:`, an empty line, and `* ` before each.
+/// Returns the entries of Vault's list of errors. Its client writes `Code: 400. Errors:`, an empty line, and `* ` before each entry.
 fn errors(message: &str) -> String {
     let Some((_, list)) = message.split_once("Errors:") else { return String::new() };
     let list = list.lines().filter_map(|line| line.trim().strip_prefix("* ")).collect::<Vec<_>>().join("; ");
@@ -197,7 +197,7 @@ fn code(message: &str) -> Option<u16> {
     message.lines().find_map(|line| line.strip_prefix("Code: ")?.split('.').next()?.parse().ok())
 }
 
-/// The end of a Go error's chain, on one line.
+/// Returns the last three parts of a Go error's chain, on one line.
 fn last_words(message: &str) -> String {
     let line = message.lines().next_back().unwrap_or_default().trim();
     let start = line.rmatch_indices(": ").nth(2).map_or(0, |(at, separator)| at + separator.len());
@@ -320,7 +320,7 @@ mod tests {
             "the signer is out of ink",
             "the role requires keys of type rsa",
             &signing("pki/sign/mesh", 400, "something new"),
-            // A login never speaks for the role of the PKI engine.
+            // A login error never concerns the role of the PKI engine.
             &login(400, "unknown role: x"),
         ] {
             assert_eq!(explain(message, "example.org"), None, "{message}");

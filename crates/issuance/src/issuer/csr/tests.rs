@@ -1,4 +1,4 @@
-//! What is in a request, as another parser reads it.
+//! The content of a CSR, as another parser reads it.
 
 use std::{future::Future, task::Poll};
 
@@ -39,7 +39,7 @@ async fn the_request_is_an_empty_subject_and_the_names_signed_by_the_key() {
         let [ParsedExtension::SubjectAlternativeName(san)] = &extensions[..] else { panic!("{key_type:?}: {extensions:?}") };
         let expected = [GeneralName::URI(ID), GeneralName::DNSName("cart.shop.svc"), GeneralName::DNSName("cart.shop")];
         assert_eq!(san.general_names, expected, "{key_type:?}");
-        // The one attribute is the extension request.
+        // The only attribute is the extension request.
         assert_eq!(csr.certification_request_info.iter_attributes().count(), 1);
     }
 }
@@ -77,13 +77,13 @@ async fn rsa_keys_are_made_one_at_a_time_and_an_abandoned_one_still_counts() {
     let taken = slots.clone().acquire_owned().await.unwrap();
     let mut waiting = Box::pin(generate_within(&identity, &slots));
     assert!((&mut waiting).now_or_never().is_none());
-    // Elliptic curves do not queue behind it.
+    // Elliptic-curve keys do not wait for the permit.
     let quick = self::identity(KeyType::EcdsaP384, &[]);
     assert!(generate_within(&quick, &slots).now_or_never().unwrap().is_ok());
 
     drop(taken);
     poll_fn(|cx| {
-        // Takes the slot and hands the work to the pool.
+        // The first poll takes the permit and gives the work to the blocking pool.
         let _ = waiting.as_mut().poll(cx);
         Poll::Ready(())
     })
@@ -104,7 +104,7 @@ async fn what_agents_make_is_read_for_every_kind_of_key() {
         assert_eq!(csr::read(&pem), Ok(expected.clone()), "{kind:?}");
         assert_eq!(csr::read(pem.strip_suffix(b"\n").unwrap()), Ok(expected), "{kind:?}");
 
-        // Not one byte can be another.
+        // A change of any byte is rejected.
         for at in (0..made.csr_der.len()).step_by(if made.csr_der.len() > 600 { 7 } else { 1 }) {
             let mut other = made.csr_der.clone();
             other[at] ^= 1;

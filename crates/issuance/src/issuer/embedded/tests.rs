@@ -1,4 +1,4 @@
-//! The whole path of an order: key, request, signature, checks.
+//! The whole path of an order: key, CSR, signature, checks.
 
 use std::time::UNIX_EPOCH;
 
@@ -42,7 +42,7 @@ async fn every_kind_of_key_gets_a_chain_that_verifies_for_as_long_as_asked() {
         assert_eq!(verified.anchor.as_ref(), bundle.roots().first());
         assert_eq!(issued.chain.certificates().len(), 2, "leaf and intermediate, not the root");
         let validity = issued.chain.validity;
-        // Certificates count whole seconds.
+        // Times in a certificate are whole seconds.
         assert!(validity.not_after <= now + lifetime && now + lifetime < validity.not_after + Duration::from_secs(1));
         assert!(validity.not_before <= now && now < validity.not_before + BACKDATE + Duration::from_secs(1));
         assert_eq!(issued.phases.len(), 2);

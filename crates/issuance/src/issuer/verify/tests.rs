@@ -1,4 +1,4 @@
-//! What a well-behaved issuer sends, with one fault at a time.
+//! The answers of a well-behaved issuer, with one fault at a time.
 
 use std::{
     sync::{Arc, LazyLock},
@@ -24,7 +24,7 @@ fn now() -> SystemTime {
     UNIX_EPOCH + Duration::from_secs(1_800_000_000)
 }
 
-/// A certificate authority: its certificate and what signs with its key.
+/// A certificate authority: its certificate and its signer.
 struct Ca {
     certificate: Certificate,
     signer: Issuer<'static, KeyPair>,
@@ -76,7 +76,7 @@ fn identity(key: KeyType) -> Identity {
     }
 }
 
-/// What a well-behaved issuer sets; `change` is the fault.
+/// Signs as a well-behaved issuer does. `change` adds the fault.
 fn sign(order: &KeyAndCsr, ca: &Ca, change: impl FnOnce(&mut CertificateParams)) -> Certificate {
     let mut request = CertificateSigningRequestParams::from_der(&CertificateSigningRequestDer::from(order.csr_der.clone())).unwrap();
     let params = &mut request.params;
@@ -132,7 +132,7 @@ impl World {
     }
 }
 
-/// An answer that passed.
+/// A chain that passed the checks.
 #[derive(Debug)]
 struct Accepted {
     chain: CertificateChain,
@@ -150,7 +150,7 @@ fn encode(der: &[u8]) -> Vec<u8> {
     format!("-----BEGIN CERTIFICATE-----\n{}\n-----END CERTIFICATE-----\n", STANDARD.encode(der)).into_bytes()
 }
 
-/// Each row: what is wrong, the answer, and a part of the sentence about it.
+/// Each row has the fault, the answer, and a part of the expected error.
 #[track_caller]
 fn assert_refused(table: Vec<(&str, Vec<u8>, &str)>) {
     for (fault, pem, sentence) in table {
@@ -184,7 +184,7 @@ fn bytes_that_are_no_chain_are_refused() {
         ("trailing bytes", encode(&[&der[..], &[0]].concat()), "certificate 1 is not valid X.509: 1 bytes follow it"),
         ("DER of something else", encode(&P256.order.csr_der), "certificate 1 is not valid X.509"),
         ("a broken intermediate", [P256.leaf(|_| ()).pem().into_bytes(), encode(&[0x30, 0])].concat(), "certificate 2 is not valid X.509"),
-        ("too large", vec![b'\n'; material::MAX_PEM_BYTES + 1], "more than the 1048576 that are read"),
+        ("too large", vec![b'\n'; material::MAX_PEM_BYTES + 1], "more than the limit of 1048576 bytes"),
     ]);
 }
 
@@ -263,14 +263,14 @@ fn the_leaf_is_for_both_sides_of_tls_and_not_an_authoritys() {
         ("no client auth", purposes(vec![Purpose::ServerAuth]), "without clientAuth"),
         ("no server auth", purposes(vec![Purpose::ClientAuth]), "without serverAuth"),
         ("another purpose", purposes(vec![Purpose::CodeSigning]), "without serverAuth"),
-        // OpenSSL and BoringSSL do not take it for TLS either.
+        // OpenSSL and BoringSSL do not accept it for TLS.
         ("any purpose", purposes(vec![Purpose::Any]), "without serverAuth"),
         ("no signatures", uses(vec![Use::KeyEncipherment]), "without digitalSignature"),
         ("signing certificates", uses(vec![Use::DigitalSignature, Use::KeyCertSign]), "keyCertSign or cRLSign"),
         ("signing CRLs", uses(vec![Use::DigitalSignature, Use::CrlSign]), "keyCertSign or cRLSign"),
     ];
     for (fault, pem, sentence) in &faults {
-        // The leaf alone has no path to be looked at; its usages are.
+        // The leaf alone has no path to check, but its usages are checked.
         let leaf = pem.split_inclusive(|&b| b == b'\n').scan(false, |done, line| {
             let last = line.starts_with(b"-----END");
             (!std::mem::replace(done, *done || last)).then_some(line)
@@ -343,10 +343,10 @@ fn the_anchor_is_the_root_that_was_reached() {
     let chain = P256.chain(|_| ());
     let anchor = |bundle: &TrustBundle| P256.verify(&chain, Some(bundle)).unwrap().anchor;
     assert_eq!(anchor(&bundle(&roots)).as_ref(), Some(P256.root.certificate.der()));
-    // An operator may trust an intermediate, alone or beside its root: the nearest one is reached first.
+    // An operator may trust an intermediate, alone or with its root. The path ends at the nearest trusted certificate.
     assert_eq!(anchor(&bundle(&[&P256.intermediate, &P256.root])).as_ref(), Some(P256.intermediate.certificate.der()));
 
-    // A namesake with another key is passed over, before and behind.
+    // A root of the same name with another key is skipped, before and after the right one.
     let namesake = Ca::root("root");
     for roots in [[&namesake, &P256.root], [&P256.root, &namesake]] {
         assert_eq!(anchor(&bundle(&roots)).as_ref(), Some(P256.root.certificate.der()));

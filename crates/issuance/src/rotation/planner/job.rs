@@ -1,4 +1,4 @@
-//! One entry's job: how far it is, and what the time makes of it. Pure.
+//! The state of one entry, and its changes with time. Does no I/O.
 
 use std::time::SystemTime;
 
@@ -7,7 +7,7 @@ use tokio::time::Instant;
 
 use super::{Authority, Class, Now};
 
-/// A certificate with less than this share of its life left is about to end.
+/// A certificate with less than this share of its lifetime left is [`Class::Ending`].
 const ENDING: f64 = 0.2;
 
 /// A certificate in use.
@@ -23,38 +23,38 @@ impl InUse {
     }
 }
 
-/// How far a job is.
+/// Phase of a job.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) enum Phase {
-    /// Nothing under way.
+    /// No order is queued or runs.
     Resting,
-    /// Due, and waiting for a slot.
+    /// The order is due and waits for a slot.
     Queued(Class, Rank),
-    /// With the issuer.
+    /// The order runs.
     Running { slot: Option<Class>, submitted: bool, deadline: Option<Instant> },
-    /// Issued, and waiting for slow clocks.
+    /// The certificate is issued, and waits until peers with slow clocks accept it.
     Settling(Instant),
 }
 
-/// The order within a class.
+/// Position within a class.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Rank {
-    /// First attempts before retries.
+    /// First attempts precede retries.
     pub(super) retry: bool,
-    /// What ends first; for those who have nothing, the epoch.
+    /// End of the certificate in use: the earliest precedes. Without a certificate, the Unix epoch.
     pub(super) deadline: SystemTime,
-    /// First come, first served.
+    /// First in, first out.
     pub(super) sequence: u64,
 }
 
-/// What the planner knows of an entry.
+/// State of an entry.
 #[derive(Debug)]
 pub(super) struct Job {
     pub(super) authority: Authority,
-    /// What subscribers without material need.
+    /// Need of the subscribers without material.
     pub(super) demand: Option<Demand>,
     pub(super) leased: bool,
-    /// No profile issues it any more.
+    /// Whether no profile issues the entry.
     pub(super) retired: bool,
     pub(super) in_use: Option<InUse>,
     pub(super) issued: Option<InUse>,
@@ -68,7 +68,7 @@ pub(super) struct Job {
     pub(super) timers: (Option<SystemTime>, Option<Instant>),
 }
 
-/// When the job's next order is due; none when nobody needs one.
+/// Returns when the next order is due. `None` if no subscriber needs one.
 pub(super) fn due(job: &Job, now: Now) -> Option<SystemTime> {
     if !job.leased || job.retired {
         return None;
@@ -81,7 +81,7 @@ pub(super) fn due(job: &Job, now: Now) -> Option<SystemTime> {
     }
 }
 
-/// The end of the certificate in use, ours or one that a client holds from before.
+/// Returns the end of the certificate in use: the agent's own, or one that a client holds from before a restart.
 pub(super) fn end(job: &Job) -> Option<SystemTime> {
     match (&job.in_use, job.demand) {
         (Some(certificate), _) => Some(certificate.validity.not_after),
@@ -90,11 +90,11 @@ pub(super) fn end(job: &Job) -> Option<SystemTime> {
     }
 }
 
-/// From when on the job is [`Class::Ending`].
+/// Returns the time from which the job is [`Class::Ending`].
 fn ending_at(job: &Job) -> Option<SystemTime> {
     match (&job.in_use, job.demand) {
         (Some(certificate), _) => Some(certificate.ending_at()),
-        // Its beginning is unknown: as much again is left after the renewal as half the life, for the usual share.
+        // The beginning of a held certificate is unknown. The estimate assumes that half of the lifetime is left at the renewal.
         (None, Some(Demand::Held { renew_at, not_after })) => {
             Some(not_after - not_after.duration_since(renew_at).unwrap_or_default().mul_f64(2.0 * ENDING))
         }
@@ -115,7 +115,7 @@ pub(super) fn class(job: &Job, now: Now) -> Class {
     }
 }
 
-/// The next moment at which [`class`] gives another answer.
+/// Returns the next time at which [`class`] changes.
 pub(super) fn turning_point(job: &Job, now: Now) -> Option<SystemTime> {
     [ending_at(job), end(job)].into_iter().flatten().filter(|at| *at > now.wall).min()
 }

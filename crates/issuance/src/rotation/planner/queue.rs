@@ -1,4 +1,4 @@
-//! The queue of one issuer: which of its due orders may start. Pure.
+//! The queue of one issuer. It selects the due orders that may start. Does no I/O.
 
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
@@ -6,35 +6,36 @@ use tokio::time::Instant;
 
 use super::{Class, Id, job::Rank};
 
-/// Orders under way at one issuer.
+/// Maximum number of orders in progress at one issuer. Parked orders do not count.
 pub const SLOTS: usize = 8;
-/// Of these, kept for certificates that are about to end.
+/// Slots that are reserved for certificates that are about to end.
 pub const RESERVED: usize = 2;
-/// An order may stay with its upstream for ever, and its key is kept: so there is a bound to what is left with one that is dead. With so
-/// many parked and [`UNRESPONSIVE_AFTER`] since it answered anybody, it gets one more in each [`PROBE_INTERVAL`] and no more: a thousand requests that nobody
-/// works off help no identity, and all of them would be worked off by an issuer that comes back. One order still goes through now and
-/// then, because what is parked may be stuck for a reason of its own, such as requests of one namespace that no approver takes, and the
-/// next one would be answered. Any answer ends it at once, a refusal too.
+/// Number of parked orders at which an issuer without an answer for [`UNRESPONSIVE_AFTER`] is unresponsive.
+///
+/// A pending order has no time limit, and its key stays in memory. An unresponsive issuer therefore gets only one more order per
+/// [`PROBE_INTERVAL`]. Further requests would help no identity, and an issuer that recovers would have to sign all of them. One order per
+/// interval still starts, because the parked ones may be stuck for a reason that does not concern it, such as requests of one namespace
+/// that no approver decides. Any answer ends the limit, including a refusal.
 pub(super) const MAX_PARKED: usize = 32;
 const UNRESPONSIVE_AFTER: Duration = Duration::from_secs(60);
 pub(super) const PROBE_INTERVAL: Duration = Duration::from_secs(60);
 
-/// An issuer, whatever profiles call it: `authority` of a profile. A name may move to another issuer.
+/// Identifies an issuer under any name that profiles use: `authority` of a profile. A name may move to another issuer.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Authority(pub Arc<str>);
 
-/// An issuer's orders that are due, and what it has.
+/// The due orders and the slots of an issuer.
 #[derive(Debug, Default)]
 pub(super) struct Queue {
     /// Due orders, by class.
     pub(super) waiting: [BTreeSet<(Rank, Id)>; 3],
     /// Slots in use, by class.
     pub(super) used: [usize; 3],
-    /// Orders without a slot that the upstream has.
+    /// Orders that are pending at the upstream and occupy no slot.
     pub(super) parked: usize,
-    /// When the upstream last answered, or got the first of the parked.
+    /// Time at which the upstream last answered, or at which the first of the parked orders was parked.
     pub(super) last_answer: Option<Instant>,
-    /// When an order was last started.
+    /// Time at which an order was last started.
     pub(super) started: Option<Instant>,
 }
 
@@ -54,14 +55,14 @@ impl Queue {
         !self.is_unresponsive(now) || self.started.is_none_or(|last| now >= last + PROBE_INTERVAL)
     }
 
-    /// When the next order goes to an upstream that has so many, where one waits for that.
+    /// Returns when the next order may go to an upstream with [`MAX_PARKED`] parked orders. `None` if no order waits for that.
     pub(super) fn probe_at(&self) -> Option<Instant> {
         let is_held = self.parked >= MAX_PARKED && self.next().is_some();
         self.started.filter(|_| is_held).map(|last| last + PROBE_INTERVAL)
     }
 
-    /// What may start now: waiting clients first, all but one of the general slots at the most while there are renewals too, and the
-    /// reserved slots for what is about to end.
+    /// Returns the next order that may start. Orders of waiting clients come first, but leave one general slot to renewals that are queued.
+    /// The reserved slots are for certificates that are about to end.
     pub(super) fn next(&self) -> Option<(Class, Rank, Id)> {
         let [ending, waiting, routine] = self.used;
         if ending + waiting + routine >= SLOTS {

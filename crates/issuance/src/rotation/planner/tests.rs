@@ -43,7 +43,7 @@ impl Bench {
         self.planner.wanted(self.now, id, &self.issuer.clone(), Some(demand));
     }
 
-    /// A certificate that begins now; renewed at half of its life.
+    /// Issues a certificate that begins now, and is renewed at half of its lifetime.
     fn issued(&mut self, id: Id, life: u64) {
         let life = Duration::from_secs(life);
         let validity = Validity { not_before: self.now.wall, not_after: self.now.wall + life };
@@ -109,7 +109,7 @@ fn a_failed_renewal_is_retried_before_the_certificate_ends() {
 
 #[test]
 fn a_failing_issuer_is_asked_less_while_a_certificate_has_long_to_live() {
-    // Mean waits after ten failures: with a certificate of 24 h, at its renewal; and without one.
+    // Mean waits after ten failures: at the renewal of a certificate of 24 h, and without a certificate.
     let mut waits = [0.0; 2];
     for (i, life) in [Some(DAY), None].into_iter().enumerate() {
         for id in 1..=200 {
@@ -129,7 +129,7 @@ fn a_failing_issuer_is_asked_less_while_a_certificate_has_long_to_live() {
             }
         }
     }
-    // Half of 2 + 4 + … + 1024 s, and of the same up to 300 s.
+    // Half of 2 + 4 + … + 1024 s, and half of the same sum with at most 300 s each.
     assert!((950.0..1100.0).contains(&waits[0]) && (520.0..590.0).contains(&waits[1]), "{waits:?}");
 }
 
@@ -145,7 +145,7 @@ fn who_has_mended_something_ends_the_wait() {
     assert!(b.planner.hasten(b.now, 1, Duration::from_secs(10)));
     b.pass(10.0);
     assert_eq!(b.starts(), [1]);
-    assert!(!b.planner.hasten(b.now, 2, Duration::ZERO), "nobody knows it");
+    assert!(!b.planner.hasten(b.now, 2, Duration::ZERO), "the entry is unknown");
 }
 
 #[test]
@@ -419,8 +419,8 @@ mod properties {
     }
 
     proptest! {
-        /// Whatever happens: an entry has one order at a time, slots are neither exceeded nor leaked, the driver is never woken for
-        /// nothing, and when everything is answered, everybody who is subscribed has a certificate.
+        /// After any sequence of steps, an entry has one order at a time, slots are neither exceeded nor leaked, and the driver is not
+        /// woken without need. When every order is answered, every entry with a subscriber has a certificate.
         #[test]
         fn orders_are_single_bounded_and_in_the_end_served(steps in prop::collection::vec(step(), 1..150)) {
             let mut b = Bench::new();
@@ -476,7 +476,7 @@ mod properties {
                 }
                 run(&mut b, &mut running)?;
             }
-            // Now everything is answered well.
+            // From here on, every order succeeds.
             for _ in 0..200 {
                 for id in std::mem::take(&mut running) { b.issued(id, 100_000); }
                 b.pass(20.0);

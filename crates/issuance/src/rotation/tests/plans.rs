@@ -1,4 +1,4 @@
-//! Another plan while orders, renewals and waits are under way.
+//! Changes of the plan during orders, renewals and waits.
 
 use workload_identity::Profile;
 

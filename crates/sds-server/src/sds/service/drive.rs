@@ -1,8 +1,9 @@
-//! One stream from its first request to its end: it keeps a lease in step with what the client watches and who the caller is.
+//! One stream, from its first request to its end. It keeps the lease in step with the names that the client watches and with the identity
+//! of the caller.
 //!
-//! A change of the configuration may give the caller another identity. The stream stays open: it takes a lease on the new one before it
-//! lets go of the old one, serves the old certificate until the new one is there and has settled, and asks for that at a moment within
-//! the time chosen for it, or when the old one was to be renewed.
+//! A change of the configuration may give the caller another identity. The stream stays open and takes a lease on the new identity before
+//! it drops the old lease. It serves the old certificate until the new one is issued and peers with slow clocks accept it. The new
+//! certificate is requested at a time within the reissue window, or when the old one was to be renewed, if that is earlier.
 
 use std::{collections::VecDeque, sync::Arc, time::SystemTime};
 
@@ -32,11 +33,12 @@ use crate::{
     trust::BundleSet,
 };
 
-/// Of the log's lines.
+/// Target of the log lines of this module.
 const LOG_TARGET: &str = "sds_agent::sds::service::drive";
 
 impl Service {
-    /// A stream's life. The first request is read before the caller is attested: a large one must not block the connection's window.
+    /// Runs a stream and returns its status. The first request is read before the caller is attested, because a large request would block
+    /// the flow-control window of the connection.
     pub(super) async fn drive<B>(&self, connection: &Connection, incoming: &mut Incoming<B>, variant: Variant, sender: Sender) -> Status
     where
         B: HttpBody<Data = Bytes> + Unpin,
@@ -53,7 +55,7 @@ impl Service {
         };
         let started = Instant::now();
         let mut rules = connection.rules();
-        // Before the caller is named: what changes from here on is noticed.
+        // Before the caller is resolved, so that any later change is noticed.
         rules.mark_unchanged();
         let caller = tokio::select! {
             () = self.ending.cancelled() => return grpc::closing(),
@@ -90,7 +92,7 @@ impl Service {
     }
 }
 
-/// One stream, with all that its run changes.
+/// The state of one stream.
 struct Stream<'a> {
     service: &'a Service,
     connection: &'a Connection,
@@ -99,10 +101,10 @@ struct Stream<'a> {
     variant: Variant,
     state: StreamState,
     lease: Option<(Lease, watch::Receiver<Option<Arc<Svid>>>)>,
-    /// The lease is of an identity that the caller had before.
+    /// The lease is for a previous identity of the caller.
     identity_changed: bool,
     holdings: Holdings,
-    /// The response that carried the last certificate.
+    /// The nonce of the last response with a certificate.
     certificate_nonce: Option<u64>,
     started: Instant,
     answered: bool,
@@ -110,12 +112,12 @@ struct Stream<'a> {
     sender: Sender,
 }
 
-/// What is there for the stream at one moment.
+/// The state that the stream responds from.
 struct Snapshot {
     view: View,
-    /// The good certificate that the client holds.
+    /// The valid certificate that the client holds.
     held: Option<HeldCertificate>,
-    /// When a certificate that is withheld from the client may be sent.
+    /// The time at which a withheld certificate may be sent.
     withheld_until: Option<SystemTime>,
 }
 
@@ -189,7 +191,7 @@ impl Stream<'_> {
                     self.holdings.rejected();
                 }
                 kinds.iter().for_each(|kind| metrics.nacked(*kind));
-                // A client may ask for the same again, and reject that, in a loop.
+                // A client may request and reject the same secret in a loop.
                 let what = if kinds.contains(&Kind::certificate) { "certificate rejected" } else { "bundle rejected" };
                 if let Some(left_out) = self.connection.permit_log(what) {
                     let cause = text::excerpt(&error, text::MAX_MESSAGE_CHARS);
@@ -200,7 +202,7 @@ impl Stream<'_> {
                         ?kinds,
                         cause,
                         left_out,
-                        "rejected by the client; it keeps what it has until there is a newer version"
+                        "rejected by the client; the client keeps its current secret until it gets a newer version"
                     );
                 }
             }
@@ -208,7 +210,8 @@ impl Stream<'_> {
         Ok(())
     }
 
-    /// Names the caller by the rules as they are now. The stream goes on under another identity, and ends where there is none any more.
+    /// Resolves the caller again with the current resolver. The stream continues under another identity, and ends if the caller no longer
+    /// has one.
     async fn reidentify(&mut self) -> Result<(), Status> {
         self.rules.mark_unchanged();
         let caller = self.connection.caller().await?;
@@ -224,8 +227,8 @@ impl Stream<'_> {
         Ok(())
     }
 
-    /// Keeps the lease in step with what is watched, and looks at what exists: also until when it is withheld, because a client that still
-    /// holds a good certificate gets a fresh one only when slow clocks take it.
+    /// Keeps the lease in step with the watched names, and reads the resources that are available. A client that holds a valid certificate
+    /// gets a newer one only when peers with slow clocks accept it.
     fn snapshot(&mut self, trust: &mut watch::Receiver<Arc<BundleSet>>) -> Snapshot {
         let bundles = trust.borrow_and_update().clone();
         let held = self.held(&bundles);
@@ -251,15 +254,14 @@ impl Stream<'_> {
                 let lease = self.service.store.lease(&self.caller.identity, demand, pod);
                 let mut material = lease.watch();
                 material.mark_unchanged();
-                // Only now the one before ends.
+                // The previous lease is dropped only now.
                 self.lease = Some((lease, material));
                 self.identity_changed = false;
             }
         }
     }
 
-    /// What the client holds, and when it is to be replaced: for what a change of the configuration has made foreign, within the time that
-    /// was chosen for that.
+    /// The certificate that the client holds. After a change of the identity it is replaced within the reissue window.
     fn held(&self, bundles: &BundleSet) -> Option<HeldCertificate> {
         let now = self.service.clock.now();
         self.holdings.held(&self.caller.identity, || self.reported(bundles), || self.due_at(), now)
@@ -269,8 +271,8 @@ impl Stream<'_> {
         self.service.reissue_window.borrow().due_at(&self.caller.identity)
     }
 
-    /// The good certificate that the client says it has. One name only: a version of a SotW response tells nothing about which of
-    /// several names the client has an answer for.
+    /// The valid certificate that the client reports. It is used only if the client watches one name for the certificate: the version of a
+    /// SotW response does not show which of several names the client has a resource for.
     fn reported(&self, bundles: &BundleSet) -> Option<HeldCertificate> {
         let mut certificates = self.state.watches().iter().filter(|w| self.target(&w.name) == Target::Certificate);
         let (Some(watch), None) = (certificates.next(), certificates.next()) else { return None };
@@ -284,12 +286,12 @@ impl Stream<'_> {
     }
 
     fn is_settled(&self, view: &View) -> bool {
-        // For a name that is not known nothing will come.
+        // An unknown name never gets a response.
         self.state
             .is_settled(|name| is_known(&self.target(name), &view.bundles), |name| view.version(&self.target(name)).map(str::to_owned))
     }
 
-    /// Sends what is due. A workload that ends meanwhile does not get the rest of it.
+    /// Sends the response that is due. If the workload ends meanwhile, the rest of the response is discarded.
     async fn answer(&mut self, view: &View, held: Option<HeldCertificate>, trigger: Trigger) -> Result<(), Status> {
         let (directory, caller) = (&self.service.directory, &self.caller);
         let Some(Due { nonce, names }) = self.state.due(|name| view.version(&directory.target(name, &caller.identity)).map(str::to_owned))
@@ -308,7 +310,7 @@ impl Stream<'_> {
         if !std::mem::replace(&mut self.answered, true) {
             self.service.metrics.first_secret(trigger == Trigger::subscribe, self.started.elapsed());
         }
-        // Of the certificate that is in this response, or that the client keeps. One that it rejected is neither.
+        // The prefix of the certificate in this response, or of the one that the client keeps. A rejected certificate is neither.
         let sent = names.iter().find(|(name, _)| self.target(name) == Target::Certificate);
         let version_prefix = sent.map(|(_, version)| version::prefix(version).to_owned()).or_else(|| held.map(|held| held.version_prefix));
         if sent.is_some() {

@@ -1,4 +1,4 @@
-//! `FetchSecrets`: one answer for everything that is named, within the caller's deadline.
+//! `FetchSecrets`: one response with all requested names, within the deadline of the client.
 
 use std::{collections::VecDeque, sync::Arc, time::Duration};
 
@@ -26,26 +26,26 @@ use crate::{
     trust::BundleSet,
 };
 
-/// How long `FetchSecrets` waits for a caller that names no deadline.
+/// Time that `FetchSecrets` waits if the client sets no deadline: 10 s.
 const FETCH_WAIT: Duration = Duration::from_secs(10);
-/// A caller's deadline is answered this much early, so that the answer arrives.
+/// The response is sent this time before the client's deadline, so that it arrives in time.
 const HEADROOM: Duration = Duration::from_millis(20);
 
 impl Service {
-    /// One answer for everything that is named. Never uses a hint: who fetches has nothing.
+    /// Returns one response with all requested names. It uses no reported version, because a client that fetches holds no certificate.
     pub(super) async fn fetch<B>(&self, connection: &Connection, request: Request<B>) -> Result<VecDeque<Bytes>, Status>
     where
         B: HttpBody<Data = Bytes> + Unpin,
         B::Error: std::fmt::Display,
     {
         let wait = grpc::timeout(request.headers()).map_or(FETCH_WAIT, |t| t.saturating_sub(HEADROOM.min(t / 10)));
-        // From here on everything is the caller's time: the rest of its request, its attestation, the certificate.
+        // The deadline includes the rest of the request, the attestation and the issuance.
         let end = Instant::now() + wait;
         tokio::select! {
             biased;
             result = self.answer_by(end, connection, request.into_body()) => result,
             () = self.ending.cancelled() => Err(grpc::closing()),
-            // Later than what is answered at the end itself.
+            // Later than the response that is sent at `end`.
             () = tokio::time::sleep_until(end + HEADROOM / 2) => Err(Status::unavailable("the caller is not yet known")),
         }
     }
@@ -66,7 +66,7 @@ impl Service {
         }
         let mut rules = connection.rules();
         loop {
-            // Before the caller is named: what changes from here on is noticed.
+            // Before the caller is resolved, so that any later change is noticed.
             rules.mark_unchanged();
             let caller = connection.caller().await?;
             if let Some(answer) = self.answer_to(&caller, &asked, end, connection, &mut rules).await? {
@@ -75,7 +75,7 @@ impl Service {
         }
     }
 
-    /// The answer to `caller`; none where the rules have changed meanwhile and it may be another.
+    /// The response for `caller`. `None` if the resolver has changed meanwhile: the caller may have another identity.
     async fn answer_to(
         &self,
         caller: &Caller,
@@ -91,7 +91,7 @@ impl Service {
             return Err(Status::not_found(format!("none of these names is known here: {}", asked.join(", "))));
         }
         let wants_certificate = known.iter().any(|(_, target)| *target == Target::Certificate);
-        // What is there, and is not due, needs no subscription.
+        // A certificate that is available and not due for renewal needs no lease.
         let svid = if wants_certificate { self.store.at_rest(&caller.identity, self.clock.now()) } else { None };
         let view = View { svid, bundles };
         if view.has_all(&known) {
@@ -155,7 +155,7 @@ impl Service {
         Ok(secret::response(Variant::Sotw, &version, "", resources))
     }
 
-    /// What exists now. Material that looks expired is withheld.
+    /// The resources that are available now. An expired certificate is withheld.
     fn view(&self, lease: Option<&Lease>, trust: &watch::Receiver<Arc<BundleSet>>) -> View {
         let now = self.clock.now();
         let svid = lease.and_then(Lease::current).filter(|svid| svid.chain.validity.is_live(now));

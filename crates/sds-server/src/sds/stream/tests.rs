@@ -40,7 +40,7 @@ fn a_name_is_answered_once_for_each_version() {
         let mut s = stream(variant);
         assert_eq!(s.request(first), Ok(Received::Subscription));
         assert_eq!(due(&mut s, "v1"), Some((1, strings(&["default"]))));
-        assert_eq!(due(&mut s, "v1"), None, "nothing new");
+        assert_eq!(due(&mut s, "v1"), None, "there is no new version");
         assert_eq!(due(&mut s, "v2"), Some((2, strings(&["default"]))));
     }
 }
@@ -148,7 +148,7 @@ fn delta_answers_a_repeated_subscription_and_sotw_does_not() {
 
     let mut s = stream(SOTW);
     s.request(sotw(&["default", "default"], "", "")).unwrap();
-    assert_eq!(due(&mut s, "v1"), Some((1, strings(&["default"]))), "a name said twice is answered once");
+    assert_eq!(due(&mut s, "v1"), Some((1, strings(&["default"]))), "a repeated name is answered once");
     s.request(sotw(&["default"], "v1", "1")).unwrap();
     assert_eq!(due(&mut s, "v1"), None);
 }
@@ -265,7 +265,7 @@ fn a_client_that_stopped_asking_is_done_when_all_is_sent() {
     assert!(!s.is_settled(|_| true, all("v1")));
     due(&mut s, "v1");
     assert!(s.is_settled(|_| true, all("v1")));
-    assert!(!s.is_settled(|_| true, |_| None), "an answer is still to come");
+    assert!(!s.is_settled(|_| true, |_| None), "one name has no version yet");
 }
 
 mod properties {
@@ -292,8 +292,8 @@ mod properties {
     const NAMES: [&str; 3] = ["default", "ROOTCA", "spiffe://td"];
 
     proptest! {
-        /// Whatever a client says: nonces grow, nothing unwatched is sent, a rejected version never returns, and in the end everything
-        /// that is watched was sent, is what the client brought, or was rejected.
+        /// For any sequence of requests, nonces increase, only watched names are sent, and a rejected version is not sent again. At the
+        /// end, every watched version was sent, reported by the client, or rejected.
         #[test]
         fn a_stream_converges(variant in prop_oneof![Just(SOTW), Just(DELTA)], steps in steps()) {
             let mut s = stream(variant);
@@ -309,7 +309,7 @@ mod properties {
                         let request = if variant == SOTW { sotw(&names, "", &current) } else { delta(&names, &["ROOTCA"], "") };
                         s.request(request).unwrap();
                         if variant == DELTA {
-                            // Unsubscribed, and perhaps subscribed anew by the same request.
+                            // The request unsubscribes from the name, and may subscribe to it again.
                             rejected.retain(|(name, _)| &**name != "ROOTCA");
                         }
                     }

@@ -1,4 +1,4 @@
-//! The quotas by themselves, on paused time.
+//! Tests of the quotas, on paused time.
 
 use proptest::prelude::*;
 use tokio::time::advance;
@@ -39,7 +39,7 @@ async fn a_caller_has_its_share_and_takes_nothing_from_another() {
     let (others, exceeded) = fill(&quotas, &pod(2));
     assert_eq!((others.len(), exceeded), (10, Exceeded::Own));
     mine.pop();
-    assert!(quotas.admit(&pod(1), Instant::now()).is_ok(), "a place that was given back is free");
+    assert!(quotas.admit(&pod(1), Instant::now()).is_ok(), "a released slot is free again");
 }
 
 #[tokio::test(start_paused = true)]
@@ -51,9 +51,9 @@ async fn connecting_again_and_again_is_bounded_and_recovers() {
     }
     assert_eq!(taken, 20, "the burst, one connection after the other");
     assert_eq!(quotas.admit(&pod(1), Instant::now()).unwrap_err(), Exceeded::Rate);
-    assert!(quotas.admit(&pod(2), Instant::now()).is_ok(), "the rate is each caller's own");
+    assert!(quotas.admit(&pod(2), Instant::now()).is_ok(), "each caller has its own rate");
     advance(Duration::from_millis(499)).await;
-    assert_eq!(quotas.admit(&pod(1), Instant::now()).unwrap_err(), Exceeded::Rate, "asking does not help");
+    assert_eq!(quotas.admit(&pod(1), Instant::now()).unwrap_err(), Exceeded::Rate, "a refused attempt does not change the rate");
     advance(Duration::from_millis(1)).await;
     assert!(quotas.admit(&pod(1), Instant::now()).is_ok());
     assert_eq!(quotas.admit(&pod(1), Instant::now()).unwrap_err(), Exceeded::Rate);
@@ -66,13 +66,13 @@ async fn however_many_flood_another_still_finds_a_place() {
     let held: usize = floods.iter().map(|(slots, _)| slots.len()).sum();
     assert!(floods.iter().any(|(_, exceeded)| *exceeded == Exceeded::All));
     assert!(held <= 80);
-    // Those that came late hold little, and the reserve was theirs; before that, the greedy were stopped at seven eighths.
+    // Callers that came late hold little and used the reserve. Before that, the other callers were stopped at seven eighths.
     let greedy: usize = floods.iter().map(|(slots, _)| slots.len()).take_while(|count| *count == 10).sum();
     assert!(greedy <= 70, "{greedy}");
 
     let quotas = Quotas::new(&Limits { connections_per_pod: 1000, new_connections_burst_per_pod: 1000, ..limits() });
     let (alone, exceeded) = fill(&quotas, &pod(1));
-    assert_eq!((alone.len(), exceeded), (70, Exceeded::Own), "one caller never has all, whatever it is allowed");
+    assert_eq!((alone.len(), exceeded), (70, Exceeded::Own), "one caller never gets the reserve, regardless of its limit");
     assert!(!quotas.are_exhausted());
     assert!(quotas.admit(&pod(2), Instant::now()).is_ok());
     let full: Vec<_> = (2..5).map(|number| fill(&quotas, &pod(number))).collect();
@@ -104,13 +104,13 @@ async fn a_caller_is_forgotten_when_it_holds_nothing_and_its_rate_has_recovered(
     advance(Duration::from_secs(10)).await;
     assert_eq!(quotas.remembered(), 1);
     drop(slot);
-    assert_eq!(quotas.remembered(), 0, "with the last connection");
+    assert_eq!(quotas.remembered(), 0, "the account is removed with the last connection");
 
     drop(quotas.admit(&pod(1), Instant::now()).unwrap());
-    assert_eq!(quotas.remembered(), 1, "or it would begin with a fresh burst");
+    assert_eq!(quotas.remembered(), 1, "otherwise the caller would get a full burst again");
     advance(Duration::from_secs(1)).await;
     let _other = quotas.admit(&pod(2), Instant::now()).unwrap();
-    assert_eq!(quotas.remembered(), 1, "found by who comes next");
+    assert_eq!(quotas.remembered(), 1, "the next caller removes the account");
 }
 
 #[tokio::test(start_paused = true)]
@@ -124,7 +124,8 @@ async fn who_is_turned_away_by_a_full_house_leaves_no_trace() {
 }
 
 proptest! {
-    /// Whatever comes and goes: nobody has more than its share, all have no more than there is, and at the end nothing is counted.
+    /// For any sequence of connections, no caller exceeds its limit, all callers together do not exceed the total, and all counts end at
+    /// zero.
     #[test]
     fn the_counts_hold(steps in proptest::collection::vec((0..12_usize, any::<bool>(), 0..400_u64), 1..300)) {
         let limits = Limits { connections: 40, connections_per_pod: 7, ..limits() };

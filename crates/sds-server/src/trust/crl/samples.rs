@@ -1,5 +1,5 @@
 //! Values for tests.
-#![allow(clippy::unwrap_used, reason = "for tests alone")]
+#![allow(clippy::unwrap_used, reason = "for tests only")]
 
 use std::time::{Duration, SystemTime};
 
@@ -9,21 +9,21 @@ use rcgen::{
 };
 use rustls::pki_types::CertificateDer;
 
-/// An authority that can sign lists.
+/// An authority that can sign revocation lists.
 #[derive(Debug)]
 pub struct Authority {
-    /// Its own, self-signed.
+    /// The self-signed certificate of the authority.
     pub certificate: rcgen::Certificate,
     issuer: Issuer<'static, KeyPair>,
 }
 
 impl Authority {
-    /// One that may sign certificates and lists.
+    /// An authority that may sign certificates and revocation lists.
     pub fn new(name: &str) -> Self {
         Self::with(name, vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign])
     }
 
-    /// One whose certificate has these usages.
+    /// An authority whose certificate has these key usages.
     pub fn with(name: &str, usages: Vec<KeyUsagePurpose>) -> Self {
         let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::new(Vec::new()).unwrap();
@@ -34,17 +34,17 @@ impl Authority {
         Self { certificate, issuer: Issuer::new(params, key) }
     }
 
-    /// Its certificate.
+    /// The certificate in DER.
     pub fn der(&self) -> CertificateDer<'static> {
         self.certificate.der().clone()
     }
 
-    /// A list of so many certificates, made `age` seconds ago.
+    /// A list with `revoked` certificates, issued `age` seconds ago, in PEM.
     pub fn list(&self, revoked: u64, age: u64) -> String {
         self.list_naming(KeyIdMethod::Sha256, revoked, age)
     }
 
-    /// The same, with another key identifier.
+    /// The same list with the key identifier `key`.
     pub fn list_naming(&self, key: KeyIdMethod, revoked: u64, age: u64) -> String {
         let now = SystemTime::now() - Duration::from_secs(age);
         let revoked = (0..revoked).map(|serial| RevokedCertParams {

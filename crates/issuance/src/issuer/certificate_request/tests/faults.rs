@@ -1,4 +1,4 @@
-//! What the API server may answer to a create or a delete.
+//! Answers of the API server to a create or a delete.
 
 use super::*;
 

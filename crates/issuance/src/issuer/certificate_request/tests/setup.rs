@@ -2,7 +2,7 @@
 
 use super::*;
 
-/// What an order says to an issuer, without one request being made.
+/// Returns the error of an order that its issuer refuses before a request is created.
 async fn refusal(issuer: (&str, &str, &str), objects: &[(&str, Value)]) -> Error {
     let api = FakeApi::new();
     for (plural, object) in objects {

@@ -1,4 +1,4 @@
-//! What an order makes of the words of a Vault behind cert-manager.
+//! How an order handles the messages of a Vault behind cert-manager.
 
 use super::*;
 

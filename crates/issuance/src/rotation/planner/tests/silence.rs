@@ -1,11 +1,11 @@
-//! Issuers that answer nobody.
+//! Unresponsive issuers.
 
 use super::{
     super::queue::{MAX_PARKED, PROBE_INTERVAL},
     *,
 };
 
-/// Lets an upstream that answers nobody take every order for this time; returns how many it got.
+/// For this time, the upstream takes every order and answers none. Returns the number of orders.
 fn unanswered(b: &mut Bench, seconds: u64) -> usize {
     let mut started = 0;
     for _ in 0..seconds {
@@ -28,19 +28,19 @@ fn an_unresponsive_issuer_is_probed_once_a_minute_until_it_answers() {
     assert!((MAX_PARKED..=2 * MAX_PARKED).contains(&first), "{first} in two minutes");
     assert_eq!(unanswered(&mut b, 3600), 60, "one a minute");
     assert_eq!(b.planner.unresponsive(b.now).collect::<Vec<_>>(), [&b.issuer]);
-    assert_eq!(b.planner.parked() + b.planner.queued(Class::Waiting), 1000, "nobody is forgotten");
+    assert_eq!(b.planner.parked() + b.planner.queued(Class::Waiting), 1000, "no order is lost");
     assert_eq!(unanswered(&mut b, 11), 1);
     let (_, wake) = b.planner.next_wake();
-    assert!(wake.is_some_and(|at| at > b.now.mono && at <= b.now.mono + PROBE_INTERVAL), "and nobody looks before");
+    assert!(wake.is_some_and(|at| at > b.now.mono && at <= b.now.mono + PROBE_INTERVAL), "and the driver does not wake before");
 
-    // Another issuer of the same agent is as quick as ever.
+    // Another issuer of the same agent is not delayed.
     let other = Authority("other".into());
     for id in 5000..5006 {
         b.planner.wanted(b.now, id, &other, Some(Demand::Now));
     }
     assert_eq!(b.starts(), (5000..5006).collect::<Vec<_>>());
 
-    // One answer, and a refusal will do.
+    // One answer is enough, and a refusal is an answer.
     b.planner.failed(b.now, 0, Retry::Backoff, false);
     assert_eq!(b.planner.unresponsive(b.now).count(), 0);
     assert_eq!(b.starts().len(), SLOTS - RESERVED);
@@ -59,7 +59,7 @@ fn stuck_requests_do_not_slow_an_issuer_that_answers_others() {
     for _ in 0..600 {
         for id in b.starts() {
             b.planner.submitted(b.now, id);
-            // Three of four are stuck for reasons of their own.
+            // Three of four requests are stuck.
             if id % 4 == 0 {
                 b.issued(id, 86_400);
             }
@@ -87,7 +87,7 @@ fn what_is_parked_is_counted_once_whatever_becomes_of_it() {
     b.planner.forgotten(2);
     assert_eq!(b.planner.parked(), 1);
 
-    // An order that never reached its upstream is not parked there, even if the news came late.
+    // An order that never reached its upstream is not parked, even if the report arrives late.
     b.want(9);
     assert_eq!(b.starts(), [9]);
     b.pass(60.0);
