@@ -44,7 +44,7 @@ pub struct Tally {
     pub failed: u64,
     /// The text of the first few failures.
     pub failures: Vec<String>,
-    /// The name of each phase and the number of its requests, each at least [`PHASE`].
+    /// The name of each phase and the number of its requests, each at least 50.
     pub phases: Vec<String>,
 }
 
@@ -59,7 +59,7 @@ impl Load {
         Self { workers, end, tally, phases: Mutex::default() }
     }
 
-    /// Waits until [`PHASE`] requests have begun and ended in this phase of the test, regardless of the time.
+    /// Waits until 50 requests have begun and ended in this phase of the test, regardless of the time.
     pub async fn passes(&self, phase: &str) {
         let mut tally = self.tally.subscribe();
         let since = tally.borrow().requests;
