@@ -69,14 +69,14 @@ impl FromStr for PodName {
 
 const EXAMPLES: &str = "\
 Run it where the agent runs and with its environment, so that it sees the same processes, mounts and cluster:
-  kubectl exec -n sds-agent ds/sds-agent -- sds-agent doctor --config /etc/sds-agent/agent.yaml
+  kubectl exec -n sds-agent ds/sds-agent -- sds-agent doctor --config /etc/sds-agent/config.yaml
 
 Examples:
   sds-agent doctor                                         check an agent of `sds-agent dev`, without a cluster
-  sds-agent doctor --config agent.yaml                     check the agent, its node, its permissions and its issuer
-  sds-agent doctor --config agent.yaml --pid 4711          show the pod of a process, and the identity that it gets
-  sds-agent doctor --config agent.yaml --pod shop/cart-0 -o json | jq '.steps[] | select(.result == \"failed\")'
-  sds-agent doctor --pid 4711                              check only handle and cgroups, without a cluster
+  sds-agent doctor --config config.yaml                    check the agent, its node, its permissions and its issuer
+  sds-agent doctor --config config.yaml --pid 4711         show the pod of a process, and the identity that it gets
+  sds-agent doctor --config config.yaml --pod shop/cart-0 -o json | jq '.steps[] | select(.result == \"failed\")'
+  sds-agent doctor --pid 4711                              check only the process and its cgroups, without a cluster
 
 The steps without --pid and --pod:
   socket, health, directory, mounts                        the socket, its server, and its mounts in workloads
@@ -90,6 +90,11 @@ The steps about a process or a pod, in the order in which the agent takes them:
   socket, process, handle, own prefix, cgroups             from the node
   rights, pod, index, service account, profile             from the cluster; the last one if there are profiles
   verdict, issuer, requests, approver                      the agent's answer, with the identity
+
+Terms in these names:
+  handle       the pidfd of the process, which the agent keeps to notice its end
+  own prefix   the beginning of cgroup paths that the agent ignores: the cgroup of the node, if the node is a container
+  index        the agent's list of the pods of its node
 
 The result of a step is ok, warning (it works, but needs attention), failed, or unknown. The command reads only.
 

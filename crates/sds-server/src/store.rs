@@ -2,8 +2,8 @@
 //!
 //! Owns one [`Entry`] for each [`Identity`] that has a subscriber or had one within the retention. A subscriber holds a [`Lease`].
 //! `rotation` receives an [`Event`] for each change, and publishes certificates into the entry. The retention starts with the end of the
-//! last lease. After it the entry is removed, and its key is wiped with the last reference. Locks are taken in the order map, book, and
-//! never held across an await.
+//! last lease. After it the entry is removed, and its key is wiped with the last reference. The lock of the
+//! map is taken before the lock of an entry, and neither is held across an await.
 
 use std::{
     collections::HashMap,

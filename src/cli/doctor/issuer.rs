@@ -190,8 +190,8 @@ fn approver(requests: &[Request], now: i64) -> Step {
             of(&oldest.metadata.name),
             age(oldest)
         );
-        let remedy = "run an approver: cert-manager's own, which runs in its controller unless --controllers excludes it and whose account \
-                      needs the verb approve on signers, or another one; its log shows why it does not decide these";
+        let remedy = "run `sds-agent approver` (the Deployment sds-agent-approver); if it runs, its log shows why it does not decide these. \
+                      cert-manager's own approver checks no names: with it, a compromised node gets any name signed (docs/security.md)";
         return Step::failed(name, Exit::Failed, detail, remedy);
     }
     match requests.iter().filter_map(is_decided).next_back() {

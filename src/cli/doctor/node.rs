@@ -98,16 +98,19 @@ pub(super) fn memory_lock(config: &Config, agent: Option<bool>) -> Step {
     let words = match agent {
         Some(true) => return Step::ok(name, "the agent's memory is locked: no key reaches swap"),
         Some(false) => "the agent's memory is not locked",
-        None => "no agent was asked",
+        None => "the agent does not answer, and an agent that is started here would not lock its memory",
     };
     match memory::forecast(config.lock_memory) {
-        Decision::Lock if agent.is_none() => Step::ok(name, format!("{words}; it would be locked here")),
+        Decision::Lock if agent.is_none() => {
+            Step::ok(name, "the agent does not answer; an agent that is started here would lock its memory")
+        }
         Decision::Lock => {
             Step::warning(name, format!("{words}, although it could be locked here"), "its log says why, in the line `process hardened`")
         }
         Decision::Skip(reason @ (Unlocked::Never | Unlocked::NoSwap)) => Step::ok(name, format!("{words}: {reason}")),
         Decision::Skip(reason) => {
-            let remedy = "add IPC_LOCK to the container's capabilities, or turn swap off; keys.lockMemory: always refuses to start instead";
+            let remedy =
+                "add IPC_LOCK to the container's capabilities, or turn swap off; with keys.lockMemory: always the agent does not start";
             Step::warning(name, format!("{words}: {reason}"), remedy)
         }
         Decision::Fail(reason) => {

@@ -75,7 +75,7 @@ pub(super) fn process(pid: i32) -> (Vec<Step>, Option<Peer>) {
 pub(super) fn own(pod_uid: Option<&str>) -> (Step, Option<HostPrefix>) {
     let read = cgroup::read(fs::File::open("/proc/self/cgroup")).map_err(|error| error.to_string());
     match read.and_then(|file| HostPrefix::of(&file, pod_uid).map_err(|error| error.to_string())) {
-        Ok(own) => (Step::ok("own prefix", format!("removed from every path: {own}")), Some(own)),
+        Ok(own) => (Step::ok("own prefix", format!("the agent ignores this beginning of cgroup paths: {own}")), Some(own)),
         Err(error) => (Step::failed("own prefix", Exit::Failed, error, "mount /proc"), None),
     }
 }

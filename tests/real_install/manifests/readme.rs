@@ -92,8 +92,10 @@ impl Newcomer {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_commands_for_a_cluster_work_as_printed() {
     let (readme, folder) = ("README.md", "daemonset/README.md");
-    let all = commands(readme, "kubectl apply -k daemonset/shared");
-    assert!(all.len() >= 7, "{all:?}");
+    // The installation, and two alternatives to its second command.
+    let blocks = ["kubectl apply -k daemonset/shared", "kubectl apply -k daemonset/per-pod", "helm install"];
+    let all = blocks.map(|line| commands(readme, line)).concat();
+    assert!(all.len() >= 8, "{all:?}");
     let mut newcomer = Newcomer::start().await;
     for command in all.iter().filter(|command| !command.starts_with("helm")) {
         newcomer.run(command).await;
