@@ -7,6 +7,8 @@ use std::sync::Arc;
 
 use workload_identity::{PodRef, SpiffeId, TrustDomain, Workload, placeholder, render};
 
+mod collision;
+
 use super::{
     Attestation,
     error::FieldError,
@@ -54,7 +56,7 @@ pub(super) fn spiffe_id(template: &str, attestation: Attestation, trust_domain: 
         return Err(FieldError::new(format!("does not begin with {domain}/"), format!("write, for example, {example}")));
     }
     match SpiffeId::new(&id) {
-        Ok(_) => Ok(()),
+        Ok(_) => unambiguous(template, trust_domain, example),
         Err(workload_identity::Error::SpiffeId { why, .. }) => {
             Err(FieldError::new(format!("renders to an invalid SPIFFE ID: {why}"), format!("write, for example, {example}")))
         }
@@ -65,7 +67,18 @@ pub(super) fn spiffe_id(template: &str, attestation: Attestation, trust_domain: 
 /// Checks a DNS name's template.
 pub(super) fn dns_name(template: &str, attestation: Attestation, trust_domain: &TrustDomain) -> Result<(), FieldError> {
     let name = filled(template, attestation, trust_domain)?;
-    if is_dns_name(&name) { Ok(()) } else { Err(FieldError::new("renders to an invalid DNS name", DNS_NAME_RULE)) }
+    if !is_dns_name(&name) {
+        return Err(FieldError::new("renders to an invalid DNS name", DNS_NAME_RULE));
+    }
+    unambiguous(template, trust_domain, "{serviceAccount}.{namespace}.svc")
+}
+
+/// Checks that no two workloads can have one name by a valid template.
+fn unambiguous(template: &str, trust_domain: &TrustDomain, example: &str) -> Result<(), FieldError> {
+    match collision::find(template, trust_domain) {
+        None => Ok(()),
+        Some(collision) => Err(FieldError::new(collision.to_string(), format!("write, for example, {example}"))),
+    }
 }
 
 /// Whether the template gives different workloads different names.

@@ -24,7 +24,8 @@ pub const GROUPS: &[Group] = &[
                 Choice(&["kubernetes", "unix"]),
                 Value("kubernetes"),
                 "How the agent identifies a caller. `kubernetes`: by its process, cgroup, pod and service account; needs `NODE_NAME`. \
-                 `unix`: by its user id, for development and for machines without Kubernetes.",
+                 `unix`: by its user id, for development and for machines without Kubernetes; `sds-agent approver` denies the requests \
+                 of such an agent.",
             ),
             field(
                 "attestationPolicy",
@@ -104,11 +105,11 @@ pub const GROUPS: &[Group] = &[
                 "warmUp",
                 Section,
                 Nothing,
-                "Orders certificates before the first call, for starting pods that will call the shared socket. The agent skips a pod \
-                 whose containers were already started when it first sees the pod: after a restart of the agent, clients report the \
-                 version that they hold. A certificate is kept until the pod has called, or for 10 minutes. At most four orders without \
-                 a waiting client run at the same time. `warm_ups_total` counts how many were used. A volume of the CSI driver does not \
-                 need this: publishing it orders the certificate.",
+                "Orders certificates before the first call, for starting pods that will call the shared socket. The agent skips pods \
+                 that already run, because their clients hold certificates and report them. A certificate is kept until the pod has \
+                 called, or for 10 minutes. At most four orders without a waiting client run at the same time. \
+                 `sds_agent_warm_ups_total` counts how many were used. A volume of the CSI driver does not need this: publishing it \
+                 orders the certificate.",
             ),
             field(
                 "warmUp.enabled",
@@ -145,13 +146,15 @@ pub const GROUPS: &[Group] = &[
                 "identity.spiffeId",
                 Text,
                 Words("`spiffe://{trustDomain}/ns/{namespace}/sa/{serviceAccount}`, or `spiffe://{trustDomain}/uid/{uid}` with `unix`"),
-                "SPIFFE ID, the URI name of the certificate. It begins with `spiffe://` and the trust domain.",
+                "SPIFFE ID, the URI name of the certificate. It begins with `spiffe://` and the trust domain. A template that could give two \
+                 workloads one name, such as `{namespace}-{serviceAccount}`, is an error: separate placeholders with `/` or `_`.",
             ),
             field(
                 "identity.dnsNames",
                 Texts,
                 Value("[]"),
-                "DNS names of the certificate, such as `\"{serviceAccount}.{namespace}.svc\"`. Wildcards are not allowed.",
+                "DNS names of the certificate, such as `\"{serviceAccount}.{namespace}.svc\"`. Wildcards and names that two workloads could share \
+                 are not allowed.",
             ),
             field("certificate", Section, Nothing, "Properties of a certificate, and the time of its renewal."),
             field(
@@ -366,8 +369,9 @@ pub const GROUPS: &[Group] = &[
                 Value("10m"),
                 "How long the previous configuration still applies after a change of this file, so that agents without the new file are \
                  not denied; at most a day. A request that neither configuration allows stays undecided for this time, at most two \
-                 minutes, because the agent may have a newer file. A removed agent or issuer is denied at once. `0s` applies every \
-                 restriction at once, and denies at once. See [security.md](security.md#changes-of-the-configuration).",
+                 minutes, because the agent may have a newer file. A removed agent is denied at once, and requests for a removed issuer \
+                 are no longer approved. `0s` applies every restriction at once, and denies at once. See \
+                 [security.md](security.md#changes-of-the-configuration).",
             ),
         ],
     },
@@ -441,8 +445,8 @@ pub const GROUPS: &[Group] = &[
                 Integer(1, 10_000),
                 Value("20"),
                 "Requests per second, on average. Requests above this rate wait, and those for new certificates go first; \
-                 `kube_request_wait_seconds` measures the wait. If the server answers 429 or 503 with `Retry-After`, the agent always \
-                 waits for that time, at most 5 to 7½ minutes.",
+                 `sds_agent_kube_request_wait_seconds` measures the wait. If the server answers 429 or 503 with `Retry-After`, the agent \
+                 always waits for that time, at most 5 to 7½ minutes.",
             ),
             field("kubernetes.burst", Integer(1, 10_000), Value("40"), "Requests in a burst."),
             field(

@@ -148,6 +148,14 @@ fn each_mistake_has_its_sentence() {
             "identity: { dnsNames: ['ok.{namespace}.svc', '*.{namespace}.svc'] }",
             r#"identity.dnsNames[1]: "*.{namespace}.svc" renders to an invalid DNS name; use lower-case letters, digits, '-' and '.', with a letter or digit at both ends of each part"#,
         ),
+        (
+            "identity: { spiffeId: 'spiffe://{trustDomain}/{namespace}-{serviceAccount}' }",
+            r#"identity.spiffeId: "spiffe://{trustDomain}/{namespace}-{serviceAccount}" gives two workloads one name: "spiffe://cluster.local/a-b-a" is that of namespace "a" with serviceAccount "b-a", and of namespace "a-b" with serviceAccount "a"; write, for example, spiffe://{trustDomain}/ns/{namespace}/sa/{serviceAccount}"#,
+        ),
+        (
+            "identity: { dnsNames: ['{serviceAccount}-{namespace}.svc'] }",
+            r#"identity.dnsNames[0]: "{serviceAccount}-{namespace}.svc" gives two workloads one name: "b-a-b.svc" is that of namespace "b" with serviceAccount "b-a", and of namespace "a-b" with serviceAccount "b"; write, for example, {serviceAccount}.{namespace}.svc"#,
+        ),
         ("identity: { dnsNames: a.b }", r#"identity.dnsNames: "a.b" is not a list; write `[a, b]`, or one `- ` line for each item"#),
         ("trust: { sources: [ {} ] }", SOURCELESS),
         (
