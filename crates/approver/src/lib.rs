@@ -52,7 +52,7 @@ const LOG_TARGET: &str = "sds_agent::approver";
 /// Rate limit of requests to the API server: 200 per second with a burst of 400. It is higher than an agent's, because one approver serves
 /// the agents of up to a thousand nodes.
 pub const RATE: RequestRate = RequestRate { per_second: 200, burst: 400 };
-/// CertificateRequests that are reconciled concurrently.
+/// CertificateRequests that are reconciled concurrently, of which one node has at most half ([`queue::MAX_WORKERS_PER_NODE`]).
 const WORKERS: usize = 16;
 /// Requests that stay undecided at the same time because a newer configuration may allow them. Further requests are denied immediately.
 const MAX_DEFERRED: usize = 512;
@@ -142,7 +142,13 @@ impl Approver {
                 && let Some((key, item)) = queue.pop()
             {
                 let (reconciler, may_defer) = (self.reconciler.clone(), resting.len() < MAX_DEFERRED);
-                workers.spawn(async move { (key, reconciler.reconcile(item, may_defer).await) });
+                workers.spawn(async move {
+                    let outcome = reconciler.reconcile(&key, item, may_defer).await;
+                    (key, outcome)
+                });
+            }
+            if queue.needs_list() {
+                signals = Box::pin(self.watch());
             }
             self.metrics.pending.set(i64::try_from(queue.len()).unwrap_or(i64::MAX));
             tokio::select! {

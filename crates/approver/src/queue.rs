@@ -1,21 +1,38 @@
-//! Queue of undecided requests. No I/O, no clock.
+//! Queue of undecided requests, fair between nodes. No I/O, no clock.
 //!
-//! At most one worker handles a request at a time. A request that changes meanwhile is queued again. A request whose decision failed is
-//! queued again after a backoff.
+//! Requests are ready [in turn by node](turns). At most one worker handles a request at a time, and a node occupies at most
+//! [`MAX_WORKERS_PER_NODE`] workers. A request that changes meanwhile is queued again. A request whose decision failed is queued again
+//! after a backoff.
+//!
+//! The memory that requests of one node can occupy is bounded: the queue holds the objects of [`MAX_OBJECTS_PER_NODE`] requests, and the
+//! names of further ones up to [`MAX_REQUESTS_PER_NODE`]. Requests beyond that are to be denied. Beyond [`MAX_TRACKED_PER_NODE`] a request is not tracked, and
+//! [`Queue::needs_list`] reports when a list can bring it back.
 
 use std::{
-    collections::{HashMap, HashSet, VecDeque},
+    collections::{HashMap, HashSet},
     sync::Arc,
     time::Duration,
 };
 
-use cert_manager::Request;
+use cert_manager::{Request, claims};
 use tokio::time::Instant;
+
+use turns::{Kind, Node, Position, Turns};
+
+pub mod turns;
 
 /// Backoff after the first failure of a request. It doubles with each further failure.
 const MIN_BACKOFF: Duration = Duration::from_millis(500);
 /// Upper bound of the backoff. An operator has to add a missing permission; an unavailable server usually recovers sooner.
 const MAX_BACKOFF: Duration = Duration::from_secs(30);
+/// Requests of a node whose objects are held. Further ones are read when it is their turn.
+pub const MAX_OBJECTS_PER_NODE: usize = 256;
+/// Undecided requests of a node that are judged. An agent has one for each identity of its node; a node has at most some hundred pods.
+pub const MAX_REQUESTS_PER_NODE: usize = 10 * MAX_OBJECTS_PER_NODE;
+/// Undecided requests of a node whose names are held.
+pub const MAX_TRACKED_PER_NODE: usize = 4 * MAX_REQUESTS_PER_NODE;
+/// Workers that requests of one node may occupy, so that a node whose pods cannot be read leaves workers to the others.
+pub const MAX_WORKERS_PER_NODE: usize = 8;
 
 /// Namespace and name of a request.
 pub type Key = (String, String);
@@ -23,15 +40,21 @@ pub type Key = (String, String);
 /// One request to decide.
 #[derive(Debug, Clone)]
 pub struct WorkItem {
-    /// The request as the watch last reported it.
-    pub request: Arc<Request>,
+    /// The request as the watch last reported it. `None` if it has to be read.
+    pub request: Option<Arc<Request>>,
+    /// UID of the request.
+    pub uid: Arc<str>,
     /// Time at which the watch first reported it.
     pub since: Instant,
+    /// Whether its node has more than [`MAX_REQUESTS_PER_NODE`] undecided requests, and this is one of the newest.
+    pub is_beyond: bool,
 }
 
 #[derive(Debug)]
 struct Entry {
     item: WorkItem,
+    node: Node,
+    position: Position,
     state: State,
     /// Consecutive failures.
     failures: u32,
@@ -52,26 +75,56 @@ enum State {
 impl Entry {
     /// Notes that the request needs no decision. Returns true if the entry has to wait for its worker.
     fn stays(&mut self) -> bool {
-        let works = matches!(self.state, State::Working { .. } | State::Leaving);
+        let works = self.works();
         if works {
             self.state = State::Leaving;
         }
         works
     }
+
+    fn works(&self) -> bool {
+        matches!(self.state, State::Working { .. } | State::Leaving)
+    }
+
+    fn kind(&self) -> Kind {
+        if self.item.is_beyond { Kind::Beyond } else { Kind::Within }
+    }
+}
+
+/// The counts of a node.
+#[derive(Debug, Default)]
+struct Share {
+    /// Entries.
+    tracked: usize,
+    /// Entries with an object.
+    objects: usize,
+    /// Entries at a worker.
+    working: usize,
+    /// Whether requests are not tracked.
+    has_untracked: bool,
 }
 
 /// Undecided requests, each of them ready, at a worker, or resting.
 #[derive(Debug, Default)]
 pub struct Queue {
     entries: HashMap<Key, Entry>,
-    ready: VecDeque<Key>,
+    ready: Turns,
+    shares: HashMap<Node, Share>,
     list: HashSet<Key>,
+    arrived: u64,
+    /// Whether untracked requests of a node fit now.
+    needs_list: bool,
 }
 
 /// Returns the key of a request.
 pub fn key(request: &Request) -> Key {
     let metadata = &request.metadata;
     (metadata.namespace.clone().unwrap_or_default(), metadata.name.clone().unwrap_or_default())
+}
+
+/// Returns the node that the requester's token claims.
+fn node(request: &Request) -> Node {
+    request.spec.extra.get(claims::NODE_NAME).and_then(|names| names.first()).map_or_else(Node::default, |name| Node::from(name.as_str()))
 }
 
 impl Queue {
@@ -88,31 +141,71 @@ impl Queue {
     /// Notes the current state of a request that needs a decision.
     pub fn seen(&mut self, request: Request, now: Instant) {
         let key = key(&request);
-        let request = Arc::new(request);
         match self.entries.get_mut(&key) {
             Some(entry) => {
-                entry.item.request = request;
+                entry.item.uid = request.metadata.uid.as_deref().unwrap_or_default().into();
+                if let Some(held) = &mut entry.item.request {
+                    *held = Arc::new(request);
+                }
                 match &mut entry.state {
                     State::Working { changed } => *changed = true,
                     State::Leaving => (entry.item.since, entry.state) = (now, State::Working { changed: true }),
                     State::Ready | State::Resting => {}
                 }
             }
-            None => {
-                self.entries.insert(key.clone(), Entry { item: WorkItem { request, since: now }, state: State::Ready, failures: 0 });
-                self.ready.push_back(key);
-            }
+            None => self.track(key, request, now),
         }
+    }
+
+    fn track(&mut self, key: Key, request: Request, now: Instant) {
+        let node = node(&request);
+        let share = self.shares.entry(node.clone()).or_default();
+        if share.tracked >= MAX_TRACKED_PER_NODE {
+            share.has_untracked = true;
+            return;
+        }
+        let created = request.metadata.creation_timestamp.as_ref().map_or(0, |time| time.0.as_second());
+        let position = Position { created, arrived: self.arrived };
+        self.arrived += 1;
+        let uid = request.metadata.uid.as_deref().unwrap_or_default().into();
+        let holds = share.objects < MAX_OBJECTS_PER_NODE;
+        let item =
+            WorkItem { request: holds.then(|| Arc::new(request)), uid, since: now, is_beyond: share.tracked >= MAX_REQUESTS_PER_NODE };
+        share.tracked += 1;
+        share.objects += usize::from(holds);
+        let entry = Entry { item, node, position, state: State::Ready, failures: 0 };
+        self.ready.add(&entry.node, entry.kind(), position, key.clone());
+        self.entries.insert(key, entry);
+    }
+
+    /// Removes an entry that no worker has.
+    fn remove(&mut self, key: &Key) {
+        let Some(entry) = self.entries.remove(key) else { return };
+        if entry.state == State::Ready {
+            self.ready.remove(&entry.node, entry.kind(), entry.position);
+        }
+        let Some(share) = self.shares.get_mut(&entry.node) else { return };
+        share.tracked -= 1;
+        share.objects -= usize::from(entry.item.request.is_some());
+        share.working -= usize::from(entry.works());
+        if share.has_untracked && share.tracked <= MAX_REQUESTS_PER_NODE {
+            (share.has_untracked, self.needs_list) = (false, true);
+        }
+        if share.tracked == 0 {
+            self.shares.remove(&entry.node);
+        }
+    }
+
+    /// Returns once whether a list of all requests would bring requests that were not tracked.
+    pub fn needs_list(&mut self) -> bool {
+        std::mem::take(&mut self.needs_list)
     }
 
     /// Notes that a request was decided or deleted.
     pub fn gone(&mut self, key: &Key) {
-        if let Some(entry) = self.entries.get_mut(key)
-            && entry.stays()
-        {
-            return;
+        if self.entries.get_mut(key).is_some_and(|entry| !entry.stays()) {
+            self.remove(key);
         }
-        self.entries.remove(key);
     }
 
     /// Begins a complete list of requests.
@@ -128,114 +221,122 @@ impl Queue {
     /// Ends the list, and removes requests that it did not contain.
     pub fn list_ends(&mut self) {
         let list = std::mem::take(&mut self.list);
-        self.entries.retain(|key, entry| list.contains(key) || entry.stays());
+        let surplus: Vec<Key> = self.entries.keys().filter(|key| !list.contains(*key)).cloned().collect();
+        for key in surplus {
+            self.gone(&key);
+        }
     }
 
-    /// Returns the next request to work on, in FIFO order.
+    /// Returns the next request to work on: one of each node in turn, and the oldest of its node.
     pub fn pop(&mut self) -> Option<(Key, WorkItem)> {
-        while let Some(key) = self.ready.pop_front() {
-            // Skips a key whose request was removed, or whose entry is not ready.
-            if let Some(entry) = self.entries.get_mut(&key).filter(|entry| entry.state == State::Ready) {
-                entry.state = State::Working { changed: false };
-                return Some((key, entry.item.clone()));
-            }
+        let shares = &self.shares;
+        let key = self.ready.take(|node| shares.get(node).is_none_or(|share| share.working < MAX_WORKERS_PER_NODE))?;
+        let entry = self.entries.get_mut(&key)?;
+        entry.state = State::Working { changed: false };
+        let share = self.shares.entry(entry.node.clone()).or_default();
+        share.working += 1;
+        // A node that is at its limit no longer has its newest requests denied.
+        let is_beyond = entry.item.is_beyond && share.tracked > MAX_REQUESTS_PER_NODE;
+        Some((key, WorkItem { is_beyond, ..entry.item.clone() }))
+    }
+
+    /// Notes that no worker has a request anymore, and returns its entry with the state in which the worker left it.
+    fn back(&mut self, key: &Key) -> Option<State> {
+        let entry = self.entries.get_mut(key).filter(|entry| entry.works())?;
+        let state = entry.state;
+        if let Some(share) = self.shares.get_mut(&entry.node) {
+            share.working -= 1;
         }
-        None
+        entry.state = State::Resting;
+        Some(state)
+    }
+
+    /// Makes a resting request ready.
+    fn make_ready(&mut self, key: &Key, first: bool) {
+        let Some(entry) = self.entries.get_mut(key).filter(|entry| entry.state == State::Resting) else { return };
+        entry.state = State::Ready;
+        let add = if first { Turns::add_first } else { Turns::add };
+        add(&mut self.ready, &entry.node, entry.kind(), entry.position, key.clone());
     }
 
     /// Notes that the worker is done with a request.
     pub fn settled(&mut self, key: &Key) {
-        let Some(entry) = self.entries.get_mut(key) else { return };
-        match entry.state {
-            State::Working { changed: true } => {
-                (entry.state, entry.failures) = (State::Ready, 0);
-                self.ready.push_back(key.clone());
+        match self.back(key) {
+            Some(State::Working { changed: true }) => {
+                if let Some(entry) = self.entries.get_mut(key) {
+                    entry.failures = 0;
+                }
+                self.make_ready(key, false);
             }
+            Some(_) => self.remove(key),
             // The entry was removed and created again: it is not this worker's.
-            State::Ready | State::Resting => {}
-            State::Working { changed: false } | State::Leaving => drop(self.entries.remove(key)),
+            None => {}
         }
     }
 
     /// Notes that the worker failed. Returns the backoff, 500 ms to 30 s, or `None` if the request was removed. The caller reduces the
     /// backoff by up to half at random, waits, and calls [`rested`](Self::rested).
     pub fn failed(&mut self, key: &Key) -> Option<Duration> {
-        if self.entries.get(key)?.state == State::Leaving {
-            self.entries.remove(key);
+        if self.back(key)? == State::Leaving {
+            self.remove(key);
+            return None;
         }
-        let entry = self.entries.get_mut(key).filter(|entry| matches!(entry.state, State::Working { .. }))?;
+        let entry = self.entries.get_mut(key)?;
         let pause = (MIN_BACKOFF * 2_u32.pow(entry.failures.min(10))).min(MAX_BACKOFF);
         entry.failures += 1;
-        entry.state = State::Resting;
         Some(pause)
     }
 
     /// Notes that the worker defers the decision. Returns true if the request has to rest. Returns false if it changed meanwhile and is
     /// ready again, or needs no decision.
     pub fn waits(&mut self, key: &Key) -> bool {
-        let Some(entry) = self.entries.get_mut(key) else { return false };
-        match entry.state {
-            State::Working { changed: false } => {
-                entry.state = State::Resting;
-                true
-            }
-            State::Working { changed: true } => {
-                entry.state = State::Ready;
-                self.ready.push_back(key.clone());
+        match self.back(key) {
+            Some(State::Working { changed: false }) => true,
+            Some(State::Working { changed: true }) => {
+                self.make_ready(key, false);
                 false
             }
-            State::Leaving => {
-                self.entries.remove(key);
+            Some(_) => {
+                self.remove(key);
                 false
             }
-            State::Ready | State::Resting => false,
+            None => false,
         }
     }
 
     /// Notes that the worker returns a request undecided. The request is the next to be worked on.
     pub fn given_back(&mut self, key: &Key) {
-        let Some(entry) = self.entries.get_mut(key) else { return };
-        match entry.state {
-            State::Working { .. } => {
-                entry.state = State::Ready;
-                self.ready.push_front(key.clone());
-            }
-            State::Leaving => drop(self.entries.remove(key)),
-            State::Ready | State::Resting => {}
+        match self.back(key) {
+            Some(State::Working { .. }) => self.make_ready(key, true),
+            Some(_) => self.remove(key),
+            None => {}
         }
     }
 
     /// Returns whether a request is ready.
-    pub fn has_ready(&mut self) -> bool {
-        while let Some(key) = self.ready.front() {
-            if self.entries.get(key).is_some_and(|entry| entry.state == State::Ready) {
-                return true;
-            }
-            self.ready.pop_front();
-        }
-        false
+    pub fn has_ready(&self) -> bool {
+        !self.ready.is_empty()
     }
 
     /// Notes a change of the rules: resting requests are ready immediately, and requests at a worker are queued again afterwards.
     pub fn wake(&mut self) {
+        let mut resting = Vec::new();
         for (key, entry) in &mut self.entries {
             match &mut entry.state {
-                State::Resting => {
-                    entry.state = State::Ready;
-                    self.ready.push_back(key.clone());
-                }
+                State::Resting => resting.push((entry.position, key.clone())),
                 State::Working { changed } => *changed = true,
                 State::Ready | State::Leaving => {}
             }
+        }
+        resting.sort_unstable();
+        for (_, key) in resting {
+            self.make_ready(&key, false);
         }
     }
 
     /// Notes that the rest of a request is over.
     pub fn rested(&mut self, key: &Key) {
-        if let Some(entry) = self.entries.get_mut(key).filter(|entry| entry.state == State::Resting) {
-            entry.state = State::Ready;
-            self.ready.push_back(key.clone());
-        }
+        self.make_ready(key, false);
     }
 }
 
@@ -251,7 +352,7 @@ mod tests {
     }
 
     fn next(queue: &mut Queue) -> Option<(String, String)> {
-        queue.pop().map(|(key, item)| (key.1, item.request.metadata.resource_version.clone().unwrap()))
+        queue.pop().map(|(key, item)| (key.1, item.request.unwrap().metadata.resource_version.clone().unwrap()))
     }
 
     #[test]
@@ -372,5 +473,77 @@ mod tests {
         queue.list_ends();
         assert_eq!((next(&mut queue), next(&mut queue)), (Some(("b".into(), "1".into())), None));
         assert_eq!(queue.len(), 1);
+    }
+
+    fn request_on(node: &str, name: &str, created: i64) -> Request {
+        let mut request = request(name, "1");
+        let created = k8s_openapi::jiff::Timestamp::from_second(created).unwrap();
+        request.metadata.creation_timestamp = Some(k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(created));
+        request.spec.extra.insert(claims::NODE_NAME.to_owned(), vec![node.to_owned()]);
+        request
+    }
+
+    /// Ten thousand requests of one node, and fifty of another that come later.
+    #[test]
+    fn a_flood_of_a_node_is_bounded_and_delays_another_node_by_its_own_time() {
+        let (mut queue, now) = (Queue::default(), Instant::now());
+        for n in 0..MAX_TRACKED_PER_NODE + 500 {
+            queue.seen(request_on("flood", &format!("f{n}"), 100), now);
+        }
+        for n in 0..50 {
+            queue.seen(request_on("other", &format!("o{n}"), 200), now);
+        }
+        assert_eq!(queue.len(), MAX_TRACKED_PER_NODE + 50);
+        let objects = |queue: &Queue| queue.entries.values().filter(|entry| entry.item.request.is_some()).count();
+        assert_eq!(objects(&queue), MAX_OBJECTS_PER_NODE + 50);
+        let mut decisions = 0;
+        let mut left = 50;
+        while left > 0 {
+            let (key, _) = queue.pop().unwrap();
+            decisions += 1;
+            left -= usize::from(key.1.starts_with('o'));
+            queue.settled(&key);
+        }
+        assert!(decisions <= 100, "{decisions}");
+        assert!(!queue.needs_list());
+
+        // The newest are denied, as long as the node has too many.
+        let mut beyond = 0;
+        while let Some((key, item)) = queue.pop() {
+            beyond += usize::from(item.is_beyond);
+            queue.settled(&key);
+        }
+        assert!(queue.is_empty() && queue.shares.is_empty() && queue.ready.is_empty());
+        assert!(beyond > (MAX_TRACKED_PER_NODE - MAX_REQUESTS_PER_NODE) / 2, "{beyond}");
+        assert!(queue.needs_list(), "a list brings the requests that were not tracked");
+        assert!(!queue.needs_list());
+    }
+
+    #[test]
+    fn a_backlog_of_an_honest_agent_is_judged_and_not_denied() {
+        let (mut queue, now) = (Queue::default(), Instant::now());
+        for n in 0..MAX_REQUESTS_PER_NODE {
+            queue.seen(request_on("n1", &format!("r{n}"), 100), now);
+        }
+        let mut judged = 0;
+        while let Some((key, item)) = queue.pop() {
+            assert!(!item.is_beyond);
+            judged += 1;
+            queue.settled(&key);
+        }
+        assert_eq!(judged, MAX_REQUESTS_PER_NODE);
+    }
+
+    #[test]
+    fn a_node_occupies_a_part_of_the_workers() {
+        let (mut queue, now) = (Queue::default(), Instant::now());
+        for n in 0..20 {
+            queue.seen(request_on("n1", &format!("r{n}"), 100), now);
+        }
+        let mut working: Vec<_> = std::iter::from_fn(|| queue.pop()).map(|(key, _)| key).collect();
+        assert_eq!(working.len(), MAX_WORKERS_PER_NODE);
+        assert!(queue.has_ready());
+        queue.settled(&working.pop().unwrap());
+        assert!(queue.pop().is_some() && queue.pop().is_none());
     }
 }

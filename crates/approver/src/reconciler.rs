@@ -1,8 +1,8 @@
 //! Reconciles one request, from the first sight to the written decision.
 //!
 //! A decision is written with the `resourceVersion` of the request that was judged. If the request has changed meanwhile, the API server
-//! rejects the write with a conflict, and the request is judged again. So several replicas may handle the same request, and the first
-//! write wins.
+//! rejects the write with a conflict, and the request is judged again. So two replicas may handle the same request
+//! during a takeover, and the first write wins.
 
 use std::{sync::Arc, time::Duration};
 
@@ -28,7 +28,7 @@ use crate::{
     judge::{self, Decision, Denial, PodView, decide, evidence},
     metrics::{Decided, Metrics, Step},
     pods::Pods,
-    queue::WorkItem,
+    queue::{Key, MAX_REQUESTS_PER_NODE, WorkItem},
 };
 
 /// Target of the log lines.
@@ -126,13 +126,21 @@ impl Reconciler {
         self.gate.set_open(deciding);
     }
 
-    /// Decides one request and writes the decision. `may_defer` is whether one more request may stay undecided.
+    /// Decides the request `key` and writes the decision. `may_defer` is whether one more request may stay undecided.
     ///
     /// # Cancel safety
     ///
     /// If the future is dropped during the write, the decision may or may not be in the request; it is not logged and not counted.
-    pub async fn reconcile(&self, item: WorkItem, may_defer: bool) -> Outcome {
-        let (mut request, mut live) = (item.request.clone(), None);
+    pub async fn reconcile(&self, key: &Key, item: WorkItem, may_defer: bool) -> Outcome {
+        let mut live = None;
+        let mut request = match &item.request {
+            Some(request) => request.clone(),
+            None => match self.read(key, &item.uid).await {
+                Ok(Some(request)) => Arc::new(request),
+                Ok(None) => return Outcome::Settled,
+                Err(outcome) => return outcome,
+            },
+        };
         for _ in 0..MAX_ROUNDS {
             let (judged, slot) = match self.judge_for_writing(&request, &mut live, &item, may_defer).await {
                 Ok(ready) => ready,
@@ -179,13 +187,13 @@ impl Reconciler {
         item: &WorkItem,
         may_defer: bool,
     ) -> Result<(Judged, Slot<'_>), Outcome> {
-        let judged = self.judge(request, live).await?;
+        let judged = self.judge(request, live, item).await?;
         self.is_to_be_written(request, &judged, item, may_defer)?;
         let slot = self.gate.slot().await.ok_or(Outcome::Yielded)?;
         if !slot.waited {
             return Ok((judged, slot));
         }
-        let judged = self.judge(request, live).await?;
+        let judged = self.judge(request, live, item).await?;
         self.is_to_be_written(request, &judged, item, may_defer)?;
         Ok((judged, slot))
     }
@@ -213,8 +221,15 @@ impl Reconciler {
     }
 
     /// Judges by the watch's data, and if that is insufficient, by a live read: the one in `live`, if it is fresh, or a new one.
-    async fn judge(&self, request: &Request, live: &mut Option<LiveRead>) -> Result<Judged, Outcome> {
+    ///
+    /// A request beyond the limit of its node is denied without a read.
+    async fn judge(&self, request: &Request, live: &mut Option<LiveRead>, item: &WorkItem) -> Result<Judged, Outcome> {
         let active_rules = self.active_rules.borrow().clone();
+        if item.is_beyond && judge::is_ours(request, &active_rules.rules) {
+            let sentence = format!("its node has more than {MAX_REQUESTS_PER_NODE} undecided requests: an agent has one for each identity");
+            let decision = Decision::Deny(Denial { code: denied::TOO_MANY_REQUESTS, sentence });
+            return Ok(Judged { decision, by_superseded: false, active_rules });
+        }
         let watched = evidence(request).and_then(|pod| self.pods.watched(&pod.uid));
         let (decision, by_superseded) = match decide(request, PodView::Cached(watched.as_deref()), &active_rules, Instant::now()) {
             (Decision::NeedsLiveRead(asked), _) => {
@@ -270,9 +285,16 @@ impl Reconciler {
 
     /// Reads the request again. Returns `None` if it was deleted or recreated.
     async fn reread(&self, request: &Request) -> Result<Option<Request>, Outcome> {
-        let call = call("get", request);
-        match self.api(request).get(call.name.unwrap_or_default()).await {
-            Ok(newer) => Ok(Some(newer).filter(|newer| newer.metadata.uid == request.metadata.uid)),
+        let (namespace, name) = place(request);
+        self.read(&(namespace.to_owned(), name.to_owned()), request.metadata.uid.as_deref().unwrap_or_default()).await
+    }
+
+    /// Reads a request. Returns `None` if it was deleted or recreated.
+    async fn read(&self, (namespace, name): &Key, uid: &str) -> Result<Option<Request>, Outcome> {
+        let call = Call { verb: "get", resource: RESOURCE, name: Some(name), namespace: Some(namespace) };
+        let api: Api<Request> = Api::namespaced(self.client.clone(), namespace);
+        match api.get(name).await {
+            Ok(newer) => Ok(Some(newer).filter(|newer| newer.metadata.uid.as_deref().unwrap_or_default() == uid)),
             Err(error) => match Failure::of(&error, &call) {
                 failure if failure.cause == Cause::NotFound => Ok(None),
                 failure => Err(self.trouble(Step::read_request, &call, &failure)),

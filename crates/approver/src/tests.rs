@@ -12,10 +12,12 @@ use super::*;
 use crate::{
     judge::tests::{request, rules},
     metrics::{Decided, Step},
+    queue::MAX_WORKERS_PER_NODE,
     rules::Rules,
 };
 
 mod changes;
+mod fairness;
 mod gate;
 mod memory;
 mod replicas;
@@ -226,14 +228,14 @@ async fn a_pod_that_cannot_be_read_denies_nobody() {
 async fn hanging_pod_reads_do_not_block_the_remaining_worker() {
     let api = FakeApi::new();
     put_pod(&api);
-    api.fail("get", "pods", Fault::Hang, WORKERS - 1);
+    api.fail("get", "pods", Fault::Hang, MAX_WORKERS_PER_NODE - 1);
     let _replica = Replica::start(&api, false);
     for n in 0..100 {
         api.put(CR, object(&format!("r{n}")));
     }
     let start = Instant::now();
     let approved = |api: &FakeApi| api.objects(CR).iter().filter(|o| o["status"]["conditions"][0]["type"] == "Approved").count();
-    api.until("all but the hanging requests", |api| (approved(api) == 100 - (WORKERS - 1)).then_some(())).await;
+    api.until("all but the hanging requests", |api| (approved(api) == 100 - (MAX_WORKERS_PER_NODE - 1)).then_some(())).await;
     assert!(start.elapsed() < Duration::from_secs(1));
     api.until("the hanging requests", |api| (approved(api) == 100).then_some(())).await;
 }

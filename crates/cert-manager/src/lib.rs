@@ -110,9 +110,11 @@ pub mod denied {
     pub const INVALID_SPEC: &str = "InvalidSpec";
     /// The request has annotations that no agent sets. An issuer may obey them.
     pub const INVALID_ANNOTATION: &str = "InvalidAnnotation";
+    /// The node has too many undecided requests, and this one is among the newest. The agent retries with its backoff.
+    pub const TOO_MANY_REQUESTS: &str = "TooManyRequests";
 
     /// All reasons.
-    pub const ALL: [&str; 10] = [
+    pub const ALL: [&str; 11] = [
         POD_GONE,
         PROFILE_MISMATCH,
         WRONG_IDENTITY,
@@ -123,6 +125,7 @@ pub mod denied {
         INVALID_CSR,
         INVALID_SPEC,
         INVALID_ANNOTATION,
+        TOO_MANY_REQUESTS,
     ];
 }
 

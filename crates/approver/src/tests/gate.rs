@@ -11,12 +11,12 @@ async fn decisions_are_judged_side_by_side_and_written_one_at_a_time() {
     api.delay("get", "pods", Duration::from_secs(2));
     let _replica = Replica::start(&api, false);
     let start = Instant::now();
-    for n in 0..WORKERS {
+    for n in 0..MAX_WORKERS_PER_NODE {
         api.put(CR, object(&format!("r{n}")));
     }
-    api.until("all are being judged", |api| (api.count("get", "pods") == WORKERS).then_some(())).await;
+    api.until("all are being judged", |api| (api.count("get", "pods") == MAX_WORKERS_PER_NODE).then_some(())).await;
     assert!(start.elapsed() < Duration::from_secs(1), "live reads are concurrent");
-    for n in 0..WORKERS {
+    for n in 0..MAX_WORKERS_PER_NODE {
         assert_eq!(decided(&api, &format!("r{n}")).await["type"], "Approved");
     }
     assert_eq!(api.most_at_once("patch", CR), 1);

@@ -313,7 +313,7 @@ fn refused(order: &Order, namespace: &str, request: &str, verdict: Verdict) -> E
 fn after_denial(reason: &str) -> Retry {
     match reason {
         denied::POD_GONE => Retry::Now,
-        denied::PROFILE_MISMATCH | denied::WRONG_IDENTITY => Retry::Backoff,
+        denied::PROFILE_MISMATCH | denied::WRONG_IDENTITY | denied::TOO_MANY_REQUESTS => Retry::Backoff,
         _ => Retry::After(DENIAL_BACKOFF),
     }
 }
