@@ -221,7 +221,8 @@ def templates():
         helper = {"config.yaml": "config", "agentUsernames": "agents", "issuers": "issuers"}[key]
         find(data, [key]).children = [Node(f'    {{{{- include "sds-agent.{helper}" . | nindent 4 }}}}', [])]
     find(data, ["maxDuration"]).text = "  maxDuration: {{ .Values.maxDuration }}"
-    yield "config.yaml", replaced(text(config), IN_NAMESPACE)
+    denied = '  {{- with .Values.deniedNodes }}\n  deniedNodes: {{ join "\\n" . | quote }}\n  {{- end }}\n'
+    yield "config.yaml", replaced(text(config), IN_NAMESPACE) + denied
 
     shared, per_pod, both = (f"{mode}/daemonset.yaml" for mode in ("shared", "per-pod", "both"))
     yield "daemonset.yaml", agent("shared", shared) + agent("perPod", per_pod) + agent("both", per_pod, both)
@@ -249,6 +250,7 @@ def templates():
         ('        ).exists(issuer, """ClusterIssuer/mesh-ca\n', '        ).exists(issuer, """{{ include "sds-agent.issuers" . | nindent 8 | trim }}\n'),
         ('        """ClusterIssuer/mesh-ca\n', '        """{{ include "sds-agent.issuers" . | nindent 8 | trim }}\n'),
         ('["sds-agent:break-glass"]', "{{ toJson .Values.policy.breakGlassGroups }}"),
+        ("validationActions: [Deny]", "validationActions: {{ toJson .Values.policy.validationActions }}"),
         ("[clusterissuers.cert-manager.io/mesh-ca]", '{{ include "sds-agent.signers" . }}'),
         (
             '  - { kind: Group, apiGroup: rbac.authorization.k8s.io, name: "sds-agent:break-glass" }\n',

@@ -212,7 +212,7 @@ fn keys(attributes: &[Attribute], fields: &Fields, lines: &mut BTreeSet<String>)
     let mut keys: Vec<_> = named
         .named
         .iter()
-        .filter(|field| !serde(&field.attrs).iter().any(|(key, _)| key == "skip"))
+        .filter(|field| !serde(&field.attrs).iter().any(|(key, _)| key == "skip" || key == "flatten"))
         .map(|field| renamed(attributes, &field.attrs, &field.ident.as_ref().unwrap().to_string(), false))
         .collect();
     keys.sort_unstable();

@@ -16,6 +16,7 @@ use self::reload::Reload;
 use super::Base;
 use crate::{admin, config::reloads};
 
+mod denied_nodes;
 pub mod reload;
 pub mod settings;
 
@@ -48,7 +49,7 @@ pub async fn build_approver(settings: &Settings, file: reload::File, base: Base)
     let client = agent_kube::connect(&kube_metrics, approver::RATE).await?;
     let driver = config.per_pod.as_ref().map(|per_pod| per_pod.driver_name.clone());
     let pods = Pods::new(client.clone(), config.node.pod.clone(), driver, kube_metrics.clone());
-    let reload = Reload::new(file, settings, reloads::Metrics::register(exposition.registry()));
+    let reload = Reload::new(file, settings, reloads::Metrics::register(exposition.registry()))?;
     let approver = Approver::new(approver::Parts {
         client,
         active_rules: reload.active_rules(),

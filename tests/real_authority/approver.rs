@@ -4,6 +4,7 @@
 //! The tests show that each of the two works without the other. Every actor uses its own token, and only the permissions of `daemonset/`.
 
 mod alone;
+mod ban;
 mod changes;
 mod crowd;
 mod load;

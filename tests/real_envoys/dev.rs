@@ -65,7 +65,7 @@ async fn a_signal_ends_it_with_a_stream_open() {
     agent.terminate();
     let status = agent.exit(PROMPT).await;
     assert!(status.success(), "{status}");
-    let late = |line: &serde_json::Value| line["message"].as_str().is_some_and(|message| message.contains("within the drain's deadline"));
+    let late = |line: &serde_json::Value| line["message"].as_str().is_some_and(|message| message.contains("before the drain deadline"));
     assert!(!agent.log().iter().any(late), "the stream was asked to end, and ended: {:?}", agent.log());
     assert!(!agent.socket().exists(), "it removes its socket");
 }

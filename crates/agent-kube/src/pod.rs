@@ -92,6 +92,8 @@ pub struct Pod {
     pub mirror: bool,
     /// Whether the phase is `Succeeded` or `Failed`. A pod that is being deleted has not ended: its proxy still drains.
     pub ended: bool,
+    /// `deletionTimestamp` in Unix seconds, by the API server's clock: the end of the grace period of a pod that is being deleted.
+    pub deleted_at: Option<i64>,
     /// (id, name) of each init, ordinary and ephemeral container whose id the kubelet has reported. Empty unless containers are requested.
     pub containers: Vec<(Arc<str>, Arc<str>)>,
 }
@@ -148,6 +150,7 @@ pub fn facts(pod: &PodObject, driver: Option<&str>, with_containers: bool) -> Op
         host_network: pod.spec.host_network.unwrap_or(false),
         mirror,
         ended: matches!(pod.status.as_ref().and_then(|s| s.phase.as_deref()), Some("Succeeded" | "Failed")),
+        deleted_at: metadata.deletion_timestamp.as_ref().map(|time| time.0.as_second()),
         containers: pod.status.as_ref().filter(|_| with_containers).map_or(Vec::new(), containers),
     })
 }

@@ -8,7 +8,7 @@
 //! which names the agents' pods get from an issuer that is still trusted, and certificates issued before the change have those names
 //! anyway. An operator who makes such a change for security sets `overlap: 0s` in the same change, which ends the superseded rules.
 
-use std::{iter, time::Duration};
+use std::{collections::BTreeSet, iter, sync::Arc, time::Duration};
 
 use tokio::time::Instant;
 
@@ -24,6 +24,8 @@ const MAX_DEFERRAL: Duration = Duration::from_secs(120);
 pub struct ActiveRules {
     /// The newest rules.
     pub rules: Rules,
+    /// Names of the nodes whose agents get no certificate, whichever rules allow it.
+    pub denied_nodes: Arc<BTreeSet<String>>,
     superseded: Vec<Superseded>,
 }
 
@@ -36,7 +38,13 @@ struct Superseded {
 impl ActiveRules {
     /// Creates the value for `rules`, without superseded rules.
     pub fn new(rules: Rules) -> Self {
-        Self { rules, superseded: Vec::new() }
+        Self { rules, denied_nodes: Arc::default(), superseded: Vec::new() }
+    }
+
+    /// Returns these rules with other denied nodes. They take effect immediately, for requests that are undecided already, too.
+    #[must_use]
+    pub fn denying(&self, denied_nodes: BTreeSet<String>) -> Self {
+        Self { denied_nodes: Arc::new(denied_nodes), ..self.clone() }
     }
 
     /// Returns the rules in force after `rules` replace these at `now`. The overlap of the new rules limits every superseded one.
@@ -50,7 +58,7 @@ impl ActiveRules {
             superseded.annotations.clone_from(&rules.annotations);
             superseded.issuers.retain(|guarded| rules.issuers.iter().any(|still| still.issuer == guarded.issuer));
         }
-        Self { rules, superseded }
+        Self { rules, denied_nodes: self.denied_nodes.clone(), superseded }
     }
 
     /// Returns the superseded rules whose overlap has not ended at `now`, newest first.

@@ -20,6 +20,10 @@ use crate::{
 /// Maximum length of an excerpt of untrusted input in a denial, in characters.
 const SHOWN: usize = 200;
 
+/// Seconds after the end of a deleted pod's grace period for which its requests are approved. The kubelet stops the containers within the
+/// grace period. It removes the pod's object some seconds later, and a node that is lost or compromised never does.
+const TERMINATION_SLACK_SECONDS: i64 = 300;
+
 /// The pod that a request names, and the source of the data.
 #[derive(Debug, Clone, Copy)]
 pub enum PodView<'a> {
@@ -88,6 +92,9 @@ pub fn evidence(request: &Request) -> Option<PodRef> {
 /// Judges `request` by the newest rules, and if these do not approve it, by the superseded rules in force at `now`. Returns true with an
 /// approval by superseded rules. If no rules approve the request, the result is that of the newest rules.
 pub fn decide(request: &Request, view: PodView<'_>, active_rules: &ActiveRules, now: Instant) -> (Decision, bool) {
+    if let Some(denial) = denied_node(request, active_rules) {
+        return (Decision::Deny(denial), false);
+    }
     let newest = judge(request, view, &active_rules.rules);
     if matches!(newest, Decision::Approve(_) | Decision::Ignore) {
         return (newest, false);
@@ -102,6 +109,16 @@ pub fn decide(request: &Request, view: PodView<'_>, active_rules: &ActiveRules, 
         Some(approval) => (approval, true),
         None => (newest, false),
     }
+}
+
+/// Denies an undecided request if the requester's token claims a denied node.
+fn denied_node(request: &Request, active_rules: &ActiveRules) -> Option<Denial> {
+    let claimed = request.spec.extra.get(claims::NODE_NAME)?;
+    let node = claimed.iter().find(|node| active_rules.denied_nodes.contains(*node))?;
+    is_ours(request, &active_rules.rules).then(|| Denial {
+        code: denied::NODE_DENIED,
+        sentence: format!("node {} is in deniedNodes of the ConfigMap sds-agent: its agent gets no certificate", quoted(node)),
+    })
 }
 
 /// Judges `request` by these rules.
@@ -131,6 +148,8 @@ struct Asked<'a> {
     issuer: IssuerRef,
     namespace: &'a str,
     duration: &'a str,
+    /// `creationTimestamp` of the request, in Unix seconds.
+    created: Option<i64>,
 }
 
 /// The checks that need no pod: requester, claims, spec, annotations and CSR.
@@ -148,7 +167,15 @@ fn request_alone<'a>(request: &'a Request, rules: &Rules) -> Result<Asked<'a>, D
         );
     }
     let node = claim(request, claims::NODE_NAME)?;
-    claim(request, claims::NODE_UID)?;
+    // A token that is bound to a Node has the node's claims alone. An account that may create tokens could get one for any node.
+    for name in [claims::NODE_UID, claims::POD_NAME, claims::POD_UID] {
+        claim(request, name)?;
+    }
+    if let Some(field) = &spec.unknown.first {
+        let sentence =
+            format!("the spec has the field {}, which no agent sets and this version of the approver cannot judge", quoted(field));
+        return deny(denied::INVALID_SPEC, sentence);
+    }
     if spec.is_ca {
         return deny(denied::INVALID_SPEC, "isCA is set, and the approver denies CA certificates".to_owned());
     }
@@ -173,7 +200,8 @@ fn request_alone<'a>(request: &'a Request, rules: &Rules) -> Result<Asked<'a>, D
         return deny(denied::NO_EVIDENCE, format!("the request names no pod: an agent names it in the annotations {keys}"));
     };
     let duration = spec.duration.as_deref().unwrap_or_default();
-    Ok(Asked { evidence, node, csr, issuer: issuer(request), namespace: namespace(request), duration })
+    let created = request.metadata.creation_timestamp.as_ref().map(|time| time.0.as_second());
+    Ok(Asked { evidence, node, csr, issuer: issuer(request), namespace: namespace(request), duration, created })
 }
 
 /// Returns a claim of the requester's token, which must have exactly one value.
@@ -203,6 +231,15 @@ fn with_pod(asked: &Asked<'_>, pod: Option<&Pod>, rules: &Rules) -> Result<Strin
     };
     if pod.ended {
         return deny(denied::POD_GONE, format!("pod {shown} has ended"));
+    }
+    // Both times are the API server's: no clock of a node, nor this process's, decides.
+    if let Some((end, created)) = pod.deleted_at.zip(asked.created)
+        && created > end + TERMINATION_SLACK_SECONDS
+    {
+        return deny(
+            denied::POD_GONE,
+            format!("pod {shown} was deleted, and its grace period ended {} s before this request was created", created - end),
+        );
     }
     if pod.node_name.as_deref() != Some(*node) {
         let place = pod.node_name.as_deref().map_or_else(|| "on no node yet".to_owned(), |node| format!("on node {node}"));

@@ -5,7 +5,7 @@
 //! decides and the others are on standby ([`role`]). A decision is written with the `resourceVersion` of the request that was judged, so
 //! the first of two concurrent writes wins. The caller runs [`Approver::run`] and [`Pods::run`] concurrently.
 
-use std::{collections::VecDeque, fmt, sync::Arc};
+use std::{collections::VecDeque, fmt, pin::Pin, sync::Arc, time::Duration};
 
 use agent_kube::{
     self, RequestRate,
@@ -45,6 +45,7 @@ use queue::{Key, Queue, key};
 use reconciler::{Outcome, Reconciler};
 use replicas::Standing;
 use role::{Cause, Role};
+use rules::Guarded;
 
 /// Target of the log lines.
 const LOG_TARGET: &str = "sds_agent::approver";
@@ -56,6 +57,8 @@ pub const RATE: RequestRate = RequestRate { per_second: 200, burst: 400 };
 const WORKERS: usize = 16;
 /// Requests that stay undecided at the same time because a newer configuration may allow them. Further requests are denied immediately.
 const MAX_DEFERRED: usize = 512;
+/// Minimum interval between lists for requests that were not tracked.
+const LIST_INTERVAL: Duration = Duration::from_secs(60);
 /// Remembered UIDs of requests that another approver approved, so that each is logged once. The oldest is forgotten first.
 const MAX_REPORTED: usize = 1024;
 
@@ -130,9 +133,11 @@ impl Approver {
     /// the next start sees the result in the request.
     pub async fn run(self) {
         let (mut signals, mut changes, mut standing) = (Box::pin(self.watch()), self.active_rules.clone(), self.standing.clone());
-        let (mut queue, mut workers, mut resting) = (Queue::default(), JoinSet::<(Key, Outcome)>::new(), DelayQueue::<Key>::new());
-        let mut issuers = changes.borrow_and_update().rules.issuers.clone();
+        let (mut queue, mut workers, mut resting) =
+            (Queue::default(), JoinSet::<(Key, Arc<str>, Outcome)>::new(), DelayQueue::<Key>::new());
+        let mut issuers = self.note_rules(&mut changes);
         let mut role = Role::new(self.may_have_others);
+        let (mut untracked, mut wants_list, mut list_at) = (None, false, Instant::now());
         loop {
             role.stands_at(*standing.borrow_and_update(), Instant::now());
             let takeover = role.next(queue.has_ready(), Instant::now(), fastrand::f64());
@@ -141,14 +146,15 @@ impl Approver {
                 && workers.len() < WORKERS
                 && let Some((key, item)) = queue.pop()
             {
-                let (reconciler, may_defer) = (self.reconciler.clone(), resting.len() < MAX_DEFERRED);
+                let (reconciler, may_defer, uid) = (self.reconciler.clone(), resting.len() < MAX_DEFERRED, item.uid.clone());
                 workers.spawn(async move {
                     let outcome = reconciler.reconcile(&key, item, may_defer).await;
-                    (key, outcome)
+                    (key, uid, outcome)
                 });
             }
-            if queue.needs_list() {
-                signals = Box::pin(self.watch());
+            wants_list |= queue.needs_list();
+            if wants_list && untracked.is_none() && list_at <= Instant::now() {
+                (untracked, wants_list, list_at) = (Some(Box::pin(self.watch())), false, Instant::now() + LIST_INTERVAL);
             }
             self.metrics.pending.set(i64::try_from(queue.len()).unwrap_or(i64::MAX));
             tokio::select! {
@@ -157,20 +163,28 @@ impl Approver {
                     Some(Signal::Trouble(..)) => {}
                     None => return,
                 },
+                // A list beside the watch, for requests that were not tracked: the watch goes on.
+                signal = next_of(&mut untracked), if untracked.is_some() => match signal {
+                    Some(Signal::Event(watcher::Event::InitApply(request))) => self.seen(&mut queue, request),
+                    Some(Signal::Event(watcher::Event::Init) | Signal::Trouble(..)) => {}
+                    Some(Signal::Event(_)) | None => untracked = None,
+                },
+                () = sleep_until(list_at), if wants_list && untracked.is_none() => {}
                 Some(done) = workers.join_next(), if !workers.is_empty() => match done {
-                    Ok((key, Outcome::Settled)) => queue.settled(&key),
-                    Ok((key, Outcome::Conflict)) => {
+                    Ok((key, _, Outcome::Settled)) => queue.settled(&key),
+                    Ok((key, uid, Outcome::Decided)) => queue.decided(&key, &uid),
+                    Ok((key, _, Outcome::Conflict)) => {
                         queue.settled(&key);
                         self.metrics.conflicts.inc();
                         role.lost_conflict(Instant::now());
                     }
-                    Ok((key, Outcome::Yielded)) => queue.given_back(&key),
-                    Ok((key, Outcome::Failed)) => {
+                    Ok((key, _, Outcome::Yielded)) => queue.given_back(&key),
+                    Ok((key, _, Outcome::Failed)) => {
                         if let Some(pause) = queue.failed(&key) {
                             resting.insert(key, pause.mul_f64(0.5 + 0.5 * fastrand::f64()));
                         }
                     }
-                    Ok((key, Outcome::Deferred(pause))) => {
+                    Ok((key, _, Outcome::Deferred(pause))) => {
                         if queue.waits(&key) {
                             resting.insert(key, pause);
                         }
@@ -186,7 +200,7 @@ impl Approver {
                 Ok(()) = changes.changed() => {
                     resting.clear();
                     queue.wake();
-                    let newer = changes.borrow_and_update().rules.issuers.clone();
+                    let newer = self.note_rules(&mut changes);
                     if newer != issuers {
                         // The queue does not hold requests of unguarded issuers, so all requests are listed again.
                         (issuers, signals) = (newer, Box::pin(self.watch()));
@@ -194,6 +208,13 @@ impl Approver {
                 }
             }
         }
+    }
+
+    /// Notes the current rules, and returns their issuers.
+    fn note_rules(&self, changes: &mut watch::Receiver<Arc<ActiveRules>>) -> Vec<Guarded> {
+        let active_rules = changes.borrow_and_update();
+        self.metrics.denied_nodes.set(i64::try_from(active_rules.denied_nodes.len()).unwrap_or(i64::MAX));
+        active_rules.rules.issuers.clone()
     }
 
     /// Watches the requests of all namespaces: a request in any namespace can name a ClusterIssuer.
@@ -273,11 +294,21 @@ impl Approver {
     }
 
     fn seen(&self, queue: &mut Queue, request: Request) {
-        if judge::is_ours(&request, &self.active_rules.borrow().rules) {
-            queue.seen(request, Instant::now());
+        let active_rules = self.active_rules.borrow();
+        if judge::is_ours(&request, &active_rules.rules) {
+            let by_an_agent = request.spec.username.as_ref().is_some_and(|name| active_rules.rules.agents.contains(name));
+            queue.seen(request, by_an_agent, Instant::now());
         } else {
             queue.gone(&key(&request));
         }
+    }
+}
+
+/// Returns the next item of a stream that is there, and waits forever without one.
+async fn next_of<S: Stream>(stream: &mut Option<Pin<Box<S>>>) -> Option<S::Item> {
+    match stream {
+        Some(stream) => stream.next().await,
+        None => std::future::pending().await,
     }
 }
 

@@ -50,6 +50,7 @@ pub struct Metrics {
     errors: Family<Error, Counter>,
     pub(super) pending: Gauge,
     pub(super) active: Gauge,
+    pub(super) denied_nodes: Gauge,
     pub(super) conflicts: Counter,
     pub(super) live_reads: Counter,
     pub(super) foreign: Counter,
@@ -64,6 +65,7 @@ impl Default for Metrics {
             errors: Family::default(),
             pending: Gauge::default(),
             active: Gauge::default(),
+            denied_nodes: Gauge::default(),
             conflicts: Counter::default(),
             live_reads: Counter::default(),
             foreign: Counter::default(),
@@ -99,6 +101,11 @@ impl Metrics {
             "approver_pending",
             "Requests that wait for a decision; a replica on standby counts the same requests",
             metrics.pending.clone(),
+        );
+        registry.register(
+            "approver_denied_nodes",
+            "Nodes in deniedNodes of the ConfigMap, whose agents get no certificate",
+            metrics.denied_nodes.clone(),
         );
         registry.register("approver_active", "1 while this replica decides, 0 while it is on standby", metrics.active.clone());
         registry.register(

@@ -31,6 +31,11 @@ pub const MAX_OBJECTS_PER_NODE: usize = 256;
 pub const MAX_REQUESTS_PER_NODE: usize = 10 * MAX_OBJECTS_PER_NODE;
 /// Undecided requests of a node whose names are held.
 pub const MAX_TRACKED_PER_NODE: usize = 4 * MAX_REQUESTS_PER_NODE;
+/// Size of the largest object that is held, in bytes of its texts. An agent's request is less than 4 KiB.
+const MAX_HELD_BYTES: usize = 16 << 10;
+/// Requests of a node that rest, after a failure or because the agent's configuration may be newer than the approver's. Further ones are not
+/// deferred. An agent whose configuration is newer than the approver's may reissue all certificates of its node.
+pub const MAX_RESTING_PER_NODE: usize = 256;
 /// Workers that requests of one node may occupy, so that a node whose pods cannot be read leaves workers to the others.
 pub const MAX_WORKERS_PER_NODE: usize = 8;
 
@@ -46,8 +51,10 @@ pub struct WorkItem {
     pub uid: Arc<str>,
     /// Time at which the watch first reported it.
     pub since: Instant,
-    /// Whether its node has more than [`MAX_REQUESTS_PER_NODE`] undecided requests, and this is one of the newest.
+    /// Whether its node has more than [`MAX_REQUESTS_PER_NODE`] undecided requests, and this is one of the last that arrived.
     pub is_beyond: bool,
+    /// Whether one more request of its node may rest.
+    pub may_rest: bool,
 }
 
 #[derive(Debug)]
@@ -58,6 +65,8 @@ struct Entry {
     state: State,
     /// Consecutive failures.
     failures: u32,
+    /// Whether the entry counts in [`Share::resting`].
+    counts_as_resting: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -100,6 +109,8 @@ struct Share {
     objects: usize,
     /// Entries at a worker.
     working: usize,
+    /// Entries that rest.
+    resting: usize,
     /// Whether requests are not tracked.
     has_untracked: bool,
 }
@@ -122,9 +133,28 @@ pub fn key(request: &Request) -> Key {
     (metadata.namespace.clone().unwrap_or_default(), metadata.name.clone().unwrap_or_default())
 }
 
-/// Returns the node that the requester's token claims.
-fn node(request: &Request) -> Node {
+/// Returns the node that the requester's token claims. All requesters that are no agents share one turn, whichever node they run on.
+fn node(request: &Request, by_an_agent: bool) -> Node {
+    if !by_an_agent {
+        return Node::default();
+    }
     request.spec.extra.get(claims::NODE_NAME).and_then(|names| names.first()).map_or_else(Node::default, |name| Node::from(name.as_str()))
+}
+
+/// Returns whether the object is small enough to be held.
+fn is_small(request: &Request) -> bool {
+    let (metadata, spec) = (&request.metadata, &request.spec);
+    let map = |map: &Option<std::collections::BTreeMap<String, String>>| {
+        map.iter().flatten().map(|(key, value)| key.len() + value.len()).sum::<usize>()
+    };
+    let list = |list: &[String]| list.iter().map(String::len).sum::<usize>();
+    let extra: usize = spec.extra.iter().map(|(key, values)| key.len() + list(values)).sum();
+    let texts = [Some(&spec.issuer_ref.name), spec.duration.as_ref(), spec.username.as_ref(), spec.uid.as_ref()];
+    let texts: usize = texts.into_iter().flatten().map(String::len).sum();
+    let conditions = request.status.iter().flat_map(|status| &status.conditions);
+    let conditions: usize = conditions.map(|c| c.message.as_ref().map_or(0, String::len) + c.reason.as_ref().map_or(0, String::len)).sum();
+    let bytes = map(&metadata.annotations) + map(&metadata.labels) + spec.request.encoded_len() + texts;
+    bytes + list(&spec.usages) + list(&spec.groups) + extra + conditions <= MAX_HELD_BYTES
 }
 
 impl Queue {
@@ -138,14 +168,18 @@ impl Queue {
         self.entries.is_empty()
     }
 
-    /// Notes the current state of a request that needs a decision.
-    pub fn seen(&mut self, request: Request, now: Instant) {
+    /// Notes the current state of a request that needs a decision. `by_an_agent` is whether an agent's account has created it.
+    pub fn seen(&mut self, request: Request, by_an_agent: bool, now: Instant) {
         let key = key(&request);
         match self.entries.get_mut(&key) {
             Some(entry) => {
                 entry.item.uid = request.metadata.uid.as_deref().unwrap_or_default().into();
-                if let Some(held) = &mut entry.item.request {
-                    *held = Arc::new(request);
+                if entry.item.request.is_some() && is_small(&request) {
+                    entry.item.request = Some(Arc::new(request));
+                } else if entry.item.request.take().is_some()
+                    && let Some(share) = self.shares.get_mut(&entry.node)
+                {
+                    share.objects -= 1;
                 }
                 match &mut entry.state {
                     State::Working { changed } => *changed = true,
@@ -153,12 +187,12 @@ impl Queue {
                     State::Ready | State::Resting => {}
                 }
             }
-            None => self.track(key, request, now),
+            None => self.track(key, request, by_an_agent, now),
         }
     }
 
-    fn track(&mut self, key: Key, request: Request, now: Instant) {
-        let node = node(&request);
+    fn track(&mut self, key: Key, request: Request, by_an_agent: bool, now: Instant) {
+        let node = node(&request, by_an_agent);
         let share = self.shares.entry(node.clone()).or_default();
         if share.tracked >= MAX_TRACKED_PER_NODE {
             share.has_untracked = true;
@@ -168,12 +202,12 @@ impl Queue {
         let position = Position { created, arrived: self.arrived };
         self.arrived += 1;
         let uid = request.metadata.uid.as_deref().unwrap_or_default().into();
-        let holds = share.objects < MAX_OBJECTS_PER_NODE;
-        let item =
-            WorkItem { request: holds.then(|| Arc::new(request)), uid, since: now, is_beyond: share.tracked >= MAX_REQUESTS_PER_NODE };
+        let holds = share.objects < MAX_OBJECTS_PER_NODE && is_small(&request);
+        let is_beyond = share.tracked >= MAX_REQUESTS_PER_NODE;
+        let item = WorkItem { request: holds.then(|| Arc::new(request)), uid, since: now, is_beyond, may_rest: true };
         share.tracked += 1;
         share.objects += usize::from(holds);
-        let entry = Entry { item, node, position, state: State::Ready, failures: 0 };
+        let entry = Entry { item, node, position, state: State::Ready, failures: 0, counts_as_resting: false };
         self.ready.add(&entry.node, entry.kind(), position, key.clone());
         self.entries.insert(key, entry);
     }
@@ -188,6 +222,7 @@ impl Queue {
         share.tracked -= 1;
         share.objects -= usize::from(entry.item.request.is_some());
         share.working -= usize::from(entry.works());
+        share.resting -= usize::from(entry.counts_as_resting);
         if share.has_untracked && share.tracked <= MAX_REQUESTS_PER_NODE {
             (share.has_untracked, self.needs_list) = (false, true);
         }
@@ -237,7 +272,8 @@ impl Queue {
         share.working += 1;
         // A node that is at its limit no longer has its newest requests denied.
         let is_beyond = entry.item.is_beyond && share.tracked > MAX_REQUESTS_PER_NODE;
-        Some((key, WorkItem { is_beyond, ..entry.item.clone() }))
+        let may_rest = share.resting < MAX_RESTING_PER_NODE;
+        Some((key, WorkItem { is_beyond, may_rest, ..entry.item.clone() }))
     }
 
     /// Notes that no worker has a request anymore, and returns its entry with the state in which the worker left it.
@@ -251,12 +287,35 @@ impl Queue {
         Some(state)
     }
 
+    /// Counts a request as resting that no worker has.
+    fn rest(&mut self, key: &Key) {
+        let Some(entry) = self.entries.get_mut(key) else { return };
+        entry.counts_as_resting = true;
+        self.shares.entry(entry.node.clone()).or_default().resting += 1;
+    }
+
     /// Makes a resting request ready.
     fn make_ready(&mut self, key: &Key, first: bool) {
         let Some(entry) = self.entries.get_mut(key).filter(|entry| entry.state == State::Resting) else { return };
+        if std::mem::take(&mut entry.counts_as_resting)
+            && let Some(share) = self.shares.get_mut(&entry.node)
+        {
+            share.resting -= 1;
+        }
         entry.state = State::Ready;
         let add = if first { Turns::add_first } else { Turns::add };
         add(&mut self.ready, &entry.node, entry.kind(), entry.position, key.clone());
+    }
+
+    /// Notes that the worker has written the decision about the request with this UID. A change that was reported meanwhile is that decision,
+    /// or came before it.
+    pub fn decided(&mut self, key: &Key, uid: &str) {
+        if self.entries.get(key).is_some_and(|entry| entry.works() && *entry.item.uid == *uid) {
+            self.back(key);
+            self.remove(key);
+        } else {
+            self.settled(key);
+        }
     }
 
     /// Notes that the worker is done with a request.
@@ -284,6 +343,7 @@ impl Queue {
         let entry = self.entries.get_mut(key)?;
         let pause = (MIN_BACKOFF * 2_u32.pow(entry.failures.min(10))).min(MAX_BACKOFF);
         entry.failures += 1;
+        self.rest(key);
         Some(pause)
     }
 
@@ -291,7 +351,10 @@ impl Queue {
     /// ready again, or needs no decision.
     pub fn waits(&mut self, key: &Key) -> bool {
         match self.back(key) {
-            Some(State::Working { changed: false }) => true,
+            Some(State::Working { changed: false }) => {
+                self.rest(key);
+                true
+            }
             Some(State::Working { changed: true }) => {
                 self.make_ready(key, false);
                 false
@@ -358,11 +421,11 @@ mod tests {
     #[test]
     fn one_worker_at_a_time_and_what_changed_meanwhile_is_looked_at_again() {
         let (mut queue, now) = (Queue::default(), Instant::now());
-        queue.seen(request("a", "1"), now);
-        queue.seen(request("b", "1"), now);
-        queue.seen(request("a", "2"), now);
+        queue.seen(request("a", "1"), true, now);
+        queue.seen(request("b", "1"), true, now);
+        queue.seen(request("a", "2"), true, now);
         assert_eq!(next(&mut queue), Some(("a".into(), "2".into())));
-        queue.seen(request("a", "3"), now);
+        queue.seen(request("a", "3"), true, now);
         assert_eq!(next(&mut queue), Some(("b".into(), "1".into())));
         assert_eq!(next(&mut queue), None);
         let (a, b) = (("n".to_owned(), "a".to_owned()), ("n".to_owned(), "b".to_owned()));
@@ -377,12 +440,12 @@ mod tests {
     fn failures_rest_ever_longer_and_what_is_gone_does_not_come_back() {
         let (mut queue, now) = (Queue::default(), Instant::now());
         let a = ("n".to_owned(), "a".to_owned());
-        queue.seen(request("a", "1"), now);
+        queue.seen(request("a", "1"), true, now);
         let mut pauses = Vec::new();
         for _ in 0..9 {
             queue.pop().unwrap();
             pauses.push(queue.failed(&a).unwrap().as_millis());
-            queue.seen(request("a", "2"), now);
+            queue.seen(request("a", "2"), true, now);
             assert_eq!(next(&mut queue), None, "a change does not end the backoff");
             queue.rested(&a);
         }
@@ -398,8 +461,8 @@ mod tests {
     fn waiting_requests_are_judged_again_when_the_rules_change() {
         let (mut queue, now) = (Queue::default(), Instant::now());
         let [a, b] = ["a", "b"].map(|name| ("n".to_owned(), name.to_owned()));
-        queue.seen(request("a", "1"), now);
-        queue.seen(request("b", "1"), now);
+        queue.seen(request("a", "1"), true, now);
+        queue.seen(request("b", "1"), true, now);
         let first = (next(&mut queue), next(&mut queue));
         assert!(first.0.is_some() && first.1.is_some() && queue.waits(&a) && next(&mut queue).is_none());
         queue.wake();
@@ -415,11 +478,11 @@ mod tests {
         let (mut queue, now) = (Queue::default(), Instant::now());
         assert!(!queue.has_ready());
         for name in ["a", "b", "c"] {
-            queue.seen(request(name, "1"), now);
+            queue.seen(request(name, "1"), true, now);
         }
         let a = ("n".to_owned(), "a".to_owned());
         assert!(next(&mut queue).is_some());
-        queue.seen(request("a", "2"), now);
+        queue.seen(request("a", "2"), true, now);
         queue.given_back(&a);
         assert_eq!(next(&mut queue), Some(("a".into(), "2".into())));
         queue.gone(&a);
@@ -436,12 +499,12 @@ mod tests {
         let (mut queue, now) = (Queue::default(), Instant::now());
         let a = ("n".to_owned(), "a".to_owned());
         let begun = |queue: &mut Queue| {
-            queue.seen(request("a", "1"), now);
+            queue.seen(request("a", "1"), true, now);
             assert!(next(queue).is_some());
             queue.gone(&a);
         };
         begun(&mut queue);
-        queue.seen(request("a", "2"), now);
+        queue.seen(request("a", "2"), true, now);
         assert_eq!(next(&mut queue), None, "at most one worker at a time");
         queue.settled(&a);
         assert_eq!(next(&mut queue), Some(("a".into(), "2".into())));
@@ -465,11 +528,11 @@ mod tests {
     #[test]
     fn a_list_takes_away_what_it_lacks() {
         let (mut queue, now) = (Queue::default(), Instant::now());
-        queue.seen(request("a", "1"), now);
-        queue.seen(request("b", "1"), now);
+        queue.seen(request("a", "1"), true, now);
+        queue.seen(request("b", "1"), true, now);
         queue.list_begins();
         queue.listed(("n".into(), "b".into()));
-        queue.seen(request("b", "1"), now);
+        queue.seen(request("b", "1"), true, now);
         queue.list_ends();
         assert_eq!((next(&mut queue), next(&mut queue)), (Some(("b".into(), "1".into())), None));
         assert_eq!(queue.len(), 1);
@@ -488,10 +551,10 @@ mod tests {
     fn a_flood_of_a_node_is_bounded_and_delays_another_node_by_its_own_time() {
         let (mut queue, now) = (Queue::default(), Instant::now());
         for n in 0..MAX_TRACKED_PER_NODE + 500 {
-            queue.seen(request_on("flood", &format!("f{n}"), 100), now);
+            queue.seen(request_on("flood", &format!("f{n}"), 100), true, now);
         }
         for n in 0..50 {
-            queue.seen(request_on("other", &format!("o{n}"), 200), now);
+            queue.seen(request_on("other", &format!("o{n}"), 200), true, now);
         }
         assert_eq!(queue.len(), MAX_TRACKED_PER_NODE + 50);
         let objects = |queue: &Queue| queue.entries.values().filter(|entry| entry.item.request.is_some()).count();
@@ -523,7 +586,7 @@ mod tests {
     fn a_backlog_of_an_honest_agent_is_judged_and_not_denied() {
         let (mut queue, now) = (Queue::default(), Instant::now());
         for n in 0..MAX_REQUESTS_PER_NODE {
-            queue.seen(request_on("n1", &format!("r{n}"), 100), now);
+            queue.seen(request_on("n1", &format!("r{n}"), 100), true, now);
         }
         let mut judged = 0;
         while let Some((key, item)) = queue.pop() {
@@ -538,12 +601,67 @@ mod tests {
     fn a_node_occupies_a_part_of_the_workers() {
         let (mut queue, now) = (Queue::default(), Instant::now());
         for n in 0..20 {
-            queue.seen(request_on("n1", &format!("r{n}"), 100), now);
+            queue.seen(request_on("n1", &format!("r{n}"), 100), true, now);
         }
         let mut working: Vec<_> = std::iter::from_fn(|| queue.pop()).map(|(key, _)| key).collect();
         assert_eq!(working.len(), MAX_WORKERS_PER_NODE);
         assert!(queue.has_ready());
         queue.settled(&working.pop().unwrap());
         assert!(queue.pop().is_some() && queue.pop().is_none());
+    }
+
+    #[test]
+    fn a_large_object_is_not_held_and_an_outsider_takes_no_turn_of_a_node() {
+        let (mut queue, now) = (Queue::default(), Instant::now());
+        let mut large = request_on("n1", "large", 100);
+        large.spec.duration = Some(format!("{}3600s", "0".repeat(MAX_HELD_BYTES)));
+        queue.seen(large.clone(), true, now);
+        assert!(queue.pop().unwrap().1.request.is_none(), "it is read when it is its turn");
+        let small = request_on("n1", "small", 100);
+        queue.seen(small.clone(), true, now);
+        large.metadata.name = Some("small".into());
+        queue.seen(large, true, now);
+        assert_eq!(queue.shares["n1"].objects, 0, "it has grown");
+
+        for n in 0..=MAX_REQUESTS_PER_NODE {
+            queue.seen(request_on("n1", &format!("outsider{n}"), 100), false, now);
+        }
+        assert_eq!((queue.shares["n1"].tracked, queue.shares[""].tracked), (2, MAX_REQUESTS_PER_NODE + 1));
+    }
+
+    #[test]
+    fn a_decision_ends_a_request_although_its_change_was_reported_meanwhile() {
+        let (mut queue, now) = (Queue::default(), Instant::now());
+        let a = ("n".to_owned(), "a".to_owned());
+        queue.seen(request("a", "1"), true, now);
+        queue.pop().unwrap();
+        queue.wake();
+        queue.decided(&a, "");
+        assert!(queue.is_empty() && queue.shares.is_empty());
+        // Another object of the same name is another request.
+        queue.seen(request("a", "1"), true, now);
+        queue.pop().unwrap();
+        let mut recreated = request("a", "2");
+        recreated.metadata.uid = Some("other".into());
+        queue.seen(recreated, true, now);
+        queue.decided(&a, "");
+        assert_eq!(queue.pop().unwrap().1.uid, "other".into());
+    }
+
+    #[test]
+    fn requests_of_a_node_that_may_rest_are_limited() {
+        let (mut queue, now) = (Queue::default(), Instant::now());
+        for n in 0..=MAX_RESTING_PER_NODE {
+            queue.seen(request_on("n1", &format!("r{n:03}"), 100), true, now);
+        }
+        for _ in 0..MAX_RESTING_PER_NODE {
+            let (key, item) = queue.pop().unwrap();
+            assert!(item.may_rest && queue.waits(&key));
+        }
+        let (key, item) = queue.pop().unwrap();
+        assert!(!item.may_rest);
+        queue.settled(&key);
+        queue.wake();
+        assert!(queue.pop().unwrap().1.may_rest);
     }
 }

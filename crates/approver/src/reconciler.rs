@@ -47,6 +47,8 @@ const MAX_LIVE_READ_AGE: Duration = Duration::from_secs(1);
 pub enum Outcome {
     /// The request needs no further work.
     Settled,
+    /// The decision is written.
+    Decided,
     /// The attempt failed and has to be retried.
     Failed,
     /// Another replica has decided the request first.
@@ -162,7 +164,7 @@ impl Reconciler {
                         self.metrics.by_superseded.inc();
                     }
                     self.decided(&request, &decision, item.since).await;
-                    return Outcome::Settled;
+                    return Outcome::Decided;
                 }
                 Err(failure) if failure.cause == Cause::Conflict => match self.reread(&request).await {
                     Ok(Some(newer)) if judge::decided_by_a_replica(&newer) => return Outcome::Conflict,
@@ -207,6 +209,7 @@ impl Reconciler {
         match &judged.decision {
             Decision::Deny(denial)
                 if may_defer
+                    && item.may_rest
                     && matches!(denial.code, denied::PROFILE_MISMATCH | denied::WRONG_IDENTITY)
                     && Arc::ptr_eq(&judged.active_rules, &self.active_rules.borrow())
                     && let left = judged.active_rules.deferral().saturating_sub(item.since.elapsed())

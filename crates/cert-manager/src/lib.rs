@@ -9,7 +9,11 @@ use std::{collections::BTreeMap, fmt};
 use agent_kube::object::{Kind, Observed};
 use base64::{Engine, engine::general_purpose::STANDARD};
 use kube::CustomResource;
-use serde::{Deserialize, Deserializer, Serialize, de::Visitor};
+use serde::{
+    Deserialize, Deserializer, Serialize, Serializer,
+    de::{IgnoredAny, MapAccess, Visitor},
+    ser::SerializeMap,
+};
 
 pub mod csr;
 pub mod naming;
@@ -110,11 +114,13 @@ pub mod denied {
     pub const INVALID_SPEC: &str = "InvalidSpec";
     /// The request has annotations that no agent sets. An issuer may obey them.
     pub const INVALID_ANNOTATION: &str = "InvalidAnnotation";
-    /// The node has too many undecided requests, and this one is among the newest. The agent retries with its backoff.
+    /// The node has too many undecided requests, and this one is among the last that arrived. The agent retries with its backoff.
     pub const TOO_MANY_REQUESTS: &str = "TooManyRequests";
+    /// The operator denies this node: `deniedNodes` of the ConfigMap.
+    pub const NODE_DENIED: &str = "NodeDenied";
 
     /// All reasons.
-    pub const ALL: [&str; 11] = [
+    pub const ALL: [&str; 12] = [
         POD_GONE,
         PROFILE_MISMATCH,
         WRONG_IDENTITY,
@@ -126,6 +132,7 @@ pub mod denied {
         INVALID_SPEC,
         INVALID_ANNOTATION,
         TOO_MANY_REQUESTS,
+        NODE_DENIED,
     ];
 }
 
@@ -166,6 +173,53 @@ pub struct CertificateRequestSpec {
     /// Claims of the requester, see [`claims`].
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty", deserialize_with = "null_as_default")]
     pub extra: BTreeMap<String, Vec<String>>,
+    /// Fields that this version does not know. A newer cert-manager may obey them.
+    #[serde(flatten)]
+    pub unknown: UnknownFields,
+}
+
+/// The fields of an object that a type does not know, without their values.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct UnknownFields {
+    /// The name of the first one, of at most [`Self::MAX_NAME_CHARS`] characters.
+    pub first: Option<String>,
+    /// How many there are.
+    pub count: usize,
+}
+
+impl UnknownFields {
+    /// Characters of a name that are held.
+    pub const MAX_NAME_CHARS: usize = 64;
+}
+
+impl Serialize for UnknownFields {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        // Nothing of them is written back.
+        serializer.serialize_map(Some(0))?.end()
+    }
+}
+
+impl<'de> Deserialize<'de> for UnknownFields {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Names;
+        impl<'de> Visitor<'de> for Names {
+            type Value = UnknownFields;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("the fields of an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+                let mut unknown = UnknownFields::default();
+                while let Some((name, IgnoredAny)) = map.next_entry::<String, IgnoredAny>()? {
+                    unknown.count += 1;
+                    unknown.first.get_or_insert_with(|| name.chars().take(UnknownFields::MAX_NAME_CHARS).collect());
+                }
+                Ok(unknown)
+            }
+        }
+        deserializer.deserialize_map(Names)
+    }
 }
 
 /// A request as the approver reads it: with all annotations and without labels.
@@ -247,6 +301,11 @@ impl Csr {
         }
         pem.push_str("-----END CERTIFICATE REQUEST-----\n");
         Self(Some(STANDARD.encode(pem)))
+    }
+
+    /// Returns the length of the encoded CSR in bytes, 0 without one.
+    pub fn encoded_len(&self) -> usize {
+        self.0.as_ref().map_or(0, String::len)
     }
 
     /// Returns the PEM bytes. `None` if the CSR is absent, is not base64, or was too long to be kept.

@@ -6,10 +6,14 @@ use std::{path::PathBuf, sync::Arc};
 
 use agent_runtime::file::Followed;
 use approver::active_rules::ActiveRules;
+use parking_lot::Mutex;
 use tokio::{sync::watch, time::Instant};
 use tracing::{error, info, warn};
 
-use super::settings::{Refused, Settings};
+use super::{
+    denied_nodes::{self, DeniedNodes},
+    settings::{Refused, Settings},
+};
 use crate::config::{
     Config, Env, MAX_FILE_BYTES, Warning,
     reloads::{Metrics, Outcome},
@@ -37,6 +41,8 @@ pub struct Reload {
     refused: Option<Refused>,
     warnings: Vec<Warning>,
     waiting: Vec<&'static str>,
+    /// The last reported error of the file `deniedNodes`.
+    denied_error: Option<String>,
 }
 
 impl std::fmt::Debug for Reload {
@@ -47,17 +53,27 @@ impl std::fmt::Debug for Reload {
 
 impl Reload {
     /// Follows `file`, from which `settings` were read. They are in force until the file changes.
-    pub fn new(file: File, settings: &Settings, metrics: Metrics) -> Self {
-        Self {
+    ///
+    /// # Errors
+    ///
+    /// The file `deniedNodes` beside it exists and cannot be read. No request is decided without it.
+    pub fn new(file: File, settings: &Settings, metrics: Metrics) -> anyhow::Result<Self> {
+        let denied =
+            denied_nodes::load(&file.path).map_err(|error| anyhow::anyhow!("{} {error}", denied_nodes::beside(&file.path).display()))?;
+        let active_rules = ActiveRules::new(settings.rules.clone());
+        let mut reload = Self {
             file,
-            active_rules: watch::Sender::new(Arc::new(ActiveRules::new(settings.rules.clone()))),
+            active_rules: watch::Sender::new(Arc::new(active_rules)),
             metrics,
             started: settings.config.clone(),
             is_first: true,
             refused: None,
             warnings: settings.warnings.clone(),
             waiting: Vec::new(),
-        }
+            denied_error: None,
+        };
+        reload.deny(Ok(denied));
+        Ok(reload)
     }
 
     /// A receiver of the rules in force.
@@ -66,9 +82,41 @@ impl Reload {
     }
 
     /// Follows the file; does not return.
-    pub async fn run(mut self) {
+    pub async fn run(self) {
         let File { path, env } = self.file.clone();
-        Followed::new(path.clone(), MAX_FILE_BYTES).run(|content| self.take(Settings::of_content(&path, content, env))).await;
+        let (rules, denied) =
+            (Followed::new(path.clone(), MAX_FILE_BYTES), Followed::new(denied_nodes::beside(&path), denied_nodes::MAX_BYTES));
+        let reload = Mutex::new(self);
+        futures::join!(
+            rules.run(|content| reload.lock().take(Settings::of_content(&path, content, env))),
+            denied.run(|content| reload.lock().deny(denied_nodes::of_content(content))),
+        );
+    }
+
+    /// Puts other denied nodes into force. An error changes nothing.
+    fn deny(&mut self, read: Result<DeniedNodes, String>) {
+        let file = denied_nodes::beside(&self.file.path).display().to_string();
+        let DeniedNodes { nodes, invalid_lines } = match read {
+            Ok(denied) => denied,
+            Err(error) => {
+                if self.denied_error.as_ref() != Some(&error) {
+                    error!(target: LOG_TARGET, file, error, "the denied nodes cannot be read; the former ones stay denied");
+                }
+                self.denied_error = Some(error);
+                return;
+            }
+        };
+        self.denied_error = None;
+        if let Some(line) = invalid_lines.first() {
+            warn!(target: LOG_TARGET, file, line, lines = invalid_lines.len(), "a line is not the name of a node, and denies no node");
+        }
+        let before = self.active_rules.borrow().clone();
+        if nodes == *before.denied_nodes {
+            return;
+        }
+        let (added, removed) = (nodes.difference(&before.denied_nodes).count(), before.denied_nodes.difference(&nodes).count());
+        warn!(target: LOG_TARGET, file, nodes = nodes.len(), added, removed, "the denied nodes have changed");
+        self.active_rules.send_replace(Arc::new(before.denying(nodes)));
     }
 
     fn take(&mut self, read: Result<Settings, Refused>) {
@@ -133,7 +181,7 @@ impl Reload {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
+    use std::{collections::BTreeSet, fs, time::Duration};
 
     use agent_runtime::file::MountedFile;
     use tokio::time::timeout;
@@ -151,7 +199,7 @@ mod tests {
     }
 
     fn reload(path: PathBuf) -> Reload {
-        Reload::new(File { path, env: &|_| None }, &settings(&text("1h")).unwrap(), Metrics::default())
+        Reload::new(File { path, env: &|_| None }, &settings(&text("1h")).unwrap(), Metrics::default()).unwrap()
     }
 
     fn counted(metrics: &Metrics) -> [u64; 3] {
@@ -204,5 +252,45 @@ mod tests {
         timeout(Duration::from_secs(20), changed).await.expect("no change").unwrap();
         assert_eq!(metrics.counts(Outcome::ok).1, 1);
         task.abort();
+    }
+
+    #[tokio::test]
+    async fn denied_nodes_are_followed_beside_the_configuration() {
+        let mount = tempfile::tempdir().unwrap();
+        let config = mount.path().join("config.yaml");
+        fs::write(&config, text("1h")).unwrap();
+        let denied = mount.path().join("deniedNodes");
+        fs::write(&denied, "n1\n").unwrap();
+        let reload = reload(config.clone());
+        let mut rules = reload.active_rules();
+        assert_eq!(*rules.borrow().denied_nodes, ["n1".to_owned()].into(), "before the first decision");
+        let task = tokio::spawn(reload.run());
+        let wait = async |rules: &mut watch::Receiver<Arc<ActiveRules>>, nodes: &[&str]| {
+            let nodes: BTreeSet<String> = nodes.iter().map(|node| (*node).to_owned()).collect();
+            let changed = rules.wait_for(|active_rules| *active_rules.denied_nodes == nodes);
+            drop(timeout(Duration::from_secs(20), changed).await.expect("no change").unwrap());
+        };
+        fs::write(&denied, "n1\nn2\nNot A Node\n").unwrap();
+        wait(&mut rules, &["n1", "n2"]).await;
+        // Other rules leave them denied.
+        fs::write(&config, text("2h")).unwrap();
+        drop(timeout(Duration::from_secs(20), rules.wait_for(|active_rules| lifetime(active_rules) == 2)).await.unwrap().unwrap());
+        assert_eq!(rules.borrow().denied_nodes.len(), 2);
+        fs::remove_file(&denied).unwrap();
+        wait(&mut rules, &[]).await;
+        task.abort();
+    }
+
+    #[test]
+    fn an_unreadable_file_of_denied_nodes_stops_only_the_start() {
+        let mount = tempfile::tempdir().unwrap();
+        fs::write(mount.path().join("deniedNodes"), [0xff]).unwrap();
+        let file = File { path: mount.path().join("config.yaml"), env: &|_| None };
+        let error = Reload::new(file, &settings(&text("1h")).unwrap(), Metrics::default()).unwrap_err().to_string();
+        assert!(error.ends_with("deniedNodes is not UTF-8"), "{error}");
+        let mut reload = reload("config.yaml".into());
+        reload.deny(denied_nodes::of_content(Ok(b"n1")));
+        reload.deny(denied_nodes::of_content(Ok(&[0xff])));
+        assert_eq!(reload.active_rules().borrow().denied_nodes.len(), 1);
     }
 }

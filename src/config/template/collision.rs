@@ -3,6 +3,7 @@
 //!
 //! Names of a template are distinct if each of them can be split into the values of its placeholders in one way only. That holds if
 //! each separator has a character that the placeholder before it cannot have, or if each has one that the placeholder behind it cannot have.
+//! A placeholder of a fixed length needs no separator.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -30,12 +31,29 @@ impl fmt::Display for Collision {
 /// Whether two workloads can have one name by this valid template, although they differ in a placeholder that it has.
 pub(in crate::config) fn find(template: &str, trust_domain: &TrustDomain) -> Option<Collision> {
     let (fields, separators) = parts(template, trust_domain)?;
-    let all =
-        |side: fn(usize) -> usize| separators.iter().enumerate().all(|(at, text)| text.chars().any(|c| !may_have(&fields[side(at)], c)));
-    if all(|before| before) || all(|before| before + 1) {
-        return None;
+    // A character that no placeholder can have splits every name in the same places.
+    let mut first = 0;
+    let ends = (0..separators.len()).filter(|at| separators[*at].chars().any(|c| fields.iter().all(|field| !may_have(field, c))));
+    for end in ends.chain([separators.len()]) {
+        if is_ambiguous(&fields[first..=end], &separators[first..end]) {
+            return Some(Collision { example: example(template, &fields, &separators, trust_domain) });
+        }
+        first = end + 1;
     }
-    Some(Collision { example: example(template, &fields, &separators, trust_domain) })
+    None
+}
+
+/// Whether texts of these placeholders and separators can be split in two ways.
+fn is_ambiguous(fields: &[String], separators: &[String]) -> bool {
+    let ends = |field: &str, separator: &str| has_fixed_length(field) || separator.chars().any(|c| !may_have(field, c));
+    let from_left = separators.iter().zip(fields).all(|(separator, field)| ends(field, separator));
+    let from_right = separators.iter().zip(&fields[1..]).all(|(separator, field)| ends(field, separator));
+    !(from_left || from_right)
+}
+
+/// A pod with a service account has a UUID.
+fn has_fixed_length(field: &str) -> bool {
+    field == "podUid"
 }
 
 /// The placeholders in their order, and the texts between them. `None` for fewer than two placeholders. The trust domain is one text.
@@ -68,7 +86,11 @@ fn example(template: &str, fields: &[String], separators: &[String], trust_domai
     for field in fields {
         let joined = separators.iter().map(String::as_str).chain([""]).filter(|text| text.chars().all(|c| may_have(field, c)));
         let joined = joined.flat_map(|text| [format!("a{text}b"), format!("b{text}a")]);
-        let values: Vec<String> = ["a", "b"].map(str::to_owned).into_iter().chain(joined).collect();
+        let values: Vec<String> = if has_fixed_length(field) {
+            ["a", "b"].map(|c| format!("{0}-{1}-{1}-{1}-{2}", c.repeat(8), c.repeat(4), c.repeat(12))).into()
+        } else {
+            ["a", "b"].map(str::to_owned).into_iter().chain(joined).collect()
+        };
         workloads = workloads
             .iter()
             .flat_map(|workload| values.iter().map(|value| workload.iter().cloned().chain([(field, value.clone())]).collect()))
@@ -109,6 +131,9 @@ mod tests {
             "spiffe://{trustDomain}/{namespace}_{serviceAccount}",
             "spiffe://{trustDomain}/{serviceAccount}/{namespace}/{podName}",
             "spiffe://{trustDomain}/{podUid}",
+            "spiffe://{trustDomain}/{namespace}/{serviceAccount}-{podUid}",
+            "spiffe://{trustDomain}/{podUid}{serviceAccount}",
+            "spiffe://{trustDomain}/{namespace}.{serviceAccount}/{podName}-{podUid}",
             "spiffe://{trustDomain}/uid/{uid}",
             "{serviceAccount}.{namespace}.svc.{trustDomain}",
             "{namespace}.{serviceAccount}.svc",
@@ -127,7 +152,6 @@ mod tests {
             "spiffe://{trustDomain}/{serviceAccount}-{namespace}",
             "spiffe://{trustDomain}/{serviceAccount}.{podName}/{namespace}",
             "spiffe://{trustDomain}/{namespace}-sa-{serviceAccount}",
-            "spiffe://{trustDomain}/{namespace}/{serviceAccount}-{podUid}",
             "{serviceAccount}.{podName}.{namespace}.svc",
             "{serviceAccount}.{namespace}.{podName}.svc",
             "{serviceAccount}-{namespace}.svc",

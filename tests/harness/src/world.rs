@@ -264,6 +264,11 @@ impl Mounted {
         mounted
     }
 
+    /// Denies these nodes, one name per line.
+    pub fn deny(&self, nodes: &str) {
+        fs::write(self.directory.join("deniedNodes"), nodes).unwrap();
+    }
+
     /// Publishes new content and removes the previous one.
     pub fn publish(&mut self, text: &str) {
         let at = |name: &str| self.directory.join(name);

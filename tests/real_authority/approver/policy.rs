@@ -29,7 +29,22 @@ async fn the_policy_alone_stops_what_it_is_there_for() {
     let external = json!({"name": "mesh-ca", "kind": "ClusterIssuer", "group": "example.com"});
     let mut unlabelled = good();
     unlabelled.object["metadata"]["labels"] = Value::Null;
+    let metadata = |field: &str, value: Value| {
+        let mut ask = good();
+        ask.object["metadata"][field] = value;
+        ask
+    };
+    let owner = |n: usize| json!({"apiVersion": "v1", "kind": "Pod", "name": format!("p{n}"), "uid": format!("u{n}")});
+    let mut many_annotations = good();
+    for n in 0..30 {
+        many_annotations = many_annotations.annotation(&format!("example.com/{n}"), "");
+    }
     for (what, ask, words) in [
+        ("a finalizer", metadata("finalizers", json!(["example.com/kept"])), "cannot have finalizers"),
+        ("many annotations", many_annotations, "is larger than an agent's"),
+        ("a long annotation", good().annotation("example.com/note", &"n".repeat(1025)), "is larger than an agent's"),
+        ("a long duration", good().spec("duration", json!(format!("{}3600s", "0".repeat(64)))), "is larger than an agent's"),
+        ("many owners", metadata("ownerReferences", (0..5).map(owner).collect()), "is larger than an agent's"),
         ("another node's label", good().label(&b), "the request is labelled with node"),
         ("no label", unlabelled, "the request is labelled with node"),
         ("another node's name", good().annotation("sds-agent.io/node-name", &b), "the request is labelled with node"),

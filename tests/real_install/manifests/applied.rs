@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use serde_json::{Value, json};
 use test_harness::{
     cluster::Cluster,
-    manifests::{self, MODES, apply_all, rendered, try_helm},
+    manifests::{self, MODES, NAMESPACE, apply_all, helm, install, install_operator_kinds, named, rendered, try_helm},
     world::GUARDED,
 };
 
@@ -31,6 +31,26 @@ async fn nothing_newer_than_kubernetes_1_30_is_used() {
     for (version, fits) in [("1.29.14", false), ("1.30.0", true), ("1.36.0-eks-1", true)] {
         let output = try_helm(manifests::NAMESPACE, &["--kube-version", version]).await;
         assert_eq!(output.status.success(), fits, "{version}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+}
+
+/// For an installation that first observes what the policies would reject, and for a compromised node.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_policies_actions_and_the_denied_nodes_are_values_of_the_chart() {
+    let (cluster, _plane) = Cluster::own(GUARDED).await;
+    let values = ["--set-json", r#"policy.validationActions=["Audit","Warn"]"#, "--set-json", r#"deniedNodes=["n1","n2.example"]"#];
+    let objects = helm(NAMESPACE, &values).await;
+    let bindings: Vec<_> = objects.iter().filter(|object| object["kind"] == "ValidatingAdmissionPolicyBinding").collect();
+    assert_eq!(bindings.len(), 3);
+    for binding in bindings {
+        assert_eq!(binding["spec"]["validationActions"], json!(["Audit", "Warn"]), "{}", binding["metadata"]["name"]);
+    }
+    assert_eq!(named(&objects, "ConfigMap", "sds-agent")["data"]["deniedNodes"], "n1\nn2.example");
+    install_operator_kinds(&cluster).await;
+    install(&cluster, &objects).await;
+    for values in [r#"policy.validationActions=["Deny","Warn"]"#, "policy.validationActions=[]", r#"deniedNodes=["Node 1"]"#] {
+        let output = try_helm(NAMESPACE, &["--set-json", values]).await;
+        assert!(!output.status.success(), "{values} is accepted, and the API server rejects it");
     }
 }
 

@@ -51,6 +51,7 @@ pub(crate) fn pod() -> Pod {
         host_network: false,
         mirror: false,
         ended: false,
+        deleted_at: None,
         containers: Vec::new(),
     }
 }
@@ -215,7 +216,7 @@ fn nobody_else_may_ask() {
 
 #[test]
 fn the_claims_of_a_node_stand_there_exactly_once() {
-    for name in [claims::NODE_NAME, claims::NODE_UID] {
+    for name in [claims::NODE_NAME, claims::NODE_UID, claims::POD_NAME, claims::POD_UID] {
         for (values, times) in [(None, 0), (Some(vec![]), 0), (Some(vec!["n1", "n1"]), 2), (Some(vec!["n1", "n2"]), 2), (Some(vec![""]), 1)]
         {
             let denial = denied_at_once(|request| {
@@ -236,6 +237,13 @@ fn the_claims_of_a_node_stand_there_exactly_once() {
 #[test]
 fn the_requests_own_fields_are_an_agents() {
     assert_eq!(denied_at_once(|request| request.spec.is_ca = true).code, denied::INVALID_SPEC);
+    let newer = denied_at_once(|request| {
+        let mut spec = serde_json::to_value(&request.spec).unwrap();
+        spec["nameConstraints"] = json!({"permitted": ["*"]});
+        request.spec = serde_json::from_value(spec).unwrap();
+    });
+    assert_eq!(newer.code, denied::INVALID_SPEC);
+    assert!(newer.sentence.starts_with("the spec has the field \"nameConstraints\""), "{newer:?}");
     for usages in [vec![], vec!["cert sign"], vec!["digital signature", "key encipherment", "client auth", "server auth"]] {
         let denial = denied_at_once(|request| request.spec.usages = usages.iter().map(|&u| u.to_owned()).collect());
         assert_eq!(denial.code, denied::INVALID_SPEC);
@@ -400,4 +408,50 @@ fn a_key_in_a_request_is_not_in_its_denial() {
             key.assert_tame(name, &format!("{denial:?}"));
         }
     }
+}
+
+#[test]
+fn a_denied_node_gets_nothing_by_any_rules() {
+    let later = Rules { overlap: Duration::from_secs(600), ..rules() };
+    let now = Instant::now();
+    let former = ActiveRules::new(rules()).replaced(later, now);
+    let (request, pod) = (request(), pod());
+    let decide = |active_rules: &ActiveRules| super::decide(&request, PodView::Cached(Some(&pod)), active_rules, now).0;
+    assert!(matches!(decide(&former.denying(["n2".to_owned()].into())), Decision::Approve(_)));
+    let Decision::Deny(denial) = decide(&former.denying(["n1".to_owned()].into())) else { panic!("not denied") };
+    assert_eq!(denial.code, denied::NODE_DENIED);
+    assert_eq!(denial.sentence, "node \"n1\" is in deniedNodes of the ConfigMap sds-agent: its agent gets no certificate");
+    // Rules that follow keep the denied nodes, and no rule is needed to deny a request that names several nodes.
+    let next = former.denying(["n1".to_owned()].into()).replaced(rules(), now);
+    assert!(matches!(decide(&next), Decision::Deny(_)));
+    let mut two = request.clone();
+    two.spec.extra.insert(claims::NODE_NAME.to_owned(), vec!["n0".to_owned(), "n1".to_owned()]);
+    assert!(
+        matches!(super::decide(&two, PodView::Cached(None), &next, now).0, Decision::Deny(denial) if denial.code == denied::NODE_DENIED)
+    );
+    // Requests of other issuers are not the approver's.
+    let mut other = request.clone();
+    other.spec.issuer_ref.name = "other".into();
+    assert_eq!(super::decide(&other, PodView::Cached(None), &next, now).0, Decision::Ignore);
+}
+
+/// `deletionTimestamp` is the end of the grace period.
+#[test]
+fn a_deleted_pod_is_renewed_to_the_end_of_its_grace_period_and_not_after() {
+    const END: i64 = 1_800_000_000;
+    let deleted = Pod { deleted_at: Some(END), ..pod() };
+    let at = |created: i64| {
+        move |request: &mut Request| {
+            let created = k8s_openapi::jiff::Timestamp::from_second(created).unwrap();
+            request.metadata.creation_timestamp = Some(k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(created));
+        }
+    };
+    for created in [END - 600, END, END + 300] {
+        let mut request = request();
+        at(created)(&mut request);
+        assert!(matches!(decide(&request, Some(&deleted)), Decision::Approve(_)), "{created}");
+    }
+    let denial = denied(at(END + 301), Some(&deleted));
+    assert_eq!(denial.code, denied::POD_GONE);
+    assert!(denial.sentence.contains("ended 301 s before this request was created"), "{}", denial.sentence);
 }

@@ -3,6 +3,7 @@
 use workload_identity::Profile;
 
 use super::*;
+use crate::queue::MAX_RESTING_PER_NODE;
 
 const OVERLAP: Duration = Duration::from_secs(600);
 
@@ -121,14 +122,14 @@ async fn a_decision_by_rules_that_were_replaced_meanwhile_is_not_written() {
     assert_eq!(decided(&api, "a").await["reason"], "NotTheAgent");
 }
 
-/// An agent requests names that no rule allows, in a loop: `MAX_DEFERRED` of its requests wait, the others are denied immediately.
+/// An agent requests names that no rule allows, in a loop: `MAX_RESTING_PER_NODE` of its requests wait, the others are denied immediately.
 #[tokio::test(start_paused = true)]
 async fn no_more_than_so_many_requests_wait_for_a_file() {
     let api = FakeApi::new();
     put_pod(&api);
     let replica = Replica::by(&api, true, lasting(1));
     tokio::time::sleep(Duration::from_secs(1)).await;
-    for n in 0..MAX_DEFERRED + 100 {
+    for n in 0..MAX_RESTING_PER_NODE + 100 {
         api.put(CR, asked(&format!("r{n}"), 2));
     }
     tokio::time::sleep(Duration::from_secs(60)).await;
@@ -140,5 +141,26 @@ async fn no_more_than_so_many_requests_wait_for_a_file() {
     assert_eq!(decided(&api, "good").await["type"], "Approved");
     assert!(start.elapsed() < Duration::from_secs(1));
     tokio::time::sleep(Duration::from_secs(120)).await;
-    assert_eq!(replica.metrics.count(Decided::denied, "ProfileMismatch"), MAX_DEFERRED as u64 + 100);
+    assert_eq!(replica.metrics.count(Decided::denied, "ProfileMismatch"), MAX_RESTING_PER_NODE as u64 + 100);
+}
+
+/// The rules change while decisions are being written.
+#[tokio::test(start_paused = true)]
+async fn a_change_during_a_write_is_no_conflict_with_oneself() {
+    let api = FakeApi::new();
+    put_pod(&api);
+    api.delay("patch", CR, Duration::from_millis(300));
+    let replica = Replica::start(&api, true);
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    for n in 0..4 {
+        api.put(CR, object(&format!("r{n}")));
+    }
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let newer = replica.active_rules.borrow().denying(["another-node".to_owned()].into());
+    replica.active_rules.send_replace(Arc::new(newer));
+    for n in 0..4 {
+        assert_eq!(decided(&api, &format!("r{n}")).await["type"], "Approved");
+    }
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    assert_eq!((replica.metrics.conflicts.get(), replica.metrics.active.get(), replica.metrics.denied_nodes.get()), (0, 1, 1));
 }
