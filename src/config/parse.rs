@@ -7,14 +7,13 @@
 use std::collections::BTreeSet;
 use std::{
     collections::BTreeMap,
-    fs::File,
-    io::{self, Read},
+    io,
     net::{Ipv6Addr, SocketAddr},
     path::Path,
     time::Duration,
 };
 
-use agent_runtime::text;
+use agent_runtime::{file, text};
 use serde_json::Value;
 use workload_identity::{IssuerName, TrustDomain};
 
@@ -44,12 +43,8 @@ pub struct Loaded {
 impl Config {
     /// Reads the file at `path` and the environment.
     pub fn load(path: &Path, env: Env<'_>) -> Result<Loaded, Errors> {
-        let mut bytes = Vec::new();
-        let limit = u64::try_from(MAX_FILE_BYTES).unwrap_or(u64::MAX).saturating_add(1);
-        match File::open(path).and_then(|file| file.take(limit).read_to_end(&mut bytes)) {
-            Ok(_) => Self::of_content(path, Ok(&bytes), env),
-            Err(error) => Self::of_content(path, Err(&error), env),
-        }
+        let content = file::read(path, MAX_FILE_BYTES);
+        Self::of_content(path, content.as_deref(), env)
     }
 
     /// Parses the content of the file at `path`, of which the caller reads at most one byte more than [`MAX_FILE_BYTES`].

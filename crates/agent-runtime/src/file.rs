@@ -6,7 +6,7 @@
 
 use std::{
     collections::BTreeSet,
-    io,
+    io::{self, Read},
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -26,6 +26,21 @@ const RECHECK_INTERVAL: Duration = Duration::from_secs(30);
 mod mounted;
 #[cfg(any(test, feature = "testing"))]
 pub use mounted::MountedFile;
+
+/// Reads the file at `path` once, and at most one byte more than `limit`, so that a longer file is recognised. Blocks.
+///
+/// # Errors
+///
+/// The file cannot be opened or read.
+pub fn read(path: &Path, limit: usize) -> io::Result<Vec<u8>> {
+    let mut content = Vec::new();
+    std::fs::File::open(path)?.take(with_one_more(limit)).read_to_end(&mut content)?;
+    Ok(content)
+}
+
+fn with_one_more(limit: usize) -> u64 {
+    u64::try_from(limit).unwrap_or(u64::MAX).saturating_add(1)
+}
 
 /// A file to follow.
 #[derive(Debug)]
@@ -100,8 +115,7 @@ impl Followed {
     /// Reads the content, and at most one byte more than the limit.
     async fn content(&self) -> io::Result<Vec<u8>> {
         let mut content = Vec::new();
-        let limit = u64::try_from(self.limit).unwrap_or(u64::MAX).saturating_add(1);
-        tokio::fs::File::open(&self.path).await?.take(limit).read_to_end(&mut content).await?;
+        tokio::fs::File::open(&self.path).await?.take(with_one_more(self.limit)).read_to_end(&mut content).await?;
         Ok(content)
     }
 }
@@ -185,5 +199,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let file = MountedFile::new(folder.path(), "file", "0123456789");
         assert_eq!(Reports::of(file.path(), 4).next().await, Ok("01234".to_owned()));
+        assert_eq!(read(&file.path(), 4).unwrap(), b"01234");
+        assert_eq!(read(&file.path(), 10).unwrap(), b"0123456789");
     }
 }

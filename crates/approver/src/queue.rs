@@ -5,11 +5,11 @@
 //! after a backoff.
 //!
 //! The memory that requests of one node can occupy is bounded: the queue holds the objects of [`MAX_OBJECTS_PER_NODE`] requests, and the
-//! names of further ones up to [`MAX_REQUESTS_PER_NODE`]. Requests beyond that are to be denied. Beyond [`MAX_TRACKED_PER_NODE`] a request is not tracked, and
-//! [`Queue::needs_list`] reports when a list can bring it back.
+//! names of further ones up to [`MAX_TRACKED_PER_NODE`]. Requests beyond [`MAX_REQUESTS_PER_NODE`] are to be denied. Requests beyond
+//! [`MAX_TRACKED_PER_NODE`] are not tracked, and [`Queue::needs_list`] reports when a list can bring them back.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet},
     sync::Arc,
     time::Duration,
 };
@@ -19,6 +19,8 @@ use tokio::time::Instant;
 
 use turns::{Kind, Node, Position, Turns};
 
+#[cfg(test)]
+mod tests;
 pub mod turns;
 
 /// Backoff after the first failure of a request. It doubles with each further failure.
@@ -65,8 +67,6 @@ struct Entry {
     state: State,
     /// Consecutive failures.
     failures: u32,
-    /// Whether the entry counts in [`Share::resting`].
-    counts_as_resting: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -144,9 +144,7 @@ fn node(request: &Request, by_an_agent: bool) -> Node {
 /// Returns whether the object is small enough to be held.
 fn is_small(request: &Request) -> bool {
     let (metadata, spec) = (&request.metadata, &request.spec);
-    let map = |map: &Option<std::collections::BTreeMap<String, String>>| {
-        map.iter().flatten().map(|(key, value)| key.len() + value.len()).sum::<usize>()
-    };
+    let map = |map: &Option<BTreeMap<String, String>>| map.iter().flatten().map(|(key, value)| key.len() + value.len()).sum::<usize>();
     let list = |list: &[String]| list.iter().map(String::len).sum::<usize>();
     let extra: usize = spec.extra.iter().map(|(key, values)| key.len() + list(values)).sum();
     let texts = [Some(&spec.issuer_ref.name), spec.duration.as_ref(), spec.username.as_ref(), spec.uid.as_ref()];
@@ -207,7 +205,7 @@ impl Queue {
         let item = WorkItem { request: holds.then(|| Arc::new(request)), uid, since: now, is_beyond, may_rest: true };
         share.tracked += 1;
         share.objects += usize::from(holds);
-        let entry = Entry { item, node, position, state: State::Ready, failures: 0, counts_as_resting: false };
+        let entry = Entry { item, node, position, state: State::Ready, failures: 0 };
         self.ready.add(&entry.node, entry.kind(), position, key.clone());
         self.entries.insert(key, entry);
     }
@@ -221,8 +219,7 @@ impl Queue {
         let Some(share) = self.shares.get_mut(&entry.node) else { return };
         share.tracked -= 1;
         share.objects -= usize::from(entry.item.request.is_some());
-        share.working -= usize::from(entry.works());
-        share.resting -= usize::from(entry.counts_as_resting);
+        share.resting -= usize::from(entry.state == State::Resting);
         if share.has_untracked && share.tracked <= MAX_REQUESTS_PER_NODE {
             (share.has_untracked, self.needs_list) = (false, true);
         }
@@ -276,30 +273,22 @@ impl Queue {
         Some((key, WorkItem { is_beyond, may_rest, ..entry.item.clone() }))
     }
 
-    /// Notes that no worker has a request anymore, and returns its entry with the state in which the worker left it.
+    /// Notes that no worker has a request anymore: it rests. Returns the state in which the worker left it.
     fn back(&mut self, key: &Key) -> Option<State> {
         let entry = self.entries.get_mut(key).filter(|entry| entry.works())?;
         let state = entry.state;
         if let Some(share) = self.shares.get_mut(&entry.node) {
             share.working -= 1;
+            share.resting += 1;
         }
         entry.state = State::Resting;
         Some(state)
     }
 
-    /// Counts a request as resting that no worker has.
-    fn rest(&mut self, key: &Key) {
-        let Some(entry) = self.entries.get_mut(key) else { return };
-        entry.counts_as_resting = true;
-        self.shares.entry(entry.node.clone()).or_default().resting += 1;
-    }
-
     /// Makes a resting request ready.
     fn make_ready(&mut self, key: &Key, first: bool) {
         let Some(entry) = self.entries.get_mut(key).filter(|entry| entry.state == State::Resting) else { return };
-        if std::mem::take(&mut entry.counts_as_resting)
-            && let Some(share) = self.shares.get_mut(&entry.node)
-        {
+        if let Some(share) = self.shares.get_mut(&entry.node) {
             share.resting -= 1;
         }
         entry.state = State::Ready;
@@ -343,7 +332,6 @@ impl Queue {
         let entry = self.entries.get_mut(key)?;
         let pause = (MIN_BACKOFF * 2_u32.pow(entry.failures.min(10))).min(MAX_BACKOFF);
         entry.failures += 1;
-        self.rest(key);
         Some(pause)
     }
 
@@ -351,10 +339,7 @@ impl Queue {
     /// ready again, or needs no decision.
     pub fn waits(&mut self, key: &Key) -> bool {
         match self.back(key) {
-            Some(State::Working { changed: false }) => {
-                self.rest(key);
-                true
-            }
+            Some(State::Working { changed: false }) => true,
             Some(State::Working { changed: true }) => {
                 self.make_ready(key, false);
                 false
@@ -400,268 +385,5 @@ impl Queue {
     /// Notes that the rest of a request is over.
     pub fn rested(&mut self, key: &Key) {
         self.make_ready(key, false);
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn request(name: &str, version: &str) -> Request {
-        let mut request = Request::new(name, cert_manager::CertificateRequestSpec::default());
-        request.metadata.namespace = Some("n".into());
-        request.metadata.resource_version = Some(version.into());
-        request
-    }
-
-    fn next(queue: &mut Queue) -> Option<(String, String)> {
-        queue.pop().map(|(key, item)| (key.1, item.request.unwrap().metadata.resource_version.clone().unwrap()))
-    }
-
-    #[test]
-    fn one_worker_at_a_time_and_what_changed_meanwhile_is_looked_at_again() {
-        let (mut queue, now) = (Queue::default(), Instant::now());
-        queue.seen(request("a", "1"), true, now);
-        queue.seen(request("b", "1"), true, now);
-        queue.seen(request("a", "2"), true, now);
-        assert_eq!(next(&mut queue), Some(("a".into(), "2".into())));
-        queue.seen(request("a", "3"), true, now);
-        assert_eq!(next(&mut queue), Some(("b".into(), "1".into())));
-        assert_eq!(next(&mut queue), None);
-        let (a, b) = (("n".to_owned(), "a".to_owned()), ("n".to_owned(), "b".to_owned()));
-        queue.settled(&a);
-        queue.settled(&b);
-        assert_eq!(next(&mut queue), Some(("a".into(), "3".into())));
-        queue.settled(&a);
-        assert!(queue.is_empty() && queue.ready.is_empty());
-    }
-
-    #[test]
-    fn failures_rest_ever_longer_and_what_is_gone_does_not_come_back() {
-        let (mut queue, now) = (Queue::default(), Instant::now());
-        let a = ("n".to_owned(), "a".to_owned());
-        queue.seen(request("a", "1"), true, now);
-        let mut pauses = Vec::new();
-        for _ in 0..9 {
-            queue.pop().unwrap();
-            pauses.push(queue.failed(&a).unwrap().as_millis());
-            queue.seen(request("a", "2"), true, now);
-            assert_eq!(next(&mut queue), None, "a change does not end the backoff");
-            queue.rested(&a);
-        }
-        assert_eq!(pauses, [500, 1000, 2000, 4000, 8000, 16_000, 30_000, 30_000, 30_000]);
-        queue.gone(&a);
-        assert_eq!(next(&mut queue), None);
-        assert_eq!(queue.failed(&a), None);
-        queue.rested(&a);
-        assert!(queue.is_empty());
-    }
-
-    #[test]
-    fn waiting_requests_are_judged_again_when_the_rules_change() {
-        let (mut queue, now) = (Queue::default(), Instant::now());
-        let [a, b] = ["a", "b"].map(|name| ("n".to_owned(), name.to_owned()));
-        queue.seen(request("a", "1"), true, now);
-        queue.seen(request("b", "1"), true, now);
-        let first = (next(&mut queue), next(&mut queue));
-        assert!(first.0.is_some() && first.1.is_some() && queue.waits(&a) && next(&mut queue).is_none());
-        queue.wake();
-        assert_eq!((next(&mut queue), next(&mut queue)), (Some(("a".into(), "1".into())), None));
-        assert!(!queue.waits(&b), "the rules changed while the worker had it");
-        assert_eq!(next(&mut queue), Some(("b".into(), "1".into())));
-        queue.gone(&a);
-        assert!(!queue.waits(&a), "the request was removed");
-    }
-
-    #[test]
-    fn what_is_given_back_is_the_next_and_what_is_gone_meanwhile_is_not() {
-        let (mut queue, now) = (Queue::default(), Instant::now());
-        assert!(!queue.has_ready());
-        for name in ["a", "b", "c"] {
-            queue.seen(request(name, "1"), true, now);
-        }
-        let a = ("n".to_owned(), "a".to_owned());
-        assert!(next(&mut queue).is_some());
-        queue.seen(request("a", "2"), true, now);
-        queue.given_back(&a);
-        assert_eq!(next(&mut queue), Some(("a".into(), "2".into())));
-        queue.gone(&a);
-        queue.given_back(&a);
-        queue.gone(&("n".to_owned(), "b".to_owned()));
-        assert!(queue.has_ready());
-        assert_eq!(next(&mut queue), Some(("c".into(), "1".into())));
-        assert!(!queue.has_ready() && queue.len() == 1, "a worker has c");
-    }
-
-    /// Rules that remove an issuer and add it again have this effect.
-    #[test]
-    fn a_request_that_returns_during_its_work_is_queued_again() {
-        let (mut queue, now) = (Queue::default(), Instant::now());
-        let a = ("n".to_owned(), "a".to_owned());
-        let begun = |queue: &mut Queue| {
-            queue.seen(request("a", "1"), true, now);
-            assert!(next(queue).is_some());
-            queue.gone(&a);
-        };
-        begun(&mut queue);
-        queue.seen(request("a", "2"), true, now);
-        assert_eq!(next(&mut queue), None, "at most one worker at a time");
-        queue.settled(&a);
-        assert_eq!(next(&mut queue), Some(("a".into(), "2".into())));
-        assert!(queue.failed(&a).is_some(), "a failure of the second worker counts");
-        queue.gone(&a);
-
-        begun(&mut queue);
-        queue.wake();
-        queue.settled(&a);
-        begun(&mut queue);
-        assert_eq!(queue.failed(&a), None);
-        begun(&mut queue);
-        assert!(!queue.waits(&a));
-        begun(&mut queue);
-        queue.list_begins();
-        queue.list_ends();
-        queue.settled(&a);
-        assert!(queue.is_empty() && next(&mut queue).is_none());
-    }
-
-    #[test]
-    fn a_list_takes_away_what_it_lacks() {
-        let (mut queue, now) = (Queue::default(), Instant::now());
-        queue.seen(request("a", "1"), true, now);
-        queue.seen(request("b", "1"), true, now);
-        queue.list_begins();
-        queue.listed(("n".into(), "b".into()));
-        queue.seen(request("b", "1"), true, now);
-        queue.list_ends();
-        assert_eq!((next(&mut queue), next(&mut queue)), (Some(("b".into(), "1".into())), None));
-        assert_eq!(queue.len(), 1);
-    }
-
-    fn request_on(node: &str, name: &str, created: i64) -> Request {
-        let mut request = request(name, "1");
-        let created = k8s_openapi::jiff::Timestamp::from_second(created).unwrap();
-        request.metadata.creation_timestamp = Some(k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(created));
-        request.spec.extra.insert(claims::NODE_NAME.to_owned(), vec![node.to_owned()]);
-        request
-    }
-
-    /// Ten thousand requests of one node, and fifty of another that come later.
-    #[test]
-    fn a_flood_of_a_node_is_bounded_and_delays_another_node_by_its_own_time() {
-        let (mut queue, now) = (Queue::default(), Instant::now());
-        for n in 0..MAX_TRACKED_PER_NODE + 500 {
-            queue.seen(request_on("flood", &format!("f{n}"), 100), true, now);
-        }
-        for n in 0..50 {
-            queue.seen(request_on("other", &format!("o{n}"), 200), true, now);
-        }
-        assert_eq!(queue.len(), MAX_TRACKED_PER_NODE + 50);
-        let objects = |queue: &Queue| queue.entries.values().filter(|entry| entry.item.request.is_some()).count();
-        assert_eq!(objects(&queue), MAX_OBJECTS_PER_NODE + 50);
-        let mut decisions = 0;
-        let mut left = 50;
-        while left > 0 {
-            let (key, _) = queue.pop().unwrap();
-            decisions += 1;
-            left -= usize::from(key.1.starts_with('o'));
-            queue.settled(&key);
-        }
-        assert!(decisions <= 100, "{decisions}");
-        assert!(!queue.needs_list());
-
-        // The newest are denied, as long as the node has too many.
-        let mut beyond = 0;
-        while let Some((key, item)) = queue.pop() {
-            beyond += usize::from(item.is_beyond);
-            queue.settled(&key);
-        }
-        assert!(queue.is_empty() && queue.shares.is_empty() && queue.ready.is_empty());
-        assert!(beyond > (MAX_TRACKED_PER_NODE - MAX_REQUESTS_PER_NODE) / 2, "{beyond}");
-        assert!(queue.needs_list(), "a list brings the requests that were not tracked");
-        assert!(!queue.needs_list());
-    }
-
-    #[test]
-    fn a_backlog_of_an_honest_agent_is_judged_and_not_denied() {
-        let (mut queue, now) = (Queue::default(), Instant::now());
-        for n in 0..MAX_REQUESTS_PER_NODE {
-            queue.seen(request_on("n1", &format!("r{n}"), 100), true, now);
-        }
-        let mut judged = 0;
-        while let Some((key, item)) = queue.pop() {
-            assert!(!item.is_beyond);
-            judged += 1;
-            queue.settled(&key);
-        }
-        assert_eq!(judged, MAX_REQUESTS_PER_NODE);
-    }
-
-    #[test]
-    fn a_node_occupies_a_part_of_the_workers() {
-        let (mut queue, now) = (Queue::default(), Instant::now());
-        for n in 0..20 {
-            queue.seen(request_on("n1", &format!("r{n}"), 100), true, now);
-        }
-        let mut working: Vec<_> = std::iter::from_fn(|| queue.pop()).map(|(key, _)| key).collect();
-        assert_eq!(working.len(), MAX_WORKERS_PER_NODE);
-        assert!(queue.has_ready());
-        queue.settled(&working.pop().unwrap());
-        assert!(queue.pop().is_some() && queue.pop().is_none());
-    }
-
-    #[test]
-    fn a_large_object_is_not_held_and_an_outsider_takes_no_turn_of_a_node() {
-        let (mut queue, now) = (Queue::default(), Instant::now());
-        let mut large = request_on("n1", "large", 100);
-        large.spec.duration = Some(format!("{}3600s", "0".repeat(MAX_HELD_BYTES)));
-        queue.seen(large.clone(), true, now);
-        assert!(queue.pop().unwrap().1.request.is_none(), "it is read when it is its turn");
-        let small = request_on("n1", "small", 100);
-        queue.seen(small.clone(), true, now);
-        large.metadata.name = Some("small".into());
-        queue.seen(large, true, now);
-        assert_eq!(queue.shares["n1"].objects, 0, "it has grown");
-
-        for n in 0..=MAX_REQUESTS_PER_NODE {
-            queue.seen(request_on("n1", &format!("outsider{n}"), 100), false, now);
-        }
-        assert_eq!((queue.shares["n1"].tracked, queue.shares[""].tracked), (2, MAX_REQUESTS_PER_NODE + 1));
-    }
-
-    #[test]
-    fn a_decision_ends_a_request_although_its_change_was_reported_meanwhile() {
-        let (mut queue, now) = (Queue::default(), Instant::now());
-        let a = ("n".to_owned(), "a".to_owned());
-        queue.seen(request("a", "1"), true, now);
-        queue.pop().unwrap();
-        queue.wake();
-        queue.decided(&a, "");
-        assert!(queue.is_empty() && queue.shares.is_empty());
-        // Another object of the same name is another request.
-        queue.seen(request("a", "1"), true, now);
-        queue.pop().unwrap();
-        let mut recreated = request("a", "2");
-        recreated.metadata.uid = Some("other".into());
-        queue.seen(recreated, true, now);
-        queue.decided(&a, "");
-        assert_eq!(queue.pop().unwrap().1.uid, "other".into());
-    }
-
-    #[test]
-    fn requests_of_a_node_that_may_rest_are_limited() {
-        let (mut queue, now) = (Queue::default(), Instant::now());
-        for n in 0..=MAX_RESTING_PER_NODE {
-            queue.seen(request_on("n1", &format!("r{n:03}"), 100), true, now);
-        }
-        for _ in 0..MAX_RESTING_PER_NODE {
-            let (key, item) = queue.pop().unwrap();
-            assert!(item.may_rest && queue.waits(&key));
-        }
-        let (key, item) = queue.pop().unwrap();
-        assert!(!item.may_rest);
-        queue.settled(&key);
-        queue.wake();
-        assert!(queue.pop().unwrap().1.may_rest);
     }
 }

@@ -9,6 +9,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use agent_runtime::file;
+
 /// The name of the file and of the key.
 const NAME: &str = "deniedNodes";
 /// Maximum size of the file, in bytes: that of a ConfigMap.
@@ -57,7 +59,7 @@ pub(super) fn of_content(content: Result<&[u8], &io::Error>) -> Result<DeniedNod
 ///
 /// As [`of_content`].
 pub(super) fn load(config: &Path) -> Result<DeniedNodes, String> {
-    let content = std::fs::read(beside(config));
+    let content = file::read(&beside(config), MAX_BYTES);
     of_content(content.as_deref())
 }
 

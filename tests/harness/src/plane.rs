@@ -35,6 +35,21 @@ pub struct Plane {
     _alive: ChildStdin,
 }
 
+/// The command of a control plane that reports on its standard output when it is ready.
+pub(crate) fn command(folder: &Path, port: u16) -> Command {
+    let mut command = Command::new(tools::controlplane());
+    command.arg("--dir").arg(folder).args(["--port", &port.to_string()]).stdout(Stdio::piped());
+    command
+}
+
+/// Waits for the report, and returns the path of the administrator's kubeconfig. Returns another line as the error; it is empty if the
+/// control plane ended.
+pub(crate) fn wait_until_ready(process: &mut Child) -> Result<PathBuf, String> {
+    let mut line = String::new();
+    BufReader::new(process.stdout.take().expect("a pipe")).read_line(&mut line).expect("the control plane's output");
+    line.trim_end().strip_prefix("ready ").map(PathBuf::from).ok_or(line)
+}
+
 impl Plan {
     /// A plan with new files and a new port. `flags` are passed to the program, see `tests/controlplane/README.md`.
     pub fn new(flags: &[&str]) -> Self {
@@ -50,20 +65,11 @@ impl Plan {
 
 impl Plane {
     fn start(plan: Plan) -> Self {
-        let mut process = Command::new(tools::controlplane())
-            .arg("--dir")
-            .arg(&plan.folder)
-            .args(["--port", &plan.port.to_string()])
-            .args(&plan.flags)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("the control plane can be started");
+        let mut process =
+            command(&plan.folder, plan.port).args(&plan.flags).stdin(Stdio::piped()).spawn().expect("the control plane can be started");
         let alive = process.stdin.take().expect("a pipe");
-        let mut line = String::new();
-        BufReader::new(process.stdout.take().expect("a pipe")).read_line(&mut line).expect("the control plane speaks");
-        let kubeconfig = line.trim_end().strip_prefix("ready ").map(PathBuf::from);
-        let kubeconfig = kubeconfig.unwrap_or_else(|| panic!("the control plane did not start (output {line:?}); its log is above"));
+        let kubeconfig = wait_until_ready(&mut process);
+        let kubeconfig = kubeconfig.unwrap_or_else(|line| panic!("the control plane did not start (output {line:?}); its log is above"));
         Self { plan, kubeconfig, process, _alive: alive }
     }
 

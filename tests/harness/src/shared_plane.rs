@@ -6,7 +6,6 @@
 
 use std::{
     fs::{self, File},
-    io::{BufRead, BufReader},
     os::unix::process::CommandExt,
     path::{Path, PathBuf},
     process::{Command, Stdio, id},
@@ -17,7 +16,7 @@ use nix::fcntl::{Flock, FlockArg};
 
 use crate::{
     free_port, paths,
-    plane::{PREFIX, sweep},
+    plane::{self, PREFIX, sweep},
     tools,
 };
 
@@ -70,15 +69,12 @@ fn start(run: Process, folder: &Path, files: &Path) -> PathBuf {
     end.args(["--follow", "--sleep-interval=0.2", &format!("--pid={}", run.id), "/dev/null"]);
     let mut end =
         end.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).process_group(0).spawn().expect("tail can be started");
-    let mut plane = Command::new(tools::controlplane());
-    plane.arg("--dir").arg(files).args(["--port", &free_port().to_string()]);
-    plane.stdin(end.stdout.take().expect("a pipe")).stdout(Stdio::piped());
+    let mut plane = plane::command(files, free_port());
+    plane.stdin(end.stdout.take().expect("a pipe"));
     plane.stderr(File::create(folder.join("stderr")).expect("a file of this run"));
     let mut plane = plane.process_group(0).spawn().expect("the control plane can be started");
-    let mut line = String::new();
-    BufReader::new(plane.stdout.take().expect("a pipe")).read_line(&mut line).expect("the control plane's output");
-    let kubeconfig = line.trim_end().strip_prefix("ready ").map(PathBuf::from);
-    kubeconfig.unwrap_or_else(|| panic!("the shared control plane did not start ({line:?}): {}", log(folder)))
+    let kubeconfig = plane::wait_until_ready(&mut plane);
+    kubeconfig.unwrap_or_else(|line| panic!("the shared control plane did not start ({line:?}): {}", log(folder)))
 }
 
 /// The last lines of its log.
