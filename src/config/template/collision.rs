@@ -12,6 +12,12 @@ use std::{
 
 use workload_identity::{TrustDomain, render};
 
+/// Maximum length of a template for which an example is searched, in bytes. It limits the length of the names that are tried.
+const MAX_SEARCHED_BYTES: usize = 256;
+/// Maximum number of different separators that the values of an example contain. It limits the number of names that are tried: a
+/// placeholder has up to 12 values then.
+const MAX_TRIED_SEPARATORS: usize = 4;
+
 /// Two workloads that a template gives one name. Each is the values of the placeholders, as in `namespace "a", serviceAccount "b"`.
 #[derive(Debug, PartialEq, Eq)]
 pub(in crate::config) struct Collision {
@@ -79,12 +85,17 @@ fn may_have(field: &str, c: char) -> bool {
     }
 }
 
-/// Tries short values that contain the separators.
+/// Tries short values that contain the separators. The names that it holds meanwhile have less than 10 MiB.
 fn example(template: &str, fields: &[String], separators: &[String], trust_domain: &TrustDomain) -> Option<(String, [String; 2])> {
+    if template.len() > MAX_SEARCHED_BYTES {
+        return None;
+    }
     let fields: BTreeSet<&str> = fields.iter().map(String::as_str).collect();
+    let separators: BTreeSet<&str> = separators.iter().map(String::as_str).collect();
     let mut workloads: Vec<Vec<(&str, String)>> = vec![Vec::new()];
     for field in fields {
-        let joined = separators.iter().map(String::as_str).chain([""]).filter(|text| text.chars().all(|c| may_have(field, c)));
+        let joined =
+            separators.iter().copied().take(MAX_TRIED_SEPARATORS).chain([""]).filter(|text| text.chars().all(|c| may_have(field, c)));
         let joined = joined.flat_map(|text| [format!("a{text}b"), format!("b{text}a")]);
         let values: Vec<String> = if has_fixed_length(field) {
             ["a", "b"].map(|c| format!("{0}-{1}-{1}-{1}-{2}", c.repeat(8), c.repeat(4), c.repeat(12))).into()
@@ -164,6 +175,24 @@ mod tests {
             "gives two workloads one name: \"a-b-a.svc\" is that of namespace \"a\" with serviceAccount \"b-a\", and of namespace \"a-b\" \
              with serviceAccount \"a\""
         );
+    }
+
+    /// Each of them would be gigabytes of names.
+    #[test]
+    fn templates_of_many_or_long_parts_are_refused_without_an_example() {
+        let all = ["{namespace}", "{serviceAccount}", "{podName}", "{podUid}"];
+        let many = all.repeat(100).join("-");
+        let many_separators: String = (1..100).flat_map(|n| all.map(|field| field.to_owned() + &"a".repeat(n))).collect();
+        let long = all.join(&"a".repeat(1 << 18));
+        for template in [many, many_separators, long] {
+            assert_eq!(
+                collision(&template).unwrap(),
+                "can give two workloads one name, because its placeholders are not clearly separated"
+            );
+        }
+        let several_separators =
+            "{namespace}-{serviceAccount}-a-{podName}-aa-{namespace}-aaa-{serviceAccount}-aaaa-{podName}-aaaaa-{podUid}";
+        assert!(collision(several_separators).is_some());
     }
 
     /// The rule, checked against all names of short values.
