@@ -3,11 +3,13 @@
 .PHONY: dev test test-long long-group long-groups test-tools lint
 
 # Each group is a test target `long_…`, which takes at most 20 minutes, and the programs that it needs.
-LONG_GROUPS := scale vault oldest former
+LONG_GROUPS := scale scale-agents vault oldest former throughput
 TOOLS_scale := system controlplane
 TOOLS_vault := system controlplane envoy vault
 TOOLS_oldest := system controlplane oldest render
 TOOLS_former := system controlplane envoy oldest former
+TOOLS_scale-agents := system controlplane
+TOOLS_throughput := system controlplane former
 
 dev:
 	cargo run --release -- dev

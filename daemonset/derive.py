@@ -230,7 +230,10 @@ def templates():
 
     rbac = load("approver/rbac.yaml")
     rbac = replaced(
-        text(rbac), IN_NAMESPACE, ("[clusterissuers.cert-manager.io/mesh-ca]", '{{ include "sds-agent.signers" . }}')
+        text(rbac), IN_NAMESPACE, ("[clusterissuers.cert-manager.io/mesh-ca]", '{{ include "sds-agent.signers" . }}'),
+        # Without the policies, the right to delete would not be limited to ended requests.
+        ("verbs: [get, list, watch, delete]", "verbs: [get, list, watch{{ if .Values.policy.enabled }}, delete{{ end }}]"),
+        ("verbs: [approve, remove]", "verbs: [approve{{ if .Values.policy.enabled }}, remove{{ end }}]"),
     )
     yield "approver-rbac.yaml", when(".Values.approver.enabled", rbac)
 
@@ -250,6 +253,7 @@ def templates():
         ('        ).exists(issuer, """ClusterIssuer/mesh-ca\n', '        ).exists(issuer, """{{ include "sds-agent.issuers" . | nindent 8 | trim }}\n'),
         ('        """ClusterIssuer/mesh-ca\n', '        """{{ include "sds-agent.issuers" . | nindent 8 | trim }}\n'),
         ('["sds-agent:break-glass"]', "{{ toJson .Values.policy.breakGlassGroups }}"),
+        ('["system:serviceaccount:cert-manager:cert-manager"]', '{{ include "sds-agent.policySigners" . }}'),
         ("validationActions: [Deny]", "validationActions: {{ toJson .Values.policy.validationActions }}"),
         ("[clusterissuers.cert-manager.io/mesh-ca]", '{{ include "sds-agent.signers" . }}'),
         (

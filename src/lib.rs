@@ -23,8 +23,8 @@
 //!    ([`RequestRate`](agent_kube::RequestRate)), timeouts and watches.
 //!
 //! [`approver`] runs in another process. It decides which of the agents' requests cert-manager may sign ([`judge`](::approver::judge)),
-//! and which of several replicas decides ([`role`](::approver::role)). All of them use [`agent_runtime`]: clock, shutdown, readiness,
-//! log, metrics.
+//! and which of several replicas decides ([`role`](::approver::role)). Agent and approver both use [`agent_runtime`]: clock, shutdown,
+//! readiness, log, metrics.
 //!
 //! The modules of this package:
 //!
@@ -35,6 +35,7 @@
 //! - [`handover`] takes the shared socket over from a predecessor.
 //! - [`config`] reads the configuration into the settings of all parts.
 //! - [`app`] composes them. Its inventory reports the state of all certificates, for metrics and `certs`.
+//! - [`admin`] serves probes, metrics and the admin endpoints; [`process`] hardens the process.
 //! - [`cli`] is the command line.
 //!
 //! No module imports the module that calls it.

@@ -19,6 +19,8 @@ pub(super) struct Cluster {
     pub(super) client: kube::Client,
     pub(super) metrics: agent_kube::Metrics,
     pub(super) pods: Option<Pods>,
+    /// UID of the node, if the agent's token names it.
+    pub(super) node_uid: Option<String>,
 }
 
 /// Owns the shared parts while an agent is built, and collects its tasks.

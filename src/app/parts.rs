@@ -72,7 +72,8 @@ async fn cluster(builder: &mut Builder<'_>) -> anyhow::Result<Cluster> {
         }
         _ => None,
     };
-    Ok(Cluster { client, metrics, pods })
+    let node_uid = agent_kube::token::node_uid().await;
+    Ok(Cluster { client, metrics, pods, node_uid })
 }
 
 /// The reporter of Kubernetes Events, if there is a pod index.

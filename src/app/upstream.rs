@@ -100,7 +100,7 @@ pub(super) fn issuers(builder: &mut Builder<'_>, cluster: Option<&Cluster>) -> a
         client: cluster.client.clone(),
         kube_metrics: cluster.metrics.clone(),
         metrics: Metrics::register(builder.base.exposition.registry()),
-        agent: Arc::new(Agent::new(&config.node, fastrand::u64(..))),
+        agent: Arc::new(Agent::new(&config.node, cluster.node_uid.clone(), fastrand::u64(..))),
         pods: cluster.pods.clone().map(|pods| Arc::new(NodePods(pods)) as Arc<dyn LivePods>),
     });
     let maker = IssuerFactory { asked, scopes: Vec::new(), trust: builder.trust.clone(), clock: builder.clock.clone(), last: last.clone() };

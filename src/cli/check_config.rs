@@ -149,22 +149,24 @@ fn json(report: &Report<'_>) -> String {
     text
 }
 
+/// A variable of the environment outside of a pod: an example value replaces one of the downward API.
+pub(super) fn outside_of_a_pod(name: &str, env: Env<'_>) -> Option<String> {
+    let stand_in = match name {
+        "NODE_NAME" => "node",
+        "POD_NAMESPACE" => "sds-agent",
+        "POD_NAME" => "agent",
+        "POD_UID" => "uid",
+        _ => return env(name),
+    };
+    env(name).or_else(|| Some(stand_in.to_owned()))
+}
+
 /// Outside a cluster, on a workstation or in a build, example values replace the variables of the pod, with a warning.
 fn load(args: &Args, env: Env<'_>) -> Result<Loaded, config::Errors> {
     if env("KUBERNETES_SERVICE_HOST").is_some() || env("NODE_NAME").is_some() {
         return Config::load(&args.config, env);
     }
-    let elsewhere = |name: &str| {
-        let stand_in = match name {
-            "NODE_NAME" => "node",
-            "POD_NAMESPACE" => "sds-agent",
-            "POD_NAME" => "agent",
-            "POD_UID" => "uid",
-            _ => return env(name),
-        };
-        env(name).or_else(|| Some(stand_in.to_owned()))
-    };
-    let mut loaded = Config::load(&args.config, &elsewhere)?;
+    let mut loaded = Config::load(&args.config, &|name: &str| outside_of_a_pod(name, env))?;
     if loaded.config.attestation == Attestation::Kubernetes {
         let message = "is not set here; in its pod the agent needs it, and it should have POD_NAMESPACE, POD_NAME and POD_UID \
                        (docs/configuration.md shows how)";
@@ -220,7 +222,7 @@ fn example(matches: &Match, sample: &Workload) -> Workload {
         pod.namespace = like(&matches.namespaces, &pod.namespace).unwrap_or_else(|| pod.namespace.clone());
         let account = service_account.as_deref().unwrap_or_default();
         *service_account = like(&matches.service_accounts, account).or_else(|| service_account.clone());
-        *labels = Arc::new(matches.pod_labels.clone());
+        *labels = matches.pod_labels.iter().map(|(key, value)| (key.as_str(), value.as_str())).collect();
     }
     workload
 }
@@ -256,9 +258,12 @@ fn words(summary: &Summary) -> String {
     lines.push(("approver", format!("approves requests of {}", summary.approver_agents.join(", "))));
     lines.push(("load", load_in_words(&summary.default)));
     lines.extend(summary.cluster.iter().map(|load| {
-        let Load { profile, requests_per_second, etcd_writes_per_second } = load;
+        let Load { profile, requests_per_second, etcd_writes_per_second, cold_start_seconds, approver_memory_bytes } = load;
+        let cold = humantime::format_duration(Duration::try_from_secs_f64(cold_start_seconds.ceil()).unwrap_or(Duration::MAX));
+        let memory = approver_memory_bytes >> 20;
         let of = if profile == "default" { String::new() } else { format!(", if every identity had profile {profile}") };
-        ("cluster", format!("{requests_per_second:.2} requests and {etcd_writes_per_second:.1} etcd writes per second{of}"))
+        let rates = format!("{requests_per_second:.2} requests and {etcd_writes_per_second:.1} etcd writes per second{of}");
+        ("cluster", format!("{rates}; from cold in {cold}; the approver needs {memory} MiB"))
     }));
     let mut text: String = lines.iter().map(|(label, text)| format!("  {label:<12} {text}\n")).collect();
     for profile in &summary.profiles {

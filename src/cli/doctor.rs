@@ -4,7 +4,10 @@
 //! The verdicts come from the agent's own attestor, index and parser. The command reads only. A check is a function that returns
 //! [`report::Step`]s; the checks are in the order of the request path.
 
-use std::{path::PathBuf, str::FromStr};
+use std::{
+    path::{Path, PathBuf},
+    str::FromStr,
+};
 
 use attest_kubernetes::cgroup::HostPrefix;
 use unix_peer::peer::Peer;
@@ -15,11 +18,13 @@ use self::{
 };
 use super::{
     Exit,
+    check_config::outside_of_a_pod,
     output::{self, Format},
 };
 use crate::config::{self, Attestation, Config, Env, IssuerConfig, Loaded};
 
 mod agent;
+mod authority;
 mod cluster;
 mod issuer;
 mod mounts;
@@ -42,6 +47,9 @@ pub struct Args {
     /// Check this pod, and attest one of its processes
     #[arg(long, value_name = "NS/NAME", requires = "config")]
     pub pod: Option<PodName>,
+    /// Check the other ways to the issuers' keys, with an administrator's access (KUBECONFIG)
+    #[arg(long, requires = "config", conflicts_with_all = ["pid", "pod"])]
+    pub authority: bool,
     /// Format of the output: json is one object with healthy, steps
     #[arg(short, long, value_name = "FORMAT", default_value = "text")]
     pub output: Format,
@@ -77,6 +85,7 @@ Examples:
   sds-agent doctor --config config.yaml --pid 4711         show the pod of a process, and the identity that it gets
   sds-agent doctor --config config.yaml --pod shop/cart-0 -o json | jq '.steps[] | select(.result == \"failed\")'
   sds-agent doctor --pid 4711                              check only the process and its cgroups, without a cluster
+  sds-agent doctor --config config.yaml --authority        on a workstation: check the other ways to the issuers' keys
 
 The steps without --pid and --pod:
   socket, health, directory, mounts                        the socket, its server, and its mounts in workloads
@@ -90,6 +99,12 @@ The steps about a process or a pod, in the order in which the agent takes them:
   socket, process, handle, own prefix, cgroups             from the node
   rights, pod, index, service account, profile             from the cluster; the last one if there are profiles
   verdict, issuer, requests, approver                      the agent's answer, with the identity
+
+The steps of --authority:
+  signer                                                   whether the policies accept cert-manager's account
+and for each issuer of the configuration:
+  other issuers, certificates                              what else uses its key, and Certificates that name it
+  signing requests, secret                                 accounts that obtain a certificate or the key without the approver
 
 Terms in these names:
   handle       the pidfd of the process, which the agent keeps to notice its end
@@ -109,6 +124,9 @@ enum Target {
 
 /// Runs the checks and prints the report.
 pub async fn run(args: Args, env: Env<'_>) -> Exit {
+    if let (true, Some(path)) = (args.authority, args.config.as_deref()) {
+        return report(args.output, authority(path, env).await);
+    }
     let is_asked_for = args.pid.is_some() || args.pod.is_some();
     let config = match args.config.as_deref().map(|path| Config::load(path, env)) {
         None if is_asked_for => None,
@@ -140,11 +158,32 @@ pub async fn run(args: Args, env: Env<'_>) -> Exit {
     if let Some(config) = config.as_ref().filter(|_| !is_unreachable) {
         steps.extend(issuer::look(config).await);
     }
+    report(args.output, steps)
+}
+
+/// Prints the report.
+fn report(format: Format, steps: Vec<Step>) -> Exit {
     let report = Report::new(steps);
-    let text = if args.output == Format::Json { report.json() } else { report.text() };
+    let text = if format == Format::Json { report.json() } else { report.text() };
     match output::say(&text) {
         Err(error) if report.healthy => output::unsaid(&error),
         _ => report.exit(),
+    }
+}
+
+/// Checks the authorities of the configuration's issuers. The command may run outside of a pod.
+async fn authority(path: &Path, env: Env<'_>) -> Vec<Step> {
+    let config = match Config::load(path, &|name: &str| outside_of_a_pod(name, env)) {
+        Ok(Loaded { config, .. }) => config,
+        Err(errors) => {
+            let detail = format!("the configuration cannot be used:\n{errors}");
+            return vec![Step::failed("configuration", Exit::Usage, detail, "correct it; sds-agent check-config shows each problem")];
+        }
+    };
+    let issuers: Vec<_> = config.issuers.values().filter_map(issuer::of_cert_manager).collect();
+    match cluster::client(&config).await {
+        Ok(client) => authority::look(&client, &issuers).await,
+        Err(step) => vec![step],
     }
 }
 

@@ -3,9 +3,7 @@
 //! A template that passes renders for every workload whose own names are valid. An invalid template is reported at the start, not at
 //! the first call.
 
-use std::sync::Arc;
-
-use workload_identity::{PodRef, SpiffeId, TrustDomain, Workload, placeholder, render};
+use workload_identity::{Labels, PodRef, SpiffeId, TrustDomain, Workload, placeholder, render};
 
 mod collision;
 
@@ -25,7 +23,7 @@ pub fn sample(attestation: Attestation) -> Workload {
                 uid: "0b9a4e52-6a2c-4f0c-9f3e-6f1d2f5d7c11".into(),
             },
             service_account: Some("cart".into()),
-            labels: Arc::default(),
+            labels: Labels::default(),
             picked: None,
         },
         Attestation::Unix => Workload::Unix { uid: 1000 },

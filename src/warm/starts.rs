@@ -46,7 +46,7 @@ impl Rule {
             let directory = self.directory.as_deref()?;
             host_paths.iter().find(|path| reaches(Path::new(path), directory))
         };
-        let carries = || !self.labels.is_empty() && self.labels.iter().all(|(key, value)| pod.labels.get(key) == Some(value));
+        let carries = || !self.labels.is_empty() && self.labels.iter().all(|(key, value)| pod.labels.get(key) == Some(value.as_str()));
         pod.service_account.is_some() && !pod.ended && (carries() || mounts().is_some())
     }
 }

@@ -50,6 +50,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::subscriber::DefaultGuard;
 use workload_identity::{Identity, IssuerName, NodeEnvironment, PodRef, Profile, samples::identity};
 
+mod approver_away;
 mod creates;
 mod issuers;
 mod keys;
@@ -107,7 +108,7 @@ impl World {
         let mut exposition = Exposition::new(build_info::VERSION, build_info::REVISION);
         let kube_metrics = agent_kube::Metrics::register(exposition.registry());
         let pod = PodRef { namespace: "sds-agent".into(), name: "sds-agent-x".into(), uid: "agent-1".into() };
-        let agent = Agent::new(&NodeEnvironment { node_name: Some("n1".into()), pod: Some(pod) }, 7);
+        let agent = Agent::new(&NodeEnvironment { node_name: Some("n1".into()), pod: Some(pod) }, None, 7);
         let namespace = RequestNamespace::Fixed("sds-agent".into());
         let requests = Requests::new(
             wire.client(&kube_metrics, RequestRate::default()),

@@ -7,6 +7,7 @@ mod alone;
 mod ban;
 mod changes;
 mod crowd;
+mod issuance;
 mod load;
 mod outages;
 mod policy;

@@ -5,17 +5,17 @@ use std::{error::Error as StdError, fmt, io, time::Duration};
 use agent_runtime::text;
 use kube::core::Status;
 
-use crate::{ANSWER_TIMEOUT, MAX_ANSWER_BYTES};
+use crate::ANSWER_TIMEOUT;
 
 /// No complete response within [`ANSWER_TIMEOUT`].
 #[derive(Debug, thiserror::Error)]
 #[error("no answer within {} s", ANSWER_TIMEOUT.as_secs())]
 pub struct TimedOut;
 
-/// The response body exceeds [`MAX_ANSWER_BYTES`] and was not read to its end.
+/// The response body exceeds this number of bytes and was not read to its end.
 #[derive(Debug, thiserror::Error)]
-#[error("the answer is larger than {} MiB", MAX_ANSWER_BYTES >> 20)]
-pub struct TooLarge;
+#[error("the answer is larger than {} MiB", .0 >> 20)]
+pub struct TooLarge(pub usize);
 
 /// An API call, for messages.
 #[derive(Debug, Clone, PartialEq, Eq)]

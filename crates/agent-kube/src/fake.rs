@@ -89,10 +89,15 @@ struct Watcher {
     events: mpsc::UnboundedSender<Result<Bytes, BoxError>>,
 }
 
+/// Recorded like a parameter of the query: the request accepts the metadata of objects only.
+pub const METADATA_ONLY: &str = "(metadata only)";
+
 #[derive(Default, Clone)]
 struct Selector {
     namespace: Option<String>,
     labels: Vec<(String, String)>,
+    /// Labels that an object must not have.
+    absent: Vec<String>,
     fields: Vec<(String, String)>,
 }
 
@@ -113,7 +118,14 @@ struct State {
     /// For each verb and plural: the number of requests being served, and its maximum so far.
     at_once: BTreeMap<String, (usize, usize)>,
     created: Vec<String>,
+    admission: Option<Admission>,
 }
+
+/// Changes an object, by its plural, before it is created.
+#[derive(Clone)]
+struct Admission(Arc<AdmissionFn>);
+
+type AdmissionFn = dyn Fn(&str, &mut Value) + Send + Sync;
 
 /// The server. Clones share its state.
 #[derive(Clone, Default)]
@@ -157,6 +169,16 @@ impl FakeApi {
         let mut object = self.lock().objects.get(&key).unwrap().clone();
         change(&mut object);
         self.put(plural, object);
+    }
+
+    /// Changes each object that a client creates, as a mutating webhook does. `admission` gets the plural and the object.
+    pub fn admit(&self, admission: impl Fn(&str, &mut Value) + Send + Sync + 'static) {
+        self.lock().admission = Some(Admission(Arc::new(admission)));
+    }
+
+    /// Returns one object.
+    pub fn object(&self, plural: &str, namespace: &str, name: &str) -> Option<Value> {
+        self.lock().objects.get(&(plural.to_owned(), namespace.to_owned(), name.to_owned())).cloned()
     }
 
     /// Deletes an object.
@@ -289,7 +311,11 @@ impl FakeApi {
             let (verb, _) = Self::kind(&request);
             let (parts, body) = request.into_parts();
             let body = body.collect_bytes().await?;
-            let query: BTreeMap<String, String> = parts.uri.query().map(parse_query).unwrap_or_default();
+            let mut query: BTreeMap<String, String> = parts.uri.query().map(parse_query).unwrap_or_default();
+            let accepted = parts.headers.get(http::header::ACCEPT).and_then(|accepted| accepted.to_str().ok()).unwrap_or_default();
+            if accepted.contains("as=PartialObjectMetadataList") {
+                query.insert(METADATA_ONLY.to_owned(), String::new());
+            }
             let (plural, namespace, name) = parse_path(parts.uri.path());
             let fault = {
                 let mut state = self.lock();
@@ -350,6 +376,9 @@ impl FakeApi {
                     return status(409, "AlreadyExists", &plural);
                 }
                 state.created.push(plural.clone());
+                if let Some(Admission(admission)) = state.admission.clone() {
+                    admission(&plural, &mut object);
+                }
                 answer(201, state.put(&plural, object).to_string())
             }
             "delete" => {
@@ -388,8 +417,12 @@ impl FakeApi {
                 if more {
                     metadata["continue"] = json!((begin + limit).to_string());
                 }
-                let list = json!({"kind": "List", "apiVersion": "v1", "metadata": metadata, "items": items});
-                answer(200, list.to_string())
+                let items: Vec<Value> = if query.contains_key(METADATA_ONLY) {
+                    items.into_iter().map(|object| json!({"metadata": object["metadata"]})).collect()
+                } else {
+                    items.into_iter().cloned().collect()
+                };
+                answer(200, json!({"kind": "List", "apiVersion": "v1", "metadata": metadata, "items": items}).to_string())
             }
             "watch" => {
                 let from: u64 = query["resourceVersion"].parse().unwrap();
@@ -490,7 +523,9 @@ impl Selector {
             let text = query.get(name).map(String::as_str).unwrap_or_default();
             text.split(',').filter_map(|p| p.split_once('=')).map(|(k, v)| (k.to_owned(), v.to_owned())).collect()
         };
-        Self { namespace, labels: pairs("labelSelector"), fields: pairs("fieldSelector") }
+        let labels = query.get("labelSelector").map(String::as_str).unwrap_or_default().split(',');
+        let absent = labels.filter_map(|label| label.strip_prefix('!')).map(str::to_owned).collect();
+        Self { namespace, labels: pairs("labelSelector"), absent, fields: pairs("fieldSelector") }
     }
 
     fn matches(&self, object: &Value) -> bool {
@@ -498,6 +533,7 @@ impl Selector {
         let field = |path: &str| path.split('.').fold(object, |value, key| &value[key]);
         self.namespace.as_ref().is_none_or(|n| metadata["namespace"] == **n)
             && self.labels.iter().all(|(k, v)| metadata["labels"][k] == **v)
+            && self.absent.iter().all(|key| metadata["labels"][key].is_null())
             && self.fields.iter().all(|(k, v)| *field(k) == **v)
     }
 }
@@ -555,6 +591,6 @@ fn parse_path(path: &str) -> (String, Option<String>, Option<String>) {
 }
 
 fn parse_query(query: &str) -> BTreeMap<String, String> {
-    let decode = |text: &str| text.replace("%2F", "/").replace("%3D", "=").replace("%2C", ",").replace('+', " ");
+    let decode = |text: &str| text.replace("%21", "!").replace("%2F", "/").replace("%3D", "=").replace("%2C", ",").replace('+', " ");
     query.split('&').filter_map(|p| p.split_once('=')).map(|(k, v)| (decode(k), decode(v))).collect()
 }

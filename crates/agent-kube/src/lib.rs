@@ -25,9 +25,11 @@ pub mod labels;
 pub mod layer;
 pub mod metrics;
 pub mod object;
+pub mod pages;
 pub mod pod;
 mod retry_after;
 mod throttle;
+pub mod token;
 pub mod watch;
 #[cfg(any(test, feature = "testing"))]
 pub mod wire;
@@ -39,9 +41,9 @@ use agent_runtime::text;
 
 /// Time-out of the TCP connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// Maximum size of a response body, 128 MiB. A body is in memory twice until it is parsed, and the smallest container that reads lists has
-/// 512 MiB.
-pub const MAX_ANSWER_BYTES: usize = 128 << 20;
+/// Maximum size of a response body, 32 MiB. A body is in memory up to three times until it is parsed. Pages of lists are
+/// [smaller](pages::MAX_PAGE_BYTES).
+pub const MAX_ANSWER_BYTES: usize = 32 << 20;
 /// Time-out of a complete response, 30 s; for a watch, of its response headers.
 pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 /// TCP keep-alive: an idle connection is probed after this time and at this interval, so that a watch over a dead path ends within a

@@ -57,6 +57,7 @@ pub struct Metrics {
     waits: Family<WaitLabels, Histogram>,
     restarts: Family<WatchLabels, Counter>,
     broken: Family<ResourceLabel, Gauge>,
+    skipped: Family<ResourceLabel, Counter>,
 }
 
 impl Default for Metrics {
@@ -69,6 +70,7 @@ impl Default for Metrics {
             waits: Family::new_with_constructor(waits),
             restarts: Family::default(),
             broken: Family::default(),
+            skipped: Family::default(),
         }
     }
 }
@@ -90,6 +92,11 @@ impl Metrics {
         );
         registry.register("watch_restarts", "Watches that failed and were started again", metrics.restarts.clone());
         registry.register("watches_broken", "Watches that have failed and are being retried", metrics.broken.clone());
+        registry.register(
+            "kube_objects_skipped",
+            "Objects that were left out of a list because one of them alone is too large to be read",
+            metrics.skipped.clone(),
+        );
         // The series start at zero, so that the first wait is an increase.
         for cause in every!(Wait: rate_limit, retry_after) {
             drop(metrics.waits.get_or_create(&WaitLabels { cause }));
@@ -109,6 +116,7 @@ impl Metrics {
             metrics.observe(Verb::get, resource, Code::Error, Instant::now());
             metrics.watch_ended(resource, Ended::broken);
             metrics.watch_begun(resource);
+            metrics.object_skipped(resource);
         }
         for reason in every!(Ended: list_failed, start_failed, broken, expired) {
             metrics.watch_ended(Resource::pods, reason);
@@ -118,6 +126,17 @@ impl Metrics {
     /// Creates the series of broken watches of `resource`, which starts at zero.
     pub(super) fn watch_begun(&self, resource: Resource) {
         drop(self.broken.get_or_create(&ResourceLabel { resource }));
+    }
+
+    /// Counts an object that was left out of a list.
+    pub(super) fn object_skipped(&self, resource: Resource) {
+        self.skipped.get_or_create(&ResourceLabel { resource }).inc();
+    }
+
+    /// Number of objects that were left out of lists, for tests.
+    #[cfg(any(test, feature = "testing"))]
+    pub fn skipped(&self, resource: Resource) -> u64 {
+        self.skipped.get_or_create(&ResourceLabel { resource }).get()
     }
 
     /// Counts a watch as broken until the returned value is dropped.

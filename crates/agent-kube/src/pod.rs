@@ -7,11 +7,12 @@ use std::{
 };
 
 use serde::Deserialize;
-use workload_identity::{PodRef, Workload};
+use workload_identity::{Labels, PodRef, Workload};
 
 use self::picks::{Volume, picks};
 use super::object::{Kind, Observed};
 
+pub mod names;
 pub mod picks;
 
 /// Annotation of a static pod's mirror pod. Its value is the UID that the kubelet uses for the static pod, and that the pod's cgroup names
@@ -83,7 +84,7 @@ pub struct Pod {
     /// Service account; always `None` for a static pod, regardless of its mirror pod's spec.
     pub service_account: Option<Arc<str>>,
     /// Labels, for the match rules of profiles.
-    pub labels: Arc<BTreeMap<String, String>>,
+    pub labels: Labels,
     /// Profiles that the pod picks, by the name of the volume that picks them. Empty if the CSI driver is not known.
     pub picks: BTreeMap<Arc<str>, Arc<str>>,
     /// Whether the pod uses the node's network.
@@ -145,7 +146,7 @@ pub fn facts(pod: &PodObject, driver: Option<&str>, with_containers: bool) -> Op
         },
         node_name: named(&pod.spec.node_name),
         service_account: named(&pod.spec.service_account_name).filter(|_| !mirror),
-        labels: Arc::new(metadata.labels.clone().unwrap_or_default()),
+        labels: metadata.labels.iter().flatten().map(|(key, value)| (key.as_str(), value.as_str())).collect(),
         picks: driver.map_or_else(BTreeMap::new, |driver| picks(pod.spec.volumes.as_deref().unwrap_or_default(), driver)),
         host_network: pod.spec.host_network.unwrap_or(false),
         mirror,

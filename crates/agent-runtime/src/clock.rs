@@ -57,6 +57,11 @@ pub fn rfc3339(time: SystemTime) -> String {
     humantime::format_rfc3339_seconds(time).to_string()
 }
 
+/// Returns the time since an RFC 3339 time, as far as `now` is later. `None` if the text is no such time.
+pub fn since_rfc3339(text: &str, now: SystemTime) -> Option<Duration> {
+    Some(now.duration_since(humantime::parse_rfc3339(text).ok()?).unwrap_or_default())
+}
+
 /// The machine's clock. Waits use a `timerfd`, which the kernel cancels when the clock is set.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct SystemClock;

@@ -12,7 +12,12 @@ use std::{collections::BTreeSet, iter, sync::Arc, time::Duration};
 
 use tokio::time::Instant;
 
-use super::rules::Rules;
+use cert_manager::RequestNamespace;
+
+use super::{
+    requests::Namespaces,
+    rules::{Guarded, Rules},
+};
 
 /// Maximum number of superseded rules. Operators make the changes, and each reaches the agents within two minutes.
 const MAX_SUPERSEDED: usize = 8;
@@ -64,6 +69,17 @@ impl ActiveRules {
     /// Returns the superseded rules whose overlap has not ended at `now`, newest first.
     pub fn superseded(&self, now: Instant) -> impl Iterator<Item = &Rules> {
         self.superseded.iter().filter(move |superseded| now < superseded.until).map(|superseded| &superseded.rules)
+    }
+
+    /// Returns the namespaces in which agents may create requests, by these rules and by the superseded ones.
+    pub fn namespaces(&self) -> Namespaces {
+        let rules = iter::once(&self.rules).chain(self.superseded.iter().map(|superseded| &superseded.rules));
+        let of = |guarded: &Guarded| match &guarded.namespace {
+            RequestNamespace::Fixed(namespace) => Some(namespace.clone()),
+            RequestNamespace::Workload => None,
+        };
+        let names: Option<BTreeSet<String>> = rules.flat_map(|rules| &rules.issuers).map(of).collect();
+        names.map_or(Namespaces::All, Namespaces::Only)
     }
 
     /// Returns the time after first sight for which a request that differs from the configuration is not denied, because the agent's file

@@ -4,16 +4,20 @@
 //! annotations of a request only name the pod; they prove nothing. A denial that depends on the pod requires a live read of the pod,
 //! because the watch may lag.
 
-use std::{fmt, time::Duration};
+use std::{
+    fmt,
+    time::{Duration, SystemTime},
+};
 
 use agent_kube::pod::Pod;
-use agent_runtime::text;
+use agent_runtime::{clock, text};
 use cert_manager::{APPROVER, Condition, GROUP, IssuerRef, Request, USAGES, claims, csr, denied, keys, place};
 use tokio::time::Instant;
 use workload_identity::PodRef;
 
 use crate::{
     active_rules::ActiveRules,
+    retention::Settled,
     rules::{Expectation, Rules},
 };
 
@@ -77,6 +81,28 @@ pub fn decided_by_a_replica(request: &Request) -> bool {
         _ => false,
     };
     request.status.iter().flat_map(|status| &status.conditions).any(|condition| condition.status == "True" && is_ours(condition))
+}
+
+/// Returns the state of a decided request of a guarded issuer, at `now`. `None` for an undecided one, one that is being deleted, and any
+/// other.
+pub fn settled(request: &Request, rules: &Rules, now: SystemTime) -> Option<Settled> {
+    if request.metadata.deletion_timestamp.is_some() || !rules.guard(&issuer(request), namespace(request)) {
+        return None;
+    }
+    let conditions = || request.status.iter().flat_map(|status| &status.conditions);
+    let is_end = |condition: &Condition| match (&*condition.kind, &*condition.status) {
+        ("Denied" | "InvalidRequest" | "Ready", "True") => true,
+        ("Ready", "False") => matches!(condition.reason.as_deref(), Some("Failed" | "Denied")),
+        _ => false,
+    };
+    if let Some(end) = conditions().find(|condition| is_end(condition)) {
+        // cert-manager keeps the time of the condition Ready when its reason changes from Pending to Failed.
+        let failed = request.status.as_ref().and_then(|status| status.failure_time.as_deref());
+        let time = if end.status == "False" { failed } else { end.last_transition_time.as_deref() };
+        let since = time.and_then(|time| clock::since_rfc3339(time, now));
+        return Some(Settled::Ended(since.unwrap_or_default()));
+    }
+    conditions().any(|condition| condition.kind == "Approved" && condition.status == "True").then_some(Settled::WaitsForSigner)
 }
 
 /// Returns the pod that a request names in its annotations. `None` if one of the three annotations is missing or empty.

@@ -5,17 +5,13 @@
 //! decides and the others are on standby ([`role`]). A decision is written with the `resourceVersion` of the request that was judged, so
 //! the first of two concurrent writes wins. The caller runs [`Approver::run`] and [`Pods::run`] concurrently.
 
-use std::{collections::VecDeque, fmt, pin::Pin, sync::Arc, time::Duration};
+use std::{collections::VecDeque, fmt, sync::Arc, time::Duration};
 
-use agent_kube::{
-    self, RequestRate,
-    labels::Resource,
-    watch::{Selection, Signal},
-};
+use agent_kube::{self, RequestRate};
 use agent_runtime::{clock::Clock, text};
-use cert_manager::{REQUESTS_PER_PAGE, Request};
-use futures::{Stream, StreamExt};
-use kube::{Api, Client, runtime::watcher};
+use cert_manager::Request;
+use futures::StreamExt;
+use kube::Client;
 use parking_lot::Mutex;
 use tokio::{
     sync::watch,
@@ -34,6 +30,8 @@ pub mod pods;
 pub mod queue;
 pub mod reconciler;
 pub mod replicas;
+pub mod requests;
+pub mod retention;
 pub mod role;
 pub mod rules;
 
@@ -42,8 +40,10 @@ pub use metrics::Metrics;
 pub use pods::Pods;
 
 use queue::{Key, Queue, key};
-use reconciler::{Outcome, Reconciler};
+use reconciler::{Outcome, Reconciler, Removal};
 use replicas::Standing;
+use requests::{Namespaces, RequestWatch, Update};
+use retention::Retention;
 use role::{Cause, Role};
 use rules::Guarded;
 
@@ -57,8 +57,14 @@ pub const RATE: RequestRate = RequestRate { per_second: 200, burst: 400 };
 const WORKERS: usize = 16;
 /// Requests that stay undecided at the same time because a newer configuration may allow them. Further requests are denied immediately.
 const MAX_DEFERRED: usize = 512;
+/// Time after which requests are decided although the first list is not complete.
+const MAX_LIST_TIME: Duration = Duration::from_secs(30);
 /// Minimum interval between lists for requests that were not tracked.
 const LIST_INTERVAL: Duration = Duration::from_secs(60);
+/// Ended requests that are removed concurrently. Removals are not urgent, and share the rate limit with decisions.
+const MAX_REMOVALS: usize = 2;
+/// Pause of all removals after one has failed.
+const REMOVAL_RETRY_INTERVAL: Duration = Duration::from_secs(60);
 /// Remembered UIDs of requests that another approver approved, so that each is logged once. The oldest is forgotten first.
 const MAX_REPORTED: usize = 1024;
 
@@ -66,7 +72,8 @@ const MAX_REPORTED: usize = 1024;
 pub struct Parts {
     /// Client of the API server, limited to [`RATE`].
     pub client: Client,
-    /// The rules in force. When they change, undecided requests are judged again. A change of the issuers lists all requests again.
+    /// The rules in force. When they change, undecided requests are judged again. A change of the issuers or of their namespaces lists all
+    /// requests again.
     pub active_rules: watch::Receiver<Arc<ActiveRules>>,
     /// Index of the cluster's pods.
     pub pods: Pods,
@@ -91,6 +98,7 @@ pub struct Approver {
     metrics: Metrics,
     /// UIDs of requests whose approval by another approver has been logged, oldest first.
     reported: Mutex<VecDeque<String>>,
+    clock: Arc<dyn Clock>,
     synced: watch::Sender<bool>,
 }
 
@@ -105,7 +113,7 @@ impl Approver {
     pub fn new(parts: Parts) -> Self {
         let Parts { client, active_rules, pods, clock, instance, kube_metrics, metrics } = parts;
         let (standing, may_have_others) = (pods.standing(), pods.may_have_replicas());
-        let reconciler = Arc::new(Reconciler::new(client.clone(), active_rules.clone(), pods, clock, instance, metrics.clone()));
+        let reconciler = Arc::new(Reconciler::new(client.clone(), active_rules.clone(), pods, clock.clone(), instance, metrics.clone()));
         Self {
             client,
             active_rules,
@@ -115,6 +123,7 @@ impl Approver {
             kube_metrics,
             metrics,
             reported: Mutex::default(),
+            clock,
             synced: watch::Sender::new(false),
         }
     }
@@ -124,25 +133,31 @@ impl Approver {
         self.synced.subscribe()
     }
 
-    /// Watches CertificateRequests and decides them while this replica is the deciding one. Returns only if the watch ends or a worker
-    /// panics.
+    /// Watches CertificateRequests. While this replica is the deciding one, it decides them, and removes ended ones. Returns only if a
+    /// worker panics.
     ///
     /// # Cancel safety
     ///
     /// Dropping the future aborts the workers. A decision that is being written may or may not reach the API server; another replica or
     /// the next start sees the result in the request.
     pub async fn run(self) {
-        let (mut signals, mut changes, mut standing) = (Box::pin(self.watch()), self.active_rules.clone(), self.standing.clone());
+        let (mut changes, mut standing) = (self.active_rules.clone(), self.standing.clone());
         let (mut queue, mut workers, mut resting) =
             (Queue::default(), JoinSet::<(Key, Arc<str>, Outcome)>::new(), DelayQueue::<Key>::new());
-        let mut issuers = self.note_rules(&mut changes);
+        let (mut retention, mut removals, mut remove_at) = (Retention::default(), JoinSet::<(Key, Removal)>::new(), Instant::now());
+        let mut selection = self.note_rules(&mut changes);
+        let mut requests = self.watch(&selection.1);
         let mut role = Role::new(self.may_have_others);
+        let begin_at = Instant::now() + MAX_LIST_TIME;
         let (mut untracked, mut wants_list, mut list_at) = (None, false, Instant::now());
         loop {
             role.stands_at(*standing.borrow_and_update(), Instant::now());
-            let takeover = role.next(queue.has_ready(), Instant::now(), fastrand::f64());
+            // The first requests of a list are those of some nodes only: all are seen before the first turn.
+            let may_begin = requests.is_complete() || begin_at <= Instant::now();
+            let takeover = role.next(may_begin && queue.has_ready(), Instant::now(), fastrand::f64());
             self.apply_role(role.decides());
-            while role.decides().is_some()
+            while may_begin
+                && role.decides().is_some()
                 && workers.len() < WORKERS
                 && let Some((key, item)) = queue.pop()
             {
@@ -152,23 +167,43 @@ impl Approver {
                     (key, uid, outcome)
                 });
             }
+            let mut removal = None;
+            if role.decides().is_some() && removals.len() < MAX_REMOVALS {
+                if remove_at <= Instant::now()
+                    && let Some((key, uid)) = retention.take(Instant::now())
+                {
+                    let reconciler = self.reconciler.clone();
+                    removals.spawn(async move {
+                        let removed = reconciler.remove(&key, &uid).await;
+                        (key, removed)
+                    });
+                    continue;
+                }
+                removal = retention.next().map(|at| at.max(remove_at));
+            }
             wants_list |= queue.needs_list();
             if wants_list && untracked.is_none() && list_at <= Instant::now() {
-                (untracked, wants_list, list_at) = (Some(Box::pin(self.watch())), false, Instant::now() + LIST_INTERVAL);
+                (untracked, wants_list, list_at) = (Some(self.watch(&selection.1)), false, Instant::now() + LIST_INTERVAL);
             }
             self.metrics.pending.set(i64::try_from(queue.len()).unwrap_or(i64::MAX));
             tokio::select! {
-                signal = signals.next() => match signal {
-                    Some(Signal::Event(event)) => self.note(&mut queue, &mut role, event),
-                    Some(Signal::Trouble(..)) => {}
-                    None => return,
-                },
+                update = requests.next() => {
+                    self.note(&mut queue, &mut retention, &mut role, update);
+                    if requests.is_complete() && !self.synced.send_replace(true) {
+                        tracing::info!(target: LOG_TARGET, undecided = queue.len(), "every request has been seen once");
+                    }
+                }
                 // A list beside the watch, for requests that were not tracked: the watch goes on.
-                signal = next_of(&mut untracked), if untracked.is_some() => match signal {
-                    Some(Signal::Event(watcher::Event::InitApply(request))) => self.seen(&mut queue, request),
-                    Some(Signal::Event(watcher::Event::Init) | Signal::Trouble(..)) => {}
-                    Some(Signal::Event(_)) | None => untracked = None,
-                },
+                update = next_of(&mut untracked), if untracked.is_some() => {
+                    // The watch reports decided requests, and may have reported their deletion since this list began.
+                    if let Update::Listed(request) = update
+                        && judge::is_ours(&request, &self.active_rules.borrow().rules)
+                    {
+                        self.seen(&mut queue, &mut retention, request);
+                    }
+                    untracked = untracked.filter(|requests| !requests.is_complete());
+                }
+                () = sleep_until(begin_at), if !may_begin => {}
                 () = sleep_until(list_at), if wants_list && untracked.is_none() => {}
                 Some(done) = workers.join_next(), if !workers.is_empty() => match done {
                     Ok((key, _, Outcome::Settled)) => queue.settled(&key),
@@ -195,38 +230,43 @@ impl Approver {
                     }
                 },
                 Some(rested) = resting.next(), if !resting.is_empty() => queue.rested(rested.get_ref()),
+                Some(done) = removals.join_next(), if !removals.is_empty() => match done {
+                    Ok((key, Removal::Gone)) => drop(retention.gone(&key)),
+                    Ok((_, Removal::Refused)) => {}
+                    Ok((_, Removal::Failed)) => remove_at = Instant::now() + REMOVAL_RETRY_INTERVAL,
+                    Err(error) => {
+                        tracing::error!(target: LOG_TARGET, %error, "the removal of a request has failed");
+                        return;
+                    }
+                },
+                () = sleep_until(removal.unwrap_or_else(Instant::now)), if removal.is_some() => {}
                 () = sleep_until(takeover.unwrap_or_else(Instant::now)), if takeover.is_some() => {}
                 Ok(()) = standing.changed() => {}
                 Ok(()) = changes.changed() => {
                     resting.clear();
                     queue.wake();
                     let newer = self.note_rules(&mut changes);
-                    if newer != issuers {
+                    if newer != selection {
                         // The queue does not hold requests of unguarded issuers, so all requests are listed again.
-                        (issuers, signals) = (newer, Box::pin(self.watch()));
+                        (requests, untracked) = (self.watch(&newer.1), None);
+                        queue.retain(|(namespace, _)| newer.1.contains(namespace));
+                        retention = Retention::default();
+                        selection = newer;
                     }
                 }
             }
         }
     }
 
-    /// Notes the current rules, and returns their issuers.
-    fn note_rules(&self, changes: &mut watch::Receiver<Arc<ActiveRules>>) -> Vec<Guarded> {
+    /// Notes the current rules. Returns their issuers, and the namespaces of their requests.
+    fn note_rules(&self, changes: &mut watch::Receiver<Arc<ActiveRules>>) -> (Vec<Guarded>, Namespaces) {
         let active_rules = changes.borrow_and_update();
         self.metrics.denied_nodes.set(i64::try_from(active_rules.denied_nodes.len()).unwrap_or(i64::MAX));
-        active_rules.rules.issuers.clone()
+        (active_rules.rules.issuers.clone(), active_rules.namespaces())
     }
 
-    /// Watches the requests of all namespaces: a request in any namespace can name a ClusterIssuer.
-    fn watch(&self) -> impl Stream<Item = Signal<Request>> + Send + use<> {
-        let api: Api<Request> = Api::all(self.client.clone());
-        let selection = Selection {
-            resource: Resource::certificaterequests,
-            name: "certificaterequests.cert-manager.io".to_owned(),
-            namespace: None,
-            config: watcher::Config::default().page_size(REQUESTS_PER_PAGE),
-        };
-        agent_kube::watch::watch(api, selection, self.kube_metrics.clone())
+    fn watch(&self, namespaces: &Namespaces) -> RequestWatch {
+        RequestWatch::new(&self.client, namespaces, &self.kube_metrics)
     }
 
     /// Opens or closes the write gate, and logs a change of the role.
@@ -241,27 +281,27 @@ impl Approver {
         }
     }
 
-    fn note(&self, queue: &mut Queue, role: &mut Role, event: watcher::Event<Request>) {
-        match event {
-            watcher::Event::Init => queue.list_begins(),
-            watcher::Event::InitApply(request) => {
-                queue.listed(key(&request));
-                self.seen(queue, request);
+    fn note(&self, queue: &mut Queue, retention: &mut Retention, role: &mut Role, update: Update) {
+        match update {
+            Update::Listed(request) => self.seen(queue, retention, request),
+            Update::Complete(list) => {
+                queue.retain(|key| !list.lacks(key));
+                retention.retain(|key| !list.lacks(key));
             }
-            watcher::Event::InitDone => {
-                queue.list_ends();
-                if !self.synced.send_replace(true) {
-                    tracing::info!(target: LOG_TARGET, undecided = queue.len(), "every request has been seen once");
-                }
-            }
-            watcher::Event::Apply(request) => {
+            Update::Applied(request) => {
                 self.look_for_others(&request);
                 if judge::decided_by_a_replica(&request) {
                     role.other_decided();
                 }
-                self.seen(queue, request);
+                self.seen(queue, retention, request);
             }
-            watcher::Event::Delete(request) => queue.gone(&key(&request)),
+            Update::Deleted(request) => {
+                let key = key(&request);
+                queue.gone(&key);
+                if let Some(node) = retention.gone(&key) {
+                    queue.note_approved(&node, retention.waiting(&node));
+                }
+            }
         }
     }
 
@@ -293,21 +333,28 @@ impl Approver {
         );
     }
 
-    fn seen(&self, queue: &mut Queue, request: Request) {
+    fn seen(&self, queue: &mut Queue, retention: &mut Retention, request: Request) {
         let active_rules = self.active_rules.borrow();
+        let by_an_agent = request.spec.username.as_ref().is_some_and(|name| active_rules.rules.agents.contains(name));
+        let (key, node) = (key(&request), queue::node(&request, by_an_agent));
         if judge::is_ours(&request, &active_rules.rules) {
-            let by_an_agent = request.spec.username.as_ref().is_some_and(|name| active_rules.rules.agents.contains(name));
-            queue.seen(request, by_an_agent, Instant::now());
-        } else {
-            queue.gone(&key(&request));
+            retention.gone(&key);
+            queue.seen(request, node.clone(), retention.waiting(&node), Instant::now());
+            return;
         }
+        queue.gone(&key);
+        match judge::settled(&request, &active_rules.rules, self.clock.now()) {
+            Some(state) => retention.seen(&key, request.metadata.uid.as_deref().unwrap_or_default(), &node, state, Instant::now()),
+            None => drop(retention.gone(&key)),
+        }
+        queue.note_approved(&node, retention.waiting(&node));
     }
 }
 
-/// Returns the next item of a stream that is there, and waits forever without one.
-async fn next_of<S: Stream>(stream: &mut Option<Pin<Box<S>>>) -> Option<S::Item> {
-    match stream {
-        Some(stream) => stream.next().await,
+/// Returns the next change of a watch that is there, and waits forever without one.
+async fn next_of(watch: &mut Option<RequestWatch>) -> Update {
+    match watch {
+        Some(watch) => watch.next().await,
         None => std::future::pending().await,
     }
 }

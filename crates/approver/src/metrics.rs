@@ -29,6 +29,8 @@ pub enum Step {
     write,
     /// Creating the Event of a denial.
     event,
+    /// Deleting an ended request.
+    remove,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -55,6 +57,7 @@ pub struct Metrics {
     pub(super) live_reads: Counter,
     pub(super) foreign: Counter,
     pub(super) by_superseded: Counter,
+    pub(super) removed: Counter,
 }
 
 impl Default for Metrics {
@@ -70,6 +73,7 @@ impl Default for Metrics {
             live_reads: Counter::default(),
             foreign: Counter::default(),
             by_superseded: Counter::default(),
+            removed: Counter::default(),
         }
     }
 }
@@ -120,13 +124,18 @@ impl Metrics {
         );
         registry.register(
             "approver_foreign_approvals",
-            "Requests of the agents' issuers that another approver has approved; any value but 0 is a security problem",
+            "Requests of the agents' issuers that another approver has approved; after no manual approval, any value but 0 is a security problem",
             metrics.foreign.clone(),
         );
         registry.register(
             "approver_former_approvals",
             "Requests approved by a configuration that was replaced less than approver.overlap ago",
             metrics.by_superseded.clone(),
+        );
+        registry.register(
+            "approver_requests_removed",
+            "Requests that were denied, invalid, failed or signed, and that the approver has deleted",
+            metrics.removed.clone(),
         );
         metrics
     }
@@ -137,7 +146,7 @@ impl Metrics {
         use agent_runtime::metrics::every;
         let metrics = Self::register(registry);
         metrics.decided(Decided::approved, "none", 1.0);
-        for step in every!(Step: read_pod, read_request, write, event) {
+        for step in every!(Step: read_pod, read_request, write, event, remove) {
             metrics.failed(step);
         }
     }

@@ -15,7 +15,7 @@ use std::{
 use agent_kube::{
     self, Call, Cause, Failure,
     labels::Resource,
-    pod::{Pod, PodObject},
+    pod::{Pod, PodObject, names::Names},
     watch::{Selection, Signal},
 };
 use futures::StreamExt;
@@ -30,7 +30,7 @@ use super::replicas::{Replicas, Standing};
 const LOG_TARGET: &str = "sds_agent::approver::pods";
 
 /// Pods per page of a list. Every API server pages a consistent read. Older API servers do not page a read from their cache.
-const PODS_PER_PAGE: u32 = 500;
+const PODS_PER_PAGE: u32 = 200;
 /// Maximum size of a pod's labels and picks in the index, in bytes. The API server limits labels only by the size of the object, and the
 /// index stays in memory. A pod with more is read live.
 const MAX_HELD_BYTES: usize = 16 << 10;
@@ -43,7 +43,7 @@ struct Shared {
     client: Client,
     driver: Option<String>,
     metrics: agent_kube::Metrics,
-    known: Mutex<HashMap<Arc<str>, Arc<Pod>>>,
+    known: Mutex<Known>,
     replicas: Mutex<Replicas>,
     standing: watch::Sender<Standing>,
     synced: watch::Sender<bool>,
@@ -51,9 +51,16 @@ struct Shared {
     stale: AtomicBool,
 }
 
+/// The indexed pods by UID, and the texts that they share.
+#[derive(Default)]
+struct Known {
+    pods: HashMap<Arc<str>, Arc<Pod>>,
+    names: Names,
+}
+
 impl fmt::Debug for Pods {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} pods", self.known().len())
+        write!(f, "{} pods", self.known().pods.len())
     }
 }
 
@@ -92,7 +99,7 @@ impl Pods {
     /// Returns the indexed pod with this UID. `None` does not prove that the pod does not exist; it is returned for every pod while the
     /// watch is broken.
     pub fn watched(&self, uid: &str) -> Option<Arc<Pod>> {
-        if self.0.stale.load(Ordering::Relaxed) { None } else { self.known().get(uid).cloned() }
+        if self.0.stale.load(Ordering::Relaxed) { None } else { self.known().pods.get(uid).cloned() }
     }
 
     /// Reads the pod of this namespace and name from the API server. The UID of the result may differ. Returns `None` if the pod does not
@@ -136,12 +143,12 @@ impl Pods {
                     continue;
                 }
                 Signal::Event(watcher::Event::InitDone) => {
-                    self.known().retain(|uid, _| list.contains(uid));
+                    self.known().pods.retain(|uid, _| list.contains(uid));
                     self.replicas().retain(&list);
                     list = HashSet::new();
                     self.stand_again();
                     if !self.0.synced.send_replace(true) {
-                        tracing::info!(target: LOG_TARGET, pods = self.known().len(), "the index of the cluster's pods is complete");
+                        tracing::info!(target: LOG_TARGET, pods = self.known().pods.len(), "the index of the cluster's pods is complete");
                     }
                     true
                 }
@@ -152,7 +159,7 @@ impl Pods {
                 }
                 Signal::Event(watcher::Event::Delete(pod)) => {
                     if let Some(uid) = pod.metadata.uid.as_deref() {
-                        self.known().remove(uid);
+                        self.known().pods.remove(uid);
                         self.replicas().deleted(uid);
                         self.stand_again();
                     }
@@ -164,7 +171,7 @@ impl Pods {
         }
     }
 
-    fn known(&self) -> MutexGuard<'_, HashMap<Arc<str>, Arc<Pod>>> {
+    fn known(&self) -> MutexGuard<'_, Known> {
         self.0.known.lock()
     }
 
@@ -178,13 +185,15 @@ impl Pods {
     }
 
     fn applied(&self, slim: &PodObject) -> Option<Arc<str>> {
-        let pod = Pod::of(slim, self.0.driver.as_deref())?;
+        let mut pod = Pod::of(slim, self.0.driver.as_deref())?;
         let uid = pod.pod.uid.clone();
         self.replicas().applied(slim, &pod);
+        let mut known = self.known();
         if held_bytes(&pod) <= MAX_HELD_BYTES {
-            self.known().insert(uid.clone(), Arc::new(pod));
+            known.names.share(&mut pod);
+            known.pods.insert(uid.clone(), Arc::new(pod));
         } else {
-            self.known().remove(&uid);
+            known.pods.remove(&uid);
         }
         Some(uid)
     }

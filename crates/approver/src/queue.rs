@@ -9,7 +9,7 @@
 //! [`MAX_TRACKED_PER_NODE`] are not tracked, and [`Queue::needs_list`] reports when a list can bring them back.
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::{BTreeMap, HashMap},
     sync::Arc,
     time::Duration,
 };
@@ -111,6 +111,8 @@ struct Share {
     working: usize,
     /// Entries that rest.
     resting: usize,
+    /// Approved requests that wait for their signer, when the last request arrived.
+    approved: usize,
     /// Whether requests are not tracked.
     has_untracked: bool,
 }
@@ -121,7 +123,6 @@ pub struct Queue {
     entries: HashMap<Key, Entry>,
     ready: Turns,
     shares: HashMap<Node, Share>,
-    list: HashSet<Key>,
     arrived: u64,
     /// Whether untracked requests of a node fit now.
     needs_list: bool,
@@ -134,7 +135,7 @@ pub fn key(request: &Request) -> Key {
 }
 
 /// Returns the node that the requester's token claims. All requesters that are no agents share one turn, whichever node they run on.
-fn node(request: &Request, by_an_agent: bool) -> Node {
+pub fn node(request: &Request, by_an_agent: bool) -> Node {
     if !by_an_agent {
         return Node::default();
     }
@@ -166,8 +167,9 @@ impl Queue {
         self.entries.is_empty()
     }
 
-    /// Notes the current state of a request that needs a decision. `by_an_agent` is whether an agent's account has created it.
-    pub fn seen(&mut self, request: Request, by_an_agent: bool, now: Instant) {
+    /// Notes the current state of a request that needs a decision. `node` is its [node](node), and `approved` the number of this node's
+    /// approved requests that wait for their signer: they count towards the node's limit.
+    pub fn seen(&mut self, request: Request, node: Node, approved: usize, now: Instant) {
         let key = key(&request);
         match self.entries.get_mut(&key) {
             Some(entry) => {
@@ -185,12 +187,18 @@ impl Queue {
                     State::Ready | State::Resting => {}
                 }
             }
-            None => self.track(key, request, by_an_agent, now),
+            None => self.track(key, request, node, approved, now),
         }
     }
 
-    fn track(&mut self, key: Key, request: Request, by_an_agent: bool, now: Instant) {
-        let node = node(&request, by_an_agent);
+    /// Notes how many approved requests of this node wait for their signer.
+    pub fn note_approved(&mut self, node: &Node, approved: usize) {
+        if let Some(share) = self.shares.get_mut(node) {
+            share.approved = approved;
+        }
+    }
+
+    fn track(&mut self, key: Key, request: Request, node: Node, approved: usize, now: Instant) {
         let share = self.shares.entry(node.clone()).or_default();
         if share.tracked >= MAX_TRACKED_PER_NODE {
             share.has_untracked = true;
@@ -201,7 +209,8 @@ impl Queue {
         self.arrived += 1;
         let uid = request.metadata.uid.as_deref().unwrap_or_default().into();
         let holds = share.objects < MAX_OBJECTS_PER_NODE && is_small(&request);
-        let is_beyond = share.tracked >= MAX_REQUESTS_PER_NODE;
+        share.approved = approved;
+        let is_beyond = share.tracked + approved >= MAX_REQUESTS_PER_NODE;
         let item = WorkItem { request: holds.then(|| Arc::new(request)), uid, since: now, is_beyond, may_rest: true };
         share.tracked += 1;
         share.objects += usize::from(holds);
@@ -240,20 +249,9 @@ impl Queue {
         }
     }
 
-    /// Begins a complete list of requests.
-    pub fn list_begins(&mut self) {
-        self.list.clear();
-    }
-
-    /// Notes a request of the list.
-    pub fn listed(&mut self, key: Key) {
-        self.list.insert(key);
-    }
-
-    /// Ends the list, and removes requests that it did not contain.
-    pub fn list_ends(&mut self) {
-        let list = std::mem::take(&mut self.list);
-        let surplus: Vec<Key> = self.entries.keys().filter(|key| !list.contains(*key)).cloned().collect();
+    /// Removes the requests for which `keeps` returns false.
+    pub fn retain(&mut self, keeps: impl Fn(&Key) -> bool) {
+        let surplus: Vec<Key> = self.entries.keys().filter(|key| !keeps(key)).cloned().collect();
         for key in surplus {
             self.gone(&key);
         }
@@ -268,7 +266,7 @@ impl Queue {
         let share = self.shares.entry(entry.node.clone()).or_default();
         share.working += 1;
         // A node that is at its limit no longer has its newest requests denied.
-        let is_beyond = entry.item.is_beyond && share.tracked > MAX_REQUESTS_PER_NODE;
+        let is_beyond = entry.item.is_beyond && share.tracked + share.approved > MAX_REQUESTS_PER_NODE;
         let may_rest = share.resting < MAX_RESTING_PER_NODE;
         Some((key, WorkItem { is_beyond, may_rest, ..entry.item.clone() }))
     }

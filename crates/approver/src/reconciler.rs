@@ -4,7 +4,7 @@
 //! rejects the write with a conflict, and the request is judged again. So two replicas may handle the same request
 //! during a takeover, and the first write wins.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::VecDeque, sync::Arc, time::Duration};
 
 use agent_kube::{Call, Cause, Failure, pod::Pod};
 use agent_runtime::{
@@ -14,7 +14,7 @@ use agent_runtime::{
 use cert_manager::{APPROVER, Condition, PLURAL, Request, claims, denied, place};
 use kube::{
     Api, Client,
-    api::{Patch, PatchParams},
+    api::{DeleteParams, Patch, PatchParams, Preconditions},
 };
 use parking_lot::Mutex;
 use serde_json::json;
@@ -39,6 +39,8 @@ const RESOURCE: &str = "certificaterequests.cert-manager.io";
 /// Maximum number of attempts for a request that other clients keep changing, before it is retried with a backoff.
 const MAX_ROUNDS: usize = 4;
 
+/// Number of own decisions that are remembered: those of the time that a list takes.
+const MAX_OWN_DECISIONS: usize = 4096;
 /// Maximum age of a live read of a pod when it is reused for a second judgement. An older read is repeated.
 const MAX_LIVE_READ_AGE: Duration = Duration::from_secs(1);
 
@@ -58,6 +60,17 @@ pub enum Outcome {
     /// The request stays undecided for this time: it differs from the configuration, and the agent's file may be newer than the
     /// approver's.
     Deferred(Duration),
+}
+
+/// How a removal ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Removal {
+    /// The request does not exist any longer.
+    Gone,
+    /// A policy or webhook rejects the deletion of this request.
+    Refused,
+    /// The attempt failed, and so would the next one.
+    Failed,
 }
 
 /// A decision and the rules that led to it.
@@ -89,6 +102,10 @@ pub struct Reconciler {
     deferrals: LogLimiter<(&'static str, String, String)>,
     /// The last logged failure, until a decision is written again.
     logged_trouble: Mutex<Option<String>>,
+    /// UIDs of requests that this replica decided last, oldest first.
+    own_decisions: Mutex<VecDeque<Arc<str>>>,
+    /// The last logged failure of a removal.
+    logged_removal: Mutex<Option<Failure>>,
 }
 
 impl std::fmt::Debug for Reconciler {
@@ -120,6 +137,8 @@ impl Reconciler {
             denials,
             deferrals,
             logged_trouble: Mutex::default(),
+            own_decisions: Mutex::default(),
+            logged_removal: Mutex::default(),
         }
     }
 
@@ -163,10 +182,13 @@ impl Reconciler {
                     if by_superseded {
                         self.metrics.by_superseded.inc();
                     }
+                    self.note_decided(item.uid.clone());
                     self.decided(&request, &decision, item.since).await;
                     return Outcome::Decided;
                 }
                 Err(failure) if failure.cause == Cause::Conflict => match self.reread(&request).await {
+                    // An older list can show a request undecided that this replica has decided.
+                    Ok(Some(newer)) if self.has_decided(&item.uid) && judge::decided_by_a_replica(&newer) => return Outcome::Settled,
                     Ok(Some(newer)) if judge::decided_by_a_replica(&newer) => return Outcome::Conflict,
                     Ok(Some(newer)) => request = Arc::new(newer),
                     Ok(None) => return Outcome::Settled,
@@ -177,6 +199,18 @@ impl Reconciler {
             }
         }
         Outcome::Failed
+    }
+
+    fn note_decided(&self, uid: Arc<str>) {
+        let mut own = self.own_decisions.lock();
+        if own.len() == MAX_OWN_DECISIONS {
+            own.pop_front();
+        }
+        own.push_back(uid);
+    }
+
+    fn has_decided(&self, uid: &str) -> bool {
+        self.own_decisions.lock().iter().any(|own| **own == *uid)
     }
 
     /// Returns a decision and the slot to write it. After a wait for the slot, the request is judged again, because its pod may have been
@@ -301,6 +335,37 @@ impl Reconciler {
             Err(error) => match Failure::of(&error, &call) {
                 failure if failure.cause == Cause::NotFound => Ok(None),
                 failure => Err(self.trouble(Step::read_request, &call, &failure)),
+            },
+        }
+    }
+
+    /// Deletes an ended request, if it still has this UID.
+    ///
+    /// # Cancel safety
+    ///
+    /// If the future is dropped, the request may or may not be deleted.
+    pub async fn remove(&self, (namespace, name): &Key, uid: &str) -> Removal {
+        let call = Call { verb: "delete", resource: RESOURCE, name: Some(name), namespace: Some(namespace) };
+        let api: Api<Request> = Api::namespaced(self.client.clone(), namespace);
+        let only = Preconditions { uid: Some(uid.to_owned()), resource_version: None };
+        match api.delete(name, &DeleteParams { preconditions: Some(only), ..DeleteParams::default() }).await {
+            Ok(_) => {
+                self.metrics.removed.inc();
+                tracing::debug!(target: LOG_TARGET, namespace, request = name, "an ended request is removed");
+                Removal::Gone
+            }
+            Err(error) => match Failure::of(&error, &call) {
+                // Another client has deleted it, or it is another request.
+                failure if matches!(failure.cause, Cause::NotFound | Cause::Conflict) => Removal::Gone,
+                failure => {
+                    self.metrics.failed(Step::remove);
+                    let mut logged_removal = self.logged_removal.lock();
+                    if logged_removal.as_ref() != Some(&failure) {
+                        tracing::warn!(target: LOG_TARGET, call = %call, error = %failure, "cannot remove an ended request; trying again");
+                        *logged_removal = Some(failure.clone());
+                    }
+                    if failure.cause == Cause::Policy { Removal::Refused } else { Removal::Failed }
+                }
             },
         }
     }

@@ -23,8 +23,9 @@ pub mod verdict;
 pub const GROUP: &str = "cert-manager.io";
 /// Plural name of the resource.
 pub const PLURAL: &str = "certificaterequests";
-/// Requests in one page of a list. One request can be as large as etcd allows an object to be: 1.5 MiB.
-pub const REQUESTS_PER_PAGE: u32 = 20;
+/// Requests in one page of a list. An agent's request has less than 4 KiB. Pages of larger requests shrink
+/// ([`agent_kube::pages`](agent_kube::pages)).
+pub const REQUESTS_PER_PAGE: u32 = 100;
 /// Maximum length of a CSR that is kept: 64 Ki characters of base64. The largest CSR of an agent, with an RSA key, has about 2,000.
 const MAX_CSR_CHARACTERS: usize = 64 << 10;
 
@@ -52,8 +53,10 @@ pub enum RequestNamespace {
 pub mod keys {
     /// Common prefix of all keys.
     pub const PREFIX: &str = "sds-agent.io/";
-    /// Label: the node of the requesting agent, see [`node_label`](super::naming::node_label). The agent's watch selects by it.
+    /// Label: the node of the requesting agent, see [`node_label`](super::naming::node_label). Agents of the previous version select by it.
     pub const NODE: &str = "sds-agent.io/node";
+    /// Label: the UID of the node of the requesting agent. The agent's watch selects by it. Absent if the agent's token names no node.
+    pub const NODE_UID: &str = "sds-agent.io/node-uid";
     /// Label: the UID of the agent's pod. An agent outside of a pod has [`PROCESS_PREFIX`](super::naming::PROCESS_PREFIX) and its instance.
     pub const AGENT: &str = "sds-agent.io/agent-uid";
     /// Label: the agent process that holds the key. A restarted container keeps the UID of its pod, but loses the keys.

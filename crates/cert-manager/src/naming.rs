@@ -13,6 +13,7 @@ use std::{
 
 use agent_runtime::text::hex;
 use aws_lc_rs::digest;
+use parking_lot::RwLock;
 use workload_identity::{Identity, NodeEnvironment, PodRef};
 
 use crate::keys;
@@ -28,6 +29,8 @@ const LABEL_BYTES: usize = 63;
 pub struct Agent {
     /// Name of the node.
     pub node_name: Arc<str>,
+    /// UID of the node, if the agent's token names it. It changes if the Node object is recreated while the agent runs.
+    node_uid: RwLock<Option<String>>,
     /// The agent's pod, if it runs in one.
     pub pod: Option<PodRef>,
     /// Identifier of this process, 12 hexadecimal digits. It is random, so that no two processes share the name of a request.
@@ -36,8 +39,9 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// Creates the agent of `node`. A node without a name is called `unknown`. `boot` is a random number, drawn once per process.
-    pub fn new(node: &NodeEnvironment, boot: u64) -> Self {
+    /// Creates the agent of `node`. A node without a name is called `unknown`. `node_uid` is the node's UID, if the agent's token names it.
+    /// `boot` is a random number, drawn once per process.
+    pub fn new(node: &NodeEnvironment, node_uid: Option<String>, boot: u64) -> Self {
         let mut hash = digest::Context::new(&digest::SHA256);
         if let Some(pod) = &node.pod {
             hash.update(pod.uid.as_bytes());
@@ -45,7 +49,23 @@ impl Agent {
         hash.update(&boot.to_be_bytes());
         let instance = hex(&hash.finish().as_ref()[..6]);
         let node_name = node.node_name.clone().unwrap_or_else(|| "unknown".into());
-        Self { node_name, pod: node.pod.clone(), instance, counter: AtomicU64::new(0) }
+        let node_uid = RwLock::new(node_uid);
+        Self { node_name, node_uid, pod: node.pod.clone(), instance, counter: AtomicU64::new(0) }
+    }
+
+    /// Returns the UID of the node, if the agent's token names it.
+    pub fn node_uid(&self) -> Option<String> {
+        self.node_uid.read().clone()
+    }
+
+    /// Sets the UID of the node. Returns whether it has changed.
+    pub fn set_node_uid(&self, uid: &str) -> bool {
+        let mut known = self.node_uid.write();
+        let has_changed = known.as_deref() != Some(uid);
+        if has_changed {
+            *known = Some(uid.to_owned());
+        }
+        has_changed
     }
 
     /// Returns the value of the label [`keys::AGENT`].
@@ -64,9 +84,24 @@ impl Agent {
 
     /// Returns the labels of this agent's requests.
     pub fn labels(&self) -> BTreeMap<String, String> {
-        [(keys::NODE, node_label(&self.node_name)), (keys::AGENT, self.uid()), (keys::INSTANCE, self.instance.clone())]
-            .map(|(key, value)| (key.to_owned(), value))
-            .into()
+        let uid = self.node_uid().map(|uid| (keys::NODE_UID, uid));
+        let labels = [(keys::NODE, node_label(&self.node_name)), (keys::AGENT, self.uid()), (keys::INSTANCE, self.instance.clone())];
+        labels.into_iter().chain(uid).map(|(key, value)| (key.to_owned(), value)).collect()
+    }
+
+    /// Returns the label selector of the requests of this agent's node.
+    pub fn selector(&self) -> String {
+        match self.node_uid() {
+            Some(uid) => format!("{}={uid}", keys::NODE_UID),
+            None => format!("{}={}", keys::NODE, node_label(&self.node_name)),
+        }
+    }
+
+    /// Returns the label selector of requests that agents of the previous version made on this node, without the UID of the node. `None`
+    /// if [`selector`](Self::selector) selects them, or if the node's name is longer than a label: other nodes' agents could set its digest.
+    pub fn former_selector(&self) -> Option<String> {
+        let is_exact = self.node_uid().is_some() && self.node_name.len() <= LABEL_BYTES;
+        is_exact.then(|| format!("{}={},!{}", keys::NODE, self.node_name, keys::NODE_UID))
     }
 
     /// Returns the annotations of a request for `identity`. `evidence` is the pod in whose name the agent requests.
@@ -122,12 +157,29 @@ mod tests {
     }
 
     #[test]
+    fn requests_are_selected_by_the_uid_of_the_node_if_it_is_known() {
+        let node = NodeEnvironment { node_name: Some("n1".into()), pod: None };
+        let (with, without) = (Agent::new(&node, Some("u-1".into()), 1), Agent::new(&node, None, 1));
+        assert_eq!((with.selector(), without.selector()), ("sds-agent.io/node-uid=u-1".into(), "sds-agent.io/node=n1".into()));
+        assert_eq!((with.labels()[keys::NODE_UID].as_str(), with.labels()[keys::NODE].as_str()), ("u-1", "n1"));
+        assert!(!without.labels().contains_key(keys::NODE_UID));
+        let former = with.former_selector().unwrap();
+        assert_eq!((former.as_str(), without.former_selector()), ("sds-agent.io/node=n1,!sds-agent.io/node-uid", None));
+        let long = NodeEnvironment { node_name: Some("n".repeat(64).into()), pod: None };
+        assert_eq!(Agent::new(&long, Some("u-1".into()), 1).former_selector(), None);
+        assert_eq!(
+            (with.set_node_uid("u-1"), with.set_node_uid("u-2"), with.selector()),
+            (false, true, "sds-agent.io/node-uid=u-2".into())
+        );
+    }
+
+    #[test]
     fn a_restarted_agent_is_another_instance_of_the_same_pod() {
         let pod = PodRef { namespace: "sds-agent".into(), name: "sds-agent-x".into(), uid: "u-1".into() };
         let node = NodeEnvironment { node_name: Some("n1".into()), pod: Some(pod) };
-        let (first, second) = (Agent::new(&node, 1), Agent::new(&node, 2));
+        let (first, second) = (Agent::new(&node, None, 1), Agent::new(&node, None, 2));
         assert_eq!((first.uid(), second.uid()), ("u-1".into(), "u-1".into()));
         assert_ne!(first.instance, second.instance);
-        assert!(Agent::new(&NodeEnvironment::default(), 1).uid().starts_with(PROCESS_PREFIX));
+        assert!(Agent::new(&NodeEnvironment::default(), None, 1).uid().starts_with(PROCESS_PREFIX));
     }
 }

@@ -5,12 +5,12 @@
 //! clock and does no I/O, so the approver derives the same identities as the agent.
 
 use std::{
-    collections::BTreeMap,
     fmt,
     hash::{Hash, Hasher},
     sync::Arc,
 };
 
+mod labels;
 mod profile;
 mod resolver;
 mod rule;
@@ -19,6 +19,7 @@ pub mod samples;
 mod spiffe;
 pub mod version;
 
+pub use labels::Labels;
 pub use profile::{IssuerName, KeyType, Profile};
 pub use resolver::{Decision, Reason, Resolver, placeholder, render};
 pub use rule::{Match, Mismatch, Pattern, Rule};
@@ -100,7 +101,7 @@ pub enum Workload {
         /// The service account of the pod. Static pods have none.
         service_account: Option<Arc<str>>,
         /// Labels of the pod object.
-        labels: Arc<BTreeMap<String, String>>,
+        labels: Labels,
         /// The profile that the pod picks in the CSI volume of the socket on which it calls. `None` on the shared socket.
         picked: Option<Arc<str>>,
     },

@@ -196,7 +196,7 @@ mod tests {
         Workload::Pod {
             pod: PodRef { namespace: namespace.into(), name: "cart-1".into(), uid: "u1".into() },
             service_account: Some("cart".into()),
-            labels: Arc::new(labels.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect()),
+            labels: labels.iter().copied().collect(),
             picked: picked.map(Into::into),
         }
     }

@@ -137,7 +137,7 @@ impl Match {
         if !holds(&self.service_accounts, account) {
             return Err(Mismatch::ServiceAccount(account.to_owned()));
         }
-        match self.pod_labels.iter().find(|(key, value)| labels.get(*key) != Some(*value)) {
+        match self.pod_labels.iter().find(|(key, value)| labels.get(key) != Some(value.as_str())) {
             Some((key, value)) => Err(Mismatch::Label(key.clone(), value.clone())),
             None => Ok(()),
         }
@@ -197,7 +197,7 @@ mod tests {
         Workload::Pod {
             pod: PodRef { namespace: namespace.into(), name: "p".into(), uid: "u".into() },
             service_account: Some(account.into()),
-            labels: Arc::new(labels.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect()),
+            labels: labels.iter().copied().collect(),
             picked: None,
         }
     }

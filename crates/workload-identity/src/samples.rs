@@ -3,8 +3,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use crate::Identity;
-use crate::{IssuerName, KeyType, PodRef, Profile, Resolver, TrustDomain, Workload};
+use crate::{Identity, IssuerName, KeyType, Labels, PodRef, Profile, Resolver, TrustDomain, Workload};
 
 /// The identity of a pod with this service account under [`ISTIO`].
 pub fn identity(service_account: &str) -> Arc<Identity> {
@@ -34,7 +33,7 @@ pub fn pod(service_account: Option<&str>, uid: &str) -> Workload {
     Workload::Pod {
         pod: PodRef { namespace: "shop".into(), name: "cart-1".into(), uid: uid.into() },
         service_account: service_account.map(Into::into),
-        labels: Arc::default(),
+        labels: Labels::default(),
         picked: None,
     }
 }

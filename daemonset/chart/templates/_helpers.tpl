@@ -52,6 +52,17 @@ system:serviceaccount:{{ .Release.Namespace }}:sds-agent
 {{- join "\n" $names }}
 {{- end }}
 
+{{/* User names of the controllers that sign, as JSON. An external issuer's controller has an account of its own, which the chart cannot know. */}}
+{{- define "sds-agent.policySigners" -}}
+{{- $default := list "system:serviceaccount:cert-manager:cert-manager" }}
+{{- range include "sds-agent.guarded" . | fromJsonArray }}
+{{- if and (ne (.ref.group | default "cert-manager.io") "cert-manager.io") (eq (toJson $.Values.policy.signers) (toJson $default)) }}
+{{- fail (printf "policy.signers: add the user name of the controller that signs for %s %s; otherwise the policies reject its certificates" .ref.kind .ref.name) }}
+{{- end }}
+{{- end }}
+{{- toJson .Values.policy.signers }}
+{{- end }}
+
 {{/* The guarded issuers as the policies list them, one per line. */}}
 {{- define "sds-agent.issuers" -}}
 {{- $lines := list }}

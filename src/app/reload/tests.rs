@@ -48,7 +48,7 @@ impl World {
     fn new(text: &str, path: &Path) -> Self {
         let config = parse(text).unwrap().config;
         let (api, metrics) = (FakeApi::new(), agent_kube::Metrics::default());
-        let cluster = Cluster { client: api.client(&metrics), metrics, pods: None };
+        let cluster = Cluster { client: api.client(&metrics), metrics, pods: None, node_uid: None };
         let clock: Arc<dyn Clock> = Arc::new(TestClock::new(UNIX_EPOCH + Duration::from_secs(1_800_000_000)));
         let mut base = Base::new(Shutdown::new(Duration::ZERO));
         let mut builder = Builder::new(&config, &mut base);

@@ -13,7 +13,7 @@ use cert_manager::keys;
 use issuance::issuer::{Error, Issued, Order, Progress};
 use serde_json::{Value, json};
 use tokio::{task::JoinHandle, time::timeout};
-use workload_identity::{PodRef, Workload};
+use workload_identity::{Labels, PodRef, Workload};
 
 use super::*;
 use crate::app::Base;
@@ -77,7 +77,7 @@ impl World {
         let status = json!({"conditions": [{"type": "Ready", "status": "True"}]});
         let issuer = json!({"metadata": {"name": "mesh-ca", "namespace": ""}, "spec": {"ca": {}}, "status": status});
         api.put("clusterissuers", issuer);
-        let cluster = Cluster { client: api.client(&metrics), metrics, pods: None };
+        let cluster = Cluster { client: api.client(&metrics), metrics, pods: None, node_uid: None };
         let clock: Arc<dyn Clock> = Arc::new(TestClock::new(SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000)));
         let mut base = Base::new(Shutdown::new(Duration::ZERO));
         let mut builder = Builder::new(&config, &mut base);
@@ -92,7 +92,7 @@ impl World {
     fn order(&self, namespace: &str) -> JoinHandle<Result<Issued, Error>> {
         let pod = PodRef { namespace: namespace.into(), name: "p".into(), uid: "u".into() };
         let account = Some("s".into());
-        let workload = Workload::Pod { pod: pod.clone(), service_account: account, labels: Arc::default(), picked: None };
+        let workload = Workload::Pod { pod: pod.clone(), service_account: account, labels: Labels::default(), picked: None };
         let identity = Arc::new(self.config.resolver().resolve(&workload).unwrap());
         let issuer = &self.issuer_set.issuers[&identity.profile.issuer];
         let (progress, _) = Progress::new();

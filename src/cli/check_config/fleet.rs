@@ -14,6 +14,13 @@ const CALLS: f64 = 4.0;
 const LAST_LIMITED: Version = Version { major: 1, minor: 20 };
 /// CertificateRequests per second that this client can sign with its default limit of 20 calls per second.
 const LIMITED_RATE: f64 = 5.0;
+/// Approvals per second of the approver (docs/sizing.md).
+const APPROVALS: f64 = 50.0;
+/// Certificates per second that one agent requests, with the default limit of 20 calls per second and two calls for each.
+const PER_AGENT: f64 = 10.0;
+/// Memory of the approver: without pods, and for each pod of the cluster, in bytes (docs/sizing.md).
+const APPROVER_BYTES: u64 = 50 << 20;
+const APPROVER_BYTES_PER_POD: u64 = 600;
 
 /// The size of a cluster.
 #[derive(Debug, Clone, Copy, Default, PartialEq, clap::Args)]
@@ -57,6 +64,10 @@ pub struct Load {
     pub requests_per_second: f64,
     /// Writes to etcd per second.
     pub etcd_writes_per_second: f64,
+    /// Seconds until all identities have a certificate, if none has one.
+    pub cold_start_seconds: f64,
+    /// Memory of the approver in bytes, if each identity is one pod.
+    pub approver_memory_bytes: u64,
 }
 
 impl Fleet {
@@ -68,13 +79,27 @@ impl Fleet {
         let (mut loads, mut warnings) = (Vec::new(), Vec::new());
         for (path, profile) in all {
             let rate = config::renewals_per_second(profile.lifetime, profile.renew_at, 1) * f64::from(nodes) * f64::from(identities);
-            loads.push(Load { profile: profile.name.to_string(), requests_per_second: rate, etcd_writes_per_second: rate * WRITES });
+            let all = f64::from(nodes) * f64::from(identities);
+            loads.push(Load {
+                profile: profile.name.to_string(),
+                requests_per_second: rate,
+                etcd_writes_per_second: rate * WRITES,
+                cold_start_seconds: all / self.cold_rate(nodes),
+                approver_memory_bytes: APPROVER_BYTES + APPROVER_BYTES_PER_POD * u64::from(nodes) * u64::from(identities),
+            });
             let by_cert_manager = matches!(config.issuers.get(&profile.issuer), Some(IssuerConfig::CertManager(_)));
             if by_cert_manager && rate > LIMITED_RATE && self.cert_manager.is_none_or(|version| version <= LAST_LIMITED) {
                 warnings.push(Warning { path: format!("{path}.lifetime"), message: self.too_much(profile, rate) });
             }
         }
         (loads, warnings)
+    }
+
+    /// Certificates per second of a cold start: the slowest of the agents, the approver and cert-manager. The authority may be slower.
+    fn cold_rate(&self, nodes: u32) -> f64 {
+        let is_limited = self.cert_manager.is_some_and(|version| version <= LAST_LIMITED);
+        let signed = if is_limited { LIMITED_RATE } else { f64::INFINITY };
+        (f64::from(nodes) * PER_AGENT).min(APPROVALS).min(signed)
     }
 
     fn too_much(&self, profile: &Profile, rate: f64) -> String {
@@ -112,6 +137,13 @@ mod tests {
     fn the_fleet_load_warns_when_an_old_cert_manager_is_too_slow() {
         let (loads, warnings) = fleet(5000, Some("v1.20.3")).loads(&config("24h"));
         assert!((loads[0].requests_per_second - 3.472).abs() < 0.01 && (loads[0].etcd_writes_per_second - 24.306).abs() < 0.01);
+        // 150,000 identities, signed at the limit of the old cert-manager.
+        assert!((loads[0].cold_start_seconds - 30_000.0).abs() < 1.0, "{loads:?}");
+        assert_eq!(loads[0].approver_memory_bytes >> 20, 135);
+        let newer = fleet(5000, Some("1.21")).loads(&config("24h")).0;
+        assert!((newer[0].cold_start_seconds - 3_000.0).abs() < 1.0, "{newer:?}");
+        let single = fleet(1, Some("1.21")).loads(&config("24h")).0;
+        assert!((single[0].cold_start_seconds - 3.0).abs() < 0.1, "a single agent is the limit: {single:?}");
         assert_eq!(warnings.len(), 1, "{warnings:?}");
         let said = warnings[0].to_string();
         assert!(said.contains("profiles[0].certificate.lifetime") && said.contains("500.0 requests per second"), "{said}");

@@ -7,7 +7,7 @@ use agent_runtime::{
     clock::{self, Clock, SystemClock},
     text,
 };
-use cert_manager::{CertificateRequest, GROUP, IssuerRef, RequestNamespace, Status, keys, naming::node_label, verdict::Verdict};
+use cert_manager::{CertificateRequest, GROUP, IssuerRef, RequestNamespace, Status, keys, naming::Agent, verdict::Verdict};
 use issuance::issuer::{
     Error,
     certificate_request::{self, Settings, vault},
@@ -56,7 +56,7 @@ pub(super) async fn look(config: &Config) -> Vec<Step> {
     steps
 }
 
-fn of_cert_manager(issuer: &IssuerConfig) -> Option<&Settings> {
+pub(super) fn of_cert_manager(issuer: &IssuerConfig) -> Option<&Settings> {
     match issuer {
         IssuerConfig::CertManager(issuer) => Some(issuer),
         IssuerConfig::Embedded => None,
@@ -151,8 +151,8 @@ async fn requests(config: &Config, client: &Client, namespace: &RequestNamespace
         RequestNamespace::Fixed(namespace) => (Api::namespaced_with(client.clone(), namespace, &resource), Some(namespace.as_str())),
         RequestNamespace::Workload => (Api::all_with(client.clone(), &resource), None),
     };
-    let node = node_label(config.node.node_name.as_deref().unwrap_or("unknown"));
-    let parameters = ListParams::default().labels(&format!("{}={node}", keys::NODE)).limit(READ);
+    let agent = Agent::new(&config.node, agent_kube::token::node_uid().await, 0);
+    let parameters = ListParams::default().labels(&agent.selector()).limit(READ);
     match api.list(&parameters).await {
         Ok(list) => {
             let now = i64::try_from(clock::unix_seconds(SystemClock.now())).unwrap_or(i64::MAX);

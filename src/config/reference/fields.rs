@@ -169,7 +169,7 @@ pub const GROUPS: &[Group] = &[
                 Choice(KEYS),
                 Value("ecdsa-p256"),
                 "Type of the key. Each certificate has its own key. Between Envoys, P-384 works only with \
-                 `tls_maximum_protocol_version: TLSv1_3` on the upstream. Ed25519 is rejected, because Envoy does not accept it.",
+                 `tls_maximum_protocol_version: TLSv1_3` in the client Envoy's `UpstreamTlsContext`. Ed25519 is rejected, because Envoy does not accept it.",
             ),
             field(
                 "certificate.renewAt",

@@ -16,7 +16,7 @@ use tokio::process::Command;
 use crate::{child::Child, eventually, free_port, http, paths};
 
 /// Limit from start to ready, on a busy machine.
-const START: Duration = Duration::from_secs(60);
+const START: Duration = Duration::from_secs(240);
 
 /// The program under test.
 pub fn program() -> &'static Path {

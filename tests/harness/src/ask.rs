@@ -67,6 +67,12 @@ impl Ask {
         self
     }
 
+    /// Removes the labels, which only an agent may set.
+    pub fn unlabelled(mut self) -> Self {
+        self.object["metadata"]["labels"] = json!({});
+        self
+    }
+
     pub fn owner(mut self, pod: &Pod) -> Self {
         self.object["metadata"]["ownerReferences"] = json!([{"apiVersion": "v1", "kind": "Pod", "name": pod.name, "uid": pod.uid}]);
         self

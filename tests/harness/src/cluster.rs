@@ -278,6 +278,12 @@ impl Cluster {
         self.send("GET", path, "application/json", &Value::Null).await
     }
 
+    /// Reads a page of text.
+    pub async fn text(&self, path: &str) -> String {
+        let request = http::Request::get(path).body(Vec::new()).expect("a request");
+        self.client.request_text(request).await.unwrap_or_else(|e| panic!("GET {path}: {e}"))
+    }
+
     /// Reads an object and returns the error, if any.
     pub async fn try_get(&self, path: &str) -> kube::Result<Value> {
         self.try_send("GET", path, "application/json", &Value::Null).await

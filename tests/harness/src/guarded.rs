@@ -57,13 +57,13 @@ impl Guarded {
     pub async fn assert_only_the_mesh_is_guarded(&self, state: &str) {
         let cluster = &self.world.cluster;
         let other = json!({"name": "own", "kind": "Issuer", "group": "cert-manager.io"});
-        let ask = self.ask().in_namespace(&self.shop).label("anything").spec("issuerRef", other);
+        let ask = self.ask().in_namespace(&self.shop).unlabelled().spec("issuerRef", other);
         let path = ask.create(&self.editor).await.unwrap_or_else(|e| panic!("{state}: another issuer's request: {e}"));
         issued(cluster, &path).await;
         let note = json!({"metadata": {"annotations": {"example.com/note": "mine"}}});
         self.editor.cluster.patch(&path, &note).await;
         self.editor.cluster.try_delete(&path).await.unwrap_or_else(|e| panic!("{state}: it cannot be deleted: {e}"));
-        let refusal = self.ask().in_namespace(&self.shop).refused(&self.editor).await;
+        let refusal = self.ask().in_namespace(&self.shop).unlabelled().refused(&self.editor).await;
         // In this state two policies reject the request, and the API server reports one of them.
         let is_malformed = refusal.contains("is no duration such as 24h");
         assert!(is_malformed || refusal.contains("only sds-agent may ask ClusterIssuer/mesh-ca"), "{state}: {refusal}");
@@ -117,7 +117,7 @@ impl Guarded {
         // No account can use an issuer that only the ConfigMap names, until the policies are rendered again.
         self.publish(&whole, &[("issuers", Some("ClusterIssuer/mesh-ca\nClusterIssuer/added\n"))]).await;
         let added = json!({"name": "added", "kind": "ClusterIssuer", "group": "cert-manager.io"});
-        let ask = self.ask().in_namespace(&self.shop).spec("issuerRef", added);
+        let ask = self.ask().in_namespace(&self.shop).unlabelled().spec("issuerRef", added);
         eventually("an issuer of the ConfigMap alone is rejected", PATIENCE, async || match ask.try_dry_run(&self.editor).await {
             Err(kube::Error::Api(status)) if status.message.contains("stands in issuers of ConfigMap") => Ok(()),
             answer => Err(format!("{answer:?}")),
@@ -186,7 +186,7 @@ impl Guarded {
 
     /// Waits until the API server enforces the policy with these words.
     pub async fn until_a_stranger_is_refused(&self, words: &str) {
-        let stranger = self.ask().in_namespace(&self.shop);
+        let stranger = self.ask().in_namespace(&self.shop).unlabelled();
         eventually(&format!("the policy with the text {words:?} is enforced"), PATIENCE, async || {
             match stranger.try_dry_run(&self.editor).await {
                 Err(kube::Error::Api(status)) if status.message.contains(words) => Ok(()),

@@ -92,6 +92,32 @@ impl World {
             }
         })
         .await;
+        let other_issuer = json!({"name": "other", "kind": "ClusterIssuer", "group": "cert-manager.io"});
+        let labelled = Ask::of(&probe, &target).spec("issuerRef", other_issuer);
+        eventually("the policy of labels is enforced", PATIENCE, async || match labelled.create_in(&self.cluster).await {
+            Err(_) => Ok(()),
+            Ok(made) => {
+                self.cluster.delete(&made).await;
+                Err("an administrator set a label of the agents".to_owned())
+            }
+        })
+        .await;
+        let event = event(&namespace, |event| event["reportingController"] = json!("example.com/other"));
+        let events = format!("/apis/events.k8s.io/v1/namespaces/{namespace}/events?dryRun=All");
+        eventually("the policy of events is enforced", PATIENCE, async || match probe.cluster.try_create(&events, &event).await {
+            Err(kube::Error::Api(status)) if status.message.contains("an agent creates only short Events") => Ok(()),
+            answer => Err(format!("{answer:?}")),
+        })
+        .await;
+        let (made, approver) = (Ask::of(&probe, &target).create(&probe).await.unwrap(), self.as_approver().await);
+        eventually("the policy of removals is enforced", PATIENCE, async || {
+            match approver.try_delete(&format!("{made}?dryRun=All")).await {
+                Err(_) => Ok(()),
+                Ok(_) => Err("the approver deleted an undecided request".to_owned()),
+            }
+        })
+        .await;
+        self.cluster.delete(&made).await;
         eventually("the policy of deletions is enforced", PATIENCE, async || {
             let made = Ask::of(&probe, &target).create(&probe).await.unwrap();
             match other.cluster.try_delete(&made).await {
@@ -103,6 +129,11 @@ impl World {
             }
         })
         .await;
+    }
+
+    /// A view of the cluster as the approver's account. It has no pod, which would count as a replica.
+    pub async fn as_approver(&self) -> Cluster {
+        self.impersonate(&format!("system:serviceaccount:{}:sds-agent-approver", self.namespace), &[]).await
     }
 
     /// Makes cert-manager's own approver the account that decides, as the chart does where `approver.enabled` is false.
@@ -237,6 +268,18 @@ impl World {
         let log = self.plane.kubeconfig().parent().unwrap().join("audit.log");
         fs::read_to_string(log).unwrap().lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
     }
+}
+
+/// An Event about a pod of `namespace` as the agent writes it, with one change.
+pub fn event(namespace: &str, change: impl FnOnce(&mut Value)) -> Value {
+    let mut event = json!({
+        "metadata": {"generateName": "app-", "namespace": namespace, "labels": {"app.kubernetes.io/managed-by": "sds-agent"}},
+        "eventTime": "2026-01-02T03:04:05.000000Z", "action": "IssueCertificate", "reason": "CertificateNotIssued", "type": "Warning",
+        "regarding": {"apiVersion": "v1", "kind": "Pod", "name": "app", "namespace": namespace, "uid": "u"},
+        "reportingController": "sds-agent.io/agent", "reportingInstance": "sds-agent-x", "note": "why",
+    });
+    change(&mut event);
+    event
 }
 
 /// A configuration with this overlap.

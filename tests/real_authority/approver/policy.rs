@@ -4,7 +4,7 @@
 use serde_json::{Value, json};
 use test_harness::{
     ask::{Ask, issued},
-    cluster::{Pod, labels},
+    cluster::{Cluster, Pod, labels},
     eventually,
     world::{NAMESPACE, PATIENCE, World},
 };
@@ -27,14 +27,17 @@ async fn the_policy_alone_stops_what_it_is_there_for() {
     let other = json!({"name": "other", "kind": "ClusterIssuer", "group": "cert-manager.io"});
     let without_kind = json!({"name": "mesh-ca"});
     let external = json!({"name": "mesh-ca", "kind": "ClusterIssuer", "group": "example.com"});
-    let mut unlabelled = good();
-    unlabelled.object["metadata"]["labels"] = Value::Null;
     let metadata = |field: &str, value: Value| {
         let mut ask = good();
         ask.object["metadata"][field] = value;
         ask
     };
     let owner = |n: usize| json!({"apiVersion": "v1", "kind": "Pod", "name": format!("p{n}"), "uid": format!("u{n}")});
+    let uid_label = |uid: &str| {
+        let mut ask = good();
+        ask.object["metadata"]["labels"]["sds-agent.io/node-uid"] = json!(uid);
+        ask
+    };
     let mut many_annotations = good();
     for n in 0..30 {
         many_annotations = many_annotations.annotation(&format!("example.com/{n}"), "");
@@ -46,7 +49,7 @@ async fn the_policy_alone_stops_what_it_is_there_for() {
         ("a long duration", good().spec("duration", json!(format!("{}3600s", "0".repeat(64)))), "is larger than an agent's"),
         ("many owners", metadata("ownerReferences", (0..5).map(owner).collect()), "is larger than an agent's"),
         ("another node's label", good().label(&b), "the request is labelled with node"),
-        ("no label", unlabelled, "the request is labelled with node"),
+        ("no label", good().unlabelled(), "the request is labelled with node"),
         ("another node's name", good().annotation("sds-agent.io/node-name", &b), "the request is labelled with node"),
         ("both", good().label(&b).annotation("sds-agent.io/node-name", &b), "the request is labelled with node"),
         ("another issuer", good().spec("issuerRef", other.clone()), "sds-agent may not ask ClusterIssuer/other"),
@@ -57,6 +60,8 @@ async fn the_policy_alone_stops_what_it_is_there_for() {
         ("other usages", good().spec("usages", json!(["cert sign"])), "the usages have to be"),
         ("no usages", good().spec("usages", Value::Null), "the usages have to be"),
         ("a CA's certificate", good().spec("isCA", json!(true)), "isCA is set"),
+        ("another node's UID", uid_label(&uid_of(cluster, &b).await), "the request is labelled with node"),
+        ("no UID", uid_label(""), "the request is labelled with node"),
     ] {
         let refusal = ask.refused(&agent).await;
         assert!(refusal.contains(words), "{what}: {refusal}");
@@ -83,14 +88,17 @@ async fn the_policy_alone_stops_what_it_is_there_for() {
     for namespace in [NAMESPACE, &shop] {
         let editor = world.editor(namespace).await;
         let ask = good().in_namespace(namespace);
+        assert!(ask.clone().spec("issuerRef", other.clone()).refused(&editor).await.contains("only an agent may set"));
+        let ask = ask.unlabelled();
         let refusal = ask.refused(&editor).await;
         assert!(refusal.contains("only sds-agent may ask ClusterIssuer/mesh-ca"), "{refusal}");
-        ask.spec("issuerRef", other.clone()).label("anything").create(&editor).await.unwrap();
+        ask.spec("issuerRef", other.clone()).create(&editor).await.unwrap();
     }
-    assert!(good().refused_in(cluster).await.contains("only sds-agent may ask"));
+    assert!(good().unlabelled().refused_in(cluster).await.contains("only sds-agent may ask"));
 
-    // The requests that agents really make are signed.
-    let path = good().create(&agent).await.unwrap();
+    // The requests that agents really make are signed; those of the previous version have no label with the UID.
+    issued(cluster, &good().create(&agent).await.unwrap()).await;
+    let path = uid_label(&uid_of(cluster, &a).await).create(&agent).await.unwrap();
     issued(cluster, &path).await;
 
     // An agent can delete requests that agents of its node have made, and no others.
@@ -110,6 +118,10 @@ async fn the_policy_alone_stops_what_it_is_there_for() {
     successor.cluster.try_delete(&path).await.unwrap();
 }
 
+async fn uid_of(cluster: &Cluster, node: &str) -> String {
+    cluster.get(&format!("/api/v1/nodes/{node}")).await["metadata"]["uid"].as_str().unwrap().to_owned()
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_garbage_collector_and_the_end_of_a_namespace_pass_the_policy() {
     let world = World::start(&[]).await;
@@ -122,7 +134,8 @@ async fn the_garbage_collector_and_the_end_of_a_namespace_pass_the_policy() {
     let owned = Ask::of(&agent, &pod).owner(&agent.pod).create(&agent).await.unwrap();
     let editor = world.editor(&shop).await;
     let other = json!({"name": "other", "kind": "ClusterIssuer", "group": "cert-manager.io"});
-    Ask::of(&agent, &pod).in_namespace(&shop).spec("issuerRef", other).create(&editor).await.unwrap();
+    let foreign = Ask::of(&agent, &pod).in_namespace(&shop).spec("issuerRef", other).unlabelled();
+    foreign.create(&editor).await.unwrap();
 
     cluster.delete(&agent.pod.path()).await;
     eventually("the collector deletes the request of the agent that has ended", PATIENCE, async || match cluster.try_get(&owned).await {

@@ -41,7 +41,7 @@ async fn the_policies_actions_and_the_denied_nodes_are_values_of_the_chart() {
     let values = ["--set-json", r#"policy.validationActions=["Audit","Warn"]"#, "--set-json", r#"deniedNodes=["n1","n2.example"]"#];
     let objects = helm(NAMESPACE, &values).await;
     let bindings: Vec<_> = objects.iter().filter(|object| object["kind"] == "ValidatingAdmissionPolicyBinding").collect();
-    assert_eq!(bindings.len(), 3);
+    assert_eq!(bindings.len(), 6);
     for binding in bindings {
         assert_eq!(binding["spec"]["validationActions"], json!(["Audit", "Warn"]), "{}", binding["metadata"]["name"]);
     }

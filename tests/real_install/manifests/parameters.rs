@@ -6,7 +6,7 @@ use test_harness::{
     cluster::name_of,
     eventually,
     guarded::{Guarded, moved},
-    manifests::{NAMESPACE, helm, install},
+    manifests::{NAMESPACE, helm, install, try_helm},
     world::{GUARDED, PATIENCE, World},
 };
 
@@ -36,16 +36,21 @@ async fn assert_the_list_is_the_charts(scene: &Guarded) {
         },
     ]);
     let signers = r#"approver.signers=["stepclusterissuers.certmanager.step.sm/step"]"#;
-    let objects = helm(NAMESPACE, &["--set-json", &format!("config.profiles={profiles}"), "--set-json", signers]).await;
+    let accounts = r#"policy.signers=["system:serviceaccount:cert-manager:cert-manager","system:serviceaccount:step:step-issuer"]"#;
+    let refused = try_helm(NAMESPACE, &["--set-json", &format!("config.profiles={profiles}"), "--set-json", signers]).await;
+    let text = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(!refused.status.success() && text.contains("policy.signers: add the user name of the controller"), "{text}");
+    let objects =
+        helm(NAMESPACE, &["--set-json", &format!("config.profiles={profiles}"), "--set-json", signers, "--set-json", accounts]).await;
     let policies: Vec<_> =
         objects.into_iter().filter(|object| object["kind"].as_str().unwrap().starts_with("ValidatingAdmissionPolicy")).collect();
-    assert_eq!(policies.len(), 6);
+    assert_eq!(policies.len(), 12);
     install(&scene.world.cluster, &policies).await;
     let elsewhere = scene.world.cluster.namespace().await;
     let neighbour = scene.world.editor(&elsewhere).await;
     let issuer = |kind: &str, name: &str| json!({"name": name, "kind": kind, "group": "cert-manager.io"});
     for (kind, name) in [("ClusterIssuer", "pay-ca"), ("Issuer", "own"), ("ClusterIssuer", "mesh-ca")] {
-        let ask = scene.ask().in_namespace(&scene.shop).spec("issuerRef", issuer(kind, name));
+        let ask = scene.ask().in_namespace(&scene.shop).unlabelled().spec("issuerRef", issuer(kind, name));
         eventually("the chart's policy is enforced", PATIENCE, async || match ask.try_dry_run(&scene.editor).await {
             Err(kube::Error::Api(status)) if status.message.contains(&format!("only sds-agent may ask {kind}/{name}")) => Ok(()),
             answer => Err(format!("{answer:?}")),
@@ -62,11 +67,11 @@ async fn assert_the_list_is_the_charts(scene: &Guarded) {
         (json!({"name": "other", "kind": "StepClusterIssuer"}), false),
         (json!({"name": "step", "kind": "Issuer"}), false),
     ] {
-        let answer = scene.ask().in_namespace(&unvalidated).spec("issuerRef", reference.clone()).try_dry_run(&tenant).await;
+        let answer = scene.ask().in_namespace(&unvalidated).unlabelled().spec("issuerRef", reference.clone()).try_dry_run(&tenant).await;
         assert_eq!(answer.is_err(), is_guarded, "{reference}: {answer:?}");
     }
     for (kind, name) in [("Issuer", "own"), ("ClusterIssuer", "own"), ("Issuer", "pay-ca")] {
-        scene.ask().in_namespace(&elsewhere).spec("issuerRef", issuer(kind, name)).try_dry_run(&neighbour).await.unwrap();
+        scene.ask().in_namespace(&elsewhere).unlabelled().spec("issuerRef", issuer(kind, name)).try_dry_run(&neighbour).await.unwrap();
     }
     assert_eq!(name_of(&policies[0]), "sds-agent-requests");
 }

@@ -26,10 +26,11 @@ const AGENT_OWN: [&str; 6] = [
 /// In the namespace of the roots.
 const AGENT_ROOTS: [&str; 3] = ["get configmaps mesh-roots", "list configmaps mesh-roots", "watch configmaps mesh-roots"];
 /// In every namespace.
-const APPROVER: [&str; 10] = [
+const APPROVER: [&str; 12] = [
     "approve guardedissuers.sds-agent.io",
     "approve signers.cert-manager.io clusterissuers.cert-manager.io/mesh-ca",
     "create events",
+    "delete certificaterequests.cert-manager.io",
     "get certificaterequests.cert-manager.io",
     "get pods",
     "list certificaterequests.cert-manager.io",
@@ -37,6 +38,7 @@ const APPROVER: [&str; 10] = [
     "patch certificaterequests/status.cert-manager.io",
     "watch certificaterequests.cert-manager.io",
     "watch pods",
+    "remove guardedissuers.sds-agent.io",
 ];
 
 /// All permissions of an account in a namespace, one line for each verb and resource.

@@ -19,7 +19,7 @@ use sds_server::{
     trust::{self, Trust},
 };
 use unix_peer::peer::Peer;
-use workload_identity::{IssuerName, PodRef, Profile, Resolver, TrustDomain, Workload, samples::identity};
+use workload_identity::{IssuerName, Labels, PodRef, Profile, Resolver, TrustDomain, Workload, samples::identity};
 
 use super::*;
 
@@ -279,7 +279,7 @@ impl Bench {
 fn attested(service_account: &str, terminated: &CancellationToken) -> Attested {
     let pod = PodRef { namespace: "shop".into(), name: "cart-1".into(), uid: "u1".into() };
     Attested {
-        workload: Workload::Pod { pod, service_account: Some(service_account.into()), labels: Arc::default(), picked: None },
+        workload: Workload::Pod { pod, service_account: Some(service_account.into()), labels: Labels::default(), picked: None },
         terminated: terminated.clone(),
     }
 }

@@ -19,7 +19,7 @@ use tokio::{
     task::JoinHandle,
 };
 use unix_peer::listener;
-use workload_identity::{IssuerName, PodRef, Resolver, TrustDomain, Workload, samples::identity};
+use workload_identity::{IssuerName, Labels, PodRef, Resolver, TrustDomain, Workload, samples::identity};
 
 use super::*;
 
@@ -60,7 +60,7 @@ impl Attestor for TestAttestor {
             self.let_in.lock().unwrap().push(terminated.clone());
             let pod = PodRef { namespace: "shop".into(), name: "cart-1".into(), uid: "u1".into() };
             Ok(Attested {
-                workload: Workload::Pod { pod, service_account: Some("a".into()), labels: Arc::default(), picked: None },
+                workload: Workload::Pod { pod, service_account: Some("a".into()), labels: Labels::default(), picked: None },
                 terminated,
             })
         })

@@ -6,7 +6,7 @@ use agent_runtime::text::test_keys::Key;
 use base64::{Engine, engine::general_purpose::STANDARD};
 use cert_manager::{CertificateRequestSpec, Condition, Csr, Reference, RequestNamespace, Status};
 use serde_json::json;
-use workload_identity::{IssuerName, KeyType, Pattern, Profile, Resolver, TrustDomain};
+use workload_identity::{IssuerName, KeyType, Labels, Pattern, Profile, Resolver, TrustDomain};
 
 use super::*;
 use crate::rules::Guarded;
@@ -46,7 +46,7 @@ pub(crate) fn pod() -> Pod {
         pod: PodRef { namespace: "shop".into(), name: "cart-1".into(), uid: "u-1".into() },
         node_name: Some("n1".into()),
         service_account: Some("cart".into()),
-        labels: Arc::default(),
+        labels: Labels::default(),
         picks: BTreeMap::new(),
         host_network: false,
         mirror: false,

@@ -7,6 +7,11 @@ fn request(name: &str, version: &str) -> Request {
     request
 }
 
+fn seen(queue: &mut Queue, request: Request, by_an_agent: bool, now: Instant) {
+    let node = node(&request, by_an_agent);
+    queue.seen(request, node, 0, now);
+}
+
 fn next(queue: &mut Queue) -> Option<(String, String)> {
     queue.pop().map(|(key, item)| (key.1, item.request.unwrap().metadata.resource_version.clone().unwrap()))
 }
@@ -14,11 +19,11 @@ fn next(queue: &mut Queue) -> Option<(String, String)> {
 #[test]
 fn one_worker_at_a_time_and_what_changed_meanwhile_is_looked_at_again() {
     let (mut queue, now) = (Queue::default(), Instant::now());
-    queue.seen(request("a", "1"), true, now);
-    queue.seen(request("b", "1"), true, now);
-    queue.seen(request("a", "2"), true, now);
+    seen(&mut queue, request("a", "1"), true, now);
+    seen(&mut queue, request("b", "1"), true, now);
+    seen(&mut queue, request("a", "2"), true, now);
     assert_eq!(next(&mut queue), Some(("a".into(), "2".into())));
-    queue.seen(request("a", "3"), true, now);
+    seen(&mut queue, request("a", "3"), true, now);
     assert_eq!(next(&mut queue), Some(("b".into(), "1".into())));
     assert_eq!(next(&mut queue), None);
     let (a, b) = (("n".to_owned(), "a".to_owned()), ("n".to_owned(), "b".to_owned()));
@@ -33,12 +38,12 @@ fn one_worker_at_a_time_and_what_changed_meanwhile_is_looked_at_again() {
 fn failures_rest_ever_longer_and_what_is_gone_does_not_come_back() {
     let (mut queue, now) = (Queue::default(), Instant::now());
     let a = ("n".to_owned(), "a".to_owned());
-    queue.seen(request("a", "1"), true, now);
+    seen(&mut queue, request("a", "1"), true, now);
     let mut pauses = Vec::new();
     for _ in 0..9 {
         queue.pop().unwrap();
         pauses.push(queue.failed(&a).unwrap().as_millis());
-        queue.seen(request("a", "2"), true, now);
+        seen(&mut queue, request("a", "2"), true, now);
         assert_eq!(next(&mut queue), None, "a change does not end the backoff");
         queue.rested(&a);
     }
@@ -54,8 +59,8 @@ fn failures_rest_ever_longer_and_what_is_gone_does_not_come_back() {
 fn waiting_requests_are_judged_again_when_the_rules_change() {
     let (mut queue, now) = (Queue::default(), Instant::now());
     let [a, b] = ["a", "b"].map(|name| ("n".to_owned(), name.to_owned()));
-    queue.seen(request("a", "1"), true, now);
-    queue.seen(request("b", "1"), true, now);
+    seen(&mut queue, request("a", "1"), true, now);
+    seen(&mut queue, request("b", "1"), true, now);
     let first = (next(&mut queue), next(&mut queue));
     assert!(first.0.is_some() && first.1.is_some() && queue.waits(&a) && next(&mut queue).is_none());
     queue.wake();
@@ -71,11 +76,11 @@ fn what_is_given_back_is_the_next_and_what_is_gone_meanwhile_is_not() {
     let (mut queue, now) = (Queue::default(), Instant::now());
     assert!(!queue.has_ready());
     for name in ["a", "b", "c"] {
-        queue.seen(request(name, "1"), true, now);
+        seen(&mut queue, request(name, "1"), true, now);
     }
     let a = ("n".to_owned(), "a".to_owned());
     assert!(next(&mut queue).is_some());
-    queue.seen(request("a", "2"), true, now);
+    seen(&mut queue, request("a", "2"), true, now);
     queue.given_back(&a);
     assert_eq!(next(&mut queue), Some(("a".into(), "2".into())));
     queue.gone(&a);
@@ -92,12 +97,12 @@ fn a_request_that_returns_during_its_work_is_queued_again() {
     let (mut queue, now) = (Queue::default(), Instant::now());
     let a = ("n".to_owned(), "a".to_owned());
     let begun = |queue: &mut Queue| {
-        queue.seen(request("a", "1"), true, now);
+        seen(queue, request("a", "1"), true, now);
         assert!(next(queue).is_some());
         queue.gone(&a);
     };
     begun(&mut queue);
-    queue.seen(request("a", "2"), true, now);
+    seen(&mut queue, request("a", "2"), true, now);
     assert_eq!(next(&mut queue), None, "at most one worker at a time");
     queue.settled(&a);
     assert_eq!(next(&mut queue), Some(("a".into(), "2".into())));
@@ -112,21 +117,17 @@ fn a_request_that_returns_during_its_work_is_queued_again() {
     begun(&mut queue);
     assert!(!queue.waits(&a));
     begun(&mut queue);
-    queue.list_begins();
-    queue.list_ends();
+    queue.retain(|_| false);
     queue.settled(&a);
     assert!(queue.is_empty() && next(&mut queue).is_none());
 }
 
 #[test]
-fn a_list_takes_away_what_it_lacks() {
+fn requests_that_a_list_lacks_are_removed() {
     let (mut queue, now) = (Queue::default(), Instant::now());
-    queue.seen(request("a", "1"), true, now);
-    queue.seen(request("b", "1"), true, now);
-    queue.list_begins();
-    queue.listed(("n".into(), "b".into()));
-    queue.seen(request("b", "1"), true, now);
-    queue.list_ends();
+    seen(&mut queue, request("a", "1"), true, now);
+    seen(&mut queue, request("b", "1"), true, now);
+    queue.retain(|(_, name)| name == "b");
     assert_eq!((next(&mut queue), next(&mut queue)), (Some(("b".into(), "1".into())), None));
     assert_eq!(queue.len(), 1);
 }
@@ -144,10 +145,10 @@ fn request_on(node: &str, name: &str, created: i64) -> Request {
 fn a_flood_of_a_node_is_bounded_and_delays_another_node_by_its_own_time() {
     let (mut queue, now) = (Queue::default(), Instant::now());
     for n in 0..MAX_TRACKED_PER_NODE + 500 {
-        queue.seen(request_on("flood", &format!("f{n}"), 100), true, now);
+        seen(&mut queue, request_on("flood", &format!("f{n}"), 100), true, now);
     }
     for n in 0..50 {
-        queue.seen(request_on("other", &format!("o{n}"), 200), true, now);
+        seen(&mut queue, request_on("other", &format!("o{n}"), 200), true, now);
     }
     assert_eq!(queue.len(), MAX_TRACKED_PER_NODE + 50);
     let objects = |queue: &Queue| queue.entries.values().filter(|entry| entry.item.request.is_some()).count();
@@ -179,7 +180,7 @@ fn a_flood_of_a_node_is_bounded_and_delays_another_node_by_its_own_time() {
 fn a_backlog_of_an_honest_agent_is_judged_and_not_denied() {
     let (mut queue, now) = (Queue::default(), Instant::now());
     for n in 0..MAX_REQUESTS_PER_NODE {
-        queue.seen(request_on("n1", &format!("r{n}"), 100), true, now);
+        seen(&mut queue, request_on("n1", &format!("r{n}"), 100), true, now);
     }
     let mut judged = 0;
     while let Some((key, item)) = queue.pop() {
@@ -194,7 +195,7 @@ fn a_backlog_of_an_honest_agent_is_judged_and_not_denied() {
 fn a_node_occupies_a_part_of_the_workers() {
     let (mut queue, now) = (Queue::default(), Instant::now());
     for n in 0..20 {
-        queue.seen(request_on("n1", &format!("r{n}"), 100), true, now);
+        seen(&mut queue, request_on("n1", &format!("r{n}"), 100), true, now);
     }
     let mut working: Vec<_> = std::iter::from_fn(|| queue.pop()).map(|(key, _)| key).collect();
     assert_eq!(working.len(), MAX_WORKERS_PER_NODE);
@@ -208,16 +209,16 @@ fn a_large_object_is_not_held_and_an_outsider_takes_no_turn_of_a_node() {
     let (mut queue, now) = (Queue::default(), Instant::now());
     let mut large = request_on("n1", "large", 100);
     large.spec.duration = Some(format!("{}3600s", "0".repeat(MAX_HELD_BYTES)));
-    queue.seen(large.clone(), true, now);
+    seen(&mut queue, large.clone(), true, now);
     assert!(queue.pop().unwrap().1.request.is_none(), "it is read when it is its turn");
     let small = request_on("n1", "small", 100);
-    queue.seen(small.clone(), true, now);
+    seen(&mut queue, small.clone(), true, now);
     large.metadata.name = Some("small".into());
-    queue.seen(large, true, now);
+    seen(&mut queue, large, true, now);
     assert_eq!(queue.shares["n1"].objects, 0, "it has grown");
 
     for n in 0..=MAX_REQUESTS_PER_NODE {
-        queue.seen(request_on("n1", &format!("outsider{n}"), 100), false, now);
+        seen(&mut queue, request_on("n1", &format!("outsider{n}"), 100), false, now);
     }
     assert_eq!((queue.shares["n1"].tracked, queue.shares[""].tracked), (2, MAX_REQUESTS_PER_NODE + 1));
 }
@@ -226,17 +227,17 @@ fn a_large_object_is_not_held_and_an_outsider_takes_no_turn_of_a_node() {
 fn a_decision_ends_a_request_although_its_change_was_reported_meanwhile() {
     let (mut queue, now) = (Queue::default(), Instant::now());
     let a = ("n".to_owned(), "a".to_owned());
-    queue.seen(request("a", "1"), true, now);
+    seen(&mut queue, request("a", "1"), true, now);
     queue.pop().unwrap();
     queue.wake();
     queue.decided(&a, "");
     assert!(queue.is_empty() && queue.shares.is_empty());
     // Another object of the same name is another request.
-    queue.seen(request("a", "1"), true, now);
+    seen(&mut queue, request("a", "1"), true, now);
     queue.pop().unwrap();
     let mut recreated = request("a", "2");
     recreated.metadata.uid = Some("other".into());
-    queue.seen(recreated, true, now);
+    seen(&mut queue, recreated, true, now);
     queue.decided(&a, "");
     assert_eq!(queue.pop().unwrap().1.uid, "other".into());
 }
@@ -245,7 +246,7 @@ fn a_decision_ends_a_request_although_its_change_was_reported_meanwhile() {
 fn requests_of_a_node_that_may_rest_are_limited() {
     let (mut queue, now) = (Queue::default(), Instant::now());
     for n in 0..=MAX_RESTING_PER_NODE {
-        queue.seen(request_on("n1", &format!("r{n:03}"), 100), true, now);
+        seen(&mut queue, request_on("n1", &format!("r{n:03}"), 100), true, now);
     }
     for _ in 0..MAX_RESTING_PER_NODE {
         let (key, item) = queue.pop().unwrap();
@@ -256,4 +257,21 @@ fn requests_of_a_node_that_may_rest_are_limited() {
     queue.settled(&key);
     queue.wake();
     assert!(queue.pop().unwrap().1.may_rest);
+}
+
+/// A node whose signer is down may have as many approved requests as undecided ones, together.
+#[test]
+fn approved_requests_that_wait_for_their_signer_count_towards_the_limit() {
+    let (mut queue, now) = (Queue::default(), Instant::now());
+    let arrives = |queue: &mut Queue, name: &str, approved: usize| {
+        queue.seen(request_on("n1", name, 100), "n1".into(), approved, now);
+        let (key, item) = queue.pop().unwrap();
+        queue.settled(&key);
+        item.is_beyond
+    };
+    assert!(!arrives(&mut queue, "a", MAX_REQUESTS_PER_NODE - 1));
+    assert!(arrives(&mut queue, "b", MAX_REQUESTS_PER_NODE));
+    queue.seen(request_on("n1", "c", 100), "n1".into(), MAX_REQUESTS_PER_NODE, now);
+    queue.note_approved(&"n1".into(), MAX_REQUESTS_PER_NODE - 1);
+    assert!(!queue.pop().unwrap().1.is_beyond, "one was signed before its turn");
 }

@@ -164,3 +164,40 @@ async fn a_change_during_a_write_is_no_conflict_with_oneself() {
     tokio::time::sleep(Duration::from_secs(5)).await;
     assert_eq!((replica.metrics.conflicts.get(), replica.metrics.active.get(), replica.metrics.denied_nodes.get()), (0, 1, 1));
 }
+
+/// The test rules with requests in this namespace.
+fn requesting_in(namespace: cert_manager::RequestNamespace) -> Rules {
+    let mut rules = lasting(1);
+    rules.issuers[0].namespace = namespace;
+    rules
+}
+
+/// Requests of other namespaces are not read, so their size and number do not matter.
+#[tokio::test(start_paused = true)]
+async fn only_the_namespaces_of_the_agents_requests_are_watched() {
+    use cert_manager::RequestNamespace::{Fixed, Workload};
+    let api = FakeApi::new();
+    put_pod(&api);
+    let replica = Replica::by(&api, true, requesting_in(Fixed("sds-agent".into())));
+    let put = |name: &str, namespace: &str| {
+        let mut request = asked(name, 1);
+        request["metadata"]["namespace"] = json!(namespace);
+        api.put(CR, request);
+    };
+    put("elsewhere", "tenant");
+    put("here", "sds-agent");
+    assert_eq!(decided(&api, "here").await["type"], "Approved");
+    assert!(undecided(&api, "elsewhere") && replica.metrics.pending.get() == 0);
+
+    // Agents with the former file are served until they have the new one, and its namespace is watched at once.
+    replica.change(requesting_in(Fixed("mesh".into())));
+    put("former", "sds-agent");
+    put("new", "mesh");
+    for name in ["former", "new"] {
+        assert_eq!(decided(&api, name).await["type"], "Approved", "{name}");
+    }
+    assert!(undecided(&api, "elsewhere"));
+
+    replica.change(requesting_in(Workload));
+    assert_eq!(decided(&api, "elsewhere").await["reason"], "ProfileMismatch", "the namespace is not the pod's");
+}

@@ -59,7 +59,7 @@ async fn both_lists_come_in_pages() {
     let mut synced = replica.pods.synced();
     synced.wait_for(|synced| *synced).await.unwrap();
     assert!(replica.pods.watched("u-1000").is_some());
-    for (plural, pages, size) in [("pods", 3, "500"), (CR, 3, "20")] {
+    for (plural, pages, size) in [("pods", 6, "200"), (CR, 1, "100")] {
         let queries = api.queries("list", plural);
         assert_eq!(queries.len(), pages, "{queries:?}");
         assert!(queries.iter().all(|query| query["limit"] == size && !query.contains_key("resourceVersion")), "{queries:?}");

@@ -163,3 +163,22 @@ async fn a_decision_of_a_foreign_approver_puts_no_replica_on_standby() {
     tokio::time::sleep(Duration::from_millis(100)).await;
     assert_eq!((replica.metrics.active.get(), replica.metrics.conflicts.get()), (1, 0));
 }
+
+/// A list that began before a decision shows the request undecided.
+#[tokio::test(start_paused = true)]
+async fn an_old_list_with_an_own_decision_costs_no_role() {
+    let api = FakeApi::new();
+    put_pod(&api);
+    let before = api.put(CR, object("a"));
+    let replica = Replica::start(&api, true);
+    assert_eq!(decided(&api, "a").await["type"], "Approved");
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let list = json!({"kind": "List", "apiVersion": "v1", "metadata": {"resourceVersion": "1000"}, "items": [before]});
+    let reads = api.count("get", CR);
+    api.fail("list", CR, Fault::Late(Duration::ZERO, list), 1);
+    api.forget_history();
+    api.cut_watches(false);
+    api.until("the request is read again", |api| (api.count("get", CR) > reads).then_some(())).await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!((replica.metrics.conflicts.get(), replica.metrics.active.get()), (0, 1));
+}

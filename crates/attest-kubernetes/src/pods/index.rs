@@ -6,7 +6,7 @@ use std::{
     time::SystemTime,
 };
 
-use agent_kube::pod::{MIRROR, Pod, PodObject, facts, has_not_begun};
+use agent_kube::pod::{MIRROR, Pod, PodObject, facts, has_not_begun, names::Names};
 use tokio::{
     sync::{mpsc, oneshot},
     time::Instant,
@@ -45,6 +45,8 @@ pub struct Starting {
 #[derive(Debug, Default)]
 pub(super) struct Index {
     pods: HashMap<Arc<str>, Known>,
+    /// Texts that several pods share.
+    names: Names,
     /// UID that the kubelet uses for a static pod → UID of its mirror pod.
     mirrors: HashMap<String, Arc<str>>,
     arrivals: HashMap<String, Vec<oneshot::Sender<()>>>,
@@ -146,7 +148,7 @@ impl Index {
     }
 
     pub(super) fn applied(&mut self, slim: &PodObject) {
-        let Some(pod) = facts(slim, self.driver.as_deref(), self.keeps_containers) else { return };
+        let Some(mut pod) = facts(slim, self.driver.as_deref(), self.keeps_containers) else { return };
         let uid = pod.pod.uid.clone();
         // A UID is never used again, so an event about a deleted pod is stale.
         if self.deleted.contains(&uid) {
@@ -161,6 +163,7 @@ impl Index {
             self.pod_terminations += 1;
         }
         if before.is_none_or(|known| *known.pod != pod) {
+            self.names.share(&mut pod);
             self.pods.insert(uid.clone(), Known { pod: Arc::new(pod), terminated, first_call });
         }
         if is_new && has_not_begun(slim) {

@@ -11,15 +11,15 @@ use agent_kube::{
     watch::{Selection, Signal},
 };
 use agent_runtime::clock::{self, Clock};
-use cert_manager::{
-    REQUESTS_PER_PAGE, RequestNamespace, keys,
-    naming::{Agent, node_label},
-};
+use cert_manager::{REQUESTS_PER_PAGE, RequestNamespace, naming::Agent};
 use futures::{StreamExt, future::BoxFuture};
-use kube::{Api, Client, runtime::watcher};
+use kube::{Api, Client, api::ListParams, runtime::watcher};
 use parking_lot::Mutex;
 use prometheus_client::{metrics::counter::Counter, registry::Registry};
-use tokio::{sync::mpsc, time::timeout};
+use tokio::{
+    sync::{mpsc, watch},
+    time::timeout,
+};
 use tokio_util::sync::CancellationToken;
 
 use crate::issuer::{
@@ -29,7 +29,7 @@ use crate::issuer::{
         create::jittered,
         deleter::Deleter,
         sweep,
-        tracker::{Deletion, RequestTracker, Watched, Watching},
+        tracker::{self, Deletion, Key, Record, RequestTracker, Watched, Watching},
     },
 };
 
@@ -91,6 +91,8 @@ struct Shared {
     pods: Option<Arc<dyn LivePods>>,
     clock: Arc<dyn Clock>,
     tracker: Arc<RequestTracker>,
+    /// Notified when the UID of the node has changed.
+    node_changed: watch::Sender<()>,
     queue: Mutex<Option<mpsc::UnboundedReceiver<Deletion>>>,
     kube_metrics: agent_kube::Metrics,
     metrics: Metrics,
@@ -118,7 +120,8 @@ impl Requests {
         let (deletions, queue) = mpsc::unbounded_channel();
         let tracker = Arc::new(RequestTracker::new(agent.instance.clone(), deletions));
         let queue = Mutex::new(Some(queue));
-        Self(Arc::new(Shared { client, scope, agent, pods, clock, tracker, queue, kube_metrics, metrics }))
+        let node_changed = watch::Sender::new(());
+        Self(Arc::new(Shared { client, scope, agent, pods, clock, tracker, node_changed, queue, kube_metrics, metrics }))
     }
 
     /// Watches, deletes and sweeps requests until `shutdown`. Then deletes the last requests, for at most 5 s. Call it once: a second call
@@ -163,6 +166,26 @@ impl Requests {
         })
     }
 
+    /// Reads the agent's token again after a request was rejected: a Node that was recreated under its name has another UID, and the policy
+    /// compares it with that in the request's label.
+    pub(super) async fn check_node(&self) {
+        let Some(before) = self.0.agent.node_uid() else { return };
+        if let Some(now) = agent_kube::token::node_uid().await
+            && self.node_is(&now)
+        {
+            tracing::warn!(target: LOG_TARGET, before, now, "the node was recreated and has another UID; watching its requests again");
+        }
+    }
+
+    /// Sets the UID of the node, and restarts the watch if it has changed. Returns whether it has.
+    pub(super) fn node_is(&self, uid: &str) -> bool {
+        let has_changed = self.0.agent.set_node_uid(uid);
+        if has_changed {
+            self.0.node_changed.send_replace(());
+        }
+        has_changed
+    }
+
     pub(super) fn client(&self) -> &Client {
         &self.0.client
     }
@@ -182,19 +205,41 @@ impl Requests {
         }
     }
 
-    async fn watch(&self) {
-        let api: Api<Watched> = match self.namespace() {
+    fn api(&self) -> Api<Watched> {
+        match self.namespace() {
             Some(namespace) => Api::namespaced(self.0.client.clone(), namespace),
             None => Api::all(self.0.client.clone()),
-        };
+        }
+    }
+
+    /// Lists the requests that agents of the previous version made on this node: the watch does not select them. Returns `None` if they
+    /// cannot be listed.
+    async fn former(&self) -> Option<Vec<(Key, Record)>> {
+        let Some(selector) = self.0.agent.former_selector() else { return Some(Vec::new()) };
+        let parameters = ListParams::default().labels(&selector).limit(REQUESTS_PER_PAGE);
+        let list = self.api().list(&parameters).await.ok()?;
+        Some(list.items.iter().filter_map(tracker::record).collect())
+    }
+
+    async fn watch(&self) {
+        let mut node_changed = self.0.node_changed.subscribe();
+        loop {
+            tokio::select! {
+                () = self.watch_node() => return,
+                Ok(()) = node_changed.changed() => {}
+            }
+        }
+    }
+
+    /// Watches the requests with the node's present UID.
+    async fn watch_node(&self) {
+        let api = self.api();
         let selection = Selection {
             resource: Resource::certificaterequests,
             name: RESOURCE.to_owned(),
             namespace: self.namespace().map(str::to_owned),
             // A quorum read: a request that was created before the list and is not in it no longer exists.
-            config: watcher::Config::default()
-                .labels(&format!("{}={}", keys::NODE, node_label(&self.0.agent.node_name)))
-                .page_size(REQUESTS_PER_PAGE),
+            config: watcher::Config::default().labels(&self.0.agent.selector()).page_size(REQUESTS_PER_PAGE),
         };
         let mut signals = Box::pin(agent_kube::watch::watch(api, selection, self.0.kube_metrics.clone()));
         let tracker = self.tracker();
@@ -212,9 +257,16 @@ impl Requests {
 
     async fn sweep(&self) {
         self.synced().await;
+        let mut has_former = true;
         loop {
-            let unclaimed = self.tracker().unclaimed();
+            let mut unclaimed = self.tracker().unclaimed();
             let mut pause = SWEEP_EVERY;
+            if has_former {
+                let former = self.former().await;
+                // Agents of the previous version make no requests after this agent has replaced them.
+                has_former = former.as_ref().is_none_or(|former| !former.is_empty());
+                unclaimed.extend(former.unwrap_or_default());
+            }
             if !unclaimed.is_empty() {
                 // The pods are read after the requests, because a pod exists before its first request.
                 let live = match &self.0.pods {

@@ -48,7 +48,7 @@ mod tests {
     #[test]
     fn only_requests_of_agents_that_have_gone_are_taken() {
         let pod = PodRef { namespace: "a".into(), name: "b".into(), uid: "own".into() };
-        let agent = Agent::new(&NodeEnvironment { node_name: None, pod: Some(pod) }, 1);
+        let agent = Agent::new(&NodeEnvironment { node_name: None, pod: Some(pod) }, None, 1);
         let live: HashSet<Arc<str>> = ["own".into(), "sibling".into()].into();
         let record = |agent: &str, instance: &str, refused| Record {
             uid: "u".into(),

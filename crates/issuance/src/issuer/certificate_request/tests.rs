@@ -42,6 +42,7 @@ impl LivePods for Pods {
 /// An agent, its issuer, and its API server.
 struct World {
     api: FakeApi,
+    requests: Requests,
     issuer: CertManager,
     metrics: Metrics,
     shutdown: CancellationToken,
@@ -63,13 +64,17 @@ impl World {
     }
 
     fn with(namespace: RequestNamespace, issuer_ref: IssuerRef, api: FakeApi) -> Self {
+        Self::on(None, namespace, issuer_ref, api)
+    }
+
+    fn on(node_uid: Option<&str>, namespace: RequestNamespace, issuer_ref: IssuerRef, api: FakeApi) -> Self {
         api.put("clusterissuers", ready_issuer("ClusterIssuer", "mesh-ca", json!({"ca": {"secretName": "s"}})));
         let (kube_metrics, metrics) = (agent_kube::Metrics::default(), Metrics::default());
         let pods = Pods(Some(["agent-1".into(), "sibling".into()].into()));
         let requests = Requests::new(
             api.client(&kube_metrics),
             namespace.clone(),
-            Arc::new(Agent::new(&node(), 7)),
+            Arc::new(Agent::new(&node(), node_uid.map(str::to_owned), 7)),
             Some(Arc::new(pods)),
             Arc::new(TestClock::new(SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000))),
             kube_metrics,
@@ -81,7 +86,7 @@ impl World {
             let (requests, shutdown) = (requests.clone(), shutdown.clone());
             async move { requests.run(shutdown).await }
         });
-        Self { api, issuer: CertManager::new(requests, config, None), metrics, shutdown, running }
+        Self { api, issuer: CertManager::new(requests.clone(), config, None), requests, metrics, shutdown, running }
     }
 
     /// Starts an order for a service account.
@@ -348,4 +353,40 @@ async fn the_end_deletes_what_is_open_and_takes_five_seconds_at_most() {
     task.abort();
     world.shutdown.cancel();
     timeout(deleter::SHUTDOWN_TIMEOUT + Duration::from_millis(1), world.running).await.unwrap().unwrap();
+}
+
+/// The policy compares the label with the UID in the token, which changes if the Node is recreated under its name.
+#[tokio::test(start_paused = true)]
+async fn a_recreated_node_gets_requests_with_its_new_uid() {
+    let world = World::on(Some("u-1"), RequestNamespace::Fixed("sds-agent".into()), issuer_ref(), FakeApi::new());
+    for uid in ["u-1", "u-2"] {
+        world.requests.node_is(uid);
+        let (order, _) = world.order("a");
+        let request = world.request().await;
+        assert_eq!(
+            (&request["metadata"]["labels"][keys::NODE_UID], &request["metadata"]["labels"][keys::NODE]),
+            (&json!(uid), &json!("n1"))
+        );
+        world.condition(&request, "Denied", "True", "WrongNode");
+        assert!(matches!(order.await.unwrap(), Err(Error::Denied { .. })), "the watch shows the answer");
+        world.api.remove(CR, "sds-agent", text(&request, "name"));
+    }
+}
+
+/// Agents of the previous version set no label with the UID.
+#[tokio::test(start_paused = true)]
+async fn the_sweep_deletes_orphans_of_the_previous_version() {
+    let api = FakeApi::new();
+    for (name, agent, uid) in
+        [("former", "gone", None), ("of-a-sibling", "sibling", None), ("orphan", "gone", Some("u-1")), ("elsewhere", "gone", Some("u-9"))]
+    {
+        let mut labels = json!({keys::NODE: "n1", keys::AGENT: agent, keys::INSTANCE: "i"});
+        if let Some(uid) = uid {
+            labels[keys::NODE_UID] = json!(uid);
+        }
+        api.put(CR, json!({"metadata": {"namespace": "sds-agent", "name": name, "labels": labels}}));
+    }
+    let world = World::on(Some("u-1"), RequestNamespace::Fixed("sds-agent".into()), issuer_ref(), api);
+    let left = world.api.until_count(CR, 2).await;
+    assert_eq!(left.iter().map(|request| text(request, "name")).collect::<Vec<_>>(), ["elsewhere", "of-a-sibling"]);
 }

@@ -375,6 +375,11 @@ impl Drop for RequestHandle {
     }
 }
 
+/// Returns the key and the record of a request that the watch does not select.
+pub(super) fn record(object: &Watched) -> Option<(Key, Record)> {
+    read(object).map(|(key, record, _)| (key, record))
+}
+
 fn read(object: &Watched) -> Option<(Key, Record, Observation)> {
     let metadata = &object.metadata;
     let key = Key { namespace: metadata.namespace.as_deref()?.into(), name: metadata.name.as_deref()?.into() };
