@@ -156,6 +156,8 @@ impl Guarded {
     /// Uses a namespace that kustomize has set, with the policies as rendered.
     pub async fn assert_another_namespace_holds_up_no_other_issuer(&self) {
         self.until_bounded("another namespace", Some("above 24h,")).await;
+        // The API server loads each policy on its own.
+        self.until_a_stranger_is_refused("only sds-agent may ask").await;
         self.assert_only_the_mesh_is_guarded("another namespace").await;
         self.assert_the_mesh_is_served("another namespace").await;
     }

@@ -250,8 +250,7 @@ async fn values_that_nobody_knows_are_refused_by_name() {
         ("updateStrategy.nodesAtOnce=0%", "nodesAtOnce"),
         ("policy.approver=jane", "approver"),
         ("image.pullPolicy=Sometimes", "pullPolicy"),
-        ("issuer.group=example.com", "policy.signers"),
-        ("issuer.group=example.com,policy.enabled=false", "approver.signers"),
+        ("issuer.group=example.com", "approver.signers"),
     ] {
         let output = try_helm(NAMESPACE, &["--set", set]).await;
         let words = String::from_utf8_lossy(&output.stderr);
