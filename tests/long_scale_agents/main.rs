@@ -14,7 +14,10 @@
     reason = "tests write files for other programs, wait for those, and fail loudly"
 )]
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
 
 use futures::{StreamExt, stream};
 use serde_json::json;
@@ -134,16 +137,19 @@ async fn two_hundred_agents_cost_the_cluster_little() {
 
     // A restart of the API server with all agents connected.
     let World { cluster, plane, .. } = world;
-    let busy = metric(&cluster, "apiserver_request_total", &["code=\"429\""]).await;
-    assert!(busy < 1.0, "{busy} requests were rejected before the restart");
+    let begun = Instant::now();
     let _plane = plane.kill().start().await;
     eventually("all agents watch again", PATIENCE, async || {
         let now = each(watches(&cluster).await - watches_before);
         if now >= WATCHES - 0.1 { Ok(()) } else { Err(format!("{now} for each")) }
     })
     .await;
+    // A new process counts from zero.
     let busy = each(metric(&cluster, "apiserver_request_total", &["code=\"429\""]).await);
-    println!("figure: after a restart of the API server: {busy:.2} requests of an agent were answered with 429");
+    println!(
+        "figure: {:?} after the restart of the API server all agents watch again; {busy:.2} requests for each were answered with 429",
+        begun.elapsed()
+    );
     for agent in &agents {
         agent.readiness().await.expect("an agent is ready");
     }
