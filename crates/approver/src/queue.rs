@@ -167,7 +167,7 @@ impl Queue {
         self.entries.is_empty()
     }
 
-    /// Notes the current state of a request that needs a decision. `node` is its [node](node), and `approved` the number of this node's
+    /// Notes the current state of a request that needs a decision. `node` is its node, and `approved` the number of this node's
     /// approved requests that wait for their signer: they count towards the node's limit.
     pub fn seen(&mut self, request: Request, node: Node, approved: usize, now: Instant) {
         let key = key(&request);

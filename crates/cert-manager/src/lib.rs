@@ -24,7 +24,7 @@ pub const GROUP: &str = "cert-manager.io";
 /// Plural name of the resource.
 pub const PLURAL: &str = "certificaterequests";
 /// Requests in one page of a list. An agent's request has less than 4 KiB. Pages of larger requests shrink
-/// ([`agent_kube::pages`](agent_kube::pages)).
+/// ([`agent_kube::pages`]).
 pub const REQUESTS_PER_PAGE: u32 = 100;
 /// Maximum length of a CSR that is kept: 64 Ki characters of base64. The largest CSR of an agent, with an RSA key, has about 2,000.
 const MAX_CSR_CHARACTERS: usize = 64 << 10;
