@@ -111,19 +111,7 @@ impl Cluster {
         let (plan, plan_now) = tokio::sync::watch::channel(Arc::new(plan));
         let trust = Trust::new(trust::Metrics::default());
         trust.source(None, "test").take(self.authority.bundle().unwrap());
-        let parts = rotation::Parts {
-            store: store.clone(),
-            events,
-            plan: plan_now,
-            reissues: tokio::sync::mpsc::channel(1).1,
-            trust: trust.subscribe(),
-            authorities: None,
-            await_bundle: true,
-            clock,
-            identity_users: None,
-            observer: None,
-            metrics: rotation::metrics::Metrics::default(),
-        };
+        let parts = rotation_parts(&store, events, plan_now, &trust, &self.clock);
         let tasks = vec![
             tokio::spawn(async move { requests.run(CancellationToken::new()).await }),
             tokio::spawn(async move {

@@ -41,7 +41,7 @@ use issuance::{
 };
 use sds_agent::{app::inventory::Inventory, build_info};
 use sds_server::{
-    store::{Demand, Lease, Store},
+    store::{self, Demand, Lease, Store},
     trust::{self, Trust},
 };
 use serde_json::{Value, json};
@@ -133,17 +133,9 @@ impl World {
         let event_metrics = sds_agent::events::Metrics::register(exposition.registry());
         let (reporter, writer) = sds_agent::events::new(wire.client(&kube_metrics, RequestRate::default()), &node, event_metrics);
         let parts = rotation::Parts {
-            store: store.clone(),
-            events,
-            plan: plan_now,
-            reissues: tokio::sync::mpsc::channel(1).1,
-            trust: trust.subscribe(),
-            authorities: None,
-            await_bundle: true,
-            clock: Arc::new(clock),
-            identity_users: None,
             observer: Some(Arc::new(reporter)),
             metrics: rotation::metrics::Metrics::register(exposition.registry()),
+            ..rotation_parts(&store, events, plan_now, &trust, &clock)
         };
         let (dead, refusals) = (Arc::default(), Arc::default());
         let cert_manager = cert_manager(wire.api.clone(), authority, Arc::clone(&dead), Arc::clone(&refusals));
@@ -205,6 +197,29 @@ impl World {
         assert!(self.wire.is_done(), "a fault has not happened");
         assert_eq!(self.wire.api.created(CR), carried_out, "requests that were carried out");
         assert!((self.metric("sds_agent_issuances_total{issuer=\"mesh\",result=\"ok\"}") - leases.len() as f64).abs() < 0.5);
+    }
+}
+
+/// The parts of a rotation without an observer.
+fn rotation_parts(
+    store: &Arc<Store>,
+    events: tokio::sync::mpsc::UnboundedReceiver<store::Event>,
+    plan: tokio::sync::watch::Receiver<Arc<Plan>>,
+    trust: &Trust,
+    clock: &TestClock,
+) -> rotation::Parts {
+    rotation::Parts {
+        store: store.clone(),
+        events,
+        plan,
+        reissues: tokio::sync::mpsc::channel(1).1,
+        trust: trust.subscribe(),
+        authorities: None,
+        await_bundle: true,
+        clock: Arc::new(clock.clone()),
+        identity_users: None,
+        observer: None,
+        metrics: rotation::metrics::Metrics::default(),
     }
 }
 

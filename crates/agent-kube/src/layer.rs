@@ -1,7 +1,8 @@
 //! The layer that every request to the API passes: rate limit, time-outs, metrics, and a minimum interval between starts of a watch.
 //!
-//! A response is read completely before it is returned, within [`ANSWER_TIMEOUT`] and up to [`MAX_ANSWER_BYTES`]; a page of a list up to
-//! [`MAX_PAGE_BYTES`], see [`pages`]. A watch that the server has accepted is returned with its headers. A server that ends each watch at once gets one request per second for it.
+//! A response is read completely before it is returned, within [`ANSWER_TIMEOUT`] and up to [`MAX_ANSWER_BYTES`]. A page of a list has at
+//! most [`MAX_PAGE_BYTES`], see [`pages`]. A watch that the server has accepted is returned with its headers. A server that ends each watch
+//! at once gets one request per second for it.
 //!
 //! The layer retries nothing, and this client does not contain `kube`'s own retries. A response of 429 or 5xx goes to the caller. The delay
 //! that it asks for applies to all requests with the same verb and resource.

@@ -159,7 +159,7 @@ impl Approver {
             while may_begin
                 && role.decides().is_some()
                 && workers.len() < WORKERS
-                && let Some((key, item)) = queue.pop()
+                && let Some((key, item)) = queue.pop(|node| retention.waiting(node))
             {
                 let (reconciler, may_defer, uid) = (self.reconciler.clone(), resting.len() < MAX_DEFERRED, item.uid.clone());
                 workers.spawn(async move {
@@ -231,7 +231,7 @@ impl Approver {
                 },
                 Some(rested) = resting.next(), if !resting.is_empty() => queue.rested(rested.get_ref()),
                 Some(done) = removals.join_next(), if !removals.is_empty() => match done {
-                    Ok((key, Removal::Gone)) => drop(retention.gone(&key)),
+                    Ok((key, Removal::Gone)) => retention.gone(&key),
                     Ok((_, Removal::Refused)) => {}
                     Ok((_, Removal::Failed)) => remove_at = Instant::now() + REMOVAL_RETRY_INTERVAL,
                     Err(error) => {
@@ -298,9 +298,7 @@ impl Approver {
             Update::Deleted(request) => {
                 let key = key(&request);
                 queue.gone(&key);
-                if let Some(node) = retention.gone(&key) {
-                    queue.note_approved(&node, retention.waiting(&node));
-                }
+                retention.gone(&key);
             }
         }
     }
@@ -339,15 +337,15 @@ impl Approver {
         let (key, node) = (key(&request), queue::node(&request, by_an_agent));
         if judge::is_ours(&request, &active_rules.rules) {
             retention.gone(&key);
-            queue.seen(request, node.clone(), retention.waiting(&node), Instant::now());
+            let approved = retention.waiting(&node);
+            queue.seen(request, node, approved, Instant::now());
             return;
         }
         queue.gone(&key);
         match judge::settled(&request, &active_rules.rules, self.clock.now()) {
             Some(state) => retention.seen(&key, request.metadata.uid.as_deref().unwrap_or_default(), &node, state, Instant::now()),
-            None => drop(retention.gone(&key)),
+            None => retention.gone(&key),
         }
-        queue.note_approved(&node, retention.waiting(&node));
     }
 }
 

@@ -111,8 +111,6 @@ struct Share {
     working: usize,
     /// Entries that rest.
     resting: usize,
-    /// Approved requests that wait for their signer, when the last request arrived.
-    approved: usize,
     /// Whether requests are not tracked.
     has_untracked: bool,
 }
@@ -191,13 +189,6 @@ impl Queue {
         }
     }
 
-    /// Notes how many approved requests of this node wait for their signer.
-    pub fn note_approved(&mut self, node: &Node, approved: usize) {
-        if let Some(share) = self.shares.get_mut(node) {
-            share.approved = approved;
-        }
-    }
-
     fn track(&mut self, key: Key, request: Request, node: Node, approved: usize, now: Instant) {
         let share = self.shares.entry(node.clone()).or_default();
         if share.tracked >= MAX_TRACKED_PER_NODE {
@@ -209,7 +200,6 @@ impl Queue {
         self.arrived += 1;
         let uid = request.metadata.uid.as_deref().unwrap_or_default().into();
         let holds = share.objects < MAX_OBJECTS_PER_NODE && is_small(&request);
-        share.approved = approved;
         let is_beyond = share.tracked + approved >= MAX_REQUESTS_PER_NODE;
         let item = WorkItem { request: holds.then(|| Arc::new(request)), uid, since: now, is_beyond, may_rest: true };
         share.tracked += 1;
@@ -257,8 +247,9 @@ impl Queue {
         }
     }
 
-    /// Returns the next request to work on: one of each node in turn, and the oldest of its node.
-    pub fn pop(&mut self) -> Option<(Key, WorkItem)> {
+    /// Returns the next request to work on: one of each node in turn, and the oldest of its node. `approved` returns the number of a node's
+    /// approved requests that wait for their signer now.
+    pub fn pop(&mut self, approved: impl Fn(&Node) -> usize) -> Option<(Key, WorkItem)> {
         let shares = &self.shares;
         let key = self.ready.take(|node| shares.get(node).is_none_or(|share| share.working < MAX_WORKERS_PER_NODE))?;
         let entry = self.entries.get_mut(&key)?;
@@ -266,7 +257,7 @@ impl Queue {
         let share = self.shares.entry(entry.node.clone()).or_default();
         share.working += 1;
         // A node that is at its limit no longer has its newest requests denied.
-        let is_beyond = entry.item.is_beyond && share.tracked + share.approved > MAX_REQUESTS_PER_NODE;
+        let is_beyond = entry.item.is_beyond && share.tracked + approved(&entry.node) > MAX_REQUESTS_PER_NODE;
         let may_rest = share.resting < MAX_RESTING_PER_NODE;
         Some((key, WorkItem { is_beyond, may_rest, ..entry.item.clone() }))
     }

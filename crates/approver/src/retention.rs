@@ -116,15 +116,13 @@ impl Retention {
         self.due.insert(moved, key);
     }
 
-    /// Notes that a request was deleted, or is undecided. Returns its node, if it was known.
-    pub fn gone(&mut self, key: &Key) -> Option<Node> {
-        let entry = self.entries.remove(key)?;
-        if let Some(number) = entry.ended {
-            self.due.remove(&number);
-        }
-        let Some(share) = self.nodes.get_mut(&entry.node) else { return Some(entry.node) };
+    /// Notes that a request was deleted, or is undecided.
+    pub fn gone(&mut self, key: &Key) {
+        let Some(entry) = self.entries.remove(key) else { return };
+        let Some(share) = self.nodes.get_mut(&entry.node) else { return };
         match entry.ended {
             Some(number) => {
+                self.due.remove(&number);
                 share.kept.remove(&number);
                 share.ended -= 1;
             }
@@ -133,13 +131,12 @@ impl Retention {
         if share.waiting == 0 && share.ended == 0 {
             self.nodes.remove(&entry.node);
         }
-        Some(entry.node)
     }
 
     /// Removes the entries for which `keeps` returns false.
     pub fn retain(&mut self, keeps: impl Fn(&Key) -> bool) {
         let surplus: Vec<Key> = self.entries.keys().filter(|key| !keeps(key)).cloned().collect();
-        surplus.iter().for_each(|key| drop(self.gone(key)));
+        surplus.iter().for_each(|key| self.gone(key));
     }
 
     /// Returns the number of the node's approved requests that wait for their signer.
@@ -152,8 +149,8 @@ impl Retention {
         self.due.first_key_value().map(|((at, _), _)| *at)
     }
 
-    /// Returns a request that is to be removed at `now`, with its UID. It is returned again after a minute, unless it is [`gone`](Self::gone)
-    /// by then.
+    /// Returns a request that is to be removed at `now`, with its UID. It is returned again after a minute, unless it is
+    /// [`gone`](Self::gone) by then.
     pub fn take(&mut self, now: Instant) -> Option<(Key, Arc<str>)> {
         let (number, key) = self.due.first_key_value().filter(|((at, _), _)| *at <= now)?;
         let (number, key) = (*number, key.clone());
@@ -223,7 +220,7 @@ mod tests {
         }
         let removed: Vec<Key> = std::iter::from_fn(|| retention.take(at(1000))).map(|(key, _)| key).collect();
         assert_eq!(removed, (0..10).map(key).collect::<Vec<_>>());
-        removed.iter().for_each(|key| drop(retention.gone(key)));
+        removed.iter().for_each(|key| retention.gone(key));
         assert_eq!(retention.take(at(1000)), None);
         assert_eq!(retention.entries.len(), MAX_ENDED_PER_NODE + 1);
     }

@@ -98,7 +98,8 @@ impl Agent {
     }
 
     /// Returns the label selector of requests that agents of the previous version made on this node, without the UID of the node. `None`
-    /// if [`selector`](Self::selector) selects them, or if the node's name is longer than a label: other nodes' agents could set its digest.
+    /// if [`selector`](Self::selector) selects them, or if the node's name is longer than a label: agents of other nodes could set its
+    /// digest.
     pub fn former_selector(&self) -> Option<String> {
         let is_exact = self.node_uid().is_some() && self.node_name.len() <= LABEL_BYTES;
         is_exact.then(|| format!("{}={},!{}", keys::NODE, self.node_name, keys::NODE_UID))

@@ -273,6 +273,18 @@ impl Cluster {
         }
     }
 
+    /// Grants `user` these rules in the whole cluster.
+    pub async fn grant(&self, user: &str, rules: &Value) {
+        let rbac = "/apis/rbac.authorization.k8s.io/v1";
+        self.create(&format!("{rbac}/clusterroles"), &json!({"metadata": {"name": user}, "rules": rules})).await;
+        let binding = json!({
+            "metadata": {"name": user},
+            "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": user},
+            "subjects": [{"apiGroup": "rbac.authorization.k8s.io", "kind": "User", "name": user}],
+        });
+        self.create(&format!("{rbac}/clusterrolebindings"), &binding).await;
+    }
+
     /// Reads an object.
     pub async fn get(&self, path: &str) -> Value {
         self.send("GET", path, "application/json", &Value::Null).await
@@ -313,6 +325,14 @@ impl Cluster {
     pub fn certificate_requests(&self, namespace: &str) -> Api<DynamicObject> {
         let kind = GroupVersionKind::gvk("cert-manager.io", "v1", "CertificateRequest");
         Api::namespaced_with(self.client.clone(), namespace, &ApiResource::from_gvk(&kind))
+    }
+}
+
+/// The message of a policy's rejection.
+pub fn rejection(answer: kube::Result<Value>, what: &str) -> String {
+    match answer {
+        Err(kube::Error::Api(status)) if status.code == 403 || status.code == 422 => status.message.clone(),
+        other => panic!("{what} was not rejected: {other:?}"),
     }
 }
 

@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 use test_harness::{
     ask::{Ask, condition, issued},
-    cluster::{Cluster, Write},
+    cluster::{Write, rejection},
     eventually,
     world::{GUARDED, NAMESPACE, PATIENCE, World},
 };
@@ -32,7 +32,7 @@ async fn an_approved_request_is_not_changed_into_one_for_a_guarded_issuer() {
         })
         .await;
         for (who, account) in [("an editor", &editor.cluster), ("an administrator", cluster)] {
-            let refusal = refused(account.try_set(write, &path, &["spec", "issuerRef"], &guarded).await, &format!("{write:?} by {who}"));
+            let refusal = rejection(account.try_set(write, &path, &["spec", "issuerRef"], &guarded).await, &format!("{write:?} by {who}"));
             assert!(refusal.contains("the spec of a request cannot be changed"), "{write:?} by {who}: {refusal}");
         }
         // The editor can change fields outside of the spec, and requests for other issuers.
@@ -55,7 +55,7 @@ async fn an_approved_request_is_not_changed_into_one_for_a_guarded_issuer() {
     for write in Write::ALL {
         let usages = json!(["cert sign"]);
         for (field, value) in [("issuerRef", none.clone()), ("duration", json!("8760h")), ("isCA", json!(true)), ("usages", usages)] {
-            let refusal = refused(cluster.try_set(write, &own, &["spec", field], &value).await, field);
+            let refusal = rejection(cluster.try_set(write, &own, &["spec", field], &value).await, field);
             assert!(refusal.contains("the spec of a request cannot be changed"), "{write:?} of {field}: {refusal}");
         }
     }
@@ -73,7 +73,12 @@ async fn only_named_accounts_decide_about_a_guarded_issuer() {
     let agent = world.actor("agent", "sds-agent", &node).await;
     let pod = cluster.pod(&shop, "app", &node).await;
     let ask = |namespace: &str| Ask::of(&agent, &pod).in_namespace(namespace);
-    grant_all_by_wildcards(cluster, "mallory").await;
+    // All verbs on requests, their status and every signer by wildcards, and on everything else the relevant verbs.
+    let wildcards = json!([
+        {"apiGroups": ["cert-manager.io"], "resources": ["*"], "verbs": ["*"]},
+        {"apiGroups": ["*"], "resources": ["*"], "verbs": ["get", "approve", "request"]},
+    ]);
+    cluster.grant("mallory", &wildcards).await;
     let mallory = world.impersonate("mallory", &[]).await;
     // As in docs/runbook.md: an administrator impersonates a member of that group.
     let break_glass = world.impersonate("jane", &["sds-agent:break-glass"]).await;
@@ -85,7 +90,7 @@ async fn only_named_accounts_decide_about_a_guarded_issuer() {
         for kind in ["Approved", "Denied"] {
             for (who, account) in [("an account with all rights on requests", &mallory), ("an administrator", cluster)] {
                 let answer = account.try_set(write, &status, &["status", "conditions"], &decision(kind)).await;
-                let refusal = refused(answer, &format!("{kind} by {who}, {write:?}"));
+                let refusal = rejection(answer, &format!("{kind} by {who}, {write:?}"));
                 assert!(refusal.contains("only the approver may change the conditions"), "{kind} by {who}, {write:?}: {refusal}");
             }
         }
@@ -101,7 +106,7 @@ async fn only_named_accounts_decide_about_a_guarded_issuer() {
         let changes = [("taken back", json!(others)), ("reworded", reworded)];
         // A server-side apply with fewer fields removes only fields of the same manager.
         for (what, conditions) in changes.into_iter().filter(|(what, _)| write != Write::Apply || *what != "taken back") {
-            let refusal = refused(mallory.try_set(write, &status, &["status", "conditions"], &conditions).await, what);
+            let refusal = rejection(mallory.try_set(write, &status, &["status", "conditions"], &conditions).await, what);
             assert!(refusal.contains("only the approver may change the conditions"), "{what}, {write:?}: {refusal}");
         }
     }
@@ -146,28 +151,4 @@ async fn cert_managers_own_approver_does_not_decide_about_a_guarded_issuer() {
 fn decision(kind: &str) -> Value {
     let time = "2026-01-02T03:04:05Z";
     json!([{"type": kind, "status": "True", "reason": "ByHand", "message": "looked at", "lastTransitionTime": time}])
-}
-
-/// Grants `user` all verbs on requests, their status and every signer by wildcards, and on everything else the relevant verbs explicitly.
-async fn grant_all_by_wildcards(cluster: &Cluster, user: &str) {
-    let rbac = "/apis/rbac.authorization.k8s.io/v1";
-    let rules = json!([
-        {"apiGroups": ["cert-manager.io"], "resources": ["*"], "verbs": ["*"]},
-        {"apiGroups": ["*"], "resources": ["*"], "verbs": ["get", "approve", "request"]},
-    ]);
-    cluster.create(&format!("{rbac}/clusterroles"), &json!({"metadata": {"name": user}, "rules": rules})).await;
-    let binding = json!({
-        "metadata": {"name": user},
-        "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": user},
-        "subjects": [{"apiGroup": "rbac.authorization.k8s.io", "kind": "User", "name": user}],
-    });
-    cluster.create(&format!("{rbac}/clusterrolebindings"), &binding).await;
-}
-
-/// The message of a policy's rejection.
-fn refused(answer: kube::Result<Value>, what: &str) -> String {
-    match answer {
-        Err(kube::Error::Api(status)) if status.code == 403 || status.code == 422 => status.message.clone(),
-        other => panic!("{what} was not rejected: {other:?}"),
-    }
 }

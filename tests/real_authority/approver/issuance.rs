@@ -3,10 +3,10 @@
 
 use serde_json::{Value, json};
 use test_harness::{
-    ask::{Ask, condition, denied, issued},
-    cluster::{Cluster, Write},
+    ask::{Ask, condition, denied, issued, uri},
+    cluster::{Cluster, Pod, Write, rejection},
     eventually,
-    world::{GUARDED, NAMESPACE, PATIENCE, World, event},
+    world::{Actor, GUARDED, NAMESPACE, PATIENCE, World, event},
 };
 
 const SIGNER: &str = "system:serviceaccount:cert-manager:cert-manager";
@@ -18,42 +18,47 @@ const KEPT: usize = 256;
 /// No signer runs.
 const WITHOUT_SIGNER: &[&str] = &["--controllers", "*,-certificaterequests-approver,-certificaterequests-issuer-ca"];
 
-fn refusal(answer: kube::Result<Value>, what: &str) -> String {
-    match answer {
-        Err(kube::Error::Api(status)) if status.code == 403 || status.code == 422 => status.message.clone(),
-        other => panic!("{what} was not rejected: {other:?}"),
-    }
-}
-
 fn ready(status: &str, reason: &str) -> Value {
     json!({"type": "Ready", "status": status, "reason": reason, "lastTransitionTime": TIME})
 }
 
-/// Grants `user` the status of every request and their deletion, as a tenant's controller may have it.
-async fn grant(cluster: &Cluster, user: &str) {
-    let rbac = "/apis/rbac.authorization.k8s.io/v1";
-    let rules = json!([
-        {"apiGroups": ["cert-manager.io"], "resources": ["certificaterequests", "certificaterequests/status"], "verbs": ["*"]},
-        {"apiGroups": ["cert-manager.io"], "resources": ["signers"], "verbs": ["approve"]},
-    ]);
-    cluster.create(&format!("{rbac}/clusterroles"), &json!({"metadata": {"name": user}, "rules": rules})).await;
-    let binding = json!({
-        "metadata": {"name": user},
-        "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": user},
-        "subjects": [{"apiGroup": "rbac.authorization.k8s.io", "kind": "User", "name": user}],
-    });
-    cluster.create(&format!("{rbac}/clusterrolebindings"), &binding).await;
+/// A cluster with the policies, and an agent and a pod on one node.
+struct Scene {
+    world: World,
+    agent: Actor,
+    /// Namespace of the pod.
+    shop: String,
+    pod: Pod,
+}
+
+impl Scene {
+    async fn start(flags: &[&str]) -> Self {
+        let world = World::start(flags).await;
+        world.install_policy().await;
+        let node = world.cluster.node().await;
+        let agent = world.actor("agent", "sds-agent", &node).await;
+        let shop = world.cluster.namespace().await;
+        let pod = world.cluster.pod(&shop, "app", &node).await;
+        Self { world, agent, shop, pod }
+    }
+
+    /// The request that the agent would create for the pod.
+    fn ask(&self) -> Ask {
+        Ask::of(&self.agent, &self.pod)
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn only_the_signer_sets_a_certificate_its_ca_and_the_other_conditions() {
-    let world = World::start(WITHOUT_SIGNER).await;
-    world.install_policy().await;
+    let scene = Scene::start(WITHOUT_SIGNER).await;
+    let Scene { world, agent, .. } = &scene;
     let cluster = &world.cluster;
-    let node = cluster.node().await;
-    let agent = world.actor("agent", "sds-agent", &node).await;
-    let pod = cluster.pod(&cluster.namespace().await, "app", &node).await;
-    grant(cluster, "tenant").await;
+    // A tenant's controller may have these permissions.
+    let rules = json!([
+        {"apiGroups": ["cert-manager.io"], "resources": ["certificaterequests", "certificaterequests/status"], "verbs": ["*"]},
+        {"apiGroups": ["cert-manager.io"], "resources": ["signers"], "verbs": ["approve"]},
+    ]);
+    cluster.grant("tenant", &rules).await;
     let tenant = world.impersonate("tenant", &[]).await;
     let break_glass = world.impersonate("jane", &["sds-agent:break-glass"]).await;
     let approver = world.as_approver().await;
@@ -69,7 +74,7 @@ async fn only_the_signer_sets_a_certificate_its_ca_and_the_other_conditions() {
         (&["status", "conditions"], json!([{"type": "InvalidRequest", "status": "True", "reason": "Bad", "lastTransitionTime": TIME}])),
         (&["status", "conditions"], json!([{"type": "Note", "status": "True", "reason": "Noted"}])),
     ];
-    let path = Ask::of(&agent, &pod).create(&agent).await.unwrap();
+    let path = scene.ask().create(agent).await.unwrap();
     let status = format!("{path}/status");
     for (field, value) in &fields {
         for (who, account) in accounts {
@@ -77,7 +82,7 @@ async fn only_the_signer_sets_a_certificate_its_ca_and_the_other_conditions() {
             let may = |write: &Write| who != "the approver" || matches!(write, Write::MergePatch | Write::Apply);
             for write in Write::ALL.into_iter().filter(may) {
                 let what = format!("{field:?} by {who}, {write:?}");
-                let refused = refusal(account.try_set(write, &status, field, value).await, &what);
+                let refused = rejection(account.try_set(write, &status, field, value).await, &what);
                 assert!(refused.contains("only the signer may change"), "{what}: {refused}");
             }
         }
@@ -85,8 +90,11 @@ async fn only_the_signer_sets_a_certificate_its_ca_and_the_other_conditions() {
     // An approval that brings a certificate with it.
     let approval = json!({"type": "Approved", "status": "True", "reason": "approver.sds-agent.io", "lastTransitionTime": TIME});
     let both = json!({"conditions": [approval], "certificate": "Zm9yZ2Vk"});
-    let refused = refusal(approver.try_set(Write::MergePatch, &status, &["status"], &both).await, "both");
+    let refused = rejection(approver.try_set(Write::MergePatch, &status, &["status"], &both).await, "both");
     assert!(refused.contains("only the signer may change"), "{refused}");
+    // The signer's account signs, and does not decide.
+    let refused = rejection(signer.try_set(Write::MergePatch, &status, &["status"], &both).await, "an approval by the signer");
+    assert!(refused.contains("only the approver may change"), "{refused}");
     approver.try_set(Write::MergePatch, &status, &["status", "conditions"], &json!([approval])).await.unwrap();
 
     // The signer issues, and from then on the certificate stays as it is. Other notations of it are no change.
@@ -98,9 +106,17 @@ async fn only_the_signer_sets_a_certificate_its_ca_and_the_other_conditions() {
     {
         for (who, account) in accounts {
             let answer = account.try_set(Write::MergePatch, &status, &["status", field], &value).await;
-            let refused = refusal(answer, field);
+            let refused = rejection(answer, field);
             assert!(refused.contains("only the signer may change"), "{field} by {who}: {refused}");
         }
+    }
+    let mut reworded = conditions.clone();
+    reworded[1]["message"] = json!("revoked");
+    let twice = json!([conditions[0], conditions[1], ready("False", "Failed")]);
+    for (what, changed) in [("another message", &reworded), ("a second Ready", &twice)] {
+        let answer = tenant.try_set(Write::MergePatch, &status, &["status", "conditions"], changed).await;
+        let refused = rejection(answer, what);
+        assert!(refused.contains("only the signer may change") || refused.contains("Duplicate value"), "{what}: {refused}");
     }
     let mut rewritten = conditions.clone();
     rewritten[1]["lastTransitionTime"] = json!("2026-01-02T04:04:05+01:00");
@@ -110,24 +126,20 @@ async fn only_the_signer_sets_a_certificate_its_ca_and_the_other_conditions() {
 
     // Requests for other issuers are their owners'.
     let other = json!({"name": "other", "kind": "ClusterIssuer", "group": "cert-manager.io"});
-    let foreign = Ask::of(&agent, &pod).spec("issuerRef", other).unlabelled();
+    let foreign = scene.ask().spec("issuerRef", other).unlabelled();
     let foreign = format!("{}/status", foreign.create_in(cluster).await.unwrap());
     tenant.try_set(Write::MergePatch, &foreign, &["status", "certificate"], &json!("Zm9yZ2Vk")).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_labels_by_which_agents_select_requests_are_the_agents() {
-    let world = World::start(GUARDED).await;
-    world.install_policy().await;
+    let scene = Scene::start(GUARDED).await;
+    let Scene { world, agent, shop, .. } = &scene;
     let cluster = &world.cluster;
-    let node = cluster.node().await;
-    let agent = world.actor("agent", "sds-agent", &node).await;
-    let shop = cluster.namespace().await;
-    let editor = world.editor(&shop).await;
-    let pod = cluster.pod(&shop, "app", &node).await;
+    let editor = world.editor(shop).await;
     let none = json!({"name": "none", "kind": "Issuer", "group": "cert-manager.io"});
     let with = |labels: Value| {
-        let mut ask = Ask::of(&agent, &pod).in_namespace(&shop).spec("issuerRef", none.clone());
+        let mut ask = scene.ask().in_namespace(shop).spec("issuerRef", none.clone());
         ask.object["metadata"]["labels"] = labels;
         ask
     };
@@ -136,19 +148,19 @@ async fn the_labels_by_which_agents_select_requests_are_the_agents() {
         assert!(refused.contains("only an agent may set, change or remove labels"), "{label}: {refused}");
     }
     let own = with(json!({"example.com/team": "shop"})).create(&editor).await.unwrap();
-    let of_agent = Ask::of(&agent, &pod).create(&agent).await.unwrap();
+    let of_agent = scene.ask().create(agent).await.unwrap();
     let label = ["metadata", "labels", "sds-agent.io/node"];
     for write in Write::ALL {
-        let refused = refusal(editor.cluster.try_set(write, &own, &label, &json!(node)).await, "an editor's");
+        let refused = rejection(editor.cluster.try_set(write, &own, &label, &json!(agent.node)).await, "an editor's");
         assert!(refused.contains("only an agent may set"), "{write:?}: {refused}");
-        let refused = refusal(cluster.try_set(write, &of_agent, &label, &json!("elsewhere")).await, "the agent's");
+        let refused = rejection(cluster.try_set(write, &of_agent, &label, &json!("elsewhere")).await, "the agent's");
         assert!(refused.contains("only an agent may set"), "{write:?}: {refused}");
         editor.cluster.try_set(write, &own, &["metadata", "labels", "example.com/team"], &json!(format!("{write:?}"))).await.unwrap();
         cluster.try_set(write, &of_agent, &["metadata", "labels", "example.com/team"], &json!(format!("{write:?}"))).await.unwrap();
     }
-    let refused = refusal(cluster.try_set(Write::MergePatch, &of_agent, &label, &Value::Null).await, "a removal");
+    let refused = rejection(cluster.try_set(Write::MergePatch, &of_agent, &label, &Value::Null).await, "a removal");
     assert!(refused.contains("only an agent may set"), "{refused}");
-    issued_by_hand(&world, &of_agent).await;
+    issued_by_hand(world, &of_agent).await;
 }
 
 /// A request whose labels others have tried to change is still approved and signed.
@@ -161,14 +173,11 @@ async fn issued_by_hand(world: &World, path: &str) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_agents_token_writes_events_about_pods_alone() {
-    let world = World::start(GUARDED).await;
-    world.install_policy().await;
+    let scene = Scene::start(GUARDED).await;
+    let Scene { world, agent, shop, .. } = &scene;
     let cluster = &world.cluster;
-    let node = cluster.node().await;
-    let agent = world.actor("agent", "sds-agent", &node).await;
-    let shop = cluster.namespace().await;
     let events = format!("/apis/events.k8s.io/v1/namespaces/{shop}/events");
-    let send = async |account: &Cluster, change: fn(&mut Value)| account.try_create(&events, &event(&shop, change)).await;
+    let send = async |account: &Cluster, change: fn(&mut Value)| account.try_create(&events, &event(shop, change)).await;
     send(&agent.cluster, |_| {}).await.unwrap();
     let changes: [Change; 6] = [
         ("another controller", |event| event["reportingController"] = json!("kubelet")),
@@ -179,30 +188,32 @@ async fn an_agents_token_writes_events_about_pods_alone() {
         ("a series", |event| event["series"] = json!({"count": 2, "lastObservedTime": "2026-01-02T03:04:05.000000Z"})),
     ];
     for (what, change) in changes {
-        let refused = refusal(send(&agent.cluster, change).await, what);
+        let refused = rejection(send(&agent.cluster, change).await, what);
         assert!(refused.contains("an agent creates only short Events"), "{what}: {refused}");
     }
+    // The other API group of Events is closed to the token altogether.
+    let mut of_core = event(shop, |_| {});
+    of_core["involvedObject"] = of_core["regarding"].take();
+    let core = format!("/api/v1/namespaces/{shop}/events");
+    rejection(agent.cluster.try_create(&core, &of_core).await, "an Event of the core group");
     // Other accounts are not limited.
     send(cluster, |event| event["reportingController"] = json!("example.com/other")).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_approver_deletes_ended_requests_alone_and_bounds_their_number() {
-    let world = World::start(&["--controllers", "*,-certificaterequests-approver"]).await;
-    world.install_policy().await;
+    let scene = Scene::start(&["--controllers", "*,-certificaterequests-approver"]).await;
+    let Scene { world, agent, .. } = &scene;
     let cluster = &world.cluster;
-    let node = cluster.node().await;
-    let agent = world.actor("agent", "sds-agent", &node).await;
-    let pod = cluster.pod(&cluster.namespace().await, "app", &node).await;
     let account = world.as_approver().await;
     let none = json!({"name": "none", "kind": "Issuer", "group": "cert-manager.io"});
-    let foreign = Ask::of(&agent, &pod).spec("issuerRef", none).unlabelled();
+    let foreign = scene.ask().spec("issuerRef", none).unlabelled();
     let foreign = foreign.create_in(cluster).await.unwrap();
     let denial = json!([{"type": "Denied", "status": "True", "reason": "No", "message": "", "lastTransitionTime": TIME}]);
     cluster.try_set(Write::MergePatch, &format!("{foreign}/status"), &["status", "conditions"], &denial).await.unwrap();
-    let undecided = Ask::of(&agent, &pod).create(&agent).await.unwrap();
+    let undecided = scene.ask().create(agent).await.unwrap();
     for (what, path) in [("an undecided one", &undecided), ("one for another issuer", &foreign)] {
-        let refused = refusal(account.try_delete(path).await, what);
+        let refused = rejection(account.try_delete(path).await, what);
         assert!(refused.contains("the approver may delete only requests for a guarded issuer that are denied"), "{what}: {refused}");
     }
 
@@ -210,11 +221,11 @@ async fn the_approver_deletes_ended_requests_alone_and_bounds_their_number() {
     issued(cluster, &undecided).await;
     account.try_delete(&undecided).await.unwrap();
     // An agent that requests names of other pods without end.
-    let forged = Ask::of(&agent, &pod).named(test_harness::ask::uri("spiffe://cluster.local/ns/other/sa/other"));
-    let first = forged.create(&agent).await.unwrap();
+    let forged = scene.ask().named(uri("spiffe://cluster.local/ns/other/sa/other"));
+    let first = forged.create(agent).await.unwrap();
     assert_eq!(denied(cluster, &first).await.0, "WrongIdentity");
     for _ in 0..KEPT + 10 {
-        forged.create(&agent).await.unwrap();
+        forged.create(agent).await.unwrap();
     }
     approver.counted("sds_agent_approver_requests_removed_total", &[], 11.0).await;
     eventually("the others are kept", PATIENCE, async || {

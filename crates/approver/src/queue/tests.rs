@@ -13,7 +13,7 @@ fn seen(queue: &mut Queue, request: Request, by_an_agent: bool, now: Instant) {
 }
 
 fn next(queue: &mut Queue) -> Option<(String, String)> {
-    queue.pop().map(|(key, item)| (key.1, item.request.unwrap().metadata.resource_version.clone().unwrap()))
+    queue.pop(|_| 0).map(|(key, item)| (key.1, item.request.unwrap().metadata.resource_version.clone().unwrap()))
 }
 
 #[test]
@@ -41,7 +41,7 @@ fn failures_rest_ever_longer_and_what_is_gone_does_not_come_back() {
     seen(&mut queue, request("a", "1"), true, now);
     let mut pauses = Vec::new();
     for _ in 0..9 {
-        queue.pop().unwrap();
+        queue.pop(|_| 0).unwrap();
         pauses.push(queue.failed(&a).unwrap().as_millis());
         seen(&mut queue, request("a", "2"), true, now);
         assert_eq!(next(&mut queue), None, "a change does not end the backoff");
@@ -156,7 +156,7 @@ fn a_flood_of_a_node_is_bounded_and_delays_another_node_by_its_own_time() {
     let mut decisions = 0;
     let mut left = 50;
     while left > 0 {
-        let (key, _) = queue.pop().unwrap();
+        let (key, _) = queue.pop(|_| 0).unwrap();
         decisions += 1;
         left -= usize::from(key.1.starts_with('o'));
         queue.settled(&key);
@@ -166,7 +166,7 @@ fn a_flood_of_a_node_is_bounded_and_delays_another_node_by_its_own_time() {
 
     // The newest are denied, as long as the node has too many.
     let mut beyond = 0;
-    while let Some((key, item)) = queue.pop() {
+    while let Some((key, item)) = queue.pop(|_| 0) {
         beyond += usize::from(item.is_beyond);
         queue.settled(&key);
     }
@@ -183,7 +183,7 @@ fn a_backlog_of_an_honest_agent_is_judged_and_not_denied() {
         seen(&mut queue, request_on("n1", &format!("r{n}"), 100), true, now);
     }
     let mut judged = 0;
-    while let Some((key, item)) = queue.pop() {
+    while let Some((key, item)) = queue.pop(|_| 0) {
         assert!(!item.is_beyond);
         judged += 1;
         queue.settled(&key);
@@ -197,11 +197,11 @@ fn a_node_occupies_a_part_of_the_workers() {
     for n in 0..20 {
         seen(&mut queue, request_on("n1", &format!("r{n}"), 100), true, now);
     }
-    let mut working: Vec<_> = std::iter::from_fn(|| queue.pop()).map(|(key, _)| key).collect();
+    let mut working: Vec<_> = std::iter::from_fn(|| queue.pop(|_| 0)).map(|(key, _)| key).collect();
     assert_eq!(working.len(), MAX_WORKERS_PER_NODE);
     assert!(queue.has_ready());
     queue.settled(&working.pop().unwrap());
-    assert!(queue.pop().is_some() && queue.pop().is_none());
+    assert!(queue.pop(|_| 0).is_some() && queue.pop(|_| 0).is_none());
 }
 
 #[test]
@@ -210,7 +210,7 @@ fn a_large_object_is_not_held_and_an_outsider_takes_no_turn_of_a_node() {
     let mut large = request_on("n1", "large", 100);
     large.spec.duration = Some(format!("{}3600s", "0".repeat(MAX_HELD_BYTES)));
     seen(&mut queue, large.clone(), true, now);
-    assert!(queue.pop().unwrap().1.request.is_none(), "it is read when it is its turn");
+    assert!(queue.pop(|_| 0).unwrap().1.request.is_none(), "it is read when it is its turn");
     let small = request_on("n1", "small", 100);
     seen(&mut queue, small.clone(), true, now);
     large.metadata.name = Some("small".into());
@@ -228,18 +228,18 @@ fn a_decision_ends_a_request_although_its_change_was_reported_meanwhile() {
     let (mut queue, now) = (Queue::default(), Instant::now());
     let a = ("n".to_owned(), "a".to_owned());
     seen(&mut queue, request("a", "1"), true, now);
-    queue.pop().unwrap();
+    queue.pop(|_| 0).unwrap();
     queue.wake();
     queue.decided(&a, "");
     assert!(queue.is_empty() && queue.shares.is_empty());
     // Another object of the same name is another request.
     seen(&mut queue, request("a", "1"), true, now);
-    queue.pop().unwrap();
+    queue.pop(|_| 0).unwrap();
     let mut recreated = request("a", "2");
     recreated.metadata.uid = Some("other".into());
     seen(&mut queue, recreated, true, now);
     queue.decided(&a, "");
-    assert_eq!(queue.pop().unwrap().1.uid, "other".into());
+    assert_eq!(queue.pop(|_| 0).unwrap().1.uid, "other".into());
 }
 
 #[test]
@@ -249,14 +249,14 @@ fn requests_of_a_node_that_may_rest_are_limited() {
         seen(&mut queue, request_on("n1", &format!("r{n:03}"), 100), true, now);
     }
     for _ in 0..MAX_RESTING_PER_NODE {
-        let (key, item) = queue.pop().unwrap();
+        let (key, item) = queue.pop(|_| 0).unwrap();
         assert!(item.may_rest && queue.waits(&key));
     }
-    let (key, item) = queue.pop().unwrap();
+    let (key, item) = queue.pop(|_| 0).unwrap();
     assert!(!item.may_rest);
     queue.settled(&key);
     queue.wake();
-    assert!(queue.pop().unwrap().1.may_rest);
+    assert!(queue.pop(|_| 0).unwrap().1.may_rest);
 }
 
 /// A node whose signer is down may have as many approved requests as undecided ones, together.
@@ -265,13 +265,12 @@ fn approved_requests_that_wait_for_their_signer_count_towards_the_limit() {
     let (mut queue, now) = (Queue::default(), Instant::now());
     let arrives = |queue: &mut Queue, name: &str, approved: usize| {
         queue.seen(request_on("n1", name, 100), "n1".into(), approved, now);
-        let (key, item) = queue.pop().unwrap();
+        let (key, item) = queue.pop(|_| approved).unwrap();
         queue.settled(&key);
         item.is_beyond
     };
     assert!(!arrives(&mut queue, "a", MAX_REQUESTS_PER_NODE - 1));
     assert!(arrives(&mut queue, "b", MAX_REQUESTS_PER_NODE));
     queue.seen(request_on("n1", "c", 100), "n1".into(), MAX_REQUESTS_PER_NODE, now);
-    queue.note_approved(&"n1".into(), MAX_REQUESTS_PER_NODE - 1);
-    assert!(!queue.pop().unwrap().1.is_beyond, "one was signed before its turn");
+    assert!(!queue.pop(|_| MAX_REQUESTS_PER_NODE - 1).unwrap().1.is_beyond, "one was signed before its turn");
 }

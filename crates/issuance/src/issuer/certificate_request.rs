@@ -151,10 +151,7 @@ impl Inner {
         let object = self.object(order, &namespace, &made.csr_der);
         let name: Arc<str> = object.metadata.name.as_deref().unwrap_or_default().into();
         let mut handle = self.requests.tracker().open(&namespace, &name);
-        if let Err(error) = create::create(self.requests.client(), &mut handle, &object).await {
-            self.requests.check_node().await;
-            return Err(error.into());
-        }
+        create::create(&self.requests, &mut handle, &object).await?;
         let created = Instant::now();
         order.progress.submitted(&name);
         let pod = order.evidence.as_ref().map(tracing::field::display);

@@ -7,12 +7,12 @@ use std::time::Duration;
 
 use agent_kube::{Call, Cause, Failure};
 use cert_manager::CertificateRequest;
-use kube::{Api, Client, api::PostParams};
+use kube::{Api, api::PostParams};
 use tokio::time::sleep;
 
 use crate::issuer::{
     Error, Retry,
-    certificate_request::{RESOURCE, api_error, tracker::RequestHandle},
+    certificate_request::{RESOURCE, Requests, api_error, tracker::RequestHandle},
 };
 
 /// Target of the log lines.
@@ -26,9 +26,9 @@ const INITIAL_BACKOFF: Duration = Duration::from_millis(500);
 const LATE_ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Creates `object` and records the result in `handle`.
-pub(super) async fn create(client: &Client, handle: &mut RequestHandle, object: &CertificateRequest) -> Result<(), Error> {
+pub(super) async fn create(requests: &Requests, handle: &mut RequestHandle, object: &CertificateRequest) -> Result<(), Error> {
     let key = handle.key().clone();
-    let api: Api<CertificateRequest> = Api::namespaced(client.clone(), &key.namespace);
+    let api: Api<CertificateRequest> = Api::namespaced(requests.client().clone(), &key.namespace);
     let call = Call { verb: "create", resource: RESOURCE, name: None, namespace: Some(&key.namespace) };
     let mut uncertain = false;
     let mut tries = 1;
@@ -56,6 +56,9 @@ pub(super) async fn create(client: &Client, handle: &mut RequestHandle, object: 
         if !failure.cause.is_ambiguous() || tries == MAX_TRIES {
             if !uncertain {
                 handle.leave();
+            }
+            if failure.cause == Cause::Policy {
+                requests.check_node().await;
             }
             return Err(api_error(&call, failure));
         }

@@ -166,7 +166,7 @@ impl Requests {
         })
     }
 
-    /// Reads the agent's token again after a request was rejected: a Node that was recreated under its name has another UID, and the policy
+    /// Reads the agent's token again after a policy has rejected a request: a Node that was recreated under its name has another UID, and the policy
     /// compares it with that in the request's label.
     pub(super) async fn check_node(&self) {
         let Some(before) = self.0.agent.node_uid() else { return };
