@@ -157,6 +157,8 @@ def when(condition, body):
 
 
 IN_NAMESPACE = ("namespace: sds-agent", f"namespace: {NAMESPACE}")
+# To be replaced before `IN_NAMESPACE`, whose text it begins with.
+OF_APPROVER = ("namespace: sds-agent-approver", 'namespace: {{ include "sds-agent.approverNamespace" . }}')
 
 # Only the chart has these objects. With kustomize, a user adds a ClusterRoleBinding for each further account.
 APPROVERS = """\
@@ -205,6 +207,9 @@ def agent(mode, *patches):
 
 def templates():
     """Yields the name and content of each template."""
+    approver = replaced(text(load("approver/namespace.yaml")), ("name: sds-agent-approver", 'name: {{ include "sds-agent.approverNamespace" . }}'))
+    own = 'ne (include "sds-agent.approverNamespace" .) .Release.Namespace'
+    yield "approver-namespace.yaml", when(f"and .Values.approver.enabled .Values.approver.createNamespace ({own})", approver)
     yield "namespace.yaml", when(".Values.createNamespace", replaced(text(load("base/namespace.yaml")), ("name: sds-agent", f"name: {NAMESPACE}")))
 
     roots = "{{ .Values.trust.configMap.%s }}"
@@ -230,7 +235,7 @@ def templates():
 
     rbac = load("approver/rbac.yaml")
     rbac = replaced(
-        text(rbac), IN_NAMESPACE, ("[clusterissuers.cert-manager.io/mesh-ca]", '{{ include "sds-agent.signers" . }}'),
+        text(rbac), OF_APPROVER, IN_NAMESPACE, ("[clusterissuers.cert-manager.io/mesh-ca]", '{{ include "sds-agent.signers" . }}'),
         # Without the policies, the right to delete would not be limited to ended requests.
         ("verbs: [get, list, watch, delete]", "verbs: [get, list, watch{{ if .Values.policy.enabled }}, delete{{ end }}]"),
         ("verbs: [approve, remove]", "verbs: [approve{{ if .Values.policy.enabled }}, remove{{ end }}]"),
@@ -241,10 +246,9 @@ def templates():
     find(deployment[0], ["spec", "replicas"]).text = "  replicas: {{ .Values.approver.replicas }}"
     spec = pod(deployment[0], ".Values.approver")
     for key in ("tolerations", "affinity"):
-        node = Node(f"      {key}:", [])
-        guarded(node, f".Values.approver.{key}")
-        spec.children.append(node)
-    yield "approver-deployment.yaml", when(".Values.approver.enabled", replaced(text(deployment), IN_NAMESPACE))
+        guarded(find(spec, [key]), f".Values.approver.{key}")
+    config_map = ("sds-agent/sds-agent", f"{NAMESPACE}/sds-agent")
+    yield "approver-deployment.yaml", when(".Values.approver.enabled", replaced(text(deployment), OF_APPROVER, config_map))
 
     policy = replaced(
         text(load("approver/policy.yaml")),
@@ -275,12 +279,13 @@ def templates():
 def monitoring():
     enabled = ".Values.monitoring.enabled"
     scraped = ("[sds-agent]", f"[{NAMESPACE}]")
+    approvers = '[{{ include "sds-agent.approverNamespace" . }}]'
     for kind, condition, further in (
-        ("podmonitor", enabled, [scraped]),
-        ("podmonitor-approver", f"and {enabled} .Values.approver.enabled", [scraped]),
-        ("prometheusrule", enabled, []),
+        ("podmonitor", enabled, [IN_NAMESPACE, scraped]),
+        ("podmonitor-approver", f"and {enabled} .Values.approver.enabled", [OF_APPROVER, ("[sds-agent-approver]", approvers)]),
+        ("prometheusrule", enabled, [IN_NAMESPACE]),
     ):
-        body = replaced(text(load(f"monitoring/{kind}.yaml")), IN_NAMESPACE, *further)
+        body = replaced(text(load(f"monitoring/{kind}.yaml")), *further)
         yield f"{kind}.yaml", when(condition, body)
     dashboard = [
         "apiVersion: v1", "kind: ConfigMap", "metadata:", "  name: sds-agent-dashboard", f"  namespace: {NAMESPACE}", "  labels:",

@@ -51,6 +51,7 @@ use reload::{ConfigChannels, Reload};
 
 pub mod approver;
 mod builder;
+pub mod config_map;
 pub mod config_map_source;
 mod identity_users;
 pub mod inventory;

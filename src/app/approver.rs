@@ -1,6 +1,6 @@
 //! Composes the approver: probes, metrics, reload and shutdown.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{fmt, net::SocketAddr, sync::Arc};
 
 use agent_runtime::{
     clock::SystemClock,
@@ -9,24 +9,29 @@ use agent_runtime::{
 };
 use approver::{Approver, Pods};
 use futures::FutureExt;
+use kube::Client;
 use tokio::{net::TcpListener, task::JoinSet};
 use tracing::{error, info};
 
 use self::reload::Reload;
 use super::Base;
-use crate::{admin, config::reloads};
+use crate::{
+    admin,
+    config::{Env, reloads},
+};
 
 mod denied_nodes;
 pub mod reload;
 pub mod settings;
+pub mod source;
 
 pub use settings::Settings;
+pub use source::Start;
 
 /// The log target of this module.
 const LOG_TARGET: &str = "sds_agent::app::approver";
 
 /// An approver whose addresses are bound.
-#[derive(Debug)]
 pub struct BoundApprover {
     approver: Approver,
     pods: Pods,
@@ -37,30 +42,38 @@ pub struct BoundApprover {
     shutdown: Shutdown,
     start: readiness::Guard,
     reload: Reload,
+    client: Client,
+    kube_metrics: agent_kube::Metrics,
 }
 
-/// Binds the addresses and creates the API client, without waiting for the API server. `settings` were read from `file`.
-pub async fn build_approver(settings: &Settings, file: reload::File, base: Base) -> anyhow::Result<BoundApprover> {
-    let Base { mut exposition, readiness, shutdown, start, log, .. } = base;
-    let config = &settings.config;
+impl fmt::Debug for BoundApprover {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("BoundApprover").field("reload", &self.reload).finish_non_exhaustive()
+    }
+}
+
+/// Binds the addresses and creates the API client, without waiting for the API server.
+pub async fn build_approver(start: Start, env: Env<'static>, base: Base) -> anyhow::Result<BoundApprover> {
+    let Base { mut exposition, readiness, shutdown, start: start_guard, log, .. } = base;
+    let config = start.settings.config.clone();
     let admin = admin::bind("admin.address", config.admin).await?;
     let metrics = admin::bind("metrics.address", config.metrics).await?;
     let kube_metrics = agent_kube::Metrics::register(exposition.registry());
     let client = agent_kube::connect(&kube_metrics, approver::RATE).await?;
     let driver = config.per_pod.as_ref().map(|per_pod| per_pod.driver_name.clone());
     let pods = Pods::new(client.clone(), config.node.pod.clone(), driver, kube_metrics.clone());
-    let reload = Reload::new(file, settings, reloads::Metrics::register(exposition.registry()))?;
+    let reload = Reload::new(start, env, reloads::Metrics::register(exposition.registry()));
     let approver = Approver::new(approver::Parts {
-        client,
+        client: client.clone(),
         active_rules: reload.active_rules(),
         pods: pods.clone(),
         clock: Arc::new(SystemClock),
         instance: config.node.pod.as_ref().map_or_else(|| "sds-agent-approver".to_owned(), |pod| pod.name.to_string()),
-        kube_metrics,
+        kube_metrics: kube_metrics.clone(),
         metrics: approver::Metrics::register(exposition.registry()),
     });
     let routes = admin::Routes::new(readiness.clone(), Arc::new(exposition)).with_log(log.map(admin::LogLevel::new));
-    Ok(BoundApprover { approver, pods, admin, metrics, routes, readiness, shutdown, start, reload })
+    Ok(BoundApprover { approver, pods, admin, metrics, routes, readiness, shutdown, start: start_guard, reload, client, kube_metrics })
 }
 
 impl BoundApprover {
@@ -76,7 +89,7 @@ impl BoundApprover {
     ///
     /// A task of the approver failed, and its failure began the shutdown.
     pub async fn run(self) -> anyhow::Result<Drained> {
-        let Self { approver, pods, admin, metrics, routes, readiness, shutdown, start, reload } = self;
+        let Self { approver, pods, admin, metrics, routes, readiness, shutdown, start, reload, client, kube_metrics } = self;
         for (name, mut synced) in [("the watch of pods", pods.synced()), ("the watch of requests", approver.synced())] {
             let guard = readiness.guard(name);
             tokio::spawn(async move {
@@ -99,7 +112,7 @@ impl BoundApprover {
         let mut parts = JoinSet::new();
         parts.spawn(async move { pods.run().await }.map(|()| "the watch of pods"));
         parts.spawn(approver.run().map(|()| "the approver"));
-        parts.spawn(reload.run().map(|()| "the watch of the configuration file"));
+        parts.spawn(reload.run(client, kube_metrics).map(|()| "the watch of the configuration"));
         let failed = tokio::select! {
             biased;
             () = shutdown.drain.cancelled() => None,

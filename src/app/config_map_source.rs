@@ -4,18 +4,14 @@
 
 use std::{fmt, sync::Arc};
 
-use agent_kube::{
-    self,
-    labels::Resource,
-    watch::{Selection, Signal},
-};
 use agent_runtime::text;
 use aws_lc_rs::digest;
-use futures::StreamExt;
 use k8s_openapi::api::core::v1::ConfigMap;
-use kube::{Api, Client, runtime::watcher};
+use kube::Client;
 use sds_server::trust::Source;
 use tokio_util::sync::CancellationToken;
+
+use super::config_map::ConfigMapWatch;
 
 /// Watches a key of a ConfigMap and offers its content to a source of the trust.
 pub struct ConfigMapSource {
@@ -61,31 +57,13 @@ impl ConfigMapSource {
     }
 
     async fn watch(&self) {
-        let api: Api<ConfigMap> = Api::namespaced(self.client.clone(), &self.namespace);
-        let selection = Selection {
-            resource: Resource::configmaps,
-            name: format!("configmaps {}", self.name),
-            namespace: Some(self.namespace.to_string()),
-            config: watcher::Config::default().fields(&format!("metadata.name={}", self.name)),
-        };
-        let mut signals = Box::pin(agent_kube::watch::watch(api, selection, self.metrics.clone()));
-        let (mut last, mut listed) = (None, false);
-        while let Some(signal) = signals.next().await {
-            let found = match signal {
-                Signal::Event(watcher::Event::Init) => {
-                    listed = false;
-                    continue;
-                }
-                Signal::Event(watcher::Event::InitApply(object)) => {
-                    listed = true;
-                    self.read(&object, last)
-                }
-                Signal::Event(watcher::Event::Apply(object)) => self.read(&object, last),
-                Signal::Event(watcher::Event::Delete(_)) => self.missing(last),
-                Signal::Event(watcher::Event::InitDone) if !listed => self.missing(last),
-                Signal::Event(watcher::Event::InitDone) | Signal::Trouble(..) => continue,
-            };
-            last = Some(found);
+        let mut watch = ConfigMapWatch::new(self.client.clone(), &self.namespace, &self.name, self.metrics.clone());
+        let mut last = None;
+        while let Some(object) = watch.next().await {
+            last = Some(match object {
+                Some(object) => self.read(&object, last),
+                None => self.missing(last),
+            });
         }
     }
 

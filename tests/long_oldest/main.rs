@@ -62,6 +62,6 @@ async fn parameters_that_are_missing_hold_up_no_other_issuer() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn another_namespace_by_kustomize_holds_up_no_other_issuer() {
-    let world = World::start_in(&flags(), "mesh-system", &moved("mesh-system").await).await;
+    let world = World::start_in(&flags(), &moved().await).await;
     Guarded::of(world).await.assert_another_namespace_holds_up_no_other_issuer().await;
 }

@@ -51,7 +51,7 @@ const FAILOVER: Duration = Duration::from_secs(15);
 const TIMES: f64 = 1.2;
 
 const WEBHOOK: &str = "system:serviceaccount:cert-manager:cert-manager-webhook";
-const APPROVER: &str = "system:serviceaccount:sds-agent:sds-agent-approver";
+const APPROVER: &str = "system:serviceaccount:sds-agent-approver:sds-agent-approver";
 /// No other approver and no signer runs.
 const WITHOUT: &[&str] = &["--controllers", "*,-certificaterequests-approver,-certificaterequests-issuer-ca", "--audit"];
 

@@ -9,6 +9,7 @@ mod equal;
 mod istio;
 mod node;
 mod parameters;
+mod placement;
 mod readme;
 mod rights;
 mod rollout;

@@ -4,6 +4,11 @@
 {{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}
 {{- end }}
 
+{{/* The namespace of the approver. */}}
+{{- define "sds-agent.approverNamespace" -}}
+{{ .Values.approver.namespace | default (printf "%s-approver" .Release.Namespace) }}
+{{- end }}
+
 {{/* The user name of the agents. */}}
 {{- define "sds-agent.agents" -}}
 system:serviceaccount:{{ .Release.Namespace }}:sds-agent

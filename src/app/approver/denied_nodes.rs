@@ -1,7 +1,7 @@
 //! `deniedNodes`: the nodes whose agents get no certificate, for a node that may be compromised.
 //!
-//! The key `deniedNodes` of the ConfigMap has one node name per line. A policy reads the key as a parameter, and the approver reads the file
-//! of that name in the directory of its configuration, where the ConfigMap is mounted. A missing file or key denies no node.
+//! The key `deniedNodes` of the ConfigMap has one node name per line. A policy reads the key as a parameter. The approver reads the key, or
+//! the file of that name in the directory of its configuration. A missing file or key denies no node.
 
 use std::{
     collections::BTreeSet,
@@ -12,7 +12,7 @@ use std::{
 use agent_runtime::file;
 
 /// The name of the file and of the key.
-const NAME: &str = "deniedNodes";
+pub(super) const NAME: &str = "deniedNodes";
 /// Maximum size of the file, in bytes: that of a ConfigMap.
 pub(super) const MAX_BYTES: usize = 1 << 20;
 /// Maximum length of a node's name, a DNS subdomain.

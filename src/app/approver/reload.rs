@@ -1,11 +1,12 @@
-//! Applies changes of the configuration file while the approver runs. An invalid file changes nothing.
+//! Applies changes of the configuration while the approver runs. An invalid configuration changes nothing.
 //!
 //! Owns the rules in force. The caller runs [`Reload::run`] as long as the approver runs.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{path::Path, sync::Arc};
 
 use agent_runtime::file::Followed;
 use approver::active_rules::ActiveRules;
+use kube::Client;
 use parking_lot::Mutex;
 use tokio::{sync::watch, time::Instant};
 use tracing::{error, info, warn};
@@ -13,27 +14,23 @@ use tracing::{error, info, warn};
 use super::{
     denied_nodes::{self, DeniedNodes},
     settings::{Refused, Settings},
+    source::{self, Source, Start},
 };
-use crate::config::{
-    Config, Env, MAX_FILE_BYTES, Warning,
-    reloads::{Metrics, Outcome},
+use crate::{
+    app::config_map::{ConfigMapName, ConfigMapWatch},
+    config::{
+        Config, Env, MAX_FILE_BYTES, Warning,
+        reloads::{Metrics, Outcome},
+    },
 };
 
 /// The log target of this module.
 const LOG_TARGET: &str = "sds_agent::approver::reload";
 
-/// The file and the environment with which it is read.
-#[derive(Clone)]
-pub struct File {
-    /// The path of the file.
-    pub path: PathBuf,
-    /// The environment.
-    pub env: Env<'static>,
-}
-
-/// Follows the file and owns the rules in force.
+/// Follows the configuration and owns the rules in force.
 pub struct Reload {
-    file: File,
+    source: Source,
+    env: Env<'static>,
     active_rules: watch::Sender<Arc<ActiveRules>>,
     metrics: Metrics,
     started: Config,
@@ -41,39 +38,34 @@ pub struct Reload {
     refused: Option<Refused>,
     warnings: Vec<Warning>,
     waiting: Vec<&'static str>,
-    /// The last reported error of the file `deniedNodes`.
+    /// The last reported error of the denied nodes.
     denied_error: Option<String>,
 }
 
 impl std::fmt::Debug for Reload {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Reload").field("path", &self.file.path).finish_non_exhaustive()
+        f.debug_struct("Reload").field("source", &self.source).finish_non_exhaustive()
     }
 }
 
 impl Reload {
-    /// Follows `file`, from which `settings` were read. They are in force until the file changes.
-    ///
-    /// # Errors
-    ///
-    /// The file `deniedNodes` beside it exists and cannot be read. No request is decided without it.
-    pub fn new(file: File, settings: &Settings, metrics: Metrics) -> anyhow::Result<Self> {
-        let denied =
-            denied_nodes::load(&file.path).map_err(|error| anyhow::anyhow!("{} {error}", denied_nodes::beside(&file.path).display()))?;
-        let active_rules = ActiveRules::new(settings.rules.clone());
+    /// Follows the source from which `start` was read, which is in force until it changes.
+    pub fn new(start: Start, env: Env<'static>, metrics: Metrics) -> Self {
+        let Start { settings, source, denied } = start;
         let mut reload = Self {
-            file,
-            active_rules: watch::Sender::new(Arc::new(active_rules)),
+            source,
+            env,
+            active_rules: watch::Sender::new(Arc::new(ActiveRules::new(settings.rules))),
             metrics,
-            started: settings.config.clone(),
+            started: settings.config,
             is_first: true,
             refused: None,
-            warnings: settings.warnings.clone(),
+            warnings: settings.warnings,
             waiting: Vec::new(),
             denied_error: None,
         };
         reload.deny(Ok(denied));
-        Ok(reload)
+        reload
     }
 
     /// A receiver of the rules in force.
@@ -81,21 +73,39 @@ impl Reload {
         self.active_rules.subscribe()
     }
 
-    /// Follows the file; does not return.
-    pub async fn run(self) {
-        let File { path, env } = self.file.clone();
+    /// Follows the files, or the ConfigMap with `client`; does not return by itself.
+    pub async fn run(self, client: Client, kube_metrics: agent_kube::Metrics) {
+        match self.source.clone() {
+            Source::File(path) => self.follow_files(&path).await,
+            Source::ConfigMap(name) => {
+                let watch = ConfigMapWatch::new(client, &name.namespace, &name.name, kube_metrics);
+                self.follow_config_map(&name, watch).await;
+            }
+        }
+    }
+
+    async fn follow_files(self, path: &Path) {
+        let env = self.env;
         let (rules, denied) =
-            (Followed::new(path.clone(), MAX_FILE_BYTES), Followed::new(denied_nodes::beside(&path), denied_nodes::MAX_BYTES));
+            (Followed::new(path.to_owned(), MAX_FILE_BYTES), Followed::new(denied_nodes::beside(path), denied_nodes::MAX_BYTES));
         let reload = Mutex::new(self);
         futures::join!(
-            rules.run(|content| reload.lock().take(Settings::of_content(&path, content, env))),
+            rules.run(|content| reload.lock().take(Settings::of_content(path, content, env))),
             denied.run(|content| reload.lock().deny(denied_nodes::of_content(content))),
         );
     }
 
+    async fn follow_config_map(mut self, name: &ConfigMapName, mut watch: ConfigMapWatch) {
+        while let Some(map) = watch.next().await {
+            let (settings, denied) = source::read(name, map.as_ref(), self.env);
+            self.deny(denied);
+            self.take(settings);
+        }
+    }
+
     /// Puts other denied nodes into force. An error changes nothing.
     fn deny(&mut self, read: Result<DeniedNodes, String>) {
-        let file = denied_nodes::beside(&self.file.path).display().to_string();
+        let file = self.source.of_denied_nodes();
         let DeniedNodes { nodes, invalid_lines } = match read {
             Ok(denied) => denied,
             Err(error) => {
@@ -125,7 +135,7 @@ impl Reload {
             Ok(settings) => settings,
             Err(refused) => return self.refuse(refused),
         };
-        let file = self.file.path.display().to_string();
+        let file = self.source.to_string();
         if self.refused.take().is_some() {
             info!(target: LOG_TARGET, file, "the configuration file is good again");
         }
@@ -167,12 +177,12 @@ impl Reload {
     fn refuse(&mut self, refused: Refused) {
         self.metrics.read(Outcome::invalid);
         if self.refused.as_ref() != Some(&refused) {
-            error!(target: LOG_TARGET, file = %self.file.path.display(), "the configuration file cannot be used; the former rules stay in force");
+            error!(target: LOG_TARGET, file = %self.source, "the configuration file cannot be used; the former rules stay in force");
             match &refused {
                 Refused::Invalid(errors) => {
                     errors.0.iter().for_each(|problem| error!(target: LOG_TARGET, field = %problem.path, "{problem}"));
                 }
-                Refused::Unfit(unfit) => error!(target: LOG_TARGET, "{unfit}"),
+                Refused::Unfit(_) | Refused::Missing(_) => error!(target: LOG_TARGET, "{refused}"),
             }
         }
         self.refused = Some(refused);
@@ -181,9 +191,11 @@ impl Reload {
 
 #[cfg(test)]
 mod tests {
-    use std::{collections::BTreeSet, fs, time::Duration};
+    use std::{collections::BTreeSet, fs, path::PathBuf, time::Duration};
 
+    use agent_kube::fake::FakeApi;
     use agent_runtime::file::MountedFile;
+    use serde_json::json;
     use tokio::time::timeout;
 
     use super::*;
@@ -198,8 +210,13 @@ mod tests {
         Settings::of_content("config.yaml".as_ref(), Ok(text.as_bytes()), &|_| None)
     }
 
+    fn reload_of(source: Source) -> Reload {
+        let start = Start { settings: settings(&text("1h")).unwrap(), source, denied: DeniedNodes::default() };
+        Reload::new(start, &|_| None, Metrics::default())
+    }
+
     fn reload(path: PathBuf) -> Reload {
-        Reload::new(File { path, env: &|_| None }, &settings(&text("1h")).unwrap(), Metrics::default()).unwrap()
+        reload_of(Source::File(path))
     }
 
     fn counted(metrics: &Metrics) -> [u64; 3] {
@@ -244,7 +261,8 @@ mod tests {
         let mut file = MountedFile::new(mount.path(), "config.yaml", &text("1h"));
         let reload = reload(file.path());
         let (mut rules, metrics) = (reload.active_rules(), reload.metrics.clone());
-        let task = tokio::spawn(reload.run());
+        let path = file.path();
+        let task = tokio::spawn(async move { reload.follow_files(&path).await });
         file.publish(&text("2h"));
         file.publish("no: configuration\n");
         file.publish(&text("3h"));
@@ -261,10 +279,11 @@ mod tests {
         fs::write(&config, text("1h")).unwrap();
         let denied = mount.path().join("deniedNodes");
         fs::write(&denied, "n1\n").unwrap();
-        let reload = reload(config.clone());
+        let reload = Reload::new(Start::of_file(config.clone(), &|_| None).unwrap(), &|_| None, Metrics::default());
         let mut rules = reload.active_rules();
         assert_eq!(*rules.borrow().denied_nodes, ["n1".to_owned()].into(), "before the first decision");
-        let task = tokio::spawn(reload.run());
+        let path = config.clone();
+        let task = tokio::spawn(async move { reload.follow_files(&path).await });
         let wait = async |rules: &mut watch::Receiver<Arc<ActiveRules>>, nodes: &[&str]| {
             let nodes: BTreeSet<String> = nodes.iter().map(|node| (*node).to_owned()).collect();
             let changed = rules.wait_for(|active_rules| *active_rules.denied_nodes == nodes);
@@ -284,13 +303,43 @@ mod tests {
     #[test]
     fn an_unreadable_file_of_denied_nodes_stops_only_the_start() {
         let mount = tempfile::tempdir().unwrap();
+        let config = mount.path().join("config.yaml");
+        fs::write(&config, text("1h")).unwrap();
         fs::write(mount.path().join("deniedNodes"), [0xff]).unwrap();
-        let file = File { path: mount.path().join("config.yaml"), env: &|_| None };
-        let error = Reload::new(file, &settings(&text("1h")).unwrap(), Metrics::default()).unwrap_err().to_string();
+        let error = Start::of_file(config, &|_| None).unwrap_err().to_string();
         assert!(error.ends_with("deniedNodes is not UTF-8"), "{error}");
         let mut reload = reload("config.yaml".into());
         reload.deny(denied_nodes::of_content(Ok(b"n1")));
         reload.deny(denied_nodes::of_content(Ok(&[0xff])));
         assert_eq!(reload.active_rules().borrow().denied_nodes.len(), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_config_map_changes_rules_and_denied_nodes_and_its_loss_neither() {
+        let (api, kube_metrics) = (FakeApi::new(), agent_kube::Metrics::default());
+        let map = |lifetime: &str, denied: &str| {
+            let data = json!({"config.yaml": text(lifetime), "deniedNodes": denied});
+            json!({"metadata": {"name": "sds-agent", "namespace": "mesh"}, "data": data})
+        };
+        let reload = reload_of(Source::ConfigMap("mesh/sds-agent".parse().unwrap()));
+        let (mut rules, metrics) = (reload.active_rules(), reload.metrics.clone());
+        tokio::spawn(reload.run(api.client(&kube_metrics), kube_metrics));
+        api.put("configmaps", map("2h", "n1\nn2"));
+        let is = |hours: u64, nodes: usize| move |rules: &Arc<ActiveRules>| lifetime(rules) == hours && rules.denied_nodes.len() == nodes;
+        let wait = async |rules: &mut watch::Receiver<Arc<ActiveRules>>, hours: u64, nodes: usize| {
+            let changed = rules.wait_for(is(hours, nodes));
+            drop(timeout(Duration::from_secs(60), changed).await.unwrap_or_else(|_| panic!("no {hours}h with {nodes} nodes")).unwrap());
+        };
+        wait(&mut rules, 2, 2).await;
+        api.remove("configmaps", "mesh", "sds-agent");
+        let refused = async || {
+            while metrics.counts(Outcome::invalid).0 == 0 {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        timeout(Duration::from_secs(60), refused()).await.unwrap();
+        assert!(is(2, 2)(&rules.borrow()), "a deleted ConfigMap allows no denied node");
+        api.put("configmaps", map("3h", ""));
+        wait(&mut rules, 3, 0).await;
     }
 }

@@ -32,6 +32,9 @@ pub enum Unfit {
 /// Why a configuration cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Refused {
+    /// There is no configuration.
+    #[error("{0}")]
+    Missing(String),
     /// The file is invalid.
     #[error(transparent)]
     Invalid(#[from] Errors),
@@ -56,6 +59,14 @@ impl Settings {
         let rules = rules(&config)?;
         let warnings = warnings.into_iter().filter(|warning| warning.path.starts_with("approver")).collect();
         Ok(Self { config, rules, warnings })
+    }
+
+    /// The same settings for a pod in this namespace, if the configuration was read for another one.
+    pub(super) fn of_pod_in(mut self, namespace: Option<String>) -> Self {
+        if let (Some(pod), Some(namespace)) = (&mut self.config.node.pod, namespace) {
+            pod.namespace = namespace.into();
+        }
+        self
     }
 
     /// The fields that the approver reads only at its start, and that differ from the configuration with which it started.

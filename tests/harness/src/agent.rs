@@ -77,6 +77,14 @@ impl Launch {
         launch
     }
 
+    /// `sds-agent approver` that reads this ConfigMap, which must have the returned lines in its configuration.
+    pub fn approver_of_config_map(dir: &Path, name: &str) -> (Self, String) {
+        let (socket, admin, metrics) = (dir.join("sds.sock"), loopback(), loopback());
+        let arguments = ["approver", "--config-map", name].map(str::to_owned).to_vec();
+        let launch = Self { wrapper: Vec::new(), program: program().to_owned(), arguments, environment: Vec::new(), socket, admin };
+        (launch, format!("admin: {{ address: {admin} }}\nmetrics: {{ address: {metrics} }}\n"))
+    }
+
     /// `--lifetime`, for `dev`.
     pub fn lifetime(mut self, lifetime: &str) -> Self {
         self.arguments.extend(["--lifetime".to_owned(), lifetime.to_owned()]);

@@ -308,7 +308,12 @@ impl Cluster {
 
     /// Deletes an object at once, without its grace period.
     pub async fn delete_now(&self, path: &str) -> Value {
-        self.send("DELETE", path, "application/json", &json!({"gracePeriodSeconds": 0})).await
+        self.try_delete_now(path).await.unwrap_or_else(|e| panic!("DELETE {path}: {e}"))
+    }
+
+    /// Like [`delete_now`](Self::delete_now); returns the API server's refusal.
+    pub async fn try_delete_now(&self, path: &str) -> kube::Result<Value> {
+        self.try_send("DELETE", path, "application/json", &json!({"gracePeriodSeconds": 0})).await
     }
 
     async fn send(&self, method: &str, path: &str, content: &str, body: &Value) -> Value {

@@ -199,14 +199,19 @@ impl Guarded {
     }
 }
 
-/// The rendered mode `shared` in another namespace.
-pub async fn moved(namespace: &str) -> Vec<Value> {
+/// The rendered mode `shared` in other namespaces, by the files that daemonset/README.md prints.
+pub async fn moved() -> Vec<Value> {
     let folder = tempfile::tempdir_in(paths::tmp()).unwrap();
     let up = up_from(folder.path());
-    let kustomization = json!({
-        "apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization",
-        "namespace": namespace, "resources": [format!("{up}/daemonset/shared")],
-    });
-    fs::write(folder.path().join("kustomization.yaml"), kustomization.to_string()).unwrap();
-    manifests::kustomize(folder.path()).await
+    let page = manifests::read("README.md");
+    let blocks = page.split("```yaml\n# mesh/").skip(1).filter_map(|rest| rest.split("\n```").next());
+    let mut count = 0;
+    for (name, text) in blocks.filter_map(|block| block.split_once('\n')) {
+        let path = folder.path().join("mesh").join(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, text.replace("../../sds-agent/daemonset", &format!("../../{up}/daemonset"))).unwrap();
+        count += 1;
+    }
+    assert_eq!(count, 6, "the files of the page");
+    manifests::kustomize(&folder.path().join("mesh")).await
 }

@@ -133,6 +133,14 @@ pub fn up_from(folder: &Path) -> String {
     steps.chain(down).collect::<Vec<_>>().join("/")
 }
 
+/// The objects for a mode with these lines in a user's kustomization.
+pub async fn patched(mode: &str, lines: &str) -> Vec<Value> {
+    let folder = tempfile::tempdir_in(paths::tmp()).unwrap();
+    let kustomization = format!("resources: [ {}/daemonset/{mode} ]\n{lines}", up_from(folder.path()));
+    fs::write(folder.path().join("kustomization.yaml"), kustomization).unwrap();
+    kustomize(folder.path()).await
+}
+
 /// Applies all objects in order; returns them as the API server completed them.
 pub async fn install(cluster: &Cluster, objects: &[Value]) -> Vec<Value> {
     let mut made = Vec::new();

@@ -30,8 +30,10 @@ const LIFETIME: &str = "lifetime: 24h";
 pub struct World {
     pub cluster: Cluster,
     pub plane: Plane,
-    /// The namespace of agents and approver.
+    /// The namespace of the agents.
     pub namespace: String,
+    /// The namespace of the approver.
+    pub approver_namespace: String,
     dir: TempDir,
 }
 
@@ -47,17 +49,22 @@ impl World {
     /// Starts a separate control plane, with the accounts, permissions and configuration of agents and approver. No agent and no approver
     /// runs yet.
     pub async fn start(flags: &[&str]) -> Self {
-        let files = ["base/namespace.yaml", "base/rbac.yaml", "base/config.yaml", "approver/rbac.yaml", "approver/deployment.yaml"];
-        Self::start_in(flags, NAMESPACE, &files.map(objects).concat()).await
+        let agents = ["base/namespace.yaml", "base/rbac.yaml", "base/config.yaml"].map(objects).concat();
+        let approver = ["approver/namespace.yaml", "approver/rbac.yaml", "approver/deployment.yaml"].map(objects).concat();
+        Self::start_in(flags, &[agents, approver].concat()).await
     }
 
-    /// Installs the objects that were rendered for `namespace`.
-    pub async fn start_in(flags: &[&str], namespace: &str, rendered: &[Value]) -> Self {
+    /// Installs rendered objects. Their ConfigMap and their Deployment decide about the namespaces.
+    pub async fn start_in(flags: &[&str], rendered: &[Value]) -> Self {
         let (cluster, plane) = Cluster::own(flags).await;
-        for object in rendered {
+        // Other objects need their namespace.
+        let (namespaces, others): (Vec<_>, Vec<_>) = rendered.iter().partition(|object| object["kind"] == "Namespace");
+        for object in namespaces.into_iter().chain(others) {
             cluster.apply(&manifests::path(object), object).await;
         }
-        Self { cluster, plane, namespace: namespace.to_owned(), dir: tempfile::tempdir().unwrap() }
+        let of = |kind: &str, name: &str| manifests::named(rendered, kind, name)["metadata"]["namespace"].as_str().unwrap().to_owned();
+        let (namespace, approver_namespace) = (of("ConfigMap", "sds-agent"), of("Deployment", "sds-agent-approver"));
+        Self { cluster, plane, namespace, approver_namespace, dir: tempfile::tempdir().unwrap() }
     }
 
     /// Applies every object of a file of `daemonset/`.
@@ -133,7 +140,7 @@ impl World {
 
     /// A view of the cluster as the approver's account. It has no pod, which would count as a replica.
     pub async fn as_approver(&self) -> Cluster {
-        self.impersonate(&format!("system:serviceaccount:{}:sds-agent-approver", self.namespace), &[]).await
+        self.impersonate(&format!("system:serviceaccount:{}:sds-agent-approver", self.approver_namespace), &[]).await
     }
 
     /// Makes cert-manager's own approver the account that decides, as the chart does where `approver.enabled` is false.
@@ -169,6 +176,20 @@ impl World {
         text.replace(LIFETIME, &format!("lifetime: {lifetime}"))
     }
 
+    /// The installed configuration as a file of an approver, which is in another namespace than the agents, with this overlap.
+    async fn configuration_of_approver(&self, lifetime: &str, overlap: &str) -> String {
+        let mut text = self.configuration(lifetime).await;
+        let agents = format!("system:serviceaccount:{}:sds-agent", self.namespace);
+        for (section, more) in [
+            ("  certManager:\n", format!("    namespace: {}\n", self.namespace)),
+            ("approver:\n", format!("  overlap: {overlap}\n  agents: [\"{agents}\"]\n")),
+        ] {
+            assert!(text.contains(section), "{text}");
+            text = text.replace(section, &format!("{section}{more}"));
+        }
+        text
+    }
+
     /// Starts an approver with the account and permissions of `daemonset/` and waits until it is ready. Its overlap is zero, so it
     /// decides at once.
     pub async fn approver(&self, name: &str, lifetime: &str) -> Agent {
@@ -178,7 +199,7 @@ impl World {
     /// Like [`World::approver`], with another version of the program.
     pub async fn approver_of(&self, program: Option<&Path>, name: &str, lifetime: &str) -> Agent {
         let actor = self.replica(name).await;
-        let configuration = overlapping(&self.configuration(lifetime).await, "0s");
+        let configuration = self.configuration_of_approver(lifetime, "0s").await;
         let launch = actor.environment(Launch::approver(&actor.dir, &configuration));
         program.map_or(launch.clone(), |program| launch.program(program)).start().await
     }
@@ -186,13 +207,20 @@ impl World {
     /// Like [`World::approver`], with all connections to the API server through `relay`.
     pub async fn approver_through(&self, name: &str, lifetime: &str, relay: &Relay) -> Agent {
         let actor = self.replica(name).await;
-        let configuration = overlapping(&self.configuration(lifetime).await, "0s");
+        let configuration = self.configuration_of_approver(lifetime, "0s").await;
         let kubeconfig = actor.dir.join("kubeconfig");
         let direct = fs::read_to_string(&kubeconfig).unwrap();
         let relayed = actor.dir.join("relayed");
         fs::write(&relayed, direct.replace(&self.server(), &relay.address().to_string())).unwrap();
         let launch = actor.environment(Launch::approver(&actor.dir, &configuration));
         launch.env("KUBECONFIG", relayed.to_str().unwrap()).start().await
+    }
+
+    /// How to run an approver that reads the installed ConfigMap, as the Deployment does, and the lines that its configuration needs.
+    pub async fn approver_of_config_map(&self, name: &str) -> (Launch, String) {
+        let actor = self.replica(name).await;
+        let (launch, lines) = Launch::approver_of_config_map(&actor.dir, &format!("{}/sds-agent", self.namespace));
+        (actor.environment(launch), lines)
     }
 
     /// The API server's address: a host and a port.
@@ -203,7 +231,7 @@ impl World {
     /// Like [`World::approver`], with an overlap, and with the configuration as a mounted ConfigMap.
     pub async fn approver_with_overlap(&self, name: &str, lifetime: &str, overlap: &str) -> (Agent, Mounted) {
         let actor = self.replica(name).await;
-        let configuration = overlapping(&self.configuration(lifetime).await, overlap);
+        let configuration = self.configuration_of_approver(lifetime, overlap).await;
         let launch = actor.environment(Launch::approver(&actor.dir, &configuration));
         let mounted = Mounted::instead_of(&actor.dir.join("config.yaml"));
         (launch.start().await, mounted)
@@ -211,7 +239,7 @@ impl World {
 
     /// Creates a pod as the Deployment does.
     async fn replica(&self, name: &str) -> Actor {
-        let (node, pods) = (self.cluster.node().await, format!("/api/v1/namespaces/{}/pods", self.namespace));
+        let (node, pods) = (self.cluster.node().await, format!("/api/v1/namespaces/{}/pods", self.approver_namespace));
         let deployment = objects("approver/deployment.yaml").into_iter().find(|object| object["kind"] == "Deployment").unwrap();
         let mut pod = deployment["spec"]["template"].clone();
         pod["metadata"]["name"] = json!(name);
@@ -219,7 +247,7 @@ impl World {
         let pod = self.cluster.create(&pods, &pod).await;
         let text = |value: &Value| value.as_str().unwrap().to_owned();
         let (uid, account) = (text(&pod["metadata"]["uid"]), text(&pod["spec"]["serviceAccountName"]));
-        let pod = Pod { namespace: self.namespace.clone(), name: name.to_owned(), uid, service_account: account };
+        let pod = Pod { namespace: self.approver_namespace.clone(), name: name.to_owned(), uid, service_account: account };
         self.log_in(pod, &node, true).await
     }
 
@@ -280,13 +308,6 @@ pub fn event(namespace: &str, change: impl FnOnce(&mut Value)) -> Value {
     });
     change(&mut event);
     event
-}
-
-/// A configuration with this overlap.
-fn overlapping(configuration: &str, overlap: &str) -> String {
-    let (section, told) = ("approver:\n", format!("approver:\n  overlap: {overlap}\n"));
-    assert!(configuration.contains(section), "{configuration}");
-    configuration.replace(section, &told)
 }
 
 /// A file that is mounted as the kubelet mounts one of a ConfigMap: its path leads through a symbolic link, which is swapped.

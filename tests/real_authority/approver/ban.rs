@@ -59,3 +59,38 @@ async fn a_denied_node_gets_nothing_until_it_is_allowed_again() {
     let path = Ask::of(&attacker, &theirs).create(&attacker).await.unwrap();
     issued(&world.cluster, &path).await;
 }
+
+/// The approver is in another namespace than the ConfigMap, as the Deployment is.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_approver_follows_the_config_map_of_the_agents() {
+    let world = World::start(GUARDED).await;
+    let path = format!("/api/v1/namespaces/{NAMESPACE}/configmaps/sds-agent");
+    let map = world.cluster.get(&path).await;
+    world.cluster.delete(&path).await;
+    let (launch, lines) = world.approver_of_config_map("approver-0").await;
+    let mut approver = launch.spawn();
+    eventually("it waits for the ConfigMap", PATIENCE, async || {
+        let log = approver.log();
+        let waits = log.iter().any(|line| line.to_string().contains("the ConfigMap does not exist; waiting for it"));
+        if waits { Ok(()) } else { Err(format!("{log:?}")) }
+    })
+    .await;
+    let configuration =
+        format!("{}{lines}", map["data"]["config.yaml"].as_str().unwrap().replace("approver:\n", "approver:\n  overlap: 0s\n"));
+    let made = json!({"metadata": {"name": "sds-agent"}, "data": {"config.yaml": configuration}});
+    world.cluster.create(&format!("/api/v1/namespaces/{NAMESPACE}/configmaps"), &made).await;
+    approver.ready().await;
+
+    let (node, shop) = (world.cluster.node().await, world.cluster.namespace().await);
+    let agent = world.actor("agent-a", "sds-agent", &node).await;
+    let pod = world.cluster.pod(&shop, "own", &node).await;
+    let ask = async || Ask::of(&agent, &pod).create(&agent).await.unwrap();
+    issued(&world.cluster, &ask().await).await;
+    // No kubelet has to update a volume, so the change arrives with the watch.
+    world.cluster.merge(&path, &json!({"data": {"deniedNodes": format!("{node}\n")}})).await;
+    approver.counted("sds_agent_approver_denied_nodes", &[], 1.0).await;
+    assert_eq!(denied(&world.cluster, &ask().await).await.0, "NodeDenied");
+    world.cluster.delete(&path).await;
+    approver.counted("sds_agent_configuration_reloads_total", &["result=\"invalid\""], 1.0).await;
+    assert_eq!(denied(&world.cluster, &ask().await).await.0, "NodeDenied", "without the ConfigMap the node stays denied");
+}

@@ -180,7 +180,7 @@ async fn a_replica_that_is_killed_is_replaced_within_seconds(load: &Load, first:
     println!("figure: another replica decides {waited:?} after the first one was killed");
     assert_eq!(causes(second), ["no other replica decided"]);
     // A controller deletes a pod that does not come back.
-    load.world.cluster.delete_now(&format!("/api/v1/namespaces/{NAMESPACE}/pods/approver-0")).await;
+    load.world.cluster.delete_now("/api/v1/namespaces/sds-agent-approver/pods/approver-0").await;
 }
 
 /// As in a rollout: a new pod starts, then the old one ends, first in the API and then its process.
@@ -188,9 +188,9 @@ async fn a_replica_that_is_rolled_over_leaves_no_gap(load: &Load, mut old: Agent
     let new = load.world.approver("approver-2", "24h").await;
     assert!(decides(&old).await && !decides(&new).await);
     let paths = load.ask(BACKLOG / 2, CREATORS).await;
-    let pod = format!("/api/v1/namespaces/{NAMESPACE}/pods/approver-1");
-    load.world.cluster.delete(&pod).await;
-    assert!(load.world.cluster.get(&pod).await["metadata"]["deletionTimestamp"].is_string());
+    let pod = "/api/v1/namespaces/sds-agent-approver/pods/approver-1";
+    load.world.cluster.delete(pod).await;
+    assert!(load.world.cluster.get(pod).await["metadata"]["deletionTimestamp"].is_string());
     eventually(
         "the new one decides",
         PATIENCE,
@@ -202,7 +202,7 @@ async fn a_replica_that_is_rolled_over_leaves_no_gap(load: &Load, mut old: Agent
     let paths = [paths, load.ask(BACKLOG / 4, CREATORS).await].concat();
     old.terminate();
     assert!(old.exit(PATIENCE).await.success());
-    load.world.cluster.delete_now(&pod).await;
+    load.world.cluster.delete_now(pod).await;
     load.approved(&paths).await;
     load.approved(&load.ask(BACKLOG / 4, CREATORS).await).await;
     assert_eq!(causes(&new), ["an older replica has left"], "it took over because requests waited");

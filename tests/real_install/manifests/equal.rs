@@ -69,7 +69,7 @@ async fn the_chart_without_an_approver_is_the_same_without_its_objects() {
     // Then cert-manager's own approver decides, and the policy allows it.
     let mut made = helm(NAMESPACE, &["--set", "approver.enabled=false"]).await;
     assert_eq!(approvals(&mut made), ["system:serviceaccount:cert-manager:cert-manager"]);
-    assert_same(made, without(&names(&["rbac", "deployment"])).await, "without approver");
+    assert_same(made, without(&names(&["namespace", "rbac", "deployment"])).await, "without approver");
     // The values can name another approver.
     let named = r#"policy.approvers=["system:serviceaccount:approvers:policy","jane"]"#;
     let mut made = helm(NAMESPACE, &["--set", "approver.enabled=false", "--set-json", named]).await;

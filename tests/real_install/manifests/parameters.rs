@@ -1,12 +1,12 @@
 //! The policies with parameters that are missing, incomplete, in another place or of another version: only the mesh's issuers are
 //! affected.
 
-use serde_json::json;
+use serde_json::{Value, json};
 use test_harness::{
     cluster::name_of,
     eventually,
     guarded::{Guarded, moved},
-    manifests::{NAMESPACE, helm, install, try_helm},
+    manifests::{NAMESPACE, helm, install, named, try_helm},
     world::{GUARDED, PATIENCE, World},
 };
 
@@ -21,7 +21,15 @@ async fn parameters_that_are_missing_hold_up_no_other_issuer() {
 /// Only `namespace:` is added: accounts, permissions, ConfigMap and the policies' parameters follow.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn another_namespace_by_kustomize_holds_up_no_other_issuer() {
-    let world = World::start_in(GUARDED, "mesh-system", &moved("mesh-system").await).await;
+    let objects = moved().await;
+    // The messages of the policies name the ConfigMap of the unchanged manifests.
+    let text: Vec<_> = objects.iter().filter(|object| object["kind"] != "ValidatingAdmissionPolicy").map(Value::to_string).collect();
+    let former = ["\"namespace\":\"sds-agent\"", "\"namespace\":\"sds-agent-approver\"", "sds-agent/sds-agent"];
+    assert!(!text.iter().any(|text| former.iter().any(|former| text.contains(former))), "{text:#?}");
+    let approver = named(&objects, "Deployment", "sds-agent-approver");
+    assert_eq!(approver["spec"]["template"]["spec"]["containers"][0]["args"], json!(["approver", "--config-map", "mesh-system/sds-agent"]));
+    let world = World::start_in(GUARDED, &objects).await;
+    assert_eq!([world.namespace.as_str(), &world.approver_namespace], ["mesh-system", "mesh-approver"]);
     Guarded::of(world).await.assert_another_namespace_holds_up_no_other_issuer().await;
 }
 

@@ -1,6 +1,6 @@
 //! The permissions of both accounts, as the API server reports them, equal those that they need. One more is a failure, as is one less.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, fs};
 
 use serde_json::{Value, json};
 use test_harness::{
@@ -40,6 +40,11 @@ const APPROVER: [&str; 12] = [
     "watch pods",
     "remove guardedissuers.sds-agent.io",
 ];
+
+/// In the agents' namespace.
+const APPROVER_CONFIG: [&str; 2] = ["list configmaps sds-agent", "watch configmaps sds-agent"];
+/// Impersonated: the approver's namespace admits no pod but its own.
+const APPROVER_ACCOUNT: &str = "system:serviceaccount:sds-agent-approver:sds-agent-approver";
 
 /// All permissions of an account in a namespace, one line for each verb and resource.
 async fn rights(account: &Cluster, namespace: &str) -> BTreeSet<String> {
@@ -82,13 +87,16 @@ async fn agent_and_approver_may_do_what_they_need_and_nothing_else() {
     // The permissions of every authenticated account: discovery and self-reviews.
     let stranger = account(&cluster, cluster.pod(&elsewhere, "stranger", &node).await, dir.path()).await;
     let agent = account(&cluster, cluster.pod_of(NAMESPACE, "sds-agent", "agent", &node).await, dir.path()).await;
-    let approver = account(&cluster, cluster.pod_of(NAMESPACE, "sds-agent-approver", "approver", &node).await, dir.path()).await;
+    let impersonated = dir.path().join("approver");
+    fs::write(&impersonated, cluster.access_as(APPROVER_ACCOUNT, &[]).to_string()).unwrap();
+    let approver = Cluster::at(&impersonated).await;
 
     for (who, account, everywhere) in [("agent", &agent, &AGENT[..]), ("approver", &approver, &APPROVER[..])] {
-        for namespace in [NAMESPACE, "cert-manager", "kube-system", "default", &elsewhere] {
+        for namespace in [NAMESPACE, "sds-agent-approver", "cert-manager", "kube-system", "default", &elsewhere] {
             let more: &[&str] = match (who, namespace) {
                 ("agent", NAMESPACE) => &AGENT_OWN,
                 ("agent", "cert-manager") => &AGENT_ROOTS,
+                ("approver", NAMESPACE) => &APPROVER_CONFIG,
                 _ => &[],
             };
             let expected: BTreeSet<_> = everywhere.iter().chain(more).map(|line| (*line).to_owned()).collect();

@@ -9,7 +9,7 @@ use test_harness::{
     agent,
     cluster::{Cluster, Pod, name_of},
     eventually, free_port, http,
-    manifests::{self, NAMESPACE, install, named, rendered},
+    manifests::{self, install, named, rendered},
     node::{Image, Node},
     plane::Plane,
     world::GUARDED,
@@ -20,6 +20,8 @@ pub const PATIENCE: Duration = Duration::from_secs(60);
 const ROLL_OUT: Duration = Duration::from_secs(120);
 /// The kinds from which controllers create pods.
 const CONTROLLED: [&str; 2] = ["DaemonSet", "Deployment"];
+/// The ConfigMap that the approver reads from the API server. Agents mount others.
+const CONFIG_MAP: &str = "sds-agent";
 /// The name in the manifests.
 const IMAGE: &str = concat!("sds-agent:", env!("CARGO_PKG_VERSION"));
 
@@ -51,6 +53,11 @@ pub struct Ours {
     metrics: SocketAddr,
 }
 
+/// The ConfigMap for a version of a workload.
+fn map_of(kind: &str, workload: &str, version: &str) -> String {
+    if kind == "Deployment" { CONFIG_MAP.to_owned() } else { format!("{workload}-{version}") }
+}
+
 impl Site {
     /// Applies all objects of a mode and starts the node.
     pub async fn start(mode: &str) -> Self {
@@ -71,6 +78,9 @@ impl Site {
         let objects = rendered(mode).await;
         let installed: Vec<_> = objects.iter().filter(|object| installs(object)).cloned().collect();
         install(&cluster, &installed).await;
+        // Pods of these nodes have no network of their own, and the level `restricted` allows no pod the host's (`move_to_the_host`).
+        let namespace = manifests::path(named(&objects, "Namespace", "sds-agent-approver"));
+        cluster.patch(&namespace, &json!({"metadata": {"labels": {"pod-security.kubernetes.io/enforce": "privileged"}}})).await;
         let images = [image];
         let node = Node::start(&cluster, dir.path(), &images).await;
         let mut others = Vec::new();
@@ -93,22 +103,27 @@ impl Site {
 
     /// Runs a pod of a DaemonSet or Deployment on the node and waits until it is ready. `keys` is that field of the configuration.
     pub async fn run(&self, kind: &str, workload: &str, name: &str, keys: &str) -> Ours {
-        let metrics = self.configure(name, &format!("keys: {keys}\n")).await;
+        let map = if kind == "Deployment" { CONFIG_MAP } else { name };
+        let metrics = self.configure(map, &format!("keys: {keys}\n")).await;
         let controller = self.cluster.get(&manifests::path(named(&self.objects, kind, workload))).await;
         let mut pod = controller["spec"]["template"].clone();
-        self.move_to_the_host(&mut pod, name, metrics.port());
+        self.move_to_the_host(&mut pod, map, metrics.port());
         pod["metadata"]["name"] = json!(name);
         pod["spec"]["nodeName"] = json!(self.node.name());
-        let made = self.cluster.create(&format!("/api/v1/namespaces/{NAMESPACE}/pods"), &pod).await;
+        let made = self.cluster.create(&format!("/api/v1/namespaces/{}/pods", self.namespace_of(kind, workload)), &pod).await;
         let pod = self.ours(&made, kind, workload);
         self.node.until_running(&pod).await;
         Ours { pod, metrics }
     }
 
+    fn namespace_of(&self, kind: &str, workload: &str) -> &str {
+        named(&self.objects, kind, workload)["metadata"]["namespace"].as_str().unwrap()
+    }
+
     /// Makes a DaemonSet or Deployment run a version of its template. Each version has a separate configuration, as if the ConfigMap's
     /// name had a hash of its content; `more` is added to it. Returns the metrics address of that version's pods.
     pub async fn release(&self, kind: &str, workload: &str, version: &str, more: &str) -> SocketAddr {
-        let metrics = self.configure(&format!("{workload}-{version}"), more).await;
+        let metrics = self.configure(&map_of(kind, workload, version), more).await;
         self.release_again(kind, workload, version, metrics, |_| {}).await;
         metrics
     }
@@ -116,7 +131,7 @@ impl Site {
     /// Like [`release`](Self::release), for a version whose configuration exists, with a `change` of the container.
     pub async fn release_again(&self, kind: &str, workload: &str, version: &str, metrics: SocketAddr, change: impl FnOnce(&mut Value)) {
         let mut object = named(&self.objects, kind, workload).clone();
-        self.move_to_the_host(&mut object["spec"]["template"], &format!("{workload}-{version}"), metrics.port());
+        self.move_to_the_host(&mut object["spec"]["template"], &map_of(kind, workload, version), metrics.port());
         change(&mut object["spec"]["template"]["spec"]["containers"][0]);
         if kind == "Deployment" {
             // The cluster has one node, which never becomes ready because its pods have no network.
@@ -149,7 +164,7 @@ impl Site {
 
     /// The pods that a controller has created, the oldest first, as the API server returns them.
     pub async fn pods(&self, workload: &str) -> Vec<Value> {
-        let path = format!("/api/v1/namespaces/{NAMESPACE}/pods?labelSelector=app.kubernetes.io/name%3D{workload}");
+        let path = format!("/api/v1/pods?labelSelector=app.kubernetes.io/name%3D{workload}");
         let mut pods = self.cluster.get(&path).await["items"].take();
         let pods = pods.as_array_mut().map(std::mem::take).unwrap_or_default();
         let mut pods: Vec<_> = pods.into_iter().map(|pod| (pod["metadata"]["creationTimestamp"].to_string(), pod)).collect();
@@ -161,7 +176,7 @@ impl Site {
     pub fn pod(&self, made: &Value) -> Pod {
         let text = |value: &Value| value.as_str().unwrap().to_owned();
         let (uid, service_account) = (text(&made["metadata"]["uid"]), text(&made["spec"]["serviceAccountName"]));
-        let pod = Pod { namespace: NAMESPACE.to_owned(), name: name_of(made), uid, service_account };
+        let pod = Pod { namespace: text(&made["metadata"]["namespace"]), name: name_of(made), uid, service_account };
         self.ours.lock().unwrap().push(pod.clone());
         pod
     }
@@ -205,14 +220,14 @@ impl Site {
     fn move_to_the_host(&self, template: &mut Value, map: &str, metrics: u16) {
         let spec = &mut template["spec"];
         spec["hostNetwork"] = json!(true);
-        let config = |rows: &Value| rows.as_array().unwrap().iter().position(|row| row["name"] == "config").expect("it has one");
+        let config = |rows: &Value| rows.as_array().into_iter().flatten().position(|row| row["name"] == "config");
         let mut files = json!({"name": map});
         let container = &mut spec["containers"][0];
         if !self.others.is_empty() && container["env"].as_array().unwrap().iter().any(|row| row["name"] == "NODE_NAME") {
             let own = |node: &Node| json!({"key": node.name(), "path": format!("{}/config.yaml", node.name())});
             files["items"] = self.nodes().map(own).collect();
             let mounts = &mut container["volumeMounts"];
-            let position = config(mounts);
+            let position = config(mounts).expect("the agent mounts its configuration");
             mounts[position]["subPathExpr"] = json!("$(NODE_NAME)");
         }
         container["ports"][0]["containerPort"] = json!(metrics);
@@ -222,9 +237,10 @@ impl Site {
         for (name, value) in [("KUBERNETES_SERVICE_HOST", host), ("KUBERNETES_SERVICE_PORT", port)] {
             env.push(json!({"name": name, "value": value}));
         }
-        let position = config(&spec["volumes"]);
-        let volume = spec["volumes"][position]["configMap"].as_object_mut().unwrap();
-        volume.extend(files.as_object_mut().map(std::mem::take).unwrap_or_default());
+        if let Some(position) = config(&spec["volumes"]) {
+            let volume = spec["volumes"][position]["configMap"].as_object_mut().unwrap();
+            volume.extend(files.as_object_mut().map(std::mem::take).unwrap_or_default());
+        }
     }
 
     /// Creates a workload that watches its certificate and its roots on each of these sockets, in one container for each.
