@@ -213,10 +213,10 @@ def templates():
     yield "namespace.yaml", when(".Values.createNamespace", replaced(text(load("base/namespace.yaml")), ("name: sds-agent", f"name: {NAMESPACE}")))
 
     roots = "{{ .Values.trust.configMap.%s }}"
-    service, own, own_binding, cluster, cluster_binding, *trust = load("base/rbac.yaml")
-    body = replaced(text([service, own, own_binding, cluster, cluster_binding]), IN_NAMESPACE)
+    *agents, trust_role, trust_binding = load("base/rbac.yaml")
+    body = replaced(text(agents), IN_NAMESPACE)
     trust = replaced(
-        text(trust), IN_NAMESPACE, ("namespace: cert-manager", "namespace: " + roots % "namespace"), ("[mesh-roots]", "[" + roots % "name" + "]")
+        text([trust_role, trust_binding]), IN_NAMESPACE, ("namespace: cert-manager", "namespace: " + roots % "namespace"), ("[mesh-roots]", "[" + roots % "name" + "]")
     )
     yield "rbac.yaml", body + when(".Values.trust.configMap", "---\n" + trust)
 

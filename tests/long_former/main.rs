@@ -19,6 +19,7 @@ use std::{fs, path::PathBuf, time::Duration};
 
 use serde_json::Value;
 use test_harness::{
+    ask::issued,
     eventually,
     guarded::Guarded,
     manifests,
@@ -141,4 +142,45 @@ async fn every_former_configuration_is_accepted() {
         checked += 1;
     }
     assert_eq!(checked, 1);
+}
+
+/// A request as an agent of each version creates it.
+async fn requests_of_both_versions(scene: &Guarded, made: &mut Vec<String>, step: &str) {
+    let uid = scene.world.cluster.get(&format!("/api/v1/nodes/{}", scene.agent.node)).await["metadata"]["uid"].take();
+    let former = scene.ask();
+    let mut new = former.clone();
+    new.object["metadata"]["labels"]["sds-agent.io/node-uid"] = uid;
+    for (version, ask) in [("former", former), ("new", new)] {
+        let path = ask.create(&scene.agent).await.unwrap_or_else(|error| panic!("{step}: the request of the {version} agent: {error}"));
+        made.push(path);
+    }
+}
+
+/// The whole installation is upgraded object by object, in the order of kustomize and in that of Helm, and returned to the former version.
+/// The API server accepts each request of an agent of either version at every step, and the approver that is installed then approves them
+/// all.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn each_step_of_an_upgrade_and_of_the_way_back_accepts_every_request() {
+    let source = tools::former_source();
+    let by_kustomize = [manifests::kustomize(&source.join("daemonset/shared")).await, manifests::rendered("shared").await];
+    let by_helm = [manifests::helm_of(&source.join("daemonset/chart"), "sds-agent").await, manifests::helm("sds-agent", &[]).await];
+    for (order, [former, new]) in [("kustomize", by_kustomize), ("Helm", by_helm)] {
+        let mut scene = Guarded::of(World::start_in(GUARDED, &former).await).await;
+        scene.until_a_stranger_is_refused("to agentUsernames of ConfigMap").await;
+        for (version, objects, program) in [("new", &new, None), ("former", &former, Some(tools::former()))] {
+            let mut made = Vec::new();
+            for object in objects {
+                let path = manifests::path(object);
+                scene.world.cluster.apply(&path, object).await;
+                requests_of_both_versions(&scene, &mut made, &format!("after {path} of the {version} version, by {order}")).await;
+            }
+            let deployment = manifests::named(objects, "Deployment", "sds-agent-approver");
+            scene.world.approver_namespace = deployment["metadata"]["namespace"].as_str().expect("a namespace").to_owned();
+            let _approver = scene.world.approver_of(program.as_deref(), &format!("approver-{version}"), "24h").await;
+            for path in &made {
+                issued(&scene.world.cluster, path).await;
+            }
+            println!("figure: to the {version} version by {order}: {} requests accepted and issued", made.len());
+        }
+    }
 }

@@ -18,7 +18,7 @@ use crate::{
 /// A cluster with the policies, a request of each kind of caller, and an issuer that the policies do not guard.
 pub struct Guarded {
     pub world: World,
-    agent: Actor,
+    pub agent: Actor,
     pod: Pod,
     pub editor: Actor,
     pub shop: String,

@@ -72,9 +72,19 @@ pub async fn helm(namespace: &str, arguments: &[&str]) -> Vec<Value> {
 
 /// Runs helm and returns its output, also when it fails.
 pub async fn try_helm(namespace: &str, arguments: &[&str]) -> Output {
-    let chart = folder().join("chart");
+    run_helm(&folder().join("chart"), namespace, arguments).await
+}
+
+/// The objects of the chart of another version, with its default values.
+pub async fn helm_of(chart: &Path, namespace: &str) -> Vec<Value> {
+    let output = run_helm(chart, namespace, &[]).await;
+    assert!(output.status.success(), "helm: {}", String::from_utf8_lossy(&output.stderr));
+    documents(&String::from_utf8_lossy(&output.stdout))
+}
+
+async fn run_helm(chart: &Path, namespace: &str, arguments: &[&str]) -> Output {
     let mut command = Command::new(tools::helm());
-    command.args(["template", "sds-agent", plain(&chart), "--namespace", namespace, "--set", "createNamespace=true"]);
+    command.args(["template", "sds-agent", plain(chart), "--namespace", namespace, "--set", "createNamespace=true"]);
     command.args(arguments);
     child::finish(command, PATIENCE).await
 }

@@ -180,12 +180,16 @@ impl World {
     async fn configuration_of_approver(&self, lifetime: &str, overlap: &str) -> String {
         let mut text = self.configuration(lifetime).await;
         let agents = format!("system:serviceaccount:{}:sds-agent", self.namespace);
-        for (section, more) in [
-            ("  certManager:\n", format!("    namespace: {}\n", self.namespace)),
-            ("approver:\n", format!("  overlap: {overlap}\n  agents: [\"{agents}\"]\n")),
+        for (section, field, value) in [
+            ("  certManager:\n", "    namespace", self.namespace.clone()),
+            ("approver:\n", "  overlap", overlap.to_owned()),
+            ("approver:\n", "  agents", format!("[\"{agents}\"]")),
         ] {
             assert!(text.contains(section), "{text}");
-            text = text.replace(section, &format!("{section}{more}"));
+            // The previous version's configuration has these fields.
+            if !text.contains(&format!("\n{field}:")) {
+                text = text.replace(section, &format!("{section}{field}: {value}\n"));
+            }
         }
         text
     }
