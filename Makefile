@@ -7,7 +7,7 @@ LONG_GROUPS := scale scale-agents vault oldest former throughput
 TOOLS_scale := system controlplane
 TOOLS_vault := system controlplane envoy vault
 TOOLS_oldest := system controlplane oldest render
-TOOLS_former := system controlplane envoy oldest former
+TOOLS_former := system controlplane envoy oldest former render
 TOOLS_scale-agents := system controlplane
 TOOLS_throughput := system controlplane former
 

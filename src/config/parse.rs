@@ -291,6 +291,8 @@ fn limits(limits: &Section<'_>) -> Option<Limits> {
     let streams_per_pod = size("streamsPerPod", default.streams_per_pod, 1..=10_000_000);
     let message_bytes = size("messageBytes", default.message_bytes, (64 << 10)..=(16 << 20));
     let names_per_stream = size("namesPerStream", default.names_per_stream, 1..=10_000);
+    let memory_bytes = size("memoryBytes", default.memory_bytes, (8 << 20)..=(1 << 40));
+    let memory_bytes_per_pod = size("memoryBytesPerPod", default.memory_bytes_per_pod, (1 << 20)..=(1 << 40));
     let count = |field, default: u32, range| {
         limits.read(field, default, |v| values::integer(range)(v).map(|n| u32::try_from(n).unwrap_or(u32::MAX)))
     };
@@ -308,6 +310,8 @@ fn limits(limits: &Section<'_>) -> Option<Limits> {
         new_connections_burst_per_pod: burst?,
         message_bytes: message_bytes?,
         names_per_stream: names_per_stream?,
+        memory_bytes: memory_bytes?,
+        memory_bytes_per_pod: memory_bytes_per_pod?,
         idle: idle?,
     })
 }

@@ -113,8 +113,7 @@ async fn the_neighbour_of_a_flooding_pod_notices_nothing() {
     assert!((1..=10).contains(&told.len()), "{told:?}");
     let flooder = format!("pod {}", flooding.pod.uid);
     assert!(told.iter().any(|line| line["origin"] == flooder), "{told:?}");
-    // A process that has ended is in no pod: its connections in the backlog count for its user.
-    assert!(told.iter().all(|line| line["origin"] == flooder || line["origin"] == "user 0"), "{told:?}");
+    assert!(told.iter().all(|line| line["origin"] == flooder), "{told:?}");
 }
 
 fn socket() -> Option<Arc<Path>> {

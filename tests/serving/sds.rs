@@ -20,10 +20,12 @@ use std::{
 use agent_runtime::clock::Clock;
 use bytes::Bytes;
 use http::Request;
-use http_body::Body as HttpBody;
 use sds_server::{
     caller::Connection,
-    grpc::{self, Body},
+    grpc::{
+        self, Body,
+        request::{Inbox, MessageKind},
+    },
     limits::Limits,
     material::Svid,
     proto::envoy::service::discovery::v3::{DeltaDiscoveryRequest, DiscoveryRequest},

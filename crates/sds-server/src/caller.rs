@@ -156,6 +156,11 @@ impl Connection {
         })
     }
 
+    /// Whether the caller has been attested.
+    pub fn is_attested(&self) -> bool {
+        self.attested.get().is_some()
+    }
+
     /// The current resolver and its changes. After a change the caller has to be resolved again, by [`caller`](Self::caller).
     pub fn rules(&self) -> watch::Receiver<Arc<Resolver>> {
         self.authenticator.resolver.clone()

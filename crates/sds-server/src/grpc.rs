@@ -1,4 +1,5 @@
-//! gRPC framing for calls that carry private keys. Requests are decoded without a retained buffer; responses are built from shared buffers.
+//! gRPC framing for calls that carry private keys. Requests are read without a retained buffer ([`request`]); responses are built from
+//! shared buffers.
 //!
 //! tonic's streaming types copy every message again. They also keep a buffer as large as the largest request for the life of the stream;
 //! the first request of an Envoy has up to 61 KB. The types of this module do neither.
@@ -23,11 +24,11 @@ use bytes::{Buf, Bytes, BytesMut};
 use http::{HeaderMap, HeaderValue, Response, header::CONTENT_TYPE};
 use http_body::{Body as HttpBody, Frame};
 use parking_lot::Mutex;
-use prost::Message;
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tonic::{Code, Status};
 
 pub mod client;
+pub mod request;
 pub mod table;
 
 /// Bytes of the prefix of a message: the compression flag (1 byte) and the length (4 bytes, big-endian).
@@ -40,135 +41,11 @@ pub fn prefix(len: usize) -> [u8; PREFIX] {
     [0, a, b, c, d]
 }
 
-/// Reads the messages of a request from its body.
-#[derive(Debug)]
-pub struct Incoming<B> {
-    body: B,
-    pieces: Pieces,
-    limit: usize,
-}
-
-impl<B> Incoming<B>
-where
-    B: HttpBody<Data = Bytes> + Unpin,
-    B::Error: std::fmt::Display,
-{
-    /// Reads from `body`. A message longer than `limit` bytes is rejected with RESOURCE_EXHAUSTED.
-    pub fn new(body: B, limit: usize) -> Self {
-        Self { body, pieces: Pieces::default(), limit }
-    }
-
-    /// Returns the next message, or `None` after the end of the request.
-    ///
-    /// # Errors
-    ///
-    /// - CANCELLED: the body cannot be read.
-    /// - UNIMPLEMENTED: the message is compressed.
-    /// - RESOURCE_EXHAUSTED: the message is longer than the limit.
-    /// - INVALID_ARGUMENT: the message is not valid Protobuf.
-    /// - INTERNAL: the request ends within a message.
-    ///
-    /// # Cancel safety
-    ///
-    /// No data is lost if the future is dropped: received bytes stay in `self`.
-    pub async fn next<M: Message + Default>(&mut self) -> Result<Option<M>, Status> {
-        loop {
-            if let Some(message) = self.decode()? {
-                return Ok(Some(message));
-            }
-            match poll_fn(|cx| Pin::new(&mut self.body).poll_frame(cx)).await {
-                Some(Ok(frame)) => {
-                    if let Ok(data) = frame.into_data() {
-                        self.pieces.push(data);
-                    }
-                }
-                Some(Err(error)) => return Err(Status::cancelled(format!("reading the request: {error}"))),
-                None if self.pieces.remaining() == 0 => return Ok(None),
-                None => return Err(Status::internal("the request ended within a message")),
-            }
-        }
-    }
-
-    /// Returns the only message of a unary call.
-    ///
-    /// # Errors
-    ///
-    /// Those of [`next`](Self::next), and INTERNAL if the request has no message or more than one.
-    ///
-    /// # Cancel safety
-    ///
-    /// Not cancel safe: a message that was already read is lost if the future is dropped.
-    pub async fn only<M: Message + Default>(&mut self) -> Result<M, Status> {
-        let message = self.next().await?.ok_or_else(|| Status::internal("the request has no message"))?;
-        match self.next::<M>().await? {
-            None => Ok(message),
-            Some(_) => Err(Status::internal("the request has more than one message")),
-        }
-    }
-
-    fn decode<M: Message + Default>(&mut self) -> Result<Option<M>, Status> {
-        let Some((flag, len)) = self.pieces.peek_prefix() else { return Ok(None) };
-        if flag != 0 {
-            return Err(Status::unimplemented("compressed messages are not accepted"));
-        }
-        if len > self.limit {
-            return Err(Status::resource_exhausted(format!("a message of {len} bytes exceeds the limit of {} bytes", self.limit)));
-        }
-        if self.pieces.remaining() < PREFIX + len {
-            return Ok(None);
-        }
-        self.pieces.advance(PREFIX);
-        let rest = self.pieces.remaining() - len;
-        let message =
-            M::decode((&mut self.pieces).take(len)).map_err(|e| Status::invalid_argument(format!("the message cannot be decoded: {e}")))?;
-        // The decoder may stop before the end of the message.
-        let unread = self.pieces.remaining() - rest;
-        self.pieces.advance(unread);
-        if rest == 0 {
-            self.pieces = Pieces::default();
-        }
-        Ok(Some(message))
-    }
-}
-
-/// A received piece with fewer bytes than this is appended to the last piece, …
-const COALESCE_BELOW_BYTES: usize = 512;
-/// … unless the last piece already has this many bytes.
-const MAX_COALESCED_BYTES: usize = 16 << 10;
-
-/// Several buffers that are read as one: the received pieces of a request, or the pieces of a message to send.
+/// Several buffers that are read as one: the pieces of a message to send.
 #[derive(Debug, Default)]
 pub struct Pieces {
     pieces: VecDeque<Bytes>,
     len: usize,
-}
-
-impl Pieces {
-    fn push(&mut self, piece: Bytes) {
-        if piece.is_empty() {
-            return;
-        }
-        self.len += piece.len();
-        match self.pieces.back_mut() {
-            // Each piece costs a `Bytes` handle. Joining small pieces bounds the memory of a message that arrives in many tiny frames.
-            Some(last) if piece.len() < COALESCE_BELOW_BYTES && last.len() < MAX_COALESCED_BYTES => {
-                let mut joined = std::mem::take(last).try_into_mut().unwrap_or_else(|shared| BytesMut::from(&shared[..]));
-                joined.extend_from_slice(&piece);
-                *last = joined.freeze();
-            }
-            _ => self.pieces.push_back(piece),
-        }
-    }
-
-    fn peek_prefix(&self) -> Option<(u8, usize)> {
-        let mut head = [0; PREFIX];
-        let mut bytes = self.pieces.iter().flat_map(|piece| piece.iter().copied());
-        for byte in &mut head {
-            *byte = bytes.next()?;
-        }
-        let [flag, a, b, c, d] = head;
-        Some((flag, u32::from_be_bytes([a, b, c, d]) as usize))
-    }
 }
 
 impl From<VecDeque<Bytes>> for Pieces {

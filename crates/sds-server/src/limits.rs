@@ -23,6 +23,11 @@ pub struct Limits {
     pub message_bytes: usize,
     /// Resource names on one stream, and in one `FetchSecrets` request. Default: 64.
     pub names_per_stream: usize,
+    /// Bytes that all callers together can make the process hold. Each connection and each call in progress reserves what the HTTP/2
+    /// implementation can hold for it at most. Default: 536,870,912 (512 MiB).
+    pub memory_bytes: usize,
+    /// Bytes that one pod can make the process hold. Default: 33,554,432 (32 MiB).
+    pub memory_bytes_per_pod: usize,
     /// A connection without a call in progress is closed after this time. Default: 1 h.
     pub idle: Duration,
 }
@@ -34,6 +39,7 @@ impl Limits {
         Self {
             connections_per_pod: self.connections,
             streams_per_pod: self.streams,
+            memory_bytes_per_pod: self.memory_bytes,
             new_connections_per_second_per_pod: 1_000_000,
             new_connections_burst_per_pod: 1_000_000,
             ..self
@@ -53,6 +59,8 @@ impl Default for Limits {
             new_connections_burst_per_pod: 200,
             message_bytes: 512 << 10,
             names_per_stream: 64,
+            memory_bytes: 512 << 20,
+            memory_bytes_per_pod: 32 << 20,
             idle: Duration::from_secs(3600),
         }
     }

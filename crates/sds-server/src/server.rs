@@ -129,7 +129,7 @@ impl Builder {
                 metrics: self.metrics.attest,
                 observer: self.observer,
             },
-            quotas: Quotas::new(&self.limits),
+            quotas: Quotas::measured(&self.limits, self.metrics.session.clone()),
             limits: self.limits,
             refusals: Arc::default(),
             timeouts: self.timeouts,

@@ -16,7 +16,8 @@ use std::{
 };
 
 use agent_runtime::shutdown::{Guard, Shutdown};
-use hyper::{server::conn::http2, service::service_fn};
+use http::{HeaderMap, Request, header};
+use hyper::{body::Incoming, server::conn::http2, service::service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::{
     net::{UnixListener, UnixStream},
@@ -28,16 +29,20 @@ use tracing::{debug, warn};
 use unix_peer::{authority_rewrite::AuthorityNormalizer, peer::Peer};
 
 use self::{
-    calls::{Call, Calls},
+    calls::{Call, Calls, Refused},
     metrics::{Metrics, Rejection},
-    origin_cache::OriginCache,
-    quotas::Quotas,
+    origin_cache::{Gone, OriginCache},
+    quotas::{Exceeded, Quotas},
     services::Services,
+    serving::{Batched, Begun, Serving},
 };
 use crate::{
     attest::origin::Origin,
     caller::{Authenticator, Cause, Connection, Refusals},
-    grpc::{self, UntilEnd},
+    grpc::{
+        self, UntilEnd,
+        request::{self, Inbox, MessageLimits, RequestLimits},
+    },
     limits::Limits,
 };
 
@@ -49,6 +54,7 @@ pub mod metrics;
 mod origin_cache;
 pub mod quotas;
 pub mod services;
+mod serving;
 
 pub use calls::MAX_REFUSED_STREAMS;
 
@@ -68,6 +74,11 @@ const MAX_ACCEPTED_IN_A_ROW: usize = 16;
 pub struct Timeouts {
     /// Time for the client to send its first byte. The connection is closed after it. Default: 10 s.
     pub first_byte: Duration,
+    /// Time for the first message of a call to arrive, and for each message from its first byte. The call ends with DEADLINE_EXCEEDED after
+    /// it. Default: 10 s.
+    pub message: Duration,
+    /// Time until the caller of a connection is attested. The connection is closed after it. Default: 60 s.
+    pub attestation: Duration,
     /// Time for a graceful HTTP/2 close after GOAWAY. Default: 1 s.
     pub graceful_close: Duration,
     /// Delay before a refused stream gets its status, so that a client that retries at once is slowed down. Default: 100 ms.
@@ -76,7 +87,13 @@ pub struct Timeouts {
 
 impl Default for Timeouts {
     fn default() -> Self {
-        Self { first_byte: Duration::from_secs(10), graceful_close: Duration::from_secs(1), refusal_delay: Duration::from_millis(100) }
+        Self {
+            first_byte: Duration::from_secs(10),
+            message: Duration::from_secs(10),
+            attestation: Duration::from_secs(60),
+            graceful_close: Duration::from_secs(1),
+            refusal_delay: Duration::from_millis(100),
+        }
     }
 }
 
@@ -179,7 +196,11 @@ impl Sessions {
         let read_permit = origin_cache.read_permit().await;
         let (sessions, origin_cache) = (self.clone(), origin_cache.clone());
         tokio::spawn(async move {
-            let Some(origin) = origin_cache.resolve(&peer, read_permit).await else { return };
+            let origin = match origin_cache.resolve(&peer, read_permit).await {
+                Some(Ok(origin)) => origin,
+                Some(Err(Gone)) => return sessions.metrics.rejected(Rejection::process_gone),
+                None => return,
+            };
             if let Some(session) = sessions.admit(peer, &origin, guard) {
                 session.run(stream).await;
             }
@@ -188,10 +209,11 @@ impl Sessions {
 
     /// Returns a session for the connection of `peer`, or `None` if a quota is exceeded.
     fn admit(self: &Arc<Self>, peer: Peer, origin: &Origin, guard: Guard) -> Option<Session> {
-        let place = match self.quotas.admit(origin, Instant::now()) {
+        let place = self.quotas.admit(origin, Instant::now()).map_err(Exceeded::of_connections);
+        let place = place.and_then(|mut place| place.reserve().map(|()| place).map_err(Exceeded::of_connection_memory));
+        let place = match place {
             Ok(place) => place,
-            Err(exceeded) => {
-                let (reason, limit) = exceeded.of_connections();
+            Err((reason, limit)) => {
                 self.metrics.rejected(reason);
                 self.log_over_quota(origin, limit, "connection closed");
                 return None;
@@ -208,6 +230,18 @@ impl Sessions {
             warn!(target: LOG_TARGET, %origin, limit, left_out, "{what}: over quota; raise the limit if the caller needs more");
         }
     }
+}
+
+/// The headers that the services use. Others would be kept for as long as the call.
+fn used(headers: &HeaderMap) -> HeaderMap {
+    let names = [
+        header::CONTENT_TYPE,
+        header::TE,
+        header::HeaderName::from_static("grpc-timeout"),
+        header::HeaderName::from_static("grpc-encoding"),
+    ];
+    let copied = |value: &http::HeaderValue| http::HeaderValue::from_bytes(value.as_bytes()).ok();
+    names.into_iter().filter_map(|name| headers.get(&name).and_then(copied).map(|value| (name, value))).collect()
 }
 
 /// Whether `error` concerns one connection, and not the socket.
@@ -237,11 +271,15 @@ struct Session {
 impl Session {
     async fn run(self, stream: UnixStream) {
         let _open = self.sessions.metrics.connected();
-        let io = AuthorityNormalizer::new(stream);
+        let batched = Batched::new(stream);
+        let batch = batched.batch();
+        let io = AuthorityNormalizer::new(batched);
         let spoke = io.spoke();
         let pause = self.sessions.timeouts.refusal_delay;
+        let begun = Begun::default();
         let service = service_fn(|request| {
-            let call = self.begin_call().map(|call| (call, self.sessions.services.call(&self.connection, request)));
+            let call =
+                self.begin_call(request, &begun).map(|(call, request)| (call, self.sessions.services.call(&self.connection, request)));
             async move {
                 Ok::<_, Infallible>(match call {
                     Ok((call, answer)) => answer.await.until_end(call),
@@ -263,29 +301,35 @@ impl Session {
             .max_send_buf_size(SEND_BUFFER)
             .auto_date_header(false)
             .serve_connection(TokioIo::new(io), service);
-        let mut served = pin!(served);
+        let served = pin!(served);
+        let mut served = Serving::new(served, &begun, batch);
         let shutdown = &self.sessions.shutdown;
         let ended = tokio::select! {
-            ended = served.as_mut() => Some(ended),
+            ended = &mut served => Some(ended),
             () = self.connection.terminated() => {
-                served.as_mut().graceful_shutdown();
+                served.connection().graceful_shutdown();
                 tokio::time::timeout(self.sessions.timeouts.graceful_close, served).await.ok()
             }
             () = self.calls.too_many_refused() => {
                 self.sessions.metrics.rejected(Rejection::refused_streams);
                 None
             }
+            () = self.unattested() => {
+                self.sessions.metrics.rejected(Rejection::unattested);
+                served.connection().graceful_shutdown();
+                tokio::time::timeout(self.sessions.timeouts.graceful_close, served).await.ok()
+            }
             () = self.idle(&spoke) => {
-                served.as_mut().graceful_shutdown();
+                served.connection().graceful_shutdown();
                 tokio::time::timeout(self.sessions.timeouts.graceful_close, served).await.ok()
             }
             () = self.sessions.ending.cancelled() => {
                 // The streams end by themselves. The connection of a client that does not read is dropped at the deadline of the drain. A
                 // connection without a call is not waited for: its client may be idle, or may not answer the GOAWAY.
-                served.as_mut().graceful_shutdown();
+                served.connection().graceful_shutdown();
                 let graceful_close = self.sessions.timeouts.graceful_close;
                 tokio::select! {
-                    ended = served => Some(ended),
+                    ended = &mut served => Some(ended),
                     () = async {
                         tokio::time::sleep(graceful_close).await;
                         self.without_calls(graceful_close).await;
@@ -301,14 +345,36 @@ impl Session {
         }
     }
 
-    /// Begins a call, or returns the status of a call over quota.
-    fn begin_call(&self) -> Result<Call, Status> {
-        self.calls.begin().map_err(|exceeded| {
-            let (reason, limit) = exceeded.of_streams();
+    /// Begins a call and the reading of its request, or returns the status of a call over quota.
+    fn begin_call(&self, request: Request<Incoming>, begun: &Begun<Incoming>) -> Result<(Call, Request<Inbox>), Status> {
+        let call = self.calls.begin().map_err(|refused| {
+            let (reason, limit) = match refused {
+                Refused::Streams(exceeded) => exceeded.of_streams(),
+                Refused::Memory(exceeded) => exceeded.of_memory(),
+            };
             self.sessions.metrics.refused(reason);
             self.sessions.log_over_quota(self.calls.origin(), limit, "stream refused");
             Status::resource_exhausted("the limit of concurrent streams is reached")
-        })
+        })?;
+        let (mut parts, body) = request.into_parts();
+        parts.headers = used(&parts.headers);
+        let limits = &self.sessions.limits;
+        let limits = RequestLimits {
+            message: MessageLimits { bytes: limits.message_bytes, names: limits.names_per_stream },
+            patience: self.sessions.timeouts.message,
+        };
+        let kind = self.sessions.services.kind(parts.uri.path());
+        let (intake, inbox) = request::channel(body, kind, limits, self.calls.charge(), Instant::now());
+        begun.lock().push(intake);
+        Ok((call, Request::from_parts(parts, inbox)))
+    }
+
+    /// Returns when the caller has not been attested in time.
+    async fn unattested(&self) {
+        tokio::time::sleep(self.sessions.timeouts.attestation).await;
+        if self.connection.is_attested() {
+            std::future::pending::<()>().await;
+        }
     }
 
     /// Returns when the client has not sent a byte in time, or when the connection has had no call for the idle time.

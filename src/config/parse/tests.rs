@@ -115,7 +115,7 @@ trust: { sources: [ { file: /a.pem } ], federated: { b.example: { configMap: { n
 names: { certificate: own, bundle: roots }
 keys: { lockMemory: never }
 limits:
-  { connections: 10, connectionsPerPod: 3, streams: 30, streamsPerPod: 4, streamsPerConnection: "20", messageBytes: 70000, namesPerStream: 5,
+  { connections: 10, connectionsPerPod: 3, streams: 30, streamsPerPod: 4, streamsPerConnection: "20", messageBytes: 70000, namesPerStream: 5, memoryBytes: 10485760, memoryBytesPerPod: 2097152,
     newConnectionsPerSecondPerPod: 6, newConnectionsBurstPerPod: 7, idle: 1m }
 kubernetes: { requestsPerSecond: 5, burst: "9" }
 retention: 1h
@@ -154,6 +154,8 @@ authorityEpoch: 7
         new_connections_burst_per_pod: 7,
         message_bytes: 70_000,
         names_per_stream: 5,
+        memory_bytes: 10 << 20,
+        memory_bytes_per_pod: 2 << 20,
         idle: Duration::from_secs(60),
     };
     assert_eq!(config.limits, limits);

@@ -398,7 +398,7 @@ pub const GROUPS: &[Group] = &[
                 "limits.connectionsPerPod",
                 Integer(1, 1_000_000),
                 Value("256"),
-                "Open connections of one pod. A caller outside of pods counts by its user id, here and below.",
+                "Open connections of one pod. All callers outside of pods count as one pod, here and below.",
             ),
             field(
                 "limits.newConnectionsPerSecondPerPod",
@@ -427,6 +427,20 @@ pub const GROUPS: &[Group] = &[
                 "Bytes of one request. The first request of an Envoy has 61 KB, so the minimum is 65536.",
             ),
             field("limits.namesPerStream", Integer(1, 10_000), Value("64"), "Resource names on one stream."),
+            field(
+                "limits.memoryBytes",
+                Integer(8_388_608, 1_099_511_627_776),
+                Value("536870912"),
+                "Bytes that all callers together can make the agent hold. Each connection reserves 48 KiB and each call 12 KiB, which is what \
+                 the HTTP/2 implementation can hold for them at most. Requests count as they arrive. The last eighth is reserved for pods that \
+                 hold little. The memory limit of the container has to be at least a third larger.",
+            ),
+            field(
+                "limits.memoryBytesPerPod",
+                Integer(1_048_576, 1_099_511_627_776),
+                Value("33554432"),
+                "Bytes that one pod can make the agent hold. The next connection is closed, and the next call returns `RESOURCE_EXHAUSTED`.",
+            ),
             field(
                 "limits.idle",
                 Duration,

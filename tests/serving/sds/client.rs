@@ -123,9 +123,10 @@ pub fn framed(message: &impl Message) -> Bytes {
     Bytes::from([&grpc::prefix(message.encoded_len())[..], &message.encode_to_vec()].concat())
 }
 
-/// A body that consists of the pieces of this channel.
-pub fn body(pieces: mpsc::UnboundedReceiver<Bytes>) -> impl HttpBody<Data = Bytes, Error = Infallible> + Send + Unpin {
-    StreamBody::new(futures::StreamExt::map(UnboundedReceiverStream::new(pieces), |piece| Ok(Frame::data(piece))))
+/// A request that consists of the pieces of this channel.
+pub fn body(pieces: mpsc::UnboundedReceiver<Bytes>, variant: Variant) -> Inbox {
+    let frames = futures::StreamExt::map(UnboundedReceiverStream::new(pieces), |piece| Ok::<_, Infallible>(Frame::data(piece)));
+    Inbox::of_body(StreamBody::new(frames), if variant == Variant::Delta { MessageKind::Delta } else { MessageKind::Sotw })
 }
 
 /// The status in the trailers of a response.
@@ -154,7 +155,7 @@ impl Client {
     pub async fn on(bench: &Bench, connection: &Arc<Connection>, variant: Variant) -> Self {
         let (said, pieces) = mpsc::unbounded_channel();
         let method = if variant == Variant::Delta { "DeltaSecrets" } else { "StreamSecrets" };
-        let request = Request::post(format!("/{SERVICE}/{method}")).body(body(pieces)).unwrap();
+        let request = Request::post(format!("/{SERVICE}/{method}")).body(body(pieces, variant)).unwrap();
         let response = bench.service.call(connection, request).await.expect("a method of the service");
         let (tell, seen) = mpsc::unbounded_channel();
         let transport = tokio::spawn(carry(variant, response.into_body(), tell));

@@ -80,7 +80,7 @@ async fn what_the_transport_has_not_taken_when_a_workload_ends_stays_here() {
 /// A stream whose response a test reads itself.
 async fn by_hand(b: &Bench, name: &str) -> (mpsc::UnboundedSender<Bytes>, Body) {
     let (said, pieces) = mpsc::unbounded_channel();
-    let request = Request::post(format!("/{SERVICE}/StreamSecrets")).body(body(pieces)).unwrap();
+    let request = Request::post(format!("/{SERVICE}/StreamSecrets")).body(body(pieces, Variant::Sotw)).unwrap();
     let response = b.service.call(&b.connection(), request).await.unwrap();
     said.send(framed(&DiscoveryRequest { resource_names: vec![name.into()], ..Default::default() })).unwrap();
     (said, response.into_body())

@@ -49,7 +49,7 @@ async fn fetch(bench: &Bench, pieces: mpsc::UnboundedReceiver<Bytes>, deadline: 
         request = request.header("grpc-timeout", deadline);
     }
     let connection = bench.connection();
-    let first_call = bench.service.call(&connection, request.body(body(pieces)).unwrap());
+    let first_call = bench.service.call(&connection, request.body(body(pieces, Variant::Sotw)).unwrap());
     let response = tokio::time::timeout(PATIENCE, first_call).await.expect("an answer in time").unwrap();
     if response.headers().contains_key("grpc-status") {
         return Err(status(response.headers()));

@@ -45,7 +45,7 @@ mod tests {
     }
 
     #[test]
-    fn origins_are_per_pod_inside_pods_and_per_user_outside() {
+    fn origins_are_per_pod_inside_pods_and_one_outside() {
         let proc = tempfile::tempdir().unwrap();
         let write = |pid: i32, file: &str| {
             fs::create_dir(proc.path().join(pid.to_string())).unwrap();
@@ -58,7 +58,7 @@ mod tests {
         let origins = by_pod(proc.path());
         assert_eq!(origins.read(7, 1337), Origin::Pod(UID.into()));
         assert_eq!(origins.read(8, 0), Origin::Pod(UID.into()), "cgroups that a pod creates below its own are ignored");
-        assert_eq!((origins.read(9, 5), origins.read(10, 5), origins.read(11, 6)), (Origin::User(5), Origin::User(5), Origin::User(6)));
+        assert_eq!((origins.read(9, 5), origins.read(10, 5), origins.read(11, 6)), (Origin::NoPod, Origin::NoPod, Origin::NoPod));
     }
 
     #[test]
@@ -66,7 +66,7 @@ mod tests {
         let mut peer = Peer::without_process(5);
         let pod = Origin::Pod(UID.into());
         let shared = by_pod(Path::new("/nonexistent"));
-        assert_eq!(shared.at_once(&peer), Some(Origin::User(5)), "its process is not visible");
+        assert_eq!(shared.at_once(&peer), Some(Origin::NoPod), "its process is not visible");
         peer.pid = 7;
         assert_eq!(shared.at_once(&peer), None);
         assert_eq!(Origins::ByUser.at_once(&peer), Some(Origin::User(5)));

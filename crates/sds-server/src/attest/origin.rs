@@ -2,7 +2,8 @@
 //! find, and proves nothing.
 //!
 //! All connections of a pod have one origin, regardless of process and user ID. The origin comes from facts that the pod cannot choose: its
-//! cgroup, or its own socket. A process outside of pods is grouped by user ID. An origin never grants an identity; only an [`Attestor`]
+//! cgroup, or its own socket. On a socket for pods, all processes outside of pods share one origin, because a process can choose its user
+//! ID. On a socket for users, callers are grouped by user ID. An origin never grants an identity; only an [`Attestor`]
 //! does.
 //!
 //! [`Attestor`]: super::Attestor
@@ -16,7 +17,9 @@ use unix_peer::peer::Peer;
 pub enum Origin {
     /// Connections of the pod with this UID.
     Pod(Arc<str>),
-    /// Connections of this user, from processes that are in no pod or have ended.
+    /// Connections from processes in no pod, on a socket for pods.
+    NoPod,
+    /// Connections of this user, on a socket for users.
     User(u32),
 }
 
@@ -24,6 +27,7 @@ impl fmt::Display for Origin {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Pod(uid) => write!(f, "pod {uid}"),
+            Self::NoPod => f.write_str("no pod"),
             Self::User(uid) => write!(f, "user {uid}"),
         }
     }
@@ -53,17 +57,17 @@ impl Origins {
             Self::Fixed(origin) => Some(origin.clone()),
             // A process that is not visible (pid 0) has no cgroups to read. The attestor refuses it.
             Self::ByPod(_) if peer.pid > 0 => None,
-            Self::ByPod(_) | Self::ByUser => Some(Origin::User(peer.uid)),
+            Self::ByPod(_) => Some(Origin::NoPod),
+            Self::ByUser => Some(Origin::User(peer.uid)),
         }
     }
 
     /// Reads the origin of the process `pid` of user `uid`. The read may block: do not call it on a thread of the runtime.
     pub fn read(&self, pid: i32, uid: u32) -> Origin {
-        let pod = match self {
-            Self::Fixed(origin) => return origin.clone(),
-            Self::ByUser => None,
-            Self::ByPod(by_pod) => by_pod.pod(pid),
-        };
-        pod.map_or(Origin::User(uid), Origin::Pod)
+        match self {
+            Self::Fixed(origin) => origin.clone(),
+            Self::ByUser => Origin::User(uid),
+            Self::ByPod(by_pod) => by_pod.pod(pid).map_or(Origin::NoPod, Origin::Pod),
+        }
     }
 }

@@ -1,77 +1,8 @@
-//! Framing of messages that arrive in pieces of any size, and the bodies of responses.
+//! The bodies of responses, and deadlines.
 
-use std::convert::Infallible;
-
-use http_body_util::{BodyExt, StreamBody};
+use http_body_util::BodyExt;
 
 use super::*;
-use crate::proto::envoy::service::discovery::v3::DiscoveryRequest;
-
-fn frames(bytes: impl AsRef<[u8]>, size: usize) -> impl HttpBody<Data = Bytes, Error = Infallible> + Unpin {
-    let pieces: Vec<_> = bytes.as_ref().chunks(size).map(|c| Ok::<_, Infallible>(Frame::data(Bytes::copy_from_slice(c)))).collect();
-    StreamBody::new(futures::stream::iter(pieces))
-}
-
-fn message(name: &str) -> (DiscoveryRequest, Vec<u8>) {
-    let message = DiscoveryRequest { resource_names: vec![name.to_owned()], ..Default::default() };
-    let bytes = [&prefix(message.encoded_len())[..], &message.encode_to_vec()].concat();
-    (message, bytes)
-}
-
-#[tokio::test]
-async fn messages_are_read_however_they_are_cut() {
-    let (a, first) = message("default");
-    let (b, second) = message(&"x".repeat(300));
-    for size in [1, 2, 3, 4, 5, 6, 7, 100, 10_000] {
-        let mut incoming = Incoming::new(frames([first.clone(), second.clone()].concat(), size), 1000);
-        assert_eq!(incoming.next::<DiscoveryRequest>().await.unwrap(), Some(a.clone()), "pieces of {size}");
-        assert_eq!(incoming.next::<DiscoveryRequest>().await.unwrap(), Some(b.clone()));
-        assert_eq!(incoming.next::<DiscoveryRequest>().await.unwrap(), None);
-    }
-}
-
-#[test]
-fn a_message_in_crumbs_is_kept_in_few_pieces() {
-    let bytes: Vec<u8> = (0..=250).cycle().take(300_000).collect();
-    let mut pieces = Pieces::default();
-    let shared = Bytes::from(bytes.clone());
-    for at in 0..shared.len() {
-        pieces.push(shared.slice(at..=at));
-    }
-    assert!(pieces.pieces.len() <= bytes.len() / MAX_COALESCED_BYTES + 1, "{} pieces", pieces.pieces.len());
-    let mut read = vec![0; bytes.len()];
-    pieces.copy_to_slice(&mut read);
-    assert_eq!(read, bytes);
-}
-
-#[tokio::test]
-async fn an_unknown_field_as_large_as_an_envoys_node_is_skipped() {
-    let mut bytes = vec![0x12, 0x80, 0xe0, 0x03];
-    bytes.extend(vec![7; 61_440]);
-    bytes.extend(message("default").1.split_off(PREFIX));
-    let bytes = [&prefix(bytes.len())[..], &bytes].concat();
-    let mut incoming = Incoming::new(frames(bytes, 16_384), 512 << 10);
-    assert_eq!(incoming.only::<DiscoveryRequest>().await.unwrap(), message("default").0);
-}
-
-#[tokio::test]
-async fn what_is_no_message_has_a_status_of_its_own() {
-    let (_, good) = message("default");
-    let mut compressed = good.clone();
-    compressed[0] = 1;
-    let garbage = [&prefix(3)[..], &[0xff, 0xff, 0xff]].concat();
-    for (bytes, code) in [
-        (compressed, Code::Unimplemented),
-        (prefix(1001).to_vec(), Code::ResourceExhausted),
-        (good[..7].to_vec(), Code::Internal),
-        (garbage, Code::InvalidArgument),
-        (Vec::new(), Code::Internal),
-        ([good.clone(), good].concat(), Code::Internal),
-    ] {
-        let error = Incoming::new(frames(bytes, 64), 1000).only::<DiscoveryRequest>().await.unwrap_err();
-        assert_eq!(error.code(), code, "{error}");
-    }
-}
 
 #[tokio::test]
 async fn a_driven_body_sends_what_its_driver_sends_and_then_the_status() {

@@ -8,7 +8,6 @@ use std::sync::Arc;
 use agent_runtime::clock::Clock;
 use bytes::Bytes;
 use http::{Request, Response};
-use http_body::Body as HttpBody;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
@@ -22,7 +21,10 @@ use super::{
 };
 use crate::{
     caller::Connection,
-    grpc::{self, Body, Incoming},
+    grpc::{
+        self, Body,
+        request::{Inbox, MessageKind},
+    },
     limits::Limits,
     material::Svid,
     sds::encoded::Variant,
@@ -92,18 +94,22 @@ impl View {
 }
 
 impl Service {
+    /// The kind of messages of a call with this path. Those of other services are [`Other`](MessageKind::Other).
+    pub fn kind(&self, path: &str) -> MessageKind {
+        match method(path) {
+            Some("StreamSecrets" | "FetchSecrets") => MessageKind::Sotw,
+            Some("DeltaSecrets") => MessageKind::Delta,
+            _ => MessageKind::Other,
+        }
+    }
+
     /// Serves a call of this service. Returns `None` if the service has no such method.
     ///
     /// # Cancel safety
     ///
     /// Dropping the future cancels the call. For a stream, dropping the body of the response ends the stream and its lease.
-    pub async fn call<B>(self: &Arc<Self>, connection: &Arc<Connection>, request: Request<B>) -> Option<Response<Body>>
-    where
-        B: HttpBody<Data = Bytes> + Send + Unpin + 'static,
-        B::Error: std::fmt::Display,
-    {
-        let method = request.uri().path().strip_prefix('/')?.strip_prefix(SERVICE)?.strip_prefix('/')?;
-        match method {
+    pub async fn call(self: &Arc<Self>, connection: &Arc<Connection>, request: Request<Inbox>) -> Option<Response<Body>> {
+        match method(request.uri().path())? {
             "StreamSecrets" => Some(self.stream(connection, request, Variant::Sotw)),
             "DeltaSecrets" => Some(self.stream(connection, request, Variant::Delta)),
             "FetchSecrets" => Some(grpc::unary(self.fetch(connection, request).await)),
@@ -111,12 +117,8 @@ impl Service {
         }
     }
 
-    fn stream<B>(self: &Arc<Self>, connection: &Arc<Connection>, request: Request<B>, variant: Variant) -> Response<Body>
-    where
-        B: HttpBody<Data = Bytes> + Send + Unpin + 'static,
-        B::Error: std::fmt::Display,
-    {
-        let mut incoming = Incoming::new(request.into_body(), self.limits.message_bytes);
+    fn stream(self: &Arc<Self>, connection: &Arc<Connection>, request: Request<Inbox>, variant: Variant) -> Response<Body> {
+        let mut incoming = request.into_body();
         let (service, connection) = (self.clone(), connection.clone());
         grpc::streaming(move |sender| async move {
             service.metrics.streams.inc();
@@ -124,6 +126,11 @@ impl Service {
             service.drive(&connection, &mut incoming, variant, sender).await
         })
     }
+}
+
+/// The method of this service that a path names.
+fn method(path: &str) -> Option<&str> {
+    path.strip_prefix('/')?.strip_prefix(SERVICE)?.strip_prefix('/')
 }
 
 /// Whether `target` is available now or will be: a certificate can be issued, and the own bundle will be loaded.

@@ -164,6 +164,15 @@ impl StreamState {
         &self.watches
     }
 
+    /// Bytes that the state holds because of the client's requests.
+    pub fn held_bytes(&self) -> usize {
+        let text = |text: &Option<Box<str>>| text.as_ref().map_or(0, |text| text.len());
+        let watch = |w: &Watch| size_of::<Watch>() + w.name.len() + text(&w.client_reported) + text(&w.sent) + text(&w.rejected);
+        let named = |(name, version): &(Box<str>, Box<str>)| size_of::<[Box<str>; 2]>() + name.len() + version.len();
+        let outstanding = self.outstanding.iter().flat_map(|due| &due.names).map(named);
+        self.watches.iter().map(watch).chain(outstanding).sum()
+    }
+
     /// Applies a request.
     ///
     /// # Errors

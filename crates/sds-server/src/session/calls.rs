@@ -9,7 +9,7 @@ use parking_lot::{Mutex, MutexGuard};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::quotas::{CallSlot, ConnectionSlot, Exceeded};
+use super::quotas::{CALL_BYTES, CallSlot, Charge, ConnectionSlot, Exceeded};
 use crate::attest::origin::Origin;
 
 /// Refused calls in a row after which a connection is closed. The client then has to connect again, and the rate of new connections is
@@ -37,16 +37,23 @@ impl Calls {
         self.slot.origin()
     }
 
-    /// Begins a call, if the quota has a slot for it.
-    pub(super) fn begin(self: &Arc<Self>) -> Result<Call, Exceeded> {
-        let slot = self.slot.call().inspect_err(|_| {
+    /// Begins a call, if the quota has a slot and memory for it.
+    pub(super) fn begin(self: &Arc<Self>) -> Result<Call, Refused> {
+        let mut reserved = self.slot.charge();
+        let slot = self.slot.call().map_err(Refused::Streams);
+        let slot = slot.and_then(|slot| reserved.try_set(CALL_BYTES).map(|()| slot).map_err(Refused::Memory)).inspect_err(|_| {
             if self.refused.fetch_add(1, Ordering::Relaxed) + 1 >= MAX_REFUSED_STREAMS {
                 self.too_many.cancel();
             }
         })?;
         self.refused.store(0, Ordering::Relaxed);
         self.in_progress().0 += 1;
-        Ok(Call { calls: self.clone(), _slot: slot })
+        Ok(Call { calls: self.clone(), _slot: slot, _reserved: reserved })
+    }
+
+    /// A charge to the caller, for what the agent buffers for a call.
+    pub(super) fn charge(&self) -> Charge {
+        self.slot.charge()
     }
 
     /// Returns when [`MAX_REFUSED_STREAMS`] calls in a row have been refused.
@@ -65,11 +72,19 @@ impl Calls {
     }
 }
 
+/// The quota that has no room for a call.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Refused {
+    Streams(Exceeded),
+    Memory(Exceeded),
+}
+
 /// A call in progress. It ends when its response has been sent or dropped.
 #[derive(Debug)]
 pub(super) struct Call {
     calls: Arc<Calls>,
     _slot: CallSlot,
+    _reserved: Charge,
 }
 
 impl Drop for Call {

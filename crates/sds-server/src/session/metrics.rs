@@ -27,10 +27,19 @@ pub enum Rejection {
     accept_error,
     /// The client connected and sent nothing.
     silent,
+    /// `limits.memoryBytes`
+    memory_limit,
+    /// `limits.memoryBytesPerPod`
+    pod_memory_limit,
+    /// The process that connected has ended, so that no request of the connection could be served.
+    process_gone,
+    /// No request of the connection was attested in time.
+    unattested,
 }
 
-const REJECTIONS: [Rejection; 7] = every!(
-    Rejection: connection_limit, pod_connection_limit, pod_connection_rate, refused_streams, no_credentials, accept_error, silent
+const REJECTIONS: [Rejection; 11] = every!(
+    Rejection: connection_limit, pod_connection_limit, pod_connection_rate, refused_streams, no_credentials, accept_error, silent,
+    memory_limit, pod_memory_limit, process_gone, unattested
 );
 
 /// The reason for refusing a stream, as a metric label.
@@ -41,6 +50,10 @@ pub enum Refusal {
     stream_limit,
     /// `limits.streamsPerPod`
     pod_stream_limit,
+    /// `limits.memoryBytes`
+    memory_limit,
+    /// `limits.memoryBytesPerPod`
+    pod_memory_limit,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -60,6 +73,8 @@ pub struct Metrics {
     accepted: Counter,
     rejected: Family<ReasonLabel, Counter>,
     refused: Family<RefusalLabel, Counter>,
+    /// For [`Quotas`](super::quotas::Quotas).
+    pub(super) memory: Gauge,
 }
 
 impl Metrics {
@@ -71,15 +86,21 @@ impl Metrics {
         registry.register("connections_accepted", "Connections accepted", accepted.clone());
         registry.register("connections_rejected", "Connections that were rejected or dropped", rejected.clone());
         registry.register("streams_rejected", "Streams and unary calls that were refused because a limit was reached", refused.clone());
+        let memory = Gauge::default();
+        registry.register(
+            "caller_memory_bytes",
+            "Bytes that are reserved for connections and calls, and bytes of requests",
+            memory.clone(),
+        );
         // Starts at zero: otherwise the first count would not be an increase for Prometheus.
         for reason in REJECTIONS {
             drop(rejected.get_or_create(&ReasonLabel { reason }));
         }
-        for reason in every!(Refusal: stream_limit, pod_stream_limit) {
+        for reason in every!(Refusal: stream_limit, pod_stream_limit, memory_limit, pod_memory_limit) {
             drop(refused.get_or_create(&RefusalLabel { reason }));
         }
         let label = ApiLabel { api: Api::sds };
-        Self { open: open.get_or_create(&label).clone(), accepted: accepted.get_or_create(&label).clone(), rejected, refused }
+        Self { open: open.get_or_create(&label).clone(), accepted: accepted.get_or_create(&label).clone(), rejected, refused, memory }
     }
 
     /// Registers the metrics, for the metrics reference. Registering makes every series.

@@ -31,6 +31,10 @@ pub(super) struct OriginCache {
     seen: Arc<Mutex<HashMap<Process, (Origin, Instant)>>>,
 }
 
+/// The process that connected has ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Gone;
+
 /// A pid and the number of its handle. Newer kernels never reuse the number.
 type Process = (i32, u64);
 
@@ -57,14 +61,13 @@ impl OriginCache {
         }
     }
 
-    /// Reads and caches the origin of `peer`. `None` if the runtime is shutting down.
-    pub(super) async fn resolve(&self, peer: &Peer, _permit: OwnedSemaphorePermit) -> Option<Origin> {
+    /// Reads and caches the origin of `peer`, unless its process has ended. `None` if the runtime is shutting down.
+    pub(super) async fn resolve(&self, peer: &Peer, _permit: OwnedSemaphorePermit) -> Option<Result<Origin, Gone>> {
         let (origins, pid, uid) = (self.origins.clone(), peer.pid, peer.uid);
         let origin = tokio::task::spawn_blocking(move || origins.read(pid, uid)).await.ok()?;
-        // Cached only while the process lives. Otherwise the read may be about a later owner of the pid, which must not use up that owner's
-        // quota.
+        // An ended process cannot be attested, so none of its requests could be served. The read may be about a later owner of the pid.
         if !peer.is_alive() {
-            return Some(Origin::User(uid));
+            return Some(Err(Gone));
         }
         if let Some(process) = process(peer) {
             let mut seen = self.seen();
@@ -73,7 +76,7 @@ impl OriginCache {
             }
             seen.insert(process, (origin.clone(), Instant::now()));
         }
-        Some(origin)
+        Some(Ok(origin))
     }
 
     fn seen(&self) -> MutexGuard<'_, HashMap<Process, (Origin, Instant)>> {
@@ -118,16 +121,16 @@ mod tests {
         assert_eq!(origin_cache.cached(&peer), None);
         let pod = Some(Origin::Pod(UID.into()));
         pause();
-        assert_eq!(origin_cache.resolve(&peer, origin_cache.read_permit().await).await, pod);
+        assert_eq!(origin_cache.resolve(&peer, origin_cache.read_permit().await).await, pod.clone().map(Ok));
         fs::remove_file(file).unwrap();
         assert_eq!(origin_cache.clone().cached(&Peer::of(&ours).unwrap()), pod, "another connection of the same process is recognised");
         advance(MAX_AGE).await;
         assert_eq!(origin_cache.cached(&peer), None);
-        assert_eq!(origin_cache.resolve(&peer, origin_cache.read_permit().await).await, Some(Origin::User(peer.uid)));
+        assert_eq!(origin_cache.resolve(&peer, origin_cache.read_permit().await).await, Some(Ok(Origin::NoPod)));
     }
 
     #[tokio::test]
-    async fn who_has_a_recycled_pid_does_not_pay_for_its_former_owner() {
+    async fn a_process_that_has_ended_gets_no_place_and_its_successor_does_not_pay() {
         let (ours, _theirs) = UnixStream::pair().unwrap();
         let proc = tempfile::tempdir().unwrap();
         // The process has ended, and another process has its pid.
@@ -136,7 +139,7 @@ mod tests {
         fs::create_dir(file.parent().unwrap()).unwrap();
         fs::write(&file, "").unwrap();
         let origin_cache = OriginCache::new(Origins::ByPod(Arc::new(Files(proc.path().to_owned()))));
-        assert_eq!(origin_cache.resolve(&peer, origin_cache.read_permit().await).await, Some(Origin::User(peer.uid)));
+        assert_eq!(origin_cache.resolve(&peer, origin_cache.read_permit().await).await, Some(Err(Gone)));
     }
 
     #[tokio::test]
@@ -146,7 +149,7 @@ mod tests {
             origin_cache.seen().insert((1, number), (Origin::User(0), Instant::now()));
         }
         let (ours, _theirs) = UnixStream::pair().unwrap();
-        origin_cache.resolve(&Peer::of(&ours).unwrap(), origin_cache.read_permit().await).await.unwrap();
+        origin_cache.resolve(&Peer::of(&ours).unwrap(), origin_cache.read_permit().await).await.unwrap().unwrap();
         assert_eq!(origin_cache.seen().len(), 1);
     }
 }

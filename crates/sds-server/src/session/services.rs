@@ -4,7 +4,6 @@ use std::{fmt, sync::Arc};
 
 use futures::future::BoxFuture;
 use http::{Request, Response};
-use hyper::body::Incoming;
 use tonic::Status;
 use tonic_health::{
     ServingStatus,
@@ -15,7 +14,11 @@ use tower::ServiceExt;
 
 use crate::{
     caller::Connection,
-    grpc::{self, Body, table::Table},
+    grpc::{
+        self, Body,
+        request::{Inbox, MessageKind},
+        table::Table,
+    },
     proto::DESCRIPTORS,
     sds,
 };
@@ -24,7 +27,7 @@ use crate::{
 #[derive(Clone)]
 pub struct Services {
     sds: Arc<sds::service::Service>,
-    others: Arc<Table>,
+    others: Arc<Table<Inbox>>,
     health: HealthReporter,
 }
 
@@ -62,8 +65,13 @@ impl Services {
         }
     }
 
+    /// The kind of messages of a call with this path.
+    pub fn kind(&self, path: &str) -> MessageKind {
+        self.sds.kind(path)
+    }
+
     /// Serves one call. The future is boxed: otherwise each open stream would reserve memory for the largest future of all calls.
-    pub fn call(&self, connection: &Arc<Connection>, request: Request<Incoming>) -> BoxFuture<'static, Response<Body>> {
+    pub fn call(&self, connection: &Arc<Connection>, request: Request<Inbox>) -> BoxFuture<'static, Response<Body>> {
         let sds = self.sds.clone();
         if let Some(other) = self.others.find(&request) {
             return Box::pin(async move {

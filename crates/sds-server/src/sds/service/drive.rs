@@ -8,8 +8,6 @@
 use std::{collections::VecDeque, sync::Arc, time::SystemTime};
 
 use agent_runtime::{clock::Clock, text};
-use bytes::Bytes;
-use http_body::Body as HttpBody;
 use tokio::{sync::watch, time::Instant};
 use tonic::Status;
 use tracing::{debug, warn};
@@ -18,7 +16,10 @@ use workload_identity::{Resolver, version};
 use super::{Service, View, changed, ended, is_known, violation};
 use crate::{
     caller::{Caller, Connection},
-    grpc::{self, Incoming, Sender},
+    grpc::{
+        self, Sender,
+        request::{self, Inbox},
+    },
     material::Svid,
     proto::envoy::service::discovery::v3::{DeltaDiscoveryRequest, DiscoveryRequest},
     sds::{
@@ -29,6 +30,7 @@ use crate::{
         secret,
         stream::{Due, Names, Received, Request as StreamRequest, StreamState},
     },
+    session::quotas::Charge,
     store::Lease,
     trust::BundleSet,
 };
@@ -36,14 +38,13 @@ use crate::{
 /// Target of the log lines of this module.
 const LOG_TARGET: &str = "sds_agent::sds::service::drive";
 
+/// Bytes of a stream's state that the reserve for each call covers: the names of an Envoy.
+const FREE_BYTES: usize = 2 << 10;
+
 impl Service {
-    /// Runs a stream and returns its status. The first request is read before the caller is attested, because a large request would block
-    /// the flow-control window of the connection.
-    pub(super) async fn drive<B>(&self, connection: &Connection, incoming: &mut Incoming<B>, variant: Variant, sender: Sender) -> Status
-    where
-        B: HttpBody<Data = Bytes> + Unpin,
-        B::Error: std::fmt::Display,
-    {
+    /// Runs a stream and returns its status. The caller is attested after the first request, so that a client that only opens streams costs
+    /// no attestation.
+    pub(super) async fn drive(&self, connection: &Connection, incoming: &mut Inbox, variant: Variant, sender: Sender) -> Status {
         let first = tokio::select! {
             () = self.ending.cancelled() => return grpc::closing(),
             first = read(incoming, variant) => first,
@@ -80,6 +81,7 @@ impl Service {
             started,
             answered: false,
             sent: VecDeque::new(),
+            memory: incoming.charge(),
             sender,
         };
         if let Err(status) = stream.request(first) {
@@ -109,6 +111,8 @@ struct Stream<'a> {
     started: Instant,
     answered: bool,
     sent: VecDeque<(u64, Instant, Vec<Kind>)>,
+    /// The bytes that the state of the stream holds, beyond those that each call reserves.
+    memory: Charge,
     sender: Sender,
 }
 
@@ -122,11 +126,7 @@ struct Snapshot {
 }
 
 impl Stream<'_> {
-    async fn run<B>(&mut self, incoming: &mut Incoming<B>) -> Result<(), Status>
-    where
-        B: HttpBody<Data = Bytes> + Unpin,
-        B::Error: std::fmt::Display,
-    {
+    async fn run(&mut self, incoming: &mut Inbox) -> Result<(), Status> {
         let mut trust = self.service.trust.clone();
         let mut asking = true;
         let mut trigger = Trigger::subscribe;
@@ -139,6 +139,7 @@ impl Stream<'_> {
                 return Err(ended());
             }
             self.answer(&view, held, trigger).await?;
+            self.memory.set(self.state.held_bytes().saturating_sub(FREE_BYTES)).map_err(request::over_memory)?;
             if !asking && self.is_settled(&view) {
                 return Ok(());
             }
@@ -337,11 +338,7 @@ impl Stream<'_> {
 }
 
 /// Reads a request of either variant.
-async fn read<B>(incoming: &mut Incoming<B>, variant: Variant) -> Result<Option<StreamRequest>, Status>
-where
-    B: HttpBody<Data = Bytes> + Unpin,
-    B::Error: std::fmt::Display,
-{
+async fn read(incoming: &mut Inbox, variant: Variant) -> Result<Option<StreamRequest>, Status> {
     Ok(match variant {
         Variant::Sotw => incoming.next::<DiscoveryRequest>().await?.map(|r| StreamRequest {
             type_url: r.type_url,

@@ -5,7 +5,6 @@ use std::{collections::VecDeque, sync::Arc, time::Duration};
 use agent_runtime::text;
 use bytes::Bytes;
 use http::Request;
-use http_body::Body as HttpBody;
 use tokio::{sync::watch, time::Instant};
 use tonic::Status;
 use workload_identity::{Identity, Resolver, version};
@@ -13,7 +12,7 @@ use workload_identity::{Identity, Resolver, version};
 use super::{Service, View, changed, ended, is_known, violation};
 use crate::{
     caller::{Caller, Connection},
-    grpc::{self, Incoming},
+    grpc::{self, request::Inbox},
     proto::envoy::service::discovery::v3::DiscoveryRequest,
     sds::{
         encoded::Variant,
@@ -33,11 +32,7 @@ const HEADROOM: Duration = Duration::from_millis(20);
 
 impl Service {
     /// Returns one response with all requested names. It uses no reported version, because a client that fetches holds no certificate.
-    pub(super) async fn fetch<B>(&self, connection: &Connection, request: Request<B>) -> Result<VecDeque<Bytes>, Status>
-    where
-        B: HttpBody<Data = Bytes> + Unpin,
-        B::Error: std::fmt::Display,
-    {
+    pub(super) async fn fetch(&self, connection: &Connection, request: Request<Inbox>) -> Result<VecDeque<Bytes>, Status> {
         let wait = grpc::timeout(request.headers()).map_or(FETCH_WAIT, |t| t.saturating_sub(HEADROOM.min(t / 10)));
         // The deadline includes the rest of the request, the attestation and the issuance.
         let end = Instant::now() + wait;
@@ -50,12 +45,9 @@ impl Service {
         }
     }
 
-    async fn answer_by<B>(&self, end: Instant, connection: &Connection, body: B) -> Result<VecDeque<Bytes>, Status>
-    where
-        B: HttpBody<Data = Bytes> + Unpin,
-        B::Error: std::fmt::Display,
-    {
-        let message: DiscoveryRequest = Incoming::new(body, self.limits.message_bytes).only().await?;
+    async fn answer_by(&self, end: Instant, connection: &Connection, mut request: Inbox) -> Result<VecDeque<Bytes>, Status> {
+        let message: DiscoveryRequest = request.only().await?;
+        drop(request);
         if !message.type_url.is_empty() && message.type_url != TYPE_URL {
             return Err(violation(&Violation::TypeUrl(message.type_url)));
         }
