@@ -102,7 +102,7 @@ impl Shared {
     }
 }
 
-/// Returns the two ends of a request. What they hold is charged to `charge`.
+/// Returns the two ends of a request. The bytes that they hold are charged to `charge`.
 pub(crate) fn channel<B>(body: B, kind: MessageKind, limits: RequestLimits, charge: Charge, now: Instant) -> (Intake<B>, Inbox) {
     let shared = Shared { messages: VecDeque::new(), bytes: 0, incomplete: 0, charge, end: None, reader: None, is_abandoned: false };
     let shared = Arc::new(Mutex::new(shared));
