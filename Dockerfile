@@ -47,7 +47,7 @@ COPY crates/sds-server/Cargo.toml crates/sds-server/
 COPY crates/unix-peer/Cargo.toml crates/unix-peer/
 COPY crates/workload-identity/Cargo.toml crates/workload-identity/
 COPY tests/harness/Cargo.toml tests/harness/
-RUN for target in build.rs src/lib.rs src/main.rs tests/flood/main.rs tests/long_former/main.rs tests/long_oldest/main.rs tests/long_scale/main.rs tests/long_scale_agents/main.rs tests/long_throughput/main.rs tests/long_vault/main.rs \
+RUN for target in build.rs src/lib.rs src/main.rs tests/flood/main.rs tests/long_former/main.rs tests/long_memory/main.rs tests/long_oldest/main.rs tests/long_scale/main.rs tests/long_scale_agents/main.rs tests/long_throughput/main.rs tests/long_vault/main.rs \
         tests/real_authority/main.rs tests/real_envoys/main.rs tests/real_install/main.rs tests/real_node/main.rs tests/real_node/caller/main.rs tests/serving/main.rs examples/fleet/main.rs benches/path.rs benches/ratios.rs benches/flood.rs \
         crates/sds-server/build.rs crates/agent-kube/src/lib.rs crates/agent-runtime/src/lib.rs crates/approver/src/lib.rs crates/attest-kubernetes/src/lib.rs crates/cert-manager/src/lib.rs crates/issuance/src/lib.rs crates/sds-server/src/lib.rs crates/unix-peer/src/lib.rs crates/workload-identity/src/lib.rs tests/harness/src/lib.rs; do \
         mkdir -p "$(dirname "$target")" && echo 'fn main() {}' >"$target"; \

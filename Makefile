@@ -3,12 +3,13 @@
 .PHONY: dev test test-long long-group long-groups test-tools lint
 
 # Each group is a test target `long_…`, which takes at most 20 minutes, and the programs that it needs.
-LONG_GROUPS := scale scale-agents vault oldest former throughput
+LONG_GROUPS := scale scale-agents vault oldest former throughput memory
 TOOLS_scale := system controlplane
 TOOLS_vault := system controlplane envoy vault
 TOOLS_oldest := system controlplane oldest render
 TOOLS_former := system controlplane envoy oldest former render
 TOOLS_scale-agents := system controlplane
+TOOLS_memory := system controlplane
 TOOLS_throughput := system controlplane former
 
 dev:

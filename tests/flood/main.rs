@@ -14,31 +14,29 @@
     reason = "tests write files for other programs, wait for those, and fail loudly"
 )]
 
-use std::{
-    path::{Path, PathBuf},
-    sync::{Arc, atomic::Ordering},
-    time::{Duration, Instant},
-};
+use std::{sync::atomic::Ordering, time::Duration};
 
 use test_harness::{
-    cgroups::PodCgroup,
-    child::Child,
     cluster::Cluster,
+    hoard::WAYS,
+    memory,
     scene::{PATIENCE, Scene},
     turn,
 };
 
 #[path = "../../benches/support/client.rs"]
-#[allow(dead_code, missing_docs, reason = "what the benches have; the tests use a part")]
+#[allow(dead_code, missing_docs, reason = "the tests use a part of it")]
 mod client;
 #[path = "../../benches/support/flood.rs"]
 #[allow(dead_code, missing_docs, reason = "what the benches have; the tests use a part")]
 mod flooding;
 
-/// Set for the child processes, so that `--include-ignored` starts no flood.
-const SOCKET: &str = "SDS_AGENT_TEST_FLOOD";
-/// Fetches for each reported median.
-const BATCH: usize = 50;
+mod hoarders;
+mod worker;
+
+use hoarders::{Siege, default_limit};
+use worker::{child, median, socket, told};
+
 /// Number of medians that are measured without the flood, and the same with it.
 const BATCHES: usize = 20;
 /// Maximum number of rounds until one passes.
@@ -46,29 +44,13 @@ const ROUNDS: usize = 8;
 /// Minimum number of attempts by the flood.
 const ATTEMPTS: u64 = 10_000;
 
-/// Starts this program as a process of a pod.
-fn child(test: &str, cgroup: &PodCgroup, socket: &Path) -> Child {
-    let mut command = cgroup.command(&std::env::current_exe().expect("this program"));
-    command.args(["--exact", test, "--ignored", "--nocapture"]).env(SOCKET, socket);
-    Child::spawn(test, &mut command)
-}
-
-fn told(lines: &[String], what: &str) -> Vec<f64> {
-    lines.iter().filter_map(|line| line.split_once(what)?.1.split(' ').next()?.parse().ok()).collect()
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_neighbour_of_a_flooding_pod_notices_nothing() {
     let _turn = turn().await;
     let scene = Scene::new(&Cluster::connect().await).await;
     let agent = scene.agent_pod.launch(scene.dir.path(), "certificate: { lifetime: 1h }").start().await;
     let (quiet, flooding) = (scene.workload("quiet").await, scene.workload("flooding").await);
-    let worker = child("child_that_works", &quiet.cgroup, agent.socket());
+    let worker = child("worker::child_that_works", &quiet.cgroup, agent.socket());
     let batches = async |count: usize| {
         worker.stdout().until("medians", 4 * PATIENCE, |lines| Some(told(lines, "median ")).filter(|m| m.len() >= count)).await
     };
@@ -116,24 +98,25 @@ async fn the_neighbour_of_a_flooding_pod_notices_nothing() {
     assert!(told.iter().all(|line| line["origin"] == flooder), "{told:?}");
 }
 
-fn socket() -> Option<Arc<Path>> {
-    std::env::var_os(SOCKET).map(|socket| PathBuf::from(socket).into())
-}
-
-#[tokio::test]
-#[ignore = "a process of a pod"]
-async fn child_that_works() {
-    let Some(socket) = socket() else { return };
-    let mut client = client::connect(&socket).await;
-    loop {
-        let mut times = Vec::with_capacity(BATCH);
-        for _ in 0..BATCH {
-            let start = Instant::now();
-            client::unary(&mut client, client::FETCH, client::Ask::small("default")).await;
-            times.push(start.elapsed().as_secs_f64() * 1e6);
-        }
-        println!("median {:.1} ", median(times));
+/// Two pods use their whole quota in each way.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn pods_that_hoard_memory_get_their_share_and_the_neighbour_is_served() {
+    const PODS: usize = 2;
+    let _turn = turn().await;
+    let siege = Siege::begin().await;
+    let of_one = default_limit(|limits| limits.memory_bytes_per_pod);
+    for way in WAYS {
+        siege.until_all_is_given_back().await;
+        let before = memory::measure_again(siege.process());
+        let charged = siege.attack(way, PODS).await;
+        let peak = siege.assert_it_stands(&format!("{way:?}"));
+        let most = PODS as u64 * of_one;
+        assert!(charged <= (most + (2 << 20)) as f64, "{way:?}: {charged} bytes are charged");
+        // The charge covers what is held: a third more is for the allocator.
+        assert!(peak <= before + most + most / 3, "{way:?}: {peak} bytes, {before} before");
     }
+    let refused = siege.metric("sds_agent_streams_rejected_total").await + siege.metric("sds_agent_connections_rejected_total").await;
+    assert!(refused > 0.0, "no limit was reached");
 }
 
 #[tokio::test]

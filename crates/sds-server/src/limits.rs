@@ -24,7 +24,7 @@ pub struct Limits {
     /// Resource names on one stream, and in one `FetchSecrets` request. Default: 64.
     pub names_per_stream: usize,
     /// Bytes that all callers together can make the process hold. Each connection and each call in progress reserves what the HTTP/2
-    /// implementation can hold for it at most. Default: 536,870,912 (512 MiB).
+    /// implementation can hold for it at most. Default: 738,197,504 (704 MiB).
     pub memory_bytes: usize,
     /// Bytes that one pod can make the process hold. Default: 33,554,432 (32 MiB).
     pub memory_bytes_per_pod: usize,
@@ -59,7 +59,7 @@ impl Default for Limits {
             new_connections_burst_per_pod: 200,
             message_bytes: 512 << 10,
             names_per_stream: 64,
-            memory_bytes: 512 << 20,
+            memory_bytes: 704 << 20,
             memory_bytes_per_pod: 32 << 20,
             idle: Duration::from_secs(3600),
         }

@@ -41,7 +41,7 @@ use crate::{
     caller::{Authenticator, Cause, Connection, Refusals},
     grpc::{
         self, UntilEnd,
-        request::{self, Inbox, MessageLimits, RequestLimits},
+        request::{self, Inbox, MessageKind, MessageLimits, RequestLimits},
     },
     limits::Limits,
 };
@@ -198,7 +198,7 @@ impl Sessions {
         tokio::spawn(async move {
             let origin = match origin_cache.resolve(&peer, read_permit).await {
                 Some(Ok(origin)) => origin,
-                Some(Err(Gone)) => return sessions.metrics.rejected(Rejection::process_gone),
+                Some(Err(Gone)) => return sessions.metrics.rejected(Rejection::caller_ended),
                 None => return,
             };
             if let Some(session) = sessions.admit(peer, &origin, guard) {
@@ -347,7 +347,9 @@ impl Session {
 
     /// Begins a call and the reading of its request, or returns the status of a call over quota.
     fn begin_call(&self, request: Request<Incoming>, begun: &Begun<Incoming>) -> Result<(Call, Request<Inbox>), Status> {
-        let call = self.calls.begin().map_err(|refused| {
+        let kind = self.sessions.services.kind(request.uri().path());
+        let bytes = if kind == MessageKind::Other { quotas::OTHER_CALL_BYTES } else { quotas::CALL_BYTES };
+        let call = self.calls.begin(bytes).map_err(|refused| {
             let (reason, limit) = match refused {
                 Refused::Streams(exceeded) => exceeded.of_streams(),
                 Refused::Memory(exceeded) => exceeded.of_memory(),
@@ -363,7 +365,6 @@ impl Session {
             message: MessageLimits { bytes: limits.message_bytes, names: limits.names_per_stream },
             patience: self.sessions.timeouts.message,
         };
-        let kind = self.sessions.services.kind(parts.uri.path());
         let (intake, inbox) = request::channel(body, kind, limits, self.calls.charge(), Instant::now());
         begun.lock().push(intake);
         Ok((call, Request::from_parts(parts, inbox)))

@@ -430,8 +430,8 @@ pub const GROUPS: &[Group] = &[
             field(
                 "limits.memoryBytes",
                 Integer(8_388_608, 1_099_511_627_776),
-                Value("536870912"),
-                "Bytes that all callers together can make the agent hold. Each connection reserves 48 KiB and each call 12 KiB, which is what \
+                Value("738197504"),
+                "Bytes that all callers together can make the agent hold. Each connection reserves 44 KiB and each call 10 KiB, which is what \
                  the HTTP/2 implementation can hold for them at most. Requests count as they arrive. The last eighth is reserved for pods that \
                  hold little. The memory limit of the container has to be at least a third larger.",
             ),

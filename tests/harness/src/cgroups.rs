@@ -35,6 +35,27 @@ impl PodCgroup {
         self.folders.iter().map(|(_, folder)| folder.clone()).collect()
     }
 
+    /// Limits the memory of the processes in this cgroup, without swap.
+    pub fn limit_memory(&self, bytes: u64) {
+        let files = ["memory.limit_in_bytes", "memory.max"];
+        let limits: Vec<_> = self.paths().iter().flat_map(|path| files.map(|file| path.join(file))).filter(|file| file.exists()).collect();
+        assert!(!limits.is_empty(), "no mounted hierarchy limits memory");
+        for limit in limits {
+            fs::write(&limit, bytes.to_string()).unwrap_or_else(|e| panic!("{}: {e}", limit.display()));
+        }
+    }
+
+    /// The number of processes that the kernel has killed because of the limit.
+    pub fn oom_kills(&self) -> u64 {
+        let files = ["memory.oom_control", "memory.events"];
+        let texts = self.paths().into_iter().flat_map(|path| files.map(|file| fs::read_to_string(path.join(file)).unwrap_or_default()));
+        let lines: Vec<u64> = texts
+            .flat_map(|text| text.lines().filter_map(|line| line.strip_prefix("oom_kill ")?.parse().ok()).collect::<Vec<_>>())
+            .collect();
+        assert!(!lines.is_empty(), "no mounted hierarchy counts the kills");
+        lines.into_iter().sum()
+    }
+
     /// Creates the cgroup of the container `id` of a pod.
     pub fn container(pod_uid: &str, id: &str) -> Self {
         Self::at(&format!("{}/pod{pod_uid}/{id}", PARENTS[1]))

@@ -36,6 +36,7 @@ pub mod doctor;
 pub mod envoy;
 pub mod fetch;
 pub mod guarded;
+pub mod hoard;
 pub mod host;
 pub mod http;
 pub mod load;

@@ -18,6 +18,12 @@ pub fn peak(process: Pid) -> u64 {
     kibibytes << 10
 }
 
+/// Begins to measure the [`peak`] of `process` again; returns the current resident memory. Needs root.
+pub fn measure_again(process: Pid) -> u64 {
+    fs::write(format!("/proc/{process}/clear_refs"), "5").expect("the process runs, and these tests need root");
+    peak(process)
+}
+
 /// Whether the writable memory of `process` contains `needle`.
 pub fn holds(process: Pid, needle: &[u8]) -> bool {
     let maps = fs::read_to_string(format!("/proc/{process}/maps")).expect("the process runs");

@@ -172,6 +172,13 @@ where
     }
 }
 
+/// A call whose connection has ended must not wait for its request.
+impl<B> Drop for Intake<B> {
+    fn drop(&mut self) {
+        self.shared.lock().end(Err(Status::cancelled("the connection has ended")));
+    }
+}
+
 /// The status of a call that may not hold more.
 pub(crate) fn over_memory(exceeded: Exceeded) -> Status {
     let (_, limit) = exceeded.of_memory();

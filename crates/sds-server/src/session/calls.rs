@@ -9,7 +9,7 @@ use parking_lot::{Mutex, MutexGuard};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::quotas::{CALL_BYTES, CallSlot, Charge, ConnectionSlot, Exceeded};
+use super::quotas::{CallSlot, Charge, ConnectionSlot, Exceeded};
 use crate::attest::origin::Origin;
 
 /// Refused calls in a row after which a connection is closed. The client then has to connect again, and the rate of new connections is
@@ -37,11 +37,11 @@ impl Calls {
         self.slot.origin()
     }
 
-    /// Begins a call, if the quota has a slot and memory for it.
-    pub(super) fn begin(self: &Arc<Self>) -> Result<Call, Refused> {
+    /// Begins a call that can hold `bytes`, if the quota has a slot and the memory for it.
+    pub(super) fn begin(self: &Arc<Self>, bytes: usize) -> Result<Call, Refused> {
         let mut reserved = self.slot.charge();
         let slot = self.slot.call().map_err(Refused::Streams);
-        let slot = slot.and_then(|slot| reserved.try_set(CALL_BYTES).map(|()| slot).map_err(Refused::Memory)).inspect_err(|_| {
+        let slot = slot.and_then(|slot| reserved.try_set(bytes).map(|()| slot).map_err(Refused::Memory)).inspect_err(|_| {
             if self.refused.fetch_add(1, Ordering::Relaxed) + 1 >= MAX_REFUSED_STREAMS {
                 self.too_many.cancel();
             }

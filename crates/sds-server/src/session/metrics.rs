@@ -32,14 +32,14 @@ pub enum Rejection {
     /// `limits.memoryBytesPerPod`
     pod_memory_limit,
     /// The process that connected has ended, so that no request of the connection could be served.
-    process_gone,
+    caller_ended,
     /// No request of the connection was attested in time.
     unattested,
 }
 
 const REJECTIONS: [Rejection; 11] = every!(
     Rejection: connection_limit, pod_connection_limit, pod_connection_rate, refused_streams, no_credentials, accept_error, silent,
-    memory_limit, pod_memory_limit, process_gone, unattested
+    memory_limit, pod_memory_limit, caller_ended, unattested
 );
 
 /// The reason for refusing a stream, as a metric label.

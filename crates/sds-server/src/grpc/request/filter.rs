@@ -20,6 +20,8 @@ const MAX_NONCE_BYTES: usize = 64;
 const MAX_TYPE_URL_BYTES: usize = 256;
 /// Maximum length of the error in a NACK.
 const MAX_ERROR_BYTES: usize = 8 << 10;
+/// Maximum length of a message of another service. Those of health and reflection have a few bytes.
+const MAX_OTHER_BYTES: usize = 16 << 10;
 /// Names in one request, for each name that a stream may have: a delta request can unsubscribe as many, and report versions of as many.
 const NAMES_FACTOR: usize = 4;
 /// Bytes of a variable-length integer of 64 bits.
@@ -154,6 +156,8 @@ fn malformed(what: &str) -> Status {
 
 impl Filter {
     pub(super) fn new(kind: MessageKind, limits: MessageLimits) -> Self {
+        let most = if kind == MessageKind::Other { MAX_OTHER_BYTES } else { usize::MAX };
+        let limits = MessageLimits { bytes: limits.bytes.min(most), ..limits };
         Self { kind, limits, state: State::Prefix([0; PREFIX], 0), kept: Vec::new(), names: 0 }
     }
 
@@ -404,9 +408,11 @@ mod tests {
     }
 
     #[test]
-    fn messages_of_other_services_are_kept_whole() {
-        let bytes = with_node(&sotw(), 2);
-        assert_eq!(filtered(MessageKind::Other, LIMITS, &bytes, 1000).unwrap(), [bytes]);
+    fn messages_of_other_services_are_kept_whole_and_small() {
+        let bytes = framed(&sotw());
+        assert_eq!(filtered(MessageKind::Other, LIMITS, &bytes, 3).unwrap(), [bytes]);
+        let refused = filtered(MessageKind::Other, LIMITS, &with_node(&sotw(), 2), 1000).unwrap_err();
+        assert!(refused.message().ends_with("exceeds the limit of 16384 bytes"), "{refused:?}");
     }
 
     #[test]

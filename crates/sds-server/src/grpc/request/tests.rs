@@ -188,6 +188,20 @@ async fn messages_that_the_call_does_not_read_are_bounded() {
 }
 
 #[tokio::test]
+async fn a_call_does_not_outlive_its_connection() {
+    let (quotas, slot) = caller();
+    let idle = quotas.memory();
+    let (frames, mut intake, mut inbox) = open(&slot, MessageKind::Other);
+    send(&frames, &message("default").1[..9], 100);
+    assert!(step(&mut intake).await.is_pending());
+    let reading = tokio::spawn(async move { inbox.next::<DiscoveryRequest>().await });
+    tokio::task::yield_now().await;
+    drop(intake);
+    assert_eq!(reading.await.unwrap().unwrap_err().code(), Code::Cancelled);
+    assert_eq!(quotas.memory(), idle);
+}
+
+#[tokio::test]
 async fn a_call_that_has_ended_is_read_no_further() {
     let (_quotas, slot) = caller();
     let (_frames, mut intake, inbox) = open(&slot, MessageKind::Other);
