@@ -273,6 +273,15 @@ def templates():
     requests = replaced(text(load("workload-requests/rbac.yaml")), IN_NAMESPACE)
     yield "workload-requests.yaml", when('include "sds-agent.workloadRequests" .', requests)
 
+    metrics_from = ".Values.networkPolicy.metricsFrom"
+    ingress = replaced(
+        text(load("network-policy/networkpolicy.yaml")), OF_APPROVER, IN_NAMESPACE,
+        ("    - from:\n", f"    - from:\n        {{{{- with {metrics_from} }}}}\n        {{{{- toYaml . | nindent 8 }}}}\n        {{{{- else }}}}\n"),
+        ("name: monitoring\n", "name: monitoring\n        {{- end }}\n"),
+        ("    # Replace `monitoring` by the namespace of your Prometheus.\n", ""),
+    )
+    yield "network-policy.yaml", when(".Values.networkPolicy.enabled", ingress)
+
     yield from monitoring()
 
 

@@ -6,7 +6,6 @@
 //! ([`handover`](crate::handover)). [`Bound::run`] serves until the shutdown has drained.
 
 use std::{
-    net::SocketAddr,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -29,11 +28,7 @@ use sds_server::{
     store::Store,
     trust::Trust,
 };
-use tokio::{
-    net::{TcpListener, UnixListener},
-    sync::mpsc,
-    task::JoinSet,
-};
+use tokio::{net::UnixListener, sync::mpsc, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
@@ -131,8 +126,8 @@ impl Base {
 #[derive(Debug)]
 pub struct Bound {
     socket: Option<LeasedSocket>,
-    admin: TcpListener,
-    metrics: TcpListener,
+    listeners: admin::Listeners,
+    http_metrics: admin::Metrics,
     sessions: Sessions,
     csi: Option<csi::Driver>,
     rotation: rotation::Parts,
@@ -169,9 +164,9 @@ pub async fn build(config: &Config, mut base: Base) -> anyhow::Result<Bound> {
 /// Creates an agent with the given dependencies.
 pub async fn build_with(config: &Config, base: Base, deps: Deps) -> anyhow::Result<Bound> {
     let Base { mut exposition, readiness, shutdown, file, log, start } = base;
-    let admin = admin::bind("admin.address", config.admin).await?;
-    let metrics = admin::bind("metrics.address", config.metrics).await?;
+    let listeners = admin::Listeners::bind(config.http_addresses())?;
     let registry = exposition.registry();
+    let http_metrics = admin::Metrics::register(registry);
 
     let channels = ConfigChannels::new(config, &deps.issuer_set, &*deps.clock);
     let (resolver, plan, reissue_window) = (channels.resolver.subscribe(), channels.plan.subscribe(), channels.reissue_window.subscribe());
@@ -239,8 +234,8 @@ pub async fn build_with(config: &Config, base: Base, deps: Deps) -> anyhow::Resu
     };
     Ok(Bound {
         socket,
-        admin,
-        metrics,
+        listeners,
+        http_metrics,
         sessions,
         csi,
         rotation,
@@ -260,14 +255,9 @@ impl Bound {
         self.socket.as_ref().map(|socket| &*socket.path)
     }
 
-    /// The admin listener's address.
-    pub fn admin(&self) -> std::io::Result<SocketAddr> {
-        self.admin.local_addr()
-    }
-
-    /// The metrics listener's address.
-    pub fn metrics(&self) -> std::io::Result<SocketAddr> {
-        self.metrics.local_addr()
+    /// The addresses of the HTTP listeners.
+    pub fn http_addresses(&self) -> std::io::Result<admin::Addresses> {
+        self.listeners.addresses()
     }
 
     /// Serves until the shutdown has drained.
@@ -276,9 +266,9 @@ impl Bound {
     ///
     /// A task of the agent failed, and its failure began the shutdown.
     pub async fn run(self) -> anyhow::Result<Drained> {
-        let Self { socket, admin, metrics, sessions, csi, rotation, routes, readiness, tasks, ending, last, shutdown, start } = self;
+        let Self { socket, listeners, http_metrics, sessions, csi, rotation, routes, readiness, tasks, ending, last, shutdown, start } =
+            self;
         info!(target: LOG_TARGET, socket = socket.as_ref().map(|socket| tracing::field::display(socket.path.display())), "serving");
-        admin::tell(&metrics);
         let mut beside = JoinSet::new();
         for task in tasks.0 {
             beside.spawn(task);
@@ -287,8 +277,7 @@ impl Bound {
         if let Some(driver) = csi {
             beside.spawn(driver.run(last.clone()));
         }
-        tokio::spawn(admin::serve(admin, routes.clone(), shutdown.clone()));
-        tokio::spawn(admin::serve(metrics, routes.without_controls(), shutdown.clone()));
+        listeners.serve(&routes, &http_metrics, &shutdown);
         let services = sessions.services.clone();
         let (open, opened) = mpsc::channel(1);
         let accepting = tokio::spawn(accept(sessions, opened));

@@ -10,7 +10,7 @@ use issuance::issuer::certificate_request;
 use sds_server::{limits::Limits, sds::names::Names};
 use workload_identity::{IssuerName, NodeEnvironment, Profile, Resolver, Rule, TrustDomain};
 
-use crate::{csi::PerPod, process::LockMemory, warm::WarmUp};
+use crate::{admin, csi::PerPod, process::LockMemory, warm::WarmUp};
 
 mod approver;
 mod certificates;
@@ -80,6 +80,8 @@ pub struct Config {
     pub admin: SocketAddr,
     /// `metrics.address`
     pub metrics: SocketAddr,
+    /// `probes.address`
+    pub probes: SocketAddr,
     /// `metrics.perWorkload`: whether each service account has its own series.
     pub metrics_per_workload: bool,
     /// `workerThreads`
@@ -91,6 +93,11 @@ pub struct Config {
 }
 
 impl Config {
+    /// The addresses of the HTTP listeners.
+    pub fn http_addresses(&self) -> admin::Addresses {
+        admin::Addresses { admin: self.admin, metrics: self.metrics, probes: self.probes }
+    }
+
     /// The rules that map workloads to identities.
     pub fn resolver(&self) -> Resolver {
         let (trust_domain, default_profile) = (self.trust_domain.clone(), self.default_profile.clone());

@@ -97,7 +97,9 @@ fn a_key_in_the_configuration_is_not_shown() {
             format!("identity: {{ spiffeId: {written}, dnsNames: [ {written} ] }}"),
             format!("certificate: {{ lifetime: {written}, key: {written}, renewAt: {written} }}"),
             format!("trust: {{ sources: [ {{ file: {written} }} ], federated: {{ {written}: {{ file: /a }} }} }}"),
-            format!("admin: {{ address: {written} }}\nmetrics: {{ address: {written} }}\ndrain: {written}"),
+            format!(
+                "admin: {{ address: {written} }}\nmetrics: {{ address: {written} }}\nprobes: {{ address: {written} }}\ndrain: {written}"
+            ),
             format!("a: &x {text}\nb: *y"),
         ] {
             if let Err(errors) = Config::parse(&yaml, &env) {

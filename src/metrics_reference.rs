@@ -18,7 +18,7 @@ use issuance::{issuer, rotation};
 use prometheus_client::registry::Registry;
 use sds_server::{attest, sds, session, trust};
 
-use crate::{app, build_info, config, csi, events, interfaces, process, warm};
+use crate::{admin, app, build_info, config, csi, events, interfaces, process, warm};
 
 mod monitoring;
 
@@ -60,6 +60,7 @@ const MODULES: &[Module] = &[
     module("crates/agent-runtime/src/readiness.rs", "Readiness", readiness::Metrics::sample),
     module("src/process.rs", "Memory", process::Metrics::sample),
     module("crates/agent-runtime/src/telemetry/metrics.rs", "The log", telemetry::Metrics::sample),
+    module("src/admin/metrics.rs", "Probes, metrics and the admin address", admin::Metrics::sample),
     Module { file: None, title: "Build and process", sample: |_| {} },
 ];
 

@@ -100,18 +100,24 @@ impl LogLevel {
     }
 
     /// `GET /log-level`, and `PUT` or `POST` with the filter as the body, `[?for=10m]`.
-    pub(super) async fn answer<B>(&self, request: Request<B>) -> Answer
+    /// Calls `arrived` when the body is read, or at once if it is not read.
+    pub(super) async fn answer<B>(&self, request: Request<B>, arrived: impl FnOnce()) -> Answer
     where
         B: http_body::Body<Data = Bytes>,
         B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
     {
-        match *request.method() {
-            Method::GET | Method::HEAD => return answer(StatusCode::OK, TEXT, self.filter.current() + "\n"),
-            Method::PUT | Method::POST => {}
-            _ => return refuse_method("GET, HEAD, PUT, POST"),
+        let (head, body) = request.into_parts();
+        if !matches!(head.method, Method::PUT | Method::POST) {
+            arrived();
+            return match head.method {
+                Method::GET | Method::HEAD => answer(StatusCode::OK, TEXT, self.filter.current() + "\n"),
+                _ => refuse_method("GET, HEAD, PUT, POST"),
+            };
         }
+        let body = Limited::new(body, MAX_FILTER_BYTES).collect().await;
+        arrived();
         let mut time = None;
-        for (name, value) in pairs(request.uri().query()) {
+        for (name, value) in pairs(head.uri.query()) {
             match &*name {
                 "for" => match duration("for", &value) {
                     Ok(told) => time = Some(told),
@@ -120,7 +126,7 @@ impl LogLevel {
                 _ => return unknown(&name, "for"),
             }
         }
-        let Ok(body) = Limited::new(request.into_body(), MAX_FILTER_BYTES).collect().await else {
+        let Ok(body) = body else {
             return answer(
                 StatusCode::BAD_REQUEST,
                 TEXT,

@@ -1,4 +1,4 @@
-//! Opens the listeners for probes and metrics.
+//! Opens the HTTP listeners.
 //!
 //! The kubelet and Prometheus connect to the pod's address, which is IPv4 or IPv6. `[::]` therefore means every IPv6 and IPv4 address,
 //! regardless of `net.ipv6.bindv6only`, and every IPv4 address on a node without IPv6. Any other address means only itself.
@@ -14,16 +14,14 @@ use rustix::{
 };
 use tokio::net::TcpListener;
 
-/// Connections that the kernel queues until they are accepted; the default of tokio's listeners.
-const BACKLOG: i32 = 1024;
+/// Connections that the kernel queues until they are accepted, if `net.core.somaxconn` is not lower; its default is the same. The client
+/// of a connection that does not fit tries again after 1 s, which is already the time-out of a probe. tokio's listeners queue only 128.
+const BACKLOG: i32 = 4096;
 
-/// Listens on `address`.
-pub(super) async fn listen(address: SocketAddr) -> io::Result<TcpListener> {
-    if address.ip() == Ipv6Addr::UNSPECIFIED {
-        TcpListener::from_std(both_families(address.port(), open)?)
-    } else {
-        TcpListener::bind(address).await
-    }
+/// Listens on `address`. Call it inside the runtime.
+pub(super) fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    let listener = if address.ip() == Ipv6Addr::UNSPECIFIED { both_families(address.port(), open)? } else { open(address)? };
+    TcpListener::from_std(listener)
 }
 
 /// Opens one listener for every IPv6 and IPv4 address, or for every IPv4 address if the node has no IPv6.

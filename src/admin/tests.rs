@@ -1,18 +1,26 @@
 //! Tests over real sockets, so that a connection which the server does not close fails them too.
 
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::{
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
+    time::Duration,
+};
 
 use agent_runtime::{readiness, telemetry};
 use issuance::rotation::reissue::{Reissue, Reissued, Which};
+use prometheus_client::metrics::counter::Counter;
 use serde_json::json;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
     sync::mpsc,
     task::JoinHandle,
+    time::timeout,
 };
 
-use super::*;
+use super::{connections::Limits, places::Size, *};
 use crate::build_info;
+
+mod floods;
 
 const BOUND: Duration = Duration::from_secs(20);
 const ANYWHERE: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
@@ -20,15 +28,17 @@ const ANYWHERE: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCA
 struct Served {
     address: SocketAddr,
     shutdown: Shutdown,
+    evicted: Counter,
     task: JoinHandle<()>,
 }
 
-async fn served(limits: Limits, routes: Routes) -> Served {
-    let listener = bind("metrics.address", ANYWHERE).await.unwrap();
+fn served(limits: Limits, routes: Routes) -> Served {
+    let listener = bind("metrics.address", ANYWHERE).unwrap();
     let address = listener.local_addr().unwrap();
     let shutdown = Shutdown::new(BOUND);
-    let task = tokio::spawn(serve_within(limits, listener, routes, shutdown.clone()));
-    Served { address, shutdown, task }
+    let evicted = Counter::default();
+    let task = tokio::spawn(connections::serve(limits, listener, routes, evicted.clone(), shutdown.clone()));
+    Served { address, shutdown, evicted, task }
 }
 
 fn routes() -> (Routes, readiness::Guard) {
@@ -66,7 +76,7 @@ fn assert_answer(text: &str, status: u16, content_type: &str, body: &str) {
 async fn liveness_is_unconditional_and_readiness_names_what_is_awaited() {
     let (routes, start) = routes();
     let pods = routes.readiness.guard("pod index");
-    let server = served(LIMITS, routes).await;
+    let server = served(PAGES, routes);
     assert_answer(&ask(server.address, "GET /livez").await, 200, TEXT, "ok\n");
     drop(start);
     assert_answer(&ask(server.address, "GET /readyz").await, 503, TEXT, "not ready\n");
@@ -77,7 +87,7 @@ async fn liveness_is_unconditional_and_readiness_names_what_is_awaited() {
 
 #[tokio::test]
 async fn the_metrics_page_comes_in_the_format_that_is_asked_for() {
-    let server = served(LIMITS, routes().0).await;
+    let server = served(PAGES, routes().0);
     for (accept, content_type, end) in [
         ("application/openmetrics-text;version=1.0.0,text/plain;q=0.5", "application/openmetrics-text; version=1.0.0; charset=utf-8", true),
         ("*/*", "text/plain; version=0.0.4; charset=utf-8", false),
@@ -92,20 +102,31 @@ async fn the_metrics_page_comes_in_the_format_that_is_asked_for() {
 #[tokio::test]
 async fn certificates_are_on_the_admin_address_only() {
     let rows = || vec![json!({ "spiffe_id": "spiffe://a/b", "state": "valid" })];
-    let admin = served(LIMITS, routes().0.with_controls(controls(Arc::new(rows)).0)).await;
+    let admin = served(PAGES, routes().0.with_controls(controls(Arc::new(rows)).0));
     let expected = "{\"certificates\":[{\"spiffe_id\":\"spiffe://a/b\",\"state\":\"valid\"}]}\n";
     assert_answer(&ask(admin.address, "GET /certs").await, 200, JSON, expected);
     assert_answer(&ask(admin.address, "HEAD /certs").await, 200, JSON, "");
 
-    let metrics = served(LIMITS, routes().0).await;
+    let metrics = served(PAGES, routes().0);
     let expected = "not found; here are /livez, /readyz and /metrics\n";
     assert_answer(&ask(metrics.address, "GET /certs").await, 404, TEXT, expected);
 }
 
 #[tokio::test]
+async fn the_probes_address_serves_probes_alone() {
+    let full = routes().0.with_controls(controls(Arc::new(Vec::new)).0);
+    let probes = served(PROBES, full.for_probes());
+    assert_answer(&ask(probes.address, "GET /livez").await, 200, TEXT, "ok\n");
+    assert_answer(&ask(probes.address, "GET /readyz").await, 200, TEXT, "ready\n");
+    for line in ["GET /metrics", "GET /certs", "POST /reissue", "GET /log-level"] {
+        assert_answer(&ask(probes.address, line).await, 404, TEXT, "not found; here are /livez and /readyz\n");
+    }
+}
+
+#[tokio::test]
 async fn reissuing_is_asked_for_by_post_and_the_answer_counts() {
     let (controls, mut calls) = controls(Arc::new(Vec::new));
-    let server = served(LIMITS, routes().0.with_controls(controls)).await;
+    let server = served(PAGES, routes().0.with_controls(controls));
     tokio::spawn(async move {
         let id = Some("spiffe://a/ns/b/sa/c".to_owned());
         for (which, over) in [
@@ -134,7 +155,7 @@ async fn reissuing_is_asked_for_by_post_and_the_answer_counts() {
     // The task that answers for rotation has ended.
     assert_answer(&ask(server.address, "POST /reissue").await, 503, TEXT, "the agent is shutting down\n");
 
-    let metrics = served(LIMITS, routes().0).await;
+    let metrics = served(PAGES, routes().0);
     let expected = "not found; here are /livez, /readyz and /metrics\n";
     assert_answer(&ask(metrics.address, "POST /reissue").await, 404, TEXT, expected);
 }
@@ -148,10 +169,10 @@ async fn tell(address: SocketAddr, request_line: &str, body: &str) -> String {
 async fn the_logs_filter_is_shown_changed_and_goes_back() {
     let (_guard, filter) = telemetry::capture("info", telemetry::Format::Json, std::io::sink).unwrap();
     let routes = routes().0.with_log(Some(LogLevel::new(filter.clone())));
-    let metrics = served(LIMITS, routes.clone().without_controls()).await;
+    let metrics = served(PAGES, routes.for_metrics());
     let expected = "not found; here are /livez, /readyz and /metrics\n";
     assert_answer(&ask(metrics.address, "GET /log-level").await, 404, TEXT, expected);
-    let server = served(LIMITS, routes).await;
+    let server = served(PAGES, routes);
     assert_answer(&ask(server.address, "GET /log-level").await, 200, TEXT, "info\n");
     let wrong = tell(server.address, "PUT /log-level", "sds_agent=loud").await;
     assert!(wrong.starts_with("HTTP/1.1 400 ") && wrong.contains("sds_agent=loud"), "{wrong}");
@@ -187,7 +208,7 @@ async fn a_temporary_log_filter_reverts_unless_it_was_replaced() {
 
 #[tokio::test]
 async fn other_paths_and_methods_are_refused_in_a_sentence() {
-    let server = served(LIMITS, routes().0).await;
+    let server = served(PAGES, routes().0);
     let text = ask(server.address, "POST /livez").await;
     assert_answer(&text, 405, TEXT, "use GET\n");
     assert!(text.contains("allow: GET, HEAD\r\n"), "{text}");
@@ -195,62 +216,39 @@ async fn other_paths_and_methods_are_refused_in_a_sentence() {
 }
 
 #[tokio::test]
-async fn clients_that_say_nothing_do_not_keep_the_probes_out() {
-    let limits = Limits { connections: 2, head: Duration::from_millis(100), connection: BOUND };
-    let server = served(limits, routes().0).await;
-    let mut silent = TcpStream::connect(server.address).await.unwrap();
-    let mut slow = TcpStream::connect(server.address).await.unwrap();
-    slow.write_all(b"GET /livez HT").await.unwrap();
-    assert_answer(&ask(server.address, "GET /livez").await, 200, TEXT, "ok\n");
-    let mut rest = Vec::new();
-    timeout(BOUND, silent.read_to_end(&mut rest)).await.unwrap().unwrap();
-    timeout(BOUND, slow.read_to_end(&mut rest)).await.unwrap().unwrap();
-}
-
-#[tokio::test]
-async fn a_client_that_does_not_read_is_cut_off() {
-    let many = || vec![json!("x".repeat(64 << 10)); 256];
-    let limits = Limits { connections: 1, connection: Duration::from_millis(200), ..LIMITS };
-    let server = served(limits, routes().0.with_controls(controls(Arc::new(many)).0)).await;
-    let mut deaf = TcpStream::connect(server.address).await.unwrap();
-    deaf.write_all(b"GET /certs HTTP/1.1\r\nhost: test\r\n\r\n").await.unwrap();
-    assert_answer(&ask(server.address, "GET /livez").await, 200, TEXT, "ok\n");
-}
-
-#[tokio::test]
 async fn the_drain_ends_the_listener_and_silent_connections_do_not_hold_it() {
-    let server = served(LIMITS, routes().0).await;
+    let server = served(PAGES, routes().0);
     // The response shows that the server has accepted the silent connection before it.
     let _silent = TcpStream::connect(server.address).await.unwrap();
     ask(server.address, "GET /livez").await;
     server.shutdown.begin();
     timeout(BOUND, server.task).await.unwrap().unwrap();
-    assert_eq!(timeout(DRAIN * 5, server.shutdown.drained()).await.unwrap(), agent_runtime::shutdown::Drained::Complete);
+    assert_eq!(timeout(connections::DRAIN * 5, server.shutdown.drained()).await.unwrap(), agent_runtime::shutdown::Drained::Complete);
     assert!(TcpStream::connect(server.address).await.is_err());
 }
 
 #[tokio::test]
 async fn a_taken_address_is_named_with_its_field() {
-    let taken = bind("metrics.address", ANYWHERE).await.unwrap();
+    let taken = bind("metrics.address", ANYWHERE).unwrap();
     let address = taken.local_addr().unwrap();
-    let error = bind("metrics.address", address).await.unwrap_err().to_string();
+    let error = bind("metrics.address", address).unwrap_err().to_string();
     assert!(error.starts_with(&format!("metrics.address {address}: cannot listen: ")), "{error}");
 }
 
 #[tokio::test]
 async fn an_unspecified_ipv6_address_listens_on_both_families() {
-    let served = async |address: &str| {
-        let listener = bind("metrics.address", address.parse().unwrap()).await.unwrap();
+    let served = |address: &str| {
+        let listener = bind("metrics.address", address.parse().unwrap()).unwrap();
         let port = listener.local_addr().unwrap().port();
         let (shutdown, (routes, _start)) = (Shutdown::new(BOUND), routes());
-        tokio::spawn(serve_within(LIMITS, listener, routes, shutdown));
+        tokio::spawn(connections::serve(PAGES, listener, routes, Counter::default(), shutdown));
         port
     };
-    let both = served("[::]:0").await;
+    let both = served("[::]:0");
     for address in [SocketAddr::from((Ipv4Addr::LOCALHOST, both)), SocketAddr::from((Ipv6Addr::LOCALHOST, both))] {
         assert_answer(&ask(address, "GET /livez").await, 200, TEXT, "ok\n");
     }
-    let one = served("0.0.0.0:0").await;
+    let one = served("0.0.0.0:0");
     assert_answer(&ask(SocketAddr::from((Ipv4Addr::LOCALHOST, one)), "GET /livez").await, 200, TEXT, "ok\n");
     assert!(TcpStream::connect(SocketAddr::from((Ipv6Addr::LOCALHOST, one))).await.is_err(), "the listener is for IPv4 alone");
 }

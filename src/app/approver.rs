@@ -1,6 +1,6 @@
 //! Composes the approver: probes, metrics, reload and shutdown.
 
-use std::{fmt, net::SocketAddr, sync::Arc};
+use std::{fmt, sync::Arc};
 
 use agent_runtime::{
     clock::SystemClock,
@@ -10,7 +10,7 @@ use agent_runtime::{
 use approver::{Approver, Pods};
 use futures::FutureExt;
 use kube::Client;
-use tokio::{net::TcpListener, task::JoinSet};
+use tokio::task::JoinSet;
 use tracing::{error, info};
 
 use self::reload::Reload;
@@ -35,8 +35,8 @@ const LOG_TARGET: &str = "sds_agent::app::approver";
 pub struct BoundApprover {
     approver: Approver,
     pods: Pods,
-    admin: TcpListener,
-    metrics: TcpListener,
+    listeners: admin::Listeners,
+    http_metrics: admin::Metrics,
     routes: admin::Routes,
     readiness: Readiness,
     shutdown: Shutdown,
@@ -56,8 +56,8 @@ impl fmt::Debug for BoundApprover {
 pub async fn build_approver(start: Start, env: Env<'static>, base: Base) -> anyhow::Result<BoundApprover> {
     let Base { mut exposition, readiness, shutdown, start: start_guard, log, .. } = base;
     let config = start.settings.config.clone();
-    let admin = admin::bind("admin.address", config.admin).await?;
-    let metrics = admin::bind("metrics.address", config.metrics).await?;
+    let listeners = admin::Listeners::bind(config.http_addresses())?;
+    let http_metrics = admin::Metrics::register(exposition.registry());
     let kube_metrics = agent_kube::Metrics::register(exposition.registry());
     let client = agent_kube::connect(&kube_metrics, approver::RATE).await?;
     let driver = config.per_pod.as_ref().map(|per_pod| per_pod.driver_name.clone());
@@ -73,15 +73,22 @@ pub async fn build_approver(start: Start, env: Env<'static>, base: Base) -> anyh
         metrics: approver::Metrics::register(exposition.registry()),
     });
     let routes = admin::Routes::new(readiness.clone(), Arc::new(exposition)).with_log(log.map(admin::LogLevel::new));
-    Ok(BoundApprover { approver, pods, admin, metrics, routes, readiness, shutdown, start: start_guard, reload, client, kube_metrics })
+    Ok(BoundApprover {
+        approver,
+        pods,
+        listeners,
+        http_metrics,
+        routes,
+        readiness,
+        shutdown,
+        start: start_guard,
+        reload,
+        client,
+        kube_metrics,
+    })
 }
 
 impl BoundApprover {
-    /// The address of probes and metrics.
-    pub fn metrics(&self) -> std::io::Result<SocketAddr> {
-        self.metrics.local_addr()
-    }
-
     /// Decides until the shutdown begins. It does not wait for a decision that is being written: another replica, or the next start of
     /// this one, reads the request again.
     ///
@@ -89,7 +96,7 @@ impl BoundApprover {
     ///
     /// A task of the approver failed, and its failure began the shutdown.
     pub async fn run(self) -> anyhow::Result<Drained> {
-        let Self { approver, pods, admin, metrics, routes, readiness, shutdown, start, reload, client, kube_metrics } = self;
+        let Self { approver, pods, listeners, http_metrics, routes, readiness, shutdown, start, reload, client, kube_metrics } = self;
         for (name, mut synced) in [("the watch of pods", pods.synced()), ("the watch of requests", approver.synced())] {
             let guard = readiness.guard(name);
             tokio::spawn(async move {
@@ -100,9 +107,7 @@ impl BoundApprover {
             });
         }
         info!(target: LOG_TARGET, "approving");
-        admin::tell(&metrics);
-        tokio::spawn(admin::serve(admin, routes.clone(), shutdown.clone()));
-        tokio::spawn(admin::serve(metrics, routes.without_controls(), shutdown.clone()));
+        listeners.serve(&routes, &http_metrics, &shutdown);
         drop(start);
         tokio::spawn(async move {
             readiness.reached().await;

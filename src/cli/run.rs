@@ -90,7 +90,7 @@ async fn run(config: &Config, base: Base, log: Log, style: Style) -> anyhow::Res
     base.shutdown.follow_signals(move || log.end())?;
     let bound = app::build(config, base).await?;
     if let (Style::Dev, Some(socket)) = (style, bound.socket()) {
-        let greeting = dev::greeting(socket, bound.admin()?, config);
+        let greeting = dev::greeting(socket, bound.http_addresses()?.admin, config);
         // A paused terminal or a full pipe would block the write, so a thread of its own prints the greeting.
         thread::spawn(move || output::say(&greeting));
     }

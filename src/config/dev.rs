@@ -44,7 +44,7 @@ pub fn dev_socket(env: Env<'_>) -> PathBuf {
 
 /// The configuration from the flags, or all errors.
 ///
-/// The kernel chooses the port of the metrics address on 127.0.0.1, because the admin address serves the same pages.
+/// The kernel chooses the ports for metrics and probes on 127.0.0.1, because the admin address serves the same pages.
 pub fn dev(flags: Dev, env: Env<'_>) -> Result<Config, Errors> {
     let report = Report::default();
     let path = flags.socket.map_or_else(|| dev_socket(env), |path| std::path::absolute(&path).unwrap_or(path));
@@ -111,6 +111,7 @@ fn config(path: &Path, trust_domain: TrustDomain, lifetime: Duration, admin: Soc
         drain: Duration::from_secs(10),
         admin,
         metrics: SocketAddr::from(([127, 0, 0, 1], 0)),
+        probes: SocketAddr::from(([127, 0, 0, 1], 0)),
         metrics_per_workload: false,
         worker_threads: 2,
         approver: Approver::of_namespace("sds-agent"),

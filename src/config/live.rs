@@ -65,6 +65,7 @@ pub const FIELDS: &[Field] = fields! {
     "drain": restart |c| c.drain;
     "admin": restart |c| c.admin;
     "metrics": restart |c| (c.metrics, c.metrics_per_workload);
+    "probes": restart |c| c.probes;
     "workerThreads": restart |c| c.worker_threads;
 };
 
@@ -116,6 +117,7 @@ mod tests {
             ("drain: 1s", "drain", false),
             ("admin: { address: '127.0.0.1:1' }", "admin", false),
             ("metrics: { address: '127.0.0.1:2' }", "metrics", false),
+            ("probes: { address: '127.0.0.1:2' }", "probes", false),
             ("workerThreads: 3", "workerThreads", false),
         ] {
             let changed = parse(text);
@@ -156,6 +158,7 @@ mod tests {
             admin: _,
             metrics: _,
             metrics_per_workload: _,
+            probes: _,
             worker_threads: _,
             // The environment does not change while a process runs.
             node: _,

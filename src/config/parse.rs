@@ -143,7 +143,7 @@ pub(super) fn decode(root: &Section<'_>, report: &Report, env: Env<'_>) -> Optio
     if trust_sources.is_empty() {
         warn_of_roots(report, &issuers);
     }
-    let (admin, (metrics, metrics_per_workload)) = addresses?;
+    let (admin, (metrics, metrics_per_workload), probes) = addresses?;
     let (shared_socket, per_pod) = sockets?;
     Some(Config {
         trust_domain: trust_domain?,
@@ -168,6 +168,7 @@ pub(super) fn decode(root: &Section<'_>, report: &Report, env: Env<'_>) -> Optio
         admin,
         metrics,
         metrics_per_workload,
+        probes,
         worker_threads: usize::try_from(worker_threads?).ok()?,
         approver: approver?,
         node: pod?.node,
@@ -326,30 +327,42 @@ fn request_rate(kubernetes: &Section<'_>) -> Option<RequestRate> {
     Some(RequestRate { per_second: per_second?, burst: burst? })
 }
 
-/// `admin.address`, `metrics.address` and `metrics.perWorkload`.
-fn addresses(root: &Section<'_>) -> Option<(SocketAddr, (SocketAddr, bool))> {
+/// `admin.address`, `metrics.address` with `metrics.perWorkload`, and `probes.address`.
+fn addresses(root: &Section<'_>) -> Option<(SocketAddr, (SocketAddr, bool), SocketAddr)> {
+    // The value of `address` if none of `others` has its port. The default listens on every address of the pod.
+    let own = |section: &Section<'_>, port: u16, others: &[(&str, Option<SocketAddr>)]| {
+        let address = section.read("address", SocketAddr::from((Ipv6Addr::UNSPECIFIED, port)), values::socket_address)?;
+        match others.iter().find(|(_, other)| other.is_some_and(|other| overlap(address, other))) {
+            Some((other, _)) => {
+                section.wrong("address", format!("uses the port of {other}"), "give it a port of its own");
+                None
+            }
+            None => Some(address),
+        }
+    };
     let admin = root.section("admin", |admin| {
         let address = admin.read("address", SocketAddr::from(([127, 0, 0, 1], 15090)), values::socket_address);
         if address.is_some_and(|address| !address.ip().is_loopback()) {
             let what = "is not a loopback address, and every client that reaches it could reissue certificates";
-            admin.wrong("address", what, "use 127.0.0.1 or [::1]; probes and Prometheus use metrics.address");
+            admin.wrong("address", what, "use 127.0.0.1 or [::1]; Prometheus uses metrics.address, and the kubelet probes.address");
             return None;
         }
         address
     });
     let metrics = root.section("metrics", |metrics| {
-        let address = metrics.read("address", SocketAddr::from((Ipv6Addr::UNSPECIFIED, 15091)), values::socket_address);
+        let address = own(metrics, 15091, &[("admin.address", admin)]);
         let per_workload = metrics.read("perWorkload", false, values::boolean);
-        let clash = |admin: SocketAddr, metrics: SocketAddr| {
-            metrics.port() != 0 && metrics.port() == admin.port() && (metrics.ip() == admin.ip() || metrics.ip().is_unspecified())
-        };
-        if admin.zip(address).is_some_and(|(admin, metrics)| clash(admin, metrics)) {
-            metrics.wrong("address", "uses the port of admin.address", "give it a port of its own");
-            return None;
-        }
         address.zip(per_workload)
     });
-    admin.zip(metrics)
+    let others = [("admin.address", admin), ("metrics.address", metrics.map(|(address, _)| address))];
+    let probes = root.section("probes", |probes| own(probes, 15092, &others));
+    Some((admin?, metrics?, probes?))
+}
+
+/// Whether two listeners cannot be open at the same time. The kernel chooses a free port for port 0.
+fn overlap(one: SocketAddr, other: SocketAddr) -> bool {
+    let is_same_port = one.port() != 0 && one.port() == other.port();
+    is_same_port && (one.ip() == other.ip() || one.ip().is_unspecified() || other.ip().is_unspecified())
 }
 
 /// Every field that the parser knows, collected with files that reach all sections.

@@ -21,7 +21,7 @@ use nix::{
 };
 
 /// A limit for a busy machine. A regression never passes it.
-const PATIENCE: Duration = Duration::from_secs(60);
+pub(super) const PATIENCE: Duration = Duration::from_secs(60);
 /// The metric of dropped lines.
 const DROPPED: &str = "sds_agent_log_lines_dropped_total ";
 
@@ -45,7 +45,7 @@ impl Drop for Program {
     }
 }
 
-fn command(arguments: &[&str]) -> Command {
+pub(super) fn command(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_sds-agent"));
     for variable in ["NODE_NAME", "POD_NAMESPACE", "POD_NAME", "POD_UID", "KUBECONFIG", "XDG_RUNTIME_DIR"] {
         command.env_remove(variable);
@@ -71,14 +71,14 @@ fn fill(writer: &PipeWriter) {
 }
 
 /// Reads lines in a separate thread, so that waiting for a line can time out.
-fn lines(reader: impl Read + Send + 'static) -> mpsc::Receiver<String> {
+pub(super) fn lines(reader: impl Read + Send + 'static) -> mpsc::Receiver<String> {
     let (tell, told) = mpsc::channel();
     thread::spawn(move || BufReader::new(reader).lines().map_while(Result::ok).try_for_each(|line| tell.send(line)));
     told
 }
 
 /// Waits for a line for which `take` returns a value.
-fn line<T>(lines: &mpsc::Receiver<String>, take: impl Fn(&str) -> Option<T>) -> T {
+pub(super) fn line<T>(lines: &mpsc::Receiver<String>, take: impl Fn(&str) -> Option<T>) -> T {
     let deadline = Instant::now() + PATIENCE;
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
@@ -236,9 +236,8 @@ fn an_agent_whose_greeting_is_not_read_serves_and_ends() {
     assert_eq!(agent.ended(), Some(0));
 }
 
-/// The cluster does not exist, which the approver tolerates.
-#[test]
-fn an_approver_whose_log_is_not_read_any_more_answers_and_ends() {
+/// An approver with its files in `directory`. Its cluster does not exist, which the approver tolerates.
+pub(super) fn approver(directory: &Path) -> Command {
     const KUBECONFIG: &str = r#"
 apiVersion: v1
 kind: Config
@@ -247,21 +246,27 @@ contexts: [ { name: none, context: { cluster: none, user: none } } ]
 users: [ { name: none, user: { token: none } } ]
 current-context: none
 "#;
-    let directory = tempfile::tempdir().expect("a temporary folder");
     let write = |name: &str, text: &str| {
-        let path = directory.path().join(name);
+        let path = directory.join(name);
         fs::write(&path, text).expect("a file");
         path
     };
     let config = write(
         "config.yaml",
         "issuer: { certManager: { issuerRef: { name: mesh-ca, kind: ClusterIssuer } } }\nadmin: { address: \"127.0.0.1:0\" }\n\
-         metrics: { address: \"127.0.0.1:0\" }\n",
+         metrics: { address: \"127.0.0.1:0\" }\nprobes: { address: \"127.0.0.1:0\" }\n",
     );
-    let kubeconfig = write("kubeconfig", KUBECONFIG);
-    let (reader, writer) = std::io::pipe().expect("a pipe");
     let mut command = command(&["approver", "--config", config.to_str().expect("a plain path")]);
-    command.env("KUBECONFIG", kubeconfig).env("POD_NAMESPACE", "mesh").env("POD_NAME", "approver-1").env("SDS_AGENT_LOG", "debug");
+    command.env("KUBECONFIG", write("kubeconfig", KUBECONFIG)).env("POD_NAMESPACE", "mesh").env("POD_NAME", "approver-1");
+    command
+}
+
+#[test]
+fn an_approver_whose_log_is_not_read_any_more_answers_and_ends() {
+    let directory = tempfile::tempdir().expect("a temporary folder");
+    let (reader, writer) = std::io::pipe().expect("a pipe");
+    let mut command = approver(directory.path());
+    command.env("SDS_AGENT_LOG", "debug");
     let child = command.stderr(writer.try_clone().expect("the pipe's end")).stdout(Stdio::null()).spawn().expect("the approver starts");
     let mut approver = Program::started(child, String::new(), None, writer);
 

@@ -7,6 +7,7 @@
 mod applied;
 mod equal;
 mod istio;
+mod network_policy;
 mod node;
 mod parameters;
 mod placement;

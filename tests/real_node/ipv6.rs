@@ -56,7 +56,7 @@ fn a_node_may_have_sockets_of_ipv6_for_ipv6_alone() {
         fs::write("/proc/sys/net/ipv6/bindv6only", "1").unwrap();
         assert!(Command::new("ip").args(["link", "set", "lo", "up"]).status().unwrap().success());
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let listener = runtime.block_on(admin::bind("metrics.address", "[::]:0".parse().unwrap())).unwrap().into_std().unwrap();
+        let listener = runtime.block_on(async { admin::bind("metrics.address", "[::]:0".parse().unwrap()) }).unwrap().into_std().unwrap();
         listener.set_nonblocking(false).unwrap();
         let port = listener.local_addr().unwrap().port();
         for ip in LOOPBACKS {

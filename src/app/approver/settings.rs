@@ -78,6 +78,7 @@ impl Settings {
             ("drain", one.drain != other.drain),
             ("admin.address", one.admin != other.admin),
             ("metrics.address", one.metrics != other.metrics),
+            ("probes.address", one.probes != other.probes),
             ("workerThreads", one.worker_threads != other.worker_threads),
         ];
         fields.into_iter().filter_map(|(field, differs)| differs.then_some(field)).collect()

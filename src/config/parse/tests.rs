@@ -40,6 +40,7 @@ trust:
   federated: { partner.example: { file: /etc/sds-agent/partner.pem } }
 admin: { address: 127.0.0.1:15090 }
 metrics: { address: "[::]:15091", perWorkload: false }
+probes: { address: "[::]:15092" }
 "#;
 
 /// The shortest configuration for a pod.
@@ -123,6 +124,7 @@ reissueOver: 3m
 drain: 1s
 admin: { address: "[::1]:1" }
 metrics: { address: 127.0.0.1:2, perWorkload: true }
+probes: { address: 127.0.0.1:4 }
 workerThreads: 3
 approver: { agents: ["system:serviceaccount:mesh:agent"], overlap: 2m }
 authorityEpoch: 7
@@ -142,7 +144,7 @@ authorityEpoch: 7
     assert_eq!(config.trust_sources, [TrustSource::File { path: "/a.pem".into() }]);
     let federated = TrustSource::ConfigMap { namespace: "n".into(), name: "m".into(), key: "roots.pem".into() };
     assert_eq!(config.federated, BTreeMap::from([(TrustDomain::new("b.example").unwrap(), federated)]));
-    assert_eq!((config.admin.to_string(), config.metrics.to_string()), ("[::1]:1".into(), "127.0.0.1:2".into()));
+    assert_eq!([config.admin, config.metrics, config.probes].map(|it| it.to_string()), ["[::1]:1", "127.0.0.1:2", "127.0.0.1:4"]);
     assert!(config.metrics_per_workload);
     let limits = Limits {
         connections: 10,

@@ -494,12 +494,12 @@ pub const GROUPS: &[Group] = &[
                 Value("127.0.0.1:15090"),
                 "Address for the inventory of certificates, the log level and reissuing. Loopback only.",
             ),
-            field("metrics", Section, Nothing, "The interface for Prometheus and the kubelet."),
+            field("metrics", Section, Nothing, "The interface for Prometheus."),
             field(
                 "metrics.address",
                 Address,
                 Value("\"[::]:15091\""),
-                "Address for metrics and probes, which Prometheus and the kubelet reach at the address of the pod. `[::]` listens on \
+                "Address for metrics, which Prometheus reaches at the address of the pod. It serves the probes too. `[::]` listens on \
                  every IPv6 and IPv4 address, and on IPv4 alone on a node without IPv6; `0.0.0.0` listens on IPv4 alone.",
             ),
             field(
@@ -509,6 +509,14 @@ pub const GROUPS: &[Group] = &[
                 "Adds two series for each service account that uses a certificate on the node: when the certificate expires, and when \
                  it will be renewed. They end with the last stream of the account. Without it, no series carries the name of a \
                  workload. [metrics.md](metrics.md) describes all series.",
+            ),
+            field("probes", Section, Nothing, "The interface for the kubelet."),
+            field(
+                "probes.address",
+                Address,
+                Value("\"[::]:15092\""),
+                "Address for `/livez` and `/readyz` alone, so that clients of the metrics cannot occupy it. `[::]` and `0.0.0.0` mean the \
+                 same as in `metrics.address`.",
             ),
             field("workerThreads", Integer(1, 512), Value("2"), "Threads that serve requests."),
         ],

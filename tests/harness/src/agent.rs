@@ -18,6 +18,9 @@ use crate::{child::Child, eventually, free_port, http, paths};
 /// Limit from start to ready, on a busy machine.
 const START: Duration = Duration::from_secs(240);
 
+/// The tests ask for readiness at the admin address.
+const PROBES: &str = "probes: { address: \"127.0.0.1:0\" }\n";
+
 /// The program under test.
 pub fn program() -> &'static Path {
     static PROGRAM: LazyLock<PathBuf> = LazyLock::new(|| paths::program("sds-agent"));
@@ -53,8 +56,9 @@ impl Launch {
     pub fn run_on(dir: &Path, sockets: &str, settings: &str) -> Self {
         let (socket, admin, metrics) = (dir.join("sds.sock"), loopback(), loopback());
         let config = dir.join("config.yaml");
-        let yaml =
-            format!("sockets: {sockets}\nadmin: {{ address: {admin} }}\nmetrics: {{ address: {metrics}, perWorkload: true }}\n{settings}");
+        let yaml = format!(
+            "sockets: {sockets}\nadmin: {{ address: {admin} }}\nmetrics: {{ address: {metrics}, perWorkload: true }}\n{PROBES}{settings}"
+        );
         fs::write(&config, yaml).expect("the configuration is written");
         let arguments = ["run", "--config", text(&config)].map(str::to_owned).to_vec();
         Self { wrapper: Vec::new(), program: program().to_owned(), arguments, environment: Vec::new(), socket, admin }
@@ -82,7 +86,7 @@ impl Launch {
         let (socket, admin, metrics) = (dir.join("sds.sock"), loopback(), loopback());
         let arguments = ["approver", "--config-map", name].map(str::to_owned).to_vec();
         let launch = Self { wrapper: Vec::new(), program: program().to_owned(), arguments, environment: Vec::new(), socket, admin };
-        (launch, format!("admin: {{ address: {admin} }}\nmetrics: {{ address: {metrics} }}\n"))
+        (launch, format!("admin: {{ address: {admin} }}\nmetrics: {{ address: {metrics} }}\n{PROBES}"))
     }
 
     /// `--lifetime`, for `dev`.
@@ -103,9 +107,14 @@ impl Launch {
         self
     }
 
-    /// Starts a copy of the program at this path.
+    /// Starts a copy of the program at this path, or the previous version, whose configuration has no `probes`.
     pub fn program(mut self, program: &Path) -> Self {
         program.clone_into(&mut self.program);
+        if program.ends_with("former/sds-agent") {
+            let config = self.arguments.last().expect("the configuration");
+            let yaml = fs::read_to_string(config).expect("the configuration");
+            fs::write(config, yaml.replace(PROBES, "")).expect("the configuration is written");
+        }
         self
     }
 

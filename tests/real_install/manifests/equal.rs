@@ -46,6 +46,8 @@ async fn helm_and_kustomize_give_the_same_objects() {
     }
     let monitored = rendered_with("shared", &["monitoring"]).await;
     assert_same(helm(NAMESPACE, &["--set", "monitoring.enabled=true"]).await, monitored, "with monitoring");
+    let closed = rendered_with("shared", &["network-policy"]).await;
+    assert_same(helm(NAMESPACE, &["--set", "networkPolicy.enabled=true"]).await, closed, "with a network policy");
     let workload = ["--set", "config.issuer.certManager.namespace=workload"];
     let mut objects = rendered_with("shared", &["workload-requests"]).await;
     let map = objects.iter_mut().find(|object| object["kind"] == "ConfigMap").unwrap();
@@ -250,6 +252,7 @@ async fn values_that_nobody_knows_are_refused_by_name() {
         ("updateStrategy.nodesAtOnce=0%", "nodesAtOnce"),
         ("policy.approver=jane", "approver"),
         ("image.pullPolicy=Sometimes", "pullPolicy"),
+        ("networkPolicy.metricsFrom[0].namespace=monitoring", "namespace"),
         ("issuer.group=example.com", "approver.signers"),
     ] {
         let output = try_helm(NAMESPACE, &["--set", set]).await;

@@ -1,7 +1,7 @@
 //! A node with the real kubelet that runs the installed manifests. The tests create the pods as the controllers of DaemonSet and
 //! Deployment would, or those controllers create them.
 
-use std::{net::SocketAddr, path::Path, sync::Mutex, time::Duration};
+use std::{collections::HashMap, net::SocketAddr, path::Path, sync::Mutex, time::Duration};
 
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -39,6 +39,8 @@ pub struct Site {
     pub objects: Vec<Value>,
     pub shop: String,
     ours: Mutex<Vec<Pod>>,
+    /// The port of `probes.address` for each port of `metrics.address`.
+    probes: Mutex<HashMap<u16, u16>>,
     pub node: Node,
     /// Further nodes, where there are several.
     others: Vec<Node>,
@@ -88,7 +90,7 @@ impl Site {
             others.push(Node::start(&cluster, dir.path(), &images).await);
         }
         let shop = cluster.namespace().await;
-        Self { objects, shop, ours: Mutex::default(), node, others, cluster, _plane: plane, _dir: dir }
+        Self { objects, shop, ours: Mutex::default(), probes: Mutex::default(), node, others, cluster, _plane: plane, _dir: dir }
     }
 
     /// All nodes.
@@ -197,12 +199,16 @@ impl Site {
     /// Writes the installed configuration under another name, with free ports and `more`. Several nodes share one network: each of their
     /// agents needs a separate configuration that listens on its node's address.
     pub async fn configure(&self, name: &str, more: &str) -> SocketAddr {
-        let (metrics, admin) = (free_port(), free_port());
+        let [metrics, probes, admin] = [(); 3].map(|()| free_port());
+        self.probes.lock().unwrap().insert(metrics, probes);
         let mut map = named(&self.objects, "ConfigMap", "sds-agent").clone();
         map["metadata"]["name"] = json!(name);
         let text = map["data"]["config.yaml"].as_str().unwrap().to_owned();
         let on = |all: &str, own: &str| {
-            json!(format!("{text}metrics: {{ address: \"{all}:{metrics}\" }}\nadmin: {{ address: {own}:{admin} }}\n{more}"))
+            let (metrics, probes) = (format!("{all}:{metrics}"), format!("{all}:{probes}"));
+            json!(format!(
+                "{text}metrics: {{ address: \"{metrics}\" }}\nprobes: {{ address: \"{probes}\" }}\nadmin: {{ address: {own}:{admin} }}\n{more}"
+            ))
         };
         map["data"]["config.yaml"] = on("[::]", "127.0.0.1");
         if !self.others.is_empty() {
@@ -230,7 +236,10 @@ impl Site {
             let position = config(mounts).expect("the agent mounts its configuration");
             mounts[position]["subPathExpr"] = json!("$(NODE_NAME)");
         }
-        container["ports"][0]["containerPort"] = json!(metrics);
+        let probes = self.probes.lock().unwrap()[&metrics];
+        for port in container["ports"].as_array_mut().unwrap() {
+            port["containerPort"] = json!(if port["name"] == "probes" { probes } else { metrics });
+        }
         let server = self.cluster.address()["server"].as_str().unwrap().trim_start_matches("https://").to_owned();
         let (host, port) = server.rsplit_once(':').expect("an address with a port");
         let env = container["env"].as_array_mut().unwrap();

@@ -196,7 +196,7 @@ fn each_mistake_has_its_sentence() {
         ("drain: 11m", r#"drain: "11m" is too long; use at most 10m"#),
         (
             "admin: { address: 0.0.0.0:15090 }",
-            r#"admin.address: "0.0.0.0:15090" is not a loopback address, and every client that reaches it could reissue certificates; use 127.0.0.1 or [::1]; probes and Prometheus use metrics.address"#,
+            r#"admin.address: "0.0.0.0:15090" is not a loopback address, and every client that reaches it could reissue certificates; use 127.0.0.1 or [::1]; Prometheus uses metrics.address, and the kubelet probes.address"#,
         ),
         (
             "admin: { address: localhost:1 }",
@@ -209,6 +209,14 @@ fn each_mistake_has_its_sentence() {
         (
             "metrics: { address: 0.0.0.0:15090 }",
             r#"metrics.address: "0.0.0.0:15090" uses the port of admin.address; give it a port of its own"#,
+        ),
+        (
+            "probes: { address: \"[::]:15090\" }",
+            r#"probes.address: "[::]:15090" uses the port of admin.address; give it a port of its own"#,
+        ),
+        (
+            "probes: { address: 10.0.0.1:15091 }",
+            r#"probes.address: "10.0.0.1:15091" uses the port of metrics.address; give it a port of its own"#,
         ),
         ("workerThreads: 0", "workerThreads: 0 is out of range; use a whole number from 1 to 512"),
         ("authorityEpoch: 1.5", "authorityEpoch: 1.5 is not a valid whole number; use a whole number of at least 0"),
