@@ -2,7 +2,7 @@
 //!
 //! There are three listeners. The probes address is for the kubelet: `/livez` and `/readyz`. The metrics address is for Prometheus and adds
 //! `/metrics`. Both are reached from outside the pod. The admin address is for operators on the node and adds `/log-level`; that of an agent
-//! adds `/certs` and `/reissue` too. No handler calls the API server or an issuer: `/livez` reports only that this process answers. No
+//! adds `/certs` and `/reissue` too; [`access`] decides which requests it accepts. No handler calls the API server or an issuer: `/livez` reports only that this process answers. No
 //! response contains a key; the closure [`Certificates`] ensures that for `/certs`.
 //!
 //! A connection carries one request and is then closed, so that idle or slow clients do not block the probes.
@@ -19,6 +19,7 @@ use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body_util::Full;
 use tokio::net::TcpListener;
 
+pub mod access;
 mod connections;
 mod controls;
 mod listen;
@@ -112,6 +113,8 @@ pub struct Routes {
     exposition: Option<Arc<Exposition>>,
     controls: Option<Controls>,
     log: Option<LogLevel>,
+    /// Checks each request by [`access`].
+    is_admin: bool,
 }
 
 impl fmt::Debug for Routes {
@@ -125,7 +128,7 @@ type Answer = Response<Full<Bytes>>;
 impl Routes {
     /// The paths of an admin address: `/livez`, `/readyz` and `/metrics`.
     pub fn new(readiness: Readiness, exposition: Arc<Exposition>) -> Self {
-        Self { readiness, exposition: Some(exposition), controls: None, log: None }
+        Self { readiness, exposition: Some(exposition), controls: None, log: None, is_admin: true }
     }
 
     /// Adds `/certs` and `/reissue`, for an agent.
@@ -140,7 +143,7 @@ impl Routes {
 
     /// `/livez`, `/readyz` and `/metrics`, for the metrics address.
     fn for_metrics(&self) -> Self {
-        Self { controls: None, log: None, ..self.clone() }
+        Self { controls: None, log: None, is_admin: false, ..self.clone() }
     }
 
     /// `/livez` and `/readyz`, for the probes address.
@@ -154,6 +157,12 @@ impl Routes {
         B: http_body::Body<Data = Bytes>,
         B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
     {
+        if self.is_admin
+            && let Err(sentence) = access::check(&request)
+        {
+            arrived();
+            return answer(StatusCode::FORBIDDEN, TEXT, sentence);
+        }
         if let ("/log-level", Some(log)) = (request.uri().path(), &self.log) {
             return log.answer(request, arrived).await;
         }

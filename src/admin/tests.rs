@@ -20,6 +20,7 @@ use tokio::{
 use super::{connections::Limits, places::Size, *};
 use crate::build_info;
 
+mod documented;
 mod floods;
 
 const BOUND: Duration = Duration::from_secs(20);
@@ -54,7 +55,7 @@ fn controls(certificates: Certificates) -> (Controls, mpsc::Receiver<Reissue>) {
 
 /// Returns the whole response: the server closes the connection after one.
 async fn ask(address: SocketAddr, request_line: &str) -> String {
-    say(address, &format!("{request_line} HTTP/1.1\r\nhost: test\r\n\r\n")).await
+    say(address, &format!("{request_line} HTTP/1.1\r\nhost: localhost\r\nsds-agent-admin: 1\r\n\r\n")).await
 }
 
 async fn say(address: SocketAddr, request: &str) -> String {
@@ -92,7 +93,7 @@ async fn the_metrics_page_comes_in_the_format_that_is_asked_for() {
         ("application/openmetrics-text;version=1.0.0,text/plain;q=0.5", "application/openmetrics-text; version=1.0.0; charset=utf-8", true),
         ("*/*", "text/plain; version=0.0.4; charset=utf-8", false),
     ] {
-        let text = say(server.address, &format!("GET /metrics HTTP/1.1\r\nhost: test\r\naccept: {accept}\r\n\r\n")).await;
+        let text = say(server.address, &format!("GET /metrics HTTP/1.1\r\nhost: localhost\r\naccept: {accept}\r\n\r\n")).await;
         let body = text.split_once("\r\n\r\n").unwrap().1;
         assert_answer(&text, 200, content_type, body);
         assert!(body.starts_with("# HELP sds_agent_build_info ") && body.ends_with("# EOF\n") == end, "{body}");
@@ -162,7 +163,11 @@ async fn reissuing_is_asked_for_by_post_and_the_answer_counts() {
 
 /// Sends a request with a body.
 async fn tell(address: SocketAddr, request_line: &str, body: &str) -> String {
-    say(address, &format!("{request_line} HTTP/1.1\r\nhost: test\r\ncontent-length: {}\r\n\r\n{body}", body.len())).await
+    say(
+        address,
+        &format!("{request_line} HTTP/1.1\r\nhost: localhost\r\nsds-agent-admin: 1\r\ncontent-length: {}\r\n\r\n{body}", body.len()),
+    )
+    .await
 }
 
 #[tokio::test]

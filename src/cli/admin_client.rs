@@ -9,6 +9,8 @@ use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
 use tokio::{net::TcpStream, time::timeout};
 
+use crate::admin::access;
+
 /// Timeout of the whole request.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 /// Maximum size of an answer, 64 MiB. An inventory of 16,000 identities has 10 MB.
@@ -81,7 +83,9 @@ async fn ask(address: &Address, path: &str) -> Result<(StatusCode, String), Erro
     let stream = TcpStream::connect(&address.0).await.map_err(|cause| Error::Connect { address: address.clone(), cause })?;
     let broken = |cause: Box<dyn std::error::Error + Send + Sync>| Error::Http { address: address.clone(), cause };
     let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(|cause| broken(cause.into()))?;
-    let request = Request::get(path).header(header::HOST, &address.0).body(Empty::<Bytes>::new()).map_err(|cause| broken(cause.into()))?;
+    // The agent accepts only names of loopback, also if its port is forwarded to another address.
+    let request = Request::get(path).header(header::HOST, "localhost").header(access::HEADER, "1");
+    let request = request.body(Empty::<Bytes>::new()).map_err(|cause| broken(cause.into()))?;
     let answer = async {
         let response = sender.send_request(request).await?;
         let status = response.status();
@@ -130,7 +134,7 @@ mod tests {
                 let (mut stream, _) = listener.accept().await.unwrap();
                 let mut asked = [0; 512];
                 let read = stream.read(&mut asked).await.unwrap();
-                assert!(asked[..read].starts_with(b"GET /readyz?verbose HTTP/1.1\r\n"));
+                assert_eq!(&asked[..read], b"GET /readyz?verbose HTTP/1.1\r\nhost: localhost\r\nsds-agent-admin: 1\r\n\r\n");
                 stream.write_all(words.as_bytes()).await.unwrap();
             }
         });

@@ -37,7 +37,7 @@ fn large() -> Controls {
 
 #[tokio::test]
 async fn clients_that_say_nothing_or_half_keep_nobody_out() {
-    for start in ["", "GET /livez HT", "GET /livez HTTP/1.1\r\nhost: test\r\n"] {
+    for start in ["", "GET /livez HT", "GET /livez HTTP/1.1\r\nhost: localhost\r\n"] {
         let server = served(limits(4), routes().0);
         let mut silent = Vec::new();
         for _ in 0..50 {
@@ -59,7 +59,7 @@ async fn a_request_that_has_arrived_is_answered_before_its_place_is_taken() {
     let address = listener.local_addr().unwrap();
     let mut clients = Vec::new();
     for _ in 0..200 {
-        clients.push(begun(address, "GET /livez HTTP/1.1\r\nhost: test\r\n\r\n").await);
+        clients.push(begun(address, "GET /livez HTTP/1.1\r\nhost: localhost\r\nsds-agent-admin: 1\r\n\r\n").await);
     }
     // All of them wait to be accepted, and each needs the place of another.
     let evicted = Counter::default();
@@ -73,7 +73,7 @@ async fn a_request_that_has_arrived_is_answered_before_its_place_is_taken() {
 /// As on a busy machine, where the runtime reports that a connection is readable after its place is needed.
 #[tokio::test]
 async fn a_request_that_has_arrived_unnoticed_is_answered_too() {
-    const REQUEST: &[u8] = b"GET /livez HTTP/1.1\r\nhost: test\r\n\r\n";
+    const REQUEST: &[u8] = b"GET /livez HTTP/1.1\r\nhost: localhost\r\nsds-agent-admin: 1\r\n\r\n";
     let listener = std::net::TcpListener::bind(ANYWHERE).unwrap();
     let mut client = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
     client.write_all(REQUEST).unwrap();
@@ -102,7 +102,7 @@ async fn clients_that_do_not_read_keep_nobody_out() {
     let server = served(limits(2), routes().0.with_controls(large()));
     let mut deaf = Vec::new();
     for _ in 0..6 {
-        deaf.push(begun(server.address, "GET /certs HTTP/1.1\r\nhost: test\r\n\r\n").await);
+        deaf.push(begun(server.address, "GET /certs HTTP/1.1\r\nhost: localhost\r\nsds-agent-admin: 1\r\n\r\n").await);
         assert_answer(&ask(server.address, "GET /livez").await, 200, TEXT, "ok\n");
     }
     assert_eq!(server.evicted.get(), 5);
@@ -121,7 +121,7 @@ async fn a_client_that_does_not_read_is_cut_off_after_a_time() {
     let limits = Limits { connection: Duration::from_millis(200), ..limits(4) };
     let evicted = Counter::default();
     tokio::spawn(connections::serve(limits, listener, routes().0.with_controls(large()), evicted.clone(), serving));
-    let _deaf = begun(address, "GET /certs HTTP/1.1\r\nhost: test\r\n\r\n").await;
+    let _deaf = begun(address, "GET /certs HTTP/1.1\r\nhost: localhost\r\nsds-agent-admin: 1\r\n\r\n").await;
     // Accepted after it.
     ask(address, "GET /livez").await;
     shutdown.begin();
@@ -133,7 +133,7 @@ async fn a_client_that_does_not_read_is_cut_off_after_a_time() {
 async fn a_request_that_is_complete_outlives_newer_silent_ones() {
     let (controls, mut calls) = controls(Arc::new(Vec::new));
     let server = served(limits(2), routes().0.with_controls(controls));
-    let waiting = begun(server.address, "POST /reissue HTTP/1.1\r\nhost: test\r\n\r\n").await;
+    let waiting = begun(server.address, "POST /reissue HTTP/1.1\r\nhost: localhost\r\nsds-agent-admin: 1\r\n\r\n").await;
     let call = calls.recv().await.unwrap();
     for _ in 0..20 {
         let silent = begun(server.address, "").await;
@@ -149,9 +149,10 @@ async fn a_body_that_does_not_arrive_is_an_incomplete_request() {
     let (_guard, filter) = telemetry::capture("info", telemetry::Format::Json, std::io::sink).unwrap();
     let (controls, mut calls) = controls(Arc::new(Vec::new));
     let server = served(limits(2), routes().0.with_controls(controls).with_log(Some(LogLevel::new(filter))));
-    let waiting = begun(server.address, "POST /reissue HTTP/1.1\r\nhost: test\r\n\r\n").await;
+    let waiting = begun(server.address, "POST /reissue HTTP/1.1\r\nhost: localhost\r\nsds-agent-admin: 1\r\n\r\n").await;
     let call = calls.recv().await.unwrap();
-    let bodiless = begun(server.address, "PUT /log-level HTTP/1.1\r\nhost: test\r\ncontent-length: 5\r\n\r\n").await;
+    let bodiless =
+        begun(server.address, "PUT /log-level HTTP/1.1\r\nhost: localhost\r\nsds-agent-admin: 1\r\ncontent-length: 5\r\n\r\n").await;
     assert_answer(&ask(server.address, "GET /livez").await, 200, TEXT, "ok\n");
     assert_eq!(rest(bodiless).await, b"");
     call.answer.send(Reissued { matched: 1, just_done: 0, retried: 0 }).unwrap();

@@ -492,7 +492,8 @@ pub const GROUPS: &[Group] = &[
                 "admin.address",
                 Address,
                 Value("127.0.0.1:15090"),
-                "Address for the inventory of certificates, the log level and reissuing. Loopback only.",
+                "Address for the inventory of certificates, the log level and reissuing. Loopback only. A request that changes something \
+                 needs the header `Sds-Agent-Admin: 1`.",
             ),
             field("metrics", Section, Nothing, "The interface for Prometheus."),
             field(

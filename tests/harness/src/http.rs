@@ -18,7 +18,7 @@ pub async fn get(from: SocketAddr, path: &str) -> Result<Response, String> {
     ask(Method::GET, from, path).await
 }
 
-/// Sends one POST request without a body.
+/// Sends one POST request without a body, with the header that the admin address requires.
 pub async fn post(to: SocketAddr, path: &str) -> Result<Response, String> {
     ask(Method::POST, to, path).await
 }
@@ -28,8 +28,8 @@ async fn ask(method: Method, from: SocketAddr, path: &str) -> Result<Response, S
     let (mut sender, connection) =
         hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|e| format!("HTTP with {from}: {e}"))?;
     let connection = tokio::spawn(connection);
-    let request =
-        Request::builder().method(&method).uri(path).header("host", "localhost").body(Empty::<Bytes>::new()).map_err(|e| e.to_string())?;
+    let request = Request::builder().method(&method).uri(path).header("host", "localhost").header("sds-agent-admin", "1");
+    let request = request.body(Empty::<Bytes>::new()).map_err(|e| e.to_string())?;
     let answer = async {
         let response = sender.send_request(request).await?;
         let status = response.status();
