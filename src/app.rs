@@ -195,7 +195,12 @@ pub async fn build_with(config: &Config, base: Base, deps: Deps) -> anyhow::Resu
         observer: deps.observer,
         metrics: rotation::metrics::Metrics::register(registry),
     };
-    let warmer = Prefetcher { store: store.clone(), resolver: resolver.clone(), metrics: warm::metrics::Metrics::register(registry) };
+    let warmer = Prefetcher {
+        store: store.clone(),
+        resolver: resolver.clone(),
+        metrics: warm::metrics::Metrics::register(registry),
+        lines: Arc::default(),
+    };
     if let Some(((warm_up, socket), pods)) = config.warm_up.as_ref().zip(config.shared_socket.as_ref()).zip(deps.pods.as_ref()) {
         let starts = Starts::new(warmer.clone(), Rule::new(warm_up, &socket.path), deps.clock.clone(), pods);
         tasks.push(Box::pin(starts.run(shutdown.drain.clone())));

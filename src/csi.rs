@@ -34,6 +34,7 @@ use crate::{
 const LOG_TARGET: &str = "sds_agent::csi";
 
 pub mod directory;
+mod log;
 pub mod metrics;
 pub mod mounts;
 pub mod proto;
@@ -125,7 +126,7 @@ impl Driver {
         let services = Table::default().with(IdentityServer::new(driver.clone())).with(NodeServer::new(driver));
         let calls = Server::bind(FIELD, config.driver_socket(), services, Arc::default())?;
         let refused = Arc::new(Notify::new());
-        let registrar = Registrar { config: config.clone(), refused: refused.clone() };
+        let registrar = Registrar::new(config.clone(), refused.clone());
         let services = Table::default().with(RegistrationServer::new(registrar));
         let registration = Server::bind(FIELD, config.registration_socket(), services, refused)?;
         Ok(Self { sockets, own: node.pod, calls, registration })
@@ -177,8 +178,13 @@ async fn clear(sockets: &Sockets, own: Option<&PodRef>) {
 
 async fn remove(sockets: &Sockets, place: Place) {
     let Place { uid, volume } = place.clone();
-    match sockets.unpublish(place).await {
-        Ok(()) => info!(target: LOG_TARGET, pod_uid = %uid, %volume, "removed the socket of a pod that no longer exists"),
-        Err(cause) => warn!(target: LOG_TARGET, pod_uid = %uid, %volume, %cause, "cannot remove the socket of a pod that no longer exists"),
+    let removed = sockets.unpublish(place.clone()).await;
+    let cause = if removed.is_ok() { log::Cause::Removed(place) } else { log::Cause::NotRemoved(place) };
+    let Some(left_out) = sockets.log().permit(cause) else { return };
+    match removed {
+        Ok(()) => info!(target: LOG_TARGET, pod_uid = %uid, %volume, left_out, "removed the socket of a pod that no longer exists"),
+        Err(cause) => {
+            warn!(target: LOG_TARGET, pod_uid = %uid, %volume, %cause, left_out, "cannot remove the socket of a pod that no longer exists");
+        }
     }
 }

@@ -15,10 +15,17 @@ use std::{
     time::Duration,
 };
 
-use agent_runtime::readiness::{Guard, Readiness};
+use agent_runtime::{
+    readiness::{Guard, Readiness},
+    telemetry::hush::LogLimiter,
+};
 use futures::future::{BoxFuture, OptionFuture};
 use sds_server::grpc::client;
-use tokio::{net::UnixListener, sync::mpsc, time::timeout};
+use tokio::{
+    net::UnixListener,
+    sync::mpsc,
+    time::{Instant, timeout},
+};
 use tokio_util::sync::CancellationToken;
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
 use tracing::{error, info};
@@ -52,6 +59,8 @@ pub struct SocketLease {
 struct SocketSpec {
     path: PathBuf,
     mode: u32,
+    /// Limits the lines about the name: a process that can write to the directory can take the name in a loop.
+    lines: LogLimiter<&'static str>,
 }
 
 /// Whether this agent has the name or waits for a predecessor.
@@ -95,7 +104,7 @@ impl SocketLease {
                 Role::Standby(Waiting { predecessor, prepared: Some((listener, prepared)), guard })
             }
         };
-        Ok(Self { spec: SocketSpec { path: path.to_owned(), mode }, readiness: readiness.clone(), role })
+        Ok(Self { spec: SocketSpec { path: path.to_owned(), mode, lines: LogLimiter::default() }, readiness: readiness.clone(), role })
     }
 
     /// Whether this agent has the name.
@@ -128,10 +137,16 @@ impl SocketSpec {
     /// The next role after the name was removed or refers to another socket. `None` if the socket cannot be bound again.
     async fn superseded(&self, readiness: &Readiness) -> Option<Role> {
         let Some(predecessor) = find_predecessor(&self.path).await else {
-            info!(target: LOG_TARGET, socket = %self.path.display(), "the socket has lost its name, and no process serves it");
+            if let Some(left_out) = self.lines.permit("lost", Instant::now()) {
+                let socket = self.path.display();
+                info!(target: LOG_TARGET, %socket, left_out, "the socket has lost its name, and no process serves it");
+            }
             return self.bind().map(Role::Active);
         };
-        info!(target: LOG_TARGET, socket = %self.path.display(), "another agent has taken the socket; it is taken back when that one ends");
+        if let Some(left_out) = self.lines.permit("taken", Instant::now()) {
+            let socket = self.path.display();
+            info!(target: LOG_TARGET, %socket, left_out, "another agent has taken the socket; it is taken back when that one ends");
+        }
         let guard = (!readiness.is_ready()).then(|| readiness.guard(AWAITED));
         Some(Role::Standby(Waiting { predecessor, prepared: None, guard }))
     }
@@ -142,7 +157,12 @@ impl SocketSpec {
 
     fn log_outcome(&self, bound: Result<Bound, listener::Error>) -> Option<Bound> {
         match &bound {
-            Ok(_) => info!(target: LOG_TARGET, socket = %self.path.display(), "the socket is acquired"),
+            Ok(_) => {
+                if let Some(left_out) = self.lines.permit("acquired", Instant::now()) {
+                    info!(target: LOG_TARGET, socket = %self.path.display(), left_out, "the socket is acquired");
+                }
+            }
+            // The agent does not try again, so this is logged once.
             Err(cause) => error!(target: LOG_TARGET, %cause, "the socket cannot be taken over"),
         }
         bound.ok()
@@ -161,7 +181,9 @@ impl Waiting {
                 () = &mut predecessor.gone => match find_predecessor(&spec.path).await {
                     Some(next) => predecessor = next,
                     None => {
-                        info!(target: LOG_TARGET, "the predecessor has ended; taking the socket");
+                        if let Some(left_out) = spec.lines.permit("ended", Instant::now()) {
+                            info!(target: LOG_TARGET, left_out, "the predecessor has ended; taking the socket");
+                        }
                         break;
                     }
                 },

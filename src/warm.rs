@@ -9,11 +9,12 @@
 
 use std::{collections::BTreeMap, future::pending, sync::Arc, time::Duration};
 
+use agent_runtime::telemetry::hush::{self, LogLimiter};
 use attest_kubernetes::mount::MountAttestor;
 use sds_server::store::{Demand, Store};
 use tokio::{
     sync::{Semaphore, watch},
-    time::{sleep, timeout},
+    time::{Instant, sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
@@ -52,7 +53,19 @@ pub struct Prefetcher {
     pub resolver: watch::Receiver<Arc<Resolver>>,
     /// The metrics of warm-ups.
     pub metrics: Metrics,
+    /// Limits the log lines about pods without a certificate ahead of the first call.
+    pub lines: Arc<LogLimiter<Cause>>,
 }
+
+/// The cause of a log line.
+#[derive(Debug, PartialEq, Eq, Hash)]
+pub struct Cause {
+    /// UID of the pod, if it is known.
+    pod: Option<Arc<str>>,
+    what: &'static str,
+}
+
+impl hush::Cause for Cause {}
 
 /// The pod for which a lease is held, and the conditions that end the lease.
 struct Prefetch<'a> {
@@ -71,12 +84,32 @@ impl Prefetcher {
         let warmer = self.clone();
         tokio::spawn(async move {
             let (terminated, first_call) = (attestor.terminated(), attestor.first_call());
-            let identified = terminated.run_until_cancelled(timeout(FIRST_CALL_TIMEOUT, identified(&attestor))).await;
+            let identified = terminated.run_until_cancelled(timeout(FIRST_CALL_TIMEOUT, warmer.identified(&attestor))).await;
             let Some(Ok(Some(workload))) = identified else { return };
             // The kubelet may wait for each of these certificates, so their number is not limited.
             let unlimited = Semaphore::new(1);
             warmer.hold(&Prefetch { workload: &workload, first_call, terminated, patience: FIRST_CALL_TIMEOUT }, &unlimited, &issued).await;
         });
+    }
+
+    /// Waits until the pod index knows the workload. Returns `None` if the index rejects it.
+    async fn identified(&self, attestor: &MountAttestor) -> Option<Workload> {
+        loop {
+            match attestor.workload().await {
+                Ok(workload) => return Some(workload),
+                Err(cause) if cause.temporary => {
+                    debug!(target: LOG_TARGET, %cause, "a published socket's pod is not known yet");
+                    sleep(INDEX_RETRY_INTERVAL).await;
+                }
+                Err(cause) => {
+                    let pod = attestor.claim().map(|claim| claim.pod.uid);
+                    if let Some(left_out) = self.lines.permit(Cause { pod, what: "rejected" }, Instant::now()) {
+                        warn!(target: LOG_TARGET, %cause, left_out, "no certificate is issued for a published socket");
+                    }
+                    return None;
+                }
+            }
+        }
     }
 
     /// Holds a lease, once a permit is free, until the pod has called or ended, or until `patience` has passed since this call. The permit
@@ -103,7 +136,10 @@ impl Prefetcher {
             let identity = match resolved {
                 Ok(identity) => Arc::new(identity),
                 Err(cause) => {
-                    warn!(target: LOG_TARGET, %workload, %cause, "no certificate is issued ahead of the first call");
+                    let pod = workload.pod().map(|pod| pod.uid.clone());
+                    if let Some(left_out) = self.lines.permit(Cause { pod, what: "no identity" }, Instant::now()) {
+                        warn!(target: LOG_TARGET, %workload, %cause, left_out, "no certificate is issued ahead of the first call");
+                    }
                     return;
                 }
             };
@@ -121,23 +157,6 @@ impl Prefetcher {
             tokio::select! {
                 () = made => {}
                 Ok(()) = rules.changed() => {}
-            }
-        }
-    }
-}
-
-/// Waits until the pod index knows the workload. Returns `None` if the index rejects it.
-async fn identified(attestor: &MountAttestor) -> Option<Workload> {
-    loop {
-        match attestor.workload().await {
-            Ok(workload) => return Some(workload),
-            Err(cause) if cause.temporary => {
-                debug!(target: LOG_TARGET, %cause, "a published socket's pod is not known yet");
-                sleep(INDEX_RETRY_INTERVAL).await;
-            }
-            Err(cause) => {
-                warn!(target: LOG_TARGET, %cause, "no certificate is issued for a published socket");
-                return None;
             }
         }
     }

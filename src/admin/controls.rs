@@ -3,21 +3,21 @@
 //! Owns the parsing of requests and the format of responses. Rotation reissues; [`telemetry`](agent_runtime::telemetry) changes the filter.
 //! An invalid request changes nothing and is answered with the reason.
 
-use std::{
-    fmt,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
-    time::Duration,
-};
+use std::{fmt, sync::Arc, time::Duration};
 
-use agent_runtime::{telemetry::Filter, text};
+use agent_runtime::{
+    telemetry::{Filter, hush::LogLimiter},
+    text,
+};
 use bytes::Bytes;
 use http::{Method, Request, StatusCode};
 use http_body_util::{BodyExt, Limited};
 use issuance::rotation::reissue::{Reissue, Which};
-use tokio::sync::{mpsc, oneshot};
+use tokio::{
+    sync::{mpsc, oneshot},
+    task::AbortHandle,
+    time::Instant,
+};
 use tracing::info;
 
 use super::{Answer, JSON, TEXT, answer, refuse_method};
@@ -88,15 +88,25 @@ impl Controls {
 #[derive(Debug, Clone)]
 pub struct LogLevel {
     filter: Filter,
-    usual: Arc<parking_lot::Mutex<String>>,
-    changes: Arc<AtomicU64>,
+    usual: Arc<parking_lot::Mutex<Usual>>,
+    lines: Arc<LogLimiter<&'static str>>,
+}
+
+#[derive(Debug)]
+struct Usual {
+    /// The filter that is restored after a change for a limited time.
+    directives: String,
+    /// Number of changes so far.
+    changes: u64,
+    /// The task that restores it. There is at most one: a later change replaces it.
+    restoring: Option<AbortHandle>,
 }
 
 impl LogLevel {
     /// Changes `filter`. Its current value is restored after a change for a limited time.
     pub fn new(filter: Filter) -> Self {
-        let usual = Arc::new(parking_lot::Mutex::new(filter.current()));
-        Self { filter, usual, changes: Arc::default() }
+        let usual = Arc::new(parking_lot::Mutex::new(Usual { directives: filter.current(), changes: 0, restoring: None }));
+        Self { filter, usual, lines: Arc::default() }
     }
 
     /// `GET /log-level`, and `PUT` or `POST` with the filter as the body, `[?for=10m]`.
@@ -148,28 +158,36 @@ impl LogLevel {
     }
 
     pub(super) fn change(&self, directives: &str, time: Option<Duration>) -> Result<(), agent_runtime::telemetry::Error> {
+        // Held to the end, so that two changes at once leave one filter and one task.
+        let mut usual = self.usual.lock();
         let before = self.filter.current();
         self.filter.replace(directives)?;
-        let change = self.changes.fetch_add(1, Ordering::Relaxed) + 1;
+        usual.changes += 1;
+        if let Some(restoring) = usual.restoring.take() {
+            restoring.abort();
+        }
         let for_seconds = time.map(|time| time.as_secs());
         // The new filter decides whether this line is written.
-        info!(target: LOG_TARGET, before = shown(&before), now = shown(directives), for_seconds, "the log's filter was changed");
-        let Some(time) = time else {
-            directives.clone_into(&mut self.usual.lock());
-            return Ok(());
-        };
-        let log = self.clone();
-        tokio::spawn(async move {
-            tokio::time::sleep(time).await;
-            // A later change stays in force.
-            if log.changes.load(Ordering::Relaxed) == change {
-                let usual = log.usual.lock().clone();
-                if log.filter.replace(&usual).is_ok() {
-                    info!(target: LOG_TARGET, now = shown(&usual), "the log's former filter is restored");
-                }
-            }
-        });
+        if let Some(left_out) = self.lines.permit("changed", Instant::now()) {
+            info!(target: LOG_TARGET, before = shown(&before), now = shown(directives), for_seconds, left_out, "the log's filter was changed");
+        }
+        match time {
+            None => directives.clone_into(&mut usual.directives),
+            Some(time) => usual.restoring = Some(tokio::spawn(self.clone().restore(usual.changes, time)).abort_handle()),
+        }
         Ok(())
+    }
+
+    /// Restores the usual filter `time` after this change, unless there was a later one.
+    async fn restore(self, change: u64, time: Duration) {
+        tokio::time::sleep(time).await;
+        let usual = self.usual.lock();
+        if usual.changes == change
+            && self.filter.replace(&usual.directives).is_ok()
+            && let Some(left_out) = self.lines.permit("restored", Instant::now())
+        {
+            info!(target: LOG_TARGET, now = shown(&usual.directives), left_out, "the log's former filter is restored");
+        }
     }
 }
 

@@ -22,6 +22,7 @@ use crate::build_info;
 
 mod documented;
 mod floods;
+mod log;
 
 const BOUND: Duration = Duration::from_secs(20);
 const ANYWHERE: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 0);

@@ -3,8 +3,8 @@
 
 use std::sync::Arc;
 
-use agent_runtime::text;
-use tokio::sync::Notify;
+use agent_runtime::{telemetry::hush::LogLimiter, text};
+use tokio::{sync::Notify, time::Instant};
 use tonic::{Request, Response, Status};
 use tracing::{error, info};
 
@@ -30,6 +30,14 @@ pub struct Registrar {
     pub config: Arc<PerPod>,
     /// Notified when the kubelet refuses the driver. The server then binds the socket again, because the kubelet does not retry by itself.
     pub refused: Arc<Notify>,
+    lines: Arc<LogLimiter<&'static str>>,
+}
+
+impl Registrar {
+    /// Registers the driver of `config`.
+    pub fn new(config: Arc<PerPod>, refused: Arc<Notify>) -> Self {
+        Self { config, refused, lines: Arc::default() }
+    }
 }
 
 #[tonic::async_trait]
@@ -49,12 +57,24 @@ impl Registration for Registrar {
     ) -> Result<Response<RegistrationStatusResponse>, Status> {
         let RegistrationStatus { plugin_registered, error } = request.into_inner();
         let driver = &self.config.driver_name;
-        if plugin_registered {
-            info!(target: LOG_TARGET, %driver, "the kubelet has registered the CSI driver");
-        } else {
-            let cause = text::excerpt(&error, text::MAX_MESSAGE_CHARS);
-            error!(target: LOG_TARGET, %driver, %cause, "the kubelet does not register the CSI driver; it will be offered again");
+        if !plugin_registered {
             self.refused.notify_one();
+        }
+        let outcome = if plugin_registered { "registered" } else { "refused" };
+        match self.lines.permit(outcome, Instant::now()) {
+            Some(left_out) if plugin_registered => {
+                info!(target: LOG_TARGET, %driver, left_out, "the kubelet has registered the CSI driver");
+            }
+            Some(left_out) => {
+                let cause = text::excerpt(&error, text::MAX_MESSAGE_CHARS);
+                error!(
+                    target: LOG_TARGET, %driver,
+                    %cause,
+                    left_out,
+                    "the kubelet does not register the CSI driver; it will be offered again"
+                );
+            }
+            None => {}
         }
         Ok(Response::new(RegistrationStatusResponse {}))
     }

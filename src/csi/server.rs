@@ -43,7 +43,7 @@ pub struct Server {
     services: Arc<Table>,
     again: Arc<Notify>,
     places: Arc<Semaphore>,
-    refusals: LogLimiter<&'static str>,
+    lines: LogLimiter<&'static str>,
 }
 
 impl Server {
@@ -51,7 +51,7 @@ impl Server {
     pub fn bind(field: &'static str, path: PathBuf, services: Table, again: Arc<Notify>) -> Result<Self, listener::Error> {
         let bound = listener::bind_for(field, &path, MODE)?;
         let (services, places) = (Arc::new(services), Arc::new(Semaphore::new(CONNECTIONS)));
-        Ok(Self { field, path, bound, services, again, places, refusals: LogLimiter::default() })
+        Ok(Self { field, path, bound, services, again, places, lines: LogLimiter::default() })
     }
 
     /// Serves until `last`.
@@ -65,7 +65,7 @@ impl Server {
                 accepted = self.bound.listener.accept() => match accepted {
                     Ok((stream, _)) => self.welcome(stream, &last),
                     Err(error) => {
-                        if let Some(left_out) = self.refusals.permit("accept", Instant::now()) {
+                        if let Some(left_out) = self.lines.permit("accept", Instant::now()) {
                             warn!(target: LOG_TARGET, %error, socket = %self.path.display(), left_out, "cannot accept connections; trying again");
                         }
                         tokio::time::sleep(ACCEPT_RETRY_INTERVAL).await;
@@ -91,16 +91,22 @@ impl Server {
     fn rebind(&mut self) {
         match listener::bind_for(self.field, &self.path, MODE) {
             Ok(bound) => {
-                info!(target: LOG_TARGET, socket = %self.path.display(), "the socket for the kubelet is bound again");
+                if let Some(left_out) = self.lines.permit("bound again", Instant::now()) {
+                    info!(target: LOG_TARGET, socket = %self.path.display(), left_out, "the socket for the kubelet is bound again");
+                }
                 self.bound = bound;
             }
-            Err(cause) => error!(target: LOG_TARGET, %cause, "cannot bind the socket for the kubelet again"),
+            Err(cause) => {
+                if let Some(left_out) = self.lines.permit("not bound", Instant::now()) {
+                    error!(target: LOG_TARGET, %cause, left_out, "cannot bind the socket for the kubelet again");
+                }
+            }
         }
     }
 
     fn welcome(&self, stream: UnixStream, last: &CancellationToken) {
         let Ok(place) = self.places.clone().try_acquire_owned() else {
-            if let Some(left_out) = self.refusals.permit("connections", Instant::now()) {
+            if let Some(left_out) = self.lines.permit("connections", Instant::now()) {
                 warn!(target: LOG_TARGET, socket = %self.path.display(), left_out, "connection closed: there are {CONNECTIONS} already");
             }
             return;

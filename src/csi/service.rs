@@ -14,6 +14,7 @@ use tracing::warn;
 use workload_identity::Resolver;
 
 use super::{
+    log::Cause,
     metrics::{Call, Metrics},
     sockets::Sockets,
     volume::{Place, Volume},
@@ -81,10 +82,23 @@ impl Driver {
     fn tell<T>(&self, call: Call, target: &str, result: Result<(), Status>, done: T) -> Result<Response<T>, Status> {
         self.metrics.called(call, result.as_ref().map_or_else(Status::code, |()| Code::Ok));
         if let Err(status) = &result {
-            let target = text::excerpt(target, MAX_TARGET_CHARS);
-            let cause = text::excerpt(status.message(), text::MAX_MESSAGE_CHARS);
-            // Logged without a limit: the kubelet backs off, up to two minutes for each volume.
-            warn!(target: LOG_TARGET, ?call, ?target, code = ?status.code(), cause, "refused a call of the kubelet");
+            let place = Place::of_target(target, &self.config.kubelet_directory).ok();
+            if let Some(left_out) = self.sockets.log().permit(Cause::Refused(place.clone(), call, status.code())) {
+                let (pod_uid, volume) = place.map(|place| (place.uid, place.volume)).unzip();
+                let target = text::excerpt(target, MAX_TARGET_CHARS);
+                let cause = text::excerpt(status.message(), text::MAX_MESSAGE_CHARS);
+                // In JSON, the field `target` of the line itself takes precedence over this one.
+                warn!(
+                    target: LOG_TARGET, ?call,
+                    pod_uid = pod_uid.as_deref(),
+                    volume = volume.as_deref(),
+                    ?target,
+                    code = ?status.code(),
+                    cause,
+                    left_out,
+                    "refused a call of the kubelet"
+                );
+            }
         }
         result.map(|()| Response::new(done))
     }

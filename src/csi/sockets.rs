@@ -20,6 +20,7 @@ use unix_peer::listener;
 
 use super::{
     directory::{self, Found, Root},
+    log::{Cause, VolumeLog},
     metrics::Metrics,
     mounts::{self, Mounts},
     volume::{Place, Volume},
@@ -84,6 +85,7 @@ struct Shared {
     sessions: Sessions,
     warmer: Prefetcher,
     metrics: Metrics,
+    log: VolumeLog,
 }
 
 /// A socket that is served. Dropping it ends its connections; `unlink_if_owned` removes its name.
@@ -136,7 +138,7 @@ impl Sockets {
         mounts.prepare()?;
         mounts.check_propagation();
         let (book, turn) = (Mutex::default(), Arc::new(Semaphore::new(1)));
-        let sockets = Self(Arc::new(Shared { root, mounts, book, turn, pods, sessions, warmer, metrics }));
+        let sockets = Self(Arc::new(Shared { root, mounts, book, turn, pods, sessions, warmer, metrics, log: VolumeLog::default() }));
         sockets.rebuild()?;
         Ok(sockets)
     }
@@ -164,6 +166,11 @@ impl Sockets {
             info!(target: LOG_TARGET, sockets = served, directory = %self.0.root.path().display(), "sockets of pods are served again");
         }
         Ok(())
+    }
+
+    /// Limits the log lines about volumes.
+    pub(super) fn log(&self) -> &VolumeLog {
+        &self.0.log
     }
 
     /// The pod index.
@@ -241,8 +248,10 @@ impl Shared {
         let made = self.publish_in(volume, &leaf);
         if made.is_err() && leaf.is_new {
             self.forget(place);
-            if let Err(cause) = self.root.remove(place) {
-                warn!(target: LOG_TARGET, %cause, "cannot remove the directory of a volume that was not published");
+            if let Err(cause) = self.root.remove(place)
+                && let Some(left_out) = self.log.permit(Cause::NotCleared(place.clone()))
+            {
+                warn!(target: LOG_TARGET, %cause, left_out, "cannot remove the directory of a volume that was not published");
             }
         }
         made
@@ -278,7 +287,10 @@ impl Shared {
             issued.cancel();
         } else {
             self.warmer.published(attestor, issued.clone());
-            info!(target: LOG_TARGET, pod = %volume.claim.pod, pod_uid = %place.uid, volume = %place.volume, socket = %volume.socket, "socket published");
+            if let Some(left_out) = self.log.permit(Cause::Published(place.clone())) {
+                let (pod, socket) = (&volume.claim.pod, &volume.socket);
+                info!(target: LOG_TARGET, %pod, pod_uid = %place.uid, volume = %place.volume, %socket, left_out, "socket published");
+            }
         }
         Ok(Published { issued })
     }
@@ -317,11 +329,17 @@ impl Shared {
         let was_served = self.forget(place);
         self.mounts.detach(place)?;
         match self.root.remove(place) {
-            Ok(()) if was_served => info!(target: LOG_TARGET, pod_uid = %place.uid, volume = %place.volume, "socket unpublished"),
+            Ok(()) if was_served => {
+                if let Some(left_out) = self.log.permit(Cause::Unpublished(place.clone())) {
+                    info!(target: LOG_TARGET, pod_uid = %place.uid, volume = %place.volume, left_out, "socket unpublished");
+                }
+            }
             Ok(()) => debug!(target: LOG_TARGET, pod_uid = %place.uid, volume = %place.volume, "unpublished; it was not served"),
             // The volume is neither mounted nor served, so the pod's end must not wait for a directory that is not the agent's.
             Err(cause @ directory::Error::Unsafe { .. }) => {
-                warn!(target: LOG_TARGET, pod_uid = %place.uid, volume = %place.volume, %cause, "unpublished; its directory stays");
+                if let Some(left_out) = self.log.permit(Cause::DirectoryStays(place.clone())) {
+                    warn!(target: LOG_TARGET, pod_uid = %place.uid, volume = %place.volume, %cause, left_out, "unpublished; its directory stays");
+                }
             }
             Err(cause) => return Err(cause.into()),
         }

@@ -6,6 +6,7 @@ mod calls;
 mod ends;
 mod floods;
 mod link;
+mod log;
 
 use std::{sync::Arc, time::Duration};
 

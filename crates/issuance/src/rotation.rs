@@ -13,6 +13,7 @@ use std::{
 
 use agent_runtime::{
     clock::{self, Clock},
+    telemetry::hush::LogLimiter,
     text,
 };
 use sds_server::{
@@ -125,6 +126,8 @@ struct Rotation {
     rejected_evidence: HashMap<Id, PodRef>,
     /// Results of recent calls to reissue.
     reissue_marks: HashMap<Id, Mark>,
+    /// Limits the lines about calls to reissue.
+    reissue_lines: LogLimiter<&'static str>,
     /// Answers whose chain leads to no known root. They are verified again when the bundle changes.
     awaiting_anchor: HashMap<Id, Issued>,
     /// Whether a certificate was renewed early for its chain.
@@ -157,6 +160,7 @@ pub async fn run(parts: Parts, shutdown: CancellationToken) {
         verified: HashMap::new(),
         rejected_evidence: HashMap::new(),
         reissue_marks: HashMap::new(),
+        reissue_lines: LogLimiter::default(),
         awaiting_anchor: HashMap::new(),
         has_looked: false,
         unresponsive: BTreeMap::new(),

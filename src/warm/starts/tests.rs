@@ -98,7 +98,7 @@ impl World {
         let kube_metrics = agent_kube::Metrics::default();
         let pods = Pods::new(api.client(&kube_metrics), "n1", kube_metrics);
         let metrics = Metrics::default();
-        let warmer = Prefetcher { store: store.clone(), resolver, metrics: metrics.clone() };
+        let warmer = Prefetcher { store: store.clone(), resolver, metrics: metrics.clone(), lines: Arc::default() };
         let rule = Rule::new(config.warm_up.as_ref().unwrap(), &config.shared_socket.unwrap().path);
         tokio::spawn(Starts::new(warmer, rule, Arc::new(clock.clone()), &pods).run(drain.clone()));
         let (running, ending) = (pods.clone(), drain.clone());

@@ -6,7 +6,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use test_harness::child;
+use serde_json::Value;
+use test_harness::{child, cluster::Pod};
+use tokio::time::Instant;
 use tonic::Code;
 
 use super::{Node, PATIENCE, PROMPT, certificate};
@@ -59,12 +61,65 @@ async fn what_is_forged_or_in_the_way_is_refused_and_leaves_nothing() {
         assert_eq!(status.code(), code, "{shown}: {status:?}");
         node.assert_nothing_left();
     }
-    let log = agent.wrote("refused a call of the kubelet", 15).await;
+    // One line for each volume and code, and one for the paths that name no volume.
+    let log = agent.wrote("refused a call of the kubelet", 4).await;
     assert!(!log.contains("s3cr3t"), "values of a volume context are in the log");
 
     // The valid request is still accepted.
     let target = node.kubelet.publish(&cart, "sds").await;
     node.assert_served(&cart, &target).await;
+}
+
+/// A pod whose volume the kubelet publishes again and again, and one that is created in a loop.
+#[tokio::test]
+async fn a_flood_of_calls_is_one_line_for_each_volume_and_cause() {
+    const CALLS: usize = 1000;
+    let node = Node::new(&certificate("1h")).await;
+    let agent = node.start().await;
+    let (noisy, quiet) = (node.pod("noisy").await, node.pod("quiet").await);
+    let begun = Instant::now();
+    let refused = async |pod: &Pod, number: usize| {
+        let mut request = node.kubelet.request(pod, "sds", &[]);
+        request.volume_context.insert(format!("colour-{number}"), "red".into());
+        assert_eq!(node.kubelet.publish_as(request).await.expect_err("a foreign attribute").code(), Code::InvalidArgument);
+    };
+    let of = |message: &str, pod: &Pod| {
+        let is_it = |line: &Value| line["message"] == message && line.to_string().contains(&pod.uid);
+        agent.log().into_iter().filter(is_it).collect::<Vec<_>>()
+    };
+    let (call, published, unpublished) = ("refused a call of the kubelet", "socket published", "socket unpublished");
+    for number in 0..CALLS / 2 {
+        refused(&noisy, number).await;
+        node.kubelet.publish(&noisy, "sds").await;
+        node.kubelet.unpublish(&noisy.uid, "sds").await;
+    }
+    for _ in 0..20 {
+        node.kubelet.register().await;
+    }
+    refused(&quiet, 0).await;
+    node.kubelet.publish(&quiet, "sds").await;
+    node.kubelet.unpublish(&quiet.uid, "sds").await;
+    agent.wrote(unpublished, 2).await;
+    for message in [call, published, unpublished] {
+        assert_eq!(of(message, &quiet).len(), 1, "{message}");
+    }
+    for number in CALLS / 2..CALLS {
+        refused(&noisy, number).await;
+        node.kubelet.publish(&noisy, "sds").await;
+        node.kubelet.unpublish(&noisy.uid, "sds").await;
+    }
+    // One line a minute.
+    let most = 1 + begun.elapsed().as_secs() / 60;
+    for message in [call, published, unpublished] {
+        let lines = of(message, &noisy).len() as u64;
+        assert!((1..=most).contains(&lines), "{message}: {lines} lines, {most} minutes");
+    }
+    let registered = agent.log().iter().filter(|line| line["message"] == "the kubelet has registered the CSI driver").count() as u64;
+    assert!((1..=most).contains(&registered), "{registered}");
+    // Nothing else is written for each call: the lines about the one certificate, and those of the start.
+    let lines = agent.log().len();
+    assert!(lines < 60, "{lines} lines:\n{}", agent.process().output());
+    node.assert_nothing_left();
 }
 
 #[tokio::test]

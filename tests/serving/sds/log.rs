@@ -4,6 +4,7 @@ use agent_runtime::{
     telemetry::{self, Format, captured::Captured},
     text::test_keys::Key,
 };
+use issuance::rotation::reissue::{Reissue, Which};
 use sds_server::{caller::Refusals, proto::google::rpc::Status as RpcStatus};
 use tonic::Code;
 
@@ -89,6 +90,20 @@ async fn streams_that_are_refused_in_a_loop_are_one_line_for_each_cause() {
     }
     assert_eq!(log.count("stream refused"), 2);
     assert_eq!(log.take().lines().count(), 3, "and the certificate that was issued is a line");
+}
+
+#[tokio::test(start_paused = true)]
+async fn calls_to_reissue_in_a_loop_are_one_line() {
+    let log = Captured::default();
+    let (_guard, _filter) = telemetry::capture("info", Format::Json, log.clone()).unwrap();
+    let bench = Bench::new();
+    for number in 0..TIMES {
+        let (answer, told) = tokio::sync::oneshot::channel();
+        let which = Which { spiffe_id: Some(format!("spiffe://cluster.local/{number}")), profile: None };
+        bench.reissue.send(Reissue { which, over: Duration::ZERO, answer }).await.unwrap();
+        assert_eq!(told.await.unwrap().matched, 0);
+    }
+    assert_eq!(log.count("certificates are reissued as asked"), 1);
 }
 
 /// In a name, a type URL, the client's description of itself, and its error detail of a NACK.

@@ -35,7 +35,7 @@ impl Attestor for OfOnePod {
 }
 
 /// A further socket of the same agent, for `pod`.
-fn socket_of(agent: &Agent, pod: &'static str) -> PathBuf {
+pub fn socket_of(agent: &Agent, pod: &'static str) -> PathBuf {
     let mut sessions = agent.sessions.clone();
     sessions.authenticator.attestor = Arc::new(OfOnePod(sessions.authenticator.attestor, pod));
     let path = agent.path.with_file_name(pod);
@@ -45,7 +45,7 @@ fn socket_of(agent: &Agent, pod: &'static str) -> PathBuf {
 }
 
 /// Connects and returns whether the server closes at once.
-async fn is_turned_away(path: &Path) -> bool {
+pub async fn is_turned_away(path: &Path) -> bool {
     let mut stream = UnixStream::connect(path).await.unwrap();
     let mut byte = [0];
     // The server sends the first bytes to a connection that it accepts.
@@ -142,7 +142,7 @@ async fn who_goes_on_with_refused_streams_loses_the_connection_and_only_that() {
 
 /// Rejects every caller.
 #[derive(Debug)]
-struct Closed;
+pub struct Closed;
 
 impl Attestor for Closed {
     fn method(&self) -> Method {

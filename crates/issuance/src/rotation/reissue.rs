@@ -89,16 +89,20 @@ impl Rotation {
             self.bring_forward(now, id, &entry, at);
             counts.retried += usize::from(self.planner.hasten(now, id, over));
         }
-        let shown = |told: &Option<String>| told.as_ref().map(|told| text::excerpt(told, text::MAX_NAME_CHARS));
-        info!(
-            target: LOG_TARGET, spiffe_id = shown(&which.spiffe_id),
-            profile = shown(&which.profile),
-            ?over,
-            matched = counts.matched,
-            just_done = counts.just_done,
-            retried = counts.retried,
-            "certificates are reissued as asked"
-        );
+        // A client of the admin address can repeat the call in a loop.
+        if let Some(left_out) = self.reissue_lines.permit("reissue", now.mono) {
+            let shown = |told: &Option<String>| told.as_ref().map(|told| text::excerpt(told, text::MAX_NAME_CHARS));
+            info!(
+                target: LOG_TARGET, spiffe_id = shown(&which.spiffe_id),
+                profile = shown(&which.profile),
+                ?over,
+                matched = counts.matched,
+                just_done = counts.just_done,
+                retried = counts.retried,
+                left_out,
+                "certificates are reissued as asked"
+            );
+        }
         // The caller may no longer wait for the result.
         let _ = answer.send(counts);
     }
