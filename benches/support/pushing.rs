@@ -46,7 +46,7 @@ impl Pushing {
         let entry = match &self.entry {
             Some(entry) => entry.clone(),
             None => loop {
-                if let Some(Event::Wanted(entry)) = self.events.recv().await {
+                if let Some(Event::Wanted(entry, _)) = self.events.recv().await {
                     break self.entry.insert(entry).clone();
                 }
             },

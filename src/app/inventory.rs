@@ -35,7 +35,7 @@ enum State {
     Pending,
     /// The agent has none, but a client holds a valid one: from before the agent's start, or from before a change of the configuration.
     HeldByClient,
-    /// No client subscribes. The agent keeps it for the configured `retention` and does not renew it.
+    /// No client subscribes. The agent keeps it for the configured `retention`, and renews it only if a client fetches it.
     Idle,
 }
 

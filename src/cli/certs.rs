@@ -40,7 +40,7 @@ States:
   expired         expired, and no longer served
   pending         the first certificate is being issued; the line below shows what it waits for
   held_by_client  a client still has a valid certificate from before the agent's start
-  idle            has no subscriber: kept for the time of retention, and not renewed
+  idle            has no subscriber: kept for the time of retention, and renewed only if a client fetches it
 
 The fields of JSON: spiffe_id, dns_names, profile, issuer, state, serial, fingerprint_sha256, not_before, not_after, renew_at,
 next_attempt, last_error, request (the CertificateRequest's name), waits_for, subscribers, pods. Absent values are null.

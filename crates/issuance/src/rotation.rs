@@ -313,12 +313,14 @@ impl Rotation {
 
     fn event(&mut self, event: Event) {
         let now = self.now();
-        let (Event::Wanted(entry) | Event::Idle(entry)) = &event;
+        let (Event::Wanted(entry, _) | Event::Idle(entry)) = &event;
         let (id, is_leased) = (entry.id, entry.is_leased());
-        if let Event::Wanted(entry) = event {
+        if let Event::Wanted(entry, asked) = event {
             // Each authority has one queue, because the name of an issuer may move to another one.
             let authority = Authority(entry.identity.profile.authority.clone());
-            self.planner.wanted(now, id, &authority, entry.demand());
+            // A client that fetches may have left again. The planner then still starts the order that it found due.
+            let demand = if is_leased { entry.demand() } else { Some(asked).filter(|_| entry.current().is_none()) };
+            self.planner.wanted(now, id, &authority, demand);
             if self.entries.insert(id, entry).is_none() && self.identity_of(id).is_none() {
                 self.planner.retire(now, id, true);
             }

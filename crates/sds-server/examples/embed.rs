@@ -45,7 +45,7 @@ fn issue(identity: &Arc<Identity>, issuer: &Issuer<'_, KeyPair>) -> Result<Svid,
 /// Issues a certificate for each identity while it has a subscriber.
 async fn publish(mut events: mpsc::UnboundedReceiver<Event>, issuer: Arc<Issuer<'static, KeyPair>>) {
     while let Some(event) = events.recv().await {
-        let Event::Wanted(entry) = event else { continue };
+        let Event::Wanted(entry, _) = event else { continue };
         let issuer = issuer.clone();
         tokio::spawn(async move {
             while entry.is_leased() && entry.current().is_none_or(|svid| svid.renew_at <= SystemTime::now()) {

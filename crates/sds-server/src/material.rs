@@ -183,6 +183,17 @@ impl Validity {
     pub fn is_live(&self, now: SystemTime) -> bool {
         now < self.not_after
     }
+
+    /// The time from `not_before` after which peers with slow clocks accept the certificate: 60 s, or a twentieth of the lifetime if that
+    /// is less.
+    pub fn settling_time(&self) -> Duration {
+        Duration::from_secs(60).min(self.lifetime() / 20)
+    }
+
+    /// Whether no more is left at `now` than the settling time. The next certificate would not settle before this one ends.
+    pub fn ends_soon(&self, now: SystemTime) -> bool {
+        self.remaining(now) <= self.settling_time()
+    }
 }
 
 /// A leaf certificate with its intermediates, leaf first, and values from the leaf.

@@ -53,8 +53,9 @@ impl Demand {
 /// the entry. Each further change has its own event.
 #[derive(Debug)]
 pub enum Event {
-    /// The entry has its first subscriber, or a subscriber that needs the certificate earlier.
-    Wanted(Arc<Entry>),
+    /// The entry has its first subscriber, or a subscriber that needs the certificate earlier. The demand is that of this subscriber, which
+    /// may have left again.
+    Wanted(Arc<Entry>, Demand),
     /// The last lease of the entry has ended.
     Idle(Arc<Entry>),
 }
@@ -90,6 +91,8 @@ struct Book {
     leases: HashMap<u64, Option<PodRef>>,
     demand: Option<Demand>,
     idle_since: Instant,
+    /// The pod of the lease that ended last.
+    last_pod: Option<PodRef>,
 }
 
 impl Entry {
@@ -141,9 +144,13 @@ impl Entry {
         self.book().leases.len()
     }
 
-    /// The pod of a current subscriber, as the evidence for a request. Prefers a pod other than `but`.
+    /// The pod of a current subscriber, as the evidence for a request. Prefers a pod other than `but`. Without subscribers, the pod of the
+    /// subscriber that left last: a caller that fetches leaves before its request starts.
     pub fn evidence(&self, but: Option<&PodRef>) -> Option<PodRef> {
         let book = self.book();
+        if book.leases.is_empty() {
+            return book.last_pod.clone();
+        }
         let mut pods = book.leases.values().flatten();
         pods.clone().find(|pod| Some(*pod) != but).or_else(|| pods.next()).cloned()
     }
@@ -200,7 +207,7 @@ impl Store {
                     id: self.next_id.fetch_add(1, Ordering::Relaxed),
                     identity: identity.clone(),
                     material: watch::Sender::new(None),
-                    book: Mutex::new(Book { next: 0, leases: HashMap::new(), demand: None, idle_since: Instant::now() }),
+                    book: Mutex::new(Book { next: 0, leases: HashMap::new(), demand: None, idle_since: Instant::now(), last_pod: None }),
                     status: Mutex::default(),
                 });
                 entries.insert(identity.clone(), entry.clone());
@@ -217,17 +224,17 @@ impl Store {
         let more = strengthen(&mut book, demand);
         drop(book);
         if first || more {
-            self.tell(Event::Wanted(entry.clone()));
+            self.tell(Event::Wanted(entry.clone(), demand));
         }
         Lease { entry, key, store: self.clone() }
     }
 
-    /// Returns the certificate of `identity` if it may be served at `now` and no attempt to replace it is due. For a caller that does not
-    /// subscribe: `rotation` gets no event, but the retention starts again.
+    /// Returns the certificate of `identity` if it is valid at `now` for longer than its settling time and no attempt to replace it is due.
+    /// For a caller that does not subscribe: `rotation` gets no event, but the retention starts again.
     pub fn at_rest(&self, identity: &Identity, now: SystemTime) -> Option<Arc<Svid>> {
         let entries = self.entries();
         let entry = entries.get(identity)?;
-        let svid = entry.current().filter(|svid| svid.chain.validity.is_live(now) && entry.is_at_rest(now))?;
+        let svid = entry.current().filter(|svid| !svid.chain.validity.ends_soon(now) && entry.is_at_rest(now))?;
         entry.book().idle_since = Instant::now();
         Some(svid)
     }
@@ -287,7 +294,7 @@ impl Lease {
     /// Replaces the demand if `demand` is earlier and no certificate is published.
     pub fn demand(&self, demand: Demand) {
         if self.entry.current().is_none() && strengthen(&mut self.entry.book(), demand) {
-            self.store.tell(Event::Wanted(self.entry.clone()));
+            self.store.tell(Event::Wanted(self.entry.clone(), demand));
         }
     }
 }
@@ -295,7 +302,8 @@ impl Lease {
 impl Drop for Lease {
     fn drop(&mut self) {
         let mut book = self.entry.book();
-        book.leases.remove(&self.key);
+        let pod = book.leases.remove(&self.key).flatten();
+        book.last_pod = pod.or_else(|| book.last_pod.take());
         if !book.leases.is_empty() {
             return;
         }
@@ -318,7 +326,7 @@ mod tests {
     fn told(events: &mut mpsc::UnboundedReceiver<Event>) -> Vec<&'static str> {
         std::iter::from_fn(|| events.try_recv().ok())
             .map(|event| match event {
-                Event::Wanted(_) => "wanted",
+                Event::Wanted(..) => "wanted",
                 Event::Idle(_) => "idle",
             })
             .collect()
@@ -417,6 +425,7 @@ mod tests {
         assert_eq!(a.entry.evidence(Some(&pod("a"))), Some(pod("a")), "there is no other pod");
         let entry = a.entry.clone();
         drop(a);
-        assert_eq!(entry.evidence(None), None);
+        assert_eq!(entry.evidence(None), Some(pod("a")), "the pod of the last subscriber");
+        assert!(entry.pods().is_empty(), "it no longer subscribes");
     }
 }

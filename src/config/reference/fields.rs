@@ -476,8 +476,9 @@ pub const GROUPS: &[Group] = &[
                 "retention",
                 Duration,
                 Value("5m"),
-                "How long a certificate is kept after its last stream has ended; at most a day. An Envoy reconnects within 30 s. When \
-                 no pod of the node has the identity any longer, its key is removed at once.",
+                "How long a certificate is kept after its last stream has ended, or after the last call of a client that fetches; at \
+                 most a day. An Envoy reconnects within 30 s. A certificate that is fetched within this time is renewed when it is \
+                 due. When no pod of the node has the identity any longer, its key is removed at once.",
             ),
             field(
                 "reissueOver",

@@ -287,3 +287,81 @@ async fn a_fetch_after_a_reload_returns_the_new_identity_at_once() {
     let (answer, took) = call(&b, &["default"]).answer().await;
     assert!(!answer.unwrap().carries("default", &old) && took < Duration::from_secs(1));
 }
+
+/// Lifetime of the certificates.
+const LIFETIME: Duration = Duration::from_secs(3600);
+
+/// The time that is left of the certificate in the only resource of `reply`.
+fn left(b: &Bench, reply: &Reply) -> Duration {
+    let not_after = reply.only_version().split('-').next().unwrap().parse().unwrap();
+    agent_runtime::clock::from_unix_seconds(not_after).duration_since(b.clock.now()).unwrap()
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_polling_client_never_gets_a_certificate_near_its_end() {
+    let b = Bench::new();
+    let (mut least, mut versions) = (LIFETIME, std::collections::BTreeSet::new());
+    let begun = Instant::now();
+    while begun.elapsed() < 5 * LIFETIME {
+        let (answer, took) = call(&b, &["default"]).answer().await;
+        let reply = answer.unwrap();
+        assert_eq!(took, Duration::ZERO, "a certificate that is due is served while the next one is issued");
+        least = least.min(left(&b, &reply));
+        versions.insert(reply.version);
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+    assert!(least > LIFETIME.mul_f64(1.0 - 0.9), "{least:?}");
+    assert_eq!((b.leases(), b.orders()), (0, versions.len()), "one order for each certificate");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_polling_client_is_served_to_the_end_and_then_told_of_it() {
+    let b = Bench::new();
+    let first = call(&b, &["default"]).answer().await.0.unwrap();
+    let not_after = b.material().chain.validity.not_after;
+    b.upstream.send_replace(Upstream::Down);
+    let end = Instant::now() + left(&b, &first);
+    while Instant::now() + Duration::from_secs(11) < end {
+        let (answer, took) = call(&b, &["default"]).answer().await;
+        let reply = answer.unwrap();
+        assert_eq!(reply.version, first.version);
+        // Near the end, a call waits for the next one until its deadline.
+        let ends_soon = b.material().chain.validity.settling_time();
+        let expected = if left(&b, &reply) + took <= ends_soon { 10 } else { 0 };
+        assert_eq!(took.as_secs(), expected, "with {:?} left", left(&b, &reply));
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+    tokio::time::sleep_until(end).await;
+    let orders = b.orders();
+    assert!(orders > 3, "the renewal was tried {orders} times");
+    let expired = format!("the certificate expired at {}, and the next one is not issued yet", agent_runtime::clock::rfc3339(not_after));
+    while end.elapsed() < LIFETIME {
+        let (answer, took) = call(&b, &["default"]).answer().await;
+        assert_eq!((answer, took.as_secs()), (Err((Code::Unavailable, expired.clone())), 10));
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+    // As for a stream, attempts are at most 5 min apart.
+    assert!(b.orders() > orders + 10, "{} orders after the end", b.orders() - orders);
+    b.upstream.send_replace(Upstream::Up);
+    let (answer, took) = call(&b, &["default"]).within("301S").answer().await;
+    assert_ne!(answer.unwrap().version, first.version);
+    assert!(took <= Duration::from_secs(300), "{took:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_fetch_near_the_end_gets_the_next_certificate() {
+    let b = Bench::new();
+    let first = call(&b, &["default"]).answer().await.0.unwrap();
+    b.upstream.send_replace(Upstream::Slow);
+    while left(&b, &first) > Duration::from_secs(30) {
+        assert_eq!(call(&b, &["default"]).within("1S").answer().await.0.unwrap().version, first.version);
+        tokio::time::sleep(Duration::from_secs(20)).await;
+    }
+    let answer = call(&b, &["default"]).answer();
+    let ((answer, took), ()) = tokio::join!(answer, async {
+        tokio::time::sleep(Duration::from_secs(4)).await;
+        b.upstream.send_replace(Upstream::Up);
+    });
+    assert_ne!(answer.unwrap().version, first.version);
+    assert_eq!((took.as_secs(), b.orders()), (4, 2));
+}

@@ -18,7 +18,7 @@ use crate::issuer::Retry;
 mod job;
 mod queue;
 
-use job::{InUse, Job, Phase, Rank, class, due, end, turning_point};
+use job::{InUse, Job, Phase, Rank, class, due, due_for_a_client, end, lingers, turning_point};
 use queue::Queue;
 pub use queue::{Authority, RESERVED, SLOTS};
 
@@ -28,8 +28,6 @@ const PREPARING: Duration = Duration::from_secs(60);
 const PARK_AFTER: Duration = Duration::from_secs(10);
 /// Maximum number of consecutive retries at once, each in the name of another pod.
 const SWIFT_RETRIES: u32 = 3;
-/// Maximum time for which a pending order or a backoff keeps an entry after its last subscriber has left.
-const LINGER: Duration = Duration::from_secs(3600);
 
 /// Identifier of an entry.
 pub type Id = u64;
@@ -106,6 +104,7 @@ impl Planner {
             authority: authority.clone(),
             demand: None,
             leased: true,
+            owed: false,
             retired: false,
             in_use: None,
             issued: None,
@@ -151,10 +150,12 @@ impl Planner {
         true
     }
 
-    /// The last subscriber of an entry has left.
+    /// The last subscriber of an entry has left. An order that was due still starts, once: a client that fetches does not wait for the
+    /// renewal, and a client without a certificate keeps its place in the queue.
     pub fn idle(&mut self, now: Now, id: Id) {
         let retention = self.retention;
         let Some(job) = self.jobs.get_mut(&id) else { return };
+        job.owed |= job.leased && due(job, now).is_some_and(|at| at <= now.wall);
         job.leased = false;
         job.idle_since.get_or_insert(now.mono);
         job.forget_at = Some(now.mono + retention);
@@ -228,7 +229,7 @@ impl Planner {
         };
         let wait = schedule::capped_by_expiry(wait, left);
         job.not_before = Some(now.mono + wait);
-        job.by_clock = by_clock;
+        (job.by_clock, job.owed) = (by_clock, false);
         job.phase = Phase::Resting;
         self.consider(now, id);
         wait
@@ -255,27 +256,32 @@ impl Planner {
         }
     }
 
-    /// Advances a renewal to `at`, if it is planned later. Used when the certificate in use must be replaced early.
+    /// Advances a renewal to `at`, if it is planned later. Used when the certificate in use must be replaced early. The order starts even
+    /// if no client subscribes then: the certificate would be fetched, or served to the next subscriber, within the retention.
     pub fn expedite(&mut self, now: Now, id: Id, at: SystemTime) {
-        if let Some(certificate) = self.jobs.get_mut(&id).and_then(|job| job.in_use.as_mut()) {
+        let Some(job) = self.jobs.get_mut(&id) else { return };
+        if let Some(certificate) = &mut job.in_use {
             certificate.renew_at = certificate.renew_at.min(at);
+            job.owed = true;
             self.consider(now, id);
         }
     }
 
-    /// Shortens a wait after a failure, so that it ends within `over`. Returns whether the entry was waiting.
+    /// Shortens a wait after a failure, so that it ends within `over`. The order then starts even if no client subscribes. Returns whether
+    /// the entry was waiting.
     pub fn hasten(&mut self, now: Now, id: Id, over: Duration) -> bool {
         let at = now.mono + over.mul_f64(self.draw());
-        let Some(job) = self.jobs.get_mut(&id).filter(|job| job.not_before.is_some_and(|wait| wait > now.mono)) else { return false };
-        job.not_before = job.not_before.min(Some(at));
+        let waits = |job: &&mut Job| job.not_before.is_some_and(|wait| wait > now.mono) && due_for_a_client(job, now).is_some();
+        let Some(job) = self.jobs.get_mut(&id).filter(waits) else { return false };
+        (job.not_before, job.owed) = (job.not_before.min(Some(at)), true);
         self.consider(now, id);
         true
     }
 
-    /// Returns the wall-clock time of the next attempt, for operators. `None` if no attempt is planned.
+    /// Returns the wall-clock time of the next attempt, if a client subscribes or fetches then. `None` if no attempt is planned.
     pub fn next_attempt(&self, now: Now, id: Id) -> Option<SystemTime> {
         let job = self.jobs.get(&id)?;
-        let due = due(job, now)?;
+        let due = due_for_a_client(job, now)?;
         let wait = job.not_before.map_or(now.wall, |t| now.wall + t.saturating_duration_since(now.mono));
         Some(due.max(wait))
     }
@@ -326,6 +332,11 @@ impl Planner {
     /// Advances a job as far as the time allows, and sets its timers for the next change.
     fn consider(&mut self, now: Now, id: Id) {
         let Some(job) = self.jobs.get_mut(&id) else { return };
+        let forgets = job.forget_at.is_some_and(|at| at <= now.mono) && !lingers(job, now);
+        if forgets {
+            // The entry leaves the queue too.
+            job.owed = false;
+        }
         let (mut wall, mut mono) = (None, None);
         match job.phase {
             Phase::Running { slot, submitted, deadline } => match deadline {
@@ -347,7 +358,7 @@ impl Planner {
             // After a step of the clock, the certificate in use may have ended. Then the new one is published at once.
             Phase::Settling(at) if at > now.mono && job.in_use.is_some_and(|c| c.validity.is_live(now.wall)) => mono = Some(at),
             Phase::Settling(_) => {
-                (job.in_use, job.phase, job.demand) = (job.issued.take(), Phase::Resting, None);
+                (job.in_use, job.phase, job.demand, job.owed) = (job.issued.take(), Phase::Resting, None, false);
                 self.actions.push_back(Action::Publish(id));
                 return self.consider(now, id);
             }
@@ -382,21 +393,14 @@ impl Planner {
                 }
             }
         }
-        if let Some(at) = job.forget_at {
-            let busy = matches!(job.phase, Phase::Running { .. } | Phase::Settling(_))
-                || job.not_before.is_some_and(|t| t > now.mono && job.failures > 0);
-            let lingers = busy && job.idle_since.is_some_and(|since| now.mono < since + LINGER);
-            if at > now.mono {
-                mono = Some(mono.map_or(at, |m| m.min(at)));
-            } else if lingers {
-                // A pending order and a record of failures survive a temporary absence of the clients.
-                let again = now.mono + self.retention.max(Duration::from_secs(1));
-                job.forget_at = Some(again);
-                mono = Some(mono.map_or(again, |m| m.min(again)));
-            } else {
-                job.forget_at = None;
-                self.actions.push_back(Action::Forget(id));
-            }
+        if forgets {
+            job.forget_at = None;
+            self.actions.push_back(Action::Forget(id));
+        } else if let Some(at) = job.forget_at {
+            // A pending order and a record of failures survive a temporary absence of the clients.
+            let at = if at > now.mono { at } else { now.mono + self.retention.max(Duration::from_secs(1)) };
+            job.forget_at = Some(at);
+            mono = Some(mono.map_or(at, |m| m.min(at)));
         }
         self.set_timers(id, wall, mono);
     }

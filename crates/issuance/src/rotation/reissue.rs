@@ -2,6 +2,8 @@
 //!
 //! Each certificate stays until its replacement is published. Calls that are repeated during a reissue add no orders. Failed orders that
 //! wait for their next attempt are retried within the same duration, because the operator may have fixed the cause.
+//!
+//! Certificates without a subscriber are replaced too, because callers fetch them. If the order for one fails, the next fetch tries again.
 
 use std::{
     sync::Arc,

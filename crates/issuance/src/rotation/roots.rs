@@ -36,8 +36,8 @@ impl Rotation {
         self.has_looked = true;
     }
 
-    /// Certificates of an authority that is no longer trusted are renewed within 60 s. If they still settle, they are not published.
-    /// Answers whose chain led to no known root are verified again.
+    /// Certificates of an authority that is no longer trusted are renewed within 60 s, also those without a subscriber, because callers
+    /// fetch them. If they still settle, they are not published. Answers whose chain led to no known root are verified again.
     pub(super) fn bundle_changed(&mut self) {
         let set = self.parts.trust.borrow_and_update().clone();
         let bundle = set.own.as_ref().map(|bundle| &bundle.roots);

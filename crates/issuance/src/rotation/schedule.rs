@@ -52,10 +52,10 @@ fn spread(low: f64, high: f64, draw: f64) -> f64 {
     if draw * mean <= low { draw * mean } else { high - (2.0 * mean * (high - low) * (1.0 - draw)).max(0.0).sqrt() }
 }
 
-/// Returns when peers whose clocks are behind accept a new certificate: 60 s after `notBefore`, or a twentieth of the lifetime if that is
-/// less. Issuers such as cert-manager do not backdate.
+/// Returns when peers whose clocks are behind accept a new certificate: after its [`settling_time`](Validity::settling_time). Issuers such as
+/// cert-manager do not backdate.
 pub fn settled_at(validity: &Validity) -> SystemTime {
-    validity.not_before + Duration::from_secs(60).min(validity.lifetime() / 20)
+    validity.not_before + validity.settling_time()
 }
 
 /// Returns the wait after `failures` consecutive failures, at least one. The backoff is exponential with full jitter: below 2 s, 4 s, 8 s

@@ -1,5 +1,6 @@
 //! The real rotation task on paused time, with a scripted issuer.
 
+mod fetches;
 mod plans;
 
 use std::{
@@ -123,6 +124,7 @@ struct Bench {
     source: trust::Source,
     foreign: Arc<Embedded>,
     embedded: Arc<Embedded>,
+    reissue: mpsc::Sender<Reissue>,
     shutdown: CancellationToken,
     task: tokio::task::JoinHandle<()>,
 }
@@ -153,7 +155,7 @@ impl Bench {
         let (store, events) = Store::new();
         let issuers = BTreeMap::from([(IssuerName("mesh".into()), Arc::new(issuer) as Arc<dyn Issuer>)]);
         let (plan, plan_now) = watch::channel(Arc::new(Plan::new(issuers, [identity("a").profile.clone()], RETENTION)));
-        let reissues = mpsc::channel(1).1;
+        let (reissue, reissues) = mpsc::channel(1);
         let present = Present::default();
         let parts = Parts {
             store: store.clone(),
@@ -170,7 +172,7 @@ impl Bench {
         };
         let shutdown = CancellationToken::new();
         let task = tokio::spawn(run(parts, shutdown.clone()));
-        Self { plan, store, clock, orders, dropped, evidence, script, present, source, foreign, embedded, shutdown, task }
+        Self { plan, store, clock, orders, dropped, evidence, script, present, source, foreign, embedded, reissue, shutdown, task }
     }
 
     fn want(&self, who: &str) -> Lease {
@@ -291,11 +293,13 @@ async fn what_is_at_rest_can_be_taken_in_passing_and_what_is_due_cannot() {
     assert!(passing(now).is_some());
     tokio::time::sleep(Duration::from_secs(200)).await;
     assert!(passing(now).is_some(), "the retention has begun again");
-    // Its authority is no longer trusted: the next subscriber has it replaced.
+    // Its authority is no longer trusted: it is replaced within 60 s, though no client subscribes.
     b.source.take(b.foreign.bundle().unwrap());
     settle().await;
     assert!(passing(b.clock.now() + Duration::from_secs(60)).is_none());
     assert_eq!(b.orders(), 1);
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    assert_eq!(b.orders(), 2);
 }
 
 /// Only a chain shows which authorities sign, and a restart loses that knowledge.

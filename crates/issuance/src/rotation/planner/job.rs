@@ -1,6 +1,6 @@
 //! The state of one entry, and its changes with time. Does no I/O.
 
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use sds_server::{material::Validity, store::Demand};
 use tokio::time::Instant;
@@ -9,6 +9,8 @@ use super::{Authority, Class, Now};
 
 /// A certificate with less than this share of its lifetime left is [`Class::Ending`].
 const ENDING: f64 = 0.2;
+/// Maximum time for which a pending order or a backoff keeps an entry after its last subscriber has left.
+const LINGER: Duration = Duration::from_secs(3600);
 
 /// A certificate in use.
 #[derive(Debug, Clone, Copy)]
@@ -54,6 +56,9 @@ pub(super) struct Job {
     /// Need of the subscribers without material.
     pub(super) demand: Option<Demand>,
     pub(super) leased: bool,
+    /// Whether one more order is to start although no client subscribes: the last subscriber left while an order was due, as a client that
+    /// fetches does, or the certificate must be replaced early. Ends with the next order.
+    pub(super) owed: bool,
     /// Whether no profile issues the entry.
     pub(super) retired: bool,
     pub(super) in_use: Option<InUse>,
@@ -68,9 +73,14 @@ pub(super) struct Job {
     pub(super) timers: (Option<SystemTime>, Option<Instant>),
 }
 
-/// Returns when the next order is due. `None` if no subscriber needs one.
+/// Returns when the next order is due. `None` if no client needs one.
 pub(super) fn due(job: &Job, now: Now) -> Option<SystemTime> {
-    if !job.leased || job.retired {
+    due_for_a_client(job, now).filter(|_| job.leased || job.owed)
+}
+
+/// Returns when the next order is due, if a client subscribes or fetches then.
+pub(super) fn due_for_a_client(job: &Job, now: Now) -> Option<SystemTime> {
+    if job.retired {
         return None;
     }
     match (&job.in_use, job.demand) {
@@ -79,6 +89,13 @@ pub(super) fn due(job: &Job, now: Now) -> Option<SystemTime> {
         (None, Some(Demand::Held { renew_at, not_after })) => Some(renew_at.min(not_after)),
         (None, None) => None,
     }
+}
+
+/// Whether the entry is kept after the retention, because of a pending order or of a wait after a failure.
+pub(super) fn lingers(job: &Job, now: Now) -> bool {
+    let waits = job.failures > 0 && job.not_before.is_some_and(|at| at > now.mono);
+    let is_busy = waits || matches!(job.phase, Phase::Running { .. } | Phase::Settling(_));
+    is_busy && job.idle_since.is_some_and(|since| now.mono < since + LINGER)
 }
 
 /// Returns the end of the certificate in use: the agent's own, or one that a client holds from before a restart.

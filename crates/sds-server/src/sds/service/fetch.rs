@@ -1,8 +1,16 @@
 //! `FetchSecrets`: one response with all requested names, within the deadline of the client.
+//!
+//! A certificate that is not due for renewal is served without a lease. If it is due, the call takes a lease, so that rotation orders the
+//! next certificate, and still serves the current one. A call waits for the next one only if the current one ends within its settling time,
+//! and serves the current one at the deadline.
 
-use std::{collections::VecDeque, sync::Arc, time::Duration};
+use std::{
+    collections::VecDeque,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
-use agent_runtime::text;
+use agent_runtime::{clock, text};
 use bytes::Bytes;
 use http::Request;
 use tokio::{sync::watch, time::Instant};
@@ -83,20 +91,25 @@ impl Service {
             return Err(Status::not_found(format!("none of these names is known here: {}", asked.join(", "))));
         }
         let wants_certificate = known.iter().any(|(_, target)| *target == Target::Certificate);
-        // A certificate that is available and not due for renewal needs no lease.
         let svid = if wants_certificate { self.store.at_rest(&caller.identity, self.clock.now()) } else { None };
         let view = View { svid, bundles };
         if view.has_all(&known) {
-            return self.fetched(connection, caller, &known, &view).map(Some);
+            return self.fetched(connection, caller, &known, &view, None).map(Some);
         }
         let lease = wants_certificate.then(|| self.store.lease(&caller.identity, Demand::Now, caller.attested.workload.pod().cloned()));
         let mut material = lease.as_ref().map(Lease::watch);
         let mut trust = self.trust.clone();
         loop {
             trust.mark_unchanged();
-            let view = self.view(lease.as_ref(), &trust);
-            if view.has_all(&known) || end <= Instant::now() {
-                return self.fetched(connection, caller, &known, &view).map(Some);
+            let current = lease.as_ref().and_then(Lease::current);
+            let now = self.clock.now();
+            // An expired certificate is withheld.
+            let svid = current.clone().filter(|svid| svid.chain.validity.is_live(now));
+            let ends_soon = svid.as_ref().is_some_and(|svid| svid.chain.validity.ends_soon(now));
+            let view = View { svid, bundles: trust.borrow().clone() };
+            if (view.has_all(&known) && !ends_soon) || end <= Instant::now() {
+                let not_after = current.map(|svid| svid.chain.validity.not_after);
+                return self.fetched(connection, caller, &known, &view, not_after).map(Some);
             }
             tokio::select! {
                 () = caller.attested.terminated.cancelled() => return Err(ended()),
@@ -119,12 +132,14 @@ impl Service {
         out
     }
 
+    /// The response with the resources in `view`. `not_after` is the end of the certificate, which may be in the past.
     fn fetched(
         &self,
         connection: &Connection,
         caller: &Caller,
         known: &[(String, Target)],
         view: &View,
+        not_after: Option<SystemTime>,
     ) -> Result<VecDeque<Bytes>, Status> {
         if connection.has_ended(caller) {
             return Err(ended());
@@ -139,18 +154,14 @@ impl Service {
             }
         }
         if resources.is_empty() {
-            return Err(Status::unavailable("not yet available; the certificate is being issued"));
+            return Err(Status::unavailable(match not_after {
+                Some(at) => format!("the certificate expired at {}, and the next one is not issued yet", clock::rfc3339(at)),
+                None => "not yet available; the certificate is being issued".to_owned(),
+            }));
         }
         let version_prefix =
             view.svid.as_ref().map(|svid| version::prefix(svid.version())).filter(|_| known.iter().any(|(_, t)| *t == Target::Certificate));
         let version = secret::response_version(version_prefix, &versions);
         Ok(secret::response(Variant::Sotw, &version, "", resources))
-    }
-
-    /// The resources that are available now. An expired certificate is withheld.
-    fn view(&self, lease: Option<&Lease>, trust: &watch::Receiver<Arc<BundleSet>>) -> View {
-        let now = self.clock.now();
-        let svid = lease.and_then(Lease::current).filter(|svid| svid.chain.validity.is_live(now));
-        View { svid, bundles: trust.borrow().clone() }
     }
 }
