@@ -2,7 +2,7 @@
 //!
 //! Every node has the real [`Planner`]; its decisions are not reimplemented here. The simulated parts are the two clocks, the clients
 //! (which hold the last published certificate), and one signer with one queue, which takes requests in the order of arrival and needs the
-//! same time for each. Events are in nanoseconds since the start.
+//! same time for each. It skips requests that their agent has deleted. Events are in nanoseconds since the start.
 
 use std::{
     cmp::Reverse,
@@ -146,8 +146,23 @@ enum Event {
     Start(usize),
     /// The time at which an agent's planner asked to be woken.
     Wake(usize),
-    /// The answer to a request; `bool` is true if it was signed. The generation shows whether the process with the key still runs.
-    Answer(usize, Id, u32, bool),
+    /// A request arrives in the signer's queue.
+    Arrival(Request),
+    /// The signer has signed a request.
+    Signed(Request),
+    /// The answer to a request; `bool` is true if it was signed.
+    Answer(Request, bool),
+}
+
+/// A request of an agent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Request {
+    node: usize,
+    id: Id,
+    /// The process that has the key.
+    generation: u32,
+    /// Identifies the request.
+    number: u64,
 }
 
 struct Node {
@@ -158,6 +173,10 @@ struct Node {
     held: Vec<Option<usize>>,
     /// Certificates that are signed and not yet published.
     signed: Vec<Option<(Validity, SystemTime)>>,
+    /// The numbers of the requests that each identity waits for, the oldest first. All but the last may have been set aside.
+    pending: Vec<Vec<u64>>,
+    /// The number of requests of each identity that were set aside.
+    aside: Vec<usize>,
 }
 
 struct Run<'a> {
@@ -167,7 +186,9 @@ struct Run<'a> {
     zero: Instant,
     heap: BinaryHeap<Reverse<(u64, Event)>>,
     nodes: Vec<Node>,
-    signer_free: Duration,
+    /// The signer's queue.
+    queue: VecDeque<Request>,
+    is_signing: bool,
     random: fastrand::Rng,
     outcome: Outcome,
 }
@@ -205,11 +226,24 @@ pub fn run(scenario: &Scenario) -> Outcome {
         wake: None,
         held: vec![None; scenario.identities],
         signed: vec![None; scenario.identities],
+        pending: vec![Vec::new(); scenario.identities],
+        aside: vec![0; scenario.identities],
     };
     let nodes = (0..scenario.nodes).map(node).collect();
     let (profile, zero, outcome) = (profile(scenario.lifetime), Instant::now(), Outcome::default());
     let authority = Authority(profile.authority.clone());
-    let mut run = Run { scenario, profile, authority, zero, heap: BinaryHeap::new(), nodes, signer_free: Duration::ZERO, random, outcome };
+    let mut run = Run {
+        scenario,
+        profile,
+        authority,
+        zero,
+        heap: BinaryHeap::new(),
+        nodes,
+        queue: VecDeque::new(),
+        is_signing: false,
+        random,
+        outcome,
+    };
     for start in [Some(Duration::ZERO), scenario.restart].into_iter().flatten() {
         for node in 0..scenario.nodes {
             let at = start + scenario.rollout.mul_f64(run.random.f64());
@@ -254,12 +288,25 @@ impl Run<'_> {
                 self.nodes[node].wake = None;
                 node
             }
-            Event::Answer(node, id, generation, signed) => {
-                if self.nodes[node].generation != generation {
+            Event::Arrival(request) => {
+                if self.scenario.outage.as_ref().is_some_and(|outage| outage.fails && outage.at.contains(&at)) {
+                    return self.push(at + WAY, Event::Answer(request, false));
+                }
+                self.queue.push_back(request);
+                return self.sign(at);
+            }
+            Event::Signed(request) => {
+                self.is_signing = false;
+                self.push(at + WAY, Event::Answer(request, true));
+                return self.sign(at);
+            }
+            Event::Answer(request, signed) => {
+                if self.nodes[request.node].generation != request.generation {
                     return;
                 }
-                self.answer(now, node, id, signed);
-                node
+                let Some(index) = self.position(&request) else { return };
+                self.answer(now, request.node, request.id, index, signed);
+                request.node
             }
         };
         self.advance(at, node);
@@ -267,8 +314,10 @@ impl Run<'_> {
 
     /// Starts an agent; its clients connect with the certificates that they hold, if any.
     fn start(&mut self, now: Now, node: usize) {
-        let Node { planner: old, generation, held, .. } = &mut self.nodes[node];
+        let Node { planner: old, generation, held, pending, aside, .. } = &mut self.nodes[node];
         *generation += 1;
+        pending.iter_mut().for_each(Vec::clear);
+        aside.fill(0);
         *old = planner(self.scenario, node, *generation);
         for (id, held) in held.iter().enumerate() {
             let demand = match held.map(|life| self.outcome.lives[life]) {
@@ -282,17 +331,32 @@ impl Run<'_> {
         }
     }
 
-    fn answer(&mut self, now: Now, node: usize, id: Id, signed: bool) {
-        let Node { planner, signed: ready, .. } = &mut self.nodes[node];
+    /// Answers the request at `index` among those that the identity waits for.
+    fn answer(&mut self, now: Now, node: usize, id: Id, index: usize, signed: bool) {
+        let Node { planner, signed: ready, pending, aside, .. } = &mut self.nodes[node];
+        let (pending, aside) = (&mut pending[id as usize], &mut aside[id as usize]);
+        let is_aside = index < *aside;
         if !signed {
-            planner.failed(now, id, Retry::Backoff, false);
+            pending.remove(index);
+            if is_aside {
+                *aside -= 1;
+                planner.aside_failed(now, id, index);
+            } else {
+                planner.failed(now, id, Retry::Backoff, false);
+            }
             return;
         }
         let validity = Validity { not_before: now.wall, not_after: now.wall + self.profile.lifetime };
         let renewal_jitter = planner.renewal_jitter(now, id);
         let renew_at = schedule::renew_at(&validity, now.wall, &self.profile, renewal_jitter, planner.draw());
         ready[id as usize] = Some((validity, renew_at));
-        planner.issued(now, id, validity, renew_at);
+        pending.clear();
+        *aside = 0;
+        if is_aside {
+            planner.aside_issued(now, id, index, validity, renew_at);
+        } else {
+            planner.issued(now, id, validity, renew_at);
+        }
     }
 
     fn advance(&mut self, at: Duration, node: usize) {
@@ -301,10 +365,18 @@ impl Run<'_> {
             match action {
                 Action::Start(id) => {
                     self.outcome.requests.push(at);
-                    self.nodes[node].planner.submitted(now, id);
-                    let (back, signed) = self.sign(at);
-                    let generation = self.nodes[node].generation;
-                    self.push(back, Event::Answer(node, id, generation, signed));
+                    let number = self.outcome.requests.len() as u64;
+                    let Node { planner, generation, pending, .. } = &mut self.nodes[node];
+                    planner.submitted(now, id);
+                    pending[id as usize].push(number);
+                    let request = Request { node, id, generation: *generation, number };
+                    self.push(at + WAY, Event::Arrival(request));
+                }
+                Action::SetAside(id) => self.nodes[node].aside[id as usize] += 1,
+                Action::Withdraw(id) => {
+                    let Node { pending, aside, .. } = &mut self.nodes[node];
+                    aside[id as usize] -= 1;
+                    pending[id as usize].pop();
                 }
                 Action::Publish(id) => self.publish(at, node, id as usize),
                 // Every request reaches the signer's queue, and every identity keeps its client.
@@ -322,19 +394,22 @@ impl Run<'_> {
         }
     }
 
-    /// The time at which a request made now is answered, and whether it is signed.
-    fn sign(&mut self, at: Duration) -> (Duration, bool) {
-        let arrival = at + WAY;
-        if let Some(outage) = &self.scenario.outage {
-            if outage.fails && outage.at.contains(&arrival) {
-                return (arrival + WAY, false);
-            }
-            if outage.at.contains(&self.signer_free.max(arrival)) {
-                self.signer_free = outage.at.end;
+    /// The position of a request among those that its identity waits for. `None` if the agent has deleted it.
+    fn position(&self, request: &Request) -> Option<usize> {
+        self.nodes[request.node].pending[request.id as usize].iter().position(|pending| *pending == request.number)
+    }
+
+    /// Begins to sign the next request, unless the signer is busy or away. The requests of a process that has ended are signed too.
+    fn sign(&mut self, at: Duration) {
+        while let Some(request) = self.queue.front().copied().filter(|_| !self.is_signing) {
+            self.queue.pop_front();
+            let deleted = self.nodes[request.node].generation == request.generation && self.position(&request).is_none();
+            if !deleted {
+                let begin = self.scenario.outage.as_ref().map_or(at, |outage| if outage.at.contains(&at) { outage.at.end } else { at });
+                self.is_signing = true;
+                self.push(begin + Duration::from_secs_f64(1.0 / self.scenario.rate), Event::Signed(request));
             }
         }
-        self.signer_free = self.signer_free.max(arrival) + Duration::from_secs_f64(1.0 / self.scenario.rate);
-        (self.signer_free + WAY, true)
     }
 
     fn publish(&mut self, at: Duration, node: usize, id: usize) {

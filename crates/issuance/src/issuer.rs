@@ -229,8 +229,8 @@ impl Error {
 
 /// A certificate authority, as the agent uses it.
 pub trait Issuer: fmt::Debug + Send + Sync + 'static {
-    /// Generates a key and a CSR, and has the CSR signed. The caller verifies the chain, retries by [`Error::retry`], and runs at most one
-    /// order per identity.
+    /// Generates a key and a CSR, and has the CSR signed. The caller verifies the chain, and retries by [`Error::retry`]. If an order is
+    /// pending for too long, the caller may run another one of the identity beside it.
     ///
     /// # Errors
     ///

@@ -1,8 +1,8 @@
 //! Orders certificates, verifies them, publishes them into the store, and renews them.
 //!
 //! The [`planner`] decides, and this module performs its actions in one task. Each order runs in a task of its own, because an upstream
-//! has no time limit. An order is dropped when its identity is forgotten or no profile issues it. A failed renewal does not change the
-//! published certificate: it is counted, logged with its cause, and retried.
+//! has no time limit. An order is dropped when its identity is forgotten, no profile issues it, or another one is answered first. A
+//! failed renewal does not change the published certificate: it is counted, logged with its cause, and retried.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -14,10 +14,9 @@ use std::{
 use agent_runtime::{
     clock::{self, Clock},
     telemetry::hush::LogLimiter,
-    text,
 };
 use sds_server::{
-    material::{self, Svid},
+    material::Svid,
     store::{Entry, Event, Status, Store},
     trust::{BundleSet, Trust},
 };
@@ -32,16 +31,17 @@ use workload_identity::{Identity, IssuerName, PodRef};
 
 use self::{
     metrics::Metrics,
-    orders::{Report, Running},
+    orders::{Orders, Report},
     plan::Plan,
     planner::{Action, Authority, Class, Id, Now, Planner},
     reissue::{Mark, Reissue},
 };
-use crate::issuer::{Error, Issued, Retry, verify};
+use crate::issuer::{Error, Issued};
 
 /// Target of the log lines.
 const LOG_TARGET: &str = "sds_agent::rotation";
 
+mod answers;
 pub mod metrics;
 mod orders;
 pub mod plan;
@@ -52,8 +52,6 @@ pub mod schedule;
 
 /// Minimum difference between the two clocks that counts as a step. A smaller difference is drift.
 const MIN_CLOCK_STEP: Duration = Duration::from_secs(2);
-/// Maximum length of an order's error in the log and the status, in characters.
-const MAX_CAUSE_CHARS: usize = 1200;
 
 /// The workloads that may use an identity. A key stays for the retention after its last subscriber, but not after its last workload.
 pub trait IdentityUsers: fmt::Debug + Send + Sync {
@@ -114,7 +112,7 @@ struct Rotation {
     parts: Parts,
     planner: Planner,
     entries: HashMap<Id, Arc<Entry>>,
-    orders: HashMap<Id, Running>,
+    orders: Orders,
     tasks: JoinSet<()>,
     /// Number of orders that were started. It identifies an order.
     attempts: u64,
@@ -145,30 +143,11 @@ struct Rotation {
 ///
 /// Dropping the future abandons all orders, and loses verified certificates that are not yet published.
 pub async fn run(parts: Parts, shutdown: CancellationToken) {
-    let now = Now { wall: parts.clock.now(), mono: Instant::now() };
-    let planner = Planner::new(parts.plan.borrow().retention(), fastrand::u64(..));
     let clock = parts.clock.clone();
     let mut pod_terminations = parts.identity_users.as_ref().map(|identity_users| identity_users.pod_terminations());
-    let mut rotation = Rotation {
-        parts,
-        planner,
-        entries: HashMap::new(),
-        orders: HashMap::new(),
-        tasks: JoinSet::new(),
-        attempts: 0,
-        reports: mpsc::unbounded_channel(),
-        verified: HashMap::new(),
-        rejected_evidence: HashMap::new(),
-        reissue_marks: HashMap::new(),
-        reissue_lines: LogLimiter::default(),
-        awaiting_anchor: HashMap::new(),
-        has_looked: false,
-        unresponsive: BTreeMap::new(),
-        counted: BTreeSet::new(),
-        last_seen: now,
-    };
+    let mut rotation = Rotation::new(parts);
     rotation.count_issuers();
-    let mut wall_at = now.wall;
+    let mut wall_at = rotation.last_seen.wall;
     let mut wall_sleep = clock.sleep_until(wall_at);
     loop {
         let (wall, mono) = rotation.advance();
@@ -215,6 +194,29 @@ async fn pod_termination(pod_terminations: Option<&mut watch::Receiver<u64>>) {
 }
 
 impl Rotation {
+    fn new(parts: Parts) -> Self {
+        let last_seen = Now { wall: parts.clock.now(), mono: Instant::now() };
+        let planner = Planner::new(parts.plan.borrow().retention(), fastrand::u64(..));
+        Self {
+            parts,
+            planner,
+            entries: HashMap::new(),
+            orders: Orders::default(),
+            tasks: JoinSet::new(),
+            attempts: 0,
+            reports: mpsc::unbounded_channel(),
+            verified: HashMap::new(),
+            rejected_evidence: HashMap::new(),
+            reissue_marks: HashMap::new(),
+            reissue_lines: LogLimiter::default(),
+            awaiting_anchor: HashMap::new(),
+            has_looked: false,
+            unresponsive: BTreeMap::new(),
+            counted: BTreeSet::new(),
+            last_seen,
+        }
+    }
+
     fn now(&self) -> Now {
         Now { wall: self.parts.clock.now(), mono: Instant::now() }
     }
@@ -227,12 +229,14 @@ impl Rotation {
                 Action::Start(id) => self.start(id),
                 Action::Publish(id) => self.publish(id),
                 Action::Abandon(id) => {
-                    if let Some(order) = self.orders.remove(&id) {
-                        order.task.abort();
-                        let error = Error::Timeout { action: "reaching the issuer".into(), after: order.started.elapsed() };
-                        self.failed(id, order.evidence, &error);
-                    }
+                    // Without an order, the plan had no profile for the entry when the planner started it. The planner tries again.
+                    let order = self.orders.abort_latest(id);
+                    let after = order.as_ref().map_or(planner::PREPARING, |order| order.started.elapsed());
+                    let error = Error::Timeout { action: "reaching the issuer".into(), after };
+                    self.failed(id, order.and_then(|order| order.evidence), &error);
                 }
+                Action::SetAside(id) => self.orders.set_aside(id),
+                Action::Withdraw(id) => self.orders.withdraw(id),
                 Action::Forget(id) => {
                     let retention = self.parts.plan.borrow().retention();
                     self.forget(id, retention);
@@ -333,92 +337,6 @@ impl Rotation {
         }
     }
 
-    fn issued(&mut self, id: Id, issued: Issued, verified: &verify::Verified, took: Duration) {
-        let (Some(entry), Some(identity)) = (self.entries.get(&id).cloned(), self.identity_of(id)) else { return };
-        let now = self.now();
-        let profile = &identity.profile;
-        let validity = issued.chain.validity;
-        let renewal_jitter = self.planner.renewal_jitter(now, id);
-        let renew_at = schedule::renew_at(&validity, now.wall, profile, renewal_jitter, self.planner.draw());
-        let authority = material::authority_digest(&profile.fingerprint(), verified.anchor.as_ref());
-        if let Some(trust) = &self.parts.authorities {
-            trust.met(&issued.chain, now.wall);
-        }
-        if validity.lifetime() < profile.lifetime / 2 {
-            warn!(target: LOG_TARGET, %identity, asked = ?profile.lifetime, got = ?validity.lifetime(), "the issuer shortens certificates: more renewals than configured");
-        }
-        self.parts.metrics.issued(&profile.issuer, &issued.phases);
-        info!(
-            target: LOG_TARGET, %identity,
-            issuer = %profile.issuer,
-            request = entry.status().request.as_deref(),
-            serial = %issued.chain.serial,
-            fingerprint = %issued.chain.fingerprint,
-            not_after = %clock::rfc3339(validity.not_after),
-            renew_at = %clock::rfc3339(renew_at),
-            milliseconds = u64::try_from(took.as_millis()).unwrap_or(u64::MAX),
-            "certificate issued"
-        );
-        let svid = Svid::new(identity.clone(), issued.chain, issued.key, renew_at, schedule::settled_at(&validity), authority);
-        self.verified.insert(id, Arc::new(svid));
-        self.awaiting_anchor.remove(&id);
-        self.rejected_evidence.remove(&id);
-        self.planner.issued(now, id, validity, renew_at);
-    }
-
-    fn failed(&mut self, id: Id, evidence: Option<PodRef>, error: &Error) {
-        let now = self.now();
-        let pod = evidence.clone();
-        let by_clock = matches!(error, Error::InvalidCertificate(verify::Error::Expired(_) | verify::Error::NotYetValid { .. }));
-        let has_sibling =
-            |pod: &PodRef| self.entries.get(&id).and_then(|entry| entry.evidence(Some(pod))).is_some_and(|other| other != *pod);
-        let retry = match (error.retry(), evidence.filter(has_sibling)) {
-            // The retry names another pod of the identity. If there is none, it would repeat the same evidence.
-            (Retry::Now, None) => Retry::Backoff,
-            (Retry::Now, Some(pod)) => {
-                self.rejected_evidence.insert(id, pod);
-                Retry::Now
-            }
-            // The denial may concern only this pod, for example after a change of its labels: the next attempt names another pod.
-            (retry, Some(pod)) if matches!(error, Error::Denied { .. }) => {
-                self.rejected_evidence.insert(id, pod);
-                retry
-            }
-            (retry, _) => retry,
-        };
-        let wait = self.planner.failed(now, id, retry, by_clock);
-        let Some(entry) = self.entries.get(&id) else { return };
-        let identity = self.identity_of(id).unwrap_or_else(|| entry.identity.clone());
-        let issuer = &identity.profile.issuer;
-        let renewal = entry.current();
-        self.parts.metrics.failed(issuer, error.outcome(), renewal.is_some());
-        let left = renewal.as_ref().map(|svid| svid.chain.validity.remaining(now.wall).as_secs());
-        // Serial of the certificate in use.
-        let serial = renewal.as_ref().map(|svid| tracing::field::display(&svid.chain.serial));
-        let pod = pod.as_ref().map(tracing::field::display);
-        // Each part was limited where it was read. This limits the whole text.
-        let cause = text::excerpt(&error.to_string(), MAX_CAUSE_CHARS);
-        warn!(
-            target: LOG_TARGET, identity = %entry.identity,
-            %issuer,
-            pod,
-            serial,
-            cause,
-            retry_in_seconds = wait.as_secs(),
-            valid_for_seconds = left,
-            "no new certificate; {}",
-            if left.is_some_and(|left| left > 0) { "the one in use stays" } else { "its clients wait" }
-        );
-        if let Some(observer) = &self.parts.observer {
-            observer.failed(entry, error);
-        }
-        let next = self.planner.next_attempt(now, id);
-        entry.set_status(|status| {
-            (status.last_error, status.next_attempt) = (Some(cause), next);
-            (status.request, status.waits_for) = (None, None);
-        });
-    }
-
     fn publish(&mut self, id: Id) {
         let (Some(entry), Some(svid)) = (self.entries.get(&id), self.verified.remove(&id)) else { return };
         let now = self.now();
@@ -449,10 +367,8 @@ impl Rotation {
     /// for the retention.
     fn forget_orphan(&mut self, id: Id) {
         let (Some(identity_users), Some(entry)) = (&self.parts.identity_users, self.entries.get(&id)) else { return };
-        let has_key = entry.current().is_some()
-            || self.orders.contains_key(&id)
-            || self.verified.contains_key(&id)
-            || self.awaiting_anchor.contains_key(&id);
+        let has_key =
+            entry.current().is_some() || self.orders.has(id) || self.verified.contains_key(&id) || self.awaiting_anchor.contains_key(&id);
         if has_key && !entry.is_leased() && !identity_users.is_used(&entry.identity) {
             self.forget(id, Duration::ZERO);
         }
@@ -471,9 +387,7 @@ impl Rotation {
             self.awaiting_anchor.remove(&id);
             self.rejected_evidence.remove(&id);
             self.reissue_marks.remove(&id);
-            if let Some(order) = self.orders.remove(&id) {
-                order.task.abort();
-            }
+            self.orders.abort_all(id);
         } else if !entry.is_leased() {
             let now = self.now();
             self.planner.idle(now, id);

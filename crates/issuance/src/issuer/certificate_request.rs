@@ -1,8 +1,8 @@
 //! The issuer for cert-manager. Each order creates one CertificateRequest, waits for its answer through the node's watch, and deletes it.
 //!
 //! An order owns its state from the key to the signed chain. [`Requests`] owns the state that all orders share. The caller runs
-//! [`Requests::run`], runs at most one order per identity, verifies the chain, and retries as the error says. Dropping the future of an
-//! order deletes its request. A pending request has no time limit while its order lives.
+//! [`Requests::run`], verifies the chain, and retries as the error says. Dropping the future of an order deletes its request. A pending
+//! request has no time limit while its order lives. An identity may have several orders at a time, each with a request of its own.
 
 use std::{fmt, sync::Arc, time::Duration};
 

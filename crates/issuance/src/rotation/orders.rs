@@ -1,6 +1,6 @@
 //! One order, from its start to its verified answer. Each order runs in a task of its own.
 
-use std::sync::Arc;
+use std::{collections::HashMap, sync::Arc};
 
 use agent_runtime::clock::Clock;
 use sds_server::trust::BundleSet;
@@ -9,7 +9,7 @@ use tokio::{
     task::AbortHandle,
     time::Instant,
 };
-use tracing::debug;
+use tracing::{debug, warn};
 use workload_identity::{Identity, PodRef};
 
 use super::{Id, Rotation, roots::bundle_moved_on};
@@ -21,7 +21,7 @@ const LOG_TARGET: &str = "sds_agent::rotation::orders";
 /// A report of an order. The reports of an order arrive in order.
 pub(super) struct Report {
     id: Id,
-    /// Number of the order. The orders of an entry follow each other, and an abandoned one may still report.
+    /// Number of the order. An entry may have several orders, and an abandoned one may still report.
     attempt: u64,
     event: OrderEvent,
 }
@@ -67,17 +67,92 @@ impl Drop for Reporter {
 
 /// An order in progress.
 pub(super) struct Running {
-    pub(super) task: AbortHandle,
+    task: AbortHandle,
     attempt: u64,
     pub(super) started: Instant,
     pub(super) evidence: Option<PodRef>,
+    /// The last report of its request.
+    pending: Option<Pending>,
+}
+
+impl Running {
+    /// Name of its request, if the upstream has it.
+    pub(super) fn request(&self) -> Option<&str> {
+        self.pending.as_ref().map(|pending| &*pending.request)
+    }
+}
+
+/// The orders in progress, by entry.
+#[derive(Default)]
+pub(super) struct Orders {
+    latest: HashMap<Id, Running>,
+    /// Pending orders that were set aside because another one starts beside them, the oldest first. The planner limits their number.
+    aside: HashMap<Id, Vec<Running>>,
+}
+
+impl Orders {
+    /// Number of orders.
+    pub(super) fn len(&self) -> usize {
+        self.latest.len() + self.aside.values().map(Vec::len).sum::<usize>()
+    }
+
+    /// Whether the entry has an order.
+    pub(super) fn has(&self, id: Id) -> bool {
+        self.latest.contains_key(&id) || self.aside.contains_key(&id)
+    }
+
+    /// Ends the latest order of an entry, and returns it.
+    pub(super) fn abort_latest(&mut self, id: Id) -> Option<Running> {
+        self.latest.remove(&id).inspect(|order| order.task.abort())
+    }
+
+    /// Ends all orders of an entry.
+    pub(super) fn abort_all(&mut self, id: Id) {
+        let orders = self.latest.remove(&id).into_iter().chain(self.aside.remove(&id).unwrap_or_default());
+        orders.for_each(|order| order.task.abort());
+    }
+
+    /// Sets the latest order of an entry aside.
+    pub(super) fn set_aside(&mut self, id: Id) {
+        if let Some(order) = self.latest.remove(&id) {
+            self.aside.entry(id).or_default().push(order);
+        }
+    }
+
+    /// Ends the youngest order of an entry that was set aside.
+    pub(super) fn withdraw(&mut self, id: Id) {
+        if let Some(order) = self.aside.get_mut(&id).and_then(Vec::pop) {
+            order.task.abort();
+        }
+        self.aside.retain(|_, orders| !orders.is_empty());
+    }
+
+    /// The request of an entry to show to operators: that of the latest order, or else the youngest one set aside.
+    pub(super) fn pending(&self, id: Id) -> Option<&Pending> {
+        let aside = self.aside.get(&id).into_iter().flatten().rev();
+        self.latest.get(&id).into_iter().chain(aside).find_map(|order| order.pending.as_ref())
+    }
+
+    /// Returns the order of this number. The position is that among the orders set aside, `None` for the latest order.
+    fn find(&mut self, id: Id, attempt: u64) -> Option<(&mut Running, Option<usize>)> {
+        let aside = self.aside.get_mut(&id).into_iter().flatten().enumerate().map(|(index, order)| (order, Some(index)));
+        self.latest.get_mut(&id).map(|order| (order, None)).into_iter().chain(aside).find(|(order, _)| order.attempt == attempt)
+    }
+
+    fn take(&mut self, id: Id, index: Option<usize>) -> Option<Running> {
+        let Some(index) = index else { return self.latest.remove(&id) };
+        let order = self.aside.get_mut(&id).filter(|orders| index < orders.len()).map(|orders| orders.remove(index));
+        self.aside.retain(|_, orders| !orders.is_empty());
+        order
+    }
 }
 
 impl Rotation {
     pub(super) fn start(&mut self, id: Id) {
-        let Some(entry) = self.entries.get(&id) else { return };
-        // The planner starts no order for a retired entry.
-        let Some(identity) = self.identity_of(id) else { return };
+        let (Some(entry), Some(identity)) = (self.entries.get(&id), self.identity_of(id)) else {
+            // The planner starts no order for a retired entry, but the plan may have changed since.
+            return self.release(self.now(), id, None);
+        };
         let issuer = self.parts.plan.borrow().issuer(&identity.profile.issuer).cloned();
         let Some(issuer) = issuer else {
             let error = Error::Configuration(format!(
@@ -95,6 +170,16 @@ impl Rotation {
         });
         let order = Order { identity: identity.clone(), evidence: evidence.clone(), progress };
         debug!(target: LOG_TARGET, %identity, issuer = %identity.profile.issuer, "certificate ordered");
+        if let Some(pending) = self.orders.pending(id) {
+            let left = entry.current().map(|svid| svid.chain.validity.remaining(self.parts.clock.now()).as_secs());
+            warn!(
+                target: LOG_TARGET, %identity,
+                issuer = %identity.profile.issuer,
+                request = %pending.request,
+                valid_for_seconds = left,
+                "the request is not answered in time; another one is made beside it"
+            );
+        }
         let judge =
             Judge { identity, trust: self.parts.trust.clone(), await_bundle: self.parts.await_bundle, clock: self.parts.clock.clone() };
         let reporter = Reporter { id, attempt, reports, has_ended: false };
@@ -106,55 +191,65 @@ impl Rotation {
             reporter.end(result);
         });
         self.awaiting_anchor.remove(&id);
-        self.orders.insert(id, Running { task, attempt, started: Instant::now(), evidence });
+        self.orders.latest.insert(id, Running { task, attempt, started: Instant::now(), evidence, pending: None });
     }
 
     /// Handles a report, unless its order was abandoned.
     pub(super) fn reported(&mut self, Report { id, attempt, event }: Report) {
-        if self.orders.get(&id).is_none_or(|order| order.attempt != attempt) {
-            return;
+        let Some((order, index)) = self.orders.find(id, attempt) else { return };
+        if let OrderEvent::Submitted(pending) = event {
+            order.pending = Some(pending.clone());
+            return self.submitted(id, index, &pending);
         }
+        let Some(order) = self.orders.take(id, index) else { return };
         match event {
-            OrderEvent::Submitted(pending) => self.submitted(id, pending),
-            OrderEvent::Ended(result) => self.answered(id, *result),
-            OrderEvent::Lost => self.lost(id),
+            OrderEvent::Ended(result) => self.answered(id, &order, index, *result),
+            OrderEvent::Lost | OrderEvent::Submitted(_) => self.lost(id, order, index),
         }
     }
 
-    fn submitted(&mut self, id: Id, pending: Pending) {
-        self.planner.submitted(self.now(), id);
+    fn submitted(&mut self, id: Id, index: Option<usize>, pending: &Pending) {
+        if index.is_none() {
+            self.planner.submitted(self.now(), id);
+        }
         let Some(entry) = self.entries.get(&id) else { return };
-        let Pending { request, waits_for, is_late } = pending;
-        if let (true, Some(observer), Some(why)) = (is_late, &self.parts.observer, &waits_for) {
-            observer.waits(entry, &request, why);
+        if let (true, Some(observer), Some(why)) = (pending.is_late, &self.parts.observer, &pending.waits_for) {
+            observer.waits(entry, &pending.request, why);
         }
-        entry.set_status(|status| (status.request, status.waits_for) = (Some(request), waits_for));
+        self.show_pending(id);
     }
 
-    fn answered(&mut self, id: Id, result: Ended) {
-        let Some(order) = self.orders.remove(&id) else { return };
+    /// Shows the request of the entry in its status.
+    pub(super) fn show_pending(&self, id: Id) {
+        let Some(entry) = self.entries.get(&id) else { return };
+        let (request, waits_for) = self.orders.pending(id).map(|pending| (pending.request.clone(), pending.waits_for.clone())).unzip();
+        entry.set_status(|status| (status.request, status.waits_for) = (request, waits_for.flatten()));
+    }
+
+    fn answered(&mut self, id: Id, order: &Running, index: Option<usize>, result: Ended) {
+        let evidence = order.evidence.clone();
         match result {
             Ok((issued, verified)) if self.is_current(id, verified.anchor.as_ref()) => {
-                self.issued(id, issued, &verified, order.started.elapsed());
+                self.orders.abort_all(id);
+                self.issued(id, issued, &verified, Some(order), index);
             }
             Ok((issued, _)) => {
                 self.awaiting_anchor.insert(id, issued);
-                self.failed(id, order.evidence, &bundle_moved_on());
+                self.order_failed(id, evidence, index, &bundle_moved_on());
             }
             Err((error, issued)) => {
                 if let (Error::InvalidCertificate(verify::Error::Path { .. }), Some(issued)) = (&error, issued) {
                     self.awaiting_anchor.insert(id, issued);
                 }
-                self.failed(id, order.evidence, &error);
+                self.order_failed(id, evidence, index, &error);
             }
         }
     }
 
-    fn lost(&mut self, id: Id) {
-        let evidence = self.orders.remove(&id).and_then(|order| order.evidence);
+    fn lost(&mut self, id: Id, order: Running, index: Option<usize>) {
         let message = "the order's task ended without an answer".to_owned();
         let error = Error::Api { action: "issuing a certificate".into(), message, retry: Retry::Backoff };
-        self.failed(id, evidence, &error);
+        self.order_failed(id, order.evidence, index, &error);
     }
 }
 

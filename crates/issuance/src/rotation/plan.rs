@@ -83,9 +83,7 @@ impl Rotation {
         for (id, entry) in &self.entries {
             let is_retired = plan.current(&entry.identity).is_none();
             if is_retired {
-                if let Some(order) = self.orders.remove(id) {
-                    order.task.abort();
-                }
+                self.orders.abort_all(*id);
                 self.verified.remove(id);
                 self.awaiting_anchor.remove(id);
             }

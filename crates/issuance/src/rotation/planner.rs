@@ -15,15 +15,18 @@ use tokio::time::Instant;
 use super::schedule::{self, RenewalJitter};
 use crate::issuer::Retry;
 
+mod aside;
 mod job;
 mod queue;
+mod waits;
 
+use aside::{Beside, beside};
 use job::{InUse, Job, Phase, Rank, class, due, due_for_a_client, end, lingers, turning_point};
 use queue::Queue;
 pub use queue::{Authority, RESERVED, SLOTS};
 
 /// Time within which an order must reach its upstream. After it, the order has failed.
-const PREPARING: Duration = Duration::from_secs(60);
+pub const PREPARING: Duration = Duration::from_secs(60);
 /// Time after which an order that is pending at its upstream gives up its slot. The order itself goes on.
 const PARK_AFTER: Duration = Duration::from_secs(10);
 /// Maximum number of consecutive retries at once, each in the name of another pod.
@@ -48,6 +51,10 @@ pub enum Action {
     Start(Id),
     /// Abandon an order that has not reached its upstream, then report it as failed.
     Abandon(Id),
+    /// Keep the pending order, because another one will start beside it. The first answer counts.
+    SetAside(Id),
+    /// Drop the youngest order that was set aside, with its request.
+    Withdraw(Id),
     /// Publish the issued certificate.
     Publish(Id),
     /// Ask the store to forget the entry, then report the result.
@@ -109,9 +116,12 @@ impl Planner {
             in_use: None,
             issued: None,
             phase: Phase::Resting,
+            aside: Vec::new(),
+            place: None,
             failures: 0,
             swift_retries: 0,
             not_before: None,
+            backs_off: false,
             by_clock: false,
             forget_at: None,
             idle_since: None,
@@ -142,20 +152,22 @@ impl Planner {
         }
         if retired {
             self.leave_phase(id);
+            self.drop_aside(id);
         }
         if let Some(job) = self.jobs.get_mut(&id) {
-            (job.retired, job.issued) = (retired, None);
+            (job.retired, job.issued, job.place) = (retired, None, None);
         }
         self.consider(now, id);
         true
     }
 
-    /// The last subscriber of an entry has left. An order that was due still starts, once: a client that fetches does not wait for the
-    /// renewal, and a client without a certificate keeps its place in the queue.
+    /// The last subscriber of an entry has left. If an order was due and had not started, it still starts, once: a client that fetches does
+    /// not wait for the renewal, and a client without a certificate keeps its place in the queue.
     pub fn idle(&mut self, now: Now, id: Id) {
         let retention = self.retention;
         let Some(job) = self.jobs.get_mut(&id) else { return };
-        job.owed |= job.leased && due(job, now).is_some_and(|at| at <= now.wall);
+        let has_none = matches!(job.phase, Phase::Resting | Phase::Queued(..));
+        job.owed |= job.leased && has_none && due(job, now).is_some_and(|at| at <= now.wall);
         job.leased = false;
         job.idle_since.get_or_insert(now.mono);
         job.forget_at = Some(now.mono + retention);
@@ -165,6 +177,7 @@ impl Planner {
     /// The store has forgotten the entry.
     pub fn forgotten(&mut self, id: Id) {
         self.leave_phase(id);
+        self.drop_aside(id);
         self.set_timers(id, None, None);
         self.jobs.remove(&id);
     }
@@ -192,10 +205,17 @@ impl Planner {
         if job.failures == 0 && in_time { RenewalJitter::Configured } else { RenewalJitter::FullCycle }
     }
 
-    /// An order was answered with a verified certificate. It is published after a settling time, or at once if the old one ends too soon.
+    /// The latest order of an entry was answered with a verified certificate. It is published after a settling time, or at once if the old
+    /// one ends too soon. The driver drops all other orders of the entry.
     pub fn issued(&mut self, now: Now, id: Id, validity: Validity, renew_at: SystemTime) {
-        self.note_answer(now, id);
+        self.note_answer(now, id, None);
+        self.note_loss(now, id);
+        self.certificate_issued(now, id, validity, renew_at);
+    }
+
+    fn certificate_issued(&mut self, now: Now, id: Id, validity: Validity, renew_at: SystemTime) {
         self.leave_phase(id);
+        self.drop_aside(id);
         let Some(job) = self.jobs.get_mut(&id) else { return };
         (job.failures, job.swift_retries, job.not_before, job.by_clock) = (0, 0, None, false);
         job.issued = Some(InUse { validity, renew_at });
@@ -205,11 +225,14 @@ impl Planner {
         let wait = if old / 2 > settle { settle } else { Duration::ZERO };
         job.phase = Phase::Settling(now.mono + wait);
         self.consider(now, id);
+        self.recover(now, id);
     }
 
-    /// An order failed. `by_clock` says that a wrong clock explains the failure. Returns the wait before the next attempt.
+    /// The latest order of an entry failed. `by_clock` says that a wrong clock explains the failure. Returns the wait before the next
+    /// attempt.
     pub fn failed(&mut self, now: Now, id: Id, retry: Retry, by_clock: bool) -> Duration {
-        self.note_answer(now, id);
+        self.note_answer(now, id, None);
+        let after_recovery = self.note_failure(now, id, retry);
         self.leave_phase(id);
         let draw = self.draw();
         let Some(job) = self.jobs.get_mut(&id) else { return Duration::ZERO };
@@ -228,32 +251,12 @@ impl Planner {
             Retry::Configuration => schedule::MAX_BACKOFF.mul_f64(1.0 - draw / 5.0),
         };
         let wait = schedule::capped_by_expiry(wait, left);
-        job.not_before = Some(now.mono + wait);
+        let wait = after_recovery.map_or(wait, |within| wait.min(within.mul_f64(draw)));
+        (job.not_before, job.backs_off) = (Some(now.mono + wait), retry == Retry::Backoff);
         (job.by_clock, job.owed) = (by_clock, false);
         job.phase = Phase::Resting;
         self.consider(now, id);
         wait
-    }
-
-    /// The configuration has changed: all waits end within 2 s.
-    pub fn configuration_changed(&mut self, now: Now) {
-        self.end_waits(now, |_| true);
-    }
-
-    /// The wall clock was stepped: all its times are compared again, and waits after failures that a wrong clock explains end within 2 s.
-    pub fn clock_stepped(&mut self, now: Now) {
-        self.end_waits(now, |job| job.by_clock);
-    }
-
-    fn end_waits(&mut self, now: Now, which: impl Fn(&Job) -> bool) {
-        let ids: Vec<Id> = self.jobs.keys().copied().collect();
-        for id in ids {
-            let spread = self.draw();
-            if let Some(job) = self.jobs.get_mut(&id).filter(|job| job.not_before.is_some() && which(job)) {
-                job.not_before = Some(now.mono + Duration::from_secs(2).mul_f64(spread));
-            }
-            self.consider(now, id);
-        }
     }
 
     /// Advances a renewal to `at`, if it is planned later. Used when the certificate in use must be replaced early. The order starts even
@@ -265,17 +268,6 @@ impl Planner {
             job.owed = true;
             self.consider(now, id);
         }
-    }
-
-    /// Shortens a wait after a failure, so that it ends within `over`. The order then starts even if no client subscribes. Returns whether
-    /// the entry was waiting.
-    pub fn hasten(&mut self, now: Now, id: Id, over: Duration) -> bool {
-        let at = now.mono + over.mul_f64(self.draw());
-        let waits = |job: &&mut Job| job.not_before.is_some_and(|wait| wait > now.mono) && due_for_a_client(job, now).is_some();
-        let Some(job) = self.jobs.get_mut(&id).filter(waits) else { return false };
-        (job.not_before, job.owed) = (job.not_before.min(Some(at)), true);
-        self.consider(now, id);
-        true
     }
 
     /// Returns the wall-clock time of the next attempt, if a client subscribes or fetches then. `None` if no attempt is planned.
@@ -339,20 +331,33 @@ impl Planner {
         }
         let (mut wall, mut mono) = (None, None);
         match job.phase {
-            Phase::Running { slot, submitted, deadline } => match deadline {
+            Phase::Running { started, slot, submitted, deadline } => match deadline {
                 Some(at) if at > now.mono => mono = Some(at),
                 Some(_) => {
-                    job.phase = Phase::Running { slot: None, submitted, deadline: None };
+                    job.phase = Phase::Running { started, slot: None, submitted, deadline: None };
                     let queue = self.queues.entry(job.authority.clone()).or_default();
                     if let Some(class) = slot {
                         queue.used[class as usize] -= 1;
                     }
                     if submitted {
                         queue.park(now.mono);
-                    } else {
-                        self.actions.push_back(Action::Abandon(id));
+                        self.await_beside(now, id);
+                        return self.consider(now, id);
                     }
+                    self.actions.push_back(Action::Abandon(id));
                 }
+                None if submitted => match job.not_before.filter(|at| *at > now.mono && !job.aside.is_empty()) {
+                    Some(at) => mono = Some(at),
+                    None => match beside(job, now, job.aside.first().copied().unwrap_or(started), self.queues.get(&job.authority)) {
+                        Beside::Now => {
+                            self.put_aside(id, started);
+                            return self.consider(now, id);
+                        }
+                        Beside::AtWall(at) => wall = Some(at),
+                        Beside::AtMono(at) => mono = Some(at),
+                        Beside::Never => {}
+                    },
+                },
                 None => {}
             },
             // After a step of the clock, the certificate in use may have ended. Then the new one is published at once.
@@ -365,15 +370,19 @@ impl Planner {
             Phase::Resting | Phase::Queued(..) => {
                 let waits = job.not_before.is_some_and(|at| at > now.mono);
                 let mut is_due = false;
-                match due(job, now) {
-                    Some(_) if waits => mono = job.not_before,
-                    Some(at) if at > now.wall => wall = Some(at),
-                    Some(_) => {
+                let beside = job.aside.first().map_or(Beside::Now, |at| beside(job, now, *at, self.queues.get(&job.authority)));
+                let had_turn = matches!(job.phase, Phase::Queued(..));
+                match (due(job, now), beside) {
+                    (None, _) | (_, Beside::Never) => {}
+                    (Some(_), _) if waits => mono = job.not_before,
+                    (Some(at), _) if at > now.wall => wall = Some(at),
+                    (_, Beside::AtWall(at)) => wall = Some(at),
+                    (_, Beside::AtMono(at)) => mono = Some(at),
+                    (_, Beside::Now) => {
                         is_due = true;
                         // The class changes when the certificate nears its end, and again when it has ended.
                         wall = turning_point(job, now);
                     }
-                    None => {}
                 }
                 let queue = self.queues.entry(job.authority.clone()).or_default();
                 let class = class(job, now);
@@ -385,9 +394,15 @@ impl Planner {
                     job.phase = Phase::Resting;
                 }
                 if is_due && job.phase == Phase::Resting {
-                    self.sequence += 1;
+                    if !had_turn && !job.aside.is_empty() {
+                        queue.turns.take(now.mono, self.random.f64());
+                    }
                     let deadline = end(job).filter(|end| *end > now.wall).unwrap_or(SystemTime::UNIX_EPOCH);
-                    let rank = Rank { retry: job.failures > 0, deadline, sequence: self.sequence };
+                    let sequence = *job.place.get_or_insert_with(|| {
+                        self.sequence += 1;
+                        self.sequence
+                    });
+                    let rank = Rank { retry: job.failures > 0 || !job.aside.is_empty(), deadline, sequence };
                     job.phase = Phase::Queued(class, rank);
                     queue.waiting[class as usize].insert((rank, id));
                 }
@@ -418,11 +433,11 @@ impl Planner {
         }
     }
 
-    /// Records the time of an answer to a submitted order.
-    fn note_answer(&mut self, now: Now, id: Id) {
-        if let Some(Job { phase: Phase::Running { submitted: true, .. }, authority, .. }) = self.jobs.get(&id)
-            && let Some(queue) = self.queues.get_mut(authority)
-        {
+    /// Records the time of an answer to a submitted order: to the one set aside at `index`, or to the latest one.
+    fn note_answer(&mut self, now: Now, id: Id, index: Option<usize>) {
+        let is_submitted = |job: &Job| index.is_some() || matches!(job.phase, Phase::Running { submitted: true, .. });
+        let job = self.jobs.get(&id).filter(|job| is_submitted(job));
+        if let Some(queue) = job.and_then(|job| self.queues.get_mut(&job.authority)) {
             queue.last_answer = Some(now.mono);
         }
     }
@@ -433,7 +448,7 @@ impl Planner {
         let queue = self.queues.entry(job.authority.clone()).or_default();
         match job.phase {
             Phase::Running { slot: Some(class), .. } => queue.used[class as usize] -= 1,
-            Phase::Running { slot: None, submitted: true, deadline: None } => queue.parked -= 1,
+            Phase::Running { slot: None, submitted: true, deadline: None, .. } => queue.parked -= 1,
             Phase::Queued(class, rank) => drop(queue.waiting[class as usize].remove(&(rank, id))),
             _ => {}
         }
@@ -448,8 +463,13 @@ impl Planner {
                 queue.waiting[class as usize].remove(&(rank, id));
                 queue.used[class as usize] += 1;
                 if let Some(job) = self.jobs.get_mut(&id) {
+                    if aside::is_full(job) && job.aside.pop().is_some() {
+                        (queue.parked, queue.turns.aside) = (queue.parked - 1, queue.turns.aside - 1);
+                        self.actions.push_back(Action::Withdraw(id));
+                    }
                     let deadline = now.mono + PREPARING;
-                    job.phase = Phase::Running { slot: Some(class), submitted: false, deadline: Some(deadline) };
+                    job.phase = Phase::Running { started: now.mono, slot: Some(class), submitted: false, deadline: Some(deadline) };
+                    job.place = None;
                     self.actions.push_back(Action::Start(id));
                     let (wall, mono) = job.timers;
                     let mono_new = job.forget_at.map_or(deadline, |at| at.min(deadline));

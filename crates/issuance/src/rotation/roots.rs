@@ -64,10 +64,8 @@ impl Rotation {
             let Some(entry) = self.entries.get(&id) else { continue };
             match verify::verify(&entry.identity, &issued.key, &issued.chain, bundle, now.wall) {
                 Ok(verified) => {
-                    if let Some(order) = self.orders.remove(&id) {
-                        order.task.abort();
-                    }
-                    self.issued(id, issued, &verified, Duration::ZERO);
+                    self.orders.abort_all(id);
+                    self.issued(id, issued, &verified, None, None);
                 }
                 Err(_) => drop(self.awaiting_anchor.insert(id, issued)),
             }

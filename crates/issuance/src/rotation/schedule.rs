@@ -69,6 +69,12 @@ pub fn backoff(failures: u32, left: Option<Duration>, draw: f64) -> Duration {
     ceiling.mul_f64(draw).max(Duration::from_millis(500))
 }
 
+/// Returns the wait before another request is made for pending ones, after `unanswered` such requests: between 4 and 5 min, 8 and 10 min and
+/// so on, at most 1 h.
+pub fn further_request(unanswered: u32, draw: f64) -> Duration {
+    (MAX_BACKOFF * (1 << unanswered.min(4))).min(MAX_BACKOFF_WITH_CERTIFICATE).mul_f64(1.0 - draw / 5.0)
+}
+
 /// Limits a wait, so that a certificate in use does not end during it: to a quarter of its remaining lifetime, but at least 1 s.
 pub fn capped_by_expiry(wait: Duration, remaining: Option<Duration>) -> Duration {
     match remaining {

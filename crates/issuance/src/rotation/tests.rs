@@ -1,204 +1,20 @@
 //! The real rotation task on paused time, with a scripted issuer.
 
+mod bench;
 mod fetches;
+mod outages;
 mod plans;
+mod requests;
 
-use std::{
-    collections::{BTreeMap, VecDeque},
-    sync::{Mutex, atomic::AtomicUsize, atomic::Ordering},
-    task::Poll,
-    time::UNIX_EPOCH,
-};
+use std::{collections::BTreeMap, sync::atomic::Ordering, task::Poll};
 
-use agent_runtime::clock::TestClock;
-use futures::future::BoxFuture;
-use sds_server::{
-    store::{Demand, Lease},
-    trust::{self, Trust},
-};
+use sds_server::store::{Demand, Lease};
+use tokio::sync::oneshot;
 use workload_identity::samples::identity;
 
+use self::bench::{Bench, RETENTION, Script, material, settle};
 use super::*;
-use crate::issuer::{Issuer, Order, embedded::Embedded};
-
-/// Answer of the scripted issuer to the next order.
-enum Script {
-    Issue,
-    Fail(Retry),
-    /// A denial, with the wait that follows.
-    Deny(Duration),
-    Panic,
-    /// A certificate of another authority.
-    Foreign,
-    /// A report that the request is submitted, and then no answer.
-    Pend,
-}
-
-#[derive(Debug)]
-struct Scripted {
-    embedded: Arc<Embedded>,
-    foreign: Arc<Embedded>,
-    script: Arc<Mutex<VecDeque<Script>>>,
-    orders: Arc<AtomicUsize>,
-    dropped: Arc<AtomicUsize>,
-    evidence: Arc<Mutex<Vec<Option<PodRef>>>>,
-}
-
-impl std::fmt::Debug for Script {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Script")
-    }
-}
-
-/// Every workload may have its identity until the test makes it leave.
-#[derive(Debug, Clone, Default)]
-struct Present {
-    left: Arc<Mutex<Vec<Arc<Identity>>>>,
-    pod_terminations: watch::Sender<u64>,
-}
-
-impl Present {
-    fn leaves(&self, who: &str) {
-        self.left.lock().unwrap().push(identity(who));
-        self.pod_terminations.send_modify(|pod_terminations| *pod_terminations += 1);
-    }
-}
-
-impl IdentityUsers for Present {
-    fn is_used(&self, identity: &Identity) -> bool {
-        !self.left.lock().unwrap().iter().any(|left| **left == *identity)
-    }
-
-    fn pod_terminations(&self) -> watch::Receiver<u64> {
-        self.pod_terminations.subscribe()
-    }
-}
-
-struct CountDrop(Arc<AtomicUsize>);
-
-impl Drop for CountDrop {
-    fn drop(&mut self) {
-        self.0.fetch_add(1, Ordering::SeqCst);
-    }
-}
-
-impl Issuer for Scripted {
-    fn issue(&self, order: Order) -> BoxFuture<'static, Result<Issued, Error>> {
-        self.orders.fetch_add(1, Ordering::SeqCst);
-        self.evidence.lock().unwrap().push(order.evidence.clone());
-        let next = self.script.lock().unwrap().pop_front().unwrap_or(Script::Issue);
-        let (embedded, foreign) = (self.embedded.clone(), self.foreign.clone());
-        let guard = CountDrop(self.dropped.clone());
-        Box::pin(async move {
-            match next {
-                Script::Issue => embedded.issue(order).await,
-                Script::Foreign => foreign.issue(order).await,
-                Script::Fail(retry) => Err(Error::Failed { request: "r".into(), reason: "Test".into(), message: "scripted".into(), retry }),
-                Script::Deny(wait) => {
-                    let (request, reason, message) = ("r".into(), "ProfileMismatch".into(), "scripted".into());
-                    Err(Error::Denied { request, reason, message, retry: Retry::After(wait) })
-                }
-                Script::Panic => panic!("scripted"),
-                Script::Pend => {
-                    let _guard = guard;
-                    order.progress.submitted("pending-1");
-                    std::future::pending().await
-                }
-            }
-        })
-    }
-}
-
-/// How long an entry without subscribers is kept.
-const RETENTION: Duration = Duration::from_secs(300);
-
-struct Bench {
-    plan: watch::Sender<Arc<Plan>>,
-    store: Arc<Store>,
-    clock: TestClock,
-    orders: Arc<AtomicUsize>,
-    dropped: Arc<AtomicUsize>,
-    evidence: Arc<Mutex<Vec<Option<PodRef>>>>,
-    script: Arc<Mutex<VecDeque<Script>>>,
-    present: Present,
-    source: trust::Source,
-    foreign: Arc<Embedded>,
-    embedded: Arc<Embedded>,
-    reissue: mpsc::Sender<Reissue>,
-    shutdown: CancellationToken,
-    task: tokio::task::JoinHandle<()>,
-}
-
-impl Bench {
-    fn new(script: impl IntoIterator<Item = Script>) -> Self {
-        let bench = Self::without_bundle(script, false);
-        bench.source.take(bench.embedded.bundle().unwrap());
-        bench
-    }
-
-    fn without_bundle(script: impl IntoIterator<Item = Script>, await_bundle: bool) -> Self {
-        let clock = TestClock::new(UNIX_EPOCH + Duration::from_secs(1_700_000_000));
-        let embedded = Arc::new(Embedded::new("cluster.local", Arc::new(clock.clone())).unwrap());
-        let foreign = Arc::new(Embedded::new("cluster.local", Arc::new(clock.clone())).unwrap());
-        let (orders, dropped, evidence) = (Arc::default(), Arc::default(), Arc::default());
-        let script = Arc::new(Mutex::new(script.into_iter().collect::<VecDeque<_>>()));
-        let issuer = Scripted {
-            embedded: embedded.clone(),
-            foreign: foreign.clone(),
-            script: script.clone(),
-            orders: Arc::clone(&orders),
-            dropped: Arc::clone(&dropped),
-            evidence: Arc::clone(&evidence),
-        };
-        let trust = Trust::new(trust::Metrics::default());
-        let source = trust.source(None, "test");
-        let (store, events) = Store::new();
-        let issuers = BTreeMap::from([(IssuerName("mesh".into()), Arc::new(issuer) as Arc<dyn Issuer>)]);
-        let (plan, plan_now) = watch::channel(Arc::new(Plan::new(issuers, [identity("a").profile.clone()], RETENTION)));
-        let (reissue, reissues) = mpsc::channel(1);
-        let present = Present::default();
-        let parts = Parts {
-            store: store.clone(),
-            events,
-            plan: plan_now,
-            reissues,
-            trust: trust.subscribe(),
-            authorities: Some(trust.clone()),
-            await_bundle,
-            clock: Arc::new(clock.clone()),
-            identity_users: Some(Arc::new(present.clone())),
-            observer: None,
-            metrics: Metrics::default(),
-        };
-        let shutdown = CancellationToken::new();
-        let task = tokio::spawn(run(parts, shutdown.clone()));
-        Self { plan, store, clock, orders, dropped, evidence, script, present, source, foreign, embedded, reissue, shutdown, task }
-    }
-
-    fn want(&self, who: &str) -> Lease {
-        self.store.lease(&identity(who), Demand::Now, None)
-    }
-
-    fn orders(&self) -> usize {
-        self.orders.load(Ordering::SeqCst)
-    }
-}
-
-/// Waits for material, or for material that is newer than `than`.
-async fn material(lease: &Lease, than: Option<&Arc<Svid>>) -> Arc<Svid> {
-    let mut watch = lease.watch();
-    let svid = tokio::time::timeout(
-        Duration::from_secs(7200),
-        watch.wait_for(|m| m.as_ref().is_some_and(|m| than.is_none_or(|t| !Arc::ptr_eq(m, t)))),
-    )
-    .await;
-    svid.expect("a certificate in time").unwrap().clone().unwrap()
-}
-
-/// Runs all tasks that are ready.
-async fn settle() {
-    tokio::time::sleep(Duration::from_millis(1)).await;
-}
+use crate::issuer::Retry;
 
 #[tokio::test(start_paused = true)]
 async fn many_subscribers_make_one_order_and_share_the_certificate() {
@@ -294,11 +110,12 @@ async fn what_is_at_rest_can_be_taken_in_passing_and_what_is_due_cannot() {
     tokio::time::sleep(Duration::from_secs(200)).await;
     assert!(passing(now).is_some(), "the retention has begun again");
     // Its authority is no longer trusted: it is replaced within 60 s, though no client subscribes.
+    b.script.lock().unwrap().push_back(Script::Foreign);
     b.source.take(b.foreign.bundle().unwrap());
     settle().await;
     assert!(passing(b.clock.now() + Duration::from_secs(60)).is_none());
-    assert_eq!(b.orders(), 1);
-    tokio::time::sleep(Duration::from_secs(60)).await;
+    tokio::time::sleep(Duration::from_secs(121)).await;
+    assert!(!Arc::ptr_eq(&svid, &passing(b.clock.now()).unwrap()));
     assert_eq!(b.orders(), 2);
 }
 
@@ -471,7 +288,10 @@ async fn whenever_the_bundle_changes_what_is_served_leads_to_it_soon() {
             b.source.take(b.foreign.bundle().unwrap());
             tokio::time::sleep(Duration::from_secs(180)).await;
             let (svid, roots) = (lease.current().unwrap(), b.foreign.bundle().unwrap());
-            assert!(material::is_current_authority(&svid.authority, &svid.identity.profile.fingerprint(), Some(&roots)), "{moment} turns");
+            assert!(
+                sds_server::material::is_current_authority(&svid.authority, &svid.identity.profile.fingerprint(), Some(&roots)),
+                "{moment} turns"
+            );
         };
         // The body runs in a task, so that it takes turns with the others.
         tokio::spawn(body).await.unwrap();

@@ -33,7 +33,7 @@ pub(super) enum Phase {
     /// The order is due and waits for a slot.
     Queued(Class, Rank),
     /// The order runs.
-    Running { slot: Option<Class>, submitted: bool, deadline: Option<Instant> },
+    Running { started: Instant, slot: Option<Class>, submitted: bool, deadline: Option<Instant> },
     /// The certificate is issued, and waits until peers with slow clocks accept it.
     Settling(Instant),
 }
@@ -63,10 +63,17 @@ pub(super) struct Job {
     pub(super) retired: bool,
     pub(super) in_use: Option<InUse>,
     pub(super) issued: Option<InUse>,
+    /// The phase of the latest order.
     pub(super) phase: Phase,
+    /// The starts of the orders that were set aside, the oldest first.
+    pub(super) aside: Vec<Instant>,
+    /// The place in the queue, from the time at which the order was first due to its start.
+    pub(super) place: Option<u64>,
     pub(super) failures: u32,
     pub(super) swift_retries: u32,
     pub(super) not_before: Option<Instant>,
+    /// Whether `not_before` is a backoff: the upstream has named no time.
+    pub(super) backs_off: bool,
     pub(super) by_clock: bool,
     pub(super) forget_at: Option<Instant>,
     pub(super) idle_since: Option<Instant>,
@@ -94,7 +101,7 @@ pub(super) fn due_for_a_client(job: &Job, now: Now) -> Option<SystemTime> {
 /// Whether the entry is kept after the retention, because of a pending order or of a wait after a failure.
 pub(super) fn lingers(job: &Job, now: Now) -> bool {
     let waits = job.failures > 0 && job.not_before.is_some_and(|at| at > now.mono);
-    let is_busy = waits || matches!(job.phase, Phase::Running { .. } | Phase::Settling(_));
+    let is_busy = waits || !job.aside.is_empty() || matches!(job.phase, Phase::Running { .. } | Phase::Settling(_));
     is_busy && job.idle_since.is_some_and(|since| now.mono < since + LINGER)
 }
 
@@ -108,7 +115,7 @@ pub(super) fn end(job: &Job) -> Option<SystemTime> {
 }
 
 /// Returns the time from which the job is [`Class::Ending`].
-fn ending_at(job: &Job) -> Option<SystemTime> {
+pub(super) fn ending_at(job: &Job) -> Option<SystemTime> {
     match (&job.in_use, job.demand) {
         (Some(certificate), _) => Some(certificate.ending_at()),
         // The beginning of a held certificate is unknown. The estimate assumes that half of the lifetime is left at the renewal.

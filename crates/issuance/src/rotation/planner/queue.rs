@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use tokio::time::Instant;
 
-use super::{Class, Id, job::Rank};
+use super::{Class, Id, aside::Turns, job::Rank};
 
 /// Maximum number of orders in progress at one issuer. Parked orders do not count.
 pub const SLOTS: usize = 8;
@@ -31,12 +31,18 @@ pub(super) struct Queue {
     pub(super) waiting: [BTreeSet<(Rank, Id)>; 3],
     /// Slots in use, by class.
     pub(super) used: [usize; 3],
-    /// Orders that are pending at the upstream and occupy no slot.
+    /// Orders that are pending at the upstream and occupy no slot, those that were set aside included.
     pub(super) parked: usize,
     /// Time at which the upstream last answered, or at which the first of the parked orders was parked.
     pub(super) last_answer: Option<Instant>,
     /// Time at which an order was last started.
     pub(super) started: Option<Instant>,
+    /// The orders that start beside pending ones.
+    pub(super) turns: Turns,
+    /// Whether an order has failed since the last certificate.
+    pub(super) is_failing: bool,
+    /// Time of the last certificate that ended an outage.
+    pub(super) recovered: Option<Instant>,
 }
 
 impl Queue {

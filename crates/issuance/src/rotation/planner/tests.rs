@@ -2,7 +2,10 @@ use std::time::UNIX_EPOCH;
 
 use super::*;
 
+mod properties;
+mod requests;
 mod silence;
+mod waits;
 
 const DAY: u64 = 86_400;
 const RETENTION: Duration = Duration::from_secs(300);
@@ -384,111 +387,4 @@ fn nothing_is_left_to_spin_on() {
         wall.is_none_or(|at| at > b.now.wall) && mono.is_none_or(|at| at > b.now.mono),
         "a due job without a slot does not wake the driver"
     );
-}
-
-mod properties {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    #[derive(Debug, Clone)]
-    enum Step {
-        Want(Id),
-        Hold(Id, u64, u64),
-        Idle(Id),
-        Pass(u32),
-        Jump(i32),
-        Submit(usize),
-        Issue(usize, u64),
-        Fail(usize, u8),
-        Expedite(Id),
-    }
-
-    fn step() -> impl Strategy<Value = Step> {
-        prop_oneof![
-            (0..12u64).prop_map(Step::Want),
-            (0..12u64, 1..500u64, 1..500u64).prop_map(|(id, a, b)| Step::Hold(id, a, a + b)),
-            (0..12u64).prop_map(Step::Idle),
-            (0..400u32).prop_map(Step::Pass),
-            (-5000..5000i32).prop_map(Step::Jump),
-            (0..12usize).prop_map(Step::Submit),
-            (0..12usize, 10..2000u64).prop_map(|(i, life)| Step::Issue(i, life)),
-            (0..12usize, 0..4u8).prop_map(|(i, r)| Step::Fail(i, r)),
-            (0..12u64).prop_map(Step::Expedite),
-        ]
-    }
-
-    proptest! {
-        /// After any sequence of steps, an entry has one order at a time, slots are neither exceeded nor leaked, and the driver is not
-        /// woken without need. When every order is answered, every entry with a subscriber has a certificate.
-        #[test]
-        fn orders_are_single_bounded_and_in_the_end_served(steps in prop::collection::vec(step(), 1..150)) {
-            let mut b = Bench::new();
-            let mut running: Vec<Id> = Vec::new();
-            let mut subscribed: std::collections::BTreeSet<Id> = Default::default();
-            let run = |b: &mut Bench, running: &mut Vec<Id>| -> Result<(), TestCaseError> {
-                for _ in 0..1000 {
-                    let Some(action) = b.planner.poll(b.now) else { break };
-                    match action {
-                        Action::Start(id) => {
-                            prop_assert!(!running.contains(&id), "two orders for {id}");
-                            running.push(id);
-                        }
-                        Action::Abandon(id) => {
-                            running.retain(|r| *r != id);
-                            b.planner.failed(b.now, id, Retry::Backoff, false);
-                        }
-                        Action::Forget(id) => {
-                            running.retain(|r| *r != id);
-                            b.planner.forgotten(id);
-                        }
-                        Action::Publish(_) => {}
-                    }
-                }
-                prop_assert_eq!(b.planner.poll(b.now), None, "the planner spins");
-                let (wall, mono) = b.planner.next_wake();
-                prop_assert!(wall.is_none_or(|at| at > b.now.wall) && mono.is_none_or(|at| at > b.now.mono));
-                for queue in b.planner.queues.values() {
-                    prop_assert!(queue.used.iter().sum::<usize>() <= SLOTS);
-                    prop_assert!(queue.used[1] + queue.used[2] <= SLOTS - RESERVED);
-                }
-                Ok(())
-            };
-            for step in steps {
-                match step {
-                    Step::Want(id) => { b.want(id); subscribed.insert(id); }
-                    Step::Hold(id, a, z) => { if !subscribed.contains(&id) { b.hold(id, a, z); subscribed.insert(id); } }
-                    Step::Idle(id) => { b.planner.idle(b.now, id); subscribed.remove(&id); }
-                    Step::Pass(s) => b.pass(f64::from(s)),
-                    Step::Jump(s) => {
-                        let by = Duration::from_secs(u64::from(s.unsigned_abs()));
-                        b.now.wall = if s < 0 { b.now.wall - by } else { b.now.wall + by };
-                        b.planner.clock_stepped(b.now);
-                    }
-                    Step::Submit(i) => if let Some(id) = running.get(i) { b.planner.submitted(b.now, *id); },
-                    Step::Issue(i, life) => if i < running.len() { let id = running.remove(i); b.issued(id, life); },
-                    Step::Fail(i, r) => if i < running.len() {
-                        let id = running.remove(i);
-                        let retry = [Retry::Now, Retry::Backoff, Retry::After(Duration::from_secs(300)), Retry::Configuration][usize::from(r)];
-                        b.planner.failed(b.now, id, retry, r == 1);
-                    },
-                    Step::Expedite(id) => { let now = b.now; b.planner.expedite(now, id, now.wall); }
-                }
-                run(&mut b, &mut running)?;
-            }
-            // From here on, every order succeeds.
-            for _ in 0..200 {
-                for id in std::mem::take(&mut running) { b.issued(id, 100_000); }
-                b.pass(20.0);
-                run(&mut b, &mut running)?;
-            }
-            for id in std::mem::take(&mut running) { b.issued(id, 100_000); }
-            run(&mut b, &mut running)?;
-            for id in subscribed {
-                let job = &b.planner.jobs[&id];
-                let held = matches!(job.demand, Some(Demand::Held { renew_at, .. }) if renew_at > b.now.wall);
-                prop_assert!(held || job.in_use.is_some_and(|c| c.validity.is_live(b.now.wall)), "{id} has nothing: {job:?}");
-            }
-        }
-    }
 }

@@ -28,7 +28,8 @@ fn an_unresponsive_issuer_is_probed_once_a_minute_until_it_answers() {
     assert!((MAX_PARKED..=2 * MAX_PARKED).contains(&first), "{first} in two minutes");
     assert_eq!(unanswered(&mut b, 3600), 60, "one a minute");
     assert_eq!(b.planner.unresponsive(b.now).collect::<Vec<_>>(), [&b.issuer]);
-    assert_eq!(b.planner.parked() + b.planner.queued(Class::Waiting), 1000, "no order is lost");
+    assert!(b.planner.set_aside() > 0, "after 15 min, another order waits beside a pending one");
+    assert_eq!(b.planner.parked() - b.planner.set_aside() + b.planner.queued(Class::Waiting), 1000, "no order is lost");
     assert_eq!(unanswered(&mut b, 11), 1);
     let (_, wake) = b.planner.next_wake();
     assert!(wake.is_some_and(|at| at > b.now.mono && at <= b.now.mono + PROBE_INTERVAL), "and the driver does not wake before");
@@ -41,10 +42,10 @@ fn an_unresponsive_issuer_is_probed_once_a_minute_until_it_answers() {
     assert_eq!(b.starts(), (5000..5006).collect::<Vec<_>>());
 
     // One answer is enough, and a refusal is an answer.
-    b.planner.failed(b.now, 0, Retry::Backoff, false);
+    b.planner.aside_failed(b.now, 0, 0);
     assert_eq!(b.planner.unresponsive(b.now).count(), 0);
     assert_eq!(b.starts().len(), SLOTS - RESERVED);
-    for id in 1..1000 {
+    for id in 0..1000 {
         b.issued(id, 3600);
     }
     assert_eq!(b.planner.parked(), 0);
