@@ -99,7 +99,7 @@ fn parts(c: &mut Criterion) {
     c.bench_function("encode, again", |b| {
         b.iter(|| {
             let resource = secret::certificate(&svid, Variant::Sotw, "default");
-            secret::response(Variant::Sotw, svid.version(), "", [resource])
+            secret::response(Variant::Sotw, svid.version(), "", [resource], &[])
         });
     });
 }

@@ -11,6 +11,7 @@ mod log;
 mod outages;
 mod subscriptions;
 mod swaps;
+mod wildcards;
 
 use std::{
     sync::Arc,

@@ -6,7 +6,7 @@
 use std::{
     fmt, io,
     os::fd::OwnedFd,
-    sync::Arc,
+    sync::{Arc, Weak},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -19,7 +19,7 @@ use nix::{
     },
 };
 use parking_lot::Mutex;
-use tokio::{sync::watch, time::Instant};
+use tokio::{io::unix::AsyncFd, sync::watch, time::Instant};
 use unix_peer::fd;
 
 /// Target of this module's log lines.
@@ -62,7 +62,7 @@ pub fn since_rfc3339(text: &str, now: SystemTime) -> Option<Duration> {
     Some(now.duration_since(humantime::parse_rfc3339(text).ok()?).unwrap_or_default())
 }
 
-/// The machine's clock. Waits use a `timerfd`, which the kernel cancels when the clock is set.
+/// The machine's clock. All waits of the process share one `timerfd`, which the kernel cancels when the clock is set.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct SystemClock;
 
@@ -80,7 +80,7 @@ impl Clock for SystemClock {
             let bound = tokio::time::sleep(wait.min(MAX_SLEEP));
             tokio::select! {
                 () = bound => {}
-                result = stepped(until) => if let Err(error) = result {
+                result = stepped() => if let Err(error) = result {
                     // Without a timer, this sleep still wakes the waiter.
                     tracing::warn!(target: LOG_TARGET, %error, "cannot watch the clock for steps; checking the time once a minute instead");
                     tokio::time::sleep(wait.min(MAX_SLEEP)).await;
@@ -90,23 +90,54 @@ impl Clock for SystemClock {
     }
 }
 
-/// Waits until the clock reaches `until` or is set.
-async fn stepped(until: SystemTime) -> io::Result<()> {
-    let timer = TimerFd::new(ClockId::CLOCK_REALTIME, TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC)?;
-    let since_epoch = until.duration_since(UNIX_EPOCH).unwrap_or_default();
-    let flags = TimerSetTimeFlags::TFD_TIMER_ABSTIME | TimerSetTimeFlags::TFD_TIMER_CANCEL_ON_SET;
-    timer.set(Expiration::OneShot(TimeSpec::from_duration(since_epoch)), flags)?;
-    let timer = fd::watched(OwnedFd::from(timer))?;
-    loop {
-        let mut ready = timer.readable().await?;
-        // ECANCELED: the clock was set. EAGAIN: a spurious wake-up.
-        let mut count = [0; 8];
-        match nix::unistd::read(timer.get_ref(), &mut count) {
-            Ok(_) | Err(Errno::ECANCELED) => return Ok(()),
-            Err(Errno::EAGAIN) => ready.clear_ready(),
-            Err(error) => return Err(error.into()),
+/// A timer that the kernel cancels when the clock is set. It never fires otherwise.
+#[derive(Debug)]
+struct StepTimer(AsyncFd<OwnedFd>);
+
+/// The timer that the sleepers share, because each costs a descriptor. It ends with the last of them, or with a step of the clock.
+static STEP_TIMER: Mutex<Weak<StepTimer>> = Mutex::new(Weak::new());
+
+impl StepTimer {
+    fn new() -> io::Result<Self> {
+        // The year 2106: the latest time that every kernel accepts.
+        const NEVER: Duration = Duration::from_secs(u32::MAX as u64);
+        let timer = TimerFd::new(ClockId::CLOCK_REALTIME, TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC)?;
+        let flags = TimerSetTimeFlags::TFD_TIMER_ABSTIME | TimerSetTimeFlags::TFD_TIMER_CANCEL_ON_SET;
+        let set = || timer.set(Expiration::OneShot(TimeSpec::from_duration(NEVER)), flags);
+        // ECANCELED: the clock was set in this moment.
+        match set() {
+            Err(Errno::ECANCELED) => set()?,
+            result => result?,
+        }
+        Ok(Self(fd::watched(OwnedFd::from(timer))?))
+    }
+
+    fn shared() -> io::Result<Arc<Self>> {
+        let mut current = STEP_TIMER.lock();
+        if let Some(timer) = current.upgrade() {
+            return Ok(timer);
+        }
+        let timer = Arc::new(Self::new()?);
+        *current = Arc::downgrade(&timer);
+        Ok(timer)
+    }
+
+    /// The next sleeper makes another timer.
+    fn retire(self: &Arc<Self>) {
+        let mut current = STEP_TIMER.lock();
+        if current.ptr_eq(&Arc::downgrade(self)) {
+            *current = Weak::new();
         }
     }
+}
+
+/// Waits until the clock is set.
+async fn stepped() -> io::Result<()> {
+    let timer = StepTimer::shared()?;
+    // The timer stays readable, so that every sleeper wakes.
+    let result = timer.0.readable().await.map(|mut ready| ready.retain_ready());
+    timer.retire();
+    result
 }
 
 /// A clock for tests: a base, plus tokio's elapsed (pausable) time, plus an offset that a test may step.
@@ -161,6 +192,28 @@ mod tests {
         let until = clock.now() + Duration::from_millis(50);
         clock.sleep_until(until).await;
         assert!(clock.now() >= until - Duration::from_millis(2));
+    }
+
+    #[tokio::test]
+    async fn all_sleepers_share_one_timer() {
+        let far = SystemClock.now() + Duration::from_secs(3600);
+        let timers = || {
+            let descriptors = std::fs::read_dir("/proc/self/fd").unwrap();
+            let links = descriptors.filter_map(|entry| std::fs::read_link(entry.unwrap().path()).ok());
+            links.filter(|link| link.to_string_lossy().contains("timerfd")).count()
+        };
+        let mut sleepers: Vec<_> = (0..200).map(|_| SystemClock.sleep_until(far)).collect();
+        for sleeper in &mut sleepers {
+            assert!(futures::poll!(sleeper).is_pending());
+        }
+        // Other tests of this process may sleep too, each in a runtime of its own.
+        assert!((1..=4).contains(&timers()), "{} timers", timers());
+        drop(sleepers);
+
+        // A timer that has reported a step is used no longer.
+        let before = StepTimer::shared().unwrap();
+        before.retire();
+        assert!(!Arc::ptr_eq(&before, &StepTimer::shared().unwrap()));
     }
 
     #[tokio::test(start_paused = true)]

@@ -151,8 +151,10 @@ pub async fn run(parts: Parts, shutdown: CancellationToken) {
     let mut wall_sleep = clock.sleep_until(wall_at);
     loop {
         let (wall, mono) = rotation.advance();
-        // One day stands for "never". The clock wakes the task every minute in any case.
-        let wall = wall.unwrap_or(wall_at.max(rotation.last_seen.wall + Duration::from_secs(86_400)));
+        // Without a planned time, the present timer stays if it is in the future, because a new one for each event has a cost. One day
+        // stands for "never". The clock wakes the task every minute in any case.
+        let now = rotation.last_seen.wall;
+        let wall = wall.unwrap_or(if wall_at > now { wall_at } else { now + Duration::from_secs(86_400) });
         if wall != wall_at {
             (wall_at, wall_sleep) = (wall, clock.sleep_until(wall));
         }
@@ -329,7 +331,7 @@ impl Rotation {
                 self.planner.retire(now, id, true);
             }
         }
-        self.look_for_a_chain();
+        self.look_for_a_chain([id]);
         // The subscriber may have left, or another one may have come: the state of the entry counts, not the event.
         if !is_leased {
             self.planner.idle(now, id);

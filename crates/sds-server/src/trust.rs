@@ -11,7 +11,7 @@ use std::{
     time::SystemTime,
 };
 
-use agent_runtime::clock;
+use agent_runtime::clock::{self, Clock, SystemClock};
 use aws_lc_rs::digest;
 use parking_lot::{Mutex, MutexGuard};
 use prometheus_client::{
@@ -114,6 +114,7 @@ struct Inner {
     offers: Mutex<Offers>,
     set: watch::Sender<Arc<BundleSet>>,
     metrics: Metrics,
+    clock: Arc<dyn Clock>,
 }
 
 /// The input for the bundles.
@@ -126,6 +127,8 @@ struct Offers {
     intermediates: HashMap<CertificateDer<'static>, SystemTime>,
     /// The last logged reason for withholding revocation lists, by domain.
     withheld: BTreeMap<Option<TrustDomain>, String>,
+    /// The time after which an authority of the own domain has expired and needs no revocation list. `None` if there are no lists.
+    refit_at: Option<SystemTime>,
 }
 
 #[derive(Debug)]
@@ -144,9 +147,14 @@ pub struct Source {
 }
 
 impl Trust {
-    /// Without sources and bundles.
+    /// Without sources and bundles, by the machine's clock.
     pub fn new(metrics: Metrics) -> Self {
-        Self(Arc::new(Inner { offers: Mutex::default(), set: watch::Sender::new(Arc::default()), metrics }))
+        Self::with_clock(metrics, Arc::new(SystemClock))
+    }
+
+    /// Without sources and bundles. `clock` decides which authorities have expired.
+    pub fn with_clock(metrics: Metrics, clock: Arc<dyn Clock>) -> Self {
+        Self(Arc::new(Inner { offers: Mutex::default(), set: watch::Sender::new(Arc::default()), metrics, clock }))
     }
 
     /// Returns a receiver for the current bundles and their changes.
@@ -166,15 +174,17 @@ impl Trust {
     }
 
     /// Records the intermediates of an issued chain of the own domain. A revocation list is required for each, until the certificates that
-    /// it has signed expire. The intermediates from before a restart are not known, so that lists are withheld until the first chain.
+    /// it has signed expire. The intermediates from before a restart are not known, so that lists are withheld until the first chain. Each
+    /// call also notices that an authority has expired since the lists were last compared.
     pub fn met(&self, chain: &CertificateChain, now: SystemTime) {
         let intermediates = chain.certificates().get(1..).unwrap_or_default();
         let mut offers = self.offers();
         let first = !std::mem::replace(&mut offers.has_met, true);
+        let has_expired = offers.refit_at.is_some_and(|at| at < self.0.clock.now());
         let known = &mut offers.intermediates;
         let before = known.len();
         known.retain(|_, until| *until > now);
-        let mut changed = first || known.len() != before;
+        let mut changed = first || has_expired || known.len() != before;
         for authority in intermediates {
             let room = known.len() < MAX_INTERMEDIATES;
             match known.get_mut(authority) {
@@ -196,7 +206,9 @@ impl Trust {
     }
 
     fn publish(&self, offers: &mut Offers) {
-        let Offers { slots, has_met, intermediates, withheld } = offers;
+        let Offers { slots, has_met, intermediates, withheld, refit_at } = offers;
+        let now = self.0.clock.now();
+        *refit_at = None;
         let mut domains: BTreeMap<Option<TrustDomain>, (Vec<_>, Vec<_>)> = BTreeMap::new();
         for slot in slots {
             let (roots, crls) = domains.entry(slot.domain.clone()).or_default();
@@ -215,7 +227,11 @@ impl Trust {
                 _ if crls.is_empty() => Ok(Vec::new()),
                 Some(domain) => Err(format!("the lists are of {domain}, and its signing authorities are not known here")),
                 None if !*has_met => Err(FIRST_CHAIN.to_owned()),
-                None => crl::fit(roots.roots().iter().chain(below.iter().copied()), &crls),
+                None => {
+                    let authorities = || roots.roots().iter().chain(below.iter().copied());
+                    *refit_at = crl::next_expiry(authorities(), now);
+                    crl::fit(authorities(), &crls, now)
+                }
             };
             next.wants_chain |= fitting.as_ref().is_err_and(|why| why == FIRST_CHAIN);
             let crls = match fitting {
@@ -443,131 +459,4 @@ fn seconds(at: SystemTime) -> i64 {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::{crl::samples::Authority, *};
-
-    fn pem(name: &str) -> Vec<u8> {
-        let key = rcgen::KeyPair::generate().unwrap();
-        let mut params = rcgen::CertificateParams::new(Vec::new()).unwrap();
-        params.distinguished_name.push(rcgen::DnType::CommonName, name);
-        params.self_signed(&key).unwrap().pem().into_bytes()
-    }
-
-    #[test]
-    fn a_bad_offer_never_replaces_a_good_bundle() {
-        let trust = Trust::new(Metrics::default());
-        let source = trust.source(None, "file a");
-        let mut watcher = trust.subscribe();
-        source.offer(&pem("a")).unwrap();
-        let good = watcher.borrow_and_update().own.clone().unwrap();
-
-        for bad in [&b""[..], b"garbage", b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"] {
-            let refused = source.offer(bad).unwrap_err();
-            assert!(refused.to_string().starts_with("trust bundle from file a "), "{refused}");
-        }
-        source.missing("the file was removed");
-        assert!(!watcher.has_changed().unwrap());
-        assert!(Arc::ptr_eq(&good, watcher.borrow().own.as_ref().unwrap()));
-        assert_eq!(trust.0.metrics.refused.get_or_create(&source.label()).get(), 4);
-    }
-
-    #[test]
-    fn sources_of_a_domain_are_joined_and_equal_content_wakes_nobody() {
-        let trust = Trust::new(Metrics::default());
-        let (first, second) = (trust.source(None, "a"), trust.source(None, "b"));
-        let (a, b) = (pem("a"), pem("b"));
-        let mut watcher = trust.subscribe();
-        second.offer(&b).unwrap();
-        first.offer(&a).unwrap();
-        let set = watcher.borrow_and_update().clone();
-        assert_eq!(set.own.as_ref().unwrap().roots, TrustBundle::from_pem(&[a.clone(), b].concat()).unwrap());
-        first.offer(&a).unwrap();
-        assert!(!watcher.has_changed().unwrap());
-    }
-
-    fn chain(certificates: &[&Authority]) -> CertificateChain {
-        let pem: String = certificates.iter().map(|authority| authority.certificate.pem()).collect();
-        CertificateChain::from_pem(pem.as_bytes()).unwrap()
-    }
-
-    #[test]
-    fn another_domains_lists_are_not_served() {
-        let trust = Trust::new(Metrics::default());
-        let (partner, a) = (TrustDomain::new("partner.example").unwrap(), Authority::new("a"));
-        trust.source(Some(partner.clone()), "partner").offer([a.certificate.pem(), a.list(1, 0)].concat().as_bytes()).unwrap();
-        trust.met(&chain(&[&a]), SystemTime::now());
-        let set = trust.subscribe().borrow().clone();
-        assert!(set.federated[&partner].crls().is_empty() && !set.wants_chain);
-    }
-
-    #[test]
-    fn crls_are_served_only_when_every_root_has_one() {
-        let metrics = Metrics::default();
-        let trust = Trust::new(metrics.clone());
-        let (roots, crls) = (trust.source(None, "roots"), trust.source(None, "lists"));
-        let (a, b) = (Authority::new("a"), Authority::new("b"));
-        let own = || trust.subscribe().borrow().own.clone().unwrap();
-        let counts = || [State::served, State::withheld].map(|state| metrics.crls.get_or_create(&Standing { state }).get());
-        // Revocation lists without roots wait for roots, and for an issued chain.
-        crls.offer(a.list(1, 0).as_bytes()).unwrap();
-        assert!(trust.subscribe().borrow().own.is_none());
-        roots.offer(a.certificate.pem().as_bytes()).unwrap();
-        assert!(own().crls().is_empty() && trust.subscribe().borrow().wants_chain);
-        trust.met(&chain(&[&b]), SystemTime::now());
-        assert!(!trust.subscribe().borrow().wants_chain);
-        assert!(own().crls_pem().is_some_and(|pem| pem.starts_with(b"-----BEGIN X509 CRL-----")));
-        assert_eq!((own().crls()[0].revoked, counts()), (1, [1, 0]));
-        assert_ne!(own().version(), own().roots.version(), "other content has another version");
-
-        for bad in [&b""[..], b"garbage", b"-----BEGIN X509 CRL-----\nAAAA\n-----END X509 CRL-----\n"] {
-            crls.offer(bad).unwrap_err();
-        }
-        assert_eq!(own().crls().len(), 1);
-        // The second root has no list: clients would reject all its peers.
-        roots.offer([a.certificate.pem(), b.certificate.pem()].concat().as_bytes()).unwrap();
-        assert_eq!((own().crls().len(), own().roots.roots().len(), counts()), (0, 2, [0, 1]));
-        assert_eq!(own().version(), own().roots.version());
-        crls.offer([a.list(1, 0), b.list(0, 0)].concat().as_bytes()).unwrap();
-        assert_eq!((own().crls().len(), counts()), (2, [2, 0]));
-        assert!(metrics.next_update.get_or_create(&crls.label()).get() > metrics.this_update.get_or_create(&crls.label()).get());
-
-        // An offer of lists alone removes no root, and an offer of roots alone removes no list.
-        roots.offer(a.list(3, 0).as_bytes()).unwrap();
-        assert_eq!(own().roots.roots().len(), 2);
-        roots.offer([a.certificate.pem(), b.certificate.pem()].concat().as_bytes()).unwrap();
-        assert_eq!(own().crls().len(), 2);
-    }
-
-    #[test]
-    fn an_authority_below_a_root_needs_a_list_while_its_certificates_live() {
-        let trust = Trust::new(Metrics::default());
-        let (root, below) = (Authority::new("root"), Authority::new("below"));
-        trust.source(None, "all").offer([root.certificate.pem(), root.list(0, 0)].concat().as_bytes()).unwrap();
-        let served = || trust.subscribe().borrow().own.as_ref().unwrap().crls().len();
-        let leaf = Authority::new("leaf");
-        let now = SystemTime::now();
-        trust.met(&chain(&[&leaf]), now);
-        assert_eq!(served(), 1);
-        let deep = chain(&[&leaf, &below]);
-        trust.met(&deep, now);
-        assert_eq!(served(), 0, "no client would accept a certificate of the intermediate");
-        trust.source(None, "below").offer(below.list(0, 0).as_bytes()).unwrap();
-        assert_eq!(served(), 2);
-        // The last certificate of the intermediate has expired.
-        let later = deep.validity.not_after + std::time::Duration::from_secs(1);
-        trust.met(&chain(&[&leaf, &root]), later);
-        assert_eq!(trust.offers().intermediates.len(), 1);
-    }
-
-    #[test]
-    fn domains_are_kept_apart() {
-        let trust = Trust::new(Metrics::default());
-        let partner = TrustDomain::new("partner.example").unwrap();
-        trust.source(None, "own").offer(&pem("a")).unwrap();
-        let own = trust.subscribe().borrow().own.clone().unwrap();
-        trust.source(Some(partner.clone()), "partner").offer(&pem("b")).unwrap();
-        let set = trust.subscribe().borrow().clone();
-        assert!(Arc::ptr_eq(&own, set.own.as_ref().unwrap()), "a change of another domain does not replace the own bundle");
-        assert!(set.federated.contains_key(&partner));
-    }
-}
+mod tests;

@@ -54,6 +54,8 @@ pub struct Reply {
     pub version: String,
     pub nonce: String,
     pub resources: Vec<Resource>,
+    /// Delta only: the names of removed resources.
+    pub removed: Vec<String>,
 }
 
 impl Reply {
@@ -78,14 +80,14 @@ impl Reply {
                 let response = DiscoveryResponse::decode(message).unwrap();
                 assert_eq!(response.type_url, TYPE_URL);
                 let resources = response.resources.iter().map(|any| resource(any, None)).collect();
-                Self { version: response.version_info, nonce: response.nonce, resources }
+                Self { version: response.version_info, nonce: response.nonce, resources, removed: Vec::new() }
             }
             Variant::Delta => {
                 let response = DeltaDiscoveryResponse::decode(message).unwrap();
-                assert_eq!((&*response.type_url, response.removed_resources.len()), (TYPE_URL, 0));
+                assert_eq!(response.type_url, TYPE_URL);
                 let resources =
                     response.resources.iter().map(|r| resource(r.resource.as_ref().unwrap(), Some((&r.name, &r.version)))).collect();
-                Self { version: String::new(), nonce: response.nonce, resources }
+                Self { version: String::new(), nonce: response.nonce, resources, removed: response.removed_resources }
             }
         }
     }

@@ -23,14 +23,15 @@ impl Rotation {
         })
     }
 
-    /// If revocation lists wait for a chain, renews one certificate that a client holds from before a restart of the agent: the earlier
-    /// process knew its chain, and this one does not. Done once, because every issued certificate shows its chain.
-    pub(super) fn look_for_a_chain(&mut self) {
+    /// If revocation lists wait for a chain, renews one of `entries` whose certificate a client holds from before a restart of the agent:
+    /// the earlier process knew its chain, and this one does not. Done once, because every issued certificate shows its chain.
+    pub(super) fn look_for_a_chain(&mut self, entries: impl IntoIterator<Item = Id>) {
         if self.has_looked || !self.parts.trust.borrow().wants_chain {
             return;
         }
-        let Some((id, entry)) = self.entries.iter().find(|(_, entry)| entry.is_leased() && entry.is_held()) else { return };
-        let (id, entry, now) = (*id, entry.clone(), self.now());
+        let held = |id| self.entries.get(&id).filter(|entry| entry.is_leased() && entry.is_held()).map(|entry| (id, entry.clone()));
+        let Some((id, entry)) = entries.into_iter().find_map(held) else { return };
+        let now = self.now();
         info!(target: LOG_TARGET, identity = %entry.identity, "renewed early: revocation lists wait for a chain");
         self.bring_forward(now, id, &entry, now.wall);
         self.has_looked = true;
@@ -70,7 +71,7 @@ impl Rotation {
                 Err(_) => drop(self.awaiting_anchor.insert(id, issued)),
             }
         }
-        self.look_for_a_chain();
+        self.look_for_a_chain(self.entries.keys().copied().collect::<Vec<_>>());
     }
 }
 

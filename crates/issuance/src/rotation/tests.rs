@@ -1,6 +1,7 @@
 //! The real rotation task on paused time, with a scripted issuer.
 
 mod bench;
+mod costs;
 mod fetches;
 mod outages;
 mod plans;

@@ -62,6 +62,7 @@ mod tag {
     pub(super) const RESPONSE_RESOURCES: u32 = 2;
     pub(super) const RESPONSE_TYPE_URL: u32 = 4;
     pub(super) const RESPONSE_NONCE: u32 = 5;
+    pub(super) const RESPONSE_REMOVED_RESOURCES: u32 = 6;
     pub(super) const RESOURCE_VERSION: u32 = 1;
     pub(super) const RESOURCE_ANY: u32 = 2;
     pub(super) const RESOURCE_NAME: u32 = 3;
@@ -124,8 +125,14 @@ fn resource(variant: Variant, name: &str, version: &str, secret: Field<'_>) -> Z
 }
 
 /// Returns a whole message: prefix, head and resources. `version` is the version of a SotW response; delta ignores it. `nonce` is empty for
-/// a unary response.
-pub fn response(variant: Variant, version: &str, nonce: &str, resources: impl IntoIterator<Item = Bytes>) -> VecDeque<Bytes> {
+/// a unary response. `removed` are the names of `removed_resources`; SotW has none.
+pub fn response(
+    variant: Variant,
+    version: &str,
+    nonce: &str,
+    resources: impl IntoIterator<Item = Bytes>,
+    removed: &[Box<str>],
+) -> VecDeque<Bytes> {
     let mut pieces: VecDeque<Bytes> = resources.into_iter().collect();
     let mut head = Vec::with_capacity(160);
     if variant == Variant::Sotw {
@@ -134,6 +141,9 @@ pub fn response(variant: Variant, version: &str, nonce: &str, resources: impl In
     Field::Bytes(tag::RESPONSE_TYPE_URL, TYPE_URL.as_bytes()).write(&mut head);
     if !nonce.is_empty() {
         Field::Bytes(tag::RESPONSE_NONCE, nonce.as_bytes()).write(&mut head);
+    }
+    for name in removed {
+        Field::Bytes(tag::RESPONSE_REMOVED_RESOURCES, name.as_bytes()).write(&mut head);
     }
     let rest = pieces.iter().map(Bytes::len).sum();
     pieces.push_front(grpc::head(&head, rest));
@@ -197,7 +207,8 @@ mod tests {
         let (svid, roots) = material();
         for variant in [Variant::Sotw, Variant::Delta] {
             let resources = [certificate(&svid, variant, "default"), bundle(&roots, variant, "ROOTCA")];
-            let message = join(response(variant, "v7", "12", resources));
+            let removed: &[Box<str>] = if variant == Variant::Delta { &["spiffe://td".into()] } else { &[] };
+            let message = join(response(variant, "v7", "12", resources, removed));
             let secrets = match variant {
                 Variant::Sotw => {
                     let response = DiscoveryResponse::decode(message).unwrap();
@@ -207,6 +218,7 @@ mod tests {
                 Variant::Delta => {
                     let response = DeltaDiscoveryResponse::decode(message).unwrap();
                     assert_eq!((&*response.nonce, &*response.type_url), ("12", TYPE_URL));
+                    assert_eq!(response.removed_resources, ["spiffe://td"]);
                     let versions: Vec<_> = response.resources.iter().map(|r| (r.name.clone(), r.version.clone())).collect();
                     assert_eq!(
                         versions,
@@ -234,7 +246,7 @@ mod tests {
         let roots = crate::material::TrustBundle::from_pem(authority.certificate.pem().as_bytes()).unwrap();
         let crls = crl::from_pem(authority.list(2, 0).as_bytes()).unwrap();
         let served = Bundle::new(roots, crls);
-        let message = join(response(Variant::Sotw, "v7", "12", [bundle(&served, Variant::Sotw, "ROOTCA")]));
+        let message = join(response(Variant::Sotw, "v7", "12", [bundle(&served, Variant::Sotw, "ROOTCA")], &[]));
         let secret = secret(&DiscoveryResponse::decode(message).unwrap().resources[0]);
         let Some(Type::ValidationContext(context)) = secret.r#type else { panic!("{secret:?}") };
         let Some(Specifier::InlineBytes(pem)) = context.crl.unwrap().specifier else { panic!("not inline") };

@@ -5,16 +5,19 @@
 //! versions, and sends it.
 //!
 //! It implements the [xDS protocol], sections "ACK/NACK and resource type instance version", "How the client specifies what resources to
-//! return" and "Resource updates". Where the protocol leaves a choice, these rules apply:
+//! return", "Resource updates" and "Unsubscribing from Resources". Where the protocol leaves a choice, these rules apply:
 //!
-//! - A request with `error_detail` is a NACK; versions are not compared. A rejected version is not sent again, a newer version is. The
-//!   names in a NACK are applied.
-//! - SotW: a request with a stale nonce is ignored, because the client will answer the newer response. A request without a nonce changes
-//!   the names and acknowledges nothing.
+//! - A request with `error_detail` is a NACK; versions are not compared. A rejected version is sent again only if the client subscribes to
+//!   the name again; a newer version is sent. The names in a NACK are applied.
+//! - SotW: a request with a stale nonce is ignored, because the client will answer the newer response. A request without a nonce, or with
+//!   the latest one after it was answered, changes the names and acknowledges nothing.
 //! - Delta: changes of names are always applied. The nonce only selects the response that is acknowledged.
-//! - An empty list in the first request of a stream, or the name `*`, is a wildcard. An empty list in a later SotW request unsubscribes
-//!   from all names.
-//! - An added name gets a response even if its version is old. A repeated name gets one only in delta.
+//! - The name `*` is a wildcard subscription, and so are empty lists if the stream has never named a resource: in SotW all requests so far,
+//!   in delta the first request. A name is watched while the client subscribes to it, or while the wildcard covers it.
+//! - A new subscription, to a name or to `*`, gets a response even if the versions are old and were sent before. A repeated one gets a
+//!   response only in delta.
+//! - Delta: if a client with a wildcard subscription ends the one to a name, the response has the resource if the wildcard covers it, and
+//!   otherwise the name in `removed_resources`. An unsubscription from a name that the client has not subscribed to is ignored.
 //!
 //! [xDS protocol]: https://www.envoyproxy.io/docs/envoy/latest/api-docs/xds_protocol
 
@@ -109,6 +112,10 @@ pub enum Received {
 pub struct Watch {
     /// The name, as the client sent it.
     pub name: Box<str>,
+    /// Whether the client subscribes to the name itself.
+    explicit: bool,
+    /// Whether the client's wildcard subscription covers the name.
+    covered: bool,
     /// The version that the client reported in the first request of the stream.
     pub client_reported: Option<Box<str>>,
     /// The version that was sent last.
@@ -119,7 +126,25 @@ pub struct Watch {
 
 impl Watch {
     fn new(name: &str, client_reported: Option<&str>) -> Self {
-        Self { name: name.into(), client_reported: client_reported.map(Into::into), sent: None, rejected: None }
+        let client_reported = client_reported.map(Into::into);
+        Self { name: name.into(), explicit: false, covered: false, client_reported, sent: None, rejected: None }
+    }
+
+    /// Adds the subscription to the name itself, or the wildcard subscription.
+    fn subscribe(&mut self, by: By) {
+        *self.flag(by) = true;
+    }
+
+    fn flag(&mut self, by: By) -> &mut bool {
+        match by {
+            By::Name => &mut self.explicit,
+            By::Wildcard => &mut self.covered,
+        }
+    }
+
+    /// The current version is sent, whichever was sent before.
+    fn renew(&mut self) {
+        (self.sent, self.client_reported, self.rejected) = (None, None, None);
     }
 
     /// Whether `version` is new for the client.
@@ -132,6 +157,13 @@ impl Watch {
     }
 }
 
+/// The subscription by which a client watches a name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum By {
+    Name,
+    Wildcard,
+}
+
 /// One response that the driver has to encode and send.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Due {
@@ -139,6 +171,8 @@ pub struct Due {
     pub nonce: u64,
     /// The names in the response, each with its current version.
     pub names: Vec<(Box<str>, Box<str>)>,
+    /// Delta: the names of `removed_resources`.
+    pub removed: Vec<Box<str>>,
 }
 
 /// The state of one stream.
@@ -148,15 +182,39 @@ pub struct StreamState {
     wildcard_names: [Box<str>; 2],
     limit: usize,
     started: bool,
+    /// Whether a request has named a resource or `*`. From then on, an empty list is not a wildcard.
+    has_named: bool,
+    /// Whether the client has a wildcard subscription.
+    wildcard: bool,
     watches: Vec<Watch>,
+    /// Delta: names for `removed_resources` of the next response.
+    removed: Vec<Box<str>>,
     last_nonce: u64,
-    outstanding: VecDeque<Due>,
+    outstanding: VecDeque<Sent>,
+}
+
+/// A response that the client has not answered.
+#[derive(Debug)]
+struct Sent {
+    nonce: u64,
+    names: Vec<(Box<str>, Box<str>)>,
 }
 
 impl StreamState {
     /// A stream without subscriptions. `wildcard_names` are the names that a wildcard stands for. `limit` is the maximum number of names.
     pub fn new(variant: Variant, wildcard_names: [Box<str>; 2], limit: usize) -> Self {
-        Self { variant, wildcard_names, limit, started: false, watches: Vec::new(), last_nonce: 0, outstanding: VecDeque::new() }
+        Self {
+            variant,
+            wildcard_names,
+            limit,
+            started: false,
+            has_named: false,
+            wildcard: false,
+            watches: Vec::new(),
+            removed: Vec::new(),
+            last_nonce: 0,
+            outstanding: VecDeque::new(),
+        }
     }
 
     /// The watched names, in the order of subscription.
@@ -200,48 +258,60 @@ impl StreamState {
         if nonce.is_empty() {
             return Received::Subscription;
         }
-        let Some(index) = nonce.parse().ok().and_then(|n: u64| self.outstanding.iter().position(|due| due.nonce == n)) else {
-            return match nonce.parse::<u64>() {
-                // The latest response is already answered: the request only changes the names.
-                Ok(n) if n == self.last_nonce && self.last_nonce > 0 && error.is_none() => Received::Subscription,
-                _ => Received::Stale,
-            };
+        let Ok(nonce) = nonce.parse::<u64>() else { return Received::Stale };
+        let Some(index) = self.outstanding.iter().position(|sent| sent.nonce == nonce) else {
+            // The latest response is already answered: the request only changes the names.
+            let is_latest = nonce == self.last_nonce && nonce > 0;
+            return if is_latest { Received::Subscription } else { Received::Stale };
         };
         let superseded = self.variant == Variant::Sotw && index + 1 != self.outstanding.len();
         if superseded {
             return Received::Stale;
         }
-        let Some(due) = self.outstanding.remove(index) else { return Received::Stale };
+        let Some(Sent { nonce, names }) = self.outstanding.remove(index) else { return Received::Stale };
         if self.variant == Variant::Sotw {
             self.outstanding.clear();
         }
-        let Some(error) = error else { return Received::Ack(due.nonce) };
-        for (name, version) in due.names {
-            // A late NACK of an older response does not replace the rejection of a newer version.
-            if let Some(watch) =
-                self.watches.iter_mut().find(|w| w.name == name && (w.rejected.is_none() || w.sent.as_ref() == Some(&version)))
-            {
+        let Some(error) = error else { return Received::Ack(nonce) };
+        for (name, version) in names {
+            let Some(watch) = self.watches.iter_mut().find(|watch| watch.name == name) else { continue };
+            // A late NACK of an older response neither replaces the rejection of a newer version, nor does it answer a later subscription.
+            if watch.sent.is_some() && (watch.rejected.is_none() || watch.sent.as_ref() == Some(&version)) {
                 watch.rejected = Some(version);
             }
         }
-        Received::Nack(due.nonce, error)
+        Received::Nack(nonce, error)
     }
 
     fn replace(&mut self, first: bool, names: &[String], version: &str) -> Result<(), Violation> {
         let client_reported = Some(version).filter(|v| first && !v.is_empty());
-        let names = if first && names.is_empty() { vec![WILDCARD.to_owned()] } else { names.to_vec() };
+        let legacy = [WILDCARD.to_owned()];
+        self.has_named |= !names.is_empty();
+        let names = if self.has_named { names } else { &legacy };
         let mut next: Vec<Watch> = Vec::new();
-        for name in self.expand(&names) {
-            if next.iter().any(|w| w.name == name) {
+        for (name, by) in self.expand(names) {
+            if let Some(watch) = next.iter_mut().find(|w| w.name == name) {
+                watch.subscribe(by);
                 continue;
             }
             // Checked before each name: a message has room for 100,000 names, and each is compared with all before it.
             if next.len() >= self.limit {
                 return Err(Violation::TooManyNames(self.limit));
             }
-            next.push(self.watches.iter().find(|w| w.name == name).cloned().unwrap_or_else(|| Watch::new(&name, client_reported)));
+            let former = self.watches.iter().find(|w| w.name == name);
+            let mut watch = former.map_or_else(|| Watch::new(&name, client_reported), Watch::clone);
+            (watch.explicit, watch.covered) = (false, false);
+            watch.subscribe(by);
+            next.push(watch);
         }
-        self.watches = next;
+        for watch in &mut next {
+            if let Some(former) = self.watches.iter().find(|w| w.name == watch.name)
+                && (watch.explicit && !former.explicit || watch.covered && !former.covered)
+            {
+                watch.renew();
+            }
+        }
+        (self.watches, self.wildcard) = (next, names.iter().any(|name| name == WILDCARD));
         Ok(())
     }
 
@@ -252,30 +322,62 @@ impl StreamState {
         unsubscribe: &[String],
         versions: &BTreeMap<String, String>,
     ) -> Result<(), Violation> {
-        for name in self.expand(unsubscribe) {
-            self.watches.retain(|w| w.name != name);
-        }
-        let wildcard = [WILDCARD.to_owned()];
-        let subscribe = if first && subscribe.is_empty() { &wildcard } else { subscribe };
-        for name in self.expand(subscribe) {
+        self.unsubscribe(unsubscribe);
+        let legacy = [WILDCARD.to_owned()];
+        let subscribe = if first && subscribe.is_empty() && unsubscribe.is_empty() { &legacy } else { subscribe };
+        let before = self.watches.len();
+        for (name, by) in self.expand(subscribe) {
+            self.wildcard |= by == By::Wildcard;
+            self.removed.retain(|removed| *removed != name);
             let full = self.watches.len() >= self.limit;
-            match self.watches.iter_mut().find(|w| w.name == name) {
-                // Delta: a repeated subscription requests the resource again, for a client that has dropped it.
-                Some(watch) => (watch.sent, watch.client_reported) = (None, None),
+            match self.watches.iter_mut().position(|w| w.name == name) {
+                Some(index) => {
+                    let watch = &mut self.watches[index];
+                    watch.subscribe(by);
+                    // A repeated subscription requests the resource again, for a client that has dropped it.
+                    if index < before {
+                        watch.renew();
+                    }
+                }
                 None if full => return Err(Violation::TooManyNames(self.limit)),
                 None => {
                     let client_reported = versions.get(&*name).map(String::as_str).filter(|v| first && !v.is_empty());
-                    self.watches.push(Watch::new(&name, client_reported));
+                    let mut watch = Watch::new(&name, client_reported);
+                    watch.subscribe(by);
+                    self.watches.push(watch);
                 }
             }
         }
         Ok(())
     }
 
-    fn expand(&self, names: &[String]) -> Vec<Box<str>> {
+    fn unsubscribe(&mut self, names: &[String]) {
+        if names.iter().any(|name| name == WILDCARD) {
+            self.wildcard = false;
+            self.watches.iter_mut().for_each(|watch| watch.covered = false);
+        }
+        for name in names {
+            let Some(watch) = self.watches.iter_mut().find(|watch| *watch.name == **name && watch.explicit) else { continue };
+            watch.explicit = false;
+            if watch.covered {
+                // The client does not know whether the wildcard covers the name.
+                watch.renew();
+            } else if self.wildcard {
+                self.removed.push(watch.name.clone());
+            }
+        }
+        self.watches.retain(|watch| watch.explicit || watch.covered);
+    }
+
+    /// The names of a request, with those that the wildcard covers in the place of `*`.
+    fn expand(&self, names: &[String]) -> Vec<(Box<str>, By)> {
         let mut out = Vec::with_capacity(names.len());
         for name in names {
-            if name == WILDCARD { out.extend(self.wildcard_names.iter().cloned()) } else { out.push(name.as_str().into()) }
+            if name == WILDCARD {
+                out.extend(self.wildcard_names.iter().cloned().map(|name| (name, By::Wildcard)));
+            } else {
+                out.push((name.as_str().into(), By::Name));
+            }
         }
         out
     }
@@ -295,7 +397,7 @@ impl StreamState {
                 names.push((watch.name.clone(), version.into_boxed_str()));
             }
         }
-        if !any {
+        if !any && self.removed.is_empty() {
             return None;
         }
         for (name, version) in &names {
@@ -308,8 +410,8 @@ impl StreamState {
         if self.outstanding.len() == OUTSTANDING {
             self.outstanding.pop_front();
         }
-        self.outstanding.push_back(Due { nonce: self.last_nonce, names: names.clone() });
-        Some(Due { nonce: self.last_nonce, names })
+        self.outstanding.push_back(Sent { nonce: self.last_nonce, names: names.clone() });
+        Some(Due { nonce: self.last_nonce, names, removed: std::mem::take(&mut self.removed) })
     }
 
     /// Whether every watched name that can be answered has been sent. A stream whose client has ended its requests is then complete.

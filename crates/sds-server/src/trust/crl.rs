@@ -95,8 +95,8 @@ pub fn from_pem(pem: &[u8]) -> Result<Vec<RevocationList>, Error> {
     Ok(lists)
 }
 
-/// Returns the lists to serve with `authorities`, which must be valid certificates: the newest list of each, and all lists of other
-/// authorities.
+/// Returns the lists to serve at `now` with `authorities`, which must be parsable certificates: the newest list of each, and all lists of
+/// other authorities. An authority that has expired needs no list, because clients accept no certificate of it.
 ///
 /// # Errors
 ///
@@ -104,6 +104,7 @@ pub fn from_pem(pem: &[u8]) -> Result<Vec<RevocationList>, Error> {
 pub fn fit<'a>(
     authorities: impl Iterator<Item = &'a CertificateDer<'static>>,
     lists: &[RevocationList],
+    now: SystemTime,
 ) -> Result<Vec<RevocationList>, String> {
     let mut fitting: Vec<RevocationList> = Vec::new();
     if lists.is_empty() {
@@ -112,6 +113,9 @@ pub fn fit<'a>(
     let mut known = Vec::new();
     for authority in authorities {
         let Ok((_, authority)) = X509Certificate::from_der(authority) else { continue };
+        if not_after(&authority) < now {
+            continue;
+        }
         let (name, raw) = (text::excerpt(&authority.subject().to_string(), text::MAX_NAME_CHARS), authority.subject().as_raw());
         if authority.key_usage().ok().flatten().is_some_and(|usage| !usage.value.crl_sign()) {
             return Err(format!("{name} may not sign revocation lists: its key usage has no cRLSign"));
@@ -130,6 +134,15 @@ pub fn fit<'a>(
     }
     fitting.extend(lists.iter().filter(|list| !known.contains(&list.issuer)).cloned());
     Ok(fitting)
+}
+
+/// Returns the first time after `now` at which one of `authorities` expires, so that [`fit`] has another result.
+pub fn next_expiry<'a>(authorities: impl Iterator<Item = &'a CertificateDer<'static>>, now: SystemTime) -> Option<SystemTime> {
+    authorities.filter_map(|authority| Some(not_after(&X509Certificate::from_der(authority).ok()?.1))).filter(|at| *at >= now).min()
+}
+
+fn not_after(authority: &X509Certificate<'_>) -> SystemTime {
+    clock::from_unix_seconds(authority.validity().not_after.timestamp())
 }
 
 #[cfg(any(test, feature = "testing"))]
@@ -162,7 +175,7 @@ mod tests {
     fn each_authority_needs_a_list_that_it_has_signed() {
         let (a, b, other_a) = (Authority::new("a"), Authority::new("b"), Authority::new("a"));
         let both = [a.der(), b.der()];
-        let fit = |lists: &[RevocationList]| super::fit(both.iter(), lists).map(|fitting| fitting.len());
+        let fit = |lists: &[RevocationList]| super::fit(both.iter(), lists, SystemTime::now()).map(|fitting| fitting.len());
         assert_eq!(fit(&[]), Ok(0));
         assert_eq!(fit(&lists(&[a.list(0, 0), b.list(1, 0)])), Ok(2));
         assert_eq!(fit(&lists(&[a.list(0, 0)])), Err("there is no revocation list of CN=b".to_owned()));
@@ -178,14 +191,26 @@ mod tests {
     fn two_authorities_of_one_name_have_a_list_each_and_the_newest_counts() {
         let (old, new) = (Authority::new("a"), Authority::new("a"));
         let all = lists(&[old.list(1, 100), old.list(2, 0), new.list(3, 0)]);
-        let fitting = fit([old.der(), new.der()].iter(), &all).unwrap();
+        let fitting = fit([old.der(), new.der()].iter(), &all, SystemTime::now()).unwrap();
         assert_eq!(fitting.iter().map(|list| list.revoked).collect::<Vec<_>>(), [2, 3]);
+    }
+
+    #[test]
+    fn an_expired_authority_needs_no_list() {
+        let (now, second) = (SystemTime::now(), Duration::from_secs(1));
+        let (current, old) = (Authority::new("a"), Authority::until("b", now - 10 * second));
+        let both = [current.der(), old.der()];
+        let served = |at| fit(both.iter(), &lists(&[current.list(1, 0)]), at).map(|fitting| fitting.len());
+        assert_eq!(served(now), Ok(1));
+        assert_eq!(served(now - 20 * second), Err("there is no revocation list of CN=b".to_owned()), "it had not expired");
+        assert_eq!(next_expiry(both.iter(), now - 20 * second).map(clock::unix_seconds), Some(clock::unix_seconds(now - 10 * second)));
+        assert!(next_expiry(both.iter(), now).is_some_and(|at| at > now), "that of the other authority");
     }
 
     #[test]
     fn who_may_not_sign_lists_has_none() {
         let a = Authority::with("a", vec![KeyUsagePurpose::KeyCertSign]);
-        let refused = fit([a.der()].iter(), &lists(&[Authority::new("a").list(0, 0)])).unwrap_err();
+        let refused = fit([a.der()].iter(), &lists(&[Authority::new("a").list(0, 0)]), SystemTime::now()).unwrap_err();
         assert_eq!(refused, "CN=a may not sign revocation lists: its key usage has no cRLSign");
     }
 }

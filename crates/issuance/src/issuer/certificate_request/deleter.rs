@@ -1,6 +1,7 @@
 //! Deletes requests in the background, with a bounded number of retries. At shutdown it makes a best effort of at most 5 s.
 //!
-//! The sweep deletes requests that this worker could not delete. After the process has ended, the sweep of the next agent does.
+//! The sweep deletes requests that this worker could not delete. After the process has ended, the sweep of the next agent does. Without the
+//! permission to delete, all requests are left to the sweep, and each sweep tries again.
 
 use std::{sync::Arc, time::Duration};
 
@@ -11,8 +12,12 @@ use kube::{
     Api, Client,
     api::{DeleteParams, Preconditions},
 };
+use parking_lot::Mutex;
 use prometheus_client::metrics::counter::Counter;
-use tokio::{sync::mpsc, time::timeout};
+use tokio::{
+    sync::mpsc,
+    time::{Instant, timeout},
+};
 
 use crate::issuer::certificate_request::{
     RESOURCE,
@@ -30,6 +35,8 @@ const MAX_TRIES: u32 = 8;
 /// Wait before the second attempt. It doubles up to [`MAX_BACKOFF`].
 const INITIAL_BACKOFF: Duration = Duration::from_millis(500);
 const MAX_BACKOFF: Duration = Duration::from_secs(30);
+/// Time for which nothing is deleted after the API server has answered that the permission is missing. The sweep comes later than this.
+const REFUSED_FOR: Duration = Duration::from_secs(240);
 /// Time limit of [`Deleter::finish`].
 pub(super) const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -40,11 +47,13 @@ pub(super) struct Deleter {
     queue: mpsc::UnboundedReceiver<Deletion>,
     running: FuturesUnordered<BoxFuture<'static, ()>>,
     orphans: Counter,
+    /// Time at which the permission to delete was missing.
+    refused: Arc<Mutex<Option<Instant>>>,
 }
 
 impl Deleter {
     pub(super) fn new(client: Client, tracker: Arc<RequestTracker>, queue: mpsc::UnboundedReceiver<Deletion>, orphans: Counter) -> Self {
-        Self { client, tracker, queue, running: FuturesUnordered::new(), orphans }
+        Self { client, tracker, queue, running: FuturesUnordered::new(), orphans, refused: Arc::default() }
     }
 
     /// Deletes requests without a time limit. Cancel safe: deletions that have begun continue with the next call.
@@ -70,8 +79,12 @@ impl Deleter {
             Some(()) = self.running.next() => true,
             next = self.queue.recv(), if self.running.len() < CONCURRENCY => match next {
                 Some(deletion) => {
-                    let work = delete(self.client.clone(), self.tracker.clone(), deletion, self.orphans.clone());
-                    self.running.push(Box::pin(work));
+                    if self.refused.lock().is_some_and(|at| at.elapsed() < REFUSED_FOR) {
+                        self.tracker.done(&deletion.key, false);
+                    } else {
+                        let (client, tracker) = (self.client.clone(), self.tracker.clone());
+                        self.running.push(Box::pin(delete(client, tracker, deletion, self.orphans.clone(), self.refused.clone())));
+                    }
                     true
                 }
                 None => false,
@@ -80,7 +93,7 @@ impl Deleter {
     }
 }
 
-async fn delete(client: Client, tracker: Arc<RequestTracker>, deletion: Deletion, orphans: Counter) {
+async fn delete(client: Client, tracker: Arc<RequestTracker>, deletion: Deletion, orphans: Counter, refused: Arc<Mutex<Option<Instant>>>) {
     let Deletion { key, uid, orphan } = deletion;
     let api: Api<CertificateRequest> = Api::namespaced(client, &key.namespace);
     let preconditions = uid.map(|uid| Preconditions { uid: Some(uid), resource_version: None });
@@ -101,6 +114,14 @@ async fn delete(client: Client, tracker: Arc<RequestTracker>, deletion: Deletion
         match failure.cause {
             // The request no longer exists; or another object has the name, which is not the agent's to delete.
             Cause::NotFound | Cause::NoSuchKind | Cause::NoNamespace | Cause::Conflict => break,
+            Cause::Rbac => {
+                gone = false;
+                let before = refused.lock().replace(Instant::now());
+                if before.is_none_or(|at| at.elapsed() >= REFUSED_FOR) {
+                    tracing::warn!(target: LOG_TARGET, action = %call, error = %failure, "requests are left to the next sweep");
+                }
+                break;
+            }
             _ if tries == MAX_TRIES => {
                 gone = false;
                 tracing::warn!(target: LOG_TARGET, action = %call, error = %failure, "left to the next sweep");

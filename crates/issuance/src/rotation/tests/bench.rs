@@ -141,6 +141,17 @@ impl Bench {
     }
 
     pub(super) fn without_bundle(script: impl IntoIterator<Item = Script>, await_bundle: bool) -> Self {
+        Self::build(script, await_bundle, |clock| Arc::new(clock))
+    }
+
+    /// Rotation uses the clock that `wrap` makes of the bench's clock.
+    pub(super) fn with_clock(script: impl IntoIterator<Item = Script>, wrap: impl FnOnce(TestClock) -> Arc<dyn Clock>) -> Self {
+        let bench = Self::build(script, false, wrap);
+        bench.source.take(bench.embedded.bundle().unwrap());
+        bench
+    }
+
+    fn build(script: impl IntoIterator<Item = Script>, await_bundle: bool, wrap: impl FnOnce(TestClock) -> Arc<dyn Clock>) -> Self {
         let clock = TestClock::new(UNIX_EPOCH + Duration::from_secs(1_700_000_000));
         let embedded = Arc::new(Embedded::new("cluster.local", Arc::new(clock.clone())).unwrap());
         let foreign = Arc::new(Embedded::new("cluster.local", Arc::new(clock.clone())).unwrap());
@@ -169,7 +180,7 @@ impl Bench {
             trust: trust.subscribe(),
             authorities: Some(trust.clone()),
             await_bundle,
-            clock: Arc::new(clock.clone()),
+            clock: wrap(clock.clone()),
             identity_users: Some(Arc::new(present.clone())),
             observer: None,
             metrics: Metrics::default(),

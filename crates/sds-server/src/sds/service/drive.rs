@@ -295,7 +295,8 @@ impl Stream<'_> {
     /// Sends the response that is due. If the workload ends meanwhile, the rest of the response is discarded.
     async fn answer(&mut self, view: &View, held: Option<HeldCertificate>, trigger: Trigger) -> Result<(), Status> {
         let (directory, caller) = (&self.service.directory, &self.caller);
-        let Some(Due { nonce, names }) = self.state.due(|name| view.version(&directory.target(name, &caller.identity)).map(str::to_owned))
+        let Some(Due { nonce, names, removed }) =
+            self.state.due(|name| view.version(&directory.target(name, &caller.identity)).map(str::to_owned))
         else {
             return Ok(());
         };
@@ -308,7 +309,7 @@ impl Stream<'_> {
                 resources.push(bytes);
             }
         }
-        if !std::mem::replace(&mut self.answered, true) {
+        if !kinds.is_empty() && !std::mem::replace(&mut self.answered, true) {
             self.service.metrics.first_secret(trigger == Trigger::subscribe, self.started.elapsed());
         }
         // The prefix of the certificate in this response, or of the one that the client keeps. A rejected certificate is neither.
@@ -321,7 +322,7 @@ impl Stream<'_> {
         let versions: Vec<_> = names.iter().map(|(name, version)| (&**name, &**version)).collect();
         let version = secret::response_version(version_prefix.as_deref(), &versions);
         let identity = &self.caller.identity;
-        debug!(target: LOG_TARGET, %identity, workload = %self.caller.attested.workload, nonce, ?kinds, version, "pushed to the client");
+        debug!(target: LOG_TARGET, %identity, workload = %self.caller.attested.workload, nonce, ?kinds, version, removed = removed.len(), "pushed to the client");
         if self.sent.len() == 16 {
             self.sent.pop_front();
         }
@@ -332,7 +333,7 @@ impl Stream<'_> {
                 self.sender.take_back();
                 Err(ended())
             }
-            () = self.sender.send(secret::response(self.variant, &version, &nonce.to_string(), resources)) => Ok(()),
+            () = self.sender.send(secret::response(self.variant, &version, &nonce.to_string(), resources, &removed)) => Ok(()),
         }
     }
 }

@@ -162,6 +162,6 @@ impl Service {
         let version_prefix =
             view.svid.as_ref().map(|svid| version::prefix(svid.version())).filter(|_| known.iter().any(|(_, t)| *t == Target::Certificate));
         let version = secret::response_version(version_prefix, &versions);
-        Ok(secret::response(Variant::Sotw, &version, "", resources))
+        Ok(secret::response(Variant::Sotw, &version, "", resources, &[]))
     }
 }

@@ -25,11 +25,22 @@ impl Authority {
 
     /// An authority whose certificate has these key usages.
     pub fn with(name: &str, usages: Vec<KeyUsagePurpose>) -> Self {
+        Self::of(name, |params| params.key_usages = usages)
+    }
+
+    /// An authority that expires at `not_after`.
+    pub fn until(name: &str, not_after: SystemTime) -> Self {
+        Self::of(name, |params| {
+            (params.key_usages, params.not_after) = (vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign], not_after.into());
+        })
+    }
+
+    fn of(name: &str, change: impl FnOnce(&mut CertificateParams)) -> Self {
         let key = KeyPair::generate().unwrap();
-        let mut params = CertificateParams::new(Vec::new()).unwrap();
+        let mut params = CertificateParams::default();
+        change(&mut params);
         params.distinguished_name.push(rcgen::DnType::CommonName, name);
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        params.key_usages = usages;
         let certificate = params.self_signed(&key).unwrap();
         Self { certificate, issuer: Issuer::new(params, key) }
     }

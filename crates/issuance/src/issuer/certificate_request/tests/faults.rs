@@ -146,3 +146,29 @@ async fn a_missing_right_to_watch_is_asked_about_less_and_less_often() {
     world.issue(&world.request().await);
     end(task).await.unwrap();
 }
+
+#[tokio::test(start_paused = true)]
+async fn without_the_right_to_delete_requests_are_left_to_the_sweep() {
+    let world = World::new();
+    let forbidden = json!({"kind": "Status", "code": 403, "reason": "Forbidden",
+        "message": "certificaterequests.cert-manager.io is forbidden: User \"x\" cannot delete resource \"certificaterequests\""});
+    world.api.fail("delete", CR, Fault::Status(403, forbidden), usize::MAX);
+    for n in 0..20 {
+        let (task, mut stage) = world.order(&format!("cart-{n}"));
+        let name = timeout(MINUTE, stage.wait_for(Option::is_some)).await.unwrap().unwrap().as_ref().unwrap().request.clone();
+        world.issue(&world.api.object(CR, "sds-agent", &name).unwrap());
+        end(task).await.unwrap();
+    }
+    tokio::time::sleep(4 * MINUTE).await;
+    let calls = world.api.count("delete", CR);
+    assert!((1..=4).contains(&calls), "{calls} calls; no more than run at the same time");
+    tokio::time::sleep(60 * MINUTE).await;
+    // Each sweep tries again, and a sweep comes after 5 to 10 min.
+    let calls = world.api.count("delete", CR) - calls;
+    assert!((6..=4 * 12).contains(&calls), "{calls} calls in an hour");
+
+    // The right is granted: a later sweep deletes all of them.
+    world.api.heal();
+    tokio::time::sleep(20 * MINUTE).await;
+    assert_eq!(world.api.objects(CR).len(), 0);
+}
