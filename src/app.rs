@@ -5,11 +5,7 @@
 //! instead of failing to connect. If a healthy predecessor serves the socket, the agent takes it only when all its parts are in sync
 //! ([`handover`](crate::handover)). [`Bound::run`] serves until the shutdown has drained.
 
-use std::{
-    path::{Path, PathBuf},
-    sync::Arc,
-    time::Duration,
-};
+use std::{path::Path, sync::Arc, time::Duration};
 
 use agent_runtime::{
     clock::Clock,
@@ -19,7 +15,7 @@ use agent_runtime::{
     telemetry,
 };
 use attest_kubernetes::pods::Pods;
-use futures::future::BoxFuture;
+use futures::future::{BoxFuture, OptionFuture};
 use issuance::rotation;
 use sds_server::{
     attest::{self, Attestor},
@@ -28,7 +24,11 @@ use sds_server::{
     store::Store,
     trust::Trust,
 };
-use tokio::{net::UnixListener, sync::mpsc, task::JoinSet};
+use tokio::{
+    net::UnixListener,
+    sync::mpsc,
+    task::{JoinError, JoinSet},
+};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
@@ -36,7 +36,7 @@ use crate::{
     admin, build_info,
     config::{Config, SharedSocket, reloads},
     csi,
-    handover::SocketLease,
+    handover::{self, SocketLease, SocketSpec, holder::HolderAttestor},
     warm::{
         self, Prefetcher,
         starts::{Rule, Starts},
@@ -73,6 +73,8 @@ pub struct Deps {
     pub clock: Arc<dyn Clock>,
     /// Attests callers of the shared socket.
     pub attestor: Arc<dyn Attestor>,
+    /// Attests another process that serves the path of the shared socket.
+    pub holder_attestor: Arc<dyn HolderAttestor>,
     /// The index of this node's pods, if there is one. Per-pod sockets need it. A key is removed when the last pod that may use it ends.
     pub pods: Option<Pods>,
     /// The issuers.
@@ -125,7 +127,7 @@ impl Base {
 /// An agent whose sockets are open.
 #[derive(Debug)]
 pub struct Bound {
-    socket: Option<LeasedSocket>,
+    socket: Option<SocketLease>,
     listeners: admin::Listeners,
     http_metrics: admin::Metrics,
     sessions: Sessions,
@@ -138,13 +140,6 @@ pub struct Bound {
     last: CancellationToken,
     shutdown: Shutdown,
     start: readiness::Guard,
-}
-
-/// The shared socket, which has its name already or takes it later from a predecessor.
-#[derive(Debug)]
-struct LeasedSocket {
-    path: PathBuf,
-    lease: SocketLease,
 }
 
 struct Tasks(Vec<BoxFuture<'static, ()>>);
@@ -216,6 +211,7 @@ pub async fn build_with(config: &Config, base: Base, deps: Deps) -> anyhow::Resu
     let sessions = server.build().await?.sessions;
     let ending = sessions.ending.clone();
     let csi_metrics = config.per_pod.as_ref().map(|_| csi::metrics::Metrics::register(registry));
+    let handover_metrics = handover::Metrics::register(registry);
     let inventory = inventory::Inventory::new(store, plan, deps.clock).per_workload(config.metrics_per_workload);
     registry.register_collector(Box::new(inventory.clone()));
     let certificates = Arc::new(move || inventory.rows());
@@ -233,7 +229,8 @@ pub async fn build_with(config: &Config, base: Base, deps: Deps) -> anyhow::Resu
     };
     let socket = match &config.shared_socket {
         Some(SharedSocket { path, mode, .. }) => {
-            Some(LeasedSocket { path: path.clone(), lease: SocketLease::acquire(path, *mode, &readiness).await? })
+            let spec = SocketSpec { path: path.clone(), mode: *mode };
+            Some(SocketLease::acquire(spec, &readiness, deps.holder_attestor, handover_metrics).await?)
         }
         None => None,
     };
@@ -257,7 +254,7 @@ pub async fn build_with(config: &Config, base: Base, deps: Deps) -> anyhow::Resu
 impl Bound {
     /// The path of the shared socket, if it is configured.
     pub fn socket(&self) -> Option<&Path> {
-        self.socket.as_ref().map(|socket| &*socket.path)
+        self.socket.as_ref().map(SocketLease::path)
     }
 
     /// The addresses of the HTTP listeners.
@@ -273,7 +270,7 @@ impl Bound {
     pub async fn run(self) -> anyhow::Result<Drained> {
         let Self { socket, listeners, http_metrics, sessions, csi, rotation, routes, readiness, tasks, ending, last, shutdown, start } =
             self;
-        info!(target: LOG_TARGET, socket = socket.as_ref().map(|socket| tracing::field::display(socket.path.display())), "serving");
+        info!(target: LOG_TARGET, socket = socket.as_ref().map(|socket| tracing::field::display(socket.path().display())), "serving");
         let mut beside = JoinSet::new();
         for task in tasks.0 {
             beside.spawn(task);
@@ -285,19 +282,32 @@ impl Bound {
         listeners.serve(&routes, &http_metrics, &shutdown);
         let services = sessions.services.clone();
         let (open, opened) = mpsc::channel(1);
-        let accepting = tokio::spawn(accept(sessions, opened));
-        let holding = socket.map(|socket| tokio::spawn(socket.lease.keep(shutdown.drain.clone(), open)));
+        // Without a shared socket, no listener is ever opened.
+        let mut accepting = socket.is_some().then(|| tokio::spawn(accept(sessions, opened)));
+        let mut holding = socket.map(|lease| tokio::spawn(lease.keep(shutdown.drain.clone(), open)));
         drop(start);
         tokio::spawn(async move {
             readiness.reached().await;
             info!(target: LOG_TARGET, "ready");
         });
 
-        // A task that ends before the shutdown has failed.
+        // A task that ends before the shutdown has failed. A task that has ended is not awaited again.
         let failed = tokio::select! {
             biased;
             () = shutdown.drain.cancelled() => None,
             Some(ended) = beside.join_next() => Some(ended.err().map_or_else(|| "it ended".to_owned(), |error| error.to_string())),
+            Some(ended) = OptionFuture::from(holding.as_mut()) => {
+                holding = None;
+                Some(match ended {
+                    Ok(Err(error)) => error.to_string(),
+                    Ok(Ok(_)) => "the shared socket is no longer kept".to_owned(),
+                    Err(error) => error.to_string(),
+                })
+            }
+            Some(ended) = OptionFuture::from(accepting.as_mut()) => {
+                accepting = None;
+                Some(ended.err().map_or_else(|| "no more connections are accepted".to_owned(), |error| error.to_string()))
+            }
         };
         if let Some(cause) = &failed {
             error!(target: LOG_TARGET, cause, "a task of the agent has failed; shutting down for a restart");
@@ -305,12 +315,14 @@ impl Bound {
         }
         // The agent stops accepting and removes the socket's name before it ends the streams: clients reconnect to the successor.
         if let Some(holding) = holding
-            && let Ok(Some(name)) = holding.await
+            && let Ok(Ok(Some(name))) = holding.await
         {
             name.unlink_if_owned();
             info!(target: LOG_TARGET, socket = %name.path().display(), "the socket is released");
         }
-        let _ = accepting.await;
+        if let Some(accepting) = accepting {
+            let _ = accepting.await;
+        }
         services.leaving().await;
         ending.cancel();
         let drained = shutdown.drained().await;
@@ -331,13 +343,77 @@ impl Bound {
     }
 }
 
-/// Accepts connections from the listener that was opened last, until the drain begins.
-async fn accept(sessions: Sessions, mut opened: mpsc::Receiver<UnixListener>) {
-    let mut accepting = JoinSet::new();
-    while let Some(listener) = opened.recv().await {
-        // The previous listener lost its name earlier, so no client connects to it.
-        accepting.abort_all();
-        accepting.spawn(sessions.clone().accept(listener));
+/// Accepts connections from the listener that was opened last, until the drain begins. Panics if accepting does: the agent cannot serve
+/// without it.
+async fn accept(sessions: Sessions, opened: mpsc::Receiver<UnixListener>) {
+    serve_last(opened, |listener| sessions.clone().accept(listener)).await;
+}
+
+/// Runs `serve` for the listener that was opened last. Returns when no further listener can come and the last one is no longer served.
+async fn serve_last<F>(mut opened: mpsc::Receiver<UnixListener>, serve: impl Fn(UnixListener) -> F)
+where
+    F: Future<Output = ()> + Send + 'static,
+{
+    let mut serving = JoinSet::new();
+    let propagate = |ended: Result<(), JoinError>| {
+        if let Err(error) = ended
+            && let Ok(panic) = error.try_into_panic()
+        {
+            std::panic::resume_unwind(panic);
+        }
+    };
+    loop {
+        tokio::select! {
+            listener = opened.recv() => {
+                let Some(listener) = listener else { break };
+                // The previous listener lost its name earlier, so no client connects to it.
+                serving.abort_all();
+                serving.spawn(serve(listener));
+            }
+            Some(ended) = serving.join_next() => propagate(ended),
+        }
     }
-    while accepting.join_next().await.is_some() {}
+    while let Some(ended) = serving.join_next().await {
+        propagate(ended);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_panic_while_accepting_ends_the_accept_task() {
+        let directory = tempfile::tempdir().unwrap();
+        let (open, opened) = mpsc::channel(1);
+        let accepting = tokio::spawn(serve_last(opened, |_listener| async { panic!("as requested") }));
+        open.send(UnixListener::bind(directory.path().join("s")).unwrap()).await.unwrap();
+        // The sender is open, as while the agent keeps the socket's path.
+        let ended = tokio::time::timeout(Duration::from_secs(20), accepting).await.expect("the task goes on without accepting");
+        assert!(ended.unwrap_err().is_panic());
+        drop(open);
+    }
+
+    #[tokio::test]
+    async fn only_the_last_listener_is_served() {
+        let directory = tempfile::tempdir().unwrap();
+        let (open, opened) = mpsc::channel(1);
+        let (served, mut of) = mpsc::unbounded_channel();
+        let accepting = tokio::spawn(serve_last(opened, move |listener| {
+            let served = served.clone();
+            async move {
+                while let Ok((_stream, _)) = listener.accept().await {
+                    let _ = served.send(listener.local_addr().unwrap().as_pathname().unwrap().to_owned());
+                }
+            }
+        }));
+        let paths = ["a", "b"].map(|name| directory.path().join(name));
+        for path in &paths {
+            open.send(UnixListener::bind(path).unwrap()).await.unwrap();
+            let _stream = tokio::net::UnixStream::connect(path).await.unwrap();
+            assert_eq!(of.recv().await.as_ref(), Some(path));
+        }
+        tokio::net::UnixStream::connect(&paths[0]).await.unwrap_err();
+        accepting.abort();
+    }
 }

@@ -18,7 +18,7 @@ use issuance::{issuer, rotation};
 use prometheus_client::registry::Registry;
 use sds_server::{attest, sds, session, trust};
 
-use crate::{admin, app, build_info, config, csi, events, interfaces, process, warm};
+use crate::{admin, app, build_info, config, csi, events, handover, interfaces, process, warm};
 
 mod monitoring;
 
@@ -41,6 +41,7 @@ const MODULES: &[Module] = &[
     module("crates/sds-server/src/sds/metrics.rs", "Streams and secrets", sds::metrics::Metrics::sample),
     module("crates/sds-server/src/session/metrics.rs", "Connections", session::metrics::Metrics::sample),
     module("crates/sds-server/src/attest.rs", "Attestation", attest::Metrics::sample),
+    module("src/handover/metrics.rs", "The path of the shared socket", handover::Metrics::sample),
     module("crates/sds-server/src/trust.rs", "Trust bundles", trust::Metrics::sample),
     module("crates/agent-kube/src/metrics.rs", "The Kubernetes API", agent_kube::Metrics::sample),
     module(

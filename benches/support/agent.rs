@@ -98,6 +98,7 @@ pub async fn start_as(config: &Config, attestor: Arc<dyn Attestor>, issuer: Time
     let deps = Deps {
         clock: Arc::new(SystemClock),
         attestor,
+        holder_attestor: Arc::new(sds_agent::handover::holder::SameUser),
         pods: None,
         issuer_set: issuers.into(),
         trust,

@@ -22,6 +22,7 @@ use crate::{
     app::config_map_source::ConfigMapSource,
     config::{Attestation, Config, IssuerConfig, TrustSource},
     events,
+    handover::holder::{self, HolderAttestor},
 };
 
 /// The log target of this module.
@@ -40,8 +41,9 @@ pub(super) async fn make(config: &Config, base: &mut Base) -> anyhow::Result<Dep
     let caller_observer = reporter.map(|reporter| reporter as Arc<dyn attest::CallerObserver>);
     let pods = cluster.and_then(|cluster| cluster.pods);
     let attestor = attestor(config, pods.clone())?;
+    let holder_attestor = holder_attestor(config, pods.as_ref())?;
     let Builder { clock, trust, last, tasks, .. } = builder;
-    Ok(Deps { clock, attestor, pods, issuer_set, trust, await_bundle, observer, caller_observer, tasks, last })
+    Ok(Deps { clock, attestor, holder_attestor, pods, issuer_set, trust, await_bundle, observer, caller_observer, tasks, last })
 }
 
 fn needs_cluster(config: &Config) -> bool {
@@ -90,12 +92,25 @@ fn events(builder: &mut Builder<'_>, cluster: &Cluster) -> Option<Arc<events::Re
 pub(crate) fn attestor(config: &Config, pods: Option<Pods>) -> anyhow::Result<Arc<dyn Attestor>> {
     Ok(match (config.attestation, pods) {
         (Attestation::Kubernetes, Some(pods)) => {
-            let attestor = KubernetesAttestor::new(pods, "/proc".into(), config.node.pod.as_ref())?;
-            let accepts_pid_reuse = config.shared_socket.as_ref().is_some_and(|socket| socket.accept_pid_reuse);
-            Arc::new(attestor.with_policy(config.attestation_policy.clone()).accepting_pid_reuse(accepts_pid_reuse))
+            Arc::new(kubernetes_attestor(config, pods)?.with_policy(config.attestation_policy.clone()))
         }
         (Attestation::Kubernetes, None) => anyhow::bail!("attestation: kubernetes serves the pods of one node: set NODE_NAME"),
         (Attestation::Unix, _) => Arc::new(attest::unix::UnixAttestor),
+    })
+}
+
+fn kubernetes_attestor(config: &Config, pods: Pods) -> std::io::Result<KubernetesAttestor> {
+    let accepts_pid_reuse = config.shared_socket.as_ref().is_some_and(|socket| socket.accept_pid_reuse);
+    Ok(KubernetesAttestor::new(pods, "/proc".into(), config.node.pod.as_ref())?.accepting_pid_reuse(accepts_pid_reuse))
+}
+
+/// The attestor of other processes that serve the shared socket's path: agents of the same service account if this agent runs in a pod.
+fn holder_attestor(config: &Config, pods: Option<&Pods>) -> anyhow::Result<Arc<dyn HolderAttestor>> {
+    Ok(match (config.attestation, pods, &config.node.pod) {
+        (Attestation::Kubernetes, Some(pods), Some(own)) => {
+            Arc::new(holder::SameAccount::new(kubernetes_attestor(config, pods.clone())?, pods.clone(), own.clone()))
+        }
+        _ => Arc::new(holder::SameUser),
     })
 }
 

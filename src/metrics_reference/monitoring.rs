@@ -14,7 +14,11 @@ fn unknown(text: &str) -> BTreeSet<&str> {
     let names = names();
     let is_known = |word: &str| {
         let part_of_histogram = ["_bucket", "_sum", "_count"].iter().find_map(|suffix| word.strip_suffix(suffix));
-        names.contains_key(word) || part_of_histogram.is_some_and(|name| names.get(name).is_some_and(|kind| kind == "histogram"))
+        // A value of the label `reason`.
+        let is_label = word == attest::Reason::process_gone.as_str();
+        is_label
+            || names.contains_key(word)
+            || part_of_histogram.is_some_and(|name| names.get(name).is_some_and(|kind| kind == "histogram"))
     };
     let words = text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
     words.filter(|word| (word.starts_with("sds_agent_") || word.starts_with("process_")) && !is_known(word)).collect()

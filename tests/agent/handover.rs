@@ -2,6 +2,7 @@
 
 use std::{
     path::{Path, PathBuf},
+    sync::Arc,
     time::Duration,
 };
 
@@ -12,7 +13,7 @@ use agent_runtime::{
 use sds_agent::{
     app::{self, Base},
     config::{self, Config},
-    handover::{AWAITED, SocketLease},
+    handover::{AWAITED, Metrics, SocketLease, SocketSpec, holder::SameUser},
 };
 use tokio::{
     net::{UnixListener, UnixStream},
@@ -21,7 +22,7 @@ use tokio::{
     time::timeout,
 };
 use tokio_util::sync::CancellationToken;
-use unix_peer::listener::BoundPath;
+use unix_peer::listener::{self, BoundPath};
 
 fn config(socket: PathBuf) -> Config {
     let flags = config::Dev { socket: Some(socket), admin: Some(([127, 0, 0, 1], 0).into()), ..config::Dev::default() };
@@ -51,7 +52,7 @@ impl Agent {
 struct Kept {
     end: CancellationToken,
     opened: mpsc::Receiver<UnixListener>,
-    keeping: JoinHandle<Option<BoundPath>>,
+    keeping: JoinHandle<Result<Option<BoundPath>, listener::Error>>,
 }
 
 impl Kept {
@@ -67,8 +68,13 @@ impl Kept {
 
     async fn end(self) -> Option<BoundPath> {
         self.end.cancel();
-        self.keeping.await.unwrap()
+        self.keeping.await.unwrap().unwrap()
     }
+}
+
+async fn acquire(path: &Path, readiness: &Readiness) -> SocketLease {
+    let spec = SocketSpec { path: path.to_owned(), mode: 0o666 };
+    SocketLease::acquire(spec, readiness, Arc::new(SameUser), Metrics::default()).await.unwrap()
 }
 
 /// A time in which a handover without a wait would have happened.
@@ -89,7 +95,7 @@ async fn a_healthy_predecessor_serves_until_all_else_is_in_sync() {
 
     let (readiness, start) = Readiness::new(readiness::Metrics::default());
     let index = readiness.guard("the pod index");
-    let mut kept = Kept::of(SocketLease::acquire(&path, 0o666, &readiness).await.unwrap());
+    let mut kept = Kept::of(acquire(&path, &readiness).await);
     drop(start);
     a_while().await;
     assert_eq!(inode(&path), before);
@@ -110,7 +116,7 @@ async fn a_predecessor_that_goes_is_succeeded_before_all_else_is_in_sync() {
     let path = directory.path().join("sds.sock");
     let old = Agent::start(&path).await;
     let (readiness, _start) = Readiness::new(readiness::Metrics::default());
-    let mut kept = Kept::of(SocketLease::acquire(&path, 0o666, &readiness).await.unwrap());
+    let mut kept = Kept::of(acquire(&path, &readiness).await);
     old.end().await;
     let _listener = kept.opened().await;
     assert!(!readiness.is_ready());
@@ -124,7 +130,7 @@ async fn a_successor_that_never_gets_in_sync_leaves_nothing_behind() {
     let old = Agent::start(&path).await;
     let before = inode(&path);
     let (readiness, _start) = Readiness::new(readiness::Metrics::default());
-    let kept = Kept::of(SocketLease::acquire(&path, 0o666, &readiness).await.unwrap());
+    let kept = Kept::of(acquire(&path, &readiness).await);
     assert!(kept.end().await.is_none());
     assert_eq!(inode(&path), before);
     assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1, "another file is left in the directory");
@@ -136,7 +142,7 @@ async fn a_name_that_was_lost_is_taken_back_once_whoever_has_it_goes() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("sds.sock");
     let (readiness, start) = Readiness::new(readiness::Metrics::default());
-    let mut kept = Kept::of(SocketLease::acquire(&path, 0o666, &readiness).await.unwrap());
+    let mut kept = Kept::of(acquire(&path, &readiness).await);
     let _first = kept.opened().await;
     drop(start);
     assert!(readiness.is_ready());
@@ -167,7 +173,7 @@ async fn one_that_has_stepped_in_is_not_ready_without_the_name() {
     let path = directory.path().join("sds.sock");
     let (readiness, start) = Readiness::new(readiness::Metrics::default());
     let index = readiness.guard("the pod index");
-    let mut kept = Kept::of(SocketLease::acquire(&path, 0o666, &readiness).await.unwrap());
+    let mut kept = Kept::of(acquire(&path, &readiness).await);
     drop(start);
     let _first = kept.opened().await;
     let predecessor = Agent::start(&path).await;

@@ -7,6 +7,7 @@ use futures::future::BoxFuture;
 use sds_agent::{
     app::{Base, Deps, build_with},
     config::{self, Config},
+    handover::holder::SameUser,
 };
 use sds_server::{
     attest::unix::UnixAttestor,
@@ -25,6 +26,7 @@ fn deps(tasks: Vec<BoxFuture<'static, ()>>) -> Deps {
     Deps {
         clock: Arc::new(SystemClock),
         attestor: Arc::new(UnixAttestor),
+        holder_attestor: Arc::new(SameUser),
         pods: None,
         issuer_set: std::collections::BTreeMap::new().into(),
         trust: Trust::new(trust::Metrics::default()),
@@ -45,6 +47,22 @@ async fn a_part_that_ends_or_panics_ends_the_agent_as_failed() {
         let bound = build_with(&config(directory.path()), Base::new(shutdown), deps(vec![part])).await.unwrap();
         assert!(timeout(Duration::from_secs(20), bound.run()).await.unwrap().is_err());
     }
+}
+
+/// As a mount does: this process still sees the deleted directory, and only a restart helps.
+#[tokio::test]
+async fn an_agent_whose_socket_directory_was_deleted_ends_as_failed() {
+    let directory = tempfile::tempdir().unwrap();
+    let folder = directory.path().join("sockets");
+    std::fs::create_dir(&folder).unwrap();
+    let opened = std::fs::File::open(&folder).unwrap();
+    let through = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&opened));
+    let shutdown = Shutdown::new(Duration::from_secs(20));
+    let bound = build_with(&config(Path::new(&through)), Base::new(shutdown), deps(Vec::new())).await.unwrap();
+    let running = tokio::spawn(bound.run());
+    std::fs::remove_dir_all(&folder).unwrap();
+    let error = timeout(Duration::from_secs(20), running).await.unwrap().unwrap().unwrap_err();
+    assert!(error.to_string().contains("the directory was deleted"), "{error}");
 }
 
 #[tokio::test]

@@ -48,6 +48,9 @@ async fn a_rolling_restart_loses_nothing_and_orders_nothing() {
     assert_ne!(inode(&socket), before, "the ready agent has the socket");
     successor.logs("it waited", PATIENCE, |line| line["message"].as_str().is_some_and(|m| m.contains("a predecessor serves"))).await;
     load.passes("with two agents").await;
+    for agent in [&surge.agent, &successor] {
+        assert_eq!(agent.metric("sds_agent_socket_taken_by_strangers_total").await, 0.0, "an agent is taken for another process");
+    }
     surge.agent.terminate();
     assert!(surge.agent.exit(PATIENCE).await.success());
     eventually("both Envoys have changed over, with two streams each", PATIENCE, async || {
@@ -145,7 +148,9 @@ async fn whoever_is_left_has_the_socket() {
     changed("it steps in").await;
     let mut next = next.start().await;
     changed("one that can serve has taken the socket").await;
-    broken.logs("it knows", PATIENCE, taken).await;
+    // Without the API server it cannot attest the other one, and waits for it.
+    let noticed = |line: &Value| line["message"].as_str().is_some_and(|m| m.contains("another process has taken the socket"));
+    broken.logs("it knows", PATIENCE, noticed).await;
     let readiness = broken.readiness().await.expect_err("it is not ready");
     assert!(readiness.contains("a healthy predecessor"), "{readiness}");
     next.terminate();

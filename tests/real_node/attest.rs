@@ -8,6 +8,7 @@ use tokio::process::Command;
 use self::scene::{LONG, Scene, WHILE, again, caller};
 
 mod agent;
+mod impostor;
 mod policy;
 mod reuse;
 mod scene;

@@ -10,10 +10,10 @@ use futures::future::BoxFuture;
 use rustix::fs::{Mode, OFlags, openat};
 use sds_server::attest::{Attested, Attestor, Error, Method, Reason, origin::Origins};
 use unix_peer::peer::Peer;
-use workload_identity::PodRef;
+use workload_identity::{Account, PodRef};
 
 use crate::{
-    cgroup::{self, HostPrefix, PodCgroup},
+    cgroup::{self, HostPrefix, PodCgroup, PodUid},
     pods::{Known, Pods},
 };
 
@@ -69,7 +69,30 @@ impl KubernetesAttestor {
         Self { accepts_pid_reuse, ..self }
     }
 
-    async fn judge(&self, peer: &Peer) -> Result<Attested, Error> {
+    /// Returns the UID of the peer's pod and the pod's service account, also of a pod that has ended or was deleted: it says what the
+    /// process was started as, and not that it may still be served. `None` for a pod without a service account.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Attestor::attest`], except that the pod may have ended. A pod that the API server does not know is
+    /// [`Reason::unknown_pod`].
+    ///
+    /// # Cancel safety
+    ///
+    /// A dropped future only stops waiting.
+    pub async fn account_of(&self, peer: &Peer) -> Result<(PodUid, Option<Account>), Error> {
+        self.check_handle(peer)?;
+        let place = self.place(peer).await?;
+        let account = self.pods.account(place.pod.as_str()).await?;
+        // Last step, as in `judge`.
+        if !peer.is_alive() {
+            return Err(Error::refused(Reason::process_gone, format!("process {} ended while it was being attested", peer.pid)));
+        }
+        Ok((place.pod, account))
+    }
+
+    /// Returns an error if the evidence could be about another process.
+    fn check_handle(&self, peer: &Peer) -> Result<(), Error> {
         if peer.pid == 0 {
             let detail = "the caller's process is not visible in the agent's PID namespace: run the agent with hostPID: true";
             return Err(Error::refused(Reason::pid_invisible, detail));
@@ -82,6 +105,11 @@ impl KubernetesAttestor {
             let detail = "the kernel gives no handle on the caller: the shared socket needs Linux 6.5";
             return Err(Error::refused(Reason::no_pidfd, detail));
         }
+        Ok(())
+    }
+
+    async fn judge(&self, peer: &Peer) -> Result<Attested, Error> {
+        self.check_handle(peer)?;
         let place = self.place(peer).await?;
         let known = self.pods.wait_for(place.pod.as_str()).await?;
         let pod = &known.pod;

@@ -22,7 +22,7 @@ use tokio::{
     time::{Instant, timeout},
 };
 use tokio_util::sync::CancellationToken;
-use workload_identity::Workload;
+use workload_identity::{Account, Workload};
 
 mod index;
 
@@ -201,6 +201,29 @@ impl Pods {
             let detail = format!("the status of the pod with UID {uid} contains no container {id}");
             Err(Error::temporary(Reason::unknown_container, detail))
         })
+    }
+
+    /// Returns the service account of the pod with this UID, also of a pod that has ended or was deleted. `None` if it has none: a static
+    /// pod. Waits like [`wait_for`](Self::wait_for).
+    ///
+    /// # Errors
+    ///
+    /// Temporary: [`Reason::unknown_pod`] if neither the index nor the API server knows the pod, [`Reason::unreadable`] if the live read
+    /// fails.
+    ///
+    /// # Cancel safety
+    ///
+    /// Like [`wait_for`](Self::wait_for).
+    pub async fn account(&self, uid: &str) -> Result<Option<Account>, Error> {
+        // The sender lives in `self`, so the wait does not fail.
+        let _ = self.synced().wait_for(|synced| *synced).await;
+        let waited = self.wait_for(uid).await;
+        let account = self.index().account(uid);
+        match (account, waited) {
+            (Some(account), _) => Ok(account),
+            (None, Ok(known)) => Ok(known.pod.workload().account()),
+            (None, Err(error)) => Err(error),
+        }
     }
 
     /// Returns the known workloads of the node's pods that have not ended, on all their sockets.

@@ -5,24 +5,18 @@
 //! successor's socket stays. The directory is never removed, because workloads have it mounted.
 
 use std::{
-    future::pending,
     io,
-    mem::MaybeUninit,
-    os::fd::{AsRawFd, OwnedFd},
+    os::fd::AsRawFd,
     path::{Path, PathBuf},
 };
 
 use rustix::{
-    fs::{AtFlags, CWD, Mode, OFlags, RenameFlags, inotify},
+    fs::{AtFlags, CWD, Mode, OFlags, RenameFlags},
     net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType},
 };
-use tokio::{io::unix::AsyncFd, net::UnixListener};
-use tracing::warn;
+use tokio::net::UnixListener;
 
-use crate::fd;
-
-/// Target of the log lines.
-const LOG_TARGET: &str = "sds_agent::listener";
+use crate::socket_file::SocketFile;
 
 /// Maximum number of connections that wait to be accepted: all proxies of a node may reconnect at the same time.
 const BACKLOG: i32 = 4096;
@@ -36,6 +30,15 @@ pub struct Error {
     action: &'static str,
     cause: io::Error,
     hint: &'static str,
+    needs_restart: bool,
+}
+
+impl Error {
+    /// Whether no later attempt of this process can succeed: its directory was deleted, and the process still sees the deleted one, such as
+    /// through a mount. A new container gets a new mount.
+    pub fn needs_restart(&self) -> bool {
+        self.needs_restart
+    }
 }
 
 /// A listening socket under its public path.
@@ -49,11 +52,7 @@ pub struct Bound {
 
 /// The public path of a socket, with the socket's device and inode. Dropping it does not remove the socket.
 #[derive(Debug)]
-pub struct BoundPath {
-    path: PathBuf,
-    device: u64,
-    inode: u64,
-}
+pub struct BoundPath(SocketFile);
 
 /// A socket that listens under a temporary name beside its public path. Dropping it removes the temporary name.
 #[derive(Debug)]
@@ -103,7 +102,8 @@ pub fn bind_for(field: &'static str, path: &Path, mode: u32) -> Result<Bound, Er
 ///
 /// Outside of a tokio runtime with I/O enabled.
 pub fn prepare(field: &'static str, path: &Path, mode: u32) -> Result<(UnixListener, Prepared), Error> {
-    let failed = |action, hint| move |cause: rustix::io::Errno| Error { field, path: path.to_owned(), action, cause: cause.into(), hint };
+    let error = |action, cause: io::Error, hint| Error { field, path: path.to_owned(), action, cause, hint, needs_restart: false };
+    let failed = |action, hint| move |cause: rustix::io::Errno| error(action, cause.into(), hint);
     let directory = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     make_directory(directory).map_err(failed("make its directory", ""))?;
 
@@ -115,6 +115,10 @@ pub fn prepare(field: &'static str, path: &Path, mode: u32) -> Result<(UnixListe
     // If the path is too long for an address, the directory is addressed by its descriptor, and only the name of the file has to fit.
     let way = rustix::fs::open(directory, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
         .map_err(failed("open its directory", ""))?;
+    if rustix::fs::fstat(&way).is_ok_and(|stat| stat.st_nlink == 0) {
+        let deleted = error("bind in its directory", io::ErrorKind::NotFound.into(), "; the directory was deleted, a restart is needed");
+        return Err(Error { needs_restart: true, ..deleted });
+    }
     let shorter = || format!("/proc/self/fd/{}/{}", way.as_raw_fd(), beside.file_name().unwrap_or_default().to_string_lossy());
     let address = SocketAddrUnix::new(&beside).or_else(|_| SocketAddrUnix::new(shorter())).map_err(failed("bind beside it", too_long))?;
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
@@ -122,24 +126,18 @@ pub fn prepare(field: &'static str, path: &Path, mode: u32) -> Result<(UnixListe
     rustix::net::bind(&socket, &address).map_err(failed("bind beside it", ""))?;
     // From here on, dropping `prepared` removes the temporary name.
     let stat = rustix::fs::statat(CWD, &beside, AtFlags::SYMLINK_NOFOLLOW).map_err(failed("read its inode", ""))?;
-    let name = BoundPath { path: path.to_owned(), device: stat.st_dev, inode: stat.st_ino };
+    let name = BoundPath(SocketFile::new(path, &stat));
     let prepared = Prepared { field, beside, name, taken: false };
     rustix::fs::chmodat(CWD, &prepared.beside, Mode::from_raw_mode(mode), AtFlags::empty()).map_err(failed("set its mode", ""))?;
     rustix::net::listen(&socket, BACKLOG).map_err(failed("listen", ""))?;
-    let listener = UnixListener::from_std(std::os::unix::net::UnixListener::from(socket)).map_err(|cause| Error {
-        field,
-        path: path.to_owned(),
-        action: "listen",
-        cause,
-        hint: "",
-    })?;
+    let listener = UnixListener::from_std(std::os::unix::net::UnixListener::from(socket)).map_err(|cause| error("listen", cause, ""))?;
     Ok((listener, prepared))
 }
 
 impl Prepared {
     /// Returns the public path.
     pub fn path(&self) -> &Path {
-        &self.name.path
+        self.name.path()
     }
 
     /// Renames the socket to its public path, and replaces an existing file.
@@ -149,22 +147,22 @@ impl Prepared {
     /// Another process of the same pid has replaced the temporary name, or the rename fails. The temporary name is removed if it is still
     /// this socket's.
     pub fn publish(mut self) -> Result<BoundPath, Error> {
-        let failed = |cause, hint| Error { field: self.field, path: self.name.path.clone(), action: "move it into place", cause, hint };
-        if !self.name.is_socket_at(&self.beside) {
+        let (field, path, action) = (self.field, self.name.path().to_owned(), "move it into place");
+        let failed = |cause, hint| Error { field, path, action, cause, hint, needs_restart: false };
+        if !self.name.0.is_at(&self.beside) {
             let hint = "; another process has replaced the prepared socket";
             return Err(failed(io::ErrorKind::NotFound.into(), hint));
         }
-        rustix::fs::rename(&self.beside, &self.name.path).map_err(|cause| failed(cause.into(), "; is there a directory of that name?"))?;
+        rustix::fs::rename(&self.beside, self.name.path()).map_err(|cause| failed(cause.into(), "; is there a directory of that name?"))?;
         self.taken = true;
-        let BoundPath { path, device, inode } = &mut self.name;
-        Ok(BoundPath { path: std::mem::take(path), device: *device, inode: *inode })
+        Ok(BoundPath(self.name.0.clone()))
     }
 }
 
 impl Drop for Prepared {
     fn drop(&mut self) {
         // A process of the same pid in another container may have bound its own socket under this name.
-        if !self.taken && self.name.is_socket_at(&self.beside) {
+        if !self.taken && self.name.0.is_at(&self.beside) {
             let _ = rustix::fs::unlink(&self.beside);
         }
     }
@@ -191,59 +189,21 @@ fn make_directory(directory: &Path) -> rustix::io::Result<()> {
 impl BoundPath {
     /// Returns the public path.
     pub fn path(&self) -> &Path {
-        &self.path
+        self.0.path()
     }
 
     /// Returns whether the public path still leads to this socket.
     pub fn is_owned(&self) -> bool {
-        self.is_socket_at(&self.path)
+        self.0.is_current()
     }
 
-    /// Completes when the public path no longer leads to this socket. Uses inotify; if that is unavailable, it logs a warning and stays
-    /// pending forever.
+    /// Completes when the public path no longer leads to this socket, like [`SocketFile::replaced`].
     ///
     /// # Cancel safety
     ///
     /// Dropping the future loses nothing: each call checks the path before it waits.
     pub async fn superseded(&self) {
-        let events = match self.watch() {
-            Ok(events) => events,
-            // The path may have been removed before the watch was added.
-            Err(_) if !self.is_owned() => return,
-            Err(error) => {
-                warn!(
-                    target: LOG_TARGET, %error,
-                    socket = %self.path.display(),
-                    "cannot watch the socket's name; if another process replaces the socket, the agent does not take the name back"
-                );
-                return pending().await;
-            }
-        };
-        // Checked after the watch was added, so that no change is missed.
-        while self.is_owned() {
-            match events.readable().await {
-                Ok(mut ready) => {
-                    // The events are discarded: the state of the path counts.
-                    let mut buffer = [const { MaybeUninit::uninit() }; 1024];
-                    let mut told = inotify::Reader::new(events.get_ref(), &mut buffer);
-                    while told.next().is_ok() {}
-                    ready.clear_ready();
-                }
-                Err(_) => return pending().await,
-            }
-        }
-    }
-
-    /// Watches the inode of the socket: its link count changes when another file is renamed over it.
-    fn watch(&self) -> io::Result<AsyncFd<OwnedFd>> {
-        let events = inotify::init(inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK)?;
-        let what = inotify::WatchFlags::ATTRIB | inotify::WatchFlags::MOVE_SELF | inotify::WatchFlags::DONT_FOLLOW;
-        inotify::add_watch(&events, &self.path, what)?;
-        fd::watched(events)
-    }
-
-    fn is_socket_at(&self, path: &Path) -> bool {
-        rustix::fs::statat(CWD, path, AtFlags::SYMLINK_NOFOLLOW).is_ok_and(|stat| stat.st_dev == self.device && stat.st_ino == self.inode)
+        self.0.replaced().await;
     }
 
     /// Removes the public path if it leads to this socket. A successor may replace the socket at the same time, so the path is renamed to
@@ -252,13 +212,14 @@ impl BoundPath {
         if !self.is_owned() {
             return;
         }
-        let name = self.path.file_name().map(|n| n.to_string_lossy()).unwrap_or_default();
-        let aside = self.path.with_file_name(format!(".{name}.{}.gone", std::process::id()));
-        if rustix::fs::rename(&self.path, &aside).is_err() {
+        let path = self.path();
+        let name = path.file_name().map(|n| n.to_string_lossy()).unwrap_or_default();
+        let aside = path.with_file_name(format!(".{name}.{}.gone", std::process::id()));
+        if rustix::fs::rename(path, &aside).is_err() {
             return;
         }
-        if !self.is_socket_at(&aside) {
-            let _ = rustix::fs::renameat_with(CWD, &aside, CWD, &self.path, RenameFlags::NOREPLACE);
+        if !self.0.is_at(&aside) {
+            let _ = rustix::fs::renameat_with(CWD, &aside, CWD, path, RenameFlags::NOREPLACE);
         }
         // This process's socket, or a successor's that was replaced meanwhile and could not be renamed back.
         let _ = rustix::fs::unlink(&aside);
@@ -327,6 +288,22 @@ mod tests {
             tokio::time::timeout(PATIENCE, superseded).await.unwrap();
             assert!(!bound.name.is_owned(), "{way}");
         }
+    }
+
+    #[tokio::test]
+    async fn a_deleted_directory_needs_a_restart() {
+        let dir = tempfile::tempdir().unwrap();
+        let inside = dir.path().join("inside");
+        std::fs::create_dir(&inside).unwrap();
+        let way = rustix::fs::open(&inside, OFlags::PATH | OFlags::DIRECTORY, Mode::empty()).unwrap();
+        // Like a mount of the directory: it leads to the directory after its deletion too.
+        let path = PathBuf::from(format!("/proc/self/fd/{}/sds.sock", way.as_raw_fd()));
+        bind(&path, 0o666).unwrap().name.unlink_if_owned();
+        std::fs::remove_dir(&inside).unwrap();
+        let error = bind(&path, 0o666).unwrap_err();
+        assert!(error.needs_restart() && error.to_string().contains("a restart is needed"), "{error}");
+        let error = bind(&dir.path().join("x".repeat(200)), 0o666).unwrap_err();
+        assert!(!error.needs_restart(), "{error}");
     }
 
     /// Processes with pid 1 in two containers use the same temporary name.

@@ -3,6 +3,9 @@
 //! The order of the calls matters. First create the [`Peer`], then read evidence about the pid, then call [`Peer::is_alive`]. If it
 //! returns true, the evidence is about the process that connected, and not about a later owner of its pid.
 //!
+//! On the side that has connected, the peer is the process that called `listen`. That process may have passed the listening socket to
+//! another one: if it has ended and the socket is still served, its credentials prove nothing about the process that answers.
+//!
 //! Kernels before 6.5 have no `SO_PEERPIDFD`. On those, [`Peer::of`] records the process that has the pid shortly after the connection. It
 //! may not be the process that connected, so a caller that relies on it has to allow that explicitly ([`Peer::is_pinned`]).
 
@@ -210,6 +213,63 @@ mod tests {
         assert!(peer.is_pinned() && kernel_pins().unwrap(), "these tests need Linux 6.5 or newer");
         assert!(peer.is_alive() && peer.directory().is_none());
         assert_eq!(peer.handle_number(), Peer::of(&ours).unwrap().handle_number());
+    }
+
+    /// Set for the child process of the tests below, so that `--include-ignored` does nothing.
+    const CHILD: &str = "UNIX_PEER_TEST_SOCKET";
+
+    /// Binds the path in [`CHILD`] and listens. Then hands the socket to a child process, and ends if `UNIX_PEER_TEST_END` is set.
+    #[test]
+    #[ignore = "runs in a separate process"]
+    #[expect(clippy::zombie_processes, reason = "the child outlives this process, and the test kills it")]
+    fn child_listens() {
+        use std::{io::Read, os::fd::AsRawFd, process::Command};
+
+        use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
+
+        let Some(path) = std::env::var_os(CHILD) else { return };
+        // Without CLOEXEC: the next process inherits the socket.
+        let socket = socket(AddressFamily::Unix, SockType::Stream, SockFlag::empty(), None).unwrap();
+        bind(socket.as_raw_fd(), &UnixAddr::new(Path::new(&path)).unwrap()).unwrap();
+        listen(&socket, Backlog::new(8).unwrap()).unwrap();
+        let heir = Command::new("sleep").arg("600").stdin(std::process::Stdio::null()).spawn().unwrap();
+        let written = Path::new(&path).with_extension("heir.new");
+        std::fs::write(&written, heir.id().to_string()).unwrap();
+        std::fs::rename(written, Path::new(&path).with_extension("heir")).unwrap();
+        // Ends when the test closes the pipe.
+        let _ = std::io::stdin().read(&mut [0]);
+    }
+
+    /// The kernel's answer on the side that connects. The handover of the shared socket relies on it.
+    #[test]
+    fn the_peer_of_a_client_is_the_process_that_listens() {
+        use std::process::{Command, Stdio};
+
+        let dir = tempfile::tempdir().unwrap();
+        let (path, heir) = (dir.path().join("socket"), dir.path().join("socket.heir"));
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command.args(["--exact", "peer::tests::child_listens", "--ignored"]).env(CHILD, &path).stdin(Stdio::piped());
+        let mut child = command.stdout(Stdio::null()).spawn().unwrap();
+        let heir: i32 = loop {
+            match std::fs::read_to_string(&heir) {
+                Ok(pid) => break pid.parse().unwrap(),
+                Err(_) => assert!(child.try_wait().unwrap().is_none(), "the child has failed"),
+            }
+            std::thread::yield_now();
+        };
+
+        let peer = Peer::of(&UnixStream::connect(&path).unwrap()).unwrap();
+        assert_eq!(peer.pid, i32::try_from(child.id()).unwrap());
+        assert!(peer.is_pinned() && peer.is_alive());
+        drop(child.stdin.take());
+        child.wait().unwrap();
+        assert!(!peer.is_alive());
+
+        // The heir keeps the socket open, and it still accepts connections.
+        let peer = Peer::of(&UnixStream::connect(&path).unwrap()).unwrap();
+        assert_eq!(peer.pid, i32::try_from(child.id()).unwrap(), "never that of the heir {heir}");
+        assert!(!peer.is_alive());
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(heir), nix::sys::signal::Signal::SIGKILL).unwrap();
     }
 
     #[test]

@@ -111,6 +111,11 @@ impl PodCgroup {
     pub fn moves(&self) -> String {
         moves(self.folders.iter())
     }
+
+    /// The words before a program and its arguments that run it in this cgroup.
+    pub fn wrapper(&self) -> [String; 3] {
+        ["sh".to_owned(), "-c".to_owned(), format!("{}exec \"$0\" \"$@\"", self.moves())]
+    }
 }
 
 /// A cgroup in each hierarchy for programs that create cgroups below it. Dropping the value removes all of them.

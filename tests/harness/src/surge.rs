@@ -1,6 +1,6 @@
 //! An agent, two Envoys of pods of its node, and further agents on the same socket, as a surge of the DaemonSet creates them.
 
-use std::path::Path;
+use std::{path::Path, sync::Mutex};
 
 use tempfile::TempDir;
 
@@ -23,6 +23,8 @@ pub struct Surge {
     pub agent: Agent,
     pub server: (Pod, PodCgroup),
     pub client: (Pod, PodCgroup),
+    /// The cgroups of the agents: an agent finds the pod of the process that serves its socket.
+    cgroups: Mutex<Vec<PodCgroup>>,
     _dir: TempDir,
 }
 
@@ -37,10 +39,13 @@ impl Surge {
         let (cluster, dir) = (Cluster::connect().await, tempfile::tempdir().unwrap());
         let (node, namespace) = (cluster.node().await, cluster.namespace().await);
         let agent_pod = cluster.agent(dir.path(), &node).await;
-        let agent = agent_pod.launch(dir.path(), SETTINGS).program(program).start().await;
+        let cgroup = PodCgroup::new(&agent_pod.pod.uid);
+        let launch = agent_pod.launch(dir.path(), SETTINGS).program(program).under(cgroup.wrapper());
+        let agent = launch.start().await;
         let [server, client] = [cluster.pod(&namespace, "server", &node).await, cluster.pod(&namespace, "client", &node).await];
         let (server_cgroup, client_cgroup) = (PodCgroup::new(&server.uid), PodCgroup::new(&client.uid));
-        Self { cluster, agent_pod, agent, server: (server, server_cgroup), client: (client, client_cgroup), _dir: dir }
+        let (server, client) = ((server, server_cgroup), (client, client_cgroup));
+        Self { cluster, agent_pod, agent, server, client, cgroups: Mutex::new(vec![cgroup]), _dir: dir }
     }
 
     /// An agent of another pod, on the same socket.
@@ -51,7 +56,10 @@ impl Surge {
     /// An agent of `pod` on the same socket, with its configuration in `dir`.
     pub fn launch(&self, pod: &AgentPod, dir: &Path) -> Launch {
         let sockets = format!("{{ shared: {{ path: {}, mode: \"0666\" }} }}", self.agent.socket().display());
-        pod.launch_on(dir, &sockets, SETTINGS)
+        let cgroup = PodCgroup::new(&pod.pod.uid);
+        let launch = pod.launch_on(dir, &sockets, SETTINGS).under(cgroup.wrapper());
+        self.cgroups.lock().expect("no test panics while it adds a cgroup").push(cgroup);
+        launch
     }
 
     /// Two Envoys on the socket, one with each protocol variant.

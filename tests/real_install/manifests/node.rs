@@ -74,6 +74,15 @@ async fn the_shared_socket_daemonset_hands_over_to_a_surge_pod() {
     // With `maxSurge: 1`, the next pod becomes ready before the first one ends.
     let next = site.run("DaemonSet", "sds-agent", "sds-agent-two", "{ lockMemory: always }").await;
     assert!(site.node.container_log(&next.pod, "sds-agent").contains("the socket is acquired"));
+    // Each knows the other by its cgroup and its pod, as the container runtime and the API server have them.
+    eventually("the previous agent has attested its successor", PATIENCE, async || {
+        let words = site.node.container_log(&agent.pod, "sds-agent");
+        if words.contains("another agent has taken the socket") { Ok(()) } else { Err(words) }
+    })
+    .await;
+    for agent in [&agent, &next] {
+        assert!(site.metrics(agent).await.contains("sds_agent_socket_taken_by_strangers_total 0"));
+    }
     site.node.delete(&agent.pod).await;
     for pod in [&cart, &other] {
         site.assert_connected_again(pod, SHARED).await;

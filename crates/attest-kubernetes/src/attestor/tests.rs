@@ -191,6 +191,41 @@ async fn what_was_proven_holds_for_as_long_as_the_process_runs() {
     assert!(!world.attestor.still_holds(&terminated));
 }
 
+#[tokio::test]
+async fn the_account_of_a_process_outlives_its_pod() {
+    let world = World::new(&cgroup(UID), &[pod(UID, Some("cart"))]);
+    let account = async || timeout(Duration::from_secs(20), world.attestor.account_of(&world.peer)).await.expect("no verdict");
+    let is_cart = |found: Result<(PodUid, Option<Account>), Error>| {
+        let (uid, account) = found.unwrap();
+        let account = account.unwrap();
+        assert_eq!((uid.as_str(), &*account.namespace, &*account.name), (UID, "shop", "cart"));
+    };
+    is_cart(account().await);
+    let mut ended = pod(UID, Some("cart"));
+    ended["status"]["phase"] = json!("Failed");
+    let known = world.attestor.pods.wait_for(UID).await.unwrap();
+    world.api.put("pods", ended);
+    timeout(Duration::from_secs(20), known.terminated.cancelled()).await.unwrap();
+    assert_eq!(world.refusal().await.0, Reason::pod_ended, "it is served no more");
+    is_cart(account().await);
+    world.api.remove("pods", "shop", "cart-1");
+    timeout(Duration::from_secs(20), async {
+        while !world.attestor.pods.workloads().is_empty() {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await
+    .unwrap();
+    is_cart(account().await);
+
+    let accountless = World::new(&cgroup(UID), &[pod(UID, None)]);
+    assert_eq!(accountless.attestor.account_of(&accountless.peer).await.unwrap().1, None);
+    let unknown = World::new(&cgroup(UID), &[]);
+    assert_eq!(unknown.attestor.account_of(&unknown.peer).await.unwrap_err().reason, Reason::unknown_pod);
+    let outside = World::new("0::/user.slice", &[]);
+    assert_eq!(outside.attestor.account_of(&outside.peer).await.unwrap_err().reason, Reason::not_in_pod);
+}
+
 #[test]
 fn a_cgroup_file_is_read_whole_or_not_at_all_and_need_not_be_text() {
     let dir = tempfile::tempdir().unwrap();

@@ -12,9 +12,10 @@ use tokio::{
     time::Instant,
 };
 use tokio_util::sync::CancellationToken;
-use workload_identity::Workload;
+use workload_identity::{Account, Workload};
 
-/// Maximum number of deleted pods whose UIDs are remembered, so that an older list does not restore them.
+/// Maximum number of deleted pods whose UIDs are remembered, so that an older list does not restore them, and a
+/// process that outlives its pod is known by its account.
 const MAX_ENDED_PODS: usize = 1024;
 /// Maximum number of UIDs that are remembered as unknown to the API server.
 const MAX_UNKNOWN_PODS: usize = 256;
@@ -54,7 +55,8 @@ pub(super) struct Index {
     doubtful: HashSet<Arc<str>>,
     /// UIDs in the list that is being read.
     list: HashSet<Arc<str>>,
-    deleted: VecDeque<Arc<str>>,
+    /// UIDs and accounts of deleted pods, the oldest first.
+    deleted: VecDeque<(Arc<str>, Option<Account>)>,
     /// UIDs that a live read did not find, with the time until which they count as unknown.
     unknown: VecDeque<(Instant, String)>,
     /// Whether the containers of pods are kept.
@@ -80,7 +82,14 @@ impl Index {
 
     /// Returns whether a pod with this UID was known and was deleted.
     pub(super) fn has_gone(&self, uid: &str) -> bool {
-        self.deleted.iter().any(|terminated| &**terminated == uid)
+        self.deleted.iter().any(|(deleted, _)| &**deleted == uid)
+    }
+
+    /// Returns the service account of the pod with this UID, also of one that has ended or was deleted. `None` if the pod is not known,
+    /// `Some(None)` if it has no service account.
+    pub(super) fn account(&self, uid: &str) -> Option<Option<Account>> {
+        let of_deleted = || self.deleted.iter().find(|(deleted, _)| &**deleted == uid).map(|(_, account)| account.clone());
+        self.get(uid).map(|known| known.pod.workload().account()).or_else(of_deleted)
     }
 
     /// Returns whether a recent live read did not find this UID.
@@ -151,7 +160,7 @@ impl Index {
         let Some(mut pod) = facts(slim, self.driver.as_deref(), self.keeps_containers) else { return };
         let uid = pod.pod.uid.clone();
         // A UID is never used again, so an event about a deleted pod is stale.
-        if self.deleted.contains(&uid) {
+        if self.has_gone(&uid) {
             return;
         }
         self.doubtful.remove(&uid);
@@ -229,6 +238,6 @@ impl Index {
         if self.deleted.len() == MAX_ENDED_PODS {
             self.deleted.pop_front();
         }
-        self.deleted.push_back(uid);
+        self.deleted.push_back((uid, known.pod.workload().account()));
     }
 }

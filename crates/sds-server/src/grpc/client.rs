@@ -58,7 +58,15 @@ impl Service<Request<Body>> for Connection {
 ///
 /// [`Error::Connect`] if the socket cannot be reached, and [`Error::Handshake`] if the HTTP/2 handshake fails.
 pub async fn connect(path: &Path) -> Result<(Connection, impl Future<Output = ()> + Send + use<>), Error> {
-    let stream = UnixStream::connect(path).await.map_err(Error::Connect)?;
+    over(UnixStream::connect(path).await.map_err(Error::Connect)?).await
+}
+
+/// Like [`connect`], over a connected socket.
+///
+/// # Errors
+///
+/// [`Error::Handshake`] if the HTTP/2 handshake fails.
+pub async fn over(stream: UnixStream) -> Result<(Connection, impl Future<Output = ()> + Send + use<>), Error> {
     let (sender, connection) = http2::handshake(TokioExecutor::new(), TokioIo::new(stream)).await.map_err(Error::Handshake)?;
     Ok((Connection(sender), async move { drop(connection.await) }))
 }
