@@ -270,6 +270,12 @@ def templates():
     yield "approver-policy.yaml", when(".Values.policy.enabled", policy)
     yield "policy-approvers.yaml", when("and .Values.policy.enabled (include \"sds-agent.approvers\" .)", APPROVERS)
 
+    mounts = replaced(
+        text(load("socket-mounts/policy.yaml")),
+        ("validationActions: [Audit, Warn]", "validationActions: {{ toJson .Values.policy.socketMounts.validationActions }}"),
+    )
+    yield "socket-mounts.yaml", when(".Values.policy.socketMounts.enabled", mounts)
+
     requests = replaced(text(load("workload-requests/rbac.yaml")), IN_NAMESPACE)
     yield "workload-requests.yaml", when('include "sds-agent.workloadRequests" .', requests)
 

@@ -15,3 +15,4 @@ mod readme;
 mod rights;
 mod rollout;
 mod site;
+mod socket_mounts;
