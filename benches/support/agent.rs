@@ -38,7 +38,7 @@ impl Attestor for Everybody {
 
     fn attest<'a>(&'a self, _: &'a Peer) -> BoxFuture<'a, Result<Attested, Error>> {
         let workload = Workload::Unix { uid: self.0.fetch_add(1, Ordering::Relaxed) };
-        Box::pin(std::future::ready(Ok(Attested { workload, terminated: CancellationToken::new() })))
+        Box::pin(std::future::ready(Ok(Attested { workload, facts: None, terminated: CancellationToken::new() })))
     }
 }
 

@@ -8,6 +8,7 @@ mod ends;
 mod fetch;
 mod held;
 mod log;
+mod moves;
 mod outages;
 mod subscriptions;
 mod swaps;

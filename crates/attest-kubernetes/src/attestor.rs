@@ -136,7 +136,7 @@ impl KubernetesAttestor {
             }
         });
         known.first_call.cancel();
-        Ok(Attested { workload: pod.workload(), terminated })
+        Ok(Attested { workload: pod.workload(), facts: Some(known.facts.subscribe()), terminated })
     }
 
     /// Checks the caller against the policy.

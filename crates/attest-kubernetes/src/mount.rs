@@ -108,7 +108,8 @@ impl MountAttestor {
         &self.first_call
     }
 
-    /// Returns the workload of every caller on this socket. Waits for the pod like [`Pods::wait_for`].
+    /// Returns the workload of every caller on this socket, with the current facts about its pod. Waits for the pod like
+    /// [`Pods::wait_for`].
     ///
     /// # Errors
     ///
@@ -119,6 +120,11 @@ impl MountAttestor {
     ///
     /// A dropped future only stops waiting.
     pub async fn workload(&self) -> Result<Workload, Error> {
+        Ok(self.known().await?.pod.workload_at(&self.volume))
+    }
+
+    /// Returns the pod of this socket, if its processes may be served.
+    async fn known(&self) -> Result<Known, Error> {
         let unpublished = || Error::refused(Reason::pod_ended, format!("pod UID {}: it has ended, or its volume is unpublished", self.uid));
         let known = tokio::select! {
             biased;
@@ -133,7 +139,7 @@ impl MountAttestor {
         if pod.service_account.is_none() {
             return Err(Error::refused(Reason::no_service_account, format!("pod {} has no service account", pod.pod)).by(&pod.pod));
         }
-        Ok(pod.workload_at(&self.volume))
+        Ok(known)
     }
 
     /// Cancels `terminated` when the pod ends. One task is sufficient, because a UID is never used again.
@@ -162,9 +168,10 @@ impl Attestor for MountAttestor {
 
     fn attest<'a>(&'a self, _peer: &'a Peer) -> BoxFuture<'a, Result<Attested, Error>> {
         Box::pin(async {
-            let workload = self.workload().await?;
+            let known = self.known().await?;
             self.first_call.cancel();
-            Ok(Attested { workload, terminated: self.terminated.child_token() })
+            let workload = known.pod.workload_at(&self.volume);
+            Ok(Attested { workload, facts: Some(known.facts.subscribe()), terminated: self.terminated.child_token() })
         })
     }
 }
@@ -235,13 +242,21 @@ mod tests {
         let mut pod = json!({"metadata": {"name": "cart-1", "namespace": "shop", "uid": UID}});
         pod["spec"] = json!({"nodeName": "n1", "serviceAccountName": "cart", "volumes": [volume("sds", "gold"), volume("other", "lead")]});
         world.api.put("pods", pod);
-        let picked = |attested: Attested| match attested.workload {
+        let picked = |workload: Workload| match workload {
             Workload::Pod { picked, .. } => picked,
             Workload::Unix { .. } => None,
         };
         // After a restart there is no claim, and the picked profile is the same.
         for claimed in [None, Some(Claim { picked: Some("gold".into()), ..claim("shop", "cart-1", "cart") })] {
-            assert_eq!(picked(world.attest(&world.attestor(claimed)).await.unwrap()).as_deref(), Some("gold"));
+            let role = format!("claimed-{}", claimed.is_some());
+            let attested = world.attest(&world.attestor(claimed)).await.unwrap();
+            assert_eq!(picked(attested.workload.clone()).as_deref(), Some("gold"));
+            // The pick stays when other facts of the pod change.
+            let mut facts = attested.facts.clone().unwrap();
+            world.api.change("pods", "shop", "cart-1", |pod| pod["metadata"]["labels"] = json!({"role": role}));
+            timeout(SOON, facts.changed()).await.unwrap().unwrap();
+            assert_ne!(attested.current(), attested.workload);
+            assert_eq!(picked(attested.current()).as_deref(), Some("gold"));
         }
         for forged in [None, Some("lead".into())] {
             let attestor = world.attestor(Some(Claim { picked: forged, ..claim("shop", "cart-1", "cart") }));

@@ -25,7 +25,7 @@ impl Attestor for OneUser {
     }
 
     fn attest<'a>(&'a self, peer: &'a Peer) -> BoxFuture<'a, Result<Attested, attest::Error>> {
-        let attested = Attested { workload: Workload::Unix { uid: peer.uid }, terminated: Default::default() };
+        let attested = Attested { workload: Workload::Unix { uid: peer.uid }, facts: None, terminated: Default::default() };
         let other = || attest::Error::refused(Reason::uid_not_allowed, format!("user {} is not served", peer.uid));
         Box::pin(ready(if peer.uid == self.0 { Ok(attested) } else { Err(other()) }))
     }

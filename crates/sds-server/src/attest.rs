@@ -11,6 +11,7 @@ use prometheus_client::{
     metrics::{counter::Counter, family::Family, histogram::Histogram},
     registry::Registry,
 };
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use unix_peer::peer::Peer;
 use workload_identity::{PodRef, Workload};
@@ -21,10 +22,25 @@ pub mod unix;
 /// An attested caller.
 #[derive(Debug, Clone)]
 pub struct Attested {
-    /// The workload of the caller.
+    /// The workload of the caller, with the facts at the time of its attestation.
     pub workload: Workload,
+    /// The facts about the workload and their changes, such as changed labels of a pod. `None` if they never change. The profile that the
+    /// pod picks is not among them: it belongs to the socket, and `workload` has it.
+    pub facts: Option<watch::Receiver<Workload>>,
     /// Cancelled when the workload has ended. Its streams then end, and no further key is sent.
     pub terminated: CancellationToken,
+}
+
+impl Attested {
+    /// Returns the workload with its current facts.
+    pub fn current(&self) -> Workload {
+        let Some(facts) = &self.facts else { return self.workload.clone() };
+        let mut current = facts.borrow().clone();
+        if let (Workload::Pod { picked, .. }, Workload::Pod { picked: by_socket, .. }) = (&mut current, &self.workload) {
+            picked.clone_from(by_socket);
+        }
+        current
+    }
 }
 
 /// The reason for refusing a caller, as a metric label and for the log.

@@ -1,4 +1,5 @@
-//! The caller of one connection. It is attested once, at the first request, and gets its identity from the current resolver.
+//! The caller of one connection. It is attested once, at the first request, and gets its identity from the current resolver and from the
+//! current facts about its workload.
 //!
 //! The HTTP/2 handshake never waits for attestation: a client that only connects gets the server's SETTINGS at once.
 
@@ -10,7 +11,7 @@ use tokio::sync::{Notify, OnceCell, watch};
 use tonic::Status;
 use tracing::{debug, warn};
 use unix_peer::peer::Peer;
-use workload_identity::{Identity, Resolver};
+use workload_identity::{Identity, Resolver, Workload};
 
 use crate::attest::{self, Attested, Attestor, Method, Reason, origin::Origin};
 
@@ -20,10 +21,50 @@ const LOG_TARGET: &str = "sds_agent::caller";
 /// An attested caller and its identity.
 #[derive(Debug)]
 pub struct Caller {
-    /// The attested workload. `attested.terminated` ends its streams.
+    /// The attested workload, with the facts that gave the identity. `attested.terminated` ends its streams.
     pub attested: Attested,
-    /// The identity, from the resolver that was current when the caller was resolved.
+    /// The identity, from the resolver and the facts that were current when the caller was resolved.
     pub identity: Arc<Identity>,
+}
+
+/// The changes after which a caller has to be [resolved](Connection::resolve) again: those of the resolver, and those of the facts about
+/// its workload.
+#[derive(Debug)]
+pub struct Changes {
+    resolver: watch::Receiver<Arc<Resolver>>,
+    facts: Option<watch::Receiver<Workload>>,
+}
+
+impl Changes {
+    /// Whether there was a change.
+    pub fn are_pending(&self) -> bool {
+        let has_changed = |facts: &watch::Receiver<Workload>| facts.has_changed().unwrap_or(false);
+        self.resolver.has_changed().unwrap_or(false) || self.facts.as_ref().is_some_and(has_changed)
+    }
+
+    /// Returns when there is a change. It stays [pending](Self::are_pending) until the caller is resolved again.
+    ///
+    /// # Cancel safety
+    ///
+    /// The future can be dropped and created again without losing a change.
+    pub async fn wait(&mut self) {
+        let resolver = noticed(&mut self.resolver);
+        match &mut self.facts {
+            Some(facts) => tokio::select! {
+                () = resolver => {}
+                () = noticed(facts) => {}
+            },
+            None => resolver.await,
+        }
+    }
+}
+
+/// Returns when the value has changed, and leaves the change to be seen. Pending forever if the value can no longer change.
+async fn noticed<T>(value: &mut watch::Receiver<T>) {
+    if value.changed().await.is_err() {
+        std::future::pending::<()>().await;
+    }
+    value.mark_changed();
 }
 
 /// Attests callers and maps them to identities. One for each socket.
@@ -57,7 +98,7 @@ pub struct Connection {
     peer: Peer,
     authenticator: Authenticator,
     attested: OnceCell<Attested>,
-    /// The caller, and the resolver that gave its identity.
+    /// The caller, and the resolver that gave its identity. The caller has the facts.
     named: Mutex<Option<(Arc<Resolver>, Arc<Caller>)>>,
     known: Notify,
     origin: Origin,
@@ -161,9 +202,23 @@ impl Connection {
         self.attested.get().is_some()
     }
 
-    /// The current resolver and its changes. After a change the caller has to be resolved again, by [`caller`](Self::caller).
-    pub fn rules(&self) -> watch::Receiver<Arc<Resolver>> {
-        self.authenticator.resolver.clone()
+    /// Returns the caller with its current identity, and the changes from then on. Otherwise like [`caller`](Self::caller).
+    ///
+    /// # Errors
+    ///
+    /// The errors of [`caller`](Self::caller).
+    pub async fn resolve(&self) -> Result<(Arc<Caller>, Changes), Status> {
+        // Marked before the caller is resolved, so that any later change is noticed.
+        let mut resolver = self.authenticator.resolver.clone();
+        resolver.mark_unchanged();
+        let mut facts = self.attested.get().and_then(|attested| attested.facts.clone());
+        if let Some(facts) = &mut facts {
+            facts.mark_unchanged();
+        }
+        let caller = self.caller().await?;
+        // After the first attestation, changes count from the attestation on.
+        let facts = facts.or_else(|| caller.attested.facts.clone());
+        Ok((caller, Changes { resolver, facts }))
     }
 
     /// Attests the caller. A caller without an identity is refused, and the attestation is not kept.
@@ -173,25 +228,27 @@ impl Connection {
         Ok(attested)
     }
 
-    /// Returns the caller with its identity from the current resolver. Refuses a workload for which the resolver has no identity.
+    /// Returns the caller with its identity from the current resolver and facts. Refuses a workload for which the resolver has no identity.
     fn named(&self, attested: &Attested) -> Result<Arc<Caller>, attest::Error> {
-        let resolver = self.authenticator.resolver.borrow().clone();
         let mut named = self.named.lock();
+        let (resolver, workload) = (self.authenticator.resolver.borrow().clone(), attested.current());
         if let Some((by, caller)) = &*named
             && Arc::ptr_eq(by, &resolver)
+            && caller.attested.workload == workload
         {
             return Ok(caller.clone());
         }
+        let attested = Attested { workload, ..attested.clone() };
         let pod = attested.workload.pod();
         let identity = resolver.resolve(&attested.workload).map_err(|error| {
             let refused = attest::Error::refused(Reason::no_identity, error.to_string());
             attest::Error { pod: pod.cloned(), ..refused }
         })?;
         debug!(target: LOG_TARGET, peer = ?self.peer, workload = %attested.workload, %identity, again = named.is_some(), "caller named");
-        let caller = Arc::new(Caller { attested: attested.clone(), identity: Arc::new(identity) });
+        let caller = Arc::new(Caller { attested, identity: Arc::new(identity) });
         *named = Some((resolver, caller.clone()));
         drop(named);
-        if let Some((observer, pod)) = self.authenticator.observer.as_ref().zip(pod) {
+        if let Some((observer, pod)) = self.authenticator.observer.as_ref().zip(caller.attested.workload.pod()) {
             observer.served(pod);
         }
         Ok(caller)
@@ -272,7 +329,7 @@ mod tests {
 
         fn attest<'a>(&'a self, peer: &'a Peer) -> BoxFuture<'a, Result<Attested, attest::Error>> {
             let workload = workload_identity::Workload::Unix { uid: peer.uid };
-            Box::pin(std::future::ready(Ok(Attested { workload, terminated: CancellationToken::new() })))
+            Box::pin(std::future::ready(Ok(Attested { workload, facts: None, terminated: CancellationToken::new() })))
         }
 
         fn still_holds(&self, _peer: &Peer) -> bool {

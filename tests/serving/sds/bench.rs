@@ -192,6 +192,12 @@ impl Bench {
         }
     }
 
+    /// The same agent with another attestor, for new connections.
+    pub fn attesting_by(mut self, attestor: Arc<dyn Attestor>) -> Self {
+        self.authenticator.attestor = attestor;
+        self
+    }
+
     /// A new connection.
     pub fn connection(&self) -> Arc<Connection> {
         Arc::new(Connection::new(Peer::without_process(1000), self.authenticator.clone()))
@@ -280,6 +286,7 @@ fn attested(service_account: &str, terminated: &CancellationToken) -> Attested {
     let pod = PodRef { namespace: "shop".into(), name: "cart-1".into(), uid: "u1".into() };
     Attested {
         workload: Workload::Pod { pod, service_account: Some(service_account.into()), labels: Labels::default(), picked: None },
+        facts: None,
         terminated: terminated.clone(),
     }
 }

@@ -13,7 +13,7 @@ use super::{
 /// In paused time this limit costs nothing.
 const PATIENCE: Duration = Duration::from_secs(24 * 3600);
 
-type Answer = Result<Reply, (Code, String)>;
+pub type Answer = Result<Reply, (Code, String)>;
 
 /// A call of a client. `deadline` is its `grpc-timeout`.
 struct Call<'a> {
@@ -44,12 +44,23 @@ impl<'a> Call<'a> {
 }
 
 async fn fetch(bench: &Bench, pieces: mpsc::UnboundedReceiver<Bytes>, deadline: Option<&str>) -> Answer {
+    fetch_on(bench, &bench.connection(), pieces, deadline).await
+}
+
+/// Fetches `names` on a connection.
+pub async fn fetch_names(bench: &Bench, connection: &Arc<Connection>, names: &[&str]) -> Answer {
+    let (say, pieces) = mpsc::unbounded_channel();
+    say.send(framed(&call(bench, names).request)).unwrap();
+    drop(say);
+    fetch_on(bench, connection, pieces, None).await
+}
+
+async fn fetch_on(bench: &Bench, connection: &Arc<Connection>, pieces: mpsc::UnboundedReceiver<Bytes>, deadline: Option<&str>) -> Answer {
     let mut request = Request::post(format!("/{SERVICE}/FetchSecrets"));
     if let Some(deadline) = deadline {
         request = request.header("grpc-timeout", deadline);
     }
-    let connection = bench.connection();
-    let first_call = bench.service.call(&connection, request.body(body(pieces, Variant::Sotw)).unwrap());
+    let first_call = bench.service.call(connection, request.body(body(pieces, Variant::Sotw)).unwrap());
     let response = tokio::time::timeout(PATIENCE, first_call).await.expect("an answer in time").unwrap();
     if response.headers().contains_key("grpc-status") {
         return Err(status(response.headers()));

@@ -1,11 +1,12 @@
 //! Open streams when the configuration changes: a stream changes to another identity without a close and without a gap.
 
+use agent_runtime::telemetry::{self, Format, captured::Captured};
 use issuance::rotation::reissue::{Reissue, Reissued, Which};
 use tonic::Code;
 use workload_identity::{Match, Pattern, Profile, Resolver, Rule};
 
 use super::{
-    bench::{Bench, SPREAD, Upstream, settle},
+    bench::{Bench, RETENTION, SPREAD, Upstream, settle},
     client::{Client, FACES},
     *,
 };
@@ -158,6 +159,89 @@ async fn a_new_spiffe_id_reaches_open_and_new_streams_of_a_connection() {
         assert!(client.accepted().await.carries("default", &new));
         assert_eq!(connection.caller().await.unwrap().identity.spiffe_id.as_str(), "spiffe://cluster.local/shop/a");
         assert_eq!(b.orders(), 2);
+    }
+}
+
+/// The SPIFFE ID of the caller, and templates of others.
+const ID: &str = "spiffe://cluster.local/ns/shop/sa/a";
+const OTHERS: [&str; 2] = ["spiffe://cluster.local/shop/{serviceAccount}", "spiffe://cluster.local/{serviceAccount}"];
+
+#[tokio::test(start_paused = true)]
+async fn a_stream_that_asks_by_spiffe_id_gets_the_certificate_of_each_new_one() {
+    for variant in FACES {
+        let b = Bench::new();
+        let mut client = Client::asking(&b, variant, &[ID]).await;
+        assert!(client.accepted().await.carries(ID, &b.material()));
+        for other in OTHERS {
+            let begun = Instant::now();
+            b.change_profile(|profile| profile.spiffe_id = other.into());
+            let reply = client.accepted().await;
+            let new = current(&b).unwrap();
+            assert_eq!(new.spiffe_id().as_str(), other.replace("{serviceAccount}", "a"));
+            assert!(reply.carries(ID, &new), "under the name that the client asked by");
+            assert!(begun.elapsed() <= SPREAD + SETTLING, "{:?}", begun.elapsed());
+        }
+        // It is renewed under that name, and the client can ask by the new one.
+        let reply = client.accepted().await;
+        assert!(reply.carries(ID, &current(&b).unwrap()));
+        client.ask(&[ID, "spiffe://cluster.local/a"]);
+        assert!(client.accepted().await.carries("spiffe://cluster.local/a", &current(&b).unwrap()));
+        assert_eq!((b.leases(), b.service.metrics.unknown_certificate_names()), (1, 0));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_former_spiffe_id_is_no_name_for_a_later_subscription() {
+    for variant in FACES {
+        let log = Captured::default();
+        let (_guard, _filter) = telemetry::capture("info", Format::Json, log.clone()).unwrap();
+        let b = Bench::new();
+        let connection = b.connection();
+        let mut client = Client::on(&b, &connection, variant).await;
+        client.ask(&[ID]);
+        client.accepted().await;
+        let version = b.material().version().to_owned();
+        b.change_profile(|profile| profile.spiffe_id = OTHERS[0].into());
+        client.accepted().await;
+        client.ask(&["ROOTCA"]);
+        client.accepted().await;
+        client.ask(&["ROOTCA", ID]);
+        client.quiet(MINUTE).await;
+        assert_eq!((b.leases(), b.service.metrics.unknown_certificate_names()), (0, 1));
+        // The same for a client that holds a certificate of that name. Further requests on a stream count once.
+        let mut back = Client::returning(&b, variant, &[ID], &version).await;
+        back.quiet(MINUTE).await;
+        back.ask(&[ID, "other"]);
+        back.quiet(MINUTE).await;
+        let mut late = Client::on(&b, &connection, variant).await;
+        late.ask(&[ID]);
+        late.quiet(MINUTE / 2).await;
+        let mut again = Client::on(&b, &connection, variant).await;
+        again.ask(&[ID]);
+        again.quiet(MINUTE / 4).await;
+        // With a certificate, or with a bundle alone, an unknown name is no trouble.
+        Client::asking(&b, variant, &["default", ID]).await.accepted().await;
+        Client::asking(&b, variant, &["ROOTCA"]).await.accepted().await;
+        assert_eq!(b.service.metrics.unknown_certificate_names(), 4);
+        let lines = log.lines("the stream gets no certificate");
+        assert_eq!(lines.len(), 3, "each connection is a caller here, and gets one line a minute");
+        assert_eq!((lines[0]["level"].as_str(), lines[0]["name"].as_str()), (Some("WARN"), Some(ID)));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stream_keeps_no_key_of_a_certificate_that_it_does_not_watch() {
+    for variant in FACES {
+        let b = Bench::new();
+        let mut client = Client::asking(&b, variant, &[ID, "ROOTCA"]).await;
+        // The bundle comes first.
+        while !client.accepted().await.names().contains(&ID) {}
+        let old = Arc::downgrade(&b.material());
+        b.change_profile(|profile| profile.spiffe_id = OTHERS[0].into());
+        settle().await;
+        client.ask(&["ROOTCA"]);
+        client.quiet(2 * RETENTION).await;
+        assert!(old.upgrade().is_none(), "the stream is the only one that could have kept it");
     }
 }
 

@@ -61,6 +61,7 @@ impl Attestor for TestAttestor {
             let pod = PodRef { namespace: "shop".into(), name: "cart-1".into(), uid: "u1".into() };
             Ok(Attested {
                 workload: Workload::Pod { pod, service_account: Some("a".into()), labels: Labels::default(), picked: None },
+                facts: None,
                 terminated,
             })
         })

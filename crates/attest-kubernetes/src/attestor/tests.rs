@@ -84,6 +84,21 @@ async fn a_process_in_a_pods_cgroup_is_that_pod_until_the_pod_goes() {
 }
 
 #[tokio::test]
+async fn an_attested_caller_follows_the_labels_of_its_pod() {
+    let world = World::new(&cgroup(UID), &[pod(UID, Some("cart"))]);
+    let attested = world.attest().await.unwrap();
+    let mut facts = attested.facts.clone().unwrap();
+    let role = |workload: &Workload| match workload {
+        Workload::Pod { labels, .. } => labels.get("role").map(str::to_owned),
+        Workload::Unix { .. } => None,
+    };
+    assert_eq!(role(&attested.current()), None);
+    world.api.change("pods", "shop", "cart-1", |pod| pod["metadata"]["labels"] = json!({"role": "canary"}));
+    timeout(Duration::from_secs(20), facts.changed()).await.unwrap().unwrap();
+    assert_eq!((role(&attested.current()).as_deref(), role(&attested.workload)), (Some("canary"), None));
+}
+
+#[tokio::test]
 async fn a_pod_that_the_api_tells_later_is_awaited() {
     let world = World::new(&cgroup(UID), &[]);
     timeout(Duration::from_secs(20), world.attestor.pods.synced().wait_for(|s| *s)).await.unwrap().unwrap();

@@ -8,7 +8,7 @@ use std::{
 
 use agent_kube::pod::{MIRROR, Pod, PodObject, facts, has_not_begun, names::Names};
 use tokio::{
-    sync::{mpsc, oneshot},
+    sync::{mpsc, oneshot, watch},
     time::Instant,
 };
 use tokio_util::sync::CancellationToken;
@@ -20,11 +20,13 @@ const MAX_ENDED_PODS: usize = 1024;
 /// Maximum number of UIDs that are remembered as unknown to the API server.
 const MAX_UNKNOWN_PODS: usize = 256;
 
-/// A pod, and the tokens of its end and of its first call.
+/// A pod, the changes of its facts, and the tokens of its end and of its first call.
 #[derive(Debug, Clone)]
 pub struct Known {
     /// Facts of the pod.
     pub pod: Arc<Pod>,
+    /// The workload of the pod on the shared socket. It changes with the pod, for example with its labels.
+    pub facts: watch::Sender<Workload>,
     /// Cancelled when the pod is deleted or its phase is terminal.
     pub terminated: CancellationToken,
     /// Cancelled when one of its processes has been attested on the shared socket.
@@ -167,13 +169,22 @@ impl Index {
         let before = self.pods.get(&uid);
         let is_new = before.is_none();
         let (terminated, first_call) = before.map_or_else(Default::default, |known| (known.terminated.clone(), known.first_call.clone()));
+        let facts = before.map(|known| known.facts.clone());
         if pod.ended && !terminated.is_cancelled() {
             terminated.cancel();
             self.pod_terminations += 1;
         }
         if before.is_none_or(|known| *known.pod != pod) {
             self.names.share(&mut pod);
-            self.pods.insert(uid.clone(), Known { pod: Arc::new(pod), terminated, first_call });
+            let workload = pod.workload();
+            let facts = facts.unwrap_or_else(|| watch::Sender::new(workload.clone()));
+            // Most changes of a pod are changes of its status.
+            facts.send_if_modified(|before| {
+                let is_new = *before != workload;
+                *before = workload;
+                is_new
+            });
+            self.pods.insert(uid.clone(), Known { pod: Arc::new(pod), facts, terminated, first_call });
         }
         if is_new && has_not_begun(slim) {
             self.tell_of_start(slim, &uid);

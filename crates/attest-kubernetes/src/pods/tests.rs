@@ -105,6 +105,30 @@ async fn a_pod_is_somebody_on_each_of_its_sockets_and_a_live_read_says_the_same(
 }
 
 #[tokio::test(start_paused = true)]
+async fn changed_labels_are_announced_and_a_changed_status_is_not() {
+    let api = FakeApi::new();
+    api.put("pods", pod("a", "u-a", "n1"));
+    let world = World::synced(api).await;
+    let mut facts = soon(world.pods.wait_for("u-a")).await.unwrap().facts.subscribe();
+    let label = |value: &str| world.api.change("pods", "shop", "a", |pod| pod["metadata"]["labels"]["app"] = value.into());
+    world.api.change("pods", "shop", "a", |pod| pod["status"]["phase"] = "Pending".into());
+    assert!(timeout(MINUTE, facts.changed()).await.is_err(), "the status is no fact about the workload");
+    label("b");
+    soon(facts.changed()).await.unwrap();
+    let known = soon(world.pods.wait_for("u-a")).await.unwrap();
+    assert_eq!(*facts.borrow_and_update(), known.pod.workload());
+    assert_eq!(known.pod.labels.get("app"), Some("b"));
+
+    // A change that a new list reports.
+    world.api.cut_watches(false);
+    world.api.forget_history();
+    label("c");
+    soon(facts.changed()).await.unwrap();
+    world.api.remove("pods", "shop", "a");
+    soon(known.terminated.cancelled()).await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_pod_that_is_not_there_yet_is_awaited_without_polling() {
     let api = FakeApi::new();
     api.fail("list", "pods", Fault::Refuse, 1000);

@@ -20,7 +20,7 @@ impl Attestor for UnixAttestor {
 
     fn attest<'a>(&'a self, peer: &'a Peer) -> BoxFuture<'a, Result<Attested, Error>> {
         // The user is attested, not the process: a connection that is passed to a child process of the user keeps the identity.
-        let attested = Attested { workload: Workload::Unix { uid: peer.uid }, terminated: CancellationToken::new() };
+        let attested = Attested { workload: Workload::Unix { uid: peer.uid }, facts: None, terminated: CancellationToken::new() };
         Box::pin(std::future::ready(Ok(attested)))
     }
 }

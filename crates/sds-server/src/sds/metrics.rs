@@ -75,6 +75,7 @@ pub struct Metrics {
     nacks: [Counter; 2],
     ack_duration: [Histogram; 2],
     first_secret: [Histogram; 2],
+    unknown_certificate_names: Counter,
 }
 
 impl Default for Metrics {
@@ -104,6 +105,12 @@ impl Metrics {
             Unit::Seconds,
             first_secret.clone(),
         );
+        let unknown_certificate_names = Counter::default();
+        registry.register(
+            "sds_unknown_certificate_names",
+            "Streams with an unknown name and without a certificate, such as one that asks by a former SPIFFE ID",
+            unknown_certificate_names.clone(),
+        );
         let kinds = [Kind::certificate, Kind::bundle];
         let response = |kind, trigger| responses.get_or_create(&ResponseLabels { kind, trigger }).clone();
         Self {
@@ -113,6 +120,7 @@ impl Metrics {
             nacks: kinds.map(|kind| nacks.get_or_create(&KindLabel { kind }).clone()),
             ack_duration: kinds.map(|kind| ack_duration.get_or_create(&KindLabel { kind }).clone()),
             first_secret: [Cache::hit, Cache::miss].map(|cache| first_secret.get_or_create(&CacheLabel { cache }).clone()),
+            unknown_certificate_names,
         }
     }
 
@@ -142,6 +150,17 @@ impl Metrics {
     #[cfg(any(test, feature = "testing"))]
     pub fn nacks(&self, kind: Kind) -> u64 {
         self.nacks[kind as usize].get()
+    }
+
+    /// Counts a stream that watches an unknown name and no certificate.
+    pub fn unknown_certificate_name(&self) {
+        self.unknown_certificate_names.inc();
+    }
+
+    /// Streams that watched an unknown name and no certificate.
+    #[cfg(any(test, feature = "testing"))]
+    pub fn unknown_certificate_names(&self) -> u64 {
+        self.unknown_certificate_names.get()
     }
 
     /// Observes the time to the first resource of a stream. `hit` is `true` if the resource was available at the first request.

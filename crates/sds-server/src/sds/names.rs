@@ -1,6 +1,6 @@
 //! Resource names. A name authorises nothing: it selects among the resources of the attested identity.
 
-use workload_identity::{Identity, TrustDomain};
+use workload_identity::{Identity, SpiffeId, TrustDomain};
 
 /// The explicit wildcard of the xDS protocol.
 pub const WILDCARD: &str = "*";
@@ -66,11 +66,56 @@ impl Directory {
     }
 }
 
+/// The SPIFFE IDs that the caller of one stream had before, as far as the stream watches them as names. They stay names of its certificate:
+/// the client keeps to the name that it asked by.
+#[derive(Debug, Default)]
+pub struct FormerIds(Vec<SpiffeId>);
+
+impl FormerIds {
+    /// Records that the identity changes from `before`. `is_watched` says whether the stream watches a name.
+    pub fn identity_changes(&mut self, before: &Identity, is_watched: impl Fn(&str) -> bool) {
+        let id = &before.spiffe_id;
+        if !self.0.contains(id) && is_watched(id.as_str()) {
+            self.0.push(id.clone());
+        }
+    }
+
+    /// Forgets the names that the stream no longer watches.
+    pub fn keep(&mut self, is_watched: impl Fn(&str) -> bool) {
+        self.0.retain(|id| is_watched(id.as_str()));
+    }
+
+    fn contains(&self, name: &str) -> bool {
+        self.0.iter().any(|id| id.as_str() == name)
+    }
+}
+
+/// The names of one stream: those of the [`Directory`] for the caller's identity, and those of the caller's former identities.
+#[derive(Debug, Clone, Copy)]
+pub struct StreamNames<'a> {
+    /// Maps names to targets.
+    pub directory: &'a Directory,
+    /// The current identity of the caller.
+    pub identity: &'a Identity,
+    /// The former names of the caller's certificate.
+    pub former: &'a FormerIds,
+}
+
+impl StreamNames<'_> {
+    /// Returns the target of `name`.
+    pub fn target(&self, name: &str) -> Target {
+        match self.directory.target(name, self.identity) {
+            Target::Unknown if self.former.contains(name) => Target::Certificate,
+            target => target,
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::{sync::Arc, time::Duration};
 
-    use workload_identity::{IssuerName, KeyType, Profile, SpiffeId};
+    use workload_identity::{IssuerName, KeyType, Profile, samples::identity};
 
     use super::*;
 
@@ -102,5 +147,22 @@ mod tests {
         for foreign in ["spiffe://td/ns/a/sa/other", "file-root:system", "kubernetes://x", "", "DEFAULT"] {
             assert_eq!(target(foreign), Target::Unknown, "{foreign}");
         }
+    }
+
+    #[test]
+    fn a_former_spiffe_id_stays_a_name_while_it_is_watched() {
+        let directory = Directory::new(Names::default(), &TrustDomain::new("cluster.local").unwrap());
+        let (before, now) = (identity("a"), identity("b"));
+        let (watched, other) = (before.spiffe_id.as_str(), now.spiffe_id.as_str());
+        let mut former = FormerIds::default();
+        let target = |former: &FormerIds, name: &str| StreamNames { directory: &directory, identity: &now, former }.target(name);
+
+        former.identity_changes(&before, |name| name == "default");
+        assert_eq!(target(&former, watched), Target::Unknown, "the stream does not ask by it");
+        former.identity_changes(&before, |name| [watched, "default"].contains(&name));
+        former.keep(|name| name == watched);
+        assert_eq!((target(&former, watched), target(&former, other)), (Target::Certificate, Target::Certificate));
+        former.keep(|name| name == "default");
+        assert_eq!(target(&former, watched), Target::Unknown, "the client has unsubscribed");
     }
 }

@@ -1,5 +1,5 @@
-//! The time at which a certificate is reissued after a change of the configuration. The times are spread over a window, so that a raised
-//! epoch does not overload the issuer. All streams of an identity have the same time.
+//! The time at which a certificate is reissued after a change of the configuration or of a pod's facts. The times are spread over a window,
+//! so that a raised epoch does not overload the issuer. All streams of an identity have the same time after a change of the configuration.
 
 use std::{
     hash::{DefaultHasher, Hash, Hasher},
@@ -20,6 +20,12 @@ impl ReissueWindow {
     /// A window that begins at `since` and lasts `over`. Agents with different seeds choose different times.
     pub fn new(since: SystemTime, over: Duration, seed: u64) -> Self {
         Self { since, over, seed }
+    }
+
+    /// The same window, but it begins at `since` if that is later: for a change of one workload, long after the last change of the
+    /// configuration.
+    pub fn from(self, since: SystemTime) -> Self {
+        Self { since: self.since.max(since), ..self }
     }
 
     /// The time at which the certificate of `identity` is reissued.
@@ -50,5 +56,7 @@ mod tests {
         }
         assert_eq!(reissue_window.due_at(&identity("sa-3")), moments[3]);
         assert_ne!(ReissueWindow::new(UNIX_EPOCH, over, 8).due_at(&identity("sa-3")), moments[3]);
+        assert_eq!(reissue_window.from(UNIX_EPOCH + over).due_at(&identity("sa-3")), moments[3] + over);
+        assert_eq!(reissue_window.from(UNIX_EPOCH - over), reissue_window, "the window begins at the later change");
     }
 }

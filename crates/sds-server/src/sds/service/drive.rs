@@ -1,8 +1,8 @@
 //! One stream, from its first request to its end. It keeps the lease in step with the names that the client watches and with the identity
 //! of the caller.
 //!
-//! A change of the configuration may give the caller another identity. The stream stays open and takes a lease on the new identity before
-//! it drops the old lease. It serves the old certificate until the new one is issued and peers with slow clocks accept it. The new
+//! A change of the configuration, or of the facts about the caller's pod, may give the caller another identity. The stream stays open and
+//! takes a lease on the new identity before it drops the old lease. It serves the old certificate until the new one is issued and peers with slow clocks accept it. The new
 //! certificate is requested at a time within the reissue window, or when the old one was to be renewed, if that is earlier.
 
 use std::{collections::VecDeque, sync::Arc, time::SystemTime};
@@ -11,11 +11,11 @@ use agent_runtime::{clock::Clock, text};
 use tokio::{sync::watch, time::Instant};
 use tonic::Status;
 use tracing::{debug, warn};
-use workload_identity::{Resolver, version};
+use workload_identity::version;
 
 use super::{Service, View, changed, ended, is_known, violation};
 use crate::{
-    caller::{Caller, Connection},
+    caller::{Caller, Changes, Connection},
     grpc::{
         self, Sender,
         request::{self, Inbox},
@@ -26,7 +26,7 @@ use crate::{
         encoded::Variant,
         holdings::{self, Choice, HeldCertificate, Holdings},
         metrics::{Kind, Trigger},
-        names::Target,
+        names::{FormerIds, StreamNames, Target},
         secret,
         stream::{Due, Names, Received, Request as StreamRequest, StreamState},
     },
@@ -55,15 +55,12 @@ impl Service {
             Err(status) => return status,
         };
         let started = Instant::now();
-        let mut rules = connection.rules();
-        // Before the caller is resolved, so that any later change is noticed.
-        rules.mark_unchanged();
-        let caller = tokio::select! {
+        let resolved = tokio::select! {
             () = self.ending.cancelled() => return grpc::closing(),
-            caller = connection.caller() => caller,
+            resolved = connection.resolve() => resolved,
         };
-        let caller = match caller {
-            Ok(caller) => caller,
+        let (caller, changes) = match resolved {
+            Ok(resolved) => resolved,
             Err(status) => return status,
         };
         let state = StreamState::new(variant, self.directory.wildcard(), self.limits.names_per_stream);
@@ -71,11 +68,14 @@ impl Service {
             service: self,
             connection,
             caller,
-            rules,
+            changes,
             variant,
             state,
             lease: None,
             identity_changed: false,
+            identity_since: None,
+            former_ids: FormerIds::default(),
+            is_without_certificate: false,
             holdings: Holdings::default(),
             certificate_nonce: None,
             started,
@@ -99,12 +99,17 @@ struct Stream<'a> {
     service: &'a Service,
     connection: &'a Connection,
     caller: Arc<Caller>,
-    rules: watch::Receiver<Arc<Resolver>>,
+    changes: Changes,
     variant: Variant,
     state: StreamState,
     lease: Option<(Lease, watch::Receiver<Option<Arc<Svid>>>)>,
     /// The lease is for a previous identity of the caller.
     identity_changed: bool,
+    /// The time of the last change of the identity.
+    identity_since: Option<SystemTime>,
+    former_ids: FormerIds,
+    /// The stream watches an unknown name and no certificate.
+    is_without_certificate: bool,
     holdings: Holdings,
     /// The nonce of the last response with a certificate.
     certificate_nonce: Option<u64>,
@@ -131,7 +136,7 @@ impl Stream<'_> {
         let mut asking = true;
         let mut trigger = Trigger::subscribe;
         loop {
-            if self.rules.has_changed().unwrap_or(false) {
+            if self.changes.are_pending() {
                 self.reidentify().await?;
             }
             let Snapshot { view, held, withheld_until } = self.snapshot(&mut trust);
@@ -156,10 +161,7 @@ impl Stream<'_> {
                 }
                 () = changed(self.lease.as_mut().map(|(_, material)| material)) => trigger = Trigger::rotate,
                 Ok(()) = trust.changed() => trigger = Trigger::rotate,
-                Ok(()) = self.rules.changed() => {
-                    self.rules.mark_changed();
-                    trigger = Trigger::rotate;
-                }
+                () = self.changes.wait() => trigger = Trigger::rotate,
                 () = until(&*self.service.clock, withheld_until), if withheld_until.is_some() => trigger = Trigger::rotate,
             }
         }
@@ -173,6 +175,8 @@ impl Stream<'_> {
             }
             violation(&error)
         })?;
+        let watches = self.state.watches();
+        self.former_ids.keep(|name| watches.iter().any(|w| *w.name == *name));
         let (nonce, error) = match received {
             Received::Ack(nonce) => (nonce, None),
             Received::Nack(nonce, error) => (nonce, Some(error)),
@@ -211,18 +215,21 @@ impl Stream<'_> {
         Ok(())
     }
 
-    /// Resolves the caller again with the current resolver. The stream continues under another identity, and ends if the caller no longer
-    /// has one.
+    /// Resolves the caller again with the current resolver and facts. The stream continues under another identity, and ends if the caller
+    /// no longer has one.
     async fn reidentify(&mut self) -> Result<(), Status> {
-        self.rules.mark_unchanged();
-        let caller = self.connection.caller().await?;
+        let (caller, changes) = self.connection.resolve().await?;
+        self.changes = changes;
         if *caller.identity != *self.caller.identity {
             let (before, now, workload) = (&self.caller.identity, &caller.identity, &caller.attested.workload);
             debug!(target: LOG_TARGET, %workload, identity = %now, profile = %now.profile.name, %before, "the stream goes on under another identity");
             let bundles = self.service.trust.borrow().clone();
             let reported = self.reported(&bundles);
-            self.holdings.identity_changes(&self.caller.identity, reported, self.service.clock.now());
-            self.identity_changed = true;
+            let now = self.service.clock.now();
+            self.holdings.identity_changes(&self.caller.identity, reported, now);
+            let watches = self.state.watches();
+            self.former_ids.identity_changes(&self.caller.identity, |name| watches.iter().any(|w| *w.name == *name));
+            (self.identity_changed, self.identity_since) = (true, Some(now));
         }
         self.caller = caller;
         Ok(())
@@ -242,8 +249,12 @@ impl Stream<'_> {
     fn subscribe(&mut self, held: Option<&HeldCertificate>) {
         if !self.state.watches().iter().any(|w| self.target(&w.name) == Target::Certificate) {
             self.lease = None;
+            // They have keys, and the client no longer uses those.
+            self.holdings = Holdings::default();
+            self.report_unknown_name();
             return;
         }
+        self.is_without_certificate = false;
         let demand = holdings::demand(held);
         match &mut self.lease {
             Some((lease, material)) if !self.identity_changed => {
@@ -262,6 +273,28 @@ impl Stream<'_> {
         }
     }
 
+    /// Reports a stream that has no certificate because its name for it is unknown. Such a client waits, and may hold a certificate that
+    /// ends.
+    fn report_unknown_name(&mut self) {
+        let Some(unknown) = self.state.watches().iter().find(|w| self.target(&w.name) == Target::Unknown) else { return };
+        if self.is_without_certificate {
+            return;
+        }
+        self.service.metrics.unknown_certificate_name();
+        if let Some(left_out) = self.connection.permit_log("unknown name") {
+            let (identity, workload) = (&self.caller.identity, &self.caller.attested.workload);
+            let name = text::excerpt(&unknown.name, text::MAX_NAME_CHARS);
+            warn!(
+                target: LOG_TARGET, %identity,
+                %workload,
+                name,
+                left_out,
+                "the stream gets no certificate: its name is unknown; use the configured name, or the current SPIFFE ID"
+            );
+        }
+        self.is_without_certificate = true;
+    }
+
     /// The certificate that the client holds. After a change of the identity it is replaced within the reissue window.
     fn held(&self, bundles: &BundleSet) -> Option<HeldCertificate> {
         let now = self.service.clock.now();
@@ -269,7 +302,8 @@ impl Stream<'_> {
     }
 
     fn due_at(&self) -> SystemTime {
-        self.service.reissue_window.borrow().due_at(&self.caller.identity)
+        let window = *self.service.reissue_window.borrow();
+        self.identity_since.map_or(window, |since| window.from(since)).due_at(&self.caller.identity)
     }
 
     /// The valid certificate that the client reports. It is used only if the client watches one name for the certificate: the version of a
@@ -283,7 +317,8 @@ impl Stream<'_> {
     }
 
     fn target(&self, name: &str) -> Target {
-        self.service.directory.target(name, &self.caller.identity)
+        let names = StreamNames { directory: &self.service.directory, identity: &self.caller.identity, former: &self.former_ids };
+        names.target(name)
     }
 
     fn is_settled(&self, view: &View) -> bool {
@@ -294,10 +329,8 @@ impl Stream<'_> {
 
     /// Sends the response that is due. If the workload ends meanwhile, the rest of the response is discarded.
     async fn answer(&mut self, view: &View, held: Option<HeldCertificate>, trigger: Trigger) -> Result<(), Status> {
-        let (directory, caller) = (&self.service.directory, &self.caller);
-        let Some(Due { nonce, names, removed }) =
-            self.state.due(|name| view.version(&directory.target(name, &caller.identity)).map(str::to_owned))
-        else {
+        let known = StreamNames { directory: &self.service.directory, identity: &self.caller.identity, former: &self.former_ids };
+        let Some(Due { nonce, names, removed }) = self.state.due(|name| view.version(&known.target(name)).map(str::to_owned)) else {
             return Ok(());
         };
         let mut resources = Vec::with_capacity(names.len());

@@ -15,11 +15,11 @@ use bytes::Bytes;
 use http::Request;
 use tokio::{sync::watch, time::Instant};
 use tonic::Status;
-use workload_identity::{Identity, Resolver, version};
+use workload_identity::{Identity, version};
 
 use super::{Service, View, changed, ended, is_known, violation};
 use crate::{
-    caller::{Caller, Connection},
+    caller::{Caller, Changes, Connection},
     grpc::{self, request::Inbox},
     proto::envoy::service::discovery::v3::DiscoveryRequest,
     sds::{
@@ -64,25 +64,22 @@ impl Service {
         if asked.len() > self.limits.names_per_stream {
             return Err(violation(&Violation::TooManyNames(self.limits.names_per_stream)));
         }
-        let mut rules = connection.rules();
         loop {
-            // Before the caller is resolved, so that any later change is noticed.
-            rules.mark_unchanged();
-            let caller = connection.caller().await?;
-            if let Some(answer) = self.answer_to(&caller, &asked, end, connection, &mut rules).await? {
+            let (caller, mut changes) = connection.resolve().await?;
+            if let Some(answer) = self.answer_to(&caller, &asked, end, connection, &mut changes).await? {
                 return Ok(answer);
             }
         }
     }
 
-    /// The response for `caller`. `None` if the resolver has changed meanwhile: the caller may have another identity.
+    /// The response for `caller`. `None` if there were changes meanwhile: the caller may have another identity.
     async fn answer_to(
         &self,
         caller: &Caller,
         asked: &[String],
         end: Instant,
         connection: &Connection,
-        rules: &mut watch::Receiver<Arc<Resolver>>,
+        changes: &mut Changes,
     ) -> Result<Option<VecDeque<Bytes>>, Status> {
         let bundles = self.trust.borrow().clone();
         let known = self.known(asked, &caller.identity, &bundles);
@@ -115,7 +112,7 @@ impl Service {
                 () = caller.attested.terminated.cancelled() => return Err(ended()),
                 () = changed(material.as_mut()) => {}
                 Ok(()) = trust.changed() => {}
-                Ok(()) = rules.changed() => return Ok(None),
+                () = changes.wait() => return Ok(None),
                 () = tokio::time::sleep_until(end) => {}
             }
         }
