@@ -19,10 +19,12 @@ use std::{fs, path::PathBuf, time::Duration};
 
 use serde_json::Value;
 use test_harness::{
+    agent::Agent,
     ask::issued,
     eventually,
     guarded::Guarded,
     manifests,
+    recorder::Recorder,
     scene::Workload,
     surge::Surge,
     tools,
@@ -37,6 +39,35 @@ fn objects(file: &str) -> Vec<Value> {
     manifests::documents(&fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display())))
 }
 
+/// Records the requests from then on, when those of the first certificates are deleted.
+async fn record_after_the_first(surge: &Surge) -> Recorder {
+    let namespace = &surge.agent_pod.pod.namespace;
+    eventually("the first requests are consumed", PATIENCE, async || {
+        let left = surge.cluster.requests(namespace).await;
+        if left.is_empty() { Ok(()) } else { Err(format!("{left:?}")) }
+    })
+    .await;
+    surge.cluster.record_requests(namespace).await
+}
+
+/// Waits until both Envoys have connected to `agent`.
+async fn has_streams(agent: &Agent) {
+    eventually("both Envoys have changed over, with two streams each", PATIENCE, async || {
+        let streams = agent.metric("sds_agent_streams").await;
+        if streams >= 4.0 { Ok(()) } else { Err(format!("{streams} streams")) }
+    })
+    .await;
+}
+
+/// Waits until `recorder` has seen `count` requests.
+async fn has_ordered(recorder: &Recorder, count: usize) {
+    eventually("the requests are created", PATIENCE, async || {
+        let seen = recorder.seen().len();
+        if seen == count { Ok(()) } else { Err(format!("{seen} requests")) }
+    })
+    .await;
+}
+
 /// Upgrades to this version and downgrades, with requests between two Envoys all the time.
 #[tokio::test]
 async fn an_upgrade_and_the_way_back_lose_nothing_and_order_nothing() {
@@ -45,13 +76,7 @@ async fn an_upgrade_and_the_way_back_lose_nothing_and_order_nothing() {
     let mut surge = Surge::start_with(&former).await;
     let pair = surge.pair().await;
     pair.request().await.unwrap();
-    let namespace = surge.agent_pod.pod.namespace.clone();
-    eventually("the first requests are consumed", PATIENCE, async || {
-        let left = surge.cluster.requests(&namespace).await;
-        if left.is_empty() { Ok(()) } else { Err(format!("{left:?}")) }
-    })
-    .await;
-    let recorder = surge.cluster.record_requests(&namespace).await;
+    let recorder = record_after_the_first(&surge).await;
     let dirs = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
 
     let load = pair.load();
@@ -60,13 +85,6 @@ async fn an_upgrade_and_the_way_back_lose_nothing_and_order_nothing() {
     load.passes("with both").await;
     surge.agent.terminate();
     assert!(surge.agent.exit(PATIENCE).await.success());
-    let has_streams = async |agent: &test_harness::agent::Agent| {
-        eventually("both Envoys have changed over, with two streams each", PATIENCE, async || {
-            let streams = agent.metric("sds_agent_streams").await;
-            if streams >= 4.0 { Ok(()) } else { Err(format!("{streams} streams")) }
-        })
-        .await;
-    };
     has_streams(&upgraded).await;
     load.passes("with this version").await;
     let back = surge.launch(&surge.agent_pod, dirs[1].path()).program(&former).start().await;
@@ -79,6 +97,41 @@ async fn an_upgrade_and_the_way_back_lose_nothing_and_order_nothing() {
     pair.assert_clean(&tally).await;
     let seen = recorder.seen();
     assert!(seen.is_empty(), "no renewal was due, but there were requests: {seen:?}");
+}
+
+/// The former version cannot read the versions of this one. It orders again, once for each identity, what this version has issued, while
+/// the Envoys keep their certificates.
+#[tokio::test]
+async fn the_way_back_orders_again_what_this_version_has_issued() {
+    let _turn = test_harness::turn().await;
+    let former = tools::former();
+    let mut surge = Surge::start_with(&former).await;
+    let pair = surge.pair().await;
+    pair.request().await.unwrap();
+    let dirs = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+    let load = pair.load();
+    load.passes("with the former version").await;
+    let mut upgraded = surge.successor(dirs[0].path()).await.start().await;
+    surge.agent.terminate();
+    assert!(surge.agent.exit(PATIENCE).await.success());
+    has_streams(&upgraded).await;
+
+    let recorder = record_after_the_first(&surge).await;
+    let since = pair.taken().await;
+    let answer = upgraded.post("/reissue?over=0s").await;
+    assert_eq!(answer.status, 200, "{}", answer.body);
+    pair.rotated_under(&load, since, 1, 3 * PATIENCE).await;
+    has_ordered(&recorder, 2).await;
+    let back = surge.launch(&surge.agent_pod, dirs[1].path()).program(&former).start().await;
+    upgraded.terminate();
+    assert!(upgraded.exit(PATIENCE).await.success());
+    has_streams(&back).await;
+    has_ordered(&recorder, 4).await;
+    load.passes("with the former version again").await;
+    let tally = load.stop().await;
+    pair.assert_clean(&tally).await;
+    println!("figure: requests after the way back: {}, for 2 identities that this version had issued", recorder.seen().len() - 2);
+    assert_eq!(recorder.seen().len(), 4, "once for each identity");
 }
 
 /// Each approver approves the requests of each version's agent: in an upgrade either may be first.

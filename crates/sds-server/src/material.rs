@@ -17,7 +17,10 @@ use rustls::pki_types::{
     CertificateDer,
     pem::{self, PemObject},
 };
-use workload_identity::{Identity, SpiffeId, version::Version};
+use workload_identity::{
+    Identity, SpiffeId,
+    version::{Authority, Digest, Version},
+};
 use x509_parser::{
     extensions::GeneralName,
     nom,
@@ -264,6 +267,7 @@ impl CertificateChain {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TrustBundle {
     roots: Vec<CertificateDer<'static>>,
+    authorities: Vec<Digest>,
     version: String,
     /// The earliest expiry of a root.
     pub earliest_expiry: SystemTime,
@@ -286,24 +290,32 @@ impl TrustBundle {
     /// If there is no certificate, or one is not valid X.509.
     pub fn from_certificates(certificates: Vec<CertificateDer<'static>>) -> Result<Self, Error> {
         let mut roots: Vec<CertificateDer<'static>> = Vec::with_capacity(certificates.len());
+        let mut authorities = Vec::with_capacity(certificates.len());
         let mut earliest_expiry: Option<SystemTime> = None;
         let mut hash = digest::Context::new(&digest::SHA256);
         for (index, certificate) in certificates.into_iter().enumerate() {
-            let expiry = clock::from_unix_seconds(parse(&certificate, index + 1)?.validity().not_after.timestamp());
+            let parsed = parse(&certificate, index + 1)?;
+            let (expiry, authority) = (clock::from_unix_seconds(parsed.validity().not_after.timestamp()), authority_of(&parsed));
             if roots.contains(&certificate) {
                 continue;
             }
+            authorities.push(authority);
             hash.update(&certificate);
             earliest_expiry = Some(earliest_expiry.map_or(expiry, |e| e.min(expiry)));
             roots.push(certificate);
         }
         let earliest_expiry = earliest_expiry.ok_or(Error::Empty)?;
-        Ok(Self { roots, version: format!("b-{}", hex(&hash.finish().as_ref()[..8])), earliest_expiry })
+        Ok(Self { roots, authorities, version: format!("b-{}", hex(&hash.finish().as_ref()[..8])), earliest_expiry })
     }
 
     /// The roots in DER, in order.
     pub fn roots(&self) -> &[CertificateDer<'static>] {
         &self.roots
+    }
+
+    /// Whether a root has this digest, see [`authority_of_certificate`].
+    pub fn has_authority(&self, authority: Digest) -> bool {
+        self.authorities.contains(&authority)
     }
 
     /// `b-` and a digest of the content. Equal bundles have equal versions, on every node and after every restart.
@@ -350,6 +362,8 @@ pub struct Svid {
     pub settled_at: SystemTime,
     /// The digest of its authority, from [`authority_digest`].
     pub authority: String,
+    /// The authorities on its path, see [`with_path`](Self::with_path).
+    path: Box<[Digest]>,
     version: OnceLock<String>,
     /// Reserved for the server, for example for encoded forms.
     pub attached: Attached,
@@ -365,7 +379,14 @@ impl Svid {
         settled_at: SystemTime,
         authority: String,
     ) -> Self {
-        Self { identity, chain, key, renew_at, settled_at, authority, version: OnceLock::new(), attached: Attached::default() }
+        let (version, attached) = (OnceLock::new(), Attached::default());
+        Self { identity, chain, key, renew_at, settled_at, authority, path: Box::default(), version, attached }
+    }
+
+    /// Sets the authorities on the path of the chain, each from [`authority_of_certificate`]: from the one that signed the leaf to the root.
+    /// Without them a restarted server that has a trust bundle does not recognise the certificate, and replaces it at once.
+    pub fn with_path(self, path: &[Digest]) -> Self {
+        Self { path: path.into(), ..self }
     }
 
     /// The SPIFFE ID of the leaf.
@@ -379,15 +400,25 @@ impl Svid {
             let version = Version {
                 not_after: clock::unix_seconds(self.chain.validity.not_after),
                 renew_at: clock::unix_seconds(self.renew_at),
-                authority: self.authority.clone(),
-                content: self.chain.fingerprint[..16].to_owned(),
+                authority: Authority::new(&self.identity, &self.path),
+                content: Digest::of(&[&self.chain.certificates[0]]),
             };
             version.to_string()
         })
     }
 }
 
-/// Digest of the authority of a certificate: the profile that it was issued under, with its epoch, and the trust anchor of its chain.
+/// Returns the digest of the authority whose certificate this is: of its name and key. A certificate that was renewed with the same name and
+/// key is of the same authority. `None` if it is not valid X.509.
+pub fn authority_of_certificate(certificate: &CertificateDer<'_>) -> Option<Digest> {
+    Some(authority_of(&parse(certificate, 1).ok()?))
+}
+
+fn authority_of(certificate: &X509Certificate<'_>) -> Digest {
+    Digest::of(&[certificate.subject().as_raw(), certificate.public_key().raw])
+}
+
+/// Digest of the authority of a certificate, as versions of former releases have it: the profile that it was issued under, with its epoch, and the trust anchor of its chain.
 ///
 /// A restarted agent can compute it before it has issued any certificate, from its configuration and its trust bundle. A reported version
 /// has a current authority if its digest matches for a root of the bundle.

@@ -1,9 +1,10 @@
 //! Clients that reconnect with the version of the certificate that they hold: none is issued early, and invalid versions are ignored.
 
 use agent_runtime::clock;
+use workload_identity::{Resolver, TrustDomain};
 
 use super::{
-    bench::{Bench, foreign_bundle, settle},
+    bench::{Bench, SPREAD, foreign_bundle, settle},
     client::{Client, FACES},
     *,
 };
@@ -41,6 +42,37 @@ async fn a_returning_client_gets_the_next_certificate_when_it_is_due() {
         let reply = client.accepted().await;
         assert!(reply.carries("default", &b.material()));
         assert!(b.clock.now() >= renew_at(&svid) && b.clock.now() < svid.chain.validity.not_after);
+        assert_eq!(b.orders(), 1);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_version_of_the_former_release_waits_for_its_renewal() {
+    for variant in FACES {
+        let (b, svid) = restarted().await;
+        let (not_after, renew_at) = (clock::unix_seconds(svid.chain.validity.not_after), clock::unix_seconds(svid.renew_at));
+        let former = format!("{not_after}-{renew_at}-{}-fedcba9876543210", svid.authority);
+        let mut client = Client::returning(&b, variant, &["default"], &former).await;
+        let due = clock::from_unix_seconds(renew_at.cast_signed()).duration_since(b.clock.now()).unwrap();
+        client.quiet(due - Duration::from_secs(1)).await;
+        assert_eq!(b.orders(), 0);
+        assert!(client.accepted().await.only_version().contains("-v2."), "the next version has the new format");
+        assert_eq!(b.orders(), 1);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn another_trust_domain_replaces_every_certificate_in_the_window() {
+    for variant in FACES {
+        let (b, svid) = restarted().await;
+        b.reload(Resolver { trust_domain: TrustDomain::new("other.example").unwrap(), ..b.rules() });
+        let begun = Instant::now();
+        let mut client = Client::returning(&b, variant, &["default"], svid.version()).await;
+        settle().await;
+        assert_eq!(b.orders(), 0, "not at once");
+        assert!(client.accepted().await.carries("default", &b.material()));
+        assert_eq!(b.material().spiffe_id().as_str(), "spiffe://other.example/ns/shop/sa/a");
+        assert!(begun.elapsed() <= SPREAD + Duration::from_secs(62), "{:?}", begun.elapsed());
         assert_eq!(b.orders(), 1);
     }
 }

@@ -21,7 +21,7 @@ use aws_lc_rs::{
 use rustls::pki_types::{CertificateDer, TrustAnchor, UnixTime};
 use sds_server::material::{self, CertificateChain, PrivateKey, TrustBundle, Validity};
 use webpki::{EndEntityCert, KeyUsage, anchor_from_trusted_cert};
-use workload_identity::{Identity, KeyType};
+use workload_identity::{Identity, KeyType, version::Digest};
 use x509_parser::prelude::{FromDer, X509Certificate, X509Error};
 
 /// Maximum time by which the signer's clock may be ahead of the agent's: 60 s.
@@ -95,6 +95,8 @@ pub enum Error {
 pub struct Verified {
     /// The root to which the chain leads. `None` without a bundle.
     pub anchor: Option<CertificateDer<'static>>,
+    /// The authorities on the longest path to a root, from the one that signed the leaf. Empty for a lone leaf without a bundle.
+    pub path: Vec<Digest>,
 }
 
 /// Checks `chain` for `identity` and `key` at `now`.
@@ -124,8 +126,7 @@ pub fn verify(
     in_time(chain.validity, now)?;
     let (leaf, others) = chain.certificates().split_first().ok_or(Error::Chain(material::Error::Empty))?;
     usages(leaf)?;
-    let anchor = path(leaf, others, bundle, now.max(chain.validity.not_before))?;
-    Ok(Verified { anchor })
+    path(leaf, others, bundle, now.max(chain.validity.not_before))
 }
 
 /// Checks that the leaf has this key. The error says if another certificate of the chain has it.
@@ -181,19 +182,16 @@ fn usages(leaf: &CertificateDer<'_>) -> Result<(), Error> {
 }
 
 /// Builds the path to a root that has not expired, for both usages. Without a bundle, the last certificate of the chain is the root.
-fn path(
-    leaf: &CertificateDer<'_>,
-    others: &[CertificateDer<'_>],
-    bundle: Option<&TrustBundle>,
-    at: SystemTime,
-) -> Result<Option<CertificateDer<'static>>, Error> {
+///
+/// The verifier's path ends at the nearest trusted certificate, which may be an intermediate of a root that is trusted too.
+fn path(leaf: &CertificateDer<'_>, others: &[CertificateDer<'_>], bundle: Option<&TrustBundle>, at: SystemTime) -> Result<Verified, Error> {
     let unreadable = |why: webpki::Error| Error::Path { what: "the leaf cannot be read", why: kind(&why) };
     let leaf = EndEntityCert::try_from(leaf).map_err(unreadable)?;
     let (roots, what) = match (bundle, others) {
         (Some(bundle), _) => (bundle.roots(), "the chain does not lead to the trust bundle"),
         (None, [.., last]) => (std::slice::from_ref(last), "the chain does not lead to its own last certificate"),
         // A lone leaf without a bundle: there is no path to check.
-        (None, []) => return Ok(None),
+        (None, []) => return Ok(Verified { anchor: None, path: Vec::new() }),
     };
     // The verifier does not check the validity of a trust anchor (RFC 5280, section 6.1.1; rustls/webpki-roots#70). Peers do.
     let live: Vec<&CertificateDer<'_>> = roots.iter().filter(|root| is_live(root, at)).collect();
@@ -213,7 +211,26 @@ fn path(
                 .is_ok_and(|root| root.subject == anchor.subject && root.subject_public_key_info == anchor.subject_public_key_info)
         });
     }
-    Ok(bundle.and(found).map(|root| (*root).clone().into_owned()))
+    let anchor = bundle.and(found).map(|root| (*root).clone().into_owned());
+    let paths = live.iter().map(|root| authorities(&leaf, others, root, time));
+    Ok(Verified { anchor, path: paths.max_by_key(Vec::len).unwrap_or_default() })
+}
+
+/// Returns the authorities on the path to `root`, from the one that signed the leaf. Empty if no path leads there.
+fn authorities(leaf: &EndEntityCert<'_>, others: &[CertificateDer<'_>], root: &CertificateDer<'_>, time: UnixTime) -> Vec<Digest> {
+    let Ok(anchor) = anchor_from_trusted_cert(root) else { return Vec::new() };
+    // A bundle may have hundreds of roots, and signatures are expensive.
+    let is_issuer = |subject: &[u8]| *subject == *anchor.subject;
+    if !is_issuer(leaf.issuer()) && !others.iter().any(|other| EndEntityCert::try_from(other).is_ok_and(|other| is_issuer(other.issuer())))
+    {
+        return Vec::new();
+    }
+    let (anchors, usage) = (std::slice::from_ref(&anchor), KeyUsage::server_auth());
+    let Ok(path) = leaf.verify_for_usage(webpki::ALL_VERIFICATION_ALGS, anchors, others, time, usage, None, None) else {
+        return Vec::new();
+    };
+    let below = path.intermediate_certificates().map(|authority| material::authority_of_certificate(&authority.der()));
+    below.chain([material::authority_of_certificate(root)]).flatten().collect()
 }
 
 fn is_live(root: &CertificateDer<'_>, at: SystemTime) -> bool {

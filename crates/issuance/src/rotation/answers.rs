@@ -48,7 +48,8 @@ impl Rotation {
             milliseconds = u64::try_from(took.as_millis()).unwrap_or(u64::MAX),
             "certificate issued"
         );
-        let svid = Svid::new(identity.clone(), issued.chain, issued.key, renew_at, schedule::settled_at(&validity), authority);
+        let svid = Svid::new(identity.clone(), issued.chain, issued.key, renew_at, schedule::settled_at(&validity), authority)
+            .with_path(&verified.path);
         self.verified.insert(id, Arc::new(svid));
         self.awaiting_anchor.remove(&id);
         self.rejected_evidence.remove(&id);

@@ -6,7 +6,10 @@
 use std::time::{Duration, SystemTime};
 
 use agent_runtime::clock;
-use workload_identity::{Identity, Profile, version::Version};
+use workload_identity::{
+    Identity, Profile,
+    version::{self, Authority, Digest, Version},
+};
 
 use crate::material::{self, TrustBundle};
 
@@ -16,13 +19,15 @@ const LIFETIME_SLACK: Duration = Duration::from_secs(3600);
 /// Previous epochs of a profile that are recognised.
 const MAX_PREVIOUS_EPOCHS: u64 = 16;
 
-/// The authority that issued a reported certificate, compared with the current profile and bundle.
+/// The authority that issued a reported certificate, compared with the current profile, trust domain and bundle.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Provenance {
-    /// The current profile and a root of the bundle. Also returned while there is no bundle to compare with.
+    /// The current profile and trust domain, and a root of the bundle. The root is not compared while there is no bundle.
     Current,
     /// The current profile, apart from its epoch, which was lower. The certificate is valid and has to be replaced.
     PreviousEpoch,
+    /// Another trust domain; otherwise like one of the above. The certificate is valid and has to be replaced.
+    OtherTrustDomain,
     /// Any other profile or root.
     Unknown,
 }
@@ -47,18 +52,24 @@ impl ClientVersion {
         plausible.then_some(Self { renew_at, not_after, version })
     }
 
-    /// Compares the authority of the version with the profile of `identity` and the roots of `bundle`.
+    /// Compares the authority of the version with `identity` and the roots of `bundle`. A certificate whose intermediate was replaced is
+    /// current: it leads to a root of the bundle.
     pub fn provenance(&self, identity: &Identity, bundle: Option<&TrustBundle>) -> Provenance {
-        let is_of = |profile: &Profile| material::is_current_authority(&self.version.authority, &profile.fingerprint(), bundle);
-        let profile = &identity.profile;
-        if bundle.is_none() || is_of(profile) {
-            return Provenance::Current;
-        }
-        let former = profile.epoch.saturating_sub(MAX_PREVIOUS_EPOCHS)..profile.epoch;
-        if former.rev().any(|epoch| is_of(&Profile { epoch, ..(**profile).clone() })) {
-            Provenance::PreviousEpoch
-        } else {
-            Provenance::Unknown
+        match &self.version.authority {
+            Authority::Path { levels, .. } if !leads_to(levels, bundle) => Provenance::Unknown,
+            Authority::Path { trust_domain, profile, .. } => {
+                match by_epoch(identity, |candidate| Digest::first_bytes(&candidate.fingerprint()) == *profile) {
+                    Provenance::Unknown => Provenance::Unknown,
+                    _ if *trust_domain != version::trust_domain(identity) => Provenance::OtherTrustDomain,
+                    provenance => provenance,
+                }
+            }
+            // Its digest shows nothing without a root.
+            Authority::Former(_) if bundle.is_none() => Provenance::Current,
+            Authority::Former(digest) => {
+                let digest = digest.to_string();
+                by_epoch(identity, |profile| material::is_current_authority(&digest, &profile.fingerprint(), bundle))
+            }
         }
     }
 
@@ -68,11 +79,33 @@ impl ClientVersion {
     }
 }
 
+/// Whether an authority of the path is a root of `bundle`. The certificates below it are in the chain of the client.
+fn leads_to(path: &[Digest], bundle: Option<&TrustBundle>) -> bool {
+    bundle.is_none_or(|bundle| path.iter().any(|level| bundle.has_authority(*level)))
+}
+
+/// Compares with the profile of `identity`, and with its previous epochs.
+fn by_epoch(identity: &Identity, is_of: impl Fn(&Profile) -> bool) -> Provenance {
+    let profile = &identity.profile;
+    if is_of(profile) {
+        return Provenance::Current;
+    }
+    let previous = profile.epoch.saturating_sub(MAX_PREVIOUS_EPOCHS)..profile.epoch;
+    if previous.rev().any(|epoch| is_of(&Profile { epoch, ..(**profile).clone() })) {
+        Provenance::PreviousEpoch
+    } else {
+        Provenance::Unknown
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
 
-    use workload_identity::samples::identity;
+    use workload_identity::{
+        Resolver, TrustDomain,
+        samples::{identity, pod},
+    };
 
     use super::*;
 
@@ -85,6 +118,11 @@ mod tests {
         let read = |version: &str| ClientVersion::read(version, &id, now);
         let tail = "0123456789abcdef-fedcba9876543210";
 
+        let path = "v2.0123456789abcdef.0123456789abcdef.0123456789abcdef";
+        assert_eq!(
+            read(&format!("{}-{}-{path}-fedcba9876543210", NOW + 3600, NOW + 1800)).unwrap().version_prefix(),
+            format!("{}-{}-{path}", NOW + 3600, NOW + 1800)
+        );
         let good = read(&format!("{}-{}-{tail}", NOW + 3600, NOW + 1800)).unwrap();
         assert_eq!(good.renew_at, clock::from_unix_seconds(NOW + 1800));
         assert_eq!(good.version_prefix(), format!("{}-{}-0123456789abcdef", NOW + 3600, NOW + 1800));
@@ -104,39 +142,93 @@ mod tests {
             format!("{}-{}-{tail}-x", NOW + 3600, NOW + 1800),
             format!("{}-{}-0123456789ABCDEF-fedcba9876543210", NOW + 3600, NOW + 1800),
             format!("{}-{}-0123-fedcba9876543210", NOW + 3600, NOW + 1800),
+            format!("{}-{}-{path}-fedcba9876543210", NOW - 1, NOW - 60),
+            format!("{}-{}-{path}-fedcba9876543210", NOW + 4 * 3600, NOW + 1800),
             format!("{}--{tail}", NOW + 3600),
         ] {
             assert_eq!(read(&bad), None, "{bad}");
         }
     }
 
-    #[test]
-    fn another_authority_is_not_current_once_there_is_a_bundle() {
-        let id = identity("a");
-        let now = clock::from_unix_seconds(NOW);
-        let bundle = |name: &str| {
-            let key = rcgen::KeyPair::generate().unwrap();
-            let mut params = rcgen::CertificateParams::new(Vec::new()).unwrap();
-            params.distinguished_name.push(rcgen::DnType::CommonName, name);
-            TrustBundle::from_certificates(vec![params.self_signed(&key).unwrap().der().clone()]).unwrap()
-        };
-        let (ours, theirs) = (bundle("ours"), bundle("theirs"));
-        let authority = material::authority_digest(&id.profile.fingerprint(), Some(&ours.roots()[0]));
-        let held = ClientVersion::read(&format!("{}-{}-{authority}-fedcba9876543210", NOW + 3600, NOW + 1800), &id, now).unwrap();
-        assert_eq!(held.provenance(&id, Some(&ours)), Provenance::Current);
-        assert_eq!(held.provenance(&id, Some(&theirs)), Provenance::Unknown);
-        assert_eq!(held.provenance(&id, None), Provenance::Current, "there is no bundle to compare with");
+    /// A bundle with one root of this name.
+    fn bundle(name: &str) -> TrustBundle {
+        let key = rcgen::KeyPair::generate().unwrap();
+        let mut params = rcgen::CertificateParams::new(Vec::new()).unwrap();
+        params.distinguished_name.push(rcgen::DnType::CommonName, name);
+        TrustBundle::from_certificates(vec![params.self_signed(&key).unwrap().der().clone()]).unwrap()
+    }
 
-        let raised = |by: u64| Identity { profile: Arc::new(Profile { epoch: by, ..(*id.profile).clone() }), ..(*id).clone() };
-        for (by, expected) in [
-            (1, Provenance::PreviousEpoch),
-            (MAX_PREVIOUS_EPOCHS, Provenance::PreviousEpoch),
-            (MAX_PREVIOUS_EPOCHS + 1, Provenance::Unknown),
-        ] {
-            assert_eq!(held.provenance(&raised(by), Some(&ours)), expected, "{by}");
-            assert_eq!(held.provenance(&raised(by), Some(&theirs)), Provenance::Unknown, "{by}");
+    fn both(one: &TrustBundle, other: &TrustBundle) -> TrustBundle {
+        TrustBundle::from_certificates([one.roots(), other.roots()].concat()).unwrap()
+    }
+
+    fn held(authority: impl std::fmt::Display, id: &Identity) -> ClientVersion {
+        let version = format!("{}-{}-{authority}-fedcba9876543210", NOW + 3600, NOW + 1800);
+        ClientVersion::read(&version, id, clock::from_unix_seconds(NOW)).unwrap()
+    }
+
+    /// A certificate for `id` whose path has these authorities.
+    fn of_path(id: &Identity, path: &[&TrustBundle]) -> ClientVersion {
+        let path: Vec<_> = path.iter().map(|bundle| material::authority_of_certificate(&bundle.roots()[0]).unwrap()).collect();
+        held(Authority::new(id, &path), id)
+    }
+
+    /// A certificate for `id` from `root`, as a former release reports it.
+    fn of_former(id: &Identity, root: &TrustBundle) -> ClientVersion {
+        held(material::authority_digest(&id.profile.fingerprint(), Some(&root.roots()[0])), id)
+    }
+
+    #[test]
+    fn a_version_of_either_format_shows_profile_epoch_and_root() {
+        let id = identity("a");
+        let (ours, theirs) = (bundle("ours"), bundle("theirs"));
+        for held in [of_path(&id, &[&ours]), of_former(&id, &ours)] {
+            assert_eq!(held.provenance(&id, Some(&ours)), Provenance::Current);
+            assert_eq!(held.provenance(&id, Some(&both(&theirs, &ours))), Provenance::Current);
+            assert_eq!(held.provenance(&id, Some(&theirs)), Provenance::Unknown);
+            assert_eq!(held.provenance(&id, None), Provenance::Current, "there is no bundle to compare with");
+
+            let raised = |by: u64| Identity { profile: Arc::new(Profile { epoch: by, ..(*id.profile).clone() }), ..(*id).clone() };
+            for (by, expected) in [
+                (1, Provenance::PreviousEpoch),
+                (MAX_PREVIOUS_EPOCHS, Provenance::PreviousEpoch),
+                (MAX_PREVIOUS_EPOCHS + 1, Provenance::Unknown),
+            ] {
+                assert_eq!(held.provenance(&raised(by), Some(&ours)), expected, "{by}");
+                assert_eq!(held.provenance(&raised(by), Some(&theirs)), Provenance::Unknown, "{by}");
+            }
+            let other = Identity { profile: Arc::new(Profile { epoch: 1, per_pod: true, ..(*id.profile).clone() }), ..(*id).clone() };
+            assert_eq!(held.provenance(&other, Some(&ours)), Provenance::Unknown);
         }
-        let other = Identity { profile: Arc::new(Profile { epoch: 1, per_pod: true, ..(*id.profile).clone() }), ..(*id).clone() };
-        assert_eq!(held.provenance(&other, Some(&ours)), Provenance::Unknown);
+    }
+
+    #[test]
+    fn another_trust_domain_is_foreign_except_in_a_former_version() {
+        let (id, ours, theirs) = (identity("a"), bundle("ours"), bundle("theirs"));
+        let resolver = Resolver::single(TrustDomain::new("other.example").unwrap(), id.profile.clone());
+        let other = resolver.resolve(&pod(Some("a"), "u1")).unwrap();
+        let held = of_path(&id, &[&ours]);
+        for bundle in [Some(&ours), None] {
+            assert_eq!(held.provenance(&other, bundle), Provenance::OtherTrustDomain);
+        }
+        let raised = Identity { profile: Arc::new(Profile { epoch: 1, ..(*id.profile).clone() }), ..other.clone() };
+        assert_eq!(held.provenance(&raised, Some(&ours)), Provenance::OtherTrustDomain);
+        assert_eq!(held.provenance(&other, Some(&theirs)), Provenance::Unknown);
+        // Its digest has the template of the SPIFFE ID, and not the trust domain.
+        assert_eq!(of_former(&id, &ours).provenance(&other, Some(&ours)), Provenance::Current);
+    }
+
+    #[test]
+    fn a_replaced_intermediate_leaves_its_certificates_current() {
+        let id = identity("a");
+        let [root, intermediate, next, stranger] = ["root", "intermediate", "next", "stranger"].map(bundle);
+        let held = of_path(&id, &[&intermediate, &root]);
+        for current in [&both(&intermediate, &root), &both(&next, &root), &root, &intermediate] {
+            assert_eq!(held.provenance(&id, Some(current)), Provenance::Current);
+        }
+        for foreign in [&both(&next, &stranger), &stranger] {
+            assert_eq!(held.provenance(&id, Some(foreign)), Provenance::Unknown);
+        }
+        assert_eq!(of_path(&id, &[]).provenance(&id, Some(&root)), Provenance::Unknown, "a path that is not known");
     }
 }

@@ -27,7 +27,8 @@ pub struct HeldCertificate {
 
 impl HeldCertificate {
     /// The certificate of `identity` that the client reports with `version`. `None` if the version is not plausible at `now`, or its
-    /// authority is not current according to `roots`. A certificate of a previous epoch is replaced by `due_at` at the latest.
+    /// authority is not current according to `roots`. A certificate of a previous epoch or of another trust domain is replaced by `due_at`
+    /// at the latest.
     pub fn reported(
         version: &str,
         identity: &Identity,
@@ -38,7 +39,7 @@ impl HeldCertificate {
         let held = ClientVersion::read(version, identity, now)?;
         let renew_at = match held.provenance(identity, roots) {
             Provenance::Current => held.renew_at,
-            Provenance::PreviousEpoch => held.renew_at.min(due_at()),
+            Provenance::PreviousEpoch | Provenance::OtherTrustDomain => held.renew_at.min(due_at()),
             Provenance::Unknown => return None,
         };
         Some(Self { renew_at, not_after: held.not_after, version_prefix: held.version_prefix() })
@@ -157,10 +158,15 @@ impl Holdings {
 mod tests {
     use std::time::Duration;
 
-    use workload_identity::samples::identity;
+    use agent_runtime::clock;
+    use workload_identity::{
+        Profile, Resolver, TrustDomain,
+        samples::{identity, pod},
+        version::Authority,
+    };
 
     use super::*;
-    use crate::material::samples;
+    use crate::material::{authority_digest, authority_of_certificate, samples};
 
     const HOUR: Duration = Duration::from_secs(3600);
 
@@ -194,6 +200,32 @@ mod tests {
         let (now, svid, held) = world("a");
         let held = Holdings::default().held(&svid.identity, || Some(held.clone()), never, now).unwrap();
         assert_eq!(demand(Some(&held)), Demand::Held { renew_at: svid.renew_at, not_after: svid.chain.validity.not_after });
+    }
+
+    #[test]
+    fn versions_of_either_release_wait_and_foreign_ones_do_not() {
+        let (svid, roots) = samples::svid(identity("a"));
+        let (now, id) = (SystemTime::now(), svid.identity.clone());
+        let second = Duration::from_secs(1);
+        let due_at = now + Duration::from_secs(60);
+        let times = format!("{}-{}", clock::unix_seconds(now + HOUR), clock::unix_seconds(now + HOUR / 2));
+        let of_release = |authority: &dyn std::fmt::Display| format!("{times}-{authority}-fedcba9876543210");
+        let former = of_release(&authority_digest(&id.profile.fingerprint(), Some(&roots.roots()[0])));
+        let path = [authority_of_certificate(&roots.roots()[0]).unwrap()];
+        let new = of_release(&Authority::new(&id, &path));
+        let reported = |version: &str, id: &Identity| HeldCertificate::reported(version, id, Some(&roots), || due_at, now);
+
+        for version in [&former, &new] {
+            let held = reported(version, &id).unwrap();
+            assert!(held.renew_at > now + HOUR / 2 - second, "not before its renewal: {version}");
+            assert_eq!(held.version_prefix, version::prefix(version), "the client reports the same format again");
+            let other = Profile { lifetime: HOUR * 2, ..(*id.profile).clone() };
+            assert_eq!(reported(version, &Identity { profile: Arc::new(other), ..(*id).clone() }), None, "another profile: {version}");
+        }
+        let resolver = Resolver::single(TrustDomain::new("other.example").unwrap(), id.profile.clone());
+        let moved = resolver.resolve(&pod(Some("a"), "u1")).unwrap();
+        assert_eq!(reported(&new, &moved).unwrap().renew_at, due_at, "another trust domain, within the reissue window");
+        assert_eq!(reported(&former, &moved), reported(&former, &id), "a former version does not show it");
     }
 
     #[test]

@@ -127,8 +127,8 @@ impl World {
 
     fn verify(&self, pem: &[u8], bundle: Option<&TrustBundle>) -> Result<Accepted, Error> {
         let chain = CertificateChain::from_pem(pem)?;
-        let Verified { anchor } = verify(&self.identity, &self.order.key, &chain, bundle, now())?;
-        Ok(Accepted { chain, anchor })
+        let Verified { anchor, path } = verify(&self.identity, &self.order.key, &chain, bundle, now())?;
+        Ok(Accepted { chain, anchor, path })
     }
 }
 
@@ -137,6 +137,7 @@ impl World {
 struct Accepted {
     chain: CertificateChain,
     anchor: Option<CertificateDer<'static>>,
+    path: Vec<Digest>,
 }
 
 static P256: LazyLock<World> = LazyLock::new(|| World::new(KeyType::EcdsaP256));
@@ -351,6 +352,37 @@ fn the_anchor_is_the_root_that_was_reached() {
     for roots in [[&namesake, &P256.root], [&P256.root, &namesake]] {
         assert_eq!(anchor(&bundle(&roots)).as_ref(), Some(P256.root.certificate.der()));
     }
+}
+
+#[test]
+fn the_path_has_every_authority_up_to_the_highest_trusted_one() {
+    let digests =
+        |path: &[&Ca]| path.iter().map(|ca| material::authority_of_certificate(ca.certificate.der()).unwrap()).collect::<Vec<_>>();
+    let (root, first) = (&P256.root, &P256.intermediate);
+    let second = first.intermediate("second");
+    let deep = sign(&P256.order, &second, |_| ()).pem().into_bytes();
+    let chain = [&deep[..], &first.pem(), &second.pem()].concat();
+    let others: Vec<Ca> = (0..20).map(|i| Ca::root(&format!("other {i}"))).collect();
+    let many: Vec<&Ca> = others.iter().chain([first, &second, root]).collect();
+    let whole = digests(&[&second, first, root]);
+    for (what, roots, path) in [
+        ("the root", vec![root], whole.clone()),
+        ("with its intermediates and others", many, whole.clone()),
+        ("an intermediate alone", vec![first], digests(&[&second, first])),
+        ("the signer alone", vec![&second], digests(&[&second])),
+    ] {
+        assert_eq!(P256.verify(&chain, Some(&bundle(&roots))).unwrap().path, path, "{what}");
+    }
+    // Clients of the root cannot verify a leaf whose signer is missing in the chain.
+    assert_eq!(P256.verify(&deep, Some(&bundle(&[&second, first, root]))).unwrap().path, digests(&[&second]));
+    assert_eq!(P256.verify(&[&chain[..], &root.pem()].concat(), None).unwrap().path, whole, "its own last certificate is the root");
+    assert_eq!(P256.verify(&deep, None).unwrap().path, []);
+
+    // A root that another one has cross-signed: the path is the longer one.
+    let old = Ca::root("old");
+    let cross = Ca::params("root").signed_by(root.signer.key(), &old.signer).unwrap();
+    let chain = [P256.chain(|_| ()), cross.pem().into_bytes()].concat();
+    assert_eq!(P256.verify(&chain, Some(&bundle(&[root, &old]))).unwrap().path, digests(&[first, root, &old]));
 }
 
 #[test]

@@ -6,14 +6,13 @@
 
 use std::{
     collections::VecDeque,
-    sync::Arc,
     time::{Duration, SystemTime},
 };
 
 use agent_runtime::{clock, text};
 use bytes::Bytes;
 use http::Request;
-use tokio::{sync::watch, time::Instant};
+use tokio::time::Instant;
 use tonic::Status;
 use workload_identity::{Identity, version};
 
