@@ -238,7 +238,7 @@ impl Keeper {
         match (&holder, self.lines.permit(if holder.is_some() { "taken" } else { "lost" }, Instant::now())) {
             (_, None) => {}
             (None, Some(left_out)) => {
-                info!(target: LOG_TARGET, %socket, left_out, "the socket has lost its name, and no process serves it")
+                info!(target: LOG_TARGET, %socket, left_out, "the socket has lost its name, and no process serves it");
             }
             (Some(_), Some(left_out)) => info!(target: LOG_TARGET, %socket, left_out, "another process has taken the socket"),
         }

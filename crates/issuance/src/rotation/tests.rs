@@ -9,7 +9,10 @@ mod requests;
 
 use std::{collections::BTreeMap, sync::atomic::Ordering, task::Poll};
 
-use sds_server::store::{Demand, Lease};
+use sds_server::{
+    material::authority_of_certificate,
+    store::{Demand, Lease},
+};
 use tokio::sync::oneshot;
 use workload_identity::samples::identity;
 
@@ -67,7 +70,7 @@ async fn a_certificate_is_not_published_until_its_root_is_trusted() {
     b.source.take(b.foreign.bundle().unwrap());
     let svid = material(&lease, None).await;
     assert_eq!(b.orders(), 1, "the first answer is verified again");
-    let root = material::authority_of_certificate(&b.foreign.bundle().unwrap().roots()[0]).unwrap();
+    let root = authority_of_certificate(&b.foreign.bundle().unwrap().roots()[0]).unwrap();
     assert!(svid.version().contains(&format!(".{root}-")), "its root is the last level: {}", svid.version());
 }
 
