@@ -17,6 +17,7 @@
 use std::{sync::atomic::Ordering, time::Duration};
 
 use test_harness::{
+    child::Child,
     cluster::Cluster,
     hoard::WAYS,
     memory,
@@ -117,6 +118,58 @@ async fn pods_that_hoard_memory_get_their_share_and_the_neighbour_is_served() {
     }
     let refused = siege.metric("sds_agent_streams_rejected_total").await + siege.metric("sds_agent_connections_rejected_total").await;
     assert!(refused > 0.0, "no limit was reached");
+}
+
+/// Connects from processes that end at once, each as another user, and keeps the connections.
+const ENDED_PROCESSES: &str = r#"
+import os, socket, sys, time
+path, attempts, held = sys.argv[1], int(sys.argv[2]), []
+start = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+for number in range(attempts):
+    connection = socket.socket(socket.AF_UNIX)
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setresuid(*3 * [100000 + number])
+            connection.connect(path)
+            connection.sendall(start)
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    held.append(connection)
+    if number % 100 == 99:
+        print("attempts", number + 1, "", flush=True)
+time.sleep(600)
+"#;
+
+/// The socket's directory must be reachable for other users, as `/run/sds-agent` is.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ended_processes_of_a_pod_get_no_places_beyond_its_share() {
+    /// More than twice the places of the agent.
+    const ENDED: f64 = 1500.0;
+    let _turn = turn().await;
+    let scene = Scene::new(&Cluster::connect().await).await;
+    std::fs::set_permissions(scene.dir.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let settings = "certificate: { lifetime: 1h }\nlimits: { connections: 600 }";
+    let agent = scene.agent_pod.launch(scene.dir.path(), settings).start().await;
+    let (quiet, hostile) = (scene.workload("quiet").await, scene.workload("hostile").await);
+    let worker = child("worker::child_that_works", &quiet.cgroup, agent.socket());
+    let mut command = hostile.cgroup.command(std::path::Path::new("python3"));
+    command.args(["-c", ENDED_PROCESSES]).arg(agent.socket()).arg(ENDED.to_string());
+    let attacker = Child::spawn("attacker", &mut command);
+    let enough = |lines: &[String]| told(lines, "attempts ").last().copied().filter(|made| *made >= ENDED);
+    attacker.stdout().until("the attempts", 4 * PATIENCE, enough).await;
+
+    let rejected = agent.metric("sds_agent_connections_rejected_total").await;
+    let open = agent.metric("sds_agent_connections").await;
+    println!("figure: {ENDED} connections of ended processes: {open} are open, {rejected} were rejected");
+    assert!(open <= 256.0 + 4.0, "{open} connections are open");
+    assert!(rejected >= ENDED - 300.0, "{rejected} of {ENDED} were rejected");
+    // A pod that holds nothing gets a place, and the neighbour was served all the time.
+    let late = scene.workload("late").await;
+    assert_eq!(late.fetch(&agent).await["spiffe_id"], late.id());
+    let made = worker.stdout().until("the neighbour", PATIENCE, |lines| Some(told(lines, "median ").len())).await;
+    worker.stdout().until("more fetches", 4 * PATIENCE, |lines| Some(()).filter(|()| told(lines, "median ").len() > made + 1)).await;
 }
 
 #[tokio::test]

@@ -54,8 +54,11 @@ pub fn memory_limit(file: &str, kind: &str) -> u64 {
     let objects = documents(&read(file));
     let object = objects.iter().find(|object| object["kind"] == kind).unwrap_or_else(|| panic!("no {kind} in {file}"));
     let text = &object["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"]["memory"];
-    let mebibytes: Option<u64> = text.as_str().and_then(|text| text.strip_suffix("Mi")?.parse().ok());
-    mebibytes.unwrap_or_else(|| panic!("{file}: a limit in Mi: {text}")) << 20
+    let bytes = text.as_str().and_then(|text| {
+        let (number, shift) = text.strip_suffix("Gi").map(|number| (number, 30)).or_else(|| Some((text.strip_suffix("Mi")?, 20)))?;
+        Some(number.parse::<u64>().ok()? << shift)
+    });
+    bytes.unwrap_or_else(|| panic!("{file}: a limit in Mi or Gi: {text}"))
 }
 
 /// The objects that kustomize builds from a directory.

@@ -49,16 +49,21 @@ async fn a_recycled_pid_is_never_taken_for_its_owner() {
     }
 
     for server in ["-", "run"] {
-        let before = scene.refused("process_gone").await;
+        let before = ended(&scene).await;
         let outcome = attack(&scene, scene.agent.socket(), server, TRIES).await;
         eprintln!("figure: pid reuse against the agent ({server}): {outcome:?} of {TRIES}");
         assert!(outcome.recycled >= TRIES - MISSED, "the attack does not work: {outcome:?}");
         assert_eq!((outcome.fooled, outcome.messages), (0, 0), "{outcome:?}");
-        let refused = scene.refused("process_gone").await - before;
+        let refused = ended(&scene).await - before;
         assert!(refused >= outcome.recycled as f64, "{refused} were rejected as ended, of {outcome:?}");
     }
     let now = scene.agent.metric_of("sds_agent_attestations_total", &["result=\"ok\""]).await;
     assert_eq!(ok, now, "a caller got another identity");
+}
+
+/// The attempts that were rejected because the process had ended, before or during attestation.
+async fn ended(scene: &Scene) -> f64 {
+    scene.refused("process_gone").await + scene.agent.metric_of("sds_agent_connections_rejected_total", &["reason=\"caller_ended\""]).await
 }
 
 /// Runs the attack of pod A on pod B.
