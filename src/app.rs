@@ -3,7 +3,7 @@
 //! [`build`] creates the real dependencies from a configuration; [`build_with`] accepts any. Both return a [`Bound`] with open sockets.
 //! The workload socket is bound before any request to the API server or an issuer: a client that connects early waits in an open stream
 //! instead of failing to connect. If a healthy predecessor serves the socket, the agent takes it only when all its parts are in sync
-//! ([`handover`](crate::handover)). [`Bound::run`] serves until the shutdown has drained.
+//! ([`handover`]). [`Bound::run`] serves until the shutdown has drained.
 
 use std::{path::Path, sync::Arc, time::Duration};
 
