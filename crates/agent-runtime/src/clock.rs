@@ -19,7 +19,12 @@ use nix::{
     },
 };
 use parking_lot::Mutex;
-use tokio::{io::unix::AsyncFd, sync::watch, time::Instant};
+use tokio::{
+    io::unix::AsyncFd,
+    runtime::{self, Handle},
+    sync::watch,
+    time::Instant,
+};
 use unix_peer::fd;
 
 /// Target of this module's log lines.
@@ -92,7 +97,11 @@ impl Clock for SystemClock {
 
 /// A timer that the kernel cancels when the clock is set. It never fires otherwise.
 #[derive(Debug)]
-struct StepTimer(AsyncFd<OwnedFd>);
+struct StepTimer {
+    timer: AsyncFd<OwnedFd>,
+    /// The runtime whose driver watches the timer. It is of no use to another one, because it ends with its runtime.
+    runtime: runtime::Id,
+}
 
 /// The timer that the sleepers share, because each costs a descriptor. It ends with the last of them, or with a step of the clock.
 static STEP_TIMER: Mutex<Weak<StepTimer>> = Mutex::new(Weak::new());
@@ -109,12 +118,14 @@ impl StepTimer {
             Err(Errno::ECANCELED) => set()?,
             result => result?,
         }
-        Ok(Self(fd::watched(OwnedFd::from(timer))?))
+        Ok(Self { timer: fd::watched(OwnedFd::from(timer))?, runtime: Handle::current().id() })
     }
 
     fn shared() -> io::Result<Arc<Self>> {
         let mut current = STEP_TIMER.lock();
-        if let Some(timer) = current.upgrade() {
+        if let Some(timer) = current.upgrade()
+            && timer.runtime == Handle::current().id()
+        {
             return Ok(timer);
         }
         let timer = Arc::new(Self::new()?);
@@ -135,7 +146,7 @@ impl StepTimer {
 async fn stepped() -> io::Result<()> {
     let timer = StepTimer::shared()?;
     // The timer stays readable, so that every sleeper wakes.
-    let result = timer.0.readable().await.map(|mut ready| ready.retain_ready());
+    let result = timer.timer.readable().await.map(|mut ready| ready.retain_ready());
     timer.retire();
     result
 }
@@ -206,14 +217,29 @@ mod tests {
         for sleeper in &mut sleepers {
             assert!(futures::poll!(sleeper).is_pending());
         }
-        // Other tests of this process may sleep too, each in a runtime of its own.
-        assert!((1..=4).contains(&timers()), "{} timers", timers());
+        // Other tests of this process may sleep too. Each has a runtime of its own, and a timer for it.
+        assert!((1..=50).contains(&timers()), "{} timers", timers());
         drop(sleepers);
 
         // A timer that has reported a step is used no longer.
         let before = StepTimer::shared().unwrap();
         before.retire();
         assert!(!Arc::ptr_eq(&before, &StepTimer::shared().unwrap()));
+    }
+
+    #[test]
+    fn the_end_of_another_runtime_ends_no_sleep() {
+        let [ending, lasting] = [(); 2].map(|()| runtime::Builder::new_current_thread().enable_all().build().unwrap());
+        let far = SystemClock.now() + Duration::from_secs(3600);
+        let mut first = SystemClock.sleep_until(far);
+        assert!(ending.block_on(async { futures::poll!(&mut first) }).is_pending());
+        let error = lasting.block_on(async {
+            let stepped = tokio::spawn(stepped());
+            tokio::task::yield_now().await;
+            ending.shutdown_background();
+            tokio::time::timeout(Duration::from_millis(100), stepped).await
+        });
+        assert!(error.is_err(), "{error:?}");
     }
 
     #[tokio::test(start_paused = true)]
