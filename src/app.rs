@@ -36,7 +36,10 @@ use crate::{
     admin, build_info,
     config::{Config, SharedSocket, reloads},
     csi,
-    handover::{self, SocketLease, SocketSpec, holder::HolderAttestor},
+    handover::{
+        self, SocketLease, SocketSpec,
+        holder::{HolderAttestor, OtherAgents},
+    },
     warm::{
         self, Prefetcher,
         starts::{Rule, Starts},
@@ -208,7 +211,8 @@ pub async fn build_with(config: &Config, base: Base, deps: Deps) -> anyhow::Resu
     server.metrics = server::Metrics::register(registry);
     server.reissue_window = reissue_window;
     server.shutdown = shutdown.clone();
-    let sessions = server.build().await?.sessions;
+    let mut sessions = server.build().await?.sessions;
+    sessions.companions = Some(Arc::new(OtherAgents(deps.holder_attestor.clone())));
     let ending = sessions.ending.clone();
     let csi_metrics = config.per_pod.as_ref().map(|_| csi::metrics::Metrics::register(registry));
     let handover_metrics = handover::Metrics::register(registry);

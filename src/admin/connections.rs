@@ -25,8 +25,8 @@ use rustix::{
     net::{RecvFlags, recv},
 };
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
-    net::{TcpListener, TcpStream},
+    io::{AsyncRead, ReadBuf},
+    net::{TcpListener, TcpStream, tcp::OwnedReadHalf},
     time::{Instant, timeout},
 };
 use tokio_util::sync::CancellationToken;
@@ -120,12 +120,13 @@ pub(super) async fn connection(
         let (routes, place) = (routes.clone(), of_request.clone());
         async move { Ok::<_, Infallible>(routes.answer(request, || place.complete()).await) }
     });
+    let (reader, writer) = stream.into_split();
     let served = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(limits.head)
         .keep_alive(false)
         .max_buf_size(16 << 10)
-        .serve_connection(TokioIo::new(Prompt(stream)), service);
+        .serve_connection(TokioIo::new(tokio::io::join(Prompt(reader), writer)), service);
     let bounded = async {
         let mut served = std::pin::pin!(timeout(limits.connection, served));
         match drain.run_until_cancelled(served.as_mut()).await {
@@ -150,13 +151,13 @@ pub(super) async fn connection(
     }
 }
 
-/// A connection that reads what the kernel has, also if the runtime has not reported yet that the connection is readable. The runtime
+/// Reads what the kernel has, also if the runtime has not reported yet that the connection is readable. The runtime
 /// reports that late on a busy machine, and a connection must not be evicted although its request has arrived.
-struct Prompt(TcpStream);
+struct Prompt(OwnedReadHalf);
 
 impl AsyncRead for Prompt {
     fn poll_read(mut self: Pin<&mut Self>, context: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        match recv(&self.0, buffer.initialize_unfilled(), RecvFlags::DONTWAIT) {
+        match recv(self.0.as_ref(), buffer.initialize_unfilled(), RecvFlags::DONTWAIT) {
             Ok((read, _)) => {
                 buffer.advance(read);
                 Poll::Ready(Ok(()))
@@ -165,27 +166,5 @@ impl AsyncRead for Prompt {
             Err(Errno::AGAIN | Errno::INTR) => Pin::new(&mut self.0).poll_read(context, buffer),
             Err(errno) => Poll::Ready(Err(errno.into())),
         }
-    }
-}
-
-impl AsyncWrite for Prompt {
-    fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.0).poll_write(context, bytes)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_flush(context)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_shutdown(context)
-    }
-
-    fn poll_write_vectored(mut self: Pin<&mut Self>, context: &mut Context<'_>, parts: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.0).poll_write_vectored(context, parts)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.0.is_write_vectored()
     }
 }

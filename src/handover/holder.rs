@@ -4,7 +4,7 @@ use std::{fmt, path::Path, sync::Arc, time::Duration};
 
 use attest_kubernetes::attestor::KubernetesAttestor;
 use futures::future::BoxFuture;
-use sds_server::{attest::Reason, grpc::client};
+use sds_server::{attest::Reason, grpc::client, session::Companions};
 use tokio::{
     net::UnixStream,
     time::{sleep, timeout},
@@ -35,9 +35,9 @@ pub enum Verdict {
     Unavailable(String),
 }
 
-/// Attests the process that serves the socket's path in place of this agent.
+/// Attests another process of the socket: the one that serves the path in place of this agent, or one that calls this agent.
 pub trait HolderAttestor: fmt::Debug + Send + Sync {
-    /// Attests `peer`, the process that listens on the socket. Waits while the evidence may still arrive. Must be cancel safe.
+    /// Attests `peer`. Waits while the evidence may still arrive. Must be cancel safe.
     fn attest<'a>(&'a self, peer: &'a Peer) -> BoxFuture<'a, Verdict>;
 }
 
@@ -105,6 +105,16 @@ impl SameAccount {
 impl HolderAttestor for SameAccount {
     fn attest<'a>(&'a self, peer: &'a Peer) -> BoxFuture<'a, Verdict> {
         Box::pin(self.judge(peer))
+    }
+}
+
+/// The other agents of the node as callers of this one's socket: each keeps a connection, whose end is the end of this agent.
+#[derive(Debug)]
+pub struct OtherAgents(pub Arc<dyn HolderAttestor>);
+
+impl Companions for OtherAgents {
+    fn is_companion<'a>(&'a self, peer: &'a Peer) -> BoxFuture<'a, bool> {
+        Box::pin(async move { self.0.attest(peer).await == Verdict::Agent })
     }
 }
 

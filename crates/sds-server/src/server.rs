@@ -133,6 +133,7 @@ impl Builder {
             limits: self.limits,
             refusals: Arc::default(),
             timeouts: self.timeouts,
+            companions: None,
             metrics: self.metrics.session,
             shutdown: self.shutdown,
             ending,

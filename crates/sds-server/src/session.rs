@@ -16,6 +16,7 @@ use std::{
 };
 
 use agent_runtime::shutdown::{Guard, Shutdown};
+use futures::future::BoxFuture;
 use http::{HeaderMap, Request, header};
 use hyper::{body::Incoming, server::conn::http2, service::service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
@@ -97,6 +98,12 @@ impl Default for Timeouts {
     }
 }
 
+/// Callers that need no identity: other agents, which keep a connection to notice the end of this one.
+pub trait Companions: std::fmt::Debug + Send + Sync {
+    /// Whether `peer` is such a caller. Must be cancel safe.
+    fn is_companion<'a>(&'a self, peer: &'a Peer) -> BoxFuture<'a, bool>;
+}
+
 /// The state that all connections of one socket share.
 #[derive(Debug, Clone)]
 pub struct Sessions {
@@ -112,6 +119,8 @@ pub struct Sessions {
     pub refusals: Arc<Refusals>,
     /// Timeouts of a connection.
     pub timeouts: Timeouts,
+    /// Callers whose connections stay open without attestation. Default: none.
+    pub companions: Option<Arc<dyn Companions>>,
     /// Metrics of the sockets.
     pub metrics: Metrics,
     /// Ends accepting. Each connection holds a guard of the drain.
@@ -271,9 +280,10 @@ struct Session {
 impl Session {
     async fn run(self, stream: UnixStream) {
         let _open = self.sessions.metrics.connected();
-        let batched = Batched::new(stream);
-        let batch = batched.batch();
-        let io = AuthorityNormalizer::new(batched);
+        let (reader, writer) = stream.into_split();
+        let reader = Batched::new(reader);
+        let batch = reader.batch();
+        let io = AuthorityNormalizer::new(tokio::io::join(reader, writer));
         let spoke = io.spoke();
         let pause = self.sessions.timeouts.refusal_delay;
         let begun = Begun::default();
@@ -350,13 +360,15 @@ impl Session {
         let kind = self.sessions.services.kind(request.uri().path());
         let bytes = if kind == MessageKind::Other { quotas::OTHER_CALL_BYTES } else { quotas::CALL_BYTES };
         let call = self.calls.begin(bytes).map_err(|refused| {
-            let (reason, limit) = match refused {
-                Refused::Streams(exceeded) => exceeded.of_streams(),
-                Refused::Memory(exceeded) => exceeded.of_memory(),
+            let ((reason, limit), status) = match refused {
+                Refused::Streams(exceeded) => {
+                    (exceeded.of_streams(), Status::resource_exhausted("the limit of concurrent streams is reached"))
+                }
+                Refused::Memory(exceeded) => (exceeded.of_memory(), request::over_memory(exceeded)),
             };
             self.sessions.metrics.refused(reason);
             self.sessions.log_over_quota(self.calls.origin(), limit, "stream refused");
-            Status::resource_exhausted("the limit of concurrent streams is reached")
+            status
         })?;
         let (mut parts, body) = request.into_parts();
         parts.headers = used(&parts.headers);
@@ -370,10 +382,15 @@ impl Session {
         Ok((call, Request::from_parts(parts, inbox)))
     }
 
-    /// Returns when the caller has not been attested in time.
+    /// Returns when the caller has not been attested in time, and is no companion.
     async fn unattested(&self) {
         tokio::time::sleep(self.sessions.timeouts.attestation).await;
-        if self.connection.is_attested() {
+        let may_stay = match &self.sessions.companions {
+            _ if self.connection.is_attested() => true,
+            Some(companions) => companions.is_companion(self.connection.peer()).await,
+            None => false,
+        };
+        if may_stay {
             std::future::pending::<()>().await;
         }
     }

@@ -1,11 +1,13 @@
 //! The end of connections: with their workload, and with the agent.
 
 use agent_runtime::shutdown::Drained;
+use futures::future::BoxFuture;
 use sds_agent::{
     app,
     config::{self, Dev},
 };
-use tokio::io::AsyncWriteExt;
+use sds_server::session::Companions;
+use tokio::{io::AsyncWriteExt, sync::watch};
 use tonic::Code;
 
 use super::{
@@ -121,4 +123,43 @@ async fn the_agents_name_is_free_before_its_streams_end() {
     link.ended().await;
     let drained = soon("the agent's end", running).await.unwrap();
     assert!(drained.contains("Complete"), "{drained}");
+}
+
+/// Says whether every caller is another agent, and counts the questions.
+#[derive(Debug)]
+struct Companion(bool, watch::Sender<usize>);
+
+impl Companions for Companion {
+    fn is_companion<'a>(&'a self, _peer: &'a Peer) -> BoxFuture<'a, bool> {
+        self.1.send_modify(|asked| *asked += 1);
+        Box::pin(std::future::ready(self.0))
+    }
+}
+
+#[tokio::test]
+async fn a_connection_without_an_identity_ends_unless_it_is_another_agents() {
+    for is_agent in [false, true] {
+        let companion = Arc::new(Companion(is_agent, watch::Sender::new(0)));
+        let mut asked = companion.1.subscribe();
+        let agent = Agent::with(|sessions| {
+            sessions.timeouts.attestation = Duration::from_millis(300);
+            sessions.companions = Some(companion);
+        })
+        .await;
+        let mut attested = Link::connect(&agent.path).await;
+        let mut stream = attested.asking(&["default"]).await;
+        stream.reply().await;
+        let unattested = Link::connect(&agent.path).await;
+        soon("the question", asked.wait_for(|asked| *asked == 1)).await.unwrap();
+        if is_agent {
+            tokio::time::sleep(Duration::from_millis(300)).await;
+            assert!(unattested.is_open());
+        } else {
+            unattested.ended().await;
+        }
+        assert_eq!(agent.sessions.metrics.rejections(Rejection::unattested), u64::from(!is_agent));
+        stream.ask(&["default", "ROOTCA"]);
+        assert_eq!(names(&stream.reply().await), ["default", "ROOTCA"], "an attested connection stays");
+        assert_eq!(*asked.borrow(), 1, "it is not asked about an attested caller");
+    }
 }

@@ -341,6 +341,10 @@ impl Charge {
 
     /// As [`set`](Self::set), without counting a refusal.
     pub(super) fn try_set(&mut self, bytes: usize) -> Result<(), Exceeded> {
+        if bytes == self.bytes {
+            // Most calls change nothing, and the counters are shared by all threads.
+            return Ok(());
+        }
         let shared = &self.quotas.0;
         let Some(more) = bytes.checked_sub(self.bytes) else {
             let less = self.bytes - bytes;
