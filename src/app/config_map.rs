@@ -10,8 +10,7 @@ use futures::{Stream, StreamExt};
 use k8s_openapi::api::core::v1::ConfigMap;
 use kube::{Api, Client, runtime::watcher};
 
-/// Maximum length of a namespace, a DNS label, and of the name of an object, a DNS subdomain.
-const MAX_BYTES: [usize; 2] = [63, 253];
+use crate::config;
 
 /// The namespace and the name of a ConfigMap, written `NAMESPACE/NAME`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -38,9 +37,7 @@ impl FromStr for ConfigMapName {
 
     fn from_str(text: &str) -> Result<Self, NotAName> {
         let (namespace, name) = text.split_once('/').ok_or(NotAName)?;
-        let is_allowed = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "-.".contains(c);
-        let is_name = |(text, max): (&str, usize)| !text.is_empty() && text.len() <= max && text.chars().all(is_allowed);
-        let is_valid = [namespace, name].into_iter().zip(MAX_BYTES).all(is_name) && !namespace.contains('.');
+        let is_valid = config::is_dns_label(namespace) && config::is_dns_name(name);
         if is_valid { Ok(Self { namespace: namespace.to_owned(), name: name.to_owned() }) } else { Err(NotAName) }
     }
 }
@@ -92,7 +89,9 @@ mod tests {
     fn a_name_has_a_namespace_and_the_characters_of_both() {
         let name: ConfigMapName = "mesh-system/sds-agent.v2".parse().unwrap();
         assert_eq!((&*name.namespace, &*name.name, name.to_string().as_str()), ("mesh-system", "sds-agent.v2", "mesh-system/sds-agent.v2"));
-        for bad in ["sds-agent", "/sds-agent", "mesh/", "mesh/a/b", "Mesh/a", "me.sh/a", "mesh/a b", &format!("{}/a", "m".repeat(64))] {
+        for bad in
+            ["sds-agent", "/sds-agent", "mesh/", "mesh/a/b", "Mesh/a", "me.sh/a", "mesh/a b", "mesh/-a", &format!("{}/a", "m".repeat(64))]
+        {
             assert_eq!(bad.parse::<ConfigMapName>(), Err(NotAName), "{bad}");
         }
     }

@@ -86,7 +86,7 @@ fn complain(error: &CannotStart) -> Exit {
     output::complain(format_args!("{error}"));
     match error {
         CannotStart::Refused(..) => Exit::Usage,
-        CannotStart::DeniedNodes(..) => Exit::Failed,
+        CannotStart::DeniedNodes(..) | CannotStart::Client(_) | CannotStart::WatchEnded(_) => Exit::Failed,
     }
 }
 
@@ -100,7 +100,7 @@ pub fn start(ready: Ready, env: Env<'static>) -> anyhow::Result<ExitCode> {
         Ready::ConfigMap(name) => {
             // The configuration decides about the runtime of the approver, so another one reads it.
             let runtime = Builder::new_current_thread().enable_all().build()?;
-            match runtime.block_on(Start::of_config_map(name, env))? {
+            match runtime.block_on(Start::of_config_map(name, env)) {
                 Ok(start) => start,
                 Err(error) => {
                     let exit = complain(&error);

@@ -191,7 +191,7 @@ pub(super) fn pod_label(key: &str, value: &Value) -> Result<String, FieldError> 
     }
 }
 
-fn is_dns_label(name: &str) -> bool {
+pub(crate) fn is_dns_label(name: &str) -> bool {
     let edge = |b: Option<u8>| b.is_some_and(|b| b != b'-');
     name.len() <= 63
         && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
@@ -200,6 +200,6 @@ fn is_dns_label(name: &str) -> bool {
 }
 
 /// Whether `name` is a DNS name in lower case, without a final dot.
-pub(super) fn is_dns_name(name: &str) -> bool {
+pub(crate) fn is_dns_name(name: &str) -> bool {
     name.len() <= 253 && name.split('.').all(is_dns_label)
 }

@@ -67,6 +67,12 @@ pub enum CannotStart {
     /// The denied nodes cannot be read. No request is decided without them.
     #[error("{0} {1}")]
     DeniedNodes(String, String),
+    /// The client of the API server cannot be created.
+    #[error(transparent)]
+    Client(#[from] agent_kube::Error),
+    /// The watch of the ConfigMap has ended.
+    #[error("the watch of the ConfigMap {0} has ended")]
+    WatchEnded(ConfigMapName),
 }
 
 impl Start {
@@ -86,7 +92,7 @@ impl Start {
     /// # Errors
     ///
     /// The configuration cannot be used, or no client of the API server can be created.
-    pub async fn of_config_map(name: ConfigMapName, env: Env<'_>) -> anyhow::Result<Result<Self, CannotStart>> {
+    pub async fn of_config_map(name: ConfigMapName, env: Env<'_>) -> Result<Self, CannotStart> {
         let metrics = agent_kube::Metrics::default();
         let client = agent_kube::connect(&metrics, approver::RATE).await?;
         let mut watch = ConfigMapWatch::new(client, &name.namespace, &name.name, metrics);
@@ -94,11 +100,11 @@ impl Start {
             match watch.next().await {
                 Some(Some(map)) => break map,
                 Some(None) => tracing::warn!(target: LOG_TARGET, config_map = %name, "the ConfigMap does not exist; waiting for it"),
-                None => anyhow::bail!("the watch of the ConfigMap {name} has ended"),
+                None => return Err(CannotStart::WatchEnded(name)),
             }
         };
         let (settings, denied) = read(&name, Some(&map), env);
-        Ok(Self::new(Source::ConfigMap(name), settings, denied))
+        Self::new(Source::ConfigMap(name), settings, denied)
     }
 
     fn new(source: Source, settings: Result<Settings, Refused>, denied: Result<DeniedNodes, String>) -> Result<Self, CannotStart> {
