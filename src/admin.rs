@@ -2,8 +2,8 @@
 //!
 //! There are three listeners. The probes address is for the kubelet: `/livez` and `/readyz`. The metrics address is for Prometheus and adds
 //! `/metrics`. Both are reached from outside the pod. The admin address is for operators on the node and adds `/log-level`; that of an agent
-//! adds `/certs` and `/reissue` too; [`access`] decides which requests it accepts. No handler calls the API server or an issuer: `/livez` reports only that this process answers. No
-//! response contains a key; the closure [`Certificates`] ensures that for `/certs`.
+//! adds `/certs` and `/reissue` too; [`access`] decides which requests it accepts. No handler calls the API server or an issuer: `/livez`
+//! reports only that this process answers. No response contains a key; the closure [`Certificates`] ensures that for `/certs`.
 //!
 //! A connection carries one request and is then closed, so that idle or slow clients do not block the probes.
 

@@ -31,6 +31,7 @@ const PAUSE: Duration = Duration::from_millis(20);
 const STUCK: Duration = Duration::from_secs(15);
 const STREAM_SECRETS: &str = "/envoy.service.secret.v3.SecretDiscoveryService/StreamSecrets";
 const REFLECTION: &str = "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo";
+const HEALTH_WATCH: &str = "/grpc.health.v1.Health/Watch";
 
 const DATA: u8 = 0;
 const HEADERS: u8 = 1;
@@ -62,10 +63,22 @@ pub enum Way {
     Names,
     /// Complete requests again and again, on a connection that reads nothing.
     Unread,
+    /// Watches of the health service, on a connection that reads nothing.
+    Watches,
 }
 
-pub const WAYS: [Way; 9] =
-    [Way::Version, Way::Reflection, Way::Pinned, Way::Incomplete, Way::Crumbs, Way::Headers, Way::PartialFrame, Way::Names, Way::Unread];
+pub const WAYS: [Way; 10] = [
+    Way::Version,
+    Way::Reflection,
+    Way::Pinned,
+    Way::Incomplete,
+    Way::Crumbs,
+    Way::Headers,
+    Way::PartialFrame,
+    Way::Names,
+    Way::Unread,
+    Way::Watches,
+];
 
 impl Way {
     /// The way with this name, as `Debug` prints it.
@@ -75,7 +88,7 @@ impl Way {
 
     /// Whether the client reads the responses.
     fn reads(self) -> bool {
-        !matches!(self, Self::Crumbs | Self::Unread)
+        !matches!(self, Self::Crumbs | Self::Unread | Self::Watches)
     }
 }
 
@@ -204,7 +217,11 @@ impl Link<'_> {
         }
         for number in 0..STREAMS {
             let stream = 2 * number + 1;
-            let path = if way == Way::Reflection { REFLECTION } else { STREAM_SECRETS };
+            let path = match way {
+                Way::Reflection => REFLECTION,
+                Way::Watches => HEALTH_WATCH,
+                _ => STREAM_SECRETS,
+            };
             let padding = if way == Way::Headers { FRAME - 1000 } else { 0 };
             self.write(&frame(HEADERS, END_HEADERS, stream, &headers(path, padding))).await?;
             self.counts.streams.fetch_add(1, Ordering::Relaxed);
@@ -220,6 +237,7 @@ impl Link<'_> {
                         self.message(stream, &field(3, b"default"), 0).await?;
                     }
                 }
+                Way::Watches => self.message(stream, &[], 0).await?,
                 Way::Headers | Way::PartialFrame => {}
             }
         }
@@ -267,6 +285,15 @@ fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     [&length[1..], &[kind, flags], &stream.to_be_bytes(), payload].concat()
 }
 
+/// Seven bits in each byte, the lowest first: integers of Protobuf, and long integers of HPACK.
+fn put_varint(out: &mut Vec<u8>, mut value: usize) {
+    while value >= 128 {
+        out.push(u8::try_from(value % 128).unwrap() | 0x80);
+        value /= 128;
+    }
+    out.push(u8::try_from(value).unwrap());
+}
+
 /// A literal without indexing in HPACK (RFC 7541, section 6.2.2).
 fn literal(name: &[u8], value: &[u8]) -> Vec<u8> {
     let text = |text: &[u8]| {
@@ -275,12 +302,7 @@ fn literal(name: &[u8], value: &[u8]) -> Vec<u8> {
             out.push(u8::try_from(text.len()).unwrap());
         } else {
             out.push(127);
-            let mut rest = text.len() - 127;
-            while rest >= 128 {
-                out.push(u8::try_from(rest % 128).unwrap() | 0x80);
-                rest /= 128;
-            }
-            out.push(u8::try_from(rest).unwrap());
+            put_varint(&mut out, text.len() - 127);
         }
         out.extend_from_slice(text);
         out
@@ -295,21 +317,19 @@ fn headers(path: &str, padding: usize) -> Vec<u8> {
     for (name, value) in [(":path", path), (":authority", "x"), ("content-type", "application/grpc"), ("te", "trailers")] {
         block.extend(literal(name.as_bytes(), value.as_bytes()));
     }
-    for number in 0..padding / 140 {
-        block.extend(literal(format!("x-{number}").as_bytes(), &[b'y'; 100]));
-    }
+    block.extend(fields(padding));
     block
+}
+
+/// Further fields of a header block, together about `bytes` long.
+fn fields(bytes: usize) -> Vec<u8> {
+    (0..bytes / 140).flat_map(|number| literal(format!("x-{number}").as_bytes(), &[b'y'; 100])).collect()
 }
 
 /// A field with a length in Protobuf.
 fn field(number: u8, value: &[u8]) -> Vec<u8> {
     let mut out = vec![number << 3 | 2];
-    let mut rest = value.len();
-    while rest >= 128 {
-        out.push(u8::try_from(rest % 128).unwrap() | 0x80);
-        rest /= 128;
-    }
-    out.push(u8::try_from(rest).unwrap());
+    put_varint(&mut out, value.len());
     out.extend_from_slice(value);
     out
 }

@@ -12,6 +12,27 @@ async fn until_ending(b: &Bench, current: &Svid) {
     settle().await;
 }
 
+/// A certificate near its end, with two pending requests for the next one.
+struct Late {
+    b: Bench,
+    lease: Lease,
+    first: Arc<Svid>,
+    /// Answers of the requests: of the one for the renewal, and of the one beside it.
+    answers: Vec<oneshot::Sender<Script>>,
+}
+
+impl Late {
+    async fn start() -> Self {
+        let (answers, waits): (Vec<_>, Vec<_>) = (0..2).map(|_| oneshot::channel()).unzip();
+        let b = Bench::new([Script::Issue]);
+        b.script.lock().unwrap().extend(waits.into_iter().map(Script::Wait));
+        let lease = b.want("a");
+        let first = material(&lease, None).await;
+        until_ending(&b, &first).await;
+        Self { b, lease, first, answers }
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_lost_request_is_replaced_before_the_certificate_ends() {
     let b = Bench::new([Script::Issue, Script::Pend]);
@@ -56,12 +77,7 @@ async fn a_lost_request_of_a_caller_that_fetches_is_replaced() {
 async fn the_first_answer_wins_and_the_other_request_is_deleted() {
     // The order whose request is answered first: the one for the renewal, or the one beside it.
     for earlier in [0, 1] {
-        let (answers, waits): (Vec<_>, Vec<_>) = (0..2).map(|_| oneshot::channel()).unzip();
-        let b = Bench::new([Script::Issue]);
-        b.script.lock().unwrap().extend(waits.into_iter().map(Script::Wait));
-        let lease = b.want("a");
-        let first = material(&lease, None).await;
-        until_ending(&b, &first).await;
+        let Late { b, lease, first, answers } = Late::start().await;
         assert_eq!((b.orders(), b.dropped.load(Ordering::SeqCst)), (3, 1), "two requests are pending");
         let mut answers = answers.into_iter();
         let (renewal, beside) = (answers.next().unwrap(), answers.next().unwrap());
@@ -77,12 +93,7 @@ async fn the_first_answer_wins_and_the_other_request_is_deleted() {
 
 #[tokio::test(start_paused = true)]
 async fn two_answers_in_one_instant_make_one_certificate() {
-    let (answers, waits): (Vec<_>, Vec<_>) = (0..2).map(|_| oneshot::channel()).unzip();
-    let b = Bench::new([Script::Issue]);
-    b.script.lock().unwrap().extend(waits.into_iter().map(Script::Wait));
-    let lease = b.want("a");
-    let first = material(&lease, None).await;
-    until_ending(&b, &first).await;
+    let Late { b, lease, first, answers } = Late::start().await;
     answers.into_iter().for_each(|answer| answer.send(Script::Issue).unwrap());
     let second = material(&lease, Some(&first)).await;
     tokio::time::sleep(second.renew_at.duration_since(b.clock.now()).unwrap() - Duration::from_secs(1)).await;
@@ -93,13 +104,7 @@ async fn two_answers_in_one_instant_make_one_certificate() {
 #[tokio::test(start_paused = true)]
 async fn a_failure_of_one_request_leaves_the_other_one() {
     for failing in [0, 1] {
-        let (answers, waits): (Vec<_>, Vec<_>) = (0..2).map(|_| oneshot::channel()).unzip();
-        let b = Bench::new([Script::Issue]);
-        b.script.lock().unwrap().extend(waits.into_iter().map(Script::Wait));
-        let lease = b.want("a");
-        let first = material(&lease, None).await;
-        until_ending(&b, &first).await;
-        let mut answers: Vec<_> = answers.into_iter().collect();
+        let Late { b, lease, first, mut answers } = Late::start().await;
         answers.remove(failing).send(Script::Deny(Duration::from_secs(300))).unwrap();
         settle().await;
         let status = b.store.snapshot()[0].status();
