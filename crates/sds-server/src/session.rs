@@ -42,7 +42,7 @@ use crate::{
     caller::{Authenticator, Cause, Connection, Refusals},
     grpc::{
         self, UntilEnd,
-        request::{self, Inbox, MessageKind, MessageLimits, RequestLimits},
+        request::{self, Inbox, MessageKind, MessageLimits, RequestGuard, RequestLimits},
     },
     limits::Limits,
 };
@@ -288,15 +288,16 @@ impl Session {
         let pause = self.sessions.timeouts.refusal_delay;
         let begun = Begun::default();
         let service = service_fn(|request| {
-            let call =
-                self.begin_call(request, &begun).map(|(call, request)| (call, self.sessions.services.call(&self.connection, request)));
+            let kind = self.sessions.services.kind(request.uri().path());
+            let (request, reading) = self.receive(request, kind, &begun);
+            let call = self.begin_call(kind).map(|call| (call, self.sessions.services.call(&self.connection, request)));
             async move {
                 Ok::<_, Infallible>(match call {
-                    Ok((call, answer)) => answer.await.until_end(call),
+                    Ok((call, answer)) => answer.await.until_end((call, reading)),
                     Err(refusal) => {
                         // Slows down a client that retries at once.
                         tokio::time::sleep(pause).await;
-                        grpc::unary(Err(refusal))
+                        grpc::unary(Err(refusal)).until_end(reading)
                     }
                 })
             }
@@ -355,11 +356,24 @@ impl Session {
         }
     }
 
-    /// Begins a call and the reading of its request, or returns the status of a call over quota.
-    fn begin_call(&self, request: Request<Incoming>, begun: &Begun<Incoming>) -> Result<(Call, Request<Inbox>), Status> {
-        let kind = self.sessions.services.kind(request.uri().path());
+    /// Begins to read a request, also for a call that is rejected.
+    fn receive(&self, request: Request<Incoming>, kind: MessageKind, begun: &Begun<Incoming>) -> (Request<Inbox>, RequestGuard) {
+        let (mut parts, body) = request.into_parts();
+        parts.headers = used(&parts.headers);
+        let limits = &self.sessions.limits;
+        let limits = RequestLimits {
+            message: MessageLimits { bytes: limits.message_bytes, names: limits.names_per_stream },
+            patience: self.sessions.timeouts.message,
+        };
+        let (intake, inbox, reading) = request::channel(body, kind, limits, self.calls.charge(), Instant::now());
+        begun.lock().push(intake);
+        (Request::from_parts(parts, inbox), reading)
+    }
+
+    /// Begins a call, or returns the status of a call over quota.
+    fn begin_call(&self, kind: MessageKind) -> Result<Call, Status> {
         let bytes = if kind == MessageKind::Other { quotas::OTHER_CALL_BYTES } else { quotas::CALL_BYTES };
-        let call = self.calls.begin(bytes).map_err(|refused| {
+        self.calls.begin(bytes).map_err(|refused| {
             let ((reason, limit), status) = match refused {
                 Refused::Streams(exceeded) => {
                     (exceeded.of_streams(), Status::resource_exhausted("the limit of concurrent streams is reached"))
@@ -369,17 +383,7 @@ impl Session {
             self.sessions.metrics.refused(reason);
             self.sessions.log_over_quota(self.calls.origin(), limit, "stream refused");
             status
-        })?;
-        let (mut parts, body) = request.into_parts();
-        parts.headers = used(&parts.headers);
-        let limits = &self.sessions.limits;
-        let limits = RequestLimits {
-            message: MessageLimits { bytes: limits.message_bytes, names: limits.names_per_stream },
-            patience: self.sessions.timeouts.message,
-        };
-        let (intake, inbox) = request::channel(body, kind, limits, self.calls.charge(), Instant::now());
-        begun.lock().push(intake);
-        Ok((call, Request::from_parts(parts, inbox)))
+        })
     }
 
     /// Returns when the caller has not been attested in time, and is no companion.

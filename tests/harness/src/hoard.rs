@@ -40,6 +40,7 @@ const PING: u8 = 6;
 const WINDOW_UPDATE: u8 = 8;
 const UNKNOWN: u8 = 0xfa;
 const ACK: u8 = 1;
+const END_STREAM: u8 = 1;
 const END_HEADERS: u8 = 4;
 
 /// A way to make the server hold memory.
@@ -65,9 +66,11 @@ pub enum Way {
     Unread,
     /// Watches of the health service, on a connection that reads nothing.
     Watches,
+    /// Long trailers, some of them after an incomplete message, on a connection that reads nothing.
+    Trailers,
 }
 
-pub const WAYS: [Way; 10] = [
+pub const WAYS: [Way; 11] = [
     Way::Version,
     Way::Reflection,
     Way::Pinned,
@@ -78,6 +81,7 @@ pub const WAYS: [Way; 10] = [
     Way::Names,
     Way::Unread,
     Way::Watches,
+    Way::Trailers,
 ];
 
 impl Way {
@@ -88,7 +92,7 @@ impl Way {
 
     /// Whether the client reads the responses.
     fn reads(self) -> bool {
-        !matches!(self, Self::Crumbs | Self::Unread | Self::Watches)
+        !matches!(self, Self::Crumbs | Self::Unread | Self::Watches | Self::Trailers)
     }
 }
 
@@ -238,6 +242,12 @@ impl Link<'_> {
                     }
                 }
                 Way::Watches => self.message(stream, &[], 0).await?,
+                Way::Trailers => {
+                    if number % 2 == 0 {
+                        self.message(stream, &names(20), 500).await?;
+                    }
+                    self.write(&frame(HEADERS, END_HEADERS | END_STREAM, stream, &fields(FRAME - 1000))).await?;
+                }
                 Way::Headers | Way::PartialFrame => {}
             }
         }

@@ -5,6 +5,9 @@
 //! reads all requests of its calls through an `Intake` for each. The intake copies what the service uses into a buffer of its own,
 //! charges the buffer to the caller, and drops each received piece before it asks for the next. The call reads complete messages from its
 //! [`Inbox`].
+//!
+//! An intake lives as long as its call, which holds a [`RequestGuard`]. h2 keeps the trailers of a request until its stream ends, even if
+//! the body was dropped. So what follows an error, and what a call does not read, is received and dropped.
 
 use std::{
     collections::VecDeque,
@@ -42,6 +45,10 @@ pub struct RequestLimits {
 #[derive(Debug)]
 pub struct Inbox(Arc<Mutex<Shared>>);
 
+/// Belongs to a call, and ends the reading of its request when dropped.
+#[derive(Debug)]
+pub(crate) struct RequestGuard(Arc<Mutex<Shared>>);
+
 /// Fills an [`Inbox`] from a body.
 #[derive(Debug)]
 pub(crate) struct Intake<B> {
@@ -65,8 +72,11 @@ struct Shared {
     /// The end of the request, after the messages.
     end: Option<Result<(), Status>>,
     reader: Option<Waker>,
-    /// Whether the call has ended.
+    /// Whether the call reads no further message.
     is_abandoned: bool,
+    /// Whether the call has ended.
+    is_over: bool,
+    intake: Option<Waker>,
 }
 
 impl Shared {
@@ -102,12 +112,28 @@ impl Shared {
     }
 }
 
-/// Returns the two ends of a request. The bytes that they hold are charged to `charge`.
-pub(crate) fn channel<B>(body: B, kind: MessageKind, limits: RequestLimits, charge: Charge, now: Instant) -> (Intake<B>, Inbox) {
-    let shared = Shared { messages: VecDeque::new(), bytes: 0, incomplete: 0, charge, end: None, reader: None, is_abandoned: false };
-    let shared = Arc::new(Mutex::new(shared));
+/// Returns the two ends of a request, and the guard for its call. The bytes that they hold are charged to `charge`.
+pub(crate) fn channel<B>(
+    body: B,
+    kind: MessageKind,
+    limits: RequestLimits,
+    charge: Charge,
+    now: Instant,
+) -> (Intake<B>, Inbox, RequestGuard) {
+    let shared = Arc::new(Mutex::new(Shared {
+        messages: VecDeque::new(),
+        bytes: 0,
+        incomplete: 0,
+        charge,
+        end: None,
+        reader: None,
+        is_abandoned: false,
+        is_over: false,
+        intake: None,
+    }));
     let due = Some(now + limits.patience);
-    (Intake { body, filter: Filter::new(kind, limits.message), limits, due, shared: shared.clone() }, Inbox(shared))
+    let intake = Intake { body, filter: Filter::new(kind, limits.message), limits, due, shared: shared.clone() };
+    (intake, Inbox(shared.clone()), RequestGuard(shared))
 }
 
 impl<B> Intake<B>
@@ -115,12 +141,13 @@ where
     B: HttpBody<Data = Bytes> + Unpin,
     B::Error: std::fmt::Display,
 {
-    /// Moves everything that has arrived into the inbox. Ready when no more will be read: at the end of the request or of its call, and
-    /// after an error.
+    /// Moves everything that has arrived into the inbox. After an error, and if the call reads no further message, drops it instead. Ready
+    /// at the end of the request or of its call.
     pub(crate) fn poll(&mut self, cx: &mut Context<'_>, now: Instant) -> Poll<()> {
         loop {
-            if self.shared.lock().is_abandoned {
-                return Poll::Ready(());
+            let Some(is_read) = self.is_read(cx) else { return Poll::Ready(()) };
+            if !is_read {
+                self.due = None;
             }
             let end = match Pin::new(&mut self.body).poll_frame(cx) {
                 Poll::Pending if self.due.is_some_and(|due| due <= now) => {
@@ -128,19 +155,40 @@ where
                 }
                 Poll::Pending => return Poll::Pending,
                 Poll::Ready(Some(Ok(frame))) => match frame.into_data() {
-                    Ok(data) => match self.take(&data, now) {
+                    Ok(data) if is_read => match self.take(&data, now) {
                         Ok(()) => continue,
                         Err(status) => Err(status),
                     },
-                    Err(_) => continue,
+                    Ok(_) | Err(_) => continue,
                 },
-                Poll::Ready(Some(Err(error))) => Err(Status::cancelled(format!("reading the request: {error}"))),
-                Poll::Ready(None) if self.filter.is_within_message() => Err(Status::internal("the request ended within a message")),
-                Poll::Ready(None) => Ok(()),
+                Poll::Ready(Some(Err(error))) => return self.end(Err(Status::cancelled(format!("reading the request: {error}")))),
+                Poll::Ready(None) if self.filter.is_within_message() => {
+                    return self.end(Err(Status::internal("the request ended within a message")));
+                }
+                Poll::Ready(None) => return self.end(Ok(())),
             };
             self.shared.lock().end(end);
-            return Poll::Ready(());
         }
+    }
+
+    /// Whether the call reads what arrives, or `None` after the end of the call. `cx` is woken at that end.
+    fn is_read(&self, cx: &Context<'_>) -> Option<bool> {
+        let mut shared = self.shared.lock();
+        if shared.is_over {
+            return None;
+        }
+        if !shared.intake.as_ref().is_some_and(|waker| waker.will_wake(cx.waker())) {
+            shared.intake = Some(cx.waker().clone());
+        }
+        Some(!shared.is_abandoned && shared.end.is_none())
+    }
+
+    /// Ends the request at the end of its body.
+    fn end(&self, end: Result<(), Status>) -> Poll<()> {
+        let mut shared = self.shared.lock();
+        shared.end(end);
+        shared.intake = None;
+        Poll::Ready(())
     }
 
     /// The time by which [`poll`](Self::poll) has to be called again, if nothing arrives.
@@ -201,9 +249,12 @@ impl Inbox {
         let quotas = crate::session::quotas::Quotas::new(&limits.clone().undivided());
         let now = Instant::now();
         let message = MessageLimits { bytes: limits.message_bytes, names: limits.names_per_stream };
-        let (mut intake, inbox) =
-            channel(body, kind, RequestLimits { message, patience: Duration::from_secs(1 << 30) }, quotas.charge(), now);
-        tokio::spawn(std::future::poll_fn(move |cx| intake.poll(cx, now)));
+        let limits = RequestLimits { message, patience: Duration::from_secs(1 << 30) };
+        let (mut intake, inbox, guard) = channel(body, kind, limits, quotas.charge(), now);
+        tokio::spawn(async move {
+            let _guard = guard;
+            std::future::poll_fn(|cx| intake.poll(cx, now)).await;
+        });
         inbox
     }
 
@@ -264,6 +315,16 @@ impl HttpBody for Inbox {
     fn is_end_stream(&self) -> bool {
         let shared = self.shared();
         shared.messages.is_empty() && matches!(shared.end, Some(Ok(())))
+    }
+}
+
+impl Drop for RequestGuard {
+    fn drop(&mut self) {
+        let mut shared = self.0.lock();
+        shared.is_over = true;
+        if let Some(intake) = shared.intake.take() {
+            intake.wake();
+        }
     }
 }
 
