@@ -72,9 +72,8 @@ impl Place {
         if path.len() > MAX_PATH_BYTES {
             return wrong(&format!("has {} bytes and the kernel takes {MAX_PATH_BYTES}", path.len()));
         }
-        // Compares the text too, because a comparison of components ignores `.` and doubled slashes.
-        let Some(rest) = Path::new(path).strip_prefix(kubelet).ok().filter(|rest| kubelet.join(rest).as_os_str() == path) else {
-            return wrong(&format!("is not a plain path below sockets.perPod.kubeletDirectory ({})", kubelet.display()));
+        let Some(rest) = Path::new(path).strip_prefix(kubelet).ok() else {
+            return wrong(&format!("is not below sockets.perPod.kubeletDirectory ({})", kubelet.display()));
         };
         let parts: Option<Vec<&str>> = rest
             .components()
@@ -83,12 +82,18 @@ impl Place {
                 _ => None,
             })
             .collect();
-        match parts.as_deref() {
+        let place = match parts.as_deref() {
             Some(["pods", uid, "volumes", PLUGIN, volume, "mount"]) if is_pod_uid(uid) && is_volume(volume) => {
-                Ok(Self { uid: (*uid).into(), volume: (*volume).into() })
+                Self { uid: (*uid).into(), volume: (*volume).into() }
             }
-            _ => wrong("is not a pod's volume"),
+            _ => return wrong("is not a pod's volume"),
+        };
+        // The components are those of other texts too, with a `.` or a doubled slash.
+        let (parent, name) = place.target();
+        if kubelet.join(parent).join(name).as_os_str() != path {
+            return wrong("is not a plain path: it has a `.`, or more slashes than needed");
         }
+        Ok(place)
     }
 }
 

@@ -149,6 +149,8 @@ fn a_target_has_the_kubelets_form_and_no_other() {
         &format!("/var/lib/kubelet/pods/{UID}/volumes/kubernetes.io~csi/sds/vol_data.json"),
         &format!("/var/lib/kubelet/pods/{UID}/volumes/kubernetes.io~secret/sds/mount"),
         &format!("/var/lib/kubelet//pods/{UID}/volumes/kubernetes.io~csi/sds/mount"),
+        &format!("/var/lib/kubelet/pods/{UID}//volumes/kubernetes.io~csi/sds/mount"),
+        &format!("/var/lib/kubelet/pods/{UID}/volumes/./kubernetes.io~csi/sds/mount"),
         &format!("/var/lib/kubelet/./pods/{UID}/volumes/kubernetes.io~csi/sds/mount"),
         &format!("/var/lib/kubelet/pods/x/../{UID}/volumes/kubernetes.io~csi/sds/mount"),
         &format!("/var/lib/kubelet/pods/{UID}/volumes/kubernetes.io~csi/../mount"),

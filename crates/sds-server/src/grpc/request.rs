@@ -30,6 +30,8 @@ use crate::session::quotas::{Charge, Exceeded};
 
 mod filter;
 
+#[cfg(any(test, feature = "testing"))]
+pub use filter::filter as filter_messages;
 pub use filter::{MessageKind, MessageLimits};
 
 /// How a call reads its request.

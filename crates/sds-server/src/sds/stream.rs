@@ -420,5 +420,7 @@ impl StreamState {
     }
 }
 
+#[cfg(any(test, feature = "testing"))]
+pub mod model;
 #[cfg(test)]
 mod tests;

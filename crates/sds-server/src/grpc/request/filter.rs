@@ -150,6 +150,11 @@ impl Varint {
     }
 }
 
+/// A value of a fixed length in a message with `left` bytes. No kept field is one.
+fn fixed(length: usize, left: usize) -> Result<At, Status> {
+    if length > left { Err(malformed("a field ends after the message")) } else { Ok(At::Bytes { left: length, is_kept: false }) }
+}
+
 fn malformed(what: &str) -> Status {
     Status::invalid_argument(format!("the message cannot be decoded: {what}"))
 }
@@ -271,8 +276,8 @@ impl Filter {
                     match tag & 7 {
                         0 => At::Value { varint, field, tag },
                         2 => At::Length { varint, field, tag },
-                        1 => At::Bytes { left: 8, is_kept: false },
-                        5 => At::Bytes { left: 4, is_kept: false },
+                        1 => fixed(8, left)?,
+                        5 => fixed(4, left)?,
                         _ => return Err(malformed("a group")),
                     }
                 }
@@ -324,6 +329,27 @@ impl Filter {
     }
 }
 
+/// Feeds `pieces` to a filter. Returns the complete messages with their prefixes, and whether another one has begun, or the error that ends
+/// the request.
+#[cfg(any(test, feature = "testing"))]
+pub fn filter<'a>(
+    kind: MessageKind,
+    limits: MessageLimits,
+    pieces: impl IntoIterator<Item = &'a [u8]>,
+) -> (Vec<Vec<u8>>, Result<bool, Status>) {
+    let (mut filter, mut messages) = (Filter::new(kind, limits), Vec::new());
+    for mut data in pieces {
+        loop {
+            match filter.next(&mut data) {
+                Ok(Some(message)) => messages.push(message),
+                Ok(None) => break,
+                Err(status) => return (messages, Err(status)),
+            }
+        }
+    }
+    (messages, Ok(filter.is_within_message()))
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -357,14 +383,9 @@ mod tests {
 
     /// Feeds the bytes in pieces of this size.
     fn filtered(kind: MessageKind, limits: MessageLimits, bytes: &[u8], piece: usize) -> Result<Vec<Vec<u8>>, Status> {
-        let (mut filter, mut out) = (Filter::new(kind, limits), Vec::new());
-        for mut data in bytes.chunks(piece) {
-            while let Some(message) = filter.next(&mut data)? {
-                out.push(message);
-            }
-        }
-        assert!(!filter.is_within_message(), "a message is incomplete");
-        Ok(out)
+        let (messages, end) = filter(kind, limits, bytes.chunks(piece));
+        assert!(!end?, "a message is incomplete");
+        Ok(messages)
     }
 
     fn decoded<M: Message + Default>(message: &[u8]) -> M {
@@ -461,9 +482,14 @@ mod tests {
             &[0x08, 1][..],       // version_info as an integer
             &[0xff; 11][..],      // an endless tag
             &[0x09, 1, 2, 3][..], // a fixed value that ends after the message
+            &[0x0d, 1, 2][..],
         ] {
             let bytes = [&prefix(bad.len())[..], bad].concat();
-            assert_eq!(filtered(MessageKind::Sotw, LIMITS, &bytes, 3).unwrap_err().code(), tonic::Code::InvalidArgument, "{bad:?}");
+            // Nor is it completed by what follows the message.
+            for bytes in [bytes.clone(), [bytes, framed(&sotw())].concat()] {
+                let error = filtered(MessageKind::Sotw, LIMITS, &bytes, 3).unwrap_err();
+                assert_eq!(error.code(), tonic::Code::InvalidArgument, "{bad:?}");
+            }
         }
         // Unknown fields of every type are discarded.
         let good = [0x78, 0xff, 0x01, 0x79, 1, 2, 3, 4, 5, 6, 7, 8, 0x7d, 1, 2, 3, 4, 0x7a, 2, 9, 9];

@@ -1,6 +1,5 @@
 use super::*;
 
-mod model;
 mod wildcards;
 
 const SOTW: Variant = Variant::Sotw;

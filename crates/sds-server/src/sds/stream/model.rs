@@ -1,17 +1,12 @@
-//! Random sequences of requests and changes, compared with a model of the protocol.
+//! Any sequence of requests and changes, compared with a model of the protocol.
 //!
 //! The model keeps the subscriptions and what the client has as plain sets, and derives each response from them. It shares no code with the
-//! stream state.
+//! stream state. The sequence is read from bytes: random ones in the tests, those of a fuzzer in `fuzz/`.
 
 use std::collections::BTreeSet;
 
-use fastrand::Rng;
+use super::{BTreeMap, Names, OUTSTANDING, Received, Request, StreamState, Variant, Violation};
 
-use super::*;
-
-/// Number of random sequences for each variant.
-const SEQUENCES: u64 = 12_000;
-const STEPS: usize = 24;
 /// Maximum names on a stream.
 const LIMIT: usize = 4;
 const COVERED: [&str; 2] = ["default", "ROOTCA"];
@@ -103,7 +98,7 @@ impl Model {
 
     /// The client subscribes to a name or to `*`, for the first time or again.
     fn renew(&mut self, name: &str) {
-        let names = if name == "*" { strings(&COVERED) } else { vec![name.to_owned()] };
+        let names = if name == "*" { COVERED.map(str::to_owned).to_vec() } else { vec![name.to_owned()] };
         for name in names {
             self.has.remove(&name);
             self.rejected.remove(&name);
@@ -187,55 +182,84 @@ impl Model {
     }
 }
 
-fn some_names(random: &mut Rng, most: usize) -> Vec<String> {
-    let count = random.usize(..=most);
-    (0..count).map(|_| NAMES[random.usize(..NAMES.len())].to_owned()).collect()
+/// Bytes that decide the sequence, one for each choice.
+struct Choices<'a>(&'a [u8]);
+
+impl Choices<'_> {
+    /// A number below `limit`; 0 after the last byte.
+    fn below(&mut self, limit: usize) -> usize {
+        let Some((first, rest)) = self.0.split_first() else { return 0 };
+        self.0 = rest;
+        usize::from(*first) % limit
+    }
+
+    fn of<T: Copy>(&mut self, all: &[T]) -> T {
+        all[self.below(all.len())]
+    }
+
+    fn names(&mut self, most: usize) -> Vec<String> {
+        (0..self.below(most + 1)).map(|_| self.of(&NAMES).to_owned()).collect()
+    }
 }
 
-fn request(random: &mut Rng, is_delta: bool, nonce: u64) -> Request {
-    let nonce = match random.u8(..10) {
+fn request(choices: &mut Choices<'_>, is_delta: bool, nonce: u64) -> Request {
+    let nonce = match choices.below(10) {
         0 | 1 => String::new(),
         2 => "not a number".to_owned(),
         3 => nonce.saturating_sub(1).to_string(),
-        4 => random.u64(..nonce + 3).to_string(),
+        4 => choices.below(20).to_string(),
         _ => nonce.to_string(),
     };
-    let error = (random.u8(..4) == 0).then(|| "bad".to_owned());
+    let error = (choices.below(4) == 0).then(|| "bad".to_owned());
     let names = if is_delta {
-        let most = [0, 1, 3][random.usize(..3)];
-        let (subscribe, unsubscribe) = (some_names(random, most), some_names(random, most));
-        let reported = RESOURCES.into_iter().filter(|_| random.bool()).collect::<Vec<_>>();
-        let versions = reported.into_iter().map(|name| (name.to_owned(), random.u8(..2).to_string())).collect();
+        let most = choices.of(&[0, 1, 3]);
+        let (subscribe, unsubscribe) = (choices.names(most), choices.names(most));
+        let mut versions = BTreeMap::new();
+        for name in RESOURCES {
+            if choices.below(2) == 1 {
+                versions.insert(name.to_owned(), choices.below(2).to_string());
+            }
+        }
         Names::Changes { subscribe, unsubscribe, versions }
     } else {
-        let version = ["", "0", "1"][random.usize(..3)].to_owned();
-        Names::All { names: some_names(random, 5), version }
+        let version = choices.of(&["", "0", "1"]).to_owned();
+        Names::All { names: choices.names(5), version }
     };
     Request { nonce, error, names, ..Request::default() }
 }
 
-/// Runs one sequence. Returns the number of responses, or the disagreement, with the sequence if it `records` one.
-fn run(seed: u64, is_delta: bool, records: bool) -> Result<usize, String> {
-    let mut random = Rng::with_seed(seed);
-    let variant = if is_delta { DELTA } else { SOTW };
+/// Runs the sequence that `bytes` describe. Returns the number of responses.
+///
+/// # Errors
+///
+/// The first disagreement of the stream state with the model, with the sequence that leads to it.
+pub fn compare(bytes: &[u8]) -> Result<usize, String> {
+    run(bytes, false).or_else(|_| run(bytes, true))
+}
+
+/// Records the sequence on demand, because that takes most of the time.
+fn run(bytes: &[u8], records: bool) -> Result<usize, String> {
+    let mut choices = Choices(bytes);
+    let is_delta = choices.below(2) == 1;
+    let variant = if is_delta { Variant::Delta } else { Variant::Sotw };
     let mut state = StreamState::new(variant, COVERED.map(Into::into), LIMIT);
     let mut model = Model { is_delta, ..Model::default() };
     let mut versions = Versions::from([("default", 0), ("ROOTCA", 0)]);
     let (mut steps, mut responses) = (Vec::new(), 0);
-    for _ in 0..STEPS {
+    while !choices.0.is_empty() {
         let disagreement = |what: &str, steps: &[Step], state: &StreamState, model: &Model| {
-            Err(format!("{what}; seed {seed}, {variant:?}\n{steps:#?}\n{state:#?}\n{model:#?}"))
+            Err(format!("{what}; {variant:?}\n{steps:#?}\n{state:#?}\n{model:#?}"))
         };
-        if random.u8(..3) == 0 {
+        if choices.below(3) == 0 {
             // A few versions, so that a former one returns. A resource may be unavailable for a time.
-            let name = RESOURCES[random.usize(..RESOURCES.len())];
-            match random.u8(..4) {
+            let name = choices.of(&RESOURCES);
+            match choices.of(&[0, 1, 2, 3]) {
                 3 => drop(versions.remove(name)),
                 version => drop(versions.insert(name, version)),
             }
             steps.extend(records.then(|| Step::Versions(versions.clone())));
         } else {
-            let request = request(&mut random, is_delta, model.nonce);
+            let request = request(&mut choices, is_delta, model.nonce);
             steps.extend(records.then(|| Step::Request(format!("{request:?}"))));
             let expected = model.request(&request);
             match (state.request(request), expected) {
@@ -251,7 +275,7 @@ fn run(seed: u64, is_delta: bool, records: bool) -> Result<usize, String> {
             }
         }
         // Several requests may arrive before a response.
-        if random.u8(..4) == 0 {
+        if choices.below(4) == 0 {
             continue;
         }
         let due = state.due(|name| versions.get(name).map(u8::to_string));
@@ -280,13 +304,22 @@ fn run(seed: u64, is_delta: bool, records: bool) -> Result<usize, String> {
     Ok(responses)
 }
 
-#[test]
-fn every_response_is_the_one_that_the_protocol_requires() {
-    for is_delta in [false, true] {
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Number of random sequences.
+    const SEQUENCES: u64 = 24_000;
+    /// Choices in a sequence, some 24 requests.
+    const CHOICES: usize = 200;
+
+    #[test]
+    fn every_response_is_the_one_that_the_protocol_requires() {
         let mut responses = 0;
         for seed in 0..SEQUENCES {
-            let Ok(count) = run(seed, is_delta, false) else { panic!("{}", run(seed, is_delta, true).unwrap_err()) };
-            responses += count;
+            let mut random = fastrand::Rng::with_seed(seed);
+            let bytes: Vec<u8> = (0..CHOICES).map(|_| random.u8(..)).collect();
+            responses += compare(&bytes).unwrap_or_else(|disagreement| panic!("seed {seed}: {disagreement}"));
         }
         assert!(responses as u64 > 2 * SEQUENCES, "{responses} responses: the sequences are too short");
     }
