@@ -1,6 +1,6 @@
 # The commands for developers. `make test` runs everything except the long groups; `cargo test` alone runs everything that needs no other
 # program.
-.PHONY: dev test test-long long-group long-groups test-tools lint
+.PHONY: dev test test-long long-group long-groups test-tools lint fuzz
 
 # Each group is a test target `long_…`, which takes at most 20 minutes, and the programs that it needs.
 LONG_GROUPS := scale scale-agents vault oldest former throughput memory
@@ -46,3 +46,7 @@ lint:
 	$${SDS_AGENT_TOOLS:-target/tools}/bin/cargo-deny --locked check bans licenses sources
 	$${SDS_AGENT_TOOLS:-target/tools}/bin/cargo-machete --skip-target-dir
 	$${SDS_AGENT_TOOLS:-target/tools}/actionlint -shellcheck= -pyflakes=
+
+# Each fuzz target until it finds nothing new for ten minutes: `make fuzz`, or `make fuzz TARGETS="pem csi"`.
+fuzz:
+	fuzz/run.py $(TARGETS)

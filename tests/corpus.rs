@@ -4,10 +4,22 @@
 
 use std::{fs, path::Path};
 
+#[path = "../fuzz/check/authority.rs"]
+mod authority;
 #[path = "../fuzz/check/cgroup.rs"]
 mod cgroup;
+#[path = "../fuzz/check/config.rs"]
+mod config;
+#[path = "../fuzz/check/csi.rs"]
+mod csi;
 #[path = "../fuzz/check/csr.rs"]
 mod csr;
+#[path = "../fuzz/check/framing.rs"]
+mod framing;
+#[path = "../fuzz/check/pem.rs"]
+mod pem;
+#[path = "../fuzz/check/stream.rs"]
+mod stream;
 
 /// Runs `check` on each file of `fuzz/corpus/<target>`.
 fn replay(target: &str, check: fn(&[u8])) {
@@ -24,11 +36,41 @@ fn replay(target: &str, check: fn(&[u8])) {
 }
 
 #[test]
+fn frames_of_http2() {
+    replay("authority", authority::check);
+}
+
+#[test]
 fn cgroup_files() {
     replay("cgroup", cgroup::check);
 }
 
 #[test]
+fn configuration_files() {
+    replay("config", config::check);
+}
+
+#[test]
+fn publish_requests() {
+    replay("csi", csi::check);
+}
+
+#[test]
 fn certificate_requests() {
     replay("csr", csr::check);
+}
+
+#[test]
+fn request_bodies() {
+    replay("framing", framing::check);
+}
+
+#[test]
+fn certificates_and_revocation_lists() {
+    replay("pem", pem::check);
+}
+
+#[test]
+fn sequences_of_requests() {
+    replay("stream", stream::check);
 }
