@@ -69,15 +69,18 @@ def parse(text):
 
 
 def merge(base, patch):
-    """Applies a patch as kustomize applies a strategic merge patch: new items of a list come first."""
+    """Applies a patch as kustomize applies a strategic merge patch: the items of the patch come first in a list."""
     first = 0
     for new in patch.children:
         old = next((child for child in base.children if child.key() == new.key()), None)
-        if old is None and new.is_item():
-            base.children.insert(first, new)
+        if new.is_item():
+            if old is not None:
+                base.children.remove(old)
+            base.children.insert(first, old or new)
             first += 1
-        elif old is None:
-            base.children.append(new)
+        if old is None:
+            if not new.is_item():
+                base.children.append(new)
         elif new.children and old.children:
             if new.text.strip() != old.text.strip() or not old.comments:
                 old.comments = new.comments
@@ -123,10 +126,11 @@ def guarded(node, value):
 def pod(root, of):
     """Inserts the chart's values for a pod: image, resources, node selector and pull secrets."""
     spec = find(root, ["spec", "template", "spec"])
-    container = find(spec, ["containers"]).children[0]
-    find(container, ["image"]).text = '          image: {{ include "sds-agent.image" . }}'
-    find(container, ["imagePullPolicy"]).text = "          imagePullPolicy: {{ .Values.image.pullPolicy }}"
-    values(find(container, ["resources"]), f"{of}.resources", 12)
+    for container in find(spec, ["containers"]).children:
+        find(container, ["image"]).text = '          image: {{ include "sds-agent.image" . }}'
+        find(container, ["imagePullPolicy"]).text = "          imagePullPolicy: {{ .Values.image.pullPolicy }}"
+        resources = ".Values.mountHelper" if container.key() == ("item", "mount-helper") else of
+        values(find(container, ["resources"]), f"{resources}.resources", 12)
     guarded(find(spec, ["nodeSelector"]), f"{of}.nodeSelector")
     pull = Node("      imagePullSecrets:", [])
     guarded(pull, ".Values.imagePullSecrets")

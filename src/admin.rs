@@ -66,10 +66,19 @@ pub struct Addresses {
     pub probes: SocketAddr,
 }
 
-/// The listeners of an agent or an approver.
+/// `mountHelper`: the addresses of a mount helper.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MountHelper {
+    /// `metricsAddress`
+    pub metrics: SocketAddr,
+    /// `probesAddress`
+    pub probes: SocketAddr,
+}
+
+/// The listeners of a process. A mount helper has no admin address.
 #[derive(Debug)]
 pub struct Listeners {
-    admin: TcpListener,
+    admin: Option<TcpListener>,
     metrics: TcpListener,
     probes: TcpListener,
 }
@@ -78,29 +87,36 @@ impl Listeners {
     /// Opens the listeners. Call it inside the runtime.
     pub fn bind(addresses: Addresses) -> Result<Self, Error> {
         Ok(Self {
-            admin: bind("admin.address", addresses.admin)?,
+            admin: Some(bind("admin.address", addresses.admin)?),
             metrics: bind("metrics.address", addresses.metrics)?,
             probes: bind("probes.address", addresses.probes)?,
         })
     }
 
-    /// The addresses on which they listen, with the ports that the kernel has chosen.
-    pub fn addresses(&self) -> io::Result<Addresses> {
-        let Self { admin, metrics, probes } = self;
-        Ok(Addresses { admin: admin.local_addr()?, metrics: metrics.local_addr()?, probes: probes.local_addr()? })
+    /// Opens the listeners of a mount helper. Call it inside the runtime.
+    pub fn of_mount_helper(addresses: &MountHelper) -> Result<Self, Error> {
+        Ok(Self {
+            admin: None,
+            metrics: bind("mountHelper.metricsAddress", addresses.metrics)?,
+            probes: bind("mountHelper.probesAddress", addresses.probes)?,
+        })
+    }
+
+    /// The admin address, with the port that the kernel has chosen.
+    pub fn admin_address(&self) -> io::Result<Option<SocketAddr>> {
+        self.admin.as_ref().map(TcpListener::local_addr).transpose()
     }
 
     /// Logs the addresses of metrics and probes, and serves in the background until the drain begins. A request in progress then has 1 s to
     /// complete.
     pub fn serve(self, routes: &Routes, metrics: &Metrics, shutdown: &Shutdown) {
-        if let Ok(Addresses { metrics, probes, .. }) = self.addresses() {
+        if let (Ok(metrics), Ok(probes)) = (self.metrics.local_addr(), self.probes.local_addr()) {
             tracing::info!(target: LOG_TARGET, address = %metrics, %probes, "serving metrics and probes");
         }
-        for (which, limits, listener, routes) in [
-            (Listener::admin, PAGES, self.admin, routes.clone()),
-            (Listener::metrics, PAGES, self.metrics, routes.for_metrics()),
-            (Listener::probes, PROBES, self.probes, routes.for_probes()),
-        ] {
+        let admin = self.admin.map(|admin| (Listener::admin, PAGES, admin, routes.clone()));
+        let others =
+            [(Listener::metrics, PAGES, self.metrics, routes.for_metrics()), (Listener::probes, PROBES, self.probes, routes.for_probes())];
+        for (which, limits, listener, routes) in admin.into_iter().chain(others) {
             tokio::spawn(connections::serve(limits, listener, routes, metrics.evicted(which), shutdown.clone()));
         }
     }

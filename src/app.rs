@@ -5,7 +5,7 @@
 //! instead of failing to connect. If a healthy predecessor serves the socket, the agent takes it only when all its parts are in sync
 //! ([`handover`]). [`Bound::run`] serves until the shutdown has drained.
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{net::SocketAddr, path::Path, sync::Arc, time::Duration};
 
 use agent_runtime::{
     clock::Clock,
@@ -35,11 +35,11 @@ use tracing::{error, info, warn};
 use crate::{
     admin, build_info,
     config::{Config, SharedSocket, reloads},
-    csi,
     handover::{
         self, SocketLease, SocketSpec,
         holder::{HolderAttestor, OtherAgents},
     },
+    pod_sockets::{self, PodSockets},
     warm::{
         self, Prefetcher,
         starts::{Rule, Starts},
@@ -53,11 +53,13 @@ pub mod config_map;
 pub mod config_map_source;
 mod identity_users;
 pub mod inventory;
+pub mod mount_helper;
 mod parts;
 mod reload;
 mod upstream;
 
 pub use approver::{BoundApprover, build_approver};
+pub use mount_helper::{BoundMountHelper, build_mount_helper};
 
 /// The log target of this module.
 const LOG_TARGET: &str = "sds_agent::app";
@@ -134,7 +136,7 @@ pub struct Bound {
     listeners: admin::Listeners,
     http_metrics: admin::Metrics,
     sessions: Sessions,
-    csi: Option<csi::Driver>,
+    pod_sockets: Option<PodSockets>,
     rotation: rotation::Parts,
     routes: admin::Routes,
     readiness: Readiness,
@@ -214,7 +216,7 @@ pub async fn build_with(config: &Config, base: Base, deps: Deps) -> anyhow::Resu
     let mut sessions = server.build().await?.sessions;
     sessions.companions = Some(Arc::new(OtherAgents(deps.holder_attestor.clone())));
     let ending = sessions.ending.clone();
-    let csi_metrics = config.per_pod.as_ref().map(|_| csi::metrics::Metrics::register(registry));
+    let pod_sockets_metrics = config.per_pod.as_ref().map(|_| pod_sockets::metrics::Metrics::register(registry));
     let handover_metrics = handover::Metrics::register(registry);
     let inventory = inventory::Inventory::new(store, plan, deps.clock).per_workload(config.metrics_per_workload);
     registry.register_collector(Box::new(inventory.clone()));
@@ -223,10 +225,10 @@ pub async fn build_with(config: &Config, base: Base, deps: Deps) -> anyhow::Resu
         .with_controls(admin::Controls { certificates, reissue })
         .with_log(log.map(admin::LogLevel::new));
     // The last steps that can fail: they take the names of sockets that a healthy predecessor may still serve.
-    let csi = match (&config.per_pod, deps.pods, csi_metrics) {
+    let pod_sockets = match (&config.per_pod, deps.pods, pod_sockets_metrics) {
         (Some(per_pod), Some(pods), Some(metrics)) => {
             let (config, node, sessions) = (per_pod.clone(), config.node.clone(), sessions.clone());
-            Some(csi::Driver::bind(csi::Parts { config, node, pods, sessions, warmer, metrics })?)
+            Some(PodSockets::bind(pod_sockets::Parts { config, node, pods, sessions, warmer, metrics })?)
         }
         (Some(_), ..) => anyhow::bail!("sockets.perPod serves the pods of one node: set NODE_NAME"),
         (None, ..) => None,
@@ -243,7 +245,7 @@ pub async fn build_with(config: &Config, base: Base, deps: Deps) -> anyhow::Resu
         listeners,
         http_metrics,
         sessions,
-        csi,
+        pod_sockets,
         rotation,
         routes,
         readiness,
@@ -261,9 +263,9 @@ impl Bound {
         self.socket.as_ref().map(SocketLease::path)
     }
 
-    /// The addresses of the HTTP listeners.
-    pub fn http_addresses(&self) -> std::io::Result<admin::Addresses> {
-        self.listeners.addresses()
+    /// The admin address, with the port that the kernel has chosen.
+    pub fn admin_address(&self) -> std::io::Result<Option<SocketAddr>> {
+        self.listeners.admin_address()
     }
 
     /// Serves until the shutdown has drained.
@@ -272,16 +274,29 @@ impl Bound {
     ///
     /// A task of the agent failed, and its failure began the shutdown.
     pub async fn run(self) -> anyhow::Result<Drained> {
-        let Self { socket, listeners, http_metrics, sessions, csi, rotation, routes, readiness, tasks, ending, last, shutdown, start } =
-            self;
+        let Self {
+            socket,
+            listeners,
+            http_metrics,
+            sessions,
+            pod_sockets,
+            rotation,
+            routes,
+            readiness,
+            tasks,
+            ending,
+            last,
+            shutdown,
+            start,
+        } = self;
         info!(target: LOG_TARGET, socket = socket.as_ref().map(|socket| tracing::field::display(socket.path().display())), "serving");
         let mut beside = JoinSet::new();
         for task in tasks.0 {
             beside.spawn(task);
         }
         beside.spawn(rotation::run(rotation, last.clone()));
-        if let Some(driver) = csi {
-            beside.spawn(driver.run(last.clone()));
+        if let Some(pod_sockets) = pod_sockets {
+            beside.spawn(pod_sockets.run(last.clone()));
         }
         listeners.serve(&routes, &http_metrics, &shutdown);
         let services = sessions.services.clone();

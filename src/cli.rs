@@ -15,6 +15,7 @@ pub mod dev;
 pub mod doctor;
 pub mod explain;
 pub mod fetch;
+pub mod mount_helper;
 pub mod output;
 pub mod run;
 
@@ -40,6 +41,8 @@ pub enum Command {
     Fetch(fetch::Args),
     /// Approve or deny the agents' requests, by the node that each comes from
     Approver(approver::Args),
+    /// Publish the volumes of per-pod sockets for the kubelet, beside an agent
+    MountHelper(mount_helper::Args),
     /// List the certificates of an agent, without keys: states, serial numbers, times, errors
     Certs(certs::Args),
     /// Check a configuration: print all of its errors, or a summary
@@ -179,6 +182,7 @@ mod tests {
             "sds-agent check-config --config agent.yaml -o json",
             "sds-agent doctor --config agent.yaml -o json",
             "sds-agent approver --config /etc/sds-agent/config.yaml",
+            "sds-agent mount-helper --config /etc/sds-agent/config.yaml",
             "sds-agent doctor --pid 1",
             "sds-agent doctor",
             "sds-agent certs",

@@ -10,7 +10,7 @@ use issuance::issuer::certificate_request;
 use sds_server::{limits::Limits, sds::names::Names};
 use workload_identity::{IssuerName, NodeEnvironment, Profile, Resolver, Rule, TrustDomain};
 
-use crate::{admin, csi::PerPod, process::LockMemory, warm::WarmUp};
+use crate::{admin, per_pod::PerPod, process::LockMemory, warm::WarmUp};
 
 mod approver;
 mod certificates;
@@ -83,6 +83,8 @@ pub struct Config {
     pub metrics: SocketAddr,
     /// `probes.address`
     pub probes: SocketAddr,
+    /// `mountHelper`
+    pub mount_helper: admin::MountHelper,
     /// `metrics.perWorkload`: whether each service account has its own series.
     pub metrics_per_workload: bool,
     /// `workerThreads`

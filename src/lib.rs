@@ -28,7 +28,8 @@
 //!
 //! The modules of this package:
 //!
-//! - [`csi`] serves one socket for each pod; the mount proves which pod a caller is.
+//! - [`pod_sockets`] serves one socket for each pod; the mount proves which pod a caller is. [`csi`] is the mount helper, which runs in
+//!   another process and mounts the sockets' directories; [`per_pod`] is what both share.
 //! - [`warm`] orders certificates before a pod's first call.
 //! - [`app::config_map_source`] reads trust roots from a ConfigMap.
 //! - [`events`] writes Kubernetes Events on pods that get no certificate.
@@ -46,6 +47,8 @@
 #![allow(clippy::missing_errors_doc)]
 
 pub mod csi;
+pub mod per_pod;
+pub mod pod_sockets;
 
 pub mod warm;
 

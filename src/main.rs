@@ -27,6 +27,10 @@ fn main() -> ExitCode {
             Ok(ready) => told(cli::approver::start(ready, env)),
             Err(exit) => exit.into(),
         },
+        Command::MountHelper(args) => match args.load(env) {
+            Ok(loaded) => told(cli::mount_helper::start(&loaded, env)),
+            Err(exit) => exit.into(),
+        },
         Command::Fetch(args) => block_on(Builder::new_current_thread(), async { Ok(cli::fetch::fetch(args, env).await.into()) }),
         Command::Doctor(args) => block_on(Builder::new_current_thread(), async { Ok(cli::doctor::run(args, env).await.into()) }),
         Command::Certs(args) => block_on(Builder::new_current_thread(), async { Ok(cli::certs::run(args).await.into()) }),

@@ -18,7 +18,7 @@ use issuance::{issuer, rotation};
 use prometheus_client::registry::Registry;
 use sds_server::{attest, sds, session, trust};
 
-use crate::{admin, app, build_info, config, csi, events, handover, interfaces, process, warm};
+use crate::{admin, app, build_info, config, csi, events, handover, interfaces, pod_sockets, process, warm};
 
 mod monitoring;
 
@@ -54,7 +54,8 @@ const MODULES: &[Module] = &[
         "Certificates ordered before the first call (`warmUp`, `sockets.perPod`)",
         warm::metrics::Metrics::sample,
     ),
-    module("src/csi/metrics.rs", "Sockets of pods (`sockets.perPod`)", csi::metrics::Metrics::sample),
+    module("src/pod_sockets/metrics.rs", "Sockets of pods (`sockets.perPod`)", pod_sockets::metrics::Metrics::sample),
+    module("src/csi/metrics.rs", "The mount helper (`sds-agent mount-helper`)", csi::metrics::Metrics::sample),
     module("crates/approver/src/metrics.rs", "The approver (`sds-agent approver`)", approver::Metrics::sample),
     module("src/events.rs", "Events about pods", events::Metrics::sample),
     module("src/config/reloads.rs", "The configuration file", config::reloads::Metrics::sample),

@@ -89,8 +89,8 @@ pub fn start(loaded: &Loaded, file: Option<app::File>, style: Style, env: Env<'_
 async fn run(config: &Config, base: Base, log: Log, style: Style) -> anyhow::Result<ExitCode> {
     base.shutdown.follow_signals(move || log.end())?;
     let bound = app::build(config, base).await?;
-    if let (Style::Dev, Some(socket)) = (style, bound.socket()) {
-        let greeting = dev::greeting(socket, bound.http_addresses()?.admin, config);
+    if let (Style::Dev, Some(socket), Some(admin)) = (style, bound.socket(), bound.admin_address()?) {
+        let greeting = dev::greeting(socket, admin, config);
         // A paused terminal or a full pipe would block the write, so a thread of its own prints the greeting.
         thread::spawn(move || output::say(&greeting));
     }

@@ -19,6 +19,7 @@ use super::{
     reader::Report,
     template, values,
 };
+use crate::admin::MountHelper;
 
 /// Short, so that a user sees rotations within a minute.
 const LIFETIME: Duration = Duration::from_secs(120);
@@ -112,6 +113,7 @@ fn config(path: &Path, trust_domain: TrustDomain, lifetime: Duration, admin: Soc
         admin,
         metrics: SocketAddr::from(([127, 0, 0, 1], 0)),
         probes: SocketAddr::from(([127, 0, 0, 1], 0)),
+        mount_helper: MountHelper { metrics: SocketAddr::from(([127, 0, 0, 1], 0)), probes: SocketAddr::from(([127, 0, 0, 1], 0)) },
         metrics_per_workload: false,
         worker_threads: 2,
         approver: Approver::of_namespace("sds-agent"),

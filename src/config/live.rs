@@ -66,6 +66,7 @@ pub const FIELDS: &[Field] = fields! {
     "admin": restart |c| c.admin;
     "metrics": restart |c| (c.metrics, c.metrics_per_workload);
     "probes": restart |c| c.probes;
+    "mountHelper": restart |c| c.mount_helper;
     "workerThreads": restart |c| c.worker_threads;
 };
 
@@ -118,6 +119,7 @@ mod tests {
             ("admin: { address: '127.0.0.1:1' }", "admin", false),
             ("metrics: { address: '127.0.0.1:2' }", "metrics", false),
             ("probes: { address: '127.0.0.1:2' }", "probes", false),
+            ("mountHelper: { metricsAddress: '127.0.0.1:2' }", "mountHelper", false),
             ("workerThreads: 3", "workerThreads", false),
         ] {
             let changed = parse(text);
@@ -159,6 +161,7 @@ mod tests {
             metrics: _,
             metrics_per_workload: _,
             probes: _,
+            mount_helper: _,
             worker_threads: _,
             // The environment does not change while a process runs.
             node: _,

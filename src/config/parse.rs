@@ -24,6 +24,7 @@ use super::{
     reader::{Report, Section},
     sockets, values, warm_up,
 };
+use crate::admin::MountHelper;
 
 /// Maximum size of the configuration file, 1 MiB.
 pub const MAX_FILE_BYTES: usize = 1 << 20;
@@ -143,7 +144,7 @@ pub(super) fn decode(root: &Section<'_>, report: &Report, env: Env<'_>) -> Optio
     if trust_sources.is_empty() {
         warn_of_roots(report, &issuers);
     }
-    let (admin, (metrics, metrics_per_workload), probes) = addresses?;
+    let HttpAddresses { admin, metrics, metrics_per_workload, probes, mount_helper } = addresses?;
     let (shared_socket, per_pod) = sockets?;
     Some(Config {
         trust_domain: trust_domain?,
@@ -169,6 +170,7 @@ pub(super) fn decode(root: &Section<'_>, report: &Report, env: Env<'_>) -> Optio
         metrics,
         metrics_per_workload,
         probes,
+        mount_helper,
         worker_threads: usize::try_from(worker_threads?).ok()?,
         approver: approver?,
         node: pod?.node,
@@ -327,14 +329,23 @@ fn request_rate(kubernetes: &Section<'_>) -> Option<RequestRate> {
     Some(RequestRate { per_second: per_second?, burst: burst? })
 }
 
-/// `admin.address`, `metrics.address` with `metrics.perWorkload`, and `probes.address`.
-fn addresses(root: &Section<'_>) -> Option<(SocketAddr, (SocketAddr, bool), SocketAddr)> {
-    // The value of `address` if none of `others` has its port. The default listens on every address of the pod.
-    let own = |section: &Section<'_>, port: u16, others: &[(&str, Option<SocketAddr>)]| {
-        let address = section.read("address", SocketAddr::from((Ipv6Addr::UNSPECIFIED, port)), values::socket_address)?;
+/// The addresses of agent and mount helper, which share the network of their pod.
+struct HttpAddresses {
+    admin: SocketAddr,
+    metrics: SocketAddr,
+    metrics_per_workload: bool,
+    probes: SocketAddr,
+    mount_helper: MountHelper,
+}
+
+/// `admin.address`, `metrics.address` with `metrics.perWorkload`, `probes.address` and `mountHelper`.
+fn addresses(root: &Section<'_>) -> Option<HttpAddresses> {
+    // The value of `field` if none of `others` has its port. The default listens on every address of the pod.
+    let own = |section: &Section<'_>, field: &'static str, port: u16, others: &[(&str, Option<SocketAddr>)]| {
+        let address = section.read(field, SocketAddr::from((Ipv6Addr::UNSPECIFIED, port)), values::socket_address)?;
         match others.iter().find(|(_, other)| other.is_some_and(|other| overlap(address, other))) {
             Some((other, _)) => {
-                section.wrong("address", format!("uses the port of {other}"), "give it a port of its own");
+                section.wrong(field, format!("uses the port of {other}"), "give it a port of its own");
                 None
             }
             None => Some(address),
@@ -350,13 +361,21 @@ fn addresses(root: &Section<'_>) -> Option<(SocketAddr, (SocketAddr, bool), Sock
         address
     });
     let metrics = root.section("metrics", |metrics| {
-        let address = own(metrics, 15091, &[("admin.address", admin)]);
+        let address = own(metrics, "address", 15091, &[("admin.address", admin)]);
         let per_workload = metrics.read("perWorkload", false, values::boolean);
         address.zip(per_workload)
     });
-    let others = [("admin.address", admin), ("metrics.address", metrics.map(|(address, _)| address))];
-    let probes = root.section("probes", |probes| own(probes, 15092, &others));
-    Some((admin?, metrics?, probes?))
+    let mut others = vec![("admin.address", admin), ("metrics.address", metrics.map(|(address, _)| address))];
+    let probes = root.section("probes", |probes| own(probes, "address", 15092, &others));
+    others.push(("probes.address", probes));
+    let mount_helper = root.section("mountHelper", |helper| {
+        let metrics = own(helper, "metricsAddress", 15093, &others);
+        others.push(("mountHelper.metricsAddress", metrics));
+        let probes = own(helper, "probesAddress", 15094, &others);
+        Some(MountHelper { metrics: metrics?, probes: probes? })
+    });
+    let (metrics, metrics_per_workload) = metrics?;
+    Some(HttpAddresses { admin: admin?, metrics, metrics_per_workload, probes: probes?, mount_helper: mount_helper? })
 }
 
 /// Whether two listeners cannot be open at the same time. The kernel chooses a free port for port 0.

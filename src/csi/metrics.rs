@@ -17,6 +17,16 @@ pub enum Call {
     unpublish,
 }
 
+impl Call {
+    /// The label's value.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::publish => "publish",
+            Self::unpublish => "unpublish",
+        }
+    }
+}
+
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Labels {
     call: Call,
@@ -27,7 +37,9 @@ struct Labels {
 #[derive(Debug, Clone, Default)]
 pub struct Metrics {
     calls: Family<Labels, Counter>,
-    sockets: Gauge,
+    registered: Gauge,
+    published: Gauge,
+    agent_unavailable: Counter,
 }
 
 impl Metrics {
@@ -35,7 +47,13 @@ impl Metrics {
     pub fn register(registry: &mut Registry) -> Self {
         let metrics = Self::default();
         registry.register("csi_calls", "Calls of the kubelet to the CSI driver", metrics.calls.clone());
-        registry.register("pod_sockets", "Sockets of pods that are served", metrics.sockets.clone());
+        registry.register("csi_registered", "1 if the kubelet has registered the CSI driver, else 0", metrics.registered.clone());
+        registry.register("csi_volumes", "Volumes of pods that are published", metrics.published.clone());
+        registry.register(
+            "csi_agent_unavailable",
+            "Publish calls during which the agent did not serve the socket: the pod started and waits for it",
+            metrics.agent_unavailable.clone(),
+        );
         metrics
     }
 
@@ -46,6 +64,7 @@ impl Metrics {
         for call in agent_runtime::metrics::every!(Call: publish, unpublish) {
             (0..=16).for_each(|code| metrics.called(call, Code::from(code)));
         }
+        metrics.agent_unavailable();
     }
 
     pub(super) fn called(&self, call: Call, code: Code) {
@@ -53,7 +72,15 @@ impl Metrics {
         self.calls.get_or_create(&Labels { call, code: format!("{code:?}") }).inc();
     }
 
-    pub(super) fn sockets(&self, count: usize) {
-        self.sockets.set(i64::try_from(count).unwrap_or(i64::MAX));
+    pub(super) fn registered(&self, is_registered: bool) {
+        self.registered.set(is_registered.into());
+    }
+
+    pub(super) fn published(&self, count: usize) {
+        self.published.set(i64::try_from(count).unwrap_or(i64::MAX));
+    }
+
+    pub(super) fn agent_unavailable(&self) {
+        self.agent_unavailable.inc();
     }
 }

@@ -1,9 +1,13 @@
 //! Mounts a volume's directory on the kubelet's target path, with the flags `ro`, `nosuid`, `nodev` and `noexec`.
 //!
 //! A mount must have these flags when it appears. In a container with `Bidirectional` propagation the host gets a copy of each new mount,
-//! and the pod's mount is made from that copy. Flags that the agent sets on its own mount later do not reach the copy, so the pod could
-//! write. Therefore the agent mounts the whole directory once, with the flags, on a subdirectory of it, the view. The mount on a target
-//! is a clone of a part of the view and has its flags. The driver follows no symbolic link below the kubelet's directory.
+//! and the pod's mount is made from that copy. Flags that the driver sets on its own mount later do not reach the copy, so the pod could
+//! write. Therefore the driver mounts the whole directory once, with the flags, on a directory of its own, the view. The mount on a target
+//! is a clone of a part of the view and has its flags.
+//!
+//! The agent can change everything in the directory, and is treated as hostile. It cannot reach the view, which is beside the driver's
+//! socket. A source is resolved beneath the view and a target beneath the kubelet's directory of pods (openat2), in both cases without
+//! symbolic links and other mounts.
 
 use std::{
     io,
@@ -18,15 +22,19 @@ use rustix::{
 };
 use tracing::warn;
 
-use super::{
-    directory::{Leaf, VIEW},
-    volume::Place,
+use crate::{
+    mountinfo::{self, Mount},
+    per_pod::{PerPod, directory::Leaf, volume::Place},
 };
-use crate::mountinfo::{self, Mount};
 
 /// The log target of this module.
 const LOG_TARGET: &str = "sds_agent::csi::mounts";
 
+/// The name of the view, beside the driver's socket.
+const VIEW: &str = "view";
+const VIEW_MODE: u32 = 0o700;
+/// The directory of pods, in the kubelet's directory.
+const PODS: &str = "pods";
 /// The mode of directories that the kubelet creates.
 const TARGET_MODE: u32 = 0o750;
 /// Maximum of mounts that are removed from one target, so that unmounting always ends.
@@ -36,7 +44,7 @@ const STACKED: usize = 32;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The kubelet's directory for the volume does not exist.
-    #[error("{0} is not there; is sockets.perPod.kubeletDirectory mounted at its own path in the agent's container?")]
+    #[error("{0} is not there; is sockets.perPod.kubeletDirectory mounted at its own path in the container of the mount helper?")]
     NoParent(PathBuf),
     /// The path is a link, a file, or another mount.
     #[error("{path} {why}")]
@@ -59,7 +67,7 @@ pub enum Error {
 }
 
 fn hint(cause: &io::Error) -> &'static str {
-    if Errno::from_io_error(cause) == Some(Errno::PERM) { "; the agent's container has to be privileged to mount" } else { "" }
+    if Errno::from_io_error(cause) == Some(Errno::PERM) { "; the container of the mount helper has to be privileged to mount" } else { "" }
 }
 
 fn refused(action: &'static str, path: &Path) -> impl FnOnce(Errno) -> Error {
@@ -86,50 +94,51 @@ pub struct Mounts {
     /// The parent of the directories of all sockets.
     directory: PathBuf,
     kubelet: PathBuf,
+    view: PathBuf,
 }
 
 impl Mounts {
-    /// Mounts directories below `directory` on targets below `kubelet`.
-    pub fn new(directory: &Path, kubelet: &Path) -> Self {
-        Self { directory: directory.to_owned(), kubelet: kubelet.to_owned() }
-    }
-
-    fn view(&self) -> PathBuf {
-        self.directory.join(VIEW)
+    /// Mounts directories below `sockets.perPod.directory` on targets below the kubelet's directory.
+    pub fn new(config: &PerPod) -> Self {
+        let view = config.driver_socket().with_file_name(VIEW);
+        Self { directory: config.directory.clone(), kubelet: config.kubelet_directory.clone(), view }
     }
 
     /// Mounts the view, if it is not mounted yet.
     pub fn prepare(&self) -> Result<(), Error> {
-        let view = self.view();
-        match rustix::fs::mkdir(&view, Mode::from_raw_mode(0o700)) {
-            Ok(()) | Err(Errno::EXIST) => {}
-            Err(error) => return Err(refused("make", &view)(error)),
+        let view = &self.view;
+        let ways: Vec<_> = view.ancestors().take_while(|way| *way != self.kubelet).collect();
+        for directory in ways.into_iter().rev() {
+            match rustix::fs::mkdir(directory, Mode::from_raw_mode(VIEW_MODE)) {
+                Ok(()) | Err(Errno::EXIST) => {}
+                Err(error) => return Err(refused("make", directory)(error)),
+            }
         }
         let source = open(CWD, &self.directory).map_err(refused("open", &self.directory))?;
         let id = identity(source.as_fd(), &self.directory)?;
-        if is_view(&view, id)? {
+        if is_view(view, id)? {
             return Ok(());
         }
         // The mount is another one, or is writable because a process was killed between the two steps below.
-        unmount_all(&view)?;
-        rustix::mount::mount_bind(&self.directory, &view).map_err(refused("mount the view", &view))?;
-        let guarded = rustix::mount::mount_change(&view, MountPropagationFlags::PRIVATE)
-            .and_then(|()| rustix::mount::mount_remount(&view, MountFlags::BIND | guarded(), c""))
-            .map_err(refused("make read-only", &view));
+        unmount_all(view)?;
+        rustix::mount::mount_bind(&self.directory, view).map_err(refused("mount the view", view))?;
+        let guarded = rustix::mount::mount_change(view, MountPropagationFlags::PRIVATE)
+            .and_then(|()| rustix::mount::mount_remount(view, MountFlags::BIND | guarded(), c""))
+            .map_err(refused("make read-only", view));
         if guarded.is_err() {
-            let _ = rustix::mount::unmount(&view, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW);
+            let _ = rustix::mount::unmount(view, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW);
         }
         guarded
     }
 
     /// Logs a warning if the host would not see the mounts of this driver.
     pub fn check_propagation(&self) {
-        let pods = self.kubelet.join("pods");
+        let pods = self.kubelet.join(PODS);
         let Ok(mounts) = mountinfo::of_this_process() else { return };
         if is_shared(&mounts, &pods) == Some(false) {
             warn!(
                 target: LOG_TARGET, path = %pods.display(),
-                "mounts of the agent are visible only in its own mount namespace, and pods find an empty directory; in a container, set \
+                "mounts of the mount helper are visible only in its own mount namespace, and pods find an empty directory; in a container, set \
                  mountPropagation: Bidirectional on the volume"
             );
         }
@@ -137,17 +146,8 @@ impl Mounts {
 
     /// Unmounts the view. Mounts on targets stay.
     pub fn finish(&self) {
-        let view = self.view();
-        let _ = rustix::mount::unmount(&view, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW);
-        let _ = rustix::fs::rmdir(&view);
-    }
-
-    /// Whether `leaf` is mounted on its target.
-    pub fn is_attached(&self, place: &Place, leaf: (u64, u64)) -> Result<bool, Error> {
-        Ok(match self.parent(place)? {
-            Some(parent) => self.look(place, parent.as_fd(), Some(leaf))? == Target::Ours,
-            None => false,
-        })
+        let _ = rustix::mount::unmount(&self.view, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW);
+        let _ = rustix::fs::rmdir(&self.view);
     }
 
     /// Mounts `leaf` on its target, unless it is mounted already. After an error the target is as before.
@@ -177,9 +177,12 @@ impl Mounts {
     /// Returns a detached mount of `leaf`, cloned from the view.
     fn cut(&self, place: &Place, leaf: &Leaf) -> Result<OwnedFd, Error> {
         self.prepare()?;
-        let source = self.view().join(&*place.uid).join(leaf.path.file_name().unwrap_or_default());
-        let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
-        let tree = rustix::mount::open_tree(CWD, &source, flags).map_err(refused("clone the mount of", &source))?;
+        let below = Path::new(&*place.uid).join(leaf.path.file_name().unwrap_or_default());
+        let source = self.view.join(&below);
+        let view = open(CWD, &self.view).map_err(refused("open", &self.view))?;
+        let directory = beneath(&view, &below).map_err(refused("open", &source))?;
+        let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
+        let tree = rustix::mount::open_tree(&directory, c"", flags).map_err(refused("clone the mount of", &source))?;
         if identity(tree.as_fd(), &source)? != leaf.id || !is_guarded(tree.as_fd(), &source)? {
             return Err(Error::Occupied { path: source, why: "is not the read-only view of the volume's directory" });
         }
@@ -200,26 +203,32 @@ impl Mounts {
         }
     }
 
+    /// Whether anything other than `leaf` is mounted on the target. `None` is a directory that does not exist.
+    pub fn has_other(&self, place: &Place, leaf: Option<(u64, u64)>) -> Result<bool, Error> {
+        let Some(parent) = self.parent(place)? else { return Ok(false) };
+        Ok(self.look(place, parent.as_fd(), leaf)? == Target::Other)
+    }
+
     fn path(&self, place: &Place) -> PathBuf {
         let (directory, name) = place.target();
         self.kubelet.join(directory).join(name)
     }
 
-    /// Opens the parent directory of the target. `kubeletDirectory` itself may be a symbolic link, because the operator configured it.
+    /// Opens the parent directory of the target. The directory of pods is a mount of its own in a container, so the way begins there.
     fn parent(&self, place: &Place) -> Result<Option<OwnedFd>, Error> {
         let (directory, _) = place.target();
         let path = self.kubelet.join(&directory);
-        let kubelet = match open(CWD, &self.kubelet) {
+        let pods = self.kubelet.join(PODS);
+        let below = directory.strip_prefix(PODS).unwrap_or(&directory);
+        let pods = match open(CWD, &pods) {
             Err(Errno::NOENT) => return Ok(None),
-            opened => opened.map_err(refused("open", &self.kubelet))?,
+            opened => opened.map_err(refused("open", &pods))?,
         };
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
-        match rustix::fs::openat2(&kubelet, &directory, flags, Mode::empty(), resolve) {
+        match beneath(&pods, below) {
             Ok(parent) => Ok(Some(parent)),
             Err(Errno::NOENT) => Ok(None),
             Err(Errno::LOOP | Errno::NOTDIR | Errno::XDEV) => {
-                Err(Error::Occupied { path, why: "has a symbolic link or a file on the way" })
+                Err(Error::Occupied { path, why: "has a symbolic link, a file or another mount on the way" })
             }
             Err(error) => Err(refused("open", &path)(error)),
         }
@@ -252,6 +261,13 @@ fn is_shared(mounts: &[Mount], path: &Path) -> Option<bool> {
 
 fn guarded() -> MountFlags {
     MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC
+}
+
+/// Opens a directory beneath `parent`, through no link and no other mount.
+fn beneath(parent: impl AsFd, path: &Path) -> rustix::io::Result<OwnedFd> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV;
+    rustix::fs::openat2(parent, path, flags, Mode::empty(), resolve)
 }
 
 fn open(parent: impl AsFd, path: &Path) -> rustix::io::Result<OwnedFd> {

@@ -4,15 +4,18 @@
 use std::sync::Arc;
 
 use agent_runtime::{telemetry::hush::LogLimiter, text};
-use tokio::{sync::Notify, time::Instant};
+use tokio::{
+    sync::{Notify, watch},
+    time::Instant,
+};
 use tonic::{Request, Response, Status};
 use tracing::{error, info};
 
-use crate::csi::{
-    PerPod,
-    proto::pluginregistration::{
+use crate::{
+    csi::proto::pluginregistration::{
         InfoRequest, PluginInfo, RegistrationStatus, RegistrationStatusResponse, registration_server::Registration,
     },
+    per_pod::PerPod,
 };
 
 /// The log target of this module.
@@ -30,13 +33,15 @@ pub struct Registrar {
     pub config: Arc<PerPod>,
     /// Notified when the kubelet refuses the driver. The server then binds the socket again, because the kubelet does not retry by itself.
     pub refused: Arc<Notify>,
+    /// Whether the kubelet has registered the driver.
+    pub registered: watch::Sender<bool>,
     lines: Arc<LogLimiter<&'static str>>,
 }
 
 impl Registrar {
     /// Registers the driver of `config`.
-    pub fn new(config: Arc<PerPod>, refused: Arc<Notify>) -> Self {
-        Self { config, refused, lines: Arc::default() }
+    pub fn new(config: Arc<PerPod>, refused: Arc<Notify>, registered: watch::Sender<bool>) -> Self {
+        Self { config, refused, registered, lines: Arc::default() }
     }
 }
 
@@ -57,6 +62,7 @@ impl Registration for Registrar {
     ) -> Result<Response<RegistrationStatusResponse>, Status> {
         let RegistrationStatus { plugin_registered, error } = request.into_inner();
         let driver = &self.config.driver_name;
+        self.registered.send_replace(plugin_registered);
         if !plugin_registered {
             self.refused.notify_one();
         }

@@ -1,43 +1,32 @@
 //! The CSI services `Identity` and `Node` for the kubelet.
 //!
-//! The driver checks every field of a call before it creates anything. A publish call waits at most 3 s for the pod index, and at most
-//! `waitForCertificate` for a certificate. No log line or error has a value of the volume context, because it may be a token.
+//! The driver checks every field of a call before it creates anything. No log line or error has a value of the volume context, because it
+//! may be a token.
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
 use agent_runtime::text;
-use attest_kubernetes::pods::Pods;
-use sds_server::attest::Reason;
-use tokio::{sync::watch, time::timeout};
 use tonic::{Code, Request, Response, Status};
 use tracing::warn;
-use workload_identity::Resolver;
 
 use super::{
-    log::Cause,
     metrics::{Call, Metrics},
-    sockets::Sockets,
-    volume::{Place, Volume},
+    request,
+    volumes::Volumes,
 };
 use crate::{
     build_info::VERSION,
-    csi::{
-        PerPod,
-        proto::csi::v1::{
-            GetPluginCapabilitiesRequest, GetPluginCapabilitiesResponse, GetPluginInfoRequest, GetPluginInfoResponse,
-            NodeGetCapabilitiesRequest, NodeGetCapabilitiesResponse, NodeGetInfoRequest, NodeGetInfoResponse, NodePublishVolumeRequest,
-            NodePublishVolumeResponse, NodeUnpublishVolumeRequest, NodeUnpublishVolumeResponse, ProbeRequest, ProbeResponse,
-            identity_server::Identity, node_server::Node,
-        },
+    csi::proto::csi::v1::{
+        GetPluginCapabilitiesRequest, GetPluginCapabilitiesResponse, GetPluginInfoRequest, GetPluginInfoResponse,
+        NodeGetCapabilitiesRequest, NodeGetCapabilitiesResponse, NodeGetInfoRequest, NodeGetInfoResponse, NodePublishVolumeRequest,
+        NodePublishVolumeResponse, NodeUnpublishVolumeRequest, NodeUnpublishVolumeResponse, ProbeRequest, ProbeResponse,
+        identity_server::Identity, node_server::Node,
     },
+    per_pod::{PerPod, log::Cause, volume::Place},
 };
 
 /// The log target of this module.
 const LOG_TARGET: &str = "sds_agent::csi::service";
-
-/// Time limit for the pod index to report that a pod does not exist. After it the driver publishes the socket without confirmation: no key
-/// is sent before the index confirms the pod.
-const CONFIRMATION: Duration = Duration::from_secs(3);
 
 /// Maximum length of the target path in a log line, in characters.
 const MAX_TARGET_CHARS: usize = 300;
@@ -49,26 +38,15 @@ pub struct Driver {
     pub config: Arc<PerPod>,
     /// `NODE_NAME`
     pub node: Arc<str>,
-    /// The sockets of pods.
-    pub sockets: Sockets,
-    /// Derives the identity of a pod.
-    pub resolver: watch::Receiver<Arc<Resolver>>,
+    /// The volumes of pods.
+    pub volumes: Volumes,
     /// The metrics of the driver.
     pub metrics: Metrics,
 }
 
 impl Driver {
     async fn publish(&self, request: &NodePublishVolumeRequest) -> Result<(), Status> {
-        let volume = Volume::check(request, &self.config)?;
-        if self.sockets.is_published(&volume).await? {
-            return Ok(());
-        }
-        let resolver = self.resolver.borrow().clone();
-        confirm(self.sockets.pods(), &resolver, &volume).await?;
-        let published = self.sockets.publish(volume).await?;
-        // After a timeout the pod starts without its certificate.
-        let _ = timeout(self.config.wait_for_certificate, published.issued.cancelled()).await;
-        Ok(())
+        Ok(self.volumes.publish(request::check(request, &self.config)?).await?)
     }
 
     async fn unpublish(&self, request: &NodeUnpublishVolumeRequest) -> Result<(), Status> {
@@ -76,14 +54,14 @@ impl Driver {
             return Err(Status::invalid_argument("volume_id is missing"));
         }
         let place = Place::of_target(&request.target_path, &self.config.kubelet_directory)?;
-        Ok(self.sockets.unpublish(place).await?)
+        Ok(self.volumes.unpublish(place).await?)
     }
 
     fn tell<T>(&self, call: Call, target: &str, result: Result<(), Status>, done: T) -> Result<Response<T>, Status> {
         self.metrics.called(call, result.as_ref().map_or_else(Status::code, |()| Code::Ok));
         if let Err(status) = &result {
             let place = Place::of_target(target, &self.config.kubelet_directory).ok();
-            if let Some(left_out) = self.sockets.log().permit(Cause::Refused(place.clone(), call, status.code())) {
+            if let Some(left_out) = self.volumes.log().permit(Cause::Refused(place.clone(), call.as_str(), status.code())) {
                 let (pod_uid, volume) = place.map(|place| (place.uid, place.volume)).unzip();
                 let target = text::excerpt(target, MAX_TARGET_CHARS);
                 let cause = text::excerpt(status.message(), text::MAX_MESSAGE_CHARS);
@@ -104,25 +82,6 @@ impl Driver {
     }
 }
 
-/// Checks the volume against the pod index, if the index is in sync.
-async fn confirm(pods: &Pods, resolver: &Resolver, volume: &Volume) -> Result<(), Status> {
-    if !*pods.synced().borrow() {
-        return Ok(());
-    }
-    let (claim, name) = (&volume.claim, &volume.place.volume);
-    match timeout(CONFIRMATION, pods.wait_for(&claim.pod.uid)).await {
-        Ok(Ok(known)) => {
-            claim.check(&known.pod, name).map_err(|error| Status::permission_denied(error.detail))?;
-            // An error means that the pod has no service account, or picks a profile that it may not pick.
-            let decided = resolver.decide(&known.pod.workload_at(name));
-            decided.map(drop).map_err(|error| Status::failed_precondition(error.to_string()))
-        }
-        Ok(Err(error)) if error.reason == Reason::unknown_pod => Err(Status::not_found(error.detail)),
-        Ok(Err(error)) if !error.temporary => Err(Status::failed_precondition(error.detail)),
-        Ok(Err(_)) | Err(_) => Ok(()),
-    }
-}
-
 #[tonic::async_trait]
 impl Identity for Driver {
     async fn get_plugin_info(&self, _: Request<GetPluginInfoRequest>) -> Result<Response<GetPluginInfoResponse>, Status> {
@@ -138,7 +97,7 @@ impl Identity for Driver {
     }
 
     async fn probe(&self, _: Request<ProbeRequest>) -> Result<Response<ProbeResponse>, Status> {
-        // The driver publishes sockets from its start, regardless of the API server and issuers.
+        // The driver publishes volumes from its start, regardless of the agent.
         Ok(Response::new(ProbeResponse { ready: Some(true) }))
     }
 }

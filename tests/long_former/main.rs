@@ -31,6 +31,8 @@ use test_harness::{
     world::{GUARDED, World},
 };
 
+mod per_pod;
+
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The objects in a file of the previous version.

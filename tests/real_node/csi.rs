@@ -1,12 +1,14 @@
-//! Per-pod sockets with real mounts: the calls of a kubelet, Envoys that see one mounted directory, and agents that are killed in
-//! between.
+//! Per-pod sockets with real mounts: the calls of a kubelet, Envoys that see one mounted directory, and agents and mount helpers that are
+//! killed in between.
 
 use std::{
     fs,
     path::{Path, PathBuf},
+    sync::Mutex,
     time::Duration,
 };
 
+use serde_json::Value;
 use tempfile::TempDir;
 use test_harness::{
     agent::{self, Agent, Launch},
@@ -16,6 +18,8 @@ use test_harness::{
 };
 
 mod crowd;
+mod faults;
+mod hostile;
 mod identity;
 mod kubelet;
 mod profiles;
@@ -28,7 +32,8 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// Publishing and unpublishing wait for no other party.
 const PROMPT: Duration = Duration::from_secs(25);
 
-/// A node whose kubelet knows the agent as a driver. Only per-pod sockets are served.
+/// A node with a mount helper, which its kubelet knows as a driver. The agent has no capability and does not see the kubelet's directory.
+/// Only per-pod sockets are served.
 struct Node {
     cluster: Cluster,
     name: String,
@@ -37,6 +42,8 @@ struct Node {
     host: Host,
     kubelet: Kubelet,
     launch: Launch,
+    helper_launch: Launch,
+    helper: Mutex<Option<Agent>>,
     dir: TempDir,
 }
 
@@ -53,22 +60,49 @@ impl Node {
         let name = cluster.node().await;
         let namespace = cluster.namespace().await;
         let agent_pod = cluster.agent(dir.path(), &name).await;
-        let launch = agent_pod.launch_on(dir.path(), &sockets(dir.path(), wait), settings).under(host.container());
+        let launch = agent_pod.launch_on(dir.path(), &sockets(dir.path(), wait), settings);
+        let helper_launch = launch.mount_helper().under(host.container());
+        let launch = launch.under(host.unprivileged());
         let kubelet = Kubelet::new(&host.kubelet());
-        Self { cluster, name, namespace, agent_pod, host, kubelet, launch, dir }
+        Self { cluster, name, namespace, agent_pod, host, kubelet, launch, helper_launch, helper: Mutex::default(), dir }
     }
 
+    /// Starts an agent, and a mount helper if there is none.
     async fn start(&self) -> Agent {
-        let agent = self.launch.start().await;
+        if self.helper.lock().unwrap().is_none() {
+            self.start_helper().await;
+        }
+        self.launch.start().await
+    }
+
+    /// Starts a mount helper, which takes the place of one that has ended.
+    async fn start_helper(&self) {
+        let mut helper = self.helper_launch.spawn();
         self.kubelet.register().await;
-        agent
+        helper.ready().await;
+        *self.helper.lock().unwrap() = Some(helper);
+    }
+
+    /// The mount helper, to be ended.
+    fn take_helper(&self) -> Agent {
+        self.helper.lock().unwrap().take().expect("a mount helper runs")
+    }
+
+    /// The log of the mount helper, and that of `agent`.
+    fn logs(&self, agent: &Agent) -> [Vec<Value>; 2] {
+        [self.helper.lock().unwrap().as_ref().expect("a mount helper runs").log(), agent.log()]
+    }
+
+    /// The mount helper's output.
+    fn helper_output(&self) -> String {
+        self.helper.lock().unwrap().as_ref().expect("a mount helper runs").process().output()
     }
 
     async fn pod(&self, name: &str) -> Pod {
         self.cluster.pod(&self.namespace, name, &self.name).await
     }
 
-    /// The agent's directory of sockets.
+    /// The directory of sockets.
     fn sockets(&self) -> PathBuf {
         self.dir.path().join("pods")
     }
@@ -76,14 +110,15 @@ impl Node {
     /// The directories of all volumes.
     fn directories(&self) -> Vec<PathBuf> {
         let inner = |path: PathBuf| fs::read_dir(path).into_iter().flatten().map(|entry| entry.unwrap().path());
-        inner(self.sockets()).filter(|path| !path.ends_with(".view")).flat_map(inner).collect()
+        inner(self.sockets()).flat_map(inner).collect()
     }
 
     /// The number of paths below the directory of sockets on which a server listens.
     fn listening(&self) -> usize {
         let table = fs::read_to_string("/proc/net/unix").unwrap();
         let own = self.sockets().display().to_string();
-        table.lines().filter(|line| line.contains(&own) && line.split_whitespace().nth(3) == Some("00010000")).count()
+        let of_pods = table.lines().filter(|line| line.contains(&own) && !line.contains("agent.sock"));
+        of_pods.filter(|line| line.split_whitespace().nth(3) == Some("00010000")).count()
     }
 
     /// Fetches in the pod that has `target` mounted.

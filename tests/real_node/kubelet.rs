@@ -28,9 +28,10 @@ const IMAGE: &str = "sds-agent.test/sds-agent:1";
 /// The flags of a mount on the host.
 const GUARDED: [&str; 4] = ["ro", "nosuid", "nodev", "noexec"];
 
-/// A node with an agent on its host, at the default paths.
+/// A node with an agent and a mount helper on its host, at the default paths.
 struct Scene {
     launch: Launch,
+    helper_launch: Launch,
     namespace: String,
     node: Node,
     cluster: Cluster,
@@ -51,8 +52,9 @@ impl Scene {
         let agent_pod = AgentPod::of(&cluster, dir.path(), node.name(), pod).await;
         let launch = agent_pod.launch_on(dir.path(), "{ perPod: { enabled: true } }", "certificate: { lifetime: 1h }");
         assert!(node.run(&["mkdir", "-p", "/run/sds-agent"]).await.status.success());
+        let helper_launch = launch.mount_helper().under(node.words());
         let launch = launch.under(node.words_as(&agent_pod.pod).await);
-        Self { launch, namespace: cluster.namespace().await, node, cluster, _plane: plane, _dir: dir }
+        Self { launch, helper_launch, namespace: cluster.namespace().await, node, cluster, _plane: plane, _dir: dir }
     }
 
     /// The drivers that the kubelet has registered with the API server.
@@ -123,7 +125,9 @@ async fn a_real_kubelet_gives_pods_their_sockets_and_takes_them_away() {
     let begun = Instant::now();
     let scene = Scene::new().await;
     println!("figure: control plane, containerd and kubelet took {:.1} s to a first running pod", begun.elapsed().as_secs_f64());
+    let helper = scene.helper_launch.start().await;
     let agent = scene.launch.start().await;
+    assert!(helper.metric("sds_agent_csi_registered").await > 0.5);
     eventually("the kubelet registers the driver", PATIENCE, async || {
         let drivers = scene.drivers().await;
         if drivers[0]["name"] == DRIVER { Ok(()) } else { Err(drivers.to_string()) }
@@ -154,16 +158,34 @@ async fn a_real_kubelet_gives_pods_their_sockets_and_takes_them_away() {
         assert!(GUARDED.iter().all(|flag| mount.options.split(',').any(|option| option == *flag)), "{mount:?}");
     }
 
-    // The agent is killed and restarted: a pod that starts in between waits, and running pods need no action.
+    // The agent is killed: a pod that starts in between runs, and its client waits for the socket.
     agent.kill().await;
-    let late = scene.node.bound_pod(&scene.namespace, "late", &workload()).await;
-    eventually("the kubelet makes the late pod's place", PATIENCE, async || {
-        let place: PathBuf = scene.node.path(&format!("{PODS}/{}", late.uid));
+    let late = scene.node.pod(&scene.namespace, "late", &workload()).await;
+    assert!(helper.metric("sds_agent_csi_agent_unavailable_total").await > 0.5);
+    // The mount helper is killed as well: a pod that starts in between waits, and running pods need no action.
+    helper.kill().await;
+    let later = scene.node.bound_pod(&scene.namespace, "later", &workload()).await;
+    eventually("the kubelet makes the pod's place", PATIENCE, async || {
+        let place: PathBuf = scene.node.path(&format!("{PODS}/{}", later.uid));
         if place.exists() { Ok(()) } else { Err(scene.node.log("kubelet")) }
     })
     .await;
-    let agent = scene.launch.start().await;
-    scene.node.until_running(&late).await;
+    let _agent = scene.launch.start().await;
+    for pod in [&cart, &other] {
+        scene.assert_served(pod).await;
+    }
+    // The client of this pod ends without a socket, and the kubelet starts it again.
+    eventually("the late pod is served", PATIENCE, async || {
+        for socket in [OWN, SHARED] {
+            scene.fetch(&late, socket, "default").await?;
+        }
+        Ok(())
+    })
+    .await;
+    scene.assert_served(&late).await;
+    let helper = scene.helper_launch.start().await;
+    scene.node.until_running(&later).await;
+    scene.assert_served(&later).await;
     for pod in [&cart, &other, &late] {
         scene.assert_served(pod).await;
     }
@@ -182,7 +204,7 @@ async fn a_real_kubelet_gives_pods_their_sockets_and_takes_them_away() {
     })
     .await;
     scene.assert_served(&other).await;
-    let unpublished = agent.metric_of("sds_agent_csi_calls_total", &["call=\"unpublish\"", "code=\"Ok\""]).await;
+    let unpublished = helper.metric_of("sds_agent_csi_calls_total", &["call=\"unpublish\"", "code=\"Ok\""]).await;
     assert!(unpublished > 0.0, "the kubelet has called unpublish");
 }
 
@@ -191,7 +213,8 @@ async fn a_real_kubelet_gives_pods_their_sockets_and_takes_them_away() {
 async fn a_pod_that_speaks_for_the_kubelet_does_not_start() {
     let _turn = test_harness::turn().await;
     let scene = Scene::new().await;
-    let agent = scene.launch.start().await;
+    let helper = scene.helper_launch.start().await;
+    let _agent = scene.launch.start().await;
     let victim = scene.node.pod(&scene.namespace, "victim", &workload()).await;
     let driver = format!("/apis/storage.k8s.io/v1/csidrivers/{DRIVER}");
     scene.cluster.patch(&driver, &json!({"spec": {"podInfoOnMount": false}})).await;
@@ -209,7 +232,7 @@ async fn a_pod_that_speaks_for_the_kubelet_does_not_start() {
         if events.contains("FailedMount") && events.contains("is not the pod of target_path") { Ok(()) } else { Err(events) }
     })
     .await;
-    assert!(agent.metric_of("sds_agent_csi_calls_total", &["call=\"publish\"", "code=\"PermissionDenied\""]).await > 0.0);
+    assert!(helper.metric_of("sds_agent_csi_calls_total", &["call=\"publish\"", "code=\"PermissionDenied\""]).await > 0.0);
     let left = scene.left_of(&forger);
     assert_eq!(left, [format!("{PODS}/{}", forger.uid)], "nothing but what the kubelet makes for every pod");
 

@@ -8,7 +8,7 @@ use workload_identity::{IssuerName, KeyType, PodRef};
 use super::*;
 use crate::{
     config::{IssuerConfig, SharedSocket},
-    csi::PerPod,
+    per_pod::PerPod,
     warm::WarmUp,
 };
 

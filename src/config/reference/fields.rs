@@ -520,6 +520,19 @@ pub const GROUPS: &[Group] = &[
                 "Address for `/livez` and `/readyz` alone, so that clients of the metrics cannot occupy it. `[::]` and `0.0.0.0` mean the \
                  same as in `metrics.address`.",
             ),
+            field(
+                "mountHelper",
+                Section,
+                Nothing,
+                "The mount helper (`sds-agent mount-helper`), which shares the network of the agent's pod.",
+            ),
+            field(
+                "mountHelper.metricsAddress",
+                Address,
+                Value("\"[::]:15093\""),
+                "Address for the metrics of the mount helper. `[::]` and `0.0.0.0` mean the same as in `metrics.address`.",
+            ),
+            field("mountHelper.probesAddress", Address, Value("\"[::]:15094\""), "Address for `/livez` and `/readyz` of the mount helper."),
             field("workerThreads", Integer(1, 512), Value("2"), "Threads that serve requests."),
         ],
     },

@@ -74,6 +74,18 @@ impl Launch {
         self
     }
 
+    /// The mount helper of this agent, which reads the same configuration. Metrics and readiness are at its address for metrics.
+    pub fn mount_helper(&self) -> Self {
+        let config = self.arguments.last().expect("the configuration");
+        let metrics = loopback();
+        let yaml = fs::read_to_string(config).expect("the configuration");
+        let addresses = format!("mountHelper: {{ metricsAddress: {metrics}, probesAddress: \"127.0.0.1:0\" }}\n");
+        fs::write(config, format!("{yaml}{addresses}")).expect("the configuration is written");
+        let mut launch = Self { wrapper: Vec::new(), admin: metrics, ..self.clone() };
+        "mount-helper".clone_into(&mut launch.arguments[0]);
+        launch
+    }
+
     /// `sds-agent approver` with its configuration in `dir`. `settings` is YAML without addresses, which are added.
     pub fn approver(dir: &Path, settings: &str) -> Self {
         let mut launch = Self::run_on(dir, "{}", settings);
@@ -258,6 +270,11 @@ impl Agent {
     pub async fn kill(mut self) {
         self.child.signal(Signal::SIGKILL);
         self.child.exit(Duration::from_secs(10)).await;
+    }
+
+    /// Whether the process has ended.
+    pub fn has_ended(&mut self) -> bool {
+        self.child.ended().is_some()
     }
 
     /// Waits for the end of the process.

@@ -29,19 +29,21 @@ pub struct Host {
 /// A mount of the host.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Mount {
+    /// The directory that is mounted, in its file system.
+    pub root: PathBuf,
     pub target: PathBuf,
     pub options: String,
 }
 
 impl Host {
-    /// Creates a host with its files in `dir`. Mounts below `kubelet` there propagate to every namespace that requests it, as a kubelet's
+    /// Creates a host with its files in `dir`. Mounts below `kubelet/pods` there propagate to every namespace that requests it, as a kubelet's
     /// mounts do.
     pub async fn new(dir: &Path) -> Self {
-        let kubelet = dir.join("kubelet");
-        fs::create_dir_all(kubelet.join("pods")).expect("the kubelet's directory");
+        let pods = dir.join("kubelet/pods");
+        fs::create_dir_all(&pods).expect("the kubelet's directory");
         let script = "mount --bind \"$0\" \"$0\" && mount --make-rshared \"$0\" && echo ready && exec sleep infinity";
         let mut command = Command::new(unshare());
-        command.args(["--mount", "--propagation", "private", "sh", "-c", script]).arg(&kubelet);
+        command.args(["--mount", "--propagation", "private", "sh", "-c", script]).arg(&pods);
         let holder = Child::spawn("the host", &mut command);
         let ready = |lines: &[String]| lines.iter().any(|line| line == "ready").then_some(());
         holder.stdout().until("the host's mounts", std::time::Duration::from_secs(20), ready).await;
@@ -70,6 +72,18 @@ impl Host {
         words
     }
 
+    /// The words before a program in a container without capabilities, which does not see the kubelet's directory.
+    pub fn unprivileged(&self) -> Vec<String> {
+        let setpriv = tools::system("setpriv", "util-linux").display().to_string();
+        let script = format!(
+            "mount -t tmpfs none '{}' && exec '{setpriv}' --no-new-privs --inh-caps=-all --bounding-set=-all \"$@\"",
+            self.kubelet().display()
+        );
+        let mut words = self.enter();
+        words.extend([&unshare(), "--mount", "--propagation", "private", "sh", "-c", &script, "agent"].map(str::to_owned));
+        words
+    }
+
     /// The words before a program in a pod that has `volume` at [`IN_POD`] and does not see the host's directories.
     pub fn pod(&self, volume: &Path) -> Vec<String> {
         // As a runtime does: the volume is taken from the host, bound to its place in the pod, and the host's directories are hidden.
@@ -91,7 +105,7 @@ impl Host {
     /// The host's mounts below the directory of the pods.
     pub fn mounts(&self) -> Vec<Mount> {
         let pods = self.kubelet().join("pods");
-        mounts(self.holder.pid()).into_iter().filter(|mount| mount.target.starts_with(&pods)).collect()
+        mounts(self.holder.pid()).into_iter().filter(|mount| mount.target.starts_with(&pods) && mount.target != pods).collect()
     }
 
     /// Device and inode of `path` on the host.
@@ -105,8 +119,9 @@ impl Host {
 pub fn mounts(process: Pid) -> Vec<Mount> {
     let table = fs::read_to_string(format!("/proc/{process}/mountinfo")).expect("the process lives");
     let mounts = table.lines().filter_map(|line| {
-        let mut fields = line.split(' ').skip(4);
-        Some(Mount { target: PathBuf::from(fields.next()?), options: fields.next()?.to_owned() })
+        let mut fields = line.split(' ').skip(3);
+        let (root, target) = (PathBuf::from(fields.next()?), PathBuf::from(fields.next()?));
+        Some(Mount { root, target, options: fields.next()?.to_owned() })
     });
     mounts.collect()
 }

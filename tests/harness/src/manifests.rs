@@ -49,6 +49,18 @@ pub fn documents(text: &str) -> Vec<Value> {
     documents.map(|document| serde_saphyr::from_str(document).unwrap_or_else(|e| panic!("{e}:\n{document}"))).collect()
 }
 
+/// The container of a pod's spec with this name.
+pub fn container<'a>(spec: &'a Value, name: &str) -> &'a Value {
+    let all = spec["containers"].as_array().into_iter().flatten();
+    all.clone().find(|container| container["name"] == name).unwrap_or_else(|| panic!("no container {name} in {spec}"))
+}
+
+/// Like [`container`].
+pub fn container_mut<'a>(spec: &'a mut Value, name: &str) -> &'a mut Value {
+    let all = spec["containers"].as_array_mut().into_iter().flatten();
+    all.into_iter().find(|container| container["name"] == name).unwrap_or_else(|| panic!("no container {name}"))
+}
+
 /// The memory limit, in bytes, of the first container of the first object of a kind in a file of the directory.
 pub fn memory_limit(file: &str, kind: &str) -> u64 {
     let objects = documents(&read(file));

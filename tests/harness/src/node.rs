@@ -235,14 +235,25 @@ impl Node {
         .await;
     }
 
-    /// The ID of a pod's first container.
+    /// The ID of a pod's container; of an agent's pod with several containers, that of the agent.
     pub async fn container(&self, pod: &Pod) -> String {
-        let seen = self.cluster.get(&pod.path()).await;
-        let id = seen["status"]["containerStatuses"][0]["containerID"].as_str().expect("it runs");
-        id.trim_start_matches("containerd://").to_owned()
+        let statuses = self.containers(pod).await;
+        let agent = statuses.iter().find(|status| status["name"] == "sds-agent");
+        id_of(agent.unwrap_or(&statuses[0]))
     }
 
-    /// Runs a program in a pod's first container to its end.
+    /// The ID of the container of a pod with this name.
+    pub async fn container_of(&self, pod: &Pod, name: &str) -> String {
+        let statuses = self.containers(pod).await;
+        id_of(statuses.iter().find(|status| status["name"] == name).unwrap_or_else(|| panic!("no {name} in {statuses:?}")))
+    }
+
+    async fn containers(&self, pod: &Pod) -> Vec<Value> {
+        let seen = self.cluster.get(&pod.path()).await;
+        seen["status"]["containerStatuses"].as_array().expect("it has containers").clone()
+    }
+
+    /// Runs a program in a pod's [`container`](Self::container) to its end.
     pub async fn exec(&self, pod: &Pod, program: &[&str]) -> Output {
         let (ctr, id) = (tools::node().join("ctr"), self.container(pod).await);
         let exec_id = format!("test-{:x}", fastrand::u64(..));
@@ -251,9 +262,18 @@ impl Node {
         self.run(&words).await
     }
 
-    /// Kills a pod's first container. The kubelet restarts it.
+    /// Kills a pod's [`container`](Self::container). The kubelet restarts it.
     pub async fn kill(&self, pod: &Pod) {
-        let (ctr, id) = (tools::node().join("ctr"), self.container(pod).await);
+        self.kill_container(self.container(pod).await).await;
+    }
+
+    /// Kills the container of a pod with this name. The kubelet restarts it.
+    pub async fn kill_in(&self, pod: &Pod, name: &str) {
+        self.kill_container(self.container_of(pod, name).await).await;
+    }
+
+    async fn kill_container(&self, id: String) {
+        let ctr = tools::node().join("ctr");
         let output =
             self.run(&[ctr.to_str().expect("a plain path"), "--namespace", "k8s.io", "tasks", "kill", "--signal", "KILL", &id]).await;
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
@@ -285,4 +305,8 @@ impl Drop for Node {
         }
         self.processes.signal(Signal::SIGKILL);
     }
+}
+
+fn id_of(status: &Value) -> String {
+    status["containerID"].as_str().expect("it runs").trim_start_matches("containerd://").to_owned()
 }

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, fs, time::Duration};
 use serde_json::{Value, json};
 use test_harness::{
     child,
-    manifests::{self, MODES, NAMESPACE, helm, named, rendered, rendered_with, try_helm, up_from},
+    manifests::{self, MODES, NAMESPACE, container, helm, named, rendered, rendered_with, try_helm, up_from},
     tools,
 };
 
@@ -129,8 +129,25 @@ async fn modes_differ_in_sockets_and_privileges_alone() {
         configurations.push(config);
         let pod = &named(&objects, "DaemonSet", "sds-agent")["spec"]["template"]["spec"];
         assert_eq!(pod["hostPID"] == true, folder != "per-pod", "{folder}");
-        assert_eq!(pod["containers"][0]["securityContext"]["privileged"] == true, folder != "shared", "{folder}");
-        assert!(pod["hostNetwork"].is_null() && pod["containers"][0]["resources"]["limits"]["cpu"].is_null(), "{folder}");
+        let context = json!({
+            "readOnlyRootFilesystem": true, "allowPrivilegeEscalation": false, "capabilities": {"drop": ["ALL"], "add": ["IPC_LOCK"]},
+        });
+        assert_eq!(container(pod, "sds-agent")["securityContext"], context, "{folder}");
+        assert_eq!(pod["securityContext"]["seccompProfile"]["type"], "RuntimeDefault", "{folder}");
+        let containers = pod["containers"].as_array().unwrap();
+        let helpers: Vec<_> = containers.iter().filter(|other| other["name"] != "sds-agent").collect();
+        assert_eq!(helpers.len(), usize::from(folder != "shared"), "{folder}");
+        for helper in helpers {
+            assert_eq!(helper["securityContext"], json!({"privileged": true, "readOnlyRootFilesystem": true}), "{folder}");
+            // The token and the keys are with the agent alone, and the kubelet's directory with the helper alone.
+            let mounted = |container: &Value, path: &str| container["volumeMounts"].to_string().contains(path);
+            for (container, has_token) in [(helper, false), (container(pod, "sds-agent"), true)] {
+                assert_eq!(mounted(container, "/var/run/secrets"), has_token, "{folder}");
+                assert_eq!(mounted(container, "/var/lib/kubelet"), !has_token, "{folder}");
+            }
+        }
+        assert!(pod["hostNetwork"].is_null(), "{folder}");
+        assert!(containers.iter().all(|container| container["resources"]["limits"]["cpu"].is_null()), "{folder}");
         assert_eq!(objects.iter().any(|object| object["kind"] == "CSIDriver"), folder != "shared", "{folder}");
     }
     assert_eq!(configurations[0], configurations[1]);

@@ -9,37 +9,42 @@ use test_harness::{
 
 const POLICY: &str = "NetworkPolicy";
 
-/// The number of a named port of a pod template.
-fn port(object: &Value, name: &str) -> Value {
-    let ports = object["spec"]["template"]["spec"]["containers"][0]["ports"].as_array().unwrap();
-    ports.iter().find(|port| port["name"] == name).unwrap()["containerPort"].clone()
+/// The numbers of the ports of a pod template whose names end with this word.
+fn ports(object: &Value, name: &str) -> Vec<u64> {
+    let containers = object["spec"]["template"]["spec"]["containers"].as_array().unwrap().iter();
+    let ports = containers.flat_map(|container| container["ports"].as_array().unwrap());
+    let mut ports: Vec<_> =
+        ports.filter(|port| port["name"].as_str().unwrap().ends_with(name)).map(|port| &port["containerPort"]).collect();
+    ports.sort_by_key(|port| port.as_u64());
+    ports.into_iter().map(|port| port.as_u64().unwrap()).collect()
 }
 
-/// The port of each rule of ingress, and its clients. `null`: all clients.
-fn rules(policy: &Value) -> Vec<(&Value, &Value)> {
+/// The ports of each rule of ingress, and its clients. `null`: all clients.
+fn rules(policy: &Value) -> Vec<(Vec<u64>, &Value)> {
     let rules = policy["spec"]["ingress"].as_array().unwrap().iter();
-    let one = |ports: &Value| assert_eq!(ports.as_array().map(Vec::len), Some(1));
-    rules.inspect(|rule| one(&rule["ports"])).map(|rule| (&rule["ports"][0]["port"], &rule["from"])).collect()
+    let ports = |rule: &Value| rule["ports"].as_array().unwrap().iter().map(|port| port["port"].as_u64().unwrap()).collect();
+    rules.map(|rule| (ports(rule), &rule["from"])).collect()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn metrics_are_for_prometheus_and_probes_for_everybody() {
     let (cluster, _plane) = Cluster::own(GUARDED).await;
-    let objects = rendered_with("shared", &["network-policy"]).await;
+    let objects = rendered_with("both", &["network-policy"]).await;
     let monitoring = json!([{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}]);
     for (kind, name) in [("DaemonSet", "sds-agent"), ("Deployment", "sds-agent-approver")] {
         let (object, policy) = (named(&objects, kind, name), named(&objects, POLICY, name));
         assert_eq!(policy["spec"]["policyTypes"], json!(["Ingress"]), "egress is not limited");
         assert_eq!(policy["metadata"]["namespace"], object["metadata"]["namespace"]);
         assert_eq!(policy["spec"]["podSelector"]["matchLabels"], object["spec"]["template"]["metadata"]["labels"]);
-        assert_eq!(rules(policy), [(&port(object, "metrics"), &monitoring), (&port(object, "probes"), &Value::Null)], "{name}");
+        assert_eq!(rules(policy), [(ports(object, "metrics"), &monitoring), (ports(object, "probes"), &Value::Null)], "{name}");
     }
 
     let peers = json!([{"namespaceSelector": {"matchLabels": {"team": "ops"}}}, {"ipBlock": {"cidr": "10.0.0.0/8"}}]);
     let values = ["--set", "networkPolicy.enabled=true", "--set-json", &format!("networkPolicy.metricsFrom={peers}")];
     let chart = helm(NAMESPACE, &values).await;
     let policy = named(&chart, POLICY, "sds-agent");
-    assert_eq!(rules(named(&chart, POLICY, "sds-agent-approver")), rules(policy));
+    let clients = |name: &str| rules(named(&chart, POLICY, name)).into_iter().map(|(_, from)| from.clone()).collect::<Vec<_>>();
+    assert_eq!(clients("sds-agent-approver"), clients("sds-agent"));
     assert_eq!(rules(policy).iter().map(|(_, from)| *from).collect::<Vec<_>>(), [&peers, &Value::Null]);
     assert!(!helm(NAMESPACE, &[]).await.iter().any(|object| object["kind"] == POLICY), "it is optional");
     let namespace = named(&objects, "Namespace", NAMESPACE).clone();

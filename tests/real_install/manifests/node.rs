@@ -98,6 +98,11 @@ async fn the_per_pod_daemonset_serves_pods_without_the_host_pid_namespace() {
     let approver = approver(&site).await;
     let agent = site.run("DaemonSet", "sds-agent", "sds-agent-one", "{}").await;
     until_registered(&site).await;
+    // The agent has one capability and a seccomp filter; only the mount helper is privileged.
+    for (key, value) in [("CapEff", IPC_LOCK), ("CapBnd", IPC_LOCK), ("CapAmb", NONE), ("Seccomp", "2"), ("NoNewPrivs", "1")] {
+        assert_eq!(site.process(&agent, key).await, value, "{key}");
+    }
+    assert_eq!(site.process_in(&agent, "mount-helper", "Seccomp").await, "0");
     let cart = site.workload("cart", &[OWN]).await;
     let other = site.workload("other", &[OWN]).await;
     for pod in [&cart, &other] {

@@ -9,7 +9,7 @@ use test_harness::{
     agent,
     cluster::{Cluster, Pod, name_of},
     eventually, free_port, http,
-    manifests::{self, install, named, rendered},
+    manifests::{self, container as container_of, container_mut, install, named, rendered},
     node::{Image, Node},
     plane::Plane,
     world::GUARDED,
@@ -39,8 +39,8 @@ pub struct Site {
     pub objects: Vec<Value>,
     pub shop: String,
     ours: Mutex<Vec<Pod>>,
-    /// The port of `probes.address` for each port of `metrics.address`.
-    probes: Mutex<HashMap<u16, u16>>,
+    /// The ports of `probes.address` and of the two addresses of `mountHelper`, for each port of `metrics.address`.
+    ports: Mutex<HashMap<u16, [u16; 3]>>,
     pub node: Node,
     /// Further nodes, where there are several.
     others: Vec<Node>,
@@ -90,7 +90,7 @@ impl Site {
             others.push(Node::start(&cluster, dir.path(), &images).await);
         }
         let shop = cluster.namespace().await;
-        Self { objects, shop, ours: Mutex::default(), probes: Mutex::default(), node, others, cluster, _plane: plane, _dir: dir }
+        Self { objects, shop, ours: Mutex::default(), ports: Mutex::default(), node, others, cluster, _plane: plane, _dir: dir }
     }
 
     /// All nodes.
@@ -134,7 +134,7 @@ impl Site {
     pub async fn release_again(&self, kind: &str, workload: &str, version: &str, metrics: SocketAddr, change: impl FnOnce(&mut Value)) {
         let mut object = named(&self.objects, kind, workload).clone();
         self.move_to_the_host(&mut object["spec"]["template"], &map_of(kind, workload, version), metrics.port());
-        change(&mut object["spec"]["template"]["spec"]["containers"][0]);
+        change(container_mut(&mut object["spec"]["template"]["spec"], workload));
         if kind == "Deployment" {
             // The cluster has one node, which never becomes ready because its pods have no network.
             object["spec"]["replicas"] = json!(1);
@@ -186,9 +186,11 @@ impl Site {
     /// Like [`pod`](Self::pod); also asserts that the pod has everything that the manifest contains.
     pub fn ours(&self, made: &Value, kind: &str, workload: &str) -> Pod {
         let manifest = &named(&self.objects, kind, workload)["spec"]["template"]["spec"];
-        let (wanted, got) = (&manifest["containers"][0], &made["spec"]["containers"][0]);
-        for key in ["securityContext", "image", "args", "livenessProbe"] {
-            assert_holds(&got[key], &wanted[key], key);
+        for wanted in manifest["containers"].as_array().unwrap() {
+            let got = container_of(&made["spec"], wanted["name"].as_str().unwrap());
+            for key in ["securityContext", "image", "args", "livenessProbe"] {
+                assert_holds(&got[key], &wanted[key], key);
+            }
         }
         for key in ["securityContext", "hostPID", "serviceAccountName", "priorityClassName"] {
             assert_holds(&made["spec"][key], &manifest[key], key);
@@ -199,15 +201,16 @@ impl Site {
     /// Writes the installed configuration under another name, with free ports and `more`. Several nodes share one network: each of their
     /// agents needs a separate configuration that listens on its node's address.
     pub async fn configure(&self, name: &str, more: &str) -> SocketAddr {
-        let [metrics, probes, admin] = [(); 3].map(|()| free_port());
-        self.probes.lock().unwrap().insert(metrics, probes);
+        let [metrics, probes, admin, helper_metrics, helper_probes] = [(); 5].map(|()| free_port());
+        self.ports.lock().unwrap().insert(metrics, [probes, helper_metrics, helper_probes]);
         let mut map = named(&self.objects, "ConfigMap", "sds-agent").clone();
         map["metadata"]["name"] = json!(name);
         let text = map["data"]["config.yaml"].as_str().unwrap().to_owned();
         let on = |all: &str, own: &str| {
-            let (metrics, probes) = (format!("{all}:{metrics}"), format!("{all}:{probes}"));
             json!(format!(
-                "{text}metrics: {{ address: \"{metrics}\" }}\nprobes: {{ address: \"{probes}\" }}\nadmin: {{ address: {own}:{admin} }}\n{more}"
+                "{text}metrics: {{ address: \"{all}:{metrics}\" }}\nprobes: {{ address: \"{all}:{probes}\" }}\n\
+                 mountHelper: {{ metricsAddress: \"{all}:{helper_metrics}\", probesAddress: \"{all}:{helper_probes}\" }}\n\
+                 admin: {{ address: {own}:{admin} }}\n{more}"
             ))
         };
         map["data"]["config.yaml"] = on("[::]", "127.0.0.1");
@@ -228,23 +231,29 @@ impl Site {
         spec["hostNetwork"] = json!(true);
         let config = |rows: &Value| rows.as_array().into_iter().flatten().position(|row| row["name"] == "config");
         let mut files = json!({"name": map});
-        let container = &mut spec["containers"][0];
-        if !self.others.is_empty() && container["env"].as_array().unwrap().iter().any(|row| row["name"] == "NODE_NAME") {
-            let own = |node: &Node| json!({"key": node.name(), "path": format!("{}/config.yaml", node.name())});
-            files["items"] = self.nodes().map(own).collect();
-            let mounts = &mut container["volumeMounts"];
-            let position = config(mounts).expect("the agent mounts its configuration");
-            mounts[position]["subPathExpr"] = json!("$(NODE_NAME)");
-        }
-        let probes = self.probes.lock().unwrap()[&metrics];
-        for port in container["ports"].as_array_mut().unwrap() {
-            port["containerPort"] = json!(if port["name"] == "probes" { probes } else { metrics });
-        }
         let server = self.cluster.address()["server"].as_str().unwrap().trim_start_matches("https://").to_owned();
         let (host, port) = server.rsplit_once(':').expect("an address with a port");
-        let env = container["env"].as_array_mut().unwrap();
-        for (name, value) in [("KUBERNETES_SERVICE_HOST", host), ("KUBERNETES_SERVICE_PORT", port)] {
-            env.push(json!({"name": name, "value": value}));
+        let [probes, helper_metrics, helper_probes] = self.ports.lock().unwrap()[&metrics];
+        for container in spec["containers"].as_array_mut().unwrap() {
+            if !self.others.is_empty() && container["env"].as_array().unwrap().iter().any(|row| row["name"] == "NODE_NAME") {
+                let own = |node: &Node| json!({"key": node.name(), "path": format!("{}/config.yaml", node.name())});
+                files["items"] = self.nodes().map(own).collect();
+                let mounts = &mut container["volumeMounts"];
+                let position = config(mounts).expect("the agent mounts its configuration");
+                mounts[position]["subPathExpr"] = json!("$(NODE_NAME)");
+            }
+            for port in container["ports"].as_array_mut().unwrap() {
+                port["containerPort"] = json!(match port["name"].as_str().unwrap() {
+                    "probes" => probes,
+                    "helper-metrics" => helper_metrics,
+                    "helper-probes" => helper_probes,
+                    _ => metrics,
+                });
+            }
+            let env = container["env"].as_array_mut().unwrap();
+            for (name, value) in [("KUBERNETES_SERVICE_HOST", host), ("KUBERNETES_SERVICE_PORT", port)] {
+                env.push(json!({"name": name, "value": value}));
+            }
         }
         if let Some(position) = config(&spec["volumes"]) {
             let volume = spec["volumes"][position]["configMap"].as_object_mut().unwrap();
@@ -301,11 +310,19 @@ impl Site {
 
     /// Lines of `/proc/<pid>/status` of a pod's process, as the node sees it.
     pub async fn process(&self, ours: &Ours, key: &str) -> String {
-        let id = self.node.container(&ours.pod).await;
+        self.process_of(&self.node.container(&ours.pod).await, key).await
+    }
+
+    /// Like [`process`](Self::process), of the container with this name.
+    pub async fn process_in(&self, ours: &Ours, container: &str, key: &str) -> String {
+        self.process_of(&self.node.container_of(&ours.pod, container).await, key).await
+    }
+
+    async fn process_of(&self, id: &str, key: &str) -> String {
         let tools = test_harness::tools::node().join("ctr");
         let list = self.node.run(&[tools.to_str().unwrap(), "--namespace", "k8s.io", "tasks", "list"]).await;
         let list = String::from_utf8_lossy(&list.stdout).into_owned();
-        let row = list.lines().find(|line| line.starts_with(&id)).unwrap_or_else(|| panic!("{id} is not in\n{list}"));
+        let row = list.lines().find(|line| line.starts_with(id)).unwrap_or_else(|| panic!("{id} is not in\n{list}"));
         let pid = row.split_whitespace().nth(1).expect("a pid");
         let status = self.node.run(&["cat", &format!("/proc/{pid}/status")]).await;
         let status = String::from_utf8_lossy(&status.stdout).into_owned();

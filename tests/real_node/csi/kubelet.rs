@@ -62,10 +62,10 @@ impl Kubelet {
         let endpoint = self.driver_socket();
         assert_eq!(info["endpoint"].as_str(), endpoint.to_str());
 
-        let mut identity = self.identity().await;
+        let mut identity = self.identity().await.expect("the driver's socket");
         let told = identity.get_plugin_info(GetPluginInfoRequest {}).await.expect("the driver identifies itself").into_inner();
         assert_eq!(told.name, DRIVER);
-        let mut node = self.node().await;
+        let mut node = self.node().await.expect("the driver's socket");
         node.node_get_capabilities(NodeGetCapabilitiesRequest {}).await.expect("and what it can do");
         let told = node.node_get_info(NodeGetInfoRequest {}).await.expect("and where it is").into_inner();
         assert!(!told.node_id.is_empty());
@@ -122,12 +122,7 @@ impl Kubelet {
         let target = PathBuf::from(&request.target_path);
         let is_its_own = target.starts_with(self.directory.join("pods")) && !request.target_path.contains("/../");
         let was_there = target.symlink_metadata().is_ok();
-        if let Some(parent) = target.parent().filter(|_| is_its_own) {
-            // The driver has to reject a path that no file system accepts.
-            let _ = fs::create_dir_all(parent);
-        }
-        let mut node = self.node().await;
-        let answer = timeout(CALL, node.node_publish_volume(request)).await.expect("the driver answers in time");
+        let answer = self.call_publish(request).await;
         // The kubelet does not remove a mount point. This code cannot see mounts of the host, and a removal would unmount it.
         if answer.is_err() && is_its_own && !was_there {
             for empty in target.ancestors().take_while(|path| !path.ends_with("pods")) {
@@ -137,11 +132,23 @@ impl Kubelet {
         answer.map(|_| target)
     }
 
+    /// Calls publish, and leaves the directories as they are afterwards.
+    pub async fn call_publish(&self, request: NodePublishVolumeRequest) -> Result<(), Status> {
+        let target = Path::new(&request.target_path);
+        let is_its_own = target.starts_with(self.directory.join("pods")) && !request.target_path.contains("/../");
+        if let Some(parent) = target.parent().filter(|_| is_its_own) {
+            // The driver has to reject a path that no file system accepts.
+            let _ = fs::create_dir_all(parent);
+        }
+        let mut node = self.node().await?;
+        timeout(CALL, node.node_publish_volume(request)).await.expect("the driver answers in time").map(drop)
+    }
+
     /// Calls unpublish for a volume.
     pub async fn unpublish_quietly(&self, uid: &str, volume: &str) -> Result<(), Status> {
         let target_path = self.target(uid, volume).display().to_string();
         let request = NodeUnpublishVolumeRequest { volume_id: format!("csi-{uid}-{volume}"), target_path };
-        let mut node = self.node().await;
+        let mut node = self.node().await?;
         timeout(CALL, node.node_unpublish_volume(request)).await.expect("the driver answers in time").map(drop)
     }
 
@@ -155,20 +162,22 @@ impl Kubelet {
         }
     }
 
-    async fn identity(&self) -> IdentityClient<Connection> {
-        IdentityClient::with_origin(self.dial().await, Uri::from_static("http://localhost"))
+    async fn identity(&self) -> Result<IdentityClient<Connection>, Status> {
+        Ok(IdentityClient::with_origin(self.dial().await?, Uri::from_static("http://localhost")))
     }
 
-    async fn node(&self) -> NodeClient<Connection> {
-        NodeClient::with_origin(self.dial().await, Uri::from_static("http://localhost"))
+    async fn node(&self) -> Result<NodeClient<Connection>, Status> {
+        Ok(NodeClient::with_origin(self.dial().await?, Uri::from_static("http://localhost")))
     }
 
     /// Opens a connection for each call, as the kubelet does.
-    async fn dial(&self) -> Connection {
-        let stream = UnixStream::connect(self.driver_socket()).await.expect("the driver's socket");
-        let (sender, connection) = http2::handshake(TokioExecutor::new(), TokioIo::new(stream)).await.expect("HTTP/2");
+    async fn dial(&self) -> Result<Connection, Status> {
+        let unavailable = |error: &dyn std::error::Error| Status::unavailable(format!("the driver's socket: {error}"));
+        let stream = UnixStream::connect(self.driver_socket()).await.map_err(|error| unavailable(&error))?;
+        let handshake = http2::handshake(TokioExecutor::new(), TokioIo::new(stream)).await;
+        let (sender, connection) = handshake.map_err(|error| unavailable(&error))?;
         tokio::spawn(connection);
-        Connection(sender)
+        Ok(Connection(sender))
     }
 }
 

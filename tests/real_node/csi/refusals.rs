@@ -7,7 +7,7 @@ use std::{
 };
 
 use serde_json::Value;
-use test_harness::{child, cluster::Pod};
+use test_harness::{child, cluster::Pod, eventually};
 use tokio::time::Instant;
 use tonic::Code;
 
@@ -62,8 +62,14 @@ async fn what_is_forged_or_in_the_way_is_refused_and_leaves_nothing() {
         node.assert_nothing_left();
     }
     // One line for each volume and code, and one for the paths that name no volume.
-    let log = agent.wrote("refused a call of the kubelet", 4).await;
-    assert!(!log.contains("s3cr3t"), "values of a volume context are in the log");
+    eventually("the lines", PATIENCE, async || {
+        let lines = node.helper_output().matches("refused a call of the kubelet").count();
+        if lines >= 4 { Ok(()) } else { Err(format!("{lines}")) }
+    })
+    .await;
+    for log in [node.helper_output(), agent.process().output()] {
+        assert!(!log.contains("s3cr3t"), "values of a volume context are in the log");
+    }
 
     // The valid request is still accepted.
     let target = node.kubelet.publish(&cart, "sds").await;
@@ -85,9 +91,9 @@ async fn a_flood_of_calls_is_one_line_for_each_volume_and_cause() {
     };
     let of = |message: &str, pod: &Pod| {
         let is_it = |line: &Value| line["message"] == message && line.to_string().contains(&pod.uid);
-        agent.log().into_iter().filter(is_it).collect::<Vec<_>>()
+        node.logs(&agent).concat().into_iter().filter(is_it).collect::<Vec<_>>()
     };
-    let (call, published, unpublished) = ("refused a call of the kubelet", "socket published", "socket unpublished");
+    let messages = ["refused a call of the kubelet", "volume published", "volume unpublished", "socket published", "socket unpublished"];
     for number in 0..CALLS / 2 {
         refused(&noisy, number).await;
         node.kubelet.publish(&noisy, "sds").await;
@@ -99,9 +105,12 @@ async fn a_flood_of_calls_is_one_line_for_each_volume_and_cause() {
     refused(&quiet, 0).await;
     node.kubelet.publish(&quiet, "sds").await;
     node.kubelet.unpublish(&quiet.uid, "sds").await;
-    agent.wrote(unpublished, 2).await;
-    for message in [call, published, unpublished] {
-        assert_eq!(of(message, &quiet).len(), 1, "{message}");
+    for message in messages {
+        eventually(message, PATIENCE, async || match of(message, &quiet).len() {
+            1 => Ok(()),
+            lines => Err(format!("{lines} lines")),
+        })
+        .await;
     }
     for number in CALLS / 2..CALLS {
         refused(&noisy, number).await;
@@ -110,15 +119,17 @@ async fn a_flood_of_calls_is_one_line_for_each_volume_and_cause() {
     }
     // One line a minute.
     let most = 1 + begun.elapsed().as_secs() / 60;
-    for message in [call, published, unpublished] {
+    for message in messages {
         let lines = of(message, &noisy).len() as u64;
         assert!((1..=most).contains(&lines), "{message}: {lines} lines, {most} minutes");
     }
-    let registered = agent.log().iter().filter(|line| line["message"] == "the kubelet has registered the CSI driver").count() as u64;
+    let [helper, served] = node.logs(&agent);
+    let registered = helper.iter().filter(|line| line["message"] == "the kubelet has registered the CSI driver").count() as u64;
     assert!((1..=most).contains(&registered), "{registered}");
     // Nothing else is written for each call: the lines about the one certificate, and those of the start.
-    let lines = agent.log().len();
-    assert!(lines < 60, "{lines} lines:\n{}", agent.process().output());
+    for log in [helper, served] {
+        assert!(log.len() < 60, "{} lines:\n{log:#?}", log.len());
+    }
     node.assert_nothing_left();
 }
 
@@ -186,13 +197,15 @@ async fn a_target_or_a_directory_that_is_not_ours_is_refused() {
 }
 
 #[tokio::test]
-async fn an_unsafe_directory_keeps_the_agent_from_starting() {
+async fn an_unsafe_directory_keeps_agent_and_mount_helper_from_starting() {
     let node = Node::new(&certificate("1h")).await;
     fs::create_dir(node.sockets()).unwrap();
     fs::set_permissions(node.sockets(), fs::Permissions::from_mode(0o777)).unwrap();
-    let mut agent = node.launch.spawn();
-    assert!(!agent.exit(PATIENCE).await.success());
-    let said = agent.process().output();
-    assert!(said.contains("sockets.perPod.directory: ") && said.contains("can be written by others (mode 0777)"), "{said}");
+    for launch in [&node.launch, &node.helper_launch] {
+        let mut process = launch.spawn();
+        assert!(!process.exit(PATIENCE).await.success());
+        let said = process.process().output();
+        assert!(said.contains("sockets.perPod.directory: ") && said.contains("can be written by others (mode 0777)"), "{said}");
+    }
     assert!(!node.kubelet.registration_socket().exists());
 }

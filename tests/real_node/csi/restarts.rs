@@ -52,6 +52,17 @@ async fn envoys_that_see_one_mounted_directory_talk_and_survive_a_killed_agent()
     load.passes("after a rotation").await;
     let tally = load.stop().await;
     pair.assert_clean(&tally).await;
+
+    // The mount helper is killed and starts again, which no client notices.
+    let load = pair.load();
+    load.passes("before the mount helper is killed").await;
+    node.take_helper().kill().await;
+    load.passes("without a mount helper").await;
+    node.start_helper().await;
+    assert_eq!(node.host.mounts(), mounts);
+    load.passes("with another mount helper").await;
+    let tally = load.stop().await;
+    pair.assert_clean(&tally).await;
     drop(pair);
 
     for pod in [&server, &client] {
@@ -74,9 +85,13 @@ async fn a_restart_clears_ended_pods_and_serves_the_remaining_ones() {
     node.assert_served(&stays, &target).await;
 
     // A graceful end removes the socket paths and keeps the mounts.
-    agent.terminate();
-    assert!(agent.exit(PATIENCE).await.success());
+    let mut helper = node.take_helper();
+    for process in [&mut agent, &mut helper] {
+        process.terminate();
+        assert!(process.exit(PATIENCE).await.success());
+    }
     assert_eq!(node.listening(), 0);
+    assert!(!node.sockets().join("agent.sock").exists());
     assert!(!node.kubelet.registration_socket().exists() && !node.kubelet.driver_socket().exists());
     assert_eq!(node.host.mounts().len(), 3);
     assert!(node.host.inode(&target.join("socket")).is_none());
@@ -90,6 +105,7 @@ async fn a_restart_clears_ended_pods_and_serves_the_remaining_ones() {
     fs::set_permissions(&open, fs::Permissions::from_mode(0o777)).unwrap();
 
     let agent = node.start().await;
+    assert!(node.helper_output().contains("the kubelet has registered the CSI driver"));
     eventually("the ended pod is cleared", PATIENCE, async || {
         let (mounted, there) = (node.host.mounts().iter().any(|m| m.target == gone), node.sockets().join(&goes.uid).exists());
         if mounted || there { Err(format!("mounted: {mounted}, there: {there}")) } else { Ok(()) }
@@ -100,12 +116,12 @@ async fn a_restart_clears_ended_pods_and_serves_the_remaining_ones() {
     assert_eq!(node.fetch(&named, "sds.sock").await.unwrap()["spiffe_id"], stays.spiffe_id());
     assert!(file.exists() && link.is_symlink() && open.exists());
     assert_eq!(fs::read_dir(&open).unwrap().count(), 0);
-    let log = agent.process().output();
+    let log = node.helper_output();
     for stray in ["is a symbolic link or no directory", "file is not named by the UID of a pod", "open can be written by others"] {
         assert!(log.contains(stray), "{stray}: {log}");
     }
 
-    // The agent also unpublishes volumes that it does not know, and volumes of the previous process.
+    // The mount helper also unpublishes volumes that it does not know, and volumes of the previous process.
     node.kubelet.unpublish(&goes.uid, "sds").await;
     node.kubelet.unpublish(&stays.uid, "named").await;
     node.kubelet.unpublish(&stays.uid, "sds").await;
@@ -116,6 +132,7 @@ async fn a_restart_clears_ended_pods_and_serves_the_remaining_ones() {
     let agent = node.start().await;
     let target = node.kubelet.publish(&stays, "sds").await;
     agent.kill().await;
+    node.take_helper().kill().await;
     fs::rename(node.sockets(), node.dir.path().join("lost")).unwrap();
     let _agent = node.start().await;
     assert!(node.host.mounts().iter().any(|mount| mount.target == target));
@@ -134,7 +151,8 @@ async fn the_upstream_is_away_and_pods_start_and_end() {
     away["clusters"][0]["cluster"]["server"] = json!("https://127.0.0.1:1");
     fs::write(&kubeconfig, away.to_string()).unwrap();
     let agent = node.launch.spawn();
-    node.kubelet.register().await;
+    node.start_helper().await;
+    agent.wrote("serving a socket for root", 1).await;
 
     let begun = Instant::now();
     let target = node.kubelet.publish(&pod, "sds").await;
@@ -175,6 +193,8 @@ async fn an_agent_on_the_wrong_node_clears_nothing() {
     let pod = node.pod("cart").await;
     node.kubelet.publish(&pod, "sds").await;
     agent.kill().await;
+    node.take_helper().kill().await;
+    node.start_helper().await;
     let mounts = node.host.mounts();
     let elsewhere = node.cluster.node().await;
     let agent = node.launch.clone().env("NODE_NAME", &elsewhere).start().await;

@@ -1,4 +1,5 @@
-//! The directories of the sockets, `<directory>/<pod uid>/<volume>`. They record which volumes are published; there is no other file.
+//! The directories of the sockets, `<directory>/<pod uid>/<volume>`. They record which volumes are published; there is no other file. The
+//! mount helper makes and removes them, and the agent binds the sockets.
 //!
 //! If the socket does not have the default name, the directory is `<volume>+<socket>`, so that a restarted agent knows the name even if the
 //! socket was removed. Only root may enter the upper directories. The innermost directory is mounted in its pod, and any user may enter
@@ -21,11 +22,16 @@ use rustix::{
     io::Errno,
 };
 
-use super::volume::{DEFAULT_SOCKET, Place, is_pod_uid, is_socket, is_volume};
+use super::{
+    HELPER_SOCKET,
+    volume::{DEFAULT_SOCKET, Place, is_pod_uid, is_socket, is_volume},
+};
 
-/// The mount point of the read-only view of the directory. It is not a valid pod UID.
-pub const VIEW: &str = ".view";
+/// The mount point of the read-only view in former releases. It is not a valid pod UID.
+const FORMER_VIEW: &str = ".view";
 const SEPARATOR: char = '+';
+/// Maximum number of entries of a directory. A node has fewer pods, and a directory with more is not read.
+const MAX_ENTRIES: usize = 16_384;
 const ROOT_ONLY: RawMode = 0o700;
 const ENTERED_BY_ALL: RawMode = 0o755;
 const WRITTEN_BY_OTHERS: RawMode = 0o022;
@@ -56,9 +62,32 @@ pub enum Error {
     },
 }
 
+impl Error {
+    /// Whether a directory does not exist.
+    pub fn is_missing(&self) -> bool {
+        matches!(self, Self::Io { cause, .. } if cause.kind() == io::ErrorKind::NotFound)
+    }
+}
+
+/// Whether `name` is that of the agent's socket for the mount helper, or one of its temporary names.
+fn is_helper_socket(name: &str) -> bool {
+    name == HELPER_SOCKET || name.strip_prefix('.').is_some_and(|name| name.starts_with(HELPER_SOCKET))
+}
+
 fn refused(action: &'static str, path: &Path) -> impl FnOnce(Errno) -> Error {
     let path = path.to_owned();
     move |cause| Error::Io { action, path, cause: cause.into() }
+}
+
+/// The entries of the directory of all sockets.
+#[derive(Debug, Default)]
+pub struct Scan {
+    /// The directories of volumes.
+    pub found: Vec<Found>,
+    /// Every other entry.
+    pub strays: Vec<Error>,
+    /// The UIDs of pods whose directories are empty.
+    pub empty: Vec<String>,
 }
 
 /// The parent of all pods' directories.
@@ -111,7 +140,7 @@ impl Root {
             if is_last { own(&stat, &way)? } else { on_the_way(&stat, &way)? }
         }
         // A directory that the kubelet has created, as for a host path, is readable by all users.
-        rustix::fs::chmodat(CWD, path, Mode::from_raw_mode(ROOT_ONLY), AtFlags::empty()).map_err(refused("close to others", path))?;
+        rustix::fs::fchmod(&fd, Mode::from_raw_mode(ROOT_ONLY)).map_err(refused("close to others", path))?;
         Ok(Self { path: path.to_owned(), fd })
     }
 
@@ -132,39 +161,55 @@ impl Root {
     }
 
     fn make_in(&self, pod_path: &Path, place: &Place, socket: &str) -> Result<Leaf, Error> {
-        let pod = self.enter_own(&place.uid)?;
-        for (volume, other) in entries(pod.as_fd(), pod_path)?.iter().filter_map(|name| parse(name)) {
-            if *volume == *place.volume && other != socket {
-                return Err(Error::OtherSocket(other.into()));
-            }
-        }
-        let name = entry(&place.volume, socket);
-        let path = pod_path.join(&name);
-        let is_new = make(pod.as_fd(), OsStr::new(&name), &path, ENTERED_BY_ALL)?;
-        let leaf = enter(pod.as_fd(), OsStr::new(&name), &path)?;
-        let stat = rustix::fs::fstat(&leaf).map_err(refused("look at", &path))?;
-        own(&stat, &path)?;
-        Ok(Leaf { path, id: (stat.st_dev, stat.st_ino), is_new })
+        leaf(&self.enter_own(&place.uid)?, pod_path, place, socket, true)
     }
 
-    /// Returns the directory of every volume, and an error for every other entry.
-    pub fn scan(&self) -> Result<(Vec<Found>, Vec<Error>), Error> {
-        let (mut found, mut strays) = (Vec::new(), Vec::new());
-        for uid in entries(self.fd.as_fd(), &self.path)?.iter().filter(|name| *name != VIEW) {
-            let path = self.path.join(uid);
-            match self.scan_pod(uid) {
-                Ok((volumes, others)) if !volumes.is_empty() || !others.is_empty() => {
-                    found.extend(volumes);
-                    strays.extend(others);
+    /// Returns the existing directory of `place`.
+    ///
+    /// # Errors
+    ///
+    /// The directory is missing, the volume has another socket name, or the directory cannot be used.
+    pub fn find(&self, place: &Place, socket: &str) -> Result<Leaf, Error> {
+        let pod_path = self.path.join(&*place.uid);
+        leaf(&self.enter_own(&place.uid)?, &pod_path, place, socket, false)
+    }
+
+    /// Returns the device and inode of the directory of `place`, regardless of the name of its socket. `None` if there is none.
+    ///
+    /// # Errors
+    ///
+    /// The directory cannot be used.
+    pub fn find_any(&self, place: &Place) -> Result<Option<(u64, u64)>, Error> {
+        let path = self.path.join(&*place.uid);
+        let pod = match self.enter_own(&place.uid) {
+            Err(error) if error.is_missing() => return Ok(None),
+            pod => pod?,
+        };
+        let names = entries(pod.as_fd(), &path)?;
+        let Some(name) = names.iter().find(|name| parse(name).is_some_and(|(volume, _)| *volume == *place.volume)) else {
+            return Ok(None);
+        };
+        let stat = rustix::fs::fstat(enter(pod.as_fd(), OsStr::new(name), &path.join(name))?).map_err(refused("look at", &path))?;
+        Ok(Some((stat.st_dev, stat.st_ino)))
+    }
+
+    /// Reads all entries, and changes nothing.
+    pub fn scan(&self) -> Result<Scan, Error> {
+        let mut scan = Scan::default();
+        for uid in entries(self.fd.as_fd(), &self.path)?.into_iter().filter(|name| name != FORMER_VIEW && !is_helper_socket(name)) {
+            let path = self.path.join(&uid);
+            match self.scan_pod(&uid) {
+                Ok((volumes, others)) if volumes.is_empty() && others.is_empty() => scan.empty.push(uid),
+                Ok((volumes, others)) => {
+                    scan.found.extend(volumes);
+                    scan.strays.extend(others);
                 }
-                // An interrupted publish left the pod's directory empty.
-                Ok(_) => self.remove_pod(uid),
-                Err(Error::Io { cause, .. }) if cause.kind() == io::ErrorKind::NotFound => {}
-                Err(Error::Io { action, cause, .. }) => strays.push(Error::Io { action, path, cause }),
-                Err(stray) => strays.push(stray),
+                Err(error) if error.is_missing() => {}
+                Err(Error::Io { action, cause, .. }) => scan.strays.push(Error::Io { action, path, cause }),
+                Err(stray) => scan.strays.push(stray),
             }
         }
-        Ok((found, strays))
+        Ok(scan)
     }
 
     fn scan_pod(&self, uid: &str) -> Result<(Vec<Found>, Vec<Error>), Error> {
@@ -198,7 +243,7 @@ impl Root {
     pub fn remove(&self, place: &Place) -> Result<(), Error> {
         let path = self.path.join(&*place.uid);
         let pod = match self.enter_own(&place.uid) {
-            Err(Error::Io { cause, .. }) if cause.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(error) if error.is_missing() => return Ok(()),
             pod => pod?,
         };
         for name in entries(pod.as_fd(), &path)? {
@@ -211,8 +256,13 @@ impl Root {
         Ok(())
     }
 
+    /// Removes the empty mount point that a former release has left.
+    pub fn remove_former_view(&self) {
+        self.remove_pod(FORMER_VIEW);
+    }
+
     /// Removes a pod's directory if it is empty.
-    fn remove_pod(&self, uid: &str) {
+    pub fn remove_pod(&self, uid: &str) {
         let _ = rustix::fs::unlinkat(&self.fd, uid, AtFlags::REMOVEDIR);
     }
 
@@ -222,6 +272,22 @@ impl Root {
         own(&rustix::fs::fstat(&pod).map_err(refused("look at", &path))?, &path)?;
         Ok(pod)
     }
+}
+
+/// The directory of a volume in that of its pod. A missing one is created if `makes`.
+fn leaf(pod: &OwnedFd, pod_path: &Path, place: &Place, socket: &str, makes: bool) -> Result<Leaf, Error> {
+    for (volume, other) in entries(pod.as_fd(), pod_path)?.iter().filter_map(|name| parse(name)) {
+        if *volume == *place.volume && other != socket {
+            return Err(Error::OtherSocket(other.into()));
+        }
+    }
+    let name = entry(&place.volume, socket);
+    let path = pod_path.join(&name);
+    let is_new = makes && make(pod.as_fd(), OsStr::new(&name), &path, ENTERED_BY_ALL)?;
+    let leaf = enter(pod.as_fd(), OsStr::new(&name), &path)?;
+    let stat = rustix::fs::fstat(&leaf).map_err(refused("look at", &path))?;
+    own(&stat, &path)?;
+    Ok(Leaf { path, id: (stat.st_dev, stat.st_ino), is_new })
 }
 
 /// Removes unfinished sockets from a volume's directory: those that a process bound but did not rename to their final name.
@@ -255,8 +321,8 @@ fn remove_socket(leaf: BorrowedFd<'_>, name: &str, path: &Path) -> Result<(), Er
 /// Creates a directory with exactly this mode. Returns whether it was missing.
 fn make(parent: BorrowedFd<'_>, name: &OsStr, path: &Path, mode: RawMode) -> Result<bool, Error> {
     match rustix::fs::mkdirat(parent, name, Mode::from_raw_mode(mode)) {
-        // The umask of the process may have removed bits.
-        Ok(()) => rustix::fs::chmodat(parent, name, Mode::from_raw_mode(mode), AtFlags::empty())
+        // The umask of the process may have removed bits. The name may be that of a link by now.
+        Ok(()) => rustix::fs::fchmod(enter(parent, name, path)?, Mode::from_raw_mode(mode))
             .map(|()| true)
             .map_err(refused("set the mode of", path)),
         Err(Errno::EXIST) => Ok(false),
@@ -280,6 +346,9 @@ fn entries(directory: BorrowedFd<'_>, path: &Path) -> Result<Vec<String>, Error>
         let name = OsStr::from_bytes(entry.file_name().to_bytes()).to_string_lossy().into_owned();
         if name != "." && name != ".." {
             names.push(name);
+        }
+        if names.len() > MAX_ENTRIES {
+            return Err(stray(path.to_owned(), &format!("has more than {MAX_ENTRIES} entries")));
         }
     }
     names.sort_unstable();

@@ -40,7 +40,7 @@ fn what_is_made_is_found_again_with_its_socket_and_removed_whole() {
     let _socket = UnixListener::bind(named.path.join("sds.sock")).unwrap();
     let _unfinished = UnixListener::bind(named.path.join(".sds.sock.7")).unwrap();
 
-    let (found, strays) = root.scan().unwrap();
+    let Scan { found, strays, .. } = root.scan().unwrap();
     assert!(strays.is_empty(), "{strays:?}");
     let seen: Vec<_> = found.iter().map(|f| (&*f.place.volume, &*f.socket, f.path.as_path())).collect();
     assert_eq!(seen, [("other", "sds.sock", named.path.as_path()), ("sds", "socket", plain.path.as_path())]);
@@ -60,7 +60,7 @@ fn a_volume_has_one_socket() {
     root.make(&place("sds"), "socket").unwrap();
     let error = root.make(&place("sds"), "other").unwrap_err();
     assert!(matches!(&error, Error::OtherSocket(name) if **name == *"socket"), "{error}");
-    assert_eq!(root.scan().unwrap().0.len(), 1);
+    assert_eq!(root.scan().unwrap().found.len(), 1);
 }
 
 #[test]
@@ -70,7 +70,7 @@ fn strays_are_named_and_left_alone() {
     let pod = kept.parent().unwrap();
     let elsewhere = dir.path().join("elsewhere");
     fs::create_dir(&elsewhere).unwrap();
-    fs::create_dir(root.path().join(VIEW)).unwrap();
+    fs::create_dir(root.path().join(FORMER_VIEW)).unwrap();
 
     fs::write(root.path().join("file"), "").unwrap();
     fs::create_dir(root.path().join("no-uid")).unwrap();
@@ -83,7 +83,7 @@ fn strays_are_named_and_left_alone() {
     fs::create_dir(pod.join("open")).unwrap();
     fs::set_permissions(pod.join("open"), fs::Permissions::from_mode(0o777)).unwrap();
 
-    let (found, strays) = root.scan().unwrap();
+    let Scan { found, strays, .. } = root.scan().unwrap();
     assert_eq!(found.iter().map(|f| &*f.place.volume).collect::<Vec<_>>(), ["sds"]);
     let mut reasons: Vec<String> = strays.iter().map(ToString::to_string).collect();
     reasons.sort_unstable();
@@ -144,9 +144,24 @@ fn a_top_directory_that_others_can_change_is_not_used() {
 }
 
 #[test]
-fn a_half_made_pod_is_cleared() {
+fn a_half_made_pod_is_found_and_cleared() {
     let (_dir, root) = root();
     fs::create_dir(root.path().join(UID)).unwrap();
-    assert_eq!(root.scan().unwrap().0, []);
+    let Scan { found, strays, empty } = root.scan().unwrap();
+    assert_eq!((found.len(), strays.len(), &empty[..]), (0, 0, &[UID.to_owned()][..]));
+    root.remove_pod(UID);
     assert!(!root.path().join(UID).exists());
+    assert!(root.find(&place("sds"), "socket").unwrap_err().is_missing());
+}
+
+#[test]
+fn a_directory_with_too_many_entries_is_not_read() {
+    let (_dir, root) = root();
+    let leaf = root.make(&place("sds"), "socket").unwrap();
+    for number in 0..=MAX_ENTRIES {
+        fs::write(leaf.path.join(number.to_string()), "").unwrap();
+    }
+    assert!(why(root.remove(&place("sds"))).contains("has more than 16384 entries"));
+    assert_eq!(root.find_any(&place("sds")).unwrap(), Some(leaf.id));
+    assert_eq!(root.find_any(&place("other")).unwrap(), None);
 }

@@ -6,16 +6,18 @@ use agent_runtime::telemetry::hush::{self, LogLimiter};
 use tokio::time::Instant;
 use tonic::Code;
 
-use super::{metrics::Call, volume::Place};
+use super::volume::Place;
 
 /// The cause of a line.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub(super) enum Cause {
+pub(crate) enum Cause {
     /// A call was refused with this code. `None` if its target path names no volume.
-    Refused(Option<Place>, Call, Code),
+    Refused(Option<Place>, &'static str, Code),
     /// The directory of a volume that was not published stays.
     NotCleared(Place),
     Published(Place),
+    /// A volume was published, and the agent does not serve its socket yet.
+    NotServed(Place),
     Unpublished(Place),
     /// A volume was unpublished, and its directory stays.
     DirectoryStays(Place),
@@ -34,11 +36,11 @@ impl hush::Cause for Cause {
 
 /// The limiter that all parts of the driver share.
 #[derive(Debug, Default)]
-pub(super) struct VolumeLog(LogLimiter<Cause>);
+pub(crate) struct VolumeLog(LogLimiter<Cause>);
 
 impl VolumeLog {
     /// Returns the number of similar lines that were left out since the last one, if a line about `cause` may be logged now.
-    pub(super) fn permit(&self, cause: Cause) -> Option<u64> {
+    pub(crate) fn permit(&self, cause: Cause) -> Option<u64> {
         self.0.permit(cause, Instant::now())
     }
 }

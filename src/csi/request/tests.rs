@@ -1,5 +1,6 @@
 //! Tests with requests of the kubelet, and with requests that a pod could forge.
 
+use std::path::Path;
 use std::time::Duration;
 
 use agent_runtime::text::test_keys::Key;
@@ -52,14 +53,14 @@ fn request() -> NodePublishVolumeRequest {
 fn refusal(change: impl FnOnce(&mut NodePublishVolumeRequest)) -> (Code, String) {
     let mut request = request();
     change(&mut request);
-    let status = Volume::check(&request, &config()).unwrap_err();
+    let status = check(&request, &config()).unwrap_err();
     assert!(!status.message().contains("s3cr3t"));
     (status.code(), status.message().to_owned())
 }
 
 #[test]
 fn what_the_kubelet_asks_is_taken() {
-    let volume = Volume::check(&request(), &config()).unwrap();
+    let volume = check(&request(), &config()).unwrap();
     assert_eq!((&*volume.place.uid, &*volume.place.volume, &*volume.socket), (UID, "sds", "socket"));
     assert_eq!((volume.claim.pod.to_string().as_str(), &*volume.claim.service_account), ("shop/cart-1", "cart"));
     let (directory, name) = volume.place.target();
@@ -68,7 +69,7 @@ fn what_the_kubelet_asks_is_taken() {
     let mut named = request();
     named.volume_context.insert(SOCKET_NAME.into(), "sds.sock".into());
     named.volume_context.insert(PROFILE.into(), "gold".into());
-    let named = Volume::check(&named, &config()).unwrap();
+    let named = check(&named, &config()).unwrap();
     assert_eq!((&*named.socket, named.claim.picked.as_deref(), volume.claim.picked), ("sds.sock", Some("gold"), None));
 }
 

@@ -1,7 +1,7 @@
-//! Serves gRPC services to the kubelet on a Unix socket that only root may use.
+//! Serves gRPC services on a Unix socket that only root may use: to the kubelet, or to the mount helper.
 //!
-//! The server keeps the socket's name as long as the agent runs: if the name is removed, for example by an old agent that ends, it binds
-//! again. At the end it removes the name only if the name still refers to its own inode.
+//! The server keeps the socket's name as long as the process runs: if the name is removed, for example by an old process that ends, it
+//! binds again. At the end it removes the name only if the name still refers to its own inode.
 
 use std::{io, path::PathBuf, sync::Arc, time::Duration};
 
@@ -21,15 +21,15 @@ use tracing::{debug, error, info, warn};
 use unix_peer::{authority_rewrite::AuthorityNormalizer, listener};
 
 /// The log target of this module.
-const LOG_TARGET: &str = "sds_agent::csi::server";
+const LOG_TARGET: &str = "sds_agent::root_socket";
 
-/// Only root may connect; the kubelet runs as root.
+/// Only root may connect; the kubelet and the mount helper run as root.
 const MODE: u32 = 0o600;
-/// Maximum of concurrent connections. The kubelet opens one for each call.
+/// Maximum of concurrent connections. The clients open one for each call.
 const CONNECTIONS: usize = 512;
 /// Interval of checks whether the name exists.
 const LOOK: Duration = Duration::from_secs(30);
-/// Delay before the socket is bound again for a kubelet that has refused the driver.
+/// Delay before the socket is bound again on request.
 const OFFER_RETRY_INTERVAL: Duration = Duration::from_secs(10);
 /// Pause after an error of `accept`.
 const ACCEPT_RETRY_INTERVAL: Duration = Duration::from_millis(200);
@@ -56,7 +56,7 @@ impl Server {
 
     /// Serves until `last`.
     pub async fn run(mut self, last: CancellationToken) {
-        info!(target: LOG_TARGET, socket = %self.path.display(), "serving the kubelet");
+        info!(target: LOG_TARGET, socket = %self.path.display(), "serving a socket for root");
         let (mut look, mut offer_at) = (Instant::now() + LOOK, None);
         loop {
             let again = self.again.clone();
@@ -92,13 +92,13 @@ impl Server {
         match listener::bind_for(self.field, &self.path, MODE) {
             Ok(bound) => {
                 if let Some(left_out) = self.lines.permit("bound again", Instant::now()) {
-                    info!(target: LOG_TARGET, socket = %self.path.display(), left_out, "the socket for the kubelet is bound again");
+                    info!(target: LOG_TARGET, socket = %self.path.display(), left_out, "the socket for root is bound again");
                 }
                 self.bound = bound;
             }
             Err(cause) => {
                 if let Some(left_out) = self.lines.permit("not bound", Instant::now()) {
-                    error!(target: LOG_TARGET, %cause, left_out, "cannot bind the socket for the kubelet again");
+                    error!(target: LOG_TARGET, %cause, left_out, "cannot bind the socket for root again");
                 }
             }
         }
@@ -121,7 +121,7 @@ async fn connection(stream: UnixStream, services: Arc<Table>, last: Cancellation
         async move {
             match services.find(&request) {
                 Some(service) => service.oneshot(request).await,
-                None => Ok(Status::unimplemented("this socket serves the kubelet").into_http()),
+                None => Ok(Status::unimplemented("this socket does not serve workloads").into_http()),
             }
         }
     });
@@ -138,6 +138,6 @@ async fn connection(stream: UnixStream, services: Arc<Table>, last: Cancellation
         }
     };
     if let Err(error) = ended {
-        debug!(target: LOG_TARGET, %error, "a connection of the kubelet ended with an error");
+        debug!(target: LOG_TARGET, %error, "a connection ended with an error");
     }
 }

@@ -1,0 +1,290 @@
+//! Publishes and unpublishes the volumes of pods: makes a directory for each, requests that the agent serves a socket in it, and mounts it.
+//!
+//! The mount helper needs no agent for either. A volume that is published without an agent has no socket until an agent starts, which
+//! finds the directory. Its client waits for the socket, and the kubelet does not wait.
+//!
+//! Changes of the file system run one at a time on a blocking thread. A change is a few system calls. A change that has started completes,
+//! even if its future is dropped. No lock is held during a call to the agent.
+
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+};
+
+use attest_kubernetes::mount::Claim;
+use parking_lot::Mutex;
+use tokio::sync::Semaphore;
+use tonic::{Code, Status};
+use tracing::{debug, info, warn};
+
+use super::{
+    agent::{Agent, NotServed},
+    metrics::Metrics,
+    mounts::{self, Mounts},
+};
+use crate::per_pod::{
+    PerPod,
+    directory::{self, Root, Scan},
+    log::{Cause, VolumeLog},
+    volume::{Place, Volume},
+};
+
+/// The log target of this module.
+const LOG_TARGET: &str = "sds_agent::csi::volumes";
+
+/// A volume cannot be published or unpublished.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The directory of the volume cannot be used.
+    #[error(transparent)]
+    Directory(#[from] directory::Error),
+    /// The directory cannot be mounted or unmounted.
+    #[error(transparent)]
+    Mount(#[from] mounts::Error),
+    /// The volume is published for another pod or service account.
+    #[error("the volume is published already, for another pod name, namespace or service account")]
+    OtherClaim,
+    /// The target of a volume has another mount.
+    #[error("the target has a mount that is not of this driver")]
+    OtherMount,
+    /// The agent refuses to serve the socket.
+    #[error("{1}")]
+    Refused(Code, String),
+    /// The runtime is shutting down.
+    #[error("the mount helper is ending")]
+    Ending,
+}
+
+impl From<Error> for Status {
+    fn from(error: Error) -> Self {
+        let text = error.to_string();
+        match error {
+            Error::Directory(directory::Error::OtherSocket(_)) | Error::OtherClaim => Self::already_exists(text),
+            Error::Directory(directory::Error::Unsafe { .. })
+            | Error::Mount(mounts::Error::NoParent(_) | mounts::Error::Occupied { .. })
+            | Error::OtherMount => Self::failed_precondition(text),
+            Error::Directory(directory::Error::Io { .. }) | Error::Mount(mounts::Error::Io { .. }) => Self::internal(text),
+            Error::Refused(code, text) => Self::new(code, text),
+            Error::Ending => Self::unavailable(text),
+        }
+    }
+}
+
+/// The volumes of all pods. Clones share them.
+#[derive(Debug, Clone)]
+pub struct Volumes(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    files: Files,
+    agent: Agent,
+    book: Mutex<Book>,
+    turn: Arc<Semaphore>,
+    metrics: Metrics,
+    log: VolumeLog,
+}
+
+/// The directories and mounts.
+#[derive(Debug)]
+struct Files {
+    root: Root,
+    mounts: Mounts,
+}
+
+#[derive(Debug, Default)]
+struct Book {
+    /// Volumes that this process has published, and for which pods.
+    published: HashMap<Place, Claim>,
+    /// Volumes of an earlier process, which the kubelet has neither published again nor unpublished since.
+    inherited: HashSet<Place>,
+}
+
+impl Volumes {
+    /// Opens the directory, and mounts its view.
+    ///
+    /// # Errors
+    ///
+    /// The directory cannot be used, or the view cannot be mounted.
+    pub fn open(config: &PerPod, metrics: Metrics) -> Result<Self, Error> {
+        let root = Root::open(&config.directory)?;
+        let mounts = Mounts::new(config);
+        mounts.prepare()?;
+        mounts.check_propagation();
+        let Scan { found, strays, empty } = root.scan()?;
+        for stray in strays {
+            warn!(target: LOG_TARGET, cause = %stray, "not a socket's directory");
+        }
+        // An interrupted publish left the pod's directory empty.
+        empty.iter().for_each(|uid| root.remove_pod(uid));
+        root.remove_former_view();
+        let book = Book { published: HashMap::new(), inherited: found.into_iter().map(|found| found.place).collect() };
+        metrics.published(book.inherited.len());
+        let agent = Agent::new(config.helper_socket(), config.wait_for_certificate);
+        let turn = Arc::new(Semaphore::new(1));
+        let (files, book) = (Files { root, mounts }, Mutex::new(book));
+        Ok(Self(Arc::new(Shared { files, agent, book, turn, metrics, log: VolumeLog::default() })))
+    }
+
+    /// Limits the log lines about volumes.
+    pub(super) fn log(&self) -> &VolumeLog {
+        &self.0.log
+    }
+
+    /// The agent.
+    pub(super) fn agent(&self) -> &Agent {
+        &self.0.agent
+    }
+
+    /// The volumes that an earlier process published, and that the kubelet has not published again or unpublished since.
+    pub fn inherited(&self) -> HashSet<Place> {
+        self.0.book.lock().inherited.clone()
+    }
+
+    /// Publishes a volume. One that is published already stays as it is. The agent is called each time, because it may have started since.
+    ///
+    /// # Errors
+    ///
+    /// See [`Error`]. A volume that was not published before is removed again.
+    pub async fn publish(&self, volume: Volume) -> Result<(), Error> {
+        let known = self.0.book.lock().published.get(&volume.place).cloned();
+        if known.as_ref().is_some_and(|claim| *claim != volume.claim) {
+            return Err(Error::OtherClaim);
+        }
+        let asked = volume.clone();
+        let leaf = self.in_turn(move |files| Ok(files.root.make(&asked.place, &asked.socket)?)).await?;
+        let served = match self.0.agent.serve(&volume).await {
+            Err(NotServed::Refused(code, cause)) => {
+                if leaf.is_new {
+                    self.discard(&volume.place).await;
+                }
+                return Err(Error::Refused(code, cause));
+            }
+            served => served,
+        };
+        let (asked, is_new) = (volume.place.clone(), leaf.is_new);
+        if let Err(error) = self.in_turn(move |files| Ok(files.mounts.attach(&asked, &leaf)?)).await {
+            if is_new {
+                self.0.agent.withdraw(&volume.place).await;
+                self.discard(&volume.place).await;
+            }
+            return Err(error);
+        }
+        self.report(&volume, &served, known.is_none());
+        let mut book = self.0.book.lock();
+        book.inherited.remove(&volume.place);
+        book.published.insert(volume.place, volume.claim);
+        self.0.metrics.published(book.published.len() + book.inherited.len());
+        Ok(())
+    }
+
+    fn report(&self, volume: &Volume, served: &Result<(), NotServed>, is_new: bool) {
+        let (pod, place) = (&volume.claim.pod, &volume.place);
+        match served {
+            Err(NotServed::Unavailable(cause) | NotServed::Refused(_, cause)) => {
+                self.0.metrics.agent_unavailable();
+                if let Some(left_out) = self.0.log.permit(Cause::NotServed(place.clone())) {
+                    warn!(
+                        target: LOG_TARGET, %pod, pod_uid = %place.uid, volume = %place.volume,
+                        cause, left_out,
+                        "volume published without a socket: the agent does not serve it yet"
+                    );
+                }
+            }
+            Ok(()) if is_new => {
+                if let Some(left_out) = self.0.log.permit(Cause::Published(place.clone())) {
+                    info!(target: LOG_TARGET, %pod, pod_uid = %place.uid, volume = %place.volume, left_out, "volume published");
+                }
+            }
+            Ok(()) => {}
+        }
+    }
+
+    /// Removes the directory of a volume that is not published.
+    async fn discard(&self, place: &Place) {
+        let asked = place.clone();
+        let removed = self.in_turn(move |files| Ok(files.root.remove(&asked)?)).await;
+        if let Err(cause) = removed
+            && let Some(left_out) = self.0.log.permit(Cause::NotCleared(place.clone()))
+        {
+            warn!(target: LOG_TARGET, %cause, left_out, "cannot remove the directory of a volume that was not published");
+        }
+    }
+
+    /// Unpublishes a volume. One that is not published is not an error.
+    ///
+    /// # Errors
+    ///
+    /// See [`Error`].
+    pub async fn unpublish(&self, place: Place) -> Result<(), Error> {
+        self.remove(place, false).await
+    }
+
+    /// Unpublishes a volume whose pod has ended, according to the agent. A mount that is not of this driver stays, because the agent could
+    /// name the volume of another driver.
+    ///
+    /// # Errors
+    ///
+    /// See [`Error`].
+    pub async fn unpublish_ended(&self, place: Place) -> Result<(), Error> {
+        self.remove(place, true).await
+    }
+
+    async fn remove(&self, place: Place, only_own: bool) -> Result<(), Error> {
+        // The agent stops serving first; then the mount and the directory are removed, in the reverse order of `publish`.
+        self.0.agent.withdraw(&place).await;
+        let asked = place.clone();
+        let removed = self.in_turn(move |files| {
+            if only_own && files.mounts.has_other(&asked, files.root.find_any(&asked)?)? {
+                return Err(Error::OtherMount);
+            }
+            files.mounts.detach(&asked)?;
+            match files.root.remove(&asked) {
+                // The volume is neither mounted nor served, so the pod's end must not wait for a directory that is not the driver's.
+                Err(cause @ directory::Error::Unsafe { .. }) => Ok(Some(cause)),
+                removed => removed.map(|()| None).map_err(Error::from),
+            }
+        });
+        let stays = removed.await?;
+        let was_known = {
+            let mut book = self.0.book.lock();
+            let was_known = book.published.remove(&place).is_some() | book.inherited.remove(&place);
+            self.0.metrics.published(book.published.len() + book.inherited.len());
+            was_known
+        };
+        let Place { uid, volume } = &place;
+        match stays {
+            Some(cause) => {
+                if let Some(left_out) = self.0.log.permit(Cause::DirectoryStays(place.clone())) {
+                    warn!(target: LOG_TARGET, pod_uid = %uid, %volume, %cause, left_out, "unpublished; its directory stays");
+                }
+            }
+            None if was_known => {
+                if let Some(left_out) = self.0.log.permit(Cause::Unpublished(place.clone())) {
+                    info!(target: LOG_TARGET, pod_uid = %uid, %volume, left_out, "volume unpublished");
+                }
+            }
+            None => debug!(target: LOG_TARGET, pod_uid = %uid, %volume, "unpublished; it was not published"),
+        }
+        Ok(())
+    }
+
+    /// Unmounts the view when the mount helper ends. Directories and mounts stay, because pods use them.
+    pub async fn finish(&self) {
+        let _ = self
+            .in_turn(|files| {
+                files.mounts.finish();
+                Ok(())
+            })
+            .await;
+    }
+
+    async fn in_turn<T: Send + 'static>(&self, change: impl FnOnce(&Files) -> Result<T, Error> + Send + 'static) -> Result<T, Error> {
+        let turn = self.0.turn.clone().acquire_owned().await.map_err(|_| Error::Ending)?;
+        let shared = self.0.clone();
+        let done = tokio::task::spawn_blocking(move || {
+            let _turn = turn;
+            change(&shared.files)
+        });
+        done.await.map_err(|_| Error::Ending)?
+    }
+}
