@@ -10,11 +10,12 @@ use sds_agent::{
     handover::holder::SameUser,
 };
 use sds_server::{
-    attest::unix::UnixAttestor,
+    attest::{Attested, Attestor, Error, Method, origin::Origins, unix::UnixAttestor},
     trust::{self, Trust},
 };
 use tokio::{net::TcpListener, time::timeout};
 use tokio_util::sync::CancellationToken;
+use unix_peer::peer::Peer;
 
 /// The configuration of `dev`, with its socket in `directory` and ports that the kernel chooses.
 fn config(directory: &Path) -> Config {
@@ -47,6 +48,34 @@ async fn a_part_that_ends_or_panics_ends_the_agent_as_failed() {
         let bound = build_with(&config(directory.path()), Base::new(shutdown), deps(vec![part])).await.unwrap();
         assert!(timeout(Duration::from_secs(20), bound.run()).await.unwrap().is_err());
     }
+}
+
+/// An attestor that fails as soon as the agent accepts connections.
+#[derive(Debug)]
+struct FailsToAccept;
+
+impl Attestor for FailsToAccept {
+    fn method(&self) -> Method {
+        Method::unix
+    }
+
+    fn origins(&self) -> Origins {
+        panic!("as requested")
+    }
+
+    fn attest<'a>(&'a self, peer: &'a Peer) -> BoxFuture<'a, Result<Attested, Error>> {
+        UnixAttestor.attest(peer)
+    }
+}
+
+#[tokio::test]
+async fn an_agent_that_accepts_no_more_connections_ends_as_failed() {
+    let directory = tempfile::tempdir().unwrap();
+    let deps = Deps { attestor: Arc::new(FailsToAccept), ..deps(Vec::new()) };
+    let shutdown = Shutdown::new(Duration::from_secs(20));
+    let bound = build_with(&config(directory.path()), Base::new(shutdown), deps).await.unwrap();
+    let error = timeout(Duration::from_secs(20), bound.run()).await.expect("the agent ends").unwrap_err();
+    assert!(error.to_string().contains("panicked"), "{error}");
 }
 
 /// As a mount does: this process still sees the deleted directory, and only a restart helps.

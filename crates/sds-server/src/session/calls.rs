@@ -93,3 +93,27 @@ impl Drop for Call {
         *calls = (calls.0 - 1, Instant::now());
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        limits::Limits,
+        session::quotas::{CALL_BYTES, CONNECTION_BYTES, Quotas},
+    };
+
+    #[tokio::test]
+    async fn a_call_reserves_memory_until_it_ends_and_is_refused_without() {
+        const CALLS: usize = 3;
+        let most = CONNECTION_BYTES + CALLS * CALL_BYTES;
+        let quotas = Quotas::new(&Limits { memory_bytes_per_pod: most, ..Limits::default() });
+        let mut slot = quotas.admit(&Origin::User(1), Instant::now()).unwrap();
+        slot.reserve().unwrap();
+        let (calls, idle) = (Arc::new(Calls::new(slot)), quotas.memory());
+        let begun: Vec<_> = (0..CALLS).map(|_| calls.begin(CALL_BYTES).unwrap()).collect();
+        assert_eq!(quotas.memory(), idle + CALLS * CALL_BYTES);
+        assert!(matches!(calls.begin(CALL_BYTES), Err(Refused::Memory(_))));
+        drop(begun);
+        assert_eq!(quotas.memory(), idle);
+    }
+}

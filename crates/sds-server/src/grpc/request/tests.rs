@@ -122,7 +122,8 @@ async fn the_first_message_and_each_begun_one_have_a_deadline() {
         assert!(step(intake).await.is_pending());
         tokio::time::advance(Duration::from_millis(1)).await;
         assert!(step(intake).await.is_pending());
-        assert_eq!(inbox.next::<DiscoveryRequest>().await.unwrap_err().code(), Code::DeadlineExceeded);
+        let ended = inbox.next::<DiscoveryRequest>().now_or_never().expect("the request has ended");
+        assert_eq!(ended.unwrap_err().code(), Code::DeadlineExceeded);
         assert_eq!(intake.due(), None, "what follows has no deadline");
     };
     let (frames, mut intake, mut inbox, _call) = open(&slot, MessageKind::Sotw);
@@ -180,7 +181,7 @@ async fn messages_that_the_call_does_not_read_are_bounded() {
     assert!(step(&mut intake).await.is_pending());
     let mut read = 0;
     let error = loop {
-        match inbox.next::<DiscoveryRequest>().await {
+        match inbox.next::<DiscoveryRequest>().now_or_never().expect("messages, and then an error") {
             Ok(message) => read += usize::from(message.is_some()),
             Err(error) => break error,
         }
