@@ -55,12 +55,6 @@ pub fn container<'a>(spec: &'a Value, name: &str) -> &'a Value {
     all.clone().find(|container| container["name"] == name).unwrap_or_else(|| panic!("no container {name} in {spec}"))
 }
 
-/// Like [`container`].
-pub fn container_mut<'a>(spec: &'a mut Value, name: &str) -> &'a mut Value {
-    let all = spec["containers"].as_array_mut().into_iter().flatten();
-    all.into_iter().find(|container| container["name"] == name).unwrap_or_else(|| panic!("no container {name}"))
-}
-
 /// The memory limit, in bytes, of the first container of the first object of a kind in a file of the directory.
 pub fn memory_limit(file: &str, kind: &str) -> u64 {
     let objects = documents(&read(file));

@@ -9,7 +9,7 @@ use test_harness::{
     agent,
     cluster::{Cluster, Pod, name_of},
     eventually, free_port, http,
-    manifests::{self, container as container_of, container_mut, install, named, rendered},
+    manifests::{self, container as container_of, install, named, rendered},
     node::{Image, Node},
     plane::Plane,
     world::GUARDED,
@@ -134,7 +134,7 @@ impl Site {
     pub async fn release_again(&self, kind: &str, workload: &str, version: &str, metrics: SocketAddr, change: impl FnOnce(&mut Value)) {
         let mut object = named(&self.objects, kind, workload).clone();
         self.move_to_the_host(&mut object["spec"]["template"], &map_of(kind, workload, version), metrics.port());
-        change(container_mut(&mut object["spec"]["template"]["spec"], workload));
+        change(&mut object["spec"]["template"]["spec"]["containers"][0]);
         if kind == "Deployment" {
             // The cluster has one node, which never becomes ready because its pods have no network.
             object["spec"]["replicas"] = json!(1);
