@@ -47,6 +47,7 @@ use crate::{
 };
 use reload::{ConfigChannels, Reload};
 
+pub mod access;
 pub mod approver;
 mod builder;
 pub mod config_map;

@@ -10,7 +10,12 @@ use issuance::issuer::certificate_request;
 use sds_server::{limits::Limits, sds::names::Names};
 use workload_identity::{IssuerName, NodeEnvironment, Profile, Resolver, Rule, TrustDomain};
 
-use crate::{admin, per_pod::PerPod, process::LockMemory, warm::WarmUp};
+use crate::{
+    admin,
+    per_pod::PerPod,
+    process::{LockMemory, confinement::Policy},
+    warm::WarmUp,
+};
 
 mod approver;
 mod certificates;
@@ -63,6 +68,8 @@ pub struct Config {
     pub federated: BTreeMap<TrustDomain, TrustSource>,
     /// `names`
     pub names: Names,
+    /// `confinement`
+    pub confinement: Policy,
     /// `keys.lockMemory`
     pub lock_memory: LockMemory,
     /// `limits`

@@ -13,11 +13,18 @@ use nix::{
         resource::{Resource, getrlimit, rlim_t, setrlimit},
     },
 };
-use prometheus_client::{metrics::gauge::Gauge, registry::Registry};
+use prometheus_client::{
+    encoding::EncodeLabelSet,
+    metrics::{family::Family, gauge::Gauge},
+    registry::Registry,
+};
 
+pub mod confinement;
 pub mod memory;
 
 pub use memory::{Locked, Unlocked};
+
+use confinement::Confined;
 
 /// The log target of this module.
 const LOG_TARGET: &str = "sds_agent::process";
@@ -111,6 +118,12 @@ impl Hardened {
 #[derive(Debug, Clone, Default)]
 pub struct Metrics {
     memory_locked: Gauge,
+    confined: Family<By, Gauge>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct By {
+    by: &'static str,
 }
 
 impl Metrics {
@@ -122,18 +135,25 @@ impl Metrics {
             "1 if the memory of the process is locked, so that it is never swapped out; 0 if it is not locked",
             metrics.memory_locked.clone(),
         );
+        registry.register("confined", "1 if the process is confined by this mechanism, else 0 (`confinement`)", metrics.confined.clone());
         metrics
     }
 
-    /// Registers the metrics, for the reference.
+    /// Registers the metrics and makes every series, for the reference.
     #[cfg(test)]
     pub(crate) fn sample(registry: &mut Registry) {
-        Self::register(registry);
+        let metrics = Self::register(registry);
+        for by in ["landlock", "seccomp"] {
+            metrics.confined.get_or_create(&By { by }).set(1);
+        }
     }
 
-    /// Sets the gauge from the result of hardening.
-    pub fn observe(&self, hardened: &Hardened) {
+    /// Sets the gauges from the results of hardening and confinement.
+    pub fn observe(&self, hardened: &Hardened, confined: &Confined) {
         self.memory_locked.set(i64::from(hardened.locked == Locked::Yes));
+        for (by, outcome) in confined.outcomes() {
+            self.confined.get_or_create(&By { by }).set(outcome.is_in_force().into());
+        }
     }
 }
 

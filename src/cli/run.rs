@@ -11,9 +11,12 @@ use tracing::warn;
 
 use super::{Exit, dev, output};
 use crate::{
-    app::{self, Base},
+    app::{self, Base, access::access},
     config::{Config, Env, Loaded},
-    process,
+    process::{
+        self,
+        confinement::{self, Policy},
+    },
 };
 
 /// Target of the log lines.
@@ -74,14 +77,20 @@ pub enum Style {
 pub fn start(loaded: &Loaded, file: Option<app::File>, style: Style, env: Env<'_>) -> anyhow::Result<ExitCode> {
     // Hardening must precede the first additional thread, which is the log's, and the first key.
     let hardened = process::harden(loaded.config.lock_memory)?;
+    let access = access(&loaded.config, file.as_ref().map(|file| &*file.path), env);
+    let confined = confinement::confine(loaded.config.confinement, &access);
+    if let (Policy::Always, Some((mechanism, outcome))) = (loaded.config.confinement, confined.missing()) {
+        anyhow::bail!("confinement is always, but {mechanism} is not in force: {outcome}");
+    }
     let mut base = Base::new(Shutdown::new(loaded.config.drain));
     let filter = env(telemetry::VARIABLE).or((style == Style::Dev).then(|| DEV_FILTER.to_owned()));
     let log = telemetry::init(filter.as_deref(), &telemetry::Metrics::register(base.exposition.registry()))?;
     hardened.log();
+    confined.log(&access);
     for warning in &loaded.warnings {
         warn!(target: LOG_TARGET, field = %warning.path, "{}", warning.message);
     }
-    process::Metrics::register(base.exposition.registry()).observe(&hardened);
+    process::Metrics::register(base.exposition.registry()).observe(&hardened, &confined);
     (base.file, base.log) = (file, Some(log.filter.clone()));
     Ok(serve(&log, loaded.config.worker_threads, run(&loaded.config, base, log.clone(), style)))
 }

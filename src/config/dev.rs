@@ -19,7 +19,7 @@ use super::{
     reader::Report,
     template, values,
 };
-use crate::admin::MountHelper;
+use crate::{admin::MountHelper, process::confinement::Policy};
 
 /// Short, so that a user sees rotations within a minute.
 const LIFETIME: Duration = Duration::from_secs(120);
@@ -102,6 +102,8 @@ fn config(path: &Path, trust_domain: TrustDomain, lifetime: Duration, admin: Soc
         trust_sources: Vec::new(),
         federated: BTreeMap::new(),
         names: Names::default(),
+        // A user starts and ends it, and may have files and sockets anywhere.
+        confinement: Policy::Never,
         lock_memory: LockMemory::Auto,
         // The machine has one user, so one caller may use all of the limits.
         limits: Limits::default().undivided(),

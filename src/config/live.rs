@@ -56,6 +56,7 @@ pub const FIELDS: &[Field] = fields! {
     "trust.federated": restart |c| &c.federated;
     "names": restart |c| &c.names;
     "keys": restart |c| c.lock_memory;
+    "confinement": restart |c| c.confinement;
     "limits": restart |c| &c.limits;
     "kubernetes": restart |c| c.kubernetes;
     "approver": live |c| &c.approver;
@@ -108,6 +109,7 @@ mod tests {
             ("trust: { federated: { a.example: { file: /a.pem } } }", "trust.federated", false),
             ("names: { bundle: roots }", "names", false),
             ("keys: { lockMemory: never }", "keys", false),
+            ("confinement: never", "confinement", false),
             ("limits: { idle: 2h }", "limits", false),
             ("kubernetes: { burst: 50 }", "kubernetes", false),
             // Agents do not use it, and the approver reloads its file itself.
@@ -149,6 +151,7 @@ mod tests {
             federated: _,
             names: _,
             lock_memory: _,
+            confinement: _,
             limits: _,
             kubernetes: _,
             approver: _,

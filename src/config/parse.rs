@@ -24,7 +24,7 @@ use super::{
     reader::{Report, Section},
     sockets, values, warm_up,
 };
-use crate::admin::MountHelper;
+use crate::{admin::MountHelper, process::confinement::Policy};
 
 /// Maximum size of the configuration file, 1 MiB.
 pub const MAX_FILE_BYTES: usize = 1 << 20;
@@ -126,6 +126,8 @@ pub(super) fn decode(root: &Section<'_>, report: &Report, env: Env<'_>) -> Optio
         let names = [("auto", LockMemory::Auto), ("always", LockMemory::Always), ("never", LockMemory::Never)];
         keys.read("lockMemory", LockMemory::Auto, values::choice(&names))
     });
+    let policies = [("auto", Policy::Auto), ("always", Policy::Always), ("never", Policy::Never)];
+    let confinement = root.read("confinement", Policy::Auto, values::choice(&policies));
     let limits = root.section("limits", limits);
     let kubernetes = root.section("kubernetes", request_rate);
     let events = root.read("events", true, values::boolean);
@@ -160,6 +162,7 @@ pub(super) fn decode(root: &Section<'_>, report: &Report, env: Env<'_>) -> Optio
         federated,
         names: names?,
         lock_memory: lock_memory?,
+        confinement: confinement?,
         limits: limits?,
         kubernetes: kubernetes?,
         reissue_over: reissue_over?,

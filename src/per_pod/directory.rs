@@ -135,7 +135,8 @@ impl Root {
             way.push(name);
             let is_last = names.peek().is_none();
             make(fd.as_fd(), name, &way, if is_last { ROOT_ONLY } else { ENTERED_BY_ALL })?;
-            fd = enter(fd.as_fd(), name, &way)?;
+            // The way is not read: a confined process may read the last directory alone.
+            fd = if is_last { enter(fd.as_fd(), name, &way)? } else { pass(fd.as_fd(), name, &way)? };
             let stat = rustix::fs::fstat(&fd).map_err(refused("look at", &way))?;
             if is_last { own(&stat, &way)? } else { on_the_way(&stat, &way)? }
         }
@@ -331,7 +332,15 @@ fn make(parent: BorrowedFd<'_>, name: &OsStr, path: &Path, mode: RawMode) -> Res
 }
 
 fn enter(parent: BorrowedFd<'_>, name: &OsStr, path: &Path) -> Result<OwnedFd, Error> {
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    open(parent, name, path, OFlags::RDONLY)
+}
+
+fn pass(parent: BorrowedFd<'_>, name: &OsStr, path: &Path) -> Result<OwnedFd, Error> {
+    open(parent, name, path, OFlags::PATH)
+}
+
+fn open(parent: BorrowedFd<'_>, name: &OsStr, path: &Path, access: OFlags) -> Result<OwnedFd, Error> {
+    let flags = access | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     rustix::fs::openat(parent, name, flags, Mode::empty()).map_err(|error| match error {
         Errno::NOTDIR | Errno::LOOP => stray(path.to_owned(), "is a symbolic link or no directory"),
         error => refused("enter", path)(error),

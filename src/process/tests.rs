@@ -96,7 +96,77 @@ fn child_locks() {
 }
 
 fn locked_kib() -> u64 {
-    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let status = fs::read_to_string("/proc/thread-self/status").unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("VmLck:")).unwrap();
     line.trim().trim_end_matches(" kB").parse().unwrap()
+}
+
+#[test]
+fn a_confined_process_does_what_is_named_and_nothing_else() {
+    in_a_process_of_its_own("child_is_confined");
+}
+
+/// Whether an operation failed for lack of permission.
+fn is_denied<T>(result: std::io::Result<T>) -> bool {
+    result.is_err_and(|error| error.kind() == std::io::ErrorKind::PermissionDenied)
+}
+
+#[test]
+#[ignore = "runs in a process of its own"]
+fn child_is_confined() {
+    use std::net::TcpListener;
+    use std::os::unix::net::UnixListener;
+
+    use confinement::{Access, Outcome, Policy, confine};
+
+    if !is_child() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let [sockets, named, other] = ["sockets", "named", "other"].map(|name| dir.path().join(name));
+    for directory in [&sockets, &named, &other] {
+        fs::create_dir(directory).unwrap();
+    }
+    fs::create_dir(sockets.join("pod")).unwrap();
+    for file in [named.join("file"), other.join("file")] {
+        fs::write(file, "a").unwrap();
+    }
+    let free = || TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let (own_port, other_port) = (free(), free());
+    let access =
+        Access { sockets: vec![sockets.clone()], reads: Some(vec![named.clone()]), ports: vec![own_port.port()], starts_programs: false };
+    let parent = std::os::unix::process::parent_id();
+    let confined = confine(Policy::Auto, &access);
+    let status = fs::read_to_string("/proc/thread-self/status").unwrap();
+
+    // The kernel's own report: a filter, and no way to more privileges.
+    assert_eq!(confined.seccomp, Outcome::InForce);
+    assert!(status.contains("NoNewPrivs:\t1") && status.contains("Seccomp:\t2"), "{status}");
+    let attempts = || {
+        assert!(is_denied(Command::new("/bin/true").status()), "a program starts");
+        UnixListener::bind(sockets.join("pod/socket")).unwrap();
+        fs::rename(sockets.join("pod/socket"), sockets.join("pod/renamed")).unwrap();
+        fs::remove_file(sockets.join("pod/renamed")).unwrap();
+        TcpListener::bind(own_port).unwrap();
+        fs::read(named.join("file")).unwrap();
+        crate::per_pod::directory::Root::open(&sockets).unwrap();
+        if !confined.landlock.is_in_force() {
+            return;
+        }
+        assert!(is_denied(fs::write(other.join("new"), "")) && is_denied(fs::write(other.join("file"), "")), "a file is written");
+        assert!(is_denied(fs::write(sockets.join("file"), "")), "a file is written beside the sockets");
+        assert!(is_denied(UnixListener::bind(other.join("socket"))), "a socket is bound elsewhere");
+        assert!(is_denied(fs::read(other.join("file"))) && is_denied(fs::read_dir(&other)), "a file is read that is not named");
+        assert!(is_denied(fs::remove_file(named.join("file"))) && is_denied(fs::create_dir(sockets.join("more"))));
+        // As a debugger does.
+        assert!(is_denied(fs::File::open(format!("/proc/{parent}/mem"))), "the memory of another process is read");
+        if confined.landlock == Outcome::InForce {
+            assert!(is_denied(TcpListener::bind(other_port)), "another port is bound");
+            let signal = rustix::process::Pid::from_raw(parent.cast_signed()).unwrap();
+            assert_eq!(rustix::process::test_kill_process(signal), Err(rustix::io::Errno::PERM), "another process gets a signal");
+        }
+    };
+    attempts();
+    std::thread::scope(|scope| scope.spawn(attempts).join()).unwrap();
+    println!("figure: landlock {}, seccomp {}", confined.landlock, confined.seccomp);
 }

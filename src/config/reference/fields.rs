@@ -386,6 +386,14 @@ pub const GROUPS: &[Group] = &[
                 "Keeps keys out of swap. `auto`: lock memory if the process may lock without a limit and the node has swap. `always`: \
                  do not start if memory cannot be locked. `never`: do not lock.",
             ),
+            field(
+                "confinement",
+                Choice(&["auto", "always", "never"]),
+                Value("auto"),
+                "Confines the agent to the files, TCP ports and system calls that it needs, by Landlock and seccomp. `auto`: as far as the \
+                 kernel supports them. `always`: do not start if one of them is not in force. `never`: do not confine. With a kubeconfig, \
+                 every file can be read, and programs can start. [security.md](security.md#confinement) has the details.",
+            ),
             field("limits", Section, Nothing, "Limits of one agent."),
             field(
                 "limits.connections",

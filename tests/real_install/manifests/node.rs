@@ -1,7 +1,7 @@
 //! Agent and approver in pods of the real kubelet, with only the security context, permissions and configuration of the manifests.
 
 use serde_json::json;
-use test_harness::{eventually, node::DRIVER};
+use test_harness::{child, eventually, node::DRIVER, tools};
 
 use super::site::{Ours, PATIENCE, Site, Way};
 
@@ -14,6 +14,35 @@ const SHARED: Way = Way {
 /// `CAP_IPC_LOCK` alone, in the format of /proc.
 const IPC_LOCK: &str = "0000000000004000";
 const NONE: &str = "0000000000000000";
+
+/// The version of Landlock that the kernel supports, according to the kernel; 0 or less: none.
+async fn landlock_of_the_kernel() -> i64 {
+    // landlock_create_ruleset(NULL, 0, LANDLOCK_CREATE_RULESET_VERSION)
+    let program = "import ctypes; print(ctypes.CDLL(None).syscall(444, 0, 0, 1))";
+    let python = tools::system("python3", "python3");
+    child::succeed(&python, &["-c", program], PATIENCE).await.trim().parse().unwrap()
+}
+
+/// Asserts that the agent is confined as far as the kernel supports it, in a container with a filter of the runtime.
+async fn assert_confined(site: &Site, agent: &Ours) {
+    let metrics = site.metrics(agent).await;
+    let version = landlock_of_the_kernel().await;
+    let (landlock, words) = match version {
+        6.. => (1, "\"landlock\":\"in force\""),
+        1..6 => (1, "\"landlock\":\"in force, as far as this kernel supports it\""),
+        _ => (0, "\"landlock\":\"this kernel does not support it\""),
+    };
+    println!("figure: Landlock version {version}: {words}");
+    assert!(metrics.contains(&format!("sds_agent_confined{{by=\"landlock\"}} {landlock}")), "{metrics}");
+    assert!(metrics.contains("sds_agent_confined{by=\"seccomp\"} 1"), "{metrics}");
+    let log = site.node.container_log(&agent.pod, "sds-agent");
+    let line = log.lines().find(|line| line.contains("process confined")).unwrap_or_else(|| panic!("{log}"));
+    for words in [words, "\"seccomp\":\"in force\"", "\"reads_all\":false", "\"starts_programs\":false"] {
+        assert!(line.contains(words), "{words}: {line}");
+    }
+    let filters: u32 = site.process(agent, "Seccomp_filters").await.parse().unwrap();
+    assert!(filters >= 2, "{filters}: the runtime's and its own");
+}
 
 /// Starts the approver and asserts that it runs without privileges.
 async fn approver(site: &Site) -> Ours {
@@ -61,6 +90,7 @@ async fn the_shared_socket_daemonset_hands_over_to_a_surge_pod() {
         assert_eq!(site.process(&agent, key).await, value, "{key}");
     }
     assert!(site.metrics(&agent).await.contains("sds_agent_memory_locked 1"));
+    assert_confined(&site, &agent).await;
 
     let cart = site.workload("cart", &[SHARED]).await;
     let other = site.workload("other", &[SHARED]).await;
@@ -103,6 +133,7 @@ async fn the_per_pod_daemonset_serves_pods_without_the_host_pid_namespace() {
         assert_eq!(site.process(&agent, key).await, value, "{key}");
     }
     assert_eq!(site.process_in(&agent, "mount-helper", "Seccomp").await, "0");
+    assert_confined(&site, &agent).await;
     let cart = site.workload("cart", &[OWN]).await;
     let other = site.workload("other", &[OWN]).await;
     for pod in [&cart, &other] {

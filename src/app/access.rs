@@ -1,0 +1,70 @@
+//! The files and ports that an agent with a configuration uses, for its [confinement](crate::process::confinement).
+
+use std::path::{Path, PathBuf};
+
+use crate::{
+    config::{Attestation, Config, Env, IssuerConfig, TrustSource},
+    process::confinement::Access,
+};
+
+/// The token of the pod's account, and the roots of the API server.
+const SERVICE_ACCOUNT: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
+/// Set by the kubelet in every container.
+const IN_CLUSTER: &str = "KUBERNETES_SERVICE_HOST";
+const KUBECONFIG: &str = "KUBECONFIG";
+
+/// Returns what an agent with this configuration needs. `file` is the path of the configuration.
+///
+/// A kubeconfig can name any file, and a program that gets a token. So an agent that uses one can read every file and start programs.
+pub fn access(config: &Config, file: Option<&Path>, env: Env<'_>) -> Access {
+    let shared = config.shared_socket.as_ref().and_then(|socket| socket.path.parent());
+    let per_pod = config.per_pod.as_ref().map(|per_pod| &*per_pod.directory);
+    let sources = config.trust_sources.iter().chain(config.federated.values());
+    let of_source = |source: &TrustSource| match source {
+        TrustSource::File { path } => Some(path.clone()),
+        TrustSource::ConfigMap { .. } => None,
+    };
+    // The directory, because a file of a ConfigMap's volume is replaced with its directory.
+    let directory = |path: PathBuf| path.parent().map_or_else(|| path.clone(), Path::to_owned);
+    let files = sources.filter_map(of_source).chain(file.map(Path::to_owned)).map(directory);
+    let uses_kubernetes = config.attestation == Attestation::Kubernetes
+        || config.issuers.values().any(|issuer| matches!(issuer, IssuerConfig::CertManager { .. }))
+        || config.trust_sources.iter().chain(config.federated.values()).any(|source| matches!(source, TrustSource::ConfigMap { .. }));
+    let is_in_cluster = env(IN_CLUSTER).is_some() && env(KUBECONFIG).is_none();
+    let uses_kubeconfig = uses_kubernetes && !is_in_cluster;
+    Access {
+        sockets: shared.into_iter().chain(per_pod).map(Path::to_owned).collect(),
+        reads: (!uses_kubeconfig).then(|| files.chain([SERVICE_ACCOUNT.into()]).collect()),
+        ports: [config.admin, config.metrics, config.probes].map(|address| address.port()).to_vec(),
+        starts_programs: uses_kubeconfig,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn of(text: &str, variables: &[&str]) -> Access {
+        let env = |name: &str| variables.contains(&name).then(|| "a".to_owned());
+        access(&Config::parse(text, &env).unwrap().config, Some(Path::new("/etc/sds-agent/config.yaml")), &env)
+    }
+
+    #[test]
+    fn it_is_what_the_configuration_names() {
+        let text = "issuer: { certManager: { issuerRef: { name: ca, kind: ClusterIssuer } } }\n\
+                    sockets: { perPod: { enabled: true } }\n\
+                    trust: { sources: [ { file: /roots/ca.pem } ], federated: { b.example: { file: /other/ca.pem } } }\n\
+                    probes: { address: '127.0.0.1:9' }\n";
+        let in_cluster = of(text, &["NODE_NAME", "KUBERNETES_SERVICE_HOST"]);
+        let paths = |paths: &[&str]| paths.iter().map(PathBuf::from).collect::<Vec<_>>();
+        assert_eq!(in_cluster.sockets, paths(&["/run/sds-agent", "/run/sds-agent-pods"]));
+        assert_eq!(in_cluster.reads, Some(paths(&["/roots", "/other", "/etc/sds-agent", SERVICE_ACCOUNT])));
+        assert_eq!((&in_cluster.ports[..], in_cluster.starts_programs), (&[15090, 15091, 9][..], false));
+
+        let outside = of(text, &["NODE_NAME"]);
+        assert_eq!((&outside.reads, outside.starts_programs), (&None, true));
+        assert_eq!(of(text, &["NODE_NAME", "KUBERNETES_SERVICE_HOST", "KUBECONFIG"]), outside);
+        let unix = of("attestation: unix\nissuer: { embedded: {} }\n", &[]);
+        assert_eq!((unix.reads.map(|reads| reads.len()), unix.starts_programs), (Some(2), false));
+    }
+}
