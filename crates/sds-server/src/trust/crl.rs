@@ -136,7 +136,7 @@ pub fn fit<'a>(
     Ok(fitting)
 }
 
-/// Returns the first time after `now` at which one of `authorities` expires, so that [`fit`] has another result.
+/// Returns the first time from `now` on after which one of `authorities` has expired, so that [`fit`] has another result.
 pub fn next_expiry<'a>(authorities: impl Iterator<Item = &'a CertificateDer<'static>>, now: SystemTime) -> Option<SystemTime> {
     authorities.filter_map(|authority| Some(not_after(&X509Certificate::from_der(authority).ok()?.1))).filter(|at| *at >= now).min()
 }
