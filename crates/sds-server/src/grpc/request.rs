@@ -6,7 +6,7 @@
 //! charges the buffer to the caller, and drops each received piece before it asks for the next. The call reads complete messages from its
 //! [`Inbox`].
 //!
-//! An intake lives as long as its call, which holds a [`RequestGuard`]. h2 keeps the trailers of a request until its stream ends, even if
+//! An intake lives as long as its call, which holds a `RequestGuard`. h2 keeps the trailers of a request until its stream ends, even if
 //! the body was dropped. So what follows an error, and what a call does not read, is received and dropped.
 
 use std::{
