@@ -39,6 +39,8 @@ lint:
 	cargo clippy --locked --all-targets --all-features -- -D warnings
 	# The shipped configuration: without the feature `testing` of the libraries, which the tests enable.
 	cargo check --locked --bin sds-agent
+	# The lock file of the fuzz targets, which are not part of the workspace.
+	cargo metadata --locked --format-version 1 --manifest-path fuzz/Cargo.toml >/dev/null
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --quiet
 	tests/prose/prose.py --self-test
 	tests/prose/prose.py

@@ -1,6 +1,6 @@
 //! The files and ports that an agent with a configuration uses, for its [confinement](crate::process::confinement).
 
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use crate::{
     config::{Attestation, Config, Env, IssuerConfig, TrustSource},
@@ -24,9 +24,7 @@ pub fn access(config: &Config, file: Option<&Path>, env: Env<'_>) -> Access {
         TrustSource::File { path } => Some(path.clone()),
         TrustSource::ConfigMap { .. } => None,
     };
-    // The directory, because a file of a ConfigMap's volume is replaced with its directory.
-    let directory = |path: PathBuf| path.parent().map_or_else(|| path.clone(), Path::to_owned);
-    let files = sources.filter_map(of_source).chain(file.map(Path::to_owned)).map(directory);
+    let files = sources.filter_map(of_source).chain(file.map(Path::to_owned)).map(|path| directory_of(&path));
     let uses_kubernetes = config.attestation == Attestation::Kubernetes
         || config.issuers.values().any(|issuer| matches!(issuer, IssuerConfig::CertManager { .. }))
         || config.trust_sources.iter().chain(config.federated.values()).any(|source| matches!(source, TrustSource::ConfigMap { .. }));
@@ -40,25 +38,59 @@ pub fn access(config: &Config, file: Option<&Path>, env: Env<'_>) -> Access {
     }
 }
 
+/// Returns the directory in which the way to `file` can change. It is that of the first link, because the files of a volume are replaced by
+/// a link to another directory. If a part of the way is missing, it is the nearest existing directory.
+fn directory_of(file: &Path) -> PathBuf {
+    let mut directory = if file.is_absolute() { PathBuf::from("/") } else { PathBuf::from(".") };
+    for part in file.components().filter(|part| !matches!(part, Component::RootDir | Component::CurDir)) {
+        let next = directory.join(part);
+        if next.is_symlink() || !next.is_dir() {
+            return directory;
+        }
+        directory = next;
+    }
+    directory
+}
+
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::symlink;
+
     use super::*;
+
+    /// As the kubelet lays out a volume with a file in a directory.
+    #[test]
+    fn a_directory_that_is_replaced_by_a_link_is_read_from_its_parent() {
+        let dir = tempfile::tempdir().unwrap();
+        let place = dir.path().canonicalize().unwrap();
+        std::fs::create_dir_all(place.join("..one/sub")).unwrap();
+        std::fs::write(place.join("..one/sub/ca.pem"), "").unwrap();
+        symlink("..one", place.join("..data")).unwrap();
+        symlink("..data/sub", place.join("sub")).unwrap();
+        std::fs::create_dir(place.join("plain")).unwrap();
+        for (file, expected) in
+            [("sub/ca.pem", &*place), ("..data/sub/ca.pem", &place), ("later/ca.pem", &place), ("plain/ca.pem", &place.join("plain"))]
+        {
+            assert_eq!(directory_of(&place.join(file)), expected, "{file}");
+        }
+        assert_eq!(directory_of(Path::new("agent.yaml")), Path::new("."));
+    }
 
     fn of(text: &str, variables: &[&str]) -> Access {
         let env = |name: &str| variables.contains(&name).then(|| "a".to_owned());
-        access(&Config::parse(text, &env).unwrap().config, Some(Path::new("/etc/sds-agent/config.yaml")), &env)
+        access(&Config::parse(text, &env).unwrap().config, Some(Path::new("/etc/config.yaml")), &env)
     }
 
     #[test]
     fn it_is_what_the_configuration_names() {
         let text = "issuer: { certManager: { issuerRef: { name: ca, kind: ClusterIssuer } } }\n\
                     sockets: { perPod: { enabled: true } }\n\
-                    trust: { sources: [ { file: /roots/ca.pem } ], federated: { b.example: { file: /other/ca.pem } } }\n\
+                    trust: { sources: [ { file: /usr/lib/ca.pem } ], federated: { b.example: { file: /proc/sys/ca.pem } } }\n\
                     probes: { address: '127.0.0.1:9' }\n";
         let in_cluster = of(text, &["NODE_NAME", "KUBERNETES_SERVICE_HOST"]);
         let paths = |paths: &[&str]| paths.iter().map(PathBuf::from).collect::<Vec<_>>();
         assert_eq!(in_cluster.sockets, paths(&["/run/sds-agent", "/run/sds-agent-pods"]));
-        assert_eq!(in_cluster.reads, Some(paths(&["/roots", "/other", "/etc/sds-agent", SERVICE_ACCOUNT])));
+        assert_eq!(in_cluster.reads, Some(paths(&["/usr/lib", "/proc/sys", "/etc", SERVICE_ACCOUNT])));
         assert_eq!((&in_cluster.ports[..], in_cluster.starts_programs), (&[15090, 15091, 9][..], false));
 
         let outside = of(text, &["NODE_NAME"]);

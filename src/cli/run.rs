@@ -8,6 +8,7 @@ use agent_runtime::{
 };
 use tokio::runtime::Builder;
 use tracing::warn;
+use unix_peer::listener;
 
 use super::{Exit, dev, output};
 use crate::{
@@ -78,6 +79,12 @@ pub fn start(loaded: &Loaded, file: Option<app::File>, style: Style, env: Env<'_
     // Hardening must precede the first additional thread, which is the log's, and the first key.
     let hardened = process::harden(loaded.config.lock_memory)?;
     let access = access(&loaded.config, file.as_ref().map(|file| &*file.path), env);
+    if loaded.config.confinement != Policy::Never {
+        // A confined process can make no directory. The step that needs the directory reports the error.
+        for directory in &access.sockets {
+            let _ = listener::make_directory(directory);
+        }
+    }
     let confined = confinement::confine(loaded.config.confinement, &access);
     if let (Policy::Always, Some((mechanism, outcome))) = (loaded.config.confinement, confined.missing()) {
         anyhow::bail!("confinement is always, but {mechanism} is not in force: {outcome}");

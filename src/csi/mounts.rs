@@ -203,10 +203,21 @@ impl Mounts {
         }
     }
 
-    /// Whether anything other than `leaf` is mounted on the target. `None` is a directory that does not exist.
-    pub fn has_other(&self, place: &Place, leaf: Option<(u64, u64)>) -> Result<bool, Error> {
-        let Some(parent) = self.parent(place)? else { return Ok(false) };
-        Ok(self.look(place, parent.as_fd(), leaf)? == Target::Other)
+    /// Unmounts the target if `leaf` is mounted on it, and removes the target then. Any other target stays: the agent has named the volume,
+    /// and could name that of another driver.
+    pub fn detach_own(&self, place: &Place, leaf: Option<(u64, u64)>) -> Result<(), Error> {
+        let path = self.path(place);
+        let Some(parent) = self.parent(place)? else { return Ok(()) };
+        match self.look(place, parent.as_fd(), leaf)? {
+            Target::Ours => {}
+            Target::Absent | Target::Plain => return Ok(()),
+            Target::Other => return Err(Error::Occupied { path, why: "has a mount that is not of this driver" }),
+        }
+        rustix::mount::unmount(&path, UnmountFlags::NOFOLLOW | UnmountFlags::DETACH).map_err(refused("unmount", &path))?;
+        match rustix::fs::unlinkat(&parent, place.target().1, AtFlags::REMOVEDIR) {
+            Ok(()) | Err(Errno::NOENT | Errno::NOTEMPTY | Errno::EXIST | Errno::BUSY) => Ok(()),
+            Err(error) => Err(refused("remove", &path)(error)),
+        }
     }
 
     fn path(&self, place: &Place) -> PathBuf {

@@ -8,6 +8,7 @@
 
 use std::{
     collections::{HashMap, HashSet},
+    future::Future,
     sync::Arc,
 };
 
@@ -32,6 +33,9 @@ use crate::per_pod::{
 /// The log target of this module.
 const LOG_TARGET: &str = "sds_agent::csi::volumes";
 
+/// Maximum number of unknown entries of the directory that are logged at the start.
+const MAX_STRAYS: usize = 10;
+
 /// A volume cannot be published or unpublished.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -44,9 +48,9 @@ pub enum Error {
     /// The volume is published for another pod or service account.
     #[error("the volume is published already, for another pod name, namespace or service account")]
     OtherClaim,
-    /// The target of a volume has another mount.
-    #[error("the target has a mount that is not of this driver")]
-    OtherMount,
+    /// Another call for the volume is in progress. The kubelet repeats the call.
+    #[error("another call for this volume is in progress")]
+    InProgress,
     /// The agent refuses to serve the socket.
     #[error("{1}")]
     Refused(Code, String),
@@ -61,10 +65,11 @@ impl From<Error> for Status {
         match error {
             Error::Directory(directory::Error::OtherSocket(_)) | Error::OtherClaim => Self::already_exists(text),
             Error::Directory(directory::Error::Unsafe { .. })
-            | Error::Mount(mounts::Error::NoParent(_) | mounts::Error::Occupied { .. })
-            | Error::OtherMount => Self::failed_precondition(text),
+            | Error::Mount(mounts::Error::NoParent(_) | mounts::Error::Occupied { .. }) => Self::failed_precondition(text),
             Error::Directory(directory::Error::Io { .. }) | Error::Mount(mounts::Error::Io { .. }) => Self::internal(text),
             Error::Refused(code, text) => Self::new(code, text),
+            // The code of CSI for this case.
+            Error::InProgress => Self::aborted(text),
             Error::Ending => Self::unavailable(text),
         }
     }
@@ -95,8 +100,19 @@ struct Files {
 struct Book {
     /// Volumes that this process has published, and for which pods.
     published: HashMap<Place, Claim>,
+    /// Volumes with a call in progress.
+    in_progress: HashSet<Place>,
     /// Volumes of an earlier process, which the kubelet has neither published again nor unpublished since.
     inherited: HashSet<Place>,
+}
+
+/// Ends the call for a volume when dropped.
+struct InProgress(Arc<Shared>, Place);
+
+impl Drop for InProgress {
+    fn drop(&mut self) {
+        self.0.book.lock().in_progress.remove(&self.1);
+    }
 }
 
 impl Volumes {
@@ -111,13 +127,18 @@ impl Volumes {
         mounts.prepare()?;
         mounts.check_propagation();
         let Scan { found, strays, empty } = root.scan()?;
-        for stray in strays {
-            warn!(target: LOG_TARGET, cause = %stray, "not a socket's directory");
+        let more = strays.len().saturating_sub(MAX_STRAYS);
+        for stray in strays.iter().take(MAX_STRAYS) {
+            warn!(target: LOG_TARGET, cause = %stray, more, "not a socket's directory");
         }
         // An interrupted publish left the pod's directory empty.
         empty.iter().for_each(|uid| root.remove_pod(uid));
         root.remove_former_view();
-        let book = Book { published: HashMap::new(), inherited: found.into_iter().map(|found| found.place).collect() };
+        let book = Book {
+            published: HashMap::new(),
+            in_progress: HashSet::new(),
+            inherited: found.into_iter().map(|found| found.place).collect(),
+        };
         metrics.published(book.inherited.len());
         let agent = Agent::new(config.helper_socket(), config.wait_for_certificate);
         let turn = Arc::new(Semaphore::new(1));
@@ -146,6 +167,24 @@ impl Volumes {
     ///
     /// See [`Error`]. A volume that was not published before is removed again.
     pub async fn publish(&self, volume: Volume) -> Result<(), Error> {
+        let volumes = self.clone();
+        self.alone(volume.place.clone(), async move { volumes.publish_alone(volume).await }).await
+    }
+
+    /// Runs the only call for a volume. It completes, even if this future is dropped.
+    async fn alone(&self, place: Place, call: impl Future<Output = Result<(), Error>> + Send + 'static) -> Result<(), Error> {
+        if !self.0.book.lock().in_progress.insert(place.clone()) {
+            return Err(Error::InProgress);
+        }
+        let in_progress = InProgress(self.0.clone(), place);
+        let done = tokio::spawn(async move {
+            let _in_progress = in_progress;
+            call.await
+        });
+        done.await.map_err(|_| Error::Ending)?
+    }
+
+    async fn publish_alone(&self, volume: Volume) -> Result<(), Error> {
         let known = self.0.book.lock().published.get(&volume.place).cloned();
         if known.as_ref().is_some_and(|claim| *claim != volume.claim) {
             return Err(Error::OtherClaim);
@@ -216,7 +255,8 @@ impl Volumes {
     ///
     /// See [`Error`].
     pub async fn unpublish(&self, place: Place) -> Result<(), Error> {
-        self.remove(place, false).await
+        let volumes = self.clone();
+        self.alone(place.clone(), async move { volumes.remove(place, false).await }).await
     }
 
     /// Unpublishes a volume whose pod has ended, according to the agent. A mount that is not of this driver stays, because the agent could
@@ -226,7 +266,8 @@ impl Volumes {
     ///
     /// See [`Error`].
     pub async fn unpublish_ended(&self, place: Place) -> Result<(), Error> {
-        self.remove(place, true).await
+        let volumes = self.clone();
+        self.alone(place.clone(), async move { volumes.remove(place, true).await }).await
     }
 
     async fn remove(&self, place: Place, only_own: bool) -> Result<(), Error> {
@@ -234,10 +275,10 @@ impl Volumes {
         self.0.agent.withdraw(&place).await;
         let asked = place.clone();
         let removed = self.in_turn(move |files| {
-            if only_own && files.mounts.has_other(&asked, files.root.find_any(&asked)?)? {
-                return Err(Error::OtherMount);
+            match only_own.then(|| files.root.find_any(&asked)).transpose()? {
+                None => files.mounts.detach(&asked)?,
+                Some(leaf) => files.mounts.detach_own(&asked, leaf)?,
             }
-            files.mounts.detach(&asked)?;
             match files.root.remove(&asked) {
                 // The volume is neither mounted nor served, so the pod's end must not wait for a directory that is not the driver's.
                 Err(cause @ directory::Error::Unsafe { .. }) => Ok(Some(cause)),

@@ -7,6 +7,7 @@
 //! created or can change.
 
 use std::{
+    collections::HashSet,
     ffi::OsStr,
     io,
     os::{
@@ -32,6 +33,10 @@ const FORMER_VIEW: &str = ".view";
 const SEPARATOR: char = '+';
 /// Maximum number of entries of a directory. A node has fewer pods, and a directory with more is not read.
 const MAX_ENTRIES: usize = 16_384;
+/// Maximum number of directories of one volume that are removed at once. There is one, unless something else has made more.
+const MAX_LEAVES: usize = 4;
+/// Maximum number of attempts to remove a directory in which sockets change.
+const MAX_REMOVALS: usize = 5;
 const ROOT_ONLY: RawMode = 0o700;
 const ENTERED_BY_ALL: RawMode = 0o755;
 const WRITTEN_BY_OTHERS: RawMode = 0o022;
@@ -198,6 +203,10 @@ impl Root {
     pub fn scan(&self) -> Result<Scan, Error> {
         let mut scan = Scan::default();
         for uid in entries(self.fd.as_fd(), &self.path)?.into_iter().filter(|name| name != FORMER_VIEW && !is_helper_socket(name)) {
+            if scan.found.len() + scan.strays.len() + scan.empty.len() > MAX_ENTRIES {
+                scan.strays.push(stray(self.path.clone(), &format!("has more than {MAX_ENTRIES} entries in its directories")));
+                break;
+            }
             let path = self.path.join(&uid);
             match self.scan_pod(&uid) {
                 Ok((volumes, others)) if volumes.is_empty() && others.is_empty() => scan.empty.push(uid),
@@ -219,14 +228,14 @@ impl Root {
             return Err(stray(path, "is not named by the UID of a pod"));
         }
         let pod = self.enter_own(uid)?;
-        let (mut found, mut strays) = (Vec::<Found>::new(), Vec::new());
+        let (mut found, mut strays, mut volumes) = (Vec::<Found>::new(), Vec::new(), HashSet::new());
         for name in entries(pod.as_fd(), &path)? {
             let path = path.join(&name);
             let Some((volume, socket)) = parse(&name) else {
                 strays.push(stray(path, "is not named by a volume"));
                 continue;
             };
-            if found.iter().any(|other| *other.place.volume == *volume) {
+            if !volumes.insert(volume.to_owned()) {
                 strays.push(stray(path, "is a second directory of its volume"));
                 continue;
             }
@@ -247,10 +256,13 @@ impl Root {
             Err(error) if error.is_missing() => return Ok(()),
             pod => pod?,
         };
-        for name in entries(pod.as_fd(), &path)? {
-            if parse(&name).is_some_and(|(volume, _)| *volume == *place.volume) {
-                remove_leaf(pod.as_fd(), &name, &path.join(&name))?;
-            }
+        let names = entries(pod.as_fd(), &path)?;
+        let own: Vec<_> = names.iter().filter(|name| parse(name).is_some_and(|(volume, _)| *volume == *place.volume)).collect();
+        if own.len() > MAX_LEAVES {
+            return Err(stray(path, &format!("has more than {MAX_LEAVES} directories of one volume")));
+        }
+        for name in own {
+            remove_leaf(pod.as_fd(), name, &path.join(name))?;
         }
         drop(pod);
         self.remove_pod(&place.uid);
@@ -301,22 +313,39 @@ pub fn clear_unfinished(path: &Path) -> Result<(), Error> {
 }
 
 fn remove_leaf(pod: BorrowedFd<'_>, name: &str, path: &Path) -> Result<(), Error> {
-    let leaf = enter(pod, OsStr::new(name), path)?;
-    own(&rustix::fs::fstat(&leaf).map_err(refused("look at", path))?, path)?;
-    for file in entries(leaf.as_fd(), path)? {
-        remove_socket(leaf.as_fd(), &file, path)?;
+    for _ in 0..MAX_REMOVALS {
+        let leaf = match enter(pod, OsStr::new(name), path) {
+            Err(error) if error.is_missing() => return Ok(()),
+            leaf => leaf?,
+        };
+        own(&rustix::fs::fstat(&leaf).map_err(refused("look at", path))?, path)?;
+        for file in entries(leaf.as_fd(), path)? {
+            remove_socket(leaf.as_fd(), &file, path)?;
+        }
+        drop(leaf);
+        match rustix::fs::unlinkat(pod, name, AtFlags::REMOVEDIR) {
+            Ok(()) | Err(Errno::NOENT) => return Ok(()),
+            // The agent has renamed a socket in it meanwhile, or has made another one.
+            Err(Errno::NOTEMPTY | Errno::EXIST) => {}
+            Err(error) => return Err(refused("remove", path)(error)),
+        }
     }
-    drop(leaf);
-    rustix::fs::unlinkat(pod, name, AtFlags::REMOVEDIR).map_err(refused("remove", path))
+    Err(stray(path.to_owned(), "is in use"))
 }
 
 fn remove_socket(leaf: BorrowedFd<'_>, name: &str, path: &Path) -> Result<(), Error> {
     let path = path.join(name);
-    let stat = rustix::fs::statat(leaf, name, AtFlags::SYMLINK_NOFOLLOW).map_err(refused("look at", &path))?;
+    let stat = match rustix::fs::statat(leaf, name, AtFlags::SYMLINK_NOFOLLOW) {
+        Err(Errno::NOENT) => return Ok(()),
+        stat => stat.map_err(refused("look at", &path))?,
+    };
     if FileType::from_raw_mode(stat.st_mode) != FileType::Socket {
         return Err(stray(path, "is no socket"));
     }
-    rustix::fs::unlinkat(leaf, name, AtFlags::empty()).map_err(refused("remove", &path))
+    match rustix::fs::unlinkat(leaf, name, AtFlags::empty()) {
+        Ok(()) | Err(Errno::NOENT) => Ok(()),
+        Err(error) => Err(refused("remove", &path)(error)),
+    }
 }
 
 /// Creates a directory with exactly this mode. Returns whether it was missing.

@@ -148,7 +148,11 @@ impl Sockets {
                 self.0.bind(&place, &socket, &leaf, None)
             });
             match bound {
-                Ok(_) => served += 1,
+                Ok(attestor) => {
+                    served += 1;
+                    // The attestor follows its pod from the first answer on, and no client may ever call.
+                    tokio::spawn(async move { drop(attestor.workload().await) });
+                }
                 Err(cause) => {
                     error!(target: LOG_TARGET, pod_uid = %place.uid, volume = %place.volume, %cause, "the socket of a pod cannot be served again");
                 }
@@ -287,9 +291,15 @@ impl Shared {
 async fn forget_ended(shared: Weak<Shared>, place: Place, attestor: Arc<MountAttestor>) {
     attestor.terminated().cancelled().await;
     let Some(shared) = shared.upgrade() else { return };
-    let is_same = shared.book().get(&place).is_some_and(|live| Arc::ptr_eq(&live.attestor, &attestor));
-    if is_same {
-        debug!(target: LOG_TARGET, pod_uid = %place.uid, volume = %place.volume, "the pod has ended");
-        shared.forget(&place);
-    }
+    let sockets = Sockets(shared);
+    let ended = sockets.in_turn(move |shared| {
+        // A socket that was served for the place since then stays: changes have their turn.
+        let is_same = shared.book().get(&place).is_some_and(|live| Arc::ptr_eq(&live.attestor, &attestor));
+        if is_same {
+            debug!(target: LOG_TARGET, pod_uid = %place.uid, volume = %place.volume, "the pod has ended");
+            shared.forget(&place);
+        }
+        Ok(())
+    });
+    let _ = ended.await;
 }

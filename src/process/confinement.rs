@@ -19,7 +19,9 @@ use landlock::{
     RulesetCreated, RulesetCreatedAttr, RulesetError, RulesetStatus, Scope,
 };
 use nix::libc::{self, c_long};
-use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
+#[cfg(target_arch = "x86_64")]
+use seccompiler::sock_filter;
+use seccompiler::{BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule};
 use tracing::{info, warn};
 
 /// The log target of this module.
@@ -39,7 +41,7 @@ const DENIED: &[c_long] = &[
     libc::SYS_process_vm_writev,
     libc::SYS_pidfd_getfd,
     libc::SYS_kcmp,
-    // Mounts and namespaces.
+    // Mounts and namespaces; see also `NEW_NAMESPACES`.
     libc::SYS_mount,
     libc::SYS_umount2,
     libc::SYS_move_mount,
@@ -63,7 +65,6 @@ const DENIED: &[c_long] = &[
     libc::SYS_finit_module,
     libc::SYS_delete_module,
     libc::SYS_kexec_load,
-    libc::SYS_kexec_file_load,
     libc::SYS_reboot,
     libc::SYS_swapon,
     libc::SYS_swapoff,
@@ -77,6 +78,10 @@ const DENIED: &[c_long] = &[
 ];
 /// System calls that start a program.
 const STARTS_PROGRAM: [c_long; 2] = [libc::SYS_execve, libc::SYS_execveat];
+
+/// The flags of `clone` that make a namespace: CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID and NEWNET. The flags of `clone3`
+/// are in memory, which a filter cannot read.
+const NEW_NAMESPACES: [u64; 7] = [0x0002_0000, 0x0200_0000, 0x0400_0000, 0x0800_0000, 0x1000_0000, 0x2000_0000, 0x4000_0000];
 
 /// `confinement`: whether the process is confined.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -92,7 +97,7 @@ pub enum Policy {
 /// The rights of a confined process.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Access {
-    /// Directories below which sockets are made and removed. A missing directory may be made.
+    /// Directories below which sockets are made and removed. They must exist.
     pub sockets: Vec<PathBuf>,
     /// Files and directories that are read, with everything below them. Missing ones are left out. `None`: every file.
     pub reads: Option<Vec<PathBuf>>,
@@ -193,10 +198,12 @@ fn landlock(access: &Access) -> Result<Outcome, RulesetError> {
     let everything = [PathBuf::from("/")];
     let named = access.reads.as_deref().unwrap_or(&everything);
     let of_libraries = OF_LIBRARIES.map(PathBuf::from);
-    let mut handled = AccessFs::from_all(NEWEST);
-    if access.starts_programs {
-        handled.remove(AccessFs::Execute);
-    }
+    // A program that gets a token may write files, such as a cache.
+    let handled = if access.starts_programs {
+        AccessFs::MakeSock | AccessFs::MakeBlock | AccessFs::MakeChar | reads
+    } else {
+        AccessFs::from_all(NEWEST)
+    };
     let mut rules = Ruleset::default()
         .set_compatibility(CompatLevel::BestEffort)
         .handle_access(handled)?
@@ -207,12 +214,7 @@ fn landlock(access: &Access) -> Result<Outcome, RulesetError> {
         rules = allow(rules, path, reads)?;
     }
     for directory in &access.sockets {
-        let sockets = AccessFs::MakeSock | AccessFs::RemoveFile | reads;
-        rules = match existing(directory) {
-            Some(found) if found == directory => allow(rules, found, sockets)?,
-            Some(found) => allow(rules, found, sockets | AccessFs::MakeDir)?,
-            None => rules,
-        };
+        rules = allow(rules, directory, (AccessFs::MakeSock | AccessFs::RemoveFile | reads) & handled)?;
     }
     for port in &access.ports {
         rules = rules.add_rule(NetPort::new(*port, AccessNet::BindTcp))?;
@@ -231,17 +233,38 @@ fn allow(rules: RulesetCreated, path: &Path, rights: BitFlags<AccessFs>) -> Resu
     rules.add_rule(PathBeneath::new(opened, rights))
 }
 
-/// The directory itself, or the nearest one above it that exists.
-fn existing(directory: &Path) -> Option<&Path> {
-    directory.ancestors().find(|path| path.is_dir())
-}
-
 fn seccomp(access: &Access) -> Result<Outcome, seccompiler::Error> {
     let programs = if access.starts_programs { &[][..] } else { &STARTS_PROGRAM[..] };
-    let denied: BTreeMap<_, _> = DENIED.iter().chain(programs).map(|call| (*call, Vec::new())).collect();
+    let mut denied: BTreeMap<_, _> = DENIED.iter().chain(programs).map(|call| (*call, Vec::new())).collect();
+    let makes = |flag: &u64| {
+        let is_set = SeccompCondition::new(0, SeccompCmpArgLen::Qword, SeccompCmpOp::MaskedEq(*flag), *flag)?;
+        SeccompRule::new(vec![is_set])
+    };
+    let namespaces = NEW_NAMESPACES.iter().map(makes).collect::<Result<Vec<_>, seccompiler::BackendError>>();
+    denied.insert(libc::SYS_clone, namespaces.map_err(seccompiler::Error::Backend)?);
     let Ok(architecture) = std::env::consts::ARCH.try_into() else { return Ok(Outcome::No(NotConfined::Unavailable)) };
     let eperm = SeccompAction::Errno(libc::EPERM.unsigned_abs());
-    let filter: BpfProgram = SeccompFilter::new(denied, SeccompAction::Allow, eperm, architecture)?.try_into()?;
+    let mut filter: BpfProgram = SeccompFilter::new(denied, SeccompAction::Allow, eperm, architecture)?.try_into()?;
+    deny_x32(&mut filter);
     seccompiler::apply_filter(&filter)?;
     Ok(Outcome::InForce)
 }
+
+/// Denies the calls of the x32 ABI, whose numbers have bit 30 set. The kernel reports them as calls of x86-64, so they would pass a filter
+/// that lists numbers.
+#[cfg(target_arch = "x86_64")]
+fn deny_x32(filter: &mut BpfProgram) {
+    /// After the check of the architecture: load it, compare it, kill.
+    const AT: usize = 3;
+    const LOAD: u16 = 0x20;
+    let load_number = sock_filter { code: LOAD, jt: 0, jf: 0, k: 0 };
+    let skip_unless_x32 = sock_filter { code: 0x35, jt: 0, jf: 1, k: 0x4000_0000 };
+    let eperm = sock_filter { code: 0x06, jt: 0, jf: 0, k: 0x0005_0000 | libc::EPERM.unsigned_abs() };
+    // Jumps are relative, and none leads over this place.
+    if filter.get(AT).is_some_and(|next| next.code == LOAD && next.k == 0) {
+        filter.splice(AT..AT, [load_number, skip_unless_x32, eperm]);
+    }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn deny_x32(_: &mut BpfProgram) {}

@@ -144,6 +144,8 @@ fn child_is_confined() {
     assert!(status.contains("NoNewPrivs:\t1") && status.contains("Seccomp:\t2"), "{status}");
     let attempts = || {
         assert!(is_denied(Command::new("/bin/true").status()), "a program starts");
+        // Threads start by clone3, or clone without new namespaces.
+        std::thread::spawn(|| ()).join().unwrap();
         UnixListener::bind(sockets.join("pod/socket")).unwrap();
         fs::rename(sockets.join("pod/socket"), sockets.join("pod/renamed")).unwrap();
         fs::remove_file(sockets.join("pod/renamed")).unwrap();

@@ -168,7 +168,12 @@ impl Drop for Prepared {
     }
 }
 
-fn make_directory(directory: &Path) -> rustix::io::Result<()> {
+/// Creates `directory`, and missing directories above it, each with the mode 0755 before the umask. An existing one is not an error.
+///
+/// # Errors
+///
+/// The kernel's error of the directory that cannot be created.
+pub fn make_directory(directory: &Path) -> rustix::io::Result<()> {
     let mode = Mode::from_raw_mode(0o755);
     match rustix::fs::mkdir(directory, mode) {
         Ok(()) | Err(rustix::io::Errno::EXIST) => Ok(()),
