@@ -63,7 +63,7 @@ def merge(program, target, found):
         for path in named:
             shutil.copy(path, least)
         # By edges alone: inputs that differ in the number of passes would be thousands of files.
-        command = [program, "-merge=1", "-use_counters=0", str(least), str(corpus), str(found)]
+        command = [program, "-set_cover_merge=1", "-use_counters=0", str(least), str(corpus), str(found)]
         subprocess.run(command, check=True, capture_output=True)
         for path in corpus.iterdir():
             if path not in named:
