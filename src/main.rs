@@ -28,7 +28,7 @@ fn main() -> ExitCode {
             Err(exit) => exit.into(),
         },
         Command::MountHelper(args) => match args.load(env) {
-            Ok(loaded) => told(cli::mount_helper::start(&loaded, env)),
+            Ok(ready) => told(cli::mount_helper::start(ready, env)),
             Err(exit) => exit.into(),
         },
         Command::Fetch(args) => block_on(Builder::new_current_thread(), async { Ok(cli::fetch::fetch(args, env).await.into()) }),

@@ -9,6 +9,7 @@ pub mod directory;
 pub mod interface;
 pub(crate) mod log;
 pub mod root_socket;
+pub mod turns;
 pub mod volume;
 
 /// The name of the agent's socket for the mount helper. It is not a valid pod UID.

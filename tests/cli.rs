@@ -10,6 +10,8 @@
 
 use std::{fs, process::Command};
 
+#[path = "cli/confined.rs"]
+mod confined;
 #[path = "cli/flooded_probes.rs"]
 mod flooded_probes;
 #[path = "cli/stalled_reader.rs"]

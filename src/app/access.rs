@@ -15,41 +15,45 @@ const KUBECONFIG: &str = "KUBECONFIG";
 
 /// Returns what an agent with this configuration needs. `file` is the path of the configuration.
 ///
-/// A kubeconfig can name any file, and a program that gets a token. So an agent that uses one can read every file and start programs.
+/// A kubeconfig can name any file, and a program that gets a token. So an agent that uses one can read every file and start programs. An
+/// agent with a file that a link puts into another directory can read every file too, because the link can change.
 pub fn access(config: &Config, file: Option<&Path>, env: Env<'_>) -> Access {
     let shared = config.shared_socket.as_ref().and_then(|socket| socket.path.parent());
     let per_pod = config.per_pod.as_ref().map(|per_pod| &*per_pod.directory);
-    let sources = config.trust_sources.iter().chain(config.federated.values());
+    let sources = || config.trust_sources.iter().chain(config.federated.values());
     let of_source = |source: &TrustSource| match source {
         TrustSource::File { path } => Some(path.clone()),
         TrustSource::ConfigMap { .. } => None,
     };
-    let files = sources.filter_map(of_source).chain(file.map(Path::to_owned)).map(|path| directory_of(&path));
+    let files = sources().filter_map(of_source).chain(file.map(Path::to_owned));
+    let directories: Option<Vec<_>> = files.map(|path| directory_of(&path)).chain([Some(SERVICE_ACCOUNT.into())]).collect();
     let uses_kubernetes = config.attestation == Attestation::Kubernetes
         || config.issuers.values().any(|issuer| matches!(issuer, IssuerConfig::CertManager { .. }))
-        || config.trust_sources.iter().chain(config.federated.values()).any(|source| matches!(source, TrustSource::ConfigMap { .. }));
+        || sources().any(|source| matches!(source, TrustSource::ConfigMap { .. }));
     let is_in_cluster = env(IN_CLUSTER).is_some() && env(KUBECONFIG).is_none();
     let uses_kubeconfig = uses_kubernetes && !is_in_cluster;
     Access {
         sockets: shared.into_iter().chain(per_pod).map(Path::to_owned).collect(),
-        reads: (!uses_kubeconfig).then(|| files.chain([SERVICE_ACCOUNT.into()]).collect()),
+        reads: directories.filter(|_| !uses_kubeconfig),
         ports: [config.admin, config.metrics, config.probes].map(|address| address.port()).to_vec(),
         starts_programs: uses_kubeconfig,
     }
 }
 
 /// Returns the directory in which the way to `file` can change. It is that of the first link, because the files of a volume are replaced by
-/// a link to another directory. If a part of the way is missing, it is the nearest existing directory.
-fn directory_of(file: &Path) -> PathBuf {
+/// a link to another directory. If a part of the way is missing, it is the nearest existing directory. Returns `None` if a link leads out of
+/// this directory.
+fn directory_of(file: &Path) -> Option<PathBuf> {
     let mut directory = if file.is_absolute() { PathBuf::from("/") } else { PathBuf::from(".") };
     for part in file.components().filter(|part| !matches!(part, Component::RootDir | Component::CurDir)) {
         let next = directory.join(part);
         if next.is_symlink() || !next.is_dir() {
-            return directory;
+            break;
         }
         directory = next;
     }
-    directory
+    let leads_out = file.canonicalize().is_ok_and(|file| directory.canonicalize().is_ok_and(|directory| !file.starts_with(directory)));
+    (!leads_out).then_some(directory)
 }
 
 #[cfg(test)]
@@ -71,9 +75,16 @@ mod tests {
         for (file, expected) in
             [("sub/ca.pem", &*place), ("..data/sub/ca.pem", &place), ("later/ca.pem", &place), ("plain/ca.pem", &place.join("plain"))]
         {
-            assert_eq!(directory_of(&place.join(file)), expected, "{file}");
+            assert_eq!(directory_of(&place.join(file)).as_deref(), Some(expected), "{file}");
         }
-        assert_eq!(directory_of(Path::new("agent.yaml")), Path::new("."));
+        assert_eq!(directory_of(Path::new("agent.yaml")).as_deref(), Some(Path::new(".")));
+        // The next link could lead anywhere.
+        for (link, target) in [("plain/out.pem", "..one/sub/ca.pem"), ("plain/out", "..one/sub")] {
+            symlink(place.join(target), place.join(link)).unwrap();
+        }
+        for file in ["plain/out.pem", "plain/out/ca.pem"] {
+            assert_eq!(directory_of(&place.join(file)), None, "{file}");
+        }
     }
 
     fn of(text: &str, variables: &[&str]) -> Access {

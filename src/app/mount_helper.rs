@@ -10,7 +10,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, info};
 
 use super::Base;
-use crate::{admin, config::Config, csi};
+use crate::{admin, config::Config, csi, per_pod::PerPod};
 
 /// The log target of this module.
 const LOG_TARGET: &str = "sds_agent::app::mount_helper";
@@ -27,16 +27,13 @@ pub struct BoundMountHelper {
     start: readiness::Guard,
 }
 
-/// Opens the sockets of the mount helper that `config` describes.
+/// Opens the sockets of the mount helper that `config` describes. `per_pod` is its section `sockets.perPod`.
 ///
 /// # Errors
 ///
-/// Per-pod sockets are not enabled, or a socket or an address cannot be bound.
-pub fn build_mount_helper(config: &Config, base: Base) -> anyhow::Result<BoundMountHelper> {
+/// A socket or an address cannot be bound.
+pub fn build_mount_helper(config: &Config, per_pod: PerPod, base: Base) -> anyhow::Result<BoundMountHelper> {
     let Base { mut exposition, readiness, shutdown, start, .. } = base;
-    let Some(per_pod) = config.per_pod.clone() else {
-        anyhow::bail!("sockets.perPod.enabled is false: the mount helper is only for sockets of pods");
-    };
     let listeners = admin::Listeners::of_mount_helper(&config.mount_helper)?;
     let registry = exposition.registry();
     let http_metrics = admin::Metrics::register(registry);

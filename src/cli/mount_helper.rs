@@ -8,10 +8,14 @@ use agent_runtime::{
 };
 use tracing::warn;
 
-use super::{Exit, output, run::serve};
+use super::{
+    Exit,
+    run::{refuse, serve},
+};
 use crate::{
     app::{self, Base},
     config::{Config, Env, Loaded},
+    per_pod::PerPod,
     process::{self, LockMemory},
 };
 
@@ -44,21 +48,27 @@ configuration.";
 
 impl Args {
     /// Reads the configuration. Errors are already printed when this returns an exit code.
-    pub fn load(&self, env: Env<'_>) -> Result<Loaded, Exit> {
-        let refuse = |why: &dyn std::fmt::Display| {
-            output::complain(format_args!("{} cannot be used:\n{why}", self.config.display()));
-            Exit::Usage
-        };
-        let loaded = Config::load(&self.config, env).map_err(|errors| refuse(&errors))?;
-        if loaded.config.per_pod.is_none() {
-            return Err(refuse(&"sockets.perPod.enabled: false, and the mount helper is only for sockets of pods; set it to true"));
+    pub fn load(&self, env: Env<'_>) -> Result<Ready, Exit> {
+        let loaded = Config::load(&self.config, env).map_err(|errors| refuse(&self.config, errors))?;
+        match loaded.config.per_pod.clone() {
+            Some(per_pod) => Ok(Ready { loaded, per_pod }),
+            None => {
+                Err(refuse(&self.config, "sockets.perPod.enabled: false, and the mount helper is only for sockets of pods; set it to true"))
+            }
         }
-        Ok(loaded)
     }
 }
 
+/// A configuration with sockets of pods.
+#[derive(Debug)]
+pub struct Ready {
+    loaded: Loaded,
+    per_pod: PerPod,
+}
+
 /// Sets up the log, and runs the mount helper until a signal stops it.
-pub fn start(loaded: &Loaded, env: Env<'_>) -> anyhow::Result<ExitCode> {
+pub fn start(ready: Ready, env: Env<'_>) -> anyhow::Result<ExitCode> {
+    let Ready { loaded, per_pod } = ready;
     // It holds no keys, so its memory need not be locked.
     let hardened = process::harden(LockMemory::Never)?;
     let mut base = Base::new(Shutdown::new(loaded.config.drain));
@@ -71,7 +81,7 @@ pub fn start(loaded: &Loaded, env: Env<'_>) -> anyhow::Result<ExitCode> {
     let signals = log.clone();
     let work = async move {
         base.shutdown.follow_signals(move || signals.end())?;
-        Ok(match app::build_mount_helper(&loaded.config, base)?.run().await? {
+        Ok(match app::build_mount_helper(&loaded.config, per_pod, base)?.run().await? {
             Drained::Complete | Drained::TimedOut { .. } => ExitCode::SUCCESS,
             Drained::Aborted => Exit::Failed.into(),
         })

@@ -1,6 +1,11 @@
 //! `sds-agent run`: starts the agent on a node. `dev` starts its agent here too.
 
-use std::{path::PathBuf, process::ExitCode, thread};
+use std::{
+    fmt::Display,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    thread,
+};
 
 use agent_runtime::{
     shutdown::{Drained, Shutdown},
@@ -58,11 +63,14 @@ configuration.";
 impl Args {
     /// Reads the configuration. Errors are already printed when this returns an exit code.
     pub fn load(&self, env: Env<'_>) -> Result<Loaded, Exit> {
-        Config::load(&self.config, env).map_err(|errors| {
-            output::complain(format_args!("{} cannot be used:\n{errors}", self.config.display()));
-            Exit::Usage
-        })
+        Config::load(&self.config, env).map_err(|errors| refuse(&self.config, errors))
     }
+}
+
+/// Prints why a configuration cannot be used.
+pub(super) fn refuse(config: &Path, why: impl Display) -> Exit {
+    output::complain(format_args!("{} cannot be used:\n{why}", config.display()));
+    Exit::Usage
 }
 
 /// The form of the log and of the greeting.

@@ -107,17 +107,17 @@ impl Mounts {
     /// Mounts the view, if it is not mounted yet.
     pub fn prepare(&self) -> Result<(), Error> {
         let view = &self.view;
+        let source = open(CWD, &self.directory).map_err(refused("open", &self.directory))?;
+        let id = identity(source.as_fd(), &self.directory)?;
+        if is_view(view, id)? {
+            return Ok(());
+        }
         let ways: Vec<_> = view.ancestors().take_while(|way| *way != self.kubelet).collect();
         for directory in ways.into_iter().rev() {
             match rustix::fs::mkdir(directory, Mode::from_raw_mode(VIEW_MODE)) {
                 Ok(()) | Err(Errno::EXIST) => {}
                 Err(error) => return Err(refused("make", directory)(error)),
             }
-        }
-        let source = open(CWD, &self.directory).map_err(refused("open", &self.directory))?;
-        let id = identity(source.as_fd(), &self.directory)?;
-        if is_view(view, id)? {
-            return Ok(());
         }
         // The mount is another one, or is writable because a process was killed between the two steps below.
         unmount_all(view)?;
@@ -196,11 +196,7 @@ impl Mounts {
         if self.look(place, parent.as_fd(), None)? != Target::Absent {
             unmount_all(&path)?;
         }
-        match rustix::fs::unlinkat(&parent, place.target().1, AtFlags::REMOVEDIR) {
-            // The driver does not remove files that were in the target below the mount.
-            Ok(()) | Err(Errno::NOENT | Errno::NOTEMPTY | Errno::EXIST) => Ok(()),
-            Err(error) => Err(refused("remove", &path)(error)),
-        }
+        remove_target(&parent, place).map_err(refused("remove", &path))
     }
 
     /// Unmounts the target if `leaf` is mounted on it, and removes the target then. Any other target stays: the agent has named the volume,
@@ -214,9 +210,10 @@ impl Mounts {
             Target::Other => return Err(Error::Occupied { path, why: "has a mount that is not of this driver" }),
         }
         rustix::mount::unmount(&path, UnmountFlags::NOFOLLOW | UnmountFlags::DETACH).map_err(refused("unmount", &path))?;
-        match rustix::fs::unlinkat(&parent, place.target().1, AtFlags::REMOVEDIR) {
-            Ok(()) | Err(Errno::NOENT | Errno::NOTEMPTY | Errno::EXIST | Errno::BUSY) => Ok(()),
-            Err(error) => Err(refused("remove", &path)(error)),
+        match remove_target(&parent, place) {
+            // Another mount was below.
+            Err(Errno::BUSY) => Ok(()),
+            removed => removed.map_err(refused("remove", &path)),
         }
     }
 
@@ -260,8 +257,19 @@ impl Mounts {
     }
 }
 
+/// Removes the directory of the target. The driver does not remove files that were in it below the mount.
+fn remove_target(parent: impl AsFd, place: &Place) -> rustix::io::Result<()> {
+    match rustix::fs::unlinkat(parent, place.target().1, AtFlags::REMOVEDIR) {
+        Ok(()) | Err(Errno::NOENT | Errno::NOTEMPTY | Errno::EXIST) => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
 fn is_view(view: &Path, id: (u64, u64)) -> Result<bool, Error> {
-    let fd = open(CWD, view).map_err(refused("open", view))?;
+    let fd = match open(CWD, view) {
+        Err(Errno::NOENT) => return Ok(false),
+        opened => opened.map_err(refused("open", view))?,
+    };
     Ok(is_mounted(fd.as_fd(), view)? && identity(fd.as_fd(), view)? == id && is_guarded(fd.as_fd(), view)?)
 }
 

@@ -14,7 +14,6 @@ use std::{
 
 use attest_kubernetes::mount::Claim;
 use parking_lot::Mutex;
-use tokio::sync::Semaphore;
 use tonic::{Code, Status};
 use tracing::{debug, info, warn};
 
@@ -27,6 +26,7 @@ use crate::per_pod::{
     PerPod,
     directory::{self, Root, Scan},
     log::{Cause, VolumeLog},
+    turns::Turns,
     volume::{Place, Volume},
 };
 
@@ -84,7 +84,7 @@ struct Shared {
     files: Files,
     agent: Agent,
     book: Mutex<Book>,
-    turn: Arc<Semaphore>,
+    turns: Turns,
     metrics: Metrics,
     log: VolumeLog,
 }
@@ -104,6 +104,13 @@ struct Book {
     in_progress: HashSet<Place>,
     /// Volumes of an earlier process, which the kubelet has neither published again nor unpublished since.
     inherited: HashSet<Place>,
+}
+
+impl Book {
+    /// The number of published volumes.
+    fn count(&self) -> usize {
+        self.published.len() + self.inherited.len()
+    }
 }
 
 /// Ends the call for a volume when dropped.
@@ -134,16 +141,11 @@ impl Volumes {
         // An interrupted publish left the pod's directory empty.
         empty.iter().for_each(|uid| root.remove_pod(uid));
         root.remove_former_view();
-        let book = Book {
-            published: HashMap::new(),
-            in_progress: HashSet::new(),
-            inherited: found.into_iter().map(|found| found.place).collect(),
-        };
-        metrics.published(book.inherited.len());
+        let book = Book { inherited: found.into_iter().map(|found| found.place).collect(), ..Book::default() };
+        metrics.published(book.count());
         let agent = Agent::new(config.helper_socket(), config.wait_for_certificate);
-        let turn = Arc::new(Semaphore::new(1));
-        let (files, book) = (Files { root, mounts }, Mutex::new(book));
-        Ok(Self(Arc::new(Shared { files, agent, book, turn, metrics, log: VolumeLog::default() })))
+        let (files, book, turns, log) = (Files { root, mounts }, Mutex::new(book), Turns::default(), VolumeLog::default());
+        Ok(Self(Arc::new(Shared { files, agent, book, turns, metrics, log })))
     }
 
     /// Limits the log lines about volumes.
@@ -168,11 +170,11 @@ impl Volumes {
     /// See [`Error`]. A volume that was not published before is removed again.
     pub async fn publish(&self, volume: Volume) -> Result<(), Error> {
         let volumes = self.clone();
-        self.alone(volume.place.clone(), async move { volumes.publish_alone(volume).await }).await
+        self.exclusive(volume.place.clone(), async move { volumes.publish_volume(volume).await }).await
     }
 
-    /// Runs the only call for a volume. It completes, even if this future is dropped.
-    async fn alone(&self, place: Place, call: impl Future<Output = Result<(), Error>> + Send + 'static) -> Result<(), Error> {
+    /// Runs `call`, unless another call for the volume is in progress. It completes, even if this future is dropped.
+    async fn exclusive(&self, place: Place, call: impl Future<Output = Result<(), Error>> + Send + 'static) -> Result<(), Error> {
         if !self.0.book.lock().in_progress.insert(place.clone()) {
             return Err(Error::InProgress);
         }
@@ -184,21 +186,22 @@ impl Volumes {
         done.await.map_err(|_| Error::Ending)?
     }
 
-    async fn publish_alone(&self, volume: Volume) -> Result<(), Error> {
+    async fn publish_volume(&self, volume: Volume) -> Result<(), Error> {
         let known = self.0.book.lock().published.get(&volume.place).cloned();
         if known.as_ref().is_some_and(|claim| *claim != volume.claim) {
             return Err(Error::OtherClaim);
         }
         let asked = volume.clone();
         let leaf = self.in_turn(move |files| Ok(files.root.make(&asked.place, &asked.socket)?)).await?;
-        let served = match self.0.agent.serve(&volume).await {
+        let unavailable = match self.0.agent.serve(&volume).await {
+            Ok(()) => None,
+            Err(NotServed::Unavailable(cause)) => Some(cause),
             Err(NotServed::Refused(code, cause)) => {
                 if leaf.is_new {
                     self.discard(&volume.place).await;
                 }
                 return Err(Error::Refused(code, cause));
             }
-            served => served,
         };
         let (asked, is_new) = (volume.place.clone(), leaf.is_new);
         if let Err(error) = self.in_turn(move |files| Ok(files.mounts.attach(&asked, &leaf)?)).await {
@@ -208,33 +211,28 @@ impl Volumes {
             }
             return Err(error);
         }
-        self.report(&volume, &served, known.is_none());
+        self.report(&volume, unavailable.as_deref(), known.is_none());
         let mut book = self.0.book.lock();
         book.inherited.remove(&volume.place);
         book.published.insert(volume.place, volume.claim);
-        self.0.metrics.published(book.published.len() + book.inherited.len());
+        self.0.metrics.published(book.count());
         Ok(())
     }
 
-    fn report(&self, volume: &Volume, served: &Result<(), NotServed>, is_new: bool) {
+    /// Logs and counts a published volume. `unavailable` is the cause if the agent does not serve it.
+    fn report(&self, volume: &Volume, unavailable: Option<&str>, is_new: bool) {
         let (pod, place) = (&volume.claim.pod, &volume.place);
-        match served {
-            Err(NotServed::Unavailable(cause) | NotServed::Refused(_, cause)) => {
-                self.0.metrics.agent_unavailable();
-                if let Some(left_out) = self.0.log.permit(Cause::NotServed(place.clone())) {
-                    warn!(
-                        target: LOG_TARGET, %pod, pod_uid = %place.uid, volume = %place.volume,
-                        cause, left_out,
-                        "volume published without a socket: the agent does not serve it yet"
-                    );
-                }
+        if let Some(cause) = unavailable {
+            self.0.metrics.agent_unavailable();
+            if let Some(left_out) = self.0.log.permit(Cause::NotServed(place.clone())) {
+                warn!(
+                    target: LOG_TARGET, %pod, pod_uid = %place.uid, volume = %place.volume,
+                    cause, left_out,
+                    "volume published without a socket: the agent does not serve it yet"
+                );
             }
-            Ok(()) if is_new => {
-                if let Some(left_out) = self.0.log.permit(Cause::Published(place.clone())) {
-                    info!(target: LOG_TARGET, %pod, pod_uid = %place.uid, volume = %place.volume, left_out, "volume published");
-                }
-            }
-            Ok(()) => {}
+        } else if is_new && let Some(left_out) = self.0.log.permit(Cause::Published(place.clone())) {
+            info!(target: LOG_TARGET, %pod, pod_uid = %place.uid, volume = %place.volume, left_out, "volume published");
         }
     }
 
@@ -256,7 +254,7 @@ impl Volumes {
     /// See [`Error`].
     pub async fn unpublish(&self, place: Place) -> Result<(), Error> {
         let volumes = self.clone();
-        self.alone(place.clone(), async move { volumes.remove(place, false).await }).await
+        self.exclusive(place.clone(), async move { volumes.remove(place, false).await }).await
     }
 
     /// Unpublishes a volume whose pod has ended, according to the agent. A mount that is not of this driver stays, because the agent could
@@ -267,7 +265,7 @@ impl Volumes {
     /// See [`Error`].
     pub async fn unpublish_ended(&self, place: Place) -> Result<(), Error> {
         let volumes = self.clone();
-        self.alone(place.clone(), async move { volumes.remove(place, true).await }).await
+        self.exclusive(place.clone(), async move { volumes.remove(place, true).await }).await
     }
 
     async fn remove(&self, place: Place, only_own: bool) -> Result<(), Error> {
@@ -275,9 +273,10 @@ impl Volumes {
         self.0.agent.withdraw(&place).await;
         let asked = place.clone();
         let removed = self.in_turn(move |files| {
-            match only_own.then(|| files.root.find_any(&asked)).transpose()? {
-                None => files.mounts.detach(&asked)?,
-                Some(leaf) => files.mounts.detach_own(&asked, leaf)?,
+            if only_own {
+                files.mounts.detach_own(&asked, files.root.find_any(&asked)?)?;
+            } else {
+                files.mounts.detach(&asked)?;
             }
             match files.root.remove(&asked) {
                 // The volume is neither mounted nor served, so the pod's end must not wait for a directory that is not the driver's.
@@ -289,7 +288,7 @@ impl Volumes {
         let was_known = {
             let mut book = self.0.book.lock();
             let was_known = book.published.remove(&place).is_some() | book.inherited.remove(&place);
-            self.0.metrics.published(book.published.len() + book.inherited.len());
+            self.0.metrics.published(book.count());
             was_known
         };
         let Place { uid, volume } = &place;
@@ -320,12 +319,7 @@ impl Volumes {
     }
 
     async fn in_turn<T: Send + 'static>(&self, change: impl FnOnce(&Files) -> Result<T, Error> + Send + 'static) -> Result<T, Error> {
-        let turn = self.0.turn.clone().acquire_owned().await.map_err(|_| Error::Ending)?;
         let shared = self.0.clone();
-        let done = tokio::task::spawn_blocking(move || {
-            let _turn = turn;
-            change(&shared.files)
-        });
-        done.await.map_err(|_| Error::Ending)?
+        self.0.turns.run(move || change(&shared.files)).await.ok_or(Error::Ending)?
     }
 }

@@ -159,15 +159,11 @@ impl Root {
     pub fn make(&self, place: &Place, socket: &str) -> Result<Leaf, Error> {
         let pod_path = self.path.join(&*place.uid);
         let made_pod = make(self.fd.as_fd(), OsStr::new(&*place.uid), &pod_path, ROOT_ONLY)?;
-        let made = self.make_in(&pod_path, place, socket);
+        let made = self.enter_own(&place.uid).and_then(|pod| leaf(&pod, &pod_path, place, socket, true));
         if made.is_err() && made_pod {
             self.remove_pod(&place.uid);
         }
         made
-    }
-
-    fn make_in(&self, pod_path: &Path, place: &Place, socket: &str) -> Result<Leaf, Error> {
-        leaf(&self.enter_own(&place.uid)?, pod_path, place, socket, true)
     }
 
     /// Returns the existing directory of `place`.
@@ -192,9 +188,7 @@ impl Root {
             pod => pod?,
         };
         let names = entries(pod.as_fd(), &path)?;
-        let Some(name) = names.iter().find(|name| parse(name).is_some_and(|(volume, _)| *volume == *place.volume)) else {
-            return Ok(None);
-        };
+        let Some((name, _)) = of_volume(&names, place).next() else { return Ok(None) };
         let stat = rustix::fs::fstat(enter(pod.as_fd(), OsStr::new(name), &path.join(name))?).map_err(refused("look at", &path))?;
         Ok(Some((stat.st_dev, stat.st_ino)))
     }
@@ -257,7 +251,7 @@ impl Root {
             pod => pod?,
         };
         let names = entries(pod.as_fd(), &path)?;
-        let own: Vec<_> = names.iter().filter(|name| parse(name).is_some_and(|(volume, _)| *volume == *place.volume)).collect();
+        let own: Vec<_> = of_volume(&names, place).map(|(name, _)| name).collect();
         if own.len() > MAX_LEAVES {
             return Err(stray(path, &format!("has more than {MAX_LEAVES} directories of one volume")));
         }
@@ -289,10 +283,9 @@ impl Root {
 
 /// The directory of a volume in that of its pod. A missing one is created if `makes`.
 fn leaf(pod: &OwnedFd, pod_path: &Path, place: &Place, socket: &str, makes: bool) -> Result<Leaf, Error> {
-    for (volume, other) in entries(pod.as_fd(), pod_path)?.iter().filter_map(|name| parse(name)) {
-        if *volume == *place.volume && other != socket {
-            return Err(Error::OtherSocket(other.into()));
-        }
+    let names = entries(pod.as_fd(), pod_path)?;
+    if let Some((_, other)) = of_volume(&names, place).find(|(_, other)| *other != socket) {
+        return Err(Error::OtherSocket(other.into()));
     }
     let name = entry(&place.volume, socket);
     let path = pod_path.join(&name);
@@ -424,6 +417,11 @@ fn stray(path: PathBuf, why: &str) -> Error {
 
 fn entry(volume: &str, socket: &str) -> String {
     if socket == DEFAULT_SOCKET { volume.to_owned() } else { format!("{volume}{SEPARATOR}{socket}") }
+}
+
+/// The names of the directories of a volume, each with that of its socket.
+fn of_volume<'a>(names: &'a [String], place: &Place) -> impl Iterator<Item = (&'a str, &'a str)> {
+    names.iter().filter_map(|name| parse(name).filter(|(volume, _)| **volume == *place.volume).map(|(_, socket)| (&**name, socket)))
 }
 
 fn parse(name: &str) -> Option<(&str, &str)> {

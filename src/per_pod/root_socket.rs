@@ -56,7 +56,7 @@ impl Server {
 
     /// Serves until `last`.
     pub async fn run(mut self, last: CancellationToken) {
-        info!(target: LOG_TARGET, socket = %self.path.display(), "serving a socket for root");
+        info!(target: LOG_TARGET, socket = %self.path.display(), "serving a root-only socket");
         let (mut look, mut offer_at) = (Instant::now() + LOOK, None);
         loop {
             let again = self.again.clone();
@@ -92,13 +92,13 @@ impl Server {
         match listener::bind_for(self.field, &self.path, MODE) {
             Ok(bound) => {
                 if let Some(left_out) = self.lines.permit("bound again", Instant::now()) {
-                    info!(target: LOG_TARGET, socket = %self.path.display(), left_out, "the socket for root is bound again");
+                    info!(target: LOG_TARGET, socket = %self.path.display(), left_out, "the root-only socket is bound again");
                 }
                 self.bound = bound;
             }
             Err(cause) => {
                 if let Some(left_out) = self.lines.permit("not bound", Instant::now()) {
-                    error!(target: LOG_TARGET, %cause, left_out, "cannot bind the socket for root again");
+                    error!(target: LOG_TARGET, %cause, left_out, "cannot bind the root-only socket again");
                 }
             }
         }

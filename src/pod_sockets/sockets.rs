@@ -16,7 +16,6 @@ use attest_kubernetes::{
 };
 use parking_lot::{Mutex, MutexGuard};
 use sds_server::{caller::Authenticator, session::Sessions};
-use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 use tracing::{debug, error, info};
@@ -28,6 +27,7 @@ use crate::{
         PerPod,
         directory::{self, Found, Leaf, Root},
         log::{Cause, VolumeLog},
+        turns::Turns,
         volume::{Place, Volume},
     },
     warm::Prefetcher,
@@ -79,7 +79,7 @@ pub struct Sockets(Arc<Shared>);
 struct Shared {
     root: Root,
     book: Mutex<HashMap<Place, Live>>,
-    turn: Arc<Semaphore>,
+    turns: Turns,
     pods: Pods,
     sessions: Sessions,
     warmer: Prefetcher,
@@ -131,8 +131,8 @@ impl Sockets {
     /// The directory cannot be used.
     pub fn open(config: &PerPod, pods: Pods, sessions: Sessions, warmer: Prefetcher, metrics: Metrics) -> Result<Self, Error> {
         let root = Root::open(&config.directory)?;
-        let (book, turn) = (Mutex::default(), Arc::new(Semaphore::new(1)));
-        Ok(Self(Arc::new(Shared { root, book, turn, pods, sessions, warmer, metrics, log: VolumeLog::default() })))
+        let (book, turns, log) = (Mutex::default(), Turns::default(), VolumeLog::default());
+        Ok(Self(Arc::new(Shared { root, book, turns, pods, sessions, warmer, metrics, log })))
     }
 
     /// Binds sockets in the existing directories, because pods have mounted their inodes. A socket that cannot be served is logged.
@@ -171,8 +171,9 @@ impl Sockets {
 
     /// Whether the socket is served already, exactly as requested.
     pub async fn is_served(&self, volume: &Volume) -> Result<bool, Error> {
-        let volume = volume.clone();
-        self.on_a_thread(move |shared| Ok(shared.book().get(&volume.place).is_some_and(|live| live.is(&volume)))).await
+        let (shared, volume) = (self.0.clone(), volume.clone());
+        let is_served = move || shared.book().get(&volume.place).is_some_and(|live| live.is(&volume));
+        tokio::task::spawn_blocking(is_served).await.map_err(|_| Error::Ending)
     }
 
     /// Serves the socket of a volume. One that is served already stays as it is.
@@ -201,20 +202,8 @@ impl Sockets {
     }
 
     async fn in_turn<T: Send + 'static>(&self, change: impl FnOnce(&Arc<Shared>) -> Result<T, Error> + Send + 'static) -> Result<T, Error> {
-        let turn = self.0.turn.clone().acquire_owned().await.map_err(|_| Error::Ending)?;
-        self.on_a_thread(move |shared| {
-            let _turn = turn;
-            change(shared)
-        })
-        .await
-    }
-
-    async fn on_a_thread<T: Send + 'static>(
-        &self,
-        work: impl FnOnce(&Arc<Shared>) -> Result<T, Error> + Send + 'static,
-    ) -> Result<T, Error> {
         let shared = self.0.clone();
-        tokio::task::spawn_blocking(move || work(&shared)).await.map_err(|_| Error::Ending)?
+        self.0.turns.run(move || change(&shared)).await.ok_or(Error::Ending)?
     }
 }
 

@@ -141,6 +141,15 @@ async fn the_per_pod_daemonset_serves_pods_without_the_host_pid_namespace() {
     }
     assert!(!site.node.path("/run/sds-agent").exists(), "the directory of a shared socket exists");
 
+    // The kubelet starts each container alone again. Pods start in the meantime, or after it.
+    site.node.kill_in(&agent.pod, "mount-helper").await;
+    site.assert_served(&site.workload("after-the-mount-helper", &[OWN]).await, OWN).await;
+    site.node.kill_in(&agent.pod, "sds-agent").await;
+    for pod in [&cart, &other] {
+        site.assert_connected_again(pod, OWN).await;
+    }
+    site.assert_served(&site.workload("after-the-agent", &[OWN]).await, OWN).await;
+
     // With `maxSurge: 0`, the first pod ends before the next one starts.
     site.node.delete(&agent.pod).await;
     let next = site.run("DaemonSet", "sds-agent", "sds-agent-two", "{}").await;

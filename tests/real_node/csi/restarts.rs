@@ -152,7 +152,7 @@ async fn the_upstream_is_away_and_pods_start_and_end() {
     fs::write(&kubeconfig, away.to_string()).unwrap();
     let agent = node.launch.spawn();
     node.start_helper().await;
-    agent.wrote("serving a socket for root", 1).await;
+    agent.wrote("serving a root-only socket", 1).await;
 
     let begun = Instant::now();
     let target = node.kubelet.publish(&pod, "sds").await;
