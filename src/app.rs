@@ -40,6 +40,7 @@ use crate::{
         holder::{HolderAttestor, OtherAgents},
     },
     pod_sockets::{self, PodSockets},
+    process::confinement::Policy,
     warm::{
         self, Prefetcher,
         starts::{Rule, Starts},
@@ -236,7 +237,7 @@ pub async fn build_with(config: &Config, base: Base, deps: Deps) -> anyhow::Resu
     };
     let socket = match &config.shared_socket {
         Some(SharedSocket { path, mode, .. }) => {
-            let spec = SocketSpec { path: path.clone(), mode: *mode };
+            let spec = SocketSpec { path: path.clone(), mode: *mode, denial_is_final: config.confinement != Policy::Never };
             Some(SocketLease::acquire(spec, &readiness, deps.holder_attestor, handover_metrics).await?)
         }
         None => None,

@@ -95,6 +95,9 @@ pub struct SocketSpec {
     pub path: PathBuf,
     /// Permission bits, which decide who may connect.
     pub mode: u32,
+    /// Whether a denied permission stays denied, as for a confined process: it may use the directory that existed at its start, and no
+    /// other one that replaces it.
+    pub denial_is_final: bool,
 }
 
 /// The settings and state of an agent that takes the name.
@@ -279,7 +282,7 @@ impl Keeper {
                     }
                     break bound;
                 }
-                Err(cause) if cause.needs_restart() => return Err(cause),
+                Err(cause) if cause.needs_restart() || self.spec.denial_is_final && cause.is_denied() => return Err(cause),
                 Err(cause) => {
                     let cause = cause.to_string();
                     if logged.as_ref() != Some(&cause) {

@@ -131,7 +131,7 @@ impl Scene {
     }
 
     async fn acquire(&self) -> SocketLease {
-        let spec = SocketSpec { path: self.path.clone(), mode: 0o666 };
+        let spec = SocketSpec { path: self.path.clone(), mode: 0o666, denial_is_final: false };
         SocketLease::acquire(spec, &self.readiness, self.script.clone(), self.metrics.clone()).await.unwrap()
     }
 

@@ -73,7 +73,7 @@ impl Kept {
 }
 
 async fn acquire(path: &Path, readiness: &Readiness) -> SocketLease {
-    let spec = SocketSpec { path: path.to_owned(), mode: 0o666 };
+    let spec = SocketSpec { path: path.to_owned(), mode: 0o666, denial_is_final: false };
     SocketLease::acquire(spec, readiness, Arc::new(SameUser), Metrics::default()).await.unwrap()
 }
 

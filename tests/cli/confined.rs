@@ -82,6 +82,32 @@ impl Agent {
     }
 }
 
+/// Landlock binds to the directory that existed at the start. Only a restart gives the agent the new one.
+#[test]
+fn an_agent_whose_directory_of_sockets_is_replaced_ends_as_failed() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let roots = root();
+    publish(&dir.path().join("roots"), "..one", &roots);
+    let trust = dir.path().join("roots/..data/sub/ca.pem");
+    let mut agent = Agent::start(dir, &trust);
+    agent.until_it_serves(&roots);
+    if !agent.log().contains("\"landlock\":\"in force") {
+        // Without Landlock, the agent makes the directory again.
+        return;
+    }
+    let directory = agent.socket.parent().expect("a directory");
+    fs::remove_dir_all(directory).expect("the directory");
+    let begun = Instant::now();
+    let status = loop {
+        if let Some(status) = agent.child.try_wait().expect("the agent") {
+            break status;
+        }
+        assert!(begun.elapsed() < PATIENCE, "{}", agent.log());
+        thread::sleep(Duration::from_millis(100));
+    };
+    assert!(!status.success() && agent.log().contains("Permission denied"), "{status}: {}", agent.log());
+}
+
 #[test]
 fn roots_of_a_volume_are_read_after_its_directory_was_replaced() {
     let dir = tempfile::tempdir().expect("a directory");

@@ -39,6 +39,11 @@ impl Error {
     pub fn needs_restart(&self) -> bool {
         self.needs_restart
     }
+
+    /// Whether the process has no permission for the step.
+    pub fn is_denied(&self) -> bool {
+        self.cause.kind() == io::ErrorKind::PermissionDenied
+    }
 }
 
 /// A listening socket under its public path.
