@@ -42,6 +42,7 @@ COPY crates/agent-runtime/Cargo.toml crates/agent-runtime/
 COPY crates/approver/Cargo.toml crates/approver/
 COPY crates/attest-kubernetes/Cargo.toml crates/attest-kubernetes/
 COPY crates/cert-manager/Cargo.toml crates/cert-manager/
+COPY crates/envoy-x509/Cargo.toml crates/envoy-x509/
 COPY crates/issuance/Cargo.toml crates/issuance/
 COPY crates/sds-server/Cargo.toml crates/sds-server/
 COPY crates/unix-peer/Cargo.toml crates/unix-peer/
@@ -49,7 +50,7 @@ COPY crates/workload-identity/Cargo.toml crates/workload-identity/
 COPY tests/harness/Cargo.toml tests/harness/
 RUN for target in build.rs src/lib.rs src/main.rs tests/flood/main.rs tests/long_former/main.rs tests/long_memory/main.rs tests/long_oldest/main.rs tests/long_scale/main.rs tests/long_scale_agents/main.rs tests/long_throughput/main.rs tests/long_vault/main.rs \
         tests/real_authority/main.rs tests/real_envoys/main.rs tests/real_install/main.rs tests/real_node/main.rs tests/real_node/caller/main.rs tests/serving/main.rs examples/fleet/main.rs benches/path.rs benches/ratios.rs benches/flood.rs \
-        crates/sds-server/build.rs crates/agent-kube/src/lib.rs crates/agent-runtime/src/lib.rs crates/approver/src/lib.rs crates/attest-kubernetes/src/lib.rs crates/cert-manager/src/lib.rs crates/issuance/src/lib.rs crates/sds-server/src/lib.rs crates/unix-peer/src/lib.rs crates/workload-identity/src/lib.rs tests/harness/src/lib.rs; do \
+        crates/sds-server/build.rs crates/agent-kube/src/lib.rs crates/agent-runtime/src/lib.rs crates/approver/src/lib.rs crates/attest-kubernetes/src/lib.rs crates/cert-manager/src/lib.rs crates/envoy-x509/src/lib.rs crates/issuance/src/lib.rs crates/sds-server/src/lib.rs crates/unix-peer/src/lib.rs crates/workload-identity/src/lib.rs tests/harness/src/lib.rs; do \
         mkdir -p "$(dirname "$target")" && echo 'fn main() {}' >"$target"; \
     done \
     && cargo build --locked --bin sds-agent --profile "${PROFILE}" \

@@ -44,15 +44,18 @@ fn broken_pem_is_told_with_its_line() {
     let root = rcgen::CertificateParams::new(Vec::new()).unwrap().self_signed(&rcgen::KeyPair::generate().unwrap()).unwrap().pem();
     let lines = root.lines().count();
     let told = |pem: &str| TrustBundle::from_pem(pem.as_bytes()).unwrap_err().to_string();
-    let one_line = root.replace('\n', " ");
+    let damaged = root.replacen("-----BEGIN", "----BEGIN", 1);
     assert_eq!(
-        told(&format!("{root}# a comment\n{one_line}")),
-        format!("is not valid PEM: BEGIN, the base64 text and END must be on separate lines (line {}, after 1 valid blocks)", lines + 2)
+        told(&format!("{root}# a comment\n{damaged}")),
+        format!(
+            "is not valid PEM: a BEGIN marker is damaged; write -----BEGIN CERTIFICATE----- (line {}, after 1 valid blocks)",
+            lines + 2
+        )
     );
     let endless = root.lines().take(4).collect::<Vec<_>>().join("\n");
     assert_eq!(
         told(&format!("{root}{root}{endless}")),
-        format!("is not valid PEM: a BEGIN line has no matching END line (line {}, after 2 valid blocks)", 2 * lines + 1)
+        format!("is not valid PEM: a BEGIN marker has no matching END marker (line {}, after 2 valid blocks)", 2 * lines + 1)
     );
     let broken = root.replacen("MII", "M!I", 1);
     let place = format!("(line {}, after 1 valid blocks)", lines + 2);

@@ -18,7 +18,7 @@ const HARNESS: &str = "test-harness";
 const KUBERNETES: [&str; 3] = ["kube", "kube-client", "k8s-openapi"];
 
 /// The agent itself may depend on everything, and nothing depends on it. No library parses a command line or the configuration.
-const BOUNDARIES: [Boundary; 9] = [
+const BOUNDARIES: [Boundary; 10] = [
     Boundary { name: "unix-peer", may_reach: &[], must_not_reach: &["kube", "k8s-openapi", "hyper", "tonic", "prometheus-client"] },
     Boundary { name: "agent-runtime", may_reach: &["unix-peer"], must_not_reach: &["kube", "k8s-openapi", "hyper", "tonic", "rcgen"] },
     Boundary {
@@ -26,9 +26,10 @@ const BOUNDARIES: [Boundary; 9] = [
         may_reach: &[],
         must_not_reach: &["kube", "k8s-openapi", "tokio", "rustls", "x509-parser", "rcgen"],
     },
+    Boundary { name: "envoy-x509", may_reach: &[], must_not_reach: &["kube", "k8s-openapi", "tokio", "rustls", "x509-parser", "rcgen"] },
     Boundary {
         name: "sds-server",
-        may_reach: &["agent-runtime", "unix-peer", "workload-identity"],
+        may_reach: &["agent-runtime", "envoy-x509", "unix-peer", "workload-identity"],
         must_not_reach: &["kube", "kube-client", "k8s-openapi", "rcgen"],
     },
     Boundary {
@@ -43,12 +44,12 @@ const BOUNDARIES: [Boundary; 9] = [
     },
     Boundary {
         name: "attest-kubernetes",
-        may_reach: &["agent-kube", "agent-runtime", "sds-server", "unix-peer", "workload-identity"],
+        may_reach: &["agent-kube", "agent-runtime", "envoy-x509", "sds-server", "unix-peer", "workload-identity"],
         must_not_reach: &["rcgen"],
     },
     Boundary {
         name: "issuance",
-        may_reach: &["agent-kube", "agent-runtime", "cert-manager", "sds-server", "unix-peer", "workload-identity"],
+        may_reach: &["agent-kube", "agent-runtime", "cert-manager", "envoy-x509", "sds-server", "unix-peer", "workload-identity"],
         must_not_reach: &[],
     },
     // The approver has no access to keys and streams.
@@ -116,7 +117,7 @@ fn the_harness_of_the_tests_depends_on_no_crate_of_the_workspace() {
 /// Other projects use these two crates. This test does not build the packages; `cargo package` without `--no-verify` does.
 #[test]
 fn the_server_and_the_socket_can_be_packaged_with_their_protocols() {
-    let packages = ["unix-peer", "agent-runtime", "workload-identity", "sds-server"];
+    let packages = ["unix-peer", "agent-runtime", "workload-identity", "envoy-x509", "sds-server"];
     let target = tempfile::tempdir().expect("a temporary folder");
     let target = target.path().to_str().expect("a path in UTF-8");
     let mut arguments = vec!["package", "--no-verify", "--allow-dirty", "--offline", "--locked", "--target-dir", target];

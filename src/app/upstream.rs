@@ -196,7 +196,7 @@ impl IssuerFactory {
         match wanted {
             IssuerConfig::Embedded => {
                 let embedded = Embedded::new(config.trust_domain.as_str(), self.clock.clone())?;
-                self.trust.source(None, &format!("issuer {name}")).take(embedded.bundle()?);
+                self.trust.source(None, &format!("issuer {name}")).take(embedded.bundle()?)?;
                 Ok(Arc::new(embedded))
             }
             IssuerConfig::CertManager(cert_manager) => {

@@ -110,7 +110,7 @@ impl Cluster {
         let plan = Plan::new([(profile.issuer.clone(), issuer)].into(), [profile], Duration::from_secs(300));
         let (plan, plan_now) = tokio::sync::watch::channel(Arc::new(plan));
         let trust = Trust::new(trust::Metrics::default());
-        trust.source(None, "test").take(self.authority.bundle().unwrap());
+        trust.source(None, "test").take(self.authority.bundle().unwrap()).unwrap();
         let parts = rotation_parts(&store, events, plan_now, &trust, &self.clock);
         let tasks = vec![
             tokio::spawn(async move { requests.run(CancellationToken::new()).await }),

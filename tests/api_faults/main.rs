@@ -103,7 +103,7 @@ impl World {
         let clock = TestClock::new(UNIX_EPOCH + Duration::from_secs(1_800_000_000));
         let authority = Arc::new(Embedded::new("cluster.local", Arc::new(clock.clone())).unwrap());
         let trust = Trust::new(trust::Metrics::default());
-        trust.source(None, "test").take(authority.bundle().unwrap());
+        trust.source(None, "test").take(authority.bundle().unwrap()).unwrap();
 
         let mut exposition = Exposition::new(build_info::VERSION, build_info::REVISION);
         let kube_metrics = agent_kube::Metrics::register(exposition.registry());

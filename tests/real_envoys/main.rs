@@ -22,4 +22,5 @@ mod envoy_cert_manager;
 mod envoy_embedded;
 mod grpcurl;
 mod guides;
+mod shapes;
 mod upgrade;

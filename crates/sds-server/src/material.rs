@@ -5,6 +5,7 @@
 
 use std::{
     any::Any,
+    cmp::Reverse,
     fmt,
     sync::{Arc, OnceLock},
     time::{Duration, SystemTime},
@@ -13,25 +14,22 @@ use std::{
 use agent_runtime::{clock, text::hex};
 use aws_lc_rs::digest;
 use base64::{Engine, engine::general_purpose::STANDARD};
-use rustls::pki_types::{
-    CertificateDer,
-    pem::{self, PemObject},
-};
+use envoy_x509::{Certificate, Fault, GeneralName, Names, Time};
+use rustls::pki_types::CertificateDer;
 use workload_identity::{
     Identity, SpiffeId,
     version::{Authority, Digest, Version},
 };
-use x509_parser::{
-    extensions::GeneralName,
-    nom,
-    prelude::{FromDer, X509Certificate, X509Error},
-};
 use zeroize::Zeroizing;
+
+use crate::trust::{MAX_BUNDLE_BYTES, MAX_NAME_BYTES};
+
+pub use pem::{BrokenPem, PemFault};
+
+pub(crate) mod pem;
 
 /// Maximum PEM input, in bytes: 1 MiB. A larger bundle or chain is a mistake or an attack.
 pub const MAX_PEM_BYTES: usize = 1 << 20;
-/// Maximum PEM marker, in bytes. A longer one contains other text of its line.
-const MAX_MARK_BYTES: usize = 64;
 /// Maximum certificates, and maximum revocation lists, in one PEM input: 500.
 pub const MAX_CERTIFICATES: usize = 500;
 
@@ -47,6 +45,12 @@ pub enum Error {
     /// More than [`MAX_CERTIFICATES`] certificates, or as many revocation lists.
     #[error("holds more than {MAX_CERTIFICATES} certificates")]
     TooMany,
+    /// All bundles with their revocation lists would be larger than [`MAX_BUNDLE_BYTES`].
+    #[error("and the other sources have {0} bytes together, more than the limit of {MAX_BUNDLE_BYTES} bytes")]
+    BundleTooLarge(usize),
+    /// The names of the roots of a bundle would be larger than [`MAX_NAME_BYTES`].
+    #[error("and the other sources have roots whose names have {0} bytes together; a TLS server sends at most {MAX_NAME_BYTES} bytes")]
+    NamesTooLarge(usize),
     /// Invalid PEM.
     #[error("is not valid PEM: {0}")]
     Pem(BrokenPem),
@@ -59,79 +63,16 @@ pub enum Error {
         /// The position of the list, from 1.
         index: usize,
         /// The cause.
-        why: String,
+        why: Fault,
     },
-    /// A certificate with invalid DER.
+    /// A certificate that Envoy would not read.
     #[error("certificate {index} is not valid X.509: {why}")]
     X509 {
         /// The position of the certificate, from 1.
         index: usize,
         /// The cause.
-        why: String,
+        why: Fault,
     },
-}
-
-/// A fault in a PEM text, and its place. It has no content of the text, which may hold a private key.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct BrokenPem {
-    /// The fault.
-    pub fault: PemFault,
-    /// The valid blocks of the requested kind before the fault.
-    pub after: usize,
-    /// The line of the BEGIN marker, from 1. `None` if it is not known.
-    pub line: Option<usize>,
-}
-
-/// The kinds of faults in a PEM text (RFC 7468).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum PemFault {
-    /// A BEGIN marker shares its line with other text.
-    Begin,
-    /// A BEGIN marker without a matching END marker.
-    End,
-    /// A block with text that is not base64.
-    Base64,
-    /// A block that is too large or cannot be read.
-    Block,
-}
-
-impl BrokenPem {
-    /// Locates `error` in `pem`. The parser has read `after` blocks before it; `rest` is the input after them.
-    pub fn of(error: &pem::Error, pem: &[u8], rest: &[u8], after: usize) -> Self {
-        let line_at = |at: usize| 1 + pem[..at].iter().filter(|byte| **byte == b'\n').count();
-        let find = |from: usize, what: &[u8]| {
-            let place = pem[from..].windows(what.len().max(1)).position(|window| window == what)?;
-            Some(from + place)
-        };
-        let begin = find(pem.len() - rest.len(), b"-----BEGIN");
-        let (fault, begin) = match error {
-            pem::Error::IllegalSectionStart { line } => (PemFault::Begin, find(0, line)),
-            // The last block. Its END marker may be on the same line.
-            pem::Error::MissingSectionEnd { end_marker } => {
-                let last = pem.windows(b"-----BEGIN".len()).rposition(|window| window == b"-----BEGIN");
-                (if end_marker.len() > MAX_MARK_BYTES { PemFault::Begin } else { PemFault::End }, last)
-            }
-            pem::Error::Base64Decode(_) => (PemFault::Base64, begin),
-            _ => (PemFault::Block, begin),
-        };
-        Self { fault, after, line: begin.map(line_at) }
-    }
-}
-
-impl fmt::Display for BrokenPem {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let what = match self.fault {
-            PemFault::Begin => "BEGIN, the base64 text and END must be on separate lines",
-            PemFault::End => "a BEGIN line has no matching END line",
-            PemFault::Base64 => "a block is not base64",
-            PemFault::Block => "a block cannot be read",
-        };
-        f.write_str(what)?;
-        match self.line {
-            Some(line) => write!(f, " (line {line}, after {} valid blocks)", self.after),
-            None => write!(f, " (after {} valid blocks)", self.after),
-        }
-    }
 }
 
 /// A private key as PKCS#8 DER. It is wiped on drop and never printed.
@@ -231,25 +172,47 @@ impl CertificateChain {
         for (index, certificate) in certificates.iter().enumerate().skip(1) {
             parse(certificate, index + 1)?;
         }
+        let extensions = leaf.extensions().map_err(|why| Error::X509 { index: 1, why })?;
         let (mut uris, mut dns_names, mut other_names) = (Vec::new(), Vec::new(), false);
-        let broken = |error: X509Error| Error::X509 { index: 1, why: fault(&error).to_owned() };
-        if let Some(san) = leaf.subject_alternative_name().map_err(broken)? {
-            for name in &san.value.general_names {
-                match name {
-                    GeneralName::URI(uri) => uris.push((*uri).to_owned()),
-                    GeneralName::DNSName(dns) => dns_names.push((*dns).to_owned()),
-                    _ => other_names = true,
-                }
+        for name in extensions.names.iter().flat_map(Names::iter) {
+            let text = |content: &[u8]| std::str::from_utf8(content).ok().filter(|text| text.is_ascii()).map(str::to_owned);
+            match name {
+                GeneralName::Uri(uri) => text(uri).map_or_else(|| other_names = true, |uri| uris.push(uri)),
+                GeneralName::Dns(dns) => text(dns).map_or_else(|| other_names = true, |dns| dns_names.push(dns)),
+                _ => other_names = true,
             }
         }
-        let validity = Validity {
-            not_before: clock::from_unix_seconds(leaf.validity().not_before.timestamp()),
-            not_after: clock::from_unix_seconds(leaf.validity().not_after.timestamp()),
-        };
-        let serial = hex(leaf.raw_serial());
-        let public_key = leaf.public_key().raw.to_vec();
+        let validity = Validity { not_before: time_of(leaf.not_before), not_after: time_of(leaf.not_after) };
+        let serial = hex(leaf.serial());
+        let public_key = leaf.public_key.der.to_vec();
         let fingerprint = hex(digest::digest(&digest::SHA256, &certificates[0]).as_ref());
         Ok(Self { certificates, validity, serial, fingerprint, uris, dns_names, other_names, public_key })
+    }
+
+    /// Puts the certificates after the leaf into the order in which clients use them best at `now`. Ended ones are left out. Of those with one
+    /// name and key, the one that ends last comes first. Those that are not valid yet come last. The others keep their order.
+    ///
+    /// Envoy takes the first certificate that fits, and never tries another one (envoyproxy/envoy#18510).
+    #[must_use]
+    pub fn in_order(mut self, now: SystemTime) -> Self {
+        let mut others = self.certificates.split_off(1);
+        let times = |der: &CertificateDer<'_>| {
+            parse(der, 1).ok().map(|certificate| (time_of(certificate.not_before), time_of(certificate.not_after)))
+        };
+        others.retain(|der| times(der).is_none_or(|(_, end)| now < end));
+        let authorities: Vec<_> = others.iter().map(authority_of_certificate).collect();
+        let mut keyed: Vec<_> = others
+            .into_iter()
+            .zip(&authorities)
+            .map(|(der, authority)| {
+                let first = authorities.iter().position(|other| other == authority);
+                let (begin, end) = times(&der).unwrap_or((now, now));
+                ((begin > now, first, Reverse(end)), der)
+            })
+            .collect();
+        keyed.sort_by_key(|(key, _)| *key);
+        self.certificates.extend(keyed.into_iter().map(|(_, der)| der));
+        self
     }
 
     /// The certificates in DER, leaf first.
@@ -295,7 +258,7 @@ impl TrustBundle {
         let mut hash = digest::Context::new(&digest::SHA256);
         for (index, certificate) in certificates.into_iter().enumerate() {
             let parsed = parse(&certificate, index + 1)?;
-            let (expiry, authority) = (clock::from_unix_seconds(parsed.validity().not_after.timestamp()), authority_of(&parsed));
+            let (expiry, authority) = (time_of(parsed.not_after), authority_of(&parsed));
             if roots.contains(&certificate) {
                 continue;
             }
@@ -414,8 +377,18 @@ pub fn authority_of_certificate(certificate: &CertificateDer<'_>) -> Option<Dige
     Some(authority_of(&parse(certificate, 1).ok()?))
 }
 
-fn authority_of(certificate: &X509Certificate<'_>) -> Digest {
-    Digest::of(&[certificate.subject().as_raw(), certificate.public_key().raw])
+/// The length of a root's name in the list that a TLS server sends, in bytes.
+pub(crate) fn name_len(root: &CertificateDer<'_>) -> usize {
+    parse(root, 1).map_or(0, |root| root.subject.der().len() + 2)
+}
+
+fn authority_of(certificate: &Certificate<'_>) -> Digest {
+    Digest::of(&[certificate.subject.der(), certificate.public_key.der])
+}
+
+/// A time with an offset, which no peer accepts, is the epoch.
+fn time_of(time: Time) -> SystemTime {
+    clock::from_unix_seconds(time.seconds().unwrap_or(0))
 }
 
 /// Digest of the authority of a certificate, as versions of former releases have it: the profile that it was issued under, with its epoch, and the trust anchor of its chain.
@@ -427,8 +400,8 @@ pub fn authority_digest(profile: &[u8; 32], anchor: Option<&CertificateDer<'_>>)
     hash.update(profile);
     // A root that was renewed with the same name and key is the same authority.
     if let Some(Ok(anchor)) = anchor.map(|anchor| parse(anchor, 1)) {
-        hash.update(anchor.subject().as_raw());
-        hash.update(anchor.public_key().raw);
+        hash.update(anchor.subject.der());
+        hash.update(anchor.public_key.der);
     }
     hex(&hash.finish().as_ref()[..8])
 }
@@ -443,57 +416,13 @@ pub fn is_current_authority(authority: &str, profile: &[u8; 32], bundle: Option<
 }
 
 fn certificates_from_pem(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, Error> {
-    if pem.len() > MAX_PEM_BYTES {
-        return Err(Error::TooLarge(pem.len()));
-    }
-    let mut certificates = Vec::new();
-    let mut blocks = CertificateDer::pem_slice_iter(pem);
-    let mut rest = blocks.remainder();
-    while let Some(certificate) = blocks.next() {
-        if certificates.len() == MAX_CERTIFICATES {
-            return Err(Error::TooMany);
-        }
-        certificates.push(certificate.map_err(|error| Error::Pem(BrokenPem::of(&error, pem, rest, certificates.len())))?);
-        rest = blocks.remainder();
-    }
+    let objects = pem::read(pem)?.into_iter().filter(|object| object.kind == pem::Kind::Certificate);
+    let certificates: Vec<_> = objects.map(|object| CertificateDer::from(object.der)).collect();
     if certificates.is_empty() { Err(Error::Empty) } else { Ok(certificates) }
 }
 
-/// A fixed description of `error`, without content of the DER.
-pub fn fault(error: &X509Error) -> &'static str {
-    match error {
-        X509Error::InvalidVersion => "invalid version",
-        X509Error::InvalidSerial => "invalid serial number",
-        X509Error::InvalidAlgorithmIdentifier => "invalid algorithm",
-        X509Error::InvalidX509Name => "invalid name",
-        X509Error::InvalidDate => "invalid date",
-        X509Error::InvalidSPKI => "invalid public key",
-        X509Error::InvalidSubjectUID | X509Error::InvalidIssuerUID => "invalid unique identifier",
-        X509Error::InvalidExtensions => "invalid extensions",
-        X509Error::DuplicateExtensions => "duplicate extension",
-        X509Error::InvalidAttributes | X509Error::DuplicateAttributes => "invalid attributes",
-        X509Error::InvalidSignatureValue => "invalid signature value",
-        X509Error::InvalidTbsCertificate | X509Error::InvalidCertificate => "not a certificate",
-        X509Error::InvalidUserCertificate => "invalid revoked certificate",
-        X509Error::SignatureVerificationError => "the signature is wrong",
-        X509Error::SignatureUnsupportedAlgorithm => "the signature's algorithm is not supported",
-        X509Error::InvalidNumber => "invalid number",
-        X509Error::Generic | X509Error::Der(_) | X509Error::NomError(_) => "broken DER",
-    }
-}
-
-/// A fixed description of a parser error, without content of the DER.
-pub fn fault_of(error: &nom::Err<X509Error>) -> &'static str {
-    match error {
-        nom::Err::Error(error) | nom::Err::Failure(error) => fault(error),
-        nom::Err::Incomplete(_) => "incomplete DER",
-    }
-}
-
-fn parse<'a>(certificate: &'a CertificateDer<'_>, index: usize) -> Result<X509Certificate<'a>, Error> {
-    let broken = |why: String| Error::X509 { index, why };
-    let (rest, parsed) = X509Certificate::from_der(certificate).map_err(|error| broken(fault_of(&error).to_owned()))?;
-    if rest.is_empty() { Ok(parsed) } else { Err(broken(format!("{} bytes follow it", rest.len()))) }
+fn parse<'a>(certificate: &'a CertificateDer<'_>, index: usize) -> Result<Certificate<'a>, Error> {
+    Certificate::from_der(certificate).map_err(|why| Error::X509 { index, why })
 }
 
 fn to_pem(certificates: &[CertificateDer<'_>]) -> Vec<u8> {
@@ -546,7 +475,7 @@ mod tests {
             let room = out.capacity();
             push_pem("PRIVATE KEY", &der, &mut out);
             assert_eq!((out.len(), out.capacity()), (room, room), "length {len}");
-            let back = rustls::pki_types::PrivatePkcs8KeyDer::from_pem_slice(&out).unwrap();
+            let back: rustls::pki_types::PrivatePkcs8KeyDer<'_> = rustls::pki_types::pem::PemObject::from_pem_slice(&out).unwrap();
             assert_eq!(back.secret_pkcs8_der(), der);
         }
     }

@@ -1,14 +1,15 @@
 //! The trust bundles. Sources offer PEM; all other parts watch the [`BundleSet`].
 //!
-//! The bundle of a trust domain is the union of its sources, in their order. It is published only when its content changes. An offer that
-//! is empty or invalid is reported and changes nothing: the last good bundle stays. A source may also offer revocation lists, with roots or
-//! alone; [`crl`] describes when they are served.
+//! The bundle of a trust domain is the union of its sources, in their order, without roots that have ended. It is published only when its
+//! content changes. An offer that is empty or invalid is reported and changes nothing: the last good bundle stays. A source may also offer
+//! revocation lists, with roots or alone; the two are judged apart. [`crl`] describes when lists are served. [`Trust::run`] publishes again
+//! when a root or a list begins or ends.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet},
     fmt,
     sync::Arc,
-    time::SystemTime,
+    time::{Duration, SystemTime},
 };
 
 use agent_runtime::clock::{self, Clock, SystemClock};
@@ -20,10 +21,11 @@ use prometheus_client::{
     registry::Registry,
 };
 use rustls::pki_types::CertificateDer;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
+use tokio_util::sync::CancellationToken;
 use workload_identity::TrustDomain;
 
-use self::crl::RevocationList;
+use self::{crl::RevocationList, live::LiveRoots};
 use crate::material::{self, Attached, CertificateChain, TrustBundle};
 
 /// Target of the log lines of this module.
@@ -31,11 +33,19 @@ const LOG_TARGET: &str = "sds_agent::trust";
 
 pub mod crl;
 pub mod file;
+mod live;
 
 /// The reason for withholding revocation lists after the start.
 const FIRST_CHAIN: &str = "no certificate has been issued since the start: the signing authorities are not known yet";
-/// Intermediate authorities that are remembered. Further ones are ignored.
-const MAX_INTERMEDIATES: usize = 64;
+/// Chains with different authorities that are remembered. Further ones are ignored.
+const MAX_CHAINS: usize = 64;
+/// Minimum time between two changes by the clock.
+const MIN_WAIT: Duration = Duration::from_secs(1);
+/// Maximum size of all bundles with their revocation lists, in bytes of PEM: 3 MiB. A gRPC client accepts messages of 4 MiB by default.
+pub const MAX_BUNDLE_BYTES: usize = 3 << 20;
+/// Maximum size of the names of the roots of one bundle, in bytes of DER. A TLS server sends them in one extension of at most 65,535 bytes
+/// (RFC 8446, section 4.2.4), and Envoy fails each handshake beyond.
+pub const MAX_NAME_BYTES: usize = 65_000;
 
 /// The bundle of one trust domain: roots and revocation lists.
 #[derive(Debug)]
@@ -115,6 +125,8 @@ struct Inner {
     set: watch::Sender<Arc<BundleSet>>,
     metrics: Metrics,
     clock: Arc<dyn Clock>,
+    /// The time of the next change has become another one.
+    rescheduled: Notify,
 }
 
 /// The input for the bundles.
@@ -123,12 +135,14 @@ struct Offers {
     slots: Vec<Slot>,
     /// Whether a chain of the own domain has been recorded.
     has_met: bool,
-    /// Intermediate authorities of recorded chains, each with the expiry of its last certificate.
-    intermediates: HashMap<CertificateDer<'static>, SystemTime>,
+    /// The last chain of each set of authorities, the leaf first, with the expiry of its leaf.
+    chains: Vec<(Vec<CertificateDer<'static>>, SystemTime)>,
     /// The last logged reason for withholding revocation lists, by domain.
     withheld: BTreeMap<Option<TrustDomain>, String>,
-    /// The time after which an authority of the own domain has expired and needs no revocation list. `None` if there are no lists.
-    refit_at: Option<SystemTime>,
+    /// The next time at which a root, an intermediate or a list begins or ends.
+    changes_at: Option<SystemTime>,
+    /// Domains all of whose roots have ended, or have not begun.
+    lifeless: BTreeSet<Option<TrustDomain>>,
 }
 
 #[derive(Debug)]
@@ -136,6 +150,27 @@ struct Slot {
     domain: Option<TrustDomain>,
     bundle: Option<TrustBundle>,
     crls: Vec<RevocationList>,
+}
+
+impl Offers {
+    /// Checks the size of all bundles with these parts of the slot at `index` in place of its own.
+    fn check_size(&self, index: usize, bundle: Option<&TrustBundle>, crls: Option<&[RevocationList]>) -> Result<(), material::Error> {
+        let (mut bytes, mut names) = (0, BTreeMap::<&Option<TrustDomain>, usize>::new());
+        for (place, slot) in self.slots.iter().enumerate() {
+            let roots = bundle.filter(|_| place == index).or(slot.bundle.as_ref()).map_or(&[][..], TrustBundle::roots);
+            let lists = crls.filter(|_| place == index).unwrap_or(&slot.crls);
+            bytes += roots.iter().map(|root| material::pem_len("CERTIFICATE", root.len())).sum::<usize>();
+            bytes += lists.iter().map(|list| material::pem_len("X509 CRL", list.der().len())).sum::<usize>();
+            *names.entry(&slot.domain).or_default() += roots.iter().map(material::name_len).sum::<usize>();
+        }
+        if bytes > MAX_BUNDLE_BYTES {
+            return Err(material::Error::BundleTooLarge(bytes));
+        }
+        match names.into_values().find(|len| *len > MAX_NAME_BYTES) {
+            Some(len) => Err(material::Error::NamesTooLarge(len)),
+            None => Ok(()),
+        }
+    }
 }
 
 /// One source of a bundle. Its owner offers the content that it reads.
@@ -154,7 +189,13 @@ impl Trust {
 
     /// Without sources and bundles. `clock` decides which authorities have expired.
     pub fn with_clock(metrics: Metrics, clock: Arc<dyn Clock>) -> Self {
-        Self(Arc::new(Inner { offers: Mutex::default(), set: watch::Sender::new(Arc::default()), metrics, clock }))
+        Self(Arc::new(Inner {
+            offers: Mutex::default(),
+            set: watch::Sender::new(Arc::default()),
+            metrics,
+            clock,
+            rescheduled: Notify::new(),
+        }))
     }
 
     /// Returns a receiver for the current bundles and their changes.
@@ -173,28 +214,47 @@ impl Trust {
         source
     }
 
-    /// Records the intermediates of an issued chain of the own domain. A revocation list is required for each, until the certificates that
-    /// it has signed expire. The intermediates from before a restart are not known, so that lists are withheld until the first chain. Each
-    /// call also notices that an authority has expired since the lists were last compared.
+    /// Publishes the bundles again whenever a root, an intermediate or a revocation list begins or ends, until `shutdown`.
+    ///
+    /// # Cancel safety
+    ///
+    /// If the future is dropped, the bundles change only with their sources.
+    pub async fn run(self, shutdown: CancellationToken) {
+        let follow = async {
+            loop {
+                let rescheduled = self.0.rescheduled.notified();
+                let next = self.offers().changes_at;
+                let until = next.unwrap_or_else(|| self.0.clock.now() + clock::MAX_SLEEP);
+                tokio::select! {
+                    () = self.0.clock.sleep_until(until) => {}
+                    () = rescheduled => continue,
+                }
+                if next.is_some_and(|at| at <= self.0.clock.now()) {
+                    self.publish(&mut self.offers());
+                }
+            }
+        };
+        shutdown.run_until_cancelled(follow).await;
+    }
+
+    /// Records an issued chain of the own domain. Revocation lists are served only if clients accept it with them, until its leaf expires.
+    /// The chains from before a restart are not known, so that lists are withheld until the first chain.
     pub fn met(&self, chain: &CertificateChain, now: SystemTime) {
-        let intermediates = chain.certificates().get(1..).unwrap_or_default();
+        let authorities = |chain: &[CertificateDer<'static>]| chain.get(1..).unwrap_or_default().to_vec();
         let mut offers = self.offers();
         let first = !std::mem::replace(&mut offers.has_met, true);
-        let has_expired = offers.refit_at.is_some_and(|at| at < self.0.clock.now());
-        let known = &mut offers.intermediates;
+        let known = &mut offers.chains;
         let before = known.len();
-        known.retain(|_, until| *until > now);
-        let mut changed = first || has_expired || known.len() != before;
-        for authority in intermediates {
-            let room = known.len() < MAX_INTERMEDIATES;
-            match known.get_mut(authority) {
-                Some(until) => *until = chain.validity.not_after.max(*until),
-                None if room => {
-                    known.insert(authority.clone(), chain.validity.not_after);
-                    changed = true;
-                }
-                None => {}
+        known.retain(|(_, until)| *until > now);
+        let mut changed = first || known.len() != before;
+        let met = (chain.certificates().to_vec(), chain.validity.not_after);
+        match known.iter().position(|(known, _)| authorities(known) == authorities(&met.0)) {
+            Some(index) => known[index] = (met.0, met.1.max(known[index].1)),
+            None if known.len() < MAX_CHAINS => {
+                known.push(met);
+                changed = true;
             }
+            None => {}
         }
         if changed {
             self.publish(&mut offers);
@@ -206,33 +266,31 @@ impl Trust {
     }
 
     fn publish(&self, offers: &mut Offers) {
-        let Offers { slots, has_met, intermediates, withheld, refit_at } = offers;
+        let Offers { slots, has_met, chains, withheld, changes_at, lifeless } = offers;
         let now = self.0.clock.now();
-        *refit_at = None;
         let mut domains: BTreeMap<Option<TrustDomain>, (Vec<_>, Vec<_>)> = BTreeMap::new();
         for slot in slots {
             let (roots, crls) = domains.entry(slot.domain.clone()).or_default();
             roots.extend_from_slice(slot.bundle.as_ref().map_or(&[], TrustBundle::roots));
             crls.extend_from_slice(&slot.crls);
         }
-        // Sorted, so that the version is equal on every node and after every restart.
-        let mut below: Vec<_> = intermediates.keys().collect();
-        below.sort_unstable_by(|one, other| one.as_ref().cmp(other.as_ref()));
+        let chains: Vec<_> = chains.iter().map(|(chain, _)| chain.clone()).collect();
         let (mut next, mut counts) = (BundleSet::default(), (0, 0));
         let current = self.0.set.borrow().clone();
+        let mut changes = Vec::new();
         for (domain, (certificates, crls)) in domains {
-            // Fails only if the domain has no root yet: each root was parsed when it was offered. Revocation lists alone are not served.
-            let Ok(roots) = TrustBundle::from_certificates(certificates) else { continue };
+            let old = domain.as_ref().map_or(current.own.as_ref(), |d| current.federated.get(d));
+            let LiveRoots { roots, changes_at } = live::select(&certificates, now);
+            changes.extend(changes_at);
+            let Some(roots) = served(&domain, roots, !certificates.is_empty(), old, lifeless) else { continue };
             let fitting = match &domain {
                 _ if crls.is_empty() => Ok(Vec::new()),
                 Some(domain) => Err(format!("the lists are of {domain}, and its signing authorities are not known here")),
                 None if !*has_met => Err(FIRST_CHAIN.to_owned()),
-                None => {
-                    let authorities = || roots.roots().iter().chain(below.iter().copied());
-                    *refit_at = crl::next_expiry(authorities(), now);
-                    crl::fit(authorities(), &crls, now)
-                }
+                None => crl::fit(roots.roots(), &chains, &crls, now),
             };
+            changes.extend(crls.iter().flat_map(|list| [Some(list.this_update), list.next_update]).flatten().filter(|at| *at > now));
+            changes.extend(chains.iter().filter(|_| !crls.is_empty()).filter_map(|chain| live::select(chain, now).changes_at));
             next.wants_chain |= fitting.as_ref().is_err_and(|why| why == FIRST_CHAIN);
             let crls = match fitting {
                 Ok(fitting) => {
@@ -257,7 +315,6 @@ impl Trust {
                     Vec::new()
                 }
             };
-            let old = domain.as_ref().map_or(current.own.as_ref(), |d| current.federated.get(d));
             let bundle = old.filter(|old| old.holds(&roots, &crls)).cloned().unwrap_or_else(|| Arc::new(Bundle::new(roots, crls)));
             match domain {
                 None => next.own = Some(bundle),
@@ -265,12 +322,39 @@ impl Trust {
             }
         }
         self.0.metrics.served(counts);
+        let first = changes.into_iter().min().map(|at| at.max(now + MIN_WAIT));
+        if std::mem::replace(changes_at, first) != first {
+            self.0.rescheduled.notify_waiters();
+        }
         self.0.set.send_if_modified(|current| {
             let changed = !current.same(&next);
             *current = Arc::new(next);
             changed
         });
     }
+}
+
+/// The roots to serve for `domain`: the live ones, or the last bundle if there are none. `None` if there is no root at all.
+fn served(
+    domain: &Option<TrustDomain>,
+    live: Vec<CertificateDer<'static>>,
+    has_roots: bool,
+    last: Option<&Arc<Bundle>>,
+    lifeless: &mut BTreeSet<Option<TrustDomain>>,
+) -> Option<TrustBundle> {
+    // Fails only without a root: each root was parsed when it was offered.
+    if let Ok(roots) = TrustBundle::from_certificates(live) {
+        lifeless.remove(domain);
+        return Some(roots);
+    }
+    if has_roots && lifeless.insert(domain.clone()) {
+        tracing::error!(
+            target: LOG_TARGET,
+            trust_domain = domain.as_ref().map(tracing::field::display),
+            "all roots of the trust bundle have ended or have not begun: no certificate is issued; add a root that is valid now"
+        );
+    }
+    last.filter(|_| has_roots).map(|bundle| bundle.roots.clone())
 }
 
 impl BundleSet {
@@ -293,32 +377,36 @@ impl Source {
         &self.name
     }
 
-    /// Offers PEM: roots, revocation lists, or both.
+    /// Offers PEM: roots, revocation lists, or both. The two are judged apart: roots are taken beside a list that is not usable, and the
+    /// reverse.
     ///
     /// # Errors
     ///
-    /// If the PEM is not usable. The refusal is logged and counted, and the last good content stays in use.
+    /// If the PEM, or a part of it, is not usable. The refusal is logged and counted, and the last good content of that part stays in use.
     pub fn offer(&self, pem: &[u8]) -> Result<(), Refused> {
-        let read = || {
-            let crls = crl::from_pem(pem)?;
-            match TrustBundle::from_pem(pem) {
-                Ok(bundle) => Ok((Some(bundle), crls)),
-                Err(material::Error::Empty) if !crls.is_empty() => Ok((None, crls)),
-                Err(cause) => Err(cause),
-            }
+        let refuse = |cause| {
+            let refused = Refused { origin: self.name.clone(), cause };
+            self.trust.0.metrics.refused.get_or_create(&self.label()).inc();
+            let digest = agent_runtime::text::hex(&digest::digest(&digest::SHA256, pem).as_ref()[..8]);
+            tracing::warn!(target: LOG_TARGET, source = %self.name, error = %refused, bytes = pem.len(), sha256 = digest, "trust bundle refused");
+            refused
         };
-        match read() {
-            Ok((bundle, crls)) => {
-                self.put(bundle, Some(crls));
-                Ok(())
-            }
-            Err(cause) => {
-                let refused = Refused { origin: self.name.clone(), cause };
-                self.trust.0.metrics.refused.get_or_create(&self.label()).inc();
-                tracing::warn!(target: LOG_TARGET, source = %self.name, error = %refused, "trust bundle refused");
-                Err(refused)
-            }
-        }
+        let objects = material::pem::read(pem).map_err(&refuse)?;
+        let (certificates, lists): (Vec<_>, Vec<_>) =
+            objects.into_iter().partition(|object| object.kind == material::pem::Kind::Certificate);
+        let has_lists = !lists.is_empty();
+        let certificates = certificates.into_iter().map(|object| CertificateDer::from(object.der)).collect();
+        let bundle = match TrustBundle::from_certificates(certificates) {
+            Err(material::Error::Empty) if has_lists => Ok(None),
+            read => read.map(Some),
+        };
+        let crls = crl::of_objects(lists);
+        let refused = [bundle.as_ref().err(), crls.as_ref().err()].into_iter().flatten().cloned().map(&refuse).reduce(|first, _| first);
+        let (bundle, crls) = (bundle.ok().flatten(), crls.ok());
+        // An offer without any usable part changes nothing; one whose roots are refused must not remove lists.
+        let crls = crls.filter(|crls| refused.is_none() || !crls.is_empty());
+        self.put(bundle, crls).map_err(&refuse)?;
+        refused.map_or(Ok(()), Err)
     }
 
     /// Reports that the source has no content, for example because its file cannot be read. It is logged and counted like a refused offer,
@@ -329,14 +417,19 @@ impl Source {
     }
 
     /// Offers a bundle that is already parsed.
-    pub fn take(&self, bundle: TrustBundle) {
-        self.put(Some(bundle), None);
+    ///
+    /// # Errors
+    ///
+    /// If the bundles would be larger than [`MAX_BUNDLE_BYTES`] or [`MAX_NAME_BYTES`].
+    pub fn take(&self, bundle: TrustBundle) -> Result<(), material::Error> {
+        self.put(Some(bundle), None)
     }
 
     /// Stores the content of an offer. `None` keeps the stored part: roots are never removed because an offer has none.
-    fn put(&self, bundle: Option<TrustBundle>, crls: Option<Vec<RevocationList>>) {
+    fn put(&self, bundle: Option<TrustBundle>, crls: Option<Vec<RevocationList>>) -> Result<(), material::Error> {
         let metrics = &self.trust.0.metrics;
         let mut offers = self.trust.offers();
+        offers.check_size(self.index, bundle.as_ref(), crls.as_deref())?;
         let slot = &mut offers.slots[self.index];
         let (mut changed, version) = (false, bundle.as_ref().map(|bundle| bundle.version().to_owned()));
         if let Some(bundle) = bundle {
@@ -357,6 +450,7 @@ impl Source {
         if changed {
             self.trust.publish(&mut offers);
         }
+        Ok(())
     }
 
     fn label(&self) -> Label {
@@ -415,7 +509,7 @@ impl Metrics {
         );
         registry.register(
             "crl_next_update_timestamp_seconds",
-            "Earliest expiry (nextUpdate) of a revocation list of this source: from then on clients reject every peer of its authority",
+            "Earliest expiry (nextUpdate) of a revocation list of this source: from then on all lists are withheld",
             metrics.next_update.clone(),
         );
         metrics.served((0, 0));

@@ -75,7 +75,7 @@ impl World {
         let (orders, drain) = (Arc::new(AtomicUsize::new(0)), CancellationToken::new());
         let embedded = Embedded::new("cluster.local", Arc::new(clock.clone())).unwrap();
         let trust = Trust::new(trust::Metrics::default());
-        trust.source(None, "test").take(embedded.bundle().unwrap());
+        trust.source(None, "test").take(embedded.bundle().unwrap()).unwrap();
         let counting: Arc<dyn Issuer> = Arc::new(Counting { embedded, orders: orders.clone(), answers });
         let issuers = BTreeMap::from([(config.default_profile.issuer.clone(), counting)]);
         let plan = Plan::new(issuers, [config.default_profile.clone()], MINUTE);

@@ -9,6 +9,11 @@ pub fn envoy() -> PathBuf {
     fetched("ENVOY", "envoy/envoy/_bin/envoy")
 }
 
+/// The oldest release of the proxy that is supported.
+pub fn oldest_envoy() -> PathBuf {
+    fetched("OLDEST_ENVOY", "envoy-oldest/envoy/_bin/envoy")
+}
+
 /// The gRPC client.
 pub fn grpcurl() -> PathBuf {
     fetched("GRPCURL", "grpcurl")

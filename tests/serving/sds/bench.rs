@@ -111,7 +111,7 @@ impl Bench {
     /// All parts are ready: the bundle, an upstream that signs, an attestor that accepts every caller.
     pub fn new() -> Self {
         let bench = Self::without_bundle();
-        bench.source.take(bench.embedded.bundle().unwrap());
+        bench.source.take(bench.embedded.bundle().unwrap()).unwrap();
         bench
     }
 

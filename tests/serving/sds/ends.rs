@@ -189,7 +189,7 @@ async fn a_client_that_does_not_read_misses_nothing_but_what_was_overtaken() {
     let mut last = None;
     for _ in 0..20 {
         last = Some(foreign_bundle(&b));
-        b.source.take(last.clone().unwrap());
+        b.source.take(last.clone().unwrap()).unwrap();
     }
     let rest = bytes(body.frame().await.unwrap().unwrap().into_data().unwrap());
     assert_eq!(head.len() + rest.len() - grpc::PREFIX, usize::try_from(u32::from_be_bytes(head[1..5].try_into().unwrap())).unwrap());

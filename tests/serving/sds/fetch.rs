@@ -185,7 +185,7 @@ async fn who_fetches_has_nothing_whatever_version_it_names() {
     assert_eq!(again.answer().await.0.unwrap().version, first.version, "the same version is sent again");
 
     let restarted = b.restarted();
-    restarted.source.take(restarted.embedded.bundle().unwrap());
+    restarted.source.take(restarted.embedded.bundle().unwrap()).unwrap();
     let mut cold = call(&restarted, &["default"]);
     cold.request.version_info.clone_from(&first.version);
     let (answer, took) = cold.answer().await;

@@ -14,7 +14,7 @@ const MINUTE: Duration = Duration::from_secs(60);
 /// A restarted agent with its bundle, and the certificate that a client got before.
 async fn restarted() -> (Bench, Arc<Svid>) {
     let (b, svid) = restarted_without_bundle().await;
-    b.source.take(b.embedded.bundle().unwrap());
+    b.source.take(b.embedded.bundle().unwrap()).unwrap();
     (b, svid)
 }
 
@@ -91,7 +91,7 @@ async fn the_bundle_is_sent_at_once_while_the_certificate_is_held() {
 
     // The client can reconnect with that version again.
     let again = b.restarted();
-    again.source.take(again.embedded.bundle().unwrap());
+    again.source.take(again.embedded.bundle().unwrap()).unwrap();
     let mut client = Client::returning(&again, Variant::Sotw, &["default", "ROOTCA"], &reply.version).await;
     assert_eq!(client.accepted().await.version, reply.version);
     client.quiet(MINUTE).await;
@@ -165,11 +165,11 @@ async fn a_later_bundle_without_the_reported_authority_triggers_an_order() {
         let mut client = Client::returning(&b, variant, &["default"], svid.version()).await;
         client.quiet(MINUTE).await;
         assert_eq!(b.orders(), 0, "without a bundle the client's version is accepted");
-        b.source.take(foreign_bundle(&b));
+        b.source.take(foreign_bundle(&b)).unwrap();
         settle().await;
         assert!(b.orders() >= 1);
         // A certificate of this authority is valid once its root is trusted again.
-        b.source.take(b.embedded.bundle().unwrap());
+        b.source.take(b.embedded.bundle().unwrap()).unwrap();
         assert!(client.accepted().await.carries("default", &b.material()));
     }
 }

@@ -38,7 +38,7 @@ async fn a_bundle_is_pushed_when_it_comes_and_needs_no_certificate() {
         let mut client = Client::asking(&b, variant, &["ROOTCA"]).await;
         client.quiet(MINUTE).await;
         let bundle = b.embedded.bundle().unwrap();
-        b.source.take(bundle.clone());
+        b.source.take(bundle.clone()).unwrap();
         let reply = client.accepted().await;
         assert_eq!(reply.resources[0].content, Content::Bundle(bundle.to_pem()));
         assert_eq!(reply.only_version(), bundle.version().to_owned());
@@ -103,7 +103,7 @@ async fn a_rejected_certificate_leaves_no_hint_in_a_later_version() {
     }
     client.nack(&first);
     client.quiet(MINUTE).await;
-    b.source.take(grown_bundle(&b));
+    b.source.take(grown_bundle(&b)).unwrap();
     let second = client.accepted().await;
     assert_eq!(second.names(), ["ROOTCA"]);
     let version_prefix = version_prefix(b.material().version()).to_owned();
@@ -120,7 +120,7 @@ async fn a_stale_nonce_is_ignored_except_for_delta_subscriptions() {
         let b = Bench::new();
         let mut client = Client::asking(&b, variant, &["ROOTCA"]).await;
         let first = client.reply().await;
-        b.source.take(grown_bundle(&b));
+        b.source.take(grown_bundle(&b)).unwrap();
         let second = client.reply().await;
         assert_ne!(first.nonce, second.nonce);
         client.nack_and_add(&first, "default");
@@ -189,7 +189,7 @@ async fn an_added_name_is_served_and_a_dropped_name_is_not() {
         client.ask(&["ROOTCA"]);
         settle().await;
         assert_eq!(b.leases(), 0, "a dropped name holds no certificate");
-        b.source.take(foreign_bundle(&b));
+        b.source.take(foreign_bundle(&b)).unwrap();
         let next = client.accepted().await;
         assert_eq!(next.names(), ["ROOTCA"]);
         assert_ne!(next.only_version(), first.only_version());
@@ -234,7 +234,7 @@ async fn a_bundle_of_another_domain_is_served_by_its_name_when_it_is_there() {
         let mut client = Client::asking(&b, variant, &["spiffe://partner.example", "spiffe://nobody.example"]).await;
         client.quiet(MINUTE).await;
         let bundle = foreign_bundle(&b);
-        b.federated.take(bundle.clone());
+        b.federated.take(bundle.clone()).unwrap();
         let reply = client.accepted().await;
         assert_eq!(reply.names(), ["spiffe://partner.example"]);
         assert_eq!(reply.resources[0].content, Content::Bundle(bundle.to_pem()));

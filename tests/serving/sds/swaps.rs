@@ -303,7 +303,7 @@ async fn certificates_held_across_a_restart_are_replaced_in_the_window() {
             Client::asking(&before, variant, &["default"]).await.accepted().await;
             let svid = before.material();
             let b = before.restarted();
-            b.source.take(b.embedded.bundle().unwrap());
+            b.source.take(b.embedded.bundle().unwrap()).unwrap();
             if raised_before {
                 b.raise_epoch();
             }
@@ -363,7 +363,7 @@ async fn a_call_to_reissue_is_about_what_clients_hold_too() {
     Client::asking(&before, Variant::Delta, &["default"]).await.accepted().await;
     let svid = before.material();
     let b = before.restarted();
-    b.source.take(b.embedded.bundle().unwrap());
+    b.source.take(b.embedded.bundle().unwrap()).unwrap();
     let mut client = Client::returning(&b, Variant::Delta, &["default"], svid.version()).await;
     settle().await;
     let begun = Instant::now();

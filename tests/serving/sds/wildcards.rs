@@ -43,7 +43,7 @@ async fn a_name_stays_when_a_wildcard_comes_and_goes() {
         assert_eq!(client.accepted().await.names(), ["default", "ROOTCA"]);
         client.ask(&["default"]);
         settle().await;
-        b.source.take(grown_bundle(&b));
+        b.source.take(grown_bundle(&b)).unwrap();
         client.quiet(Duration::from_secs(60)).await;
         let reply = client.accepted().await;
         assert!(reply.names() == ["default"] && reply.carries("default", &b.material()));
@@ -58,7 +58,7 @@ async fn a_name_beside_the_wildcard_is_reported_as_removed() {
     client.ask(&["*"]);
     let reply = client.accepted().await;
     assert_eq!((reply.names().len(), &reply.removed[..]), (0, &["spiffe://partner.example".to_owned()][..]));
-    b.federated.take(foreign_bundle(&b));
+    b.federated.take(foreign_bundle(&b)).unwrap();
     client.quiet(Duration::from_secs(60)).await;
 }
 

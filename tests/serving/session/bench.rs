@@ -93,7 +93,7 @@ impl Agent {
         let embedded = Embedded::new("cluster.local", clock.clone()).unwrap();
         let trust = Trust::new(trust::Metrics::default());
         let source = trust.source(None, "own");
-        source.take(embedded.bundle().unwrap());
+        source.take(embedded.bundle().unwrap()).unwrap();
         let (store, events) = Store::new();
         let issuers = BTreeMap::from([(IssuerName("mesh".into()), Arc::new(embedded) as Arc<dyn Issuer>)]);
         let plan = Plan::new(issuers, [identity("a").profile.clone()], Duration::from_secs(300));
@@ -141,6 +141,6 @@ impl Agent {
     /// Changes the roots, so that the service has an update to push.
     pub fn change_bundle(&self) {
         let other = Embedded::new("cluster.local", Arc::new(SystemClock)).unwrap();
-        self.source.take(other.bundle().unwrap());
+        self.source.take(other.bundle().unwrap()).unwrap();
     }
 }

@@ -80,7 +80,8 @@ impl Authority {
         let root_signer = Signer::new(params, root_key);
 
         let key = KeyPair::generate()?;
-        let params = authority_params(&format!("{trust_domain} development intermediate"), BasicConstraints::Constrained(0), now);
+        let mut params = authority_params(&format!("{trust_domain} development intermediate"), BasicConstraints::Constrained(0), now);
+        params.use_authority_key_identifier_extension = true;
         let intermediate = params.signed_by(&key, &root_signer)?;
         Ok(Self { root, intermediate, signer: Signer::new(params, key), expires: now + AUTHORITY_LIFETIME })
     }

@@ -1,11 +1,11 @@
 //! Checks an issuer's answer before it is published.
 //!
-//! [`verify`] is a pure function of identity, key, chain, bundle and time. The agent serves exactly the certificates that were checked, in
-//! the issuer's order: the leaf first, then the others. Certificates that are on no path to a root stay in the chain. Peers ignore them,
-//! and one of them may be the cross-signed root that peers with an older bundle need.
+//! [`verify`] is a pure function of identity, key, chain, bundle and time. The agent serves exactly the certificates that were checked: the
+//! leaf first, then the others. Certificates that are on no path to a root stay in the chain. Peers ignore them, and one of them may be the
+//! cross-signed root that peers with an older bundle need.
 //!
-//! The checks reject certificates that a peer would reject. Usages follow the SPIFFE X.509-SVID specification (sections 4.1, 4.3 and 4.4),
-//! as Envoy and go-spiffe enforce it:
+//! The checks reject certificates that a peer would reject. [`envoy_x509`] verifies the path as Envoy does. Usages follow the SPIFFE X.509-SVID
+//! specification (sections 4.1, 4.3 and 4.4), as Envoy and go-spiffe enforce it:
 //!
 //! - An absent extended key usage allows every use (RFC 5280, section 4.2.1.12). A present one must name `serverAuth` and `clientAuth`.
 //! - A present key usage must have `digitalSignature`, and must have neither `keyCertSign` nor `cRLSign`.
@@ -18,14 +18,17 @@ use aws_lc_rs::{
     rsa,
     signature::{ECDSA_P256_SHA256_ASN1_SIGNING, ECDSA_P384_SHA384_ASN1_SIGNING, EcdsaKeyPair, KeyPair as _},
 };
-use rustls::pki_types::{CertificateDer, TrustAnchor, UnixTime};
+use envoy_x509::{Certificate, Place};
+use rustls::pki_types::CertificateDer;
 use sds_server::material::{self, CertificateChain, PrivateKey, TrustBundle, Validity};
-use webpki::{EndEntityCert, KeyUsage, anchor_from_trusted_cert};
 use workload_identity::{Identity, KeyType, version::Digest};
-use x509_parser::prelude::{FromDer, X509Certificate, X509Error};
 
 /// Maximum time by which the signer's clock may be ahead of the agent's: 60 s.
 pub const ALLOWED_SKEW: Duration = Duration::from_secs(60);
+/// The overhead of TLS 1.3 for each certificate, in bytes.
+const TLS_OVERHEAD: usize = 5;
+/// Maximum size of a chain, in bytes, with the overhead of TLS 1.3. A peer with BoringSSL rejects a message with certificates beyond 100 KiB.
+const MAX_CHAIN_BYTES: usize = 102_000;
 /// Maximum number of a certificate's names that an error shows.
 const MAX_SHOWN_NAMES: usize = 8;
 
@@ -80,7 +83,12 @@ pub enum Error {
     /// The leaf is a certificate of a CA, or has a usage that peers reject.
     #[error("the leaf {0}")]
     Usage(&'static str),
-    /// No path leads to a root.
+    /// The chain is larger than peers accept.
+    #[error(
+        "the chain has {0} bytes; peers accept at most {MAX_CHAIN_BYTES}: the issuer must leave out certificates that are not on the path"
+    )]
+    TooLarge(usize),
+    /// Envoy refuses the chain.
     #[error("{what}: {why}")]
     Path {
         /// The check that failed.
@@ -93,7 +101,7 @@ pub enum Error {
 /// Result of a successful check.
 #[derive(Debug)]
 pub struct Verified {
-    /// The root to which the chain leads. `None` without a bundle.
+    /// The first certificate of the bundle on the path. `None` without a bundle.
     pub anchor: Option<CertificateDer<'static>>,
     /// The authorities on the longest path to a root, from the one that signed the leaf. Empty for a lone leaf without a bundle.
     pub path: Vec<Digest>,
@@ -125,7 +133,8 @@ pub fn verify(
     }
     in_time(chain.validity, now)?;
     let (leaf, others) = chain.certificates().split_first().ok_or(Error::Chain(material::Error::Empty))?;
-    usages(leaf)?;
+    let leaf = read(leaf, 1)?;
+    usages(&leaf)?;
     path(leaf, others, bundle, now.max(chain.validity.not_before))
 }
 
@@ -134,7 +143,7 @@ fn is_for(chain: &CertificateChain, public_key: &[u8]) -> Result<(), Error> {
     if chain.public_key == public_key {
         return Ok(());
     }
-    let is_it = |der: &CertificateDer<'_>| X509Certificate::from_der(der).is_ok_and(|(_, c)| c.public_key().raw == public_key);
+    let is_it = |der: &CertificateDer<'_>| Certificate::from_der(der).is_ok_and(|c| c.public_key.der == public_key);
     match chain.certificates().iter().position(is_it) {
         Some(place) => Err(Error::Order { index: place + 1 }),
         None => Err(Error::Key),
@@ -154,108 +163,94 @@ fn in_time(validity: Validity, now: SystemTime) -> Result<(), Error> {
     Ok(())
 }
 
-/// Checks that the leaf is an end-entity certificate for both sides of TLS. The path verifier checks only extended key usages, and only if
-/// there is a path.
-fn usages(leaf: &CertificateDer<'_>) -> Result<(), Error> {
-    let broken = |why: X509Error| Error::Chain(material::Error::X509 { index: 1, why: material::fault(&why).to_owned() });
-    let (_, leaf) = X509Certificate::from_der(leaf).map_err(|why| broken(why.into()))?;
-    if leaf.basic_constraints().map_err(broken)?.is_some_and(|constraints| constraints.value.ca) {
+fn read<'a>(der: &'a CertificateDer<'_>, index: usize) -> Result<Certificate<'a>, Error> {
+    Certificate::from_der(der).map_err(|why| Error::Chain(material::Error::X509 { index, why }))
+}
+
+/// Checks that the leaf is an end-entity certificate for both sides of TLS. The path verifier checks the usages that a peer needs, and only
+/// if there is a path.
+fn usages(leaf: &Certificate<'_>) -> Result<(), Error> {
+    let extensions = leaf.extensions().map_err(|why| Error::Chain(material::Error::X509 { index: 1, why }))?;
+    if extensions.is_authority() {
         return Err(Error::Usage("is a certificate authority's"));
     }
-    if let Some(usage) = leaf.key_usage().map_err(broken)? {
-        if !usage.value.digital_signature() {
+    if let Some(usage) = extensions.key_usage {
+        if !usage.digital_signature() {
             return Err(Error::Usage("has a key usage without digitalSignature"));
         }
-        if usage.value.key_cert_sign() || usage.value.crl_sign() {
+        if usage.key_cert_sign() || usage.crl_sign() {
             return Err(Error::Usage("has the key usage of an authority (keyCertSign or cRLSign)"));
         }
     }
-    if let Some(usage) = leaf.extended_key_usage().map_err(broken)? {
-        if !usage.value.server_auth {
+    if let Some(usage) = extensions.extended_key_usage {
+        if !usage.server_auth {
             return Err(Error::Usage("has an extended key usage without serverAuth"));
         }
-        if !usage.value.client_auth {
+        if !usage.client_auth {
             return Err(Error::Usage("has an extended key usage without clientAuth"));
         }
+    }
+    if extensions.must_staple {
+        return Err(Error::Usage("must be served with an OCSP response (TLS feature status_request), and the agent has none"));
     }
     Ok(())
 }
 
-/// Builds the path to a root that has not expired, for both usages. Without a bundle, the last certificate of the chain is the root.
-///
-/// The verifier's path ends at the nearest trusted certificate, which may be an intermediate of a root that is trusted too.
-fn path(leaf: &CertificateDer<'_>, others: &[CertificateDer<'_>], bundle: Option<&TrustBundle>, at: SystemTime) -> Result<Verified, Error> {
-    let unreadable = |why: webpki::Error| Error::Path { what: "the leaf cannot be read", why: kind(&why) };
-    let leaf = EndEntityCert::try_from(leaf).map_err(unreadable)?;
+/// Verifies the path to a root of the bundle. Without a bundle, the last certificate of the chain is the root.
+fn path(leaf: Certificate<'_>, others: &[CertificateDer<'_>], bundle: Option<&TrustBundle>, at: SystemTime) -> Result<Verified, Error> {
     let (roots, what) = match (bundle, others) {
         (Some(bundle), _) => (bundle.roots(), "the chain does not lead to the trust bundle"),
         (None, [.., last]) => (std::slice::from_ref(last), "the chain does not lead to its own last certificate"),
         // A lone leaf without a bundle: there is no path to check.
         (None, []) => return Ok(Verified { anchor: None, path: Vec::new() }),
     };
-    // The verifier does not check the validity of a trust anchor (RFC 5280, section 6.1.1; rustls/webpki-roots#70). Peers do.
-    let live: Vec<&CertificateDer<'_>> = roots.iter().filter(|root| is_live(root, at)).collect();
-    let anchors: Vec<TrustAnchor<'_>> = live.iter().filter_map(|root| anchor_from_trusted_cert(root).ok()).collect();
-    if anchors.is_empty() {
-        return Err(Error::Path { what, why: "every root has expired or cannot be read".to_owned() });
+    let mut chain = vec![leaf];
+    for (index, other) in others.iter().enumerate() {
+        chain.push(read(other, index + 2)?);
     }
-    let time = UnixTime::since_unix_epoch(Duration::from_secs(clock::unix_seconds(at)));
-    let mut found = None;
-    for usage in [KeyUsage::server_auth(), KeyUsage::client_auth()] {
-        let path = leaf
-            .verify_for_usage(webpki::ALL_VERIFICATION_ALGS, &anchors, others, time, usage, None, None)
-            .map_err(|why| Error::Path { what, why: in_words(&why) })?;
-        let anchor = path.anchor();
-        found = live.iter().find(|root| {
-            anchor_from_trusted_cert(root)
-                .is_ok_and(|root| root.subject == anchor.subject && root.subject_public_key_info == anchor.subject_public_key_info)
-        });
+    let parsed = roots.iter().enumerate().map(|(index, root)| read(root, index + 1)).collect::<Result<Vec<_>, _>>()?;
+    let seconds = i64::try_from(clock::unix_seconds(at)).unwrap_or(i64::MAX);
+    let path = envoy_x509::verify(&chain, &parsed, seconds).map_err(|refusal| Error::Path { what, why: refusal.to_string() })?;
+    let bytes = others.iter().map(|other| other.len() + TLS_OVERHEAD).sum::<usize>() + chain[0].len() + TLS_OVERHEAD;
+    if bytes > MAX_CHAIN_BYTES {
+        return Err(Error::TooLarge(bytes));
     }
-    let anchor = bundle.and(found).map(|root| (*root).clone().into_owned());
-    let paths = live.iter().map(|root| authorities(&leaf, others, root, time));
-    Ok(Verified { anchor, path: paths.max_by_key(Vec::len).unwrap_or_default() })
+    let first = path.places.iter().find_map(|place| match place {
+        Place::Bundle(index) => roots.get(*index),
+        Place::Chain(_) => None,
+    });
+    let anchor = bundle.and(first).map(|root| (*root).clone().into_owned());
+    Ok(Verified { anchor, path: longest(&chain, others, roots, &parsed, seconds) })
 }
 
-/// Returns the authorities on the path to `root`, from the one that signed the leaf. Empty if no path leads there.
-fn authorities(leaf: &EndEntityCert<'_>, others: &[CertificateDer<'_>], root: &CertificateDer<'_>, time: UnixTime) -> Vec<Digest> {
-    let Ok(anchor) = anchor_from_trusted_cert(root) else { return Vec::new() };
-    // A bundle may have hundreds of roots, and signatures are expensive.
-    let is_issuer = |subject: &[u8]| *subject == *anchor.subject;
-    if !is_issuer(leaf.issuer()) && !others.iter().any(|other| EndEntityCert::try_from(other).is_ok_and(|other| is_issuer(other.issuer())))
-    {
-        return Vec::new();
-    }
-    let (anchors, usage) = (std::slice::from_ref(&anchor), KeyUsage::server_auth());
-    let Ok(path) = leaf.verify_for_usage(webpki::ALL_VERIFICATION_ALGS, anchors, others, time, usage, None, None) else {
-        return Vec::new();
-    };
-    let below = path.intermediate_certificates().map(|authority| material::authority_of_certificate(&authority.der()));
-    below.chain([material::authority_of_certificate(root)]).flatten().collect()
-}
-
-fn is_live(root: &CertificateDer<'_>, at: SystemTime) -> bool {
-    X509Certificate::from_der(root).is_ok_and(|(_, root)| clock::from_unix_seconds(root.validity().not_after.timestamp()) > at)
-}
-
-/// Describes errors that have a usual cause. For other errors, returns the verifier's name of the error.
-fn in_words(error: &webpki::Error) -> String {
-    match error {
-        webpki::Error::UnknownIssuer => "no root has signed it, neither directly nor through the intermediates of the chain".to_owned(),
-        webpki::Error::InvalidSignatureForPublicKey => "a signer of the right name has another key: was the authority replaced?".to_owned(),
-        webpki::Error::CertExpired { not_after, .. } => {
-            let at = clock::from_unix_seconds(i64::try_from(not_after.as_secs()).unwrap_or(i64::MAX));
-            format!("an intermediate expired at {}", clock::rfc3339(at))
+/// Returns the authorities on the longest path that the chain itself has to one of the roots, from the one that signed the leaf.
+///
+/// Envoy's path ends at the nearest trusted certificate, and continues with trusted ones that a client with another bundle does not have.
+fn longest(
+    chain: &[Certificate<'_>],
+    others: &[CertificateDer<'_>],
+    roots: &[CertificateDer<'_>],
+    parsed: &[Certificate<'_>],
+    at: i64,
+) -> Vec<Digest> {
+    let mut longest = Vec::new();
+    for (root, der) in parsed.iter().zip(roots) {
+        // A bundle may have hundreds of roots, and signatures are expensive.
+        if !chain.iter().any(|certificate| root.may_have_issued(certificate)) {
+            continue;
         }
-        webpki::Error::CertNotValidYet { .. } => "an intermediate is not valid yet".to_owned(),
-        webpki::Error::EndEntityUsedAsCa => "an intermediate is not a certificate authority's".to_owned(),
-        webpki::Error::RequiredEkuNotFoundContext(_) => "an intermediate's extended key usage forbids TLS servers or clients".to_owned(),
-        other => kind(other),
+        let Ok(path) = envoy_x509::verify(chain, std::slice::from_ref(root), at) else { continue };
+        let authorities = path.places.iter().filter_map(|place| match place {
+            Place::Chain(0) => None,
+            Place::Chain(index) => material::authority_of_certificate(&others[index - 1]),
+            Place::Bundle(_) => material::authority_of_certificate(der),
+        });
+        let authorities: Vec<Digest> = authorities.collect();
+        if longest.len() < authorities.len() {
+            longest = authorities;
+        }
     }
-}
-
-/// Returns the verifier's name of an error, without values from a certificate.
-fn kind(error: &webpki::Error) -> String {
-    format!("{error:?}").chars().take_while(char::is_ascii_alphanumeric).collect()
+    longest
 }
 
 /// Returns up to [`MAX_SHOWN_NAMES`] names of a certificate, as excerpts.

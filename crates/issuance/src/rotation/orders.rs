@@ -262,10 +262,11 @@ struct Judge {
 }
 
 impl Judge {
-    async fn judge(mut self, issued: Issued) -> Result<(Issued, verify::Verified), (Error, Option<Issued>)> {
+    async fn judge(mut self, mut issued: Issued) -> Result<(Issued, verify::Verified), (Error, Option<Issued>)> {
         if self.await_bundle && self.trust.wait_for(|set| set.own.is_some()).await.is_err() {
             return Err((Error::Configuration("the trust bundle's owner has ended".into()), None));
         }
+        issued.chain = issued.chain.in_order(self.clock.now());
         let set = self.trust.borrow().clone();
         let bundle = set.own.as_ref().map(|bundle| &bundle.roots);
         match verify::verify(&self.identity, &issued.key, &issued.chain, bundle, self.clock.now()) {

@@ -67,7 +67,7 @@ async fn a_certificate_is_not_published_until_its_root_is_trusted() {
     let lease = b.want("a");
     settle().await;
     assert!(lease.current().is_none());
-    b.source.take(b.foreign.bundle().unwrap());
+    b.source.take(b.foreign.bundle().unwrap()).unwrap();
     let svid = material(&lease, None).await;
     assert_eq!(b.orders(), 1, "the first answer is verified again");
     let root = authority_of_certificate(&b.foreign.bundle().unwrap().roots()[0]).unwrap();
@@ -80,7 +80,7 @@ async fn nothing_is_published_before_the_bundle_that_it_must_lead_to() {
     let lease = b.want("a");
     settle().await;
     assert_eq!((b.orders(), lease.current().is_some()), (1, false));
-    b.source.take(b.embedded.bundle().unwrap());
+    b.source.take(b.embedded.bundle().unwrap()).unwrap();
     material(&lease, None).await;
     assert_eq!(b.orders(), 1);
 }
@@ -92,7 +92,7 @@ async fn a_root_that_leaves_the_bundle_takes_its_certificates_along_soon() {
     let first = material(&lease, None).await;
     b.script.lock().unwrap().push_back(Script::Foreign);
     let start = tokio::time::Instant::now();
-    b.source.take(b.foreign.bundle().unwrap());
+    b.source.take(b.foreign.bundle().unwrap()).unwrap();
     let second = material(&lease, Some(&first)).await;
     assert_ne!(first.authority, second.authority);
     // At most a minute of spread and a minute of settling.
@@ -116,7 +116,7 @@ async fn what_is_at_rest_can_be_taken_in_passing_and_what_is_due_cannot() {
     assert!(passing(now).is_some(), "the retention has begun again");
     // Its authority is no longer trusted: it is replaced within 60 s, though no client subscribes.
     b.script.lock().unwrap().push_back(Script::Foreign);
-    b.source.take(b.foreign.bundle().unwrap());
+    b.source.take(b.foreign.bundle().unwrap()).unwrap();
     settle().await;
     assert!(passing(b.clock.now() + Duration::from_secs(60)).is_none());
     tokio::time::sleep(Duration::from_secs(121)).await;
@@ -264,7 +264,7 @@ async fn a_settling_renewal_is_not_published_under_a_changed_bundle() {
     assert_eq!(b.orders(), 2);
     assert!(Arc::ptr_eq(&lease.current().unwrap(), &first), "the renewal is verified, and settles");
     b.script.lock().unwrap().extend((0..100).map(|_| Script::Foreign));
-    b.source.take(b.foreign.bundle().unwrap());
+    b.source.take(b.foreign.bundle().unwrap()).unwrap();
     let second = material(&lease, Some(&first)).await;
     assert_ne!(first.authority, second.authority, "what was verified under the old bundle is not published under the new one");
 }
@@ -290,7 +290,7 @@ async fn whenever_the_bundle_changes_what_is_served_leads_to_it_soon() {
             for _ in 0..moment {
                 turn().await;
             }
-            b.source.take(b.foreign.bundle().unwrap());
+            b.source.take(b.foreign.bundle().unwrap()).unwrap();
             tokio::time::sleep(Duration::from_secs(180)).await;
             let (svid, roots) = (lease.current().unwrap(), b.foreign.bundle().unwrap());
             assert!(

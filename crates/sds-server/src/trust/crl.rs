@@ -1,27 +1,22 @@
 //! Certificate revocation lists (CRLs; RFC 5280, section 5) that are served with the roots of a bundle.
 //!
-//! A client that gets lists rejects a peer if the list of any authority in its chain is missing, expired, or not signed by the authority.
+//! A client that gets lists rejects a peer if the list of any authority in its chain is missing, ended, or not usable for another reason.
 //! Envoy documents this for the field `crl` of its `CertificateValidationContext` (envoyproxy/envoy#12784). Therefore [`fit`] returns lists
-//! only if each known authority has one.
-//!
-//! An expired list is still served. The metric `crl_next_update_timestamp_seconds` shows the expiry in advance.
+//! only if Envoy accepts all known chains with them. Lists that Envoy would not use are left out, so that an older good list of the same
+//! authority counts.
 
 use std::time::SystemTime;
 
 use agent_runtime::{clock, text};
-use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, pem::PemObject};
-use x509_parser::{
-    certificate::X509Certificate, extensions::ParsedExtension, prelude::FromDer, revocation_list::CertificateRevocationList,
-};
+use envoy_x509::{Certificate, ListRefusal, RevocationList as Parsed, check_revocation, verify};
+use rustls::pki_types::CertificateDer;
 
-use crate::material::{BrokenPem, Error, MAX_CERTIFICATES, fault_of};
+use crate::material::{Error, pem};
 
 /// The revocation list of one authority.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RevocationList {
     der: Vec<u8>,
-    /// The name of the authority, in DER.
-    issuer: Vec<u8>,
     /// The issue time (`thisUpdate`).
     pub this_update: SystemTime,
     /// The expiry (`nextUpdate`). `None` if the list has no such field.
@@ -31,44 +26,16 @@ pub struct RevocationList {
 }
 
 impl RevocationList {
-    fn parse(der: &[u8], index: usize) -> Result<Self, Error> {
-        let broken = |why: String| Error::RevocationList { index, why };
-        let (rest, list) = CertificateRevocationList::from_der(der).map_err(|error| broken(fault_of(&error).to_owned()))?;
-        if !rest.is_empty() {
-            return Err(broken(format!("{} bytes follow it", rest.len())));
-        }
-        // A delta CRL, or a CRL with a limited scope, has a critical extension (RFC 5280, section 5.2). A client that does not know the
-        // extension would misread the list.
-        if let Some(extension) = list.extensions().iter().find(|extension| extension.critical) {
-            let oid = text::excerpt(&extension.oid.to_string(), text::MAX_NAME_CHARS);
-            return Err(broken(format!("it has the critical extension {oid}; only complete lists can be served")));
-        }
-        Ok(Self {
-            issuer: list.issuer().as_raw().to_vec(),
-            this_update: clock::from_unix_seconds(list.last_update().timestamp()),
-            next_update: list.next_update().map(|time| clock::from_unix_seconds(time.timestamp())),
-            revoked: list.iter_revoked_certificates().count(),
-            der: der.to_vec(),
-        })
+    fn parse(der: Vec<u8>, index: usize) -> Result<Self, Error> {
+        let list = Parsed::from_der(&der).map_err(|why| Error::RevocationList { index, why })?;
+        let time = |time: envoy_x509::Time| clock::from_unix_seconds(time.seconds().unwrap_or(0));
+        let (this_update, next_update, revoked) = (time(list.this_update), list.next_update.map(time), list.revoked.len());
+        Ok(Self { this_update, next_update, revoked, der })
     }
 
     /// The list in DER.
     pub fn der(&self) -> &[u8] {
         &self.der
-    }
-
-    /// Whether a client assigns the list to `authority`: by the signature, and by the key identifiers if both have one.
-    fn is_of(&self, authority: &X509Certificate<'_>) -> bool {
-        let Ok((_, list)) = CertificateRevocationList::from_der(&self.der) else { return false };
-        let told = list.extensions().iter().find_map(|extension| match extension.parsed_extension() {
-            ParsedExtension::AuthorityKeyIdentifier(id) => id.key_identifier.as_ref().map(|id| id.0),
-            _ => None,
-        });
-        let own = authority.extensions().iter().find_map(|extension| match extension.parsed_extension() {
-            ParsedExtension::SubjectKeyIdentifier(id) => Some(id.0),
-            _ => None,
-        });
-        told.zip(own).is_none_or(|(told, own)| told == own) && list.verify_signature(authority.public_key()).is_ok()
     }
 }
 
@@ -76,73 +43,93 @@ impl RevocationList {
 ///
 /// # Errors
 ///
-/// If the PEM is invalid or has more than [`MAX_CERTIFICATES`] lists, a list is not valid DER, or a list has a critical extension.
+/// If the PEM is invalid or has more than [`MAX_CERTIFICATES`](crate::material::MAX_CERTIFICATES) lists, or Envoy would not read a list.
 pub fn from_pem(pem: &[u8]) -> Result<Vec<RevocationList>, Error> {
+    of_objects(pem::read(pem)?)
+}
+
+/// Reads the revocation lists among `objects`.
+pub(crate) fn of_objects(objects: impl IntoIterator<Item = pem::Object>) -> Result<Vec<RevocationList>, Error> {
     let mut lists: Vec<RevocationList> = Vec::new();
-    let mut blocks = CertificateRevocationListDer::pem_slice_iter(pem);
-    let mut rest = blocks.remainder();
-    while let Some(list) = blocks.next() {
-        if lists.len() == MAX_CERTIFICATES {
-            return Err(Error::TooMany);
-        }
-        let list = list.map_err(|error| Error::Pem(BrokenPem::of(&error, pem, rest, lists.len())))?;
-        let list = RevocationList::parse(&list, lists.len() + 1)?;
+    for object in objects.into_iter().filter(|object| object.kind == pem::Kind::RevocationList) {
+        let list = RevocationList::parse(object.der, lists.len() + 1)?;
         if !lists.contains(&list) {
             lists.push(list);
         }
-        rest = blocks.remainder();
     }
     Ok(lists)
 }
 
-/// Returns the lists to serve at `now` with `authorities`, which must be parsable certificates: the newest list of each, and all lists of
-/// other authorities. An authority that has expired needs no list, because clients accept no certificate of it.
+/// Returns the lists to serve at `now` with `roots`, all of which are served too: those with which Envoy accepts each of `chains`, the leaf
+/// first, and each root itself. A chain that Envoy refuses without lists does not count.
 ///
 /// # Errors
 ///
-/// The reason why no list can be served, as a text for the operator: an authority has no list that it has signed, or must not sign lists.
+/// The reason why no list can be served, as a text for the operator: the first authority without a list that Envoy would use.
 pub fn fit<'a>(
-    authorities: impl Iterator<Item = &'a CertificateDer<'static>>,
+    roots: impl IntoIterator<Item = &'a CertificateDer<'static>>,
+    chains: &[Vec<CertificateDer<'static>>],
     lists: &[RevocationList],
     now: SystemTime,
 ) -> Result<Vec<RevocationList>, String> {
-    let mut fitting: Vec<RevocationList> = Vec::new();
     if lists.is_empty() {
-        return Ok(fitting);
+        return Ok(Vec::new());
     }
-    let mut known = Vec::new();
-    for authority in authorities {
-        let Ok((_, authority)) = X509Certificate::from_der(authority) else { continue };
-        if not_after(&authority) < now {
-            continue;
+    let seconds = i64::try_from(clock::unix_seconds(now)).unwrap_or(i64::MAX);
+    let roots: Vec<Certificate<'_>> = roots.into_iter().filter_map(|root| Certificate::from_der(root).ok()).collect();
+    let chains: Vec<Vec<Certificate<'_>>> =
+        chains.iter().map(|chain| chain.iter().filter_map(|certificate| Certificate::from_der(certificate).ok()).collect()).collect();
+    let authorities: Vec<&Certificate<'_>> = roots.iter().chain(chains.iter().flat_map(|chain| chain.iter().skip(1))).collect();
+    let usable = |list: &&RevocationList| {
+        let Ok(list) = Parsed::from_der(list.der()) else { return false };
+        let mut of = authorities.iter().filter(|authority| list.is_of(authority)).peekable();
+        of.peek().is_none() || of.any(|authority| list.check(authority, seconds).is_ok())
+    };
+    let fitting: Vec<RevocationList> = lists.iter().filter(usable).cloned().collect();
+    let parsed: Vec<Parsed<'_>> = fitting.iter().filter_map(|list| Parsed::from_der(list.der()).ok()).collect();
+    let all: Vec<Parsed<'_>> = lists.iter().filter_map(|list| Parsed::from_der(list.der()).ok()).collect();
+    let check = |path: &[&Certificate<'_>]| match check_revocation(path, &parsed, seconds) {
+        // A revoked certificate is the purpose of a list.
+        Ok(()) | Err((_, ListRefusal::Revoked)) => Ok(()),
+        Err((depth, refusal)) => {
+            // The reason for which a list was left out says more than its absence.
+            let refusal = match refusal {
+                ListRefusal::Missing => check_revocation(path, &all, seconds).err().map_or(refusal, |(_, refusal)| refusal),
+                refusal => refusal,
+            };
+            let authority = path.get(depth).map(|certificate| certificate.issuer.to_string()).unwrap_or_default();
+            Err(format!("{}: {refusal}", text::excerpt(&authority, text::MAX_NAME_CHARS)))
         }
-        let (name, raw) = (text::excerpt(&authority.subject().to_string(), text::MAX_NAME_CHARS), authority.subject().as_raw());
-        if authority.key_usage().ok().flatten().is_some_and(|usage| !usage.value.crl_sign()) {
-            return Err(format!("{name} may not sign revocation lists: its key usage has no cRLSign"));
-        }
-        let own = || lists.iter().filter(|list| list.issuer == raw);
-        let newest = own().filter(|list| list.is_of(&authority)).max_by_key(|list| list.this_update);
-        match newest {
-            Some(list) if fitting.contains(list) => {}
-            Some(list) => fitting.push(list.clone()),
-            None if own().next().is_some() => {
-                return Err(format!("the revocation list of {name} is not signed by its key, or names another key"));
-            }
-            None => return Err(format!("there is no revocation list of {name}")),
-        }
-        known.push(raw.to_vec());
+    };
+    for chain in &chains {
+        let Ok(path) = verify(chain, &roots, seconds) else { continue };
+        let certificates: Vec<&Certificate<'_>> = path
+            .places
+            .iter()
+            .filter_map(|place| match place {
+                envoy_x509::Place::Chain(index) => chain.get(*index),
+                envoy_x509::Place::Bundle(index) => roots.get(*index),
+            })
+            .collect();
+        check(&certificates)?;
     }
-    fitting.extend(lists.iter().filter(|list| !known.contains(&list.issuer)).cloned());
+    for root in &roots {
+        check(&above(root, &roots))?;
+    }
     Ok(fitting)
 }
 
-/// Returns the first time from `now` on after which one of `authorities` has expired, so that [`fit`] has another result.
-pub fn next_expiry<'a>(authorities: impl Iterator<Item = &'a CertificateDer<'static>>, now: SystemTime) -> Option<SystemTime> {
-    authorities.filter_map(|authority| Some(not_after(&X509Certificate::from_der(authority).ok()?.1))).filter(|at| *at >= now).min()
-}
-
-fn not_after(authority: &X509Certificate<'_>) -> SystemTime {
-    clock::from_unix_seconds(authority.validity().not_after.timestamp())
+/// The root, and the authorities above it that are roots of the bundle too.
+fn above<'a, 'b>(root: &'b Certificate<'a>, roots: &'b [Certificate<'a>]) -> Vec<&'b Certificate<'a>> {
+    let mut path = vec![root];
+    while let Some(last) = path.last().filter(|last| !last.is_self_issued()) {
+        let Some(issuer) = roots.iter().find(|root| root.may_have_issued(last)) else { break };
+        if path.iter().any(|known| std::ptr::eq(*known, issuer)) {
+            break;
+        }
+        path.push(issuer);
+    }
+    path
 }
 
 #[cfg(any(test, feature = "testing"))]
@@ -155,6 +142,7 @@ mod tests {
     use rcgen::{KeyIdMethod, KeyUsagePurpose};
 
     use super::{samples::Authority, *};
+    use crate::material::CertificateChain;
 
     fn lists(pem: &[String]) -> Vec<RevocationList> {
         from_pem(pem.concat().as_bytes()).unwrap()
@@ -171,46 +159,56 @@ mod tests {
         assert!(matches!(from_pem(garbage), Err(Error::RevocationList { index: 1, .. })));
     }
 
+    fn served(roots: &[&Authority], lists: &[RevocationList], at: SystemTime) -> Result<usize, String> {
+        let roots: Vec<_> = roots.iter().map(|root| root.der()).collect();
+        fit(&roots, &[], lists, at).map(|fitting| fitting.len())
+    }
+
     #[test]
     fn each_authority_needs_a_list_that_it_has_signed() {
         let (a, b, other_a) = (Authority::new("a"), Authority::new("b"), Authority::new("a"));
-        let both = [a.der(), b.der()];
-        let fit = |lists: &[RevocationList]| super::fit(both.iter(), lists, SystemTime::now()).map(|fitting| fitting.len());
+        let fit = |lists: &[RevocationList]| served(&[&a, &b], lists, SystemTime::now());
         assert_eq!(fit(&[]), Ok(0));
         assert_eq!(fit(&lists(&[a.list(0, 0), b.list(1, 0)])), Ok(2));
-        assert_eq!(fit(&lists(&[a.list(0, 0)])), Err("there is no revocation list of CN=b".to_owned()));
-        let forged = lists(&[other_a.list(0, 0), b.list(1, 0)]);
-        assert_eq!(fit(&forged), Err("the revocation list of CN=a is not signed by its key, or names another key".to_owned()));
+        let missing = |name: &str| Err(format!("CN={name}: there is no list of it, or the lists of its name are of another key"));
+        assert_eq!(fit(&lists(&[a.list(0, 0)])), missing("b"));
+        assert_eq!(fit(&lists(&[other_a.list(0, 0), b.list(1, 0)])), missing("a"));
         let misnamed = lists(&[a.list_naming(KeyIdMethod::PreSpecified(vec![1; 20]), 0, 0), b.list(1, 0)]);
-        assert_eq!(fit(&misnamed), fit(&forged), "Envoy does not find the list");
-        // A list of an intermediate authority.
+        assert_eq!(fit(&misnamed), missing("a"), "Envoy does not find the list");
+        // A list of an unknown authority.
         assert_eq!(fit(&lists(&[a.list(0, 0), b.list(1, 0), Authority::new("c").list(0, 0)])), Ok(3));
     }
 
     #[test]
-    fn two_authorities_of_one_name_have_a_list_each_and_the_newest_counts() {
-        let (old, new) = (Authority::new("a"), Authority::new("a"));
-        let all = lists(&[old.list(1, 100), old.list(2, 0), new.list(3, 0)]);
-        let fitting = fit([old.der(), new.der()].iter(), &all, SystemTime::now()).unwrap();
-        assert_eq!(fitting.iter().map(|list| list.revoked).collect::<Vec<_>>(), [2, 3]);
+    fn an_older_list_counts_where_the_newest_is_not_usable() {
+        let (a, now) = (Authority::new("a"), SystemTime::now());
+        let of_tomorrow = lists(&[a.list_at(now + Duration::from_secs(86_400))]);
+        assert_eq!(served(&[&a], &of_tomorrow, now), Err("CN=a: its list is not valid yet: its clock is ahead".to_owned()));
+        let both = [of_tomorrow, lists(&[a.list(1, 100)])].concat();
+        assert_eq!(served(&[&a], &both, now), Ok(1));
+        assert_eq!(
+            served(&[&a], &both, now + Duration::from_secs(7200)),
+            Err("CN=a: its list is not valid yet: its clock is ahead".to_owned())
+        );
+        assert_eq!(served(&[&a], &lists(&[a.list(1, 7200)]), now), Err("CN=a: its list has ended".to_owned()));
     }
 
     #[test]
-    fn an_expired_authority_needs_no_list() {
-        let (now, second) = (SystemTime::now(), Duration::from_secs(1));
-        let (current, old) = (Authority::new("a"), Authority::until("b", now - 10 * second));
-        let both = [current.der(), old.der()];
-        let served = |at| fit(both.iter(), &lists(&[current.list(1, 0)]), at).map(|fitting| fitting.len());
-        assert_eq!(served(now), Ok(1));
-        assert_eq!(served(now - 20 * second), Err("there is no revocation list of CN=b".to_owned()), "it had not expired");
-        assert_eq!(next_expiry(both.iter(), now - 20 * second).map(clock::unix_seconds), Some(clock::unix_seconds(now - 10 * second)));
-        assert!(next_expiry(both.iter(), now).is_some_and(|at| at > now), "that of the other authority");
+    fn a_chain_needs_lists_of_all_its_authorities() {
+        let (root, now) = (Authority::new("root"), SystemTime::now());
+        let below = root.below("below");
+        let chain: Vec<CertificateDer<'static>> =
+            CertificateChain::from_pem(&[below.leaf(), below.certificate.pem()].concat().into_bytes()).unwrap().certificates().to_vec();
+        let fit = |lists: &[RevocationList]| fit(&[root.der()], std::slice::from_ref(&chain), lists, now).map(|fitting| fitting.len());
+        assert!(fit(&lists(&[root.list(0, 0)])).unwrap_err().starts_with("CN=below: there is no list"));
+        assert_eq!(fit(&lists(&[root.list(0, 0), below.list(0, 0)])), Ok(2));
     }
 
     #[test]
-    fn who_may_not_sign_lists_has_none() {
-        let a = Authority::with("a", vec![KeyUsagePurpose::KeyCertSign]);
-        let refused = fit([a.der()].iter(), &lists(&[Authority::new("a").list(0, 0)]), SystemTime::now()).unwrap_err();
-        assert_eq!(refused, "CN=a may not sign revocation lists: its key usage has no cRLSign");
+    fn an_authority_that_may_not_sign_lists_has_none() {
+        let a = Authority::new("a");
+        let root = a.der_with("a", vec![KeyUsagePurpose::KeyCertSign]);
+        let refused = fit(&[root], &[], &lists(&[a.list(0, 0)]), SystemTime::now()).unwrap_err();
+        assert_eq!(refused, "CN=a: it may not sign revocation lists: its key usage has no cRLSign");
     }
 }

@@ -95,43 +95,80 @@ fn crls_are_served_only_when_every_root_has_one() {
 #[test]
 fn an_authority_below_a_root_needs_a_list_while_its_certificates_live() {
     let trust = Trust::new(Metrics::default());
-    let (root, below) = (Authority::new("root"), Authority::new("below"));
+    let root = Authority::new("root");
+    let below = root.below("below");
     trust.source(None, "all").offer([root.certificate.pem(), root.list(0, 0)].concat().as_bytes()).unwrap();
     let served = || trust.subscribe().borrow().own.as_ref().unwrap().crls().len();
-    let leaf = Authority::new("leaf");
     let now = SystemTime::now();
-    trust.met(&chain(&[&leaf]), now);
+    let issued = |authorities: &[&Authority]| {
+        let pem: String = authorities.iter().map(|authority| authority.certificate.pem()).collect();
+        CertificateChain::from_pem((authorities.first().unwrap_or(&&root).leaf() + &pem).as_bytes()).unwrap()
+    };
+    trust.met(&issued(&[]), now);
     assert_eq!(served(), 1);
-    let deep = chain(&[&leaf, &below]);
+    let deep = issued(&[&below]);
     trust.met(&deep, now);
     assert_eq!(served(), 0, "no client would accept a certificate of the intermediate");
     trust.source(None, "below").offer(below.list(0, 0).as_bytes()).unwrap();
     assert_eq!(served(), 2);
     // The last certificate of the intermediate has expired.
     let later = deep.validity.not_after + std::time::Duration::from_secs(1);
-    trust.met(&chain(&[&leaf, &root]), later);
-    assert_eq!(trust.offers().intermediates.len(), 1);
+    trust.met(&issued(&[]), later);
+    assert_eq!(trust.offers().chains.len(), 1);
 }
 
 #[tokio::test(start_paused = true)]
-async fn lists_are_served_once_the_authority_without_one_has_expired() {
-    let (now, hour) = (SystemTime::now(), std::time::Duration::from_secs(3600));
+async fn an_ended_root_is_left_out_at_its_end_and_the_last_one_stays() {
+    let (now, second) = (SystemTime::now(), std::time::Duration::from_secs(1));
     let clock = clock::TestClock::new(now);
     let trust = Trust::with_clock(Metrics::default(), Arc::new(clock.clone()));
-    let (current, old) = (Authority::new("current"), Authority::until("old", now + hour));
-    let all = [current.certificate.pem(), old.certificate.pem(), current.list(0, 0)].concat();
-    trust.source(None, "all").offer(all.as_bytes()).unwrap();
-    let served = || trust.subscribe().borrow().own.as_ref().unwrap().crls().len();
-    let leaf = chain(&[&Authority::new("leaf")]);
-    trust.met(&leaf, clock.now());
-    assert_eq!(served(), 0);
-    clock.step(3602);
-    trust.met(&leaf, clock.now());
-    assert_eq!(served(), 1, "the old root is still in the bundle");
-    assert_eq!(trust.subscribe().borrow().own.as_ref().unwrap().roots.roots().len(), 2);
-    // A new offer is compared at its own time.
-    trust.source(None, "more").offer(Authority::until("older", now - hour).certificate.pem().as_bytes()).unwrap();
-    assert_eq!(served(), 1);
+    let shutdown = CancellationToken::new();
+    let running = tokio::spawn(trust.clone().run(shutdown.clone()));
+    let (current, old) = (Authority::until("current", now + 7200 * second), Authority::until("old", now + 3600 * second));
+    trust.source(None, "all").offer([old.certificate.pem(), current.certificate.pem(), current.list(0, 0)].concat().as_bytes()).unwrap();
+    trust.met(&chain(&[&Authority::new("leaf")]), now);
+    let mut watcher = trust.subscribe();
+    let own = || trust.subscribe().borrow().own.clone().unwrap();
+    assert_eq!((own().roots.roots().len(), own().crls().len()), (2, 0), "the old root has no list");
+    // The list ends before the old root does, and is issued again.
+    tokio::time::timeout(3700 * second, watcher.changed()).await.expect("the old root has ended").unwrap();
+    assert_eq!(own().roots.roots(), [current.der()]);
+    trust.source(None, "lists").offer(current.list_at(now + 3500 * second).as_bytes()).unwrap();
+    assert_eq!(own().crls().len(), 1);
+    let last = own();
+    tokio::time::sleep(3700 * second).await;
+    assert_eq!(own().roots, last.roots, "the last bundle stays although its root has ended");
+    shutdown.cancel();
+    running.await.unwrap();
+}
+
+#[test]
+fn roots_and_lists_of_one_source_are_judged_apart() {
+    let trust = Trust::new(Metrics::default());
+    let source = trust.source(None, "all");
+    let (a, b) = (Authority::new("a"), Authority::new("b"));
+    let garbage = "-----BEGIN X509 CRL-----\nAAAA\n-----END X509 CRL-----\n";
+    let refused = source.offer([a.certificate.pem(), garbage.to_owned()].concat().as_bytes()).unwrap_err();
+    assert!(matches!(refused.cause, material::Error::RevocationList { index: 1, .. }));
+    let roots = || trust.subscribe().borrow().own.clone().unwrap().roots.clone();
+    assert_eq!(roots().roots(), [a.der()]);
+    // A usable list is taken beside roots that are not.
+    let bad_root = "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n";
+    source.offer([bad_root.to_owned(), a.list(1, 0)].concat().as_bytes()).unwrap_err();
+    trust.met(&chain(&[&b]), SystemTime::now());
+    let own = trust.subscribe().borrow().own.clone().unwrap();
+    assert_eq!((own.roots.roots(), own.crls().len()), (&[a.der()][..], 1));
+}
+
+#[test]
+fn all_sources_together_have_a_limit() {
+    let trust = Trust::new(Metrics::default());
+    let good = Authority::new("good");
+    trust.source(None, "good").offer(good.certificate.pem().as_bytes()).unwrap();
+    let long: String = (0..100).map(|number| Authority::new(&format!("{number:0900}")).certificate.pem()).collect();
+    let refused = trust.source(None, "long names").offer(long.as_bytes()).unwrap_err();
+    assert!(matches!(refused.cause, material::Error::NamesTooLarge(len) if len > MAX_NAME_BYTES), "{refused}");
+    assert_eq!(trust.subscribe().borrow().own.clone().unwrap().roots.roots(), [good.der()]);
 }
 
 #[test]

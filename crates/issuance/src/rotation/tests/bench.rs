@@ -136,7 +136,7 @@ pub(super) struct Bench {
 impl Bench {
     pub(super) fn new(script: impl IntoIterator<Item = Script>) -> Self {
         let bench = Self::without_bundle(script, false);
-        bench.source.take(bench.embedded.bundle().unwrap());
+        bench.source.take(bench.embedded.bundle().unwrap()).unwrap();
         bench
     }
 
@@ -147,7 +147,7 @@ impl Bench {
     /// Rotation uses the clock that `wrap` makes of the bench's clock.
     pub(super) fn with_clock(script: impl IntoIterator<Item = Script>, wrap: impl FnOnce(TestClock) -> Arc<dyn Clock>) -> Self {
         let bench = Self::build(script, false, wrap);
-        bench.source.take(bench.embedded.bundle().unwrap());
+        bench.source.take(bench.embedded.bundle().unwrap()).unwrap();
         bench
     }
 

@@ -97,7 +97,7 @@ async fn a_fetched_certificate_is_replaced_when_its_root_is_removed() {
     let b = Bench::new([Script::Issue, Script::Foreign]);
     let first = material(&b.want("a"), None).await;
     settle().await;
-    b.source.take(b.foreign.bundle().unwrap());
+    b.source.take(b.foreign.bundle().unwrap()).unwrap();
     tokio::time::sleep(Duration::from_secs(121)).await;
     assert_eq!(b.orders(), 2, "no client has fetched since");
     let second = visit(&b).unwrap();
