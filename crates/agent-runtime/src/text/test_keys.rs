@@ -14,35 +14,45 @@ pub struct Key {
     /// The key as PKCS#8 in PEM.
     pub pem: String,
     der: Vec<u8>,
-    windows: HashSet<String>,
+    /// Each group of consecutive bytes of the PKCS#8 document, and so of the scalar, without those that all keys of the type have.
+    windows: HashSet<[u8; WINDOW]>,
 }
 
 /// Maximum size of the text that may be shown for one error.
 const MAX_BYTES: usize = 4096;
-/// Number of consecutive characters of a key that count as a leak.
-const WINDOW: usize = 12;
-/// The first line of the PEM text, which is not secret.
-const MARK: &str = "-----BEGIN PRIVATE KEY-----";
+/// Number of consecutive bytes of a key that count as a leak.
+const WINDOW: usize = 8;
+/// Encodings that may be within each other, such as base64 of PEM as a list of numbers.
+const LAYERS: usize = 2;
 
 impl Key {
     /// Generates an ECDSA key, as agents and most CAs use.
     pub fn ecdsa() -> Self {
-        let key = rcgen::KeyPair::generate().unwrap();
-        Self::new(key.serialize_pem(), key.serialize_der())
+        let (key, other) = (rcgen::KeyPair::generate().unwrap(), rcgen::KeyPair::generate().unwrap());
+        Self::new(key.serialize_pem(), key.serialize_der(), &other.serialize_der())
     }
 
     /// Generates an RSA key, as some CAs use.
     pub fn rsa() -> Self {
-        let der = rsa::KeyPair::generate(rsa::KeySize::Rsa2048).unwrap();
-        let der: aws_lc_rs::encoding::Pkcs8V1Der<'_> = der.as_der().unwrap();
-        let der = der.as_ref().to_vec();
+        let generate = || {
+            let der = rsa::KeyPair::generate(rsa::KeySize::Rsa2048).unwrap();
+            let der: aws_lc_rs::encoding::Pkcs8V1Der<'_> = der.as_der().unwrap();
+            der.as_ref().to_vec()
+        };
+        let (der, other) = (generate(), generate());
         let pair = rcgen::KeyPair::from_pkcs8_der_and_sign_algo(&der.clone().into(), &rcgen::PKCS_RSA_SHA256).unwrap();
-        Self::new(pair.serialize_pem(), der)
+        Self::new(pair.serialize_pem(), der, &other)
     }
 
-    fn new(pem: String, der: Vec<u8>) -> Self {
-        let windows = windows(&pem, &der);
+    fn new(pem: String, der: Vec<u8>, other: &[u8]) -> Self {
+        let common: HashSet<_> = groups(other).collect();
+        let windows = groups(&der).filter(|group| !common.contains(group)).collect();
         Self { pem, der, windows }
+    }
+
+    /// The groups of eight bytes that count as a leak.
+    pub fn secret_groups(&self) -> impl Iterator<Item = [u8; WINDOW]> {
+        self.windows.iter().copied()
     }
 
     /// The lines of base64.
@@ -135,14 +145,30 @@ impl Key {
         self.texts().into_iter().filter(|(name, _)| !name.contains("megabyte")).step_by(4)
     }
 
-    /// Returns a part of the key that `text` contains in any form, with or without white space; `None` if it contains none.
+    /// Returns the encoding of a part of the key that `text` contains: eight bytes of it in any form. `None` if it contains none.
     pub fn leak_in(&self, text: &str) -> Option<String> {
-        let squeezed: String = text.split_whitespace().collect();
-        let look = |text: &str| {
-            let pieces = (0..text.len().saturating_sub(WINDOW - 1)).filter_map(|at| text.get(at..at + WINDOW));
-            pieces.filter(|piece| self.windows.contains(*piece)).map(str::to_owned).next()
-        };
-        look(text).or_else(|| look(&squeezed))
+        self.leak_in_bytes(text.as_bytes())
+    }
+
+    /// Like [`leak_in`](Self::leak_in), for an output that need not be text.
+    pub fn leak_in_bytes(&self, output: &[u8]) -> Option<String> {
+        self.leak_in_layer(output, LAYERS).map(|forms| forms.join(" of "))
+    }
+
+    fn leak_in_layer(&self, output: &[u8], layers: usize) -> Option<Vec<&'static str>> {
+        if groups(output).any(|group| self.windows.contains(&group)) {
+            return Some(vec!["raw bytes"]);
+        }
+        if layers == 0 {
+            return None;
+        }
+        DECODERS.iter().find_map(|(name, decode)| {
+            let decoded = decode(output);
+            decoded.iter().find_map(|bytes| self.leak_in_layer(bytes, layers - 1)).map(|mut forms| {
+                forms.push(name);
+                forms
+            })
+        })
     }
 
     /// Panics if the text `shown`, derived from `what`, contains a part of the key or exceeds 4 KiB.
@@ -152,20 +178,97 @@ impl Key {
     }
 }
 
-/// All substrings of `WINDOW` characters, for each form of the key.
-fn windows(pem: &str, der: &[u8]) -> HashSet<String> {
-    let body: String = pem.lines().filter(|line| !line.starts_with('-')).collect();
-    let numbers = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte}, ")).collect::<String>();
-    let forms = [
-        body,
-        STANDARD.encode(pem),
-        URL_SAFE_NO_PAD.encode(der),
-        der.iter().map(|byte| format!("{byte:02x}")).collect(),
-        der.iter().map(|byte| format!("{byte:02X}")).collect(),
-        numbers(&pem.as_bytes()[MARK.len()..]),
-        numbers(der),
-    ];
-    let squeezed = forms.each_ref().map(|form| form.replace(' ', ""));
-    let all = forms.iter().chain(&squeezed).flat_map(|form| form.as_bytes().windows(WINDOW));
-    all.map(|window| String::from_utf8(window.to_vec()).unwrap()).collect()
+fn groups(bytes: &[u8]) -> impl Iterator<Item = [u8; WINDOW]> {
+    bytes.windows(WINDOW).filter_map(|group| group.try_into().ok())
+}
+
+/// Returns the byte strings that a text may encode.
+type Decode = fn(&[u8]) -> Vec<Vec<u8>>;
+
+const DECODERS: [(&str, Decode); 4] = [("decimal", decimal), ("hexadecimal", hexadecimal), ("percent", percent), ("base64", base64)];
+
+/// Runs of numbers up to 255, with anything but letters between.
+fn decimal(text: &[u8]) -> Vec<Vec<u8>> {
+    let mut runs = vec![Vec::new()];
+    for run in text.split(|byte| byte.is_ascii_alphabetic()) {
+        for number in run.split(|byte| !byte.is_ascii_digit()).filter(|number| !number.is_empty()) {
+            match std::str::from_utf8(number).ok().and_then(|number| number.parse().ok()) {
+                Some(byte) => runs.last_mut().unwrap().push(byte),
+                None => runs.push(Vec::new()),
+            }
+        }
+        runs.push(Vec::new());
+    }
+    long(runs)
+}
+
+/// Runs of digits, also with separators and prefixes between pairs; at both alignments.
+fn hexadecimal(text: &[u8]) -> Vec<Vec<u8>> {
+    let text: String = text.iter().copied().map(char::from).collect();
+    let text = text.replace("0x", "").replace("\\x", "");
+    let digits = |separators: &[char]| -> Vec<Vec<u8>> {
+        let text: String = text.chars().filter(|c| !separators.contains(c) && !c.is_whitespace()).collect();
+        text.split(|c: char| !c.is_ascii_hexdigit()).map(|run| run.bytes().collect()).collect()
+    };
+    let value = |digit: &u8| char::from(*digit).to_digit(16).map_or(0, |digit| digit as u8);
+    let pairs = |run: &[u8]| run.chunks_exact(2).map(|pair| value(&pair[0]) << 4 | value(&pair[1])).collect::<Vec<u8>>();
+    let runs = [digits(&[]), digits(&[':', ',', '-'])].concat();
+    long(runs.iter().flat_map(|run| [pairs(run), pairs(run.get(1..).unwrap_or_default())]).collect())
+}
+
+/// The text with `%xx`, `\\xxx` and `\\u00xx` replaced by their bytes, and without the backslashes before other characters.
+fn percent(text: &[u8]) -> Vec<Vec<u8>> {
+    let mut out = Vec::with_capacity(text.len());
+    let mut rest = text;
+    while let [first, tail @ ..] = rest {
+        let escape = [&b"%"[..], b"\\x", b"\\u00"].into_iter().find_map(|mark| {
+            let digits = rest.strip_prefix(mark)?.get(..2)?;
+            let byte = u8::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok()?;
+            Some((byte, mark.len() + 2))
+        });
+        match escape {
+            Some((byte, len)) => {
+                out.push(byte);
+                rest = &rest[len..];
+            }
+            // `\\n` of a quoted text is no character of it.
+            None if *first == b'\\' => rest = tail.strip_prefix(b"n").or(tail.strip_prefix(b"r")).unwrap_or(tail),
+            None => {
+                out.push(*first);
+                rest = tail;
+            }
+        }
+    }
+    if out == text { Vec::new() } else { vec![out] }
+}
+
+/// Runs of base64 and base64url, with white space or any other characters between lines; at all four alignments.
+fn base64(text: &[u8]) -> Vec<Vec<u8>> {
+    let is_digit = |byte: &u8| byte.is_ascii_alphanumeric() || b"+/-_".contains(byte);
+    let squeezed: Vec<u8> = text.iter().copied().filter(|byte| !byte.is_ascii_whitespace()).collect();
+    let digits: Vec<u8> = text.iter().copied().filter(is_digit).collect();
+    let mut decoded = Vec::new();
+    for run in squeezed.split(|byte| !is_digit(byte)).chain(text.split(|byte| !is_digit(byte))).chain([&digits[..]]) {
+        let run: Vec<u8> = run
+            .iter()
+            .map(|byte| {
+                if *byte == b'-' {
+                    b'+'
+                } else if *byte == b'_' {
+                    b'/'
+                } else {
+                    *byte
+                }
+            })
+            .collect();
+        for start in 0..4.min(run.len()) {
+            let whole = &run[start..run.len() - (run.len() - start) % 4];
+            decoded.extend(STANDARD.decode(whole).ok());
+        }
+    }
+    long(decoded)
+}
+
+fn long(runs: Vec<Vec<u8>>) -> Vec<Vec<u8>> {
+    runs.into_iter().filter(|run| run.len() >= WINDOW).collect()
 }
