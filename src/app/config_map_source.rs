@@ -1,8 +1,8 @@
 //! Reads a trust bundle from a key of a ConfigMap, as trust-manager writes it, with a watch on that one object.
 //!
-//! The caller runs [`ConfigMapSource::run`]. A missing ConfigMap or key is counted and logged once, and the last valid bundle stays.
+//! The key may be in `data` or in `binaryData`. The caller runs [`ConfigMapSource::run`]. A missing ConfigMap or key is counted and logged once, and the last valid bundle stays.
 
-use std::{fmt, sync::Arc};
+use std::{collections::BTreeMap, fmt, sync::Arc};
 
 use agent_runtime::text;
 use aws_lc_rs::digest;
@@ -12,6 +12,9 @@ use sds_server::trust::Source;
 use tokio_util::sync::CancellationToken;
 
 use super::config_map::ConfigMapWatch;
+
+/// Keys of a ConfigMap that a message lists.
+const MAX_LISTED_KEYS: usize = 10;
 
 /// Watches a key of a ConfigMap and offers its content to a source of the trust.
 pub struct ConfigMapSource {
@@ -68,21 +71,20 @@ impl ConfigMapSource {
     }
 
     fn read(&self, object: &ConfigMap, last: Option<Found>) -> Found {
-        let Some(pem) = object.data.as_ref().and_then(|data| data.get(&*self.key)) else {
+        let Some(pem) = content(object, &self.key) else {
             if last != Some(Found::NoKey) {
-                let keys = object.data.iter().flat_map(|data| data.keys()).take(10);
-                let keys: Vec<String> = keys.map(|key| text::excerpt(key, text::MAX_NAME_CHARS)).collect();
+                let keys = keys(object);
                 self.source
                     .missing(format_args!("the ConfigMap has no such key, only {keys:?}: correct the key, or write the roots there"));
             }
             return Found::NoKey;
         };
         let mut hash = [0; 32];
-        hash.copy_from_slice(digest::digest(&digest::SHA256, pem.as_bytes()).as_ref());
+        hash.copy_from_slice(digest::digest(&digest::SHA256, pem).as_ref());
         let found = Found::Content(hash);
         if last != Some(found) {
             // `offer` counts and logs a refusal.
-            let _ = self.source.offer(pem.as_bytes());
+            let _ = self.source.offer(pem);
         }
         found
     }
@@ -95,11 +97,25 @@ impl ConfigMapSource {
     }
 }
 
+/// Returns the content of `key`. `kubectl create configmap --from-file` writes a file that is not UTF-8 to `binaryData`, for example a
+/// bundle with one Latin-1 letter in a comment. The API server accepts a key in one of the two fields only.
+fn content<'o>(object: &'o ConfigMap, key: &str) -> Option<&'o [u8]> {
+    let text = object.data.as_ref().and_then(|data| data.get(key)).map(String::as_bytes);
+    text.or_else(|| object.binary_data.as_ref()?.get(key).map(|bytes| &*bytes.0))
+}
+
+/// Returns the keys of both fields for a message, at most [`MAX_LISTED_KEYS`].
+fn keys(object: &ConfigMap) -> Vec<String> {
+    let (text, binary) = (object.data.iter().flat_map(BTreeMap::keys), object.binary_data.iter().flat_map(BTreeMap::keys));
+    text.chain(binary).take(MAX_LISTED_KEYS).map(|key| text::excerpt(key, text::MAX_NAME_CHARS)).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use std::time::Duration;
 
     use agent_kube::fake::{FakeApi, Fault};
+    use base64::{Engine, prelude::BASE64_STANDARD};
     use sds_server::trust::{Metrics, Trust};
     use serde_json::json;
     use tokio::time::timeout;
@@ -113,6 +129,21 @@ mod tests {
 
     fn config_map(key: &str, value: &str) -> serde_json::Value {
         json!({"metadata": {"name": "mesh-roots", "namespace": "cert-manager"}, "data": {key: value}})
+    }
+
+    #[test]
+    fn the_key_is_read_from_either_field_and_the_keys_of_both_are_listed() {
+        let object = |fields: serde_json::Value| -> ConfigMap { serde_json::from_value(fields).unwrap() };
+        // `# é` in Latin-1, as base64.
+        let both = object(json!({"data": {"a": "text"}, "binaryData": {"b": "IyDp"}}));
+        assert_eq!([content(&both, "a"), content(&both, "b"), content(&both, "c")], [Some(&b"text"[..]), Some(&b"# \xe9"[..]), None]);
+        assert_eq!(keys(&both), ["a", "b"]);
+        assert_eq!(content(&object(json!({})), "a"), None);
+        let many: serde_json::Map<_, _> = (0..20).map(|n| (format!("{n:02}\n"), json!(""))).collect();
+        let listed = keys(&object(json!({"data": {"a": ""}, "binaryData": many})));
+        assert_eq!((listed.len(), &*listed[0], &*listed[9]), (10, "a", "08"));
+        let long = keys(&object(json!({"binaryData": {"x".repeat(5000): ""}})));
+        assert!(long[0].chars().count() <= text::MAX_NAME_CHARS + 1, "{long:?}");
     }
 
     #[tokio::test(start_paused = true)]
@@ -134,7 +165,8 @@ mod tests {
         api.put("configmaps", config_map("ca.crt", &pem()));
         assert!(changed(&mut bundles).await);
         let first = own(&bundles.borrow_and_update()).unwrap();
-        for bad in [config_map("ca.pem", &pem()), config_map("ca.crt", ""), config_map("ca.crt", "garbage")] {
+        let other_key = json!({"metadata": {"name": "mesh-roots", "namespace": "cert-manager"}, "binaryData": {"ca.pem": "IyDp"}});
+        for bad in [config_map("ca.pem", &pem()), config_map("ca.crt", ""), config_map("ca.crt", "garbage"), other_key] {
             api.put("configmaps", bad);
             assert!(!changed(&mut bundles).await);
         }
@@ -146,6 +178,12 @@ mod tests {
         api.cut_watches(true);
         api.put("configmaps", config_map("ca.crt", &pem()));
         assert!(changed(&mut bundles).await);
-        assert_ne!(own(&bundles.borrow()), Some(first));
+        let second = own(&bundles.borrow_and_update());
+        assert_ne!(second, Some(first));
+
+        let latin = BASE64_STANDARD.encode([b"# \xe9\n", pem().as_bytes()].concat());
+        api.put("configmaps", json!({"metadata": {"name": "mesh-roots", "namespace": "cert-manager"}, "binaryData": {"ca.crt": latin}}));
+        assert!(changed(&mut bundles).await);
+        assert_ne!(own(&bundles.borrow()), second);
     }
 }

@@ -1,5 +1,6 @@
 //! Trust sources that are forbidden, missing, empty or garbage, before and after a first valid bundle.
 
+use base64::{Engine, prelude::BASE64_STANDARD};
 use serde_json::json;
 use test_harness::{
     agent::Agent,
@@ -48,7 +49,7 @@ async fn a_bundle_that_goes_bad_changes_nothing() {
     cluster.patch(&path, &json!({"data": {"ca.crt": "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"}})).await;
     refused(&agent, 4, "is not valid X.509").await;
     cluster.patch(&path, &json!({"data": {"ca.crt": null, "ca.pem": authority}})).await;
-    refused(&agent, 5, "the ConfigMap has no such key").await;
+    refused(&agent, 5, "the ConfigMap has no such key, only [\\\"ca.pem\\\"]").await;
     cluster.delete(&path).await;
     refused(&agent, 6, "the ConfigMap does not exist").await;
     // The agent still verifies and renews certificates with the last valid bundle.
@@ -59,7 +60,13 @@ async fn a_bundle_that_goes_bad_changes_nothing() {
     let key = rcgen::KeyPair::generate().expect("a key");
     let another = rcgen::CertificateParams::new(Vec::new()).expect("parameters").self_signed(&key).expect("a root").pem();
     cluster.create(&maps, &json!({"metadata": {"name": "roots"}, "data": {"ca.crt": format!("{authority}{another}")}})).await;
-    assert_ne!(roots.update(2, PATIENCE).await["trusted_ca_pem"], first["trusted_ca_pem"]);
+    let second = roots.update(2, PATIENCE).await;
+    assert_ne!(second["trusted_ca_pem"], first["trusted_ca_pem"]);
+
+    // As `kubectl create configmap --from-file` writes a file with one byte of Latin-1.
+    let latin = BASE64_STANDARD.encode([b"# \xe9\n", authority.as_bytes()].concat());
+    cluster.patch(&path, &json!({"data": null, "binaryData": {"ca.crt": latin}})).await;
+    assert_eq!(roots.update(3, PATIENCE).await["trusted_ca_pem"], first["trusted_ca_pem"]);
     [certificate, roots].iter().for_each(test_harness::scene::Stream::assert_undisturbed);
 }
 
