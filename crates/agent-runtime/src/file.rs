@@ -1,11 +1,10 @@
 //! A file that is read again after each change.
 //!
-//! The watch is on the directory, because files are replaced rather than rewritten: Kubernetes swaps a symlink beside the file, and editors
-//! rename over it. If the file is a link to another directory, that directory is watched too. The caller runs [`Followed::run`] inside a
-//! runtime with I/O.
+//! The watch is on directories, because files are replaced rather than rewritten: Kubernetes swaps a symlink beside the file, and editors
+//! rename over it. Every directory is watched through which the path leads, because any link or directory on the way can be replaced while
+//! the former file still exists. The caller runs [`Followed::run`] inside a runtime with I/O.
 
 use std::{
-    collections::BTreeSet,
     io::{self, Read},
     path::{Path, PathBuf},
     time::Duration,
@@ -19,8 +18,12 @@ const LOG_TARGET: &str = "sds_agent::file";
 
 /// Changes arrive in bursts: the file is read after a pause of this length.
 const DEBOUNCE: Duration = Duration::from_millis(100);
-/// Interval of attempts while the directory cannot be watched, for example because it does not exist.
+/// Interval at which the file is read while a directory on the way cannot be watched, for example because it is not readable.
 const RECHECK_INTERVAL: Duration = Duration::from_secs(30);
+
+mod route;
+
+use route::Route;
 
 #[cfg(any(test, feature = "testing"))]
 mod mounted;
@@ -63,53 +66,77 @@ impl Followed {
     /// Dropping the future ends the watch. A new call reports the current content again.
     pub async fn run(&self, mut tell: impl FnMut(Result<&[u8], &io::Error>)) {
         let mut last: Option<Result<Vec<u8>, io::ErrorKind>> = None;
+        let mut announced = None;
         loop {
             // The watches are set before the file is read, so that no change is missed. They are set again each time, because links change.
             let (changes, mut changed) = mpsc::channel(1);
-            let watcher = Self::watch(self.directories().await, changes);
-            if let Err(error) = &watcher {
-                let path = self.path.display();
-                tracing::warn!(target: LOG_TARGET, file = %path, %error, "cannot watch the file's directory; retrying in 30 s");
-            }
+            let route = self.route().await;
+            let (watcher, failure) = Self::watch(route.clone(), changes);
+            self.announce(failure.as_ref(), &mut announced);
+            // A link that changed before its watch was set may lead through directories without a watch.
+            let is_watched = self.route().await == route;
             let now = self.content().await;
             let comparable = now.as_ref().map(Vec::clone).map_err(io::Error::kind);
             if last.as_ref() != Some(&comparable) {
                 tell(now.as_deref());
                 last = Some(comparable);
             }
-            match &watcher {
-                Ok(_) => {
-                    changed.recv().await;
-                    let settled = async { while timeout(DEBOUNCE, changed.recv()).await.is_ok() {} };
-                    // A directory that changes without a pause must not prevent the file from being read.
-                    let _ = timeout(10 * DEBOUNCE, settled).await;
+            let limit = match &failure {
+                _ if !is_watched => DEBOUNCE,
+                None => Duration::MAX,
+                Some(_) => RECHECK_INTERVAL,
+            };
+            let change = async {
+                // Without a watcher the channel is closed.
+                if changed.recv().await.is_none() {
+                    std::future::pending::<()>().await;
                 }
-                Err(_) => tokio::time::sleep(RECHECK_INTERVAL).await,
+            };
+            if timeout(limit, change).await.is_ok() {
+                let settled = async { while timeout(DEBOUNCE, changed.recv()).await.is_ok() {} };
+                // A directory that changes without a pause must not prevent the file from being read.
+                let _ = timeout(10 * DEBOUNCE, settled).await;
             }
+            drop(watcher);
         }
     }
 
-    fn watch(directories: BTreeSet<PathBuf>, changes: mpsc::Sender<()>) -> notify::Result<RecommendedWatcher> {
-        let mut watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
-            // Reading the file is an event too, but not a change. If the channel is full, a change is already pending.
-            if event.map_or(true, |event| !event.kind.is_access()) {
+    /// Logs the failure of a watch if it differs from the one that was logged last.
+    fn announce(&self, failure: Option<&notify::Error>, announced: &mut Option<String>) {
+        let words = failure.map(ToString::to_string);
+        if let Some(error) = words.as_ref().filter(|words| announced.as_ref() != Some(words)) {
+            let path = self.path.display();
+            tracing::warn!(target: LOG_TARGET, file = %path, error, "cannot watch every directory of the file's path; reading it every 30 s");
+        }
+        *announced = words;
+    }
+
+    /// Watches the directories of `route`, and reports what may change it. Returns the first failure; the other directories are watched.
+    fn watch(route: Route, changes: mpsc::Sender<()>) -> (Option<RecommendedWatcher>, Option<notify::Error>) {
+        let directories = route.directories().to_vec();
+        let watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
+            // Reading the file is an event too, but not a change. An event without a path reports that events were lost.
+            let is_change = |event: notify::Event| {
+                !event.kind.is_access() && (event.paths.is_empty() || event.paths.iter().any(|path| route.concerns(path)))
+            };
+            if event.map_or(true, is_change) {
+                // If the channel is full, a change is already pending.
                 let _ = changes.try_send(());
             }
-        })?;
-        for directory in directories {
-            watcher.watch(&directory, RecursiveMode::NonRecursive)?;
-        }
-        Ok(watcher)
+        });
+        let mut watcher = match watcher {
+            Ok(watcher) => watcher,
+            Err(error) => return (None, Some(error)),
+        };
+        // All of them, before the first failure is taken.
+        let results: Vec<_> = directories.iter().map(|directory| watcher.watch(directory, RecursiveMode::NonRecursive)).collect();
+        (Some(watcher), results.into_iter().find_map(Result::err))
     }
 
-    /// Returns the directory of the path and the directory of the file that it resolves to.
-    async fn directories(&self) -> BTreeSet<PathBuf> {
-        let parent = |path: &Path| match path.parent() {
-            Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
-            _ => PathBuf::from("."),
-        };
-        let real = tokio::fs::canonicalize(&self.path).await.ok();
-        std::iter::once(parent(&self.path)).chain(real.as_deref().map(parent)).collect()
+    /// The route of the path as it is now.
+    async fn route(&self) -> Route {
+        let path = self.path.clone();
+        tokio::task::spawn_blocking(move || Route::of(&path)).await.unwrap_or_default()
     }
 
     /// Reads the content, and at most one byte more than the limit.
@@ -123,7 +150,7 @@ impl Followed {
 #[cfg(test)]
 #[allow(clippy::disallowed_methods, reason = "tests write the file")]
 mod tests {
-    use std::fs;
+    use std::{fs, os::unix::fs::symlink, time::Instant};
 
     use super::*;
 
@@ -180,6 +207,64 @@ mod tests {
         reports.until(Ok("two")).await;
         fs::remove_file(&path).unwrap();
         reports.until(Err(io::ErrorKind::NotFound)).await;
+    }
+
+    /// Replaces the link at `link` at once, and deletes nothing.
+    fn swap(link: &Path, target: &str) {
+        let beside = link.with_extension("new");
+        symlink(target, &beside).unwrap();
+        fs::rename(&beside, link).unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_link_in_the_middle_of_the_way_is_followed_when_it_is_swapped() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |path: &str| folder.path().join(path);
+        for (directory, text) in [("one", "one"), ("two", "two"), ("three", "three")] {
+            fs::create_dir_all(at(directory).join("sub")).unwrap();
+            fs::write(at(directory).join("sub/file"), text).unwrap();
+        }
+        // file -> b -> c, and from there through two links of a directory.
+        for (link, target) in [("links/c", "../hop/data/sub/file"), ("hop/data", "../one"), ("entry/b", "../links/c"), ("entry/file", "b")]
+        {
+            fs::create_dir_all(at(link).parent().unwrap()).unwrap();
+            symlink(target, at(link)).unwrap();
+        }
+        let mut reports = Reports::of(at("entry/file"), 100);
+        assert_eq!(reports.next().await, Ok("one".to_owned()));
+        let mut times = Vec::new();
+        for (link, target, text) in [
+            ("hop/data", "../two", "two"),
+            ("links/c", "../three/sub/file", "three"),
+            ("entry/b", "../one/sub/file", "one"),
+            ("entry/file", "../two/sub/file", "two"),
+        ] {
+            let start = Instant::now();
+            swap(&at(link), target);
+            assert_eq!(reports.next().await, Ok(text.to_owned()), "{link}");
+            times.push(start.elapsed());
+        }
+        // The fastest one, so that a busy machine does not fail the test.
+        assert!(times.iter().min() < Some(&Duration::from_secs(1)), "{times:?}");
+        // A directory on the way is replaced, and nothing is deleted.
+        fs::create_dir_all(at("beside/sub")).unwrap();
+        fs::write(at("beside/sub/file"), "beside").unwrap();
+        fs::rename(at("two"), at("former")).unwrap();
+        fs::rename(at("beside"), at("two")).unwrap();
+        reports.until(Ok("beside")).await;
+    }
+
+    #[tokio::test]
+    async fn a_file_is_read_when_its_directory_comes_later() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut reports = Reports::of(folder.path().join("later/sub/file"), 100);
+        assert_eq!(reports.next().await, Err(io::ErrorKind::NotFound));
+        let start = Instant::now();
+        fs::create_dir_all(folder.path().join("beside/sub")).unwrap();
+        fs::write(folder.path().join("beside/sub/file"), "one").unwrap();
+        fs::rename(folder.path().join("beside"), folder.path().join("later")).unwrap();
+        reports.until(Ok("one")).await;
+        assert!(start.elapsed() < RECHECK_INTERVAL);
     }
 
     #[tokio::test]
