@@ -29,6 +29,7 @@ pub mod reference;
 pub mod reloads;
 mod sockets;
 mod template;
+mod trust;
 mod values;
 mod warm_up;
 
@@ -39,6 +40,7 @@ pub use environment::{Env, process as process_environment};
 pub use error::{Errors, Problem, Warning};
 pub use parse::{Loaded, MAX_FILE_BYTES};
 pub use template::sample as sample_workload;
+pub use trust::{InlinePem, TrustSource};
 pub(crate) use values::{is_dns_label, is_dns_name};
 
 /// The whole configuration of the agent.
@@ -142,23 +144,4 @@ pub enum IssuerConfig {
     CertManager(certificate_request::Settings),
     /// A certificate authority in memory, for development and tests only.
     Embedded,
-}
-
-/// A source of a trust bundle.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum TrustSource {
-    /// A key of a ConfigMap, as trust-manager writes it.
-    ConfigMap {
-        /// Its namespace.
-        namespace: String,
-        /// Its name.
-        name: String,
-        /// The key in the ConfigMap.
-        key: String,
-    },
-    /// A PEM file, which the agent watches.
-    File {
-        /// Its path.
-        path: PathBuf,
-    },
 }

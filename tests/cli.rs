@@ -14,6 +14,8 @@ use std::{fs, process::Command};
 mod confined;
 #[path = "cli/flooded_probes.rs"]
 mod flooded_probes;
+#[path = "cli/inline.rs"]
+mod inline;
 #[path = "cli/stalled_reader.rs"]
 mod stalled_reader;
 

@@ -23,7 +23,7 @@ pub fn access(config: &Config, file: Option<&Path>, env: Env<'_>) -> Access {
     let sources = || config.trust_sources.iter().chain(config.federated.values());
     let of_source = |source: &TrustSource| match source {
         TrustSource::File { path } => Some(path.clone()),
-        TrustSource::ConfigMap { .. } => None,
+        TrustSource::ConfigMap { .. } | TrustSource::Inline { .. } => None,
     };
     let files = sources().filter_map(of_source).chain(file.map(Path::to_owned));
     let directories: Option<Vec<_>> = files.map(|path| directory_of(&path)).chain([Some(SERVICE_ACCOUNT.into())]).collect();

@@ -142,7 +142,7 @@ fn sources(builder: &mut Builder<'_>, cluster: Option<&Cluster>) -> anyhow::Resu
     let federated = config.federated.iter().map(|(domain, source)| (Some(domain.clone()), source));
     for (domain, source) in own.chain(federated) {
         let task = feed(builder, domain, source, cluster)?;
-        builder.tasks.push(task);
+        builder.tasks.extend(task);
     }
     let awaited = !config.trust_sources.is_empty();
     if awaited {
@@ -154,22 +154,28 @@ fn sources(builder: &mut Builder<'_>, cluster: Option<&Cluster>) -> anyhow::Resu
     Ok(awaited)
 }
 
+/// Returns the task that follows `source`. `None` for a source that cannot change while the agent runs.
 fn feed(
     builder: &Builder<'_>,
     domain: Option<TrustDomain>,
     source: &TrustSource,
     cluster: Option<&Cluster>,
-) -> anyhow::Result<BoxFuture<'static, ()>> {
+) -> anyhow::Result<Option<BoxFuture<'static, ()>>> {
     let (trust, last) = (&builder.trust, builder.last.clone());
     match (source, cluster) {
         (TrustSource::File { path }, _) => {
             let source = trust.source(domain, &FileSource::source_name(path));
-            Ok(Box::pin(FileSource::new(path.clone(), source).run(last)))
+            Ok(Some(Box::pin(FileSource::new(path.clone(), source).run(last))))
         }
         (TrustSource::ConfigMap { namespace, name, key }, Some(cluster)) => {
             let source = trust.source(domain, &ConfigMapSource::source_name(namespace, name, key));
             let source = ConfigMapSource::new(cluster.client.clone(), namespace, name, key, source, cluster.metrics.clone());
-            Ok(Box::pin(source.run(last)))
+            Ok(Some(Box::pin(source.run(last))))
+        }
+        (TrustSource::Inline { path, pem }, _) => {
+            // `offer` counts and logs a refusal.
+            let _ = trust.source(domain, &format!("inline {path}")).offer(pem.as_bytes());
+            Ok(None)
         }
         (TrustSource::ConfigMap { .. }, None) => anyhow::bail!("a ConfigMap as a trust source needs a cluster"),
     }
@@ -205,6 +211,21 @@ mod tests {
         let ended = tokio::time::timeout(Duration::from_secs(1), futures::future::join_all(tasks)).await;
         assert!(ended.is_ok());
         assert_eq!(base.readiness.awaited(), ["start".into(), "the trust bundle".into()], "the end of the task is not readiness");
+    }
+
+    /// A task that ends would end the agent.
+    #[tokio::test]
+    async fn a_bundle_of_the_configuration_is_there_at_once_and_needs_no_task() {
+        let root = rcgen::CertificateParams::new(Vec::new()).unwrap().self_signed(&rcgen::KeyPair::generate().unwrap()).unwrap().pem();
+        let sources = serde_json::json!({"sources": [{"inline": root}], "federated": {"partner.example": {"inline": root}}});
+        let text = serde_json::json!({"attestation": "unix", "issuer": {"embedded": {}}, "trust": sources}).to_string();
+        let config = Config::parse(&text, &|_| None).unwrap().config;
+        let mut base = Base::new(Shutdown::new(Duration::ZERO));
+        let mut builder = Builder::new(&config, &mut base);
+        assert!(super::sources(&mut builder, None).unwrap());
+        let set = builder.trust.subscribe().borrow().clone();
+        assert!(set.own.is_some() && set.federated.len() == 1);
+        assert_eq!(builder.tasks.len(), 1, "the guard of the readiness alone");
     }
 
     #[test]

@@ -246,6 +246,7 @@ fn source_in_words(source: &TrustSource) -> String {
     match source {
         TrustSource::ConfigMap { namespace, name, key } => format!("ConfigMap {namespace}/{name}, key {key}"),
         TrustSource::File { path } => format!("file {}", path.display()),
+        TrustSource::Inline { .. } => "PEM in this configuration".to_owned(),
     }
 }
 

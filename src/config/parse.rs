@@ -1,7 +1,8 @@
 //! Parses YAML text and the environment into a [`Config`], or returns all errors.
 //!
 //! Owns the fields of the file, their defaults and the rules between them. [`super::reference`] describes each field, and a test compares
-//! the two. The sections about certificates and issuers are in [`super::certificates`].
+//! the two. The sections about certificates and issuers are in [`super::certificates`], those about roots in
+//! [`super::trust`].
 
 #[cfg(test)]
 use std::collections::BTreeSet;
@@ -18,11 +19,11 @@ use serde_json::Value;
 use workload_identity::{IssuerName, TrustDomain};
 
 use super::{
-    Attestation, AttestationPolicy, Config, IssuerConfig, Limits, LockMemory, Names, RequestRate, TrustSource, approver, certificates,
+    Attestation, AttestationPolicy, Config, IssuerConfig, Limits, LockMemory, Names, RequestRate, approver, certificates,
     environment::{self, Env},
     error::{Errors, FieldError, Problem, Warning},
     reader::{Report, Section},
-    sockets, values, warm_up,
+    sockets, trust, values, warm_up,
 };
 use crate::{admin::MountHelper, process::confinement::Policy};
 
@@ -120,7 +121,7 @@ pub(super) fn decode(root: &Section<'_>, report: &Report, env: Env<'_>) -> Optio
     let pod = environment::pod(report, attestation, env);
     let context = certificates::Context { attestation, trust_domain: trust_domain.as_ref(), pod: pod.as_ref() };
     let issuance = certificates::decode(root, &context);
-    let trust_sources = root.section("trust", |trust| (trust.sections("sources", source), federated(trust, trust_domain.as_ref())));
+    let trust_sources = root.section("trust", |section| trust::decode(section, trust_domain.as_ref()));
     let names = root.section("names", names);
     let lock_memory = root.section("keys", |keys| {
         let names = [("auto", LockMemory::Auto), ("always", LockMemory::Always), ("never", LockMemory::Never)];
@@ -217,52 +218,6 @@ fn policy(policy: &Section<'_>) -> Option<AttestationPolicy> {
     let containers = policy.list("containers", |v| values::container(v).map(Into::into));
     let uids = policy.list("uids", |v| values::integer(0..=u64::from(u32::MAX - 1))(v).map(|uid| u32::try_from(uid).unwrap_or(u32::MAX)));
     Some(AttestationPolicy { containers: containers?, uids: uids? })
-}
-
-fn source(source: &Section<'_>) -> Option<TrustSource> {
-    let config_map = source.has("configMap").then(|| {
-        source.section("configMap", |map| {
-            let absent = |what: &'static str| move || FieldError::new("is missing", what);
-            let namespace = map.require("namespace", absent("name the namespace of the ConfigMap"), values::namespace);
-            let name = map.require("name", absent("name the ConfigMap that holds the roots"), values::object_name);
-            let key = map.read("key", "ca.crt".into(), values::config_map_key);
-            Some(TrustSource::ConfigMap { namespace: namespace?, name: name?, key: key? })
-        })
-    });
-    let file = source.has("file").then(|| {
-        let absent = || FieldError::new("is missing", "name a PEM file");
-        source.require("file", absent, values::absolute_path).map(|path| TrustSource::File { path })
-    });
-    match (config_map, file) {
-        (Some(source), None) | (None, Some(source)) => source,
-        (Some(_), Some(_)) => {
-            source.wrong_here("names both a configMap and a file", "make it two sources");
-            None
-        }
-        (None, None) => {
-            let example = "write { configMap: { namespace: cert-manager, name: mesh-roots } } or { file: /etc/sds-agent/roots.pem }";
-            source.wrong_here("names no source", example);
-            None
-        }
-    }
-}
-
-fn federated(trust: &Section<'_>, own: Option<&TrustDomain>) -> Option<BTreeMap<TrustDomain, TrustSource>> {
-    trust.section("federated", |federated| {
-        let entries = federated.entries(|name, entry| {
-            let domain = TrustDomain::new(name).ok();
-            match &domain {
-                None => entry.wrong_here("has a name that is not a trust domain", "use a name such as partner.example"),
-                Some(domain) if Some(domain) == own => {
-                    entry.wrong_here("is the agent's own trust domain", "put its roots under trust.sources");
-                }
-                Some(_) => {}
-            }
-            let source = source(entry);
-            Some((domain?, source?))
-        });
-        Some(entries?.into_iter().collect())
-    })
 }
 
 fn names(names: &Section<'_>) -> Option<Names> {
@@ -391,7 +346,7 @@ fn overlap(one: SocketAddr, other: SocketAddr) -> bool {
 #[cfg(test)]
 pub(super) fn known_fields() -> BTreeSet<String> {
     let files = [
-        "{ trust: { sources: [ { configMap: {}, file: /a } ], federated: { a.b: { configMap: {}, file: /a } } } }",
+        "{ trust: { sources: [ { configMap: {} } ], federated: { a.b: { configMap: {} } } } }",
         "{ issuer: { certManager: {}, embedded: {} } }",
         "{ profiles: [ { match: {}, identity: {}, issuerRef: { name: a }, certificate: {} } ] }",
     ];

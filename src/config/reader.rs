@@ -99,6 +99,11 @@ impl<'a> Section<'a> {
         result
     }
 
+    /// The path of this section.
+    pub(super) fn here(&self) -> &str {
+        &self.path
+    }
+
     /// The path of `field`.
     pub(super) fn path(&self, field: &str) -> String {
         join(&self.path, field)
@@ -150,6 +155,17 @@ impl<'a> Section<'a> {
             }
             Some(value) => self.parsed(field, value, parse),
         }
+    }
+
+    /// Like [`require`](Self::require), for a value that may be secret: an error does not show it.
+    pub(super) fn require_hidden<T>(
+        &self,
+        field: &'static str,
+        absent: impl FnOnce() -> FieldError,
+        parse: impl FnOnce(&Value) -> Result<T, FieldError>,
+    ) -> Option<T> {
+        let parsed = self.value(field).map_or_else(|| Err(absent()), parse);
+        parsed.map_err(|wrong| self.report.problem(&self.path(field), None, wrong)).ok()
     }
 
     fn parsed<T>(&self, field: &'static str, value: &Value, parse: impl FnOnce(&Value) -> Result<T, FieldError>) -> Option<T> {

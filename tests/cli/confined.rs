@@ -10,16 +10,17 @@ use std::{
     time::{Duration, Instant},
 };
 
+use serde_json::json;
 use tempfile::TempDir;
 
 use super::stalled_reader::{PATIENCE, command};
 
 /// Killed when dropped.
-struct Agent {
+pub(super) struct Agent {
     child: Child,
     log: PathBuf,
     socket: PathBuf,
-    dir: TempDir,
+    pub(super) dir: TempDir,
 }
 
 impl Drop for Agent {
@@ -29,7 +30,7 @@ impl Drop for Agent {
     }
 }
 
-fn root() -> String {
+pub(super) fn root() -> String {
     let mut params = rcgen::CertificateParams::default();
     params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
     params.self_signed(&rcgen::KeyPair::generate().expect("a key")).expect("a certificate").pem()
@@ -45,16 +46,16 @@ fn publish(volume: &Path, version: &str, pem: &str) {
 }
 
 impl Agent {
-    fn start(dir: TempDir, trust: &Path) -> Self {
+    /// `source` is the only one of the trust.
+    pub(super) fn start(dir: TempDir, source: &serde_json::Value) -> Self {
         // The directory of the configuration is read too, so it must not be one above the roots.
         let (config, log, socket) = (dir.path().join("config/agent.yaml"), dir.path().join("log"), dir.path().join("run/sds.sock"));
         fs::create_dir(dir.path().join("config")).expect("a directory");
         let text = format!(
             "attestation: unix\nissuer: {{ embedded: {{}} }}\nsockets: {{ shared: {{ path: {} }} }}\n\
-             trust: {{ sources: [ {{ file: {} }} ] }}\nadmin: {{ address: '127.0.0.1:0' }}\n\
+             trust: {{ sources: [ {source} ] }}\nadmin: {{ address: '127.0.0.1:0' }}\n\
              metrics: {{ address: '127.0.0.1:0' }}\nprobes: {{ address: '127.0.0.1:0' }}\n",
             socket.display(),
-            trust.display()
         );
         fs::write(&config, text).expect("the configuration");
         let mut command = command(&["run", "--config", config.to_str().expect("a plain path")]);
@@ -62,7 +63,7 @@ impl Agent {
         Self { child, log, socket, dir }
     }
 
-    fn until_it_serves(&self, pem: &str) {
+    pub(super) fn until_it_serves(&self, pem: &str) {
         let begun = Instant::now();
         let socket = self.socket.to_str().expect("a plain path");
         let last_line = pem.trim().lines().rev().nth(1).expect("a line of base64");
@@ -77,7 +78,7 @@ impl Agent {
         }
     }
 
-    fn log(&self) -> String {
+    pub(super) fn log(&self) -> String {
         fs::read_to_string(&self.log).unwrap_or_default()
     }
 }
@@ -89,7 +90,7 @@ fn an_agent_whose_directory_of_sockets_is_replaced_ends_as_failed() {
     let roots = root();
     publish(&dir.path().join("roots"), "..one", &roots);
     let trust = dir.path().join("roots/..data/sub/ca.pem");
-    let mut agent = Agent::start(dir, &trust);
+    let mut agent = Agent::start(dir, &json!({"file": trust}));
     agent.until_it_serves(&roots);
     if !agent.log().contains("\"landlock\":\"in force") {
         // Without Landlock, the agent makes the directory again.
@@ -115,7 +116,7 @@ fn roots_of_a_volume_are_read_after_its_directory_was_replaced() {
     let roots = [root(), root()];
     publish(&volume, "..one", &roots[0]);
     symlink("..data/sub", volume.join("sub")).expect("a link");
-    let agent = Agent::start(dir, &volume.join("sub/ca.pem"));
+    let agent = Agent::start(dir, &json!({"file": volume.join("sub/ca.pem")}));
     agent.until_it_serves(&roots[0]);
     // The kubelet removes the former version after the swap; the agent does not depend on it.
     publish(&volume, "..two", &roots[1]);
@@ -133,7 +134,7 @@ fn roots_behind_a_link_to_elsewhere_are_read_after_the_link_was_changed() {
     let roots = [root(), root()];
     publish(&elsewhere, "one", &roots[0]);
     symlink(elsewhere.join("..data/sub"), named.join("current")).expect("a link");
-    let agent = Agent::start(dir, &named.join("current/ca.pem"));
+    let agent = Agent::start(dir, &json!({"file": named.join("current/ca.pem")}));
     agent.until_it_serves(&roots[0]);
     let further = agent.dir.path().join("further");
     publish(&further, "two", &roots[1]);

@@ -7,7 +7,7 @@ use workload_identity::{IssuerName, KeyType, PodRef};
 
 use super::*;
 use crate::{
-    config::{IssuerConfig, SharedSocket},
+    config::{IssuerConfig, SharedSocket, TrustSource},
     per_pod::PerPod,
     warm::WarmUp,
 };

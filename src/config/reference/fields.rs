@@ -324,6 +324,13 @@ pub const GROUPS: &[Group] = &[
             field("trust.sources[].configMap.key", Text, Value("ca.crt"), "The key that holds the PEM."),
             field("trust.sources[].file", Path, Nothing, "Absolute path of a PEM file, instead of a ConfigMap."),
             field(
+                "trust.sources[].inline",
+                Text,
+                Nothing,
+                "The PEM itself, as a block of YAML, instead of a ConfigMap. It must not have a private key. The label `source` of the \
+                 metrics has the place of the source, such as `inline trust.sources[0]`.",
+            ),
+            field(
                 "trust.federated",
                 Entries,
                 Value("{}"),
@@ -334,6 +341,7 @@ pub const GROUPS: &[Group] = &[
             field("trust.federated.<name>.configMap.name", Text, Required, "Its name."),
             field("trust.federated.<name>.configMap.key", Text, Value("ca.crt"), "The key that holds the PEM."),
             field("trust.federated.<name>.file", Path, Nothing, "As in `trust.sources`."),
+            field("trust.federated.<name>.inline", Text, Nothing, "As in `trust.sources`."),
             field("names", Section, Nothing, "Resource names that clients can use instead of SPIFFE IDs."),
             field("names.certificate", Text, Value("default"), "Name of the workload's own certificate."),
             field("names.bundle", Text, Value("ROOTCA"), "Name of the bundle of the agent's trust domain."),

@@ -160,7 +160,7 @@ fn each_mistake_has_its_sentence() {
         ("trust: { sources: [ {} ] }", SOURCELESS),
         (
             "trust: { sources: [ { file: /a, configMap: { namespace: a, name: b } } ] }",
-            "trust.sources[0]: names both a configMap and a file; make it two sources",
+            "trust.sources[0]: names both configMap and file; make it two sources",
         ),
         ("trust: { sources: [ { file: a.pem } ] }", r#"trust.sources[0].file: "a.pem" is not an absolute path; begin it with /"#),
         (
@@ -230,7 +230,8 @@ fn each_mistake_has_its_sentence() {
 }
 
 const SOURCELESS: &str = "trust.sources[0]: names no source; \
-                          write { configMap: { namespace: cert-manager, name: mesh-roots } } or { file: /etc/sds-agent/roots.pem }";
+                          write { configMap: { namespace: cert-manager, name: mesh-roots } }, { file: /etc/sds-agent/roots.pem } \
+                          or { inline: | } with PEM below it";
 
 #[test]
 fn the_issuer_has_to_be_named_completely() {
