@@ -283,6 +283,9 @@ def templates():
     requests = replaced(text(load("workload-requests/rbac.yaml")), IN_NAMESPACE)
     yield "workload-requests.yaml", when('include "sds-agent.workloadRequests" .', requests)
 
+    bundles = replaced(text(load("cluster-trust-bundles/rbac.yaml")), IN_NAMESPACE)
+    yield "cluster-trust-bundles.yaml", when('include "sds-agent.clusterTrustBundles" .', bundles)
+
     metrics_from = ".Values.networkPolicy.metricsFrom"
     ingress = replaced(
         text(load("network-policy/networkpolicy.yaml")), OF_APPROVER, IN_NAMESPACE,

@@ -51,6 +51,8 @@ use reload::{ConfigChannels, Reload};
 pub mod access;
 pub mod approver;
 mod builder;
+mod changed_content;
+pub mod cluster_trust_bundle_source;
 pub mod config_map;
 pub mod config_map_source;
 mod identity_users;

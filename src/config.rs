@@ -40,7 +40,7 @@ pub use environment::{Env, process as process_environment};
 pub use error::{Errors, Problem, Warning};
 pub use parse::{Loaded, MAX_FILE_BYTES};
 pub use template::sample as sample_workload;
-pub use trust::{InlinePem, TrustSource};
+pub use trust::{BundleSelection, InlinePem, TrustSource};
 pub(crate) use values::{is_dns_label, is_dns_name};
 
 /// The whole configuration of the agent.

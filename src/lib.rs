@@ -31,7 +31,7 @@
 //! - [`pod_sockets`] serves one socket for each pod; the mount proves which pod a caller is. [`csi`] is the mount helper, which runs in
 //!   another process and mounts the sockets' directories; [`per_pod`] is what both share.
 //! - [`warm`] orders certificates before a pod's first call.
-//! - [`app::config_map_source`] reads trust roots from a ConfigMap.
+//! - [`app::config_map_source`] reads trust roots from a ConfigMap, [`app::cluster_trust_bundle_source`] from ClusterTrustBundles.
 //! - [`events`] writes Kubernetes Events on pods that get no certificate.
 //! - [`handover`] takes the shared socket over from a predecessor.
 //! - [`config`] reads the configuration into the settings of all parts.

@@ -72,7 +72,10 @@ const OPEN: [(&str, &str); 8] = [
     ("namespace", "namespace of the workload"),
     ("revision", "revision of the source"),
     ("service_account", "service account of the workload"),
-    ("source", "as configured: `configMap <namespace>/<name>[<key>]`, `file <path>`, `inline <field>`, `issuer <name>`"),
+    (
+        "source",
+        "as configured: `configMap <namespace>/<name>[<key>]`, `clusterTrustBundle <selection>`, `file <path>`, `inline <field>`, `issuer <name>`",
+    ),
     ("version", "version of the release"),
     ("reason of approver_decisions", "`none`, or the reason of the denial as in the request's condition"),
     ("code of kube_request", "the HTTP status, `timeout`, or `error` if there was no answer"),

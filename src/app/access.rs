@@ -23,13 +23,13 @@ pub fn access(config: &Config, file: Option<&Path>, env: Env<'_>) -> Access {
     let sources = || config.trust_sources.iter().chain(config.federated.values());
     let of_source = |source: &TrustSource| match source {
         TrustSource::File { path } => Some(path.clone()),
-        TrustSource::ConfigMap { .. } | TrustSource::Inline { .. } => None,
+        TrustSource::ConfigMap { .. } | TrustSource::ClusterTrustBundle(_) | TrustSource::Inline { .. } => None,
     };
     let files = sources().filter_map(of_source).chain(file.map(Path::to_owned));
     let directories: Option<Vec<_>> = files.map(|path| directory_of(&path)).chain([Some(SERVICE_ACCOUNT.into())]).collect();
     let uses_kubernetes = config.attestation == Attestation::Kubernetes
         || config.issuers.values().any(|issuer| matches!(issuer, IssuerConfig::CertManager { .. }))
-        || sources().any(|source| matches!(source, TrustSource::ConfigMap { .. }));
+        || sources().any(TrustSource::is_in_cluster);
     let is_in_cluster = env(IN_CLUSTER).is_some() && env(KUBECONFIG).is_none();
     let uses_kubeconfig = uses_kubernetes && !is_in_cluster;
     Access {
@@ -107,6 +107,8 @@ mod tests {
         let outside = of(text, &["NODE_NAME"]);
         assert_eq!((&outside.reads, outside.starts_programs), (&None, true));
         assert_eq!(of(text, &["NODE_NAME", "KUBERNETES_SERVICE_HOST", "KUBECONFIG"]), outside);
+        let bundles = "attestation: unix\nissuer: { embedded: {} }\ntrust: { sources: [ { clusterTrustBundle: { name: a } } ] }\n";
+        assert!(of(bundles, &[]).starts_programs && !of(bundles, &["KUBERNETES_SERVICE_HOST"]).starts_programs, "it uses the API server");
         let unix = of("attestation: unix\nissuer: { embedded: {} }\n", &[]);
         assert_eq!((unix.reads.map(|reads| reads.len()), unix.starts_programs), (Some(2), false));
     }

@@ -5,13 +5,15 @@
 use std::{collections::BTreeMap, fmt, sync::Arc};
 
 use agent_runtime::text;
-use aws_lc_rs::digest;
 use k8s_openapi::api::core::v1::ConfigMap;
 use kube::Client;
 use sds_server::trust::Source;
 use tokio_util::sync::CancellationToken;
 
-use super::config_map::ConfigMapWatch;
+use super::{
+    changed_content::{ChangedContent, Missing},
+    config_map::ConfigMapWatch,
+};
 
 /// Keys of a ConfigMap that a message lists.
 const MAX_LISTED_KEYS: usize = 10;
@@ -22,22 +24,14 @@ pub struct ConfigMapSource {
     namespace: Arc<str>,
     name: Arc<str>,
     key: Arc<str>,
-    source: Source,
+    content: ChangedContent,
     metrics: agent_kube::Metrics,
 }
 
 impl fmt::Debug for ConfigMapSource {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("ConfigMapSource").field("source", &self.source.name()).finish_non_exhaustive()
+        f.debug_struct("ConfigMapSource").field("content", &self.content).finish_non_exhaustive()
     }
-}
-
-/// The last result of a read. A read with the same result is neither offered nor logged again.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Found {
-    Nothing,
-    NoKey,
-    Content([u8; 32]),
 }
 
 impl ConfigMapSource {
@@ -48,52 +42,34 @@ impl ConfigMapSource {
 
     /// `key` of the ConfigMap `namespace`/`name`, offered to `source`.
     pub fn new(client: Client, namespace: &str, name: &str, key: &str, source: Source, metrics: agent_kube::Metrics) -> Self {
-        Self { client, namespace: namespace.into(), name: name.into(), key: key.into(), source, metrics }
+        let content = ChangedContent::new(source);
+        Self { client, namespace: namespace.into(), name: name.into(), key: key.into(), content, metrics }
     }
 
     /// Watches until `shutdown`.
-    pub async fn run(self, shutdown: CancellationToken) {
-        tokio::select! {
-            () = shutdown.cancelled() => {}
-            () = self.watch() => {}
-        }
+    pub async fn run(mut self, shutdown: CancellationToken) {
+        shutdown.run_until_cancelled(self.watch()).await;
     }
 
-    async fn watch(&self) {
+    async fn watch(&mut self) {
         let mut watch = ConfigMapWatch::new(self.client.clone(), &self.namespace, &self.name, self.metrics.clone());
-        let mut last = None;
         while let Some(object) = watch.next().await {
-            last = Some(match object {
-                Some(object) => self.read(&object, last),
-                None => self.missing(last),
-            });
-        }
-    }
-
-    fn read(&self, object: &ConfigMap, last: Option<Found>) -> Found {
-        let Some(pem) = content(object, &self.key) else {
-            if last != Some(Found::NoKey) {
-                let keys = keys(object);
-                self.source
-                    .missing(format_args!("the ConfigMap has no such key, only {keys:?}: correct the key, or write the roots there"));
+            match object {
+                Some(object) => self.read(&object),
+                None => self.content.missing(Missing::Object, "the ConfigMap does not exist: create it, or correct trust.sources"),
             }
-            return Found::NoKey;
-        };
-        let mut hash = [0; 32];
-        hash.copy_from_slice(digest::digest(&digest::SHA256, pem).as_ref());
-        let found = Found::Content(hash);
-        if last != Some(found) {
-            // `offer` counts and logs a refusal.
-            let _ = self.source.offer(pem);
         }
-        found
     }
 
-    fn missing(&self, last: Option<Found>) -> Found {
-        if last != Some(Found::Nothing) {
-            self.source.missing("the ConfigMap does not exist: create it, or correct trust.sources");
+    fn read(&mut self, object: &ConfigMap) {
+        match content(object, &self.key) {
+            Some(pem) => self.content.offer(pem),
+            None => {
+                let keys = keys(object);
+                let why = format_args!("the ConfigMap has no such key, only {keys:?}: correct the key, or write the roots there");
+                self.content.missing(Missing::Key, why);
+            }
         }
-        Found::Nothing
     }
 }
 
@@ -114,7 +90,7 @@ fn keys(object: &ConfigMap) -> Vec<String> {
 mod tests {
     use std::time::Duration;
 
-    use agent_kube::fake::{FakeApi, Fault};
+    use agent_kube::fake::{self, FakeApi};
     use base64::{Engine, prelude::BASE64_STANDARD};
     use sds_server::trust::{Metrics, Trust};
     use serde_json::json;
@@ -174,7 +150,7 @@ mod tests {
         assert!(!changed(&mut bundles).await);
         assert_eq!(own(&bundles.borrow()), Some(first.clone()));
 
-        api.fail("watch", "configmaps", Fault::Refuse, 3);
+        api.fail("watch", "configmaps", fake::Fault::Refuse, 3);
         api.cut_watches(true);
         api.put("configmaps", config_map("ca.crt", &pem()));
         assert!(changed(&mut bundles).await);

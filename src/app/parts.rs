@@ -19,7 +19,7 @@ use super::{
     upstream,
 };
 use crate::{
-    app::config_map_source::ConfigMapSource,
+    app::{cluster_trust_bundle_source::ClusterTrustBundleSource, config_map_source::ConfigMapSource},
     config::{Attestation, Config, IssuerConfig, TrustSource},
     events,
     handover::holder::{self, HolderAttestor},
@@ -48,10 +48,9 @@ pub(super) async fn make(config: &Config, base: &mut Base) -> anyhow::Result<Dep
 }
 
 fn needs_cluster(config: &Config) -> bool {
-    let config_map = |source: &TrustSource| matches!(source, TrustSource::ConfigMap { .. });
     config.attestation == Attestation::Kubernetes
         || config.issuers.values().any(|issuer| matches!(issuer, IssuerConfig::CertManager(_)))
-        || config.trust_sources.iter().chain(config.federated.values()).any(config_map)
+        || config.trust_sources.iter().chain(config.federated.values()).any(TrustSource::is_in_cluster)
 }
 
 async fn cluster(builder: &mut Builder<'_>) -> anyhow::Result<Cluster> {
@@ -177,7 +176,14 @@ fn feed(
             let _ = trust.source(domain, &format!("inline {path}")).offer(pem.as_bytes());
             Ok(None)
         }
-        (TrustSource::ConfigMap { .. }, None) => anyhow::bail!("a ConfigMap as a trust source needs a cluster"),
+        (TrustSource::ClusterTrustBundle(selection), Some(cluster)) => {
+            let source = trust.source(domain, &ClusterTrustBundleSource::source_name(selection));
+            let source = ClusterTrustBundleSource::new(cluster.client.clone(), selection.clone(), source, cluster.metrics.clone());
+            Ok(Some(Box::pin(source.run(last))))
+        }
+        (TrustSource::ConfigMap { .. } | TrustSource::ClusterTrustBundle(_), None) => {
+            anyhow::bail!("a ConfigMap or ClusterTrustBundle as a trust source needs a cluster")
+        }
     }
 }
 

@@ -11,7 +11,7 @@ use super::{
     Exit,
     output::{self, Format},
 };
-use crate::config::{self, Attestation, Config, Env, IssuerConfig, Loaded, Problem, TrustSource, Warning};
+use crate::config::{self, Attestation, BundleSelection, Config, Env, IssuerConfig, Loaded, Problem, TrustSource, Warning};
 
 pub mod fleet;
 
@@ -245,6 +245,8 @@ fn issuer_in_words(issuer: &IssuerConfig) -> String {
 fn source_in_words(source: &TrustSource) -> String {
     match source {
         TrustSource::ConfigMap { namespace, name, key } => format!("ConfigMap {namespace}/{name}, key {key}"),
+        TrustSource::ClusterTrustBundle(BundleSelection::Name(name)) => format!("ClusterTrustBundle {name}"),
+        TrustSource::ClusterTrustBundle(of_signer) => format!("ClusterTrustBundles of {of_signer}"),
         TrustSource::File { path } => format!("file {}", path.display()),
         TrustSource::Inline { .. } => "PEM in this configuration".to_owned(),
     }
@@ -328,6 +330,25 @@ mod tests {
                           approver     approves requests of system:serviceaccount:sds-agent:sds-agent\n  \
                           load         0.02 requests per second for each 1,000 identities of the cluster\n";
         assert_eq!(words(&summary(&config).unwrap()), expected);
+    }
+
+    #[test]
+    fn every_kind_of_trust_source_is_told() {
+        let root = rcgen::CertificateParams::new(Vec::new()).unwrap().self_signed(&rcgen::KeyPair::generate().unwrap()).unwrap().pem();
+        let sources = serde_json::json!([
+            {"configMap": {"namespace": "a", "name": "b"}},
+            {"clusterTrustBundle": {"name": "example.com:mesh:a"}},
+            {"clusterTrustBundle": {"signerName": "example.com/mesh", "labelSelector": {"matchLabels": {"tier": "live"}}}},
+            {"inline": root},
+        ]);
+        let (_dir, args) = args(&LEAST.replace("[ { file: /etc/roots.pem } ]", &sources.to_string()));
+        let expected = [
+            "ConfigMap a/b, key ca.crt",
+            "ClusterTrustBundle example.com:mesh:a",
+            "ClusterTrustBundles of signer example.com/mesh, labels tier=live",
+            "PEM in this configuration",
+        ];
+        assert_eq!(summary(&load(&args, &|_| None).unwrap().config).unwrap().trust, expected);
     }
 
     #[test]

@@ -21,11 +21,12 @@ use super::{
     check_config::outside_of_a_pod,
     output::{self, Format},
 };
-use crate::config::{self, Attestation, Config, Env, IssuerConfig, Loaded};
+use crate::config::{self, Attestation, Config, Env, IssuerConfig, Loaded, TrustSource};
 
 mod agent;
 mod authority;
 mod cluster;
+mod cluster_trust_bundles;
 mod issuer;
 mod mounts;
 mod node;
@@ -92,6 +93,7 @@ The steps without --pid and --pod:
   agent, readiness, open files, memory lock                the state that the agent reports
   kernel, host pids, own prefix                            the node
   api server, clock, rights                                the cluster, and each verb that the configuration needs
+  trust bundles                                            whether the server has ClusterTrustBundles, if they are configured
   verdict                                                  the identity of this process
   issuer, requests, approver                               the issuer, and requests that were refused lately or wait
 
@@ -231,6 +233,7 @@ async fn survey(config: &Config) -> Vec<Step> {
     steps.extend(clock);
     if answers {
         steps.push(rights::look(&client, &rights::needs(config)).await);
+        steps.extend(cluster_trust_bundles::look(&client, config).await);
         if config.shared_socket.is_some() {
             steps.push(myself(config, cluster.as_ref().map(|cluster| (cluster, own.as_ref()))).await);
         }
@@ -240,6 +243,7 @@ async fn survey(config: &Config) -> Vec<Step> {
 
 fn needs_cluster(config: &Config) -> bool {
     config.issuers.values().any(|issuer| matches!(issuer, IssuerConfig::CertManager(_)))
+        || config.trust_sources.iter().chain(config.federated.values()).any(TrustSource::is_in_cluster)
 }
 
 fn without_shared_socket() -> Step {

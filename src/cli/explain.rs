@@ -67,9 +67,12 @@ fn remedy(name: &str) -> String {
     reference::nearest(name).map_or_else(|| "`sds-agent explain` lists all fields".to_owned(), |near| format!("did you mean {near}?"))
 }
 
+/// Width of the column of paths; longer paths go beyond it.
+const MAX_COLUMN_CHARS: usize = 44;
+
 /// One line for each field: its path and the first sentence of its description.
 fn all(width: Option<usize>) -> String {
-    let widest = reference::all().map(|field| field.path.len()).max().unwrap_or(0);
+    let widest = reference::all().map(|field| field.path.len()).filter(|length| *length <= MAX_COLUMN_CHARS).max().unwrap_or(0);
     let mut out = String::new();
     for group in GROUPS {
         let _ = writeln!(out, "{}:", group.title);
@@ -77,7 +80,8 @@ fn all(width: Option<usize>) -> String {
             let meaning = reference::plain(field.meaning);
             let end = meaning.find(". ").unwrap_or(meaning.len());
             let line = format!("  {:widest$}  {}", field.path, meaning[..end].trim_end_matches('.'));
-            let _ = writeln!(out, "{}", cut(&line, width));
+            // A path is not cut.
+            let _ = writeln!(out, "{}", cut(&line, width.map(|width| width.max(field.path.len() + 5))));
         }
         out.push('\n');
     }

@@ -346,7 +346,8 @@ fn overlap(one: SocketAddr, other: SocketAddr) -> bool {
 #[cfg(test)]
 pub(super) fn known_fields() -> BTreeSet<String> {
     let files = [
-        "{ trust: { sources: [ { configMap: {} } ], federated: { a.b: { configMap: {} } } } }",
+        "{ trust: { sources: [ { configMap: {}, clusterTrustBundle: { labelSelector: { matchExpressions: [ {} ] } } } ] } }",
+        "{ trust: { federated: { a.b: { configMap: {}, clusterTrustBundle: { labelSelector: { matchExpressions: [ {} ] } } } } } }",
         "{ issuer: { certManager: {}, embedded: {} } }",
         "{ profiles: [ { match: {}, identity: {}, issuerRef: { name: a }, certificate: {} } ] }",
     ];

@@ -7,6 +7,10 @@ use serde_json::Value;
 use tracing::Dispatch;
 use workload_identity::TrustDomain;
 
+mod cluster_trust_bundle;
+
+pub use cluster_trust_bundle::BundleSelection;
+
 use super::{
     error::FieldError,
     reader::Section,
@@ -30,6 +34,8 @@ pub enum TrustSource {
         /// Its path.
         path: PathBuf,
     },
+    /// ClusterTrustBundles, as a signer of Kubernetes writes them.
+    ClusterTrustBundle(BundleSelection),
     /// PEM in the configuration itself.
     Inline {
         /// The path of the source in the configuration, which is its name.
@@ -37,6 +43,16 @@ pub enum TrustSource {
         /// The PEM.
         pem: InlinePem,
     },
+}
+
+impl TrustSource {
+    /// Whether the agent reads the source through the API server.
+    pub fn is_in_cluster(&self) -> bool {
+        match self {
+            Self::ConfigMap { .. } | Self::ClusterTrustBundle(_) => true,
+            Self::File { .. } | Self::Inline { .. } => false,
+        }
+    }
 }
 
 /// PEM of the configuration. Its `Debug` has no part of the text.
@@ -68,6 +84,10 @@ fn source(source: &Section<'_>) -> Option<TrustSource> {
     // All kinds are decoded, so that all errors are found.
     let kinds = [
         ("configMap", source.has("configMap").then(|| source.section("configMap", config_map))),
+        (
+            "clusterTrustBundle",
+            source.has("clusterTrustBundle").then(|| source.section("clusterTrustBundle", cluster_trust_bundle::decode)),
+        ),
         ("file", source.has("file").then(|| file(source))),
         ("inline", source.has("inline").then(|| inline(source))),
     ];
@@ -81,6 +101,7 @@ fn source(source: &Section<'_>) -> Option<TrustSource> {
         (None, _) => {
             let examples = [
                 "{ configMap: { namespace: cert-manager, name: mesh-roots } }",
+                "{ clusterTrustBundle: { name: mesh-roots } }",
                 "{ file: /etc/sds-agent/roots.pem }",
                 "{ inline: | } with PEM below it",
             ];

@@ -168,8 +168,8 @@ pub(super) const DNS_LABEL_RULE: &str = "use 1 to 63 lower-case letters, digits 
 /// The rule that [`is_dns_name`] checks.
 pub(super) const DNS_NAME_RULE: &str = "use lower-case letters, digits, '-' and '.', with a letter or digit at both ends of each part";
 
-/// A label of a pod and its value, which may be empty.
-pub(super) fn pod_label(key: &str, value: &Value) -> Result<String, FieldError> {
+/// A label of an object and its value, which may be empty.
+pub(super) fn object_label(key: &str, value: &Value) -> Result<String, FieldError> {
     let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.');
     let edges = |text: &str| {
         let (first, last) = (text.bytes().next(), text.bytes().last());
@@ -178,7 +178,7 @@ pub(super) fn pod_label(key: &str, value: &Value) -> Result<String, FieldError> 
     let fine = |text: &str| text.len() <= 63 && text.bytes().all(plain) && edges(text);
     let (prefix, name) = key.split_once('/').map_or((None, key), |(prefix, name)| (Some(prefix), name));
     if name.is_empty() || !fine(name) || !prefix.is_none_or(is_dns_name) {
-        return Err(FieldError::new("is under an invalid label key", "write it as the pods do, such as app or example.com/tier"));
+        return Err(FieldError::new("is under an invalid label key", "write a key such as app or example.com/tier"));
     }
     match value {
         Value::String(text) if fine(text) => Ok(text.clone()),

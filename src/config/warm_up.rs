@@ -9,7 +9,7 @@ pub(super) fn decode(
     shared: Option<Option<&SharedSocket>>,
 ) -> Option<Option<WarmUp>> {
     let enabled = section.read("enabled", false, values::boolean);
-    let pod_labels = section.map("podLabels", values::pod_label);
+    let pod_labels = section.map("podLabels", values::object_label);
     let socket_mount = section.read("socketMount", true, values::boolean);
     if enabled != Some(true) {
         return enabled.map(|_| None);

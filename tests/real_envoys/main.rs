@@ -16,6 +16,7 @@
 )]
 
 mod bad_upstream;
+mod cluster_trust_bundles;
 mod dev;
 mod embed;
 mod envoy_cert_manager;

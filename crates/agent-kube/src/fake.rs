@@ -152,7 +152,7 @@ impl FakeApi {
     /// Returns a client of this server with the real layer and this rate limit.
     pub fn client_at(&self, metrics: &Metrics, rate: RequestRate) -> Client {
         let this = self.clone();
-        let service = tower::service_fn(move |request: Request<Body>| this.clone().serve(request));
+        let service = tower::service_fn(move |request: Request<Body>| this.clone().respond(request));
         Client::new(Layer::new(metrics.clone(), rate).layer(service), "default")
     }
 
@@ -190,6 +190,16 @@ impl FakeApi {
     /// Returns the objects with this plural.
     pub fn objects(&self, plural: &str) -> Vec<Value> {
         self.lock().objects.iter().filter(|(key, _)| key.0 == plural).map(|(_, object)| object.clone()).collect()
+    }
+
+    /// Serves these resources in this version of a group, such as `example.com/v1`, for discovery. A client reads it as an object: verb
+    /// `get`, plural `discovery`. Without it, the version does not exist.
+    pub fn serve(&self, group_version: &str, plurals: &[&str]) {
+        let resources: Vec<_> = plurals
+            .iter()
+            .map(|plural| json!({"name": plural, "singularName": "", "namespaced": false, "kind": "x", "verbs": []}))
+            .collect();
+        self.put("discovery", json!({"metadata": {"name": group_version}, "groupVersion": group_version, "resources": resources}));
     }
 
     /// The next `times` requests of this verb and plural meet `fault`.
@@ -306,7 +316,7 @@ impl FakeApi {
         (verb, plural)
     }
 
-    pub(super) fn serve(self, request: Request<Body>) -> BoxFuture<'static, Result<Answer, BoxError>> {
+    pub(super) fn respond(self, request: Request<Body>) -> BoxFuture<'static, Result<Answer, BoxError>> {
         Box::pin(async move {
             let (verb, _) = Self::kind(&request);
             let (parts, body) = request.into_parts();
@@ -582,6 +592,9 @@ fn status(code: u16, reason: &str, plural: &str) -> Answer {
 
 fn parse_path(path: &str) -> (String, Option<String>, Option<String>) {
     let segments: Vec<&str> = path.split('/').filter(|s| !s.is_empty()).collect();
+    if let ["apis", group, version] = segments[..] {
+        return ("discovery".to_owned(), None, Some(format!("{group}/{version}")));
+    }
     let rest = &segments[if segments[0] == "apis" { 3 } else { 2 }..];
     let (namespace, rest) = match rest {
         ["namespaces", namespace, rest @ ..] if !rest.is_empty() => (Some((*namespace).to_owned()), rest),
@@ -591,6 +604,8 @@ fn parse_path(path: &str) -> (String, Option<String>, Option<String>) {
 }
 
 fn parse_query(query: &str) -> BTreeMap<String, String> {
-    let decode = |text: &str| text.replace("%21", "!").replace("%2F", "/").replace("%3D", "=").replace("%2C", ",").replace('+', " ");
+    let decode = |text: &str| {
+        text.replace("%21", "!").replace("%2F", "/").replace("%3A", ":").replace("%3D", "=").replace("%2C", ",").replace('+', " ")
+    };
     query.split('&').filter_map(|p| p.split_once('=')).map(|(k, v)| (decode(k), decode(v))).collect()
 }

@@ -38,6 +38,8 @@ pub enum Resource {
     pods,
     /// ConfigMaps.
     configmaps,
+    /// ClusterTrustBundles.
+    clustertrustbundles,
     /// Events.
     events,
     /// Any other resource.
@@ -53,6 +55,7 @@ impl Resource {
             Self::clusterissuers => "clusterissuers",
             Self::pods => "pods",
             Self::configmaps => "configmaps",
+            Self::clustertrustbundles => "clustertrustbundles",
             Self::events => "events",
             Self::other => "other",
         }
@@ -68,12 +71,13 @@ impl Resource {
             ["namespaces", _, plural] | [plural, ..] => plural,
             [] => "",
         };
-        const KNOWN: [Resource; 6] = [
+        const KNOWN: [Resource; 7] = [
             Resource::certificaterequests,
             Resource::issuers,
             Resource::clusterissuers,
             Resource::pods,
             Resource::configmaps,
+            Resource::clustertrustbundles,
             Resource::events,
         ];
         KNOWN.into_iter().find(|r| r.as_str() == plural).unwrap_or(Self::other)

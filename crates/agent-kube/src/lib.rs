@@ -18,6 +18,7 @@ use hyper_util::{
 use kube::{Client, Config, client::ConfigExt};
 use tower::{BoxError, ServiceBuilder};
 
+pub mod cluster_trust_bundle;
 pub mod failure;
 #[cfg(any(test, feature = "testing"))]
 pub mod fake;

@@ -112,7 +112,8 @@ impl Metrics {
         for verb in every!(Verb: get, list, watch, create, patch, delete, other) {
             codes.into_iter().for_each(|code| metrics.observe(verb, Resource::pods, code, Instant::now()));
         }
-        for resource in every!(Resource: certificaterequests, issuers, clusterissuers, pods, configmaps, events, other) {
+        for resource in every!(Resource: certificaterequests, issuers, clusterissuers, pods, configmaps, clustertrustbundles, events, other)
+        {
             metrics.observe(Verb::get, resource, Code::Error, Instant::now());
             metrics.watch_ended(resource, Ended::broken);
             metrics.watch_begun(resource);

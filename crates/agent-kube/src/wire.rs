@@ -122,7 +122,7 @@ impl Wire {
                 Some(Fault::Hang) => std::future::pending().await,
                 _ => {}
             }
-            let Ok(answer) = self.api.clone().serve(request).await else { return Ok(()) };
+            let Ok(answer) = self.api.clone().respond(request).await else { return Ok(()) };
             let (parts, mut body) = answer.into_parts();
             let head = format!("HTTP/1.1 {} x\r\ncontent-type: application/json\r\n", parts.status.as_u16());
             if verb == "watch" && parts.status.is_success() {

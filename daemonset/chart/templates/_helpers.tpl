@@ -101,6 +101,14 @@ system:serviceaccount:{{ .Release.Namespace }}:sds-agent
 {{- concat $names $more | uniq | toJson }}
 {{- end }}
 
+{{/* Not empty if the configuration has a ClusterTrustBundle as a source of roots. */}}
+{{- define "sds-agent.clusterTrustBundles" -}}
+{{- $trust := (include "sds-agent.config" . | fromYaml).trust | default dict }}
+{{- range concat ($trust.sources | default list) (values ($trust.federated | default dict)) }}
+{{- if hasKey . "clusterTrustBundle" }}true{{ end }}
+{{- end }}
+{{- end }}
+
 {{/* Not empty if requests for an issuer are created in the pods' namespaces. */}}
 {{- define "sds-agent.workloadRequests" -}}
 {{- range include "sds-agent.guarded" . | fromJsonArray }}

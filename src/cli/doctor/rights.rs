@@ -1,6 +1,6 @@
 //! The permissions that the configuration requires for the agent's account. The API server checks each (SelfSubjectAccessReview).
 
-use agent_kube::{Call, Failure};
+use agent_kube::{Call, Failure, cluster_trust_bundle};
 use cert_manager::{GROUP, RequestNamespace};
 use k8s_openapi::api::authorization::v1::{ResourceAttributes, SelfSubjectAccessReview, SelfSubjectAccessReviewSpec};
 use kube::{Api, Client, api::PostParams};
@@ -8,7 +8,7 @@ use kube::{Api, Client, api::PostParams};
 use super::{cluster::failed, report::Step};
 use crate::{
     cli::Exit,
-    config::{Attestation, Config, IssuerConfig, TrustSource},
+    config::{Attestation, BundleSelection, Config, IssuerConfig, TrustSource},
 };
 
 /// Required verbs on one resource.
@@ -67,9 +67,21 @@ pub(super) fn needs(config: &Config) -> Vec<Need> {
         }
     }
     for source in config.trust_sources.iter().chain(config.federated.values()) {
-        if let TrustSource::ConfigMap { namespace, name, .. } = source {
-            let (namespace, name) = (Some(namespace.clone()), Some(name.clone()));
-            add(Need { verbs: &["list", "watch"], group: "", resource: "configmaps", namespace, name, without: None });
+        let verbs = &["list", "watch"];
+        match source {
+            TrustSource::ConfigMap { namespace, name, .. } => {
+                let (namespace, name) = (Some(namespace.clone()), Some(name.clone()));
+                add(Need { verbs, group: "", resource: "configmaps", namespace, name, without: None });
+            }
+            TrustSource::ClusterTrustBundle(selection) => {
+                let name = match selection {
+                    BundleSelection::Name(name) => Some(name.clone()),
+                    BundleSelection::Signer { .. } => None,
+                };
+                let (group, resource) = (cluster_trust_bundle::GROUP, cluster_trust_bundle::PLURAL);
+                add(Need { verbs, group, resource, namespace: None, name, without: None });
+            }
+            TrustSource::File { .. } | TrustSource::Inline { .. } => {}
         }
     }
     if config.events && config.attestation == Attestation::Kubernetes {
@@ -159,6 +171,14 @@ mod tests {
         ];
         assert_eq!(places(&config(TEXT)), all);
         assert_eq!(places(&config(&format!("{TEXT}events: false\n"))), all[..4]);
+        let bundles = "{ file: /a.pem } ], federated: { a.example: { clusterTrustBundle: { name: a } }, \
+                       b.example: { clusterTrustBundle: { signerName: b.example/c, labelSelector: {} } } } }";
+        let with_bundles = places(&config(&TEXT.replace("{ file: /a.pem } ] }", bundles)));
+        let expected = [
+            "list,watch clustertrustbundles.certificates.k8s.io a in the whole cluster",
+            "list,watch clustertrustbundles.certificates.k8s.io in the whole cluster",
+        ];
+        assert_eq!(with_bundles[4..6], expected);
         let profiles = "profiles: [ { name: a, match: {}, issuerRef: { name: own, kind: Issuer }, namespace: workload } ]\n";
         assert_eq!(places(&config(&format!("{TEXT}{profiles}"))).len(), 6, "the requests of all namespaces, and no single issuer");
         assert!(needs(&config::dev(config::Dev::default(), &|_| None).unwrap()).is_empty());

@@ -124,7 +124,7 @@ fn matches(section: &Section<'_>) -> Option<Match> {
     };
     let namespaces = patterns("namespaces", "namespaces", |b| b != b'.' && in_names(b));
     let service_accounts = patterns("serviceAccounts", "service accounts", in_names);
-    let pod_labels = section.map("podLabels", values::pod_label);
+    let pod_labels = section.map("podLabels", values::object_label);
     Some(Match { namespaces: namespaces?, service_accounts: service_accounts?, pod_labels: pod_labels? })
 }
 

@@ -35,7 +35,7 @@ fn place<'t>(tree: &'t mut Value, path: &str) -> (&'t mut Map<String, Value>, St
     let (last, before) = parts.split_last().unwrap();
     for part in before {
         at = match part.strip_suffix("[]") {
-            Some(list) => at.get_mut(list).unwrap().get_mut(0).unwrap(),
+            Some(list) => at.as_object_mut().unwrap().entry(list).or_insert_with(|| json!([{}])).get_mut(0).unwrap(),
             None if *part == "<name>" => at.get_mut("partner.example").unwrap(),
             None => at.as_object_mut().unwrap().entry(*part).or_insert_with(|| json!({})),
         };

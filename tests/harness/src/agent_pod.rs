@@ -64,6 +64,8 @@ pub struct AgentPod {
     pub roots: Roots,
     /// Files with additional roots.
     pub more_roots: Vec<PathBuf>,
+    /// YAML of `trust` in its configuration, instead of `roots` and `more_roots`.
+    pub trust: Option<String>,
     cluster: Cluster,
     node: String,
     kubeconfig: PathBuf,
@@ -102,6 +104,7 @@ impl AgentPod {
             issuer: format!("{{ name: {ISSUER}, kind: ClusterIssuer }}"),
             roots: Roots { namespace, name, key },
             more_roots: Vec::new(),
+            trust: None,
             cluster: cluster.clone(),
             node: node.to_owned(),
             kubeconfig: dir.join("kubeconfig"),
@@ -119,8 +122,8 @@ impl AgentPod {
         let Pod { namespace, service_account, .. } = &self.pod;
         let pod = self.cluster.pod_of(namespace, service_account, "sds-agent-next", &self.node).await;
         let (issuer, cluster, node) = (self.issuer.clone(), self.cluster.clone(), self.node.clone());
-        let (roots, more_roots) = (self.roots.clone(), self.more_roots.clone());
-        let agent = Self { pod, issuer, roots, more_roots, cluster, node, kubeconfig: dir.join("kubeconfig") };
+        let (roots, more_roots, trust) = (self.roots.clone(), self.more_roots.clone(), self.trust.clone());
+        let agent = Self { pod, issuer, roots, more_roots, trust, cluster, node, kubeconfig: dir.join("kubeconfig") };
         agent.log_in().await;
         agent
     }
@@ -152,10 +155,13 @@ impl AgentPod {
         let (namespace, issuer) = (&self.pod.namespace, &self.issuer);
         let Roots { namespace: roots_namespace, name: roots, key } = &self.roots;
         let files: String = self.more_roots.iter().map(|path| format!(", {{ file: {} }}", path.display())).collect();
+        let trust = self.trust.clone().unwrap_or_else(|| {
+            format!("{{ sources: [ {{ configMap: {{ namespace: {roots_namespace}, name: {roots}, key: {key} }} }}{files} ] }}")
+        });
         let settings = format!(
             "trustDomain: cluster.local\nattestation: kubernetes\n\
              issuer: {{ certManager: {{ issuerRef: {issuer}, namespace: {namespace} }} }}\n\
-             trust: {{ sources: [ {{ configMap: {{ namespace: {roots_namespace}, name: {roots}, key: {key} }} }}{files} ] }}\n{settings}\n"
+             trust: {trust}\n{settings}\n"
         );
         run(&settings)
             .env("KUBECONFIG", self.kubeconfig.to_str().expect("a plain path"))

@@ -192,7 +192,7 @@ pub async fn apply_all(cluster: &Cluster) -> usize {
     install_operator_kinds(cluster).await;
     let mut count = 0;
     for (folder, mode) in MODES {
-        let objects = rendered_with(folder, &["workload-requests", "monitoring", "network-policy"]).await;
+        let objects = rendered_with(folder, &["workload-requests", "cluster-trust-bundles", "monitoring", "network-policy"]).await;
         install(cluster, &objects).await;
         // An object that the API server completes differently from the manifest would change at each apply.
         for (first, object) in install(cluster, &objects).await.iter().zip(&objects) {

@@ -57,6 +57,12 @@ impl Plan {
         Self { folder: files(), port: free_port(), flags }
     }
 
+    /// Passes these flags to the program, instead of the former ones.
+    pub fn with(mut self, flags: &[&str]) -> Self {
+        self.flags = flags.iter().copied().map(str::to_owned).collect();
+        self
+    }
+
     /// Starts the control plane; returns when it is ready.
     pub async fn start(self) -> Plane {
         tokio::task::spawn_blocking(|| Plane::start(self)).await.expect("the control plane starts")

@@ -89,7 +89,12 @@ impl Workload {
 
     /// Opens a stream for the trust bundle.
     pub fn watch_roots(&self, socket: &Path) -> Stream {
-        Stream { child: fetch::watch_as(Some(&self.cgroup), socket, "ROOTCA") }
+        self.watch_named(socket, "ROOTCA")
+    }
+
+    /// Opens a stream for the secret of this name.
+    pub fn watch_named(&self, socket: &Path, name: &str) -> Stream {
+        Stream { child: fetch::watch_as(Some(&self.cgroup), socket, name) }
     }
 }
 

@@ -55,6 +55,19 @@ async fn helm_and_kustomize_give_the_same_objects() {
     config["issuer"]["certManager"]["namespace"] = json!("workload");
     map["data"]["config.yaml"] = json!(config.to_string());
     assert_same(helm(NAMESPACE, &workload).await, objects, "requests in the pods' namespaces");
+    let sources = json!({
+        "sources": [{"clusterTrustBundle": {"name": "a"}}],
+        "federated": {"b.example": {"clusterTrustBundle": {"signerName": "b.example/c", "labelSelector": {"matchLabels": {"d": "e"}}}}},
+    });
+    for trust in [json!({"sources": sources["sources"]}), json!({"federated": sources["federated"]}), sources] {
+        let mut objects = rendered_with("shared", &["cluster-trust-bundles"]).await;
+        let map = objects.iter_mut().find(|object| object["kind"] == "ConfigMap").unwrap();
+        let mut config = configuration(map);
+        trust.as_object().unwrap().iter().for_each(|(key, value)| config["trust"][key] = value.clone());
+        map["data"]["config.yaml"] = json!(config.to_string());
+        let values = format!("config.trust={trust}");
+        assert_same(helm(NAMESPACE, &["--set-json", &values]).await, objects, "ClusterTrustBundles");
+    }
 }
 
 #[tokio::test]

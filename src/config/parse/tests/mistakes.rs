@@ -230,7 +230,8 @@ fn each_mistake_has_its_sentence() {
 }
 
 const SOURCELESS: &str = "trust.sources[0]: names no source; \
-                          write { configMap: { namespace: cert-manager, name: mesh-roots } }, { file: /etc/sds-agent/roots.pem } \
+                          write { configMap: { namespace: cert-manager, name: mesh-roots } }, \
+                          { clusterTrustBundle: { name: mesh-roots } }, { file: /etc/sds-agent/roots.pem } \
                           or { inline: | } with PEM below it";
 
 #[test]

@@ -130,7 +130,7 @@ fn each_mistake_has_its_sentence() {
         (
             "- { name: a, match: { podLabels: { tier: 1, app: 'x*', '': x } } }",
             &[
-                r#"profiles[0].match.podLabels."": "x" is under an invalid label key; write it as the pods do, such as app or example.com/tier"#,
+                r#"profiles[0].match.podLabels."": "x" is under an invalid label key; write a key such as app or example.com/tier"#,
                 r#"profiles[0].match.podLabels.app: "x*" is not the value of a label; use at most 63 letters, digits, '-', '_' and '.', with a letter or digit at both ends; patterns are not supported"#,
                 "profiles[0].match.podLabels.tier: 1 is not text; put it in quotes",
             ],
