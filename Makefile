@@ -5,7 +5,7 @@
 # Each group is a test target `long_…`, which takes at most 20 minutes, and the programs that it needs.
 LONG_GROUPS := scale scale-agents vault oldest former throughput memory
 TOOLS_scale := system controlplane
-TOOLS_vault := system controlplane envoy vault
+TOOLS_vault := system controlplane envoy vault trustmanager
 TOOLS_oldest := system controlplane oldest render
 TOOLS_former := system controlplane envoy oldest former render
 TOOLS_scale-agents := system controlplane

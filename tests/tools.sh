@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Gets the programs that the tests need, at pinned versions, into target/tools:
 #
-#   tests/tools.sh [envoy] [envoy-oldest] [grpcurl] [controlplane] [node] [render] [prometheus] [system] [vault] [oldest] [former] [cargo-deny] [cargo-machete]
-#                  [actionlint]
+#   tests/tools.sh [envoy] [envoy-oldest] [grpcurl] [controlplane] [node] [render] [prometheus] [system] [vault] [trustmanager] [oldest] [former]
+#                  [cargo-deny] [cargo-machete] [actionlint]
 #
 # Without arguments: the programs for `make test`, which are the first eight. `make test-long` adds those of its group, `make lint` the
 # last three. Programs that exist are not built again, so a second call takes no time. SDS_AGENT_TOOLS sets another directory.
@@ -89,6 +89,20 @@ vault() {
     echo "tests/tools.sh: building Vault's engines (the first time takes minutes)"
     (cd "$root/tests/vault" && CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '-s -w' -o "$program" .)
     stamp "$program" "$sources"
+}
+
+# trust-manager's controller, and beside it the CRD from the controller's module.
+trustmanager() {
+    local folder=$tools/trustmanager sources module
+    sources=$(cd "$root/tests/trustmanager" && find . -type f -print0 | LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum)
+    ! present "$folder/trustmanager" "$sources" || return 0
+    need go "install Go 1.26 or newer"
+    echo "tests/tools.sh: building trust-manager's controller (the first time takes minutes)"
+    mkdir -p "$folder"
+    (cd "$root/tests/trustmanager" && CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '-s -w' -o "$folder/trustmanager" .)
+    module=$(cd "$root/tests/trustmanager" && go list -m -f '{{.Dir}}' github.com/cert-manager/trust-manager)
+    install -m 644 "$module/deploy/crds/trust.cert-manager.io_bundles.yaml" "$folder/bundles.yaml"
+    stamp "$folder/trustmanager" "$sources"
 }
 
 # The API server of the oldest supported Kubernetes.
@@ -223,7 +237,7 @@ actionlint() {
 [ $# -gt 0 ] || set -- system envoy envoy-oldest grpcurl controlplane node render prometheus
 for tool; do
     case $tool in
-    envoy | envoy-oldest | grpcurl | controlplane | node | render | prometheus | system | vault | oldest | former | cargo-deny | cargo-machete | actionlint) "$tool" ;;
-    *) fail "unknown tool $tool; known: envoy envoy-oldest grpcurl controlplane node render prometheus system vault oldest former cargo-deny cargo-machete actionlint" ;;
+    envoy | envoy-oldest | grpcurl | controlplane | node | render | prometheus | system | vault | trustmanager | oldest | former | cargo-deny | cargo-machete | actionlint) "$tool" ;;
+    *) fail "unknown tool $tool; known: envoy envoy-oldest grpcurl controlplane node render prometheus system vault trustmanager oldest former cargo-deny cargo-machete actionlint" ;;
     esac
 done

@@ -1,4 +1,5 @@
 //! Certificates from Vault by cert-manager's own Vault issuer: chains of three, a role that refuses SPIFFE names, an unavailable Vault.
+//! Roots from trust-manager's own controller.
 //!
 //! `make test-long GROUP=vault`. Unit tests pin the texts of Vault's errors too (`vault_words.rs`); here they come from Vault itself.
 
@@ -31,6 +32,7 @@ use x509_parser::pem::Pem;
 use self::server::{Vault, Wire};
 
 mod server;
+mod trust_manager;
 
 /// Limit for steps that cert-manager retries with its own backoff.
 const SIGNED: Duration = Duration::from_secs(120);

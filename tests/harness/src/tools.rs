@@ -44,6 +44,16 @@ pub fn vault() -> PathBuf {
     fetched("VAULT", "vault")
 }
 
+/// trust-manager's Bundle controller.
+pub fn trust_manager() -> PathBuf {
+    fetched("TRUSTMANAGER", "trustmanager/trustmanager")
+}
+
+/// The CRD from the module of that controller.
+pub fn trust_manager_crd() -> PathBuf {
+    trust_manager().with_file_name("bundles.yaml")
+}
+
 /// The metrics server.
 pub fn prometheus() -> PathBuf {
     fetched("PROMETHEUS", "prometheus/usr/bin/prometheus")
