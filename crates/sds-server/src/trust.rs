@@ -101,7 +101,8 @@ pub struct BundleSet {
     pub own: Option<Arc<Bundle>>,
     /// The bundles of other trust domains.
     pub federated: BTreeMap<TrustDomain, Arc<Bundle>>,
-    /// Revocation lists wait for the first issued chain, which shows which authorities sign.
+    /// The first issued chain is missing: revocation lists wait for it, because it shows which authorities sign, or the bundle does, because
+    /// its roots come with chains.
     pub wants_chain: bool,
 }
 
@@ -150,6 +151,8 @@ struct Slot {
     domain: Option<TrustDomain>,
     bundle: Option<TrustBundle>,
     crls: Vec<RevocationList>,
+    /// Whether its roots come with issued chains.
+    comes_with_chains: bool,
 }
 
 impl Offers {
@@ -207,10 +210,11 @@ impl Trust {
     /// a/b[c]`.
     pub fn source(&self, domain: Option<TrustDomain>, name: &str) -> Source {
         let slots = &mut self.offers().slots;
-        slots.push(Slot { domain, bundle: None, crls: Vec::new() });
+        slots.push(Slot { domain, bundle: None, crls: Vec::new(), comes_with_chains: false });
         let source = Source { trust: self.clone(), index: slots.len() - 1, name: name.into() };
         // Starts at zero: otherwise the first refusal would not be an increase for Prometheus.
         drop(self.0.metrics.refused.get_or_create(&source.label()));
+        self.0.metrics.objects.get_or_create(&source.label()).set(0);
         source
     }
 
@@ -269,7 +273,7 @@ impl Trust {
         let Offers { slots, has_met, chains, withheld, changes_at, lifeless } = offers;
         let now = self.0.clock.now();
         let mut domains: BTreeMap<Option<TrustDomain>, (Vec<_>, Vec<_>)> = BTreeMap::new();
-        for slot in slots {
+        for slot in slots.iter() {
             let (roots, crls) = domains.entry(slot.domain.clone()).or_default();
             roots.extend_from_slice(slot.bundle.as_ref().map_or(&[], TrustBundle::roots));
             crls.extend_from_slice(&slot.crls);
@@ -321,6 +325,7 @@ impl Trust {
                 Some(domain) => drop(next.federated.insert(domain, bundle)),
             }
         }
+        next.wants_chain |= next.own.is_none() && slots.iter().any(|slot| slot.comes_with_chains);
         self.0.metrics.served(counts);
         let first = changes.into_iter().min().map(|at| at.max(now + MIN_WAIT));
         if std::mem::replace(changes_at, first) != first {
@@ -375,6 +380,13 @@ impl Source {
     /// The name of the source, for the log and metrics.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// Marks the source as one whose roots come with issued chains. Until the first root, [`BundleSet::wants_chain`] is set.
+    pub fn comes_with_chains(&self) {
+        let mut offers = self.trust.offers();
+        offers.slots[self.index].comes_with_chains = true;
+        self.trust.publish(&mut offers);
     }
 
     /// Offers PEM: roots, revocation lists, or both. The two are judged apart: roots are taken beside a list that is not usable, and the
@@ -447,6 +459,8 @@ impl Source {
             slot.crls = crls;
             changed = true;
         }
+        let objects = slot.bundle.as_ref().map_or(0, |bundle| bundle.roots().len()) + slot.crls.len();
+        metrics.objects.get_or_create(&self.label()).set(i64::try_from(objects).unwrap_or(i64::MAX));
         if changed {
             self.trust.publish(&mut offers);
         }
@@ -482,6 +496,7 @@ enum State {
 pub struct Metrics {
     expiry: Family<Label, Gauge>,
     refused: Family<Label, Counter>,
+    objects: Family<Label, Gauge>,
     crls: Family<Standing, Gauge>,
     this_update: Family<Label, Gauge>,
     next_update: Family<Label, Gauge>,
@@ -496,6 +511,11 @@ impl Metrics {
             "bundles_refused",
             "Offers of a source without a usable bundle: missing, empty, oversized or unparsable",
             metrics.refused.clone(),
+        );
+        registry.register(
+            "trust_source_objects",
+            "Roots and revocation lists that this source has provided; 0 while it has provided nothing",
+            metrics.objects.clone(),
         );
         registry.register(
             "crls",
@@ -543,6 +563,7 @@ impl Metrics {
         let label = Label { source: agent_runtime::metrics::ANY.to_owned() };
         metrics.expiry.get_or_create(&label).set(1);
         metrics.refused.get_or_create(&label).inc();
+        metrics.objects.get_or_create(&label).set(1);
         metrics.this_update.get_or_create(&label).set(1);
         metrics.next_update.get_or_create(&label).set(1);
     }

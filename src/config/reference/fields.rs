@@ -224,8 +224,9 @@ pub const GROUPS: &[Group] = &[
                 "issuer.certManager.trustStatusCA",
                 Boolean,
                 Value("false"),
-                "Adds the CA certificate that cert-manager reports with a signed request to the trust bundle. Use it only for issuers \
-                 that you trust to report their own root; prefer `trust.sources`.",
+                "Adds the CA certificate that cert-manager reports with a signed request to the trust bundle, if the signed chain leads to \
+                 it. Roots are collected, and dropped when the last certificate that led to them has ended. Use it only for issuers that \
+                 you trust to report their own root; prefer `trust.sources`.",
             ),
             field(
                 "issuer.embedded",

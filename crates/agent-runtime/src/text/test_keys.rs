@@ -190,7 +190,7 @@ const DECODERS: [(&str, Decode); 4] = [("decimal", decimal), ("hexadecimal", hex
 /// Runs of numbers up to 255, with anything but letters between.
 fn decimal(text: &[u8]) -> Vec<Vec<u8>> {
     let mut runs = vec![Vec::new()];
-    for run in text.split(|byte| byte.is_ascii_alphabetic()) {
+    for run in text.split(u8::is_ascii_alphabetic) {
         for number in run.split(|byte| !byte.is_ascii_digit()).filter(|number| !number.is_empty()) {
             match std::str::from_utf8(number).ok().and_then(|number| number.parse().ok()) {
                 Some(byte) => runs.last_mut().unwrap().push(byte),
@@ -210,7 +210,7 @@ fn hexadecimal(text: &[u8]) -> Vec<Vec<u8>> {
         let text: String = text.chars().filter(|c| !separators.contains(c) && !c.is_whitespace()).collect();
         text.split(|c: char| !c.is_ascii_hexdigit()).map(|run| run.bytes().collect()).collect()
     };
-    let value = |digit: &u8| char::from(*digit).to_digit(16).map_or(0, |digit| digit as u8);
+    let value = |digit: &u8| char::from(*digit).to_digit(16).and_then(|digit| u8::try_from(digit).ok()).unwrap_or(0);
     let pairs = |run: &[u8]| run.chunks_exact(2).map(|pair| value(&pair[0]) << 4 | value(&pair[1])).collect::<Vec<u8>>();
     let runs = [digits(&[]), digits(&[':', ',', '-'])].concat();
     long(runs.iter().flat_map(|run| [pairs(run), pairs(run.get(1..).unwrap_or_default())]).collect())

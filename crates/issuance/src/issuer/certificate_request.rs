@@ -27,6 +27,7 @@ mod create;
 mod deleter;
 mod preflight;
 mod requests;
+mod status_roots;
 mod sweep;
 mod tracker;
 pub mod vault;
@@ -63,15 +64,15 @@ pub struct CertManager {
 struct Inner {
     requests: Requests,
     config: Settings,
-    status_ca: Option<trust::Source>,
+    status_roots: Option<status_roots::StatusRoots>,
     preflight: preflight::Memo,
 }
 
 impl CertManager {
     /// Creates the issuer of `config`. `status_ca` receives `status.ca` of each issued request, if the operator enables it.
     pub fn new(requests: Requests, config: Settings, status_ca: Option<trust::Source>) -> Self {
-        let preflight = preflight::Memo::default();
-        Self { inner: Arc::new(Inner { requests, config, status_ca, preflight }) }
+        let (status_roots, preflight) = (status_ca.map(status_roots::StatusRoots::new), preflight::Memo::default());
+        Self { inner: Arc::new(Inner { requests, config, status_roots, preflight }) }
     }
 
     /// Checks whether the configured issuer can serve. Each order checks it too; a call at start logs a mistake early.
@@ -193,7 +194,7 @@ impl Inner {
                     }
                 }
                 Verdict::Issued => {
-                    let chain = self.take(order, observation.status.as_ref())?;
+                    let chain = self.take(observation.status.as_ref())?;
                     let approved = approved.unwrap_or_else(Instant::now);
                     tracing::info!(target: LOG_TARGET, identity = %order.identity, pod, request = %name, uid = %observation.uid, serial = chain.serial.as_str(), "certificate signed");
                     let phases =
@@ -242,17 +243,16 @@ impl Inner {
         object
     }
 
-    /// Returns the chain of an issued request. If `trustStatusCA` is set, offers `status.ca` as a trust bundle.
-    fn take(&self, order: &Order, status: Option<&Status>) -> Result<CertificateChain, Error> {
+    /// Returns the chain of an issued request. If `trustStatusCA` is set, `status.ca` is a source of the trust bundle.
+    fn take(&self, status: Option<&Status>) -> Result<CertificateChain, Error> {
         let field = |field: fn(&Status) -> Option<&String>| status.and_then(field).map(String::as_str).unwrap_or_default();
-        if let Some(source) = &self.status_ca {
-            match decode_pem(field(|s| s.ca.as_ref())) {
-                Some(pem) if !pem.is_empty() => drop(source.offer(&pem)),
-                _ => tracing::debug!(target: LOG_TARGET, identity = %order.identity, "the issuer names no root in status.ca"),
-            }
-        }
         let pem = decode_pem(field(|s| s.certificate.as_ref())).ok_or(verify::Error::Chain(material::Error::Base64))?;
-        Ok(CertificateChain::from_pem(&pem).map_err(verify::Error::from)?)
+        let now = self.requests.now();
+        let chain = CertificateChain::from_pem(&pem).map_err(verify::Error::from)?.in_order(now);
+        if let Some(roots) = &self.status_roots {
+            roots.answered(decode_pem(field(|s| s.ca.as_ref())).as_deref(), &chain, now);
+        }
+        Ok(chain)
     }
 }
 

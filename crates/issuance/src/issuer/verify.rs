@@ -223,6 +223,24 @@ fn path(leaf: Certificate<'_>, others: &[CertificateDer<'_>], bundle: Option<&Tr
     Ok(Verified { anchor, path: longest(&chain, others, roots, &parsed, seconds) })
 }
 
+/// Returns the certificates of `bundle` on the path of `chain` at `now`.
+///
+/// # Errors
+///
+/// If a peer with this bundle would refuse the chain.
+pub(crate) fn roots_of(chain: &CertificateChain, bundle: &TrustBundle, now: SystemTime) -> Result<Vec<CertificateDer<'static>>, Error> {
+    let certificates: Vec<_> = chain.certificates().iter().filter_map(|certificate| read(certificate, 1).ok()).collect();
+    let roots: Vec<_> = bundle.roots().iter().filter_map(|root| read(root, 1).ok()).collect();
+    let seconds = i64::try_from(clock::unix_seconds(now.max(chain.validity.not_before))).unwrap_or(i64::MAX);
+    let what = "the chain does not lead to the reported root";
+    let path = envoy_x509::verify(&certificates, &roots, seconds).map_err(|refusal| Error::Path { what, why: refusal.to_string() })?;
+    let of_bundle = path.places.iter().filter_map(|place| match place {
+        Place::Bundle(index) => bundle.roots().get(*index).cloned(),
+        Place::Chain(_) => None,
+    });
+    Ok(of_bundle.collect())
+}
+
 /// Returns the authorities on the longest path that the chain itself has to one of the roots, from the one that signed the leaf.
 ///
 /// Envoy's path ends at the nearest trusted certificate, and continues with trusted ones that a client with another bundle does not have.

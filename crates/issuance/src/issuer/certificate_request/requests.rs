@@ -3,7 +3,12 @@
 //! The caller runs [`Requests::run`] once, from start to shutdown, and for some time after the orders have ended. After its token is
 //! cancelled, it deletes the last requests and returns within 5 s.
 
-use std::{collections::HashSet, fmt, sync::Arc, time::Duration};
+use std::{
+    collections::HashSet,
+    fmt,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use agent_kube::{
     self, Call, Cause,
@@ -122,6 +127,11 @@ impl Requests {
         let queue = Mutex::new(Some(queue));
         let node_changed = watch::Sender::new(());
         Self(Arc::new(Shared { client, scope, agent, pods, clock, tracker, node_changed, queue, kube_metrics, metrics }))
+    }
+
+    /// The time of the clock that all orders share.
+    pub(super) fn now(&self) -> SystemTime {
+        self.0.clock.now()
     }
 
     /// Watches, deletes and sweeps requests until `shutdown`. Then deletes the last requests, for at most 5 s. Call it once: a second call
