@@ -16,6 +16,8 @@ mod confined;
 mod flooded_probes;
 #[path = "cli/inline.rs"]
 mod inline;
+#[path = "cli/keys.rs"]
+mod keys;
 #[path = "cli/stalled_reader.rs"]
 mod stalled_reader;
 

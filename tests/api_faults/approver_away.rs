@@ -109,7 +109,7 @@ impl Cluster {
         let profile = identity("a").profile.clone();
         let plan = Plan::new([(profile.issuer.clone(), issuer)].into(), [profile], Duration::from_secs(300));
         let (plan, plan_now) = tokio::sync::watch::channel(Arc::new(plan));
-        let trust = Trust::new(trust::Metrics::default());
+        let trust = Trust::with_clock(trust::Metrics::default(), Arc::new(self.clock.clone()));
         trust.source(None, "test").take(self.authority.bundle().unwrap()).unwrap();
         let parts = rotation_parts(&store, events, plan_now, &trust, &self.clock);
         let tasks = vec![

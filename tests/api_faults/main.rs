@@ -102,7 +102,7 @@ impl World {
         plan(&wire);
         let clock = TestClock::new(UNIX_EPOCH + Duration::from_secs(1_800_000_000));
         let authority = Arc::new(Embedded::new("cluster.local", Arc::new(clock.clone())).unwrap());
-        let trust = Trust::new(trust::Metrics::default());
+        let trust = Trust::with_clock(trust::Metrics::default(), Arc::new(clock.clone()));
         trust.source(None, "test").take(authority.bundle().unwrap()).unwrap();
 
         let mut exposition = Exposition::new(build_info::VERSION, build_info::REVISION);

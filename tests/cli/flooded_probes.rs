@@ -100,7 +100,7 @@ impl Flood {
 }
 
 /// One GET request, whose answer has to be complete within `limit`, as for a probe of the kubelet.
-fn get(address: SocketAddr, path: &str, limit: Duration) -> Result<String, String> {
+pub(super) fn get(address: SocketAddr, path: &str, limit: Duration) -> Result<String, String> {
     let start = Instant::now();
     let told = |error: std::io::Error| format!("{path} after {:?}: {error}", start.elapsed());
     let left = || limit.saturating_sub(start.elapsed()).max(Duration::from_millis(1));

@@ -14,6 +14,7 @@ use self::{agents::Served, der::Key, table::Shape};
 mod agents;
 mod der;
 mod envoys;
+mod example;
 mod pki;
 mod secrets;
 mod table;
