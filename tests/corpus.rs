@@ -20,6 +20,8 @@ mod framing;
 mod pem;
 #[path = "../fuzz/check/stream.rs"]
 mod stream;
+#[path = "../fuzz/check/x509.rs"]
+mod x509;
 
 /// Runs `check` on each file of `fuzz/corpus/<target>`.
 fn replay(target: &str, check: fn(&[u8])) {
@@ -68,6 +70,11 @@ fn request_bodies() {
 #[test]
 fn certificates_and_revocation_lists() {
     replay("pem", pem::check);
+}
+
+#[test]
+fn certificates_and_paths() {
+    replay("x509", x509::check);
 }
 
 #[test]

@@ -154,7 +154,12 @@ impl Row {
                 let why = why.strip_prefix("the chain does not lead to the trust bundle: ").unwrap_or(why);
                 let why = why.strip_prefix("trust bundle from file roots ").unwrap_or(why);
                 let why = why.strip_suffix("; the last good one stays in use").unwrap_or(why);
-                let words = why.split(' ').map(|word| if word.starts_with("20") && word.contains('Z') { "(time)" } else { word });
+                let words = why.split(' ').map(|word| match word {
+                    time if time.starts_with("20") && time.contains('Z') => "(time)",
+                    // A signature has no fixed length.
+                    size if size.len() > 5 && size.bytes().all(|byte| byte.is_ascii_digit()) => "(size)",
+                    word => word,
+                });
                 format!("refused: {}", words.collect::<Vec<_>>().join(" "))
             }
         }
@@ -173,6 +178,10 @@ impl Row {
         let mut faults = Vec::new();
         if self.served.iter().flatten().any(|verdict| !verdict.accepts()) {
             faults.push("the agent serves what an Envoy refuses");
+        }
+        let differ = self.offered[0].accepts() != self.offered[1].accepts();
+        if differ && self.agent.as_ref().is_err_and(|why| !why.contains("Envoy 1.")) {
+            faults.push("the agent does not name the release of Envoy that is the reason");
         }
         if self.is_lost() && !DISAGREEMENTS.iter().any(|row| row.shape == self.shape.name) {
             faults.push("both Envoys accept what the agent does not serve");

@@ -38,7 +38,10 @@ impl<'a> Name<'a> {
         let mut name = Self { der, canonical: Vec::new(), emails: Vec::new(), attributes: Vec::new() };
         let mut sets = Reader::new(content);
         while !sets.is_empty() {
-            let mut set = sets.inner(der::SET).filter(|set| !set.is_empty()).ok_or(Fault("a name has an empty or broken set"))?;
+            let mut set = sets.inner(der::SET).ok_or(Fault("a name has a broken set"))?;
+            if set.is_empty() {
+                return Err(Fault("a name has an empty set (Envoy 1.40 rejects it)"));
+            }
             let mut parts = Vec::new();
             while !set.is_empty() {
                 parts.push(name.attribute(&mut set)?);

@@ -56,6 +56,8 @@ pub struct Refusal {
     pub reason: Reason,
     /// The release of Envoy that refuses the chain, if the other one accepts it.
     pub release: Option<Release>,
+    /// Whether Envoy accepts the chain with another root of the same name. The releases choose differently among roots of one name.
+    pub depends_on_choice: bool,
 }
 
 /// The faults of a certificate in a path.
@@ -143,6 +145,7 @@ impl fmt::Display for Refusal {
         }
         match self.release {
             Some(release) => write!(f, " (Envoy {release} refuses it)"),
+            None if self.depends_on_choice => f.write_str(" (Envoy 1.36 and 1.40 choose differently among roots of one name)"),
             None => Ok(()),
         }
     }
@@ -184,14 +187,18 @@ impl<'a, 'b> Verifier<'a, 'b> {
         if self.chain.is_empty() {
             return Err(refusal(leaf, Reason::NoIssuer));
         }
-        let mut longest: Option<Path> = None;
+        let (mut longest, mut first_refusal): (Option<Path>, Option<Refusal>) = (None, None);
         for places in self.build()? {
-            self.check(&places)?;
-            if longest.as_ref().is_none_or(|path| path.places.len() < places.len()) {
-                longest = Some(Path { places });
+            match self.check(&places) {
+                Ok(()) if longest.as_ref().is_none_or(|path| path.places.len() < places.len()) => longest = Some(Path { places }),
+                Ok(()) => {}
+                Err(refusal) => first_refusal = first_refusal.or(Some(refusal)),
             }
         }
-        longest.ok_or(refusal(leaf, Reason::NoIssuer))
+        match first_refusal {
+            Some(refusal) => Err(Refusal { depends_on_choice: longest.is_some(), ..refusal }),
+            None => longest.ok_or(refusal(leaf, Reason::NoIssuer)),
+        }
     }
 
     fn at(&self, place: Place) -> &'b Certificate<'a> {
@@ -398,5 +405,5 @@ fn check_signature(certificate: &Certificate<'_>, issuer: &Certificate<'_>) -> R
 }
 
 fn refusal(place: Place, reason: Reason) -> Refusal {
-    Refusal { place, reason, release: None }
+    Refusal { place, reason, release: None, depends_on_choice: false }
 }

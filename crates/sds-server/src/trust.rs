@@ -319,7 +319,15 @@ impl Trust {
                     Vec::new()
                 }
             };
-            let bundle = old.filter(|old| old.holds(&roots, &crls)).cloned().unwrap_or_else(|| Arc::new(Bundle::new(roots, crls)));
+            let bundle = old.filter(|old| old.holds(&roots, &crls)).cloned().unwrap_or_else(|| {
+                if let Some(name) = live::ambiguous(roots.roots()).filter(|_| old.is_none_or(|old| old.roots != roots)) {
+                    tracing::warn!(
+                        target: LOG_TARGET, name,
+                        "the trust bundle has several roots of one name, and not all have key identifiers: clients may take the wrong one"
+                    );
+                }
+                Arc::new(Bundle::new(roots, crls))
+            });
             match domain {
                 None => next.own = Some(bundle),
                 Some(domain) => drop(next.federated.insert(domain, bundle)),

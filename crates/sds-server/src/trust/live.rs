@@ -2,7 +2,7 @@
 
 use std::time::SystemTime;
 
-use agent_runtime::clock;
+use agent_runtime::{clock, text};
 use envoy_x509::Certificate;
 use rustls::pki_types::CertificateDer;
 
@@ -35,6 +35,17 @@ pub(super) fn select(certificates: &[CertificateDer<'static>], now: SystemTime) 
     LiveRoots { roots, changes_at: times.min().map(clock::from_unix_seconds) }
 }
 
+/// Returns the name of two roots with different keys that clients cannot distinguish, because one of them has no key identifier. With a
+/// certificate of one of these authorities, it depends on the client which root it takes.
+pub(super) fn ambiguous(roots: &[CertificateDer<'static>]) -> Option<String> {
+    let parsed: Vec<_> = roots.iter().filter_map(|der| Certificate::from_der(der).ok()).collect();
+    let has_id = |root: &Certificate<'_>| root.extensions().is_ok_and(|own| own.key_id.is_some());
+    let mut nameless = parsed.iter().filter(|root| !has_id(root));
+    let root =
+        nameless.find(|root| parsed.iter().any(|other| other.subject == root.subject && other.public_key.der != root.public_key.der))?;
+    Some(text::excerpt(&root.subject.to_string(), text::MAX_NAME_CHARS))
+}
+
 #[cfg(test)]
 mod tests {
     use std::time::Duration;
@@ -48,6 +59,24 @@ mod tests {
         params.distinguished_name.push(DnType::CommonName, name);
         (params.not_before, params.not_after) = (from.into(), until.into());
         params.self_signed(key).unwrap().der().clone()
+    }
+
+    #[test]
+    fn roots_of_one_name_without_key_identifiers_are_ambiguous() {
+        let (now, hour) = (clock::from_unix_seconds(1_800_000_000), Duration::from_secs(3600));
+        let with_id = |name: &str| {
+            let mut params = CertificateParams::default();
+            params.distinguished_name.push(DnType::CommonName, name);
+            params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+            params.self_signed(&KeyPair::generate().unwrap()).unwrap().der().clone()
+        };
+        let key = KeyPair::generate().unwrap();
+        let without = |key: &KeyPair| root("a", key, now, now + hour);
+        assert_eq!(ambiguous(&[with_id("a"), with_id("a"), with_id("b")]), None);
+        assert_eq!(ambiguous(&[without(&key), root("a", &key, now, now + 2 * hour)]), None, "a renewal with the same key");
+        for pair in [[without(&key), without(&KeyPair::generate().unwrap())], [with_id("a"), without(&key)]] {
+            assert_eq!(ambiguous(&pair).as_deref(), Some("CN=a"));
+        }
     }
 
     #[test]
