@@ -65,7 +65,7 @@ impl<'a> Certificate<'a> {
     ///
     /// # Errors
     ///
-    /// If the settings are broken, or reject a use of the certificate.
+    /// If the settings are broken, reject a use of the certificate, or trust it for other uses than TLS servers and clients.
     pub fn without_trust_settings(der: &[u8]) -> Result<&[u8], Fault> {
         let mut parts = Reader::new(der);
         let certificate = parts.next(der::SEQUENCE).ok_or(Fault("it is not a sequence of DER"))?;
@@ -74,8 +74,8 @@ impl<'a> Certificate<'a> {
         }
         let mut settings = parts.inner(der::SEQUENCE).filter(|_| parts.is_empty()).ok_or(Fault("its trust settings are broken"))?;
         while let Some(setting) = settings.any() {
-            if setting.tag == der::constructed(0) {
-                return Err(Fault("its trust settings reject uses"));
+            if setting.tag == der::constructed(0) || setting.tag == der::SEQUENCE && !extension::allows_tls(setting.content) {
+                return Err(Fault("its trust settings do not allow TLS servers and clients"));
             }
         }
         if settings.is_empty() { Ok(certificate.whole) } else { Err(Fault("its trust settings are broken")) }

@@ -316,6 +316,18 @@ fn extended_key_usage(value: &[u8]) -> Result<ExtendedKeyUsage, Fault> {
     Ok(usage)
 }
 
+/// Whether a list of trusted uses has both sides of TLS, or every use.
+pub(crate) fn allows_tls(list: &[u8]) -> bool {
+    const ANY: &[u8] = &[0x55, 0x1d, 0x25, 0x00];
+    let mut list = Reader::new(list);
+    let (mut server, mut client) = (false, false);
+    while let Some(id) = der::object(&mut list) {
+        server |= id == SERVER_AUTH || id == ANY;
+        client |= id == CLIENT_AUTH || id == ANY;
+    }
+    server && client
+}
+
 fn key_id(value: &[u8]) -> Result<&[u8], Fault> {
     der::only(value, der::OCTET_STRING).ok_or(Fault("its subject key identifier is broken"))
 }

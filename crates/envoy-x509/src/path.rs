@@ -5,7 +5,7 @@
 //! order of namesakes in the store depends on the release and on the number of roots, so that [`verify`] accepts a leaf only if the path is
 //! valid with each of them.
 
-use std::fmt;
+use std::{cell::RefCell, collections::BTreeMap, fmt};
 
 use crate::{
     Fault, Release,
@@ -164,13 +164,18 @@ impl std::error::Error for Refusal {}
 ///
 /// Never; an empty chain is refused.
 pub fn verify(chain: &[Certificate<'_>], bundle: &[Certificate<'_>], now: i64) -> Result<Path, Refusal> {
-    let results = Release::ALL.map(|release| (release, Verifier { chain, bundle, now, release, paths: 0 }.verify()));
+    let signatures = Signatures::default();
+    let results =
+        Release::ALL.map(|release| (release, Verifier { chain, bundle, now, release, paths: 0, signatures: &signatures }.verify()));
     match results {
         [(_, Ok(path)), (_, Ok(_))] => Ok(path),
         [(_, Err(refusal)), (_, Err(_))] => Err(refusal),
         [(release, Err(refusal)), _] | [_, (release, Err(refusal))] => Err(Refusal { release: Some(release), ..refusal }),
     }
 }
+
+/// The results of signatures, each of a certificate and its issuer.
+type Signatures = RefCell<BTreeMap<(Place, Place), Result<(), Reason>>>;
 
 struct Verifier<'a, 'b> {
     chain: &'b [Certificate<'a>],
@@ -179,6 +184,8 @@ struct Verifier<'a, 'b> {
     release: Release,
     /// The number of paths that were tried.
     paths: usize,
+    /// The results for the certificates so far, each with its issuer. Signatures are expensive, and paths have them in common.
+    signatures: &'b Signatures,
 }
 
 impl<'a, 'b> Verifier<'a, 'b> {
@@ -336,7 +343,10 @@ impl<'a, 'b> Verifier<'a, 'b> {
         for (depth, place) in places.iter().enumerate().rev() {
             let certificate = self.at(*place);
             if let Some(issuer) = places.get(depth + 1) {
-                check_signature(certificate, self.at(*issuer)).map_err(|reason| refusal(*place, reason))?;
+                let known = self.signatures.borrow().get(&(*place, *issuer)).copied();
+                let result = known.unwrap_or_else(|| check_signature(certificate, self.at(*issuer)));
+                self.signatures.borrow_mut().insert((*place, *issuer), result);
+                result.map_err(|reason| refusal(*place, reason))?;
             }
             let (Some(begin), Some(end)) = (certificate.not_before.seconds(), certificate.not_after.seconds()) else {
                 return Err(refusal(*place, Reason::TimeWithOffset));

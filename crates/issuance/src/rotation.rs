@@ -128,8 +128,8 @@ struct Rotation {
     reissue_lines: LogLimiter<&'static str>,
     /// Answers whose chain leads to no known root. They are verified again when the bundle changes.
     awaiting_anchor: HashMap<Id, Issued>,
-    /// Whether a certificate was renewed early for its chain.
-    has_looked: bool,
+    /// The issuers of which a certificate was renewed early for its chain.
+    has_looked: BTreeSet<IssuerName>,
     /// Unresponsive issuers, with the name under which each was logged.
     unresponsive: BTreeMap<Authority, IssuerName>,
     /// Issuers that have series in the metrics.
@@ -212,7 +212,7 @@ impl Rotation {
             reissue_marks: HashMap::new(),
             reissue_lines: LogLimiter::default(),
             awaiting_anchor: HashMap::new(),
-            has_looked: false,
+            has_looked: BTreeSet::new(),
             unresponsive: BTreeMap::new(),
             counted: BTreeSet::new(),
             last_seen,

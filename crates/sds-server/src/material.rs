@@ -190,7 +190,7 @@ impl CertificateChain {
     }
 
     /// Puts the certificates after the leaf into the order in which clients use them best at `now`. Ended ones are left out. Of those with one
-    /// name and key, the one that ends last comes first. Those that are not valid yet come last. The others keep their order.
+    /// name, key and issuer, the one that ends last comes first. Those that are not valid yet come last. The others keep their order.
     ///
     /// Envoy takes the first certificate that fits, and never tries another one (envoyproxy/envoy#18510).
     #[must_use]
@@ -200,7 +200,8 @@ impl CertificateChain {
             parse(der, 1).ok().map(|certificate| (time_of(certificate.not_before), time_of(certificate.not_after)))
         };
         others.retain(|der| times(der).is_none_or(|(_, end)| now < end));
-        let authorities: Vec<_> = others.iter().map(authority_of_certificate).collect();
+        // Certificates that different authorities have signed for one name and key lead to different roots, and keep their order.
+        let authorities: Vec<_> = others.iter().map(authority_and_issuer).collect();
         let mut keyed: Vec<_> = others
             .into_iter()
             .zip(&authorities)
@@ -377,6 +378,11 @@ pub fn authority_of_certificate(certificate: &CertificateDer<'_>) -> Option<Dige
     Some(authority_of(&parse(certificate, 1).ok()?))
 }
 
+fn authority_and_issuer(certificate: &CertificateDer<'_>) -> Option<Digest> {
+    let certificate = parse(certificate, 1).ok()?;
+    Some(Digest::of(&[certificate.subject.der(), certificate.public_key.der, certificate.issuer.der()]))
+}
+
 /// The length of a root's name in the list that a TLS server sends, in bytes.
 pub(crate) fn name_len(root: &CertificateDer<'_>) -> usize {
     parse(root, 1).map_or(0, |root| root.subject.der().len() + 2)
@@ -484,6 +490,36 @@ mod tests {
     fn a_key_is_never_printed() {
         let key = PrivateKey::from_pkcs8_der(Zeroizing::new(b"secret".to_vec()));
         assert_eq!(format!("{key:?}"), "PrivateKey(redacted)");
+    }
+
+    #[test]
+    fn a_chain_is_ordered_for_clients_that_take_the_first_that_fits() {
+        use rcgen::{CertificateParams, DnType, IsCa, Issuer, KeyPair};
+        let now = SystemTime::now();
+        let hour = |count: u64| Duration::from_secs(3600 * count);
+        let params = |name: &str, from: SystemTime, until: SystemTime| {
+            let mut params = CertificateParams::default();
+            params.distinguished_name.push(DnType::CommonName, name);
+            params.is_ca = IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+            (params.not_before, params.not_after) = (from.into(), until.into());
+            params
+        };
+        let key = KeyPair::generate().unwrap();
+        let root = |name: &str| Issuer::new(params(name, now - hour(9), now + hour(9)), KeyPair::generate().unwrap());
+        let (r1, r2) = (root("r1"), root("r2"));
+        let of = |root: &Issuer<'_, KeyPair>, from, until| params("i", from, until).signed_by(&key, root).unwrap().der().clone();
+        let leaf = of(&r1, now - hour(1), now + hour(1));
+        let [ended, short, long, future] = [
+            of(&r1, now - hour(5), now - hour(1)),
+            of(&r1, now - hour(5), now + hour(2)),
+            of(&r1, now - hour(5), now + hour(5)),
+            of(&r1, now + hour(1), now + hour(8)),
+        ];
+        // It leads to another root, so that its place matters.
+        let cross = of(&r2, now - hour(5), now + hour(9));
+        let chain = [&leaf, &future, &ended, &short, &cross, &long].map(Clone::clone);
+        let ordered = CertificateChain::from_pem(&to_pem(&chain)).unwrap().in_order(now);
+        assert_eq!(ordered.certificates(), [leaf, long, short, cross, future]);
     }
 
     #[test]

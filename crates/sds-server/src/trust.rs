@@ -140,6 +140,8 @@ struct Offers {
     chains: Vec<(Vec<CertificateDer<'static>>, SystemTime)>,
     /// The last logged reason for withholding revocation lists, by domain.
     withheld: BTreeMap<Option<TrustDomain>, String>,
+    /// The time of the last publication.
+    judged_at: Option<SystemTime>,
     /// The next time at which a root, an intermediate or a list begins or ends.
     changes_at: Option<SystemTime>,
     /// Domains all of whose roots have ended, or have not begun.
@@ -153,18 +155,47 @@ struct Slot {
     crls: Vec<RevocationList>,
     /// Whether its roots come with issued chains.
     comes_with_chains: bool,
+    /// An offer that was too large together with those of the other sources.
+    too_large: Option<Offer>,
+}
+
+/// The content of an offer. `None` keeps the part that the slot has.
+#[derive(Debug, Clone)]
+struct Offer {
+    bundle: Option<TrustBundle>,
+    crls: Option<Vec<RevocationList>>,
 }
 
 impl Offers {
+    /// Takes the offers that were too large before another source changed.
+    fn take_what_fits_now(&mut self) {
+        for index in 0..self.slots.len() {
+            let Some(Offer { bundle, crls }) = self.slots[index].too_large.take() else { continue };
+            if self.check_size(index, bundle.as_ref(), crls.as_deref()).is_err() {
+                self.slots[index].too_large = Some(Offer { bundle, crls });
+                continue;
+            }
+            tracing::info!(target: LOG_TARGET, "the trust bundle of a source is taken: with those of the other sources, it was too large before");
+            let slot = &mut self.slots[index];
+            slot.bundle = bundle.or(slot.bundle.take());
+            slot.crls = crls.unwrap_or_else(|| std::mem::take(&mut slot.crls));
+        }
+    }
+
     /// Checks the size of all bundles with these parts of the slot at `index` in place of its own.
     fn check_size(&self, index: usize, bundle: Option<&TrustBundle>, crls: Option<&[RevocationList]>) -> Result<(), material::Error> {
-        let (mut bytes, mut names) = (0, BTreeMap::<&Option<TrustDomain>, usize>::new());
+        let (mut bytes, mut roots) = (0, BTreeSet::new());
         for (place, slot) in self.slots.iter().enumerate() {
-            let roots = bundle.filter(|_| place == index).or(slot.bundle.as_ref()).map_or(&[][..], TrustBundle::roots);
+            let of_slot = bundle.filter(|_| place == index).or(slot.bundle.as_ref()).map_or(&[][..], TrustBundle::roots);
             let lists = crls.filter(|_| place == index).unwrap_or(&slot.crls);
-            bytes += roots.iter().map(|root| material::pem_len("CERTIFICATE", root.len())).sum::<usize>();
+            roots.extend(of_slot.iter().map(|root| (&slot.domain, &**root)));
             bytes += lists.iter().map(|list| material::pem_len("X509 CRL", list.der().len())).sum::<usize>();
-            *names.entry(&slot.domain).or_default() += roots.iter().map(material::name_len).sum::<usize>();
+        }
+        // A root that several sources have is served once.
+        let mut names = BTreeMap::<&Option<TrustDomain>, usize>::new();
+        for (domain, root) in roots {
+            bytes += material::pem_len("CERTIFICATE", root.len());
+            *names.entry(domain).or_default() += material::name_len(&CertificateDer::from(root));
         }
         if bytes > MAX_BUNDLE_BYTES {
             return Err(material::Error::BundleTooLarge(bytes));
@@ -210,7 +241,7 @@ impl Trust {
     /// a/b[c]`.
     pub fn source(&self, domain: Option<TrustDomain>, name: &str) -> Source {
         let slots = &mut self.offers().slots;
-        slots.push(Slot { domain, bundle: None, crls: Vec::new(), comes_with_chains: false });
+        slots.push(Slot { domain, bundle: None, crls: Vec::new(), comes_with_chains: false, too_large: None });
         let source = Source { trust: self.clone(), index: slots.len() - 1, name: name.into() };
         // Starts at zero: otherwise the first refusal would not be an increase for Prometheus.
         drop(self.0.metrics.refused.get_or_create(&source.label()));
@@ -227,13 +258,18 @@ impl Trust {
         let follow = async {
             loop {
                 let rescheduled = self.0.rescheduled.notified();
-                let next = self.offers().changes_at;
+                let (judged, next) = {
+                    let offers = self.offers();
+                    (offers.judged_at, offers.changes_at)
+                };
                 let until = next.unwrap_or_else(|| self.0.clock.now() + clock::MAX_SLEEP);
                 tokio::select! {
                     () = self.0.clock.sleep_until(until) => {}
                     () = rescheduled => continue,
                 }
-                if next.is_some_and(|at| at <= self.0.clock.now()) {
+                let now = self.0.clock.now();
+                // A step of the clock into the past makes the last selection one of the future.
+                if next.is_some_and(|at| at <= now) || judged.is_some_and(|at| now < at) {
                     self.publish(&mut self.offers());
                 }
             }
@@ -270,8 +306,9 @@ impl Trust {
     }
 
     fn publish(&self, offers: &mut Offers) {
-        let Offers { slots, has_met, chains, withheld, changes_at, lifeless } = offers;
+        let Offers { slots, has_met, chains, withheld, judged_at, changes_at, lifeless } = offers;
         let now = self.0.clock.now();
+        *judged_at = Some(now);
         let mut domains: BTreeMap<Option<TrustDomain>, (Vec<_>, Vec<_>)> = BTreeMap::new();
         for slot in slots.iter() {
             let (roots, crls) = domains.entry(slot.domain.clone()).or_default();
@@ -364,7 +401,8 @@ fn served(
         tracing::error!(
             target: LOG_TARGET,
             trust_domain = domain.as_ref().map(tracing::field::display),
-            "all roots of the trust bundle have ended or have not begun: no certificate is issued; add a root that is valid now"
+            served = last.map_or(0, |bundle| bundle.roots.roots().len()),
+            "all roots of the trust bundle have ended or have not begun: the last bundle stays in use; add a root that is valid now"
         );
     }
     last.filter(|_| has_roots).map(|bundle| bundle.roots.clone())
@@ -449,7 +487,11 @@ impl Source {
     fn put(&self, bundle: Option<TrustBundle>, crls: Option<Vec<RevocationList>>) -> Result<(), material::Error> {
         let metrics = &self.trust.0.metrics;
         let mut offers = self.trust.offers();
-        offers.check_size(self.index, bundle.as_ref(), crls.as_deref())?;
+        if let Err(error) = offers.check_size(self.index, bundle.as_ref(), crls.as_deref()) {
+            offers.slots[self.index].too_large = Some(Offer { bundle, crls });
+            return Err(error);
+        }
+        offers.slots[self.index].too_large = None;
         let slot = &mut offers.slots[self.index];
         let (mut changed, version) = (false, bundle.as_ref().map(|bundle| bundle.version().to_owned()));
         if let Some(bundle) = bundle {
@@ -470,6 +512,7 @@ impl Source {
         let objects = slot.bundle.as_ref().map_or(0, |bundle| bundle.roots().len()) + slot.crls.len();
         metrics.objects.get_or_create(&self.label()).set(i64::try_from(objects).unwrap_or(i64::MAX));
         if changed {
+            offers.take_what_fits_now();
             self.trust.publish(&mut offers);
         }
         Ok(())

@@ -225,8 +225,8 @@ pub const GROUPS: &[Group] = &[
                 Boolean,
                 Value("false"),
                 "Adds the CA certificate that cert-manager reports with a signed request to the trust bundle, if the signed chain leads to \
-                 it. Roots are collected, and dropped when the last certificate that led to them has ended. Use it only for issuers that \
-                 you trust to report their own root; prefer `trust.sources`.",
+                 it. A root is dropped when it was not reported for the lifetime of a certificate. Use it only for issuers that you \
+                 trust to report their own root; prefer `trust.sources`.",
             ),
             field(
                 "issuer.embedded",

@@ -3,7 +3,10 @@
 use std::{sync::Arc, time::Duration};
 
 use rustls::pki_types::CertificateDer;
-use sds_server::material::{self, Svid};
+use sds_server::{
+    material::{self, Svid},
+    store::Entry,
+};
 use tracing::{info, warn};
 
 use super::{Id, Rotation};
@@ -24,17 +27,20 @@ impl Rotation {
     }
 
     /// If revocation lists wait for a chain, renews one of `entries` whose certificate a client holds from before a restart of the agent:
-    /// the earlier process knew its chain, and this one does not. Done once, because every issued certificate shows its chain.
+    /// the earlier process knew its chain, and this one does not. Done once for each issuer, because every issued certificate shows its chain.
     pub(super) fn look_for_a_chain(&mut self, entries: impl IntoIterator<Item = Id>) {
-        if self.has_looked || !self.parts.trust.borrow().wants_chain {
+        if !self.parts.trust.borrow().wants_chain {
             return;
         }
-        let held = |id| self.entries.get(&id).filter(|entry| entry.is_leased() && entry.is_held()).map(|entry| (id, entry.clone()));
+        let is_new = |entry: &Entry| !self.has_looked.contains(&entry.identity.profile.issuer);
+        let held = |id| {
+            self.entries.get(&id).filter(|entry| entry.is_leased() && entry.is_held() && is_new(entry)).map(|entry| (id, entry.clone()))
+        };
         let Some((id, entry)) = entries.into_iter().find_map(held) else { return };
         let now = self.now();
         info!(target: LOG_TARGET, identity = %entry.identity, "renewed early: revocation lists wait for a chain");
         self.bring_forward(now, id, &entry, now.wall);
-        self.has_looked = true;
+        self.has_looked.insert(entry.identity.profile.issuer.clone());
     }
 
     /// Certificates of an authority that is no longer trusted are renewed within 60 s, also those without a subscriber, because callers

@@ -120,9 +120,10 @@ impl<'a> Reader<'a> {
             let rest = &self.text[self.at..];
             let word = rest.windows(BEGIN.len()).position(|window| window.eq_ignore_ascii_case(BEGIN)).map(|place| self.at + place);
             // An END marker before the next BEGIN marker has lost its own.
-            let end = find(self.text, END, self.at).filter(|end| word.is_none_or(|word| *end < word));
-            if let Some(end) = end {
-                return Err(self.broken(PemFault::LoneEnd, end));
+            let between = &self.text[self.at..word.unwrap_or(self.text.len())];
+            let ends = between.windows(END.len()).enumerate().filter(|(_, window)| *window == END);
+            if let Some((place, _)) = ends.into_iter().find(|(place, _)| names_objects(&between[*place..])) {
+                return Err(self.broken(PemFault::LoneEnd, self.at + place));
             }
             let Some(word) = word else { return Ok(None) };
             self.at = word + BEGIN.len();
@@ -147,13 +148,18 @@ impl<'a> Reader<'a> {
 
     /// Whether the word at `word` is of a marker of a certificate or a revocation list, and not of a comment.
     fn is_damaged(&self, word: usize) -> bool {
-        let line = self.text[word + BEGIN.len()..].split(|byte| *byte == b'\n').next().unwrap_or_default();
-        let line = &line[..line.len().min(MAX_LABEL_BYTES)];
-        let names = |what: &[u8]| line.windows(what.len()).any(|window| window.eq_ignore_ascii_case(what));
-        let before = self.text[..word].trim_ascii_end();
+        let (before, after) = (&self.text[..word], &self.text[word + BEGIN.len()..]);
+        if before.ends_with(b"----") {
+            return true;
+        }
+        if !names_objects(after) || after.first().is_some_and(u8::is_ascii_alphanumeric) {
+            return false;
+        }
+        let starts_line = before.iter().rev().find(|byte| !matches!(byte, b' ' | b'\t' | b'\r')).is_none_or(|byte| *byte == b'\n');
         // A hyphen, or one of the dashes that word processors write: U+2010 to U+2015, U+2212.
+        let before = before.trim_ascii_end();
         let after_dash = before.ends_with(b"-") || matches!(before, [.., 0xe2, 0x80, 0x90..=0x95] | [.., 0xe2, 0x88, 0x92]);
-        (names(b"CERTIFICATE") || names(b"CRL")) && (after_dash || self.text[word..].starts_with(BEGIN))
+        after_dash || starts_line && self.text[word..].starts_with(BEGIN)
     }
 
     /// Reads the block whose marker is at `from`, and moves behind its END marker.
@@ -168,7 +174,8 @@ impl<'a> Reader<'a> {
         let kind = match label {
             b"CERTIFICATE" | b"X509 CERTIFICATE" | b"TRUSTED CERTIFICATE" => Kind::Certificate,
             b"X509 CRL" => Kind::RevocationList,
-            _ if is_ignored(label) => return Ok(()),
+            // A damaged marker within the block would be lost with it.
+            _ if is_ignored(label) => return if names_object_anywhere(body) { Err(self.broken(PemFault::End, from)) } else { Ok(()) },
             _ => return Err(self.broken(PemFault::Kind, from)),
         };
         if self.objects.iter().filter(|object| object.kind == kind).count() == MAX_CERTIFICATES {
@@ -185,9 +192,25 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// Blocks that may lie beside certificates and hold none.
+/// Blocks that may lie beside certificates and hold none, such as keys.
 fn is_ignored(label: &[u8]) -> bool {
-    [&b"PRIVATE KEY"[..], b"PUBLIC KEY", b"PARAMETERS", b"CERTIFICATE REQUEST"].iter().any(|end| label.ends_with(end))
+    let holds = [&b"CERTIFICATE"[..], b"CRL", b"PKCS7", b"CMS"].iter().any(|kind| contains(label, kind));
+    !holds || label.ends_with(b"CERTIFICATE REQUEST")
+}
+
+/// Whether the rest of a line names a certificate or a revocation list, as a marker does.
+fn names_objects(rest: &[u8]) -> bool {
+    let line = &rest[..rest.len().min(MAX_LABEL_BYTES)];
+    let line = line.split(|byte| *byte == b'\n').next().unwrap_or_default();
+    names_object_anywhere(line) || contains(line, b"CRL")
+}
+
+fn names_object_anywhere(text: &[u8]) -> bool {
+    contains(text, b"CERTIFICATE")
+}
+
+fn contains(text: &[u8], what: &[u8]) -> bool {
+    text.windows(what.len()).any(|window| window.eq_ignore_ascii_case(what))
 }
 
 fn find(text: &[u8], what: &[u8], from: usize) -> Option<usize> {
@@ -226,6 +249,8 @@ mod tests {
             a.replace('\n', ""),
             a.lines().map(|line| format!("    {line}\n")).collect(),
             format!("# the beginning of all certificates\nBag Attributes: <No Attributes>\n{a} trailing\0"),
+            format!("# BEGIN ANSIBLE MANAGED BLOCK corporate certificates\n{a}# END ANSIBLE MANAGED BLOCK\n# BEGINNING of certificates\n"),
+            format!("{}{a}", block("PGP PUBLIC KEY BLOCK")),
             block("X509 CERTIFICATE"),
             format!("{}{a}{}{}", block("RSA PRIVATE KEY"), block("EC PARAMETERS"), block("CERTIFICATE REQUEST")),
             a.trim_end().to_owned(),
@@ -256,6 +281,8 @@ mod tests {
             "\u{2014}\u{2014}BEGIN CERTIFICATE-----",
             "----- BEGIN CERTIFICATE-----",
             "----BEGIN X509 CRL-----",
+            "-----BEGIN\nCERTIFICATE-----",
+            &format!("-----BEGIN{:80}CERTIFICATE-----", ""),
         ] {
             let text = format!("{a}{}", a.replace("-----BEGIN CERTIFICATE-----", damaged));
             assert_eq!(fault(&text), (PemFault::Begin, 4), "{damaged:?}");
@@ -267,7 +294,22 @@ mod tests {
         for body in ["A*AA", "AAAAA", "", "a: b\nAAAA", "AAAA\\nAAAA"] {
             assert_eq!(fault(&format!("{a}{}", a.replace("AAAA", body))), (PemFault::Base64, 4), "{body:?}");
         }
+        let lost = block("PRIVATE KEY").replace("AAAA", "AAAA\n----BEGIN CERTIFICATE-----\nAAAA\n----END CERTIFICATE-----");
+        assert_eq!(fault(&format!("{a}{lost}")), (PemFault::End, 4));
+        assert_eq!(fault(&format!("{a}{}", block("CERTIFICATE PARAMETERS"))), (PemFault::Kind, 4));
         let wide: Vec<u8> = a.encode_utf16().flat_map(u16::to_le_bytes).collect();
         assert!(matches!(read(&wide), Err(Error::Pem(BrokenPem { fault: PemFault::Encoding, .. }))));
+    }
+
+    /// The time is linear in the length: a text of many markers that are none costs no more than others.
+    #[test]
+    fn a_megabyte_of_words_is_read_at_once() {
+        for word in ["BEGIN ", "begin ", "-----END X ", "BEGIN certificat ", "-", "-----BEGIN A-----\n-----END A-----\n"] {
+            let text = word.repeat(MAX_PEM_BYTES / word.len());
+            let begun = std::time::Instant::now();
+            let _ = read(text.as_bytes());
+            // Quadratic time is more than a thousand seconds.
+            assert!(begun.elapsed().as_secs() < 60, "{word:?}: {:?}", begun.elapsed());
+        }
     }
 }

@@ -142,6 +142,51 @@ async fn an_ended_root_is_left_out_at_its_end_and_the_last_one_stays() {
     running.await.unwrap();
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_step_of_the_clock_and_back_loses_no_root_and_no_list() {
+    let (now, day) = (SystemTime::now(), std::time::Duration::from_secs(86_400));
+    let clock = clock::TestClock::new(now);
+    let trust = Trust::with_clock(Metrics::default(), Arc::new(clock.clone()));
+    let shutdown = CancellationToken::new();
+    let running = tokio::spawn(trust.clone().run(shutdown.clone()));
+    let (short, long) = (Authority::until("short", now + 30 * day), Authority::until("long", now + 3000 * day));
+    let lists = short.list(0, 0) + &long.list(0, 0);
+    trust.source(None, "all").offer([short.certificate.pem(), long.certificate.pem(), lists].concat().as_bytes()).unwrap();
+    trust.met(&chain(&[&Authority::until("leaf", now + 3000 * day)]), now);
+    let served = || {
+        let own = trust.subscribe().borrow().own.clone().unwrap();
+        (own.roots.roots().len(), own.crls().len())
+    };
+    assert_eq!(served(), (2, 2));
+    for (step, expected) in [(60, (1, 0)), (-60, (2, 2)), (-10, (2, 2)), (10, (2, 2))] {
+        clock.step(step * 86_400);
+        tokio::time::sleep(std::time::Duration::from_secs(120)).await;
+        if step != -10 {
+            assert_eq!(served(), expected, "{step}");
+        }
+    }
+    shutdown.cancel();
+    running.await.unwrap();
+}
+
+#[test]
+fn an_offer_that_was_too_large_is_taken_when_another_source_shrinks() {
+    let trust = Trust::new(Metrics::default());
+    let long =
+        |from: u32| -> String { (from..from + 40).map(|number| Authority::new(&format!("{number:0900}")).certificate.pem()).collect() };
+    let [a, same, b] = ["a", "same", "b"].map(|name| trust.source(None, name));
+    let (first, second, small) = (long(0), long(100), Authority::new("small").certificate.pem());
+    a.offer(first.as_bytes()).unwrap();
+    same.offer(first.as_bytes()).expect("equal roots count once");
+    let count = || trust.subscribe().borrow().own.as_ref().map_or(0, |own| own.roots.roots().len());
+    assert!(matches!(b.offer(second.as_bytes()).unwrap_err().cause, material::Error::NamesTooLarge(_)));
+    a.offer(small.as_bytes()).unwrap();
+    assert_eq!(count(), 41, "the first ones are still in the other source");
+    same.offer(small.as_bytes()).unwrap();
+    let all = trust.subscribe().borrow().own.clone().unwrap();
+    assert_eq!((count(), all.roots.roots().ends_with(TrustBundle::from_pem(second.as_bytes()).unwrap().roots())), (41, true));
+}
+
 #[test]
 fn roots_and_lists_of_one_source_are_judged_apart() {
     let trust = Trust::new(Metrics::default());

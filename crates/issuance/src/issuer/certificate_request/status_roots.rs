@@ -1,7 +1,8 @@
 //! The roots that an issuer reports with signed requests (`status.ca`), as a source of the trust bundle.
 //!
 //! A reported root counts only if the issued chain leads to it. Roots are collected: a pool of authorities, or one that is being replaced,
-//! reports another root with each answer. A root is dropped when the last certificate that led to it has ended. The set is never empty again.
+//! reports another root with each answer. A root is dropped when it was not reported for the lifetime of a certificate. The set is never empty
+//! again.
 
 use std::time::SystemTime;
 
@@ -25,7 +26,7 @@ pub(super) struct StatusRoots {
 
 #[derive(Default)]
 struct State {
-    /// Each with the end of the last certificate that led to it.
+    /// Each with the time until which certificates that lead to it may live, on any node.
     roots: Vec<(CertificateDer<'static>, SystemTime)>,
     /// The last reported fault, so that each is reported once.
     fault: Option<String>,
@@ -57,10 +58,12 @@ impl StatusRoots {
         let roots = verify::roots_of(chain, &reported, now)
             .map_err(|error| format!("the issued chain does not lead to status.ca, which is ignored: {error}"))?;
         let mut next = state.roots.clone();
+        // Other nodes may have got certificates of this root until now.
+        let end = chain.validity.not_after.max(now + chain.validity.lifetime());
         for root in roots {
             match next.iter_mut().find(|(known, _)| *known == root) {
-                Some((_, until)) => *until = chain.validity.not_after.max(*until),
-                None => next.push((root, chain.validity.not_after)),
+                Some((_, until)) => *until = end.max(*until),
+                None => next.push((root, end)),
             }
         }
         next.retain(|(_, until)| now < *until);
@@ -127,7 +130,9 @@ mod tests {
             roots.answered(ca, &a.leaf(now + hour), now);
             assert!(Arc::<Bundle>::ptr_eq(&own().unwrap(), &both));
         }
-        roots.answered(Some(b.pem.as_bytes()), &b.leaf(now + 3 * hour), now + hour);
+        roots.answered(Some(b.pem.as_bytes()), &b.leaf(now + 30 * hour), now + 23 * hour);
+        assert_eq!(own().unwrap().roots.roots().len(), 2, "other nodes may have certificates of a");
+        roots.answered(Some(b.pem.as_bytes()), &b.leaf(now + 30 * hour), now + 25 * hour);
         assert_eq!(own().unwrap().roots.to_pem(), TrustBundle::from_pem(b.pem.as_bytes()).unwrap().to_pem(), "that of a has ended");
     }
 
