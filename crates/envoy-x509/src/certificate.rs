@@ -15,8 +15,8 @@ use crate::{
 /// path can have the certificate: [`extensions`](Self::extensions) returns the fault.
 #[derive(Debug, Clone)]
 pub struct Certificate<'a> {
-    /// The length of the whole certificate, in bytes.
-    len: usize,
+    /// The whole certificate.
+    pub(crate) der: &'a [u8],
     /// The signed part, in DER.
     pub(crate) signed: &'a [u8],
     version: u8,
@@ -58,7 +58,7 @@ impl<'a> Certificate<'a> {
         }
         // A signature has no unused bits; BoringSSL reads it, and never verifies it.
         let signature = if signature.1 == 0 { signature.0 } else { &[] };
-        Self::signed(der.len(), signed, algorithm, signature)
+        Self::signed(der, signed, algorithm, signature)
     }
 
     /// Returns the certificate of a `TRUSTED CERTIFICATE` of OpenSSL, without the trust settings that follow it.
@@ -81,7 +81,7 @@ impl<'a> Certificate<'a> {
         if settings.is_empty() { Ok(certificate.whole) } else { Err(Fault("its trust settings are broken")) }
     }
 
-    fn signed(len: usize, signed: Element<'a>, algorithm: Algorithm<'a>, signature: &'a [u8]) -> Result<Self, Fault> {
+    fn signed(der: &'a [u8], signed: Element<'a>, algorithm: Algorithm<'a>, signature: &'a [u8]) -> Result<Self, Fault> {
         let mut fields = Reader::new(signed.content);
         let version = version(&mut fields)?;
         let serial =
@@ -108,7 +108,7 @@ impl<'a> Certificate<'a> {
             return Err(Fault("it has fields that its version does not have, or in another order"));
         }
         let mut certificate = Self {
-            len,
+            der,
             signed: signed.whole,
             version,
             serial,
@@ -129,7 +129,7 @@ impl<'a> Certificate<'a> {
     /// The length of its DER, in bytes.
     #[allow(clippy::len_without_is_empty, reason = "a certificate is never empty")]
     pub fn len(&self) -> usize {
-        self.len
+        self.der.len()
     }
 
     /// The serial number: the content of its integer.

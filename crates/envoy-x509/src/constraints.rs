@@ -47,6 +47,7 @@ impl<'a> GeneralName<'a> {
                 }
                 6 => Ok(Self::Uri(content)),
                 0 => other_name(content).map(|()| Self::Other(number, content)).ok_or(broken),
+                5 => party_name(content).map(|()| Self::Other(number, content)).ok_or(broken),
                 8 if !der::is_object(content) => Err(broken),
                 _ => Ok(Self::Other(number, content)),
             };
@@ -81,6 +82,25 @@ fn other_name(content: &[u8]) -> Option<()> {
     let inner = value.any()?;
     der::check_any(&inner).ok()?;
     (value.is_empty() && fields.is_empty()).then_some(())
+}
+
+/// Checks `EDIPartyName`: two strings, of which the first is optional.
+fn party_name(content: &[u8]) -> Option<()> {
+    let mut fields = Reader::new(content);
+    if let Some(assigner) = fields.optional(der::constructed(0))? {
+        check_directory_string(assigner)?;
+    }
+    check_directory_string(fields.get(der::constructed(1))?)?;
+    fields.is_empty().then_some(())
+}
+
+/// Checks a value that is one `DirectoryString`.
+fn check_directory_string(content: &[u8]) -> Option<()> {
+    let types = [der::PRINTABLE_STRING, der::T61_STRING, der::BMP_STRING, der::UNIVERSAL_STRING, der::UTF8_STRING];
+    let mut value = Reader::new(content);
+    let text = value.any().filter(|text| types.contains(&text.tag))?;
+    der::check_any(&text).ok()?;
+    value.is_empty().then_some(())
 }
 
 /// A list of general names.
@@ -239,7 +259,7 @@ fn matches(name: &GeneralName<'_>, base: &GeneralName<'_>, is_excluding: bool, r
         }),
         (GeneralName::Email(name), GeneralName::Email(base)) => match release {
             Release::V1_36 => is_email_below(name, base),
-            Release::V1_40 => is_email_below_strict(name, base, is_excluding),
+            Release::V1_40 => is_email_below_strict(name, base),
         },
         (GeneralName::Uri(name), GeneralName::Uri(base)) => match release {
             Release::V1_36 => is_uri_below(name, base),
@@ -268,7 +288,7 @@ fn is_dns_below_strict(name: &[u8], base: &[u8], is_excluding: bool) -> bool {
     }
     let (name, base) = (without_last_dot(name), without_last_dot(base));
     if base.is_empty() {
-        return name.is_empty();
+        return name.is_empty() || name.ends_with(b".");
     }
     // `*.bar.com` may stand for the excluded `foo.bar.com`.
     if let Some(parent) = name.strip_prefix(b"*.").filter(|_| is_excluding) {
@@ -301,7 +321,7 @@ fn is_email_below(name: &[u8], base: &[u8]) -> Match {
     }
 }
 
-fn is_email_below_strict(name: &[u8], base: &[u8], is_excluding: bool) -> Match {
+fn is_email_below_strict(name: &[u8], base: &[u8]) -> Match {
     let is_local =
         |text: &[u8]| !text.is_empty() && text.iter().all(|byte| byte.is_ascii_alphanumeric() || b"!#$%&'*+-/=?^_`{|}~.".contains(byte));
     let is_domain = |text: &[u8]| !text.is_empty() && text.iter().all(|byte| byte.is_ascii_alphanumeric() || b"-.".contains(byte));
@@ -311,8 +331,7 @@ fn is_email_below_strict(name: &[u8], base: &[u8], is_excluding: bool) -> Match 
             if !is_local(base_local) || !is_domain(base_domain) {
                 return Err(EMAIL);
             }
-            let is_same = if is_excluding { base_local.eq_ignore_ascii_case(local) } else { base_local == local };
-            Ok(is_same && domain.eq_ignore_ascii_case(base_domain))
+            Ok(base_local == local && domain.eq_ignore_ascii_case(base_domain))
         }
         None if !is_domain(base) => Err(EMAIL),
         None if base.first() == Some(&b'.') => Ok(has_suffix(domain, base)),

@@ -111,19 +111,20 @@ impl<'a> RevocationList<'a> {
 
     fn read_entries(&mut self, mut entries: Reader<'a>, may_extend: bool) -> Result<(), Fault> {
         let broken = Fault("an entry is broken");
+        // From a broken reason on, BoringSSL does not evaluate the extensions of entries.
+        let mut evaluates = true;
         while !entries.is_empty() {
             let mut fields = entries.inner(der::SEQUENCE).ok_or(broken)?;
             let serial = fields.get(der::INTEGER).filter(|serial| der::is_integer(serial)).ok_or(broken)?;
             fields.any().and_then(|element| time::parse(&element)).ok_or(broken)?;
             if !fields.is_empty() {
                 let extensions = extension::list(&mut fields)?;
-                if extensions.is_empty() || !fields.is_empty() || !may_extend {
+                if !fields.is_empty() || evaluates && (extensions.is_empty() || !may_extend) {
                     return Err(broken);
                 }
-                if let Some(reason) = extension::find(&extensions, REASON_CODE)? {
-                    der::only(reason, der::ENUMERATED).filter(|reason| der::is_integer(reason)).ok_or(broken)?;
-                }
-                self.has_unknown_critical |= extensions.iter().any(|extension| extension.is_critical);
+                let is_reason = |value| der::only(value, der::ENUMERATED).is_some_and(der::is_integer);
+                evaluates &= extension::find(&extensions, REASON_CODE).is_ok_and(|value| value.is_none_or(is_reason));
+                self.has_unknown_critical |= evaluates && extensions.iter().any(|extension| extension.is_critical);
             }
             self.revoked.push(serial);
         }

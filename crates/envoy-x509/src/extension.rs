@@ -157,7 +157,7 @@ pub(crate) struct DistributionPoint<'a> {
 #[derive(Debug, Clone)]
 pub(crate) enum Place<'a> {
     Full(Names<'a>),
-    /// Relative to the name of the issuer: the form for comparisons of the whole name is not computed, so that it equals none.
+    /// Relative to the name of the issuer. Envoy 1.40 finds it equal to none.
     Relative,
 }
 
@@ -169,7 +169,7 @@ impl<'a> Place<'a> {
         if element.tag == der::constructed(0) {
             Names::read(element.content).map(Self::Full).map_err(|_| broken)
         } else if element.tag == der::constructed(1) {
-            Ok(Self::Relative)
+            Name::check_relative(element.content).map(|()| Self::Relative).map_err(|_| broken)
         } else {
             Err(broken)
         }
@@ -185,7 +185,9 @@ fn distribution_points(value: &[u8]) -> Result<Vec<DistributionPoint<'_>>, Fault
         let place = fields.optional(der::constructed(0)).ok_or(broken)?.map(Place::read).transpose()?;
         let reasons = fields.optional(der::context(1)).ok_or(broken)?;
         let issuer = fields.optional(der::constructed(2)).ok_or(broken)?;
-        if !fields.is_empty() || reasons.is_some_and(|reasons| der::bits(reasons).is_none()) {
+        let is_broken =
+            issuer.is_some_and(|names| Names::read(names).is_err()) || reasons.is_some_and(|reasons| der::bits(reasons).is_none());
+        if is_broken || !fields.is_empty() {
             return Err(broken);
         }
         points.push(DistributionPoint { place, is_partial: reasons.is_some() || issuer.is_some() });
@@ -233,7 +235,7 @@ impl<'a> Extensions<'a> {
             distribution_points: value(DISTRIBUTION_POINTS)?.map(distribution_points).transpose()?.unwrap_or_default(),
             policies: policies(list),
             has_unknown_critical: list.iter().any(|extension| extension.is_critical && !SUPPORTED.contains(&extension.id)),
-            must_staple: value(TLS_FEATURES)? == Some(STATUS_REQUEST),
+            must_staple: list.iter().find(|extension| extension.id == TLS_FEATURES).is_some_and(|found| found.value == STATUS_REQUEST),
         })
     }
 
@@ -270,7 +272,7 @@ impl<'a> Extensions<'a> {
 fn policies<'a>(list: &[Extension<'a>]) -> Result<Policies<'a>, Fault> {
     Policies::read(
         find(list, CERTIFICATE_POLICIES)?,
-        find(list, POLICY_MAPPINGS)?,
+        find(list, POLICY_MAPPINGS),
         find(list, POLICY_CONSTRAINTS)?,
         find(list, INHIBIT_ANY_POLICY)?,
     )

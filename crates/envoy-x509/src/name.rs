@@ -1,6 +1,9 @@
 //! Distinguished names, and their form for comparisons.
 
-use std::fmt;
+use std::{
+    fmt,
+    hash::{Hash, Hasher},
+};
 
 use crate::{
     Fault,
@@ -50,6 +53,16 @@ impl<'a> Name<'a> {
             push(0x31, &parts.concat(), &mut name.canonical);
         }
         Ok(name)
+    }
+
+    /// Checks the attributes of a name that is relative to another one.
+    pub(crate) fn check_relative(content: &'a [u8]) -> Result<(), Fault> {
+        let mut name = Self { der: &[], canonical: Vec::new(), emails: Vec::new(), attributes: Vec::new() };
+        let mut attributes = Reader::new(content);
+        while !attributes.is_empty() {
+            name.attribute(&mut attributes)?;
+        }
+        Ok(())
     }
 
     /// Reads one attribute and returns its form for comparisons.
@@ -129,6 +142,12 @@ impl PartialEq for Name<'_> {
 }
 
 impl Eq for Name<'_> {}
+
+impl Hash for Name<'_> {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.canonical.hash(state);
+    }
+}
 
 /// The text of a string type that BoringSSL compares as text. `None` for another type, and for characters that the type does not have.
 pub(crate) fn characters(element: &Element<'_>) -> Option<String> {

@@ -188,6 +188,9 @@ struct Verifier<'a, 'b> {
     signatures: &'b Signatures,
 }
 
+/// The roots that may follow in a path, and the one that does.
+type Choice = (Vec<usize>, usize);
+
 impl<'a, 'b> Verifier<'a, 'b> {
     fn verify(mut self) -> Result<Path, Refusal> {
         let leaf = Place::Chain(0);
@@ -219,6 +222,8 @@ impl<'a, 'b> Verifier<'a, 'b> {
     fn build(&mut self) -> Result<Vec<Vec<Place>>, Refusal> {
         let mut places = vec![Place::Chain(0)];
         let (mut last, mut own_root) = (0, None);
+        // The leaf is among the certificates of the peer, in which BoringSSL looks for issuers.
+        let mut unused: Vec<usize> = (0..self.chain.len()).collect();
         // From the chain, until the bundle has an issuer.
         while places.len() < MAX_PATH {
             let certificate = &self.chain[last];
@@ -226,10 +231,9 @@ impl<'a, 'b> Verifier<'a, 'b> {
             if certificate.is_self_signed() || self.issuers(certificate).next().is_some() {
                 break;
             }
-            let fits = |index: &usize| !places.contains(&Place::Chain(*index)) && self.chain[*index].may_have_issued(certificate);
-            let Some(next) = (0..self.chain.len()).find(fits) else { break };
-            places.push(Place::Chain(next));
-            last = next;
+            let Some(found) = unused.iter().position(|index| self.chain[*index].may_have_issued(certificate)) else { break };
+            last = unused.remove(found);
+            places.push(Place::Chain(last));
         }
         if self.chain[last].is_self_signed() {
             if places.len() == 1 {
@@ -239,12 +243,12 @@ impl<'a, 'b> Verifier<'a, 'b> {
             last = index_of_last(&places);
         }
         let mut paths = Vec::new();
-        self.extend(places.clone(), &mut paths)?;
+        self.extend(places.clone(), &mut Vec::new(), &mut paths)?;
         if paths.iter().any(|path| path.len() > places.len()) {
             return Ok(paths);
         }
         // A leaf in the bundle is trusted itself.
-        if let Some(index) = self.bundle.iter().position(|root| root.signed == self.chain[0].signed) {
+        if let Some(index) = self.bundle.iter().position(|root| root.der == self.chain[0].der) {
             places[0] = Place::Bundle(index);
             return Ok(vec![places]);
         }
@@ -258,7 +262,7 @@ impl<'a, 'b> Verifier<'a, 'b> {
     fn alone(&self) -> Result<Vec<Vec<Place>>, Refusal> {
         let leaf = &self.chain[0];
         let issuers: Vec<usize> = self.issuers(leaf).collect();
-        let is_there = !issuers.is_empty() && issuers.iter().all(|index| self.bundle[*index].signed == leaf.signed);
+        let is_there = !issuers.is_empty() && issuers.iter().all(|index| self.bundle[*index].der == leaf.der);
         if is_there {
             return Ok(issuers.into_iter().map(|index| vec![Place::Bundle(index)]).collect());
         }
@@ -270,8 +274,8 @@ impl<'a, 'b> Verifier<'a, 'b> {
         (0..self.bundle.len()).filter(|index| self.bundle[*index].may_have_issued(certificate))
     }
 
-    /// Adds each continuation of `places` within the bundle to `paths`.
-    fn extend(&mut self, places: Vec<Place>, paths: &mut Vec<Vec<Place>>) -> Result<(), Refusal> {
+    /// Adds each continuation of `places` within the bundle to `paths`. Of the same candidates, BoringSSL takes the same one at each place.
+    fn extend(&mut self, places: Vec<Place>, choices: &mut Vec<Choice>, paths: &mut Vec<Vec<Place>>) -> Result<(), Refusal> {
         let last = places.last().map_or(&self.chain[0], |place| self.at(*place));
         let ends = places.len() >= MAX_PATH || last.is_self_signed();
         let next: Vec<usize> = if ends { Vec::new() } else { self.issuers(last).collect() };
@@ -283,10 +287,13 @@ impl<'a, 'b> Verifier<'a, 'b> {
             paths.push(places);
             return Ok(());
         }
-        for index in next {
+        let chosen = choices.iter().find(|(candidates, _)| *candidates == next).map(|(_, chosen)| *chosen);
+        for index in chosen.map_or_else(|| next.clone(), |index| vec![index]) {
             let mut longer = places.clone();
             longer.push(Place::Bundle(index));
-            self.extend(longer, paths)?;
+            choices.push((next.clone(), index));
+            self.extend(longer, choices, paths)?;
+            choices.pop();
         }
         Ok(())
     }
@@ -329,7 +336,9 @@ impl<'a, 'b> Verifier<'a, 'b> {
             }
             let is_self_issued = certificate.is_self_issued();
             let counts = depth > 1 && (self.release == Release::V1_40 || !is_self_issued);
-            if counts && extensions.path_len.is_some_and(|allowed| below > allowed.saturating_add(1)) {
+            // BoringSSL adds one to a signed number. The largest one becomes negative.
+            let is_exceeded = |allowed: u64| allowed == i64::MAX.unsigned_abs() || below > allowed.saturating_add(1);
+            if counts && extensions.path_len.is_some_and(is_exceeded) {
                 return Err(refused(Reason::PathLength));
             }
             if !is_self_issued || depth == 0 && self.release == Release::V1_40 {

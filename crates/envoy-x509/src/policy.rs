@@ -7,11 +7,15 @@ use std::collections::BTreeSet;
 
 use crate::{
     Fault,
-    der::{self, Reader},
+    der::{self, Element, Reader},
     extension::sequence,
 };
 
 const ANY: &[u8] = &[0x55, 0x1d, 0x20, 0x00];
+/// The qualifier with the address of a statement.
+const STATEMENT: &[u8] = &[0x2b, 0x06, 0x01, 0x05, 0x05, 0x07, 0x02, 1];
+/// The qualifier with a text for users.
+const USER_NOTICE: &[u8] = &[0x2b, 0x06, 0x01, 0x05, 0x05, 0x07, 0x02, 2];
 const BROKEN: Fault = Fault("its certificate policies are broken");
 
 /// A policy of the issuer, and the policy of the subject that equals it.
@@ -22,7 +26,8 @@ type Mapping<'a> = (&'a [u8], &'a [u8]);
 pub(crate) struct Policies<'a> {
     /// `None` without the extension.
     policies: Option<BTreeSet<&'a [u8]>>,
-    mappings: Vec<Mapping<'a>>,
+    /// Those of a leaf are not evaluated, even if they are broken.
+    mappings: Result<Vec<Mapping<'a>>, Fault>,
     require_explicit: Option<u64>,
     inhibit_mapping: Option<u64>,
     inhibit_any: Option<u64>,
@@ -31,14 +36,14 @@ pub(crate) struct Policies<'a> {
 impl<'a> Policies<'a> {
     pub(crate) fn read(
         policies: Option<&'a [u8]>,
-        mappings: Option<&'a [u8]>,
+        mappings: Result<Option<&'a [u8]>, Fault>,
         constraints: Option<&'a [u8]>,
         inhibit_any: Option<&'a [u8]>,
     ) -> Result<Self, Fault> {
         let (require_explicit, inhibit_mapping) = constraints.map_or(Ok((None, None)), read_constraints)?;
         Ok(Self {
             policies: policies.map(read_policies).transpose()?,
-            mappings: mappings.map(read_mappings).transpose()?.unwrap_or_default(),
+            mappings: mappings.and_then(|value| value.map_or(Ok(Vec::new()), read_mappings)),
             require_explicit,
             inhibit_mapping,
             inhibit_any: inhibit_any.map(|value| der::only(value, der::INTEGER).ok_or(BROKEN).and_then(skip)).transpose()?,
@@ -71,11 +76,40 @@ fn read_policies(value: &[u8]) -> Result<BTreeSet<&[u8]>, Fault> {
 fn check_qualifiers(mut qualifiers: Reader<'_>) -> Option<()> {
     while !qualifiers.is_empty() {
         let mut fields = qualifiers.inner(der::SEQUENCE)?;
-        der::object(&mut fields)?;
-        der::check_any(&fields.any()?).ok()?;
+        let id = der::object(&mut fields)?;
+        let value = fields.any()?;
+        match id {
+            STATEMENT => (value.tag == der::IA5_STRING).then_some(())?,
+            USER_NOTICE => check_notice(&value)?,
+            _ => der::check_any(&value).ok()?,
+        }
         fields.is_empty().then_some(())?;
     }
     Some(())
+}
+
+fn check_notice(value: &Element<'_>) -> Option<()> {
+    let mut fields = Reader::new((value.tag == der::SEQUENCE).then_some(value.content)?);
+    if let Some(reference) = fields.optional(der::SEQUENCE)? {
+        let mut reference = Reader::new(reference);
+        check_text(&mut reference)?;
+        let mut numbers = reference.inner(der::SEQUENCE)?;
+        while !numbers.is_empty() {
+            numbers.get(der::INTEGER).filter(|number| der::is_integer(number))?;
+        }
+        reference.is_empty().then_some(())?;
+    }
+    if !fields.is_empty() {
+        check_text(&mut fields)?;
+    }
+    fields.is_empty().then_some(())
+}
+
+/// Checks the next element, a `DisplayText`.
+fn check_text(reader: &mut Reader<'_>) -> Option<()> {
+    let types = [der::IA5_STRING, der::VISIBLE_STRING, der::BMP_STRING, der::UTF8_STRING];
+    let text = reader.any().filter(|text| types.contains(&text.tag))?;
+    der::check_any(&text).ok()
 }
 
 fn read_mappings(value: &[u8]) -> Result<Vec<Mapping<'_>>, Fault> {
@@ -130,7 +164,8 @@ pub(crate) fn check<'a>(path: &[(&'a Result<Policies<'a>, Fault>, bool)]) -> Res
             return Err(Refused::None);
         }
         if index > 0 {
-            level = mapped(&level, &policies.mappings, inhibit_mapping > 0);
+            let mappings = policies.mappings.as_ref().map_err(|fault| Refused::Broken(index, *fault))?;
+            level = mapped(&level, mappings, inhibit_mapping > 0);
         }
         if index == 0 || !is_self_issued {
             for count in [&mut require_explicit, &mut inhibit_mapping, &mut inhibit_any] {
@@ -181,7 +216,7 @@ mod tests {
 
     fn of(policies: &[&'static [u8]]) -> Policies<'static> {
         let policies = (!policies.is_empty()).then(|| policies.iter().copied().collect());
-        Policies { policies, mappings: Vec::new(), require_explicit: None, inhibit_mapping: None, inhibit_any: None }
+        Policies { policies, mappings: Ok(Vec::new()), require_explicit: None, inhibit_mapping: None, inhibit_any: None }
     }
 
     fn checked(path: &[Policies<'static>]) -> Result<(), Refused> {
@@ -197,7 +232,7 @@ mod tests {
         assert_eq!(checked(&[of(&[B]), demands.clone()]), Err(Refused::None));
         assert_eq!(checked(&[of(&[A, B]), demands.clone()]), Ok(()));
         assert_eq!(checked(&[of(&[ANY]), demands.clone()]), Ok(()));
-        let maps = Policies { mappings: vec![(A, B)], ..demands };
+        let maps = Policies { mappings: Ok(vec![(A, B)]), ..demands };
         assert_eq!((checked(&[of(&[B]), maps.clone()]), checked(&[of(&[A]), maps])), (Ok(()), Err(Refused::None)));
         let later = Policies { require_explicit: Some(2), ..of(&[A]) };
         assert_eq!(checked(&[of(&[]), later]), Ok(()));

@@ -56,6 +56,8 @@ pub struct PublicKey<'a> {
 const RSA: &[u8] = &[0x2a, 0x86, 0x48, 0x86, 0xf7, 0x0d, 0x01, 0x01, 0x01];
 const EC: &[u8] = &[0x2a, 0x86, 0x48, 0xce, 0x3d, 0x02, 0x01];
 const ED25519_ID: &[u8] = &[0x2b, 0x65, 0x70];
+/// In bytes.
+const ED25519_LEN: usize = 32;
 const P256: &[u8] = &[0x2a, 0x86, 0x48, 0xce, 0x3d, 0x03, 0x01, 0x07];
 const P384: &[u8] = &[0x2b, 0x81, 0x04, 0x00, 0x22];
 const P521: &[u8] = &[0x2b, 0x81, 0x04, 0x00, 0x23];
@@ -87,23 +89,37 @@ impl<'a> PublicKey<'a> {
         let element = reader.next(der::SEQUENCE).ok_or(broken)?;
         let mut fields = Reader::new(element.content);
         let algorithm = Algorithm::read(&mut fields)?;
-        let (key, _) = fields.get(der::BIT_STRING).and_then(der::bits).ok_or(broken)?;
+        let (key, unused) = fields.get(der::BIT_STRING).and_then(der::bits).ok_or(broken)?;
+        // BoringSSL reads a key with unused bits, and cannot use it.
+        let key = if unused == 0 { key } else { &[] };
         if fields.is_empty() { Ok(Self { der: element.whole, algorithm, key }) } else { Err(broken) }
     }
 
     fn kind(&self) -> Option<Kind> {
         let parameters = self.algorithm.parameters;
         match self.algorithm.id {
-            RSA => parameters.is_some_and(|parameters| parameters.tag == der::NULL).then_some(Kind::Rsa),
-            EC => match parameters.filter(|parameters| parameters.tag == der::OBJECT)?.content {
+            RSA => parameters.is_some_and(|parameters| parameters.tag == der::NULL && self.is_rsa_key()).then_some(Kind::Rsa),
+            EC => match parameters.filter(|parameters| parameters.tag == der::OBJECT && self.is_point())?.content {
                 P256 => Some(Kind::P256),
                 P384 => Some(Kind::P384),
                 P521 => Some(Kind::P521),
                 _ => None,
             },
-            ED25519_ID => parameters.is_none().then_some(Kind::Ed25519),
+            ED25519_ID => (parameters.is_none() && self.key.len() == ED25519_LEN).then_some(Kind::Ed25519),
             _ => None,
         }
+    }
+
+    /// Whether the key is an `RSAPublicKey`. `aws-lc-rs` reads other forms too.
+    fn is_rsa_key(&self) -> bool {
+        let Some(mut numbers) = der::only(self.key, der::SEQUENCE).map(Reader::new) else { return false };
+        let mut next = || numbers.get(der::INTEGER).is_some_and(der::is_integer);
+        next() && next() && numbers.is_empty()
+    }
+
+    /// Whether the key has the form of a point, compressed or not. `aws-lc-rs` reads other forms too.
+    fn is_point(&self) -> bool {
+        matches!(self.key.first(), Some(2..=4))
     }
 }
 
@@ -195,7 +211,10 @@ fn pss_digest(algorithm: &Algorithm<'_>) -> Option<Digest> {
     let mgf1 = Algorithm::read(&mut generator).ok().filter(|mgf1| mgf1.id == MGF1 && generator.is_empty())?;
     let of_generator = read(Reader::new(mgf1.parameters?.whole))?;
     let salt = der::only(fields.get(der::constructed(2))?, der::INTEGER).and_then(der::unsigned)??;
-    let is_usual = of_generator == digest && salt == u64::from(digest.len()) && fields.is_empty();
+    // The only trailer is the default, which DER leaves out. BoringSSL reads it nevertheless.
+    let trailer = fields.optional(der::constructed(3))?;
+    let has_usual_trailer = trailer.is_none_or(|trailer| der::only(trailer, der::INTEGER) == Some(&[1]));
+    let is_usual = of_generator == digest && salt == u64::from(digest.len()) && has_usual_trailer && fields.is_empty();
     is_usual.then_some(digest)
 }
 
