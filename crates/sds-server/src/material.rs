@@ -6,6 +6,7 @@
 use std::{
     any::Any,
     cmp::Reverse,
+    collections::HashSet,
     fmt,
     sync::{Arc, OnceLock},
     time::{Duration, SystemTime},
@@ -14,7 +15,7 @@ use std::{
 use agent_runtime::{clock, text::hex};
 use aws_lc_rs::digest;
 use base64::{Engine, engine::general_purpose::STANDARD};
-use envoy_x509::{Certificate, Fault, GeneralName, Names, Time};
+use envoy_x509::{Certificate, Fault, GeneralName, Name, Names, Time};
 use rustls::pki_types::CertificateDer;
 use workload_identity::{
     Identity, SpiffeId,
@@ -383,9 +384,10 @@ fn authority_and_issuer(certificate: &CertificateDer<'_>) -> Option<Digest> {
     Some(Digest::of(&[certificate.subject.der(), certificate.public_key.der, certificate.issuer.der()]))
 }
 
-/// The length of a root's name in the list that a TLS server sends, in bytes.
-pub(crate) fn name_len(root: &CertificateDer<'_>) -> usize {
-    parse(root, 1).map_or(0, |root| root.subject.der().len() + 2)
+/// The length of the names of roots in the list that a TLS server sends, in bytes. Envoy sends equal names once.
+pub(crate) fn names_len<'a>(roots: impl IntoIterator<Item = &'a CertificateDer<'static>>) -> usize {
+    let names: HashSet<Name<'_>> = roots.into_iter().filter_map(|root| Some(parse(root, 1).ok()?.subject)).collect();
+    names.iter().map(|name| name.der().len() + 2).sum()
 }
 
 fn authority_of(certificate: &Certificate<'_>) -> Digest {

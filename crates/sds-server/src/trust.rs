@@ -43,9 +43,9 @@ const MAX_CHAINS: usize = 64;
 const MIN_WAIT: Duration = Duration::from_secs(1);
 /// Maximum size of all bundles with their revocation lists, in bytes of PEM: 3 MiB. A gRPC client accepts messages of 4 MiB by default.
 pub const MAX_BUNDLE_BYTES: usize = 3 << 20;
-/// Maximum size of the names of the roots of one bundle, in bytes of DER. A TLS server sends them in one extension of at most 65,535 bytes
-/// (RFC 8446, section 4.2.4), and Envoy fails each handshake beyond.
-pub const MAX_NAME_BYTES: usize = 65_000;
+/// Maximum size of the names of the roots of one bundle, in bytes of DER. A TLS server sends them in an extension, and all extensions have at
+/// most 65,535 bytes together (RFC 8446, section 4.3.2). Envoy sends the signature algorithms too, in 24 bytes, and fails each handshake beyond.
+pub const MAX_NAME_BYTES: usize = 65_535 - 24 - 6;
 
 /// The bundle of one trust domain: roots and revocation lists.
 #[derive(Debug)]
@@ -184,23 +184,23 @@ impl Offers {
 
     /// Checks the size of all bundles with these parts of the slot at `index` in place of its own.
     fn check_size(&self, index: usize, bundle: Option<&TrustBundle>, crls: Option<&[RevocationList]>) -> Result<(), material::Error> {
-        let (mut bytes, mut roots) = (0, BTreeSet::new());
+        let (mut bytes, mut roots) = (0, BTreeMap::new());
         for (place, slot) in self.slots.iter().enumerate() {
             let of_slot = bundle.filter(|_| place == index).or(slot.bundle.as_ref()).map_or(&[][..], TrustBundle::roots);
             let lists = crls.filter(|_| place == index).unwrap_or(&slot.crls);
-            roots.extend(of_slot.iter().map(|root| (&slot.domain, &**root)));
+            // A root that several sources have is served once.
+            roots.extend(of_slot.iter().map(|root| ((&slot.domain, &**root), root)));
             bytes += lists.iter().map(|list| material::pem_len("X509 CRL", list.der().len())).sum::<usize>();
         }
-        // A root that several sources have is served once.
-        let mut names = BTreeMap::<&Option<TrustDomain>, usize>::new();
-        for (domain, root) in roots {
+        let mut domains = BTreeMap::<&Option<TrustDomain>, Vec<&CertificateDer<'static>>>::new();
+        for ((domain, _), root) in roots {
             bytes += material::pem_len("CERTIFICATE", root.len());
-            *names.entry(domain).or_default() += material::name_len(&CertificateDer::from(root));
+            domains.entry(domain).or_default().push(root);
         }
         if bytes > MAX_BUNDLE_BYTES {
             return Err(material::Error::BundleTooLarge(bytes));
         }
-        match names.into_values().find(|len| *len > MAX_NAME_BYTES) {
+        match domains.into_values().map(material::names_len).find(|len| *len > MAX_NAME_BYTES) {
             Some(len) => Err(material::Error::NamesTooLarge(len)),
             None => Ok(()),
         }

@@ -27,8 +27,9 @@ use workload_identity::{Identity, KeyType, version::Digest};
 pub const ALLOWED_SKEW: Duration = Duration::from_secs(60);
 /// The overhead of TLS 1.3 for each certificate, in bytes.
 const TLS_OVERHEAD: usize = 5;
-/// Maximum size of a chain, in bytes, with the overhead of TLS 1.3. A peer with BoringSSL rejects a message with certificates beyond 100 KiB.
-const MAX_CHAIN_BYTES: usize = 102_000;
+/// Maximum size of a chain, in bytes, with the overhead of TLS 1.3 for each certificate. A peer with BoringSSL rejects a message with
+/// certificates beyond 100 KiB. The message has four more bytes.
+const MAX_CHAIN_BYTES: usize = 100 * 1024 - 4;
 /// Maximum number of a certificate's names that an error shows.
 const MAX_SHOWN_NAMES: usize = 8;
 

@@ -8,7 +8,7 @@
 use std::time::SystemTime;
 
 use agent_runtime::{clock, text};
-use envoy_x509::{Certificate, ListRefusal, RevocationList as Parsed, check_revocation, verify};
+use envoy_x509::{Certificate, KeyUsage, ListRefusal, RevocationList as Parsed, check_revocation, verify};
 use rustls::pki_types::CertificateDer;
 
 use crate::material::{Error, pem};
@@ -113,10 +113,16 @@ pub fn fit<'a>(
             .collect();
         check(&certificates)?;
     }
-    for root in &roots {
+    for root in roots.iter().filter(|root| may_sign(root, seconds)) {
         check(&above(root, &roots))?;
     }
     Ok(fitting)
+}
+
+/// Whether the root is an issuer for Envoy at `now`: otherwise, a path with it needs no list of it.
+fn may_sign(root: &Certificate<'_>, now: i64) -> bool {
+    let has_begun = root.not_before.seconds().is_some_and(|begin| begin <= now);
+    has_begun && root.extensions().is_ok_and(|own| own.key_usage.is_none_or(KeyUsage::key_cert_sign))
 }
 
 /// The root, and the authorities above it that are roots of the bundle too.

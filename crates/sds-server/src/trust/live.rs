@@ -15,10 +15,10 @@ pub(super) struct LiveRoots {
     pub(super) changes_at: Option<SystemTime>,
 }
 
-/// Returns the roots without those that have ended, and without those that begin later and have the name of a live one.
+/// Returns the roots without those that have ended, and without those that begin later and have the name of a live one or of its issuer.
 ///
 /// Envoy takes one of several roots with one name, in an order that depends on its release, and never tries another one. An ended root beside
-/// its renewal therefore ends the trust in both (envoyproxy/envoy#38302).
+/// its renewal therefore ends the trust in both (envoyproxy/envoy#38302). Envoy also continues a path from a live root to the issuer of that.
 pub(super) fn select(certificates: &[CertificateDer<'static>], now: SystemTime) -> LiveRoots {
     let now = i64::try_from(clock::unix_seconds(now)).unwrap_or(i64::MAX);
     let parsed: Vec<_> = certificates.iter().filter_map(|der| Some((der, Certificate::from_der(der).ok()?))).collect();
@@ -27,7 +27,7 @@ pub(super) fn select(certificates: &[CertificateDer<'static>], now: SystemTime) 
     let is_live = |root: &Certificate<'_>| begins(root) <= now && now < ends(root);
     let any_is_live = parsed.iter().any(|(_, root)| is_live(root));
     let is_served = |root: &Certificate<'_>| {
-        let waits = || parsed.iter().any(|(_, other)| is_live(other) && other.subject == root.subject);
+        let waits = || parsed.iter().any(|(_, other)| is_live(other) && (other.subject == root.subject || other.issuer == root.subject));
         is_live(root) || any_is_live && now < begins(root) && !waits()
     };
     let roots = parsed.iter().filter(|(_, root)| is_served(root)).map(|(der, _)| (*der).clone()).collect();
