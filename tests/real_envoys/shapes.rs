@@ -20,7 +20,7 @@ mod secrets;
 mod table;
 
 /// Agents at the same time.
-const AT_ONCE: usize = 16;
+const AT_ONCE: usize = 64;
 
 /// Shapes that both Envoys accept and the agent does not serve, or does not serve with their lists.
 struct Disagreement {

@@ -10,6 +10,9 @@ use super::{
 };
 use aws_lc_rs::rsa::KeySize;
 
+mod paths;
+mod values;
+
 type Make = fn(&mut Pki) -> Material;
 
 /// One shape.
@@ -37,21 +40,32 @@ pub fn all() -> Vec<Shape> {
     group("ordinary", &[], ORDINARY);
     group("key usage", &[], KEY_USAGES);
     group("basic constraints", &[], BASIC);
+    group("basic constraints", &[], values::BASIC);
     group("extended key usage", &[], EXTENDED);
     group("name constraints", &["a.example.org"], NAME_CONSTRAINTS);
+    group("name constraints", &["a.example.org"], values::NAME_CONSTRAINTS);
     group("extensions", &[], EXTENSIONS);
+    group("extensions", &[], values::EXTENSIONS);
     group("policies", &[], POLICY);
+    group("policies", &[], values::POLICY);
     group("algorithms", &[], ALGORITHMS);
+    group("algorithms", &[], values::ALGORITHMS);
     group("serial numbers", &[], SERIALS);
     group("times", &[], TIMES);
+    group("times", &[], values::TIMES);
     group("names", &[], STRINGS);
+    group("names", &[], values::STRINGS);
     group("versions", &[], VERSIONS);
     group("encoding", &[], ENCODING);
     group("order and duplicates", &[], ORDERS);
+    group("order and duplicates", &[], paths::ORDERS);
     group("cross-signing and renewal", &[], CROSS);
+    group("cross-signing and renewal", &[], paths::CROSS);
     group("namesakes", &[], NAMESAKES);
     group("trust anchors", &[], ANCHORS);
+    group("trust anchors", &[], paths::ANCHORS);
     group("revocation lists", &[], LISTS);
+    group("revocation lists", &[], paths::LISTS);
     shapes
 }
 
