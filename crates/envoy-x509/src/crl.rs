@@ -71,6 +71,7 @@ impl<'a> RevocationList<'a> {
         let has_version = match fields.optional(der::INTEGER).ok_or(Fault("its version is broken"))? {
             None => false,
             Some([1]) => true,
+            Some([0]) => return Err(Fault("its version 1 is not left out (Envoy 1.40 rejects it)")),
             Some(_) => return Err(Fault("its version is neither 1 nor 2")),
         };
         let signed_algorithm = Algorithm::read(&mut fields)?;
@@ -119,7 +120,10 @@ impl<'a> RevocationList<'a> {
             fields.any().and_then(|element| time::parse(&element)).ok_or(broken)?;
             if !fields.is_empty() {
                 let extensions = extension::list(&mut fields)?;
-                if !fields.is_empty() || evaluates && (extensions.is_empty() || !may_extend) {
+                if evaluates && extensions.is_empty() {
+                    return Err(Fault("an entry has an empty list of extensions (Envoy 1.40 rejects it)"));
+                }
+                if !fields.is_empty() || evaluates && !may_extend {
                     return Err(broken);
                 }
                 let is_reason = |value| der::only(value, der::ENUMERATED).is_some_and(der::is_integer);
