@@ -101,6 +101,8 @@ pub struct BundleSet {
     pub own: Option<Arc<Bundle>>,
     /// The bundles of other trust domains.
     pub federated: BTreeMap<TrustDomain, Arc<Bundle>>,
+    /// The offered revocation lists of the own trust domain, also those that are not served.
+    pub own_crls: Vec<RevocationList>,
     /// The first issued chain is missing: revocation lists wait for it, because it shows which authorities sign, or the bundle does, because
     /// its roots come with chains.
     pub wants_chain: bool,
@@ -333,6 +335,7 @@ impl Trust {
             changes.extend(crls.iter().flat_map(|list| [Some(list.this_update), list.next_update]).flatten().filter(|at| *at > now));
             changes.extend(chains.iter().filter(|_| !crls.is_empty()).filter_map(|chain| live::select(chain, now).changes_at));
             next.wants_chain |= fitting.as_ref().is_err_and(|why| why == FIRST_CHAIN);
+            let offered = crls.clone();
             let crls = match fitting {
                 Ok(fitting) => {
                     counts.0 += fitting.len();
@@ -366,7 +369,7 @@ impl Trust {
                 Arc::new(Bundle::new(roots, crls))
             });
             match domain {
-                None => next.own = Some(bundle),
+                None => (next.own, next.own_crls) = (Some(bundle), offered),
                 Some(domain) => drop(next.federated.insert(domain, bundle)),
             }
         }

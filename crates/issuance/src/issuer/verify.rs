@@ -20,7 +20,10 @@ use aws_lc_rs::{
 };
 use envoy_x509::{Certificate, Place};
 use rustls::pki_types::CertificateDer;
-use sds_server::material::{self, CertificateChain, PrivateKey, TrustBundle, Validity};
+use sds_server::{
+    material::{self, CertificateChain, PrivateKey, TrustBundle, Validity},
+    trust::{BundleSet, crl},
+};
 use workload_identity::{Identity, KeyType, version::Digest};
 
 /// Maximum time by which the signer's clock may be ahead of the agent's: 60 s.
@@ -89,6 +92,9 @@ pub enum Error {
         "the chain has {0} bytes; peers accept at most {MAX_CHAIN_BYTES}: the issuer must leave out certificates that are not on the path"
     )]
     TooLarge(usize),
+    /// A revocation list of the trust bundle revokes a certificate of the path.
+    #[error("a revocation list of the trust bundle revokes the certificate, or that of an authority on its path")]
+    Revoked,
     /// Envoy refuses the chain.
     #[error("{what}: {why}")]
     Path {
@@ -137,6 +143,16 @@ pub fn verify(
     let leaf = read(leaf, 1)?;
     usages(&leaf)?;
     path(leaf, others, bundle, now.max(chain.validity.not_before))
+}
+
+/// Checks that no revocation list of the own trust domain revokes a chain that [`verify`] has accepted.
+///
+/// # Errors
+///
+/// [`Error::Revoked`]
+pub fn not_revoked(chain: &CertificateChain, set: &BundleSet, now: SystemTime) -> Result<(), Error> {
+    let Some(own) = set.own.as_ref().filter(|_| !set.own_crls.is_empty()) else { return Ok(()) };
+    if crl::revokes(own.roots.roots(), chain.certificates(), &set.own_crls, now) { Err(Error::Revoked) } else { Ok(()) }
 }
 
 /// Checks that the leaf has this key. The error says if another certificate of the chain has it.

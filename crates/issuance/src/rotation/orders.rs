@@ -269,7 +269,9 @@ impl Judge {
         issued.chain = issued.chain.in_order(self.clock.now());
         let set = self.trust.borrow().clone();
         let bundle = set.own.as_ref().map(|bundle| &bundle.roots);
-        match verify::verify(&self.identity, &issued.key, &issued.chain, bundle, self.clock.now()) {
+        let now = self.clock.now();
+        let verified = verify::verify(&self.identity, &issued.key, &issued.chain, bundle, now);
+        match verified.and_then(|verified| verify::not_revoked(&issued.chain, &set, now).map(|()| verified)) {
             Ok(verified) => Ok((issued, verified)),
             Err(error) => Err((error.into(), Some(issued))),
         }

@@ -69,7 +69,8 @@ impl Rotation {
         }
         for (id, issued) in std::mem::take(&mut self.awaiting_anchor) {
             let Some(entry) = self.entries.get(&id) else { continue };
-            match verify::verify(&entry.identity, &issued.key, &issued.chain, bundle, now.wall) {
+            let verified = verify::verify(&entry.identity, &issued.key, &issued.chain, bundle, now.wall);
+            match verified.and_then(|verified| verify::not_revoked(&issued.chain, &set, now.wall).map(|()| verified)) {
                 Ok(verified) => {
                     self.orders.abort_all(id);
                     self.issued(id, issued, &verified, None, None);

@@ -8,7 +8,7 @@
 use std::time::SystemTime;
 
 use agent_runtime::{clock, text};
-use envoy_x509::{Certificate, KeyUsage, ListRefusal, RevocationList as Parsed, check_revocation, verify};
+use envoy_x509::{Certificate, Fault, KeyUsage, ListRefusal, Path, Place, RevocationList as Parsed, check_revocation, verify};
 use rustls::pki_types::CertificateDer;
 
 use crate::material::{Error, pem};
@@ -80,12 +80,7 @@ pub fn fit<'a>(
     let chains: Vec<Vec<Certificate<'_>>> =
         chains.iter().map(|chain| chain.iter().filter_map(|certificate| Certificate::from_der(certificate).ok()).collect()).collect();
     let authorities: Vec<&Certificate<'_>> = roots.iter().chain(chains.iter().flat_map(|chain| chain.iter().skip(1))).collect();
-    let usable = |list: &&RevocationList| {
-        let Ok(list) = Parsed::from_der(list.der()) else { return false };
-        let mut of = authorities.iter().filter(|authority| list.is_of(authority)).peekable();
-        of.peek().is_none() || of.any(|authority| list.check(authority, seconds).is_ok())
-    };
-    let fitting: Vec<RevocationList> = lists.iter().filter(usable).cloned().collect();
+    let fitting: Vec<RevocationList> = lists.iter().filter(|list| is_usable(list, &authorities, seconds)).cloned().collect();
     let parsed: Vec<Parsed<'_>> = fitting.iter().filter_map(|list| Parsed::from_der(list.der()).ok()).collect();
     let all: Vec<Parsed<'_>> = lists.iter().filter_map(|list| Parsed::from_der(list.der()).ok()).collect();
     let check = |path: &[&Certificate<'_>]| match check_revocation(path, &parsed, seconds) {
@@ -103,20 +98,42 @@ pub fn fit<'a>(
     };
     for chain in &chains {
         let Ok(path) = verify(chain, &roots, seconds) else { continue };
-        let certificates: Vec<&Certificate<'_>> = path
-            .places
-            .iter()
-            .filter_map(|place| match place {
-                envoy_x509::Place::Chain(index) => chain.get(*index),
-                envoy_x509::Place::Bundle(index) => roots.get(*index),
-            })
-            .collect();
-        check(&certificates)?;
+        check(&certificates_of(&path, chain, &roots))?;
     }
     for root in roots.iter().filter(|root| may_sign(root, seconds)) {
         check(&above(root, &roots))?;
     }
     Ok(fitting)
+}
+
+/// Whether one of the lists revokes a certificate on the path of `chain`, the leaf first, at `now`: peers with the lists refuse the chain.
+pub fn revokes(roots: &[CertificateDer<'static>], chain: &[CertificateDer<'static>], lists: &[RevocationList], now: SystemTime) -> bool {
+    let (Ok(roots), Ok(chain)) = (read(roots), read(chain)) else { return false };
+    let seconds = i64::try_from(clock::unix_seconds(now)).unwrap_or(i64::MAX);
+    let Ok(path) = verify(&chain, &roots, seconds) else { return false };
+    let path = certificates_of(&path, &chain, &roots);
+    let lists = lists.iter().filter(|list| is_usable(list, &path, seconds));
+    let lists: Vec<Parsed<'_>> = lists.filter_map(|list| Parsed::from_der(list.der()).ok()).collect();
+    matches!(check_revocation(&path, &lists, seconds), Err((_, ListRefusal::Revoked)))
+}
+
+fn read<'a>(certificates: &'a [CertificateDer<'static>]) -> Result<Vec<Certificate<'a>>, Fault> {
+    certificates.iter().map(|der| Certificate::from_der(der)).collect()
+}
+
+/// Whether Envoy accepts the list for one of its authorities, or it is of none of them.
+fn is_usable(list: &RevocationList, authorities: &[&Certificate<'_>], now: i64) -> bool {
+    let Ok(list) = Parsed::from_der(list.der()) else { return false };
+    let mut of = authorities.iter().filter(|authority| list.is_of(authority)).peekable();
+    of.peek().is_none() || of.any(|authority| list.check(authority, now).is_ok())
+}
+
+fn certificates_of<'a, 'b>(path: &Path, chain: &'b [Certificate<'a>], roots: &'b [Certificate<'a>]) -> Vec<&'b Certificate<'a>> {
+    let at = |place: &Place| match place {
+        Place::Chain(index) => chain.get(*index),
+        Place::Bundle(index) => roots.get(*index),
+    };
+    path.places.iter().filter_map(at).collect()
 }
 
 /// Whether the root is an issuer for Envoy at `now`: otherwise, a path with it needs no list of it.
@@ -208,6 +225,8 @@ mod tests {
         let fit = |lists: &[RevocationList]| fit(&[root.der()], std::slice::from_ref(&chain), lists, now).map(|fitting| fitting.len());
         assert!(fit(&lists(&[root.list(0, 0)])).unwrap_err().starts_with("CN=below: there is no list"));
         assert_eq!(fit(&lists(&[root.list(0, 0), below.list(0, 0)])), Ok(2));
+        let revokes = |lists: &[RevocationList]| revokes(&[root.der()], &chain, lists, now);
+        assert!(!revokes(&lists(&[root.list(0, 0), below.list(0, 0)])));
     }
 
     #[test]
