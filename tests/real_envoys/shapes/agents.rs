@@ -87,8 +87,10 @@ pub async fn verdict(shape: &'static Shape) -> Result<Served, String> {
     let bound = build_with(&config, Base::new(shutdown.clone()), deps).await.expect("an agent");
     let running = tokio::spawn(bound.run());
     let verdict = tokio::select! {
-        served = ask(&socket, &trust) => served,
+        // A refused list does not keep the agent from serving. The refusal comes first.
+        biased;
         why = refusal.observed() => Err(why),
+        served = ask(&socket, &trust) => served,
     };
     shutdown.drain.cancel();
     drop(timeout(PATIENCE, running).await);

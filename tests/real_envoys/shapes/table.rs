@@ -1050,13 +1050,7 @@ const ORDERS: &[(&str, Make)] = &[
         material.chain.push(large.signed());
         material
     }),
-    ("a chain of 110 KB", |p| {
-        let mut material = p.material();
-        let mut large = Authority::root("large");
-        large.fields.set(UNKNOWN, false, &[0; 55_000]);
-        material.chain.extend([large.signed(), large.renewed().signed()]);
-        material
-    }),
+    ("a chain of 110 KB", |p| paths::large_chain(p, 110_000)),
     ("eight intermediates", |p| {
         let mut chain = vec![p.signed_mid()];
         let mut last = p.mid.clone();

@@ -25,7 +25,7 @@ fn long_chain(p: &mut Pki, count: usize) -> Material {
 }
 
 /// A chain of this many bytes, with five more for each certificate.
-fn large_chain(p: &mut Pki, bytes: usize) -> Material {
+pub fn large_chain(p: &mut Pki, bytes: usize) -> Material {
     let len = |chain: &[Vec<u8>]| chain.iter().map(|certificate| certificate.len() + 5).sum::<usize>();
     let mut material = p.material();
     let mut large = Authority::root("large");
@@ -313,6 +313,31 @@ pub const LISTS: &[(&str, Make)] = &[
     ("negative serial number of the leaf, and an entry of its positive one", |p| {
         p.leaf.serial = integer(&[0xff]);
         entries(p, &[&entry(&[1], &[])])
+    }),
+    ("list that revokes the leaf", |p| {
+        let entry = seq(&[&p.leaf.serial, &at(-700)]);
+        entries(p, &[&entry])
+    }),
+    ("list that revokes the leaf with a negative serial number", |p| {
+        p.leaf.serial = integer(&[0xff]);
+        entries(p, &[&entry(&[0xff], &[])])
+    }),
+    ("list that revokes the leaf and removes it from the list again", |p| {
+        let entry = seq(&[&p.leaf.serial, &at(-700), &reason(&tlv(10, &[8]))]);
+        entries(p, &[&entry])
+    }),
+    ("list that revokes the intermediate", |p| {
+        let mut list = p.root.list();
+        list.revoked = seq(&[&seq(&[&p.mid.fields.serial, &at(-700)])]);
+        let lists = vec![p.lists()[0].clone(), list.signed_by(&p.root.key)];
+        p.with_lists(lists)
+    }),
+    ("ended list that revokes the leaf", |p| {
+        let mut list = p.mid.list();
+        list.next_update = at(-60);
+        list.revoked = seq(&[&seq(&[&p.leaf.serial, &at(-700)])]);
+        let lists = vec![list.signed_by(&p.mid.key), p.lists()[1].clone()];
+        p.with_lists(lists)
     }),
     ("root of tomorrow without a list, beside the right one", |p| {
         let mut other = other_root(p);

@@ -226,7 +226,7 @@ pub const NAME_CONSTRAINTS: &[(&str, Make)] = &[
     ("permitted URI, and one of the intermediate of an IPv6 address", |p| permitted(p, &uri("example.org"), &uri("spiffe://[::1]/x"))),
     ("excluded URI, and one of the intermediate without a host", |p| excluded(p, &uri("other.example"), &uri("urn:uuid:1"))),
     ("excluded URI, and one of the intermediate with an underscore", |p| excluded(p, &uri("other.example"), &uri("spiffe://my_domain/x"))),
-    ("permitted DNS: a dot, and a name that ends with two", |p| permitted(p, &dns("."), &dns("a.."))),
+    ("excluded DNS: a dot, and a name that ends with two", |p| excluded(p, &dns("."), &dns("a.."))),
     ("excluded DNS name below a wildcard of the intermediate", |p| excluded(p, &dns("a.example.com"), &dns("*.example.com"))),
     ("excluded mailbox, and the same in capitals", |p| excluded(p, &email("a@example.org"), &email("A@example.org"))),
     ("excluded mailbox, and one in quotes", |p| excluded(p, &email("a@example.org"), &email("\"b\"@example.org"))),
